@@ -1,0 +1,84 @@
+"""The ``lightning-prune`` command: picks a subcommand and imports only what that one needs."""
+
+import difflib
+import importlib
+import os
+import signal
+import sys
+from types import FrameType
+
+from lightning_prune.errors import UserError
+
+COMMANDS = {
+    "fit": "calibrate, prune, save and evaluate one model with one method",
+    "test": "measure the perplexity of any dense or pruned model",
+    "apply": "re-create a pruned checkpoint from a plan.json, without calibrating",
+}
+
+USAGE = """\
+usage: lightning-prune <command> [options]
+
+Prune a large language model and measure what it cost. Every method calibrates on the same tokens.
+
+commands:
+{commands}
+
+examples:
+  lightning-prune fit --config configs/wanda.yaml
+  lightning-prune fit --config configs/wanda.yaml --model.pretrained path/to/llama --model.pruning_ratio 0.3
+  lightning-prune test --model.pretrained logs/wanda/version_0/pruned
+
+'lightning-prune <command> --help' lists a command's options.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program name; default ``sys.argv[1:]``.
+
+    Returns:
+        Exit status: 0 done, 2 a mistake in the input (one message on stderr, no traceback), 130 and 143 when
+        interrupted by SIGINT and SIGTERM, 1 anything else.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE.format(commands="\n".join(f"  {name:<9}{what}" for name, what in COMMANDS.items())), end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from lightning_prune import __version__
+
+        print(__version__)
+        return 0
+    try:
+        command = _command(arguments[0])
+        signal.signal(signal.SIGTERM, _terminate)
+        return int(importlib.import_module(f"lightning_prune.commands.{command}").main(arguments[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _command(name: str) -> str:
+    if name in COMMANDS:
+        return name
+    if name.startswith("-"):
+        raise UserError(
+            f"'{name}' stands before the command. Options come after it: "
+            f"lightning-prune fit {name}{' FILE' if name == '--config' else ''} …"
+        )
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    raise UserError(f"unknown command '{name}'.{hint} Commands: {', '.join(COMMANDS)}.")
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """Unwind on SIGTERM, so that temporary folders are removed."""
+    raise SystemExit(128 + number)

@@ -1,0 +1,80 @@
+"""``lightning-prune apply``: carry out a saved plan again, without calibrating."""
+
+import argparse
+from pathlib import Path
+
+from lightning_prune.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    """Cut ``--model`` as ``--plan`` says and write the checkpoint to ``--output``.
+
+    The weights are byte for byte those that the run which made the plan wrote.
+
+    Raises:
+        UserError: the plan is not one, changed weights, or belongs to another model; or the output folder
+            holds something already.
+    """
+    arguments = _parser().parse_args(argv)
+
+    # After the arguments, so that --help does not wait for torch.
+    import torch
+
+    from lightning_prune.surgery.anatomy import anatomy, count_parameters
+    from lightning_prune.surgery.checkpoint import save_checkpoint
+    from lightning_prune.surgery.cut import check_plan, cut, layout_of
+    from lightning_prune.surgery.loading import load_config, load_model, meta_model
+    from lightning_prune.surgery.model_card import model_card
+    from lightning_prune.surgery.plan import PruningPlan
+
+    plan = PruningPlan.load(arguments.plan)
+    if plan.weights_updated:
+        raise UserError(
+            f"--plan: the method '{plan.method}' also changed the weights it kept, so '{arguments.plan}' alone "
+            f"cannot make its checkpoint again. Copy the run's pruned/ folder instead."
+        )
+    if arguments.output.exists() and not (arguments.output.is_dir() and not any(arguments.output.iterdir())):
+        raise UserError(
+            f"--output: '{arguments.output}' exists and is not an empty folder. Give a new or an empty one."
+        )
+    dtype = getattr(torch, plan.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise UserError(f"--plan: dtype '{plan.dtype}' is not known. Allowed: float32, bfloat16, float16.")
+
+    # Everything that can be wrong is found before the weights are read.
+    dense = meta_model(load_config(arguments.model))
+    found, expected = count_parameters(dense), plan.parameters["dense"]
+    if found != expected:
+        raise UserError(
+            f"--model: '{arguments.model}' has {found:,} parameters, the plan was made for a model with "
+            f"{expected:,} ('{plan.base_model}'). Give that model."
+        )
+    check_plan(anatomy(dense), plan)
+
+    model = cut(load_model(arguments.model, dtype), plan)
+    card = model_card(plan, layout_of(model))
+    save_checkpoint(model, arguments.output, tokenizer_from=arguments.model, card=card)
+    print(f"pruned model: {arguments.output}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-prune apply",
+        description="Carry out a saved pruning plan on its base model. No calibration, no training data; the "
+        "weights are byte for byte those of the run that made the plan.",
+        epilog="example: lightning-prune apply --plan logs/hgsp/version_0/plan.json --model demo --output pruned-demo",
+    )
+    parser.add_argument("--plan", type=Path, required=True, metavar="FILE", help="plan.json of a run folder")
+    parser.add_argument(
+        "--model",
+        "--model.pretrained",
+        dest="model",
+        required=True,
+        metavar="MODEL",
+        help="the dense model the plan was made for: a Hugging Face folder, a hub id, or 'demo'",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="where to write the checkpoint: new or empty"
+    )
+    return parser

@@ -1,0 +1,16 @@
+"""``lightning-prune fit``: one model, one method, one run folder."""
+
+from lightning_prune.commands.lightning_options import PruneCLI
+from lightning_prune.methods.base import PruningMethod
+from lightning_prune.reporting.run_record import summary_table
+from lightning_prune.runs import prune_and_record
+
+
+def main(argv: list[str]) -> int:
+    """Run the command and print the summary and where the pruned model is."""
+    cli = PruneCLI(argv, PruningMethod, subclasses=True, command="fit")
+    folder, record = prune_and_record(cli.trainer, cli.model, cli.datamodule, cli.resolved_config)
+    if cli.trainer.is_global_zero:
+        print("\n" + summary_table(cli.model.label, record.metrics))
+        print(f"pruned model: {folder / 'pruned'}")
+    return 0

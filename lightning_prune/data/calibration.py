@@ -1,0 +1,90 @@
+"""The calibration set: token ids, where they came from, and a fingerprint that names exactly these tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+def fingerprint(tokens: Tensor) -> str:
+    """SHA-256 that two runs share exactly when they saw the same tokens in the same order.
+
+    The hashed bytes are the shape as ASCII decimals joined by commas and ended by a newline (`128,128\\n`),
+    then the token ids in row-major order as little-endian int64.
+
+    Args:
+        tokens: integer token ids of any shape, usually `[num_samples, seq_len]`.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256(",".join(str(size) for size in tokens.shape).encode("ascii") + b"\n")
+    digest.update(tokens.detach().cpu().contiguous().numpy().astype("<i8", copy=False).tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class CalibrationManifest:
+    """Everything needed to rebuild a calibration set, and its fingerprint to check the result.
+
+    A ready token array has no text, so there `configuration`, `revision`, `text_sha256`, `tokenizer_sha256`,
+    `stride` and `seed` are None and `sampling` is `given`.
+
+    Attributes:
+        dataset: corpus name or local path.
+        configuration: configuration of a dataset on the hub, e.g. `wikitext-2-raw-v1`.
+        split: `train`, `test`, …; `all` for a file without splits.
+        revision: commit of a hub dataset, or the fingerprint `datasets` keeps with a saved folder.
+        text_sha256: of the UTF-8 text before tokenisation.
+        tokenizer_sha256: of the tokenizer's serialisation, see `tokenization.tokenizer_sha256`.
+        sampling: `random`, `sequential`, `sliding` or `given`.
+        stride: tokens between two window starts (sliding only).
+        seed: of the random choice (random only).
+        num_samples: windows.
+        seq_len: tokens in a window.
+        fingerprint: see `fingerprint`.
+    """
+
+    dataset: str
+    configuration: str | None
+    split: str
+    revision: str | None
+    text_sha256: str | None
+    tokenizer_sha256: str | None
+    sampling: str
+    stride: int | None
+    seed: int | None
+    num_samples: int
+    seq_len: int
+    fingerprint: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a dict that `files.write_json` takes: the content of `calibration.json`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Token ids, int64 `[num_samples, seq_len]`, every sequence full length, and their manifest."""
+
+    tokens: Tensor
+    manifest: CalibrationManifest
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Held-out windows for perplexity.
+
+    Attributes:
+        name: key of this set in `metrics.json`: `wikitext2`, `wikitext2:validation`, `mine.txt`.
+        tokens: int64 `[M, seq_len]`, windows that do not overlap; a last partial window is dropped.
+        manifest: dataset, configuration, split, revision, seq_len, stride (= seq_len), bos (`none`),
+            windows, predicted_tokens (`M * (seq_len - 1)`), text_sha256, tokenizer_sha256, fingerprint.
+    """
+
+    name: str
+    tokens: Tensor
+    manifest: dict[str, Any]

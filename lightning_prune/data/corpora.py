@@ -1,0 +1,193 @@
+"""Named corpora and where their text comes from; everything else a `--data.dataset` can be is a local path.
+
+How documents become one text follows the loaders the pruning papers share, because perplexity depends on it:
+wikitext2 joins its lines by a blank line, ptb and c4 join by one space.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from lightning_prune.data.local_files import FILE_KINDS, local_splits, read_local
+from lightning_prune.errors import UserError
+
+# English has 3 to 5 characters per token, so 16 leave random sampling about four windows to choose each one from.
+CHARACTERS_PER_TOKEN = 16
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The text of one split.
+
+    Attributes:
+        dataset: name or path as the user gave it.
+        configuration: of a hub dataset, else None.
+        split: `all` for a file without splits.
+        revision: commit or `datasets` fingerprint where there is one.
+        text: the whole text.
+    """
+
+    dataset: str
+    configuration: str | None
+    split: str
+    revision: str | None
+    text: str
+
+
+@dataclass(frozen=True)
+class HubCorpus:
+    """Where a named corpus lives on the Hugging Face hub and how its documents are joined."""
+
+    path: str
+    configuration: str
+    column: str
+    joiner: str
+    splits: tuple[str, ...]  # the first is for calibration, the last is the held-out one
+    load: dict[str, Any]
+    streamed: bool = False
+
+
+HUB = {
+    "wikitext2": HubCorpus(
+        "Salesforce/wikitext",
+        "wikitext-2-raw-v1",
+        "text",
+        "\n\n",
+        ("train", "validation", "test"),
+        {"name": "wikitext-2-raw-v1"},
+    ),
+    # The hub's own copy is a loading script, which `datasets` no longer runs; its parquet conversion holds the
+    # one configuration without naming it.
+    "ptb": HubCorpus(
+        "ptb-text-only/ptb_text_only",
+        "penn_treebank",
+        "sentence",
+        " ",
+        ("train", "validation", "test"),
+        {"revision": "refs/convert/parquet"},
+    ),
+    "c4": HubCorpus("allenai/c4", "en", "text", " ", ("train", "validation"), {"name": "en"}, streamed=True),
+}
+NAMES = ("demo", *HUB)
+C4_HELD_OUT_DOCUMENTS = 1100  # the published c4 perplexities read the first 1100 validation documents
+
+
+def calibration_split(dataset: str) -> str:
+    """The split calibration reads by default: `train`, or `all` for a file without splits.
+
+    Raises:
+        UserError: unknown dataset, missing file, or a folder of splits without `train`.
+    """
+    splits = _splits(dataset)
+    if splits and "train" not in splits:
+        raise UserError(
+            f"--data.dataset {dataset} has the splits {', '.join(splits)} but no train: "
+            f"choose one with --data.dataset {dataset}:{splits[0]}"
+        )
+    return "train" if splits else "all"
+
+
+def held_out_split(dataset: str) -> str | None:
+    """The split evaluation reads by default: `test`, else `validation`, else None (a file without splits)."""
+    return next((split for split in ("test", "validation") if split in _splits(dataset)), None)
+
+
+def split_spec(spec: str) -> tuple[str, str | None]:
+    """`wikitext2:validation` -> (`wikitext2`, `validation`); a path that exists is never split."""
+    name, colon, split = spec.rpartition(":")
+    if not colon or Path(spec).exists() or "/" in split or "\\" in split:
+        return spec, None
+    return name, split
+
+
+def load_corpus(dataset: str, split: str, tokens_wanted: int | None = None) -> Corpus:
+    """Read the text of one split.
+
+    Args:
+        dataset: one of `NAMES` or a local path.
+        split: see `calibration_split` and `held_out_split`.
+        tokens_wanted: c4 calibration is streamed only until its text has 16 characters for each of these.
+
+    Raises:
+        UserError: unknown dataset or split, missing or unreadable file, or a hub dataset that cannot be fetched.
+    """
+    splits = _splits(dataset)
+    if split not in (splits or ["all"]):
+        allowed = f"one of {', '.join(splits)}" if splits else "none: leave the split out"
+        raise UserError(f"{dataset} has no split {split!r}; allowed: {allowed} (--data.dataset, --data.eval_datasets)")
+    if dataset in HUB:
+        return _from_hub(dataset, split, tokens_wanted)
+    if dataset == "demo":
+        from lightning_prune.demo import demo_text
+
+        return Corpus(dataset, None, split, None, demo_text(split))  # type: ignore[arg-type]
+    text, revision = read_local(Path(dataset), split)
+    return Corpus(dataset, None, split, revision, text)
+
+
+def _splits(dataset: str) -> list[str]:
+    if dataset == "demo":
+        return ["train", "validation", "test"]
+    if dataset in HUB:
+        return list(HUB[dataset].splits)
+    if not Path(dataset).exists():
+        raise UserError(_not_found(dataset))
+    return local_splits(Path(dataset))
+
+
+def _not_found(dataset: str) -> str:
+    if "/" in dataset or Path(dataset).suffix:
+        problem = f"{dataset!r} is neither a named dataset nor a file or folder that exists"
+    else:
+        near = difflib.get_close_matches(dataset.lower(), NAMES, n=1)
+        problem = f"unknown dataset {dataset!r}" + (f" (did you mean {near[0]}?)" if near else "")
+    return f"{problem}; --data.dataset and --data.eval_datasets take {', '.join(NAMES)}, or a local {FILE_KINDS}"
+
+
+def _from_hub(dataset: str, split: str, tokens_wanted: int | None) -> Corpus:
+    source = HUB[dataset]
+    options = dict(source.load, split=split)
+    if source.streamed:
+        options["streaming"] = True
+    try:
+        rows = datasets.load_dataset(source.path, **options)
+        if not source.streamed:
+            documents = list(rows[source.column])
+        elif split == "train" and tokens_wanted is not None:
+            documents = _take(rows, source.column, tokens_wanted * CHARACTERS_PER_TOKEN)
+        else:
+            documents = [row[source.column] for row in islice(rows, C4_HELD_OUT_DOCUMENTS)]
+    except Exception as error:  # offline, moved, gated, rate-limited: the hub's clients raise dozens of types
+        lines = str(error).strip().splitlines()
+        reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+        raise UserError(
+            f"could not fetch {dataset} ({source.path}, {split}) from the hub: {reason}. Check the network and "
+            f"HF_HUB_OFFLINE, or give a local {FILE_KINDS} with --data.dataset and --data.eval_datasets"
+        ) from error
+    return Corpus(dataset, source.configuration, split, _revision(rows), source.joiner.join(documents))
+
+
+def _take(rows: Any, column: str, characters: int) -> list[str]:
+    """The first documents of a stream, until they hold `characters`; the rest is never downloaded."""
+    documents: list[str] = []
+    for row in rows:
+        documents.append(row[column])
+        characters -= len(row[column])
+        if characters <= 0:
+            break
+    return documents
+
+
+def _revision(rows: Any) -> str | None:
+    """The commit in the addresses the dataset was downloaded from, else its `datasets` fingerprint."""
+    for address in getattr(rows.info, "download_checksums", None) or {}:
+        if match := re.search(r"@([0-9a-f]{40})/", address):
+            return match.group(1)
+    return getattr(rows, "_fingerprint", None)

@@ -1,0 +1,293 @@
+"""The one way text reaches a pruning method: a LightningDataModule whose defaults are the common setting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_prune.data.calibration import CalibrationManifest, CalibrationSet, EvaluationSet, fingerprint
+from lightning_prune.data.corpora import calibration_split, held_out_split, split_spec
+from lightning_prune.data.sampling import aligned_windows, random_windows, sequential_windows, sliding_windows
+from lightning_prune.data.streams import StreamReader
+from lightning_prune.data.token_arrays import is_token_array, load_token_array
+from lightning_prune.data.tokenization import default_cache_dir
+from lightning_prune.demo import demo_model_path
+from lightning_prune.errors import UserError
+
+Batch = tuple[Tensor, Tensor]
+
+
+class CalibrationDataModule(LightningDataModule):
+    """Calibration tokens and held-out evaluation sets.
+
+    Every method calibrates on what this class hands out, so two methods run with the same `--data` options see
+    the same tokens; `calibration.json` in the run folder holds the fingerprint that proves it. Text is tokenised
+    whole, without special tokens, into one stream that is cut into windows of full length: nothing is padded.
+
+    Args:
+        dataset: calibration corpus: demo, wikitext2, ptb, c4, or a local .txt, .jsonl, .json.gz or .parquet file,
+            a folder saved by datasets.save_to_disk, or a token array (.npy or .safetensors, int64 [N, L], used as
+            it is). `name:split` reads another split than train. By default demo for the demo model, else wikitext2.
+        num_samples: calibration windows. More of them make the importance estimate steadier and the run longer.
+        seq_len: tokens per calibration window.
+        batch_size: calibration windows per forward pass and process. Changes speed and memory, not the result.
+        sampling: random draws windows that do not overlap by seed, sequential takes the first ones of the text,
+            sliding starts one every stride tokens.
+        stride: tokens between the starts of two windows; for sampling sliding only, where it must be given.
+        seed: picks the windows of sampling random.
+        eval_datasets: sets to report perplexity on, before and after pruning: names, files or token arrays as for
+            dataset, `name:split` for another split than test (c4: validation). By default the held-out split of
+            the calibration corpus; [] skips evaluation.
+        eval_seq_len: tokens per evaluation window. Perplexity depends on it: papers use 128 or 2048, never mix them.
+        eval_batch_size: evaluation windows per forward pass. Changes speed and memory, not the result.
+        cache_dir: where tokenised text is kept. By default $XDG_CACHE_HOME/lightning_prune or
+            ~/.cache/lightning_prune.
+        tokenizer: model folder or hub id whose tokenizer is used; demo is the demo model's.
+
+    Attributes:
+        needs_calibration: set to False before `setup` by a method that reads weights only; the calibration corpus
+            is then never opened.
+
+    Raises:
+        UserError: an option is out of range, or (from `setup`) the data cannot be had or is too short.
+    """
+
+    def __init__(
+        self,
+        dataset: str | None = None,
+        num_samples: int = 128,
+        seq_len: int = 128,
+        batch_size: int = 4,
+        sampling: Literal["random", "sequential", "sliding"] = "random",
+        stride: int | None = None,
+        seed: int = 0,
+        eval_datasets: list[str] | None = None,
+        eval_seq_len: int = 128,
+        eval_batch_size: int = 16,
+        cache_dir: str | None = None,
+        tokenizer: str = "demo",
+    ) -> None:
+        super().__init__()
+        _at_least(1, num_samples=num_samples, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        _at_least(2, seq_len=seq_len, eval_seq_len=eval_seq_len)
+        _at_least(0, seed=seed)
+        if sampling not in ("random", "sequential", "sliding"):
+            raise UserError(f"--data.sampling is {sampling!r}: choose random, sequential or sliding")
+        if sampling == "sliding":
+            if stride is None:
+                raise UserError("--data.sampling sliding needs --data.stride, the tokens between two window starts")
+            _at_least(1, stride=stride)
+        elif stride is not None:
+            raise UserError(
+                f"--data.stride {stride} has no meaning with --data.sampling {sampling}: "
+                f"leave it out or choose --data.sampling sliding"
+            )
+        self.dataset, self.eval_datasets = dataset, eval_datasets
+        self.num_samples, self.seq_len, self.batch_size = num_samples, seq_len, batch_size
+        self.sampling, self.stride, self.seed = sampling, stride, seed
+        self.eval_seq_len, self.eval_batch_size = eval_seq_len, eval_batch_size
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        self.tokenizer = tokenizer
+        self.needs_calibration = True
+        self._calibration: CalibrationSet | None = None
+        self._evaluation: list[EvaluationSet] | None = None
+        self._streams = StreamReader(tokenizer, self.cache_dir)
+
+    @property
+    def source(self) -> str:
+        """The calibration dataset after the default is filled in."""
+        if self.dataset is not None:
+            return self.dataset
+        is_demo = self.tokenizer == "demo" or Path(self.tokenizer).resolve() == demo_model_path()
+        return "demo" if is_demo else "wikitext2"
+
+    @property
+    def calibration(self) -> CalibrationSet:
+        """Built by `setup("fit")` unless `needs_calibration` is False.
+
+        Raises:
+            RuntimeError: it was not built.
+        """
+        if self._calibration is None:
+            raise RuntimeError('no calibration set: call setup("fit") first, with needs_calibration True')
+        return self._calibration
+
+    @property
+    def evaluation(self) -> list[EvaluationSet]:
+        """Built by `setup`; empty when there is nothing to evaluate on."""
+        return [] if self._evaluation is None else self._evaluation
+
+    def prepare_data(self) -> None:
+        """Download and tokenise on one process, so that the others find the result in the caches."""
+        self.setup(None if self.trainer is None else self.trainer.state.fn)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Build what the stage needs, once: calibration for `fit` or None, evaluation sets for every stage."""
+        if self._calibration is None and self.needs_calibration and stage in (None, "fit"):
+            self._calibration = self._build_calibration()
+        if self._evaluation is None:
+            self._evaluation = self._build_evaluation()
+            for held_out in self._evaluation:
+                self._warn_if_seen(held_out)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Calibration batches `(ids [B, seq_len] int64, weight [B] float32)`, weight 0 for padding samples."""
+        return self._loader(self.calibration.tokens, self.batch_size)
+
+    def test_dataloader(self) -> list[DataLoader[Batch]]:
+        """One loader per evaluation set, in the order of `evaluation`, with the same items as calibration."""
+        return [self._loader(held_out.tokens, self.eval_batch_size) for held_out in self.evaluation]
+
+    def check_against_model(self, vocab_size: int, max_positions: int | None) -> None:
+        """Refuse tokens and lengths the model cannot take.
+
+        Args:
+            vocab_size: rows of the embedding.
+            max_positions: longest sequence the model was made for; None for no limit.
+
+        Raises:
+            UserError: a token id outside `0 … vocab_size - 1`, or windows longer than `max_positions`.
+        """
+        checks = [
+            (f"evaluation set {one.name}", one.tokens, "eval_seq_len", "eval_datasets") for one in self.evaluation
+        ]
+        if self._calibration is not None:
+            checks.insert(0, (f"calibration set {self.source}", self._calibration.tokens, "seq_len", "dataset"))
+        for name, tokens, length_option, dataset_option in checks:
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= vocab_size:
+                raise UserError(
+                    f"{name} holds the token id {low if low < 0 else high}, but the model's vocabulary has "
+                    f"{vocab_size} ids (0 to {vocab_size - 1}): check --data.tokenizer or --data.{dataset_option}"
+                )
+            if max_positions is not None and tokens.shape[1] > max_positions:
+                raise UserError(
+                    f"{name} has windows of {tokens.shape[1]} tokens (--data.{length_option}), but the model has "
+                    f"{max_positions} positions: lower --data.{length_option} (token arrays: --data.{dataset_option})"
+                )
+
+    def _build_calibration(self) -> CalibrationSet:
+        dataset, split = split_spec(self.source)
+        if is_token_array(dataset):
+            tokens = self._token_array(dataset, split)
+            return _calibration_set(tokens, dataset=dataset, split="all", sampling="given")
+        stream = self._streams.read(dataset, split or calibration_split(dataset), self._calibration_tokens_wanted())
+        draw: dict[str, Callable[[], Tensor]] = {
+            "random": lambda: random_windows(stream.tokens, self.num_samples, self.seq_len, self.seed),
+            "sequential": lambda: sequential_windows(stream.tokens, self.num_samples, self.seq_len),
+            "sliding": lambda: sliding_windows(stream.tokens, self.num_samples, self.seq_len, self.stride or 1),
+        }
+        return _calibration_set(
+            draw[self.sampling](),
+            sampling=self.sampling,
+            stride=self.stride,
+            seed=self.seed if self.sampling == "random" else None,
+            **stream.provenance,
+        )
+
+    def _calibration_tokens_wanted(self) -> int:
+        step = self.stride if self.stride is not None else self.seq_len
+        return (self.num_samples - 1) * step + self.seq_len
+
+    def _build_evaluation(self) -> list[EvaluationSet]:
+        specs = self.eval_datasets
+        if specs is None:
+            dataset, _ = split_spec(self.source)
+            if is_token_array(dataset) or held_out_split(dataset) is None:
+                rank_zero_info(
+                    f"no evaluation: {dataset} has no held-out split; name evaluation sets with --data.eval_datasets"
+                )
+                return []
+            specs = [dataset]
+        sets: list[EvaluationSet] = []
+        for spec in specs:
+            held_out = self._evaluation_set(spec)
+            names = [other.name for other in sets]
+            if held_out.name in names:  # two files of the same name, unless it is the same one twice
+                held_out = EvaluationSet(spec, held_out.tokens, held_out.manifest)
+            if held_out.name in names:
+                raise UserError(f"--data.eval_datasets lists {spec} twice")
+            sets.append(held_out)
+        return sets
+
+    def _evaluation_set(self, spec: str) -> EvaluationSet:
+        dataset, split = split_spec(spec)
+        name = Path(dataset).name
+        if is_token_array(dataset):
+            tokens = self._token_array(dataset, split)
+            provenance: dict[str, Any] = {
+                "dataset": dataset,
+                "split": "all",
+                "text_sha256": None,
+                "tokenizer_sha256": None,
+            }
+        else:
+            default = held_out_split(dataset) or "all"
+            name = name if split in (None, default) else f"{name}:{split}"
+            stream = self._streams.read(dataset, split or default)
+            tokens, provenance = aligned_windows(stream.tokens, self.eval_seq_len), stream.provenance
+            if len(tokens) == 0:
+                raise UserError(
+                    f"evaluation set {spec} has {len(stream.tokens)} tokens, but one window needs {self.eval_seq_len}: "
+                    f"lower --data.eval_seq_len or choose a longer text with --data.eval_datasets"
+                )
+        windows, seq_len = tokens.shape
+        manifest = {
+            **provenance,
+            "seq_len": seq_len,
+            "stride": seq_len,
+            "bos": "none",
+            "windows": windows,
+            "predicted_tokens": windows * (seq_len - 1),
+            "fingerprint": fingerprint(tokens),
+        }
+        return EvaluationSet(name, tokens, manifest)
+
+    def _token_array(self, path: str, split: str | None) -> Tensor:
+        if split is not None:
+            raise UserError(f"the token array {path} has no splits: leave out :{split}")
+        return load_token_array(path)
+
+    def _warn_if_seen(self, held_out: EvaluationSet) -> None:
+        if self._calibration is None:
+            return
+        seen, manifest = self._calibration.manifest.to_json(), held_out.manifest
+        same_split = all(seen[key] == manifest[key] for key in ("dataset", "split"))
+        same_text = seen["text_sha256"] is not None and seen["text_sha256"] == manifest["text_sha256"]
+        if same_split or same_text or seen["fingerprint"] == manifest["fingerprint"]:
+            rank_zero_warn(
+                f"evaluation set {held_out.name} is the text the model was calibrated on: its perplexity is not held "
+                f"out; choose another with --data.eval_datasets"
+            )
+
+    def _loader(self, tokens: Tensor, batch_size: int) -> DataLoader[Batch]:
+        """Every process gets equally many batches: unequal counts hang Lightning, repeated samples bias the sums."""
+        processes = 1 if self.trainer is None else self.trainer.world_size
+        missing = -len(tokens) % (processes * batch_size) if processes > 1 else 0
+        weight = torch.cat([torch.ones(len(tokens)), torch.zeros(missing)])
+        padded = torch.cat([tokens, tokens[:1].expand(missing, -1)])
+        return DataLoader(TensorDataset(padded, weight), batch_size=batch_size, shuffle=False)  # type: ignore[arg-type]
+
+
+def _calibration_set(tokens: Tensor, **manifest: Any) -> CalibrationSet:
+    num_samples, seq_len = tokens.shape
+    unknown = dict.fromkeys(("configuration", "revision", "text_sha256", "tokenizer_sha256", "stride", "seed"))
+    return CalibrationSet(
+        tokens,
+        CalibrationManifest(
+            **{**unknown, **manifest}, num_samples=num_samples, seq_len=seq_len, fingerprint=fingerprint(tokens)
+        ),
+    )
+
+
+def _at_least(least: int, **options: int) -> None:
+    for name, value in options.items():
+        if value < least:
+            raise UserError(f"--data.{name} is {value}: it must be at least {least}")

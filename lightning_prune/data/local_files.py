@@ -1,0 +1,126 @@
+"""Text in local files: plain text, JSON lines, parquet, and folders written by `datasets.save_to_disk`."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+from lightning_prune.errors import UserError
+
+FILE_KINDS = (
+    ".txt, .jsonl, .json.gz or .parquet file, folder saved by datasets.save_to_disk, "
+    "or token array (.npy, .safetensors)"
+)
+JOINER = "\n\n"  # documents of a local file are joined by a blank line
+
+
+def local_splits(path: Path) -> list[str]:
+    """The splits of a saved DatasetDict; an empty list for anything without splits."""
+    index = path / "dataset_dict.json"
+    if not index.is_file():
+        return []
+    try:
+        return [str(split) for split in json.loads(index.read_text(encoding="utf-8"))["splits"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def read_local(path: Path, split: str) -> tuple[str, str | None]:
+    """The text of one split and its revision (the fingerprint `datasets` keeps; None for a file).
+
+    Args:
+        path: an existing file or folder.
+        split: of a saved DatasetDict; ignored for everything else.
+
+    Raises:
+        UserError: unknown kind, broken content, or no column that is clearly the text.
+    """
+    name = path.name.lower()
+    try:
+        if path.is_dir():
+            return _saved_folder(path, split)
+        if name.endswith(".txt"):
+            return path.read_text(encoding="utf-8"), None
+        if name.endswith(".jsonl"):
+            with path.open(encoding="utf-8") as lines:
+                return _json_lines(path, lines), None
+        if name.endswith(".json.gz"):
+            with gzip.open(path, "rt", encoding="utf-8") as lines:
+                return _json_lines(path, lines), None
+        if name.endswith(".parquet"):
+            schema = pq.read_schema(path)
+            strings = {field.name for field in schema if _is_string(field.type)}
+            column = _text_column(path, schema.names, strings)
+            return _join(pq.read_table(path, columns=[column])[column].to_pylist()), None
+    except (OSError, EOFError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise _unreadable(path, error) from error
+    raise UserError(f"--data.dataset {path} is of an unknown kind; allowed: a {FILE_KINDS}")
+
+
+def _saved_folder(path: Path, split: str) -> tuple[str, str | None]:
+    if not any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json")):
+        raise UserError(
+            f"--data.dataset {path} is a folder, but not one saved by datasets.save_to_disk; allowed: a {FILE_KINDS}"
+        )
+    try:
+        rows: Any = datasets.load_from_disk(str(path))
+    except (ValueError, KeyError) as error:
+        raise _unreadable(path, error) from error
+    if isinstance(rows, datasets.DatasetDict):
+        rows = rows[split]
+    strings = {name for name, kind in rows.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")}
+    return _join(rows[_text_column(path, rows.column_names, strings)]), rows._fingerprint
+
+
+def _json_lines(path: Path, lines: Iterable[str]) -> str:
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"--data.dataset {path}, line {number}: not JSON ({error.msg}); one object a line"
+            ) from error
+        if not isinstance(row, dict):
+            raise UserError(f"--data.dataset {path}, line {number}: a {type(row).__name__}; one JSON object a line")
+        rows.append(row)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    strings = {name for name in names if all(isinstance(row.get(name), str | None) for row in rows)}
+    column = _text_column(path, names, strings)
+    return _join(row.get(column) for row in rows)
+
+
+def _text_column(path: Path, names: list[str], strings: set[str]) -> str:
+    """`text`, else `sentence`, else the only column of strings."""
+    for name in ("text", "sentence"):
+        if name in strings:
+            return name
+    if len(strings) == 1:
+        return next(iter(strings))
+    found = ", ".join(f"{name} (text)" if name in strings else name for name in names) or "none"
+    raise UserError(
+        f"cannot tell which column of {path} is the text; found: {found}. Name it text or sentence, or choose "
+        f"another file with --data.dataset"
+    )
+
+
+def _join(documents: Iterable[str | None]) -> str:
+    return JOINER.join(document for document in documents if document is not None)
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UserError(f"cannot read {path}: {reason}. Check the file, or choose another with --data.dataset")

@@ -1,0 +1,8 @@
+"""The one exception that means "the user can fix this"."""
+
+
+class UserError(Exception):
+    """A mistake in the input: the command line prints the message alone and exits with status 2.
+
+    The message says what was found, what is allowed, and which option to change.
+    """

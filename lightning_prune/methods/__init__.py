@@ -1,0 +1,6 @@
+"""One file per pruning method; importing the package makes their names known to the command line."""
+
+from lightning_prune.methods.magnitude import Magnitude
+from lightning_prune.methods.wanda import Wanda
+
+__all__ = ["Magnitude", "Wanda"]

@@ -1,0 +1,110 @@
+"""Methods that rank GQA groups and MLP channels: importance → score → one ranking → plan."""
+
+from abc import abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_prune.errors import UserError
+from lightning_prune.methods.base import PruningMethod
+from lightning_prune.methods.scores import BLOCKS, Scores, group_scores
+from lightning_prune.methods.selection import Budget, protect_best, select_global, select_uniform
+from lightning_prune.surgery.anatomy import LayerAnatomy
+from lightning_prune.surgery.cut import parameters_after
+from lightning_prune.surgery.plan import LayerPlan
+
+Allocation = Literal["global", "uniform"]
+
+
+class GroupPruning(PruningMethod):
+    """Removes GQA groups and MLP channels with the lowest score = importance / cost in parameters.
+
+    Args:
+        pretrained: Model folder or hub id to prune. ``demo`` is the small model inside the package.
+        pruning_ratio: Share of all parameters (embeddings and head included) to remove, between 0 and 1.
+        allocation: ``global`` ranks the groups of all layers together; ``uniform`` takes the same share from every
+            layer, so the checkpoint has one width and loads as a stock model.
+        round_to: Keep a multiple of this many MLP channels in every layer (64 suits GPU kernels).
+        freeze_first_n_layers: Leave this many layers at the input side untouched.
+        freeze_last_n_layers: Leave this many layers at the output side untouched.
+        min_groups_per_layer: Keep at least this many GQA groups and MLP channels in every layer. 0 lets whole
+            blocks and layers go.
+        label: Name of this system in run folders, TensorBoard and tables. Default: the method's own name.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "demo",
+        pruning_ratio: float = 0.2,
+        allocation: Allocation = "global",
+        round_to: int = 1,
+        freeze_first_n_layers: int = 0,
+        freeze_last_n_layers: int = 0,
+        min_groups_per_layer: int = 0,
+        label: str | None = None,
+    ) -> None:
+        super().__init__(pretrained, pruning_ratio, label)
+        for name, value, smallest in (
+            ("round_to", round_to, 1),
+            ("freeze_first_n_layers", freeze_first_n_layers, 0),
+            ("freeze_last_n_layers", freeze_last_n_layers, 0),
+            ("min_groups_per_layer", min_groups_per_layer, 0),
+        ):
+            if value < smallest:
+                raise UserError(f"--model.{name}: found {value}; it must be {smallest} or more.")
+        self.allocation = allocation
+        self.round_to = round_to
+        self.freeze_first_n_layers = freeze_first_n_layers
+        self.freeze_last_n_layers = freeze_last_n_layers
+        self.min_groups_per_layer = min_groups_per_layer
+
+    @abstractmethod
+    def importances(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Importance per GQA group (L tensors ``[K]``) and per MLP channel (L tensors ``[F]``), fp32 or fp64."""
+
+    def score(self, scores: Scores) -> Scores:
+        """Turn importance per cost into the final score; plain methods leave it as it is."""
+        return scores
+
+    def decide(self) -> None:
+        """Rank all groups and take the lowest until the ratio is met."""
+        attention, mlp = self.importances()
+        scores = self.score(group_scores(self.layers, attention, mlp))
+        self.scores = scores.with_pruned(self.select(scores, self.layers, self.dense_parameters))
+        kept = kept_units(self.scores, len(self.layers))
+        self.plan = self.make_plan(kept, parameters_after(self.layers, self.dense_parameters, kept))
+
+    def select(self, scores: Scores, layers: list[LayerAnatomy], total_parameters: int) -> Tensor:
+        """Which units go, bool ``[U]``."""
+        overhead = {}
+        for view in layers:
+            overhead[view.index, 0] = view.attention_block_cost - view.num_kv_heads * view.attention_unit_cost
+            overhead[view.index, 1] = view.mlp_block_cost - view.num_channels * view.mlp_unit_cost
+        budget = Budget(total_parameters, self.pruning_ratio, overhead, self.round_to)
+        last = len(layers) - self.freeze_last_n_layers
+        free = (scores.layer >= self.freeze_first_n_layers) & (scores.layer < last)
+        if not bool(free.any()):
+            raise UserError(
+                f"--model.freeze_first_n_layers {self.freeze_first_n_layers} and --model.freeze_last_n_layers "
+                f"{self.freeze_last_n_layers} leave none of the {len(layers)} layers to prune."
+            )
+        free &= protect_best(scores, self.min_groups_per_layer)
+        choose = select_global if self.allocation == "global" else select_uniform
+        return choose(scores, free, budget)
+
+    def check_ratio(self, layers: list[LayerAnatomy], total_parameters: int) -> None:
+        """Reachability depends on shapes alone, so constant importances tell."""
+        attention = [torch.ones(view.num_kv_heads) for view in layers]
+        mlp = [torch.ones(view.num_channels) for view in layers]
+        self.select(group_scores(layers, attention, mlp), layers, total_parameters)
+
+
+def kept_units(scores: Scores, num_layers: int) -> list[LayerPlan]:
+    """What every layer keeps, from the ``pruned`` column."""
+    kept = ~scores.pruned
+    attention, mlp = (
+        [scores.unit[kept & scores.of(layer, block)].tolist() for layer in range(num_layers)] for block in BLOCKS[:2]
+    )
+    return [LayerPlan(layer, attention[layer], mlp[layer]) for layer in range(num_layers)]
+

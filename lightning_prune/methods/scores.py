@@ -1,0 +1,142 @@
+"""One row per prunable unit: what a method measured, what it made of it, and what it decided (``scores.csv``)."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_prune.errors import UserError
+from lightning_prune.files import write_text
+from lightning_prune.surgery.anatomy import LayerAnatomy
+
+Block = Literal["attention", "mlp", "layer"]
+BLOCKS: tuple[Block, ...] = ("attention", "mlp", "layer")
+COLUMNS = ("layer", "block", "unit", "importance", "cost", "prior", "score", "pruned")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """U prunable units. ``block`` indexes ``BLOCKS``; an attention unit is one KV head with its query heads
+    (GQA group), an mlp unit one intermediate channel, a layer unit a whole decoder layer.
+
+    Shapes ``[U]``: layer, block, unit, cost int64 (cost in parameters); importance, prior, score float64;
+    pruned bool. ``base`` is what breaks ties of ``score``: importance per parameter, normalised where asked.
+    """
+
+    layer: Tensor
+    block: Tensor
+    unit: Tensor
+    importance: Tensor
+    cost: Tensor
+    prior: Tensor
+    score: Tensor
+    pruned: Tensor
+
+    @property
+    def base(self) -> Tensor:
+        """S = importance / cost, float64 ``[U]``."""
+        return self.importance / self.cost
+
+    def of(self, layer: int, block: Block) -> Tensor:
+        """Row mask ``[U]`` of one block of one layer."""
+        return (self.layer == layer) & (self.block == BLOCKS.index(block))
+
+    def with_pruned(self, pruned: Tensor) -> "Scores":
+        """The same scores with another decision, bool ``[U]``."""
+        return replace(self, pruned=pruned)
+
+    def save(self, path: Path) -> None:
+        """Write ``scores.csv``; floats are written so that reading gives back the same bits."""
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        columns = [getattr(self, name).tolist() for name in COLUMNS]
+        columns[1] = [BLOCKS[index] for index in columns[1]]
+        columns[7] = [int(flag) for flag in columns[7]]
+        writer.writerows(zip(*columns, strict=True))
+        write_text(path, buffer.getvalue())
+
+    @classmethod
+    def load(cls, path: Path) -> "Scores":
+        """Read ``scores.csv``.
+
+        Raises:
+            UserError: missing file or a file that is no score table.
+        """
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                rows = list(csv.DictReader(file))
+            block = [BLOCKS.index(row["block"]) for row in rows]  # type: ignore[arg-type]
+            integers = {name: [int(row[name]) for row in rows] for name in ("layer", "unit", "cost", "pruned")}
+            floats = {name: [float(row[name]) for row in rows] for name in ("importance", "prior", "score")}
+        except (OSError, KeyError, ValueError) as error:
+            raise UserError(f"'{path}' is not a score table with the columns {', '.join(COLUMNS)} ({error}).") from None
+        return cls(
+            block=torch.tensor(block, dtype=torch.int64),
+            layer=torch.tensor(integers["layer"], dtype=torch.int64),
+            unit=torch.tensor(integers["unit"], dtype=torch.int64),
+            cost=torch.tensor(integers["cost"], dtype=torch.int64),
+            pruned=torch.tensor(integers["pruned"], dtype=torch.bool),
+            **{name: torch.tensor(values, dtype=torch.float64) for name, values in floats.items()},
+        )
+
+
+def group_scores(layers: Sequence[LayerAnatomy], attention: Sequence[Tensor], mlp: Sequence[Tensor]) -> Scores:
+    """Scores of all groups before any prior: score = importance / cost.
+
+    Args:
+        layers: the anatomy of the dense model, L entries.
+        attention: L tensors ``[K]``, importance per GQA group.
+        mlp: L tensors ``[F]``, importance per channel.
+
+    Raises:
+        FloatingPointError: an importance is NaN or infinite; the message names layer and block.
+    """
+    parts = []
+    for view, attention_importance, mlp_importance in zip(layers, attention, mlp, strict=True):
+        for block, values, cost in (
+            (0, attention_importance, view.attention_unit_cost),
+            (1, mlp_importance, view.mlp_unit_cost),
+        ):
+            if not bool(torch.isfinite(values).all()):
+                raise FloatingPointError(
+                    f"layer {view.index}, {BLOCKS[block]}: {int((~torch.isfinite(values)).sum())} importances "
+                    "are NaN or infinite. Use --trainer.precision 32-true or bf16-true."
+                )
+            parts.append(_rows(view.index, block, values, cost))
+    return Scores(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+
+def layer_scores(importance: Tensor, cost: Sequence[int]) -> Scores:
+    """Scores of whole layers (depth pruning): score = importance ``[L]``, cost in parameters per layer."""
+    count = len(cost)
+    return Scores(
+        layer=torch.arange(count),
+        block=torch.full((count,), BLOCKS.index("layer")),
+        unit=torch.zeros(count, dtype=torch.int64),
+        importance=importance.double().cpu(),
+        cost=torch.tensor(list(cost), dtype=torch.int64),
+        prior=torch.ones(count, dtype=torch.float64),
+        score=importance.double().cpu(),
+        pruned=torch.zeros(count, dtype=torch.bool),
+    )
+
+
+def _rows(layer: int, block: int, values: Tensor, cost: int) -> tuple[Tensor, ...]:
+    count = len(values)
+    importance = values.detach().double().cpu()
+    return (
+        torch.full((count,), layer),
+        torch.full((count,), block),
+        torch.arange(count),
+        importance,
+        torch.full((count,), cost),
+        torch.ones(count, dtype=torch.float64),
+        importance / cost,
+        torch.zeros(count, dtype=torch.bool),
+    )

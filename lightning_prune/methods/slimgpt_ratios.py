@@ -1,0 +1,108 @@
+"""How much SlimGPT takes from each layer: the logarithmically increasing ratio, and whole heads and channels from it."""
+
+import math
+from collections.abc import Sequence
+
+
+def layer_ratios(
+    num_layers: int, target: float, first_ratio: float | None = None, max_ratio: float = 0.95
+) -> list[float]:
+    """ρ_i = ρ_0 + (ρ_{n−1} − ρ_0)·ln(i + 1)/ln(n) with a mean of ``target``: later layers lose more.
+
+    With m = Σ_i ln(i + 1)/(n·ln n) the mean is ρ_0 + (ρ_{n−1} − ρ_0)·m, which gives ρ_{n−1}. The released code divides by
+    ln 32 whatever n is; ln n is the formula. If ρ_{n−1} would exceed ``max_ratio``, it is set to that and ρ_0 raised.
+
+    Args:
+        num_layers: n.
+        target: mean share of the prunable parameters to remove, 0 … max_ratio.
+        first_ratio: ρ_0. None: target · 0.0625/0.2, the paper's proportion for 20 % of LLaMA-7B.
+        max_ratio: no layer loses more than this share.
+
+    Raises:
+        ValueError: the target cannot be met; the message names the largest reachable mean.
+    """
+    if not 0 <= target <= max_ratio:
+        raise ValueError(
+            f"a mean layer ratio of {target:.4f} cannot be met: it must lie between 0 and {max_ratio:.4f}, the most one "
+            "layer may lose."
+        )
+    if num_layers == 1:
+        return [target]
+    first = target * (0.0625 / 0.2) if first_ratio is None else first_ratio
+    rise = [math.log(i + 1) / math.log(num_layers) for i in range(num_layers)]
+    mean_rise = sum(rise) / num_layers
+    last = first + (target - first) / mean_rise
+    if last > max_ratio:
+        last = max_ratio
+        first = (target - last * mean_rise) / (1 - mean_rise)
+    if not (0 <= first <= max_ratio and last >= 0):
+        raise ValueError(
+            f"first_ratio {first:g} would need a last ratio of {last:.4f} for a mean of {target:.4f}; both must lie "
+            f"between 0 and {max_ratio:g}."
+        )
+    return [first + (last - first) * r for r in rise]
+
+
+def unit_counts(
+    ratios: Sequence[float],
+    num_groups: int,
+    num_channels: int,
+    attention_unit_cost: int,
+    mlp_unit_cost: int,
+    budget: int,
+) -> list[tuple[int, int]]:
+    """GQA groups and MLP channels to remove from each layer, together at most ``budget`` parameters.
+
+    Starts from ⌊K·ρ + ½⌋ and ⌊F·ρ + ½⌋. What rounding to whole groups moved is put right on the channels, one per layer
+    in turn, largest ρ first (ties: lower layer), so the profile over the layers stays; the shortfall is less than one
+    channel. Groups change only where channels cannot do it: a layer gives one back, or loses one more, where its
+    rounding was furthest off. Every layer keeps a group and a channel; a layer with ρ = 0 loses nothing.
+
+    Args:
+        ratios: ρ per layer.
+        num_groups: K, GQA groups per layer.
+        num_channels: F, MLP channels per layer.
+        attention_unit_cost: parameters of one group.
+        mlp_unit_cost: parameters of one channel.
+        budget: parameters to remove.
+
+    Raises:
+        ValueError: the budget cannot be reached; the message names the largest reachable one.
+    """
+    order = sorted((i for i, ratio in enumerate(ratios) if ratio > 0), key=lambda i: (-ratios[i], i))
+    most = len(order) * ((num_groups - 1) * attention_unit_cost + (num_channels - 1) * mlp_unit_cost)
+    if budget - most >= mlp_unit_cost:
+        raise ValueError(
+            f"{budget:,} parameters cannot be removed: at most {most:,} can, when every layer keeps one group and one "
+            "channel and layers with ratio 0 stay."
+        )
+    groups = [min(math.floor(num_groups * ratio + 0.5), num_groups - 1) for ratio in ratios]
+    channels = [min(math.floor(num_channels * ratio + 0.5), num_channels - 1) for ratio in ratios]
+    for i in range(len(ratios)):
+        if i not in order:
+            groups[i] = channels[i] = 0
+
+    def excess(i: int) -> float:
+        return groups[i] - num_groups * ratios[i]
+
+    while sum(groups) * attention_unit_cost > budget:
+        groups[max((i for i in order if groups[i] > 0), key=lambda i: (excess(i), -i))] -= 1
+    room = len(order) * (num_channels - 1) * mlp_unit_cost
+    while budget - sum(groups) * attention_unit_cost - room >= mlp_unit_cost:
+        candidates = [i for i in order if groups[i] < num_groups - 1]
+        if not candidates or (sum(groups) + 1) * attention_unit_cost > budget:
+            break
+        groups[min(candidates, key=lambda i: (excess(i), i))] += 1
+
+    removed = sum(groups) * attention_unit_cost + sum(channels) * mlp_unit_cost
+    correction = (budget - removed) // mlp_unit_cost
+    step = 1 if correction > 0 else -1
+    limit = num_channels - 1 if correction > 0 else 0
+    while correction:
+        movable = [i for i in order if channels[i] != limit]
+        if not movable:
+            break
+        for i in movable[: abs(correction)]:
+            channels[i] += step
+            correction -= step
+    return list(zip(groups, channels, strict=True))

@@ -1,0 +1,77 @@
+"""Wanda (Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Language Models") on groups.
+
+The paper scores a weight by |W_ij| · ‖X_j‖₂, with ‖X_j‖₂ the l2 norm of input channel j over all calibration tokens.
+Here the importance of a group is the sum of that score over every weight of the group.
+"""
+
+from torch import Tensor, nn
+
+from lightning_prune.methods.group_pruning import GroupPruning
+from lightning_prune.statistics.input_norms import SumOfSquares
+from lightning_prune.surgery.anatomy import LayerAnatomy
+from lightning_prune.surgery.groups import attention_group_sums, mlp_channel_sums
+
+# Projections that read the same activation share one statistic, collected at the first of them.
+INPUT_OF = {
+    "query": "query",
+    "key": "query",
+    "value": "query",
+    "output": "output",
+    "gate": "gate",
+    "up": "gate",
+    "down": "down",
+}
+
+
+def weight_scores(weight: Tensor, input_norms: Tensor) -> Tensor:
+    """S_ij = |W_ij| · ‖X_j‖₂ (Wanda, eq. 1).
+
+    Args:
+        weight: ``[out, in]``, any float dtype.
+        input_norms: ``[in]`` fp32, l2 norm of each input channel over all calibration tokens.
+
+    Returns:
+        fp32 ``[out, in]``.
+    """
+    return weight.float().abs() * input_norms.float()
+
+
+def wanda_importance(layer: LayerAnatomy, norms: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """I(G) = Σ |W_ij| · ‖X_j‖₂ over every weight of the group, in all its projections.
+
+    Args:
+        layer: one decoder layer.
+        norms: input norms ``[in]`` by role: query, output, gate, down.
+
+    Returns:
+        ``[K]`` per GQA group and ``[F]`` per MLP channel, fp32.
+    """
+    score = {role: weight_scores(linear.weight, norms[INPUT_OF[role]]) for role, linear in layer.linears.items()}
+    return (
+        attention_group_sums(score["query"], score["key"], score["value"], score["output"], layer.num_kv_heads),
+        mlp_channel_sums(score["gate"], score["up"], score["down"]),
+    )
+
+
+class Wanda(GroupPruning):
+    """Wanda: importance of a group = sum of |weight| times the norm of the activation that the weight reads."""
+
+    def attach(self) -> None:
+        """Watch the four distinct inputs of every layer."""
+        self.norms = nn.ModuleDict()
+        for layer in self.layers:
+            for role in sorted(set(INPUT_OF.values())):
+                linear = layer.linears[role]
+                name = f"layer{layer.index}_{role}"
+                self.norms[name] = SumOfSquares(linear.in_features).to(self.device)
+                self.hooks.on_input(f"layer {layer.index}, input of {role}", linear, self.norms[name].update)
+
+    def importances(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Sums of |w|·‖x‖ for every layer."""
+        attention, mlp = [], []
+        for layer in self.layers:
+            norms = {role: self.norms[f"layer{layer.index}_{role}"].norms() for role in set(INPUT_OF.values())}  # type: ignore[operator]
+            groups, channels = wanda_importance(layer, norms)
+            attention.append(groups)
+            mlp.append(channels)
+        return attention, mlp

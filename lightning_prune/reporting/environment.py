@@ -1,0 +1,70 @@
+"""Where a run happened: software versions, hardware, precision. Enough for a paper's appendix."""
+
+import importlib.metadata
+import os
+import platform
+import resource
+import sys
+from typing import Any
+
+import torch
+
+PACKAGES = (
+    "lightning-prune",
+    "torch",
+    "lightning",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "torchmetrics",
+    "safetensors",
+    "numpy",
+)
+
+
+def environment(precision: str, device: torch.device) -> dict[str, Any]:
+    """The contents of ``environment.json``. Memory in bytes."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "cpu": {"name": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpus": [
+            {
+                "name": torch.cuda.get_device_name(index),
+                "memory_bytes": torch.cuda.get_device_properties(index).total_memory,
+            }
+            for index in range(torch.cuda.device_count())
+        ],
+        "cuda": torch.version.cuda,
+        "device": str(device),
+        "precision": precision,
+        "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory of this process: allocated on the GPU where one is used, resident set otherwise."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

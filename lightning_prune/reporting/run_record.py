@@ -1,0 +1,79 @@
+"""The run folder's record: what was run, on what, and what came out."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_prune.evaluation.module import PerplexityResult
+from lightning_prune.files import write_json, write_text
+from lightning_prune.surgery.plan import PruningPlan
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything beside the scores, the plan and the checkpoint.
+
+    ``metrics.json`` is written last: a folder that has one is a finished run.
+    """
+
+    config: str
+    calibration: dict[str, Any]
+    environment: dict[str, Any]
+    metrics: dict[str, Any]
+
+    def save(self, folder: Path) -> None:
+        """Write the four files, each whole or not at all."""
+        write_text(folder / "config.yaml", self.config)
+        write_json(folder / "calibration.json", self.calibration)
+        write_json(folder / "environment.json", self.environment)
+        write_json(folder / "metrics.json", self.metrics)
+
+
+def run_metrics(
+    plan: PruningPlan,
+    dense: dict[str, PerplexityResult],
+    pruned: dict[str, PerplexityResult],
+    evaluation: dict[str, dict[str, Any]],
+    seconds: dict[str, float],
+    peak_memory_bytes: int,
+) -> dict[str, Any]:
+    """The contents of ``metrics.json``.
+
+    Args:
+        plan: what was decided.
+        dense, pruned: perplexity by evaluation set.
+        evaluation: protocol by evaluation set (split, window, BOS handling, number of tokens).
+        seconds: wall-clock seconds by phase.
+        peak_memory_bytes: of this process.
+    """
+    return {
+        "perplexity": {
+            name: {"dense": dense[name].perplexity, "pruned": pruned[name].perplexity, "tokens": dense[name].tokens}
+            for name in dense
+        },
+        "evaluation": evaluation,
+        "parameters": plan.parameters,
+        "pruning_ratio": {"requested": plan.pruning_ratio, "achieved": plan.achieved_ratio},
+        "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
+        "peak_memory_bytes": peak_memory_bytes,
+    }
+
+
+def summary_table(label: str, metrics: dict[str, Any]) -> str:
+    """The small table a run ends with."""
+    parameters, ratio, seconds = metrics["parameters"], metrics["pruning_ratio"], metrics["seconds"]
+    rows = [
+        ("method", label),
+        ("parameters", f"{parameters['dense']:,} → {parameters['pruned']:,}"),
+        ("pruning ratio", f"requested {ratio['requested']:.4f}, achieved {ratio['achieved']:.4f}"),
+    ]
+    rows += [
+        (f"perplexity {name}", f"dense {item['dense']:.3f}, pruned {item['pruned']:.3f} ({item['tokens']:,} tokens)")
+        for name, item in metrics["perplexity"].items()
+    ]
+    rows += [
+        ("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items())),
+        ("peak memory", f"{metrics['peak_memory_bytes'] / 2**20:,.0f} MiB"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

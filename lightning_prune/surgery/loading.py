@@ -1,0 +1,171 @@
+"""Models, configs and tokenizers from a folder, a hub id, or the word ``demo``."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
+from lightning_prune.errors import UserError
+from lightning_prune.surgery.anatomy import family_of
+from lightning_prune.surgery.modeling_pruned import pruned_class
+
+OPTION = "--model.pretrained"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def resolve(pretrained: str) -> str:
+    """The folder or hub id behind ``pretrained``: ``demo`` stands for the embedded model.
+
+    Raises:
+        UserError: a folder that is missing or has no ``config.json``.
+    """
+    if pretrained == "demo":
+        from lightning_prune.demo import demo_model_path
+
+        return str(demo_model_path())
+    folder = Path(pretrained).expanduser()
+    if (folder / "config.json").is_file():
+        return str(folder)
+    if folder.exists():
+        raise UserError(
+            f"{OPTION}: '{pretrained}' holds no config.json, so it is not a Hugging Face model folder. "
+            f"Give a folder with config.json and *.safetensors, a hub id, or 'demo'."
+        )
+    # What is left can be a hub id: "organisation/name", or one of the few bare names.
+    if folder.is_absolute() or pretrained.startswith(".") or len(folder.parts) not in (1, 2):
+        raise UserError(
+            f"{OPTION}: no folder at '{pretrained}'. Give a Hugging Face model folder, a hub id, or 'demo'."
+        )
+    return pretrained
+
+
+def load_config(pretrained: str) -> PretrainedConfig:
+    """The config of a supported model: dense, or pruned by this package in either layout.
+
+    Raises:
+        UserError: nothing there, unreachable, unreadable, or a family without a record.
+    """
+    path = resolve(pretrained)
+    with quiet_transformers(), _user_error(pretrained, "the config cannot be loaded"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    family_of(config)
+    return config
+
+
+def load_model(pretrained: str, dtype: torch.dtype | None) -> PreTrainedModel:
+    """A causal LM in eval mode: dense, stock or per-layer, without remote code.
+
+    Weights are read from safetensors straight into ``dtype`` (None: the checkpoint's own), on the default
+    device of the surrounding ``with torch.device(...)``, the CPU without one.
+
+    Raises:
+        UserError: as ``load_config``; or weights that are missing, damaged, or do not fit the config.
+    """
+    config = load_config(pretrained)
+    path = resolve(pretrained)
+    with quiet_transformers(), _user_error(pretrained, "the weights cannot be loaded"):
+        model, report = _auto_class(config).from_pretrained(
+            path,
+            config=config,
+            dtype="auto" if dtype is None else dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(
+            f"{OPTION}: the weights of '{pretrained}' lack {len(missing)} tensors that its config asks for, "
+            f"'{missing[0]}' the first. Give a complete causal language model."
+        )
+    return model  # type: ignore[no-any-return]
+
+
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A model without storage: shapes and names to check before any weight is read.
+
+    Raises:
+        UserError: the config is inconsistent.
+    """
+    trouble = _user_error(config.name_or_path, "no model can be built from the config")
+    with quiet_transformers(), trouble, torch.device("meta"):
+        if config.is_heterogeneous:
+            return _auto_class(config)(config)  # type: ignore[no-any-return]
+        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+
+
+def load_tokenizer(pretrained: str) -> Any | None:
+    """The tokenizer stored beside the model, or None where there is none.
+
+    Raises:
+        UserError: its files are there but cannot be read.
+    """
+    if not tokenizer_files(pretrained):
+        return None
+    with quiet_transformers(), _user_error(pretrained, "the tokenizer cannot be loaded"):
+        return AutoTokenizer.from_pretrained(resolve(pretrained), trust_remote_code=False)
+
+
+def tokenizer_files(pretrained: str) -> list[Path]:
+    """Local paths of the tokenizer files that stand beside the model (hub files from the cache)."""
+    path = resolve(pretrained)
+    with quiet_transformers(), _user_error(pretrained, "the tokenizer files cannot be found"):
+        found = [
+            cached_file(
+                path,
+                name,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            for name in TOKENIZER_FILES
+        ]
+    return [Path(file) for file in found if file is not None]
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    if config.is_heterogeneous:
+        return pruned_class(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
+    return AutoModelForCausalLM
+
+
+@contextmanager
+def _user_error(pretrained: str, what: str) -> Iterator[None]:
+    """Errors of transformers, safetensors, json and the hub client have no common base: all mean bad input here."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+        raise UserError(
+            f"{OPTION}: {what} from '{pretrained}' ({type(error).__name__}: {first_line}). "
+            f"Give a Hugging Face model folder, a hub id that can be reached, or 'demo'."
+        ) from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """transformers without warnings and progress bars: what matters is raised as an error instead."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

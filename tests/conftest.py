@@ -1,0 +1,34 @@
+"""Fixtures every folder uses. The factories themselves are plain functions in ``tests/tiny.py``."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from tests.tiny import make_tiny
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    """``tiny_model(family="llama", heads=4, kv_heads=2, tied=True, layers=4, seed=0)``."""
+    return make_tiny
+
+
+@pytest.fixture
+def tiny_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """As ``tiny_model``, saved as a Hugging Face folder without a tokenizer."""
+
+    def save(**options: Any) -> Path:
+        folder = tmp_path / f"tiny-{len(list(tmp_path.iterdir()))}"
+        make_tiny(**options).save_pretrained(folder)
+        return folder
+
+    return save

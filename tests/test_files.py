@@ -1,0 +1,70 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from lightning_prune import files
+from lightning_prune.files import new_folder, write_json, write_text
+
+
+def test_text_is_replaced_whole_and_leaves_no_temporary_file(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "a.txt"
+    write_text(target, "first")
+    write_text(target, "zweite ✓")
+    assert target.read_text(encoding="utf-8") == "zweite ✓"
+    assert [file.name for file in target.parent.iterdir()] == ["a.txt"]
+
+
+def test_failing_write_leaves_the_old_text(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    write_text(target, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(target, "\ud800")
+    assert target.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_json_has_null_where_a_number_is_not_finite(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"x": [float("nan"), (float("inf"), 1.5)], "y": "é"})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": [None, [None, 1.5]], "y": "é"}
+
+
+@pytest.mark.parametrize("exception", [ValueError, KeyboardInterrupt, SystemExit])
+def test_interrupted_folder_leaves_nothing(tmp_path: Path, exception: type[BaseException]) -> None:
+    with pytest.raises(exception), new_folder(tmp_path / "run") as folder:
+        (folder / "half").write_text("x")
+        raise exception
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_folder_leaves_the_old_one(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "run") as folder:
+        (folder / "old").write_text("x")
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "run") as folder:
+        (folder / "new").write_text("y")
+        raise KeyboardInterrupt
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["run", "run/old"]
+
+
+def test_new_folder_replaces_the_old_one(tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        with new_folder(tmp_path / "run") as folder:
+            (folder / name).write_text("x")
+            assert not (tmp_path / "run" / name).exists()
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["run", "run/new"]
+
+
+def test_old_folder_comes_back_when_the_last_rename_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "old").write_text("x")
+    rename = files.os.replace
+
+    def failing(source: Path, target: Path) -> None:
+        if (Path(source) / "new").exists():
+            raise OSError("no rename today")
+        rename(source, target)
+
+    monkeypatch.setattr(files.os, "replace", failing)
+    with pytest.raises(OSError, match="no rename today"), new_folder(tmp_path / "run") as folder:
+        (folder / "new").write_text("y")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["run", "run/old"]
