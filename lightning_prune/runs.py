@@ -43,7 +43,6 @@ def prune_and_record(
     method.run_folder = folder = run_folder(trainer, method.label)
     check_writable(folder)
     data.needs_calibration = method.needs_calibration
-    data.prepare_data()
     with method.timed("tokenise"):
         data.setup("fit")
     if dense is None:
@@ -77,7 +76,6 @@ def evaluate_and_record(
     folder = run_folder(trainer, "test")
     check_writable(folder)
     data.needs_calibration = False
-    data.prepare_data()
     data.setup("test")
     if not data.evaluation:
         raise UserError("--data.eval_datasets: nothing to evaluate on. Name at least one corpus, file or token array.")

@@ -29,20 +29,24 @@ def test_json_has_null_where_a_number_is_not_finite(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": [None, [None, 1.5]], "y": "é"}
 
 
-@pytest.mark.parametrize("exception", [ValueError, KeyboardInterrupt, SystemExit])
-def test_interrupted_folder_leaves_nothing(tmp_path: Path, exception: type[BaseException]) -> None:
-    with pytest.raises(exception), new_folder(tmp_path / "run") as folder:
+def write_half(path: Path, exception: type[BaseException]) -> None:
+    with new_folder(path) as folder:
         (folder / "half").write_text("x")
         raise exception
+
+
+@pytest.mark.parametrize("exception", [ValueError, KeyboardInterrupt, SystemExit])
+def test_interrupted_folder_leaves_nothing(tmp_path: Path, exception: type[BaseException]) -> None:
+    with pytest.raises(exception):
+        write_half(tmp_path / "run", exception)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_interrupted_folder_leaves_the_old_one(tmp_path: Path) -> None:
     with new_folder(tmp_path / "run") as folder:
         (folder / "old").write_text("x")
-    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "run") as folder:
-        (folder / "new").write_text("y")
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        write_half(tmp_path / "run", KeyboardInterrupt)
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["run", "run/old"]
 
 

@@ -92,7 +92,7 @@ def mixed_plan(model: PreTrainedModel, **fields: Any) -> PruningPlan:
 def uniform_plan(model: PreTrainedModel, **fields: Any) -> PruningPlan:
     """For four layers of 40 channels: one less, and the others equally narrower, by other indices in each."""
     heads = list(range(model.config.num_key_value_heads))
-    kept = [(heads[1:] or heads, list(range(0, 24))), ([], []), (heads[:-1] or heads, list(range(16, 40)))]
+    kept = [(heads[1:] or heads, list(range(24))), ([], []), (heads[:-1] or heads, list(range(16, 40)))]
     return tiny_plan(model, [*kept, (heads[1:] or heads, list(range(8, 32)))], **fields)
 
 

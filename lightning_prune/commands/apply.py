@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
             f"--output: '{arguments.output}' exists and is not an empty folder. Give a new or an empty one."
         )
     dtype = getattr(torch, plan.dtype, None)
-    if not isinstance(dtype, torch.dtype):
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UserError(f"--plan: dtype '{plan.dtype}' is not known. Allowed: float32, bfloat16, float16.")
 
     # Everything that can be wrong is found before the weights are read.

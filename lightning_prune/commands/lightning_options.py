@@ -128,6 +128,8 @@ def quiet() -> None:
         ".*does not have a .*val_dataloader.*",
         ".*Checkpoint directory .* exists.*",
         ".*returned .*None.*",
+        ".*is smaller than the logging interval.*",
+        ".*args parameter is intended to run.*",
     ):
         warnings.filterwarnings("ignore", message=message)
 

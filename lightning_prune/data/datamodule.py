@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -22,6 +22,7 @@ from lightning_prune.demo import demo_model_path
 from lightning_prune.errors import UserError
 
 Batch = tuple[Tensor, Tensor]
+_UNKNOWN = dict.fromkeys(("configuration", "revision", "text_sha256", "tokenizer_sha256"))  # of a token array
 
 
 class CalibrationDataModule(LightningDataModule):
@@ -137,9 +138,12 @@ class CalibrationDataModule(LightningDataModule):
             for held_out in self._evaluation:
                 self._warn_if_seen(held_out)
 
-    def train_dataloader(self) -> DataLoader[Batch]:
-        """Calibration batches `(ids [B, seq_len] int64, weight [B] float32)`, weight 0 for padding samples."""
-        return self._loader(self.calibration.tokens, self.batch_size)
+    def train_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """Calibration batches `(ids [B, seq_len] int64, weight [B] float32)`, weight 0 for padding samples.
+
+        Empty for a method that reads no data; Lightning then skips the epochs.
+        """
+        return self._loader(self.calibration.tokens, self.batch_size) if self.needs_calibration else []
 
     def test_dataloader(self) -> list[DataLoader[Batch]]:
         """One loader per evaluation set, in the order of `evaluation`, with the same items as calibration."""
@@ -201,7 +205,7 @@ class CalibrationDataModule(LightningDataModule):
         if specs is None:
             dataset, _ = split_spec(self.source)
             if is_token_array(dataset) or held_out_split(dataset) is None:
-                rank_zero_info(
+                rank_zero_warn(
                     f"no evaluation: {dataset} has no held-out split; name evaluation sets with --data.eval_datasets"
                 )
                 return []
@@ -222,12 +226,7 @@ class CalibrationDataModule(LightningDataModule):
         name = Path(dataset).name
         if is_token_array(dataset):
             tokens = self._token_array(dataset, split)
-            provenance: dict[str, Any] = {
-                "dataset": dataset,
-                "split": "all",
-                "text_sha256": None,
-                "tokenizer_sha256": None,
-            }
+            provenance: dict[str, Any] = {**_UNKNOWN, "dataset": dataset, "split": "all"}
         else:
             default = held_out_split(dataset) or "all"
             name = name if split in (None, default) else f"{name}:{split}"
@@ -278,11 +277,13 @@ class CalibrationDataModule(LightningDataModule):
 
 def _calibration_set(tokens: Tensor, **manifest: Any) -> CalibrationSet:
     num_samples, seq_len = tokens.shape
-    unknown = dict.fromkeys(("configuration", "revision", "text_sha256", "tokenizer_sha256", "stride", "seed"))
     return CalibrationSet(
         tokens,
         CalibrationManifest(
-            **{**unknown, **manifest}, num_samples=num_samples, seq_len=seq_len, fingerprint=fingerprint(tokens)
+            **{**_UNKNOWN, "stride": None, "seed": None, **manifest},
+            num_samples=num_samples,
+            seq_len=seq_len,
+            fingerprint=fingerprint(tokens),
         ),
     )
 

@@ -18,6 +18,7 @@ FILE_KINDS = (
     ".txt, .jsonl, .json.gz or .parquet file, folder saved by datasets.save_to_disk, "
     "or token array (.npy, .safetensors)"
 )
+_OPTIONS = "--data.dataset and --data.eval_datasets"
 JOINER = "\n\n"  # documents of a local file are joined by a blank line
 
 
@@ -61,13 +62,13 @@ def read_local(path: Path, split: str) -> tuple[str, str | None]:
             return _join(pq.read_table(path, columns=[column])[column].to_pylist()), None
     except (OSError, EOFError, UnicodeDecodeError, pa.ArrowException) as error:
         raise _unreadable(path, error) from error
-    raise UserError(f"--data.dataset {path} is of an unknown kind; allowed: a {FILE_KINDS}")
+    raise UserError(f"{path} is of an unknown kind; {_OPTIONS} take a {FILE_KINDS}")
 
 
 def _saved_folder(path: Path, split: str) -> tuple[str, str | None]:
     if not any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json")):
         raise UserError(
-            f"--data.dataset {path} is a folder, but not one saved by datasets.save_to_disk; allowed: a {FILE_KINDS}"
+            f"{path} is a folder, but not one saved by datasets.save_to_disk; {_OPTIONS} take a {FILE_KINDS}"
         )
     try:
         rows: Any = datasets.load_from_disk(str(path))
@@ -88,10 +89,10 @@ def _json_lines(path: Path, lines: Iterable[str]) -> str:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(
-                f"--data.dataset {path}, line {number}: not JSON ({error.msg}); one object a line"
+                f"{path}, line {number}: not JSON ({error.msg}); {_OPTIONS} take one JSON object a line"
             ) from error
         if not isinstance(row, dict):
-            raise UserError(f"--data.dataset {path}, line {number}: a {type(row).__name__}; one JSON object a line")
+            raise UserError(f"{path}, line {number}: a {type(row).__name__}; {_OPTIONS} take one JSON object a line")
         rows.append(row)
     names = list(dict.fromkeys(name for row in rows for name in row))
     strings = {name for name in names if all(isinstance(row.get(name), str | None) for row in rows)}
@@ -109,7 +110,7 @@ def _text_column(path: Path, names: list[str], strings: set[str]) -> str:
     found = ", ".join(f"{name} (text)" if name in strings else name for name in names) or "none"
     raise UserError(
         f"cannot tell which column of {path} is the text; found: {found}. Name it text or sentence, or choose "
-        f"another file with --data.dataset"
+        f"another file with {_OPTIONS}"
     )
 
 
@@ -123,4 +124,4 @@ def _is_string(kind: pa.DataType) -> bool:
 
 def _unreadable(path: Path, error: Exception) -> UserError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return UserError(f"cannot read {path}: {reason}. Check the file, or choose another with --data.dataset")
+    return UserError(f"cannot read {path}: {reason}. Check the file, or choose another with {_OPTIONS}")

@@ -1,6 +1,8 @@
 """One file per pruning method; importing the package makes their names known to the command line."""
 
+from lightning_prune.methods.hgsp import HGSP
 from lightning_prune.methods.magnitude import Magnitude
+from lightning_prune.methods.shortgpt import ShortGPT
 from lightning_prune.methods.wanda import Wanda
 
-__all__ = ["Magnitude", "Wanda"]
+__all__ = ["HGSP", "Magnitude", "ShortGPT", "Wanda"]

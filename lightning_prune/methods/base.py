@@ -2,6 +2,7 @@
 
 import time
 from abc import abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from lightning_prune.errors import UserError
 from lightning_prune.evaluation.module import EvaluatedModel
+from lightning_prune.files import write_json
 from lightning_prune.methods.scores import Scores
 from lightning_prune.statistics.hooks import Hooks
 from lightning_prune.surgery.anatomy import LayerAnatomy, anatomy, count_parameters
@@ -19,6 +21,18 @@ from lightning_prune.surgery.cut import cut, layout_of
 from lightning_prune.surgery.loading import meta_model
 from lightning_prune.surgery.model_card import model_card
 from lightning_prune.surgery.plan import LayerPlan, PruningPlan
+
+
+@dataclass(frozen=True)
+class SavedMeasurement:
+    """What an earlier run measured, so that another decision needs no calibration.
+
+    ``details`` is its ``method.json``, ``calibration`` its ``calibration.json`` (None for methods without data).
+    """
+
+    scores: Scores
+    details: dict[str, Any]
+    calibration: dict[str, Any] | None
 
 
 class PruningMethod(EvaluatedModel):
@@ -34,6 +48,7 @@ class PruningMethod(EvaluatedModel):
     """
 
     needs_calibration = True
+    reusable = True  # whether a saved score table is enough to decide again
     plan: PruningPlan
     scores: Scores
 
@@ -51,6 +66,12 @@ class PruningMethod(EvaluatedModel):
         self.hooks = Hooks()
         self.pruned_folder: Path | None = None
         self.dense_parameters = 0
+        self.saved: SavedMeasurement | None = None
+
+    def reuse(self, saved: SavedMeasurement) -> None:
+        """Decide from an earlier run's scores; no calibration data is opened."""
+        self.saved = saved
+        self.needs_calibration = False
 
     @property
     def method(self) -> str:
@@ -100,6 +121,12 @@ class PruningMethod(EvaluatedModel):
 
     def check_ratio(self, layers: list[LayerAnatomy], total_parameters: int) -> None:
         """Raise UserError when the ratio cannot be reached; ``layers`` are on the meta device."""
+
+    def details(self) -> dict[str, Any]:
+        """What the method measured and chose beside its scores, for ``method.json``: thresholds, damping, ratios."""
+        prunable = sum(view.attention_unit_cost * view.num_kv_heads for view in self.layers)
+        prunable += sum(view.mlp_unit_cost * view.num_channels for view in self.layers)
+        return {"prunable_fraction": prunable / self.dense_parameters}
 
     # The life cycle, in the order Lightning calls it
 
@@ -153,6 +180,7 @@ class PruningMethod(EvaluatedModel):
     def _decide(self) -> None:
         with self.timed("decide"), torch.no_grad():
             self.decide()
+            self._details = self.details()
 
     def on_fit_end(self) -> None:
         """Prune: the strategy is torn down, the module is whole and on the CPU. Rank 0 saves."""
@@ -163,12 +191,15 @@ class PruningMethod(EvaluatedModel):
             with self.timed("save"):
                 self.scores.save(folder / "scores.csv")
                 self.plan.save(folder / "plan.json")
+                write_json(folder / "method.json", {"method": self.method, "label": self.label, **self._details})
                 card = model_card(self.plan, layout_of(self.model), self.calibration_facts())
                 save_checkpoint(self.model, folder / "pruned", tokenizer_from=self.pretrained, card=card)
         self.pruned_folder = folder / "pruned"
 
     def calibration_facts(self) -> dict[str, Any] | None:
         """The manifest of the calibration set, None for methods without data."""
+        if self.saved is not None:
+            return self.saved.calibration
         return self.datamodule.calibration.manifest.to_json() if self.needs_calibration else None
 
     def make_plan(self, kept: list[LayerPlan], pruned_parameters: int, weights_updated: bool = False) -> PruningPlan:
@@ -178,9 +209,7 @@ class PruningMethod(EvaluatedModel):
             pruning_ratio=self.pruning_ratio,
             achieved_ratio=1 - pruned_parameters / self.dense_parameters,
             parameters={"dense": self.dense_parameters, "pruned": pruned_parameters},
-            calibration_fingerprint=(
-                self.datamodule.calibration.manifest.fingerprint if self.needs_calibration else None
-            ),
+            calibration_fingerprint=(self.calibration_facts() or {}).get("fingerprint"),
             base_model=self.pretrained,
             layers=kept,
             dtype=str(self.model.dtype).removeprefix("torch."),

@@ -1,7 +1,8 @@
 """Methods that rank GQA groups and MLP channels: importance → score → one ranking → plan."""
 
 from abc import abstractmethod
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -65,12 +66,16 @@ class GroupPruning(PruningMethod):
 
     def score(self, scores: Scores) -> Scores:
         """Turn importance per cost into the final score; plain methods leave it as it is."""
-        return scores
+        return replace(scores, score=scores.base)
 
     def decide(self) -> None:
         """Rank all groups and take the lowest until the ratio is met."""
-        attention, mlp = self.importances()
-        scores = self.score(group_scores(self.layers, attention, mlp))
+        if self.saved is None:
+            attention, mlp = self.importances()
+            measured = group_scores(self.layers, attention, mlp)
+        else:
+            measured = self.saved.scores
+        scores = self.score(measured)
         self.scores = scores.with_pruned(self.select(scores, self.layers, self.dense_parameters))
         kept = kept_units(self.scores, len(self.layers))
         self.plan = self.make_plan(kept, parameters_after(self.layers, self.dense_parameters, kept))
@@ -82,8 +87,8 @@ class GroupPruning(PruningMethod):
             overhead[view.index, 0] = view.attention_block_cost - view.num_kv_heads * view.attention_unit_cost
             overhead[view.index, 1] = view.mlp_block_cost - view.num_channels * view.mlp_unit_cost
         budget = Budget(total_parameters, self.pruning_ratio, overhead, self.round_to)
-        last = len(layers) - self.freeze_last_n_layers
-        free = (scores.layer >= self.freeze_first_n_layers) & (scores.layer < last)
+        frozen = self.frozen_layers(len(layers))
+        free = torch.tensor([layer not in frozen for layer in scores.layer.tolist()])
         if not bool(free.any()):
             raise UserError(
                 f"--model.freeze_first_n_layers {self.freeze_first_n_layers} and --model.freeze_last_n_layers "
@@ -92,6 +97,22 @@ class GroupPruning(PruningMethod):
         free &= protect_best(scores, self.min_groups_per_layer)
         choose = select_global if self.allocation == "global" else select_uniform
         return choose(scores, free, budget)
+
+    def frozen_layers(self, num_layers: int) -> set[int]:
+        """Layers that are never candidates; they are still measured and counted."""
+        last = num_layers - self.freeze_last_n_layers
+        return {layer for layer in range(num_layers) if not self.freeze_first_n_layers <= layer < last}
+
+    def details(self) -> dict[str, Any]:
+        """The options that shaped the selection."""
+        return {
+            "allocation": self.allocation,
+            "round_to": self.round_to,
+            "freeze_first_n_layers": self.freeze_first_n_layers,
+            "freeze_last_n_layers": self.freeze_last_n_layers,
+            "min_groups_per_layer": self.min_groups_per_layer,
+            **super().details(),
+        }
 
     def check_ratio(self, layers: list[LayerAnatomy], total_parameters: int) -> None:
         """Reachability depends on shapes alone, so constant importances tell."""
@@ -107,4 +128,3 @@ def kept_units(scores: Scores, num_layers: int) -> list[LayerPlan]:
         [scores.unit[kept & scores.of(layer, block)].tolist() for layer in range(num_layers)] for block in BLOCKS[:2]
     )
     return [LayerPlan(layer, attention[layer], mlp[layer]) for layer in range(num_layers)]
-

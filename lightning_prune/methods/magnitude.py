@@ -27,5 +27,5 @@ class Magnitude(GroupPruning):
 
     def importances(self) -> tuple[list[Tensor], list[Tensor]]:
         """Sums of |w| for every layer."""
-        attention, mlp = zip(*(magnitude_importance(layer) for layer in self.layers), strict=True)
-        return list(attention), list(mlp)
+        pairs = [magnitude_importance(layer) for layer in self.layers]
+        return [groups for groups, _ in pairs], [channels for _, channels in pairs]

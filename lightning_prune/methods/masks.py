@@ -35,8 +35,8 @@ def parse_structure(text: str) -> Structure:
     if match and 0 < int(match[1]) < int(match[2]):
         return Structure("n:m", int(match[1]), int(match[2]))
     raise UserError(
-        f"--model.structure: '{text}' is not known. Allowed: group, unstructured, or n:m with 0 < n < m (keep n of every "
-        "m inputs), for example 2:4 or 4:8."
+        f"--model.structure: '{text}' is not known. Allowed: group, unstructured, or n:m with 0 < n < m (keep n of "
+        "every m inputs), for example 2:4 or 4:8."
     )
 
 
@@ -80,7 +80,7 @@ def tensor_mask(scores: Tensor, fraction: float) -> Tensor:
 
 
 def share(size: int, fraction: float) -> int:
-    """⌊size · fraction⌋ of the decimal number that was written: 0.29 of 100 is 29, though 0.29 · 100 = 28.999… in floats."""
+    """⌊size · fraction⌋ of the decimal that was written: 0.29 of 100 is 29, though floats say 28.999…"""
     return math.floor(size * Fraction(str(fraction)))
 
 

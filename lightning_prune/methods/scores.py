@@ -24,8 +24,9 @@ class Scores:
     """U prunable units. ``block`` indexes ``BLOCKS``; an attention unit is one KV head with its query heads
     (GQA group), an mlp unit one intermediate channel, a layer unit a whole decoder layer.
 
-    Shapes ``[U]``: layer, block, unit, cost int64 (cost in parameters); importance, prior, score float64;
-    pruned bool. ``base`` is what breaks ties of ``score``: importance per parameter, normalised where asked.
+    Shapes ``[U]``: layer, block, unit, cost int64 (cost in parameters); importance, prior, score, base float64;
+    pruned bool. ``base`` is S, the score before any prior; it breaks ties and is not in the file, where it is
+    importance / cost.
     """
 
     layer: Tensor
@@ -36,11 +37,7 @@ class Scores:
     prior: Tensor
     score: Tensor
     pruned: Tensor
-
-    @property
-    def base(self) -> Tensor:
-        """S = importance / cost, float64 ``[U]``."""
-        return self.importance / self.cost
+    base: Tensor
 
     def of(self, layer: int, block: Block) -> Tensor:
         """Row mask ``[U]`` of one block of one layer."""
@@ -76,13 +73,16 @@ class Scores:
             floats = {name: [float(row[name]) for row in rows] for name in ("importance", "prior", "score")}
         except (OSError, KeyError, ValueError) as error:
             raise UserError(f"'{path}' is not a score table with the columns {', '.join(COLUMNS)} ({error}).") from None
+        found = {name: torch.tensor(values, dtype=torch.float64) for name, values in floats.items()}
+        cost = torch.tensor(integers["cost"], dtype=torch.int64)
         return cls(
             block=torch.tensor(block, dtype=torch.int64),
             layer=torch.tensor(integers["layer"], dtype=torch.int64),
             unit=torch.tensor(integers["unit"], dtype=torch.int64),
-            cost=torch.tensor(integers["cost"], dtype=torch.int64),
+            cost=cost,
             pruned=torch.tensor(integers["pruned"], dtype=torch.bool),
-            **{name: torch.tensor(values, dtype=torch.float64) for name, values in floats.items()},
+            base=found["importance"] / cost,
+            **found,
         )
 
 
@@ -124,6 +124,7 @@ def layer_scores(importance: Tensor, cost: Sequence[int]) -> Scores:
         prior=torch.ones(count, dtype=torch.float64),
         score=importance.double().cpu(),
         pruned=torch.zeros(count, dtype=torch.bool),
+        base=importance.double().cpu(),
     )
 
 
@@ -139,4 +140,5 @@ def _rows(layer: int, block: int, values: Tensor, cost: int) -> tuple[Tensor, ..
         torch.ones(count, dtype=torch.float64),
         importance / cost,
         torch.zeros(count, dtype=torch.bool),
+        importance / cost,
     )

@@ -2,7 +2,7 @@
 
 Symbols: W ``[out, n]`` the weight of o or down; X ``[tokens, n]`` its inputs; H = (2/N)·XᵀX + λ·mean(diag)·I;
 ε the rise of tr(ΔW·H·ΔWᵀ) = (2/N)·‖ΔW·Xᵀ‖² when columns go and the others are refitted. A unit is one MLP channel
-(1 column) or one GQA group (r·d contiguous columns). Everything runs in the dtype of XᵀX: pass float64 for small models.
+(1 column) or one GQA group (r·d contiguous columns). Everything runs in the dtype of XᵀX; float64 where memory allows.
 """
 
 import math
@@ -35,8 +35,10 @@ class InverseHessian:
 
 @dataclass(frozen=True)
 class PrunedLinear:
-    """What is left of one linear: ``kept`` units, int64, ascending; ``weight`` ``[out, kept·width]``, compensated, in the
-    dtype of H⁻¹; ``errors`` ``[units]``: ε when the unit was removed, for a kept one after the last removal; ``damping``: λ.
+    """What is left of one linear.
+
+    ``kept``: units, int64, ascending. ``weight``: ``[out, kept·width]``, compensated, in the dtype of H⁻¹. ``errors``:
+    ``[units]``, ε when the unit was removed, for a kept one after the last removal. ``damping``: the λ that was used.
     """
 
     kept: Tensor
@@ -93,7 +95,7 @@ def inverse_hessian(xtx: Tensor, num_samples: int, damping: float = 0.01) -> Inv
 
 
 def channel_errors(weight: Tensor, inverse: Tensor) -> Tensor:
-    """ε_j = ‖W_:,j‖² / (H⁻¹)_jj ``[n]``: optimal brain surgeon's error of one column, summed over rows, without the ½."""
+    """ε_j = ‖W_:,j‖² / (H⁻¹)_jj ``[n]``: optimal brain surgeon's error of a column over all rows, no ½."""
     return weight.square().sum(0) / inverse.diagonal()
 
 
@@ -109,16 +111,17 @@ def head_errors(weight: Tensor, inverse: Tensor, width: int, kind: HeadError = "
     factor = _cholesky(blocks)
     columns = weight.T.reshape(units, width, -1)
     if kind == "exact":
-        return torch.linalg.solve_triangular(factor, columns, upper=False).square().sum((1, 2))
+        whitened: Tensor = torch.linalg.solve_triangular(factor, columns, upper=False)
+        return whitened.square().sum((1, 2))
     return (columns.square().sum(2) / factor.diagonal(dim1=1, dim2=2).square()).sum(1)
 
 
 def compensate(weight: Tensor, inverse: Tensor, removed: Tensor) -> tuple[Tensor, Tensor]:
     """Remove columns P and let the survivors S make up for them: W'_S = W_S + W_P·H_PS·H_SS⁻¹.
 
-    Computed as W_S − W_P·[(H⁻¹)_PP]⁻¹·(H⁻¹)_PS, the same thing (block inverse), because H⁻¹ is there for the scores, one
-    solve gives both results, eliminating P from a positive definite matrix is stable without pivoting, and it costs
-    O(n²·|P|) where a new inverse costs O(n³).
+    Computed as W_S − W_P·[(H⁻¹)_PP]⁻¹·(H⁻¹)_PS, the same thing (block inverse), because H⁻¹ is there for the scores,
+    one solve gives both results, eliminating P from a positive definite matrix is stable without pivoting, and it
+    costs O(n²·|P|) where a new inverse costs O(n³).
 
     Args:
         weight: W ``[out, n]``.
@@ -155,16 +158,17 @@ def prune_heads(
 
 
 def prune_channels(weight: Tensor, hessian: InverseHessian, group_sizes: Sequence[int]) -> PrunedLinear:
-    """The same loop over single columns; round i removes the ``group_sizes[i]`` lowest (see ``group_size_schedule``)."""
+    """The same loop over single columns; round i removes the ``group_sizes[i]`` lowest (``group_size_schedule``)."""
     return _prune(weight, hessian, 1, group_sizes, channel_errors)
 
 
 def group_size_schedule(target: int, group_size: int | Literal["dynamic"] = "dynamic") -> list[int]:
     """How many MLP channels leave per round; the sum is exactly ``target``.
 
-    A number: always so many. ``dynamic``, the released rule: b₀ = (target − 512)//2, then b ← (b − 512)//2, each clipped
-    to 64 … 1024. Its lower limit is made for thousands of channels: a small MLP would lose everything in one round,
-    without rescoring. At target = 512 the rule takes eight rounds of 64, so below that the limit is target/8, rounded up.
+    A number: always so many. ``dynamic``, the released rule: b₀ = (target − 512)//2, then b ← (b − 512)//2, each
+    clipped to 64 … 1024. Its lower limit is made for thousands of channels: a small MLP would lose everything in one
+    round, without rescoring. At target = 512 the rule takes eight rounds of 64, so below that the limit is target/8,
+    rounded up.
     """
     if group_size != "dynamic" and group_size < 1:
         raise ValueError(f"group_size {group_size} must be at least 1.")
@@ -216,6 +220,7 @@ def _finite(errors: Tensor) -> Tensor:
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
+    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if bool(failed.any()):
         raise NotPositiveDefiniteError("a block of H⁻¹ is not positive definite: rounding; use float64.")
@@ -225,14 +230,15 @@ def _cholesky(matrix: Tensor) -> Tensor:
 def _spd_inverse(hessian: Tensor) -> Tensor | None:
     """Symmetric inverse, or None if the matrix is not positive definite to working precision.
 
-    Scaled to a unit diagonal first, so channels of very different size do not pass for dependent ones. A singular matrix
-    can slip through Cholesky by rounding: its reciprocal condition number (1-norm) is below the machine epsilon.
+    Scaled to a unit diagonal first, so channels of very different size do not pass for dependent ones. A singular
+    matrix can slip through Cholesky by rounding: its reciprocal condition number (1-norm) is below the machine epsilon.
     """
     diagonal = hessian.diagonal()
     if bool((diagonal <= 0).any()):
         return None
     scale = diagonal.rsqrt()
-    unit = hessian * scale[:, None] * scale
+    scale = scale[:, None] * scale
+    unit = hessian * scale
     factor, failed = torch.linalg.cholesky_ex(unit)
     if bool(failed):
         return None
@@ -241,4 +247,4 @@ def _spd_inverse(hessian: Tensor) -> Tensor | None:
     condition = float(unit.abs().sum(0).max() * inverse.abs().sum(0).max())
     if not condition * torch.finfo(hessian.dtype).eps < 1:
         return None
-    return inverse * scale[:, None] * scale
+    return inverse * scale

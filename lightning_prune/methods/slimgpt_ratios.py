@@ -1,4 +1,4 @@
-"""How much SlimGPT takes from each layer: the logarithmically increasing ratio, and whole heads and channels from it."""
+"""How much SlimGPT takes from each layer: logarithmically increasing ratios, then whole groups and channels."""
 
 import math
 from collections.abc import Sequence
@@ -9,8 +9,9 @@ def layer_ratios(
 ) -> list[float]:
     """ρ_i = ρ_0 + (ρ_{n−1} − ρ_0)·ln(i + 1)/ln(n) with a mean of ``target``: later layers lose more.
 
-    With m = Σ_i ln(i + 1)/(n·ln n) the mean is ρ_0 + (ρ_{n−1} − ρ_0)·m, which gives ρ_{n−1}. The released code divides by
-    ln 32 whatever n is; ln n is the formula. If ρ_{n−1} would exceed ``max_ratio``, it is set to that and ρ_0 raised.
+    With m = Σ_i ln(i + 1)/(n·ln n) the mean is ρ_0 + (ρ_{n−1} − ρ_0)·m, which gives ρ_{n−1}. The released code
+    divides by ln 32 whatever n is; ln n is the formula. If ρ_{n−1} would exceed ``max_ratio``, it is set to that
+    and ρ_0 raised.
 
     Args:
         num_layers: n.
@@ -23,8 +24,8 @@ def layer_ratios(
     """
     if not 0 <= target <= max_ratio:
         raise ValueError(
-            f"a mean layer ratio of {target:.4f} cannot be met: it must lie between 0 and {max_ratio:.4f}, the most one "
-            "layer may lose."
+            f"a mean layer ratio of {target:.4f} cannot be met: it must lie between 0 and {max_ratio:.4f}, the most "
+            "one layer may lose."
         )
     if num_layers == 1:
         return [target]
@@ -34,7 +35,7 @@ def layer_ratios(
     last = first + (target - first) / mean_rise
     if last > max_ratio:
         last = max_ratio
-        first = (target - last * mean_rise) / (1 - mean_rise)
+        first = min(max_ratio, (target - last * mean_rise) / (1 - mean_rise))
     if not (0 <= first <= max_ratio and last >= 0):
         raise ValueError(
             f"first_ratio {first:g} would need a last ratio of {last:.4f} for a mean of {target:.4f}; both must lie "
@@ -54,9 +55,10 @@ def unit_counts(
     """GQA groups and MLP channels to remove from each layer, together at most ``budget`` parameters.
 
     Starts from ⌊K·ρ + ½⌋ and ⌊F·ρ + ½⌋. What rounding to whole groups moved is put right on the channels, one per layer
-    in turn, largest ρ first (ties: lower layer), so the profile over the layers stays; the shortfall is less than one
-    channel. Groups change only where channels cannot do it: a layer gives one back, or loses one more, where its
-    rounding was furthest off. Every layer keeps a group and a channel; a layer with ρ = 0 loses nothing.
+    in turn, largest ρ first (ties: lower layer), so the profile over the layers stays and the shortfall is less than
+    one channel. Groups change only where channels cannot do it: one is given back, or one more taken, in the layer
+    whose rounding was furthest off; if no channel is left and a group is too much, the shortfall stays larger.
+    Every layer keeps a group and a channel; a layer with ρ = 0 loses nothing.
 
     Args:
         ratios: ρ per layer.

@@ -4,9 +4,12 @@ The paper scores a weight by |W_ij| · ‖X_j‖₂, with ‖X_j‖₂ the l2 no
 Here the importance of a group is the sum of that score over every weight of the group.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from lightning_prune.methods.group_pruning import GroupPruning
+from lightning_prune.statistics.hooks import Hooks
 from lightning_prune.statistics.input_norms import SumOfSquares
 from lightning_prune.surgery.anatomy import LayerAnatomy
 from lightning_prune.surgery.groups import attention_group_sums, mlp_channel_sums
@@ -53,25 +56,41 @@ def wanda_importance(layer: LayerAnatomy, norms: dict[str, Tensor]) -> tuple[Ten
     )
 
 
+class InputNorms(nn.Module):
+    """Collects the input norms of every layer's projections during one pass."""
+
+    def __init__(self, layers: Sequence[LayerAnatomy], hooks: Hooks) -> None:
+        super().__init__()
+        self.sums = nn.ModuleDict()
+        for layer in layers:
+            for role in sorted(set(INPUT_OF.values())):
+                linear = layer.linears[role]
+                statistic = SumOfSquares(linear.in_features).to(linear.weight.device)
+                self.sums[f"{layer.index}_{role}"] = statistic
+                hooks.on_input(f"layer {layer.index}, input of {role}", linear, statistic.update)
+
+    def of(self, layer: int) -> dict[str, Tensor]:
+        """‖X_j‖₂ fp64 ``[in]`` of one layer, by the role that reads the input first: query, output, gate, down.
+
+        Raises:
+            FloatingPointError: an activation was NaN or infinite.
+        """
+        found = {}
+        for role in set(INPUT_OF.values()):
+            statistic: SumOfSquares = self.sums[f"{layer}_{role}"]  # type: ignore[assignment]
+            statistic.raise_if_not_finite(f"layer {layer}, input of {role}")
+            found[role] = statistic.norms()
+        return found
+
+
 class Wanda(GroupPruning):
     """Wanda: importance of a group = sum of |weight| times the norm of the activation that the weight reads."""
 
     def attach(self) -> None:
         """Watch the four distinct inputs of every layer."""
-        self.norms = nn.ModuleDict()
-        for layer in self.layers:
-            for role in sorted(set(INPUT_OF.values())):
-                linear = layer.linears[role]
-                name = f"layer{layer.index}_{role}"
-                self.norms[name] = SumOfSquares(linear.in_features).to(self.device)
-                self.hooks.on_input(f"layer {layer.index}, input of {role}", linear, self.norms[name].update)
+        self.norms = InputNorms(self.layers, self.hooks)
 
     def importances(self) -> tuple[list[Tensor], list[Tensor]]:
         """Sums of |w|·‖x‖ for every layer."""
-        attention, mlp = [], []
-        for layer in self.layers:
-            norms = {role: self.norms[f"layer{layer.index}_{role}"].norms() for role in set(INPUT_OF.values())}  # type: ignore[operator]
-            groups, channels = wanda_importance(layer, norms)
-            attention.append(groups)
-            mlp.append(channels)
-        return attention, mlp
+        pairs = [wanda_importance(layer, self.norms.of(layer.index)) for layer in self.layers]
+        return [groups for groups, _ in pairs], [channels for _, channels in pairs]

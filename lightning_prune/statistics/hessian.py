@@ -30,9 +30,11 @@ class InputGram(TokenStatistic):
             self.gram.addmm_(rows.T, rows)
         self.tokens += len(rows)
 
-    def compute(self) -> tuple[Tensor, Tensor]:
-        """XᵀX, fp32 ``[in, in]``, and the number of tokens in it, int64 scalar; over all processes.
+    def compute(self) -> Tensor:
+        """XᵀX over all processes, a copy that stays cached until the next update or ``reset``."""
+        return self.gram
 
-        The matrix is the state itself, not a copy: it changes with the next update.
-        """
-        return self.gram, self.tokens
+    def matrix(self) -> Tensor:
+        """The same, fp32 ``[in, in]`` for one channel too, where torchmetrics returns a scalar."""
+        gram: Tensor = self.compute()
+        return gram.reshape(self.gram.shape)

@@ -28,9 +28,9 @@ class SumOfSquares(TokenStatistic):
 
     def compute(self) -> Tensor:
         """Σ_t x_tj², float64 ``[in]``, over all processes."""
-        return self.sum_of_squares.clone()
+        return self.sum_of_squares
 
     def norms(self) -> Tensor:
         """‖X_j‖₂, float64 ``[in]``. A sum over tokens, not a mean: twice the data gives √2 times the norm."""
-        norms: Tensor = self.compute().sqrt()
-        return norms
+        total: Tensor = self.compute()
+        return total.reshape(-1).sqrt()  # torchmetrics returns a scalar for a single channel

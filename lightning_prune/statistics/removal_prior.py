@@ -82,9 +82,7 @@ class SimilarityPrior(nn.Module):
 
     def __init__(self, num_layers: int) -> None:
         super().__init__()
-        self.influence = nn.ModuleList(
-            nn.ModuleList(BlockInfluence() for _ in range(num_layers)) for _ in PIECES
-        )
+        self.influence = nn.ModuleList(nn.ModuleList(BlockInfluence() for _ in range(num_layers)) for _ in PIECES)
 
     def update(self, model: PreTrainedModel, layers: Sequence[LayerAnatomy], tokens: Tensor) -> None:
         """Add one batch ``[B, L]`` of tokens."""

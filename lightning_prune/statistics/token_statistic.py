@@ -12,7 +12,7 @@ class TokenStatistic(Metric):
     """A sum over calibration tokens.
 
     States are reduced over processes by summing, so neither the batch size nor the order of samples nor the
-    number of processes matters beyond rounding. ``tokens``: int64 scalar, the tokens that were counted.
+    number of processes matters beyond rounding. ``tokens``: int64 scalar, the tokens this process counted.
     """
 
     full_state_update = False
@@ -31,7 +31,6 @@ class TokenStatistic(Metric):
             FloatingPointError: a value is NaN or infinite.
         """
         value = self.compute()
-        value = value[0] if isinstance(value, tuple) else value
         bad = int((~torch.isfinite(value)).sum())
         if bad:
             raise FloatingPointError(

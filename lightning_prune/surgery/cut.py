@@ -43,8 +43,7 @@ def cut(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     trainable = {name for name, parameter in weights.items() if parameter.requires_grad}
     with torch.device("meta"):
         pruned: Any = _class_for(model, config)(config)
-    pruned.load_state_dict(weights, assign=True)
-    pruned.tie_weights()
+    pruned.load_state_dict(weights, assign=True)  # the very Parameter objects, so tied ones stay tied
     for name, parameter in pruned.named_parameters():
         parameter.requires_grad_(name in trainable)  # assigning switched all of them on
     # Rotary tables are not in the state dict; made anew on the CPU in fp32, as loading a checkpoint does.

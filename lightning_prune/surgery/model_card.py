@@ -33,7 +33,7 @@ def model_card(
 def _front_matter(plan: PruningPlan) -> str:
     lines = ["library_name: transformers", "pipeline_tag: text-generation"]
     # The hub takes only repository ids here; a local path would make the card invalid.
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", plan.base_model) and not Path(plan.base_model).exists():
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", plan.base_model) and not Path(plan.base_model).exists():
         lines.append(f"base_model: {json.dumps(plan.base_model)}")
     lines += ["tags:", "- pruning", "- lightning-prune", f"- {json.dumps(plan.method)}"]
     return "\n".join(["---", *lines, "---"])

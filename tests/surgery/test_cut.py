@@ -93,8 +93,9 @@ def test_layers_are_renumbered_and_their_types_follow() -> None:
 def test_config_of_the_dense_model_is_not_touched() -> None:
     dense = make_tiny("qwen2")
     config, before = dense.config, dense.config.to_dict()
-    cut(dense, mixed_plan(dense))
+    pruned = cut(dense, mixed_plan(dense))
     assert config.to_dict() == before
+    assert pruned.config.rope_parameters is not config.rope_parameters
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

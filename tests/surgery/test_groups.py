@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_prune.surgery.groups import attention_group_sums, mlp_channel_sums
+from lightning_prune.surgery.groups import attention_group_sums, mlp_channel_sums, unit_sums
 
 
 @pytest.mark.parametrize(("kv_heads", "r"), [(4, 1), (2, 2), (1, 4), (3, 2)])
@@ -47,3 +47,11 @@ def test_half_scores_are_summed_in_float32(dtype: torch.dtype) -> None:
     attention = attention_group_sums(ones, ones, ones, ones.T, 2)
     assert attention.dtype == torch.float32
     assert attention.tolist() == [4 * 4096 + 8.0, 4 * 4096.0]
+
+
+def test_unit_sums_of_one_projection() -> None:
+    scores = torch.rand(6, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    rows = [sum(scores[i, j].item() for i in range(2 * u, 2 * u + 2) for j in range(8)) for u in range(3)]
+    columns = [sum(scores[i, j].item() for i in range(6) for j in range(2 * u, 2 * u + 2)) for u in range(4)]
+    assert unit_sums(scores, 3, "rows").tolist() == pytest.approx(rows, rel=1e-12)
+    assert unit_sums(scores, 4, "columns").tolist() == pytest.approx(columns, rel=1e-12)

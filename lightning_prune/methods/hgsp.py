@@ -1,0 +1,337 @@
+"""H-GSP: hybrid global structural pruning of GQA groups and MLP channels with depth priors.
+
+Every group G of every layer gets one final score, and all groups are ranked together:
+
+    final(G) = S(G) · B(G)^T,   S(G) = I(G) / cost(G)
+
+I is the importance (``taylor``, ``taylor_2nd``, ``wanda``, ``magnitude``), cost the parameters that leave with G. B is the
+depth prior: how much the loss grows without G's whole layer, or without G's block where the layer matters (gate τ).
+"""
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_prune.errors import UserError
+from lightning_prune.evaluation.perplexity import token_losses
+from lightning_prune.methods.group_pruning import Allocation, GroupPruning
+from lightning_prune.methods.magnitude import magnitude_importance
+from lightning_prune.methods.scores import Scores
+from lightning_prune.methods.taylor import second_order_term, taylor_importance
+from lightning_prune.methods.wanda import InputNorms, wanda_importance
+from lightning_prune.statistics.gradients import GradientSums
+from lightning_prune.statistics.removal_prior import PIECES, RemovalPrior, SimilarityPrior
+from lightning_prune.surgery.anatomy import LayerAnatomy
+
+Importance = Literal["taylor", "taylor_2nd", "wanda", "magnitude"]
+ScoreNorm = Literal["none", "kind", "block"]
+
+
+def gate_threshold(delta_layer: Tensor, tau: float | None) -> float:
+    """τ, by default the 25th percentile (linear interpolation) of Δ_layer over all layers, frozen ones included."""
+    return float(np.percentile(delta_layer.double().numpy(), 25)) if tau is None else tau
+
+
+def depth_prior(delta: Tensor, tau: float) -> Tensor:
+    """B = ln(1 + max(Δ, 0)), with Δ of the whole layer where Δ_layer < τ, of the group's own block elsewhere.
+
+    The gate compares the raw Δ_layer; τ = 0 means block-wise always, also for a negative Δ_layer, and τ = ∞ layer-wise
+    always.
+
+    Args:
+        delta: ``[3, L]``: loss increase in nats without the layer, its attention, its MLP.
+        tau: gate threshold in nats.
+
+    Returns:
+        B fp64 ``[2, L]`` for attention and MLP groups.
+    """
+    layerwise = (delta[0] < tau) if tau != 0 else torch.zeros_like(delta[0], dtype=torch.bool)
+    chosen = torch.where(layerwise, delta[0], delta[1:])
+    return torch.log1p(chosen.double().clamp_min(0))
+
+
+def normalised(scores: Scores, how: ScoreNorm) -> Tensor:
+    """S ``[U]`` fp64, divided by its median over all units of a kind (attention, MLP), or by its mean over the units of
+    one block of one layer. Off by default: S is then importance per parameter as it is."""
+    base = scores.base.clone()
+    if how == "kind":
+        for block in (0, 1):
+            rows = scores.block == block
+            base[rows] /= base[rows].median()
+    elif how == "block":
+        for layer in set(scores.layer.tolist()):
+            for kind in ("attention", "mlp"):
+                rows = scores.of(layer, kind)  # type: ignore[arg-type]
+                base[rows] /= base[rows].mean()
+    return torch.nan_to_num(base, nan=0.0) if how != "none" else base
+
+
+class HGSP(GroupPruning):
+    """H-GSP: one global ranking of GQA groups and MLP channels, weighed by how much their layer or block matters.
+
+    Args:
+        pretrained: Model folder or hub id to prune. ``demo`` is the small model inside the package.
+        pruning_ratio: Share of all parameters (embeddings and head included) to remove, between 0 and 1.
+        importance: What a group's weights are worth: taylor (sum of |w·g|), taylor_2nd (adds ½·w²·h), wanda
+            (sum of |w|·‖x‖) or magnitude (sum of |w|).
+        prior: How layers and blocks are weighed: removal (loss increase without them) or similarity
+            (1 − cosine between what enters and what leaves, cheap).
+        prior_num_samples: Calibration samples for the prior, taken from the front of the shared set. Default: all;
+            50 is the original setting.
+        tau: Gate τ in nats. Layers whose removal costs less are weighed as a whole, others block by block. Default:
+            25th percentile over the layers; 0 always by block; .inf always by layer.
+        temperature: T, exponent of the prior. 0 switches the prior off, and it is not computed.
+        collapse_epsilon: ε. A layer whose mean kept fraction of groups and channels is below it is removed whole.
+        score_norm: Divide importance per parameter by its median per kind or its mean per block before the prior.
+        allocation: ``global`` ranks the groups of all layers together; ``uniform`` takes the same share of every layer.
+        round_to: Keep a multiple of this many MLP channels in every layer (64 suits GPU kernels).
+        freeze_first_n_layers: Leave this many layers at the input side untouched.
+        freeze_last_n_layers: Leave this many layers at the output side untouched.
+        min_groups_per_layer: Keep at least this many GQA groups and MLP channels in every layer. 0 lets whole blocks
+            and layers go, which the method is meant to find.
+        label: Name of this system in run folders, TensorBoard and tables. Default: hgsp_<importance>.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "demo",
+        pruning_ratio: float = 0.2,
+        importance: Importance = "taylor",
+        prior: Literal["removal", "similarity"] = "removal",
+        prior_num_samples: int | None = None,
+        tau: float | None = None,
+        temperature: float = 1.0,
+        collapse_epsilon: float = 0.0,
+        score_norm: ScoreNorm = "none",
+        allocation: Allocation = "global",
+        round_to: int = 1,
+        freeze_first_n_layers: int = 0,
+        freeze_last_n_layers: int = 0,
+        min_groups_per_layer: int = 0,
+        label: str | None = None,
+    ) -> None:
+        super().__init__(
+            pretrained,
+            pruning_ratio,
+            allocation,
+            round_to,
+            freeze_first_n_layers,
+            freeze_last_n_layers,
+            min_groups_per_layer,
+            label,
+        )
+        if not 0 <= temperature < float("inf"):
+            raise UserError(f"--model.temperature: found {temperature:g}; it must be a finite number of 0 or more.")
+        if tau is not None and not tau >= 0:
+            raise UserError(f"--model.tau: found {tau:g}; it must be 0 or more nats, or .inf.")
+        if not 0 <= collapse_epsilon < 1:
+            raise UserError(f"--model.collapse_epsilon: found {collapse_epsilon:g}; it must lie in [0, 1).")
+        if prior_num_samples is not None and prior_num_samples < 1:
+            raise UserError(f"--model.prior_num_samples: found {prior_num_samples}; it must be 1 or more.")
+        self.importance = importance
+        self.prior = prior
+        self.prior_num_samples = prior_num_samples
+        self.tau = tau
+        self.temperature = temperature
+        self.collapse_epsilon = collapse_epsilon
+        self.score_norm: ScoreNorm = score_norm
+        self.priors: Tensor | None = None
+        self.tau_used: float | None = None
+        self.needs_calibration = temperature > 0 or importance != "magnitude"
+
+    @property
+    def method(self) -> str:
+        """hgsp_<importance>: the importance decides what the system is."""
+        return f"hgsp_{self.importance}"
+
+    @property
+    def passes(self) -> list[Literal["importance", "prior"]]:
+        """What each epoch over the calibration set is for."""
+        wanted: list[Literal["importance", "prior"]] = []
+        if self.importance != "magnitude":
+            wanted.append("importance")
+        if self.temperature > 0:
+            wanted.append("prior")
+        return wanted
+
+    @property
+    def num_epochs(self) -> int:
+        """One pass for the importance, one for the prior."""
+        return len(self.passes)
+
+    def attach(self) -> None:
+        """Prepare the statistics of this epoch."""
+        if self.passes[self.current_epoch] == "prior":
+            blocks = self.tau != float("inf")
+            count = len(self.layers)
+            measure = RemovalPrior(count, blocks) if self.prior == "removal" else SimilarityPrior(count)
+            self.prior_measure = measure.to(self.device)
+        elif self.importance == "wanda":
+            self.norms = InputNorms(self.layers, self.hooks)
+        else:
+            term = second_order_term if self.importance == "taylor_2nd" else None
+            self.gradients = GradientSums(self.layers, term)
+
+    def calibrate(self, tokens: Tensor, weight: Tensor, batch_idx: int) -> None:
+        """A prior measurement, a plain forward (wanda), or forward and backward (taylor)."""
+        if self.passes[self.current_epoch] == "prior":
+            with torch.no_grad():
+                self._measure_prior(tokens, weight, batch_idx)
+        elif self.importance == "wanda":
+            super().calibrate(tokens, weight, batch_idx)
+        else:
+            counted = tokens[weight > 0]
+            size = 1 if self.importance == "taylor_2nd" else max(1, len(counted))
+            for samples in counted.split(size):
+                losses = token_losses(self.logits(samples), samples)
+                self.gradients.expect(len(samples), losses.numel())
+                losses.mean().backward()  # type: ignore[no-untyped-call]
+
+    def _measure_prior(self, tokens: Tensor, weight: Tensor, batch_idx: int) -> None:
+        """Only the first ``prior_num_samples`` of the shared set count, whatever the batch size."""
+        ranks, rank = self.trainer.world_size, self.trainer.global_rank
+        first = batch_idx * self.datamodule.batch_size
+        position = torch.arange(first, first + len(tokens), device=tokens.device) * ranks + rank
+        limit = self.prior_num_samples or len(self.datamodule.calibration.tokens)
+        counted = tokens[(weight > 0) & (position < limit)]
+        if len(counted):
+            self.prior_measure.update(self.model, self.layers, counted)  # type: ignore[operator]
+
+    def check_tokens(self) -> None:
+        """Taylor and the priors watch no forward hooks; their statistics count tokens themselves."""
+        if self.passes[self.current_epoch] == "importance" and self.importance == "wanda":
+            super().check_tokens()
+
+    def finish_epoch(self) -> None:
+        """Weights take gradients only during the Taylor pass."""
+        if hasattr(self, "gradients"):
+            self.gradients.remove()
+
+    def importances(self) -> tuple[list[Tensor], list[Tensor]]:
+        """I(G) by the chosen criterion."""
+        pairs = [self._importance(layer) for layer in self.layers]
+        return [groups for groups, _ in pairs], [channels for _, channels in pairs]
+
+    def _importance(self, layer: LayerAnatomy) -> tuple[Tensor, Tensor]:
+        if self.importance == "magnitude":
+            return magnitude_importance(layer)
+        if self.importance == "wanda":
+            return wanda_importance(layer, self.norms.of(layer.index))
+        statistics = self.gradients.of(layer.index)
+        groups, channels = taylor_importance(layer, {role: item.compute() for role, item in statistics.items()})
+        if self.importance == "taylor_2nd":
+            for role, item in statistics.items():
+                if role in ("gate", "up", "down"):
+                    channels = channels + item.mean_terms()
+                else:
+                    groups = groups + item.mean_terms()
+        return groups, channels
+
+    def score(self, scores: Scores) -> Scores:
+        """final = S · B^T."""
+        if self.saved is not None:
+            self.priors = saved_priors(self.saved.details, self.temperature, self.tau)
+        else:
+            self.finish_epoch()
+            if self.temperature > 0:
+                self.priors = self.prior_measure.compute().cpu()  # type: ignore[operator]
+        if self.temperature > 0:
+            assert self.priors is not None
+            self.tau_used = gate_threshold(self.priors[0], self.tau)
+        return final_scores(scores, self.priors, self.tau_used, self.temperature, self.score_norm)
+
+    def select(self, scores: Scores, layers: list[LayerAnatomy], total_parameters: int) -> Tensor:
+        """The ranking's choice, then auto-collapse of layers that are almost empty; nothing is refilled."""
+        pruned = super().select(scores, layers, total_parameters)
+        return collapse(scores, pruned, self.collapse_epsilon, self.frozen_layers(len(layers)))
+
+    def details(self) -> dict[str, Any]:
+        """Priors, gate and what was chosen, so that the decision can be made again with other options."""
+        measured = None if self.priors is None else dict(zip(PIECES, self.priors.tolist(), strict=True))
+        return {
+            "importance": self.importance,
+            "prior": {
+                "measure": self.prior,
+                "unit": "nats of mean token loss" if self.prior == "removal" else "1 - cosine",
+                "num_samples": self.prior_num_samples,
+                "delta": measured,
+                "layer_evaluations": getattr(getattr(self, "prior_measure", None), "layer_evaluations", None),
+            },
+            "tau": self.tau_used,
+            "temperature": self.temperature,
+            "collapse_epsilon": self.collapse_epsilon,
+            "score_norm": self.score_norm,
+            **super().details(),
+        }
+
+
+def final_scores(
+    scores: Scores, delta: Tensor | None, tau: float | None, temperature: float, score_norm: ScoreNorm
+) -> Scores:
+    """final = S · B^T for every unit; with temperature 0 the score is S itself.
+
+    Args:
+        scores: importance and cost of U units.
+        delta: ``[3, L]`` measured priors; not read when temperature is 0.
+        tau: the gate, resolved.
+        temperature: T ≥ 0.
+        score_norm: what S is divided by.
+
+    Raises:
+        FloatingPointError: a prior is not finite; names the layers.
+    """
+    base = normalised(scores, score_norm)
+    prior = torch.ones_like(base)
+    if temperature > 0:
+        assert delta is not None
+        assert tau is not None
+        factor = depth_prior(delta, tau)
+        bad = (~torch.isfinite(factor)).any(0).nonzero().flatten().tolist()
+        if bad:
+            raise FloatingPointError(
+                f"layers {bad}: the measured prior is NaN or infinite. Use --trainer.precision 32-true."
+            )
+        prior = factor[scores.block, scores.layer] ** temperature
+    return replace(scores, base=base, prior=prior, score=base * prior)
+
+
+def saved_priors(details: dict[str, Any], temperature: float, tau: float | None) -> Tensor | None:
+    """Δ ``[3, L]`` from an earlier run's ``method.json``; None where T = 0 needs none.
+
+    Raises:
+        UserError: that run measured no priors, or only those of whole layers where blocks are asked for.
+    """
+    if temperature == 0:
+        return None
+    delta = details["prior"]["delta"]
+    if delta is None:
+        raise UserError(
+            f"--model.temperature {temperature:g}: the run was made with temperature 0 and measured no priors. "
+            "Decide with --model.temperature 0, or run fit again."
+        )
+    priors = torch.tensor(
+        [[float("nan") if x is None else x for x in delta[piece]] for piece in PIECES], dtype=torch.float64
+    )
+    if tau != float("inf") and bool(priors.isnan().any()):
+        raise UserError("--model.tau: the run was made with tau .inf and measured no block priors. Run fit again.")
+    return priors
+
+
+def collapse(scores: Scores, pruned: Tensor, epsilon: float, frozen: set[int]) -> Tensor:
+    """Remove layers whose mean kept fraction ½(kept groups / K + kept channels / F) is below ε.
+
+    Frozen layers never collapse, nor does the last layer that is left.
+    """
+    pruned = pruned.clone()
+    layers = sorted(set(scores.layer.tolist()))
+    alive = [layer for layer in layers if not bool(pruned[scores.layer == layer].all())]
+    for layer in list(alive):
+        blocks = (scores.of(layer, "attention"), scores.of(layer, "mlp"))
+        kept = sum(float((~pruned[rows]).double().mean()) for rows in blocks) / 2
+        if kept < epsilon and layer not in frozen and len(alive) > 1:
+            pruned[scores.layer == layer] = True
+            alive.remove(layer)
+    return pruned

@@ -1,0 +1,114 @@
+"""ShortGPT (Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect").
+
+Block influence of layer l, the paper's eq. 1: BI_l = 1 − E_t[cos(h_l,t, h_{l+1},t)], with h_l the residual stream that
+enters layer l. The layers with the smallest BI are removed in one shot; scores are not computed again.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.errors import UserError
+from lightning_prune.methods.base import PruningMethod
+from lightning_prune.methods.scores import layer_scores
+from lightning_prune.statistics.block_influence import BlockInfluence
+from lightning_prune.surgery.anatomy import LayerAnatomy
+from lightning_prune.surgery.cut import parameters_after
+from lightning_prune.surgery.plan import LayerPlan
+
+
+def layers_to_remove(influence: Tensor, count: int) -> list[int]:
+    """Indices of the ``count`` layers with the smallest BI ``[L]``, ascending; ties go to the lower index."""
+    return sorted(influence.argsort(stable=True)[:count].tolist())
+
+
+def nearest_layer_count(cost: Sequence[int], budget: float) -> int:
+    """How many layers come nearest to a budget in parameters; of two equally near counts the smaller one.
+
+    Args:
+        cost: parameters per layer; layers of one model are equally large.
+        budget: parameters to remove.
+    """
+    return min(range(len(cost) + 1), key=lambda count: (abs(count * cost[0] - budget), count))
+
+
+class ShortGPT(PruningMethod):
+    """ShortGPT: removes whole decoder layers that turn the residual stream least (block influence).
+
+    Args:
+        pretrained: Model folder or hub id to prune. ``demo`` is the small model inside the package.
+        pruning_ratio: Share of all parameters (embeddings and head included) to remove, between 0 and 1; the number
+            of layers nearest to it is removed.
+        n_remove_layers: Remove exactly this many layers; ``pruning_ratio`` is then not read.
+        label: Name of this system in run folders, TensorBoard and tables. Default: shortgpt.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "demo",
+        pruning_ratio: float = 0.2,
+        n_remove_layers: int | None = None,
+        label: str | None = None,
+    ) -> None:
+        super().__init__(pretrained, pruning_ratio, label)
+        if n_remove_layers is not None and n_remove_layers < 1:
+            raise UserError(f"--model.n_remove_layers: found {n_remove_layers}; it must be 1 or more.")
+        self.n_remove_layers = n_remove_layers
+
+    def layer_count(self, layers: Sequence[LayerAnatomy], total_parameters: int) -> int:
+        """Layers to remove.
+
+        Raises:
+            UserError: none or all of them.
+        """
+        cost = [view.attention_block_cost + view.mlp_block_cost for view in layers]
+        count = self.n_remove_layers or nearest_layer_count(cost, self.pruning_ratio * total_parameters)
+        if 0 < count < len(layers):
+            return count
+        if self.n_remove_layers is not None:
+            raise UserError(
+                f"--model.n_remove_layers: found {count}; the model has {len(layers)} layers and one must stay, "
+                f"so at most {len(layers) - 1} can go."
+            )
+        smallest, largest = cost[0] / total_parameters, cost[0] * (len(layers) - 1) / total_parameters
+        raise UserError(
+            f"--model.pruning_ratio: {self.pruning_ratio:g} is nearest to removing {count} of {len(layers)} layers. "
+            f"Removing 1 to {len(layers) - 1} layers gives ratios from {smallest:.4f} to {largest:.4f}, "
+            "the largest reachable ratio."
+        )
+
+    def check_ratio(self, layers: list[LayerAnatomy], total_parameters: int) -> None:
+        """At least one layer must go and one must stay."""
+        self.layer_count(layers, total_parameters)
+
+    def attach(self) -> None:
+        """Watch the residual stream around every decoder layer."""
+        self.influence = nn.ModuleList(BlockInfluence() for _ in self.layers).to(self.device)
+        for view, statistic in zip(self.layers, self.influence, strict=True):
+            self.hooks.on_input_and_output(f"layer {view.index}", view.layer, statistic.update)  # type: ignore[arg-type]
+
+    def decide(self) -> None:
+        """Score every layer by BI and drop the lowest."""
+        if self.saved is None:
+            for view, statistic in zip(self.layers, self.influence, strict=True):
+                statistic.raise_if_not_finite(f"layer {view.index}")  # type: ignore[operator]
+            influence = torch.stack([statistic.compute() for statistic in self.influence]).cpu()  # type: ignore[operator]
+        else:
+            influence = self.saved.scores.importance
+        cost = [view.attention_block_cost + view.mlp_block_cost for view in self.layers]
+        removed = layers_to_remove(influence, self.layer_count(self.layers, self.dense_parameters))
+        scores = layer_scores(influence, cost)
+        self.scores = scores.with_pruned(torch.tensor([layer in removed for layer in range(len(self.layers))]))
+        kept = [
+            LayerPlan(view.index, [], [])
+            if view.index in removed
+            else LayerPlan(view.index, list(range(view.num_kv_heads)), list(range(view.num_channels)))
+            for view in self.layers
+        ]
+        self.plan = self.make_plan(kept, parameters_after(self.layers, self.dense_parameters, kept))
+
+    def details(self) -> dict[str, Any]:
+        """Which layers went."""
+        return {"removed_layers": self.plan.removed_layers, **super().details()}

@@ -1,0 +1,72 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lightning_prune.data.token_arrays import is_token_array, load_token_array
+from lightning_prune.errors import UserError
+
+TOKENS = torch.arange(12).view(3, 4)
+
+
+def test_npy_and_safetensors_are_taken_as_they_are(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", TOKENS.numpy())
+    np.save(tmp_path / "big.npy", TOKENS.numpy().astype(">i8"))
+    np.save(tmp_path / "columns.npy", np.asfortranarray(TOKENS.numpy()))
+    save_file({"anything": TOKENS}, tmp_path / "a.safetensors")
+    save_file({"tokens": TOKENS, "other": torch.zeros(1)}, tmp_path / "b.safetensors")
+    for name in ("a.npy", "big.npy", "columns.npy", "a.safetensors", "b.safetensors"):
+        assert is_token_array(name)
+        tokens = load_token_array(str(tmp_path / name))
+        assert tokens.dtype == torch.int64
+        assert torch.equal(tokens, TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.zeros((2, 4), np.int32), "dtype is int32"),
+        (np.zeros((2, 4), np.float32), "dtype is float32"),
+        (np.zeros(8, np.int64), "1 dimensions"),
+        (np.zeros((0, 4), np.int64), r"shape is \[0, 4\]"),
+        (np.zeros((4, 1), np.int64), r"shape is \[4, 1\]"),
+        (np.array([["a"]]), "cannot read"),
+    ],
+)
+def test_wrong_arrays_are_refused(tmp_path: Path, array: Any, words: str) -> None:
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(UserError, match=f"{words}.*int64.*--data.dataset"):
+        load_token_array(str(tmp_path / "a.npy"))
+
+
+def test_pickles_are_never_loaded(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "exploded",))
+
+    np.save(tmp_path / "a.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match="without pickle"):
+        load_token_array(str(tmp_path / "a.npy"))
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"not an array at all"])
+def test_broken_files_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match="cannot read the token array"):
+        load_token_array(str(tmp_path / name))
+
+
+def test_ambiguous_safetensors_names_its_tensors(tmp_path: Path) -> None:
+    save_file({"x": TOKENS, "y": TOKENS.clone()}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"2 tensors.*x, y.*tokens"):
+        load_token_array(str(tmp_path / "a.safetensors"))
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no token array at .*none\.npy.*--data\.dataset"):
+        load_token_array(str(tmp_path / "none.npy"))

@@ -1,0 +1,392 @@
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_prune.methods.slimgpt_math import (
+    HeadError,
+    InverseHessian,
+    NotPositiveDefiniteError,
+    channel_errors,
+    compensate,
+    damped_hessian,
+    group_size_schedule,
+    head_errors,
+    inverse_hessian,
+    prune_channels,
+    prune_heads,
+)
+
+Array = npt.NDArray[np.float64]
+Errors = Callable[[Array, Array], Array]
+
+
+def problem(tokens: int = 60, columns: int = 12, rows: int = 5, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Correlated inputs X ``[tokens, columns]`` and W ``[rows, columns]``, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
+    x = torch.randn(tokens, columns, generator=generator, dtype=torch.float64) @ mix
+    return x, torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+
+
+def rise(x: Tensor, weight: Tensor, pruned: Tensor, kept: list[int]) -> float:
+    """‖(W' − W)Xᵀ‖² with W' zero outside the kept columns."""
+    full = torch.zeros_like(weight)
+    full[:, kept] = pruned
+    return float((x @ (full - weight).T).square().sum())
+
+
+def refit(x: Tensor, weight: Tensor, kept: list[int]) -> Array:
+    """The best weights on the kept columns, by least squares: min ‖X_S·W'ᵀ − X·Wᵀ‖."""
+    solution = np.linalg.lstsq(x.numpy()[:, kept], x.numpy() @ weight.numpy().T, rcond=None)[0]
+    return np.asarray(solution.T)
+
+
+def naive_hessian(x: Tensor, num_samples: int, damping: float) -> Array:
+    hessian = 2 / num_samples * sum(np.outer(row, row) for row in x.double().numpy())
+    for j in range(len(hessian)):
+        if hessian[j, j] == 0:
+            hessian[j, j] = 1
+    return np.asarray(hessian + damping * np.mean(np.diag(hessian)) * np.eye(len(hessian)))
+
+
+def naive_channel_errors(weight: Array, hessian: Array) -> Array:
+    inverse = np.linalg.inv(hessian)
+    return np.array([sum(weight[:, j] ** 2) / inverse[j, j] for j in range(len(hessian))])
+
+
+def naive_head_errors(width: int, kind: HeadError) -> Errors:
+    def errors(weight: Array, hessian: Array) -> Array:
+        inverse = np.linalg.inv(hessian)
+        result = []
+        for start in range(0, len(hessian), width):
+            b = slice(start, start + width)
+            if kind == "exact":
+                result.append(np.trace(weight[:, b] @ np.linalg.inv(inverse[b, b]) @ weight[:, b].T))
+            else:
+                diagonal = np.diag(np.linalg.cholesky(inverse[b, b]))
+                result.append(sum(sum(weight[:, start + j] ** 2) / diagonal[j] ** 2 for j in range(width)))
+        return np.array(result)
+
+    return errors
+
+
+def naive_greedy(
+    weight: Array, hessian: Array, width: int, group_sizes: list[int], errors: Errors
+) -> tuple[list[int], Array, dict[int, float]]:
+    """Every round from scratch: errors from a fresh inverse, W'_S = W_S + W_P·H_PS·H_SS⁻¹ by an explicit inverse."""
+    alive = list(range(len(hessian) // width))
+    seen: dict[int, float] = {}
+    for size in group_sizes:
+        current = errors(weight, hessian)
+        victims = sorted(range(len(alive)), key=lambda i: (current[i], i))[:size]
+        seen |= {alive[i]: current[i] for i in victims}
+        removed = [i * width + k for i in victims for k in range(width)]
+        kept = [c for c in range(len(hessian)) if c not in removed]
+        update = weight[:, removed] @ hessian[np.ix_(removed, kept)] @ np.linalg.inv(hessian[np.ix_(kept, kept)])
+        weight, hessian = weight[:, kept] + update, hessian[np.ix_(kept, kept)]
+        alive = [unit for i, unit in enumerate(alive) if i not in victims]
+    return alive, weight, seen | dict(zip(alive, errors(weight, hessian), strict=True))
+
+
+# The Hessian
+
+
+def test_hessian_is_the_damped_product_with_the_dead_rule_first() -> None:
+    x, _ = problem()
+    x[:, 4] = 0
+    hessian, dead = damped_hessian(x.T @ x, num_samples=3, damping=0.01)
+    assert dead.tolist() == [j == 4 for j in range(12)]
+    np.testing.assert_allclose(hessian.numpy(), naive_hessian(x, 3, 0.01), rtol=1e-12, atol=1e-12)
+
+
+def test_hessian_leaves_its_input_alone() -> None:
+    x, _ = problem()
+    xtx = x.T @ x
+    before = xtx.clone()
+    inverse_hessian(xtx, 3)
+    assert torch.equal(xtx, before)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-3), (torch.float64, 1e-9)])
+def test_inverse_is_symmetric_and_of_the_dtype_of_its_input(dtype: torch.dtype, tolerance: float) -> None:
+    x, _ = problem()
+    result = inverse_hessian((x.T @ x).to(dtype), 3, 0.01)
+    expected = np.linalg.inv(naive_hessian(x, 3, 0.01))
+    assert result.inverse.dtype == dtype
+    assert result.damping == 0.01
+    assert torch.equal(result.inverse, result.inverse.T)
+    np.testing.assert_allclose(
+        result.inverse.numpy(), expected, rtol=tolerance, atol=tolerance * np.abs(expected).max()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["few tokens", "twins"])
+def test_singular_hessian_raises_the_damping_and_reports_it(dtype: torch.dtype, kind: str) -> None:
+    for seed in range(20):
+        x, _ = problem(tokens=5 if kind == "few tokens" else 60, columns=16, seed=seed)
+        x[:, 3] = x[:, 2]
+        x = x.to(dtype)
+        result = inverse_hessian(x.T @ x, 3, damping=0.0)
+        assert result.damping == pytest.approx(0.001)
+        expected = np.linalg.inv(naive_hessian(x, 3, result.damping))
+        np.testing.assert_allclose(result.inverse.numpy(), expected, rtol=0, atol=1e-2 * np.abs(expected).max())
+
+
+def test_channels_of_very_different_size_need_no_more_damping() -> None:
+    x, _ = problem(columns=4)
+    x = x * torch.tensor([1e-6, 1.0, 1e3, 1e6], dtype=torch.float64)
+    assert inverse_hessian(x.T @ x, 3, damping=0.0).damping == 0.0
+
+
+def test_damping_rises_tenfold_until_the_limit() -> None:
+    matrix = torch.eye(4, dtype=torch.float64)
+    matrix[0, 1] = matrix[1, 0] = 1.5  # eigenvalue −0.5: positive definite from λ = 0.5
+    assert inverse_hessian(matrix, 2, damping=0.01).damping == pytest.approx(1.0)
+    matrix[0, 1] = matrix[1, 0] = 2.5
+    with pytest.raises(NotPositiveDefiniteError, match=r"neither at damping 0\.01 nor at 1"):
+        inverse_hessian(matrix, 2, damping=0.01)
+    assert issubclass(NotPositiveDefiniteError, ValueError)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_non_finite_products_are_refused(value: float) -> None:
+    matrix = torch.eye(3)
+    matrix[1, 2] = value
+    with pytest.raises(FloatingPointError, match="NaN or infinite"):
+        inverse_hessian(matrix, 1)
+
+
+def test_repeating_the_data_or_splitting_it_changes_nothing() -> None:
+    x, weight = problem()
+    whole = prune_channels(weight, inverse_hessian(x.T @ x, 3), [1] * 5)
+    halves = x[:30].T @ x[:30] + x[30:].T @ x[30:]
+    for other in (inverse_hessian(2 * (x.T @ x), 6), inverse_hessian(halves, 3)):
+        pruned = prune_channels(weight, other, [1] * 5)
+        assert torch.equal(pruned.kept, whole.kept)
+        torch.testing.assert_close(pruned.weight, whole.weight, rtol=1e-9, atol=1e-9)
+
+
+# Errors
+
+
+def test_channel_errors_are_the_actual_rise_of_the_reconstruction_error() -> None:
+    x, weight = problem()
+    errors = channel_errors(weight, inverse_hessian(x.T @ x, 2, damping=0.0).inverse)
+    for j in range(12):
+        kept = [c for c in range(12) if c != j]
+        best = rise(x, weight, torch.from_numpy(refit(x, weight, kept)), kept)
+        assert float(errors[j]) == pytest.approx(best, rel=1e-8)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 6])
+def test_exact_head_errors_are_the_actual_rise_of_the_reconstruction_error(width: int) -> None:
+    x, weight = problem()
+    errors = head_errors(weight, inverse_hessian(x.T @ x, 2, damping=0.0).inverse, width, "exact")
+    assert errors.shape == (12 // width,)
+    for unit in range(12 // width):
+        kept = [c for c in range(12) if c // width != unit]
+        best = rise(x, weight, torch.from_numpy(refit(x, weight, kept)), kept)
+        assert float(errors[unit]) == pytest.approx(best, rel=1e-8)
+
+
+@pytest.mark.parametrize("kind", ["slimgpt", "exact"])
+@pytest.mark.parametrize("width", [1, 3, 4])
+def test_head_errors_equal_the_naive_loop(kind: HeadError, width: int) -> None:
+    x, weight = problem()
+    expected = naive_head_errors(width, kind)(weight.numpy(), naive_hessian(x, 3, 0.01))
+    result = head_errors(weight, inverse_hessian(x.T @ x, 3, 0.01).inverse, width, kind)
+    np.testing.assert_allclose(result.numpy(), expected, rtol=1e-9)
+
+
+def test_uncorrelated_inputs_make_both_head_errors_equal() -> None:
+    _, weight = problem()
+    inverse = torch.diag(torch.rand(12, dtype=torch.float64) + 0.5)
+    torch.testing.assert_close(head_errors(weight, inverse, 4, "slimgpt"), head_errors(weight, inverse, 4, "exact"))
+
+
+def test_exact_head_errors_do_not_depend_on_the_order_inside_the_head() -> None:
+    x, weight = problem()
+    order = torch.tensor([3, 1, 0, 2, *range(4, 12)])
+    before = head_errors(weight, inverse_hessian(x.T @ x, 3).inverse, 4, "exact")
+    x = x[:, order]
+    after = head_errors(weight[:, order], inverse_hessian(x.T @ x, 3).inverse, 4, "exact")
+    torch.testing.assert_close(before, after)
+
+
+# Compensation
+
+
+@pytest.mark.parametrize("removed", [[0], [11], [3, 7], [9, 2, 5, 0], list(range(4, 8)), list(range(1, 12))])
+def test_undamped_compensation_is_the_least_squares_refit(removed: list[int]) -> None:
+    x, weight = problem()
+    kept = [c for c in range(12) if c not in removed]
+    inverse = inverse_hessian(x.T @ x, 2, damping=0.0).inverse
+    left, left_inverse = compensate(weight, inverse, torch.tensor(removed))
+    np.testing.assert_allclose(left.numpy(), refit(x, weight, kept), rtol=1e-7, atol=1e-9)
+    gram = (x.T @ x).numpy()[np.ix_(kept, kept)]
+    np.testing.assert_allclose(left_inverse.numpy(), np.linalg.inv(gram), rtol=1e-7, atol=1e-10)
+
+
+def test_damped_compensation_is_the_closed_form() -> None:
+    x, weight = problem()
+    removed, kept = [2, 6, 7], [0, 1, 3, 4, 5, 8, 9, 10, 11]
+    hessian = naive_hessian(x, 3, 0.01)
+    update = hessian[np.ix_(removed, kept)] @ np.linalg.inv(hessian[np.ix_(kept, kept)])
+    left, _ = compensate(weight, inverse_hessian(x.T @ x, 3, 0.01).inverse, torch.tensor(removed))
+    np.testing.assert_allclose(left.numpy(), (weight[:, kept].numpy() + weight[:, removed].numpy() @ update), rtol=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_compensation_beats_masking_alone(seed: int) -> None:
+    x, weight = problem(tokens=200, columns=24, rows=8, seed=seed)
+    for pruned, width in (
+        (prune_heads(weight, inverse_hessian(x.T @ x, 4), 3, width=4), 4),
+        (prune_channels(weight, inverse_hessian(x.T @ x, 4), [4, 4, 4]), 1),
+    ):
+        kept = [int(unit) * width + k for unit in pruned.kept for k in range(width)]
+        assert rise(x, weight, pruned.weight, kept) < 0.9 * rise(x, weight, weight[:, kept], kept)
+
+
+# Greedy pruning
+
+
+@pytest.mark.parametrize("kind", ["slimgpt", "exact"])
+@pytest.mark.parametrize("num_remove", [1, 2, 4])
+def test_greedy_heads_equal_deriving_every_round_from_scratch(kind: HeadError, num_remove: int) -> None:
+    for seed in range(4):
+        x, weight = problem(tokens=80, columns=15, seed=seed)
+        kept, expected, errors = naive_greedy(
+            weight.numpy(), naive_hessian(x, 3, 0.01), 3, [1] * num_remove, naive_head_errors(3, kind)
+        )
+        pruned = prune_heads(weight, inverse_hessian(x.T @ x, 3, 0.01), num_remove, 3, kind)
+        assert pruned.kept.tolist() == kept
+        np.testing.assert_allclose(pruned.weight.numpy(), expected, rtol=1e-8, atol=1e-10)
+        np.testing.assert_allclose(pruned.errors.numpy(), [errors[unit] for unit in range(5)], rtol=1e-8)
+
+
+@pytest.mark.parametrize("group_sizes", [[1] * 6, [3, 2, 1], [6], [11]])
+def test_greedy_channels_equal_deriving_every_round_from_scratch(group_sizes: list[int]) -> None:
+    x, weight = problem()
+    kept, expected, errors = naive_greedy(
+        weight.numpy(), naive_hessian(x, 3, 0.01), 1, group_sizes, naive_channel_errors
+    )
+    pruned = prune_channels(weight, inverse_hessian(x.T @ x, 3, 0.01), group_sizes)
+    assert pruned.kept.tolist() == kept
+    np.testing.assert_allclose(pruned.weight.numpy(), expected, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(pruned.errors.numpy(), [errors[unit] for unit in range(12)], rtol=1e-8)
+
+
+def test_the_first_exact_head_is_the_best_of_all_choices() -> None:
+    x, weight = problem()
+    pruned = prune_heads(weight, inverse_hessian(x.T @ x, 2, damping=0.0), 1, 4, "exact")
+    best = min(
+        itertools.combinations(range(3), 2),
+        key=lambda units: rise(
+            x,
+            weight,
+            torch.from_numpy(refit(x, weight, [u * 4 + k for u in units for k in range(4)])),
+            [u * 4 + k for u in units for k in range(4)],
+        ),
+    )
+    assert tuple(pruned.kept.tolist()) == best
+
+
+def test_dead_inputs_go_first_and_cost_nothing() -> None:
+    x, weight = problem()
+    x[:, [2, 9]] = 0
+    pruned = prune_channels(weight, inverse_hessian(x.T @ x, 3), [1, 1])
+    assert pruned.kept.tolist() == [0, 1, 3, 4, 5, 6, 7, 8, 10, 11]
+    assert pruned.errors[[2, 9]].tolist() == [0.0, 0.0]
+    torch.testing.assert_close(pruned.weight, weight[:, pruned.kept])
+
+
+def test_ties_prune_the_lower_index_first() -> None:
+    weight = torch.ones(2, 200, dtype=torch.float64)
+    hessian = inverse_hessian(torch.eye(200, dtype=torch.float64), 1)
+    assert prune_channels(weight, hessian, [7]).kept.tolist() == list(range(7, 200))
+    assert prune_heads(weight, hessian, 3, 10).kept.tolist() == list(range(3, 20))
+
+
+def test_permuting_channels_permutes_the_choice() -> None:
+    x, weight = problem()
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
+    plain = prune_channels(weight, inverse_hessian(x.T @ x, 3), [2, 2, 1])
+    x = x[:, order]
+    moved = prune_channels(weight[:, order], inverse_hessian(x.T @ x, 3), [2, 2, 1])
+    assert sorted(order[moved.kept].tolist()) == plain.kept.tolist()
+
+
+def test_removing_nothing_returns_the_weight_bit_for_bit() -> None:
+    x, weight = problem()
+    x[:, 3] = 0
+    hessian = inverse_hessian(x.T @ x, 3)
+    for pruned in (prune_heads(weight, hessian, 0, 4), prune_channels(weight, hessian, [])):
+        assert torch.equal(pruned.weight, weight)
+    assert prune_heads(weight, hessian, 0, 4).kept.tolist() == [0, 1, 2]
+
+
+def test_weights_of_the_caller_are_not_touched_and_half_precision_is_lifted() -> None:
+    x, weight = problem()
+    half = weight.bfloat16()
+    before = half.clone()
+    pruned = prune_heads(half, inverse_hessian(x.T @ x, 3), 1, 4)
+    assert torch.equal(half, before)
+    assert pruned.weight.dtype == torch.float64
+
+
+def test_fp32_follows_float64() -> None:
+    x, weight = problem(tokens=400, columns=64, rows=16)
+    exact = prune_channels(weight, inverse_hessian(x.T @ x, 4), group_size_schedule(32))
+    single = prune_channels(weight.float(), inverse_hessian((x.T @ x).float(), 4), group_size_schedule(32))
+    assert single.weight.dtype == torch.float32
+    assert torch.equal(single.kept, exact.kept)
+    torch.testing.assert_close(single.weight.double(), exact.weight, rtol=1e-3, atol=1e-3)
+
+
+def test_more_units_than_there_are_cannot_be_removed() -> None:
+    x, weight = problem()
+    with pytest.raises(ValueError, match="4 of 3 units"):
+        prune_heads(weight, inverse_hessian(x.T @ x, 3), 4, 4)
+
+
+def test_a_broken_inverse_is_refused_instead_of_returning_nonsense() -> None:
+    _, weight = problem()
+    broken = -torch.eye(12, dtype=torch.float64)
+    hessian = InverseHessian(broken, torch.zeros(12, dtype=torch.bool), 0.01)
+    with pytest.raises(NotPositiveDefiniteError):
+        prune_heads(weight, hessian, 1, 4)
+    with pytest.raises(NotPositiveDefiniteError):
+        prune_channels(weight, hessian, [1])
+
+
+# Batch sizes
+
+
+@pytest.mark.parametrize("target", [0, 1, 3, 7, 8, 9, 40, 192, 511, 512, 513, 700, 2752, 5504, 9000])
+@pytest.mark.parametrize("kind", ["dynamic", 1, 8, 1000])
+def test_group_sizes_sum_to_the_target(target: int, kind: int) -> None:
+    sizes = group_size_schedule(target, kind)
+    assert sum(sizes) == target
+    assert all(size >= 1 for size in sizes)
+
+
+def test_dynamic_group_sizes_follow_the_released_rule() -> None:
+    assert group_size_schedule(2752) == [1024, 256, *[64] * 23]
+    assert group_size_schedule(1000) == [244, *[64] * 11, 52]
+    assert group_size_schedule(512) == [64] * 8
+
+
+@pytest.mark.parametrize("target", [8, 40, 100, 511])
+def test_small_mlps_are_still_scored_again_about_eight_times(target: int) -> None:
+    assert 6 <= len(group_size_schedule(target)) <= 8
+
+
+def test_constant_group_size_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="group_size 0"):
+        group_size_schedule(4, 0)

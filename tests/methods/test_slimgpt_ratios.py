@@ -1,0 +1,109 @@
+import math
+import random
+from itertools import pairwise
+
+import pytest
+
+from lightning_prune.methods.slimgpt_ratios import layer_ratios, unit_counts
+
+
+def test_twenty_percent_of_32_layers_is_the_published_profile() -> None:
+    ratios = layer_ratios(32, 0.2)
+    assert ratios[0] == pytest.approx(0.0625)
+    assert ratios[-1] == pytest.approx(0.25, abs=2e-3)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3, 4, 24, 80])
+@pytest.mark.parametrize("target", [0.0, 0.05, 0.2, 0.5, 0.8, 0.95])
+def test_the_mean_is_the_target_and_later_layers_lose_more(num_layers: int, target: float) -> None:
+    ratios = layer_ratios(num_layers, target)
+    assert len(ratios) == num_layers
+    assert math.fsum(ratios) / num_layers == pytest.approx(target, abs=1e-12)
+    assert all(a <= b + 1e-12 for a, b in pairwise(ratios))
+    assert min(ratios) >= 0
+    assert max(ratios) <= 0.95 + 1e-12
+
+
+def test_the_profile_is_logarithmic() -> None:
+    ratios = layer_ratios(6, 0.3, first_ratio=0.1)
+    assert ratios[0] == pytest.approx(0.1)
+    slope = (ratios[5] - ratios[0]) / math.log(6)
+    for i, ratio in enumerate(ratios):
+        assert ratio == pytest.approx(0.1 + slope * math.log(i + 1))
+
+
+def test_the_first_ratio_rises_where_the_last_would_exceed_the_limit() -> None:
+    ratios = layer_ratios(8, 0.7, first_ratio=0.0, max_ratio=0.9)
+    assert ratios[-1] == pytest.approx(0.9)
+    assert ratios[0] > 0
+    assert math.fsum(ratios) / 8 == pytest.approx(0.7)
+
+
+def test_an_unreachable_mean_names_the_largest() -> None:
+    with pytest.raises(ValueError, match=r"0\.9600.*0\.9500"):
+        layer_ratios(8, 0.96)
+
+
+def test_a_first_ratio_that_needs_negative_last_ones_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"first_ratio 0\.9"):
+        layer_ratios(8, 0.1, first_ratio=0.9)
+
+
+def removed_parameters(counts: list[tuple[int, int]], group: int, channel: int) -> int:
+    return sum(groups * group + channels * channel for groups, channels in counts)
+
+
+def test_counts_meet_the_budget_to_less_than_one_channel() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        layers, groups, channels = rng.randint(1, 12), rng.choice([2, 4, 8, 32]), rng.choice([40, 192, 512])
+        width = rng.choice([16, 64])
+        channel = 3 * width
+        group = rng.choice([1, 4]) * 4 * width
+        target = rng.uniform(0.02, 0.7)
+        budget = int(target * layers * (groups * group + channels * channel))
+        counts = unit_counts(layer_ratios(layers, target), groups, channels, group, channel, budget)
+        shortfall = budget - removed_parameters(counts, group, channel)
+        assert 0 <= shortfall < channel
+        assert all(0 <= g <= groups - 1 and 0 <= c <= channels - 1 for g, c in counts)
+        assert counts == unit_counts(layer_ratios(layers, target), groups, channels, group, channel, budget)
+
+
+def test_exact_counts_are_left_alone() -> None:
+    assert unit_counts([0.25, 0.5], 4, 8, 100, 10, 360) == [(1, 2), (2, 4)]
+
+
+def test_the_largest_ratio_is_corrected_first() -> None:
+    assert unit_counts([0.25, 0.5], 4, 8, 100, 10, 370) == [(1, 2), (2, 5)]
+    assert unit_counts([0.25, 0.5], 4, 8, 100, 10, 385) == [(1, 3), (2, 5)]
+    assert unit_counts([0.25, 0.5], 4, 8, 100, 10, 359) == [(1, 2), (2, 3)]
+    assert unit_counts([0.5, 0.5], 4, 8, 100, 10, 490) == [(2, 5), (2, 4)]
+
+
+def test_halves_round_up() -> None:
+    assert unit_counts([0.125], 4, 40, 100, 10, 150) == [(1, 5)]
+
+
+def test_layers_with_ratio_zero_lose_nothing() -> None:
+    counts = unit_counts([0.0, 0.5], 4, 8, 100, 10, 260)
+    assert counts[0] == (0, 0)
+    assert removed_parameters(counts, 100, 10) == 260
+
+
+def test_groups_are_given_back_where_channels_cannot_make_up_for_them() -> None:
+    # both layers round a group up, the first one by more; one channel is a hundredth of a group
+    counts = unit_counts([0.25, 0.3], 2, 10, 100, 1, 104)
+    assert removed_parameters(counts, 100, 1) == 104
+    assert [groups for groups, _ in counts] == [0, 1]
+
+
+def test_another_group_goes_where_no_channel_is_left() -> None:
+    counts = unit_counts([0.4, 0.4], 4, 4, 100, 10, 430)
+    assert removed_parameters(counts, 100, 10) == 430
+    assert sorted(groups for groups, _ in counts) == [2, 2]
+
+
+def test_every_layer_keeps_a_group_and_a_channel() -> None:
+    assert unit_counts([0.95, 0.95], 4, 8, 100, 10, 740) == [(3, 7), (3, 7)]
+    with pytest.raises(ValueError, match="at most 740"):
+        unit_counts([0.95, 0.95], 4, 8, 100, 10, 750)

@@ -1,0 +1,248 @@
+"""Folders that a fresh process without this package loads, bit for bit the model in memory."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import lightning_prune
+from lightning_prune.errors import UserError
+from lightning_prune.surgery.checkpoint import save_checkpoint
+from lightning_prune.surgery.cut import cut, layout_of
+from lightning_prune.surgery.loading import load_tokenizer
+from lightning_prune.surgery.plan import PruningPlan
+from tests.tiny import (
+    FAMILIES,
+    make_tiny,
+    mixed_plan,
+    tiny_plan,
+    tiny_tokenizer,
+    tiny_tokens,
+    uniform_plan,
+)
+
+FULL = list(range(40))
+
+
+def no_attention(model: PreTrainedModel) -> PruningPlan:
+    heads = list(range(model.config.num_key_value_heads))
+    return tiny_plan(model, [([], FULL), *[(heads, FULL)] * 3])
+
+
+def no_mlp(model: PreTrainedModel) -> PruningPlan:
+    heads = list(range(model.config.num_key_value_heads))
+    return tiny_plan(model, [*[(heads, FULL)] * 3, (heads, [])])
+
+
+# In the last two nothing but ``skip`` differs from the dense model: what stock loaders could miss.
+PLANS = {"mixed": mixed_plan, "uniform": uniform_plan, "no_attention": no_attention, "no_mlp": no_mlp}
+KINDS = [
+    (family, kv_heads, tied, plan)
+    for family in FAMILIES
+    for kv_heads, tied, plans in (
+        (4, "tied", ("mixed", "uniform")),
+        (2, "tied", tuple(PLANS)),
+        (1, "tied", tuple(PLANS)),
+        (2, "untied", ("mixed", "uniform")),
+        (4, "untied", ("mixed",)),
+    )
+    for plan in plans
+]
+
+# Runs where lightning_prune cannot be imported, installed or not.
+FRESH_PROCESS = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "lightning_prune":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocker())
+import json, pathlib, torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+torch.set_num_threads(1)
+report = {}
+for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    known = load_file(folder / "expected.safetensors")
+    remote = (folder / "modeling_pruned.py").exists()
+    model = AutoModelForCausalLM.from_pretrained(folder, **({"trust_remote_code": True} if remote else {}))
+    logits = model(known["tokens"]).logits
+    report[folder.name] = [remote, bool(torch.equal(logits, known["logits"])), type(model).__name__, str(model.dtype)]
+    if (folder / "tokenizer.json").exists():
+        generate = pipeline("text-generation", str(folder), trust_remote_code=remote)
+        text = generate("w5 w6 w7", max_new_tokens=4, min_new_tokens=4, do_sample=False)[0]["generated_text"]
+        report[folder.name].append(text.count("w"))
+print(json.dumps(report))
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One folder per kind of model and plan, with ``expected.safetensors`` (tokens, logits in memory)."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    tokenizer = tmp_path_factory.mktemp("tokenizer")
+    make_tiny().save_pretrained(tokenizer)
+    tiny_tokenizer().save_pretrained(tokenizer)
+    folders = {}
+    for family, kv_heads, tied, plan in KINDS:
+        name = f"{family}-{kv_heads}-{tied}-{plan}"
+        dense = make_tiny(family, kv_heads=kv_heads, tied=tied == "tied")
+        if kv_heads == 1:
+            dense = dense.to(torch.bfloat16)
+        pruned = cut(dense, PLANS[plan](dense))
+        source = str(tokenizer) if (kv_heads, tied) == (4, "tied") else None
+        save_checkpoint(pruned, root / name, tokenizer_from=source, card="# card\n")
+        tokens = tiny_tokens()
+        known = {"tokens": tokens, "logits": pruned(tokens).logits.detach()}
+        save_file(known, root / name / "expected.safetensors")
+        folders[name] = root / name
+    return folders
+
+
+def test_a_process_without_this_package_gets_the_same_logits(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", FRESH_PROCESS, str(next(iter(checkpoints.values())).parent)],
+        cwd=tmp_path,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report.keys() == checkpoints.keys()
+    for name, (remote, equal, class_name, dtype, *words) in report.items():
+        family, kv_heads, _, plan = name.split("-", 3)
+        assert equal, f"{name}: logits differ"
+        assert remote == (plan != "uniform"), name
+        alias = name.startswith("llama-4") and plan == "uniform"
+        assert class_name.lower() == f"{'mistral' if alias else family}forcausallm", name
+        assert dtype == ("torch.bfloat16" if kv_heads == "1" else "torch.float32"), name
+        assert words == ([7] if "-4-tied" in name else []), name
+
+
+def test_this_package_gets_the_same_logits_without_remote_code(checkpoints: dict[str, Path]) -> None:
+    for name, folder in checkpoints.items():
+        known = load_file(folder / "expected.safetensors")
+        model = lightning_prune.load(folder)
+        assert not model.training
+        assert torch.equal(model(known["tokens"]).logits, known["logits"]), name
+        assert layout_of(model) == ("stock" if "uniform" in name else "per-layer")
+        assert not type(model).__module__.startswith("transformers_modules")
+
+
+def test_stock_loaders_refuse_the_per_layer_layout_instead_of_starting_blocks_at_random(
+    checkpoints: dict[str, Path],
+) -> None:
+    for folder in (folder for name, folder in checkpoints.items() if "uniform" not in name):
+        with pytest.raises(RuntimeError, match=r"per-layer attribute|size mismatch|ignore_mismatched_sizes"):
+            AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+
+
+def test_leave_to_read_global_widths_is_given_only_where_the_config_checks_them(
+    checkpoints: dict[str, Path],
+) -> None:
+    given = set()
+    for name, folder in checkpoints.items():
+        if json.loads((folder / "config.json").read_text()).get("allow_global_per_layer_attribute_access"):
+            given.add(name)
+    # MQA cannot lose a head without losing attention, so its heads never vary.
+    assert given == {f"llama-{kv}-{tied}-mixed" for kv in (4, 2) for tied in ("tied", "untied")}
+
+
+def test_folder_holds_no_pickle_and_the_modeling_file_only_where_needed(checkpoints: dict[str, Path]) -> None:
+    always = {"README.md", "config.json", "generation_config.json", "model.safetensors", "expected.safetensors"}
+    for name, folder in checkpoints.items():
+        wanted = always | ({"modeling_pruned.py"} if "uniform" not in name else set())
+        if "-4-tied" in name:
+            wanted |= {"tokenizer.json", "tokenizer_config.json"}
+        assert {file.name for file in folder.iterdir()} == wanted, name
+        config = json.loads((folder / "config.json").read_text())
+        assert config["head_dim"] == 8
+        assert ("auto_map" in config) == ("uniform" not in name)
+
+
+def test_tokenizer_is_the_same_also_under_another_model_type(checkpoints: dict[str, Path]) -> None:
+    text = "w9 w95 nothing w0"
+    expected = tiny_tokenizer()(text).input_ids
+    for name in ("llama-4-tied-uniform", "llama-4-tied-mixed", "qwen3-4-tied-mixed"):
+        tokenizer = load_tokenizer(str(checkpoints[name]))
+        assert tokenizer is not None
+        assert tokenizer(text).input_ids == expected
+        assert AutoTokenizer.from_pretrained(checkpoints[name])(text).input_ids == expected
+
+
+@pytest.mark.parametrize("name", ["llama-2-tied-mixed", "qwen2-4-untied-mixed", "llama-4-tied-uniform"])
+def test_the_same_model_gives_the_same_bytes_also_after_loading(
+    checkpoints: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    first = checkpoints[name]
+    save_checkpoint(lightning_prune.load(first), tmp_path / "again", tokenizer_from=None, card="# card\n")
+    lightning_prune.load(first).save_pretrained(tmp_path / "plain")
+    for file in (tmp_path / "again").iterdir():
+        assert file.read_bytes() == (first / file.name).read_bytes(), file.name
+        if file.name != "README.md":
+            assert file.read_bytes() == (tmp_path / "plain" / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("exception", [RuntimeError("stop"), KeyboardInterrupt()])
+def test_interrupted_save_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exception: BaseException
+) -> None:
+    model = make_tiny()
+    real = model.save_pretrained
+
+    def interrupted(folder: Path) -> None:
+        real(folder)
+        raise exception
+
+    monkeypatch.setattr(model, "save_pretrained", interrupted)
+    with pytest.raises(type(exception)):
+        save_checkpoint(model, tmp_path / "pruned", tokenizer_from=None, card="")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_is_a_message_and_leaves_the_old_checkpoint(
+    tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_checkpoint()
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    tokenizer = folder.parent / "tokenizer"
+    make_tiny().save_pretrained(tokenizer)
+    tiny_tokenizer().save_pretrained(tokenizer)
+    with pytest.raises(UserError, match=r"No space left.*--trainer\.default_root_dir.*--output") as error:
+        save_checkpoint(make_tiny(seed=1), folder, tokenizer_from=str(tokenizer), card="")
+    assert str(folder) in str(error.value)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert sorted(path.name for path in folder.parent.iterdir()) == sorted([folder.name, "tokenizer"])
+
+
+def test_place_that_cannot_be_written_is_a_message(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be written"):
+        save_checkpoint(make_tiny(), tmp_path / "file" / "pruned", tokenizer_from=None, card="")
+
+
+def test_generation_settings_that_transformers_only_warns_about_do_not_stop_the_save(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = tiny_checkpoint()
+    file = base / "generation_config.json"  # as several published models have it
+    file.write_text(json.dumps({**json.loads(file.read_text()), "do_sample": False, "temperature": 0.6}))
+    model = lightning_prune.load(base)
+    save_checkpoint(cut(model, mixed_plan(model)), tmp_path / "pruned", tokenizer_from=None, card="")
+    saved = json.loads((tmp_path / "pruned" / "generation_config.json").read_text())
+    assert saved["temperature"] == 0.6
