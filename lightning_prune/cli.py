@@ -11,7 +11,9 @@ from lightning_prune.errors import UserError
 
 COMMANDS = {
     "fit": "calibrate, prune, save and evaluate one model with one method",
+    "decide": "another ratio or option from a finished run's scores, without calibrating",
     "test": "measure the perplexity of any dense or pruned model",
+    "evaluate": "what a pruned model costs to run, and its zero-shot accuracy",
     "apply": "re-create a pruned checkpoint from a plan.json, without calibrating",
 }
 
@@ -51,19 +53,22 @@ def main(argv: list[str] | None = None) -> int:
 
         print(__version__)
         return 0
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         command = _command(arguments[0])
-        signal.signal(signal.SIGTERM, _terminate)
         return int(importlib.import_module(f"lightning_prune.commands.{command}").main(arguments[1:]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except Stopped as stopped:
+        print(f"interrupted by {signal.Signals(stopped.number).name}; nothing half-written is left", file=sys.stderr)
+        return 128 + stopped.number
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _command(name: str) -> str:
@@ -79,6 +84,16 @@ def _command(name: str) -> str:
     raise UserError(f"unknown command '{name}'.{hint} Commands: {', '.join(COMMANDS)}.")
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """Unwind on SIGTERM, so that temporary folders are removed."""
-    raise SystemExit(128 + number)
+class Stopped(BaseException):
+    """SIGINT or SIGTERM. Not a KeyboardInterrupt, which Lightning's trainer answers with exit status 1 of its own."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Unwind, so that temporary folders are removed; a second signal must not stop that."""
+    for repeated in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(repeated, signal.SIG_IGN)
+    raise Stopped(number)

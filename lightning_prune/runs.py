@@ -6,15 +6,21 @@ import time
 from pathlib import Path
 
 import lightning as L
+import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.errors import UserError
 from lightning_prune.evaluation.module import EvaluatedModel, PerplexityResult
+from lightning_prune.evaluation.unigram import unigram_perplexity
+from lightning_prune.files import write_text
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.reporting.base_model import base_model_sha256
+from lightning_prune.reporting.configuration import configuration_sha256
 from lightning_prune.reporting.environment import environment, peak_memory_bytes
 from lightning_prune.reporting.run_record import RunRecord, run_metrics
 from lightning_prune.reporting.tensorboard import hparams, log_importance
+from lightning_prune.reporting.verdict import evaluation_section
 
 
 def prune_and_record(
@@ -54,13 +60,31 @@ def prune_and_record(
     method.seconds["evaluate pruned"] = method.seconds.pop("evaluate", 0.0)
     method.seconds["total"] = time.perf_counter() - started
 
-    evaluation = {item.name: item.manifest for item in data.evaluation}
+    evaluation = {
+        item.name: {**item.manifest, "unigram_perplexity": unigram_perplexity(item.tokens)} for item in data.evaluation
+    }
     metrics = run_metrics(method.plan, dense, method.perplexity, evaluation, method.seconds, peak_memory_bytes())
-    metrics["method"] = {"name": method.method, "label": method.label, "base_model": method.pretrained}
+    metrics["method"] = {
+        "name": method.method,
+        "label": method.label,
+        "base_model": method.pretrained,
+        "base_model_sha256": base_model_sha256(method.pretrained),
+        "scores_reused": method.saved is not None,
+    }
     calibration = method.calibration_facts() or {"dataset": None, "note": "this method reads no data"}
+    metrics["configuration_sha256"] = configuration_sha256(
+        type(method).__name__,
+        yaml.safe_load(config)["model"]["init_args"],
+        str(trainer.precision),
+        metrics["method"]["base_model_sha256"] or method.pretrained,
+        calibration.get("fingerprint"),
+        {name: manifest["fingerprint"] for name, manifest in evaluation.items()},
+    )
     record = RunRecord(config, calibration, environment(str(trainer.precision), trainer.strategy.root_device), metrics)
     if trainer.is_global_zero:
         _log(trainer, method, metrics)
+        card = folder / "pruned" / "README.md"
+        write_text(card, card.read_text(encoding="utf-8") + evaluation_section(metrics))
         record.save(folder)
     return folder, record
 
@@ -107,8 +131,8 @@ def run_folder(trainer: L.Trainer, label: str) -> Path:
     return parent / f"version_{max(taken, default=-1) + 1}"
 
 
-def check_writable(folder: Path) -> None:
-    """Try the nearest existing parent of ``folder``.
+def check_writable(folder: Path, option: str = "--trainer.default_root_dir") -> None:
+    """Try the nearest existing parent of ``folder``; ``option`` is the one that chose it.
 
     Raises:
         UserError: nothing can be written there.
@@ -122,7 +146,7 @@ def check_writable(folder: Path) -> None:
         os.unlink(name)
     except OSError as error:
         raise UserError(
-            f"--trainer.default_root_dir: cannot write below '{parent}' ({error.strerror}). Choose a writable folder."
+            f"{option}: cannot write below '{parent}' ({error.strerror}). Choose a writable folder."
         ) from None
 
 

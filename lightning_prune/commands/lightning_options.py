@@ -141,6 +141,10 @@ _DESCRIPTION = {
         "--model.help NAME, for instance --model.help Wanda), those of the calibration set --data.OPTION, those of "
         "Lightning --trainer.OPTION. Several --config overlay one another; --print_config shows the result."
     ),
+    "decide": (
+        "Make another pruning decision from the scores of a finished run, without calibrating: "
+        "lightning-prune decide --run logs/wanda/version_0 --model.pruning_ratio 0.3."
+    ),
     "test": (
         "Measure the perplexity of a dense or pruned model with the protocol of the pruning runs: "
         "lightning-prune test --model.pretrained FOLDER --data.eval_datasets '[wikitext2, ptb]'."

@@ -32,7 +32,7 @@ def demo_text(split: Split, num_stories: int | None = None) -> str:
 
     Args:
         split: `train`, `validation` or `test`; no story is shared between two of them.
-        num_stories: how many; by default 4000 for train, 200 for the others (a story has about 130 words).
+        num_stories: how many; by default 4000 for train, 200 for the others (a story has about 120 words).
 
     Raises:
         UserError: `split` is none of the three, or `num_stories` is not in 1 … 10**9.

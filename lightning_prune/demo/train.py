@@ -175,7 +175,7 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model and its tokenizer to")
     parser.add_argument("--max-steps", type=int, default=1200, help="optimizer steps; time grows in proportion")
-    parser.add_argument("--num-stories", type=int, default=40000, help="stories to train on, about 170 tokens each")
+    parser.add_argument("--num-stories", type=int, default=40000, help="stories to train on, about 190 tokens each")
     parser.add_argument("--batch-size", type=int, default=16, help=f"windows of {TRAIN_LENGTH} tokens per step")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak, after a warm-up of 5 %% of the steps")
     parser.add_argument("--weight-decay", type=float, default=0.01, help="on matrices only; the norms have none")

@@ -3,6 +3,7 @@
 from lightning_prune.methods.hgsp import HGSP
 from lightning_prune.methods.magnitude import Magnitude
 from lightning_prune.methods.shortgpt import ShortGPT
+from lightning_prune.methods.slimgpt import SlimGPT
 from lightning_prune.methods.wanda import Wanda
 
-__all__ = ["HGSP", "Magnitude", "ShortGPT", "Wanda"]
+__all__ = ["HGSP", "Magnitude", "ShortGPT", "SlimGPT", "Wanda"]

@@ -15,6 +15,7 @@ from lightning_prune.evaluation.module import EvaluatedModel
 from lightning_prune.files import write_json
 from lightning_prune.methods.scores import Scores
 from lightning_prune.statistics.hooks import Hooks
+from lightning_prune.statistics.replay import LayerWalk
 from lightning_prune.surgery.anatomy import LayerAnatomy, anatomy, count_parameters
 from lightning_prune.surgery.checkpoint import save_checkpoint
 from lightning_prune.surgery.cut import cut, layout_of
@@ -27,12 +28,14 @@ from lightning_prune.surgery.plan import LayerPlan, PruningPlan
 class SavedMeasurement:
     """What an earlier run measured, so that another decision needs no calibration.
 
-    ``details`` is its ``method.json``, ``calibration`` its ``calibration.json`` (None for methods without data).
+    ``details`` is its ``method.json``, ``calibration`` its ``calibration.json`` (None for methods without data),
+    ``run`` its folder, which the new record names.
     """
 
     scores: Scores
     details: dict[str, Any]
     calibration: dict[str, Any] | None
+    run: str | None = None
 
 
 class PruningMethod(EvaluatedModel):
@@ -48,7 +51,9 @@ class PruningMethod(EvaluatedModel):
     """
 
     needs_calibration = True
+    epochs_per_layer = 1  # of layer-wise methods
     reusable = True  # whether a saved score table is enough to decide again
+    decision_options: tuple[str, ...] = ("pruning_ratio", "label")  # those that do not change what is measured
     plan: PruningPlan
     scores: Scores
 
@@ -66,6 +71,7 @@ class PruningMethod(EvaluatedModel):
         self.hooks = Hooks()
         self.pruned_folder: Path | None = None
         self.dense_parameters = 0
+        self.num_layers = 0
         self.saved: SavedMeasurement | None = None
 
     def reuse(self, saved: SavedMeasurement) -> None:
@@ -84,9 +90,19 @@ class PruningMethod(EvaluatedModel):
         return self._label or self.method
 
     @property
+    def layerwise(self) -> bool:
+        """Whether layer l is calibrated on what the already pruned layers before it put out, one epoch per layer."""
+        return False
+
+    @property
     def num_epochs(self) -> int:
-        """Passes over the calibration set (1 unless layers are pruned one after the other)."""
-        return 1
+        """Passes over the calibration set."""
+        return self.num_layers * self.epochs_per_layer if self.layerwise else 1
+
+    @property
+    def current_layer(self) -> LayerAnatomy:
+        """The layer that this epoch calibrates, for layer-wise methods."""
+        return self.layers[self.current_epoch // self.epochs_per_layer]
 
     @property
     def expected_tokens(self) -> int:
@@ -122,6 +138,11 @@ class PruningMethod(EvaluatedModel):
     def check_ratio(self, layers: list[LayerAnatomy], total_parameters: int) -> None:
         """Raise UserError when the ratio cannot be reached; ``layers`` are on the meta device."""
 
+    @property
+    def note(self) -> str:
+        """A sentence that table and model card must carry, if any."""
+        return ""
+
     def details(self) -> dict[str, Any]:
         """What the method measured and chose beside its scores, for ``method.json``: thresholds, damping, ratios."""
         prunable = sum(view.attention_unit_cost * view.num_kv_heads for view in self.layers)
@@ -133,17 +154,22 @@ class PruningMethod(EvaluatedModel):
     def check_before_loading(self, config: Any) -> None:
         """Refuse what the shapes alone can tell."""
         skeleton = meta_model(config)
+        self.num_layers = config.num_hidden_layers
         self.check_ratio(anatomy(skeleton), count_parameters(skeleton))
 
     def setup(self, stage: str) -> None:
         """Check, then tell the trainer how many passes the method makes."""
         super().setup(stage)
+        if self.net is not None:
+            self.num_layers = self.model.config.num_hidden_layers
         if stage == "fit":
             self.trainer.fit_loop.max_epochs = self.num_epochs
 
     def on_fit_start(self) -> None:
         """Methods without data have no batch to wait for."""
         self.layers = anatomy(self.model)
+        self.num_layers = len(self.layers)
+        self.walk = LayerWalk(self.epochs_per_layer)
         self.dense_parameters = count_parameters(self.model)
         self._calibration_started = time.perf_counter()
         if not self.needs_calibration:
@@ -171,10 +197,11 @@ class PruningMethod(EvaluatedModel):
             return
         self.hooks.remove()
         self.check_tokens()
-        if self.current_epoch + 1 < self.num_epochs:
+        with self.timed("prune layers" if self.layerwise else "decide"), torch.no_grad():
             self.finish_epoch()
-        else:
-            self.seconds["calibrate"] = time.perf_counter() - self._calibration_started
+        if self.current_epoch + 1 == self.num_epochs:
+            pruning = self.seconds.get("prune layers", 0.0)
+            self.seconds["calibrate"] = time.perf_counter() - self._calibration_started - pruning
             self._decide()
 
     def _decide(self) -> None:
@@ -185,14 +212,19 @@ class PruningMethod(EvaluatedModel):
     def on_fit_end(self) -> None:
         """Prune: the strategy is torn down, the module is whole and on the CPU. Rank 0 saves."""
         folder = self.run_folder or Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        self.walk = LayerWalk()
         with self.timed("prune"), torch.no_grad():
             self.net = self.transform(self.model)
         if self.trainer.is_global_zero:
             with self.timed("save"):
                 self.scores.save(folder / "scores.csv")
                 self.plan.save(folder / "plan.json")
-                write_json(folder / "method.json", {"method": self.method, "label": self.label, **self._details})
+                facts = {"method": self.method, "label": self.label, **self._details}
+                if self.saved is not None and self.saved.run is not None:
+                    facts["measured_by"] = self.saved.run
+                write_json(folder / "method.json", facts)
                 card = model_card(self.plan, layout_of(self.model), self.calibration_facts())
+                card += f"\n{self.note}\n" if self.note else ""
                 save_checkpoint(self.model, folder / "pruned", tokenizer_from=self.pretrained, card=card)
         self.pruned_folder = folder / "pruned"
 

@@ -34,6 +34,15 @@ class GroupPruning(PruningMethod):
         label: Name of this system in run folders, TensorBoard and tables. Default: the method's own name.
     """
 
+    decision_options = (
+        *PruningMethod.decision_options,
+        "allocation",
+        "round_to",
+        "freeze_first_n_layers",
+        "freeze_last_n_layers",
+        "min_groups_per_layer",
+    )
+
     def __init__(
         self,
         pretrained: str = "demo",

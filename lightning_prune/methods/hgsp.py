@@ -4,8 +4,8 @@ Every group G of every layer gets one final score, and all groups are ranked tog
 
     final(G) = S(G) · B(G)^T,   S(G) = I(G) / cost(G)
 
-I is the importance (``taylor``, ``taylor_2nd``, ``wanda``, ``magnitude``), cost the parameters that leave with G. B is the
-depth prior: how much the loss grows without G's whole layer, or without G's block where the layer matters (gate τ).
+I is the importance (``taylor``, ``taylor_2nd``, ``wanda``, ``magnitude``), cost the parameters that leave with G. B is
+the depth prior: how much the loss grows without G's whole layer, or without its block where the layer matters (gate τ).
 """
 
 from dataclasses import replace
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lightning_prune.errors import UserError
 from lightning_prune.evaluation.perplexity import token_losses
+from lightning_prune.methods.base import SavedMeasurement
 from lightning_prune.methods.group_pruning import Allocation, GroupPruning
 from lightning_prune.methods.magnitude import magnitude_importance
 from lightning_prune.methods.scores import Scores
@@ -94,6 +95,8 @@ class HGSP(GroupPruning):
             and layers go, which the method is meant to find.
         label: Name of this system in run folders, TensorBoard and tables. Default: hgsp_<importance>.
     """
+
+    decision_options = (*GroupPruning.decision_options, "tau", "temperature", "collapse_epsilon", "score_norm")
 
     def __init__(
         self,
@@ -185,7 +188,7 @@ class HGSP(GroupPruning):
         else:
             counted = tokens[weight > 0]
             size = 1 if self.importance == "taylor_2nd" else max(1, len(counted))
-            for samples in counted.split(size):
+            for samples in counted.split(size):  # type: ignore[no-untyped-call]
                 losses = token_losses(self.logits(samples), samples)
                 self.gradients.expect(len(samples), losses.numel())
                 losses.mean().backward()  # type: ignore[no-untyped-call]
@@ -221,7 +224,7 @@ class HGSP(GroupPruning):
         if self.importance == "wanda":
             return wanda_importance(layer, self.norms.of(layer.index))
         statistics = self.gradients.of(layer.index)
-        groups, channels = taylor_importance(layer, {role: item.compute() for role, item in statistics.items()})
+        groups, channels = taylor_importance(layer, {role: item.reduced() for role, item in statistics.items()})
         if self.importance == "taylor_2nd":
             for role, item in statistics.items():
                 if role in ("gate", "up", "down"):
@@ -230,14 +233,15 @@ class HGSP(GroupPruning):
                     groups = groups + item.mean_terms()
         return groups, channels
 
+    def reuse(self, saved: SavedMeasurement) -> None:
+        """Refuse at once what the saved priors cannot answer."""
+        super().reuse(saved)
+        self.priors = saved_priors(saved.details, self.temperature, self.tau)
+
     def score(self, scores: Scores) -> Scores:
         """final = S · B^T."""
-        if self.saved is not None:
-            self.priors = saved_priors(self.saved.details, self.temperature, self.tau)
-        else:
-            self.finish_epoch()
-            if self.temperature > 0:
-                self.priors = self.prior_measure.compute().cpu()  # type: ignore[operator]
+        if self.saved is None and self.temperature > 0:
+            self.priors = self.prior_measure.compute().cpu()  # type: ignore[operator]
         if self.temperature > 0:
             assert self.priors is not None
             self.tau_used = gate_threshold(self.priors[0], self.tau)
@@ -299,14 +303,14 @@ def final_scores(
 
 
 def saved_priors(details: dict[str, Any], temperature: float, tau: float | None) -> Tensor | None:
-    """Δ ``[3, L]`` from an earlier run's ``method.json``; None where T = 0 needs none.
+    """Δ ``[3, L]`` from an earlier run's ``method.json``; None where it has none and T = 0 needs none.
 
     Raises:
         UserError: that run measured no priors, or only those of whole layers where blocks are asked for.
     """
-    if temperature == 0:
-        return None
     delta = details["prior"]["delta"]
+    if delta is None and temperature == 0:
+        return None
     if delta is None:
         raise UserError(
             f"--model.temperature {temperature:g}: the run was made with temperature 0 and measured no priors. "
@@ -315,7 +319,7 @@ def saved_priors(details: dict[str, Any], temperature: float, tau: float | None)
     priors = torch.tensor(
         [[float("nan") if x is None else x for x in delta[piece]] for piece in PIECES], dtype=torch.float64
     )
-    if tau != float("inf") and bool(priors.isnan().any()):
+    if temperature > 0 and tau != float("inf") and bool(priors.isnan().any()):
         raise UserError("--model.tau: the run was made with tau .inf and measured no block priors. Run fit again.")
     return priors
 

@@ -45,6 +45,8 @@ class ShortGPT(PruningMethod):
         label: Name of this system in run folders, TensorBoard and tables. Default: shortgpt.
     """
 
+    decision_options = (*PruningMethod.decision_options, "n_remove_layers")
+
     def __init__(
         self,
         pretrained: str = "demo",

@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning_prune.evaluation.module import PerplexityResult
 from lightning_prune.files import write_json, write_text
+from lightning_prune.reporting.verdict import verdict
 from lightning_prune.surgery.plan import PruningPlan
 
 
@@ -68,7 +69,10 @@ def summary_table(label: str, metrics: dict[str, Any]) -> str:
         ("pruning ratio", f"requested {ratio['requested']:.4f}, achieved {ratio['achieved']:.4f}"),
     ]
     rows += [
-        (f"perplexity {name}", f"dense {item['dense']:.3f}, pruned {item['pruned']:.3f} ({item['tokens']:,} tokens)")
+        (
+            f"perplexity {name}",
+            f"dense {item['dense']:.3f}, pruned {item['pruned']:.3f} ({item['tokens']:,} tokens), {verdict(metrics, name)}",
+        )
         for name, item in metrics["perplexity"].items()
     ]
     rows += [

@@ -28,7 +28,7 @@ class WeightGradient(TokenStatistic):
 
     def __init__(self, shape: torch.Size, num_units: int) -> None:
         super().__init__()
-        self.add_state("gradient", torch.zeros(shape, dtype=torch.float32), dist_reduce_fx="sum")
+        self.add_matrix_state("gradient", shape)
         self.add_state("unit_terms", torch.zeros(num_units, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("not_finite", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("samples", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
@@ -77,7 +77,7 @@ class GradientSums(nn.Module):
                 linear.weight.requires_grad_(True)
                 along = "columns" if role in COLUMN_UNITS else "rows"
                 hook = self._consumer(statistic, units, along)
-                self._handles.append(linear.weight.register_post_accumulate_grad_hook(hook))
+                self._handles.append(linear.weight.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
         self._weights = [linear.weight for view in layers for linear in view.linears.values()]
 
     def expect(self, samples: int, tokens: int) -> None:

@@ -18,7 +18,7 @@ class InputGram(TokenStatistic):
     def __init__(self, in_features: int, max_tokens: int | None = None) -> None:
         super().__init__()
         self.max_tokens = max_tokens
-        self.add_state("gram", torch.zeros(in_features, in_features, dtype=torch.float32), dist_reduce_fx="sum")
+        self.add_matrix_state("gram", torch.Size((in_features, in_features)))
 
     def update(self, x: Tensor, weight: Tensor | None = None) -> None:
         """Add inputs x ``[B, ..., in]`` of any dtype; samples whose weight ``[B]`` is 0 are dropped."""
@@ -31,10 +31,9 @@ class InputGram(TokenStatistic):
         self.tokens += len(rows)
 
     def compute(self) -> Tensor:
-        """XᵀX over all processes, a copy that stays cached until the next update or ``reset``."""
+        """XᵀX over all processes."""
         return self.gram
 
     def matrix(self) -> Tensor:
         """The same, fp32 ``[in, in]`` for one channel too, where torchmetrics returns a scalar."""
-        gram: Tensor = self.compute()
-        return gram.reshape(self.gram.shape)
+        return self.reduced().reshape(self.gram.shape)

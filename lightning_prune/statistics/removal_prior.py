@@ -99,7 +99,7 @@ class SimilarityPrior(nn.Module):
 
     def compute(self) -> Tensor:
         """``[3, L]`` fp64: layer, attention, mlp."""
-        rows = [[float(metric.compute()) for metric in row] for row in self.influence]  # type: ignore[union-attr]
+        rows = [[float(metric.compute()) for metric in row] for row in self.influence]  # type: ignore[union-attr, attr-defined]
         return torch.tensor(rows, dtype=torch.float64)
 
 

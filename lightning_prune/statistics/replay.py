@@ -59,3 +59,27 @@ def _replaced_forward(layers: Sequence[nn.Module], stub: Any) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.forward
+
+
+class LayerWalk:
+    """Takes every batch through the decoder one layer per epoch, each layer as it then is: pruned, once it was pruned.
+
+    Holds the residual stream of every batch, num_samples × seq_len × hidden_size values, and no layer's inner
+    activations.
+    """
+
+    def __init__(self, epochs_per_layer: int = 1) -> None:
+        self.epochs_per_layer = epochs_per_layer
+        self._batches: dict[int, Replay] = {}
+
+    def step(
+        self, model: PreTrainedModel, layers: Sequence[nn.Module], epoch: int, batch_idx: int, tokens: Tensor
+    ) -> None:
+        """Bring the batch to the input of this epoch's layer, then run that layer, for the hooks to see."""
+        index, again = divmod(epoch, self.epochs_per_layer)
+        if batch_idx not in self._batches:
+            self._batches[batch_idx] = capture(model, layers, tokens)
+        batch = self._batches[batch_idx]
+        if index > 0 and not again:
+            batch.hidden = batch.run(layers[index - 1], index - 1, batch.hidden)
+        batch.run(layers[index], index, batch.hidden)

@@ -20,7 +20,26 @@ class TokenStatistic(Metric):
 
     def __init__(self) -> None:
         super().__init__()
+        self._matrices: dict[str, torch.Size] = {}
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def add_matrix_state(self, name: str, shape: torch.Size) -> None:
+        """An fp32 state of a weight's size, of which torchmetrics keeps no second copy as the default."""
+        self.add_state(name, torch.zeros(shape, dtype=torch.float32), dist_reduce_fx="sum")
+        self._defaults[name] = torch.zeros((), dtype=torch.float32)
+        self._matrices[name] = shape
+
+    def reduced(self) -> Tensor:
+        """``compute`` over all processes, without the copy of the result that torchmetrics would keep."""
+        value: Tensor = self.compute()
+        self._computed = None
+        return value
+
+    def reset(self) -> None:
+        """Back to zero tokens."""
+        super().reset()
+        for name, shape in self._matrices.items():
+            setattr(self, name, torch.zeros(shape, dtype=torch.float32, device=self.tokens.device))
 
     def raise_if_not_finite(self, name: str) -> None:
         """Check the statistic before anything is decided from it; ``name`` is the layer or module in the message.
@@ -30,7 +49,7 @@ class TokenStatistic(Metric):
         Raises:
             FloatingPointError: a value is NaN or infinite.
         """
-        value = self.compute()
+        value = self.reduced()
         bad = int((~torch.isfinite(value)).sum())
         if bad:
             raise FloatingPointError(

@@ -1,0 +1,179 @@
+"""``lightning-prune decide``: another pruning decision from what an earlier run measured, without calibrating."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_prune.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning_prune.commands.lightning_options import PruneCLI
+    from lightning_prune.data.datamodule import CalibrationDataModule
+    from lightning_prune.evaluation.module import PerplexityResult
+    from lightning_prune.methods.base import PruningMethod, SavedMeasurement
+
+EVALUATION_OPTIONS = ("eval_datasets", "eval_seq_len", "eval_batch_size", "cache_dir")
+
+
+def main(argv: list[str]) -> int:
+    """Read ``--run``, change the options given after it, decide, cut, evaluate, and leave a new run folder.
+
+    The plan is the one that ``fit`` makes with the same options.
+
+    Raises:
+        UserError: no finished run there, a method whose scores cannot be reused, an option that would change the
+            measurement, or a base model that is no longer the same.
+    """
+    arguments, options = _parser().parse_known_args(argv)
+    run: Path = arguments.run
+    metrics = _finished_run(run)
+
+    # After the first look, so that --help and a wrong folder do not wait for torch.
+    from lightning_prune.commands.lightning_options import PruneCLI
+    from lightning_prune.methods.base import PruningMethod
+    from lightning_prune.reporting.run_record import summary_table
+    from lightning_prune.runs import prune_and_record
+
+    config = ["--config", str(run / "config.yaml")]
+    cli = PruneCLI([*config, *options], PruningMethod, subclasses=True, command="decide")
+    _check_options(cli, config, run)
+    if not cli.model.reusable:
+        raise UserError(
+            f"--run: method '{cli.model.method}' of '{run}' cannot decide again from its scores: it changes weights "
+            "while it measures, or prunes single weights, which the table does not list. Run fit again."
+        )
+    _check_base_model(cli.model.pretrained, metrics, run)
+    cli.model.reuse(_measurement(run, cli.model))
+    cli.datamodule.needs_calibration = False
+    cli.datamodule.setup("fit")
+    same_device = _json(run / "environment.json").get("device") == str(cli.trainer.strategy.root_device)
+    dense = _known_perplexities(metrics, cli.datamodule) if same_device else None
+    folder, record = prune_and_record(cli.trainer, cli.model, cli.datamodule, cli.resolved_config, dense)
+    if cli.trainer.is_global_zero:
+        print("\n" + summary_table(cli.model.label, record.metrics))
+        print(f"pruned model: {folder / 'pruned'}")
+    return 0
+
+
+def _finished_run(run: Path) -> dict[str, Any]:
+    """The run's ``metrics.json``, which is written last."""
+    names = ("metrics.json", "config.yaml", "scores.csv", "method.json", "calibration.json", "environment.json")
+    missing = [name for name in names if not (run / name).is_file()]
+    if missing:
+        raise UserError(
+            f"--run: '{run}' is no finished pruning run: it has no {', '.join(missing)}. Give a folder that "
+            "'lightning-prune fit' has completed, for instance logs/wanda/version_0."
+        )
+    return _json(run / "metrics.json")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--run: '{path}' cannot be read as JSON ({error}). Run fit again.") from None
+    if not isinstance(found, dict):
+        raise UserError(f"--run: '{path}' holds no JSON object. Run fit again.")
+    return found
+
+
+def _check_options(cli: "PruneCLI", config: list[str], run: Path) -> None:
+    """Refuse options that differ from the run's and are not read by the decision or the evaluation."""
+    before, after = (_flat(cli.parser, parsed) for parsed in (cli.parser.parse_args(config), cli.config))
+    allowed = [f"model.{name}" for name in cli.model.decision_options]
+    allowed += [f"data.{name}" for name in EVALUATION_OPTIONS]
+    for name in sorted(before.keys() | after.keys()):
+        fixed = name not in allowed and (name.startswith(("model", "data")) or name == "trainer.precision")
+        if fixed and before.get(name) != after.get(name):
+            raise UserError(
+                f"--{name} {after.get(name)}: the scores of '{run}' were measured with {before.get(name)}, and this "
+                f"option belongs to the measurement. Run fit for that. decide can change "
+                f"{', '.join(f'--{option}' for option in allowed)}, and --trainer options but precision."
+            )
+
+
+def _flat(parser: Any, parsed: Any) -> dict[str, Any]:
+    """Options by the name they have on the command line; ``model`` is the class."""
+    config = json.loads(parser.dump(parsed, format="json", skip_none=False))
+    model = config["model"]
+    return {
+        "model": model["class_path"],
+        **{f"model.{name}": value for name, value in model.get("init_args", {}).items()},
+        **{f"data.{name}": value for name, value in config.get("data", {}).items()},
+        "trainer.precision": config["trainer"].get("precision"),
+    }
+
+
+def _check_base_model(pretrained: str, metrics: dict[str, Any], run: Path) -> None:
+    from lightning_prune.reporting.base_model import base_model_sha256
+    from lightning_prune.surgery.anatomy import count_parameters
+    from lightning_prune.surgery.loading import load_config, meta_model
+
+    found, measured = count_parameters(meta_model(load_config(pretrained))), metrics["parameters"]["dense"]
+    if found != measured:
+        raise UserError(
+            f"--run: '{run}' measured a model of {measured:,} parameters; '{pretrained}' now has {found:,}. "
+            "Put the model back, or run fit again."
+        )
+    recorded = metrics["method"].get("base_model_sha256")
+    if recorded is not None and recorded != base_model_sha256(pretrained):
+        raise UserError(
+            f"--run: the config or the weights of '{pretrained}' have changed since '{run}' measured them (SHA-256). "
+            "Put the model back, or run fit again."
+        )
+
+
+def _measurement(run: Path, method: "PruningMethod") -> "SavedMeasurement":
+    from lightning_prune.methods.base import SavedMeasurement
+    from lightning_prune.methods.scores import BLOCKS, Scores
+    from lightning_prune.surgery.anatomy import anatomy
+    from lightning_prune.surgery.loading import load_config, meta_model
+
+    layers = anatomy(meta_model(load_config(method.pretrained)))
+    scores, details = Scores.load(run / "scores.csv"), _json(run / "method.json")
+    whole_layers = bool((scores.block == BLOCKS.index("layer")).any())
+    units = len(layers) if whole_layers else sum(view.num_kv_heads + view.num_channels for view in layers)
+    if len(scores.unit) != units:
+        raise UserError(
+            f"--run: '{run / 'scores.csv'}' lists {len(scores.unit):,} units, the model has {units:,}. Run fit again."
+        )
+    return SavedMeasurement(
+        scores=scores,
+        details=details,
+        calibration=_json(run / "calibration.json") if method.needs_calibration else None,
+        run=details.get("measured_by", str(run)),  # a decision of a decision names the run that calibrated
+    )
+
+
+def _known_perplexities(metrics: dict[str, Any], data: "CalibrationDataModule") -> "dict[str, PerplexityResult] | None":
+    """Those of the dense model, if they were measured on exactly these evaluation sets."""
+    from lightning_prune.evaluation.module import PerplexityResult
+
+    before = {name: item["fingerprint"] for name, item in metrics["evaluation"].items()}
+    values = metrics["perplexity"]
+    complete = all(name in values and values[name]["dense"] is not None for name in before)
+    if not complete or before != {item.name: item.manifest["fingerprint"] for item in data.evaluation}:
+        return None
+    return {name: PerplexityResult(values[name]["dense"], values[name]["tokens"]) for name in before}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-prune decide",
+        usage="lightning-prune decide --run FOLDER [--model.OPTION VALUE ...] [--data.eval_OPTION VALUE ...] "
+        "[--trainer.OPTION VALUE ...]",
+        description="Make another pruning decision from the scores of a finished run: a new run folder in seconds, "
+        "without calibrating, with the plan that fit makes for the same options. Everything that is not given is as "
+        "in that run. May change: --model.pruning_ratio and --model.label of every method; allocation, round_to, "
+        "freeze_first_n_layers, freeze_last_n_layers and min_groups_per_layer where groups are ranked; H-GSP's tau, "
+        "temperature, collapse_epsilon and score_norm; ShortGPT's n_remove_layers; the evaluation sets. What the "
+        "scores were measured with (model, importance, prior, calibration set, precision) may not.",
+        epilog="example: lightning-prune decide --run logs/hgsp_taylor/version_0 --model.pruning_ratio 0.3 "
+        "--model.temperature 0.5",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--run", type=Path, required=True, metavar="FOLDER", help="the run whose scores are used, as fit left it"
+    )
+    return parser

@@ -1,0 +1,82 @@
+"""``results.tex``: booktabs tables, one per group of comparable runs."""
+
+from lightning_prune.comparison.audit import Audit, Group
+from lightning_prune.comparison.run import Run
+from lightning_prune.comparison.tables import display_names, evaluation_sets, number
+
+SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+SPECIAL |= {character: "\\" + character for character in "&%$#_{}"}
+
+
+def latex(audit: Audit) -> str:
+    """Systems down, ratios across, one ``table`` per group; needs ``\\usepackage{booktabs}``."""
+    parts = ["% Needs \\usepackage{booktabs}. Perplexity, lower is better."]
+    parts += [_table(index, group) for index, group in enumerate(audit.groups, start=1)]
+    return "\n\n".join(parts) + "\n"
+
+
+def escape(text: str) -> str:
+    """Plain text for LaTeX."""
+    return "".join(SPECIAL.get(character, character) for character in text)
+
+
+def _table(index: int, group: Group) -> str:
+    sets, ratios = evaluation_sets(group.all), sorted({run.requested for run in group.all})
+    columns = [(name, ratio) for name in sets for ratio in ratios]
+    top = [f"\\multicolumn{{{len(ratios)}}}{{c}}{{{escape(name)}}}" for name in sets]
+    rules = [f"\\cmidrule(lr){{{2 + i * len(ratios)}-{1 + (i + 1) * len(ratios)}}}" for i in range(len(sets))]
+    first = group.all[0]
+    dense = [
+        f"\\multicolumn{{{len(ratios)}}}{{c}}{{{number(first.perplexity(name, 'dense'))}}}" for name in sets
+    ]
+    lines = [
+        "\\begin{table}",
+        "\\centering",
+        f"\\caption{{{_caption(group)}}}",
+        f"\\label{{tab:pruning-{index}}}",
+        f"\\begin{{tabular}}{{l{'r' * len(columns)}}}",
+        "\\toprule",
+        " & ".join(["", *top]) + r" \\",
+        *rules,
+        " & ".join(["System", *(f"{ratio * 100:g}\\,\\%" for _, ratio in columns)]) + r" \\",
+        "\\midrule",
+        " & ".join(["Dense", *dense]) + r" \\",
+        "\\midrule",
+        *_lines(group.runs, columns),
+    ]
+    if group.other_ratio:
+        note = f"\\multicolumn{{{1 + len(columns)}}}{{l}}{{\\emph{{At another achieved ratio (in parentheses):}}}} \\\\"
+        lines += ["\\midrule", note, *_lines(group.other_ratio, columns, show_ratio=True)]
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table}"])
+
+
+def _lines(runs: list[Run], columns: list[tuple[str, float]], show_ratio: bool = False) -> list[str]:
+    names = display_names(runs)
+    lines = []
+    for label in dict.fromkeys(names[id(run)] for run in runs):
+        mine = {run.requested: run for run in runs if names[id(run)] == label}
+        cells = [_cell(mine.get(ratio), name, show_ratio) for name, ratio in columns]
+        lines.append(" & ".join([escape(label), *cells]) + r" \\")
+    return lines
+
+
+def _cell(run: Run | None, name: str, show_ratio: bool) -> str:
+    if run is None or name not in run.metrics["perplexity"]:
+        return "--"
+    value = number(run.perplexity(name))
+    if run.unusable_on(name):
+        value = "unusable" if run.perplexity(name) is None else f"unusable, {value}"
+    return value + (f" ({run.achieved * 100:.1f}\\,\\%)" if show_ratio else "")
+
+
+def _caption(group: Group) -> str:
+    first = group.all[0]
+    lengths = sorted({str(manifest.get("seq_len")) for manifest in first.evaluation.values()})
+    text = f"Perplexity of {first.base_model} after pruning"
+    if lengths:
+        text += f" (windows of {', '.join(lengths)} tokens)"
+    calibrated = next((run.calibration for run in group.all if run.calibration is not None), None)
+    if calibrated is not None:
+        text += f"; calibration: {calibrated['dataset']}, {calibrated['num_samples']} samples of "
+        text += f"{calibrated['seq_len']} tokens, fingerprint {str(calibrated['fingerprint'])[:12]}"
+    return escape(text + ".")

@@ -1,0 +1,199 @@
+"""The result as rows, and the rows as terminal text, Markdown, CSV and LaTeX."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightning_prune.comparison.audit import Audit, Group
+from lightning_prune.comparison.run import Run
+
+CSV_COLUMNS = (
+    "table",
+    "status",
+    "system",
+    "method",
+    "requested_ratio",
+    "achieved_ratio",
+    "ratio_reached",
+    "evaluation_set",
+    "dense_perplexity",
+    "perplexity",
+    "unigram_perplexity",
+    "verdict",
+    "predicted_tokens",
+    "evaluation_seq_len",
+    "parameters_dense",
+    "parameters_pruned",
+    "base_model",
+    "calibration_fingerprint",
+    "seconds_total",
+    "peak_memory_bytes",
+    "folder",
+    "message",
+)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run of the experiment that ended in an error."""
+
+    label: str
+    requested: float
+    message: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the main table. ``cells`` go under ``header(…)``."""
+
+    cells: tuple[str, ...]
+
+
+def header(sets: Sequence[str]) -> tuple[str, ...]:
+    """Column names; ``sets`` are the evaluation sets."""
+    columns = ["system", "asked", "achieved", "parameters"]
+    columns += [f"perplexity {name}" for name in sets]
+    return (*columns, "verdict", "seconds", "memory MiB")
+
+
+def evaluation_sets(runs: Sequence[Run]) -> list[str]:
+    """Names of all evaluation sets, in order of appearance."""
+    return list(dict.fromkeys(name for run in runs for name in run.metrics["perplexity"]))
+
+
+def display_names(runs: Sequence[Run]) -> dict[int, str]:
+    """A name for every run by ``id``: the label, with the run folder where a label comes twice at one ratio."""
+    keys = [(run.label, run.requested) for run in runs]
+    return {
+        id(run): run.label if keys.count((run.label, run.requested)) == 1 else f"{run.label}/{run.folder.name}"
+        for run in runs
+    }
+
+
+def rows(runs: Sequence[Run], sets: Sequence[str]) -> list[Row]:
+    """Sorted by ratio, then in the order given; the dense model leads."""
+    names = display_names(runs)
+    found = []
+    if runs:
+        dense = [number(runs[0].perplexity(name, "dense")) if _has(runs[0], name) else "–" for name in sets]
+        whole = f"{runs[0].metrics['parameters']['dense']:,}"
+        found.append(Row(("dense", "0", "0.0000", whole, *dense, "", "", "")))
+    for run in sorted(runs, key=lambda run: run.requested):
+        perplexities = [number(run.perplexity(name)) if _has(run, name) else "–" for name in sets]
+        found.append(
+            Row(
+                (
+                    names[id(run)],
+                    f"{run.requested:g}",
+                    f"{run.achieved:.4f}",
+                    f"{run.metrics['parameters']['pruned']:,}",
+                    *perplexities,
+                    word(run),
+                    f"{run.seconds.get('total', 0):.1f}",
+                    f"{run.metrics['peak_memory_bytes'] / 2**20:,.0f}",
+                )
+            )
+        )
+    return found
+
+
+def word(run: Run) -> str:
+    """``usable``, ``unusable`` or, with several sets, on which it is unusable."""
+    bad = [name for name in run.metrics["perplexity"] if run.unusable_on(name)]
+    if not run.metrics["perplexity"]:
+        return "not evaluated"
+    if not bad:
+        return "usable"
+    return "unusable" if len(bad) == len(run.metrics["perplexity"]) else f"unusable on {', '.join(bad)}"
+
+
+def number(value: float | None) -> str:
+    """A perplexity: three decimals while they mean something."""
+    if value is None:
+        return "not finite"
+    return f"{value:.3f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.2e}"
+
+
+def text_table(columns: Sequence[str], lines: Sequence[Row]) -> str:
+    """Aligned columns for a terminal; numbers to the right."""
+    cells = [tuple(columns), *(line.cells for line in lines)]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
+    left = {0, list(columns).index("verdict")} if "verdict" in columns else {0}
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if index in left else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    )
+
+
+def markdown_table(columns: Sequence[str], lines: Sequence[Row]) -> str:
+    """A pipe table."""
+    cells = [tuple(columns), ("---",) * len(columns), *(line.cells for line in lines)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells)
+
+
+def title(index: int, group: Group) -> str:
+    """One line that says what the runs of a table share."""
+    calibrated = next((run for run in group.all if run.calibration is not None), None)
+    first = group.all[0]
+    if calibrated is None or calibrated.calibration is None:
+        shared = "no calibration"
+    else:
+        facts = calibrated.calibration
+        shared = f"calibration {facts['dataset']}, {facts['num_samples']} × {facts['seq_len']} tokens, {facts['sampling']}"
+        shared += f", seed {facts['seed']}" if facts.get("seed") is not None else ""
+        shared += f", fingerprint {str(facts['fingerprint'])[:12]}"
+    return f"Table {index}: {first.base_model}, {shared}"
+
+
+def csv_text(audit: Audit, failures: Sequence[Failure]) -> str:
+    """One line per run and evaluation set, full precision."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, CSV_COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    for index, group in enumerate(audit.groups, start=1):
+        for run in sorted(group.all, key=lambda run: run.requested):
+            for name in run.metrics["perplexity"] or [""]:
+                writer.writerow(_csv_row(index, group, run, name))
+    for failure in failures:
+        values = {"status": "failed", "system": failure.label, "requested_ratio": failure.requested}
+        writer.writerow(values | {"message": failure.message})
+    return buffer.getvalue()
+
+
+def _csv_row(index: int, group: Group, run: Run, name: str) -> dict[str, object]:
+    row: dict[str, object] = {
+        "table": index,
+        "status": "finished",
+        "system": run.label,
+        "method": run.method,
+        "requested_ratio": run.requested,
+        "achieved_ratio": run.achieved,
+        "ratio_reached": int(any(run is other for other in group.runs)),
+        "parameters_dense": run.metrics["parameters"]["dense"],
+        "parameters_pruned": run.metrics["parameters"]["pruned"],
+        "base_model": run.base_model,
+        "calibration_fingerprint": (run.calibration or {}).get("fingerprint", ""),
+        "seconds_total": run.seconds.get("total", ""),
+        "peak_memory_bytes": run.metrics["peak_memory_bytes"],
+        "folder": run.folder,
+    }
+    if name:
+        manifest = run.evaluation.get(name, {})
+        row |= {
+            "evaluation_set": name,
+            "dense_perplexity": run.perplexity(name, "dense"),
+            "perplexity": "not finite" if run.perplexity(name) is None else run.perplexity(name),
+            "unigram_perplexity": manifest.get("unigram_perplexity", ""),
+            "verdict": "unusable" if run.unusable_on(name) else "usable",
+            "predicted_tokens": run.metrics["perplexity"][name]["tokens"],
+            "evaluation_seq_len": manifest.get("seq_len", ""),
+        }
+    return row
+
+
+def _has(run: Run, name: str) -> bool:
+    return name in run.metrics["perplexity"]

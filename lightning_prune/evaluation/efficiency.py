@@ -1,0 +1,268 @@
+"""What pruning saves: parameters, MACs, KV cache, disk, tokens per second, memory."""
+
+import gc
+import re
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from lightning_prune.errors import UserError
+from lightning_prune.surgery.anatomy import count_parameters, family_of, layers_of
+from lightning_prune.surgery.loading import resolve
+
+WARM_UP = 2  # runs before the measured ones: lazy initialisation, autotuning, cold caches
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is measured, in tokens: one prefill of ``prompt_length``, then ``decode_length`` greedy steps through the
+    KV cache; ``repeats`` such runs after the warm-up, of which the median counts. ``context_length`` is what one
+    token attends to when MACs are counted."""
+
+    prompt_length: int = 128
+    decode_length: int = 32
+    context_length: int = 160
+    batch_sizes: tuple[int, ...] = (1, 16)
+    repeats: int = 5
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second of a whole batch, and the peak memory of one prefill and its decoding, in bytes.
+
+    Memory is what torch allocated on a GPU, weights included, and the process's resident set on a CPU, where it
+    contains Python and the libraries too; None where the system cannot reset that peak (Linux can).
+    """
+
+    batch_size: int
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    peak_memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """One model: counts follow from its shapes, speed is measured. Bytes of the KV cache are per token and sequence."""
+
+    parameters: int
+    macs_per_token: int
+    kv_cache_bytes_per_token: int
+    weight_file_bytes: int
+    speed: list[Speed]
+
+
+@dataclass(frozen=True)
+class EfficiencyReport:
+    """A pruned model, and where it was asked for the dense one, measured in the same process."""
+
+    setting: Setting
+    device: str
+    dtype: str
+    threads: int
+    pruned: Efficiency
+    dense: Efficiency | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as it stands in ``efficiency.json``."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """Dense, pruned and pruned / dense, one quantity a line."""
+        pruned = _rows(self.pruned, self.setting)
+        dense = _rows(self.dense, self.setting) if self.dense is not None else {}
+        lines = [("", "dense", "pruned", "pruned / dense") if dense else ("", "pruned")]
+        for name, value in pruned.items():
+            if not dense:
+                lines.append((name, _number(value)))
+                continue
+            base = dense[name]
+            ratio = f"{value / base:.3f}" if value is not None and base else "-"
+            lines.append((name, _number(base), _number(value), ratio))
+        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+        text = [
+            "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(cells))
+            for cells in (list(zip(line, widths, strict=True)) for line in lines)
+        ]
+        return "\n".join(text)
+
+
+def macs_per_token(model: PreTrainedModel, context_length: int) -> int:
+    """Multiply-accumulates to process one token that attends to ``context_length`` tokens, itself included.
+
+    Every linear layer, the head among them, and the two products of attention (query · key, weights · value).
+    Embedding lookup, rotary angles, norms, softmax and activations are not counted; skipped blocks count nothing.
+    A sliding window shorter than the context is not taken into account.
+    """
+    linears = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    widths = sum(query.out_features for query in _projections(model, family_of(model.config).query))
+    return int(linears + 2 * widths * context_length)
+
+
+def kv_cache_bytes_per_token(model: PreTrainedModel) -> int:
+    """Bytes that one token of one sequence adds to the KV cache, in the model's dtype.
+
+    2 · Σ over layers of KV heads · head size · bytes per number. A skipped attention counts 0 (a dynamic cache keeps
+    one number each for key and value there, so that positions stay right).
+    """
+    family = family_of(model.config)
+    width = sum(
+        projection.out_features for name in (family.key, family.value) for projection in _projections(model, name)
+    )
+    return int(width * model.dtype.itemsize)
+
+
+def _projections(model: PreTrainedModel, name: str) -> list[nn.Linear]:
+    """The projection ``name`` of every attention block that is there."""
+    family = family_of(model.config)
+    blocks = [getattr(layer, family.attention) for layer in layers_of(model)]
+    return [getattr(block, name) for block in blocks if hasattr(block, name)]
+
+
+def weight_file_bytes(pretrained: str) -> int:
+    """Size of all ``*.safetensors`` of a model folder, ``demo``, or a hub id that has been loaded before."""
+    config = cached_file(resolve(pretrained), "config.json")
+    return sum(file.stat().st_size for file in Path(config).parent.glob("*.safetensors"))
+
+
+def measure(model: PreTrainedModel, file_bytes: int, setting: Setting, name: str = "model") -> Efficiency:
+    """Count and time one model where it stands (device and dtype).
+
+    Args:
+        model: a causal LM, dense or pruned.
+        file_bytes: size of its weights on disk.
+        setting: lengths, batch sizes and repeats.
+        name: shown beside the progress bar.
+
+    Raises:
+        UserError: a length or number is below 1, the sequence is longer than the model's positions, or a batch does
+            not fit in memory.
+    """
+    _check(model, setting)
+    model.eval()
+    with tqdm(
+        total=len(setting.batch_sizes) * (WARM_UP + setting.repeats),
+        desc=f"timing {name}",
+        unit="run",
+        disable=not sys.stderr.isatty(),
+    ) as bar:
+        speed = [_speed(model, batch_size, setting, bar) for batch_size in setting.batch_sizes]
+    return Efficiency(
+        parameters=count_parameters(model),
+        macs_per_token=macs_per_token(model, setting.context_length),
+        kv_cache_bytes_per_token=kv_cache_bytes_per_token(model),
+        weight_file_bytes=file_bytes,
+        speed=speed,
+    )
+
+
+def _speed(model: PreTrainedModel, batch_size: int, setting: Setting, bar: Any) -> Speed:
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch_size, setting.prompt_length)
+    prompt = torch.randint(model.config.vocab_size, shape, generator=generator).to(model.device)
+    prefill, decode = [], []
+    try:
+        for run in range(WARM_UP + setting.repeats):
+            if run == WARM_UP:
+                _reset_peak_memory(model.device)
+            seconds = _generate(model, prompt, setting.decode_length)
+            bar.update()
+            if run >= WARM_UP:
+                prefill.append(seconds[0])
+                decode.append(seconds[1])
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"--batch-sizes: {batch_size} sequences of {setting.prompt_length + setting.decode_length} tokens do not "
+            f"fit in the memory of {model.device}. Choose smaller --batch-sizes or a shorter --prompt-length."
+        ) from None
+    return Speed(
+        batch_size=batch_size,
+        prefill_tokens_per_second=prompt.numel() / statistics.median(prefill),
+        decode_tokens_per_second=batch_size * setting.decode_length / statistics.median(decode),
+        peak_memory_bytes=_peak_memory_bytes(model.device),
+    )
+
+
+@torch.inference_mode()
+def _generate(model: PreTrainedModel, prompt: torch.Tensor, decode_length: int) -> tuple[float, float]:
+    """Seconds of the prefill of ``prompt`` ``[B, L]`` and of ``decode_length`` greedy steps."""
+    net: Any = model
+    started = _now(model.device)
+    output = net(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    filled = _now(model.device)
+    for _ in range(decode_length):
+        token = output.logits[:, -1:].argmax(-1)
+        output = net(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+    return filled - started, _now(model.device) - filled
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _reset_peak_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS, see proc(5)
+
+
+def _peak_memory_bytes(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    if sys.platform != "linux":
+        return None
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found.group(1)) * 1024 if found else None
+
+
+def _check(model: PreTrainedModel, setting: Setting) -> None:
+    numbers: dict[str, Sequence[int]] = {
+        "prompt-length": [setting.prompt_length],
+        "decode-length": [setting.decode_length],
+        "context-length": [setting.context_length],
+        "repeats": [setting.repeats],
+        "batch-sizes": setting.batch_sizes,
+    }
+    for option, values in numbers.items():
+        if not values or min(values) < 1:
+            raise UserError(f"--{option}: found {' '.join(map(str, values))}; whole numbers of 1 or more are allowed.")
+    longest, positions = setting.prompt_length + setting.decode_length, model.config.max_position_embeddings
+    if longest > positions:
+        raise UserError(
+            f"--prompt-length {setting.prompt_length} and --decode-length {setting.decode_length} make {longest} "
+            f"tokens, but the model has {positions} positions. Choose shorter ones."
+        )
+
+
+def _rows(model: Efficiency, setting: Setting) -> dict[str, float | None]:
+    rows: dict[str, float | None] = {
+        "parameters": model.parameters,
+        f"MACs per token (context {setting.context_length})": model.macs_per_token,
+        "KV cache, bytes per token": model.kv_cache_bytes_per_token,
+        "weights on disk, bytes": model.weight_file_bytes,
+    }
+    for speed in model.speed:
+        batch = f"batch {speed.batch_size}"
+        rows[f"prefill, tokens/s, {batch}"] = speed.prefill_tokens_per_second
+        rows[f"decode, tokens/s, {batch}"] = speed.decode_tokens_per_second
+        rows[f"peak memory, MiB, {batch}"] = None if (peak := speed.peak_memory_bytes) is None else peak / 2**20
+    return rows
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.1f}" if value < 100 and isinstance(value, float) else f"{value:,.0f}"

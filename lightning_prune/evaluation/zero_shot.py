@@ -1,0 +1,139 @@
+"""Zero-shot accuracy through the LM Evaluation Harness, an optional dependency."""
+
+import importlib.util
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lightning_prune.errors import UserError
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A value between 0 and 1 for accuracies, and its standard error (None where the harness gives none)."""
+
+    value: float
+    stderr: float | None
+
+
+@dataclass(frozen=True)
+class ZeroShotResult:
+    """Metrics by task, then by name (``acc``, ``acc_norm``), and the harness's version."""
+
+    tasks: dict[str, dict[str, Metric]]
+    harness: str
+
+    @property
+    def mean(self) -> dict[str, float]:
+        """Unweighted means over the tasks: ``acc``, and ``acc_norm`` with ``acc`` for tasks that have no ``acc_norm``.
+
+        Papers differ in which of the two they print, so both are here. Tasks without accuracy are left out.
+        """
+        rows = [metrics for metrics in self.tasks.values() if "acc" in metrics]
+        if not rows:
+            return {}
+        return {
+            "acc": sum(row["acc"].value for row in rows) / len(rows),
+            "acc_norm": sum(row.get("acc_norm", row["acc"]).value for row in rows) / len(rows),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as it stands in ``zero_shot.json``."""
+        return {"harness": self.harness, "mean": self.mean, **asdict(self, dict_factory=dict)}
+
+
+def check_tasks(tasks: Sequence[str], include_path: Path | None = None) -> Any:
+    """The harness's task manager, after every task's data has been opened once.
+
+    Args:
+        tasks: names of tasks or groups of the harness.
+        include_path: folder with further tasks as YAML files.
+
+    Raises:
+        UserError: the harness is not installed, a task is unknown, or its data cannot be had.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            "--zero-shot needs the LM Evaluation Harness, which is not installed: pip install 'lightning-prune[eval]'"
+        )
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    if include_path is not None and not include_path.is_dir():
+        raise UserError(f"--include-path: no folder at '{include_path}'. Give the folder that holds the task's YAML.")
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # the manager sets its own level
+    known = set(manager.all_tasks) - set(manager.all_tags)
+    for name in tasks:
+        if name not in known:
+            raise UserError(
+                f"--tasks: '{name}' is no task or group of the LM Evaluation Harness. 'lm-eval ls tasks' lists them; "
+                "--include-path adds a folder of your own."
+            )
+        try:
+            get_task_dict([name], manager)
+        except Exception as error:  # datasets, huggingface_hub, requests and task code raise what they like
+            first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+            raise UserError(
+                f"--tasks: the data of '{name}' cannot be loaded ({type(error).__name__}: {first}). Connect to the "
+                "network once so that it is downloaded, or leave the task out of --tasks."
+            ) from error
+    return manager
+
+
+def zero_shot(
+    model: PreTrainedModel, tokenizer: Any, tasks: Sequence[str], manager: Any, batch_size: int = 16
+) -> ZeroShotResult:
+    """Evaluate ``model`` where it stands (device and dtype), without examples in the prompt.
+
+    Args:
+        model: a causal LM, dense or pruned.
+        tokenizer: its tokenizer.
+        tasks: as checked by ``check_tasks``.
+        manager: what ``check_tasks`` returned.
+        batch_size: sequences per forward pass.
+    """
+    from lm_eval import __version__ as harness
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
+    found = simple_evaluate(
+        model=language_model, tasks=list(tasks), task_manager=manager, num_fewshot=0, log_samples=False
+    )
+    return ZeroShotResult({name: _metrics(found["results"][name]) for name in tasks}, harness)
+
+
+def _metrics(row: dict[str, Any]) -> dict[str, Metric]:
+    """The harness's ``{"acc,none": 0.5, "acc_stderr,none": 0.1}`` by metric; a filter's name stays unless it is none."""
+    found = {}
+    for key, value in row.items():
+        name, _, kind = key.partition(",")
+        if kind and not name.endswith("_stderr") and isinstance(value, float | int):
+            stderr = row.get(f"{name}_stderr,{kind}")
+            label = name if kind == "none" else key
+            found[label] = Metric(float(value), float(stderr) if isinstance(stderr, float | int) else None)
+    return found
+
+
+def table(results: dict[str, ZeroShotResult]) -> str:
+    """One line per task and metric, one column per model, then the means. Values in percent ± standard error."""
+    columns = list(results)
+    lines = [["task", "metric", *columns]]
+    first = next(iter(results.values()))
+    for task, metrics in first.tasks.items():
+        for metric in metrics:
+            lines.append([task, metric, *(_percent(result.tasks[task][metric]) for result in results.values())])
+    for metric in first.mean:
+        lines.append(["mean", metric, *(f"{100 * result.mean[metric]:.2f}" for result in results.values())])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def _percent(metric: Metric) -> str:
+    error = "" if metric.stderr is None else f" ± {100 * metric.stderr:.2f}"
+    return f"{100 * metric.value:.2f}{error}"

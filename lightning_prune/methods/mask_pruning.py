@@ -1,0 +1,155 @@
+"""Zeroing single weights beside removing groups: unstructured and n:m, as in the Wanda paper.
+
+The weights stay in the matrices as zeros, so the checkpoint is a stock one of the dense size. It exists to check our
+scores against published numbers, not to make a model smaller.
+"""
+
+from abc import abstractmethod
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_prune.errors import UserError
+from lightning_prune.methods.group_pruning import Allocation, GroupPruning
+from lightning_prune.methods.masks import keep_n_of_m_mask, parse_structure, row_mask, tensor_mask
+from lightning_prune.methods.scores import group_scores
+from lightning_prune.surgery.anatomy import LayerAnatomy
+from lightning_prune.surgery.plan import LayerPlan
+
+
+class GroupOrMaskPruning(GroupPruning):
+    """Group pruning that can zero single weights instead.
+
+    Args:
+        pretrained: Model folder or hub id to prune. ``demo`` is the small model inside the package.
+        pruning_ratio: Share of all parameters (embeddings and head included) to remove, between 0 and 1. For structure
+            ``unstructured`` the share of the projections' weights to zero; n:m patterns fix it themselves.
+        structure: ``group`` removes GQA groups and MLP channels; ``unstructured`` zeroes single weights; ``2:4`` or
+            ``4:8`` keeps n of every m inputs of a row. Zeroed weights change neither memory nor speed.
+        allocation: For groups: ``global`` ranks all layers together; ``uniform`` takes the same share of every layer.
+        round_to: For groups: keep a multiple of this many MLP channels in every layer (64 suits GPU kernels).
+        freeze_first_n_layers: Leave this many layers at the input side untouched.
+        freeze_last_n_layers: Leave this many layers at the output side untouched.
+        min_groups_per_layer: For groups: keep at least this many GQA groups and MLP channels in every layer.
+        label: Name of this system in run folders, TensorBoard and tables. Default: the method's own name.
+    """
+
+    masks_per_tensor = False  # whether unstructured scores compare over the whole matrix instead of each row
+
+    def __init__(
+        self,
+        pretrained: str = "demo",
+        pruning_ratio: float = 0.2,
+        structure: str = "group",
+        allocation: Allocation = "global",
+        round_to: int = 1,
+        freeze_first_n_layers: int = 0,
+        freeze_last_n_layers: int = 0,
+        min_groups_per_layer: int = 0,
+        label: str | None = None,
+    ) -> None:
+        super().__init__(
+            pretrained,
+            pruning_ratio,
+            allocation,
+            round_to,
+            freeze_first_n_layers,
+            freeze_last_n_layers,
+            min_groups_per_layer,
+            label,
+        )
+        self.structure = parse_structure(structure)
+        self.structure_name = structure
+        self.reusable = not self.masked
+        if self.structure.kind == "n:m":
+            self.pruning_ratio = 1 - self.structure.n / self.structure.m
+        if self.masked and (allocation != "global" or round_to != 1 or min_groups_per_layer):
+            raise UserError(
+                f"--model.structure {structure} zeroes single weights; --model.allocation, --model.round_to and "
+                "--model.min_groups_per_layer belong to --model.structure group."
+            )
+        self.zeroed = 0
+        self._block_sums: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def masked(self) -> bool:
+        """Whether single weights are zeroed."""
+        return self.structure.kind != "group"
+
+    @abstractmethod
+    def weight_scores(self, layer: LayerAnatomy, role: str) -> Tensor:
+        """Score ``[out, in]`` of every weight of one projection."""
+
+    def mask_layer(self, layer: LayerAnatomy) -> None:
+        """Zero the lowest-scored weights of the seven projections in place, all scored before any is touched."""
+        if layer.index in self.frozen_layers(self.num_layers):
+            return
+        scores = {role: self.weight_scores(layer, role) for role in layer.linears}
+        attention = torch.stack([scores[role].double().sum() for role in ("query", "key", "value", "output")]).sum()
+        mlp = torch.stack([scores[role].double().sum() for role in ("gate", "up", "down")]).sum()
+        self._block_sums[layer.index] = (attention, mlp)
+        for role, linear in layer.linears.items():
+            mask = self._mask(scores[role])
+            linear.weight.masked_fill_(mask, 0)
+            self.zeroed += int(mask.sum())
+
+    def _mask(self, scores: Tensor) -> Tensor:
+        if self.structure.kind == "n:m":
+            return keep_n_of_m_mask(scores, self.structure.n, self.structure.m)
+        return (tensor_mask if self.masks_per_tensor else row_mask)(scores, self.pruning_ratio)
+
+    def decide(self) -> None:
+        """Groups: rank and select. Masks: zero what is left to zero; every unit stays."""
+        if not self.masked:
+            super().decide()
+            return
+        if not self.layerwise:
+            for layer in self.layers:
+                self.mask_layer(layer)
+        zero = torch.zeros(())
+        sums = [self._block_sums.get(view.index, (zero, zero)) for view in self.layers]
+        # A row per unit, each with an equal share of its block's score: no unit was ranked.
+        self.scores = group_scores(
+            self.layers,
+            [(sums[view.index][0] / view.num_kv_heads).expand(view.num_kv_heads) for view in self.layers],
+            [(sums[view.index][1] / view.num_channels).expand(view.num_channels) for view in self.layers],
+        )
+        kept = [
+            LayerPlan(view.index, list(range(view.num_kv_heads)), list(range(view.num_channels)))
+            for view in self.layers
+        ]
+        weights = sum(linear.weight.numel() for view in self.layers for linear in view.linears.values())
+        plan = self.make_plan(kept, self.dense_parameters, weights_updated=True)
+        self.plan = replace(plan, achieved_ratio=self.zeroed / weights)
+
+    def check_ratio(self, layers: list[LayerAnatomy], total_parameters: int) -> None:
+        """Masks need widths that their pattern divides."""
+        if not self.masked:
+            super().check_ratio(layers, total_parameters)
+        elif self.structure.kind == "n:m":
+            for columns in {linear.in_features for linear in layers[0].linears.values()}:
+                keep_n_of_m_mask(torch.zeros(1, columns), self.structure.n, self.structure.m)
+
+    @property
+    def note(self) -> str:
+        """Zeros save nothing by themselves, and table and card say so."""
+        if not self.masked:
+            return ""
+        return (
+            f"{self.zeroed:,} weights ({self.structure_name}) are zero but still stored: memory and speed do not change. "
+            "The ratio is a share of the projections' weights."
+        )
+
+    def details(self) -> dict[str, Any]:
+        """How many weights were zeroed."""
+        if not self.masked:
+            return {"structure": self.structure_name, **super().details()}
+        return {
+            "structure": self.structure_name,
+            "sequential": self.layerwise,
+            "zeroed_weights": self.zeroed,
+            "note": self.note,
+            **super().details(),
+        }

@@ -1,0 +1,119 @@
+"""What every pruning method goes through in ``test_every_method.py``: one line per system, and one way to run it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import numpy as np
+import torch
+import yaml
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from lightning_prune.commands.lightning_options import quiet
+from lightning_prune.data.datamodule import CalibrationDataModule
+from lightning_prune.methods import HGSP, Magnitude, ShortGPT, Wanda
+from lightning_prune.methods.base import PruningMethod
+from lightning_prune.reporting.run_record import RunRecord
+from lightning_prune.runs import prune_and_record
+from tests.tiny import make_tiny, tiny_tokens
+
+
+@dataclass(frozen=True)
+class System:
+    """A method with its options. ``removes``: what the ratio is made of, which decides how exactly it is met."""
+
+    make: Callable[..., PruningMethod]
+    removes: Literal["groups", "layers", "weights"] = "groups"
+
+
+SYSTEMS: dict[str, System] = {
+    "magnitude": System(Magnitude),
+    "wanda": System(Wanda),
+    "hgsp_taylor": System(partial(HGSP, importance="taylor")),
+    "hgsp_wanda": System(partial(HGSP, importance="wanda")),
+    "shortgpt": System(ShortGPT, removes="layers"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, its record, and the method with the pruned model in memory."""
+
+    folder: Path
+    record: RunRecord
+    method: PruningMethod
+
+    @property
+    def pruned(self) -> Path:
+        return self.folder / "pruned"
+
+
+def save_model(folder: Path, **options: Any) -> Path:
+    """A tiny random model (``tests.tiny.make_tiny``) as a Hugging Face folder without a tokenizer."""
+    make_tiny(**options).save_pretrained(folder)
+    return folder
+
+
+def save_tokens(path: Path, tokens: Tensor | None = None) -> Path:
+    """A token array, by default 10 samples of 16 tokens."""
+    np.save(path, (tiny_tokens(10, 16) if tokens is None else tokens).numpy())
+    return path
+
+
+def trainer_for(method: PruningMethod, root: Path, precision: str = "32-true") -> L.Trainer:
+    """The trainer of the command line, on the CPU and without a progress bar."""
+    quiet()
+    return L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        precision=precision,  # type: ignore[arg-type]
+        logger=TensorBoardLogger(root, name=method.label, default_hp_metric=False),
+        default_root_dir=root,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        num_sanity_val_steps=0,
+    )
+
+
+def prune(
+    method: PruningMethod,
+    tokens: Path,
+    root: Path,
+    precision: str = "32-true",
+    batch_size: int = 4,
+    evaluate_on: list[Path] | None = None,
+) -> Run:
+    """One run through ``prune_and_record``; no evaluation unless asked for."""
+    data = CalibrationDataModule(
+        dataset=str(tokens),
+        batch_size=batch_size,
+        eval_datasets=[str(path) for path in evaluate_on or []],
+        tokenizer=method.pretrained,
+        cache_dir=str(root / "cache"),
+    )
+    folder, record = prune_and_record(trainer_for(method, root, precision), method, data, config_of(method))
+    return Run(folder, record, method)
+
+
+def config_of(method: PruningMethod) -> str:
+    """What the command line would write as ``config.yaml``, as far as a run reads it."""
+    options = {"pretrained": method.pretrained, "pruning_ratio": method.pruning_ratio}
+    return yaml.safe_dump({"model": {"class_path": type(method).__name__, "init_args": options}})
+
+
+def temporary_files(root: Path) -> list[Path]:
+    """What an interrupted write would leave: the hidden siblings that ``files.py`` writes to."""
+    return [path for path in root.rglob("*") if path.name.startswith(".")]
+
+
+def logits(model: Any) -> Tensor:
+    """Logits of one fixed batch."""
+    with torch.no_grad():
+        result: Tensor = model.eval()(input_ids=tiny_tokens(2, 20, seed=9)).logits
+    return result

@@ -1,0 +1,88 @@
+"""Run one method on a tiny model and a token array, the way the command does but without files to evaluate on."""
+
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightning_prune.data.datamodule import CalibrationDataModule
+from lightning_prune.methods.base import PruningMethod
+
+
+def save_base(model: PreTrainedModel, folder: Path) -> str:
+    """Save a model as the base to prune; returns what goes into ``pretrained``."""
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def run_method(
+    method: PruningMethod, tokens: Tensor, folder: Path, batch_size: int = 4, precision: str = "32-true"
+) -> PruningMethod:
+    """Calibrate on ``tokens`` ``[N, L]``, prune, and save below ``folder``; returns the finished method."""
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "tokens.npy", tokens.numpy())
+    data = CalibrationDataModule(
+        str(folder / "tokens.npy"), batch_size=batch_size, eval_datasets=[], tokenizer=method.pretrained
+    )
+    data.needs_calibration = method.needs_calibration
+    method.run_folder = folder
+    trainer = L.Trainer(
+        accelerator="cpu",
+        precision=precision,  # type: ignore[arg-type]
+        logger=False,
+        max_epochs=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(method, data)
+    return method
+
+
+def mean_token_loss(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """Mean cross-entropy over all predicted tokens, each weighing the same, written out."""
+    log_probabilities = torch.log_softmax(model(input_ids=tokens, use_cache=False).logits.double(), dim=-1)
+    picked = log_probabilities[:, :-1].gather(2, tokens[:, 1:, None])
+    return -picked.mean()
+
+
+def reference_groups(model: PreTrainedModel, layer: int, weight_score: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Sum float64 weight scores over each GQA group and MLP channel by explicit loops.
+
+    ``weight_score`` is keyed by projection: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj.
+    """
+    config = model.config
+    kv_heads, size = config.num_key_value_heads, config.head_dim
+    ratio = config.num_attention_heads // kv_heads
+    groups = torch.zeros(kv_heads, dtype=torch.float64)
+    for head in range(kv_heads):
+        queries = [
+            row for query in range(head * ratio, (head + 1) * ratio) for row in range(query * size, (query + 1) * size)
+        ]
+        keys = list(range(head * size, (head + 1) * size))
+        groups[head] = (
+            weight_score["q_proj"][queries].sum()
+            + weight_score["k_proj"][keys].sum()
+            + weight_score["v_proj"][keys].sum()
+            + weight_score["o_proj"][:, queries].sum()
+        )
+    channels = torch.zeros(config.intermediate_size, dtype=torch.float64)
+    for channel in range(config.intermediate_size):
+        channels[channel] = (
+            weight_score["gate_proj"][channel].sum()
+            + weight_score["up_proj"][channel].sum()
+            + weight_score["down_proj"][:, channel].sum()
+        )
+    return groups, channels
+
+
+def projections(model: PreTrainedModel, layer: int) -> dict[str, torch.nn.Linear]:
+    """The seven projections of a layer by module name."""
+    block = model.model.layers[layer]
+    return {
+        name: getattr(block.self_attn if name in ("q_proj", "k_proj", "v_proj", "o_proj") else block.mlp, name)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
