@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_prune.comparison.run import Run, UnitTable
+from lightning_prune.comparison.tables import display_names
 
 Floats = NDArray[np.float64]
 
@@ -49,7 +50,8 @@ def jaccard(left: Floats, right: Floats) -> float:
 
 def unit_agreement(runs: Sequence[Run]) -> Agreement:
     """Between runs that rank the same GQA groups and MLP channels; others are left out."""
-    tables = {run.label: run.units for run in runs if not run.units.whole_layers}
+    names = display_names(runs)
+    tables = {names[id(run)]: run.units for run in runs if not run.units.whole_layers}
     return Agreement(
         list(tables),
         _matrix(list(tables.values()), lambda a, b: spearman(_ordered(a, a.score), _ordered(b, b.score))),
@@ -59,7 +61,8 @@ def unit_agreement(runs: Sequence[Run]) -> Agreement:
 
 def layer_agreement(runs: Sequence[Run]) -> Agreement:
     """Between all runs, from the parameters that every layer keeps."""
-    tables = {run.label: run.units for run in runs}
+    names = display_names(runs)
+    tables = {names[id(run)]: run.units for run in runs}
 
     def kept(table: UnitTable) -> Floats:
         # As shares of the layer: a method that removes whole layers also counts norms as cost.
@@ -95,7 +98,7 @@ def _matrix(tables: list[UnitTable], measure: Callable[[UnitTable, UnitTable], f
 def _same_units(left: UnitTable, right: UnitTable) -> bool:
     if left.whole_layers or right.whole_layers:
         return True  # compared by layer only
-    names = [np.array([table.layer, table.unit, table.block == "mlp"]) for table in (left, right)]
-    return names[0].shape == names[1].shape and bool(
-        (np.sort(names[0], axis=1) == np.sort(names[1], axis=1)).all()
+    return left.layer.shape == right.layer.shape and all(
+        bool((_ordered(left, getattr(left, name)) == _ordered(right, getattr(right, name))).all())
+        for name in ("layer", "unit", "cost")
     )

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from lightning_prune.comparison.audit import Audit, Group
 from lightning_prune.comparison.run import Run
 
+Row = tuple[str, ...]
+
 CSV_COLUMNS = (
     "table",
     "status",
@@ -43,13 +45,6 @@ class Failure:
     message: str
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the main table. ``cells`` go under ``header(…)``."""
-
-    cells: tuple[str, ...]
-
-
 def header(sets: Sequence[str]) -> tuple[str, ...]:
     """Column names; ``sets`` are the evaluation sets."""
     columns = ["system", "asked", "achieved", "parameters"]
@@ -74,25 +69,23 @@ def display_names(runs: Sequence[Run]) -> dict[int, str]:
 def rows(runs: Sequence[Run], sets: Sequence[str]) -> list[Row]:
     """Sorted by ratio, then in the order given; the dense model leads."""
     names = display_names(runs)
-    found = []
+    found: list[Row] = []
     if runs:
         dense = [number(runs[0].perplexity(name, "dense")) if _has(runs[0], name) else "–" for name in sets]
         whole = f"{runs[0].metrics['parameters']['dense']:,}"
-        found.append(Row(("dense", "0", "0.0000", whole, *dense, "", "", "")))
+        found.append(("dense", "0", "0.0000", whole, *dense, "", "", ""))
     for run in sorted(runs, key=lambda run: run.requested):
         perplexities = [number(run.perplexity(name)) if _has(run, name) else "–" for name in sets]
         found.append(
-            Row(
-                (
-                    names[id(run)],
-                    f"{run.requested:g}",
-                    f"{run.achieved:.4f}",
-                    f"{run.metrics['parameters']['pruned']:,}",
-                    *perplexities,
-                    word(run),
-                    f"{run.seconds.get('total', 0):.1f}",
-                    f"{run.metrics['peak_memory_bytes'] / 2**20:,.0f}",
-                )
+            (
+                names[id(run)],
+                f"{run.requested:g}",
+                f"{run.achieved:.4f}",
+                f"{run.metrics['parameters']['pruned']:,}",
+                *perplexities,
+                word(run),
+                f"{run.seconds.get('total', 0):.1f}",
+                f"{run.metrics['peak_memory_bytes'] / 2**20:,.0f}",
             )
         )
     return found
@@ -117,7 +110,7 @@ def number(value: float | None) -> str:
 
 def text_table(columns: Sequence[str], lines: Sequence[Row]) -> str:
     """Aligned columns for a terminal; numbers to the right."""
-    cells = [tuple(columns), *(line.cells for line in lines)]
+    cells = [tuple(columns), *lines]
     widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
     left = {0, list(columns).index("verdict")} if "verdict" in columns else {0}
     return "\n".join(
@@ -131,7 +124,7 @@ def text_table(columns: Sequence[str], lines: Sequence[Row]) -> str:
 
 def markdown_table(columns: Sequence[str], lines: Sequence[Row]) -> str:
     """A pipe table."""
-    cells = [tuple(columns), ("---",) * len(columns), *(line.cells for line in lines)]
+    cells = [tuple(columns), ("---",) * len(columns), *lines]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells)
 
 

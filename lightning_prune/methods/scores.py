@@ -68,10 +68,12 @@ class Scores:
         try:
             with path.open(encoding="utf-8", newline="") as file:
                 rows = list(csv.DictReader(file))
+            if not rows:
+                raise ValueError("it holds no rows")
             block = [BLOCKS.index(row["block"]) for row in rows]  # type: ignore[arg-type]
             integers = {name: [int(row[name]) for row in rows] for name in ("layer", "unit", "cost", "pruned")}
             floats = {name: [float(row[name]) for row in rows] for name in ("importance", "prior", "score")}
-        except (OSError, KeyError, ValueError) as error:
+        except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
             raise UserError(f"'{path}' is not a score table with the columns {', '.join(COLUMNS)} ({error}).") from None
         found = {name: torch.tensor(values, dtype=torch.float64) for name, values in floats.items()}
         cost = torch.tensor(integers["cost"], dtype=torch.int64)

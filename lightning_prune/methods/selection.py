@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -62,7 +63,8 @@ def select_global(scores: Scores, candidates: Tensor, budget: Budget) -> Tensor:
     left: dict[tuple[int, int], int] = defaultdict(int)
     for block in blocks:
         left[block] += 1
-    everything = sum(left.values())
+    if len(order) == len(cost):
+        _check_that_something_stays(left, dict(zip(blocks, cost, strict=True)), budget)
     waiting: dict[tuple[int, int], list[int]] = defaultdict(list)
     removed: list[int] = []
     removed_parameters = 0
@@ -76,8 +78,6 @@ def select_global(scores: Scores, candidates: Tensor, budget: Budget) -> Tensor:
         price = sum(cost[member] for member in bundle) + (budget.overhead.get(block, 0) if remaining == 0 else 0)
         if removed_parameters + price > budget.parameters:
             break
-        if len(removed) + len(bundle) == everything:
-            raise _unreachable(removed_parameters, budget)
         removed += bundle
         removed_parameters += price
         left[block], waiting[block] = remaining, []
@@ -107,16 +107,18 @@ def select_uniform(scores: Scores, candidates: Tensor, budget: Budget) -> Tensor
     free_groups, free_channels = min(free_groups, groups - 1), min(free_channels, channels - 1)
 
     share = budget.parameters // len(layers)
+    most_channels = _rounded_down(free_channels, channels, budget.round_to)
+    largest = free_groups * group_cost + most_channels * channel_cost
+    if share > largest:
+        raise _unreachable(len(layers) * largest, budget)
     rho = share / (groups * group_cost + channels * channel_cost)
-    drop_groups = min(int(groups * rho + 0.5), free_groups, share // group_cost)
-    drop_channels = _rounded_down((share - drop_groups * group_cost) // channel_cost, channels, budget.round_to)
-    while drop_channels > free_channels and drop_groups < free_groups:
+    most_groups = min(free_groups, share // group_cost)
+    drop_groups = min(int(groups * rho + 0.5), most_groups)
+    # What the channels cannot give, groups do.
+    while drop_groups < most_groups and (share - drop_groups * group_cost) // channel_cost > most_channels:
         drop_groups += 1
-        drop_channels = max(0, share - drop_groups * group_cost) // channel_cost
-        drop_channels = _rounded_down(drop_channels, channels, budget.round_to)
-    if drop_channels > free_channels:
-        drop_channels = _rounded_down(free_channels, channels, budget.round_to)
-        raise _unreachable(len(layers) * (free_groups * group_cost + drop_channels * channel_cost), budget)
+    wanted = min((share - drop_groups * group_cost) // channel_cost, most_channels)
+    drop_channels = _rounded_down(wanted, channels, budget.round_to)
 
     pruned = torch.zeros(len(scores.layer), dtype=torch.bool)
     order = ranking(scores)
@@ -139,6 +141,24 @@ def protect_best(scores: Scores, keep: int) -> Tensor:
             inside = order[(scores.layer[order] == layer) & (scores.block[order] == block)]
             candidates[inside[-keep:]] = False
     return candidates
+
+
+def _check_that_something_stays(
+    units: Mapping[tuple[int, int], int], unit_cost: Mapping[tuple[int, int], int], budget: Budget
+) -> None:
+    """Refuse a budget that could take all units, whatever their order: then the shapes alone decide, and the answer
+    before calibration is the answer after it.
+
+    Args:
+        units: number of units by (layer, block).
+        unit_cost: parameters of one of them.
+    """
+    block_cost = {block: count * unit_cost[block] + budget.overhead.get(block, 0) for block, count in units.items()}
+    last = {block: min(count, budget.round_to if block[1] == 1 else 1) for block, count in units.items()}
+    dearest = max(last[block] * unit_cost[block] + budget.overhead.get(block, 0) for block in units)
+    largest = sum(block_cost.values()) - dearest
+    if budget.parameters > largest:
+        raise _unreachable(largest, budget)
 
 
 def _rounded_down(drop: int, channels: int, round_to: int) -> int:

@@ -21,17 +21,23 @@ def test_rows_are_in_the_order_of_layer_block_and_unit() -> None:
     scores = measured()
     rows = list(zip(scores.layer.tolist(), scores.block.tolist(), scores.unit.tolist(), strict=True))
     assert rows == [(layer, b, u) for layer in range(4) for b, n in ((0, 2), (1, 40)) for u in range(n)]
-    assert set(scores.cost[scores.block == 0].tolist()) == {2 * 2 * 8 * 32 + 2 * 8 * 32}  # two query heads, one k, one v
+    assert set(scores.cost[scores.block == 0].tolist()) == {
+        2 * 2 * 8 * 32 + 2 * 8 * 32
+    }  # two query heads, one k, one v
     assert set(scores.cost[scores.block == 1].tolist()) == {3 * 32}
     assert torch.equal(scores.score, scores.importance / scores.cost)
     assert scores.of(2, "mlp").nonzero().flatten().tolist() == list(range(2 * 42 + 2, 3 * 42))
 
 
-@pytest.mark.parametrize("table", [measured(), layer_scores(torch.tensor([0.1, 1 / 3]), [50, 50])], ids=["units", "layers"])
+@pytest.mark.parametrize(
+    "table", [measured(), layer_scores(torch.tensor([0.1, 1 / 3]), [50, 50])], ids=["units", "layers"]
+)
 def test_file_gives_back_the_same_bits(tmp_path: Path, table: Scores) -> None:
     table = table.with_pruned(torch.arange(len(table.layer)) % 3 == 0)
     table.save(tmp_path / "scores.csv")
-    assert (tmp_path / "scores.csv").read_text().splitlines()[0] == "layer,block,unit,importance,cost,prior,score,pruned"
+    assert (tmp_path / "scores.csv").read_text().splitlines()[
+        0
+    ] == "layer,block,unit,importance,cost,prior,score,pruned"
     loaded = Scores.load(tmp_path / "scores.csv")
     for column in COLUMNS:
         before, after = getattr(table, column), getattr(loaded, column)

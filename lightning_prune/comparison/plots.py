@@ -1,0 +1,154 @@
+"""The report's figures; every function takes runs and returns a matplotlib figure."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from lightning_prune.comparison.agreement import Agreement
+from lightning_prune.comparison.run import Run
+from lightning_prune.comparison.style import PALETTE, SETTINGS, line_style
+from lightning_prune.comparison.tables import display_names
+
+LOG_RANGE = 10  # perplexities further apart than this factor get a logarithmic axis
+
+
+def labels_of(runs: Sequence[Run]) -> list[str]:
+    """Display names in order of appearance."""
+    names = display_names(runs)
+    return list(dict.fromkeys(names[id(run)] for run in runs))
+
+
+def perplexity_figure(runs: Sequence[Run], name: str) -> Figure:
+    """Perplexity on evaluation set ``name`` over the achieved ratio, one line per system, dense as reference."""
+    names, figure, axes = display_names(runs), *_figure(6.4, 3.9)
+    runs = [run for run in runs if name in run.metrics["perplexity"]]
+    dense = next((run.perplexity(name, "dense") for run in runs if run.perplexity(name, "dense")), None)
+    unigram = next((run.evaluation.get(name, {}).get("unigram_perplexity") for run in runs), None)
+    values = [value for value in (dense, *(run.perplexity(name) for run in runs)) if value is not None]
+    for label, style in line_style(labels_of(runs)).items():
+        points = sorted((run.achieved, run.perplexity(name)) for run in runs if names[id(run)] == label)
+        finite = [(x, y) for x, y in points if y is not None]
+        axes.plot([x for x, _ in finite], [y for _, y in finite], label=label, markersize=5, linewidth=1.4, **style)
+    if dense is not None:
+        axes.axhline(dense, color="#555555", linewidth=1, linestyle=(0, (4, 3)), label=f"dense ({dense:.2f})")
+    if unigram is not None and values and max(values) > unigram / 3:
+        axes.axhline(unigram, color="#999999", linewidth=1, linestyle=":", label=f"unigram ({unigram:.1f}): unusable above")
+    if values and max(values) / min(values) > LOG_RANGE:
+        axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:g} %"))
+    axes.set_xlabel("achieved pruning ratio (share of all parameters)")
+    axes.set_ylabel(f"perplexity on {name}")
+    _legend(figure, axes)
+    return figure
+
+
+def importance_figure(runs: Sequence[Run]) -> Figure:
+    """Share of the model's whole importance that lies in each layer, one line per system."""
+    names, figure, axes = display_names(runs), *_figure(6.4, 3.6)
+    styles = line_style(labels_of(runs))
+    for run in runs:
+        table = run.units
+        share = table.per_layer(table.importance) / (table.importance.sum() or 1.0)
+        axes.plot(np.arange(len(share)), share, label=names[id(run)], markersize=4, linewidth=1.4, **styles[names[id(run)]])
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:g} %"))
+    axes.set_xlabel("layer")
+    axes.set_ylabel("share of importance")
+    _legend(figure, axes)
+    return figure
+
+
+def kept_figure(runs: Sequence[Run]) -> Figure:
+    """Kept fraction, layer × block, one row of maps per run; a layer unit counts as both of its blocks."""
+    names, depth = display_names(runs), max(run.units.num_layers for run in runs)
+    with matplotlib.rc_context(SETTINGS):
+        height = 0.75 * len(runs) + 0.9
+        figure = Figure(figsize=(max(6.4, 0.28 * depth + 2.6), height), layout="constrained")
+        grid = figure.subplots(len(runs), 1, squeeze=False, sharex=True)[:, 0]
+    mesh: Any = None
+    for axes, run in zip(grid, runs, strict=True):
+        table = run.units
+        kept = []
+        for block in ("attention", "mlp"):
+            rows = None if table.whole_layers else block
+            count = table.per_layer(np.ones(len(table.layer)), rows)
+            kept.append(table.per_layer(table.kept.astype(np.float64), rows) / np.maximum(count, 1))
+        mesh = axes.pcolormesh(
+            np.arange(table.num_layers + 1) - 0.5, np.arange(3), np.array(kept), vmin=0, vmax=1, cmap="cividis"
+        )
+        axes.set_yticks([0.5, 1.5], ["attention", "mlp"], fontsize=8)
+        axes.invert_yaxis()
+        axes.grid(False)
+        axes.set_title(names[id(run)], fontsize=9, loc="left", pad=2)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    grid[-1].set_xlabel("layer")
+    figure.colorbar(mesh, ax=list(grid), label="kept fraction", aspect=8 * max(1.0, height / 2))
+    return figure
+
+
+def matrix_figure(agreement: Agreement, what: str) -> Figure:
+    """``spearman`` and ``jaccard`` side by side, with the values written in; blank where two runs cannot be compared."""
+    count = len(agreement.labels)
+    with matplotlib.rc_context(SETTINGS):
+        size = 0.52 * count
+        figure = Figure(figsize=(2 * size + 3.4, size + 1.9), layout="constrained")
+        pair = figure.subplots(1, 2, sharey=True)
+    for axes, values, title, low in zip(
+        pair,
+        (agreement.spearman, agreement.jaccard),
+        (f"rank correlation of {what}\n(Spearman)", "overlap of what is kept\n(Jaccard)"),
+        (-1, 0),
+        strict=True,
+    ):
+        image = axes.pcolormesh(np.arange(count + 1), np.arange(count + 1), values, vmin=low, vmax=1, cmap="cividis")
+        for row, column in np.ndindex(count, count):
+            value = values[row, column]
+            dark = (value - low) / (1 - low) < 0.55
+            text = "–" if np.isnan(value) else f"{value:.2f}"
+            color = "white" if dark else "black"
+            axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8, color=color)
+        axes.set_xticks(np.arange(count) + 0.5, agreement.labels, rotation=45, ha="right", fontsize=8)
+        axes.set_yticks(np.arange(count) + 0.5, agreement.labels, fontsize=8)
+        axes.invert_yaxis() if axes is pair[0] else None
+        axes.set_aspect("equal")
+        axes.grid(False)
+        axes.set_title(title, fontsize=9)
+        del image
+    return figure
+
+
+def seconds_figure(runs: Sequence[Run]) -> Figure:
+    """Wall-clock seconds by phase, one stacked bar per run."""
+    names = display_names(runs)
+    phases = list(dict.fromkeys(phase for run in runs for phase in run.seconds if phase != "total"))
+    figure, axes = _figure(6.4, 0.27 * len(runs) + 1.6)
+    start = np.zeros(len(runs))
+    bars = [f"{names[id(run)]} {run.requested:g}" + (" *" if run.reused_scores else "") for run in runs]
+    for index, phase in enumerate(phases):
+        width = np.array([run.seconds.get(phase, 0.0) for run in runs])
+        hatch = "" if index < len(PALETTE) else "///"
+        axes.barh(bars, width, left=start, label=phase, color=PALETTE[index % len(PALETTE)], hatch=hatch, height=0.7)
+        start += width
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=8)
+    axes.set_xlabel("seconds" + ("   (* scores reused from another ratio)" if any("*" in bar for bar in bars) else ""))
+    _legend(figure, axes)
+    return figure
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, figure.subplots()
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Beside the axes, where it covers no data."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)

@@ -1,0 +1,111 @@
+"""Zeroing single weights: the Wanda paper's masks and the magnitude baseline, against naive references."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_prune.errors import UserError
+from lightning_prune.methods import Magnitude, Wanda
+from lightning_prune.surgery.cut import layout_of
+from tests.methods.running import projections, run_method, save_base
+from tests.methods.test_slimgpt import inputs_of
+from tests.tiny import make_tiny, tiny_tokens
+
+
+def zero_lowest(row_scores: list[float], count: int) -> set[int]:
+    return set(sorted(range(len(row_scores)), key=lambda j: (row_scores[j], j))[:count])
+
+
+def reference_wanda(model, tokens: torch.Tensor, structure: str, sequential: bool):
+    """Layer by layer: norms of all seven inputs before the layer is touched, from whole float64 forwards."""
+    model = copy.deepcopy(model).double()
+    dense = copy.deepcopy(model)
+    for layer in range(len(model.model.layers)):
+        source = model if sequential else dense
+        norms = {
+            name: inputs_of(source, linear, tokens).square().sum(0).sqrt()
+            for name, linear in projections(source, layer).items()
+        }
+        for name, linear in projections(model, layer).items():
+            weight = linear.weight.data
+            for row in weight:
+                scores = (row.abs() * norms[name]).tolist()
+                if structure == "unstructured":
+                    gone = zero_lowest(scores, len(scores) // 2)
+                else:
+                    n, m = map(int, structure.split(":"))
+                    gone = {
+                        start + j
+                        for start in range(0, len(scores), m)
+                        for j in zero_lowest(scores[start : start + m], m - n)
+                    }
+                for j in gone:
+                    row[j] = 0
+    return model
+
+
+@pytest.mark.parametrize("structure", ["unstructured", "2:4", "4:8"])
+@pytest.mark.parametrize("sequential", [True, False])
+def test_wanda_masks_equal_the_reference(structure: str, sequential: bool, tmp_path: Path) -> None:
+    model = make_tiny("qwen2", layers=2)
+    tokens = tiny_tokens(6, 10)
+    base = save_base(model, tmp_path / "base")
+    method = run_method(
+        Wanda(base, 0.5, structure=structure, sequential=sequential), tokens, tmp_path / "run", batch_size=4
+    )
+    expected = reference_wanda(model, tokens, structure, sequential)
+    for layer in range(2):
+        for name, linear in projections(method.model, layer).items():
+            want = projections(expected, layer)[name].weight
+            assert torch.equal(linear.weight == 0, want == 0), (layer, name)
+            torch.testing.assert_close(linear.weight.double(), want.detach(), rtol=1e-6, atol=0)
+
+
+def test_magnitude_masks_prune_exactly_the_share_of_every_matrix(tmp_path: Path) -> None:
+    model = make_tiny(layers=2)
+    base = save_base(model, tmp_path / "base")
+    method = run_method(Magnitude(base, 0.29, structure="unstructured"), tiny_tokens(2, 8), tmp_path / "run")
+    for layer in range(2):
+        for name, linear in projections(method.model, layer).items():
+            before = projections(model, layer)[name].weight
+            count = before.numel() * 29 // 100
+            assert int((linear.weight == 0).sum()) == count
+            threshold = before.abs().flatten().sort().values[count - 1]
+            assert torch.equal(linear.weight != 0, before.abs() > threshold)
+
+
+def test_masked_checkpoints_are_stock_and_say_that_nothing_gets_smaller(tmp_path: Path) -> None:
+    base = save_base(make_tiny(layers=2), tmp_path / "base")
+    method = run_method(Wanda(base, structure="2:4"), tiny_tokens(4, 8), tmp_path / "run")
+    assert layout_of(method.model) == "stock"
+    assert method.plan.parameters["dense"] == method.plan.parameters["pruned"]
+    assert method.plan.achieved_ratio == pytest.approx(0.5)
+    assert method.plan.pruning_ratio == 0.5
+    assert "memory and speed do not change" in (tmp_path / "run" / "pruned" / "README.md").read_text()
+    assert method.plan.weights_updated
+
+
+def test_embeddings_head_and_frozen_layers_are_untouched(tmp_path: Path) -> None:
+    model = make_tiny(layers=3, tied=False)
+    base = save_base(model, tmp_path / "base")
+    method = run_method(
+        Wanda(base, 0.5, structure="unstructured", freeze_first_n_layers=1), tiny_tokens(4, 8), tmp_path / "run"
+    )
+    assert torch.equal(method.model.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    assert torch.equal(method.model.lm_head.weight, model.lm_head.weight)
+    for name, linear in projections(method.model, 0).items():
+        assert torch.equal(linear.weight, projections(model, 0)[name].weight)
+    assert int((projections(method.model, 1)["q_proj"].weight == 0).sum()) == 32 * 16
+
+
+def test_pattern_that_does_not_divide_the_widths_is_refused_before_loading(tmp_path: Path) -> None:
+    base = save_base(make_tiny(layers=2, channels=42), tmp_path / "base")
+    with pytest.raises(UserError, match="divisible by 4"):
+        run_method(Wanda(base, structure="2:4"), tiny_tokens(2, 8), tmp_path / "run")
+
+
+def test_group_options_are_refused_for_masks() -> None:
+    with pytest.raises(UserError, match=r"--model.round_to"):
+        Wanda(structure="2:4", round_to=8)

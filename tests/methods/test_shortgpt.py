@@ -1,0 +1,86 @@
+"""ShortGPT: block influence per layer, and which layers go."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_prune.errors import UserError
+from lightning_prune.methods import ShortGPT
+from lightning_prune.methods.shortgpt import layers_to_remove, nearest_layer_count
+from lightning_prune.surgery.cut import layout_of
+from tests.methods.running import run_method, save_base
+from tests.tiny import make_tiny, tiny_tokens
+
+
+def reference_influence(model, tokens: torch.Tensor) -> torch.Tensor:
+    """1 − mean cosine per layer, token by token in float64; the streams come from hooks, before the final norm."""
+    states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    hooks = [
+        layer.register_forward_hook(
+            lambda module, args, kwargs, output, i=i: states.__setitem__(
+                i, ((args[0] if args else kwargs["hidden_states"]).double(), output.double())
+            ),
+            with_kwargs=True,
+        )
+        for i, layer in enumerate(model.model.layers)
+    ]
+    with torch.no_grad():
+        model(input_ids=tokens, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    found = []
+    for i in sorted(states):
+        before, after = (state.reshape(-1, state.shape[-1]) for state in states[i])
+        cosines = [float(a @ b / (a @ a).sqrt() / (b @ b).sqrt()) for a, b in zip(before, after, strict=True)]
+        found.append(1 - sum(cosines) / len(cosines))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_influence_equals_the_reference_and_the_lowest_layers_go(family: str, tmp_path: Path) -> None:
+    model = make_tiny(family, layers=5)
+    tokens = tiny_tokens(7, 12)
+    expected = reference_influence(model, tokens)
+    base = save_base(model, tmp_path / "base")
+    for size in (1, 3, 7):
+        method = run_method(ShortGPT(base, n_remove_layers=2), tokens, tmp_path / str(size), batch_size=size)
+        torch.testing.assert_close(method.scores.importance, expected, rtol=1e-4, atol=1e-8)
+        assert method.plan.removed_layers == sorted(sorted(range(5), key=lambda i: float(expected[i]))[:2])
+    assert layout_of(method.model) == "stock"
+    assert method.model.config.num_hidden_layers == 3
+    assert sum(p.numel() for p in method.model.parameters()) == method.plan.parameters["pruned"]
+
+
+def test_ties_go_to_the_lower_layer() -> None:
+    assert layers_to_remove(torch.tensor([0.3, 0.1, 0.1, 0.1]), 2) == [1, 2]
+
+
+def test_ratio_removes_the_nearest_number_of_layers() -> None:
+    assert nearest_layer_count([10] * 8, 24) == 2
+    assert nearest_layer_count([10] * 8, 26) == 3
+    assert nearest_layer_count([10] * 8, 25) == 2  # equally near: fewer layers go
+
+
+def test_an_identity_layer_goes_first(tmp_path: Path) -> None:
+    model = make_tiny(layers=4)
+    with torch.no_grad():
+        model.model.layers[2].self_attn.o_proj.weight.zero_()
+        model.model.layers[2].mlp.down_proj.weight.zero_()
+    base = save_base(model, tmp_path / "base")
+    method = run_method(ShortGPT(base, n_remove_layers=1), tiny_tokens(4, 8), tmp_path / "run")
+    assert method.plan.removed_layers == [2]
+    assert float(method.scores.importance[2]) == 0.0
+
+
+@pytest.mark.parametrize(("ratio", "words"), [(0.01, "nearest to removing 0"), (0.95, "nearest to removing 4")])
+def test_ratios_that_would_remove_no_or_all_layers_are_refused(ratio: float, words: str, tmp_path: Path) -> None:
+    base = save_base(make_tiny(layers=4), tmp_path / "base")
+    with pytest.raises(UserError, match=words):
+        run_method(ShortGPT(base, ratio), tiny_tokens(4, 8), tmp_path / "run")
+
+
+def test_removing_every_layer_is_refused(tmp_path: Path) -> None:
+    base = save_base(make_tiny(layers=4), tmp_path / "base")
+    with pytest.raises(UserError, match="at most 3"):
+        run_method(ShortGPT(base, n_remove_layers=4), tiny_tokens(4, 8), tmp_path / "run")
