@@ -87,8 +87,8 @@ def _check_options(cli: "PruneCLI", config: list[str], run: Path) -> None:
         fixed = name not in allowed and (name.startswith(("model", "data")) or name == "trainer.precision")
         if fixed and before.get(name) != after.get(name):
             raise UserError(
-                f"--{name} {after.get(name)}: the scores of '{run}' were measured with {before.get(name)}, and this "
-                f"option belongs to the measurement. Run fit for that. decide can change "
+                f"--{name} {after.get(name)}: the scores of '{run}' were measured with {before.get(name) or 'its default'}, "
+                f"and this option belongs to the measurement. Run fit for that. decide can change "
                 f"{', '.join(f'--{option}' for option in allowed)}, and --trainer options but precision."
             )
 

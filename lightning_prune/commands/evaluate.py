@@ -37,11 +37,12 @@ def main(argv: list[str]) -> int:
 
     check_writable(output, "--output")
     device = _device(arguments.device)
-    dtype = None if arguments.precision is None else DTYPES[arguments.precision]
     models = {"dense": arguments.dense} if arguments.dense else {}
     models["pruned"] = model_folder
     for path in models.values():
         load_config(path)
+    # One dtype for both: a dense bf16 folder beside a pruned fp32 one would compare formats, not models.
+    dtype = DTYPES[arguments.precision] if arguments.precision else efficiency.stored_dtype(model_folder)
     manager = zero_shot.check_tasks(arguments.tasks, arguments.include_path) if arguments.zero_shot else None
     setting = efficiency.Setting(
         prompt_length=arguments.prompt_length,
@@ -58,15 +59,15 @@ def main(argv: list[str]) -> int:
         if arguments.zero_shot and tokenizer is None:
             raise UserError(f"--zero-shot: '{path}' holds no tokenizer. Save the model's tokenizer files there.")
         model: Any = load_model(path, dtype).to(device)  # type: ignore[arg-type]
-        used_dtype = str(model.dtype).removeprefix("torch.")
         if arguments.efficiency:
-            costs[name] = efficiency.measure(model, efficiency.weight_file_bytes(path), setting, name)
+            costs[name] = efficiency.measure(model, path, setting, name)
         if arguments.zero_shot:
             batch_size = arguments.eval_batch_size
             knowledge[name] = zero_shot.zero_shot(model, tokenizer, arguments.tasks, manager, batch_size)
         del model
 
-    facts = {"models": models, "environment": environment(arguments.precision or used_dtype, device)}
+    used_dtype = str(dtype).removeprefix("torch.")
+    facts = {"models": models, "environment": environment(used_dtype, device)}
     if arguments.efficiency:
         report = efficiency.EfficiencyReport(
             setting, str(device), used_dtype, torch.get_num_threads(), costs["pruned"], costs.get("dense")
@@ -120,7 +121,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--dense", metavar="MODEL", help="the base model, measured in the same process and shown beside it")
     add("--output", type=Path, metavar="FOLDER", help="where the JSON files go. Default: the run folder of --model")
-    add("--precision", choices=("32-true", "bf16-true", "16-true"), help="of the weights. Default: the checkpoint's")
+    add(
+        "--precision",
+        choices=("32-true", "bf16-true", "16-true"),
+        help="of both models' weights. Default: as --model is stored",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is a GPU where there is one")
 
     cost = parser.add_argument_group("efficiency")

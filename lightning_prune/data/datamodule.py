@@ -210,16 +210,11 @@ class CalibrationDataModule(LightningDataModule):
                 )
                 return []
             specs = [dataset]
-        sets: list[EvaluationSet] = []
-        for spec in specs:
-            held_out = self._evaluation_set(spec)
-            names = [other.name for other in sets]
-            if held_out.name in names:  # two files of the same name, unless it is the same one twice
-                held_out = EvaluationSet(spec, held_out.tokens, held_out.manifest)
-            if held_out.name in names:
-                raise UserError(f"--data.eval_datasets lists {spec} twice")
-            sets.append(held_out)
-        return sets
+        repeated = [spec for spec in specs if specs.count(spec) > 1]
+        if repeated:
+            raise UserError(f"--data.eval_datasets lists {repeated[0]} twice")
+        sets = [self._evaluation_set(spec) for spec in specs]
+        return [_distinctly_named(one, sets) for one in sets]
 
     def _evaluation_set(self, spec: str) -> EvaluationSet:
         dataset, split = split_spec(spec)
@@ -273,6 +268,18 @@ class CalibrationDataModule(LightningDataModule):
         weight = torch.cat([torch.ones(len(tokens)), torch.zeros(missing)])
         padded = torch.cat([tokens, tokens[:1].expand(missing, -1)])
         return DataLoader(TensorDataset(padded, weight), batch_size=batch_size, shuffle=False)  # type: ignore[arg-type]
+
+
+def _distinctly_named(one: EvaluationSet, sets: list[EvaluationSet]) -> EvaluationSet:
+    """Files of the same name in different folders get their folder's name too, or the whole path if need be."""
+    path = Path(one.manifest["dataset"])
+    same = [other for other in sets if other.name == one.name]
+    if len(same) == 1:
+        return one
+    folders = [Path(other.manifest["dataset"]).absolute().parent.name for other in same]
+    prefix = path.absolute().parent.name
+    name = f"{prefix}/{one.name}" if folders.count(prefix) == 1 else str(path)
+    return EvaluationSet(name, one.tokens, one.manifest)
 
 
 def _calibration_set(tokens: Tensor, **manifest: Any) -> CalibrationSet:

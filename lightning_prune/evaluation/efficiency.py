@@ -18,7 +18,7 @@ from transformers.utils import cached_file
 
 from lightning_prune.errors import UserError
 from lightning_prune.surgery.anatomy import count_parameters, family_of, layers_of
-from lightning_prune.surgery.loading import resolve
+from lightning_prune.surgery.loading import load_config, resolve
 
 WARM_UP = 2  # runs before the measured ones: lazy initialisation, autotuning, cold caches
 
@@ -52,12 +52,14 @@ class Speed:
 
 @dataclass(frozen=True)
 class Efficiency:
-    """One model: counts follow from its shapes, speed is measured. Bytes of the KV cache are per token and sequence."""
+    """One model: counts follow from its shapes, speed is measured. Bytes of the KV cache are per token and sequence;
+    the file is as it lies on disk, whose dtype may be another than the one measured in."""
 
     parameters: int
     macs_per_token: int
     kv_cache_bytes_per_token: int
     weight_file_bytes: int
+    weight_file_dtype: str
     speed: list[Speed]
 
 
@@ -93,7 +95,11 @@ class EfficiencyReport:
             "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(cells))
             for cells in (list(zip(line, widths, strict=True)) for line in lines)
         ]
-        return "\n".join(text)
+        stored = {
+            side: model.weight_file_dtype for side, model in (("dense", self.dense), ("pruned", self.pruned)) if model
+        }
+        files = ", ".join(f"{side} {dtype}" for side, dtype in stored.items())
+        return "\n".join([*text, f"measured in {self.dtype} on {self.device}; weights on disk: {files}"])
 
 
 def macs_per_token(model: PreTrainedModel, context_length: int) -> int:
@@ -134,12 +140,17 @@ def weight_file_bytes(pretrained: str) -> int:
     return sum(file.stat().st_size for file in Path(config).parent.glob("*.safetensors"))
 
 
-def measure(model: PreTrainedModel, file_bytes: int, setting: Setting, name: str = "model") -> Efficiency:
+def stored_dtype(pretrained: str) -> torch.dtype:
+    """The dtype of a checkpoint's weights, fp32 where its config does not say."""
+    return load_config(pretrained).dtype or torch.float32
+
+
+def measure(model: PreTrainedModel, pretrained: str, setting: Setting, name: str = "model") -> Efficiency:
     """Count and time one model where it stands (device and dtype).
 
     Args:
         model: a causal LM, dense or pruned.
-        file_bytes: size of its weights on disk.
+        pretrained: the folder, hub id or ``demo`` it was loaded from.
         setting: lengths, batch sizes and repeats.
         name: shown beside the progress bar.
 
@@ -160,7 +171,8 @@ def measure(model: PreTrainedModel, file_bytes: int, setting: Setting, name: str
         parameters=count_parameters(model),
         macs_per_token=macs_per_token(model, setting.context_length),
         kv_cache_bytes_per_token=kv_cache_bytes_per_token(model),
-        weight_file_bytes=file_bytes,
+        weight_file_bytes=weight_file_bytes(pretrained),
+        weight_file_dtype=str(stored_dtype(pretrained)).removeprefix("torch."),
         speed=speed,
     )
 

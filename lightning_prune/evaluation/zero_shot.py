@@ -109,7 +109,7 @@ def zero_shot(
 
 
 def _metrics(row: dict[str, Any]) -> dict[str, Metric]:
-    """The harness's ``{"acc,none": 0.5, "acc_stderr,none": 0.1}`` by metric; a filter's name stays unless it is none."""
+    """The harness's ``{"acc,none": 0.5, "acc_stderr,none": 0.1}`` by metric; a filter's name stays unless none."""
     found = {}
     for key, value in row.items():
         name, _, kind = key.partition(",")

@@ -170,7 +170,12 @@ def test_evaluation_sets_select_splits_and_keep_distinct_names(
     specs = [f"{split_folder}:validation", f"{split_folder}:test", text_file, str(other)]
     data = build(dataset=f"{split_folder}:train", eval_datasets=specs)
     data.setup("fit")
-    assert [one.name for one in data.evaluation] == ["corpus:validation", "corpus", "corpus.txt", str(other)]
+    assert [one.name for one in data.evaluation] == [
+        "corpus:validation",
+        "corpus",
+        f"{Path(text_file).parent.name}/corpus.txt",
+        "other/corpus.txt",
+    ]
     assert [one.manifest["split"] for one in data.evaluation] == ["validation", "test", "all", "all"]
     with pytest.raises(UserError, match="twice"):
         build(eval_datasets=[str(other), text_file, text_file]).setup("fit")
@@ -180,7 +185,7 @@ def test_a_token_array_is_used_without_any_tokenizer(
     build: Any, array_file: str, monkeypatch: pytest.MonkeyPatch, capsys: Any, caplog: Any
 ) -> None:
     monkeypatch.setattr(streams, "load_tokenizer", explode)
-    monkeypatch.setattr(datamodule, "rank_zero_info", print)
+    monkeypatch.setattr(datamodule, "rank_zero_warn", print)
     data = build(dataset=array_file, eval_datasets=None, tokenizer="/no/such/folder")
     assert torch.equal(calibrated(data), torch.arange(60).view(5, 12))
     manifest = data.calibration.manifest
@@ -210,7 +215,7 @@ def test_a_token_array_evaluates_without_any_tokenizer(
 
 def test_a_text_without_held_out_split_says_so_in_one_line(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    monkeypatch.setattr(datamodule, "rank_zero_info", lines.append)
+    monkeypatch.setattr(datamodule, "rank_zero_warn", lines.append)
     data = build(eval_datasets=None)
     data.prepare_data()
     data.setup("fit")

@@ -143,10 +143,11 @@ def test_walk_stops_at_the_first_unit_that_does_not_fit() -> None:
 
 
 def test_last_unit_of_a_block_takes_the_norm_along() -> None:
-    units = [Unit(0, 0, 0, 1.0, 40), Unit(0, 1, 0, 500.0, 7), Unit(0, 1, 1, 600.0, 7)]
+    units = [Unit(0, 0, 0, 1.0, 40), Unit(0, 1, 0, 500.0, 30), Unit(1, 0, 0, 600.0, 40)]
     scores, free = scores_of(units), torch.ones(3, dtype=torch.bool)
-    assert not bool(select_global(scores, free, Budget(100, 0.44, {(0, 0): 5, (0, 1): 5})).any())
-    assert select_global(scores, free, Budget(100, 0.45, {(0, 0): 5, (0, 1): 5})).tolist() == [True, False, False]
+    norm = {(0, 0): 5, (0, 1): 5, (1, 0): 5}
+    assert not bool(select_global(scores, free, Budget(200, 0.224, norm)).any())
+    assert select_global(scores, free, Budget(200, 0.225, norm)).tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize("ratio", [0.05, 0.13, 0.2, 0.26])

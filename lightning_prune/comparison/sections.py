@@ -1,0 +1,93 @@
+"""The report's text and tables, before any format: the terminal, Markdown and HTML show the same ones."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from lightning_prune.comparison.audit import Audit
+from lightning_prune.comparison.tables import (
+    Failure,
+    Row,
+    evaluation_sets,
+    header,
+    markdown_table,
+    rows,
+    text_table,
+    title,
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, paragraphs, bullet points (``fine`` says that they are no warning), and (name, columns, rows) tables."""
+
+    heading: str
+    text: list[str] = field(default_factory=list)
+    bullets: list[str] = field(default_factory=list)
+    tables: list[tuple[str, Sequence[str], Sequence[Row]]] = field(default_factory=list)
+    fine: bool = False
+
+
+def sections(audit: Audit, failures: Sequence[Failure]) -> list[Section]:
+    """Tables first, then what was checked and what differs, then failed runs."""
+    found = [_results(audit, index) for index in range(len(audit.groups))]
+    unusable = sorted(
+        {f"{run.label} at {run.requested:g} on {name}" for group in audit.groups for run in group.all for name in
+         run.metrics["perplexity"] if run.unusable_on(name)}
+    )
+    if unusable:
+        text = "These models predict no better than token frequencies without context, or their perplexity is not finite:"
+        found.append(Section("Unusable models", [text], unusable))
+    if failures:
+        columns = ("system", "asked", "error")
+        lines = [(failure.label, f"{failure.requested:g}", failure.message) for failure in failures]
+        found.insert(0, Section("Failed runs", tables=[("", columns, lines)]))
+    if audit.fair:
+        text = "Same base model, tokenizer, precision, evaluation tokens, calibration tokens and achieved ratio in all runs."
+        found.append(Section("Audit: no differences", [text], audit.notes, fine=True))
+    else:
+        text = "Runs that differ in these facts stand in different tables, or apart within one:"
+        found.append(Section("Audit: differences", [text], [str(one) for one in audit.differences]))
+        if audit.notes:
+            found.append(Section("Notes", bullets=audit.notes, fine=True))
+    return found
+
+
+def terminal(found: Sequence[Section]) -> str:
+    """Plain text with aligned tables."""
+    lines: list[str] = []
+    for section in found:
+        lines += ["", section.heading, *section.text, *(f"  - {item}" for item in section.bullets)]
+        for name, columns, body in section.tables:
+            lines += [name] if name else []
+            lines.append(text_table(columns, body))
+    return "\n".join(lines[1:])
+
+
+def markdown(report_title: str, found: Sequence[Section]) -> str:
+    """``report.md``."""
+    parts = [f"# {report_title}"]
+    for section in found:
+        parts += [f"## {section.heading}", *section.text]
+        if section.bullets:
+            parts.append("\n".join(f"- {item}" for item in section.bullets))
+        for name, columns, body in section.tables:
+            parts += [f"**{name}**"] if name else []
+            parts.append(markdown_table(columns, body))
+    parts.append("Plots are in `report.html`, numbers in `results.csv`, the Methods section's facts in "
+                 "`calibration_appendix.md`.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _results(audit: Audit, index: int) -> Section:
+    group = audit.groups[index]
+    sets = evaluation_sets(group.all)
+    columns = header(sets)
+    text = [f"Another setting. {'; '.join(group.differs)}."] if group.differs else []
+    tables: list[tuple[str, Sequence[str], Sequence[Row]]] = []
+    if group.runs:
+        tables.append(("", columns, rows(group.runs, sets)))
+    if group.other_ratio:
+        name = "At another achieved ratio than the one asked for; compare with the achieved ratio in mind"
+        apart = rows(group.other_ratio, sets)
+        tables.append((name, columns, apart[1:] if group.runs else apart))
+    return Section(title(index + 1, group), text, tables=tables)

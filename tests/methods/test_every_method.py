@@ -1,0 +1,344 @@
+"""The promises every pruning method keeps. A new method is one line in ``behaviour.SYSTEMS``."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torchmetrics import Metric
+from transformers import PreTrainedModel
+
+import lightning_prune
+from lightning_prune.data.calibration import fingerprint
+from lightning_prune.evaluation import module as evaluation_module
+from lightning_prune.methods.base import PruningMethod
+from lightning_prune.surgery.anatomy import anatomy, count_parameters
+from tests.methods.behaviour import SYSTEMS, Run, logits, prune, save_model, save_tokens, temporary_files
+from tests.tiny import tiny_tokens
+
+RATIO = 0.29
+# Query heads are always 4. One tied and one untied model per kind of attention would double the time for little.
+KINDS = {
+    "gqa-tied": {"kv_heads": 2, "tied": True},
+    "gqa-untied": {"kv_heads": 2, "tied": False},
+    "mha-tied": {"kv_heads": 4, "tied": True},
+    "mqa-untied": {"kv_heads": 1, "tied": False},
+}
+every_system = pytest.mark.parametrize("system", SYSTEMS)
+every_kind = pytest.mark.parametrize("kind", KINDS)
+grouped = pytest.mark.parametrize("system", [name for name, one in SYSTEMS.items() if one.removes == "groups"])
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """``shared(system, kind)`` is the run of a system on a kind of model, made once; tests only look at it."""
+    root = tmp_path_factory.mktemp("every-method")
+    tokens = save_tokens(root / "calibration.npy")
+    held_out = save_tokens(root / "held-out.npy", tiny_tokens(6, 16, seed=1))
+
+    @lru_cache(None)
+    def run(system: str, kind: str = "gqa-tied", repeat: int = 0) -> Run:
+        model = root / kind
+        if not model.exists():
+            save_model(model, **KINDS[kind])
+        method = SYSTEMS[system].make(pretrained=str(model), pruning_ratio=RATIO)
+        evaluate_on = [held_out] if kind == "gqa-tied" and not repeat else []
+        return prune(method, tokens, root / f"runs-{kind}-{repeat}", evaluate_on=evaluate_on)
+
+    return run
+
+
+def dense_of(run: Run) -> PreTrainedModel:
+    return lightning_prune.load(run.method.pretrained)
+
+
+def scores_table(run: Run) -> list[dict[str, str]]:
+    with (run.folder / "scores.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def plan_of(run: Run) -> dict[str, Any]:
+    plan: dict[str, Any] = json.loads((run.folder / "plan.json").read_text())
+    return plan
+
+
+@every_system
+@every_kind
+def test_ratio_is_met(shared: Any, system: str, kind: str) -> None:
+    """Never more than asked, and short by less than one unit; whole layers: the nearest count."""
+    run = shared(system, kind)
+    dense = dense_of(run)
+    total, left = count_parameters(dense), count_parameters(run.method.model)
+    plan = run.method.plan
+    assert plan.parameters == {"dense": total, "pruned": left}
+    assert plan.achieved_ratio == pytest.approx(1 - left / total, abs=1e-12)
+    removed, asked = total - left, RATIO * total
+    views = anatomy(dense)
+    if SYSTEMS[system].removes == "groups":
+        # The unit that did not fit may have been the last of its block, which takes the block's norm along.
+        norm = dense.config.hidden_size
+        largest_unit = max(max(view.attention_unit_cost, view.mlp_unit_cost) for view in views) + norm
+        assert asked - largest_unit < removed <= asked
+    elif SYSTEMS[system].removes == "layers":
+        layer = views[0].attention_block_cost + views[0].mlp_block_cost
+        assert abs(removed - asked) == min(abs(count * layer - asked) for count in range(1, len(views)))
+    else:
+        assert removed == 0  # masks keep the shapes
+
+
+@every_system
+@every_kind
+def test_shapes_and_weights_are_those_of_the_plan(shared: Any, system: str, kind: str) -> None:
+    run = shared(system, kind)
+    plan, dense = plan_of(run), dense_of(run)
+    pruned = load_file(run.pruned / "model.safetensors")
+    layers = [layer for layer in plan["layers"] if layer["kept_kv_heads"] or layer["kept_channels"]]
+    assert lightning_prune.load(run.pruned).config.num_hidden_layers == len(layers)
+    for position, kept in enumerate(layers):
+        view = anatomy(dense)[kept["layer"]]
+        rows = lambda weight, heads: weight.unflatten(0, (view.num_kv_heads, -1))[heads].flatten(0, 1)  # noqa: E731
+        heads, channels = kept["kept_kv_heads"], kept["kept_channels"]
+        expected = {}
+        if heads:
+            expected = {f"self_attn.{name}_proj": rows(getattr(view, role).weight, heads) for name, role in QKV.items()}
+            expected["self_attn.o_proj"] = rows(view.output.weight.T, heads).T
+        if channels:
+            expected["mlp.gate_proj"], expected["mlp.up_proj"] = view.gate.weight[channels], view.up.weight[channels]
+            expected["mlp.down_proj"] = view.down.weight[:, channels]
+        names = {name for name in pruned if name.startswith(f"model.layers.{position}.") and "_proj" in name}
+        assert names == {f"model.layers.{position}.{name}.weight" for name in expected}
+        for name, weight in expected.items():
+            found = pruned[f"model.layers.{position}.{name}.weight"]
+            assert found.shape == weight.shape
+            assert plan["weights_updated"] or torch.equal(found, weight), name
+
+
+QKV = {"q": "query", "k": "key", "v": "value"}
+
+
+@every_system
+@every_kind
+def test_checkpoint_gives_back_the_same_logits(shared: Any, system: str, kind: str) -> None:
+    run = shared(system, kind)
+    assert torch.equal(logits(lightning_prune.load(run.pruned)), logits(run.method.model))
+    assert not torch.equal(logits(run.method.model), logits(dense_of(run)))
+
+
+LOAD_ALL = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "lightning_prune":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocker())
+import pathlib, torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+for line in sys.stdin.read().splitlines():
+    folder, known = line.split("\\t")
+    known = load_file(known)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    print(folder, bool(torch.equal(model(input_ids=known["tokens"]).logits, known["logits"])))
+"""
+
+
+def test_a_process_without_this_package_loads_every_checkpoint(shared: Any, tmp_path: Path) -> None:
+    lines = []
+    for system in SYSTEMS:
+        run, known = shared(system), tmp_path / f"{system}.safetensors"
+        save_file({"tokens": tiny_tokens(2, 20, seed=9), "logits": logits(run.method.model)}, known)
+        lines.append(f"{run.pruned}\t{known}")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", LOAD_ALL]
+    done = subprocess.run(
+        command, input="\n".join(lines), text=True, capture_output=True, timeout=120, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == [f"{line.split(chr(9))[0]} True" for line in lines]
+
+
+@every_system
+def test_a_second_run_gives_the_same_bytes(shared: Any, system: str) -> None:
+    first, second = shared(system), shared(system, repeat=1)
+    assert first.folder != second.folder
+    for name in ("scores.csv", "plan.json", "calibration.json", "pruned/model.safetensors", "pruned/config.json"):
+        assert (first.folder / name).read_bytes() == (second.folder / name).read_bytes(), name
+
+
+@every_system
+@pytest.mark.parametrize("batch_size", [1, 3, 128])
+def test_batch_size_does_not_change_the_result(shared: Any, tmp_path: Path, system: str, batch_size: int) -> None:
+    expected = shared(system)  # in batches of 4
+    method = SYSTEMS[system].make(pretrained=expected.method.pretrained, pruning_ratio=RATIO)
+    run = prune(method, save_tokens(tmp_path / "c.npy"), tmp_path, batch_size=batch_size)
+    assert_same_decision(run, expected)
+
+
+@every_system
+def test_order_of_the_samples_does_not_change_the_result(shared: Any, tmp_path: Path, system: str) -> None:
+    expected = shared(system)
+    method = SYSTEMS[system].make(pretrained=expected.method.pretrained, pruning_ratio=RATIO)
+    shuffled = tiny_tokens(10, 16)[torch.tensor([7, 2, 9, 0, 5, 1, 8, 3, 6, 4])]
+    assert_same_decision(prune(method, save_tokens(tmp_path / "c.npy", shuffled), tmp_path), expected)
+
+
+def assert_same_decision(run: Run, expected: Run) -> None:
+    torch.testing.assert_close(run.method.scores.importance, expected.method.scores.importance, rtol=1e-5, atol=0)
+    assert torch.equal(run.method.scores.pruned, expected.method.scores.pruned)
+    assert run.method.plan.layers == expected.method.plan.layers
+
+
+@every_system
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_half_precisions_keep_their_statistics_in_full_precision(
+    shared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str, precision: str
+) -> None:
+    expected_dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    loaded, metrics = [], []
+
+    def spy_on_load(*args: Any) -> PreTrainedModel:
+        model = load_model(*args)
+        loaded.append({parameter.dtype for parameter in model.parameters()})
+        return model
+
+    def spy_on_decide(self: PruningMethod) -> None:
+        assert self.model.dtype == expected_dtype
+        assert self.model.base_model.rotary_emb.inv_freq.dtype == torch.float32
+        states = [state for metric in self.modules() if isinstance(metric, Metric) for state in vars(metric).items()]
+        metrics.extend((name, state.dtype) for name, state in states if isinstance(state, torch.Tensor))
+        metrics.extend((name, buffer.dtype) for m in self.modules() if isinstance(m, Metric) for name, buffer in m.named_buffers())
+        decide(self)
+
+    load_model, decide = evaluation_module.load_model, PruningMethod._decide
+    monkeypatch.setattr(evaluation_module, "load_model", spy_on_load)
+    monkeypatch.setattr(PruningMethod, "_decide", spy_on_decide)
+    method = SYSTEMS[system].make(pretrained=shared(system).method.pretrained, pruning_ratio=RATIO)
+    tokens = save_tokens(tmp_path / "c.npy")
+    run = prune(method, tokens, tmp_path, precision, evaluate_on=[save_tokens(tmp_path / "e.npy", tiny_tokens(6, 16, 1))])
+
+    assert loaded == [{expected_dtype}]  # straight into the dtype, without a copy in another
+    assert {dtype for _, dtype in metrics} <= {torch.float32, torch.float64, torch.int64}, metrics
+    assert bool(metrics) == method.needs_calibration or not method.needs_calibration
+    assert lightning_prune.load(run.pruned).dtype == expected_dtype
+    assert torch.equal(logits(lightning_prune.load(run.pruned)), logits(run.method.model))
+    assert run.method.plan.dtype == str(expected_dtype).removeprefix("torch.")
+    values = run.record.metrics["perplexity"]["e.npy"]
+    full = shared(system).record.metrics["perplexity"]["held-out.npy"]
+    assert values["dense"] == pytest.approx(full["dense"], rel=0.05)
+    assert json.loads((run.folder / "environment.json").read_text())["precision"] == precision
+
+
+@every_system
+def test_run_folder_is_complete(shared: Any, system: str) -> None:
+    run = shared(system)
+    names = {path.name for path in run.folder.iterdir()}
+    events = {name for name in names if name.startswith("events.out.tfevents.")}
+    assert events
+    wanted = {"config.yaml", "calibration.json", "environment.json", "scores.csv", "plan.json", "method.json"}
+    assert wanted | {"metrics.json", "pruned"} <= names
+    assert temporary_files(run.folder) == []
+    assert {"config.json", "model.safetensors", "README.md"} <= {path.name for path in run.pruned.iterdir()}
+    assert not [path for path in run.folder.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
+
+    metrics = json.loads((run.folder / "metrics.json").read_text())
+    assert metrics["pruning_ratio"] == {"requested": RATIO, "achieved": run.method.plan.achieved_ratio}
+    assert metrics["parameters"] == run.method.plan.parameters
+    assert metrics["perplexity"]["held-out.npy"]["tokens"] == 6 * 15
+    assert metrics["peak_memory_bytes"] > 0
+    assert {"load", "prune", "save", "evaluate dense", "evaluate pruned", "total"} <= metrics["seconds"].keys()
+    assert plan_of(run) == run.method.plan.to_json()
+    calibration = json.loads((run.folder / "calibration.json").read_text())
+    if run.method.needs_calibration:
+        assert calibration["fingerprint"] == plan_of(run)["calibration_fingerprint"] == fingerprint(tiny_tokens(10, 16))
+        assert (calibration["num_samples"], calibration["seq_len"]) == (10, 16)
+    else:
+        assert calibration["dataset"] is None
+
+
+@every_system
+def test_scores_file_and_plan_say_the_same(shared: Any, system: str) -> None:
+    run = shared(system)
+    rows = scores_table(run)
+    pruned = {(int(row["layer"]), row["block"], int(row["unit"])) for row in rows if row["pruned"] == "1"}
+    assert pruned or SYSTEMS[system].removes == "weights"
+    everything = {"attention": "kept_kv_heads", "mlp": "kept_channels"}
+    for layer in plan_of(run)["layers"]:
+        for row in (row for row in rows if int(row["layer"]) == layer["layer"]):
+            here = (int(row["layer"]), row["block"], int(row["unit"]))
+            if row["block"] == "layer":
+                assert (here in pruned) == (not layer["kept_kv_heads"] and not layer["kept_channels"])
+            elif SYSTEMS[system].removes == "groups":
+                assert (here in pruned) == (here[2] not in layer[everything[row["block"]]])
+    assert all(float(row["importance"]) >= 0 for row in rows)
+
+
+@grouped
+def test_uniform_allocation_loads_as_a_stock_model(shared: Any, tmp_path: Path, system: str) -> None:
+    make = SYSTEMS[system].make
+    method = make(pretrained=shared(system).method.pretrained, pruning_ratio=RATIO, allocation="uniform", round_to=8)
+    run = prune(method, save_tokens(tmp_path / "c.npy"), tmp_path)
+    assert not (run.pruned / "modeling_pruned.py").exists()
+    config = json.loads((run.pruned / "config.json").read_text())
+    assert "auto_map" not in config
+    assert "per_layer_config" not in config
+    assert config["intermediate_size"] % 8 == 0
+    assert len({(len(layer.kept_kv_heads), len(layer.kept_channels)) for layer in run.method.plan.layers}) == 1
+
+
+class Interrupted(BaseException):
+    """Stands for what a signal handler raises."""
+
+
+@every_system
+def test_an_interrupted_calibration_leaves_nothing(
+    shared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
+    method = SYSTEMS[system].make(pretrained=shared(system).method.pretrained, pruning_ratio=RATIO)
+    where = "training_step" if method.needs_calibration else "decide"
+    calls, real = [], getattr(type(method), where)
+
+    def interrupted(self: PruningMethod, *args: Any) -> None:
+        calls.append(args)
+        if where == "decide" or len(calls) == 2:
+            raise Interrupted
+        real(self, *args)
+
+    monkeypatch.setattr(type(method), where, interrupted)
+    with pytest.raises(Interrupted):
+        prune(method, save_tokens(tmp_path / "c.npy"), tmp_path / "logs")
+    assert_no_output(tmp_path / "logs")
+
+
+@every_system
+def test_an_interrupt_while_saving_leaves_no_checkpoint(
+    shared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
+    method = SYSTEMS[system].make(pretrained=shared(system).method.pretrained, pruning_ratio=RATIO)
+    real = PreTrainedModel.save_pretrained
+
+    def interrupted(self: PreTrainedModel, folder: Path, **options: Any) -> None:
+        real(self, folder, **options)
+        assert (Path(folder) / "model.safetensors").stat().st_size > 0
+        raise Interrupted
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", interrupted)
+    with pytest.raises(Interrupted):
+        prune(method, save_tokens(tmp_path / "c.npy"), tmp_path / "logs")
+    assert_no_output(tmp_path / "logs", plan=True)
+
+
+def assert_no_output(root: Path, plan: bool = False) -> None:
+    """No checkpoint, no temporary files and nothing that says a run was finished."""
+    names = {path.name for path in root.rglob("*") if path.is_file()}
+    names = {name for name in names if not name.startswith("events.out.tfevents.") and name != "hparams.yaml"}
+    assert names <= ({"scores.csv", "plan.json", "method.json"} if plan else set())
+    assert not list(root.rglob("pruned"))
+    assert temporary_files(root) == []
