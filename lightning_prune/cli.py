@@ -14,6 +14,7 @@ COMMANDS = {
     "decide": "another ratio or option from a finished run's scores, without calibrating",
     "test": "measure the perplexity of any dense or pruned model",
     "evaluate": "what a pruned model costs to run, and its zero-shot accuracy",
+    "compare": "run an experiment over methods and ratios, or audit and compare runs that exist",
     "apply": "re-create a pruned checkpoint from a plan.json, without calibrating",
 }
 
@@ -60,6 +61,11 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"numerical trouble: {error}", file=sys.stderr)
+        return 1
+    except SystemExit as stop:  # argparse, after --help or a mistake that it has printed
+        return int(stop.code or 0)
     except Stopped as stopped:
         print(f"interrupted by {signal.Signals(stopped.number).name}; nothing half-written is left", file=sys.stderr)
         return 128 + stopped.number

@@ -1,13 +1,12 @@
 """``lightning-prune compare``: the whole experiment, or runs that exist, as one audited report."""
 
 import argparse
-import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_prune.errors import UserError
 
 UNFAIR = 3
+DEFAULT_ROOT = Path("logs")
 
 
 def main(argv: list[str]) -> int:
@@ -17,47 +16,101 @@ def main(argv: list[str]) -> int:
         0 done, 1 a run failed, 3 with ``--strict`` when the audit found a difference.
 
     Raises:
-        UserError: a mistake in the options, the configuration, or a folder that is no finished run.
+        UserError: a mistake in the options or the configuration, or no finished run to compare.
     """
-    arguments = _parser().parse_args(argv)
-    if (arguments.config is None) == (not arguments.runs):
+    arguments, rest = _parser().parse_known_args(argv)
+    options = _dotted(rest)
+    if (arguments.config is None) == (arguments.runs is None):
         raise UserError("give either --config FILE (run an experiment) or --runs FOLDER … (compare runs that exist).")
 
     # After the arguments, so that --help does not wait for numpy and matplotlib.
     from lightning_prune.comparison.audit import audit
-    from lightning_prune.comparison.report import write_report
-    from lightning_prune.comparison.run import is_finished, load_run
+    from lightning_prune.comparison.report import next_version, write_report
+    from lightning_prune.comparison.run import load_run
     from lightning_prune.comparison.sections import sections, terminal
     from lightning_prune.comparison.tables import Failure
 
-    failures: Sequence[Failure] = []
-    if arguments.runs:
-        unused = [name for name, value in _overrides(arguments).items() if value]
-        if unused:
-            raise UserError(f"--{unused[0]} has no meaning with --runs: the runs are there already.")
-        unfinished = [folder for folder in arguments.runs if folder.is_dir() and not is_finished(folder)]
-        for folder in unfinished:
-            print(f"left out, not a finished run: {folder}")
-        folders = [folder for folder in arguments.runs if folder not in unfinished]
-        if not folders:
-            raise UserError("--runs: none of the folders holds a finished pruning run.")
-        root = arguments.root or Path("logs")
+    failures: list[Failure] = []
+    if arguments.config is None:
+        for name in ("pretrained", "ratios", "systems"):
+            if getattr(arguments, name) is not None:
+                raise UserError(f"--{name} has no meaning with --runs: those runs are made. Leave it out.")
+        if options:
+            raise UserError(f"--{next(iter(options))} has no meaning with --runs: those runs are made. Leave it out.")
+        folders, root = _finished(arguments.runs), arguments.root or DEFAULT_ROOT
     else:
+        # Lightning is imported here, and not at all for --runs.
         from lightning_prune.comparison.experiment import run_experiment
         from lightning_prune.comparison.settings import read_settings
 
-        settings = read_settings(arguments.config, arguments.root, **_overrides(arguments))
+        settings = read_settings(
+            arguments.config, arguments.root, arguments.pretrained, arguments.ratios, arguments.systems, options
+        )
         folders, failures = run_experiment(settings)
         root = settings.root
-    result = audit([load_run(folder) for folder in folders])
-    output = arguments.output or root / "comparison"
-    write_report(result, failures, output)
-    if arguments.config is not None:
-        from lightning_prune.comparison.tensorboard import log_comparison
 
-        log_comparison(result, root / "comparison")
+    result = audit([load_run(folder) for folder in folders])
+    report = arguments.output or next_version(root / "comparison")
+    write_report(result, failures, report)
     print(terminal(sections(result, failures)))
-    print(f"report: {output / 'report.html'}")
+    print(f"report: {report / 'report.html'}")
     if failures:
         return 1
     return UNFAIR if arguments.strict and not result.fair else 0
+
+
+def _finished(folders: list[Path]) -> list[Path]:
+    """The finished runs among ``folders``; says which are left out."""
+    from lightning_prune.comparison.run import is_finished
+
+    found = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"--runs: no folder at '{folder}'. Give run folders, such as logs/*/version_*.")
+        if is_finished(folder):
+            found.append(folder)
+        elif not (folder / "report.html").is_file():  # an earlier comparison below the same root
+            print(f"left out, no finished pruning run: {folder}")
+    if not found:
+        raise UserError("--runs: none of these folders holds a finished pruning run.")
+    return found
+
+
+def _dotted(rest: list[str]) -> dict[str, str]:
+    """``--data.seed 1 --trainer.precision=bf16-true`` as a dict; anything else is a mistake."""
+    found: dict[str, str] = {}
+    waiting = list(rest)
+    while waiting:
+        word = waiting.pop(0)
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith(("--data.", "--trainer.")):
+            raise UserError(f"unrecognized argument '{word}'. See lightning-prune compare --help.")
+        if not equals and not waiting:
+            raise UserError(f"--{name} needs a value.")
+        found[name] = value if equals else waiting.pop(0)
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-prune compare",
+        allow_abbrev=False,
+        description="Compare pruning methods on one model, one calibration set and one evaluation. With --config, run "
+        "every system at every ratio (what is finished already is kept, so an interrupted experiment goes on where it "
+        "stopped); with --runs, take runs that exist. Both check that the runs may be compared and write report.html, "
+        "report.md, results.csv, results.tex and calibration_appendix.md.",
+        epilog="Options of the calibration set (--data.OPTION) and of Lightning (--trainer.OPTION) overrule the file. "
+        "example: lightning-prune compare --config configs/compare.yaml --ratios 0.2 0.5 --systems wanda hgsp_taylor "
+        "--data.seed 1 --trainer.precision bf16-true",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the experiment, such as configs/compare.yaml")
+    parser.add_argument("--runs", type=Path, nargs="+", metavar="FOLDER", help="run folders: logs/*/version_*")
+    parser.add_argument("--root", type=Path, metavar="FOLDER", help="where runs and report go (default: logs)")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="report folder (ROOT/comparison/version_N)")
+    parser.add_argument(
+        "--pretrained", "--model.pretrained", dest="pretrained", metavar="MODEL", help="a folder, a hub id, or 'demo'"
+    )
+    parser.add_argument("--ratios", type=float, nargs="+", metavar="R", help="pruning ratios between 0 and 1")
+    parser.add_argument("--systems", nargs="+", metavar="NAME", help="only these systems of the file")
+    parser.add_argument("--strict", action="store_true", help="exit with status 3 when runs differ in setting or ratio")
+    return parser

@@ -85,9 +85,10 @@ def _check_options(cli: "PruneCLI", config: list[str], run: Path) -> None:
     allowed += [f"data.{name}" for name in EVALUATION_OPTIONS]
     for name in sorted(before.keys() | after.keys()):
         fixed = name not in allowed and (name.startswith(("model", "data")) or name == "trainer.precision")
-        if fixed and before.get(name) != after.get(name):
+        old, new = before.get(name), after.get(name)
+        if fixed and old != new:
             raise UserError(
-                f"--{name} {after.get(name)}: the scores of '{run}' were measured with {before.get(name) or 'its default'}, "
+                f"--{name} {new}: the scores of '{run}' were measured with {'the default' if old is None else old}, "
                 f"and this option belongs to the measurement. Run fit for that. decide can change "
                 f"{', '.join(f'--{option}' for option in allowed)}, and --trainer options but precision."
             )

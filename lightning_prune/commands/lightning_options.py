@@ -1,56 +1,49 @@
 """LightningCLI set up for this project: defaults, short error messages, and quiet third parties."""
 
-import difflib
 import inspect
 import logging
 import os
-import re
 import warnings
 from typing import Any, NoReturn
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lightning_prune import methods
+from lightning_prune.commands.parser_messages import plain
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.errors import UserError
 from lightning_prune.evaluation.module import EvaluatedModel
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.strategy import CalibrationDDP
 
 DEFAULT_ROOT = "logs"
+WHOLE_SETS = {
+    "max_epochs": 1,
+    "max_steps": -1,
+    "max_time": None,
+    "limit_train_batches": 1.0,
+    "limit_test_batches": 1.0,
+    "overfit_batches": 0.0,
+    "fast_dev_run": False,
+}
 
 
 class Parser(LightningArgumentParser):
     """Ends a mistake in one message that names the nearest valid option, instead of pages of usage."""
 
-    method_class: type = EvaluatedModel
-
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise UserError with jsonargparse's message and a hint."""
-        if isinstance(ex, UserError):
-            raise ex
-        text = re.sub(r"\s+", " ", message).strip()
-        raise UserError(text + self._hint(text))
-
-    def _hint(self, message: str) -> str:
-        if "config" in message and "does not exist" in message:
-            return " Shipped configurations are in configs/."
-        if "import path" in message or "class_path" in message:
-            return f" Methods: {', '.join(sorted(known_methods()))}."
-        found = re.search(r"(?:unrecognized arguments:|[Oo]ption|[Kk]ey) '?-{0,2}([\w.]+)", message)
-        if found is None:
-            return ""
-        options = self._option_names()
-        name = found.group(1)
-        close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-        close = close or [option for option in options if option.split(".")[-1] == name][:1]
-        close = close or difflib.get_close_matches(f"model.{name}", options, n=1, cutoff=0.5)
-        return f" Did you mean --{close[0]}?" if close else " See --help for the options."
+        """Raise UserError: the method's or datamodule's own where that is the cause, else a plain one."""
+        if not self.exit_on_error:  # a parser within the parser, for one class: the outer one reports
+            super().error(message, ex)
+        raise user_error_behind(ex) or UserError(plain(message, self._option_names(), list(known_methods()))) from None
 
     def _option_names(self) -> list[str]:
         names = [option.lstrip("-") for option in self._option_string_actions]
         classes = {EvaluatedModel, *known_methods().values()}
-        methods = {f"model.{name}" for found in classes for name in inspect.signature(found.__init__).parameters}
-        return sorted({*names, *methods} - {"model.self"})
+        own = {f"model.{name}" for found in classes for name in inspect.signature(found.__init__).parameters}
+        return sorted({*names, *own} - {"model.self", "model.init_args"})
 
 
 class PruneCLI(LightningCLI):
@@ -58,13 +51,27 @@ class PruneCLI(LightningCLI):
 
     def __init__(self, argv: list[str], model_class: type[EvaluatedModel], subclasses: bool, command: str) -> None:
         quiet()
+        try:
+            self._parse_and_build(argv, model_class, subclasses, command)
+        except ValueError as error:  # jsonargparse wraps what a constructor raises
+            raise user_error_behind(error) or error from None
+
+    def _parse_and_build(
+        self, argv: list[str], model_class: type[EvaluatedModel], subclasses: bool, command: str
+    ) -> None:
         super().__init__(
             model_class,
             CalibrationDataModule,
             subclass_mode_model=subclasses,
             save_config_callback=None,
             parser_class=Parser,
-            parser_kwargs={"prog": f"lightning-prune {command}", "description": _DESCRIPTION[command]},
+            parser_kwargs={
+                "allow_abbrev": False,  # --data.num_sample is a mistake, not num_samples
+                "prog": f"lightning-prune {command}",
+                "usage": f"lightning-prune {command} [--config FILE ...] [--model.OPTION VALUE] [--data.OPTION VALUE] "
+                "[--trainer.OPTION VALUE]",
+                "description": _DESCRIPTION[command],
+            },
             trainer_defaults={
                 "max_epochs": 1,
                 "enable_checkpointing": False,
@@ -85,12 +92,31 @@ class PruneCLI(LightningCLI):
         parser.link_arguments(source, "data.tokenizer")
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """TensorBoard below ``<root>/<label>`` unless the user asks for another logger or none."""
+        """TensorBoard below ``<root>/<label>`` unless the user asks for another logger or none, and a strategy without
+        gradient synchronisation where several processes run.
+
+        Raises:
+            UserError: a trainer that cannot be, or one that would not read the whole sets.
+        """
+        for name, default in WHOLE_SETS.items():
+            value = self._get(self.config_init, f"trainer.{name}")
+            if value is not None and repr(value) != repr(default):  # limit_train_batches: 1 is one batch, 1.0 all
+                raise UserError(
+                    f"--trainer.{name}: found {value}; every run reads the whole calibration and evaluation sets as "
+                    "often as its method needs, so that runs can be compared. Leave it out; --data.num_samples and "
+                    "--data.eval_datasets make a run shorter."
+                )
         if self._get(self.config_init, "trainer.logger") in (None, True):
             label = self.model.label if isinstance(self.model, PruningMethod) else "test"
             root = self._get(self.config_init, "trainer.default_root_dir") or DEFAULT_ROOT
             kwargs["logger"] = TensorBoardLogger(root, name=label, default_hp_metric=False)
-        return super().instantiate_trainer(**kwargs)
+        devices = str(self._get(self.config_init, "trainer.devices"))
+        if devices.isdigit() and int(devices) > 1 and self._get(self.config_init, "trainer.strategy") == "auto":
+            kwargs["strategy"] = CalibrationDDP()
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, MisconfigurationException) as error:
+            raise UserError(f"--trainer: {error}") from error
 
     @property
     def resolved_config(self) -> str:
@@ -98,16 +124,16 @@ class PruneCLI(LightningCLI):
         return str(self.parser.dump(self.config, skip_none=False))
 
 
+def user_error_behind(error: BaseException | None) -> UserError | None:
+    """The UserError that ``error`` is or was caused by, if any."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__
+    return error
+
+
 def known_methods() -> dict[str, type]:
-    """Concrete methods by class name, as far as they are imported."""
-    found: dict[str, type] = {}
-    waiting: list[type] = [PruningMethod]
-    while waiting:
-        current = waiting.pop()
-        waiting += current.__subclasses__()
-        if not inspect.isabstract(current):
-            found[current.__name__] = current
-    return found
+    """The package's methods by class name."""
+    return {name: getattr(methods, name) for name in methods.__all__}
 
 
 def quiet() -> None:

@@ -71,7 +71,14 @@ def _evaluation(runs: Sequence[Run]) -> str:
     for run in runs:
         for name, facts in run.evaluation.items():
             tokens = f"{facts['predicted_tokens']:,}"
-            row = (name, str(facts["split"]), str(facts["seq_len"]), tokens, str(facts["bos"]), f"`{facts['fingerprint']}`")
+            row = (
+                name,
+                str(facts["split"]),
+                str(facts["seq_len"]),
+                tokens,
+                str(facts["bos"]),
+                f"`{facts['fingerprint']}`",
+            )
             rows[row] = None
     if not rows:
         return ""

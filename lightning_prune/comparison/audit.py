@@ -92,7 +92,7 @@ def audit(runs: Sequence[Run], tolerance: float = RATIO_TOLERANCE) -> Audit:
 
 def run_name(run: Run) -> str:
     """How a run is called in messages: label, ratio and folder."""
-    return f"{run.label} {run.requested:g} ({run.folder.parent.name}/{run.folder.name})"
+    return f"{run.label} {run.requested:g} ({run.folder})"
 
 
 def facts(run: Run) -> dict[str, Any]:
@@ -220,8 +220,12 @@ def _key(run: Run, of: Callable[[Run], dict[str, Any]]) -> str:
 
 
 def _names(runs: list[Run]) -> str:
-    shown = ", ".join(run_name(run) for run in runs[:4])
-    return shown + (f" and {len(runs) - 4} more" if len(runs) > 4 else "")
+    if len(runs) <= 2:
+        return ", ".join(run_name(run) for run in runs)
+    ratios: dict[str, list[str]] = {}
+    for run in runs:
+        ratios.setdefault(run.label, []).append(f"{run.requested:g}")
+    return ", ".join(f"{label} {'/'.join(values)}" for label, values in ratios.items())
 
 
 def _short(value: Any) -> Any:

@@ -74,6 +74,10 @@ def _shared(groups: Sequence[Group]) -> list[list[Run]]:
     for group in groups:
         found.setdefault(repr(protocol(group.all[0])), []).append(group.all)
     return [
-        [replace(run, label=run.label + APART) if index else run for index, group in enumerate(members) for run in group]
+        [
+            replace(run, label=run.label + APART) if index else run
+            for index, group in enumerate(members)
+            for run in group
+        ]
         for members in found.values()
     ]

@@ -36,12 +36,16 @@ def page(title: str, sections: Sequence[Section], figures: Sequence[Plot]) -> st
     for number, (heading, plots) in enumerate(groupby(figures, key=lambda plot: plot.heading)):
         body = "\n".join(_figure(plot) for plot in plots)
         # The first ratio is open, the others a tap away.
-        parts.append(f"<details{' open' if number < 2 else ''}><summary>{escape(heading)}</summary>\n{body}\n</details>")
+        parts.append(
+            f"<details{' open' if number < 2 else ''}><summary>{escape(heading)}</summary>\n{body}\n</details>"
+        )
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
+        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(parts)
+        + "\n</body>\n</html>\n"
     )
 
 
@@ -51,7 +55,9 @@ def table(columns: Sequence[str], rows: Sequence[Row]) -> str:
     body = "\n".join(
         f"<tr{_row_class(row)}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
-    return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+    return (
+        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+    )
 
 
 def _section(section: Section) -> str:

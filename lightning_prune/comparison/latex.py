@@ -26,9 +26,7 @@ def _table(index: int, group: Group) -> str:
     top = [f"\\multicolumn{{{len(ratios)}}}{{c}}{{{escape(name)}}}" for name in sets]
     rules = [f"\\cmidrule(lr){{{2 + i * len(ratios)}-{1 + (i + 1) * len(ratios)}}}" for i in range(len(sets))]
     first = group.all[0]
-    dense = [
-        f"\\multicolumn{{{len(ratios)}}}{{c}}{{{number(first.perplexity(name, 'dense'))}}}" for name in sets
-    ]
+    dense = [f"\\multicolumn{{{len(ratios)}}}{{c}}{{{number(first.perplexity(name, 'dense'))}}}" for name in sets]
     lines = [
         "\\begin{table}",
         "\\centering",

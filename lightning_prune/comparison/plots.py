@@ -37,7 +37,9 @@ def perplexity_figure(runs: Sequence[Run], name: str) -> Figure:
     if dense is not None:
         axes.axhline(dense, color="#555555", linewidth=1, linestyle=(0, (4, 3)), label=f"dense ({dense:.2f})")
     if unigram is not None and values and max(values) > unigram / 3:
-        axes.axhline(unigram, color="#999999", linewidth=1, linestyle=":", label=f"unigram ({unigram:.1f}): unusable above")
+        axes.axhline(
+            unigram, color="#999999", linewidth=1, linestyle=":", label=f"unigram ({unigram:.1f}): unusable above"
+        )
     if values and max(values) / min(values) > LOG_RANGE:
         axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -56,7 +58,9 @@ def importance_figure(runs: Sequence[Run]) -> Figure:
     for run in runs:
         table = run.units
         share = table.per_layer(table.importance) / (table.importance.sum() or 1.0)
-        axes.plot(np.arange(len(share)), share, label=names[id(run)], markersize=4, linewidth=1.4, **styles[names[id(run)]])
+        axes.plot(
+            np.arange(len(share)), share, label=names[id(run)], markersize=4, linewidth=1.4, **styles[names[id(run)]]
+        )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:g} %"))
     axes.set_xlabel("layer")

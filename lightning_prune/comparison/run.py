@@ -132,7 +132,9 @@ def load_run(folder: Path) -> Run:
         )
         _ = run.requested, run.achieved, run.seconds, metrics["parameters"]["dense"], metrics["perplexity"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--runs: '{folder}' cannot be read as a pruning run ({type(error).__name__}: {error}).") from None
+        raise UserError(
+            f"--runs: '{folder}' cannot be read as a pruning run ({type(error).__name__}: {error})."
+        ) from None
     return run
 
 

@@ -31,11 +31,18 @@ def sections(audit: Audit, failures: Sequence[Failure]) -> list[Section]:
     """Tables first, then what was checked and what differs, then failed runs."""
     found = [_results(audit, index) for index in range(len(audit.groups))]
     unusable = sorted(
-        {f"{run.label} at {run.requested:g} on {name}" for group in audit.groups for run in group.all for name in
-         run.metrics["perplexity"] if run.unusable_on(name)}
+        {
+            f"{run.label} at {run.requested:g} on {name}"
+            for group in audit.groups
+            for run in group.all
+            for name in run.metrics["perplexity"]
+            if run.unusable_on(name)
+        }
     )
     if unusable:
-        text = "These models predict no better than token frequencies without context, or their perplexity is not finite:"
+        text = (
+            "These models predict no better than token frequencies without context, or their perplexity is not finite:"
+        )
         found.append(Section("Unusable models", [text], unusable))
     if failures:
         columns = ("system", "asked", "error")
@@ -73,8 +80,10 @@ def markdown(report_title: str, found: Sequence[Section]) -> str:
         for name, columns, body in section.tables:
             parts += [f"**{name}**"] if name else []
             parts.append(markdown_table(columns, body))
-    parts.append("Plots are in `report.html`, numbers in `results.csv`, the Methods section's facts in "
-                 "`calibration_appendix.md`.")
+    parts.append(
+        "Plots are in `report.html`, numbers in `results.csv`, the Methods section's facts in "
+        "`calibration_appendix.md`."
+    )
     return "\n\n".join(parts) + "\n"
 
 

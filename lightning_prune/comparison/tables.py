@@ -136,7 +136,9 @@ def title(index: int, group: Group) -> str:
         shared = "no calibration"
     else:
         facts = calibrated.calibration
-        shared = f"calibration {facts['dataset']}, {facts['num_samples']} × {facts['seq_len']} tokens, {facts['sampling']}"
+        shared = (
+            f"calibration {facts['dataset']}, {facts['num_samples']} × {facts['seq_len']} tokens, {facts['sampling']}"
+        )
         shared += f", seed {facts['seed']}" if facts.get("seed") is not None else ""
         shared += f", fingerprint {str(facts['fingerprint'])[:12]}"
     return f"Table {index}: {first.base_model}, {shared}"

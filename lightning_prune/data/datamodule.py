@@ -10,7 +10,7 @@ import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_prune.data.calibration import CalibrationManifest, CalibrationSet, EvaluationSet, fingerprint
 from lightning_prune.data.corpora import calibration_split, held_out_split, split_spec
@@ -267,7 +267,12 @@ class CalibrationDataModule(LightningDataModule):
         missing = -len(tokens) % (processes * batch_size) if processes > 1 else 0
         weight = torch.cat([torch.ones(len(tokens)), torch.zeros(missing)])
         padded = torch.cat([tokens, tokens[:1].expand(missing, -1)])
-        return DataLoader(TensorDataset(padded, weight), batch_size=batch_size, shuffle=False)  # type: ignore[arg-type]
+        dataset = TensorDataset(padded, weight)
+        sampler: DistributedSampler[tuple[Tensor, ...]] | None = None
+        if self.trainer is not None and processes > 1:
+            # Given here because the sampler that Lightning would add shuffles anew in every epoch.
+            sampler = DistributedSampler(dataset, processes, self.trainer.global_rank, shuffle=False)
+        return DataLoader(dataset, batch_size=batch_size, shuffle=False, sampler=sampler)  # type: ignore[arg-type]
 
 
 def _distinctly_named(one: EvaluationSet, sets: list[EvaluationSet]) -> EvaluationSet:

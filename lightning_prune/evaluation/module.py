@@ -114,7 +114,7 @@ class EvaluatedModel(L.LightningModule):
                 return result
             return tensor.to(result.device)
 
-        return super()._apply(guarded, recurse)  # type: ignore[no-any-return]
+        return super()._apply(guarded, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits ``[B, L, V]`` of packed sequences ``[B, L]``."""
@@ -132,12 +132,12 @@ class EvaluatedModel(L.LightningModule):
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add one batch of windows ``[B, L]`` with sample weights ``[B]``."""
         tokens, weight = batch
-        self._perplexities[dataloader_idx].update(self.logits(tokens), tokens, weight)
+        self._perplexities[dataloader_idx].update(self.logits(tokens), tokens, weight)  # type: ignore[operator]
 
     def on_test_epoch_end(self) -> None:
         """Leave the results in ``self.perplexity`` by name of the evaluation set."""
         self.perplexity = {
-            data.name: PerplexityResult(float(metric.compute()), int(metric.tokens))  # type: ignore[operator, arg-type]
+            data.name: PerplexityResult(float(metric.compute()), data.manifest["predicted_tokens"])  # type: ignore[operator]
             for data, metric in zip(self.datamodule.evaluation, self._perplexities, strict=True)
         }
         self.seconds["evaluate"] = self.seconds.get("evaluate", 0.0) + time.perf_counter() - self._test_started

@@ -43,7 +43,7 @@ class ZeroShotResult:
 
     def to_json(self) -> dict[str, Any]:
         """The result as it stands in ``zero_shot.json``."""
-        return {"harness": self.harness, "mean": self.mean, **asdict(self, dict_factory=dict)}
+        return {"harness": self.harness, "mean": self.mean, **asdict(self)}
 
 
 def check_tasks(tasks: Sequence[str], include_path: Path | None = None) -> Any:

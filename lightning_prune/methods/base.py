@@ -107,8 +107,8 @@ class PruningMethod(EvaluatedModel):
     @property
     def expected_tokens(self) -> int:
         """Calibration tokens that every hooked module must have seen on this rank after one epoch."""
-        calibration = self.datamodule.calibration.tokens
-        return calibration.numel() // self.trainer.world_size
+        samples, length = self.datamodule.calibration.tokens.shape
+        return len(range(self.trainer.global_rank, samples, self.trainer.world_size)) * length
 
     # What a method says about itself
 

@@ -223,14 +223,11 @@ class HGSP(GroupPruning):
             return magnitude_importance(layer)
         if self.importance == "wanda":
             return wanda_importance(layer, self.norms.of(layer.index))
-        statistics = self.gradients.of(layer.index)
-        groups, channels = taylor_importance(layer, {role: item.reduced() for role, item in statistics.items()})
+        groups, channels = taylor_importance(layer, self.gradients.of(layer.index))
         if self.importance == "taylor_2nd":
-            for role, item in statistics.items():
-                if role in ("gate", "up", "down"):
-                    channels = channels + item.mean_terms()
-                else:
-                    groups = groups + item.mean_terms()
+            terms = self.gradients.terms_of(layer.index)
+            groups = groups + sum(terms[role] for role in ("query", "key", "value", "output"))
+            channels = channels + sum(terms[role] for role in ("gate", "up", "down"))
         return groups, channels
 
     def reuse(self, saved: SavedMeasurement) -> None:

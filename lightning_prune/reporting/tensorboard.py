@@ -5,6 +5,7 @@ from typing import Any
 import matplotlib
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_prune.methods.scores import BLOCKS, Scores
@@ -48,7 +49,7 @@ def kept_fraction_figure(scores: Scores) -> Figure:
     image = axes.imshow(kept.numpy(), vmin=0, vmax=1, cmap=matplotlib.colormaps["viridis"], aspect="auto")
     axes.set_xlabel("layer")
     axes.set_yticks(range(len(names)), names)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=axes, label="kept fraction")
     return figure
 

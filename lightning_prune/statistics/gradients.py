@@ -1,6 +1,7 @@
 """Gradients of the mean token loss over the calibration set, one weight matrix at a time."""
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,44 +12,51 @@ from lightning_prune.surgery.anatomy import LayerAnatomy
 from lightning_prune.surgery.groups import unit_sums
 
 SampleTerm = Callable[[Tensor, Tensor], Tensor]
+ROLES = ("query", "key", "value", "output", "gate", "up", "down")
 COLUMN_UNITS = ("output", "down")  # their units are input columns, those of the other projections output rows
 
 
 class WeightGradient(TokenStatistic):
-    """Σ over tokens of ∂loss/∂w, fp32, signed; divided by the number of tokens at the end.
-
-    ``unit_terms`` sums, per prunable unit, a function of every single sample's gradient: it needs no weight-sized
-    memory, however many samples there are.
-    """
+    """Σ over tokens of ∂loss/∂w, fp32, signed; divided by the number of tokens at the end."""
 
     gradient: Tensor
-    unit_terms: Tensor
-    not_finite: Tensor
-    samples: Tensor
 
-    def __init__(self, shape: torch.Size, num_units: int) -> None:
+    def __init__(self, shape: torch.Size) -> None:
         super().__init__()
         self.add_matrix_state("gradient", shape)
-        self.add_state("unit_terms", torch.zeros(num_units, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("not_finite", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-        self.add_state("samples", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, mean_gradient: Tensor, tokens: int, samples: int, terms: Tensor | None) -> None:
-        """Add the gradient ``[out, in]`` of a mean over ``tokens`` tokens, and the units' terms of one sample."""
+    def update(self, mean_gradient: Tensor, tokens: int) -> None:
+        """Add the gradient ``[out, in]`` of a mean over ``tokens`` tokens."""
         self.gradient.add_(mean_gradient.float(), alpha=tokens)
-        if terms is not None:
-            self.unit_terms += terms.double()
-        self.not_finite += (~torch.isfinite(mean_gradient)).sum()
         self.tokens += tokens
-        self.samples += samples
 
     def compute(self) -> Tensor:
         """g, fp32 ``[out, in]``: gradient of the mean token loss over the whole set."""
         return self.gradient / self.tokens
 
-    def mean_terms(self) -> Tensor:
-        """Mean over samples of the units' terms, fp64 ``[units]``."""
-        return self.unit_terms / self.samples
+
+class SampleTerms(TokenStatistic):
+    """Mean over samples of a function of each sample's gradient, summed per prunable unit.
+
+    It needs no weight-sized memory, however many samples there are.
+    """
+
+    terms: Tensor
+    samples: Tensor
+
+    def __init__(self, num_units: int) -> None:
+        super().__init__()
+        self.add_state("terms", torch.zeros(num_units, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("samples", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, terms: Tensor) -> None:
+        """Add the units' terms ``[units]`` of one sample."""
+        self.terms += terms.double()
+        self.samples += 1
+
+    def compute(self) -> Tensor:
+        """Mean over samples, fp64 ``[units]``."""
+        return self.terms / self.samples
 
 
 class GradientSums(nn.Module):
@@ -68,17 +76,18 @@ class GradientSums(nn.Module):
         self.sample_term = sample_term
         self.tokens = self.samples = 0
         self.sums = nn.ModuleDict()
+        self.terms = nn.ModuleDict()
         self._handles: list[RemovableHandle] = []
+        self._weights = [linear.weight for view in layers for linear in view.linears.values()]
         for view in layers:
             for role, linear in view.linears.items():
-                units = view.num_channels if role in ("gate", "up", "down") else view.num_kv_heads
-                statistic = WeightGradient(linear.weight.shape, units).to(linear.weight.device)
-                self.sums[f"{view.index}_{role}"] = statistic
-                linear.weight.requires_grad_(True)
-                along = "columns" if role in COLUMN_UNITS else "rows"
-                hook = self._consumer(statistic, units, along)
-                self._handles.append(linear.weight.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
-        self._weights = [linear.weight for view in layers for linear in view.linears.values()]
+                name, weight = f"{view.index}_{role}", linear.weight
+                self.sums[name] = WeightGradient(weight.shape).to(weight.device)
+                if sample_term is not None:
+                    self.terms[name] = SampleTerms(_units(view, role)).to(weight.device)
+                weight.requires_grad_(True)
+                hook = self._consumer(name, _units(view, role), "columns" if role in COLUMN_UNITS else "rows")
+                self._handles.append(weight.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
 
     def expect(self, samples: int, tokens: int) -> None:
         """Say what the next backward's mean loss is taken over."""
@@ -92,19 +101,17 @@ class GradientSums(nn.Module):
             weight.requires_grad_(False)
             weight.grad = None
 
-    def of(self, layer: int) -> dict[str, WeightGradient]:
-        """Statistics of one layer by role.
+    def of(self, layer: int) -> dict[str, Tensor]:
+        """g of one layer by role, fp32, shaped like the weights.
 
         Raises:
             FloatingPointError: a gradient was NaN or infinite.
         """
-        found: dict[str, WeightGradient] = {
-            name.split("_", 1)[1]: statistic  # type: ignore[misc]
-            for name, statistic in self.sums.items()
-            if name.startswith(f"{layer}_")
-        }
-        for role, statistic in found.items():
-            bad = int(statistic.not_finite)
+        found = {}
+        for role in ROLES:
+            statistic: WeightGradient = self.sums[f"{layer}_{role}"]  # type: ignore[assignment]
+            found[role] = statistic.reduced()
+            bad = int((~torch.isfinite(found[role])).sum())
             if bad:
                 raise FloatingPointError(
                     f"layer {layer}, {role} projection: {bad} gradient values overflowed (NaN or infinite). "
@@ -112,15 +119,25 @@ class GradientSums(nn.Module):
                 )
         return found
 
-    def _consumer(self, statistic: WeightGradient, units: int, along: str) -> Callable[[Tensor], None]:
+    def terms_of(self, layer: int) -> dict[str, Tensor]:
+        """Mean sample terms per unit of one layer by role, fp64."""
+        statistics: dict[str, SampleTerms] = {role: self.terms[f"{layer}_{role}"] for role in ROLES}  # type: ignore[misc]
+        return {role: statistic.reduced() for role, statistic in statistics.items()}
+
+    def _consumer(self, name: str, units: int, along: Literal["rows", "columns"]) -> Callable[[Tensor], None]:
         def consume(weight: Tensor) -> None:
             assert weight.grad is not None
-            gradient, terms = weight.grad.detach(), None
+            gradient = weight.grad.detach()
+            self.sums[name].update(gradient, self.tokens)  # type: ignore[operator]
             if self.sample_term is not None:
                 assert self.samples == 1, "per-sample terms need one sample per backward"
                 with torch.no_grad():
-                    terms = unit_sums(self.sample_term(weight.detach(), gradient.float()), units, along)  # type: ignore[arg-type]
-            statistic.update(gradient, self.tokens, self.samples, terms)
+                    term = self.sample_term(weight.detach(), gradient.float())
+                    self.terms[name].update(unit_sums(term, units, along))  # type: ignore[operator]
             weight.grad = None
 
         return consume
+
+
+def _units(view: LayerAnatomy, role: str) -> int:
+    return view.num_channels if role in ("gate", "up", "down") else view.num_kv_heads

@@ -10,7 +10,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from lightning import LightningModule, Trainer
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from lightning_prune.data import datamodule, streams, tokenization
@@ -128,13 +128,13 @@ def test_global_seed_does_not_change_the_tokens(build: Any) -> None:
 def test_padding_has_weight_zero_and_ranks_see_every_sample_once(build: Any, world_size: int) -> None:
     data = build(batch_size=2)
     tokens = calibrated(data)
-    data.trainer = SimpleNamespace(world_size=world_size)
-    samples = data.train_dataloader().dataset
-    assert len(samples) == {1: 11, 2: 12, 3: 12}[world_size]
     ranks = []
     for rank in range(world_size):
-        sampler = DistributedSampler(samples, num_replicas=world_size, rank=rank, shuffle=False)
-        ranks.append(list(DataLoader(samples, batch_size=2, sampler=sampler)))
+        data.trainer = SimpleNamespace(world_size=world_size, global_rank=rank)
+        loader = data.train_dataloader()
+        assert len(loader.dataset) == {1: 11, 2: 12, 3: 12}[world_size]
+        ranks.append(list(loader))
+        assert [ids.tolist() for ids, _ in loader] == [ids.tolist() for ids, _ in ranks[-1]]  # same in every epoch
     assert len({len(batches) for batches in ranks}) == 1
     kept = [ids[weight > 0] for batches in ranks for ids, weight in batches]
     assert sorted(torch.cat(kept).tolist()) == sorted(tokens.tolist())

@@ -212,9 +212,8 @@ def test_half_precisions_keep_their_statistics_in_full_precision(
     def spy_on_decide(self: PruningMethod) -> None:
         assert self.model.dtype == expected_dtype
         assert self.model.base_model.rotary_emb.inv_freq.dtype == torch.float32
-        states = [state for metric in self.modules() if isinstance(metric, Metric) for state in vars(metric).items()]
-        metrics.extend((name, state.dtype) for name, state in states if isinstance(state, torch.Tensor))
-        metrics.extend((name, buffer.dtype) for m in self.modules() if isinstance(m, Metric) for name, buffer in m.named_buffers())
+        watched = [metric for metric in self.modules() if isinstance(metric, Metric)]
+        metrics.extend((name, getattr(metric, name).dtype) for metric in watched for name in metric._defaults)
         decide(self)
 
     load_model, decide = evaluation_module.load_model, PruningMethod._decide
@@ -226,7 +225,7 @@ def test_half_precisions_keep_their_statistics_in_full_precision(
 
     assert loaded == [{expected_dtype}]  # straight into the dtype, without a copy in another
     assert {dtype for _, dtype in metrics} <= {torch.float32, torch.float64, torch.int64}, metrics
-    assert bool(metrics) == method.needs_calibration or not method.needs_calibration
+    assert metrics or not method.needs_calibration
     assert lightning_prune.load(run.pruned).dtype == expected_dtype
     assert torch.equal(logits(lightning_prune.load(run.pruned)), logits(run.method.model))
     assert run.method.plan.dtype == str(expected_dtype).removeprefix("torch.")

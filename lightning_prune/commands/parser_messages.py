@@ -1,0 +1,67 @@
+"""jsonargparse's errors in one plain sentence: what was found, what is allowed, which option to change."""
+
+import difflib
+import re
+from collections.abc import Sequence
+
+GROUPS = ("model", "data", "trainer")
+
+
+def plain(message: str, options: Sequence[str], methods: Sequence[str]) -> str:
+    """Rewrite a parser error.
+
+    Args:
+        message: jsonargparse's, with its line breaks and its nested lists of everything that was tried.
+        options: every option name without dashes, the methods' as ``model.<name>``.
+        methods: class names of the methods.
+    """
+    key = ".".join(name for name in re.findall(r'Parser key "([\w.]+)"', message) if name != "config")
+    unknown = re.search(r"Option '([\w.]+)' is not accepted", message)
+    if unknown is not None:
+        name = unknown.group(1) if key == "" or unknown.group(1).startswith(key) else f"{key}.{unknown.group(1)}"
+        return f"unknown option --{name}.{_nearest(name, options)}"
+    grouped = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
+    if grouped is not None:
+        name = ".".join(grouped.groups())
+        return f"unknown option --{name}.{_nearest(name, options)}"
+    unrecognized = re.search(r"unrecognized arguments: (\S+)", message)
+    if unrecognized is not None:
+        name = unrecognized.group(1).partition("=")[0]
+        if not name.startswith("-"):
+            return f"unexpected argument '{name}': options are written --NAME VALUE. See --help."
+        return f"unknown option {name}.{_nearest(name.lstrip('-'), options)}"
+    known = f"Methods: {', '.join(sorted(methods))}."
+    if "required: model" in message or "import path" in message or "has no attribute" in message or "No module named" in message:
+        found = re.search(r"(?:dot import path string: |given class_path ')([\w.]+)", message)
+        start = f"--model: unknown method '{found.group(1)}'." if found else "no method is chosen."
+        return f"{start} {known} Shipped configurations are in configs/: --config configs/wanda.yaml"
+    missing = re.search(r"File does not exist: '?([^'\n]+)'?", message)
+    if missing is not None:
+        return f"--config: no file at '{missing.group(1)}'. Shipped configurations are in configs/."
+    allowed = _allowed(message)
+    value = re.search(r"(?:Got value|Given value): (?:NestedArg\(key='[\w.]+', val=)?(.+?)\)?$", message, re.MULTILINE)
+    if key and allowed and value is not None:
+        return f"--{key}: found {value.group(1)}; allowed: {allowed}."
+    return re.sub(r"\s+", " ", message).strip()
+
+
+def _nearest(name: str, options: Sequence[str]) -> str:
+    """The option that was probably meant: of the same group, or of that name in another group."""
+    candidates = [option for option in options if option not in GROUPS]
+    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.75)
+    if not close:
+        last = {option.rpartition(".")[2]: option for option in candidates}
+        close = [last[found] for found in difflib.get_close_matches(name.rpartition(".")[2], last, n=1, cutoff=0.8)]
+    return f" Did you mean --{close[0]}?" if close else " See --help for the options."
+
+
+def _allowed(message: str) -> str:
+    """What jsonargparse tried, as a list: types by name, literals by value."""
+    found: list[str] = []
+    for expected in re.findall(r"Expected a (.+?)(?:\. Got value|$)", message, re.MULTILINE):
+        if expected.startswith("typing.Literal"):
+            found += [part.strip(" '") for part in expected.removeprefix("typing.Literal")[1:-1].split(",")]
+        else:
+            found.append(re.sub(r"<class '([\w.]+)'>", r"\1", expected))
+    names = {"int": "a whole number", "float": "a number", "list": "a list such as '[a, b]'"}
+    return ", ".join(dict.fromkeys(names.get(item, item) for item in found if item != "NoneType"))

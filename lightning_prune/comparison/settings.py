@@ -1,0 +1,140 @@
+"""``compare.yaml`` and the command line, as the list of runs to make."""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_prune.errors import UserError
+
+ALLOWED = ("pretrained", "ratios", "systems", "data", "trainer", "root")
+DEFAULT_RATIOS = (0.2, 0.3, 0.5)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an experiment runs. ``systems`` maps a label to a complete configuration but for the pruning ratio, with
+    the sections ``model``, ``data`` and ``trainer`` that ``lightning-prune fit`` takes."""
+
+    ratios: list[float]
+    systems: dict[str, dict[str, Any]]
+    root: Path
+
+    def configuration(self, label: str, ratio: float) -> dict[str, Any]:
+        """The configuration of one run."""
+        found = deepcopy(self.systems[label])
+        found["model"]["init_args"]["pruning_ratio"] = ratio
+        return found
+
+
+def read_settings(
+    path: Path,
+    root: Path | None = None,
+    pretrained: str | None = None,
+    ratios: Sequence[float] | None = None,
+    systems: Sequence[str] | None = None,
+    options: Mapping[str, str] | None = None,
+) -> Settings:
+    """Read the file; what is not None overrules it.
+
+    Args:
+        path: the YAML file.
+        root, pretrained, ratios: overrule the file's.
+        systems: only these labels of the file.
+        options: ``data.OPTION`` and ``trainer.OPTION`` with values as on the command line. A system's own ``data``
+            section (ShortGPT's second setting) still comes last: it is what makes that system.
+
+    Raises:
+        UserError: no such file, an unknown key, system or ratio.
+    """
+    file = _yaml(path, "--config")
+    unknown = sorted(file.keys() - set(ALLOWED))
+    if unknown:
+        raise UserError(f"--config: '{path}' has the key '{unknown[0]}'. Allowed: {', '.join(ALLOWED)}.")
+    found = file.get("systems")
+    if not isinstance(found, dict) or not found:
+        raise UserError(f"--config: '{path}' lists no systems. Give systems: {{label: file of a method}}.")
+    labels = list(found) if systems is None else list(dict.fromkeys(systems))
+    missing = [label for label in labels if label not in found]
+    if missing:
+        raise UserError(f"--systems: '{path}' has no system '{missing[0]}'. Systems: {', '.join(found)}.")
+    shared: dict[str, dict[str, Any]] = {
+        section: _section(file, section, path) for section in ("trainer", "data")
+    }
+    for name, value in (options or {}).items():
+        section, _, option = name.partition(".")
+        _set(shared[section], option.split("."), yaml.safe_load(value))
+    folder = root or Path(file.get("root") or "logs")
+    model = {"pretrained": pretrained or file.get("pretrained") or "demo"}
+    shared["trainer"]["default_root_dir"] = str(folder)
+    return Settings(
+        ratios=_ratios(file.get("ratios", DEFAULT_RATIOS) if ratios is None else ratios),
+        systems={label: _system(label, found[label], path.parent, shared, model) for label in labels},
+        root=folder,
+    )
+
+
+def _system(
+    label: str, given: Any, folder: Path, shared: dict[str, dict[str, Any]], model: dict[str, Any]
+) -> dict[str, Any]:
+    """``given`` is the path of a method's file, or a mapping that may name one under ``config`` and overlays it."""
+    if isinstance(given, str):
+        given = {"config": given}
+    if not isinstance(given, dict):
+        raise UserError(f"--config: system '{label}' is {given!r}. Give the path of a method's file, or a mapping.")
+    overlay = {key: value for key, value in given.items() if key != "config"}
+    own = _merge(_yaml(folder / given["config"], f"systems.{label}"), overlay) if "config" in given else overlay
+    if not isinstance(own.get("model"), dict) or "class_path" not in own["model"]:
+        raise UserError(f"--config: system '{label}' has no model.class_path, so it is no method.")
+    own["model"] = {"class_path": own["model"]["class_path"], "init_args": dict(own["model"].get("init_args") or {})}
+    own["model"]["init_args"] |= model | {"label": label}
+    return _merge(shared, own)
+
+
+def _ratios(given: Any) -> list[float]:
+    try:
+        ratios = sorted({float(ratio) for ratio in given})
+    except (TypeError, ValueError):
+        raise UserError(f"--ratios: found {given!r}; give numbers between 0 and 1, such as 0.2 0.3 0.5.") from None
+    wrong = [ratio for ratio in ratios if not 0 < ratio < 1]
+    if wrong or not ratios:
+        found = f"{wrong[0]:g}" if wrong else "none"
+        raise UserError(f"--ratios: found {found}; a ratio is a share of all parameters between 0 and 1 (0.2 is a fifth).")
+    return ratios
+
+
+def _section(file: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
+    found = file.get(name) or {}
+    if not isinstance(found, dict):
+        raise UserError(f"--config: '{name}' in '{path}' is {found!r}. Give options as a mapping, such as {{seed: 0}}.")
+    return deepcopy(found)
+
+
+def _yaml(path: Path, option: str) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{option}: '{path}' cannot be read ({getattr(error, 'strerror', error)}).") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{option}: '{path}' is not YAML ({' '.join(str(error).split())}).") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{option}: '{path}' holds no mapping of options.")
+    return found
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` wins key by key; mappings are merged."""
+    found = deepcopy(base)
+    for key, value in over.items():
+        old = found.get(key)
+        found[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else deepcopy(value)
+    return found
+
+
+def _set(section: dict[str, Any], keys: list[str], value: Any) -> None:
+    for key in keys[:-1]:
+        section = section.setdefault(key, {})
+    section[keys[-1]] = value

@@ -1,0 +1,143 @@
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache, PreTrainedModel
+
+from lightning_prune.errors import UserError
+from lightning_prune.evaluation import efficiency
+from lightning_prune.evaluation.efficiency import Efficiency, EfficiencyReport, Setting, Speed, measure
+from lightning_prune.surgery.cut import cut
+from tests.tiny import make_tiny, mixed_plan, tiny_tokens, uniform_plan
+
+MODELS = ("dense", "mixed", "uniform")
+
+
+def make(kind: str, family: str = "llama", **options: Any) -> PreTrainedModel:
+    """Dense, or pruned with skipped attention, a skipped MLP and a removed layer, or with one width."""
+    model = make_tiny(family, **options)
+    return {"dense": lambda: model, "mixed": lambda: cut(model, mixed_plan(model)), "uniform": lambda: cut(
+        model, uniform_plan(model))}[kind]()  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_macs_are_half_the_flops_torch_counts_for_one_decoded_token(family: str, kind: str) -> None:
+    model = make(kind, family)
+    model.set_attn_implementation("eager")  # plain matmuls, which the counter sees
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(input_ids=tiny_tokens(1, 19), past_key_values=cache, use_cache=True)
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=tiny_tokens(1, 1), past_key_values=cache, use_cache=True)
+    assert 2 * efficiency.macs_per_token(model, 20) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kv_cache_bytes_are_those_of_a_filled_cache(kind: str, dtype: torch.dtype) -> None:
+    model = make(kind).to(dtype)
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(input_ids=tiny_tokens(3, 10), past_key_values=cache, use_cache=True)
+    slots = [(layer.keys, layer.values) for layer in cache.layers]
+    bookkeeping = [keys.shape[1:] == (1, 10, 1) for keys, _ in slots]  # of skipped attention
+    assert sum(bookkeeping) == (1 if kind == "mixed" else 0)
+    stored = sum(
+        tensor.numel() * tensor.element_size()
+        for pair, skipped in zip(slots, bookkeeping, strict=True)
+        for tensor in pair
+        if not skipped
+    )
+    assert efficiency.kv_cache_bytes_per_token(model) * 3 * 10 == stored
+
+
+def test_weight_file_bytes_add_up_over_shards(tmp_path: Path) -> None:
+    make_tiny().save_pretrained(tmp_path, max_shard_size="30KB")
+    files = [file for file in tmp_path.iterdir() if file.suffix == ".safetensors"]
+    assert len(files) > 1
+    assert efficiency.weight_file_bytes(str(tmp_path)) == sum(len(file.read_bytes()) for file in files)
+
+
+@pytest.mark.parametrize("kind", ["dense", "mixed"])
+def test_timed_decoding_is_greedy_generation_through_the_cache(kind: str) -> None:
+    model, prompt = make(kind), tiny_tokens(2, 9)
+    seen: list[torch.Tensor] = []
+    handle = model.register_forward_pre_hook(lambda _, __, inputs: seen.append(inputs["input_ids"]), with_kwargs=True)
+    efficiency._generate(model, prompt, 5)
+    handle.remove()
+    model.generation_config.eos_token_id = None
+    wanted = model.generate(prompt, max_new_tokens=5, do_sample=False)
+    assert [tokens.shape[1] for tokens in seen] == [9, 1, 1, 1, 1, 1]
+    assert torch.equal(torch.cat(seen, 1), wanted)
+
+
+def test_speed_is_tokens_of_the_batch_over_the_median_without_the_warm_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_tiny()
+    model.save_pretrained(tmp_path)
+    seconds = iter([(90.0, 90.0)] * efficiency.WARM_UP + [(4.0, 8.0), (1.0, 2.0), (2.0, 64.0)])
+    monkeypatch.setattr(efficiency, "_generate", lambda *_: next(seconds))
+    setting = Setting(prompt_length=10, decode_length=6, context_length=16, batch_sizes=(3,), repeats=3)
+    found = measure(model, str(tmp_path), setting)
+    assert found.speed[0].prefill_tokens_per_second == 3 * 10 / 2
+    assert found.speed[0].decode_tokens_per_second == 3 * 6 / 8
+    assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert found.weight_file_dtype == "float32"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset the peak of a process")
+def test_peak_memory_forgets_what_was_freed_before() -> None:
+    device = torch.device("cpu")
+    torch.ones(50 * 2**20)  # 200 MiB, gone at once
+    before = efficiency._peak_memory_bytes(device)
+    efficiency._reset_peak_memory(device)
+    after = efficiency._peak_memory_bytes(device)
+    held = torch.ones(25 * 2**20)
+    assert before is not None
+    assert after is not None
+    assert before - after > 150 * 2**20
+    assert efficiency._peak_memory_bytes(device) - after > 80 * 2**20  # type: ignore[operator]
+    del held
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (Setting(prompt_length=120, decode_length=9), "--prompt-length 120 and --decode-length 9 make 129 .* has 128"),
+        (Setting(16, 16, 32, batch_sizes=(4, 0)), "--batch-sizes: found 4 0"),
+        (Setting(16, 16, 32, batch_sizes=()), "--batch-sizes"),
+        (Setting(16, 16, 32, repeats=0), "--repeats: found 0"),
+    ],
+)
+def test_setting_that_cannot_be_measured_is_refused(setting: Setting, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        measure(make_tiny(), "nowhere", setting)
+
+
+def test_batch_that_does_not_fit_names_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(efficiency, "_generate", full)
+    with pytest.raises(UserError, match="--batch-sizes: 16 sequences of 32 tokens do not fit"):
+        measure(make_tiny(), "nowhere", Setting(16, 16, 32, batch_sizes=(16,)))
+
+
+def test_table_shows_dense_pruned_and_their_ratio() -> None:
+    dense = Efficiency(2000, 4000, 64, 8000, "bfloat16", [Speed(1, 100.0, 10.0, None)])
+    pruned = Efficiency(1500, 3000, 48, 12000, "float32", [Speed(1, 150.0, 12.0, None)])
+    report = EfficiencyReport(Setting(), "cpu", "float32", 1, pruned, dense)
+    lines = {line.split("  ")[0]: line.split() for line in report.table().splitlines()}
+    assert lines["parameters"][-3:] == ["2,000", "1,500", "0.750"]
+    assert lines["prefill, tokens/s, batch 1"][-3:] == ["100", "150", "1.500"]
+    assert lines["peak memory, MiB, batch 1"][-3:] == ["-", "-", "-"]
+    assert "weights on disk: dense bfloat16, pruned float32" in report.table()
+    alone = EfficiencyReport(Setting(), "cpu", "float32", 1, pruned, None)
+    assert "dense" not in alone.table()
+    assert json.loads(json.dumps(alone.to_json()))["pruned"]["speed"][0]["decode_tokens_per_second"] == 12.0

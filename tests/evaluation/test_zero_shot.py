@@ -1,0 +1,123 @@
+import functools
+import importlib.util
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_prune.errors import UserError
+from lightning_prune.evaluation import zero_shot
+from lightning_prune.evaluation.zero_shot import Metric, ZeroShotResult, check_tasks
+from lightning_prune.surgery.cut import cut
+from tests.tiny import make_tiny, mixed_plan, tiny_tokenizer
+
+needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
+
+TASK = """\
+task: {name}
+dataset_path: {dataset}
+dataset_kwargs: {{data_files: {{test: "{file}"}}, cache_dir: "{cache}"}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def documents() -> list[dict[str, Any]]:
+    """Twenty questions of four words with two-word answers, by a fixed rule."""
+    word = lambda number: f"w{2 + number * 7 % 90}"  # noqa: E731
+    return [
+        {
+            "question": " ".join(word(11 * row + column) for column in range(4)),
+            "choices": [f"{word(5 * row + choice)} {word(row + 13 * choice)}" for choice in range(3)],
+            "answer": row % 3,
+        }
+        for row in range(20)
+    ]
+
+
+def own_tasks_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the harness's own thousands of tasks, whose YAML takes eight seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", functools.partial(TaskManager, include_defaults=False))
+
+
+@pytest.fixture
+def task_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A task on local data and one whose data is nowhere."""
+    own_tasks_only(monkeypatch)
+    folder, file = tmp_path / "tasks", tmp_path / "test.jsonl"
+    folder.mkdir()
+    file.write_text("\n".join(json.dumps(row) for row in documents()))
+    for name, dataset in (("tiny_choice", "json"), ("lost_choice", "nobody/has-this")):
+        text = TASK.format(name=name, dataset=dataset, file=file, cache=tmp_path / "cache")
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+@needs_harness
+def test_accuracy_of_a_pruned_model_is_that_of_its_own_log_likelihoods(task_folder: Path) -> None:
+    dense = make_tiny()
+    model, tokenizer = cut(dense, mixed_plan(dense)), tiny_tokenizer()
+    right = 0
+    for row in documents():
+        likelihoods = []
+        for choice in row["choices"]:
+            ids = torch.tensor([tokenizer(f"{row['question']} {choice}")["input_ids"]])
+            with torch.no_grad():
+                logs = model(ids).logits[0].double().log_softmax(-1)
+            likelihoods.append(sum(float(logs[at - 1, ids[0, at]]) for at in range(4, ids.shape[1])))
+        right += likelihoods.index(max(likelihoods)) == row["answer"]
+    assert 0 < right < 20
+
+    manager = check_tasks(["tiny_choice"], task_folder)
+    result = zero_shot.zero_shot(model, tokenizer, ["tiny_choice"], manager, batch_size=3)
+    accuracy = right / 20
+    metric = result.tasks["tiny_choice"]["acc"]
+    assert metric.value == pytest.approx(accuracy)
+    assert metric.stderr == pytest.approx(math.sqrt(accuracy * (1 - accuracy) / 19))
+
+
+@needs_harness
+def test_task_that_cannot_be_had_is_named(task_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"--tasks: the data of 'lost_choice' cannot be loaded"):
+        check_tasks(["tiny_choice", "lost_choice"], task_folder)
+    with pytest.raises(UserError, match=r"--tasks: 'tiny_chioce' is no task"):
+        check_tasks(["tiny_chioce"], task_folder)
+    with pytest.raises(UserError, match=r"--include-path: no folder"):
+        check_tasks(["tiny_choice"], task_folder / "nowhere")
+
+
+def test_missing_harness_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'lightning-prune\[eval\]'"):
+        check_tasks(["piqa"])
+
+
+def test_mean_takes_acc_where_a_task_has_no_acc_norm() -> None:
+    tasks = {
+        "both": {"acc": Metric(0.5, 0.1), "acc_norm": Metric(0.7, 0.1)},
+        "plain": {"acc": Metric(0.3, None)},
+        "other": {"perplexity": Metric(9.0, None)},
+    }
+    result = ZeroShotResult(tasks, "0.4.9")
+    assert result.mean == pytest.approx({"acc": 0.4, "acc_norm": 0.5})
+    assert result.to_json()["tasks"]["both"]["acc_norm"] == {"value": 0.7, "stderr": 0.1}
+    assert ZeroShotResult({"other": tasks["other"]}, "0.4.9").mean == {}
+
+
+def test_table_has_a_column_per_model_and_a_line_per_metric() -> None:
+    dense = ZeroShotResult({"piqa": {"acc": Metric(0.61, 0.012)}}, "0.4.9")
+    pruned = ZeroShotResult({"piqa": {"acc": Metric(0.55, None)}}, "0.4.9")
+    lines = [line.split("  ") for line in zero_shot.table({"dense": dense, "pruned": pruned}).splitlines()]
+    cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
+    assert cells[0] == ["task", "metric", "dense", "pruned"]
+    assert cells[1] == ["piqa", "acc", "61.00 ± 1.20", "55.00"]
+    assert cells[2] == ["mean", "acc", "61.00", "55.00"]
