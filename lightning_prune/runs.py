@@ -1,8 +1,12 @@
 """One run, start to end: dense perplexity → calibrate and prune → pruned perplexity → record."""
 
+import errno
 import os
+import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
@@ -43,49 +47,53 @@ def prune_and_record(
         The run folder and its record.
 
     Raises:
-        UserError: a mistake in the input; nothing has been written then.
+        UserError: a mistake in the input; nothing has been written then. Or the disk is full.
     """
     started = time.perf_counter()
     method.run_folder = folder = run_folder(trainer, method.label)
     check_writable(folder)
-    data.needs_calibration = method.needs_calibration
-    with method.timed("tokenise"):
-        data.setup("fit")
-    if dense is None:
+    with tidy(trainer, folder):
+        data.needs_calibration = method.needs_calibration
+        with method.timed("tokenise"):
+            data.setup("fit")
+        if dense is None:
+            trainer.test(method, data, verbose=False)
+            dense = method.perplexity
+            method.seconds["evaluate dense"] = method.seconds.pop("evaluate", 0.0)
+        trainer.fit(method, data)
         trainer.test(method, data, verbose=False)
-        dense = method.perplexity
-        method.seconds["evaluate dense"] = method.seconds.pop("evaluate", 0.0)
-    trainer.fit(method, data)
-    trainer.test(method, data, verbose=False)
-    method.seconds["evaluate pruned"] = method.seconds.pop("evaluate", 0.0)
-    method.seconds["total"] = time.perf_counter() - started
+        method.seconds["evaluate pruned"] = method.seconds.pop("evaluate", 0.0)
+        method.seconds["total"] = time.perf_counter() - started
 
-    evaluation = {
-        item.name: {**item.manifest, "unigram_perplexity": unigram_perplexity(item.tokens)} for item in data.evaluation
-    }
-    metrics = run_metrics(method.plan, dense, method.perplexity, evaluation, method.seconds, peak_memory_bytes())
-    metrics["method"] = {
-        "name": method.method,
-        "label": method.label,
-        "base_model": method.pretrained,
-        "base_model_sha256": base_model_sha256(method.pretrained),
-        "scores_reused": method.saved is not None,
-    }
-    calibration = method.calibration_facts() or {"dataset": None, "note": "this method reads no data"}
-    metrics["configuration_sha256"] = configuration_sha256(
-        type(method).__name__,
-        yaml.safe_load(config)["model"]["init_args"],
-        str(trainer.precision),
-        metrics["method"]["base_model_sha256"] or method.pretrained,
-        calibration.get("fingerprint"),
-        {name: manifest["fingerprint"] for name, manifest in evaluation.items()},
-    )
-    record = RunRecord(config, calibration, environment(str(trainer.precision), trainer.strategy.root_device), metrics)
-    if trainer.is_global_zero:
-        _log(trainer, method, metrics)
-        card = folder / "pruned" / "README.md"
-        write_text(card, card.read_text(encoding="utf-8") + evaluation_section(metrics))
-        record.save(folder)
+        evaluation = {
+            item.name: {**item.manifest, "unigram_perplexity": unigram_perplexity(item.tokens)}
+            for item in data.evaluation
+        }
+        metrics = run_metrics(method.plan, dense, method.perplexity, evaluation, method.seconds, peak_memory_bytes())
+        metrics["method"] = {
+            "name": method.method,
+            "label": method.label,
+            "base_model": method.pretrained,
+            "base_model_sha256": base_model_sha256(method.pretrained),
+            "scores_reused": method.saved is not None,
+        }
+        calibration = method.calibration_facts() or {"dataset": None, "note": "this method reads no data"}
+        metrics["configuration_sha256"] = configuration_sha256(
+            type(method).__name__,
+            yaml.safe_load(config)["model"]["init_args"],
+            str(trainer.precision),
+            metrics["method"]["base_model_sha256"] or method.pretrained,
+            calibration.get("fingerprint"),
+            {name: manifest["fingerprint"] for name, manifest in evaluation.items()},
+        )
+        record = RunRecord(
+            config, calibration, environment(str(trainer.precision), trainer.strategy.root_device), metrics
+        )
+        if trainer.is_global_zero:
+            _log(trainer, method, metrics)
+            card = folder / "pruned" / "README.md"
+            write_text(card, card.read_text(encoding="utf-8") + evaluation_section(metrics))
+            record.save(folder)
     return folder, record
 
 
@@ -99,25 +107,28 @@ def evaluate_and_record(
     """
     folder = run_folder(trainer, "test")
     check_writable(folder)
-    data.needs_calibration = False
-    data.setup("test")
-    if not data.evaluation:
-        raise UserError("--data.eval_datasets: nothing to evaluate on. Name at least one corpus, file or token array.")
-    trainer.test(model, data, verbose=False)
-    metrics = {
-        "perplexity": {
-            name: {"perplexity": result.perplexity, "tokens": result.tokens}
-            for name, result in model.perplexity.items()
-        },
-        "evaluation": {item.name: item.manifest for item in data.evaluation},
-        "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
-        "seconds": {phase: round(value, 3) for phase, value in model.seconds.items()},
-        "peak_memory_bytes": peak_memory_bytes(),
-        "model": model.pretrained,
-    }
-    record = RunRecord(config, {}, environment(str(trainer.precision), trainer.strategy.root_device), metrics)
-    if trainer.is_global_zero:
-        record.save(folder)
+    with tidy(trainer, folder):
+        data.needs_calibration = False
+        data.setup("test")
+        if not data.evaluation:
+            raise UserError(
+                "--data.eval_datasets: nothing to evaluate on. Name at least one corpus, file or token array."
+            )
+        trainer.test(model, data, verbose=False)
+        metrics = {
+            "perplexity": {
+                name: {"perplexity": result.perplexity, "tokens": result.tokens}
+                for name, result in model.perplexity.items()
+            },
+            "evaluation": {item.name: item.manifest for item in data.evaluation},
+            "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
+            "seconds": {phase: round(value, 3) for phase, value in model.seconds.items()},
+            "peak_memory_bytes": peak_memory_bytes(),
+            "model": model.pretrained,
+        }
+        record = RunRecord(config, {}, environment(str(trainer.precision), trainer.strategy.root_device), metrics)
+        if trainer.is_global_zero:
+            record.save(folder)
     return folder, record
 
 
@@ -148,6 +159,43 @@ def check_writable(folder: Path, option: str = "--trainer.default_root_dir") -> 
         raise UserError(
             f"{option}: cannot write below '{parent}' ({error.strerror}). Choose a writable folder."
         ) from None
+
+
+@contextmanager
+def tidy(trainer: L.Trainer, folder: Path) -> Iterator[None]:
+    """Whatever ends a run early, an interrupt too: no folder stays that holds TensorBoard's files alone.
+
+    What is complete (scores, plan, a checkpoint) stays.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    there_before = next(parent for parent in folder.absolute().parents if parent.exists())
+    try:
+        yield
+    except BaseException as error:
+        if trainer.is_global_zero and folder.is_dir():
+            _remove_if_empty(trainer, folder.absolute(), there_before)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise UserError(
+                f"cannot write below '{folder}' ({error.strerror}). Free space there, or choose another folder with "
+                "--trainer.default_root_dir."
+            ) from error
+        raise
+
+
+def _remove_if_empty(trainer: L.Trainer, folder: Path, there_before: Path) -> None:
+    own = [path for path in folder.iterdir() if "tfevents" not in path.name and path.name != "hparams.yaml"]
+    if own:
+        return
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.close()  # its thread would write to the removed file
+    shutil.rmtree(folder)
+    for parent in folder.parents:
+        if parent == there_before or any(parent.iterdir()):
+            break
+        parent.rmdir()
 
 
 def _log(trainer: L.Trainer, method: PruningMethod, metrics: dict[str, object]) -> None:

@@ -33,14 +33,17 @@ def main(argv: list[str]) -> int:
     from lightning_prune.files import write_json
     from lightning_prune.reporting.environment import environment
     from lightning_prune.runs import check_writable
-    from lightning_prune.surgery.loading import load_config, load_model, load_tokenizer
+    from lightning_prune.surgery.loading import OPTION, load_config, load_model, load_tokenizer
 
     check_writable(output, "--output")
     device = _device(arguments.device)
     models = {"dense": arguments.dense} if arguments.dense else {}
     models["pruned"] = model_folder
-    for path in models.values():
-        load_config(path)
+    for name, path in models.items():
+        try:
+            load_config(path)
+        except UserError as error:
+            raise UserError(str(error).replace(OPTION, "--model" if name == "pruned" else "--dense")) from None
     # One dtype for both: a dense bf16 folder beside a pruned fp32 one would compare formats, not models.
     dtype = DTYPES[arguments.precision] if arguments.precision else efficiency.stored_dtype(model_folder)
     manager = zero_shot.check_tasks(arguments.tasks, arguments.include_path) if arguments.zero_shot else None

@@ -16,6 +16,7 @@ from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.errors import UserError
 from lightning_prune.evaluation.module import EvaluatedModel
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.reporting.progress import RunProgressBar
 from lightning_prune.strategy import CalibrationDDP
 
 DEFAULT_ROOT = "logs"
@@ -49,7 +50,9 @@ class Parser(LightningArgumentParser):
 class PruneCLI(LightningCLI):
     """Parses and builds trainer, model and data; the command runs them."""
 
-    def __init__(self, argv: list[str], model_class: type[EvaluatedModel], subclasses: bool, command: str) -> None:
+    def __init__(
+        self, argv: list[str] | dict[str, Any], model_class: type[EvaluatedModel], subclasses: bool, command: str
+    ) -> None:
         quiet()
         try:
             self._parse_and_build(argv, model_class, subclasses, command)
@@ -113,9 +116,11 @@ class PruneCLI(LightningCLI):
         devices = str(self._get(self.config_init, "trainer.devices"))
         if devices.isdigit() and int(devices) > 1 and self._get(self.config_init, "trainer.strategy") == "auto":
             kwargs["strategy"] = CalibrationDDP()
+        if self._get(self.config_init, "trainer.enable_progress_bar") is not False:
+            kwargs["callbacks"] = [*(self._get(self.config_init, "trainer.callbacks") or []), RunProgressBar()]
         try:
             return super().instantiate_trainer(**kwargs)
-        except (ValueError, MisconfigurationException) as error:
+        except (ValueError, ModuleNotFoundError, MisconfigurationException) as error:
             raise UserError(f"--trainer: {error}") from error
 
     @property

@@ -31,7 +31,12 @@ def plain(message: str, options: Sequence[str], methods: Sequence[str]) -> str:
             return f"unexpected argument '{name}': options are written --NAME VALUE. See --help."
         return f"unknown option {name}.{_nearest(name.lstrip('-'), options)}"
     known = f"Methods: {', '.join(sorted(methods))}."
-    if "required: model" in message or "import path" in message or "has no attribute" in message or "No module named" in message:
+    if (
+        "required: model" in message
+        or "import path" in message
+        or "has no attribute" in message
+        or "No module named" in message
+    ):
         found = re.search(r"(?:dot import path string: |given class_path ')([\w.]+)", message)
         start = f"--model: unknown method '{found.group(1)}'." if found else "no method is chosen."
         return f"{start} {known} Shipped configurations are in configs/: --config configs/wanda.yaml"

@@ -96,7 +96,7 @@ def run_name(run: Run) -> str:
 
 
 def facts(run: Run) -> dict[str, Any]:
-    """Everything that must agree before two perplexities may be compared. Calibration is left out where none was used."""
+    """Everything that must agree before two perplexities may be compared; calibration only where there was one."""
     return protocol(run) | calibration_facts(run)
 
 
@@ -170,7 +170,7 @@ def _groups(runs: Sequence[Run], off: list[Run]) -> list[Group]:
         else:
             ordered.append([run])
     position = {id(run): index for index, run in enumerate(runs)}
-    groups = []
+    groups: list[Group] = []
     for members in ordered:
         members.sort(key=lambda run: position[id(run)])
         apart = [run for run in members if any(run is other for other in off)]

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
-from lightning_prune.comparison.planned import Planned, known_dense, plan_runs
+from lightning_prune.comparison.planned import Planned, plan_runs
 from lightning_prune.comparison.report import next_version
 from lightning_prune.comparison.settings import Settings
 from lightning_prune.comparison.tables import Failure
@@ -46,30 +46,26 @@ def run_experiment(settings: Settings) -> tuple[list[Path], list[Failure]]:
     check_writable(settings.root)
     with _only_one(settings.root):
         planned = plan_runs(settings)
-        finished = {run.sha256 + run.label: run.finished(settings.root) for run in planned}
-        missing = sum(folder is None for folder in finished.values())
+        folders = [run.finished(settings.root) for run in planned]
+        missing = folders.count(None)
         print(f"{len(planned)} runs below {settings.root}: {len(planned) - missing} finished, {missing} to make")
         failures: list[Failure] = []
         source: dict[tuple[str, str], PreTrainedModel] = {}
         with tqdm(total=missing, unit="run", disable=not missing, file=sys.stderr) as bar:
-            for run in planned:
-                if finished[run.sha256 + run.label] is not None:
+            for index, run in enumerate(planned):
+                if folders[index] is not None:
                     continue
                 bar.set_description(f"{run.label} {run.ratio:g}")
-                known = [
-                    (other, folder)
-                    for other in planned
-                    if (folder := finished[other.sha256 + other.label]) is not None
-                ]
+                known = [(other, found) for other, found in zip(planned, folders, strict=True) if found is not None]
                 try:
-                    finished[run.sha256 + run.label] = _make(run, known, settings.root, source)
+                    folders[index] = _make(run, known, settings.root, source)
                 except Exception as error:
                     if not isinstance(error, UserError):
                         traceback.print_exc()
                     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
                     failures.append(Failure(run.label, run.ratio, f"{kind}{error}"))
                 bar.update()
-        return [folder for folder in finished.values() if folder is not None], failures
+        return [folder for folder in folders if folder is not None], failures
 
 
 def _make(
@@ -88,9 +84,7 @@ def _make(
         _give_model(method, source)
         if method.reusable:
             _give_scores(method, run, known)
-        dense = known_dense(run, [folder for _, folder in known])
-        results = None if dense is None else {name: PerplexityResult(*values) for name, values in dense.items()}
-        prune_and_record(cli.trainer, method, run.data, cli.resolved_config, results)
+        prune_and_record(cli.trainer, method, run.data, cli.resolved_config, _dense(run, known))
         logger.finalize("success")
         folder = next_version(parent)
         os.rename(parent / RUNNING, folder)
@@ -128,6 +122,17 @@ def _give_scores(method: PruningMethod, run: Planned, known: Sequence[tuple[Plan
             )
             method.reuse(saved)
             return
+
+
+def _dense(run: Planned, known: Sequence[tuple[Planned, Path]]) -> dict[str, PerplexityResult] | None:
+    """The dense model's perplexities, if a finished run measured them on the same evaluation sets."""
+    for other, folder in known:
+        if other.dense == run.dense:
+            metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+            values = {name: (item["dense"], item["tokens"]) for name, item in metrics["perplexity"].items()}
+            if all(value is not None for value, _ in values.values()):
+                return {name: PerplexityResult(*pair) for name, pair in values.items()}
+    return None
 
 
 @contextmanager

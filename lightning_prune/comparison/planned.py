@@ -1,7 +1,6 @@
 """The runs of an experiment before they are made: options checked, calibration sets shared, results recognised."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import yaml
 
 from lightning_prune.commands.lightning_options import PruneCLI
+from lightning_prune.comparison.run import is_finished
 from lightning_prune.comparison.settings import Settings
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.errors import UserError
@@ -19,8 +19,16 @@ from lightning_prune.reporting.configuration import configuration_sha256
 
 @dataclass(frozen=True)
 class Planned:
-    """One run to make. ``configuration`` is what ``fit`` would be given; ``sha256`` names its result; ``measurement``
-    names what it measures, which is the same at every ratio of a system."""
+    """One run to make.
+
+    Attributes:
+        label, ratio: what it is called.
+        configuration: what ``fit`` would be given.
+        data: shared by all runs with the same ``data`` section.
+        sha256: names its result, see ``configuration_sha256``.
+        measurement: names what it measures, which is the same at every ratio of a system.
+        dense: names the evaluation of the dense model, the same for most systems.
+    """
 
     label: str
     ratio: float
@@ -28,11 +36,7 @@ class Planned:
     data: CalibrationDataModule
     sha256: str
     measurement: str
-
-    @property
-    def evaluation(self) -> dict[str, str]:
-        """Fingerprint by evaluation set."""
-        return {item.name: item.manifest["fingerprint"] for item in self.data.evaluation}
+    dense: str
 
     def finished(self, root: Path) -> Path | None:
         """The folder of a finished run with the same result, made by ``compare``, ``fit`` or ``decide``."""
@@ -41,7 +45,7 @@ class Planned:
                 metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 continue
-            if metrics.get("configuration_sha256") == self.sha256:
+            if metrics.get("configuration_sha256") == self.sha256 and is_finished(folder):
                 return folder
         return None
 
@@ -72,21 +76,21 @@ def plan_runs(settings: Settings) -> list[Planned]:
             if method.pretrained not in weights:
                 weights[method.pretrained] = base_model_sha256(method.pretrained) or method.pretrained
             init = options["model"]["init_args"]
-            names = [
-                configuration_sha256(
-                    type(method).__name__,
-                    values,
-                    str(cli.trainer.precision),
-                    weights[method.pretrained],
-                    data.calibration.manifest.fingerprint if method.needs_calibration else None,
-                    evaluation,
+            evaluation = {item.name: item.manifest["fingerprint"] for item in data.evaluation}
+            calibration = data.calibration.manifest.fingerprint if method.needs_calibration else None
+            base = (str(cli.trainer.precision), weights[method.pretrained])
+            name = type(method).__name__
+            found.append(
+                Planned(
+                    label,
+                    ratio,
+                    configuration,
+                    data,
+                    sha256=configuration_sha256(name, init, *base, calibration, evaluation),
+                    measurement=configuration_sha256(name, init | {"pruning_ratio": None}, *base, calibration, {}),
+                    dense=configuration_sha256("dense", {}, *base, None, evaluation),
                 )
-                for values, evaluation in (
-                    (init, {item.name: item.manifest["fingerprint"] for item in data.evaluation}),
-                    ({**init, "pruning_ratio": None}, {}),
-                )
-            ]
-            found.append(Planned(label, ratio, configuration, data, *names))
+            )
     return found
 
 
@@ -106,14 +110,3 @@ def build(label: str, configuration: dict[str, Any]) -> PruneCLI:
             "Prune large models with fit, then compare their folders with --runs."
         )
     return cli
-
-
-def known_dense(planned: Planned, folders: Sequence[Path]) -> dict[str, tuple[float, int]] | None:
-    """Perplexity and tokens of the dense model by evaluation set, from a finished run with the same evaluation."""
-    for folder in folders:
-        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-        known = {name: manifest["fingerprint"] for name, manifest in metrics["evaluation"].items()}
-        dense = {name: (item["dense"], item["tokens"]) for name, item in metrics["perplexity"].items()}
-        if known == planned.evaluation and all(value is not None for value, _ in dense.values()):
-            return dense
-    return None

@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from lightning_prune.comparison.agreement import Agreement
 from lightning_prune.comparison.run import Run
@@ -42,6 +42,7 @@ def perplexity_figure(runs: Sequence[Run], name: str) -> Figure:
         )
     if values and max(values) / min(values) > LOG_RANGE:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:g} %"))
@@ -98,7 +99,7 @@ def kept_figure(runs: Sequence[Run]) -> Figure:
 
 
 def matrix_figure(agreement: Agreement, what: str) -> Figure:
-    """``spearman`` and ``jaccard`` side by side, with the values written in; blank where two runs cannot be compared."""
+    """``spearman`` and ``jaccard`` side by side with their values; – where two runs cannot be compared."""
     count = len(agreement.labels)
     with matplotlib.rc_context(SETTINGS):
         size = 0.52 * count
@@ -111,7 +112,7 @@ def matrix_figure(agreement: Agreement, what: str) -> Figure:
         (-1, 0),
         strict=True,
     ):
-        image = axes.pcolormesh(np.arange(count + 1), np.arange(count + 1), values, vmin=low, vmax=1, cmap="cividis")
+        axes.pcolormesh(np.arange(count + 1), np.arange(count + 1), values, vmin=low, vmax=1, cmap="cividis")
         for row, column in np.ndindex(count, count):
             value = values[row, column]
             dark = (value - low) / (1 - low) < 0.55
@@ -120,11 +121,10 @@ def matrix_figure(agreement: Agreement, what: str) -> Figure:
             axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8, color=color)
         axes.set_xticks(np.arange(count) + 0.5, agreement.labels, rotation=45, ha="right", fontsize=8)
         axes.set_yticks(np.arange(count) + 0.5, agreement.labels, fontsize=8)
-        axes.invert_yaxis() if axes is pair[0] else None
         axes.set_aspect("equal")
         axes.grid(False)
         axes.set_title(title, fontsize=9)
-        del image
+    pair[0].invert_yaxis()  # shared
     return figure
 
 

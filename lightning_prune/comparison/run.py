@@ -41,7 +41,7 @@ class UnitTable:
     def per_layer(self, values: NDArray[Any], block: str | None = None) -> NDArray[np.float64]:
         """Sums of ``values`` ``[U]`` per layer ``[L]``, of one block or of all."""
         rows = slice(None) if block is None else self.block == block
-        return np.bincount(self.layer[rows], weights=values[rows], minlength=self.num_layers)
+        return np.bincount(self.layer[rows], weights=values[rows], minlength=self.num_layers).astype(np.float64)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from lightning_prune.comparison.tables import (
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, paragraphs, bullet points (``fine`` says that they are no warning), and (name, columns, rows) tables."""
+    """A heading, paragraphs, bullet points (``fine``: they are no warning), and tables as (name, columns, rows)."""
 
     heading: str
     text: list[str] = field(default_factory=list)
@@ -49,7 +49,7 @@ def sections(audit: Audit, failures: Sequence[Failure]) -> list[Section]:
         lines = [(failure.label, f"{failure.requested:g}", failure.message) for failure in failures]
         found.insert(0, Section("Failed runs", tables=[("", columns, lines)]))
     if audit.fair:
-        text = "Same base model, tokenizer, precision, evaluation tokens, calibration tokens and achieved ratio in all runs."
+        text = "Base model, tokenizer, precision, evaluation, calibration tokens and ratio reached agree in all runs."
         found.append(Section("Audit: no differences", [text], audit.notes, fine=True))
     else:
         text = "Runs that differ in these facts stand in different tables, or apart within one:"

@@ -61,15 +61,14 @@ def read_settings(
     missing = [label for label in labels if label not in found]
     if missing:
         raise UserError(f"--systems: '{path}' has no system '{missing[0]}'. Systems: {', '.join(found)}.")
-    shared: dict[str, dict[str, Any]] = {
-        section: _section(file, section, path) for section in ("trainer", "data")
-    }
+    shared: dict[str, dict[str, Any]] = {section: _section(file, section, path) for section in ("trainer", "data")}
     for name, value in (options or {}).items():
         section, _, option = name.partition(".")
         _set(shared[section], option.split("."), yaml.safe_load(value))
     folder = root or Path(file.get("root") or "logs")
     model = {"pretrained": pretrained or file.get("pretrained") or "demo"}
-    shared["trainer"]["default_root_dir"] = str(folder)
+    # One bar for the whole experiment instead of one for every run.
+    shared["trainer"] = {"enable_progress_bar": False} | shared["trainer"] | {"default_root_dir": str(folder)}
     return Settings(
         ratios=_ratios(file.get("ratios", DEFAULT_RATIOS) if ratios is None else ratios),
         systems={label: _system(label, found[label], path.parent, shared, model) for label in labels},
@@ -102,7 +101,7 @@ def _ratios(given: Any) -> list[float]:
     wrong = [ratio for ratio in ratios if not 0 < ratio < 1]
     if wrong or not ratios:
         found = f"{wrong[0]:g}" if wrong else "none"
-        raise UserError(f"--ratios: found {found}; a ratio is a share of all parameters between 0 and 1 (0.2 is a fifth).")
+        raise UserError(f"--ratios: found {found}; a ratio is a share of all parameters between 0 and 1.")
     return ratios
 
 

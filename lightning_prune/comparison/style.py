@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -22,13 +23,13 @@ SETTINGS = {
 }
 
 
-def line_style(labels: Sequence[str]) -> dict[str, dict[str, str]]:
+def line_style(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Colour, marker and dash by label; the same label looks the same in every plot of a report."""
     return {
         label: {
             "color": PALETTE[index % len(PALETTE)],
             "marker": MARKERS[index % len(MARKERS)],
-            "linestyle": DASHES[(index // len(PALETTE)) % len(DASHES)],
+            "linestyle": DASHES[index // len(PALETTE) % len(DASHES)],
         }
         for index, label in enumerate(labels)
     }

@@ -131,7 +131,8 @@ def table(results: dict[str, ZeroShotResult]) -> str:
     for metric in first.mean:
         lines.append(["mean", metric, *(f"{100 * result.mean[metric]:.2f}" for result in results.values())])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)
 
 
 def _percent(metric: Metric) -> str:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from lightning_prune.errors import UserError
-from lightning_prune.evaluation.perplexity import token_losses
 from lightning_prune.methods.base import SavedMeasurement
 from lightning_prune.methods.group_pruning import Allocation, GroupPruning
 from lightning_prune.methods.magnitude import magnitude_importance
@@ -25,6 +24,7 @@ from lightning_prune.methods.taylor import second_order_term, taylor_importance
 from lightning_prune.methods.wanda import InputNorms, wanda_importance
 from lightning_prune.statistics.gradients import GradientSums
 from lightning_prune.statistics.removal_prior import PIECES, RemovalPrior, SimilarityPrior
+from lightning_prune.statistics.token_loss import token_losses
 from lightning_prune.surgery.anatomy import LayerAnatomy
 
 Importance = Literal["taylor", "taylor_2nd", "wanda", "magnitude"]

@@ -138,8 +138,8 @@ class GroupOrMaskPruning(GroupPruning):
         if not self.masked:
             return ""
         return (
-            f"{self.zeroed:,} weights ({self.structure_name}) are zero but still stored: memory and speed do not change. "
-            "The ratio is a share of the projections' weights."
+            f"{self.zeroed:,} weights ({self.structure_name}) are zero but still stored: memory and speed do not "
+            "change. The ratio is a share of the projections' weights."
         )
 
     def details(self) -> dict[str, Any]:

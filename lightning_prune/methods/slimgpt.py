@@ -107,8 +107,8 @@ class SlimGPT(PruningMethod):
         except ValueError as error:
             raise UserError(
                 f"--model.pruning_ratio: {self.pruning_ratio:g} cannot be reached ({error}) The largest reachable "
-                f"ratio is at most {math.floor(largest * 1e4) / 1e4:.4f} of all parameters. Lower --model.pruning_ratio "
-                "or leave out --model.first_ratio."
+                f"ratio is at most {math.floor(largest * 1e4) / 1e4:.4f} of all parameters. Lower "
+                "--model.pruning_ratio or leave out --model.first_ratio."
             ) from None
         return ratios, counts
 

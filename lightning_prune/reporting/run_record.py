@@ -71,7 +71,8 @@ def summary_table(label: str, metrics: dict[str, Any]) -> str:
     rows += [
         (
             f"perplexity {name}",
-            f"dense {item['dense']:.3f}, pruned {item['pruned']:.3f} ({item['tokens']:,} tokens), {verdict(metrics, name)}",
+            f"dense {item['dense']:.3f}, pruned {item['pruned']:.3f} ({item['tokens']:,} tokens), "
+            + verdict(metrics, name),
         )
         for name, item in metrics["perplexity"].items()
     ]

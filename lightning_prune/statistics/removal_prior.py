@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from lightning_prune.evaluation.perplexity import token_losses
 from lightning_prune.statistics.block_influence import BlockInfluence
 from lightning_prune.statistics.replay import capture
+from lightning_prune.statistics.token_loss import token_losses
 from lightning_prune.surgery.anatomy import LayerAnatomy, final_norm_of
 
 PIECES = ("layer", "attention", "mlp")

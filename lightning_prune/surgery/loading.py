@@ -78,7 +78,7 @@ def load_model(pretrained: str, dtype: torch.dtype | None) -> PreTrainedModel:
     """
     config = load_config(pretrained)
     path = resolve(pretrained)
-    with quiet_transformers(), _user_error(pretrained, "the weights cannot be loaded"):
+    with quiet_transformers(bars=True), _user_error(pretrained, "the weights cannot be loaded"):
         model, report = _auto_class(config).from_pretrained(
             path,
             config=config,
@@ -158,14 +158,15 @@ def _user_error(pretrained: str, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """transformers without warnings and progress bars: what matters is raised as an error instead."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+def quiet_transformers(bars: bool = False) -> Iterator[None]:
+    """transformers without warnings: what matters is raised as an error instead. ``bars`` keeps progress bars."""
+    verbosity, shown = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    if not bars:
+        transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
-        if bars:
+        if shown:
             transformers_logging.enable_progress_bar()

@@ -69,8 +69,10 @@ def test_model_outside_a_run_needs_an_output_folder(base: Path, tmp_path: Path) 
 def test_nothing_to_measure_and_no_model_are_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Add --efficiency, --zero-shot, or both"):
         main(["--model", str(run)])
-    with pytest.raises(UserError, match="no folder at"):
+    with pytest.raises(UserError, match=r"^--model: no folder at"):
         main(["--model", str(tmp_path / "a" / "b"), "--efficiency", "--output", str(tmp_path)])
+    with pytest.raises(UserError, match=r"^--dense: no folder at"):
+        main(["--model", str(run), "--dense", str(tmp_path / "a" / "b"), "--efficiency"])
     with pytest.raises(UserError, match="--batch-sizes: found 0"):
         main(["--model", str(run), "--efficiency", "--batch-sizes", "0"])
     assert not (run / "efficiency.json").exists()

@@ -92,7 +92,7 @@ def test_speed_is_tokens_of_the_batch_over_the_median_without_the_warm_up(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset the peak of a process")
-def test_peak_memory_forgets_what_was_freed_before() -> None:
+def test_peak_memory_forgets_what_was_freed_before(tmp_path: Path) -> None:
     device = torch.device("cpu")
     torch.ones(50 * 2**20)  # 200 MiB, gone at once
     before = efficiency._peak_memory_bytes(device)
@@ -104,6 +104,12 @@ def test_peak_memory_forgets_what_was_freed_before() -> None:
     assert before - after > 150 * 2**20
     assert efficiency._peak_memory_bytes(device) - after > 80 * 2**20  # type: ignore[operator]
     del held
+    torch.ones(50 * 2**20)
+    before = efficiency._peak_memory_bytes(device)
+    make_tiny().save_pretrained(tmp_path)
+    found = measure(make_tiny(), str(tmp_path), Setting(8, 2, 10, batch_sizes=(1,), repeats=1))
+    assert found.speed[0].peak_memory_bytes is not None
+    assert before - found.speed[0].peak_memory_bytes > 100 * 2**20  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import lightning_prune
 from lightning_prune.data.calibration import fingerprint
 from lightning_prune.evaluation import module as evaluation_module
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.surgery.anatomy import anatomy, count_parameters
+from lightning_prune.surgery.anatomy import LayerAnatomy, anatomy, count_parameters
 from tests.methods.behaviour import SYSTEMS, Run, logits, prune, save_model, save_tokens, temporary_files
 from tests.tiny import tiny_tokens
 
@@ -103,12 +103,11 @@ def test_shapes_and_weights_are_those_of_the_plan(shared: Any, system: str, kind
     assert lightning_prune.load(run.pruned).config.num_hidden_layers == len(layers)
     for position, kept in enumerate(layers):
         view = anatomy(dense)[kept["layer"]]
-        rows = lambda weight, heads: weight.unflatten(0, (view.num_kv_heads, -1))[heads].flatten(0, 1)  # noqa: E731
         heads, channels = kept["kept_kv_heads"], kept["kept_channels"]
         expected = {}
         if heads:
-            expected = {f"self_attn.{name}_proj": rows(getattr(view, role).weight, heads) for name, role in QKV.items()}
-            expected["self_attn.o_proj"] = rows(view.output.weight.T, heads).T
+            expected = {f"self_attn.{name}_proj": rows(view, getattr(view, role).weight, heads) for name, role in QKV.items()}
+            expected["self_attn.o_proj"] = rows(view, view.output.weight.T, heads).T
         if channels:
             expected["mlp.gate_proj"], expected["mlp.up_proj"] = view.gate.weight[channels], view.up.weight[channels]
             expected["mlp.down_proj"] = view.down.weight[:, channels]
@@ -121,6 +120,11 @@ def test_shapes_and_weights_are_those_of_the_plan(shared: Any, system: str, kind
 
 
 QKV = {"q": "query", "k": "key", "v": "value"}
+
+
+def rows(view: LayerAnatomy, weight: torch.Tensor, heads: list[int]) -> torch.Tensor:
+    """The rows that belong to some KV heads."""
+    return weight.unflatten(0, (view.num_kv_heads, -1))[heads].flatten(0, 1)
 
 
 @every_system
@@ -221,7 +225,9 @@ def test_half_precisions_keep_their_statistics_in_full_precision(
     monkeypatch.setattr(PruningMethod, "_decide", spy_on_decide)
     method = SYSTEMS[system].make(pretrained=shared(system).method.pretrained, pruning_ratio=RATIO)
     tokens = save_tokens(tmp_path / "c.npy")
-    run = prune(method, tokens, tmp_path, precision, evaluate_on=[save_tokens(tmp_path / "e.npy", tiny_tokens(6, 16, 1))])
+    run = prune(
+        method, tokens, tmp_path, precision, evaluate_on=[save_tokens(tmp_path / "e.npy", tiny_tokens(6, 16, 1))]
+    )
 
     assert loaded == [{expected_dtype}]  # straight into the dtype, without a copy in another
     assert {dtype for _, dtype in metrics} <= {torch.float32, torch.float64, torch.int64}, metrics

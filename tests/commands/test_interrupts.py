@@ -1,0 +1,138 @@
+"""SIGINT and SIGTERM end a run with 130 and 143 and leave nothing half-written."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedModel
+
+from lightning_prune.cli import main
+from lightning_prune.methods.base import PruningMethod
+from tests.tiny import make_tiny, tiny_tokens
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
+both_signals = pytest.mark.parametrize("number", STATUS)
+
+
+@pytest.fixture
+def fit(tmp_path: Path) -> Callable[..., int]:
+    """Runs a shipped configuration on a tiny model below ``tmp_path/root``."""
+    make_tiny().save_pretrained(tmp_path / "model")
+    np.save(tmp_path / "tokens.npy", tiny_tokens(12, 16).numpy())
+
+    def run(config: str = "wanda.yaml") -> int:
+        options = ["--model.pretrained", f"{tmp_path}/model", "--data.dataset", f"{tmp_path}/tokens.npy"]
+        options += ["--data.eval_datasets", "[]", "--trainer.default_root_dir", f"{tmp_path}/root"]
+        return main(["fit", "--config", str(CONFIGS / config), "--trainer.accelerator", "cpu", *options])
+
+    return run
+
+
+def kill_before(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: int, calls: int = 1) -> None:
+    """The process gets the signal as the ``calls``-th call of a method begins, and once more in the clean-up."""
+    real, seen = getattr(owner, name), []
+
+    def method(self: Any, *args: Any, **options: Any) -> Any:
+        seen.append(1)
+        if len(seen) == calls:
+            os.kill(os.getpid(), number)
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(owner, name, method)
+
+
+@both_signals
+@pytest.mark.parametrize("config", ["wanda.yaml", "hgsp_taylor.yaml", "shortgpt.yaml"])
+def test_signal_while_calibrating_leaves_nothing(
+    fit: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, number: int, config: str
+) -> None:
+    before = {one: signal.getsignal(one) for one in STATUS}
+    kill_before(monkeypatch, PruningMethod, "training_step", number, calls=2)
+    assert fit(config) == STATUS[number]
+    assert not (tmp_path / "root").exists()
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"interrupted by {signal.Signals(number).name}; nothing half-written is left"
+    )
+    assert {one: signal.getsignal(one) for one in STATUS} == before
+
+
+@both_signals
+def test_signal_while_saving_leaves_no_checkpoint(
+    fit: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    real = PreTrainedModel.save_pretrained
+
+    def save_pretrained(self: PreTrainedModel, folder: Path, **options: Any) -> None:
+        real(self, folder, **options)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_pretrained)
+    assert fit() == STATUS[number]
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".") or path.name == "pruned"]
+    assert not list(tmp_path.rglob("metrics.json"))
+
+
+def test_second_signal_does_not_stop_the_clean_up(
+    fit: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = PreTrainedModel.save_pretrained
+
+    def save_pretrained(self: PreTrainedModel, folder: Path, **options: Any) -> None:
+        real(self, folder, **options)
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_pretrained)
+    assert fit() == 130
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".") or path.name == "pruned"]
+
+
+def test_earlier_runs_survive_an_interrupted_one(
+    fit: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fit() == 0
+    before = sorted(tmp_path.rglob("*"))
+    kill_before(monkeypatch, PruningMethod, "training_step", signal.SIGINT, calls=2)
+    assert fit() == 130
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_process_that_is_interrupted_while_calibrating(tmp_path: Path) -> None:
+    """The real command, in a process of its own, in the middle of a pass that would take minutes."""
+    np.save(tmp_path / "tokens.npy", np.zeros((20000, 128), dtype=np.int64))
+    command = [sys.executable, "-m", "lightning_prune", "fit", "--config", str(CONFIGS / "wanda.yaml")]
+    command += ["--data.dataset", f"{tmp_path}/tokens.npy", "--data.eval_datasets", "[]"]
+    command += ["--trainer.default_root_dir", f"{tmp_path}/root", "--trainer.accelerator", "cpu"]
+    with (tmp_path / "stderr").open("wb") as stderr, (tmp_path / "stdout").open("wb") as stdout:
+        process = subprocess.Popen(command, stderr=stderr, stdout=stdout, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        try:
+            wait_for(lambda: "it/s" in printed(tmp_path) or process.poll() is not None, seconds=60)
+            assert process.poll() is None, printed(tmp_path)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) == 130, printed(tmp_path)
+        finally:
+            process.kill()
+    assert "interrupted by SIGINT" in printed(tmp_path)
+    assert "Traceback" not in printed(tmp_path)
+    assert not (tmp_path / "root").exists()
+
+
+def printed(folder: Path) -> str:
+    return (folder / "stdout").read_text() + (folder / "stderr").read_text()
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.1)
