@@ -43,8 +43,8 @@ class Parser(LightningArgumentParser):
     def _option_names(self) -> list[str]:
         names = [option.lstrip("-") for option in self._option_string_actions]
         classes = {EvaluatedModel, *known_methods().values()}
-        own = {f"model.{name}" for found in classes for name in inspect.signature(found.__init__).parameters}
-        return sorted({*names, *own} - {"model.self", "model.init_args"})
+        own = {f"model.{name}" for found in classes for name in inspect.signature(found).parameters}
+        return sorted({*names, *own} - {"model.init_args"})
 
 
 class PruneCLI(LightningCLI):
@@ -60,7 +60,7 @@ class PruneCLI(LightningCLI):
             raise user_error_behind(error) or error from None
 
     def _parse_and_build(
-        self, argv: list[str], model_class: type[EvaluatedModel], subclasses: bool, command: str
+        self, argv: list[str] | dict[str, Any], model_class: type[EvaluatedModel], subclasses: bool, command: str
     ) -> None:
         super().__init__(
             model_class,
@@ -144,6 +144,7 @@ def known_methods() -> dict[str, type]:
 def quiet() -> None:
     """Silence what other libraries say in normal use and no user of this one can act on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without file and line
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (

@@ -2,6 +2,7 @@ import csv
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import yaml
 
+from lightning_prune.commands.compare import main as compare
+from lightning_prune.commands.fit import main as fit
 from lightning_prune.comparison.experiment import run_experiment
 from lightning_prune.comparison.settings import read_settings
 from lightning_prune.errors import UserError
@@ -21,9 +24,8 @@ NOT_REPRODUCIBLE = ("folder", "seconds_total", "peak_memory_bytes")
 CLASSES = {"magnitude": "Magnitude", "wanda": "Wanda", "shortgpt": "ShortGPT", "slimgpt": "SlimGPT", "hgsp": "HGSP"}
 
 
-@pytest.fixture
-def experiment(tmp_path: Path) -> Path:
-    """Four systems at two ratios on a tiny model and token arrays."""
+def write_experiment(tmp_path: Path) -> Path:
+    """Four systems, one of them in two settings, at two ratios on a tiny model and token arrays."""
     make_tiny(layers=6).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     np.save(tmp_path / "calibration.npy", tiny_tokens(8, 16, seed=1).numpy())
@@ -42,8 +44,22 @@ def experiment(tmp_path: Path) -> Path:
         "trainer": {"accelerator": "cpu"},
         "root": str(tmp_path / "logs"),
     }
-    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     return tmp_path / "compare.yaml"
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Path:
+    return write_experiment(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """The whole experiment: its file and its run folders."""
+    path = write_experiment(tmp_path_factory.mktemp("shared"))
+    folders, failures = run_experiment(read_settings(path))
+    assert not failures
+    return path, folders
 
 
 def read(folder: Path, name: str) -> dict:
@@ -64,18 +80,17 @@ def results(report: Path) -> list[dict[str, str]]:
         return [{key: row[key] for key in row if key not in NOT_REPRODUCIBLE} for row in csv.DictReader(file)]
 
 
-def test_experiment_gives_what_single_runs_give(experiment: Path, tmp_path: Path) -> None:
+def test_experiment_gives_what_single_runs_give(shared: tuple[Path, list[Path]], tmp_path: Path) -> None:
     """Shared model, shared tokens, shared dense perplexity and reused scores change no number."""
-    shared, failures = run_experiment(read_settings(experiment))
-    assert not failures
-    assert [(folder.parent.name, folder.name) for folder in shared] == [
+    experiment, folders = shared
+    assert [(folder.parent.name, folder.name) for folder in folders] == [
         (label, f"version_{index}")
         for label in ("magnitude", "wanda", "shortgpt", "hgsp", "shortgpt_long")
         for index in range(2)
     ]
     for label in ("wanda", "hgsp", "shortgpt_long"):
         single, _ = run_experiment(read_settings(experiment, tmp_path / label, ratios=[0.4], systems=[label]))
-        at_04 = next(folder for folder in shared if folder.parent.name == label and folder.name == "version_1")
+        at_04 = next(folder for folder in folders if folder.parent.name == label and folder.name == "version_1")
         one, other = read(single[0], "metrics.json"), read(at_04, "metrics.json")
         assert other["method"]["scores_reused"]
         assert not one["method"]["scores_reused"]
@@ -87,8 +102,8 @@ def test_experiment_gives_what_single_runs_give(experiment: Path, tmp_path: Path
         assert weights[0] == weights[1]
 
 
-def test_dense_perplexity_is_measured_once_and_phases_are_recorded(experiment: Path) -> None:
-    folders, _ = run_experiment(read_settings(experiment))
+def test_dense_model_is_measured_once_and_every_system_calibrates_once(shared: tuple[Path, list[Path]]) -> None:
+    _, folders = shared
     seconds = [read(folder, "metrics.json")["seconds"] for folder in folders]
     assert sum(value.get("evaluate dense", 0) > 0 for value in seconds) == 1
     assert sum(value.get("calibrate", 0) > 0 for value in seconds) == 4  # every system with data, at one ratio
@@ -115,19 +130,21 @@ def test_second_call_makes_only_what_is_missing(experiment: Path, capsys: pytest
 def test_runs_of_fit_are_recognised(experiment: Path) -> None:
     settings = read_settings(experiment, systems=["wanda"], ratios=[0.2])
     (experiment.parent / "fit.yaml").write_text(yaml.safe_dump(settings.configuration("wanda", 0.2)))
-    done = run_command("fit", "--config", experiment.parent / "fit.yaml")
-    assert done.returncode == 0, done.stderr
+    assert fit(["--config", str(experiment.parent / "fit.yaml")]) == 0
     before = set((settings.root / "wanda").iterdir())
     folders, _ = run_experiment(settings)
     assert set(folders) == before
 
 
-def test_run_that_fails_is_reported_and_the_others_go_on(experiment: Path, tmp_path: Path) -> None:
+def test_run_that_fails_is_reported_and_the_others_go_on(
+    experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     # One layer of six is 13 %: ShortGPT cannot remove 3 %, and says so while the other systems are made.
-    done = run_command("compare", "--config", experiment, "--ratios", 0.03, 0.2, "--systems", "magnitude", "shortgpt")
-    assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "Failed runs" in done.stdout
+    options = ["--ratios", "0.03", "0.2", "--systems", "magnitude", "shortgpt"]
+    assert compare(["--config", str(experiment), *options]) == 1
+    shown = capsys.readouterr()
+    assert "Traceback" not in shown.err
+    assert "Failed runs" in shown.out
     report = tmp_path / "logs" / "comparison" / "version_0"
     failed = [row for row in results(report) if row["status"] == "failed"]
     assert [(row["system"], row["requested_ratio"]) for row in failed] == [("shortgpt", "0.03")]
@@ -153,23 +170,25 @@ def test_two_experiments_do_not_share_a_root(experiment: Path) -> None:
 @pytest.mark.slow
 def test_ten_kills_at_random_moments_end_in_the_undisturbed_results(experiment: Path, tmp_path: Path) -> None:
     arguments = ("compare", "--config", experiment, "--root")
-    started = time.monotonic()
-    assert run_command(*arguments, tmp_path / "calm").returncode == 0
-    length = time.monotonic() - started
+    seconds = []
+    for _ in range(2):  # the second call finds everything finished, so the difference is the work
+        started = time.monotonic()
+        assert run_command(*arguments, tmp_path / "calm").returncode == 0
+        seconds.append(time.monotonic() - started)
     moments = random.Random(0)
     kills = 0
     while kills < 10:
         process = subprocess.Popen(
             command(*arguments, tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        # Imports take the first half; every kill should fall on work.
-        time.sleep(length * moments.uniform(0.4, 0.9))
-        if process.poll() is not None:  # finished before the kill: start again from nothing but count no kill
-            break
-        os.kill(process.pid, signal.SIGKILL)
+        time.sleep(seconds[1] * moments.uniform(0.4, 0.9) + (seconds[0] - seconds[1]) * moments.uniform(0, 0.3))
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        else:  # everything was finished already: lose a run, so that there is work to disturb
+            lost = moments.choice(sorted((tmp_path / "killed").glob("*/version_*/plan.json")))
+            shutil.rmtree(lost.parent)
         process.wait()
-        kills += 1
-    assert kills >= 1
     last = run_command(*arguments, tmp_path / "killed")
     assert last.returncode == 0, last.stderr
     reports = sorted((tmp_path / "killed" / "comparison").glob("version_*"), key=lambda path: int(path.name[8:]))

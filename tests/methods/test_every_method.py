@@ -106,7 +106,9 @@ def test_shapes_and_weights_are_those_of_the_plan(shared: Any, system: str, kind
         heads, channels = kept["kept_kv_heads"], kept["kept_channels"]
         expected = {}
         if heads:
-            expected = {f"self_attn.{name}_proj": rows(view, getattr(view, role).weight, heads) for name, role in QKV.items()}
+            expected = {
+                f"self_attn.{name}_proj": rows(view, getattr(view, role).weight, heads) for name, role in QKV.items()
+            }
             expected["self_attn.o_proj"] = rows(view, view.output.weight.T, heads).T
         if channels:
             expected["mlp.gate_proj"], expected["mlp.up_proj"] = view.gate.weight[channels], view.up.weight[channels]

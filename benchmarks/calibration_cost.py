@@ -1,0 +1,150 @@
+"""What calibration costs: time of a method's calibration pass over the time of plain forwards of the same batches.
+
+    python benchmarks/calibration_cost.py
+    python benchmarks/calibration_cost.py --model path/to/llama --methods wanda hgsp_taylor --repeats 5
+
+Each repeat times the forwards and then every method, and the median ratio is printed: a busy machine then slows both
+sides of a ratio. Hooks cost a fixed time per call, so a tiny model shows their overhead, not the method's.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from lightning_prune.commands.lightning_options import quiet
+from lightning_prune.data.datamodule import CalibrationDataModule
+from lightning_prune.methods import HGSP, ShortGPT, Wanda
+from lightning_prune.methods.base import PruningMethod
+from lightning_prune.surgery.loading import load_config, load_model
+
+# T = 0 leaves the importance alone: removal priors are a pass of their own, with a cost that grows with L².
+METHODS: dict[str, tuple[Callable[..., PruningMethod], float | None]] = {
+    "wanda": (Wanda, 1.15),
+    "shortgpt": (ShortGPT, 1.1),
+    "hgsp_taylor": (partial(HGSP, importance="taylor", temperature=0.0), 3.5),
+    "hgsp_wanda": (partial(HGSP, importance="wanda", temperature=0.0), 1.15),
+    "hgsp_similarity": (partial(HGSP, importance="wanda", prior="similarity"), None),
+    "hgsp_removal": (partial(HGSP, importance="wanda", prior="removal"), None),
+}
+
+
+def main() -> None:
+    """Measure and print one line per method."""
+    arguments = _parser().parse_args()
+    quiet()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model = arguments.model or str(_random_model(folder / "model"))
+        tokens = _tokens(folder / "tokens.npy", model, arguments)
+        plain, seconds = [], {name: [] for name in arguments.methods}  # type: ignore[var-annotated]
+        for _ in range(arguments.repeats):
+            plain.append(_forward_seconds(load_model(model, torch.float32), tokens, arguments.batch_size))
+            for name in arguments.methods:
+                seconds[name].append(
+                    _calibration_seconds(METHODS[name][0](pretrained=model), folder, arguments.batch_size)
+                )
+    print(f"{arguments.samples} × {arguments.seq_len} tokens, {arguments.batch_size} windows per batch")
+    print(f"{torch.get_num_threads()} threads, fp32, CPU")
+    print(f"{'plain forward':<16} {statistics.median(plain):8.2f} s")
+    for name, values in seconds.items():
+        ratios = [mine / forward for mine, forward in zip(values, plain, strict=True)]
+        target = METHODS[name][1]
+        goal = "" if target is None else f"target ≤ {target}"
+        print(
+            f"{name:<16} {statistics.median(values):8.2f} s   {statistics.median(ratios):5.2f} × forward "
+            f"({min(ratios):.2f} to {max(ratios):.2f})   {goal}"
+        )
+
+
+def _forward_seconds(model: PreTrainedModel, tokens: torch.Tensor, batch_size: int) -> float:
+    batches = tokens.split(batch_size)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        model.base_model(input_ids=batches[0], use_cache=False)
+        started = time.perf_counter()
+        for batch in batches:
+            model.base_model(input_ids=batch, use_cache=False)
+    return time.perf_counter() - started
+
+
+def _calibration_seconds(method: PruningMethod, folder: Path, batch_size: int) -> float:
+    """From the first batch to the last of a real ``trainer.fit``; deciding, cutting and saving are not in it."""
+    spent = 0.0
+    step, finish = method.training_step, method.on_train_batch_end
+
+    def timed_step(*batch: object) -> None:
+        nonlocal spent
+        started = time.perf_counter()
+        step(*batch)  # type: ignore[arg-type]
+        spent += time.perf_counter() - started
+
+    def stop_after_the_last_batch(outputs: object, batch: object, index: int) -> None:
+        if method.trainer.is_last_batch and method.current_epoch + 1 == method.num_epochs:
+            method.trainer.should_stop = True
+        else:
+            finish(outputs, batch, index)  # type: ignore[arg-type]
+
+    method.training_step = timed_step  # type: ignore[method-assign, assignment]
+    method.on_train_batch_end = stop_after_the_last_batch  # type: ignore[method-assign, assignment]
+    method.on_fit_end = lambda: None  # type: ignore[method-assign]
+    data = CalibrationDataModule(
+        dataset=str(folder / "tokens.npy"), batch_size=batch_size, eval_datasets=[], tokenizer=method.pretrained
+    )
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(method, data)
+    return spent
+
+
+def _random_model(folder: Path) -> Path:
+    """Llama with random weights: 6 layers, hidden size 512, 8 query heads on 4 KV heads, 1408 channels."""
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def _tokens(path: Path, model: str, arguments: argparse.Namespace) -> torch.Tensor:
+    size = (arguments.samples, arguments.seq_len)
+    tokens = torch.randint(load_config(model).vocab_size, size, generator=torch.Generator().manual_seed(0))
+    np.save(path, tokens.numpy())
+    return tokens
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="model folder or hub id (default: random Llama, hidden size 512, 6 layers)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of everything; the median is printed (default: 3)")
+    parser.add_argument("--samples", type=int, default=32, help="calibration windows (default: 32)")
+    parser.add_argument("--seq_len", type=int, default=128, help="tokens per window (default: 128)")
+    parser.add_argument("--batch_size", type=int, default=4, help="windows per forward (default: 4)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
