@@ -1,7 +1,7 @@
 """Several processes for calibration: Lightning's DDP without the gradient-synchronising wrapper.
 
-Statistics are sums that are reduced once at the end, so wrapping the model would only cost gradient buckets of its size,
-and is refused for a model without trainable parameters.
+Statistics are sums that are reduced once at the end, so wrapping the model would only cost gradient buckets of its
+size, and is refused for a model without trainable parameters.
 """
 
 from lightning.pytorch.strategies import DDPStrategy
