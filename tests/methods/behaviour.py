@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_prune.commands.lightning_options import quiet
 from lightning_prune.data.datamodule import CalibrationDataModule
-from lightning_prune.methods import HGSP, Magnitude, ShortGPT, Wanda
+from lightning_prune.methods import HGSP, Magnitude, ShortGPT, SlimGPT, Wanda
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.reporting.run_record import RunRecord
 from lightning_prune.runs import prune_and_record
@@ -24,10 +24,17 @@ from tests.tiny import make_tiny, tiny_tokens
 
 @dataclass(frozen=True)
 class System:
-    """A method with its options. ``removes``: what the ratio is made of, which decides how exactly it is met."""
+    """A method with its options. ``removes``: what the ratio is made of, which decides how exactly it is met.
+    ``shares``: how groups are spread over layers, by an option or by the method's own rule."""
 
     make: Callable[..., PruningMethod]
     removes: Literal["groups", "layers", "weights"] = "groups"
+    shares: Literal["option", "own rule"] = "option"
+
+    @property
+    def allocates(self) -> bool:
+        """Whether it takes ``allocation``."""
+        return self.removes == "groups" and self.shares == "option"
 
 
 SYSTEMS: dict[str, System] = {
@@ -35,7 +42,11 @@ SYSTEMS: dict[str, System] = {
     "wanda": System(Wanda),
     "hgsp_taylor": System(partial(HGSP, importance="taylor")),
     "hgsp_wanda": System(partial(HGSP, importance="wanda")),
+    "hgsp_taylor_2nd": System(partial(HGSP, importance="taylor_2nd", prior="similarity")),
+    "slimgpt": System(SlimGPT, shares="own rule"),
     "shortgpt": System(ShortGPT, removes="layers"),
+    "wanda_2to4": System(partial(Wanda, structure="2:4"), removes="weights"),
+    "magnitude_unstructured": System(partial(Magnitude, structure="unstructured"), removes="weights"),
 }
 
 

@@ -33,7 +33,7 @@ KINDS = {
 }
 every_system = pytest.mark.parametrize("system", SYSTEMS)
 every_kind = pytest.mark.parametrize("kind", KINDS)
-grouped = pytest.mark.parametrize("system", [name for name, one in SYSTEMS.items() if one.removes == "groups"])
+allocated = pytest.mark.parametrize("system", [name for name, one in SYSTEMS.items() if one.allocates])
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,13 @@ def test_ratio_is_met(shared: Any, system: str, kind: str) -> None:
     total, left = count_parameters(dense), count_parameters(run.method.model)
     plan = run.method.plan
     assert plan.parameters == {"dense": total, "pruned": left}
+    if SYSTEMS[system].removes == "weights":  # masks keep the shapes; their ratio is one of the projections' weights
+        assert total == left
+        projections = [linear for view in anatomy(run.method.model) for linear in view.linears.values()]
+        zeros = sum(int((linear.weight == 0).sum()) for linear in projections)
+        assert plan.achieved_ratio == zeros / sum(linear.weight.numel() for linear in projections)
+        assert plan.pruning_ratio - 0.01 < plan.achieved_ratio <= plan.pruning_ratio
+        return
     assert plan.achieved_ratio == pytest.approx(1 - left / total, abs=1e-12)
     removed, asked = total - left, RATIO * total
     views = anatomy(dense)
@@ -86,11 +93,9 @@ def test_ratio_is_met(shared: Any, system: str, kind: str) -> None:
         norm = dense.config.hidden_size
         largest_unit = max(max(view.attention_unit_cost, view.mlp_unit_cost) for view in views) + norm
         assert asked - largest_unit < removed <= asked
-    elif SYSTEMS[system].removes == "layers":
+    else:
         layer = views[0].attention_block_cost + views[0].mlp_block_cost
         assert abs(removed - asked) == min(abs(count * layer - asked) for count in range(1, len(views)))
-    else:
-        assert removed == 0  # masks keep the shapes
 
 
 @every_system
@@ -257,7 +262,10 @@ def test_run_folder_is_complete(shared: Any, system: str) -> None:
     assert not [path for path in run.folder.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
 
     metrics = json.loads((run.folder / "metrics.json").read_text())
-    assert metrics["pruning_ratio"] == {"requested": RATIO, "achieved": run.method.plan.achieved_ratio}
+    assert metrics["pruning_ratio"] == {
+        "requested": run.method.plan.pruning_ratio,
+        "achieved": run.method.plan.achieved_ratio,
+    }
     assert metrics["parameters"] == run.method.plan.parameters
     assert metrics["perplexity"]["held-out.npy"]["tokens"] == 6 * 15
     assert metrics["peak_memory_bytes"] > 0
@@ -288,7 +296,7 @@ def test_scores_file_and_plan_say_the_same(shared: Any, system: str) -> None:
     assert all(float(row["importance"]) >= 0 for row in rows)
 
 
-@grouped
+@allocated
 def test_uniform_allocation_loads_as_a_stock_model(shared: Any, tmp_path: Path, system: str) -> None:
     make = SYSTEMS[system].make
     method = make(pretrained=shared(system).method.pretrained, pruning_ratio=RATIO, allocation="uniform", round_to=8)
