@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from lightning_prune.commands.lightning_options import quiet
 from lightning_prune.data.datamodule import CalibrationDataModule
-from lightning_prune.methods import HGSP, ShortGPT, Wanda
+from lightning_prune.methods import HGSP, ShortGPT, SlimGPT, Wanda
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.parsing.lightning_cli import quiet
 from lightning_prune.surgery.loading import load_config, load_model
 
 # T = 0 leaves the importance alone: removal priors are a pass of their own, with a cost that grows with L².
@@ -32,6 +32,7 @@ METHODS: dict[str, tuple[Callable[..., PruningMethod], float | None]] = {
     "shortgpt": (ShortGPT, 1.1),
     "hgsp_taylor": (partial(HGSP, importance="taylor", temperature=0.0), 3.5),
     "hgsp_wanda": (partial(HGSP, importance="wanda", temperature=0.0), 1.15),
+    "slimgpt": (SlimGPT, 3.0),
     "hgsp_similarity": (partial(HGSP, importance="wanda", prior="similarity"), None),
     "hgsp_removal": (partial(HGSP, importance="wanda", prior="removal"), None),
 }
@@ -46,12 +47,13 @@ def main() -> None:
         model = arguments.model or str(_random_model(folder / "model"))
         tokens = _tokens(folder / "tokens.npy", model, arguments)
         plain, seconds = [], {name: [] for name in arguments.methods}  # type: ignore[var-annotated]
+        pruning = {}
         for _ in range(arguments.repeats):
             plain.append(_forward_seconds(load_model(model, torch.float32), tokens, arguments.batch_size))
             for name in arguments.methods:
-                seconds[name].append(
-                    _calibration_seconds(METHODS[name][0](pretrained=model), folder, arguments.batch_size)
-                )
+                method = METHODS[name][0](pretrained=model)
+                seconds[name].append(_calibration_seconds(method, folder, arguments.batch_size))
+                pruning[name] = method.seconds.get("prune layers", 0.0)
     print(f"{arguments.samples} × {arguments.seq_len} tokens, {arguments.batch_size} windows per batch")
     print(f"{torch.get_num_threads()} threads, fp32, CPU")
     print(f"{'plain forward':<16} {statistics.median(plain):8.2f} s")
@@ -62,6 +64,7 @@ def main() -> None:
         print(
             f"{name:<16} {statistics.median(values):8.2f} s   {statistics.median(ratios):5.2f} × forward "
             f"({min(ratios):.2f} to {max(ratios):.2f})   {goal}"
+            + (f", factorizations {pruning[name]:.2f} s on top" if pruning[name] else "")
         )
 
 
@@ -76,7 +79,7 @@ def _forward_seconds(model: PreTrainedModel, tokens: torch.Tensor, batch_size: i
 
 
 def _calibration_seconds(method: PruningMethod, folder: Path, batch_size: int) -> float:
-    """From the first batch to the last of a real ``trainer.fit``; deciding, cutting and saving are not in it."""
+    """The steps of a real ``trainer.fit``; deciding, factorizing, cutting and saving are not in it."""
     spent = 0.0
     step, finish = method.training_step, method.on_train_batch_end
 

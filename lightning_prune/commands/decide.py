@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from lightning_prune.errors import UserError
 
 if TYPE_CHECKING:
-    from lightning_prune.commands.lightning_options import PruneCLI
     from lightning_prune.data.datamodule import CalibrationDataModule
     from lightning_prune.evaluation.module import PerplexityResult
     from lightning_prune.methods.base import PruningMethod, SavedMeasurement
+    from lightning_prune.parsing.lightning_cli import PruneCLI
 
 EVALUATION_OPTIONS = ("eval_datasets", "eval_seq_len", "eval_batch_size", "cache_dir")
 
@@ -30,8 +30,8 @@ def main(argv: list[str]) -> int:
     metrics = _finished_run(run)
 
     # After the first look, so that --help and a wrong folder do not wait for torch.
-    from lightning_prune.commands.lightning_options import PruneCLI
     from lightning_prune.methods.base import PruningMethod
+    from lightning_prune.parsing.lightning_cli import PruneCLI
     from lightning_prune.reporting.run_record import summary_table
     from lightning_prune.runs import prune_and_record
 

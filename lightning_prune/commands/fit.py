@@ -1,7 +1,7 @@
 """``lightning-prune fit``: one model, one method, one run folder."""
 
-from lightning_prune.commands.lightning_options import PruneCLI
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.parsing.lightning_cli import PruneCLI
 from lightning_prune.reporting.run_record import summary_table
 from lightning_prune.runs import prune_and_record
 

@@ -1,7 +1,7 @@
 """``lightning-prune test``: perplexity of any model, dense or pruned."""
 
-from lightning_prune.commands.lightning_options import PruneCLI
 from lightning_prune.evaluation.module import EvaluatedModel
+from lightning_prune.parsing.lightning_cli import PruneCLI
 from lightning_prune.runs import evaluate_and_record
 
 

@@ -108,6 +108,7 @@ def protocol(run: Run) -> dict[str, Any]:
         # The same weights under another path are the same model; without a fingerprint only the name is left.
         "base model": _short(weights) if weights else run.base_model,
         "parameters of the base model": f"{run.metrics['parameters']['dense']:,}",
+        "what the ratio counts": _counted(run),
         "precision": run.environment.get("precision"),
         "evaluation sets": ", ".join(sorted(run.evaluation)) or "none",
     }
@@ -228,7 +229,14 @@ def _names(runs: list[Run]) -> str:
     return ", ".join(f"{label} {'/'.join(values)}" for label, values in ratios.items())
 
 
+def _counted(run: Run) -> str:
+    """Masks leave every parameter where it is, so their ratio is not that of a smaller model."""
+    parameters = run.metrics["parameters"]
+    gone = 1 - parameters["pruned"] / parameters["dense"]
+    return "parameters removed" if abs(gone - run.achieved) < 0.001 else "weights set to zero"
+
+
 def _short(value: Any) -> Any:
     if value is None:
         return "none"
-    return value[:12] + "…" if isinstance(value, str) and len(value) == 64 else value
+    return value[:12] if isinstance(value, str) and len(value) == 64 else value

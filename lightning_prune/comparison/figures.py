@@ -15,7 +15,8 @@ from lightning_prune.comparison.plots import (
     seconds_figure,
 )
 from lightning_prune.comparison.run import Run
-from lightning_prune.comparison.tables import evaluation_sets
+from lightning_prune.comparison.style import Styles, line_styles
+from lightning_prune.comparison.tables import display_names, evaluation_sets
 
 APART = " †"
 
@@ -37,19 +38,21 @@ def plots(audit: Audit) -> Iterator[Plot]:
         where = f" ({runs[0].base_model}, setting {number})" if len(_shared(audit.groups)) > 1 else ""
         key = f"{number}/" if where else ""
         dagger = " † calibrated differently, see the tables." if any(APART in run.label for run in runs) else ""
+        names = display_names(runs)
+        styles = line_styles(list(dict.fromkeys(names[id(run)] for run in runs)))
         for name in evaluation_sets(runs):
             caption = f"Lower is better. Every point is one run.{dagger}"
-            yield Plot(f"Perplexity{where}", f"{key}perplexity/{name}", caption, perplexity_figure(runs, name))
+            yield Plot(f"Perplexity{where}", f"{key}perplexity/{name}", caption, perplexity_figure(runs, name, styles))
         for ratio in sorted({run.requested for run in runs}):
             same = [run for run in runs if run.requested == ratio]
-            yield from _at_ratio(same, f"Asked for {ratio:g}{where}", f"{key}{ratio:g}/", dagger)
+            yield from _at_ratio(same, f"Asked for {ratio:g}{where}", f"{key}{ratio:g}/", dagger, styles)
         caption = f"Wall-clock time of every run.{dagger}"
         yield Plot(f"Seconds per phase{where}", f"{key}seconds", caption, seconds_figure(runs))
 
 
-def _at_ratio(runs: list[Run], heading: str, key: str, dagger: str) -> Iterator[Plot]:
+def _at_ratio(runs: list[Run], heading: str, key: str, dagger: str, styles: Styles) -> Iterator[Plot]:
     caption = f"How each method spreads its importance over the layers; each line sums to 100 %.{dagger}"
-    yield Plot(heading, f"{key}importance", caption, importance_figure(runs))
+    yield Plot(heading, f"{key}importance", caption, importance_figure(runs, styles))
     caption = f"Share of GQA groups (attention) and channels (mlp) that stay in every layer.{dagger}"
     yield Plot(heading, f"{key}kept fraction", caption, kept_figure(runs))
     units = unit_agreement(runs)
@@ -73,11 +76,13 @@ def _shared(groups: Sequence[Group]) -> list[list[Run]]:
     found: dict[str, list[list[Run]]] = {}
     for group in groups:
         found.setdefault(repr(protocol(group.all[0])), []).append(group.all)
-    return [
-        [
+    result = []
+    for members in found.values():
+        runs = [
             replace(run, label=run.label + APART) if index else run
             for index, group in enumerate(members)
             for run in group
         ]
-        for members in found.values()
-    ]
+        order = list(dict.fromkeys(run.label for run in runs))
+        result.append(sorted(runs, key=lambda run: (order.index(run.label), run.requested)))
+    return result

@@ -7,12 +7,12 @@ from typing import Any
 
 import yaml
 
-from lightning_prune.commands.lightning_options import PruneCLI
 from lightning_prune.comparison.run import is_finished
 from lightning_prune.comparison.settings import Settings
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.errors import UserError
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.parsing.lightning_cli import PruneCLI
 from lightning_prune.reporting.base_model import base_model_sha256
 from lightning_prune.reporting.configuration import configuration_sha256
 

@@ -11,29 +11,24 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from lightning_prune.comparison.agreement import Agreement
 from lightning_prune.comparison.run import Run
-from lightning_prune.comparison.style import PALETTE, SETTINGS, line_style
+from lightning_prune.comparison.style import PALETTE, SETTINGS, Styles
 from lightning_prune.comparison.tables import display_names
 
 LOG_RANGE = 10  # perplexities further apart than this factor get a logarithmic axis
 
 
-def labels_of(runs: Sequence[Run]) -> list[str]:
-    """Display names in order of appearance."""
-    names = display_names(runs)
-    return list(dict.fromkeys(names[id(run)] for run in runs))
-
-
-def perplexity_figure(runs: Sequence[Run], name: str) -> Figure:
+def perplexity_figure(runs: Sequence[Run], name: str, styles: Styles) -> Figure:
     """Perplexity on evaluation set ``name`` over the achieved ratio, one line per system, dense as reference."""
     names, figure, axes = display_names(runs), *_figure(6.4, 3.9)
     runs = [run for run in runs if name in run.metrics["perplexity"]]
     dense = next((run.perplexity(name, "dense") for run in runs if run.perplexity(name, "dense")), None)
     unigram = next((run.evaluation.get(name, {}).get("unigram_perplexity") for run in runs), None)
     values = [value for value in (dense, *(run.perplexity(name) for run in runs)) if value is not None]
-    for label, style in line_style(labels_of(runs)).items():
-        points = sorted((run.achieved, run.perplexity(name)) for run in runs if names[id(run)] == label)
-        finite = [(x, y) for x, y in points if y is not None]
-        axes.plot([x for x, _ in finite], [y for _, y in finite], label=label, markersize=5, linewidth=1.4, **style)
+    for label in [label for label in styles if label in names.values()]:
+        points = [(run.achieved, run.perplexity(name)) for run in runs if names[id(run)] == label]
+        finite = sorted((x, y) for x, y in points if y is not None)
+        x, y = [point[0] for point in finite], [point[1] for point in finite]
+        axes.plot(x, y, label=label, markersize=5, linewidth=1.4, **styles[label])
     if dense is not None:
         axes.axhline(dense, color="#555555", linewidth=1, linestyle=(0, (4, 3)), label=f"dense ({dense:.2f})")
     if unigram is not None and values and max(values) > unigram / 3:
@@ -52,16 +47,13 @@ def perplexity_figure(runs: Sequence[Run], name: str) -> Figure:
     return figure
 
 
-def importance_figure(runs: Sequence[Run]) -> Figure:
+def importance_figure(runs: Sequence[Run], styles: Styles) -> Figure:
     """Share of the model's whole importance that lies in each layer, one line per system."""
     names, figure, axes = display_names(runs), *_figure(6.4, 3.6)
-    styles = line_style(labels_of(runs))
-    for run in runs:
-        table = run.units
+    for run in sorted(runs, key=lambda run: list(styles).index(names[id(run)])):
+        table, label = run.units, names[id(run)]
         share = table.per_layer(table.importance) / (table.importance.sum() or 1.0)
-        axes.plot(
-            np.arange(len(share)), share, label=names[id(run)], markersize=4, linewidth=1.4, **styles[names[id(run)]]
-        )
+        axes.plot(np.arange(len(share)), share, label=label, markersize=4, linewidth=1.4, **styles[label])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:g} %"))
     axes.set_xlabel("layer")
@@ -103,7 +95,7 @@ def matrix_figure(agreement: Agreement, what: str) -> Figure:
     count = len(agreement.labels)
     with matplotlib.rc_context(SETTINGS):
         size = 0.52 * count
-        figure = Figure(figsize=(2 * size + 3.4, size + 1.9), layout="constrained")
+        figure = Figure(figsize=(2 * size + 3.4, size + 2.2), layout="constrained")
         pair = figure.subplots(1, 2, sharey=True)
     for axes, values, title, low in zip(
         pair,

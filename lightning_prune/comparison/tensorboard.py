@@ -23,7 +23,7 @@ def log_plots(plots: Iterable[Plot], folder: Path) -> None:
         for plot in plots:
             buffer = io.BytesIO()
             with matplotlib.rc_context(SETTINGS):
-                plot.figure.savefig(buffer, format="png", dpi=DPI)
+                plot.figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight")
             image = Summary.Image(encoded_image_string=buffer.getvalue(), colorspace=4)
             summary = Summary(value=[Summary.Value(tag=plot.tag.strip("/"), image=image)])
             writer.add_event(Event(wall_time=time.time(), step=0, summary=summary))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_prune.errors import UserError
 from lightning_prune.methods.base import SavedMeasurement
-from lightning_prune.methods.group_pruning import Allocation, GroupPruning
+from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.magnitude import magnitude_importance
 from lightning_prune.methods.scores import Scores
 from lightning_prune.methods.taylor import second_order_term, taylor_importance
@@ -87,13 +87,7 @@ class HGSP(GroupPruning):
         temperature: T, exponent of the prior. 0 switches the prior off, and it is not computed.
         collapse_epsilon: ε. A layer whose mean kept fraction of groups and channels is below it is removed whole.
         score_norm: Divide importance per parameter by its median per kind or its mean per block before the prior.
-        allocation: ``global`` ranks the groups of all layers together; ``uniform`` takes the same share of every layer.
-        round_to: Keep a multiple of this many MLP channels in every layer (64 suits GPU kernels).
-        freeze_first_n_layers: Leave this many layers at the input side untouched.
-        freeze_last_n_layers: Leave this many layers at the output side untouched.
-        min_groups_per_layer: Keep at least this many GQA groups and MLP channels in every layer. 0 lets whole blocks
-            and layers go, which the method is meant to find.
-        label: Name of this system in run folders, TensorBoard and tables. Default: hgsp_<importance>.
+        group_options: Options of group pruning.
     """
 
     decision_options = (*GroupPruning.decision_options, "tau", "temperature", "collapse_epsilon", "score_norm")
@@ -109,23 +103,9 @@ class HGSP(GroupPruning):
         temperature: float = 1.0,
         collapse_epsilon: float = 0.0,
         score_norm: ScoreNorm = "none",
-        allocation: Allocation = "global",
-        round_to: int = 1,
-        freeze_first_n_layers: int = 0,
-        freeze_last_n_layers: int = 0,
-        min_groups_per_layer: int = 0,
-        label: str | None = None,
+        **group_options: Any,
     ) -> None:
-        super().__init__(
-            pretrained,
-            pruning_ratio,
-            allocation,
-            round_to,
-            freeze_first_n_layers,
-            freeze_last_n_layers,
-            min_groups_per_layer,
-            label,
-        )
+        super().__init__(pretrained, pruning_ratio, **group_options)
         if not 0 <= temperature < float("inf"):
             raise UserError(f"--model.temperature: found {temperature:g}; it must be a finite number of 0 or more.")
         if tau is not None and not tau >= 0:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.errors import UserError
-from lightning_prune.methods.group_pruning import Allocation, GroupPruning
+from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.masks import keep_n_of_m_mask, parse_structure, row_mask, tensor_mask
 from lightning_prune.methods.scores import group_scores
 from lightning_prune.surgery.anatomy import LayerAnatomy
@@ -28,12 +28,7 @@ class GroupOrMaskPruning(GroupPruning):
             ``unstructured`` the share of the projections' weights to zero; n:m patterns fix it themselves.
         structure: ``group`` removes GQA groups and MLP channels; ``unstructured`` zeroes single weights; ``2:4`` or
             ``4:8`` keeps n of every m inputs of a row. Zeroed weights change neither memory nor speed.
-        allocation: For groups: ``global`` ranks all layers together; ``uniform`` takes the same share of every layer.
-        round_to: For groups: keep a multiple of this many MLP channels in every layer (64 suits GPU kernels).
-        freeze_first_n_layers: Leave this many layers at the input side untouched.
-        freeze_last_n_layers: Leave this many layers at the output side untouched.
-        min_groups_per_layer: For groups: keep at least this many GQA groups and MLP channels in every layer.
-        label: Name of this system in run folders, TensorBoard and tables. Default: the method's own name.
+        group_options: Options of group pruning.
     """
 
     masks_per_tensor = False  # whether unstructured scores compare over the whole matrix instead of each row
@@ -43,29 +38,15 @@ class GroupOrMaskPruning(GroupPruning):
         pretrained: str = "demo",
         pruning_ratio: float = 0.2,
         structure: str = "group",
-        allocation: Allocation = "global",
-        round_to: int = 1,
-        freeze_first_n_layers: int = 0,
-        freeze_last_n_layers: int = 0,
-        min_groups_per_layer: int = 0,
-        label: str | None = None,
+        **group_options: Any,
     ) -> None:
-        super().__init__(
-            pretrained,
-            pruning_ratio,
-            allocation,
-            round_to,
-            freeze_first_n_layers,
-            freeze_last_n_layers,
-            min_groups_per_layer,
-            label,
-        )
+        super().__init__(pretrained, pruning_ratio, **group_options)
         self.structure = parse_structure(structure)
         self.structure_name = structure
         self.reusable = not self.masked
         if self.structure.kind == "n:m":
             self.pruning_ratio = 1 - self.structure.n / self.structure.m
-        if self.masked and (allocation != "global" or round_to != 1 or min_groups_per_layer):
+        if self.masked and (self.allocation != "global" or self.round_to != 1 or self.min_groups_per_layer):
             raise UserError(
                 f"--model.structure {structure} zeroes single weights; --model.allocation, --model.round_to and "
                 "--model.min_groups_per_layer belong to --model.structure group."

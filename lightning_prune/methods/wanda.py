@@ -5,10 +5,10 @@ Here the importance of a group is the sum of that score over every weight of the
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_prune.methods.group_pruning import Allocation
 from lightning_prune.methods.mask_pruning import GroupOrMaskPruning
 from lightning_prune.statistics.hooks import Hooks
 from lightning_prune.statistics.input_norms import SumOfSquares
@@ -88,45 +88,15 @@ class Wanda(GroupOrMaskPruning):
     """Wanda: importance of a group = sum of |weight| times the norm of the activation that the weight reads.
 
     Args:
-        pretrained: Model folder or hub id to prune. ``demo`` is the small model inside the package.
-        pruning_ratio: Share of all parameters (embeddings and head included) to remove, between 0 and 1. For structure
-            ``unstructured`` the share of the projections' weights to zero; n:m patterns fix it themselves.
-        structure: ``group`` removes GQA groups and MLP channels; ``unstructured`` zeroes single weights; ``2:4`` or
-            ``4:8`` keeps n of every m inputs of a row. Zeroed weights change neither memory nor speed.
         sequential: For masks: calibrate each layer on the output of the masked layers before it, as the paper does;
             false takes all norms from the dense model in one pass.
-        allocation: For groups: ``global`` ranks all layers together; ``uniform`` takes the same share of every layer.
-        round_to: For groups: keep a multiple of this many MLP channels in every layer (64 suits GPU kernels).
-        freeze_first_n_layers: Leave this many layers at the input side untouched.
-        freeze_last_n_layers: Leave this many layers at the output side untouched.
-        min_groups_per_layer: For groups: keep at least this many GQA groups and MLP channels in every layer.
-        label: Name of this system in run folders, TensorBoard and tables. Default: wanda.
+        options: Options of group and mask pruning.
     """
 
     def __init__(
-        self,
-        pretrained: str = "demo",
-        pruning_ratio: float = 0.2,
-        structure: str = "group",
-        sequential: bool = True,
-        allocation: Allocation = "global",
-        round_to: int = 1,
-        freeze_first_n_layers: int = 0,
-        freeze_last_n_layers: int = 0,
-        min_groups_per_layer: int = 0,
-        label: str | None = None,
+        self, pretrained: str = "demo", pruning_ratio: float = 0.2, sequential: bool = True, **options: Any
     ) -> None:
-        super().__init__(
-            pretrained,
-            pruning_ratio,
-            structure,
-            allocation,
-            round_to,
-            freeze_first_n_layers,
-            freeze_last_n_layers,
-            min_groups_per_layer,
-            label,
-        )
+        super().__init__(pretrained, pruning_ratio, **options)
         self.sequential = sequential
 
     @property

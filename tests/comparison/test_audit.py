@@ -37,6 +37,7 @@ def test_runs_that_agree_in_every_fact_share_one_table(tmp_path: Path) -> None:
         ({"base_model": "other", "weights": OTHER}, "base model", "'other'"),
         ({"weights": OTHER}, "base model", "999999999999"),  # another model under the same name
         ({"weights": None, "base_model": "other"}, "base model", "other in taylor"),
+        ({"masked": True}, "what the ratio counts", "weights set to zero in taylor"),
         ({"environment": {"precision": "bf16-true"}}, "precision", "bf16-true in taylor"),
     ],
 )

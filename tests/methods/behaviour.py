@@ -13,10 +13,10 @@ import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from lightning_prune.commands.lightning_options import quiet
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.methods import HGSP, Magnitude, ShortGPT, SlimGPT, Wanda
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.parsing.lightning_cli import quiet
 from lightning_prune.reporting.run_record import RunRecord
 from lightning_prune.runs import prune_and_record
 from tests.tiny import make_tiny, tiny_tokens

@@ -11,11 +11,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_prune import methods
-from lightning_prune.commands.parser_messages import plain
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.errors import UserError
 from lightning_prune.evaluation.module import EvaluatedModel
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.parsing.messages import plain
 from lightning_prune.reporting.progress import RunProgressBar
 from lightning_prune.strategy import CalibrationDDP
 
@@ -42,9 +42,10 @@ class Parser(LightningArgumentParser):
 
     def _option_names(self) -> list[str]:
         names = [option.lstrip("-") for option in self._option_string_actions]
-        classes = {EvaluatedModel, *known_methods().values()}
-        own = {f"model.{name}" for found in classes for name in inspect.signature(found).parameters}
-        return sorted({*names, *own} - {"model.init_args"})
+        classes = {base for found in (EvaluatedModel, *known_methods().values()) for base in found.__mro__}
+        own = [base for base in classes if base.__module__.startswith(methods.__name__.split(".")[0])]
+        options = {f"model.{name}" for base in own for name in inspect.signature(base).parameters}
+        return sorted({*names, *options} - {"model.init_args", "model.options", "model.group_options"})
 
 
 class PruneCLI(LightningCLI):
