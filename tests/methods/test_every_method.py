@@ -212,9 +212,8 @@ def assert_same_decision(run: Run, expected: Run) -> None:
 def test_half_precisions_keep_their_statistics_in_full_precision(
     shared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str, precision: str
 ) -> None:
-    full = shared(system)  # in fp32, and before the spies listen
     expected_dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
-    base = shared(system).method.pretrained  # may run the system, so before anything is watched
+    full = shared(system)  # may run the system, so before anything is watched
     loaded, metrics = [], []
 
     def spy_on_load(*args: Any) -> PreTrainedModel:
@@ -232,7 +231,7 @@ def test_half_precisions_keep_their_statistics_in_full_precision(
     load_model, decide = evaluation_module.load_model, PruningMethod._decide
     monkeypatch.setattr(evaluation_module, "load_model", spy_on_load)
     monkeypatch.setattr(PruningMethod, "_decide", spy_on_decide)
-    method = SYSTEMS[system].make(pretrained=base, pruning_ratio=RATIO)
+    method = SYSTEMS[system].make(pretrained=full.method.pretrained, pruning_ratio=RATIO)
     tokens = save_tokens(tmp_path / "c.npy")
     run = prune(
         method, tokens, tmp_path, precision, evaluate_on=[save_tokens(tmp_path / "e.npy", tiny_tokens(6, 16, 1))]
