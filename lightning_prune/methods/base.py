@@ -51,7 +51,7 @@ class PruningMethod(EvaluatedModel):
     """
 
     needs_calibration = True
-    epochs_per_layer = 1  # of layer-wise methods
+    epochs_per_layer = 1  # of layer-wise methods; 2: attention, then MLP
     reusable = True  # whether a saved score table is enough to decide again
     decision_options: tuple[str, ...] = ("pruning_ratio", "label")  # those that do not change what is measured
     plan: PruningPlan
@@ -120,16 +120,19 @@ class PruningMethod(EvaluatedModel):
         """Register this epoch's hooks through ``self.hooks``."""
 
     def calibrate(self, tokens: Tensor, weight: Tensor, batch_idx: int) -> None:
-        """One calibration step; by default a forward without gradients, which the hooks watch."""
+        """One calibration step: a forward without gradients, of the model or of one layer, which the hooks watch."""
         with torch.no_grad():
-            self.model.base_model(input_ids=tokens, use_cache=False)
+            if self.layerwise:
+                self.walk.step(self.model, self.layers, self.current_epoch, batch_idx, tokens)
+            else:
+                self.model.base_model(input_ids=tokens, use_cache=False)
 
     def check_tokens(self) -> None:
         """Raise RuntimeError unless every hooked module saw every calibration token once in this epoch."""
         self.hooks.assert_tokens(self.expected_tokens)
 
     def finish_epoch(self) -> None:
-        """Called on the last batch of every epoch but the last, with the hooks already removed."""
+        """Called on the last batch of every epoch, with the hooks already removed; layer-wise methods prune here."""
 
     def transform(self, model: PreTrainedModel) -> PreTrainedModel:
         """Make the planned model out of the dense one, on the CPU. Methods that update weights do it here."""
@@ -169,7 +172,7 @@ class PruningMethod(EvaluatedModel):
         """Methods without data have no batch to wait for."""
         self.layers = anatomy(self.model)
         self.num_layers = len(self.layers)
-        self.walk = LayerWalk(self.epochs_per_layer)
+        self.walk = LayerWalk(by_block=self.epochs_per_layer == 2)
         self.dense_parameters = count_parameters(self.model)
         self._calibration_started = time.perf_counter()
         if not self.needs_calibration:

@@ -62,7 +62,7 @@ class RemovalPrior(Metric):
             if self.blocks:
                 self.removed[2, index] += loss_from(index + 1, hidden + attention[0])
                 self.layer_evaluations += 1
-                without_attention = hidden + view.mlp(view.mlp_norm(hidden))
+                without_attention = replay.feed(view, hidden)
                 self.removed[1, index] += loss_from(index + 1, without_attention)
             hidden = after
         self.dense += loss_from(len(modules), hidden)

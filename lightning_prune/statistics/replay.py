@@ -5,8 +5,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from lightning_prune.surgery.anatomy import LayerAnatomy
 
 
 @dataclass
@@ -25,6 +28,17 @@ class Replay:
         args, kwargs = self.calls[index]
         output = layer(hidden, *args, **kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def attend(self, view: LayerAnatomy, hidden: Tensor) -> Tensor:
+        """The residual stream ``[B, L, D]`` between the layer's attention and its MLP; the MLP is not computed."""
+        with _replaced_forward([view.mlp], torch.zeros_like):
+            return self.run(view.layer, view.index, hidden)
+
+    @staticmethod
+    def feed(view: LayerAnatomy, middle: Tensor) -> Tensor:
+        """The layer's output ``[B, L, D]`` from the residual stream between its attention and its MLP."""
+        result: Tensor = middle + view.mlp(view.mlp_norm(middle))
         return result
 
 
@@ -51,35 +65,42 @@ def capture(model: PreTrainedModel, layers: Sequence[nn.Module], tokens: Tensor)
 
 
 @contextmanager
-def _replaced_forward(layers: Sequence[nn.Module], stub: Any) -> Iterator[None]:
-    for layer in layers:
-        layer.forward = stub  # type: ignore[method-assign]
+def _replaced_forward(modules: Sequence[nn.Module], stub: Any) -> Iterator[None]:
+    for module in modules:
+        module.forward = stub  # type: ignore[method-assign]
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for module in modules:
+            del module.forward
 
 
 class LayerWalk:
     """Takes every batch through the decoder one layer per epoch, each layer as it then is: pruned, once it was pruned.
 
-    Holds the residual stream of every batch, num_samples × seq_len × hidden_size values, and no layer's inner
-    activations.
+    ``by_block`` takes two epochs per layer: its attention, then its MLP on what the pruned attention puts out. Holds
+    the residual stream of every batch, num_samples × seq_len × hidden_size values, and no inner activations.
     """
 
-    def __init__(self, epochs_per_layer: int = 1) -> None:
-        self.epochs_per_layer = epochs_per_layer
+    def __init__(self, by_block: bool = False) -> None:
+        self.by_block = by_block
         self._batches: dict[int, Replay] = {}
 
     def step(
-        self, model: PreTrainedModel, layers: Sequence[nn.Module], epoch: int, batch_idx: int, tokens: Tensor
+        self, model: PreTrainedModel, layers: Sequence[LayerAnatomy], epoch: int, batch_idx: int, tokens: Tensor
     ) -> None:
-        """Bring the batch to the input of this epoch's layer, then run that layer, for the hooks to see."""
-        index, again = divmod(epoch, self.epochs_per_layer)
+        """Bring the batch to the input of this epoch's layer or block, then run that, for the hooks to see."""
         if batch_idx not in self._batches:
-            self._batches[batch_idx] = capture(model, layers, tokens)
+            self._batches[batch_idx] = capture(model, [view.layer for view in layers], tokens)
         batch = self._batches[batch_idx]
-        if index > 0 and not again:
-            batch.hidden = batch.run(layers[index - 1], index - 1, batch.hidden)
-        batch.run(layers[index], index, batch.hidden)
+        if not self.by_block:
+            if epoch > 0:
+                batch.hidden = batch.run(layers[epoch - 1].layer, epoch - 1, batch.hidden)
+            batch.run(layers[epoch].layer, epoch, batch.hidden)
+        elif epoch % 2 == 0:
+            if epoch > 0:
+                batch.hidden = batch.feed(layers[epoch // 2 - 1], batch.hidden)
+            batch.attend(layers[epoch // 2], batch.hidden)
+        else:
+            batch.hidden = batch.attend(layers[epoch // 2], batch.hidden)
+            batch.feed(layers[epoch // 2], batch.hidden)

@@ -1,6 +1,7 @@
 """SIGINT and SIGTERM end a run with 130 and 143 and leave nothing half-written."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,18 +84,22 @@ def test_signal_while_saving_leaves_no_checkpoint(
 def test_second_signal_does_not_stop_the_clean_up(
     fit: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = PreTrainedModel.save_pretrained
+    save, remove, removed = PreTrainedModel.save_pretrained, shutil.rmtree, []
 
     def save_pretrained(self: PreTrainedModel, folder: Path, **options: Any) -> None:
-        real(self, folder, **options)
-        try:
-            os.kill(os.getpid(), signal.SIGINT)
-        finally:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGTERM)
+        save(self, folder, **options)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    def rmtree(path: Path, *args: Any, **options: Any) -> None:
+        removed.append(path)
+        os.kill(os.getpid(), signal.SIGTERM)
+        remove(path, *args, **options)
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_pretrained)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
     assert fit() == 130
+    monkeypatch.undo()
+    assert removed
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".") or path.name == "pruned"]
 
 

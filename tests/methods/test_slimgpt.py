@@ -186,3 +186,20 @@ def test_unreachable_ratio_names_the_largest(tmp_path: Path) -> None:
 def test_senseless_options_are_refused_by_name(option: dict) -> None:
     with pytest.raises(UserError, match=f"--model.{next(iter(option))}"):
         SlimGPT(**option)
+
+
+def test_every_block_runs_twice_however_deep_the_model_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for its Hessian and once, pruned, for the next block: never the whole model per layer."""
+    calls = {"attention": 0, "mlp": 0}
+
+    def count(self) -> None:
+        for layer in self.layers:
+            layer.attention.register_forward_hook(lambda *_: calls.__setitem__("attention", calls["attention"] + 1))
+            layer.down.register_forward_hook(lambda *_: calls.__setitem__("mlp", calls["mlp"] + 1))
+
+    start = SlimGPT.on_fit_start
+    monkeypatch.setattr(SlimGPT, "on_fit_start", lambda self: (start(self), count(self))[0])
+    base = save_base(make_tiny(layers=5), tmp_path / "base")
+    run_method(SlimGPT(base, 0.3), tiny_tokens(12, 16), tmp_path / "run", batch_size=4)
+    batches, layers = 3, 5
+    assert calls == {"attention": 2 * layers * batches, "mlp": (2 * layers - 1) * batches}  # nothing follows the last
