@@ -135,7 +135,7 @@ class PruningMethod(EvaluatedModel):
         """Called on the last batch of every epoch, with the hooks already removed; layer-wise methods prune here."""
 
     def transform(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Make the planned model out of the dense one, on the CPU. Methods that update weights do it here."""
+        """Make the planned model out of the dense one, whose layers are taken apart."""
         return cut(model, self.plan)
 
     def check_ratio(self, layers: list[LayerAnatomy], total_parameters: int) -> None:
