@@ -89,6 +89,11 @@ class PruneCLI(LightningCLI):
             run=False,
             args=argv,
         )
+        chosen = type(self.model)
+        if any(getattr(getattr(chosen, name, None), "__isabstractmethod__", False) for name in dir(chosen)):
+            raise UserError(
+                f"--model: '{chosen.__name__}' is no method. Methods: {', '.join(sorted(known_methods()))}."
+            )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The tokenizer is the model's."""

@@ -140,6 +140,7 @@ MISTAKES = {
         ["unknown method 'Wandaa'", "HGSP, Magnitude, ShortGPT", "configs/wanda.yaml"],
     ),
     "method path": (["--model", "lightning_prune.methods.Foo"], ["unknown method 'lightning_prune.methods.Foo'"]),
+    "half a method": (["--model", "GroupPruning"], ["'GroupPruning' is no method", "HGSP, Magnitude, ShortGPT"]),
     "method module": (["--model", "nowhere.Foo"], ["unknown method 'nowhere.Foo'"]),
 }
 

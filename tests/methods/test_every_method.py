@@ -24,12 +24,10 @@ from tests.methods.behaviour import SYSTEMS, Run, logits, prune, save_model, sav
 from tests.tiny import tiny_tokens
 
 RATIO = 0.29
-# Query heads are always 4. One tied and one untied model per kind of attention would double the time for little.
-KINDS = {
-    "gqa-tied": {"kv_heads": 2, "tied": True},
-    "gqa-untied": {"kv_heads": 2, "tied": False},
-    "mha-tied": {"kv_heads": 4, "tied": True},
-    "mqa-untied": {"kv_heads": 1, "tied": False},
+KINDS = {  # of attention, by KV heads for 4 query heads
+    f"{name}-{'tied' if tied else 'untied'}": {"kv_heads": kv_heads, "tied": tied}
+    for name, kv_heads in (("gqa", 2), ("mha", 4), ("mqa", 1))
+    for tied in (True, False)
 }
 every_system = pytest.mark.parametrize("system", SYSTEMS)
 every_kind = pytest.mark.parametrize("kind", KINDS)
