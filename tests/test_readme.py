@@ -12,7 +12,8 @@ from lightning_prune.methods.base import PruningMethod
 from lightning_prune.parsing.lightning_cli import PruneCLI
 
 ROOT = Path(__file__).parent.parent
-ELSEWHERE = ("path/or/hub-id", "../shared", "/tmp/reference", "compare")  # need a model of the user's, or have tests of their own
+# Commands that need a model of the user's, or have tests of their own.
+ELSEWHERE = ("path/or/hub-id", "../shared", "/tmp/reference", "compare")
 
 
 def commands() -> list[str]:
