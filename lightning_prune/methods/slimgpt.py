@@ -145,8 +145,9 @@ class SlimGPT(PruningMethod):
             raise FloatingPointError(f"{name}: {error}") from None
         width = linear.in_features // len(result.errors)
         columns = (result.kept[:, None] * width + torch.arange(width, device=result.kept.device)).flatten()
-        linear.weight.zero_()
-        linear.weight[:, columns] = result.weight.to(linear.weight.dtype)
+        refitted = torch.zeros_like(linear.weight)  # of its own: an untouched fp64 weight is the result itself
+        refitted[:, columns] = result.weight.to(refitted.dtype)
+        linear.weight.copy_(refitted)
         self.pruned[view.index, role] = replace(result, weight=torch.empty(0))
         del self.gram
 

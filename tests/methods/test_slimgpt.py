@@ -149,6 +149,19 @@ def test_later_layers_lose_more_and_the_total_is_met(tmp_path: Path) -> None:
     assert 0 <= int(0.3 * dense) - (dense - method.plan.parameters["pruned"]) < channel
 
 
+def test_double_precision_gives_the_decision_of_single(tmp_path: Path) -> None:
+    base = save_base(make_tiny(layers=3), tmp_path / "base")
+    tokens = tiny_tokens(10, 16)
+    single = run_method(SlimGPT(base, 0.1), tokens, tmp_path / "single")
+    assert any(groups == 0 for groups, _ in single.counts), "the case must leave a projection untouched"
+    double = run_method(SlimGPT(base, 0.1), tokens, tmp_path / "double", precision="64-true")
+    assert double.plan.layers == single.plan.layers
+    for layer in range(3):
+        for name, linear in projections(double.model, layer).items():
+            other = projections(single.model, layer)[name].weight
+            torch.testing.assert_close(linear.weight, other.double(), rtol=1e-4, atol=1e-5)
+
+
 def test_max_tokens_takes_the_first_tokens_whatever_the_batch_size(tmp_path: Path) -> None:
     base = save_base(make_tiny(layers=2), tmp_path / "base")
     tokens = tiny_tokens(12, 16)
