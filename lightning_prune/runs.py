@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.errors import UserError
-from lightning_prune.evaluation.module import EvaluatedModel, PerplexityResult
+from lightning_prune.walk.module import LayeredModule, PerplexityResult
 from lightning_prune.evaluation.unigram import unigram_perplexity
 from lightning_prune.files import write_text
 from lightning_prune.methods.base import PruningMethod
@@ -98,7 +98,7 @@ def prune_and_record(
 
 
 def evaluate_and_record(
-    trainer: L.Trainer, model: EvaluatedModel, data: CalibrationDataModule, config: str
+    trainer: L.Trainer, model: LayeredModule, data: CalibrationDataModule, config: str
 ) -> tuple[Path, RunRecord]:
     """Measure the perplexity of one model with the protocol of the pruning runs and write it.
 
@@ -121,7 +121,7 @@ def evaluate_and_record(
                 for name, result in model.perplexity.items()
             },
             "evaluation": {item.name: item.manifest for item in data.evaluation},
-            "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
+            "parameters": sum(parameter.numel() for parameter in model.model.net.parameters()),
             "seconds": {phase: round(value, 3) for phase, value in model.seconds.items()},
             "peak_memory_bytes": peak_memory_bytes(),
             "model": model.pretrained,

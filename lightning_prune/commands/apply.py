@@ -21,11 +21,12 @@ def main(argv: list[str]) -> int:
     import torch
 
     from lightning_prune.surgery.anatomy import anatomy, count_parameters
-    from lightning_prune.surgery.checkpoint import save_checkpoint
-    from lightning_prune.surgery.cut import check_plan, cut, layout_of
-    from lightning_prune.surgery.loading import load_config, load_model, meta_model
+    from lightning_prune.surgery.cut import check_plan, layout_of
+    from lightning_prune.surgery.loading import load_config, meta_model
     from lightning_prune.surgery.model_card import model_card
     from lightning_prune.surgery.plan import PruningPlan
+    from lightning_prune.surgery.pruned import open_pruned
+    from lightning_prune.surgery.write import write_checkpoint
 
     plan = PruningPlan.load(arguments.plan)
     if plan.weights_updated:
@@ -51,9 +52,9 @@ def main(argv: list[str]) -> int:
         )
     check_plan(anatomy(dense), plan)
 
-    model = cut(load_model(arguments.model, dtype), plan)
-    card = model_card(plan, layout_of(model))
-    save_checkpoint(model, arguments.output, tokenizer_from=arguments.model, card=card)
+    pruned = open_pruned(arguments.model, plan)
+    card = model_card(plan, layout_of(pruned.config))
+    write_checkpoint(pruned, arguments.output, tokenizer_from=arguments.model, card=card)
     print(f"pruned model: {arguments.output}")
     return 0
 

@@ -9,7 +9,7 @@ from lightning_prune.errors import UserError
 
 if TYPE_CHECKING:
     from lightning_prune.data.datamodule import CalibrationDataModule
-    from lightning_prune.evaluation.module import PerplexityResult
+    from lightning_prune.walk.module import PerplexityResult
     from lightning_prune.methods.base import PruningMethod, SavedMeasurement
     from lightning_prune.parsing.lightning_cli import PruneCLI
 
@@ -149,7 +149,7 @@ def _measurement(run: Path, method: "PruningMethod") -> "SavedMeasurement":
 
 def _known_perplexities(metrics: dict[str, Any], data: "CalibrationDataModule") -> "dict[str, PerplexityResult] | None":
     """Those of the dense model, if they were measured on exactly these evaluation sets."""
-    from lightning_prune.evaluation.module import PerplexityResult
+    from lightning_prune.walk.module import PerplexityResult
 
     before = {name: item["fingerprint"] for name, item in metrics["evaluation"].items()}
     values = metrics["perplexity"]

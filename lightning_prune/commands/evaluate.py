@@ -29,7 +29,7 @@ def main(argv: list[str]) -> int:
     import torch
 
     from lightning_prune.evaluation import efficiency, zero_shot
-    from lightning_prune.evaluation.module import DTYPES
+    from lightning_prune.walk.module import DTYPES
     from lightning_prune.files import write_json
     from lightning_prune.reporting.environment import environment
     from lightning_prune.runs import check_writable

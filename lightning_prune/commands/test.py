@@ -1,13 +1,13 @@
 """``lightning-prune test``: perplexity of any model, dense or pruned."""
 
-from lightning_prune.evaluation.module import EvaluatedModel
+from lightning_prune.walk.module import LayeredModule
 from lightning_prune.parsing.lightning_cli import PruneCLI
 from lightning_prune.runs import evaluate_and_record
 
 
 def main(argv: list[str]) -> int:
     """Run the command, print one line per evaluation set, and write ``metrics.json``."""
-    cli = PruneCLI(argv, EvaluatedModel, subclasses=False, command="test")
+    cli = PruneCLI(argv, LayeredModule, subclasses=False, command="test")
     folder, record = evaluate_and_record(cli.trainer, cli.model, cli.datamodule, cli.resolved_config)
     if cli.trainer.is_global_zero:
         print(f"\n{cli.model.pretrained}: {record.metrics['parameters']:,} parameters")

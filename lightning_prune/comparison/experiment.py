@@ -1,6 +1,5 @@
 """Make every missing run of an experiment: one model in memory, one calibration set, scores shared over ratios."""
 
-import copy
 import fcntl
 import gc
 import json
@@ -15,18 +14,16 @@ from pathlib import Path
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tqdm import tqdm  # type: ignore[import-untyped]
-from transformers import PreTrainedModel
 
 from lightning_prune.comparison.planned import Planned, plan_runs
 from lightning_prune.comparison.report import next_version
 from lightning_prune.comparison.settings import Settings
 from lightning_prune.comparison.tables import Failure
 from lightning_prune.errors import UserError
-from lightning_prune.evaluation.module import PerplexityResult
+from lightning_prune.walk.module import PerplexityResult
 from lightning_prune.methods.base import PruningMethod, SavedMeasurement
 from lightning_prune.methods.scores import Scores
 from lightning_prune.runs import check_writable, prune_and_record
-from lightning_prune.surgery.loading import load_model
 
 RUNNING = ".running"
 
@@ -50,7 +47,6 @@ def run_experiment(settings: Settings) -> tuple[list[Path], list[Failure]]:
         missing = folders.count(None)
         print(f"{len(planned)} runs below {settings.root}: {len(planned) - missing} finished, {missing} to make")
         failures: list[Failure] = []
-        source: dict[tuple[str, str], PreTrainedModel] = {}
         with tqdm(total=missing, unit="run", disable=not missing, file=sys.stderr) as bar:
             for index, run in enumerate(planned):
                 if folders[index] is not None:
@@ -58,7 +54,7 @@ def run_experiment(settings: Settings) -> tuple[list[Path], list[Failure]]:
                 bar.set_description(f"{run.label} {run.ratio:g}")
                 known = [(other, found) for other, found in zip(planned, folders, strict=True) if found is not None]
                 try:
-                    folders[index] = _make(run, known, settings.root, source)
+                    folders[index] = _make(run, known, settings.root)
                 except Exception as error:
                     if not isinstance(error, UserError):
                         traceback.print_exc()
@@ -69,7 +65,7 @@ def run_experiment(settings: Settings) -> tuple[list[Path], list[Failure]]:
 
 
 def _make(
-    run: Planned, known: Sequence[tuple[Planned, Path]], root: Path, source: dict[tuple[str, str], PreTrainedModel]
+    run: Planned, known: Sequence[tuple[Planned, Path]], root: Path
 ) -> Path:
     """One run, in a folder that takes its name at the end."""
     parent = root / run.label
@@ -81,7 +77,6 @@ def _make(
     _reset_peak_memory()
     try:
         method.trainer = cli.trainer
-        _give_model(method, source)
         if method.reusable:
             _give_scores(method, run, known)
         prune_and_record(cli.trainer, method, run.data, cli.resolved_config, _dense(run, known))
@@ -95,17 +90,6 @@ def _make(
         del cli, method
         gc.collect()
     return folder
-
-
-def _give_model(method: PruningMethod, source: dict[tuple[str, str], PreTrainedModel]) -> None:
-    """A copy of the dense model, which is read from disk once per dtype."""
-    key = (method.pretrained, str(method.load_dtype))
-    if key not in source:
-        source.clear()
-        source[key] = load_model(method.pretrained, method.load_dtype).requires_grad_(False)
-    # A method that finds a model in place does not check its options against the config by itself.
-    method.check_before_loading(source[key].config)
-    method.net = copy.deepcopy(source[key])
 
 
 def _give_scores(method: PruningMethod, run: Planned, known: Sequence[tuple[Planned, Path]]) -> None:

@@ -21,7 +21,7 @@ from lightning_prune.data.tokenization import default_cache_dir
 from lightning_prune.demo import demo_model_path
 from lightning_prune.errors import UserError
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, Tensor, Tensor]
 _UNKNOWN = dict.fromkeys(("configuration", "revision", "text_sha256", "tokenizer_sha256"))  # of a token array
 
 
@@ -97,6 +97,7 @@ class CalibrationDataModule(LightningDataModule):
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.tokenizer = tokenizer
         self.needs_calibration = True
+        self.eval_batches_per_step = 1  # more where a model is brought in layer by layer for every step
         self._calibration: CalibrationSet | None = None
         self._evaluation: list[EvaluationSet] | None = None
         self._streams = StreamReader(tokenizer, self.cache_dir)
@@ -139,7 +140,8 @@ class CalibrationDataModule(LightningDataModule):
                 self._warn_if_seen(held_out)
 
     def train_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Calibration batches `(ids [B, seq_len] int64, weight [B] float32)`, weight 0 for padding samples.
+        """Calibration batches `(ids [B, seq_len] int64, weight [B] float32, index [B] int64)`: weight 0 for samples that
+        only fill up a batch, index in the calibration set.
 
         Empty for a method that reads no data; Lightning then skips the epochs.
         """
@@ -147,7 +149,8 @@ class CalibrationDataModule(LightningDataModule):
 
     def test_dataloader(self) -> list[DataLoader[Batch]]:
         """One loader per evaluation set, in the order of `evaluation`, with the same items as calibration."""
-        return [self._loader(held_out.tokens, self.eval_batch_size) for held_out in self.evaluation]
+        windows = self.eval_batch_size * self.eval_batches_per_step
+        return [self._loader(held_out.tokens, windows) for held_out in self.evaluation]
 
     def check_against_model(self, vocab_size: int, max_positions: int | None) -> None:
         """Refuse tokens and lengths the model cannot take.
@@ -267,7 +270,7 @@ class CalibrationDataModule(LightningDataModule):
         missing = -len(tokens) % (processes * batch_size) if processes > 1 else 0
         weight = torch.cat([torch.ones(len(tokens)), torch.zeros(missing)])
         padded = torch.cat([tokens, tokens[:1].expand(missing, -1)])
-        dataset = TensorDataset(padded, weight)
+        dataset = TensorDataset(padded, weight, torch.arange(len(padded)))
         sampler: DistributedSampler[tuple[Tensor, ...]] | None = None
         if self.trainer is not None and processes > 1:
             # Given here because the sampler that Lightning would add shuffles anew in every epoch.

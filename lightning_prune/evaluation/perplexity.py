@@ -4,8 +4,6 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_prune.statistics.token_loss import token_losses
-
 
 class Perplexity(Metric):
     """exp(mean token loss); the sums are fp64 and int64, so batching and ranks do not change the value."""
@@ -19,11 +17,11 @@ class Perplexity(Metric):
         self.add_state("loss_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, logits: Tensor, tokens: Tensor, weight: Tensor) -> None:
-        """Add a batch: logits ``[B, L, V]``, tokens ``[B, L]``, weight ``[B]`` with 0 for padding samples."""
-        losses = token_losses(logits, tokens)[weight > 0]
-        self.loss_sum += losses.double().sum()
-        self.tokens += losses.numel()
+    def update(self, losses: Tensor, weight: Tensor) -> None:
+        """Add a batch: token losses ``[B, L − 1]``, weight ``[B]`` with 0 for samples that only fill up the batch."""
+        counted = losses[weight > 0]
+        self.loss_sum += counted.double().sum()
+        self.tokens += counted.numel()
 
     def compute(self) -> Tensor:
         """Perplexity, fp64 scalar; NaN when nothing was seen."""

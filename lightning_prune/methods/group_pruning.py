@@ -1,6 +1,5 @@
 """Methods that rank GQA groups and MLP channels: importance → score → one ranking → plan."""
 
-from abc import abstractmethod
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -31,7 +30,7 @@ class GroupPruning(PruningMethod):
         freeze_last_n_layers: Leave this many layers at the output side untouched.
         min_groups_per_layer: Keep at least this many GQA groups and MLP channels in every layer. 0 lets whole
             blocks and layers go.
-        label: Name of this system in run folders, TensorBoard and tables. Default: the method's own name.
+        run_options: Options of every method.
     """
 
     decision_options = (
@@ -52,9 +51,9 @@ class GroupPruning(PruningMethod):
         freeze_first_n_layers: int = 0,
         freeze_last_n_layers: int = 0,
         min_groups_per_layer: int = 0,
-        label: str | None = None,
+        **run_options: Any,
     ) -> None:
-        super().__init__(pretrained, pruning_ratio, label)
+        super().__init__(pretrained, pruning_ratio, **run_options)
         for name, value, smallest in (
             ("round_to", round_to, 1),
             ("freeze_first_n_layers", freeze_first_n_layers, 0),
@@ -69,9 +68,11 @@ class GroupPruning(PruningMethod):
         self.freeze_last_n_layers = freeze_last_n_layers
         self.min_groups_per_layer = min_groups_per_layer
 
-    @abstractmethod
     def importances(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Importance per GQA group (L tensors ``[K]``) and per MLP channel (L tensors ``[F]``), fp32 or fp64."""
+        """Importance per GQA group (L tensors ``[K]``) and per MLP channel (L tensors ``[F]``), fp32 or fp64: what the
+        pass called ``importance`` left of every layer as ``attention`` and ``mlp``."""
+        found = self.found("importance")
+        return [finding["attention"] for finding in found], [finding["mlp"] for finding in found]
 
     def score(self, scores: Scores) -> Scores:
         """Turn importance per cost into the final score; plain methods leave it as it is."""

@@ -9,6 +9,8 @@ the depth prior: how much the loss grows without G's whole layer, or without its
 """
 
 from dataclasses import replace
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -18,14 +20,13 @@ from torch import Tensor
 from lightning_prune.errors import UserError
 from lightning_prune.methods.base import SavedMeasurement
 from lightning_prune.methods.group_pruning import GroupPruning
-from lightning_prune.methods.magnitude import magnitude_importance
+from lightning_prune.methods.magnitude import MagnitudePass
 from lightning_prune.methods.scores import Scores
-from lightning_prune.methods.taylor import second_order_term, taylor_importance
-from lightning_prune.methods.wanda import InputNorms, wanda_importance
-from lightning_prune.statistics.gradients import GradientSums
-from lightning_prune.statistics.removal_prior import PIECES, RemovalPrior, SimilarityPrior
-from lightning_prune.statistics.token_loss import token_losses
+from lightning_prune.methods.taylor import TaylorPass
+from lightning_prune.methods.wanda import WandaPass
 from lightning_prune.surgery.anatomy import LayerAnatomy
+from lightning_prune.walk.passes import Pass
+from lightning_prune.walk.wavefront import PIECES, RemovalPass, SimilarityPass
 
 Importance = Literal["taylor", "taylor_2nd", "wanda", "magnitude"]
 ScoreNorm = Literal["none", "kind", "block"]
@@ -130,85 +131,20 @@ class HGSP(GroupPruning):
         """hgsp_<importance>: the importance decides what the system is."""
         return f"hgsp_{self.importance}"
 
-    @property
-    def passes(self) -> list[Literal["importance", "prior"]]:
-        """What each epoch over the calibration set is for."""
-        wanted: list[Literal["importance", "prior"]] = []
-        if self.importance != "magnitude":
-            wanted.append("importance")
-        if self.temperature > 0:
-            wanted.append("prior")
-        return wanted
-
-    @property
-    def num_epochs(self) -> int:
-        """One pass for the importance, one for the prior."""
-        return len(self.passes)
-
-    def attach(self) -> None:
-        """Prepare the statistics of this epoch."""
-        if self.passes[self.current_epoch] == "prior":
-            blocks = self.tau != float("inf")
-            count = len(self.layers)
-            measure = RemovalPrior(count, blocks) if self.prior == "removal" else SimilarityPrior(count)
-            self.prior_measure = measure.to(self.device)
-        elif self.importance == "wanda":
-            self.norms = InputNorms(self.layers, self.hooks)
-        else:
-            term = second_order_term if self.importance == "taylor_2nd" else None
-            self.gradients = GradientSums(self.layers, term)
-
-    def calibrate(self, tokens: Tensor, weight: Tensor, batch_idx: int) -> None:
-        """A prior measurement, a plain forward (wanda), or forward and backward (taylor)."""
-        if self.passes[self.current_epoch] == "prior":
-            with torch.no_grad():
-                self._measure_prior(tokens, weight, batch_idx)
-        elif self.importance == "wanda":
-            super().calibrate(tokens, weight, batch_idx)
-        else:
-            counted = tokens[weight > 0]
-            size = 1 if self.importance == "taylor_2nd" else max(1, len(counted))
-            for samples in counted.split(size):  # type: ignore[no-untyped-call]
-                losses = token_losses(self.logits(samples), samples)
-                self.gradients.expect(len(samples), losses.numel())
-                losses.mean().backward()  # type: ignore[no-untyped-call]
-
-    def _measure_prior(self, tokens: Tensor, weight: Tensor, batch_idx: int) -> None:
-        """Only the first ``prior_num_samples`` of the shared set count, whatever the batch size."""
-        ranks, rank = self.trainer.world_size, self.trainer.global_rank
-        first = batch_idx * self.datamodule.batch_size
-        position = torch.arange(first, first + len(tokens), device=tokens.device) * ranks + rank
-        limit = self.prior_num_samples or len(self.datamodule.calibration.tokens)
-        counted = tokens[(weight > 0) & (position < limit)]
-        if len(counted):
-            self.prior_measure.update(self.model, self.layers, counted)  # type: ignore[operator]
-
-    def check_tokens(self) -> None:
-        """Taylor and the priors watch no forward hooks; their statistics count tokens themselves."""
-        if self.passes[self.current_epoch] == "importance" and self.importance == "wanda":
-            super().check_tokens()
-
-    def finish_epoch(self) -> None:
-        """Weights take gradients only during the Taylor pass."""
-        if hasattr(self, "gradients"):
-            self.gradients.remove()
-
-    def importances(self) -> tuple[list[Tensor], list[Tensor]]:
-        """I(G) by the chosen criterion."""
-        pairs = [self._importance(layer) for layer in self.layers]
-        return [groups for groups, _ in pairs], [channels for _, channels in pairs]
-
-    def _importance(self, layer: LayerAnatomy) -> tuple[Tensor, Tensor]:
-        if self.importance == "magnitude":
-            return magnitude_importance(layer)
-        if self.importance == "wanda":
-            return wanda_importance(layer, self.norms.of(layer.index))
-        groups, channels = taylor_importance(layer, self.gradients.of(layer.index))
-        if self.importance == "taylor_2nd":
-            terms = self.gradients.terms_of(layer.index)
-            groups = groups + sum(terms[role] for role in ("query", "key", "value", "output"))
-            channels = channels + sum(terms[role] for role in ("gate", "up", "down"))
-        return groups, channels
+    def passes(self) -> list[Pass]:
+        """One for the importance, one for the prior unless T = 0."""
+        importance: dict[Importance, Callable[[], Pass]] = {
+            "taylor": TaylorPass,
+            "taylor_2nd": partial(TaylorPass, second_order=True),
+            "wanda": WandaPass,
+            "magnitude": MagnitudePass,
+        }
+        found = [importance[self.importance]()]
+        if self.temperature > 0 and self.prior == "removal":
+            found.append(RemovalPass(self.prior_num_samples, blocks=self.tau != float("inf")))
+        elif self.temperature > 0:
+            found.append(SimilarityPass(self.prior_num_samples))
+        return found
 
     def reuse(self, saved: SavedMeasurement) -> None:
         """Refuse at once what the saved priors cannot answer."""
@@ -218,7 +154,8 @@ class HGSP(GroupPruning):
     def score(self, scores: Scores) -> Scores:
         """final = S · B^T."""
         if self.saved is None and self.temperature > 0:
-            self.priors = self.prior_measure.compute().cpu()  # type: ignore[operator]
+            found = [finding["delta"] for finding in self.found("prior")]
+            self.priors = found[0] if self.prior == "removal" else torch.stack(found, dim=1)
         if self.temperature > 0:
             assert self.priors is not None
             self.tau_used = gate_threshold(self.priors[0], self.tau)
@@ -239,7 +176,6 @@ class HGSP(GroupPruning):
                 "unit": "nats of mean token loss" if self.prior == "removal" else "1 - cosine",
                 "num_samples": self.prior_num_samples,
                 "delta": measured,
-                "layer_evaluations": getattr(getattr(self, "prior_measure", None), "layer_evaluations", None),
             },
             "tau": self.tau_used,
             "temperature": self.temperature,

@@ -2,22 +2,43 @@
 
 from torch import Tensor
 
-from lightning_prune.methods.mask_pruning import GroupOrMaskPruning
+from lightning_prune.methods.mask_pruning import GroupOrMaskPruning, MaskRule, mask_layer
 from lightning_prune.surgery.anatomy import LayerAnatomy
-from lightning_prune.surgery.groups import attention_group_sums, mlp_channel_sums
+from lightning_prune.surgery.groups import group_importance
+from lightning_prune.walk.passes import Finding, Pass, WeightsPass
 
 
-def magnitude_importance(layer: LayerAnatomy) -> tuple[Tensor, Tensor]:
-    """I(G) = Σ |w| over every weight of the group.
+def magnitude_scores(weight: Tensor) -> Tensor:
+    """|w|, fp32 ``[out, in]``."""
+    return weight.float().abs()
 
-    Returns:
-        ``[K]`` per GQA group and ``[F]`` per MLP channel, fp32.
-    """
-    size = {role: linear.weight.float().abs() for role, linear in layer.linears.items()}
-    return (
-        attention_group_sums(size["query"], size["key"], size["value"], size["output"], layer.num_kv_heads),
-        mlp_channel_sums(size["gate"], size["up"], size["down"]),
-    )
+
+class MagnitudePass(WeightsPass):
+    """I(G) = Σ |w| over every weight of the group."""
+
+    name = "importance"
+
+    def conclude(self, view: LayerAnatomy) -> Finding:
+        """Importance per unit."""
+        groups, channels = group_importance(view, lambda role: magnitude_scores(view.linears[role].weight))
+        return {"attention": groups, "mlp": channels}
+
+
+class MagnitudeMaskPass(WeightsPass):
+    """Zeroes the smallest weights of each whole matrix (the usual baseline), or n:m."""
+
+    name = "masks"
+
+    def __init__(self, rule: MaskRule) -> None:
+        self.rule = rule
+
+    def conclude(self, view: LayerAnatomy) -> Finding:
+        """The masked weights, and what was zeroed."""
+        return mask_layer(view, self.rule, lambda role: magnitude_scores(view.linears[role].weight))
+
+    def changes(self, step: object) -> bool:
+        """Always."""
+        return True
 
 
 class Magnitude(GroupOrMaskPruning):
@@ -26,11 +47,6 @@ class Magnitude(GroupOrMaskPruning):
     needs_calibration = False
     masks_per_tensor = True
 
-    def importances(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Sums of |w| for every layer."""
-        pairs = [magnitude_importance(layer) for layer in self.layers]
-        return [groups for groups, _ in pairs], [channels for _, channels in pairs]
-
-    def weight_scores(self, layer: LayerAnatomy, role: str) -> Tensor:
-        """|w|, compared over each whole matrix (the usual baseline)."""
-        return layer.linears[role].weight.float().abs()
+    def passes(self) -> list[Pass]:
+        """One look at every layer."""
+        return [MagnitudeMaskPass(self.rule)] if self.masked else [MagnitudePass()]

@@ -4,8 +4,8 @@ The weights stay in the matrices as zeros, so the checkpoint is a stock one of t
 scores against published numbers, not to make a model smaller.
 """
 
-from abc import abstractmethod
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,10 +13,48 @@ from torch import Tensor
 
 from lightning_prune.errors import UserError
 from lightning_prune.methods.group_pruning import GroupPruning
-from lightning_prune.methods.masks import keep_n_of_m_mask, parse_structure, row_mask, tensor_mask
+from lightning_prune.methods.masks import Structure, keep_n_of_m_mask, parse_structure, row_mask, tensor_mask
 from lightning_prune.methods.scores import group_scores
 from lightning_prune.surgery.anatomy import LayerAnatomy
 from lightning_prune.surgery.plan import LayerPlan
+from lightning_prune.walk.passes import WEIGHT, Finding
+
+
+@dataclass(frozen=True)
+class MaskRule:
+    """What is zeroed in one projection: ``structure`` with ``ratio`` of the weights, compared over each whole matrix
+    (``per_tensor``) or each output row. ``frozen``: layers that stay as they are."""
+
+    structure: Structure
+    ratio: float
+    per_tensor: bool
+    frozen: frozenset[int]
+
+    def mask(self, scores: Tensor) -> Tensor:
+        """bool ``[out, in]``, True = zeroed, from the scores of one projection."""
+        if self.structure.kind == "n:m":
+            return keep_n_of_m_mask(scores, self.structure.n, self.structure.m)
+        return (tensor_mask if self.per_tensor else row_mask)(scores, self.ratio)
+
+
+def mask_layer(view: LayerAnatomy, rule: MaskRule, weight_score: Callable[[str], Tensor]) -> Finding:
+    """Zero the lowest-scored weights of the seven projections.
+
+    Returns:
+        ``weight.<role>``: the new weights; ``attention`` and ``mlp``: fp64 scalars, the scores' sums; ``zeroed``: int64
+        scalar.
+    """
+    sums = {"attention": torch.zeros((), dtype=torch.float64), "mlp": torch.zeros((), dtype=torch.float64)}
+    zeroed = torch.zeros((), dtype=torch.int64)
+    found: Finding = {}
+    if view.index not in rule.frozen:
+        for role, linear in view.linears.items():
+            scores = weight_score(role)
+            sums["mlp" if role in ("gate", "up", "down") else "attention"] += scores.double().sum().cpu()
+            mask = rule.mask(scores)
+            found[WEIGHT + role] = linear.weight.masked_fill(mask, 0)
+            zeroed += mask.sum().cpu()
+    return {**found, **sums, "zeroed": zeroed}
 
 
 class GroupOrMaskPruning(GroupPruning):
@@ -52,50 +90,36 @@ class GroupOrMaskPruning(GroupPruning):
                 "--model.min_groups_per_layer belong to --model.structure group."
             )
         self.zeroed = 0
-        self._block_sums: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def masked(self) -> bool:
         """Whether single weights are zeroed."""
         return self.structure.kind != "group"
 
-    @abstractmethod
-    def weight_scores(self, layer: LayerAnatomy, role: str) -> Tensor:
-        """Score ``[out, in]`` of every weight of one projection."""
-
-    def mask_layer(self, layer: LayerAnatomy) -> None:
-        """Zero the lowest-scored weights of the seven projections in place, all scored before any is touched."""
-        if layer.index in self.frozen_layers(self.num_layers):
-            return
-        scores = {role: self.weight_scores(layer, role) for role in layer.linears}
-        attention = torch.stack([scores[role].double().sum() for role in ("query", "key", "value", "output")]).sum()
-        mlp = torch.stack([scores[role].double().sum() for role in ("gate", "up", "down")]).sum()
-        self._block_sums[layer.index] = (attention, mlp)
-        for role, linear in layer.linears.items():
-            mask = self._mask(scores[role])
-            linear.weight.masked_fill_(mask, 0)
-            self.zeroed += int(mask.sum())
-
-    def _mask(self, scores: Tensor) -> Tensor:
-        if self.structure.kind == "n:m":
-            return keep_n_of_m_mask(scores, self.structure.n, self.structure.m)
-        return (tensor_mask if self.masks_per_tensor else row_mask)(scores, self.pruning_ratio)
+    @property
+    def rule(self) -> MaskRule:
+        """What a mask pass zeroes."""
+        frozen = frozenset(self.frozen_layers(len(self.layers)))
+        return MaskRule(self.structure, self.pruning_ratio, self.masks_per_tensor, frozen)
 
     def decide(self) -> None:
         """Groups: rank and select. Masks: zero what is left to zero; every unit stays."""
         if not self.masked:
             super().decide()
             return
-        if not self.layerwise:
-            for layer in self.layers:
-                self.mask_layer(layer)
-        zero = torch.zeros(())
-        sums = [self._block_sums.get(view.index, (zero, zero)) for view in self.layers]
+        found = self.found("masks")
+        self.zeroed = int(sum(finding["zeroed"] for finding in found))
         # A row per unit, each with an equal share of its block's score: no unit was ranked.
         self.scores = group_scores(
             self.layers,
-            [(sums[view.index][0] / view.num_kv_heads).expand(view.num_kv_heads) for view in self.layers],
-            [(sums[view.index][1] / view.num_channels).expand(view.num_channels) for view in self.layers],
+            [
+                (one["attention"] / view.num_kv_heads).expand(view.num_kv_heads)
+                for one, view in zip(found, self.layers, strict=True)
+            ],
+            [
+                (one["mlp"] / view.num_channels).expand(view.num_channels)
+                for one, view in zip(found, self.layers, strict=True)
+            ],
         )
         kept = [
             LayerPlan(view.index, list(range(view.num_kv_heads)), list(range(view.num_channels)))
@@ -129,7 +153,6 @@ class GroupOrMaskPruning(GroupPruning):
             return {"structure": self.structure_name, **super().details()}
         return {
             "structure": self.structure_name,
-            "sequential": self.layerwise,
             "zeroed_weights": self.zeroed,
             "note": self.note,
             **super().details(),

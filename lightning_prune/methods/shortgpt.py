@@ -8,15 +8,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_prune.errors import UserError
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.scores import layer_scores
 from lightning_prune.statistics.block_influence import BlockInfluence
+from lightning_prune.statistics.hooks import Hooks
 from lightning_prune.surgery.anatomy import LayerAnatomy
 from lightning_prune.surgery.cut import parameters_after
 from lightning_prune.surgery.plan import LayerPlan
+from lightning_prune.walk.passes import Finding, ForwardPass, Pass
 
 
 def layers_to_remove(influence: Tensor, count: int) -> list[int]:
@@ -34,6 +36,22 @@ def nearest_layer_count(cost: Sequence[int], budget: float) -> int:
     return min(range(len(cost) + 1), key=lambda count: (abs(count * cost[0] - budget), count))
 
 
+class BlockInfluencePass(ForwardPass):
+    """BI of every layer."""
+
+    name = "influence"
+
+    def observe(self, view: LayerAnatomy, hooks: Hooks) -> None:
+        """Watch the residual stream around the layer."""
+        self.influence = BlockInfluence().to(self.model.device)
+        hooks.on_input_and_output(f"layer {view.index}", view.layer, self.influence.update)
+
+    def conclude(self, view: LayerAnatomy) -> Finding:
+        """One number."""
+        self.influence.raise_if_not_finite(f"layer {view.index}")
+        return {"influence": self.influence.reduced()}
+
+
 class ShortGPT(PruningMethod):
     """ShortGPT: removes whole decoder layers that turn the residual stream least (block influence).
 
@@ -42,7 +60,7 @@ class ShortGPT(PruningMethod):
         pruning_ratio: Share of all parameters (embeddings and head included) to remove, between 0 and 1; the number
             of layers nearest to it is removed.
         n_remove_layers: Remove exactly this many layers; ``pruning_ratio`` is then not read.
-        label: Name of this system in run folders, TensorBoard and tables. Default: shortgpt.
+        run_options: Options of every method.
     """
 
     decision_options = (*PruningMethod.decision_options, "n_remove_layers")
@@ -52,9 +70,9 @@ class ShortGPT(PruningMethod):
         pretrained: str = "demo",
         pruning_ratio: float = 0.2,
         n_remove_layers: int | None = None,
-        label: str | None = None,
+        **run_options: Any,
     ) -> None:
-        super().__init__(pretrained, pruning_ratio, label)
+        super().__init__(pretrained, pruning_ratio, **run_options)
         if n_remove_layers is not None and n_remove_layers < 1:
             raise UserError(f"--model.n_remove_layers: found {n_remove_layers}; it must be 1 or more.")
         self.n_remove_layers = n_remove_layers
@@ -85,18 +103,14 @@ class ShortGPT(PruningMethod):
         """At least one layer must go and one must stay."""
         self.layer_count(layers, total_parameters)
 
-    def attach(self) -> None:
-        """Watch the residual stream around every decoder layer."""
-        self.influence = nn.ModuleList(BlockInfluence() for _ in self.layers).to(self.device)
-        for view, statistic in zip(self.layers, self.influence, strict=True):
-            self.hooks.on_input_and_output(f"layer {view.index}", view.layer, statistic.update)  # type: ignore[arg-type]
+    def passes(self) -> list[Pass]:
+        """One forward over the decoder."""
+        return [BlockInfluencePass()]
 
     def decide(self) -> None:
         """Score every layer by BI and drop the lowest."""
         if self.saved is None:
-            for view, statistic in zip(self.layers, self.influence, strict=True):
-                statistic.raise_if_not_finite(f"layer {view.index}")  # type: ignore[operator]
-            influence = torch.stack([statistic.compute() for statistic in self.influence]).cpu()  # type: ignore[operator]
+            influence = torch.stack([finding["influence"] for finding in self.found("influence")])
         else:
             influence = self.saved.scores.importance
         cost = [view.attention_block_cost + view.mlp_block_cost for view in self.layers]

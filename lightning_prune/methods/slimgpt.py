@@ -28,9 +28,79 @@ from lightning_prune.methods.slimgpt_math import (
 )
 from lightning_prune.methods.slimgpt_ratios import layer_ratios, unit_counts
 from lightning_prune.statistics.hessian import InputGram
+from lightning_prune.statistics.hooks import Hooks
 from lightning_prune.surgery.anatomy import LayerAnatomy
 from lightning_prune.surgery.cut import parameters_after
 from lightning_prune.surgery.plan import LayerPlan
+from lightning_prune.walk.passes import WEIGHT, BlockPass, Finding, Pass
+
+SOLVER_DTYPES = ("float64", "float32")
+
+
+class SlimGPTPass(BlockPass):
+    """Prunes and refits o, then down, of every layer on what the pruned part before it puts out.
+
+    Args:
+        counts: (groups, channels) to remove from every layer.
+        head_score, ffn_group_size, damping, max_tokens: the method's options.
+        world_size: processes that share the tokens.
+    """
+
+    name = "slimgpt"
+
+    def __init__(
+        self,
+        counts: list[tuple[int, int]],
+        head_score: HeadError,
+        ffn_group_size: int | Literal["dynamic"],
+        damping: float,
+        max_tokens: int,
+        world_size: int,
+    ) -> None:
+        self.counts = counts
+        self.head_score: HeadError = head_score
+        self.ffn_group_size: int | Literal["dynamic"] = ffn_group_size
+        self.damping = damping
+        self.max_tokens = max_tokens // world_size
+
+    def observe(self, view: LayerAnatomy, role: str, hooks: Hooks) -> None:
+        """One Hessian at a time."""
+        linear = view.linears[role]
+        self.gram = InputGram(linear.in_features, self.max_tokens).to(self.model.device)
+        hooks.on_input(f"layer {view.index}, input of {role}", linear, self.gram.update)
+
+    def conclude(self, view: LayerAnatomy, role: str) -> Finding:
+        """``weight.<role>``: the refitted weight, removed columns zero; ``kept``: units; ``errors`` of all units;
+        ``damping``: the λ that was used."""
+        linear = view.linears[role]
+        gram, name = self.gram, f"layer {view.index}, {role} projection"
+        del self.gram
+        try:
+            xtx = gram.matrix()
+            samples = max(1, int(gram.tokens) // self.setting.seq_len)
+            del gram
+            hessian = inverse_hessian(xtx.double(), samples, self.damping)
+            result = self._prune(view, role, hessian)
+        except (NotPositiveDefiniteError, FloatingPointError) as error:
+            raise FloatingPointError(f"{name}: {error}") from None
+        width = linear.in_features // len(result.errors)
+        columns = (result.kept[:, None] * width + torch.arange(width, device=result.kept.device)).flatten()
+        refitted = torch.zeros_like(linear.weight)
+        refitted[:, columns] = result.weight.to(refitted.dtype)
+        return {
+            WEIGHT + role: refitted,
+            "kept": result.kept,
+            "errors": result.errors,
+            "damping": torch.tensor(result.damping, dtype=torch.float64),
+            "dtype": torch.tensor(SOLVER_DTYPES.index(str(hessian.inverse.dtype).removeprefix("torch."))),
+        }
+
+    def _prune(self, view: LayerAnatomy, role: str, hessian: InverseHessian) -> PrunedLinear:
+        groups, channels = self.counts[view.index]
+        if role == "output":
+            width = view.output.in_features // view.num_kv_heads
+            return prune_heads(view.output.weight, hessian, groups, width, self.head_score)
+        return prune_channels(view.down.weight, hessian, group_size_schedule(channels, self.ffn_group_size))
 
 
 class SlimGPT(PruningMethod):
@@ -48,11 +118,10 @@ class SlimGPT(PruningMethod):
         damping: λ, added to the Hessian's diagonal times its mean. Raised tenfold, and reported, where the Hessian is
             not positive definite with it.
         max_tokens: Take Hessians over at most this many calibration tokens.
-        label: Name of this system in run folders, TensorBoard and tables. Default: slimgpt.
+        run_options: Options of every method.
     """
 
     reusable = False
-    epochs_per_layer = 2  # attention, then the MLP on what the pruned attention puts out
 
     def __init__(
         self,
@@ -63,9 +132,9 @@ class SlimGPT(PruningMethod):
         first_ratio: float | None = None,
         damping: float = 0.01,
         max_tokens: int = 128_000,
-        label: str | None = None,
+        **run_options: Any,
     ) -> None:
-        super().__init__(pretrained, pruning_ratio, label)
+        super().__init__(pretrained, pruning_ratio, **run_options)
         if not 0 <= damping <= 1:
             raise UserError(f"--model.damping: found {damping:g}; it must lie between 0 and 1.")
         if max_tokens < 1:
@@ -79,12 +148,6 @@ class SlimGPT(PruningMethod):
         self.first_ratio = first_ratio
         self.damping = damping
         self.max_tokens = max_tokens
-        self.pruned: dict[tuple[int, str], PrunedLinear] = {}
-
-    @property
-    def layerwise(self) -> bool:
-        """Always."""
-        return True
 
     def layer_counts(
         self, layers: list[LayerAnatomy], total_parameters: int
@@ -116,62 +179,28 @@ class SlimGPT(PruningMethod):
         """The counts depend on shapes alone."""
         self.layer_counts(layers, total_parameters)
 
-    def on_fit_start(self) -> None:
-        """Fix every layer's share before the first Hessian."""
-        super().on_fit_start()
+    def passes(self) -> list[Pass]:
+        """One over the decoder, block by block."""
         self.ratios, self.counts = self.layer_counts(self.layers, self.dense_parameters)
-
-    @property
-    def role(self) -> Literal["output", "down"]:
-        """The projection whose inputs this epoch measures."""
-        return "down" if self.current_epoch % self.epochs_per_layer else "output"
-
-    def attach(self) -> None:
-        """One Hessian at a time."""
-        linear = self.current_layer.linears[self.role]
-        self.gram = InputGram(linear.in_features, self.max_tokens // self.trainer.world_size).to(self.device)
-        self.hooks.on_input(f"layer {self.current_layer.index}, input of {self.role}", linear, self.gram.update)
-
-    def finish_epoch(self) -> None:
-        """Prune and refit this projection in place; removed columns are zero until they are cut out."""
-        view, role = self.current_layer, self.role
-        linear = view.linears[role]
-        name = f"layer {view.index}, {role} projection"
-        samples = min(self.max_tokens, self.datamodule.calibration.tokens.numel()) // self.datamodule.seq_len
-        try:
-            hessian = inverse_hessian(self.gram.matrix().double(), max(1, samples), self.damping)
-            result = self._prune(view, role, hessian)
-        except (NotPositiveDefiniteError, FloatingPointError) as error:
-            raise FloatingPointError(f"{name}: {error}") from None
-        width = linear.in_features // len(result.errors)
-        columns = (result.kept[:, None] * width + torch.arange(width, device=result.kept.device)).flatten()
-        refitted = torch.zeros_like(linear.weight)  # of its own: an untouched fp64 weight is the result itself
-        refitted[:, columns] = result.weight.to(refitted.dtype)
-        linear.weight.copy_(refitted)
-        self.pruned[view.index, role] = replace(result, weight=torch.empty(0))
-        del self.gram
-
-    def _prune(self, view: LayerAnatomy, role: str, hessian: InverseHessian) -> PrunedLinear:
-        groups, channels = self.counts[view.index]
-        if role == "output":
-            width = view.output.in_features // view.num_kv_heads
-            return prune_heads(view.output.weight, hessian, groups, width, self.head_score)
-        return prune_channels(view.down.weight, hessian, group_size_schedule(channels, self.ffn_group_size))
+        return [
+            SlimGPTPass(
+                self.counts, self.head_score, self.ffn_group_size, self.damping, self.max_tokens, self.trainer.world_size
+            )
+        ]
 
     def decide(self) -> None:
         """Everything is decided; write it down. The score of a unit is its error when it was removed."""
-        attention: list[Tensor] = []
-        mlp: list[Tensor] = []
-        kept: list[LayerPlan] = []
-        removed: list[Tensor] = []
-        for view in self.layers:
-            heads, channels = self.pruned[view.index, "output"], self.pruned[view.index, "down"]
-            attention.append(heads.errors)
-            mlp.append(channels.errors)
-            kept.append(LayerPlan(view.index, heads.kept.tolist(), channels.kept.tolist()))
-            removed += [_removed(heads), _removed(channels)]
-        scores = group_scores(self.layers, attention, mlp)
-        self.scores = replace(scores, score=scores.importance, base=scores.importance, pruned=torch.cat(removed))
+        found = self.found("slimgpt")
+        blocks = list(zip(found[::2], found[1::2], strict=True))  # of every layer its attention, then its MLP
+        self.damping_used = [[float(one["damping"]) for one in pair] for pair in blocks]
+        self.solver_dtypes = sorted({SOLVER_DTYPES[int(one["dtype"])] for pair in blocks for one in pair})
+        kept = [
+            LayerPlan(layer, heads["kept"].tolist(), channels["kept"].tolist())
+            for layer, (heads, channels) in enumerate(blocks)
+        ]
+        scores = group_scores(self.layers, [heads["errors"] for heads, _ in blocks], [mlp["errors"] for _, mlp in blocks])
+        removed = torch.cat([_removed(one) for pair in blocks for one in pair])
+        self.scores = replace(scores, score=scores.importance, base=scores.importance, pruned=removed)
         left = parameters_after(self.layers, self.dense_parameters, kept)
         self.plan = self.make_plan(kept, left, weights_updated=True)
 
@@ -182,8 +211,9 @@ class SlimGPT(PruningMethod):
             "ffn_group_size": self.ffn_group_size,
             "damping": self.damping,
             "damping_used": {
-                role: [self.pruned[view.index, role].damping for view in self.layers] for role in ("output", "down")
+                role: [pair[index] for pair in self.damping_used] for index, role in enumerate(("output", "down"))
             },
+            "solver_dtype": ", ".join(self.solver_dtypes),
             "max_tokens": self.max_tokens,
             "layer_ratios": self.ratios,
             "removed_groups_and_channels": self.counts,
@@ -191,7 +221,7 @@ class SlimGPT(PruningMethod):
         }
 
 
-def _removed(linear: PrunedLinear) -> Tensor:
-    removed = torch.ones(len(linear.errors), dtype=torch.bool)
-    removed[linear.kept.cpu()] = False
+def _removed(found: Finding) -> Tensor:
+    removed = torch.ones(len(found["errors"]), dtype=torch.bool)
+    removed[found["kept"]] = False
     return removed

@@ -5,29 +5,18 @@ estimate of the curvature. L is the mean token loss over the whole calibration s
 absolute value is taken once, at the end.
 """
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
+from lightning_prune.statistics.gradients import LayerGradients
 from lightning_prune.surgery.anatomy import LayerAnatomy
-from lightning_prune.surgery.groups import attention_group_sums, mlp_channel_sums
+from lightning_prune.surgery.groups import group_importance
+from lightning_prune.walk.backward import BackwardPass
+from lightning_prune.walk.passes import Finding
 
 
-def taylor_importance(layer: LayerAnatomy, gradients: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """I(G) = Σ |w·g| over every weight of the group.
-
-    Args:
-        layer: one decoder layer.
-        gradients: g by role (query, key, value, output, gate, up, down), fp32, shaped like the weights.
-
-    Returns:
-        ``[K]`` per GQA group and ``[F]`` per MLP channel, fp32.
-    """
-    product = {role: (linear.weight.float() * gradients[role]).abs() for role, linear in layer.linears.items()}
-    return (
-        attention_group_sums(product["query"], product["key"], product["value"], product["output"], layer.num_kv_heads),
-        mlp_channel_sums(product["gate"], product["up"], product["down"]),
-    )
+def weight_scores(weight: Tensor, gradient: Tensor) -> Tensor:
+    """|w·g|, fp32, shaped like both. ``gradient`` is overwritten: it is as large as the weight."""
+    return gradient.mul_(weight).abs_()
 
 
 def second_order_term(weight: Tensor, sample_gradient: Tensor) -> Tensor:
@@ -37,3 +26,33 @@ def second_order_term(weight: Tensor, sample_gradient: Tensor) -> Tensor:
     a batch. ½·w²·h is quadratically small: expect it to hardly move a ranking.
     """
     return 0.5 * (weight.float() * sample_gradient).square()
+
+
+class TaylorPass(BackwardPass):
+    """I(G) = Σ |w·g| over every weight of the group, with ``second_order`` plus Σ ½·w²·h."""
+
+    name = "importance"
+
+    def __init__(self, second_order: bool = False) -> None:
+        self.second_order = self.per_sample = second_order
+
+    def watch(self, view: LayerAnatomy) -> None:
+        """One layer's accumulators."""
+        self.gradients = LayerGradients(view, second_order_term if self.second_order else None)
+
+    def expect(self, samples: int, tokens: int) -> None:
+        """Tell the accumulators."""
+        self.gradients.expect(samples, tokens)
+
+    def conclude(self, view: LayerAnatomy) -> Finding:
+        """Importance per unit; the accumulators are freed one projection at a time."""
+        gradients = self.gradients
+        gradients.remove()
+        groups, channels = group_importance(
+            view, lambda role: weight_scores(view.linears[role].weight, gradients.take(role))
+        )
+        if self.second_order:
+            groups = groups + sum(gradients.terms_of(role) for role in ("query", "key", "value", "output"))
+            channels = channels + sum(gradients.terms_of(role) for role in ("gate", "up", "down"))
+        del self.gradients
+        return {"attention": groups, "mlp": channels}

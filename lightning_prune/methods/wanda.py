@@ -4,16 +4,16 @@ The paper scores a weight by |W_ij| · ‖X_j‖₂, with ‖X_j‖₂ the l2 no
 Here the importance of a group is the sum of that score over every weight of the group.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_prune.methods.mask_pruning import GroupOrMaskPruning
+from lightning_prune.methods.mask_pruning import GroupOrMaskPruning, MaskRule, mask_layer
 from lightning_prune.statistics.hooks import Hooks
 from lightning_prune.statistics.input_norms import SumOfSquares
 from lightning_prune.surgery.anatomy import LayerAnatomy
-from lightning_prune.surgery.groups import attention_group_sums, mlp_channel_sums
+from lightning_prune.surgery.groups import group_importance
+from lightning_prune.walk.passes import Finding, ForwardPass, Pass, Step
 
 # Projections that read the same activation share one statistic, collected at the first of them.
 INPUT_OF = {
@@ -40,48 +40,81 @@ def weight_scores(weight: Tensor, input_norms: Tensor) -> Tensor:
     return weight.float().abs() * input_norms.float()
 
 
-def wanda_importance(layer: LayerAnatomy, norms: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def wanda_importance(view: LayerAnatomy, norms: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """I(G) = Σ |W_ij| · ‖X_j‖₂ over every weight of the group, in all its projections.
 
     Args:
-        layer: one decoder layer.
+        view: one decoder layer.
         norms: input norms ``[in]`` by role: query, output, gate, down.
 
     Returns:
         ``[K]`` per GQA group and ``[F]`` per MLP channel, fp32.
     """
-    score = {role: weight_scores(linear.weight, norms[INPUT_OF[role]]) for role, linear in layer.linears.items()}
-    return (
-        attention_group_sums(score["query"], score["key"], score["value"], score["output"], layer.num_kv_heads),
-        mlp_channel_sums(score["gate"], score["up"], score["down"]),
-    )
+    return group_importance(view, lambda role: weight_scores(view.linears[role].weight, norms[INPUT_OF[role]]))
 
 
-class InputNorms(nn.Module):
-    """Collects the input norms of every layer's projections during one pass."""
+class InputNorms:
+    """Collects the norms of a layer's four distinct inputs."""
 
-    def __init__(self, layers: Sequence[LayerAnatomy], hooks: Hooks) -> None:
-        super().__init__()
-        self.sums = nn.ModuleDict()
-        for layer in layers:
-            for role in sorted(set(INPUT_OF.values())):
-                linear = layer.linears[role]
-                statistic = SumOfSquares(linear.in_features).to(linear.weight.device)
-                self.sums[f"{layer.index}_{role}"] = statistic
-                hooks.on_input(f"layer {layer.index}, input of {role}", linear, statistic.update)
+    def __init__(self, view: LayerAnatomy, hooks: Hooks) -> None:
+        self.layer = view.index
+        self.sums: dict[str, SumOfSquares] = {}
+        for role in sorted(set(INPUT_OF.values())):
+            linear = view.linears[role]
+            self.sums[role] = SumOfSquares(linear.in_features).to(linear.weight.device)
+            hooks.on_input(self._name(role), linear, self.sums[role].update)
 
-    def of(self, layer: int) -> dict[str, Tensor]:
-        """‖X_j‖₂ fp64 ``[in]`` of one layer, by the role that reads the input first: query, output, gate, down.
+    def norms(self) -> dict[str, Tensor]:
+        """‖X_j‖₂ fp64 ``[in]`` by the role that reads the input first: query, output, gate, down.
 
         Raises:
             FloatingPointError: an activation was NaN or infinite.
         """
-        found = {}
-        for role in set(INPUT_OF.values()):
-            statistic: SumOfSquares = self.sums[f"{layer}_{role}"]  # type: ignore[assignment]
-            statistic.raise_if_not_finite(f"layer {layer}, input of {role}")
-            found[role] = statistic.norms()
-        return found
+        for role, statistic in self.sums.items():
+            statistic.raise_if_not_finite(self._name(role))
+        return {role: statistic.norms() for role, statistic in self.sums.items()}
+
+    def _name(self, role: str) -> str:
+        return f"layer {self.layer}, input of {role}"
+
+
+class WandaPass(ForwardPass):
+    """Group importance from the dense model's activations."""
+
+    name = "importance"
+
+    def observe(self, view: LayerAnatomy, hooks: Hooks) -> None:
+        """Watch the layer's inputs."""
+        self.inputs = InputNorms(view, hooks)
+
+    def conclude(self, view: LayerAnatomy) -> Finding:
+        """Importance per unit."""
+        groups, channels = wanda_importance(view, self.inputs.norms())
+        return {"attention": groups, "mlp": channels}
+
+
+class WandaMaskPass(WandaPass):
+    """Zeroes the lowest-scored weights of each output row, or n:m.
+
+    Args:
+        rule: what is zeroed.
+        sequential: calibrate each layer on the output of the masked layers before it, as the paper does; false takes all
+            norms from the dense model.
+    """
+
+    name = "masks"
+
+    def __init__(self, rule: MaskRule, sequential: bool) -> None:
+        self.rule, self.rewrites = rule, sequential
+
+    def conclude(self, view: LayerAnatomy) -> Finding:
+        """The masked weights, and what was zeroed."""
+        norms = self.inputs.norms()
+        return mask_layer(view, self.rule, lambda role: weight_scores(view.linears[role].weight, norms[INPUT_OF[role]]))
+
+    def changes(self, step: Step) -> bool:
+        """Always, though the next layer may be meant not to see it."""
+        return True
 
 
 class Wanda(GroupOrMaskPruning):
@@ -99,25 +132,10 @@ class Wanda(GroupOrMaskPruning):
         super().__init__(pretrained, pruning_ratio, **options)
         self.sequential = sequential
 
-    @property
-    def layerwise(self) -> bool:
-        """Group scores come from the dense model in one pass; the paper's masks from one layer after the other."""
-        return self.masked and self.sequential
+    def passes(self) -> list[Pass]:
+        """One forward over the decoder."""
+        return [WandaMaskPass(self.rule, self.sequential)] if self.masked else [WandaPass()]
 
-    def attach(self) -> None:
-        """Watch the four distinct inputs of every layer, or of this epoch's layer."""
-        self.norms = InputNorms([self.current_layer] if self.layerwise else self.layers, self.hooks)
-
-    def finish_epoch(self) -> None:
-        """Sequential masks: mask this layer, so that the next one sees what it puts out."""
-        if self.layerwise:
-            self.mask_layer(self.current_layer)
-
-    def importances(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Sums of |w|·‖x‖ for every layer."""
-        pairs = [wanda_importance(layer, self.norms.of(layer.index)) for layer in self.layers]
-        return [groups for groups, _ in pairs], [channels for _, channels in pairs]
-
-    def weight_scores(self, layer: LayerAnatomy, role: str) -> Tensor:
-        """|W_ij| · ‖X_j‖₂, compared within each output row."""
-        return weight_scores(layer.linears[role].weight, self.norms.of(layer.index)[INPUT_OF[role]])
+    def details(self) -> dict[str, Any]:
+        """Where the masks' norms come from."""
+        return {**super().details(), **({"sequential": self.sequential} if self.masked else {})}

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_prune import methods
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.errors import UserError
-from lightning_prune.evaluation.module import EvaluatedModel
+from lightning_prune.walk.module import LayeredModule
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.parsing.messages import plain
 from lightning_prune.reporting.progress import RunProgressBar
@@ -42,7 +42,7 @@ class Parser(LightningArgumentParser):
 
     def _option_names(self) -> list[str]:
         names = [option.lstrip("-") for option in self._option_string_actions]
-        classes = {base for found in (EvaluatedModel, *known_methods().values()) for base in found.__mro__}
+        classes = {base for found in (LayeredModule, *known_methods().values()) for base in found.__mro__}
         own = [base for base in classes if base.__module__.startswith(methods.__name__.split(".")[0])]
         options = {f"model.{name}" for base in own for name in inspect.signature(base).parameters}
         return sorted({*names, *options} - {"model.init_args", "model.options", "model.group_options"})
@@ -52,7 +52,7 @@ class PruneCLI(LightningCLI):
     """Parses and builds trainer, model and data; the command runs them."""
 
     def __init__(
-        self, argv: list[str] | dict[str, Any], model_class: type[EvaluatedModel], subclasses: bool, command: str
+        self, argv: list[str] | dict[str, Any], model_class: type[LayeredModule], subclasses: bool, command: str
     ) -> None:
         quiet()
         try:
@@ -61,7 +61,7 @@ class PruneCLI(LightningCLI):
             raise user_error_behind(error) or error from None
 
     def _parse_and_build(
-        self, argv: list[str] | dict[str, Any], model_class: type[EvaluatedModel], subclasses: bool, command: str
+        self, argv: list[str] | dict[str, Any], model_class: type[LayeredModule], subclasses: bool, command: str
     ) -> None:
         super().__init__(
             model_class,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_prune.evaluation.module import PerplexityResult
+from lightning_prune.walk.module import PerplexityResult
 from lightning_prune.files import write_json, write_text
 from lightning_prune.reporting.verdict import verdict
 from lightning_prune.surgery.plan import PruningPlan

@@ -1,6 +1,6 @@
-"""Gradients of the mean token loss over the calibration set, one weight matrix at a time."""
+"""Gradients of the mean token loss over the calibration set, for the weights of one layer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -25,14 +25,14 @@ class WeightGradient(TokenStatistic):
         super().__init__()
         self.add_matrix_state("gradient", shape)
 
-    def update(self, mean_gradient: Tensor, tokens: int) -> None:
-        """Add the gradient ``[out, in]`` of a mean over ``tokens`` tokens."""
-        self.gradient.add_(mean_gradient.float(), alpha=tokens)
+    def update(self, gradient: Tensor, tokens: int) -> None:
+        """Add the gradient ``[out, in]`` of a sum over ``tokens`` tokens."""
+        self.gradient += gradient
         self.tokens += tokens
 
     def compute(self) -> Tensor:
-        """g, fp32 ``[out, in]``: gradient of the mean token loss over the whole set."""
-        return self.gradient / self.tokens
+        """g, fp32 ``[out, in]``: gradient of the mean token loss over the whole set. Divides in place: once only."""
+        return self.gradient.div_(self.tokens)
 
 
 class SampleTerms(TokenStatistic):
@@ -59,85 +59,82 @@ class SampleTerms(TokenStatistic):
         return self.terms / self.samples
 
 
-class GradientSums(nn.Module):
-    """Consumes every prunable weight's gradient as soon as backward has made it, and frees it.
-
-    So beside the weights there is one fp32 accumulator per prunable weight and one transient gradient. Embeddings,
-    norms and head take no gradient.
+class LayerGradients(nn.Module):
+    """Consumes a layer's weight gradients as soon as backward has made them, and frees them.
 
     Args:
-        layers: anatomy of the model; its weights are switched to ``requires_grad`` until ``remove``.
-        sample_term: function of (weight, gradient of one sample) to sum per unit; every backward must then hold
-            exactly one sample.
+        view: one decoder layer; its projections are switched to ``requires_grad`` until ``remove``.
+        sample_term: function of (weight, gradient of one sample's mean loss) to sum per unit; every backward must then
+            hold exactly one sample.
     """
 
-    def __init__(self, layers: Sequence[LayerAnatomy], sample_term: SampleTerm | None = None) -> None:
+    def __init__(self, view: LayerAnatomy, sample_term: SampleTerm | None = None) -> None:
         super().__init__()
-        self.sample_term = sample_term
+        self.view, self.sample_term = view, sample_term
         self.tokens = self.samples = 0
         self.sums = nn.ModuleDict()
         self.terms = nn.ModuleDict()
         self._handles: list[RemovableHandle] = []
-        self._weights = [linear.weight for view in layers for linear in view.linears.values()]
-        for view in layers:
-            for role, linear in view.linears.items():
-                name, weight = f"{view.index}_{role}", linear.weight
-                self.sums[name] = WeightGradient(weight.shape).to(weight.device)
-                if sample_term is not None:
-                    self.terms[name] = SampleTerms(_units(view, role)).to(weight.device)
-                weight.requires_grad_(True)
-                hook = self._consumer(name, _units(view, role), "columns" if role in COLUMN_UNITS else "rows")
-                self._handles.append(weight.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+        for role, linear in view.linears.items():
+            weight = linear.weight
+            self.sums[role] = WeightGradient(weight.shape).to(weight.device)
+            if sample_term is not None:
+                self.terms[role] = SampleTerms(self._units(role)).to(weight.device)
+            weight.requires_grad_(True)
+            self._handles.append(weight.register_post_accumulate_grad_hook(self._consumer(role)))  # type: ignore[no-untyped-call]
 
     def expect(self, samples: int, tokens: int) -> None:
-        """Say what the next backward's mean loss is taken over."""
+        """Say what the next backward's summed loss is taken over."""
         self.samples, self.tokens = samples, tokens
 
     def remove(self) -> None:
         """Take the hooks off and freeze the weights again."""
         while self._handles:
             self._handles.pop().remove()
-        for weight in self._weights:
-            weight.requires_grad_(False)
-            weight.grad = None
+        for linear in self.view.linears.values():
+            linear.weight.requires_grad_(False)
+            linear.weight.grad = None
 
-    def of(self, layer: int) -> dict[str, Tensor]:
-        """g of one layer by role, fp32, shaped like the weights.
+    def take(self, role: str) -> Tensor:
+        """g of one projection, fp32, shaped like the weight; its accumulator is given up.
 
         Raises:
             FloatingPointError: a gradient was NaN or infinite.
         """
-        found = {}
-        for role in ROLES:
-            statistic: WeightGradient = self.sums[f"{layer}_{role}"]  # type: ignore[assignment]
-            found[role] = statistic.reduced()
-            bad = int((~torch.isfinite(found[role])).sum())
-            if bad:
-                raise FloatingPointError(
-                    f"layer {layer}, {role} projection: {bad} gradient values overflowed (NaN or infinite). "
-                    "Use --trainer.precision 32-true or bf16-true."
-                )
+        statistic: WeightGradient = self.sums.pop(role)  # type: ignore[assignment]
+        found = statistic.reduced()
+        bad = int((~torch.isfinite(found)).sum())
+        if bad:
+            raise FloatingPointError(
+                f"layer {self.view.index}, {role} projection: {bad} gradient values are NaN or infinite."
+            )
         return found
 
-    def terms_of(self, layer: int) -> dict[str, Tensor]:
-        """Mean sample terms per unit of one layer by role, fp64."""
-        statistics: dict[str, SampleTerms] = {role: self.terms[f"{layer}_{role}"] for role in ROLES}  # type: ignore[misc]
-        return {role: statistic.reduced() for role, statistic in statistics.items()}
+    def terms_of(self, role: str) -> Tensor:
+        """Mean sample terms per unit of one projection, fp64."""
+        statistic: SampleTerms = self.terms[role]  # type: ignore[assignment]
+        return statistic.reduced()
 
-    def _consumer(self, name: str, units: int, along: Literal["rows", "columns"]) -> Callable[[Tensor], None]:
+    def _consumer(self, role: str) -> Callable[[Tensor], None]:
+        units, along = self._units(role), unit_axis(role)
+
         def consume(weight: Tensor) -> None:
             assert weight.grad is not None
             gradient = weight.grad.detach()
-            self.sums[name].update(gradient, self.tokens)  # type: ignore[operator]
+            self.sums[role].update(gradient, self.tokens)  # type: ignore[operator]
             if self.sample_term is not None:
                 assert self.samples == 1, "per-sample terms need one sample per backward"
                 with torch.no_grad():
-                    term = self.sample_term(weight.detach(), gradient.float())
-                    self.terms[name].update(unit_sums(term, units, along))  # type: ignore[operator]
+                    term = self.sample_term(weight.detach(), gradient.float() / self.tokens)
+                    self.terms[role].update(unit_sums(term, units, along))  # type: ignore[operator]
             weight.grad = None
 
         return consume
 
+    def _units(self, role: str) -> int:
+        return self.view.num_channels if role in ("gate", "up", "down") else self.view.num_kv_heads
 
-def _units(view: LayerAnatomy, role: str) -> int:
-    return view.num_channels if role in ("gate", "up", "down") else view.num_kv_heads
+
+def unit_axis(role: str) -> Literal["rows", "columns"]:
+    """Which axis of a projection's weight the prunable units divide."""
+    return "columns" if role in COLUMN_UNITS else "rows"

@@ -32,5 +32,5 @@ class SumOfSquares(TokenStatistic):
 
     def norms(self) -> Tensor:
         """‖X_j‖₂, float64 ``[in]``. A sum over tokens, not a mean: twice the data gives √2 times the norm."""
-        total: Tensor = self.compute()
+        total = self.reduced()
         return total.reshape(-1).sqrt()  # torchmetrics returns a scalar for a single channel

@@ -11,16 +11,18 @@ from torchmetrics import Metric
 class TokenStatistic(Metric):
     """A sum over calibration tokens.
 
-    States are reduced over processes by summing, so neither the batch size nor the order of samples nor the
-    number of processes matters beyond rounding. ``tokens``: int64 scalar, the tokens this process counted.
+    States are summed over processes, once and in place (torchmetrics' own reduction would hold a copy per process), so
+    neither the batch size nor the order of samples nor the number of processes matters beyond rounding.
+    ``tokens``: int64 scalar, the tokens this process counted.
     """
 
     full_state_update = False
     tokens: Tensor
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(sync_on_compute=False)
         self._matrices: dict[str, torch.Size] = {}
+        self._summed = False
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def add_matrix_state(self, name: str, shape: torch.Size) -> None:
@@ -31,6 +33,10 @@ class TokenStatistic(Metric):
 
     def reduced(self) -> Tensor:
         """``compute`` over all processes, without the copy of the result that torchmetrics would keep."""
+        if not self._summed and torch.distributed.is_initialized():
+            for name in self._defaults:
+                torch.distributed.all_reduce(getattr(self, name))
+            self._summed = True
         value: Tensor = self.compute()
         self._computed = None
         return value
@@ -38,6 +44,7 @@ class TokenStatistic(Metric):
     def reset(self) -> None:
         """Back to zero tokens."""
         super().reset()
+        self._summed = False
         for name, shape in self._matrices.items():
             setattr(self, name, torch.zeros(shape, dtype=torch.float32, device=self.tokens.device))
 
@@ -53,8 +60,7 @@ class TokenStatistic(Metric):
         bad = int((~torch.isfinite(value)).sum())
         if bad:
             raise FloatingPointError(
-                f"{name}: {bad} of {value.numel()} values of {type(self).__name__} are NaN or infinite: "
-                "the activations overflowed. Use --trainer.precision 32-true or bf16-true."
+                f"{name}: {bad} of {value.numel()} values of {type(self).__name__} are NaN or infinite."
             )
 
 

@@ -39,6 +39,14 @@ class Family:
     attention_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
 
+    def role_of(self, name: str) -> str | None:
+        """The role of a projection's weight from its name below the layer, None for every other parameter."""
+        for block, roles in ((self.attention, ("query", "key", "value", "output")), (self.mlp, ("gate", "up", "down"))):
+            for role in roles:
+                if name == f"{block}.{getattr(self, role)}.weight":
+                    return role
+        return None
+
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family

@@ -1,56 +1,52 @@
-"""Carry out a PruningPlan: a smaller model in memory, the same that the checkpoint gives back."""
+"""A PruningPlan as shapes: the config of what it leaves, its parameter count, and what is left of every tensor."""
 
 import copy
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from torch import Tensor
+from transformers import CONFIG_MAPPING
 
 from lightning_prune.errors import UserError
-from lightning_prune.surgery.anatomy import (
-    LayerAnatomy,
-    anatomy,
-    family_of,
-    head_dim_of,
-    layers_of,
-    projection_biases,
-)
-from lightning_prune.surgery.modeling_pruned import pruned_class
+from lightning_prune.surgery.anatomy import Family, LayerAnatomy, family_of, head_dim_of, projection_biases
 from lightning_prune.surgery.plan import LayerPlan, PruningPlan
 
 
-def layout_of(model: PreTrainedModel) -> Literal["stock", "per-layer"]:
-    """Whether stock tools load ``model``'s checkpoint as it is, or need the modeling file in its folder."""
-    return "per-layer" if model.config.is_heterogeneous else "stock"
+def layout_of(config: Any) -> Literal["stock", "per-layer"]:
+    """Whether stock tools load a checkpoint with this config as it is, or need the modeling file in its folder."""
+    return "per-layer" if config.is_heterogeneous else "stock"
 
 
-def cut(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
-    """Remove GQA groups, MLP channels, blocks and layers; weights that stay keep their bits, dtype and device.
+def kept_part(family: Family, config: Any, kept: LayerPlan, name: str, tensor: Tensor) -> Tensor:
+    """What is left of one parameter of a decoder layer.
 
-    The result has the class that loading its checkpoint gives. Use it in place of ``model``, whose layers
-    are taken apart on the way so that dense and pruned weights never stand in memory together.
-
-    Raises:
-        UserError: the plan does not fit the model (``check_plan``), or the model cannot be pruned
-            (``anatomy``). The model is then untouched.
+    Args:
+        family, config: of the dense model.
+        kept: what the layer keeps; a block that keeps nothing must not be asked for.
+        name: of the parameter below the layer, such as ``self_attn.q_proj.weight``.
+        tensor: the parameter, whole.
     """
-    layers = anatomy(model)
-    check_plan(layers, plan)
-    config = pruned_config(model.config, plan)
-    device = model.device
-    weights = _kept_weights(model, layers, plan)
-    trainable = {name for name, parameter in weights.items() if parameter.requires_grad}
-    with torch.device("meta"):
-        pruned: Any = _class_for(model, config)(config)
-    pruned.load_state_dict(weights, assign=True)  # the very Parameter objects, so tied ones stay tied
-    for name, parameter in pruned.named_parameters():
-        parameter.requires_grad_(name in trainable)  # assigning switched all of them on
-    # Rotary tables are not in the state dict; made anew on the CPU in fp32, as loading a checkpoint does.
-    rotary = pruned.model.rotary_emb
-    pruned.model.rotary_emb = type(rotary)(rotary.config).to(device)
-    pruned.generation_config = copy.deepcopy(model.generation_config)
-    return pruned.train(model.training)  # type: ignore[no-any-return]
+    attention, mlp = f"{family.attention}.", f"{family.mlp}."
+    kind = name.rpartition(".")[2]
+    rows = {attention + role for role in (family.query, family.key, family.value)}
+    owner = name.rpartition(".")[0]
+    if owner in rows:
+        return _kept(tensor, 0, config.num_key_value_heads, kept.kept_kv_heads)
+    if owner == attention + family.output and kind == "weight":
+        return _kept(tensor, 1, config.num_key_value_heads, kept.kept_kv_heads)
+    if owner in (mlp + family.gate, mlp + family.up):
+        return _kept(tensor, 0, config.intermediate_size, kept.kept_channels)
+    if owner == mlp + family.down and kind == "weight":
+        return _kept(tensor, 1, config.intermediate_size, kept.kept_channels)
+    return tensor
+
+
+def _kept(tensor: Tensor, dim: int, units: int, kept: list[int]) -> Tensor:
+    """The slices of units ``kept`` along ``dim``, which ``units`` equal slices divide."""
+    if len(kept) == units:
+        return tensor
+    index = torch.tensor(kept, device=tensor.device)
+    return tensor.unflatten(dim, (units, -1)).index_select(dim, index).flatten(dim, dim + 1)
 
 
 def check_plan(layers: list[LayerAnatomy], plan: PruningPlan) -> None:
@@ -149,71 +145,6 @@ def _as_alias(config: Any, model_type: str | None) -> Any:
     alias._attn_implementation_internal = config._attn_implementation
     alias.name_or_path = config.name_or_path
     return alias
-
-
-def _class_for(model: PreTrainedModel, config: Any) -> Any:
-    if config.is_heterogeneous:
-        return pruned_class(type(model).__name__)
-    if config.model_type == model.config.model_type:
-        return type(model)
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-
-
-@torch.no_grad()
-def _kept_weights(model: PreTrainedModel, layers: list[LayerAnatomy], plan: PruningPlan) -> dict[str, nn.Parameter]:
-    """The pruned model's state dict. Takes the layers out of ``model``."""
-    family = family_of(model.config)
-    del layers_of(model)[:]
-    weights = dict(model.named_parameters(remove_duplicate=False))
-    left = 0
-    for dense, kept in zip(layers, plan.layers, strict=True):
-        if kept.kept_kv_heads:
-            _slice_attention(dense, kept.kept_kv_heads)
-        else:
-            delattr(dense.layer, family.attention)
-            delattr(dense.layer, family.attention_norm)
-        if kept.kept_channels:
-            _slice_mlp(dense, kept.kept_channels)
-        else:
-            delattr(dense.layer, family.mlp)
-            delattr(dense.layer, family.mlp_norm)
-        if kept.kept_kv_heads or kept.kept_channels:
-            for name, parameter in dense.layer.named_parameters():
-                weights[f"{family.layers}.{left}.{name}"] = parameter
-            left += 1
-    return weights
-
-
-def _slice_attention(layer: LayerAnatomy, kept_kv_heads: list[int]) -> None:
-    device = layer.query.weight.device
-    heads = torch.tensor(kept_kv_heads, device=device)
-    rows = torch.arange(layer.key.out_features, device=device).view(layer.num_kv_heads, -1)[heads].flatten()
-    query_rows = torch.arange(layer.query.out_features, device=device)
-    query_rows = query_rows.view(layer.num_kv_heads, -1)[heads].flatten()
-    for linear, index in ((layer.query, query_rows), (layer.key, rows), (layer.value, rows)):
-        _keep_rows(linear, index)
-    _keep_columns(layer.output, query_rows)
-
-
-def _slice_mlp(layer: LayerAnatomy, kept_channels: list[int]) -> None:
-    channels = torch.tensor(kept_channels, device=layer.gate.weight.device)
-    _keep_rows(layer.gate, channels)
-    _keep_rows(layer.up, channels)
-    _keep_columns(layer.down, channels)
-
-
-def _keep_rows(linear: nn.Linear, index: Tensor) -> None:
-    linear.weight = _kept(linear.weight, 0, index)
-    if linear.bias is not None:
-        linear.bias = _kept(linear.bias, 0, index)
-
-
-def _keep_columns(linear: nn.Linear, index: Tensor) -> None:
-    linear.weight = _kept(linear.weight, 1, index)
-
-
-def _kept(parameter: Tensor, dim: int, index: Tensor) -> nn.Parameter:
-    return nn.Parameter(parameter.index_select(dim, index), requires_grad=parameter.requires_grad)
 
 
 def _check_indices(indices: list[int], size: int, field: str, layer: int, plan: PruningPlan) -> None:

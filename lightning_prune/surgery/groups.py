@@ -1,47 +1,40 @@
 """From scores of single weights to scores of what can be removed: sums over the weights of a unit."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-
-def attention_group_sums(query: Tensor, key: Tensor, value: Tensor, output: Tensor, num_kv_heads: int) -> Tensor:
-    """Sum weight scores S over each GQA group.
-
-    sums[j] = Σ S_q[j·r·d : (j+1)·r·d, :] + Σ S_k[j·d : (j+1)·d, :] + Σ S_v[j·d : (j+1)·d, :]
-              + Σ S_o[:, j·r·d : (j+1)·r·d]
-
-    Args:
-        query: ``[K·r·d, D]``, any float dtype, like the other three.
-        key: ``[K·d, D]``.
-        value: ``[K·d, D]``.
-        output: ``[D, K·r·d]``.
-        num_kv_heads: K. KV head j serves the contiguous query heads j·r … j·r + r − 1.
-
-    Returns:
-        ``[K]``, float64 where an input is float64, else float32 (also the accumulation's dtype).
-    """
-    dtype = _accumulation_dtype(query, key, value, output)
-    rows = sum(matrix.reshape(num_kv_heads, -1).sum(1, dtype=dtype) for matrix in (query, key, value))
-    return rows + output.sum(0, dtype=dtype).reshape(num_kv_heads, -1).sum(1)
+from lightning_prune.surgery.anatomy import LayerAnatomy
 
 
-def mlp_channel_sums(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """Sum weight scores S over each intermediate channel.
-
-    sums[c] = Σ S_gate[c, :] + Σ S_up[c, :] + Σ S_down[:, c]
+def group_importance(view: LayerAnatomy, weight_score: Callable[[str], Tensor]) -> tuple[Tensor, Tensor]:
+    """Importance of every unit of a layer: the sum of a weight score over all weights of the unit.
 
     Args:
-        gate: ``[F, D]``, any float dtype, like the other two.
-        up: ``[F, D]``.
-        down: ``[D, F]``.
+        view: one decoder layer.
+        weight_score: role → score of every weight of that projection, shaped like it; asked for one role at a time, so
+            that one score matrix is in memory.
 
     Returns:
-        ``[F]``, float64 where an input is float64, else float32 (also the accumulation's dtype).
+        ``[K]`` per GQA group and ``[F]`` per MLP channel, fp32, or fp64 where the scores are.
+
+    A group j is the rows [j·r·d, (j+1)·r·d) of q, [j·d, (j+1)·d) of k and v, and the columns [j·r·d, (j+1)·r·d) of o; a
+    channel c is row c of gate and up and column c of down.
     """
-    dtype = _accumulation_dtype(gate, up, down)
-    return gate.sum(1, dtype=dtype) + up.sum(1, dtype=dtype) + down.sum(0, dtype=dtype)
+    groups = _sum_of_roles(("query", "key", "value", "output"), weight_score, view.num_kv_heads)
+    return groups, _sum_of_roles(("gate", "up", "down"), weight_score, view.num_channels)
+
+
+def _sum_of_roles(roles: tuple[str, ...], weight_score: Callable[[str], Tensor], units: int) -> Tensor:
+    total: Tensor | None = None
+    for role in roles:
+        along: Literal["rows", "columns"] = "columns" if role in ("output", "down") else "rows"
+        part = unit_sums(weight_score(role), units, along)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
 
 
 def _accumulation_dtype(*scores: Tensor) -> torch.dtype:
@@ -57,8 +50,9 @@ def unit_sums(scores: Tensor, num_units: int, along: Literal["rows", "columns"])
         along: the axis that the units divide.
 
     Returns:
-        ``[num_units]`` in the dtype of ``scores``.
+        ``[num_units]``, float64 where ``scores`` is float64, else float32.
     """
+    dtype = _accumulation_dtype(scores)
     if along == "rows":
-        return scores.reshape(num_units, -1).sum(1)
-    return scores.sum(0).reshape(num_units, -1).sum(1)
+        return scores.reshape(num_units, -1).sum(1, dtype=dtype)
+    return scores.sum(0, dtype=dtype).reshape(num_units, -1).sum(1)

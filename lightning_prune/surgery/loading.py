@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
@@ -95,17 +102,27 @@ def load_model(pretrained: str, dtype: torch.dtype | None) -> PreTrainedModel:
     return model  # type: ignore[no-any-return]
 
 
-def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """A model without storage: shapes and names to check before any weight is read.
+def meta_model(config: PretrainedConfig, device: torch.device | None = None) -> PreTrainedModel:
+    """A model without storage: shapes and names to check before any weight is read. ``device``: meta by default.
 
     Raises:
         UserError: the config is inconsistent.
     """
     trouble = _user_error(config.name_or_path, "no model can be built from the config")
-    with quiet_transformers(), trouble, torch.device("meta"):
+    with quiet_transformers(), trouble, device or torch.device("meta"):
         if config.is_heterogeneous:
             return _auto_class(config)(config)  # type: ignore[no-any-return]
         return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+
+
+def generation_config(pretrained: str) -> GenerationConfig | None:
+    """The generation config stored beside the model, or None where there is none."""
+    path = resolve(pretrained)
+    with quiet_transformers(), _user_error(pretrained, "the generation config cannot be loaded"):
+        name = "generation_config.json"
+        if cached_file(path, name, _raise_exceptions_for_missing_entries=False) is None:
+            return None
+        return GenerationConfig.from_pretrained(path)  # type: ignore[no-any-return]
 
 
 def load_tokenizer(pretrained: str) -> Any | None:

@@ -1,0 +1,272 @@
+"""A causal LM whose decoder layers come and go: everything a pass over the decoder needs, one layer at a time."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_prune.models.head import loss_gradient, token_losses
+from lightning_prune.models.sources import CheckpointSource, Prefetching, Source
+from lightning_prune.surgery.anatomy import LayerAnatomy, anatomy, final_norm_of, layers_of
+from lightning_prune.surgery.checkpoint_files import open_checkpoint
+from lightning_prune.surgery.loading import load_config, meta_model, quiet_transformers, resolve
+
+Onload = Literal["model", "layer"]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class LayeredModel:
+    """Embeddings, final norm and head are always there; a decoder layer has its weights between ``enter`` and ``leave``.
+
+    Args:
+        net: the model on the meta device, its buffers real (``skeleton``).
+        source: gives the parameters.
+        dtype: of the parameters here; None: as stored.
+        device: where layers run.
+        onload: ``model`` keeps every layer that was entered, ``layer`` drops it in ``leave``.
+
+    Attributes:
+        evaluations: layer evaluations so far; a layer's MLP or attention alone counts as one.
+        bytes_read: bytes of parameters brought in so far.
+    """
+
+    def __init__(
+        self, net: PreTrainedModel, source: Source, dtype: torch.dtype | None, device: torch.device, onload: Onload
+    ) -> None:
+        self.net, self.dtype, self.device, self.onload = net, dtype, device, onload
+        self.config: Any = net.config
+        self.layers = layers_of(net)
+        self.evaluations = 0
+        self.bytes_read = 0
+        self._reader = Prefetching(source)
+        self._calls: dict[tuple[int, int], list[Call]] = {}
+        self._meta: dict[int, dict[str, nn.Parameter]] = {}
+        self._present: set[int] = set()
+        self._prefix = _prefix_of(net, self.layers)
+        self._names = {index: self._layer_names(index) for index in range(len(self.layers))}
+        inside = {name for names in self._names.values() for name in names.values()}
+        self.outside = [name for name, _ in net.named_parameters() if name not in inside]
+        self._assign(net, dict(zip(self.outside, self.outside, strict=True)))
+        _move_buffers(net, device)
+
+    @cached_property
+    def views(self) -> list[LayerAnatomy]:
+        """The prunable parts of every layer, dense models only; the modules stay the same, their weights come and go.
+
+        Raises:
+            UserError: see ``anatomy``.
+        """
+        return anatomy(self.net)
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return len(self.layers)
+
+    @property
+    def layer_names(self) -> list[dict[str, str]]:
+        """Of every layer, the name of each parameter below the layer → its name in the model."""
+        return list(self._names.values())
+
+    # A layer's weights
+
+    def enter(self, index: int) -> nn.Module:
+        """Bring layer ``index`` in. Nothing happens when it is there."""
+        layer = self.layers[index]
+        if index not in self._present:
+            self._meta[index] = dict(layer.named_parameters())
+            self._assign(layer, self._names[index])
+            self._present.add(index)
+        return layer
+
+    def announce(self, index: int) -> None:
+        """Layer ``index`` comes next: read it while this one runs."""
+        if 0 <= index < len(self.layers) and index not in self._present:
+            self._reader.announce(list(self._names[index].values()), self.dtype, self.device)
+
+    def leave(self, index: int, changed: bool = False) -> None:
+        """Drop layer ``index``, unless layers are kept here; a ``changed`` one is dropped all the same."""
+        if index in self._present and (self.onload == "layer" or changed):
+            for name, parameter in self._meta.pop(index).items():
+                _set_parameter(self.layers[index], name, parameter)
+            self._present.remove(index)
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Layer ``index`` with its weights, for the time of the block."""
+        try:
+            yield self.enter(index)
+        finally:
+            self.leave(index)
+
+    def load_all(self, progress: Callable[[], None] = lambda: None) -> None:
+        """Bring every layer in, for ``onload model``."""
+        for index in range(len(self.layers)):
+            self.announce(index)
+            self.enter(index)
+            progress()
+
+    def close(self) -> None:
+        """Drop all weights and stop reading."""
+        self._reader.close()
+        for index in list(self._present):
+            self.leave(index, changed=True)
+        self._calls.clear()
+
+    # Running it
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The residual stream ``[B, L, D]`` that enters layer 0."""
+        seen: list[tuple[Tensor, Call]] = []
+        stubs = nn.ModuleList(_Stub(layer, seen) for layer in self.layers)
+        owner, _, leaf = self._prefix.rpartition(".")
+        setattr(self.net.get_submodule(owner), leaf, stubs)
+        try:
+            self.net.base_model(input_ids=tokens, use_cache=False)
+        finally:
+            setattr(self.net.get_submodule(owner), leaf, self.layers)
+        # Masks and rotary tables of packed sequences depend on the shape alone.
+        self._calls.setdefault((tokens.shape[0], tokens.shape[1]), [call for _, call in seen])
+        return seen[0][0]
+
+    def run(self, index: int, hidden: Tensor) -> Tensor:
+        """Output ``[B, L, D]`` of layer ``index`` for the input ``hidden``, as in the whole model, bit for bit."""
+        self.evaluations += 1
+        args, kwargs = self._call(index, hidden)
+        output = self.layers[index](hidden, *args, **kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def attend(self, index: int, hidden: Tensor) -> Tensor:
+        """The residual stream ``[B, L, D]`` between the layer's attention and its MLP; the MLP is not computed."""
+        with _replaced_forward([self.views[index].mlp], torch.zeros_like):
+            return self.run(index, hidden)
+
+    def feed(self, index: int, middle: Tensor) -> Tensor:
+        """The layer's output ``[B, L, D]`` from the residual stream between its attention and its MLP."""
+        self.evaluations += 1
+        view = self.views[index]
+        result: Tensor = middle + view.mlp(view.mlp_norm(middle))
+        return result
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits ``[n, V]`` of residual rows ``[n, D]`` behind the last layer."""
+        logits: Tensor = self.net.get_output_embeddings()(final_norm_of(self.net)(hidden))
+        return logits
+
+    def losses(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Token losses fp32 ``[B, L − 1]`` from the residual stream behind the last layer."""
+        return token_losses(self.head, hidden, tokens, self.config.vocab_size)
+
+    def loss_gradient(self, hidden: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
+        """∂(Σ token losses)/∂hidden; samples of weight 0 do not count."""
+        return loss_gradient(self.head, hidden, tokens, weight, self.config.vocab_size)
+
+    def _call(self, index: int, hidden: Tensor) -> Call:
+        shape = (hidden.shape[0], hidden.shape[1])
+        if shape not in self._calls:
+            self.embed(torch.zeros(shape, dtype=torch.int64, device=hidden.device))
+        return self._calls[shape][index]
+
+    # Parameters
+
+    def _layer_names(self, index: int) -> dict[str, str]:
+        """Name below the layer → name in the model."""
+        return {name: f"{self._prefix}.{index}.{name}" for name, _ in self.layers[index].named_parameters()}
+
+    def _assign(self, module: nn.Module, names: dict[str, str]) -> None:
+        read = self._reader.read(list(names.values()), self.dtype, self.device)
+        self.bytes_read += sum(tensor.numel() * tensor.element_size() for tensor in read.values())
+        shared: dict[int, list[str]] = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            shared.setdefault(id(parameter), []).append(name)
+        for name, stored in names.items():
+            new = nn.Parameter(read[stored], requires_grad=False)
+            for alias in shared[id(module.get_parameter(name))]:  # tied embeddings stay tied
+                _set_parameter(module, alias, new)
+
+
+def open_layered(
+    pretrained: str, dtype: torch.dtype | None, device: torch.device, onload: Onload = "layer"
+) -> LayeredModel:
+    """A dense or pruned checkpoint as a ``LayeredModel``; no layer is read yet.
+
+    Raises:
+        UserError: nothing there, damaged, or weights that do not fit the config.
+    """
+    config = load_config(pretrained)
+    files = open_checkpoint(resolve(pretrained))
+    files.check_layers(config.num_hidden_layers)
+    net = skeleton(config)
+    return LayeredModel(net, CheckpointSource(files, files.check_against(net)), dtype, device, onload)
+
+
+class _Stub(nn.Module):
+    """Stands for a decoder layer: hands the residual stream on and notes what the layer would be called with."""
+
+    def __init__(self, layer: nn.Module, seen: list[tuple[Tensor, Call]]) -> None:
+        super().__init__()
+        self._layer = [layer]  # in a list, so that it is no submodule
+        self._seen = seen
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_layer"][0], name)  # such as attention_type, by which a family picks its mask
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._seen.append((hidden_states, (args, kwargs)))
+        return hidden_states
+
+
+def skeleton(config: Any) -> PreTrainedModel:
+    """The model of ``config`` in eval mode: parameters on the meta device, buffers (rotary tables) real and fp32."""
+    register = nn.Module.register_parameter
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)  # half precisions set another one, which rotary tables must not take
+    try:
+        with quiet_transformers(), torch.device("cpu"):
+            net = meta_model(config, torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(default)
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+    return net.eval().requires_grad_(False)
+
+
+def _prefix_of(net: nn.Module, layers: nn.Module) -> str:
+    return next(name for name, module in net.named_modules() if module is layers)
+
+
+def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module.get_submodule(owner)._parameters[leaf] = parameter
+
+
+def _move_buffers(net: nn.Module, device: torch.device) -> None:
+    for module in net.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+@contextmanager
+def _replaced_forward(modules: Sequence[nn.Module], stub: Any) -> Iterator[None]:
+    for module in modules:
+        module.forward = stub  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward

@@ -1,0 +1,106 @@
+"""Where the parameters of a model come from, a few names at a time."""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lightning_prune.surgery.checkpoint_files import CheckpointFiles
+
+
+class Source(Protocol):
+    """Gives parameters by the names they have in the model."""
+
+    def read(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
+        """The parameters ``names``, in ``dtype`` (None: as stored), on ``device``."""
+        ...
+
+
+class CheckpointSource:
+    """The safetensors files of one checkpoint, kept open.
+
+    On the CPU and in the stored dtype a tensor is a view of the file (private: writing to it does not reach the file), so
+    that such weights take no memory of their own.
+
+    Args:
+        files: the checkpoint's headers.
+        stored: parameter name → stored name, as ``CheckpointFiles.check_against`` gives it.
+    """
+
+    def __init__(self, files: CheckpointFiles, stored: Mapping[str, str]) -> None:
+        self.files, self.stored = files, stored
+        self._stack = ExitStack()
+        self._open: dict[Path, Any] = {}
+
+    def read(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
+        """See ``Source``. One tensor at a time is in memory twice while it is cast."""
+        found = {}
+        for name in names:
+            stored = self.stored[name]
+            tensor: Tensor = self._file(self.files.tensors[stored].file).get_tensor(stored)
+            found[name] = tensor.to(device=device, dtype=dtype)
+        return found
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype a parameter is stored in."""
+        return self.files.tensors[self.stored[name]].dtype
+
+    def bytes_of(self, names: Sequence[str]) -> int:
+        """Bytes of these parameters as stored."""
+        entries = [self.files.tensors[self.stored[name]] for name in names]
+        return sum(entry.end - entry.start for entry in entries)
+
+    def close(self) -> None:
+        """Close the files; views of them stay valid."""
+        self._open.clear()
+        self._stack.close()
+
+    def _file(self, path: Path) -> Any:
+        if path not in self._open:
+            self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+        return self._open[path]
+
+
+class Prefetching:
+    """Reads ahead: the next layer's parameters are read by a thread while this layer runs.
+
+    ``read`` of names that were announced with ``announce`` waits for that thread, any other read goes straight through.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._next: tuple[tuple[str, ...], Future[dict[str, Tensor]]] | None = None
+
+    def announce(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device) -> None:
+        """Begin to read ``names``; to the CPU only, in pinned memory where they will go to a GPU."""
+        key = tuple(names)
+        if self._next is None or self._next[0] != key:
+            self._next = (key, self._thread.submit(self._fetch, key, dtype, device.type == "cuda"))
+
+    def read(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
+        """See ``Source``."""
+        if self._next is None or self._next[0] != tuple(names):
+            return self.source.read(names, dtype, device)
+        found = self._next[1].result()
+        self._next = None
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in found.items()}
+
+    def close(self) -> None:
+        """Wait for the thread and forget what it read."""
+        self._next = None
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _fetch(self, names: Sequence[str], dtype: torch.dtype | None, pinned: bool) -> dict[str, Tensor]:
+        found = self.source.read(names, dtype, torch.device("cpu"))
+        if pinned:
+            return {name: tensor.pin_memory() for name, tensor in found.items()}
+        for tensor in found.values():
+            # A view of the file is read from disk when it is touched; touch every page here, not in the layer.
+            tensor.view(torch.uint8).flatten()[::4096].sum(dtype=torch.int64)
+        return found

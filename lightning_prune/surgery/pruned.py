@@ -1,0 +1,80 @@
+"""The pruned model as a layered model of its own: every parameter is cut from the dense checkpoint when it is asked for."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_prune.models.layered import LayeredModel, skeleton
+from lightning_prune.models.sources import CheckpointSource, Source
+from lightning_prune.surgery.anatomy import Family, anatomy, family_of
+from lightning_prune.surgery.checkpoint_files import open_checkpoint
+from lightning_prune.surgery.cut import check_plan, kept_part, pruned_config
+from lightning_prune.surgery.loading import load_config, resolve
+from lightning_prune.surgery.plan import PruningPlan
+
+NewWeights = Callable[[int], dict[str, Tensor]]  # dense layer → new weights by role, of the dense shape
+
+
+class PrunedSource:
+    """Gives the parameters of the pruned model from those of the dense one.
+
+    Args:
+        dense: gives the dense parameters.
+        config: of the dense model.
+        plan: what is kept.
+        new_weights: what the method made of the weights it keeps.
+    """
+
+    def __init__(self, dense: Source, config: Any, plan: PruningPlan, new_weights: NewWeights) -> None:
+        self.dense, self.config, self.new_weights = dense, config, new_weights
+        self.family: Family = family_of(config)
+        self.left = [layer for layer in plan.layers if layer.kept_kv_heads or layer.kept_channels]
+
+    def read(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
+        """See ``models.sources.Source``; names and layer numbers are those of the pruned model."""
+        found: dict[str, Tensor] = {}
+        new: tuple[int, dict[str, Tensor]] = (-1, {})
+        prefix = f"{self.family.layers}."
+        for name in names:
+            if not name.startswith(prefix):
+                found |= self.dense.read([name], dtype, device)
+                continue
+            number, _, inside = name.removeprefix(prefix).partition(".")
+            kept = self.left[int(number)]
+            if new[0] != kept.layer:
+                new = (kept.layer, self.new_weights(kept.layer))
+            role = self.family.role_of(inside)
+            if role in new[1]:
+                tensor = new[1][role].to(device=device, dtype=dtype)
+            else:
+                dense_name = f"{prefix}{kept.layer}.{inside}"
+                tensor = self.dense.read([dense_name], dtype, device)[dense_name]
+            found[name] = kept_part(self.family, self.config, kept, inside, tensor)
+        return found
+
+
+def open_pruned(pretrained: str, plan: PruningPlan, new_weights: NewWeights = lambda layer: {}) -> LayeredModel:
+    """What ``plan`` leaves of a dense checkpoint, on the CPU in the plan's dtype, one layer in memory at a time.
+
+    Raises:
+        UserError: the plan does not fit the model, or the model cannot be opened.
+    """
+    config = load_config(pretrained)
+    files = open_checkpoint(resolve(pretrained))
+    files.check_layers(config.num_hidden_layers)
+    dense = skeleton(config)
+    check_plan(anatomy(dense), plan)
+    source = CheckpointSource(files, files.check_against(dense))
+    net = skeleton(pruned_config(config, plan))
+    dtype = getattr(torch, plan.dtype)
+    return LayeredModel(net, PrunedSource(source, config, plan, new_weights), dtype, torch.device("cpu"), "layer")
+
+
+def stored_dtype(pretrained: str) -> torch.dtype:
+    """The dtype most of a checkpoint's numbers are stored in."""
+    count: dict[torch.dtype, int] = {}
+    for entry in open_checkpoint(resolve(pretrained)).tensors.values():
+        count[entry.dtype] = count.get(entry.dtype, 0) + entry.end - entry.start
+    return max(count, key=lambda dtype: count[dtype])

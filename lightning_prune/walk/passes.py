@@ -1,0 +1,317 @@
+"""A pass over the decoder for one purpose, as a sequence of steps: in Lightning's terms one epoch each.
+
+A pass owns the order of layers and the residual stream; what is observed in a layer, and what is left when the layer is
+finished (one value per unit, not a matrix), is up to the subclass. This file holds the forward order.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_prune.models.layered import LayeredModel
+from lightning_prune.statistics.hooks import Hooks
+from lightning_prune.surgery.anatomy import LayerAnatomy
+from lightning_prune.walk.residuals import ResidualStore
+
+Finding = dict[str, Tensor]  # what is left of a finished layer
+WEIGHT = "weight."  # in a Finding: the new weight of that role, of the dense shape
+
+
+@dataclass(frozen=True)
+class Step:
+    """One epoch: what is done with one layer."""
+
+    layer: int
+    phase: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a pass needs to know about the run.
+
+    ``rows``: samples of this process, those that only fill up batches included; ``samples`` without them.
+    ``context``: the trainer's precision, for work outside the training step.
+    """
+
+    model: LayeredModel
+    rows: int
+    samples: int
+    batch_size: int
+    seq_len: int
+    scratch: Path
+    context: Callable[[], AbstractContextManager[object]]
+
+    def store(self) -> ResidualStore:
+        """A new residual store."""
+        return ResidualStore(self.rows, self.scratch)
+
+    def batches(self) -> Iterator[slice]:
+        """The batches of the loader as rows of a store."""
+        for start in range(0, self.rows, self.batch_size):
+            yield slice(start, min(start + self.batch_size, self.rows))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens ``[B, L]``, sample weights ``[B]`` (0 for samples that only fill up a batch), their indices ``[B]`` in the
+    calibration set, and the rows that they take in residual stores."""
+
+    tokens: Tensor
+    weight: Tensor
+    index: Tensor
+    rows: slice
+
+
+class Pass(ABC):
+    """``begin`` once, then for every step ``start``, ``batch`` for every batch, ``finish``; at last ``end``.
+
+    Attributes:
+        reads: whether steps need the calibration batches at all.
+    """
+
+    name: str
+    reads = True
+    setting: Setting
+
+    @abstractmethod
+    def steps(self, num_layers: int) -> list[Step]:
+        """All steps, in order."""
+
+    def begin(self, setting: Setting) -> None:
+        """Before the first step."""
+        self.setting = setting
+
+    @abstractmethod
+    def start(self, step: Step) -> None:
+        """The layer of ``step`` is in place."""
+
+    @abstractmethod
+    def batch(self, step: Step, batch: Batch) -> None:
+        """One batch of this step."""
+
+    @abstractmethod
+    def finish(self, step: Step) -> Finding:
+        """Every batch has passed: what is left of the step. Sums are reduced over processes here."""
+
+    def skip(self, step: Step, batch: Batch) -> None:
+        """As ``batch`` for a step whose finding is known: only what later steps need."""
+        self.batch(step, batch)
+
+    def advance(self, step: Step) -> None:
+        """The step's finding is known and its new weights are in place: make ready for the next step."""
+
+    def changes(self, step: Step) -> bool:
+        """Whether the step leaves the layer with other weights."""
+        return False
+
+    def end(self) -> None:
+        """Give everything back."""
+
+    @property
+    def model(self) -> LayeredModel:
+        """The decoder."""
+        return self.setting.model
+
+    def view(self, step: Step) -> LayerAnatomy:
+        """The parts of the step's layer."""
+        return self.model.views[step.layer]
+
+
+class WeightsPass(Pass):
+    """Looks at every layer's weights; no batch is read."""
+
+    reads = False
+
+    def steps(self, num_layers: int) -> list[Step]:
+        """A step per layer."""
+        return [Step(layer, "weights") for layer in range(num_layers)]
+
+    def start(self, step: Step) -> None:
+        """Nothing to prepare."""
+
+    def batch(self, step: Step, batch: Batch) -> None:
+        """Never called."""
+        raise AssertionError("this pass reads no batches")
+
+    @abstractmethod
+    def conclude(self, view: LayerAnatomy) -> Finding:
+        """What is left of a layer."""
+
+    def finish(self, step: Step) -> Finding:
+        """Ask ``conclude``."""
+        return self.conclude(self.view(step))
+
+
+class ForwardPass(Pass):
+    """From the first layer to the last: one evaluation per layer, a second one only where the layer was changed.
+
+    Attributes:
+        rewrites: whether ``conclude`` changes the layer's weights, so that the next layer sees what is left of it.
+    """
+
+    rewrites = False
+
+    def steps(self, num_layers: int) -> list[Step]:
+        """A step per layer."""
+        return [Step(layer, "forward") for layer in range(num_layers)]
+
+    def begin(self, setting: Setting) -> None:
+        """Make room for the residual stream."""
+        super().begin(setting)
+        self.stream = setting.store()
+        self.hooks = Hooks()
+
+    @abstractmethod
+    def observe(self, view: LayerAnatomy, hooks: Hooks) -> None:
+        """Register this layer's hooks."""
+
+    @abstractmethod
+    def conclude(self, view: LayerAnatomy) -> Finding:
+        """What is left of a layer, from the sums over all processes. New weights go by the name ``weight.<role>``."""
+
+    def start(self, step: Step) -> None:
+        """Hooks on."""
+        self.hooks = Hooks()
+        self.observe(self.view(step), self.hooks)
+
+    def batch(self, step: Step, batch: Batch) -> None:
+        """Run the layer; the hooks watch."""
+        with torch.no_grad():
+            self.hooks.set_weight(batch.weight)
+            hidden = self._entering(step, batch)
+            output = self.model.run(step.layer, hidden)
+            if not self.rewrites:
+                self._keep(step, batch.rows, output)
+
+    def finish(self, step: Step) -> Finding:
+        """Hooks off; every hooked module must have seen every token once."""
+        self.hooks.remove()
+        self.hooks.assert_tokens(self.setting.samples * self.setting.seq_len)
+        with torch.no_grad():
+            return self.conclude(self.view(step))
+
+    def skip(self, step: Step, batch: Batch) -> None:
+        """Without hooks."""
+        with torch.no_grad():
+            hidden = self._entering(step, batch)
+            if not self.rewrites:
+                self._keep(step, batch.rows, self.model.run(step.layer, hidden))
+
+    def advance(self, step: Step) -> None:
+        """Once the changed weights are in place: what this layer now hands on."""
+        if self.rewrites and step.layer + 1 < self.model.num_layers:
+            with torch.no_grad(), self.setting.context():
+                for rows in self.setting.batches():
+                    self.stream.put(rows, self.model.run(step.layer, self.stream.get(rows, self.model.device)))
+
+    def changes(self, step: Step) -> bool:
+        """Where ``conclude`` rewrites."""
+        return self.rewrites
+
+    def end(self) -> None:
+        """The stream goes."""
+        self.hooks.remove()
+        self.stream.close()
+
+    def _entering(self, step: Step, batch: Batch) -> Tensor:
+        if step.layer > 0:
+            return self.stream.get(batch.rows, self.model.device)
+        hidden = self.model.embed(batch.tokens)
+        if self.rewrites:
+            self.stream.put(batch.rows, hidden)
+        return hidden
+
+    def _keep(self, step: Step, rows: slice, output: Tensor) -> None:
+        if step.layer + 1 < self.model.num_layers:
+            self.stream.put(rows, output)
+
+
+class BlockPass(Pass):
+    """Forward, attention before the MLP of every layer, each rewritten from what the rewritten part before it puts out.
+
+    The inputs of the two projections that write to the residual stream are kept while their block is open, so that the
+    second evaluation of a rewritten block is that projection alone.
+    """
+
+    def steps(self, num_layers: int) -> list[Step]:
+        """Two steps per layer."""
+        return [Step(layer, phase) for layer in range(num_layers) for phase in ("attention", "mlp")]
+
+    def begin(self, setting: Setting) -> None:
+        """Make room for the residual stream and for the inputs of one projection."""
+        super().begin(setting)
+        self.stream, self.inner = setting.store(), setting.store()
+        self.hooks = Hooks()
+
+    @abstractmethod
+    def observe(self, view: LayerAnatomy, role: str, hooks: Hooks) -> None:
+        """Register this block's hooks; ``role`` is the projection in question, output or down."""
+
+    @abstractmethod
+    def conclude(self, view: LayerAnatomy, role: str) -> Finding:
+        """What is left of a block; new weights go by the name ``weight.<role>``."""
+
+    def role(self, step: Step) -> str:
+        """The projection that this step rewrites."""
+        return "output" if step.phase == "attention" else "down"
+
+    def start(self, step: Step) -> None:
+        """Hooks on."""
+        self.hooks = Hooks()
+        self.observe(self.view(step), self.role(step), self.hooks)
+        self._keep_inputs(step)
+
+    def batch(self, step: Step, batch: Batch) -> None:
+        """Run the block; the hooks watch."""
+        self.hooks.set_weight(batch.weight)
+        self.skip(step, batch)
+
+    def skip(self, step: Step, batch: Batch) -> None:
+        """Run the block."""
+        self._rows = batch.rows
+        with torch.no_grad():
+            if step.phase == "attention":
+                if step.layer == 0:
+                    self.stream.put(batch.rows, self.model.embed(batch.tokens))
+                self.model.attend(step.layer, self.stream.get(batch.rows, self.model.device))
+            else:
+                self.model.feed(step.layer, self.stream.get(batch.rows, self.model.device))
+
+    def finish(self, step: Step) -> Finding:
+        """Hooks off; every hooked module must have seen every token once."""
+        self._handle.remove()
+        self.hooks.remove()
+        self.hooks.assert_tokens(self.setting.samples * self.setting.seq_len)
+        with torch.no_grad():
+            return self.conclude(self.view(step), self.role(step))
+
+    def advance(self, step: Step) -> None:
+        """Once the rewritten projection is in place: add what it now puts out to the residual stream."""
+        self._handle.remove()
+        if step.phase == "mlp" and step.layer + 1 == self.model.num_layers:
+            return
+        projection = self.view(step).linears[self.role(step)]
+        with torch.no_grad(), self.setting.context():
+            for rows in self.setting.batches():
+                hidden = self.stream.get(rows, self.model.device)
+                self.stream.put(rows, hidden + projection(self.inner.get(rows, self.model.device)))
+        self.inner.close()
+
+    def changes(self, step: Step) -> bool:
+        """Always."""
+        return True
+
+    def end(self) -> None:
+        """The stores go."""
+        self.hooks.remove()
+        self.stream.close()
+        self.inner.close()
+
+    def _keep_inputs(self, step: Step) -> None:
+        projection = self.view(step).linears[self.role(step)]
+        self._handle = projection.register_forward_pre_hook(lambda _, args: self.inner.put(self._rows, args[0]))

@@ -1,0 +1,112 @@
+"""All passes of a method as one sequence of steps: layers come and go, findings are kept, known ones are not made again."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from lightning_prune.walk.findings import Findings
+from lightning_prune.walk.passes import WEIGHT, Batch, Finding, Pass, Setting, Step
+
+
+class Walk:
+    """Takes the passes step by step.
+
+    Args:
+        passes: in order.
+        setting: of the run.
+        findings: what is known already and where the rest goes.
+    """
+
+    def __init__(self, passes: Sequence[Pass], setting: Setting, findings: Findings) -> None:
+        self.passes, self.setting, self.findings = passes, setting, findings
+        layers = setting.model.num_layers
+        self.steps: list[tuple[Pass, Step]] = [(one, step) for one in passes for step in one.steps(layers)]
+        self._open: Pass | None = None
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def start(self, number: int) -> None:
+        """The layer of this step comes in, the one of the next step is announced."""
+        one, step = self.steps[number]
+        if self._open is not one:
+            self.close()
+            self._open = one
+            one.begin(self.setting)
+        self.setting.model.enter(step.layer)
+        self._restore(number)
+        if number + 1 < len(self.steps):
+            self.setting.model.announce(self.steps[number + 1][1].layer)
+        if number not in self.findings:
+            one.start(step)
+
+    def batch(self, number: int, batch: Batch) -> None:
+        """One batch of this step."""
+        one, step = self.steps[number]
+        (one.skip if number in self.findings else one.batch)(step, batch)
+
+    def finish(self, number: int) -> None:
+        """The step's finding is kept, new weights take their place, the layer goes unless the next step needs it."""
+        one, step = self.steps[number]
+        if number not in self.findings:
+            finding = one.finish(step)
+            finding = _from_first_process(finding)
+            self._put_weights(step, {n.removeprefix(WEIGHT): t for n, t in finding.items() if n.startswith(WEIGHT)})
+            self.findings.add(number, finding, write=_is_first())
+        elif one.changes(step):
+            self._put_weights(step, self.findings.weights(number))
+        one.advance(step)
+        stays = number + 1 < len(self.steps) and self.steps[number + 1][1].layer == step.layer
+        if not stays:
+            self.setting.model.leave(step.layer, changed=one.changes(step))
+        if number + 1 == len(self.steps):
+            self.close()
+
+    def findings_of(self, name: str) -> list[tuple[Step, Finding]]:
+        """What the steps of the pass called ``name`` left, without new weights."""
+        return [
+            (step, self.findings.of(number)) for number, (one, step) in enumerate(self.steps) if one.name == name
+        ]
+
+    def weights_of(self, layer: int) -> Finding:
+        """New weights of a layer by role, of the dense shape; empty where nothing was changed."""
+        found: Finding = {}
+        for number, (one, step) in enumerate(self.steps):
+            if step.layer == layer and one.changes(step):
+                found |= self.findings.weights(number)
+        return found
+
+    def close(self) -> None:
+        """End the open pass."""
+        if self._open is not None:
+            self._open.end()
+            self._open = None
+
+    def _restore(self, number: int) -> None:
+        """New weights that earlier steps of the same layer and pass made, where the layer was out in between."""
+        one, step = self.steps[number]
+        for earlier in range(number):
+            other, past = self.steps[earlier]
+            if other is one and past.layer == step.layer and one.changes(past):
+                self._put_weights(step, self.findings.weights(earlier))
+
+    def _put_weights(self, step: Step, weights: Finding) -> None:
+        view = self.setting.model.views[step.layer]
+        for role, weight in weights.items():
+            linear = view.linears[role]
+            new = weight.to(device=linear.weight.device, dtype=linear.weight.dtype)
+            linear.weight = nn.Parameter(new, requires_grad=False)
+
+
+def _is_first() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def _from_first_process(finding: Finding) -> Finding:
+    """The first process's finding on every process: all go on from the same numbers, to the last bit."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return finding
+    box: list[Finding] = [{name: tensor.cpu() for name, tensor in finding.items()}]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
