@@ -1,8 +1,6 @@
 """Scores → which units go: one global ranking, or the same share of every layer."""
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.errors import UserError
+from lightning_prune.methods.blocks import BlockIndex, block_index
 from lightning_prune.methods.scores import Scores
 
 
@@ -40,8 +39,11 @@ def ranking(scores: Scores) -> Tensor:
     Ascending by (score, importance per parameter, layer, attention before mlp, unit): H-GSP rule 2, so units
     whose prior is zero are ordered by what they weigh, and no tie depends on the sort's implementation.
     """
-    keys = (scores.unit, scores.block, scores.layer, scores.base, scores.score)
-    return torch.from_numpy(np.lexsort([key.numpy() for key in keys]))
+    by_value = (scores.base.numpy(), scores.score.numpy())
+    by_place = (scores.unit.numpy(), scores.block.numpy(), scores.layer.numpy())
+    if _ascending(*reversed(by_place)):  # as tables are made; the sort is stable, so two keys do for five
+        return torch.from_numpy(np.lexsort(by_value))
+    return torch.from_numpy(np.lexsort((*by_place, *by_value)))
 
 
 def select_global(scores: Scores, candidates: Tensor, budget: Budget) -> Tensor:
@@ -57,35 +59,28 @@ def select_global(scores: Scores, candidates: Tensor, budget: Budget) -> Tensor:
     Raises:
         UserError: the ratio cannot be reached, or every layer would vanish; names the largest reachable ratio.
     """
-    order = [row for row in ranking(scores).tolist() if candidates[row]]
-    blocks = list(zip(scores.layer.tolist(), scores.block.tolist(), strict=True))
-    cost = scores.cost.tolist()
-    left: dict[tuple[int, int], int] = defaultdict(int)
-    for block in blocks:
-        left[block] += 1
-    if len(order) == len(cost):
-        _check_that_something_stays(left, dict(zip(blocks, cost, strict=True)), budget)
-    waiting: dict[tuple[int, int], list[int]] = defaultdict(list)
-    removed: list[int] = []
-    removed_parameters = 0
-    for row in order:
-        block = blocks[row]
-        bundle = [*waiting[block], row]
-        remaining = left[block] - len(bundle)
-        if block[1] == 1 and remaining % budget.round_to:
-            waiting[block] = bundle
-            continue
-        price = sum(cost[member] for member in bundle) + (budget.overhead.get(block, 0) if remaining == 0 else 0)
-        if removed_parameters + price > budget.parameters:
-            break
-        removed += bundle
-        removed_parameters += price
-        left[block], waiting[block] = remaining, []
-    else:
-        if removed_parameters < budget.parameters:
-            raise _unreachable(removed_parameters, budget)
-    pruned = torch.zeros(len(cost), dtype=torch.bool)
-    pruned[removed] = True
+    order = ranking(scores)
+    order = order[candidates[order]]
+    index = block_index(scores)
+    overhead = _overhead(index, budget)
+    if len(order) == len(scores.cost):
+        _check_that_something_stays(index, scores.cost, overhead, budget)
+    ids, cost, rank = index.ids[order], scores.cost[order], index.rank(order)
+    left = index.size[ids] - rank - 1  # in the block once this unit is gone
+    # Channels wait for the one that closes their bundle; groups are bundles of one. Everything below is by place in
+    # the ranking: where a unit's bundle closes (past the end if never), and what the bundles closed there cost.
+    closes = torch.where(index.block[ids] == 1, left % budget.round_to == 0, True)
+    closing = _next_in_block(ids, closes)
+    leaves = closing < len(order)
+    price = torch.zeros(len(order), dtype=torch.int64)
+    price.index_add_(0, closing[leaves], cost[leaves])
+    price += torch.where(left == 0, overhead[ids], 0)
+    spent = price.cumsum(0)
+    stop = int(torch.searchsorted(spent, budget.parameters, right=True))  # the first place that does not fit
+    if stop == len(order) and (reached := int(price.sum())) < budget.parameters:
+        raise _unreachable(reached, budget)
+    pruned = torch.zeros(len(scores.cost), dtype=torch.bool)
+    pruned[order[closing < stop]] = True
     return pruned
 
 
@@ -98,9 +93,10 @@ def select_uniform(scores: Scores, candidates: Tensor, budget: Budget) -> Tensor
     Raises:
         UserError: the ratio cannot be reached while every layer keeps one group and one channel.
     """
-    layers = sorted(set(scores.layer[candidates].tolist()))
-    attention = scores.of(layers[0], "attention")
-    mlp = scores.of(layers[0], "mlp")
+    layers = scores.layer[candidates].unique()
+    first = int(layers[0])
+    attention = scores.of(first, "attention")
+    mlp = scores.of(first, "mlp")
     groups, channels = int(attention.sum()), int(mlp.sum())
     group_cost, channel_cost = int(scores.cost[attention][0]), int(scores.cost[mlp][0])
     free_groups, free_channels = int((attention & candidates).sum()), int((mlp & candidates).sum())
@@ -123,10 +119,8 @@ def select_uniform(scores: Scores, candidates: Tensor, budget: Budget) -> Tensor
     pruned = torch.zeros(len(scores.layer), dtype=torch.bool)
     order = ranking(scores)
     order = order[candidates[order]]
-    for layer in layers:
-        for block, count in ((0, drop_groups), (1, drop_channels)):
-            inside = order[(scores.layer[order] == layer) & (scores.block[order] == block)]
-            pruned[inside[:count]] = True
+    drop = torch.tensor([drop_groups, drop_channels, 0])[scores.block[order]]
+    pruned[order[block_index(scores).rank(order) < drop]] = True
     return pruned
 
 
@@ -136,27 +130,54 @@ def protect_best(scores: Scores, keep: int) -> Tensor:
     if keep == 0:
         return candidates
     order = ranking(scores)
-    for layer in set(scores.layer.tolist()):
-        for block in (0, 1):
-            inside = order[(scores.layer[order] == layer) & (scores.block[order] == block)]
-            candidates[inside[-keep:]] = False
+    index = block_index(scores)
+    candidates[order] = index.rank(order) < index.size[index.ids[order]] - keep
     return candidates
 
 
-def _check_that_something_stays(
-    units: Mapping[tuple[int, int], int], unit_cost: Mapping[tuple[int, int], int], budget: Budget
-) -> None:
+def _ascending(*keys: np.ndarray) -> bool:
+    """Whether the rows are in ascending order of these keys, the first one counting most."""
+    before = np.zeros(max(0, len(keys[0]) - 1), dtype=bool)  # a row that an earlier key puts before the next one
+    for key in keys:
+        if bool((~before & (key[:-1] > key[1:])).any()):
+            return False
+        before |= key[:-1] < key[1:]
+    return True
+
+
+def _next_in_block(ids: Tensor, marked: Tensor) -> Tensor:
+    """For every place of a sequence, the first place at or behind it that is marked and has the same id, int64; the
+    length of the sequence where there is none."""
+    by_block = ids.argsort(stable=True).flip(0)
+    # From the last place of every block to its first, blocks apart: the smallest marked place so far.
+    apart = (ids[by_block[0]] - ids[by_block]) if len(ids) else ids
+    nothing = len(ids)
+    places = torch.where(marked[by_block], by_block, nothing)
+    smallest = (places - apart * (nothing + 1)).cummin(0).values + apart * (nothing + 1)
+    found = torch.empty_like(by_block)
+    found[by_block] = smallest
+    return found
+
+
+def _overhead(index: BlockIndex, budget: Budget) -> Tensor:
+    """Parameters that leave with the last unit of each block, int64 ``[B]``."""
+    blocks = zip(index.layer.tolist(), index.block.tolist(), strict=True)
+    return torch.tensor([budget.overhead.get(block, 0) for block in blocks], dtype=torch.int64)
+
+
+def _check_that_something_stays(index: BlockIndex, cost: Tensor, overhead: Tensor, budget: Budget) -> None:
     """Refuse a budget that could take all units, whatever their order: then the shapes alone decide, and the answer
     before calibration is the answer after it.
 
     Args:
-        units: number of units by (layer, block).
-        unit_cost: parameters of one of them.
+        index: the blocks.
+        cost: parameters of every unit ``[U]``, the same within a block.
+        overhead: see ``_overhead``.
     """
-    block_cost = {block: count * unit_cost[block] + budget.overhead.get(block, 0) for block, count in units.items()}
-    last = {block: min(count, budget.round_to if block[1] == 1 else 1) for block, count in units.items()}
-    dearest = max(last[block] * unit_cost[block] + budget.overhead.get(block, 0) for block in units)
-    largest = sum(block_cost.values()) - dearest
+    block_cost = index.sum(cost)
+    bundle = torch.where(index.block == 1, index.size.clamp(max=budget.round_to), 1)
+    dearest = int((bundle * (block_cost // index.size) + overhead).max())
+    largest = int((block_cost + overhead).sum()) - dearest
     if budget.parameters > largest:
         raise _unreachable(largest, budget)
 

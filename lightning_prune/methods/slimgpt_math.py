@@ -2,7 +2,11 @@
 
 Symbols: W ``[out, n]`` the weight of o or down; X ``[tokens, n]`` its inputs; H = (2/N)·XᵀX + λ·mean(diag)·I;
 ε the rise of tr(ΔW·H·ΔWᵀ) = (2/N)·‖ΔW·Xᵀ‖² when columns go and the others are refitted. A unit is one MLP channel
-(1 column) or one GQA group (r·d contiguous columns). Everything runs in the dtype of XᵀX; float64 where memory allows.
+(1 column) or one GQA group (r·d contiguous columns).
+
+Memory: one n × n matrix beside XᵀX, which becomes H, its factor, H⁻¹ and the inverse of what is left, each in the place
+of the one before (on CUDA a second one while H⁻¹ is computed). Temporaries are chunks. While columns leave, only the
+lower triangle is kept up: that halves the work, and a matrix of which half is stored cannot lose its symmetry.
 """
 
 import math
@@ -13,24 +17,41 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_prune.statistics.gram import mirror_upper_
 from lightning_prune.statistics.token_statistic import full_precision
 
 HeadError = Literal["slimgpt", "exact"]
+OnRound = Callable[[int, int], None]
 MAX_DAMPING = 1.0
+CHUNK = 2**21  # elements of a temporary: 16 MB in float64
+UPDATE_ROWS = 512  # the rows of H⁻¹ that one matrix product updates, up to the diagonal
+PACK_BELOW = 0.85  # share of live columns below which they move together: moving costs as much as a small update
 
 
 class NotPositiveDefiniteError(ValueError):
     """The Hessian has no usable inverse; the caller knows the layer's name and adds it."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class InverseHessian:
-    """H⁻¹ ``[n, n]`` fp32 or float64; ``dead``: bool ``[n]``, inputs that were 0 on every token; ``damping``: the λ
-    that was used, which exceeds the requested one if H was not positive definite with that."""
+    """H⁻¹ ``[n, n]`` fp32 or float64, None once it was taken; ``dead``: bool ``[n]``, inputs that were 0 on every
+    token; ``damping``: the λ that was used, which exceeds the requested one if H was not positive definite with that.
+    """
 
-    inverse: Tensor
+    inverse: Tensor | None
     dead: Tensor
     damping: float
+
+    def take(self) -> Tensor:
+        """H⁻¹, to be overwritten by whoever takes it; nothing keeps its memory alive here.
+
+        Raises:
+            ValueError: it was taken before.
+        """
+        if self.inverse is None:
+            raise ValueError("this inverse Hessian was used up by the pruning before; invert XᵀX again.")
+        inverse, self.inverse = self.inverse, None
+        return inverse
 
 
 @dataclass(frozen=True)
@@ -47,20 +68,37 @@ class PrunedLinear:
     damping: float
 
 
-def damped_hessian(xtx: Tensor, num_samples: int, damping: float = 0.01) -> tuple[Tensor, Tensor]:
+def solver_bytes(n: int, dtype: torch.dtype) -> int:
+    """Most memory that inverting and pruning take at once beside XᵀX, for a weight of up to n rows.
+
+    Two n × n matrices (CUDA inverts out of place; later H⁻¹ and the weight), the columns that leave in one round, and
+    chunks.
+    """
+    return dtype.itemsize * (2 * n * n + 1024 * n + 4 * CHUNK)
+
+
+def choose_dtype(n: int, free_bytes: int) -> torch.dtype:
+    """float64 where ``solver_bytes`` of it are free on the device, else fp32."""
+    return torch.float64 if solver_bytes(n, torch.float64) <= free_bytes else torch.float32
+
+
+def damped_hessian(
+    xtx: Tensor, num_samples: int, damping: float = 0.01, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor]:
     """H = (2/N)·XᵀX + λ·mean(diag)·I and the dead inputs.
 
     Dead inputs get a diagonal of 1 before the mean is taken, the order of the released code.
 
     Args:
-        xtx: XᵀX ``[n, n]``, fp32 or float64, which is also the dtype of H.
+        xtx: XᵀX ``[n, n]``, fp32 or float64.
         num_samples: N, the calibration sequences. It cancels from every result but for the 1 of dead inputs.
         damping: λ.
+        dtype: of H, fp32 or float64.
 
     Returns:
-        H ``[n, n]`` and dead, bool ``[n]``.
+        H ``[n, n]``, memory of its own, and dead, bool ``[n]``.
     """
-    hessian = xtx * (2 / num_samples)
+    hessian = xtx.to(dtype, copy=True, memory_format=torch.contiguous_format).mul_(2 / num_samples)
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     diagonal[dead] = 1
@@ -68,23 +106,28 @@ def damped_hessian(xtx: Tensor, num_samples: int, damping: float = 0.01) -> tupl
     return hessian, dead
 
 
-def inverse_hessian(xtx: Tensor, num_samples: int, damping: float = 0.01) -> InverseHessian:
+def inverse_hessian(
+    xtx: Tensor, num_samples: int, damping: float = 0.01, dtype: torch.dtype = torch.float64
+) -> InverseHessian:
     """H⁻¹ at the smallest of λ, 10·λ, 100·λ … ≤ 1 that makes H positive definite (for λ = 0: 0, 0.001, 0.01 …).
 
-    Args: as for ``damped_hessian``. XᵀX comes in undamped because another λ needs the undamped diagonal.
+    Args: as for ``damped_hessian``. XᵀX is only read, and no longer needed afterwards; it comes in undamped because
+        another λ needs the undamped diagonal.
 
     Raises:
         NotPositiveDefiniteError: no such λ.
         FloatingPointError: XᵀX holds NaN or inf.
     """
-    if not bool(torch.isfinite(xtx).all()):
+    if not all(bool(torch.isfinite(xtx[rows]).all()) for rows in _chunks(len(xtx), len(xtx))):
         raise FloatingPointError("XᵀX holds NaN or infinite values.")
     used = damping
     while True:
-        hessian, dead = damped_hessian(xtx, num_samples, used)
-        inverse = _spd_inverse(hessian)
-        if inverse is not None:
-            return InverseHessian(inverse, dead, used)
+        hessian, dead = damped_hessian(xtx, num_samples, used, dtype)
+        with full_precision(xtx.device):
+            inverted = _invert_(hessian)
+        if inverted:
+            return InverseHessian(hessian, dead, used)
+        del hessian  # before the next one is built
         following = 10 * max(used, 1e-4)
         if following > MAX_DAMPING * (1 + 1e-9):
             raise NotPositiveDefiniteError(
@@ -96,7 +139,7 @@ def inverse_hessian(xtx: Tensor, num_samples: int, damping: float = 0.01) -> Inv
 
 def channel_errors(weight: Tensor, inverse: Tensor) -> Tensor:
     """ε_j = ‖W_:,j‖² / (H⁻¹)_jj ``[n]``: optimal brain surgeon's error of a column over all rows, no ½."""
-    return weight.square().sum(0) / inverse.diagonal()
+    return _column_squares(weight) / inverse.diagonal()
 
 
 def head_errors(weight: Tensor, inverse: Tensor, width: int, kind: HeadError = "slimgpt") -> Tensor:
@@ -109,57 +152,79 @@ def head_errors(weight: Tensor, inverse: Tensor, width: int, kind: HeadError = "
     units = weight.shape[1] // width
     blocks = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     factor = _cholesky(blocks)
-    columns = weight.T.reshape(units, width, -1)
-    if kind == "exact":
-        whitened: Tensor = torch.linalg.solve_triangular(factor, columns, upper=False)
-        return whitened.square().sum((1, 2))
-    return (columns.square().sum(2) / factor.diagonal(dim1=1, dim2=2).square()).sum(1)
+    if kind == "slimgpt":
+        squares = _column_squares(weight).view(units, width)
+        return (squares / factor.diagonal(dim1=1, dim2=2).square()).sum(1)
+    errors = weight.new_zeros(units)
+    for rows in _chunks(len(weight), weight.shape[1]):
+        columns = weight[rows].T.reshape(units, width, -1)
+        errors += torch.linalg.solve_triangular(factor, columns, upper=False).square().sum((1, 2))
+    return errors
 
 
-def compensate(weight: Tensor, inverse: Tensor, removed: Tensor) -> tuple[Tensor, Tensor]:
-    """Remove columns P and let the survivors S make up for them: W'_S = W_S + W_P·H_PS·H_SS⁻¹.
+def compensate_(weight: Tensor, inverse: Tensor, removed: Tensor) -> None:
+    """Remove columns P and let the survivors S make up for them, in place: W'_S = W_S + W_P·H_PS·H_SS⁻¹, W'_P = 0.
 
     Computed as W_S − W_P·[(H⁻¹)_PP]⁻¹·(H⁻¹)_PS, the same thing (block inverse), because H⁻¹ is there for the scores,
     one solve gives both results, eliminating P from a positive definite matrix is stable without pivoting, and it
     costs O(n²·|P|) where a new inverse costs O(n³).
 
     Args:
-        weight: W ``[out, n]``.
-        inverse: H⁻¹ ``[n, n]``.
-        removed: P, int64, any order.
+        weight: W ``[out, n]``, contiguous; overwritten.
+        inverse: H⁻¹ ``[n, n]``, of which only the lower triangle is read. Its lower triangle becomes (H_SS)⁻¹ in S and
+            the identity in P, as if P were inputs that have nothing to do with the others; the upper one is undefined.
+        removed: P, int64, distinct, any order.
 
-    Returns:
-        W'_S ``[out, n − |P|]`` and (H_SS)⁻¹, columns in their old order.
+    Raises:
+        NotPositiveDefiniteError: (H⁻¹)_PP is not positive definite, by rounding.
     """
-    alive = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-    alive[removed] = False
-    cross = inverse[removed][:, alive]
-    gain = torch.cholesky_solve(cross, _cholesky(inverse[removed][:, removed]))
-    left = inverse[alive][:, alive] - cross.T @ gain
-    return weight[:, alive] - weight[:, removed] @ gain, (left + left.T) / 2
+    removed = removed.sort().values
+    columns = torch.arange(weight.shape[1], device=weight.device)
+    factor = _cholesky(inverse[removed[:, None], removed])  # C·Cᵀ = (H⁻¹)_PP
+    panel = inverse.new_empty(len(removed), len(columns))  # C⁻¹·(H⁻¹)_P,:
+    for part in _chunks(len(columns), len(removed)):
+        left, below = inverse[removed, part], inverse[part].index_select(1, removed).T
+        cross = torch.where(columns[part] <= removed[:, None], left, below)
+        panel[:, part] = torch.linalg.solve_triangular(factor, cross, upper=False)
+    gain = torch.linalg.solve_triangular(factor, weight[:, removed].T, upper=False)
+    weight.addmm_(gain.T, panel, alpha=-1).index_fill_(1, removed, 0)
+    for start in range(0, len(columns), UPDATE_ROWS):
+        stop = min(start + UPDATE_ROWS, len(columns))
+        inverse[start:stop, :stop].addmm_(panel[:, start:stop].T, panel[:, :stop], alpha=-1)
+    inverse.index_fill_(0, removed, 0).index_fill_(1, removed, 0)
+    inverse.diagonal()[removed] = 1
 
 
 def prune_heads(
-    weight: Tensor, hessian: InverseHessian, num_remove: int, width: int, kind: HeadError = "slimgpt"
+    weight: Tensor,
+    hessian: InverseHessian,
+    num_remove: int,
+    width: int,
+    kind: HeadError = "slimgpt",
+    on_round: OnRound | None = None,
 ) -> PrunedLinear:
     """Greedy: remove the unit with the lowest ε (ties: lower index), compensate, score again, ``num_remove`` times.
 
     Args:
-        weight: W ``[out, n]`` of the attention output, any floating dtype.
-        hessian: of its inputs.
+        weight: W ``[out, n]`` of the attention output, any floating dtype; it is not changed.
+        hessian: of its inputs; used up, its memory is free when this returns.
         num_remove: GQA groups to remove, 0 … n / width.
         width: columns of one group, r·d.
         kind: see ``head_errors``.
+        on_round: called after every round with (units removed so far, units to remove).
 
     Raises:
         NotPositiveDefiniteError: rounding broke H⁻¹; use float64.
+        ValueError: more units than there are, or the Hessian was used before.
     """
-    return _prune(weight, hessian, width, [1] * num_remove, lambda w, inv: head_errors(w, inv, width, kind))
+    return _prune(weight, hessian, width, [1] * num_remove, lambda w, inv: head_errors(w, inv, width, kind), on_round)
 
 
-def prune_channels(weight: Tensor, hessian: InverseHessian, group_sizes: Sequence[int]) -> PrunedLinear:
+def prune_channels(
+    weight: Tensor, hessian: InverseHessian, group_sizes: Sequence[int], on_round: OnRound | None = None
+) -> PrunedLinear:
     """The same loop over single columns; round i removes the ``group_sizes[i]`` lowest (``group_size_schedule``)."""
-    return _prune(weight, hessian, 1, group_sizes, channel_errors)
+    return _prune(weight, hessian, 1, group_sizes, channel_errors, on_round)
 
 
 def group_size_schedule(target: int, group_size: int | Literal["dynamic"] = "dynamic") -> list[int]:
@@ -188,29 +253,72 @@ def _prune(
     width: int,
     group_sizes: Sequence[int],
     score: Callable[[Tensor, Tensor], Tensor],
+    on_round: OnRound | None,
 ) -> PrunedLinear:
-    inverse = hessian.inverse
-    weight = weight.detach().to(inverse.dtype)
     units = weight.shape[1] // width
-    if sum(group_sizes) > units:
-        raise ValueError(f"{sum(group_sizes)} of {units} units cannot be removed.")
-    if group_sizes:  # a linear that loses nothing stays as it is, bit for bit
-        weight = weight.masked_fill(hessian.dead, 0)
-    kept = torch.arange(units, device=weight.device)
+    total = sum(group_sizes)
+    if total > units:
+        raise ValueError(f"{total} of {units} units cannot be removed.")
+    inverse = hessian.take()
+    weight = weight.detach()
+    if group_sizes:
+        weight = weight.to(inverse.dtype, copy=True, memory_format=torch.contiguous_format)
+        weight.masked_fill_(hessian.dead, 0)
+    else:  # a linear that loses nothing stays as it is, bit for bit
+        weight = weight.to(inverse.dtype)
+    unit = torch.arange(units, device=weight.device)  # which unit stands where; what left stays until the next move
+    alive = torch.ones_like(unit, dtype=torch.bool)
     errors = torch.zeros(units, dtype=weight.dtype, device=weight.device)
-    offsets = torch.arange(width, device=weight.device)
+    removed = 0
     with full_precision(weight.device):
         for size in group_sizes:
-            current = _finite(score(weight, inverse))
+            current = _finite(score(weight, inverse)).masked_fill(~alive, torch.inf)
             victims = current.argsort(stable=True)[:size]
-            errors[kept[victims]] = current[victims]
-            weight, inverse = compensate(weight, inverse, (victims[:, None] * width + offsets).flatten())
-            survives = torch.ones_like(kept, dtype=torch.bool)
-            survives[victims] = False
-            kept = kept[survives]
-        if len(kept):
-            errors[kept] = _finite(score(weight, inverse))
-    return PrunedLinear(kept, weight, errors, hessian.damping)
+            errors[unit[victims]] = current[victims]
+            alive[victims] = False
+            compensate_(weight, inverse, _columns(victims, width))
+            removed += size
+            if removed == total or units - removed < PACK_BELOW * len(unit):
+                columns = _columns(alive.nonzero().flatten(), width)
+                weight, inverse = _packed(weight, None, columns), _packed(inverse, columns, columns)
+                unit = unit[alive]
+                alive = torch.ones_like(unit, dtype=torch.bool)
+            if on_round is not None:
+                on_round(removed, total)
+        if len(unit):
+            errors[unit] = _finite(score(weight, inverse))
+    return PrunedLinear(unit, weight, errors, hessian.damping)
+
+
+def _columns(units: Tensor, width: int) -> Tensor:
+    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
+
+
+def _packed(matrix: Tensor, rows: Tensor | None, columns: Tensor) -> Tensor:
+    """These rows (None: all) and columns, ascending, as a contiguous matrix at the front of the same memory.
+
+    No row moves backwards, so none is overwritten before it was read.
+    """
+    flat, width = matrix.view(-1), len(columns)
+    count = len(matrix) if rows is None else len(rows)
+    for part in _chunks(count, matrix.shape[1]):
+        source = matrix[part if rows is None else rows[part]]
+        flat[part.start * width : part.stop * width] = source.index_select(1, columns).view(-1)
+    return flat[: count * width].view(count, width)
+
+
+def _chunks(count: int, width: int) -> list[slice]:
+    """Rows 0 … count in slices of about CHUNK elements where a row has ``width``."""
+    step = max(1, CHUNK // max(1, width))
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+def _column_squares(weight: Tensor) -> Tensor:
+    """‖W_:,j‖² ``[n]``."""
+    total = weight.new_zeros(weight.shape[1])
+    for rows in _chunks(len(weight), weight.shape[1]):
+        total += weight[rows].square().sum(0)
+    return total
 
 
 def _finite(errors: Tensor) -> Tensor:
@@ -227,24 +335,40 @@ def _cholesky(matrix: Tensor) -> Tensor:
     return factor
 
 
-def _spd_inverse(hessian: Tensor) -> Tensor | None:
-    """Symmetric inverse, or None if the matrix is not positive definite to working precision.
+def _invert_(hessian: Tensor) -> bool:
+    """Overwrite with the symmetric inverse; False, with nothing useful left, if H is not positive definite to working
+    precision.
 
     Scaled to a unit diagonal first, so channels of very different size do not pass for dependent ones. A singular
     matrix can slip through Cholesky by rounding: its reciprocal condition number (1-norm) is below the machine epsilon.
     """
     diagonal = hessian.diagonal()
     if bool((diagonal <= 0).any()):
-        return None
+        return False
     scale = diagonal.rsqrt()
-    scale = scale[:, None] * scale
-    unit = hessian * scale
-    factor, failed = torch.linalg.cholesky_ex(unit)
+    _scale_(hessian, scale)
+    norm = _one_norm(hessian)
+    columns = hessian.mT  # LAPACK's order, so that both steps work in place
+    _, failed = torch.linalg.cholesky_ex(
+        columns, out=(columns, torch.empty((), dtype=torch.int32, device=scale.device))
+    )
     if bool(failed):
-        return None
-    inverse = torch.cholesky_inverse(factor)
-    inverse = (inverse + inverse.T) / 2
-    condition = float(unit.abs().sum(0).max() * inverse.abs().sum(0).max())
+        return False
+    torch.cholesky_inverse(columns, out=columns)
+    mirror_upper_(hessian)
+    condition = norm * _one_norm(hessian)
     if not condition * torch.finfo(hessian.dtype).eps < 1:
-        return None
-    return inverse * scale
+        return False
+    _scale_(hessian, scale)
+    return True
+
+
+def _scale_(matrix: Tensor, scale: Tensor) -> None:
+    """Rows and columns times ``scale``; the product of the factors comes first, which keeps exact symmetry."""
+    for rows in _chunks(len(matrix), len(matrix)):
+        matrix[rows] *= scale[rows, None] * scale
+
+
+def _one_norm(symmetric: Tensor) -> float:
+    """Largest sum of magnitudes of a row, which is that of a column."""
+    return max(float(symmetric[rows].abs().sum(1).max()) for rows in _chunks(len(symmetric), len(symmetric)))

@@ -7,19 +7,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_prune.methods import slimgpt_math
 from lightning_prune.methods.slimgpt_math import (
     HeadError,
     InverseHessian,
     NotPositiveDefiniteError,
+    PrunedLinear,
     channel_errors,
-    compensate,
+    choose_dtype,
+    compensate_,
     damped_hessian,
     group_size_schedule,
     head_errors,
     inverse_hessian,
     prune_channels,
     prune_heads,
+    solver_bytes,
 )
+from lightning_prune.statistics import gram
+from tests.live_bytes import LiveBytes
 
 Array = npt.NDArray[np.float64]
 Errors = Callable[[Array, Array], Array]
@@ -31,6 +37,11 @@ def problem(tokens: int = 60, columns: int = 12, rows: int = 5, seed: int = 0) -
     mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
     x = torch.randn(tokens, columns, generator=generator, dtype=torch.float64) @ mix
     return x, torch.randn(rows, columns, generator=generator, dtype=torch.float64)
+
+
+def inverse_of(x: Tensor, num_samples: int, damping: float = 0.01) -> Tensor:
+    """H⁻¹ for these inputs."""
+    return inverse_hessian(x.T @ x, num_samples, damping).take()
 
 
 def rise(x: Tensor, weight: Tensor, pruned: Tensor, kept: list[int]) -> float:
@@ -113,9 +124,10 @@ def test_hessian_leaves_its_input_alone() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-3), (torch.float64, 1e-9)])
-def test_inverse_is_symmetric_and_of_the_dtype_of_its_input(dtype: torch.dtype, tolerance: float) -> None:
+def test_inverse_is_symmetric_and_of_the_dtype_asked_for(dtype: torch.dtype, tolerance: float) -> None:
     x, _ = problem()
-    result = inverse_hessian((x.T @ x).to(dtype), 3, 0.01)
+    result = inverse_hessian((x.T @ x).to(dtype), 3, 0.01, dtype)
+    assert result.inverse is not None
     expected = np.linalg.inv(naive_hessian(x, 3, 0.01))
     assert result.inverse.dtype == dtype
     assert result.damping == 0.01
@@ -132,7 +144,8 @@ def test_singular_hessian_raises_the_damping_and_reports_it(dtype: torch.dtype, 
         x, _ = problem(tokens=5 if kind == "few tokens" else 60, columns=16, seed=seed)
         x[:, 3] = x[:, 2]
         x = x.to(dtype)
-        result = inverse_hessian(x.T @ x, 3, damping=0.0)
+        result = inverse_hessian(x.T @ x, 3, 0.0, dtype)
+        assert result.inverse is not None
         assert result.damping == pytest.approx(0.001)
         expected = np.linalg.inv(naive_hessian(x, 3, result.damping))
         np.testing.assert_allclose(result.inverse.numpy(), expected, rtol=0, atol=1e-2 * np.abs(expected).max())
@@ -177,7 +190,7 @@ def test_repeating_the_data_or_splitting_it_changes_nothing() -> None:
 
 def test_channel_errors_are_the_actual_rise_of_the_reconstruction_error() -> None:
     x, weight = problem()
-    errors = channel_errors(weight, inverse_hessian(x.T @ x, 2, damping=0.0).inverse)
+    errors = channel_errors(weight, inverse_of(x, 2, 0.0))
     for j in range(12):
         kept = [c for c in range(12) if c != j]
         best = rise(x, weight, torch.from_numpy(refit(x, weight, kept)), kept)
@@ -187,7 +200,7 @@ def test_channel_errors_are_the_actual_rise_of_the_reconstruction_error() -> Non
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 6])
 def test_exact_head_errors_are_the_actual_rise_of_the_reconstruction_error(width: int) -> None:
     x, weight = problem()
-    errors = head_errors(weight, inverse_hessian(x.T @ x, 2, damping=0.0).inverse, width, "exact")
+    errors = head_errors(weight, inverse_of(x, 2, 0.0), width, "exact")
     assert errors.shape == (12 // width,)
     for unit in range(12 // width):
         kept = [c for c in range(12) if c // width != unit]
@@ -200,7 +213,7 @@ def test_exact_head_errors_are_the_actual_rise_of_the_reconstruction_error(width
 def test_head_errors_equal_the_naive_loop(kind: HeadError, width: int) -> None:
     x, weight = problem()
     expected = naive_head_errors(width, kind)(weight.numpy(), naive_hessian(x, 3, 0.01))
-    result = head_errors(weight, inverse_hessian(x.T @ x, 3, 0.01).inverse, width, kind)
+    result = head_errors(weight, inverse_of(x, 3), width, kind)
     np.testing.assert_allclose(result.numpy(), expected, rtol=1e-9)
 
 
@@ -213,9 +226,9 @@ def test_uncorrelated_inputs_make_both_head_errors_equal() -> None:
 def test_exact_head_errors_do_not_depend_on_the_order_inside_the_head() -> None:
     x, weight = problem()
     order = torch.tensor([3, 1, 0, 2, *range(4, 12)])
-    before = head_errors(weight, inverse_hessian(x.T @ x, 3).inverse, 4, "exact")
+    before = head_errors(weight, inverse_of(x, 3), 4, "exact")
     x = x[:, order]
-    after = head_errors(weight[:, order], inverse_hessian(x.T @ x, 3).inverse, 4, "exact")
+    after = head_errors(weight[:, order], inverse_of(x, 3), 4, "exact")
     torch.testing.assert_close(before, after)
 
 
@@ -226,11 +239,24 @@ def test_exact_head_errors_do_not_depend_on_the_order_inside_the_head() -> None:
 def test_undamped_compensation_is_the_least_squares_refit(removed: list[int]) -> None:
     x, weight = problem()
     kept = [c for c in range(12) if c not in removed]
-    inverse = inverse_hessian(x.T @ x, 2, damping=0.0).inverse
-    left, left_inverse = compensate(weight, inverse, torch.tensor(removed))
-    np.testing.assert_allclose(left.numpy(), refit(x, weight, kept), rtol=1e-7, atol=1e-9)
-    gram = (x.T @ x).numpy()[np.ix_(kept, kept)]
-    np.testing.assert_allclose(left_inverse.numpy(), np.linalg.inv(gram), rtol=1e-7, atol=1e-10)
+    inverse = inverse_of(x, 2, 0.0)
+    compensate_(weight_left := weight.clone(), inverse, torch.tensor(removed))
+    np.testing.assert_allclose(weight_left[:, kept].numpy(), refit(x, weight, kept), rtol=1e-7, atol=1e-9)
+    assert not bool(weight_left[:, removed].any())
+    expected = np.eye(12)
+    expected[np.ix_(kept, kept)] = np.linalg.inv((x.T @ x).numpy()[np.ix_(kept, kept)])
+    np.testing.assert_allclose(inverse.tril().numpy(), np.tril(expected), rtol=1e-7, atol=1e-10)
+
+
+def test_compensation_in_steps_is_compensation_at_once() -> None:
+    x, weight = problem()
+    once, steps = inverse_of(x, 3), inverse_of(x, 3)
+    weight_once, weight_steps = weight.clone(), weight.clone()
+    compensate_(weight_once, once, torch.tensor([8, 1, 5, 11]))
+    for removed in ([5], [11, 1], [8]):
+        compensate_(weight_steps, steps, torch.tensor(removed))
+    torch.testing.assert_close(weight_steps, weight_once, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(steps.tril(), once.tril(), rtol=1e-9, atol=1e-10)
 
 
 def test_damped_compensation_is_the_closed_form() -> None:
@@ -238,8 +264,9 @@ def test_damped_compensation_is_the_closed_form() -> None:
     removed, kept = [2, 6, 7], [0, 1, 3, 4, 5, 8, 9, 10, 11]
     hessian = naive_hessian(x, 3, 0.01)
     update = hessian[np.ix_(removed, kept)] @ np.linalg.inv(hessian[np.ix_(kept, kept)])
-    left, _ = compensate(weight, inverse_hessian(x.T @ x, 3, 0.01).inverse, torch.tensor(removed))
-    np.testing.assert_allclose(left.numpy(), (weight[:, kept].numpy() + weight[:, removed].numpy() @ update), rtol=1e-9)
+    expected = weight[:, kept].numpy() + weight[:, removed].numpy() @ update
+    compensate_(weight, inverse_of(x, 3), torch.tensor(removed))
+    np.testing.assert_allclose(weight[:, kept].numpy(), expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -308,9 +335,9 @@ def test_dead_inputs_go_first_and_cost_nothing() -> None:
 
 def test_ties_prune_the_lower_index_first() -> None:
     weight = torch.ones(2, 200, dtype=torch.float64)
-    hessian = inverse_hessian(torch.eye(200, dtype=torch.float64), 1)
-    assert prune_channels(weight, hessian, [7]).kept.tolist() == list(range(7, 200))
-    assert prune_heads(weight, hessian, 3, 10).kept.tolist() == list(range(3, 20))
+    eye = torch.eye(200, dtype=torch.float64)
+    assert prune_channels(weight, inverse_hessian(eye, 1), [7]).kept.tolist() == list(range(7, 200))
+    assert prune_heads(weight, inverse_hessian(eye, 1), 3, 10).kept.tolist() == list(range(3, 20))
 
 
 def test_permuting_channels_permutes_the_choice() -> None:
@@ -325,10 +352,10 @@ def test_permuting_channels_permutes_the_choice() -> None:
 def test_removing_nothing_returns_the_weight_bit_for_bit() -> None:
     x, weight = problem()
     x[:, 3] = 0
-    hessian = inverse_hessian(x.T @ x, 3)
-    for pruned in (prune_heads(weight, hessian, 0, 4), prune_channels(weight, hessian, [])):
+    heads = prune_heads(weight, inverse_hessian(x.T @ x, 3), 0, 4)
+    for pruned in (heads, prune_channels(weight, inverse_hessian(x.T @ x, 3), [])):
         assert torch.equal(pruned.weight, weight)
-    assert prune_heads(weight, hessian, 0, 4).kept.tolist() == [0, 1, 2]
+    assert heads.kept.tolist() == [0, 1, 2]
 
 
 def test_weights_of_the_caller_are_not_touched_and_half_precision_is_lifted() -> None:
@@ -343,7 +370,7 @@ def test_weights_of_the_caller_are_not_touched_and_half_precision_is_lifted() ->
 def test_fp32_follows_float64() -> None:
     x, weight = problem(tokens=400, columns=64, rows=16)
     exact = prune_channels(weight, inverse_hessian(x.T @ x, 4), group_size_schedule(32))
-    single = prune_channels(weight.float(), inverse_hessian((x.T @ x).float(), 4), group_size_schedule(32))
+    single = prune_channels(weight.float(), inverse_hessian(x.T @ x, 4, dtype=torch.float32), group_size_schedule(32))
     assert single.weight.dtype == torch.float32
     assert torch.equal(single.kept, exact.kept)
     torch.testing.assert_close(single.weight.double(), exact.weight, rtol=1e-3, atol=1e-3)
@@ -357,12 +384,82 @@ def test_more_units_than_there_are_cannot_be_removed() -> None:
 
 def test_a_broken_inverse_is_refused_instead_of_returning_nonsense() -> None:
     _, weight = problem()
-    broken = -torch.eye(12, dtype=torch.float64)
-    hessian = InverseHessian(broken, torch.zeros(12, dtype=torch.bool), 0.01)
+    dead = torch.zeros(12, dtype=torch.bool)
     with pytest.raises(NotPositiveDefiniteError):
-        prune_heads(weight, hessian, 1, 4)
+        prune_heads(weight, InverseHessian(-torch.eye(12, dtype=torch.float64), dead, 0.01), 1, 4)
     with pytest.raises(NotPositiveDefiniteError):
+        prune_channels(weight, InverseHessian(-torch.eye(12, dtype=torch.float64), dead, 0.01), [1])
+
+
+def test_a_hessian_that_was_used_up_is_refused() -> None:
+    x, weight = problem()
+    hessian = inverse_hessian(x.T @ x, 3)
+    prune_channels(weight, hessian, [2, 1])
+    with pytest.raises(ValueError, match="used up"):
         prune_channels(weight, hessian, [1])
+
+
+@pytest.mark.parametrize("kind", ["slimgpt", "exact"])
+def test_every_round_is_reported(kind: HeadError) -> None:
+    x, weight = problem()
+    seen: list[tuple[int, int]] = []
+    prune_channels(weight, inverse_hessian(x.T @ x, 3), [4, 2, 1], lambda done, total: seen.append((done, total)))
+    assert seen == [(4, 7), (6, 7), (7, 7)]
+    seen.clear()
+    prune_heads(weight, inverse_hessian(x.T @ x, 3), 2, 4, kind, lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 2), (2, 2)]
+
+
+# Memory and chunks
+
+
+@pytest.mark.parametrize("chunk", [1, 30, 200])
+@pytest.mark.parametrize("kind", ["channels", "slimgpt", "exact"])
+def test_results_do_not_depend_on_the_size_of_chunks(monkeypatch: pytest.MonkeyPatch, chunk: int, kind: str) -> None:
+    x, weight = problem(tokens=150, columns=60, rows=9)
+
+    def prune() -> PrunedLinear:
+        hessian = inverse_hessian(x.T @ x, 3)
+        if kind == "channels":
+            return prune_channels(weight, hessian, [9, 5, 1, 1, 20])
+        return prune_heads(weight, hessian, 7, 6, kind)  # type: ignore[arg-type]
+
+    whole = prune()
+    monkeypatch.setattr(slimgpt_math, "CHUNK", chunk)
+    monkeypatch.setattr(slimgpt_math, "UPDATE_ROWS", 7)
+    monkeypatch.setattr(gram, "MIRROR_BLOCK", 13)
+    chunked = prune()
+    assert torch.equal(chunked.kept, whole.kept)
+    torch.testing.assert_close(chunked.weight, whole.weight, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(chunked.errors, whole.errors, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inverting_and_pruning_need_what_solver_bytes_says(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(slimgpt_math, "CHUNK", 2**16)  # small beside the matrix, as it is in a real layer
+    monkeypatch.setattr(gram, "MIRROR_BLOCK", 128)
+    n = 1536
+    matrix = n * n * dtype.itemsize
+    x = torch.randn(2 * n, n, generator=torch.Generator().manual_seed(0))
+    xtx, weight = x.T @ x, torch.randn(n, n, generator=torch.Generator().manual_seed(1))
+    for solve in (
+        lambda hessian: prune_channels(weight, hessian, group_size_schedule(n // 2)),
+        lambda hessian: prune_heads(weight, hessian, 3, 256, "exact"),
+    ):
+        with LiveBytes() as inverting:
+            hessian = inverse_hessian(xtx, 128, dtype=dtype)
+        assert inverting.peak < 1.2 * matrix
+        with LiveBytes() as pruning:  # beside H⁻¹ itself
+            solve(hessian)
+        assert pruning.peak + matrix < solver_bytes(n, dtype)
+
+
+def test_float64_is_chosen_where_it_fits() -> None:
+    needed = solver_bytes(4096, torch.float64)
+    assert 2 * 8 * 4096**2 < needed < 3 * 8 * 4096**2
+    assert solver_bytes(4096, torch.float32) * 2 == needed
+    assert choose_dtype(4096, needed) == torch.float64
+    assert choose_dtype(4096, needed - 1) == torch.float32
 
 
 # Batch sizes
