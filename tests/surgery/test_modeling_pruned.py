@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache, pipeline
-from transformers.configuration_utils import get_head_shapes
 
 from lightning_prune.surgery.cut import cut
 from tests.tiny import FAMILIES, make_tiny, mixed_plan, tiny_plan, tiny_tokenizer, tiny_tokens
@@ -31,6 +30,12 @@ def all_attention_gone(model: PreTrainedModel) -> Any:
 PLANS = [first_attention_gone, last_attention_gone, all_attention_gone]
 KINDS = [*((family, {}) for family in FAMILIES), ("mistral", {"sliding_window": 6})]
 KINDS.append(("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}))
+
+
+def head_shapes(model: PreTrainedModel) -> tuple[list[int], list[int]]:
+    """(KV heads, head size) of every layer, as the config says them."""
+    layers = model.config.per_layer_config
+    return [layer.num_key_value_heads for layer in layers], [layer.head_dim for layer in layers]
 
 
 def pruned_model(family: str, plan: Any = first_attention_gone, **options: Any) -> PreTrainedModel:
@@ -61,7 +66,7 @@ def test_manual_loops_over_a_cache_give_the_logits_of_one_pass(family: str, extr
     tokens = tiny_tokens(length=14)
     expected = model(tokens).logits
     allocated = StaticCache(config=model.config, max_cache_len=20)  # as export and compilation want it
-    allocated.early_initialization(2, *get_head_shapes(model.config), dtype=model.dtype, device=model.device)
+    allocated.early_initialization(2, *head_shapes(model), dtype=model.dtype, device=model.device)
     for cache in (
         DynamicCache(config=model.config),
         DynamicCache(),
