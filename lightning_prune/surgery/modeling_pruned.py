@@ -61,8 +61,7 @@ class SkippedMixer(nn.Module):
         keys = getattr(slot, "keys", None)
         if keys is not None and keys.dim() == 4:
             return keys.shape[1], keys.shape[3]
-        made_later = slot or getattr(kv_cache, "layer_class_to_replicate", None)
-        return 1, self.head_dim if hasattr(made_later, "_quantize") else 1
+        return 1, self.head_dim if hasattr(slot, "_quantize") else 1
 
 
 def _is_kv_cache(value: Any) -> bool:
