@@ -80,8 +80,10 @@ def public_name(name: str) -> str:
     """The last part of a path, so that the folders of this machine stay private; anything else as it is."""
     if not _is_path(name):
         return name
-    parts = re.split(r"[/\\]" if _WINDOWS.match(name) else "/", name)
-    return next((part for part in reversed(parts) if part not in ("", ".", "..", "~")), name)
+    parts = [part for part in re.split(r"[/\\]" if _WINDOWS.match(name) else "/", name) if part]
+    if not parts or parts[-1] in (".", "..", "~"):
+        return os.path.basename(os.path.abspath(os.path.expanduser(name))) or name
+    return parts[-1]
 
 
 def _is_path(name: str) -> bool:

@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     check_plan(anatomy(dense), plan)
 
     model = cut(load_model(arguments.model, dtype), plan)
-    card = model_card(plan, layout_of(model))
+    card = model_card(plan, layout_of(model), pretrained=arguments.model)
     save_checkpoint(model, arguments.output, tokenizer_from=arguments.model, card=card)
     print(f"pruned model: {arguments.output}")
     return 0

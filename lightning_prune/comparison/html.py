@@ -54,11 +54,13 @@ def page(title: str, sections: Sequence[Section], figures: Sequence[Plot]) -> st
 
 def table(columns: Sequence[str], rows: Sequence[Row]) -> str:
     """A table that scrolls sideways on narrow screens."""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
-    body = "\n".join(
-        f"<tr{_row_class(columns, row)}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
-        for row in rows
-    )
+    kinds = [' class="word"' if name in WORDS else "" for name in columns]
+    head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for kind, name in zip(kinds, columns, strict=True))
+    lines = []
+    for row in rows:
+        cells = "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True))
+        lines.append(f"<tr{_row_class(columns, row)}>{cells}</tr>")
+    body = "\n".join(lines)
     return (
         f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
     )
