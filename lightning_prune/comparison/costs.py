@@ -7,15 +7,14 @@ from lightning_prune.comparison.run import Run, load_run
 from lightning_prune.errors import UserError
 
 CALIBRATE = ("calibrate",)
-PRUNE = ("decide", "prune layers", "prune", "save")
-READ = ("load", "tokenise")  # the same for every method
 EVALUATE = ("evaluate pruned",)
 EVALUATE_DENSE = ("evaluate dense",)  # once for all runs of an experiment, by whichever run comes first
-PHASES = (*READ, *CALIBRATE, *PRUNE, *EVALUATE, *EVALUATE_DENSE)
+# Work that is the same for every method. What is neither this nor calibrating is the price of the decision and the cut.
+COMMON = ("load", "tokenise", "check", *EVALUATE, *EVALUATE_DENSE, "total")
 REUSED = "*"
 LEGEND = (
     "Seconds: calibrate is the passes over the calibration set; prune is deciding, cutting and saving; evaluate is the "
-    "perplexity of that line's model. Loading the model and tokenising are left out, see results.csv."
+    "perplexity of that line's model. Loading and tokenising are the same for all and stand in results.csv."
 )
 LEGEND_REUSED = (
     f"Seconds with {REUSED}: the run reused the scores of an earlier one; this is what that one's calibration took "
@@ -29,11 +28,18 @@ def spent(run: Run, phases: Sequence[str]) -> float | None:
     return sum(found) if found else None
 
 
+def pruning(run: Run) -> float | None:
+    """Seconds of deciding, solving, cutting and saving: everything but calibration and what all methods share."""
+    return spent(run, [phase for phase in run.seconds if phase not in (*CALIBRATE, *COMMON)])
+
+
 def calibration(run: Run) -> float | None:
     """Seconds of the calibration behind a run's decision, wherever it took place; None where that is not known, or
     nothing was calibrated."""
     if not run.reused_scores:
         return spent(run, CALIBRATE)
+    if CALIBRATE[0] in run.measured_seconds:
+        return run.measured_seconds[CALIBRATE[0]]
     source = _measuring_run(run)
     return None if source is None else spent(source, CALIBRATE)
 

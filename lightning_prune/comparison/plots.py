@@ -134,9 +134,8 @@ def seconds_figure(runs: Sequence[Run]) -> Figure:
     bars, start = [shown(f"{names[id(run)]} {run.requested:g}") for run in runs], np.zeros(len(runs))
     reused = [run.reused_scores for run in runs]
     calibrated = np.array([costs.calibration(run) or 0.0 for run in runs])
-    pruned, evaluated = (
-        np.array([costs.spent(run, phases) or 0.0 for run in runs]) for phases in (costs.PRUNE, costs.EVALUATE)
-    )
+    pruned = np.array([costs.pruning(run) or 0.0 for run in runs])
+    evaluated = np.array([costs.spent(run, costs.EVALUATE) or 0.0 for run in runs])
     own = np.where(reused, 0.0, calibrated)
     parts: tuple[tuple[str, Any, dict[str, Any]], ...] = (
         ("calibrate", own, {"color": PALETTE[0]}),

@@ -99,6 +99,12 @@ class Run:
         return None if found is None else str(found)
 
     @property
+    def measured_seconds(self) -> dict[str, float]:
+        """Seconds by phase of the run that calibrated, where this one reused its scores and recorded them."""
+        found: dict[str, float] = self.metrics["method"].get("measured_seconds", {})
+        return found
+
+    @property
     def sets(self) -> list[str]:
         """Names of the evaluation sets."""
         return list(self.metrics["perplexity"])

@@ -96,7 +96,7 @@ def rows(runs: Sequence[Run], sets: Sequence[str]) -> list[Row]:
                 *perplexities,
                 word(run),
                 costs.calibration_text(run),
-                costs.text(costs.spent(run, costs.PRUNE)),
+                costs.text(costs.pruning(run)),
                 costs.text(costs.spent(run, costs.EVALUATE)),
                 f"{run.peak_memory_bytes / 2**20:,.0f}",
             )
@@ -185,7 +185,7 @@ def _csv_row(index: int, group: Group, run: Run, name: str) -> dict[str, object]
         "calibration_fingerprint": (run.calibration or {}).get("fingerprint", ""),
         "seconds_calibrate": costs.calibration(run),
         "scores_measured_by": (run.measured_by or "unknown") if run.reused_scores else "",
-        "seconds_prune": costs.spent(run, costs.PRUNE),
+        "seconds_prune": costs.pruning(run),
         "seconds_evaluate": costs.spent(run, costs.EVALUATE),
         "seconds_evaluate_dense": costs.spent(run, costs.EVALUATE_DENSE),
         "seconds_load": costs.spent(run, ("load",)),

@@ -44,7 +44,7 @@ def unusable_limit(dense: float | None, unigram: float | None) -> float | None:
     """The perplexity from which on a pruned model is unusable; None where the unigram model's is not known."""
     if not _finite(unigram):
         return None
-    return math.sqrt(dense) * math.sqrt(unigram) if _finite(dense) and dense < unigram else unigram
+    return min(unigram, math.sqrt(dense * unigram)) if _finite(dense) else unigram
 
 
 def verdict(metrics: dict[str, Any], name: str) -> str:

@@ -54,7 +54,7 @@ def _summary(plan: PruningPlan, facts: dict[str, Any], calibration: dict[str, An
     rows = [
         ("Base model", base),
         ("Method", markdown(plan.method)),
-        ("Pruning ratio requested", f"{plan.pruning_ratio:.4f}"),
+        *_requested(plan.pruning_ratio),
         ("Pruning ratio achieved", f"{plan.achieved_ratio:.4f}"),
         ("Parameters before", f"{dense:,}"),
         ("Parameters after", f"{pruned:,}"),
@@ -69,6 +69,11 @@ def _summary(plan: PruningPlan, facts: dict[str, Any], calibration: dict[str, An
     if plan.weights_updated:
         rows.append(("Remaining weights", "changed by the method"))
     return markdown_table(("", ""), rows)
+
+
+def _requested(ratio: float | None) -> list[tuple[str, str]]:
+    """No row where something else than a ratio was asked for."""
+    return [] if ratio is None else [("Pruning ratio requested", f"{ratio:.4f}")]
 
 
 def _loading(layout: str) -> str:
