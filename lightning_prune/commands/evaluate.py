@@ -30,9 +30,8 @@ def main(argv: list[str]) -> int:
 
     from lightning_prune.evaluation import efficiency, zero_shot
     from lightning_prune.evaluation.module import DTYPES
-    from lightning_prune.files import write_json
+    from lightning_prune.files import check_writable, write_json
     from lightning_prune.reporting.environment import environment
-    from lightning_prune.runs import check_writable
     from lightning_prune.surgery.loading import OPTION, load_config, load_model, load_tokenizer
 
     check_writable(output, "--output")

@@ -2,7 +2,7 @@
 
 from lightning_prune.evaluation.module import EvaluatedModel
 from lightning_prune.parsing.lightning_cli import PruneCLI
-from lightning_prune.runs import evaluate_and_record
+from lightning_prune.runs.run import evaluate_and_record
 
 
 def main(argv: list[str]) -> int:

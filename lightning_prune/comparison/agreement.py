@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_prune.comparison.run import Run, UnitTable
+from lightning_prune.comparison.run import Run
 from lightning_prune.comparison.tables import display_names
+from lightning_prune.runs.score_table import ScoreTable
 
 Floats = NDArray[np.float64]
 
@@ -64,11 +65,11 @@ def layer_agreement(runs: Sequence[Run]) -> Agreement:
     names = display_names(runs)
     tables = {names[id(run)]: run.units for run in runs}
 
-    def kept(table: UnitTable) -> Floats:
+    def kept(table: ScoreTable) -> Floats:
         # As shares of the layer: a method that removes whole layers also counts norms as cost.
         return table.per_layer(table.cost * table.kept) / table.per_layer(table.cost)
 
-    def same_depth(measure: Callable[[Floats, Floats], float]) -> Callable[[UnitTable, UnitTable], float]:
+    def same_depth(measure: Callable[[Floats, Floats], float]) -> Callable[[ScoreTable, ScoreTable], float]:
         return lambda a, b: measure(kept(a), kept(b)) if a.num_layers == b.num_layers else float("nan")
 
     columns = list(tables.values())
@@ -81,11 +82,11 @@ def chance_jaccard(runs: Sequence[Run]) -> float:
     return share / (2 - share)
 
 
-def _ordered(table: UnitTable, values: NDArray[np.generic]) -> Floats:
+def _ordered(table: ScoreTable, values: NDArray[np.generic]) -> Floats:
     return values[np.lexsort((table.unit, table.block, table.layer))].astype(np.float64)
 
 
-def _matrix(tables: list[UnitTable], measure: Callable[[UnitTable, UnitTable], float]) -> Floats:
+def _matrix(tables: list[ScoreTable], measure: Callable[[ScoreTable, ScoreTable], float]) -> Floats:
     count = len(tables)
     found = np.full((count, count), np.nan)
     for row in range(count):
@@ -95,7 +96,7 @@ def _matrix(tables: list[UnitTable], measure: Callable[[UnitTable, UnitTable], f
     return found
 
 
-def _same_units(left: UnitTable, right: UnitTable) -> bool:
+def _same_units(left: ScoreTable, right: ScoreTable) -> bool:
     if left.whole_layers or right.whole_layers:
         return True  # compared by layer only
     return left.layer.shape == right.layer.shape and all(

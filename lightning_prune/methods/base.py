@@ -2,9 +2,9 @@
 
 import time
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from lightning_prune.errors import UserError
 from lightning_prune.evaluation.module import EvaluatedModel
-from lightning_prune.files import write_json
 from lightning_prune.methods.scores import Scores
 from lightning_prune.statistics.hooks import Hooks
 from lightning_prune.statistics.replay import LayerWalk
@@ -29,13 +28,25 @@ class SavedMeasurement:
     """What an earlier run measured, so that another decision needs no calibration.
 
     ``details`` is its ``method.json``, ``calibration`` its ``calibration.json`` (None for methods without data),
-    ``run`` its folder, which the new record names.
+    ``run`` its folder, which the new record names, ``seconds`` what measuring cost by phase.
     """
 
     scores: Scores
     details: dict[str, Any]
     calibration: dict[str, Any] | None
     run: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class DecisionFolder(Protocol):
+    """Where a run's results go."""
+
+    @property
+    def pruned(self) -> Path:
+        """The checkpoint's folder, which does not exist yet."""
+
+    def write_decision(self, scores: Scores, plan: PruningPlan, details: dict[str, Any]) -> None:
+        """Keep what was measured and decided, each file whole or not at all."""
 
 
 class PruningMethod(EvaluatedModel):
@@ -67,9 +78,8 @@ class PruningMethod(EvaluatedModel):
         self.automatic_optimization = False
         self.pruning_ratio = pruning_ratio
         self._label = label
-        self.run_folder: Path | None = None
+        self.run_folder: DecisionFolder | None = None
         self.hooks = Hooks()
-        self.pruned_folder: Path | None = None
         self.dense_parameters = 0
         self.num_layers = 0
         self.saved: SavedMeasurement | None = None
@@ -88,6 +98,11 @@ class PruningMethod(EvaluatedModel):
     def label(self) -> str:
         """The name of this system in run folders and tables."""
         return self._label or self.method
+
+    @property
+    def requested_ratio(self) -> float | None:
+        """The pruning ratio that was asked for; None where something else was."""
+        return self.pruning_ratio
 
     @property
     def layerwise(self) -> bool:
@@ -214,22 +229,18 @@ class PruningMethod(EvaluatedModel):
 
     def on_fit_end(self) -> None:
         """Prune: the strategy is torn down, the module is whole and on the CPU. Rank 0 saves."""
-        folder = self.run_folder or Path(self.trainer.log_dir or self.trainer.default_root_dir)
         self.walk = LayerWalk()
         with self.timed("prune"), torch.no_grad():
             self.net = self.transform(self.model)
-        if self.trainer.is_global_zero:
+        if self.run_folder is not None:  # on the rank that writes
             with self.timed("save"):
-                self.scores.save(folder / "scores.csv")
-                self.plan.save(folder / "plan.json")
                 facts = {"method": self.method, "label": self.label, **self._details}
                 if self.saved is not None and self.saved.run is not None:
                     facts["measured_by"] = self.saved.run
-                write_json(folder / "method.json", facts)
+                self.run_folder.write_decision(self.scores, self.plan, facts)
                 card = model_card(self.plan, layout_of(self.model), self.calibration_facts())
                 card += f"\n{self.note}\n" if self.note else ""
-                save_checkpoint(self.model, folder / "pruned", tokenizer_from=self.pretrained, card=card)
-        self.pruned_folder = folder / "pruned"
+                save_checkpoint(self.model, self.run_folder.pruned, tokenizer_from=self.pretrained, card=card)
 
     def calibration_facts(self) -> dict[str, Any] | None:
         """The manifest of the calibration set, None for methods without data."""
@@ -241,7 +252,7 @@ class PruningMethod(EvaluatedModel):
         """A plan with this run's facts filled in; ``pruned_parameters`` counts what is left."""
         return PruningPlan(
             method=self.method,
-            pruning_ratio=self.pruning_ratio,
+            pruning_ratio=self.requested_ratio,
             achieved_ratio=1 - pruned_parameters / self.dense_parameters,
             parameters={"dense": self.dense_parameters, "pruned": pruned_parameters},
             calibration_fingerprint=(self.calibration_facts() or {}).get("fingerprint"),

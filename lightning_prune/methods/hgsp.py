@@ -272,9 +272,7 @@ def final_scores(
         factor = depth_prior(delta, tau)
         bad = (~torch.isfinite(factor)).any(0).nonzero().flatten().tolist()
         if bad:
-            raise FloatingPointError(
-                f"layers {bad}: the measured prior is NaN or infinite. Use --trainer.precision 32-true."
-            )
+            raise FloatingPointError(f"layers {bad}: the measured prior is NaN or infinite.")
         prior = factor[scores.block, scores.layer] ** temperature
     return replace(scores, base=base, prior=prior, score=base * prior)
 

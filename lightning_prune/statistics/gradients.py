@@ -114,8 +114,7 @@ class GradientSums(nn.Module):
             bad = int((~torch.isfinite(found[role])).sum())
             if bad:
                 raise FloatingPointError(
-                    f"layer {layer}, {role} projection: {bad} gradient values overflowed (NaN or infinite). "
-                    "Use --trainer.precision 32-true or bf16-true."
+                    f"layer {layer}, {role} projection: {bad} gradient values overflowed (NaN or infinite)."
                 )
         return found
 

@@ -54,7 +54,7 @@ class TokenStatistic(Metric):
         if bad:
             raise FloatingPointError(
                 f"{name}: {bad} of {value.numel()} values of {type(self).__name__} are NaN or infinite: "
-                "the activations overflowed. Use --trainer.precision 32-true or bf16-true."
+                "the activations overflowed."
             )
 
 

@@ -1,0 +1,43 @@
+"""What to do about NaN and infinite values, said where the precision in use is known."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import lightning as L
+import torch
+
+from lightning_prune.evaluation.module import EvaluatedModel
+
+
+@contextmanager
+def numerical_advice(trainer: L.Trainer, model: EvaluatedModel) -> Iterator[None]:
+    """Complete the message of numerical trouble: bad weights are named, else a precision that is not yet in use.
+
+    Raises:
+        FloatingPointError: the one that was raised, with advice.
+    """
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error} {_advice(str(trainer.precision), model)}") from error
+
+
+def _advice(precision: str, model: EvaluatedModel) -> str:
+    bad = _bad_weight(model)
+    if bad is not None:
+        return (
+            f"The weights of '{model.pretrained}' themselves hold NaN or infinite values, first in {bad}: give others."
+        )
+    if precision.startswith("16"):
+        return "Use --trainer.precision bf16-true or 32-true."
+    if precision.startswith("bf16"):
+        return "Use --trainer.precision 32-true."
+    return (
+        f"Precision {precision} is in use already, so the values lie outside its range: look at the model and the text."
+    )
+
+
+def _bad_weight(model: EvaluatedModel) -> str | None:
+    if model.net is None:
+        return None
+    return next((name for name, weight in model.net.named_parameters() if not bool(torch.isfinite(weight).all())), None)
