@@ -3,7 +3,7 @@
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.parsing.lightning_cli import PruneCLI
 from lightning_prune.reporting.run_record import summary_table
-from lightning_prune.runs import prune_and_record
+from lightning_prune.runs.run import prune_and_record
 
 
 def main(argv: list[str]) -> int:

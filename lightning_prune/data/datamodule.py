@@ -140,8 +140,8 @@ class CalibrationDataModule(LightningDataModule):
                 self._warn_if_seen(held_out)
 
     def train_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Calibration batches `(ids [B, seq_len] int64, weight [B] float32, index [B] int64)`: weight 0 for samples that
-        only fill up a batch, index in the calibration set.
+        """Calibration batches `(ids [B, seq_len] int64, weight [B] float32, index [B] int64)`: weight 0 for
+        samples that only fill up a batch, index in the calibration set.
 
         Empty for a method that reads no data; Lightning then skips the epochs.
         """

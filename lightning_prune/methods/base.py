@@ -4,15 +4,14 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_prune.errors import UserError
-from lightning_prune.files import write_json
 from lightning_prune.methods.scores import Scores
 from lightning_prune.models.layered import skeleton
 from lightning_prune.surgery.anatomy import LayerAnatomy, anatomy, count_parameters
@@ -34,20 +33,34 @@ class SavedMeasurement:
     """What an earlier run measured, so that another decision needs no calibration.
 
     ``details`` is its ``method.json``, ``calibration`` its ``calibration.json`` (None for methods without data),
-    ``run`` its folder, which the new record names.
+    ``run`` its folder, which the new record names, ``seconds`` what measuring cost by phase.
     """
 
     scores: Scores
     details: dict[str, Any]
     calibration: dict[str, Any] | None
     run: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class DecisionFolder(Protocol):
+    """Where a run's results go."""
+
+    path: Path
+
+    @property
+    def pruned(self) -> Path:
+        """The checkpoint's folder, which does not exist yet."""
+
+    def write_decision(self, scores: Scores, plan: PruningPlan, details: dict[str, Any]) -> None:
+        """Keep what was measured and decided, each file whole or not at all."""
 
 
 class PruningMethod(LayeredModule):
     """Walks the decoder on the shared set, one layer per epoch, decides behind the last, prunes in ``on_fit_end``.
 
-    A method says which passes it makes (``passes``: what is observed in a layer, and what is left of it) and what follows
-    from what they found (``decide``).
+    A method says which passes it makes (``passes``: what is observed in a layer, and what is left of it) and what
+    follows from what they found (``decide``).
 
     Args:
         pretrained: Model folder or hub id to prune. ``demo`` is the small model inside the package.
@@ -85,7 +98,7 @@ class PruningMethod(LayeredModule):
         self.pruning_ratio = pruning_ratio
         self.save_dtype = save_dtype
         self._label = label
-        self.run_folder: Path | None = None
+        self.run_folder: DecisionFolder | None = None
         self.pruned_folder: Path | None = None
         self.dense_parameters = 0
         self.saved: SavedMeasurement | None = None
@@ -109,6 +122,11 @@ class PruningMethod(LayeredModule):
     def layers(self) -> list[LayerAnatomy]:
         """The dense model's layers: shapes always, weights only where the walk is."""
         return self._views
+
+    @property
+    def requested_ratio(self) -> float | None:
+        """The pruning ratio that was asked for; None where something else was."""
+        return self.pruning_ratio
 
     # What a method says about itself
 
@@ -153,7 +171,8 @@ class PruningMethod(LayeredModule):
 
     def on_fit_start(self) -> None:
         """Open the model; work that needs no batch is done before the first one."""
-        folder = self._folder()
+        here = "" if self.run_folder is None else str(self.run_folder.path)
+        self._folder = Path(self.trainer.strategy.broadcast(here))
         model = self.open_model(self.pretrained)
         self._views = model.views
         tokens = self.datamodule.calibration.tokens if self.needs_calibration else torch.empty(0, 1)
@@ -167,7 +186,7 @@ class PruningMethod(LayeredModule):
             samples=len(range(rank, len(tokens), world)),
             batch_size=batch_size,
             seq_len=tokens.shape[1],
-            scratch=folder,
+            scratch=self._folder,
             context=self._precision_context,
         )
         self.walk = Walk(self._passes, setting, self.findings())
@@ -187,7 +206,7 @@ class PruningMethod(LayeredModule):
         self.walk.start(self._next)
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
-        """The calibration step of one layer on one batch: tokens ``[B, L]``, sample weights ``[B]``, indices ``[B]``."""
+        """The calibration step of one layer: tokens ``[B, L]``, sample weights ``[B]`` and indices ``[B]``."""
         tokens, weight, index = batch
         start = batch_idx * self.datamodule.batch_size
         self.walk.batch(self._next, Batch(tokens, weight, index, slice(start, start + len(tokens))))
@@ -218,27 +237,26 @@ class PruningMethod(LayeredModule):
 
     def on_fit_end(self) -> None:
         """Prune: the strategy is torn down. Rank 0 cuts layer by layer, and writes."""
-        folder = self._folder()
         self.close_model()
-        if self.trainer.is_global_zero:
-            with self.timed("save"), torch.no_grad():
-                self.scores.save(folder / "scores.csv")
-                self.plan.save(folder / "plan.json")
+        if self.run_folder is not None:  # on the rank that writes
+            with self.timed("save"):
                 facts = {"method": self.method, "label": self.label, **self._details}
                 if self.saved is not None and self.saved.run is not None:
                     facts["measured_by"] = self.saved.run
-                write_json(folder / "method.json", facts)
+                self.run_folder.write_decision(self.scores, self.plan, facts)
             with self.timed("prune"), torch.no_grad():
-                pruned = open_pruned(self.pretrained, self.plan, self.walk.weights_of)
-                card = model_card(self.plan, layout_of(pruned.config), self.calibration_facts())
-                card += f"\n{self.note}\n" if self.note else ""
-                write_checkpoint(pruned, folder / "pruned", tokenizer_from=self.pretrained, card=card)
-                pruned.close()
-        self.pruned_folder = folder / "pruned"
+                self._write_pruned(self.run_folder.pruned)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # the others evaluate what this one writes
+        self.pruned_folder = self._folder / "pruned"
         self.evaluated = str(self.pruned_folder)
 
-    def _folder(self) -> Path:
-        return self.run_folder or Path(self.trainer.log_dir or self.trainer.default_root_dir)
+    def _write_pruned(self, folder: Path) -> None:
+        pruned = open_pruned(self.pretrained, self.plan, self.walk.weights_of)
+        card = model_card(self.plan, layout_of(pruned.config), self.calibration_facts(), pretrained=self.pretrained)
+        card += f"\n{self.note}\n" if self.note else ""
+        write_checkpoint(pruned, folder, tokenizer_from=self.pretrained, card=card)
+        pruned.close()
 
     def _precision_context(self) -> AbstractContextManager[object]:
         context: Callable[[], AbstractContextManager[object]] = self.trainer.precision_plugin.forward_context
@@ -255,7 +273,7 @@ class PruningMethod(LayeredModule):
         dtype = stored_dtype(self.pretrained) if self.save_dtype == "auto" else getattr(torch, self.save_dtype)
         return PruningPlan(
             method=self.method,
-            pruning_ratio=self.pruning_ratio,
+            pruning_ratio=self.requested_ratio,
             achieved_ratio=1 - pruned_parameters / self.dense_parameters,
             parameters={"dense": self.dense_parameters, "pruned": pruned_parameters},
             calibration_fingerprint=(self.calibration_facts() or {}).get("fingerprint"),

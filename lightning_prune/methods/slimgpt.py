@@ -44,8 +44,8 @@ class SlimGPTPass(BlockPass):
 
     Args:
         counts: (groups, channels) to remove from every layer.
-        head_score, ffn_group_size, damping, max_tokens: the method's options.
-        world_size: processes that share the tokens.
+        head_score, ffn_group_size, damping: the method's options.
+        max_tokens: of this process.
     """
 
     name = "slimgpt"
@@ -57,13 +57,12 @@ class SlimGPTPass(BlockPass):
         ffn_group_size: int | Literal["dynamic"],
         damping: float,
         max_tokens: int,
-        world_size: int,
     ) -> None:
         self.counts = counts
         self.head_score: HeadError = head_score
         self.ffn_group_size: int | Literal["dynamic"] = ffn_group_size
         self.damping = damping
-        self.max_tokens = max_tokens // world_size
+        self.max_tokens = max_tokens
 
     def observe(self, view: LayerAnatomy, role: str, hooks: Hooks) -> None:
         """One Hessian at a time."""
@@ -186,11 +185,8 @@ class SlimGPT(PruningMethod):
     def passes(self) -> list[Pass]:
         """One over the decoder, block by block."""
         self.ratios, self.counts = self.layer_counts(self.layers, self.dense_parameters)
-        return [
-            SlimGPTPass(
-                self.counts, self.head_score, self.ffn_group_size, self.damping, self.max_tokens, self.trainer.world_size
-            )
-        ]
+        tokens = self.max_tokens // self.trainer.world_size
+        return [SlimGPTPass(self.counts, self.head_score, self.ffn_group_size, self.damping, tokens)]
 
     def decide(self) -> None:
         """Everything is decided; write it down. The score of a unit is its error when it was removed."""
@@ -202,7 +198,8 @@ class SlimGPT(PruningMethod):
             LayerPlan(layer, heads["kept"].tolist(), channels["kept"].tolist())
             for layer, (heads, channels) in enumerate(blocks)
         ]
-        scores = group_scores(self.layers, [heads["errors"] for heads, _ in blocks], [mlp["errors"] for _, mlp in blocks])
+        errors = [[pair[block]["errors"] for pair in blocks] for block in (0, 1)]
+        scores = group_scores(self.layers, *errors)
         removed = torch.cat([_removed(one) for pair in blocks for one in pair])
         self.scores = replace(scores, score=scores.importance, base=scores.importance, pruned=removed)
         left = parameters_after(self.layers, self.dense_parameters, kept)

@@ -17,7 +17,6 @@ from lightning.pytorch.strategies import Strategy
 from lightning_prune import methods
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.errors import UserError
-from lightning_prune.walk.module import LayeredModule
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.parsing.config_files import check_command_line
 from lightning_prune.parsing.messages import plain
@@ -25,6 +24,7 @@ from lightning_prune.parsing.trainer_options import check_callbacks, check_fixed
 from lightning_prune.parsing.values import check_values, refuse_nulls
 from lightning_prune.reporting.progress import RunProgressBar
 from lightning_prune.strategy import cpu_processes, trainer_for_calibration
+from lightning_prune.walk.module import LayeredModule
 
 DEFAULT_ROOT = "logs"
 

@@ -177,4 +177,4 @@ class LayeredModule(L.LightningModule):
         data = self.datamodule
         longest = max((item.tokens.shape[1] for item in data.evaluation), default=1)
         each = data.eval_batch_size * longest * config.hidden_size * self.load_dtype.itemsize
-        return max(1, STEP_BYTES // each)
+        return max(1, STEP_BYTES // int(each))

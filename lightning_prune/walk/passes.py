@@ -102,14 +102,14 @@ class Pass(ABC):
         """As ``batch`` for a step whose finding is known: only what later steps need."""
         self.batch(step, batch)
 
-    def advance(self, step: Step) -> None:
+    def advance(self, step: Step) -> None:  # noqa: B027 - most passes need nothing
         """The step's finding is known and its new weights are in place: make ready for the next step."""
 
     def changes(self, step: Step) -> bool:
         """Whether the step leaves the layer with other weights."""
         return False
 
-    def end(self) -> None:
+    def end(self) -> None:  # noqa: B027 - most passes need nothing
         """Give everything back."""
 
     @property

@@ -1,4 +1,4 @@
-"""All passes of a method as one sequence of steps: layers come and go, findings are kept, known ones are not made again."""
+"""All passes of a method as one sequence of steps: layers come and go, known findings are not made again."""
 
 from collections.abc import Sequence
 
@@ -65,9 +65,7 @@ class Walk:
 
     def findings_of(self, name: str) -> list[tuple[Step, Finding]]:
         """What the steps of the pass called ``name`` left, without new weights."""
-        return [
-            (step, self.findings.of(number)) for number, (one, step) in enumerate(self.steps) if one.name == name
-        ]
+        return [(step, self.findings.of(number)) for number, (one, step) in enumerate(self.steps) if one.name == name]
 
     def weights_of(self, layer: int) -> Finding:
         """New weights of a layer by role, of the dense shape; empty where nothing was changed."""
