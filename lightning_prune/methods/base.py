@@ -1,5 +1,6 @@
 """The life of every pruning method: check, walk the decoder, decide, cut, save."""
 
+import tempfile
 import time
 from abc import abstractmethod
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from lightning_prune.walk.module import LayeredModule
 from lightning_prune.walk.passes import Batch, Finding, Pass, Setting
 from lightning_prune.walk.walk import Walk
 
+FINDINGS = "findings"
 SAVE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -100,6 +102,7 @@ class PruningMethod(LayeredModule):
         self._label = label
         self.run_folder: DecisionFolder | None = None
         self.pruned_folder: Path | None = None
+        self._folder: Path | None = None
         self.dense_parameters = 0
         self.saved: SavedMeasurement | None = None
 
@@ -172,7 +175,8 @@ class PruningMethod(LayeredModule):
     def on_fit_start(self) -> None:
         """Open the model; work that needs no batch is done before the first one."""
         here = "" if self.run_folder is None else str(self.run_folder.path)
-        self._folder = Path(self.trainer.strategy.broadcast(here))
+        shared = self.trainer.strategy.broadcast(here)
+        self._folder = Path(shared) if shared else None
         model = self.open_model(self.pretrained)
         self._views = model.views
         tokens = self.datamodule.calibration.tokens if self.needs_calibration else torch.empty(0, 1)
@@ -186,47 +190,45 @@ class PruningMethod(LayeredModule):
             samples=len(range(rank, len(tokens), world)),
             batch_size=batch_size,
             seq_len=tokens.shape[1],
-            scratch=self._folder,
+            scratch=self._folder or Path(tempfile.gettempdir()),
             context=self._precision_context,
         )
-        self.walk = Walk(self._passes, setting, self.findings())
-        self._epochs = [number for number, (one, _) in enumerate(self.walk.steps) if one.reads]
+        self.walk = Walk(self._passes, setting, Findings(self._findings_folder))
+        self._open_steps = self.walk.open_steps()
+        self.trainer.fit_loop.max_epochs = sum(self.walk.steps[number][0].reads for number in self._open_steps)
         self._calibration_started = time.perf_counter()
-        self._next = 0
         self._take_steps_without_batches()
-        if not self._epochs:
-            self._decide()
 
-    def findings(self) -> Findings:
-        """Where finished layers leave what was found."""
-        return Findings()
+    @property
+    def _findings_folder(self) -> Path | None:
+        """Where finished layers leave what was found; nowhere in a run without a folder."""
+        return self._folder / FINDINGS if self._folder is not None else None
 
     def on_train_epoch_start(self) -> None:
         """An epoch is a step: this one's layer comes in, hooks live while its batches run."""
-        self.walk.start(self._next)
+        self.walk.start(self._open_steps[0])
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         """The calibration step of one layer: tokens ``[B, L]``, sample weights ``[B]`` and indices ``[B]``."""
         tokens, weight, index = batch
         start = batch_idx * self.datamodule.batch_size
-        self.walk.batch(self._next, Batch(tokens, weight, index, slice(start, start + len(tokens))))
+        self.walk.batch(self._open_steps[0], Batch(tokens, weight, index, slice(start, start + len(tokens))))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Behind the last batch the strategy is still up, so sums are reduced over processes: finish the layer."""
         if not self.trainer.is_last_batch:
             return
         with self.timed("finish layers"):
-            self.walk.finish(self._next)
-        self._next += 1
+            self.walk.finish(self._open_steps.pop(0))
         self._take_steps_without_batches()
-        if self._next == len(self.walk):
-            self._decide()
 
     def _take_steps_without_batches(self) -> None:
-        while self._next < len(self.walk) and self._next not in self._epochs:
-            self.walk.start(self._next)
-            self.walk.finish(self._next)
-            self._next += 1
+        while self._open_steps and not self.walk.steps[self._open_steps[0]][0].reads:
+            self.walk.start(self._open_steps[0])
+            self.walk.finish(self._open_steps.pop(0))
+        if not self._open_steps:
+            self.walk.close()
+            self._decide()
 
     def _decide(self) -> None:
         self.seconds["calibrate"] = time.perf_counter() - self._calibration_started
@@ -248,8 +250,9 @@ class PruningMethod(LayeredModule):
                 self._write_pruned(self.run_folder.pruned)
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # the others evaluate what this one writes
-        self.pruned_folder = self._folder / "pruned"
-        self.evaluated = str(self.pruned_folder)
+        if self._folder is not None:
+            self.pruned_folder = self._folder / "pruned"
+            self.evaluated = str(self.pruned_folder)
 
     def _write_pruned(self, folder: Path) -> None:
         pruned = open_pruned(self.pretrained, self.plan, self.walk.weights_of)

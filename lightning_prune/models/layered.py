@@ -76,13 +76,17 @@ class LayeredModel:
     # A layer's weights
 
     def enter(self, index: int) -> nn.Module:
-        """Bring layer ``index`` in. Nothing happens when it is there."""
+        """Bring layer ``index`` in. Nothing happens when it is there (``is_present``)."""
         layer = self.layers[index]
-        if index not in self._present:
+        if not self.is_present(index):
             self._meta[index] = dict(layer.named_parameters())
             self._assign(layer, self._names[index])
             self._present.add(index)
         return layer
+
+    def is_present(self, index: int) -> bool:
+        """Whether layer ``index`` has its weights."""
+        return index in self._present
 
     def announce(self, index: int) -> None:
         """Layer ``index`` comes next: read it while this one runs."""

@@ -50,7 +50,7 @@ PRUNED = "pruned"
 REQUIRED = (METRICS, "config.yaml", "scores.csv", "plan.json", "method.json", "calibration.json", "environment.json")
 # What a killed run cannot be continued from or learned from.
 WORTHLESS = re.compile(
-    r"config\.yaml|hparams\.yaml|unfinished|.*tfevents.*|\..*\.tmp"
+    r"config\.yaml|hparams\.yaml|started\.json|unfinished|.*tfevents.*|\..*\.tmp"
     r"|report\.(html|md)|results\.(csv|tex)|calibration_appendix\.md"
 )
 LABEL = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
@@ -118,7 +118,9 @@ class RunFolder:
 
     @classmethod
     @contextmanager
-    def claim(cls, root: Path, label: str, option: str = ROOT_OPTION) -> Iterator["RunFolder"]:
+    def claim(
+        cls, root: Path, label: str, option: str = ROOT_OPTION, again: Path | None = None
+    ) -> Iterator["RunFolder"]:
         """The next ``<root>/<label>/version_N``, for this process alone.
 
         At the end of the block the folder is a finished run. If the block raises, the folder is removed unless it holds
@@ -128,16 +130,17 @@ class RunFolder:
             root: where runs go.
             label: name of the system.
             option: the option that chose ``root``.
+            again: take up this unfinished run instead of the next number.
 
         Raises:
-            UserError: a label that is no name, or nothing can be written there.
+            UserError: a label that is no name, nothing can be written there, or the run to take up lives.
         """
         check_label(label)
         parent = Path(root) / label
         there_before, folder = Path(), None
         try:
             there_before = nearest_existing(parent)
-            folder = cls._next(parent, option)
+            folder = cls._next(parent, option) if again is None else cls._again(again, option)
             with writable(Path(root), option):
                 yield folder
         except BaseException as error:
@@ -149,6 +152,14 @@ class RunFolder:
             raise
         folder._finish()
         sweep_runs(parent)
+
+    @classmethod
+    def _again(cls, path: Path, option: str) -> "RunFolder":
+        folder = cls(path, option)
+        folder._lock = Lock.take(path / UNFINISHED)
+        if folder._lock is None:
+            raise UserError(f"--resume: the run in '{path}' is still under way. Wait for it, or leave --resume out.")
+        return folder
 
     @classmethod
     def _next(cls, parent: Path, option: str) -> "RunFolder":
@@ -249,6 +260,11 @@ class RunFolder:
         """The records of an evaluation (``test``)."""
         self._write_json("environment.json", environment, Environment)
         self._write_json(METRICS, metrics, EvaluationMetrics)
+
+    def forget_findings(self) -> None:
+        """Remove what only a run that goes on needs."""
+        shutil.rmtree(self.path / "findings", ignore_errors=True)
+        (self.path / "started.json").unlink(missing_ok=True)
 
     def append_to_card(self, text: str) -> None:
         """Add a section to the checkpoint's model card."""

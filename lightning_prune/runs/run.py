@@ -21,6 +21,7 @@ from lightning_prune.reporting.tensorboard import hparams, log_importance
 from lightning_prune.reporting.verdict import evaluation_section
 from lightning_prune.runs.folder import RunFolder
 from lightning_prune.runs.numerics import numerical_advice
+from lightning_prune.runs.resume import Facts, facts_of, keep_dense, known_dense, unfinished_run, write_facts
 from lightning_prune.walk.module import LayeredModule, PerplexityResult
 
 
@@ -30,6 +31,7 @@ def prune_and_record(
     data: CalibrationDataModule,
     config: str,
     dense: dict[str, PerplexityResult] | None = None,
+    resume: bool = False,
 ) -> tuple[Path, RunRecord]:
     """Run one method and leave a complete run folder.
 
@@ -39,6 +41,7 @@ def prune_and_record(
         data: calibration and evaluation sets.
         config: the resolved configuration as YAML, for ``config.yaml``.
         dense: perplexities of the dense model where they are known already.
+        resume: go on with the unfinished run of the same configuration; the result is that of an undisturbed one.
 
     Returns:
         The run folder and its record.
@@ -48,15 +51,17 @@ def prune_and_record(
         FloatingPointError: NaN or infinite values; says where, and what would help.
     """
     started = time.perf_counter()
-    with _claimed(trainer, method.label, config) as folder, numerical_advice(trainer, method):
+    data.needs_calibration = method.needs_calibration
+    again: Path | None = None
+    if resume:
+        again = unfinished_run(Path(trainer.default_root_dir), method.label, _facts(trainer, method, data, config))
+    with _claimed(trainer, method.label, config, again) as folder, numerical_advice(trainer, method):
         method.run_folder = folder
-        data.needs_calibration = method.needs_calibration
-        with method.timed("tokenise"):
-            data.setup("fit")
+        facts = _facts(trainer, method, data, config)
+        if folder is not None:
+            write_facts(folder, facts)
         if dense is None:
-            trainer.test(method, data, verbose=False)
-            dense = method.perplexity
-            method.seconds["evaluate dense"] = method.seconds.pop("evaluate", 0.0)
+            dense = _dense(trainer, method, data, folder)
         trainer.fit(method, data)
         trainer.test(method, data, verbose=False)
         method.seconds["evaluate pruned"] = method.seconds.pop("evaluate", 0.0)
@@ -67,8 +72,33 @@ def prune_and_record(
             _log(trainer, method, record.metrics)
             folder.append_to_card(evaluation_section(record.metrics))
             folder.write_results(record.calibration, record.environment, record.metrics)
+            folder.forget_findings()
         path = _path_on_every_rank(trainer, folder)
     return path, record
+
+
+def _facts(trainer: L.Trainer, method: PruningMethod, data: CalibrationDataModule, config: str) -> Facts:
+    """What an unfinished run must share with this one; builds the calibration set."""
+    with method.timed("tokenise"):
+        data.setup("fit")
+    calibration = data.calibration.manifest.fingerprint if method.needs_calibration else None
+    return facts_of(config, base_model_sha256(method.pretrained), calibration, trainer.world_size)
+
+
+def _dense(
+    trainer: L.Trainer, method: PruningMethod, data: CalibrationDataModule, folder: RunFolder | None
+) -> dict[str, PerplexityResult]:
+    """The dense model's perplexities, which a run that goes on may know already."""
+    fingerprints = {item.name: item.manifest["fingerprint"] for item in data.evaluation}
+    known = trainer.strategy.broadcast(None if folder is None else known_dense(folder, fingerprints))
+    if known is not None:
+        return {name: PerplexityResult(*pair) for name, pair in known.items()}
+    trainer.test(method, data, verbose=False)
+    method.seconds["evaluate dense"] = method.seconds.pop("evaluate", 0.0)
+    if folder is not None and method.perplexity:
+        values = {name: (result.perplexity, result.tokens) for name, result in method.perplexity.items()}
+        keep_dense(folder, fingerprints, values)
+    return method.perplexity
 
 
 def evaluate_and_record(
@@ -106,12 +136,14 @@ def evaluate_and_record(
 
 
 @contextmanager
-def _claimed(trainer: L.Trainer, label: str, config: str) -> Iterator[RunFolder | None]:
+def _claimed(
+    trainer: L.Trainer, label: str, config: str, again: Path | None = None
+) -> Iterator[RunFolder | None]:
     """The run's folder on rank 0, which alone writes; None on the others. TensorBoard's events go there too."""
     root = Path(trainer.default_root_dir)
     claim: AbstractContextManager[RunFolder | None] = nullcontext()
     if trainer.is_global_zero:
-        claim = RunFolder.claim(root, label)
+        claim = RunFolder.claim(root, label, again=again)
     with claim as folder:
         if folder is not None:
             folder.write_config(config)

@@ -27,6 +27,11 @@ class Walk:
     def __len__(self) -> int:
         return len(self.steps)
 
+    def open_steps(self) -> list[int]:
+        """The steps to take: all of every pass of which something is not known."""
+        unknown = {id(one) for number, (one, _) in enumerate(self.steps) if number not in self.findings}
+        return [number for number, (one, _) in enumerate(self.steps) if id(one) in unknown]
+
     def start(self, number: int) -> None:
         """The layer of this step comes in, the one of the next step is announced."""
         one, step = self.steps[number]
@@ -34,8 +39,9 @@ class Walk:
             self.close()
             self._open = one
             one.begin(self.setting)
-        self.setting.model.enter(step.layer)
-        self._restore(number)
+        if not self.setting.model.is_present(step.layer):
+            self.setting.model.enter(step.layer)
+            self._restore(number)
         if number + 1 < len(self.steps):
             self.setting.model.announce(self.steps[number + 1][1].layer)
         if number not in self.findings:
