@@ -12,11 +12,13 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from lightning_prune.errors import UserError
+from lightning_prune.regular_files import exists, expanded, is_special, require_regular
 from lightning_prune.surgery.anatomy import family_of
 from lightning_prune.surgery.checkpoint_files import open_checkpoint
 from lightning_prune.surgery.modeling_pruned import pruned_class
 from lightning_prune.surgery.safetensors_header import OPTION as OPTION
 
+CONFIG_LIMIT = 10_000_000  # bytes
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -39,10 +41,15 @@ def resolve(pretrained: str) -> str:
         from lightning_prune.demo import demo_model_path
 
         return str(demo_model_path())
-    folder = Path(pretrained).expanduser()
-    if (folder / "config.json").is_file():
+    folder = expanded(pretrained, OPTION)
+    config = folder / "config.json"
+    if is_special(config):
+        require_regular(config, OPTION)
+    if exists(config) and config.is_file():
+        if config.stat().st_size > CONFIG_LIMIT:
+            raise UserError(f"{OPTION}: '{config}' has {config.stat().st_size} bytes; a config has a few thousand.")
         return str(folder)
-    if folder.exists():
+    if exists(folder):
         raise UserError(
             f"{OPTION}: '{pretrained}' holds no config.json, so it is not a Hugging Face model folder. "
             f"Give a folder with config.json and *.safetensors, a hub id, or 'demo'."
@@ -81,7 +88,7 @@ def _refuse_additions(config: PretrainedConfig, pretrained: str) -> None:
                 f"{OPTION}: the config of '{pretrained}' has a {key}: its weights are quantised, and pruning needs "
                 "them in 64, 32 or 16 bits floating point. Give the model before it was quantised."
             )
-    if (Path(pretrained).expanduser() / "adapter_config.json").exists():
+    if exists(expanded(pretrained, OPTION) / "adapter_config.json"):
         raise UserError(
             f"{OPTION}: '{pretrained}' holds an adapter (adapter_config.json) beside a model. Merge the adapter into "
             "the weights, or remove its files."
