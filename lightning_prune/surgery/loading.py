@@ -17,6 +17,7 @@ from lightning_prune.surgery.anatomy import family_of
 from lightning_prune.surgery.checkpoint_files import open_checkpoint
 from lightning_prune.surgery.modeling_pruned import pruned_class
 from lightning_prune.surgery.safetensors_header import OPTION as OPTION
+from lightning_prune.surgery.safetensors_header import first_line
 
 CONFIG_LIMIT = 10_000_000  # bytes
 TOKENIZER_FILES = (
@@ -76,8 +77,19 @@ def load_config(pretrained: str) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     family_of(config)
     _refuse_additions(config, pretrained)
+    _check_sizes(config, pretrained)
     open_checkpoint(path).check_layers(config.num_hidden_layers)
     return config
+
+
+def _check_sizes(config: PretrainedConfig, pretrained: str) -> None:
+    """A size of 0 builds a model of nothing; per-layer sizes are held against the weights."""
+    for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads"):
+        value = vars(config).get(name, 1)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(
+                f"{OPTION}: the config of '{pretrained}' has {name} {value}; it must be a whole number of 1 or more."
+            )
 
 
 def _refuse_additions(config: PretrainedConfig, pretrained: str) -> None:
@@ -168,9 +180,11 @@ def _user_error(pretrained: str, what: str) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        if isinstance(error, AttributeError | TypeError):  # their words are about transformers' own code
+            reason = "an entry of config.json has a value of a kind that transformers cannot use"
         raise UserError(
-            f"{OPTION}: {what} from '{pretrained}' ({type(error).__name__}: {first_line}). "
+            f"{OPTION}: {what} from '{pretrained}' ({reason}). "
             f"Give a Hugging Face model folder, a hub id that can be reached, or 'demo'."
         ) from error
 
