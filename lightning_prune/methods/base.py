@@ -27,6 +27,8 @@ from lightning_prune.walk.passes import Batch, Finding, Pass, Setting
 from lightning_prune.walk.walk import Walk
 
 FINDINGS = "findings"
+CALIBRATING, WRITING = "calibrating", "writing the pruned model"
+LAYER_TO_WRITE = 1000.0  # about what cutting and writing a layer costs, in tokens through it
 SAVE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -103,6 +105,7 @@ class PruningMethod(LayeredModule):
         self.run_folder: DecisionFolder | None = None
         self.pruned_folder: Path | None = None
         self._folder: Path | None = None
+        self._finish_work = 0.0
         self.dense_parameters = 0
         self.saved: SavedMeasurement | None = None
 
@@ -192,10 +195,12 @@ class PruningMethod(LayeredModule):
             seq_len=tokens.shape[1],
             scratch=self._folder or Path(tempfile.gettempdir()),
             context=self._precision_context,
+            finished=self._advance_finish,
         )
         self.walk = Walk(self._passes, setting, Findings(self._findings_folder))
         self._open_steps = self.walk.open_steps()
         self.trainer.fit_loop.max_epochs = sum(self.walk.steps[number][0].reads for number in self._open_steps)
+        self._expect_work(tokens.numel() // world)
         self._calibration_started = time.perf_counter()
         self._take_steps_without_batches()
 
@@ -212,7 +217,9 @@ class PruningMethod(LayeredModule):
         """The calibration step of one layer: tokens ``[B, L]``, sample weights ``[B]`` and indices ``[B]``."""
         tokens, weight, index = batch
         start = batch_idx * self.datamodule.batch_size
+        self._work, self._finish_work = self.walk.cost(self._open_steps[0], tokens.numel())
         self.walk.batch(self._open_steps[0], Batch(tokens, weight, index, slice(start, start + len(tokens))))
+        self.progress.advance(CALIBRATING, self._work)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Behind the last batch the strategy is still up, so sums are reduced over processes: finish the layer."""
@@ -222,12 +229,23 @@ class PruningMethod(LayeredModule):
             self.walk.finish(self._open_steps.pop(0))
         self._take_steps_without_batches()
 
+    def _expect_work(self, tokens: int) -> None:
+        """All that is still to do, as far as the shapes tell; ``tokens`` of this process."""
+        self.progress.expect(CALIBRATING, sum(sum(self.walk.cost(number, tokens)) for number in self._open_steps))
+        self.progress.expect(WRITING, LAYER_TO_WRITE * len(self.layers))
+        after = self.evaluation_work(len(self.layers)) * (1 - self.pruning_ratio)
+        self.progress.expect("perplexity of the pruned model", after)
+
+    def _advance_finish(self, share: float) -> None:
+        self.progress.advance(CALIBRATING, share * self._finish_work)
+
     def _take_steps_without_batches(self) -> None:
         while self._open_steps and not self.walk.steps[self._open_steps[0]][0].reads:
             self.walk.start(self._open_steps[0])
             self.walk.finish(self._open_steps.pop(0))
         if not self._open_steps:
             self.walk.close()
+            self.progress.finish(CALIBRATING)
             self._decide()
 
     def _decide(self) -> None:
@@ -258,7 +276,14 @@ class PruningMethod(LayeredModule):
         pruned = open_pruned(self.pretrained, self.plan, self.walk.weights_of)
         card = model_card(self.plan, layout_of(pruned.config), self.calibration_facts(), pretrained=self.pretrained)
         card += f"\n{self.note}\n" if self.note else ""
-        write_checkpoint(pruned, folder, tokenizer_from=self.pretrained, card=card)
+        write_checkpoint(
+            pruned,
+            folder,
+            tokenizer_from=self.pretrained,
+            card=card,
+            progress=lambda layer: self.progress.advance(WRITING, LAYER_TO_WRITE),
+        )
+        self.progress.finish(WRITING)
         pruned.close()
 
     def _precision_context(self) -> AbstractContextManager[object]:

@@ -34,8 +34,9 @@ from lightning_prune.statistics.hooks import Hooks
 from lightning_prune.surgery.anatomy import LayerAnatomy
 from lightning_prune.surgery.cut import parameters_after
 from lightning_prune.surgery.plan import LayerPlan
-from lightning_prune.walk.passes import WEIGHT, BlockPass, Finding, Pass
+from lightning_prune.walk.passes import WEIGHT, BlockPass, Finding, Pass, Step
 
+BLOCK_ROLES = {"output": ("query", "key", "value", "output"), "down": ("gate", "up", "down")}
 SOLVER_DTYPES = ("float64", "float32")
 
 
@@ -98,12 +99,34 @@ class SlimGPTPass(BlockPass):
             "dtype": torch.tensor(SOLVER_DTYPES.index(str(dtype).removeprefix("torch."))),
         }
 
+    def cost(self, step: Step) -> float:
+        """A block, and the square of its inner width for XᵀX."""
+        linears = self.view(step).linears
+        inner = linears[self.role(step)].in_features
+        block = sum(linears[role].weight.numel() for role in BLOCK_ROLES[self.role(step)])
+        return (block + inner * inner / 2) / sum(linear.weight.numel() for linear in linears.values())
+
+    def cost_to_finish(self, view: LayerAnatomy, step: Step) -> float:
+        """n³ operations for H⁻¹, beside two for every weight of the layer and token."""
+        inner = view.linears[self.role(step)].in_features
+        return inner**3 / (2 * sum(linear.weight.numel() for linear in view.linears.values()))
+
     def _prune(self, view: LayerAnatomy, role: str, hessian: InverseHessian) -> PrunedLinear:
         groups, channels = self.counts[view.index]
+
+        before = 0
+
+        def on_round(removed: int, total: int) -> None:
+            nonlocal before
+            self.setting.finished(0.5 * (removed - before) / max(1, total))
+            before = removed
+
+        self.setting.finished(0.5)  # H⁻¹ is there
         if role == "output":
             width = view.output.in_features // view.num_kv_heads
-            return prune_heads(view.output.weight, hessian, groups, width, self.head_score)
-        return prune_channels(view.down.weight, hessian, group_size_schedule(channels, self.ffn_group_size))
+            return prune_heads(view.output.weight, hessian, groups, width, self.head_score, on_round)
+        schedule = group_size_schedule(channels, self.ffn_group_size)
+        return prune_channels(view.down.weight, hessian, schedule, on_round)
 
 
 class SlimGPT(PruningMethod):

@@ -72,9 +72,7 @@ def known_dense(folder: RunFolder, fingerprints: Mapping[str, str]) -> dict[str,
     return None
 
 
-def keep_dense(
-    folder: RunFolder, fingerprints: Mapping[str, str], perplexity: Mapping[str, tuple[float, int]]
-) -> None:
+def keep_dense(folder: RunFolder, fingerprints: Mapping[str, str], perplexity: Mapping[str, tuple[float, int]]) -> None:
     """Keep them for a run that goes on."""
     (folder.path / FINDINGS).mkdir(exist_ok=True)
     values = {name: list(pair) for name, pair in perplexity.items()}

@@ -74,6 +74,7 @@ def prune_and_record(
             folder.write_results(record.calibration, record.environment, record.metrics)
             folder.forget_findings()
         path = _path_on_every_rank(trainer, folder)
+    method.progress.close()
     return path, record
 
 
@@ -131,14 +132,13 @@ def evaluate_and_record(
         record = RunRecord(config, None, environment(str(trainer.precision), trainer.strategy.root_device), metrics)
         if folder is not None:
             folder.write_evaluation(record.environment, record.metrics)
+        model.progress.close()
         path = _path_on_every_rank(trainer, folder)
     return path, record
 
 
 @contextmanager
-def _claimed(
-    trainer: L.Trainer, label: str, config: str, again: Path | None = None
-) -> Iterator[RunFolder | None]:
+def _claimed(trainer: L.Trainer, label: str, config: str, again: Path | None = None) -> Iterator[RunFolder | None]:
     """The run's folder on rank 0, which alone writes; None on the others. TensorBoard's events go there too."""
     root = Path(trainer.default_root_dir)
     claim: AbstractContextManager[RunFolder | None] = nullcontext()

@@ -89,4 +89,3 @@ def _steps(folder: Path) -> Iterator[int]:
                 path.unlink(missing_ok=True)
                 continue
             yield int(path.stem.removeprefix("step_"))
-

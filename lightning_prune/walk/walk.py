@@ -81,6 +81,14 @@ class Walk:
                 found |= self.findings.weights(number)
         return found
 
+    def cost(self, number: int, tokens: int) -> tuple[float, float]:
+        """Work of a step with ``tokens`` tokens in tokens through a layer: while batches run, and to finish it."""
+        one, step = self.steps[number]
+        running = one.cost(step) * tokens if one.reads else 0.0
+        return running, 0.0 if number in self.findings else one.cost_to_finish(
+            self.setting.model.views[step.layer], step
+        )
+
     def close(self) -> None:
         """End the open pass."""
         if self._open is not None:
