@@ -89,6 +89,7 @@ def prune_and_record(
         record = RunRecord(
             config, calibration, environment(str(trainer.precision), trainer.strategy.root_device), metrics
         )
+        metrics["self_check"] = method.self_check
         if trainer.is_global_zero:
             _log(trainer, method, metrics)
             card = folder / "pruned" / "README.md"

@@ -70,6 +70,7 @@ class PruningMethod(EvaluatedModel):
         self.run_folder: Path | None = None
         self.hooks = Hooks()
         self.pruned_folder: Path | None = None
+        self.self_check: dict[str, Any] | None = None  # what was compared once the checkpoint was written
         self.dense_parameters = 0
         self.num_layers = 0
         self.saved: SavedMeasurement | None = None
@@ -228,7 +229,9 @@ class PruningMethod(EvaluatedModel):
                 write_json(folder / "method.json", facts)
                 card = model_card(self.plan, layout_of(self.model), self.calibration_facts())
                 card += f"\n{self.note}\n" if self.note else ""
-                save_checkpoint(self.model, folder / "pruned", tokenizer_from=self.pretrained, card=card)
+                self.self_check = save_checkpoint(
+                    self.model, folder / "pruned", tokenizer_from=self.pretrained, card=card
+                )
         self.pruned_folder = folder / "pruned"
 
     def calibration_facts(self) -> dict[str, Any] | None:
