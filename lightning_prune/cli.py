@@ -8,7 +8,7 @@ import signal
 import sys
 from types import FrameType
 
-from lightning_prune.errors import UserError
+from lightning_prune.errors import CheckpointError, UserError
 
 COMMANDS = {
     "fit": "calibrate, prune, save and evaluate one model with one method",
@@ -68,6 +68,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except FloatingPointError as error:
         print(f"numerical trouble: {error}", file=sys.stderr)
+        return 1
+    except CheckpointError as error:
+        print(f"self-check failed: {error}", file=sys.stderr)
         return 1
     except SystemExit as stop:  # argparse, after --help or a mistake that it has printed
         return int(stop.code or 0)

@@ -195,6 +195,7 @@ def _record(
         "scores_reused": method.saved is not None,
         "measured_seconds": method.saved.seconds if method.saved is not None else {},
     }
+    metrics["self_check"] = method.self_check
     calibration = method.calibration_facts()
     metrics["configuration_sha256"] = configuration_sha256(
         type(method).__name__,
