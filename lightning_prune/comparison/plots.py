@@ -13,7 +13,7 @@ from lightning_prune.comparison import costs
 from lightning_prune.comparison.agreement import Agreement
 from lightning_prune.comparison.run import Run
 from lightning_prune.comparison.style import PALETTE, SETTINGS, Styles
-from lightning_prune.comparison.tables import display_names, number
+from lightning_prune.comparison.tables import display_names
 from lightning_prune.escape import figure as figure_text
 from lightning_prune.escape import plain
 from lightning_prune.reporting.verdict import unusable_limit
@@ -38,7 +38,7 @@ def perplexity_figure(runs: Sequence[Run], name: str, styles: Styles) -> Figure:
         axes.axhline(dense, color="#555555", linewidth=1, linestyle=(0, (4, 3)), label=f"dense ({dense:.2f})")
     limit = unusable_limit(dense, unigram)
     if limit is not None and values and max(values) > limit / 3:
-        axes.axhline(limit, color="#999999", linewidth=1, linestyle=":", label=f"unusable above {number(limit)}")
+        axes.axhline(limit, color="#999999", linewidth=1, linestyle=":", label=f"unusable from {limit:.3g}")
     if values and max(values) / min(values) > LOG_RANGE:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
