@@ -48,7 +48,7 @@ def _summary(plan: PruningPlan, calibration: dict[str, Any] | None) -> str:
     rows = [
         ("Base model", f"`{plan.base_model}`"),
         ("Method", plan.method),
-        ("Pruning ratio requested", "none" if plan.pruning_ratio is None else f"{plan.pruning_ratio:.4f}"),
+        *([("Pruning ratio requested", f"{plan.pruning_ratio:.4f}")] if plan.pruning_ratio is not None else []),
         ("Pruning ratio achieved", f"{plan.achieved_ratio:.4f}"),
         ("Parameters before", f"{dense:,}"),
         ("Parameters after", f"{pruned:,}"),
