@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lightning_prune.evaluation.module import EvaluatedModel
 
 from lightning_prune.data.datamodule import CalibrationDataModule
-from lightning_prune.evaluation.module import EvaluatedModel
 from lightning_prune.evaluation.perplexity import Perplexity, token_losses
 from tests.methods.behaviour import save_model, save_tokens, trainer_for
 from tests.tiny import make_tiny, tiny_tokens

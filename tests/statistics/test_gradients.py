@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from lightning_prune.statistics.token_loss import token_losses
 from torchmetrics import Metric
 
 from lightning_prune.statistics.gradients import GradientSums
-from lightning_prune.statistics.token_loss import token_losses
 from lightning_prune.surgery.anatomy import anatomy
 from tests.tiny import make_tiny, tiny_tokens
 

@@ -1,8 +1,8 @@
 """Removal priors: the same numbers as whole forwards, for about half the layer evaluations."""
 
 import torch
-
 from lightning_prune.statistics.removal_prior import RemovalPrior, SimilarityPrior
+
 from lightning_prune.surgery.anatomy import anatomy
 from tests.methods.test_hgsp import reference_priors
 from tests.tiny import make_tiny, tiny_tokens

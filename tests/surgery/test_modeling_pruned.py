@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, StaticCache, pipeline
 from transformers.configuration_utils import get_head_shapes
 
-from lightning_prune.surgery.cut import cut
+from tests.cutting import cut
 from tests.tiny import FAMILIES, make_tiny, mixed_plan, tiny_plan, tiny_tokenizer, tiny_tokens
 
 FULL = list(range(40))
