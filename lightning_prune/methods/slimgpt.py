@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.errors import UserError
+from lightning_prune.memory import free_bytes
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.scores import group_scores
 from lightning_prune.methods.slimgpt_math import (
@@ -21,6 +22,7 @@ from lightning_prune.methods.slimgpt_math import (
     InverseHessian,
     NotPositiveDefiniteError,
     PrunedLinear,
+    choose_dtype,
     group_size_schedule,
     inverse_hessian,
     prune_channels,
@@ -79,7 +81,9 @@ class SlimGPTPass(BlockPass):
             xtx = gram.matrix()
             samples = max(1, int(gram.tokens) // self.setting.seq_len)
             del gram
-            hessian = inverse_hessian(xtx.double(), samples, self.damping)
+            dtype = choose_dtype(len(xtx), free_bytes(xtx.device))
+            hessian = inverse_hessian(xtx, samples, self.damping, dtype)
+            del xtx
             result = self._prune(view, role, hessian)
         except (NotPositiveDefiniteError, FloatingPointError) as error:
             raise FloatingPointError(f"{name}: {error}") from None
@@ -92,7 +96,7 @@ class SlimGPTPass(BlockPass):
             "kept": result.kept,
             "errors": result.errors,
             "damping": torch.tensor(result.damping, dtype=torch.float64),
-            "dtype": torch.tensor(SOLVER_DTYPES.index(str(hessian.inverse.dtype).removeprefix("torch."))),
+            "dtype": torch.tensor(SOLVER_DTYPES.index(str(dtype).removeprefix("torch."))),
         }
 
     def _prune(self, view: LayerAnatomy, role: str, hessian: InverseHessian) -> PrunedLinear:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lightning_prune.statistics.gram import add_gram_, mirror_upper_
 from lightning_prune.statistics.token_statistic import TokenStatistic, counted_tokens, full_precision
 
 
@@ -27,13 +28,14 @@ class InputGram(TokenStatistic):
             rows = rows[: max(0, self.max_tokens - int(self.tokens))]
         rows = rows.float()
         with full_precision(rows.device):
-            self.gram.addmm_(rows.T, rows)
+            add_gram_(self.gram, rows)
         self.tokens += len(rows)
 
     def compute(self) -> Tensor:
-        """XᵀX over all processes."""
+        """XᵀX, whole: while tokens are counted only its upper triangle is kept up."""
+        mirror_upper_(self.gram)
         return self.gram
 
     def matrix(self) -> Tensor:
-        """The same, fp32 ``[in, in]`` for one channel too, where torchmetrics returns a scalar."""
+        """The same over all processes, fp32 ``[in, in]`` for one channel too, where torchmetrics returns a scalar."""
         return self.reduced().reshape(self.gram.shape)

@@ -1,0 +1,124 @@
+"""Peak memory of whole runs: calibrate, prune, save and evaluate a random 1.1 B Llama, every method, both placements.
+
+    python benchmarks/layer_memory.py
+    python benchmarks/layer_memory.py --systems wanda hgsp_taylor --onload layer --layers 32
+
+What is measured is anonymous memory (``RssAnon``): what a process allocates itself. Weights that are views of the
+checkpoint's files do not count; the kernel drops them when memory runs short. Every run is a process of its own.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+SYSTEMS: dict[str, list[str]] = {
+    "magnitude": ["--config", "magnitude"],
+    "wanda": ["--config", "wanda"],
+    "shortgpt": ["--config", "shortgpt"],
+    "slimgpt": ["--config", "slimgpt"],
+    "hgsp_taylor_no_prior": ["--config", "hgsp_taylor", "--model.temperature", "0"],
+    "hgsp_taylor": ["--config", "hgsp_taylor"],
+}
+
+
+def main() -> None:
+    """Measure and print one line per run."""
+    arguments = _parser().parse_args()
+    folder = arguments.folder
+    model = random_llama(folder / f"llama-{arguments.layers}-layers", arguments.layers)
+    tokens = random_tokens(folder / "tokens.npy", 0)
+    held_out = random_tokens(folder / "held_out.npy", 1)
+    weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    print(f"weights {weights / 1e9:.2f} GB, {arguments.layers} layers, 128 × 128 tokens, {arguments.precision}")
+    for system in arguments.systems:
+        for onload in arguments.onload:
+            with tempfile.TemporaryDirectory(dir=folder) as root:
+                peak, seconds, phases = measured_run(system, onload, model, tokens, held_out, Path(root), arguments)
+            phases_text = ", ".join(f"{phase} {value:.0f}" for phase, value in phases.items())
+            print(f"{system:<22} {onload:<6} peak {peak / 1e9:5.2f} GB  {seconds:6.0f} s  ({phases_text})", flush=True)
+
+
+def measured_run(
+    system: str, onload: str, model: Path, tokens: Path, held_out: Path, root: Path, arguments: argparse.Namespace
+) -> tuple[int, float, dict[str, float]]:
+    """Peak RssAnon in bytes, wall-clock seconds, and the run's own seconds by phase."""
+    command = [sys.executable, "-m", "lightning_prune", "fit", *_config(SYSTEMS[system])]
+    command += ["--model.pretrained", str(model), "--model.onload", onload, "--data.dataset", str(tokens)]
+    command += ["--data.eval_datasets", f"[{held_out}]", "--trainer.precision", arguments.precision]
+    command += ["--trainer.default_root_dir", str(root), "--trainer.enable_progress_bar", "false"]
+    started, peak = time.perf_counter(), 0
+    with (root / "output.txt").open("w+") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            peak = max(peak, anonymous_bytes(process.pid))
+            time.sleep(0.01)
+        if process.returncode:
+            output.seek(0)
+            raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{output.read()[-3000:]}")
+    metrics = json.loads(next(root.rglob("metrics.json")).read_text(encoding="utf-8"))
+    return peak, time.perf_counter() - started, metrics["seconds"]
+
+
+def anonymous_bytes(process: int) -> int:
+    """RssAnon of a process now; 0 when it has ended."""
+    try:
+        for line in Path(f"/proc/{process}/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ProcessLookupError):
+        pass
+    return 0
+
+
+def random_llama(folder: Path, layers: int) -> Path:
+    """Hidden 2048, MLP 8192, 32 heads on 8, vocabulary 32 000, tied, bf16, in shards; made once."""
+    if not (folder / "config.json").is_file():
+        config = LlamaConfig(
+            vocab_size=32_000,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=layers,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+        )
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(folder, max_shard_size="500MB")
+    return folder
+
+
+def random_tokens(path: Path, seed: int) -> Path:
+    """128 × 128 token ids."""
+    tokens = torch.randint(32_000, (128, 128), generator=torch.Generator().manual_seed(seed))
+    np.save(path, tokens.numpy())
+    return path
+
+
+def _config(words: list[str]) -> list[str]:
+    configs = Path(__file__).parents[1] / "configs"
+    return [str(configs / f"{word}.yaml") if before == "--config" else word
+            for before, word in zip(["", *words], words, strict=False)]  # fmt: skip
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="NAME")
+    parser.add_argument("--onload", nargs="+", choices=("layer", "model"), default=["layer", "model"])
+    parser.add_argument("--layers", type=int, default=16, help="decoder layers (default: 16, 1.1 B parameters)")
+    parser.add_argument("--precision", default="bf16-true", help="of the trainer (default: bf16-true)")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "lightning-prune-benchmark")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
