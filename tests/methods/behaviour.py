@@ -12,6 +12,9 @@ import torch
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from transformers import PreTrainedModel
+
+import lightning_prune
 
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.methods import HGSP, Magnitude, ShortGPT, SlimGPT, Wanda
@@ -19,6 +22,7 @@ from lightning_prune.methods.base import PruningMethod
 from lightning_prune.parsing.lightning_cli import quiet
 from lightning_prune.reporting.run_record import RunRecord
 from lightning_prune.runs import prune_and_record
+from tests.cutting import cut
 from tests.tiny import make_tiny, tiny_tokens
 
 
@@ -52,7 +56,7 @@ SYSTEMS: dict[str, System] = {
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, its record, and the method with the pruned model in memory."""
+    """A finished run: its folder, its record, and the method."""
 
     folder: Path
     record: RunRecord
@@ -61,6 +65,13 @@ class Run:
     @property
     def pruned(self) -> Path:
         return self.folder / "pruned"
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """What the run decided, cut from the dense model in memory: no file of the run is read."""
+        plan = self.method.plan
+        dense = lightning_prune.load(self.method.pretrained, getattr(torch, plan.dtype))
+        return cut(dense, plan, self.method.walk.weights_of)
 
 
 def save_model(folder: Path, **options: Any) -> Path:
