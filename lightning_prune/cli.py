@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": "what a pruned model costs to run, and its zero-shot accuracy",
     "compare": "run an experiment over methods and ratios, or audit and compare runs that exist",
     "apply": "re-create a pruned checkpoint from a plan.json, without calibrating",
+    "mend": "give an existing pruned checkpoint the modeling file of this version",
 }
 
 USAGE = """\

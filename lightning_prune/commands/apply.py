@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     check_plan(anatomy(dense), plan)
 
     pruned = open_pruned(arguments.model, plan)
-    card = model_card(plan, layout_of(pruned.config))
+    card = model_card(plan, layout_of(pruned.config), pretrained=arguments.model)
     write_checkpoint(pruned, arguments.output, tokenizer_from=arguments.model, card=card)
     print(f"pruned model: {arguments.output}")
     return 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,15 +35,10 @@ def ranks(values: Floats) -> Floats:
 
 def spearman(left: Floats, right: Floats) -> float:
     """Rank correlation of two vectors ``[U]``; NaN when either is constant or holds a NaN."""
-    if np.isnan(left).any() or np.isnan(right).any():
-        return float("nan")
-    a, b = ranks(left), ranks(right)
-    a, b = a - a.mean(), b - b.mean()
-    scale = float(np.sqrt((a @ a) * (b @ b)))
-    return float(a @ b) / scale if scale > 0 else float("nan")
+    return float(_standard_ranks(left) @ _standard_ranks(right))
 
 
-def jaccard(left: Floats, right: Floats) -> float:
+def jaccard(left: NDArray[Any], right: NDArray[Any]) -> float:
     """Σ min / Σ max of two non-negative vectors; for 0/1 vectors |A ∩ B| / |A ∪ B|. NaN when both are zero."""
     union = float(np.maximum(left, right).sum())
     return float(np.minimum(left, right).sum()) / union if union > 0 else float("nan")
@@ -51,28 +47,25 @@ def jaccard(left: Floats, right: Floats) -> float:
 def unit_agreement(runs: Sequence[Run]) -> Agreement:
     """Between runs that rank the same GQA groups and MLP channels; others are left out."""
     names = display_names(runs)
-    tables = {names[id(run)]: run.units for run in runs if not run.units.whole_layers}
+    found = {names[id(run)]: _units(run.units) for run in runs if not run.units.whole_layers}
+    columns = list(found.values())
     return Agreement(
-        list(tables),
-        _matrix(list(tables.values()), lambda a, b: spearman(_ordered(a, a.score), _ordered(b, b.score))),
-        _matrix(list(tables.values()), lambda a, b: jaccard(_ordered(a, a.kept), _ordered(b, b.kept))),
+        list(found),
+        _matrix(columns, lambda a, b: float(a.ranks @ b.ranks)),
+        _matrix(columns, lambda a, b: jaccard(a.kept, b.kept)),
     )
 
 
 def layer_agreement(runs: Sequence[Run]) -> Agreement:
     """Between all runs, from the parameters that every layer keeps."""
     names = display_names(runs)
-    tables = {names[id(run)]: run.units for run in runs}
-
-    def kept(table: UnitTable) -> Floats:
-        # As shares of the layer: a method that removes whole layers also counts norms as cost.
-        return table.per_layer(table.cost * table.kept) / table.per_layer(table.cost)
-
-    def same_depth(measure: Callable[[Floats, Floats], float]) -> Callable[[UnitTable, UnitTable], float]:
-        return lambda a, b: measure(kept(a), kept(b)) if a.num_layers == b.num_layers else float("nan")
-
-    columns = list(tables.values())
-    return Agreement(list(tables), _matrix(columns, same_depth(spearman)), _matrix(columns, same_depth(jaccard)))
+    found = {names[id(run)]: _layers(run.units) for run in runs}
+    columns = list(found.values())
+    return Agreement(
+        list(found),
+        _matrix(columns, lambda a, b: float(a.ranks @ b.ranks)),
+        _matrix(columns, lambda a, b: jaccard(a.kept, b.kept)),
+    )
 
 
 def chance_jaccard(runs: Sequence[Run]) -> float:
@@ -81,24 +74,66 @@ def chance_jaccard(runs: Sequence[Run]) -> float:
     return share / (2 - share)
 
 
-def _ordered(table: UnitTable, values: NDArray[np.generic]) -> Floats:
-    return values[np.lexsort((table.unit, table.block, table.layer))].astype(np.float64)
+@dataclass(frozen=True)
+class _Column:
+    """What one run contributes, in an order that does not depend on its file; made once, compared R times.
+
+    ``ranks`` and ``kept`` are of U units or of L layers. ``key`` and ``cost`` say which units the run ranks; they are
+    empty for whole layers, which are compared with anything of the same depth.
+    """
+
+    ranks: Floats
+    kept: NDArray[Any]
+    key: NDArray[np.int64]
+    cost: NDArray[np.int64]
 
 
-def _matrix(tables: list[UnitTable], measure: Callable[[UnitTable, UnitTable], float]) -> Floats:
-    count = len(tables)
+def _units(table: UnitTable) -> _Column:
+    key, order = _key(table)
+    return _Column(_standard_ranks(table.score[order]), table.kept[order], key, table.cost[order])
+
+
+def _layers(table: UnitTable) -> _Column:
+    # As shares of the layer: a method that removes whole layers also counts norms as cost.
+    kept = table.per_layer(table.cost * table.kept) / table.per_layer(table.cost)
+    if table.whole_layers:
+        nothing = np.empty(0, np.int64)
+        return _Column(_standard_ranks(kept), kept, nothing, nothing)
+    key, order = _key(table)
+    return _Column(_standard_ranks(kept), kept, key, table.cost[order])
+
+
+def _key(table: UnitTable) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """One number per unit, ascending by layer, block and unit, and the rows in that order."""
+    block = (table.block == "mlp") + 2 * (table.block == "layer")
+    key = (table.layer * 3 + block << 40) + table.unit
+    order = np.argsort(key, kind="stable")  # files are in this order, which a stable sort finds in one pass
+    return key[order], order
+
+
+def _standard_ranks(values: Floats) -> Floats:
+    """Ranks with mean 0 and length 1, NaN where there is nothing to rank; their product is Spearman's coefficient."""
+    if np.isnan(values).any():
+        return np.full(len(values), np.nan)
+    centred = ranks(values)
+    centred -= centred.mean()
+    length = float(np.sqrt(centred @ centred))
+    return centred / length if length > 0 else np.full(len(values), np.nan)
+
+
+def _matrix(columns: list[_Column], measure: Callable[[_Column, _Column], float]) -> Floats:
+    count = len(columns)
     found = np.full((count, count), np.nan)
     for row in range(count):
         for column in range(row + 1):
-            if _same_units(tables[row], tables[column]):
-                found[row, column] = found[column, row] = measure(tables[row], tables[column])
+            if _comparable(columns[row], columns[column]):
+                found[row, column] = found[column, row] = measure(columns[row], columns[column])
     return found
 
 
-def _same_units(left: UnitTable, right: UnitTable) -> bool:
-    if left.whole_layers or right.whole_layers:
-        return True  # compared by layer only
-    return left.layer.shape == right.layer.shape and all(
-        bool((_ordered(left, getattr(left, name)) == _ordered(right, getattr(right, name))).all())
-        for name in ("layer", "unit", "cost")
-    )
+def _comparable(left: _Column, right: _Column) -> bool:
+    if left.kept.shape != right.kept.shape:
+        return False
+    if not left.key.size or not right.key.size:
+        return True  # whole layers
+    return np.array_equal(left.key, right.key) and np.array_equal(left.cost, right.cost)

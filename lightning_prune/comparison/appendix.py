@@ -6,6 +6,8 @@ from typing import Any
 
 from lightning_prune.comparison.audit import Audit
 from lightning_prune.comparison.run import Run
+from lightning_prune.escape import markdown, markdown_code, markdown_table, public_name
+from lightning_prune.reporting.verdict import LEGEND
 
 CALIBRATION_ROWS = (
     ("Dataset", "dataset"),
@@ -41,7 +43,7 @@ def _calibrations(runs: Sequence[Run]) -> list[str]:
         facts = users[0].calibration or {}
         parts.append(f"## Calibration set {number}: {_labels(users)}\n\n{_paragraph(facts, users)}")
         rows = [(name, _value(facts.get(key))) for name, key in CALIBRATION_ROWS]
-        parts.append(_table(("Property", "Value"), rows))
+        parts.append(markdown_table(("Property", "Value"), rows))
     return parts
 
 
@@ -55,9 +57,9 @@ def _paragraph(facts: dict[str, Any], users: list[Run]) -> str:
     total = facts["num_samples"] * facts["seq_len"]
     return (
         f"{_labels(users)} calibrated on the same {facts['num_samples']} sequences of {facts['seq_len']} tokens "
-        f"({total:,} tokens) from the {facts['split']} split of {facts['dataset']}, {how}. The text was tokenised "
-        f"whole with the model's own tokenizer, without special tokens or padding. The token ids have the SHA-256 "
-        f"fingerprint `{facts['fingerprint']}`, which was checked to be equal in all these runs."
+        f"({total:,} tokens) from the {markdown(facts['split'])} split of {_value(facts['dataset'])}, {how}. The text "
+        f"was tokenised whole with the model's own tokenizer, without special tokens or padding. The token ids have "
+        f"the SHA-256 fingerprint {markdown_code(facts['fingerprint'])}, which was checked to be equal in all of them."
     )
 
 
@@ -72,31 +74,31 @@ def _evaluation(runs: Sequence[Run]) -> str:
         for name, facts in run.evaluation.items():
             tokens = f"{facts['predicted_tokens']:,}"
             row = (
-                name,
-                str(facts["split"]),
-                str(facts["seq_len"]),
+                markdown(name),
+                markdown(facts["split"]),
+                markdown(facts["seq_len"]),
                 tokens,
-                str(facts["bos"]),
-                f"`{facts['fingerprint']}`",
+                markdown(facts["bos"]),
+                markdown_code(facts["fingerprint"]),
             )
             rows[row] = None
     if not rows:
         return ""
     columns = ("Set", "Split", "Tokens per window", "Predicted tokens", "BOS", "Fingerprint")
     text = "Perplexity is exp of the mean loss over all tokens but the first of windows that do not overlap."
-    return f"## Evaluation\n\n{text}\n\n{_table(columns, list(rows))}"
+    return f"## Evaluation\n\n{text}\n\n{markdown_table(columns, list(rows))}\n\n{LEGEND}"
 
 
 def _methods(runs: Sequence[Run]) -> list[str]:
     parts = []
     for label in dict.fromkeys(run.label for run in runs):
         mine = [run for run in runs if run.label == label]
-        ratios = [f"{run.requested:g} ({run.folder.name})" for run in mine]
+        ratios = [f"{run.requested:g} ({markdown(run.folder.name)})" for run in mine]
         keys = [key for key in dict.fromkeys(key for run in mine for key in _flat(run.details)) if key != "label"]
         details = [_flat(run.details) for run in mine]
-        rows = [(key, *(_value(values.get(key)) for values in details)) for key in keys]
+        rows = [(markdown(key), *(_value(values.get(key)) for values in details)) for key in keys]
         rows.append(("achieved ratio", *(f"{run.achieved:.6f}" for run in mine)))
-        parts.append(f"### {label}\n\n{_table(('Parameter', *ratios), rows)}")
+        parts.append(f"### {markdown(label)}\n\n{markdown_table(('Parameter', *ratios), rows)}")
     return parts
 
 
@@ -115,25 +117,28 @@ def _environments(runs: Sequence[Run]) -> list[str]:
     parts = []
     for text, users in kinds.items():
         facts = json.loads(text)
-        gpus = ", ".join(gpu["name"] for gpu in facts.get("gpus", [])) or "none"
+        gpus = ", ".join(markdown(gpu["name"]) for gpu in facts.get("gpus", [])) or "none"
         rows = [
             ("Device", _value(facts.get("device"))),
             ("Precision", _value(facts.get("precision"))),
             ("GPUs", gpus),
             ("CUDA", _value(facts.get("cuda"))),
-            ("CPU", f"{facts['cpu']['name']}, {facts['cpu']['cores']} cores, {facts['cpu']['threads']} threads"),
+            (
+                "CPU",
+                f"{markdown(facts['cpu']['name'])}, {facts['cpu']['cores']} cores, {facts['cpu']['threads']} threads",
+            ),
             ("Memory", f"{facts['memory_bytes'] / 2**30:.1f} GiB"),
             ("Platform", _value(facts.get("platform"))),
             ("Python", _value(facts.get("python"))),
-            *((name, _value(version)) for name, version in facts["packages"].items()),
+            *((markdown(name), _value(version)) for name, version in facts["packages"].items()),
         ]
         who = f"{_labels(users)}:\n\n" if len(kinds) > 1 else ""
-        parts.append(who + _table(("Property", "Value"), rows))
+        parts.append(who + markdown_table(("Property", "Value"), rows))
     return parts
 
 
 def _labels(runs: Sequence[Run]) -> str:
-    return ", ".join(dict.fromkeys(run.label for run in runs))
+    return markdown(", ".join(dict.fromkeys(run.label for run in runs)))
 
 
 def _value(value: Any) -> str:
@@ -143,9 +148,4 @@ def _value(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, list):
         return ", ".join(_value(item) for item in value) or "none"
-    return str(value).replace("|", "\\|")
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ("---",) * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(public_name(value) if isinstance(value, str) else value)

@@ -102,12 +102,11 @@ def facts(run: Run) -> dict[str, Any]:
 
 def protocol(run: Run) -> dict[str, Any]:
     """The facts of a run but for its calibration."""
-    method = run.metrics["method"]
-    weights = method.get("base_model_sha256")
+    weights = run.base_model_sha256
     found: dict[str, Any] = {
         # The same weights under another path are the same model; without a fingerprint only the name is left.
         "base model": _short(weights) if weights else run.base_model,
-        "parameters of the base model": f"{run.metrics['parameters']['dense']:,}",
+        "parameters of the base model": f"{run.dense_parameters:,}",
         "what the ratio counts": _counted(run),
         "precision": run.environment.get("precision"),
         "evaluation sets": ", ".join(sorted(run.evaluation)) or "none",
@@ -148,7 +147,7 @@ def _ratio_difference(off: list[Run], tolerance: float) -> Difference:
     remark = f"more than {tolerance:g} apart"
     layered = [run for run in off if run.units.whole_layers]
     if layered:
-        share = float(layered[0].units.cost.max()) / int(layered[0].metrics["parameters"]["dense"])
+        share = float(layered[0].units.cost.max()) / layered[0].dense_parameters
         labels = ", ".join(sorted({run.label for run in layered}))
         remark += f"; {labels}: removes whole layers, one layer is {share:.4f} of the model"
     return Difference("achieved ratio", values, remark)
@@ -196,7 +195,7 @@ def _notes(runs: Sequence[Run]) -> list[str]:
     free = sorted({run.label for run in runs if run.calibration is None})
     if free:
         notes.append(f"{', '.join(free)}: needs no calibration, so the calibration set cannot differ.")
-    unknown = [run for run in runs if not run.metrics["method"].get("base_model_sha256")]
+    unknown = [run for run in runs if run.base_model_sha256 is None]
     if unknown:
         notes.append(f"No weight fingerprint was recorded in {_names(unknown)}; the base model is known by name only.")
     for what, read in _SOFT_FACTS.items():
@@ -231,8 +230,7 @@ def _names(runs: list[Run]) -> str:
 
 def _counted(run: Run) -> str:
     """Masks leave every parameter where it is, so their ratio is not that of a smaller model."""
-    parameters = run.metrics["parameters"]
-    gone = 1 - parameters["pruned"] / parameters["dense"]
+    gone = 1 - run.pruned_parameters / run.dense_parameters
     return "parameters removed" if abs(gone - run.achieved) < 0.001 else "weights set to zero"
 
 

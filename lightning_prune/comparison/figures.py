@@ -46,7 +46,7 @@ def plots(audit: Audit) -> Iterator[Plot]:
         for ratio in sorted({run.requested for run in runs}):
             same = [run for run in runs if run.requested == ratio]
             yield from _at_ratio(same, f"Asked for {ratio:g}{where}", f"{key}{ratio:g}/", dagger, styles)
-        caption = f"Wall-clock time of every run.{dagger}"
+        caption = f"Wall-clock time without loading, tokenising and the evaluation of the dense model.{dagger}"
         yield Plot(f"Seconds per phase{where}", f"{key}seconds", caption, seconds_figure(runs))
 
 

@@ -1,14 +1,16 @@
 """``report.html``: one file that opens offline, on a phone too. Nothing in it is loaded from anywhere."""
 
 from collections.abc import Sequence
-from html import escape
 from itertools import groupby
 
 from lightning_prune.comparison.figures import Plot
 from lightning_prune.comparison.sections import Section
 from lightning_prune.comparison.style import svg
 from lightning_prune.comparison.tables import Row
+from lightning_prune.escape import html as escape
+from lightning_prune.reporting.verdict import UNUSABLE
 
+WORDS = ("verdict", "error")  # columns of text
 STYLE = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
@@ -18,7 +20,8 @@ h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.2rem; margin: 2rem 
 .scroll { overflow-x: auto; margin: .5rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }
-th { border-bottom: 2px solid #555; } th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
+th { border-bottom: 2px solid #555; white-space: normal; vertical-align: bottom; overflow-wrap: normal; }
+.word { text-align: left; } th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
   background: #fff; }
 tr.unusable td { color: #8a2b00; } tr.dense td { color: #555; }
 .box { border-left: 4px solid #D55E00; padding: .4rem .8rem; background: #fdf4ee; }
@@ -51,10 +54,13 @@ def page(title: str, sections: Sequence[Section], figures: Sequence[Plot]) -> st
 
 def table(columns: Sequence[str], rows: Sequence[Row]) -> str:
     """A table that scrolls sideways on narrow screens."""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
-    body = "\n".join(
-        f"<tr{_row_class(row)}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
+    kinds = [' class="word"' if name in WORDS else "" for name in columns]
+    head = "".join(f'<th scope="col"{kind}>{escape(name)}</th>' for kind, name in zip(kinds, columns, strict=True))
+    lines = []
+    for row in rows:
+        cells = "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True))
+        lines.append(f"<tr{_row_class(columns, row)}>{cells}</tr>")
+    body = "\n".join(lines)
     return (
         f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
     )
@@ -74,11 +80,14 @@ def _section(section: Section) -> str:
 
 
 def _figure(plot: Plot) -> str:
-    drawing = svg(plot.figure).replace("<svg ", f'<svg role="img" aria-label="{escape(plot.tag, quote=True)}" ', 1)
+    drawing = svg(plot.figure).replace("<svg ", f'<svg role="img" aria-label="{escape(plot.tag)}" ', 1)
     return f'<figure><div class="scroll">{drawing}</div><figcaption>{escape(plot.caption)}</figcaption></figure>'
 
 
-def _row_class(row: Row) -> str:
-    if row[0] == "dense":
+def _row_class(columns: Sequence[str], row: Row) -> str:
+    if "verdict" not in columns:
+        return ""
+    verdict = row[list(columns).index("verdict")]
+    if not verdict:
         return ' class="dense"'
-    return ' class="unusable"' if any(cell.startswith("unusable") for cell in row) else ""
+    return ' class="unusable"' if verdict.startswith(UNUSABLE) else ""

@@ -3,21 +3,16 @@
 from lightning_prune.comparison.audit import Audit, Group
 from lightning_prune.comparison.run import Run
 from lightning_prune.comparison.tables import display_names, evaluation_sets, number
-
-SPECIAL = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-SPECIAL |= {character: "\\" + character for character in "&%$#_{}"}
+from lightning_prune.escape import latex as escape
+from lightning_prune.escape import public_name
+from lightning_prune.reporting.verdict import UNUSABLE
 
 
 def latex(audit: Audit) -> str:
     """Systems down, ratios across, one ``table`` per group; needs ``\\usepackage{booktabs}``."""
-    parts = ["% Needs \\usepackage{booktabs}. Perplexity, lower is better."]
+    parts = ["% Needs \\usepackage{booktabs}. Perplexity, lower is better. Unusable: see calibration_appendix.md."]
     parts += [_table(index, group) for index, group in enumerate(audit.groups, start=1)]
     return "\n\n".join(parts) + "\n"
-
-
-def escape(text: str) -> str:
-    """Plain text for LaTeX."""
-    return "".join(SPECIAL.get(character, character) for character in text)
 
 
 def _table(index: int, group: Group) -> str:
@@ -59,10 +54,10 @@ def _lines(runs: list[Run], columns: list[tuple[str, float]], show_ratio: bool =
 
 
 def _cell(run: Run | None, name: str, show_ratio: bool) -> str:
-    if run is None or name not in run.metrics["perplexity"]:
+    if run is None or name not in run.sets:
         return "--"
     value = number(run.perplexity(name))
-    if run.unusable_on(name):
+    if run.verdict(name) == UNUSABLE:
         value = "unusable" if run.perplexity(name) is None else f"unusable, {value}"
     return value + (f" ({run.achieved * 100:.1f}\\,\\%)" if show_ratio else "")
 
@@ -70,11 +65,11 @@ def _cell(run: Run | None, name: str, show_ratio: bool) -> str:
 def _caption(group: Group) -> str:
     first = group.all[0]
     lengths = sorted({str(manifest.get("seq_len")) for manifest in first.evaluation.values()})
-    text = f"Perplexity of {first.base_model} after pruning"
+    text = f"Perplexity of {public_name(first.base_model)} after pruning"
     if lengths:
         text += f" (windows of {', '.join(lengths)} tokens)"
     calibrated = next((run.calibration for run in group.all if run.calibration is not None), None)
     if calibrated is not None:
-        text += f"; calibration: {calibrated['dataset']}, {calibrated['num_samples']} samples of "
+        text += f"; calibration: {public_name(str(calibrated['dataset']))}, {calibrated['num_samples']} samples of "
         text += f"{calibrated['seq_len']} tokens, fingerprint {str(calibrated['fingerprint'])[:12]}"
     return escape(text + ".")

@@ -9,10 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from lightning_prune.comparison import costs
 from lightning_prune.comparison.agreement import Agreement
 from lightning_prune.comparison.run import Run
 from lightning_prune.comparison.style import PALETTE, SETTINGS, Styles
-from lightning_prune.comparison.tables import display_names
+from lightning_prune.comparison.tables import display_names, number
+from lightning_prune.escape import figure as shown
+from lightning_prune.reporting.verdict import unusable_limit
 
 LOG_RANGE = 10  # perplexities further apart than this factor get a logarithmic axis
 
@@ -20,29 +23,29 @@ LOG_RANGE = 10  # perplexities further apart than this factor get a logarithmic 
 def perplexity_figure(runs: Sequence[Run], name: str, styles: Styles) -> Figure:
     """Perplexity on evaluation set ``name`` over the achieved ratio, one line per system, dense as reference."""
     names, figure, axes = display_names(runs), *_figure(6.4, 3.9)
-    runs = [run for run in runs if name in run.metrics["perplexity"]]
+    runs = [run for run in runs if name in run.sets]
     dense = next((run.perplexity(name, "dense") for run in runs if run.perplexity(name, "dense")), None)
-    unigram = next((run.evaluation.get(name, {}).get("unigram_perplexity") for run in runs), None)
+    unigram = next((run.unigram_perplexity(name) for run in runs), None)
     values = [value for value in (dense, *(run.perplexity(name) for run in runs)) if value is not None]
     for label in [label for label in styles if label in names.values()]:
         points = [(run.achieved, run.perplexity(name)) for run in runs if names[id(run)] == label]
         finite = sorted((x, y) for x, y in points if y is not None)
         x, y = [point[0] for point in finite], [point[1] for point in finite]
-        axes.plot(x, y, label=label, markersize=5, linewidth=1.4, **styles[label])
+        axes.plot(x, y, label=shown(label), markersize=5, linewidth=1.4, **styles[label])
     if dense is not None:
         axes.axhline(dense, color="#555555", linewidth=1, linestyle=(0, (4, 3)), label=f"dense ({dense:.2f})")
-    if unigram is not None and values and max(values) > unigram / 3:
-        axes.axhline(
-            unigram, color="#999999", linewidth=1, linestyle=":", label=f"unigram ({unigram:.1f}): unusable above"
-        )
+    limit = unusable_limit(dense, unigram)
+    if limit is not None and values and max(values) > limit / 3:
+        axes.axhline(limit, color="#999999", linewidth=1, linestyle=":", label=f"unusable above {number(limit)}")
     if values and max(values) / min(values) > LOG_RANGE:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:g} %"))
     axes.set_xlabel("achieved pruning ratio (share of all parameters)")
-    axes.set_ylabel(f"perplexity on {name}")
+    axes.set_ylabel(shown(f"perplexity on {name}"))
     _legend(figure, axes)
     return figure
 
@@ -53,7 +56,7 @@ def importance_figure(runs: Sequence[Run], styles: Styles) -> Figure:
     for run in sorted(runs, key=lambda run: list(styles).index(names[id(run)])):
         table, label = run.units, names[id(run)]
         share = table.per_layer(table.importance) / (table.importance.sum() or 1.0)
-        axes.plot(np.arange(len(share)), share, label=label, markersize=4, linewidth=1.4, **styles[label])
+        axes.plot(np.arange(len(share)), share, label=shown(label), markersize=4, linewidth=1.4, **styles[label])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:g} %"))
     axes.set_xlabel("layer")
@@ -83,7 +86,7 @@ def kept_figure(runs: Sequence[Run]) -> Figure:
         axes.set_yticks([0.5, 1.5], ["attention", "mlp"], fontsize=8)
         axes.invert_yaxis()
         axes.grid(False)
-        axes.set_title(names[id(run)], fontsize=9, loc="left", pad=2)
+        axes.set_title(shown(names[id(run)]), fontsize=9, loc="left", pad=2)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     grid[-1].set_xlabel("layer")
     figure.colorbar(mesh, ax=list(grid), label="kept fraction", aspect=8 * max(1.0, height / 2))
@@ -92,7 +95,7 @@ def kept_figure(runs: Sequence[Run]) -> Figure:
 
 def matrix_figure(agreement: Agreement, what: str) -> Figure:
     """``spearman`` and ``jaccard`` side by side with their values; – where two runs cannot be compared."""
-    count = len(agreement.labels)
+    count, labels = len(agreement.labels), [shown(label) for label in agreement.labels]
     with matplotlib.rc_context(SETTINGS):
         size = 0.52 * count
         figure = Figure(figsize=(2 * size + 3.4, size + 2.2), layout="constrained")
@@ -111,8 +114,8 @@ def matrix_figure(agreement: Agreement, what: str) -> Figure:
             text = "–" if np.isnan(value) else f"{value:.2f}"
             color = "white" if dark else "black"
             axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8, color=color)
-        axes.set_xticks(np.arange(count) + 0.5, agreement.labels, rotation=45, ha="right", fontsize=8)
-        axes.set_yticks(np.arange(count) + 0.5, agreement.labels, fontsize=8)
+        axes.set_xticks(np.arange(count) + 0.5, labels, rotation=45, ha="right", fontsize=8)
+        axes.set_yticks(np.arange(count) + 0.5, labels, fontsize=8)
         axes.set_aspect("equal")
         axes.grid(False)
         axes.set_title(title, fontsize=9)
@@ -121,20 +124,36 @@ def matrix_figure(agreement: Agreement, what: str) -> Figure:
 
 
 def seconds_figure(runs: Sequence[Run]) -> Figure:
-    """Wall-clock seconds by phase, one stacked bar per run."""
+    """Wall-clock seconds of calibrating, pruning and evaluating, one stacked bar per run.
+
+    A calibration that another run made is hatched: this run did not wait for it, but could not do without it. The
+    dense model's evaluation, loading and tokenising are no cost of a method and left out.
+    """
     names = display_names(runs)
-    phases = list(dict.fromkeys(phase for run in runs for phase in run.seconds if phase != "total"))
     figure, axes = _figure(6.4, 0.27 * len(runs) + 1.6)
-    start = np.zeros(len(runs))
-    bars = [f"{names[id(run)]} {run.requested:g}" + (" *" if run.reused_scores else "") for run in runs]
-    for index, phase in enumerate(phases):
-        width = np.array([run.seconds.get(phase, 0.0) for run in runs])
-        hatch = "" if index < len(PALETTE) else "///"
-        axes.barh(bars, width, left=start, label=phase, color=PALETTE[index % len(PALETTE)], hatch=hatch, height=0.7)
+    bars, start = [shown(f"{names[id(run)]} {run.requested:g}") for run in runs], np.zeros(len(runs))
+    reused = [run.reused_scores for run in runs]
+    calibrated = np.array([costs.calibration(run) or 0.0 for run in runs])
+    pruned = np.array([costs.pruning(run) or 0.0 for run in runs])
+    evaluated = np.array([costs.spent(run, costs.EVALUATE) or 0.0 for run in runs])
+    own = np.where(reused, 0.0, calibrated)
+    parts: tuple[tuple[str, Any, dict[str, Any]], ...] = (
+        ("calibrate", own, {"color": PALETTE[0]}),
+        (
+            "calibrate, by the run\nwhose scores were reused",
+            calibrated - own,
+            {"facecolor": "white", "edgecolor": PALETTE[0], "hatch": "////"},
+        ),
+        ("prune", pruned, {"color": PALETTE[1]}),
+        ("evaluate", evaluated, {"color": "#BBBBBB"}),
+    )
+    for label, width, style in parts:
+        if width.any():
+            axes.barh(bars, width, left=start, label=label, height=0.7, **style)
         start += width
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=8)
-    axes.set_xlabel("seconds" + ("   (* scores reused from another ratio)" if any("*" in bar for bar in bars) else ""))
+    axes.set_xlabel("seconds")
     _legend(figure, axes)
     return figure
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_prune.errors import UserError
-from lightning_prune.reporting.verdict import is_unusable
+from lightning_prune.reporting.verdict import verdict_word
 
 REQUIRED = ("metrics.json", "calibration.json", "environment.json", "method.json", "plan.json", "scores.csv")
 
@@ -92,6 +92,48 @@ class Run:
         """Whether the run decided from scores that another ratio's run had measured."""
         return bool(self.metrics["method"].get("scores_reused", False))
 
+    @property
+    def measured_by(self) -> str | None:
+        """The folder of the run that calibrated, where this one reused its scores."""
+        found = self.details.get("measured_by")
+        return None if found is None else str(found)
+
+    @property
+    def measured_seconds(self) -> dict[str, float]:
+        """Seconds by phase of the run that calibrated, where this one reused its scores and recorded them."""
+        found: dict[str, float] = self.metrics["method"].get("measured_seconds", {})
+        return found
+
+    @property
+    def sets(self) -> list[str]:
+        """Names of the evaluation sets."""
+        return list(self.metrics["perplexity"])
+
+    @property
+    def dense_parameters(self) -> int:
+        """Parameters of the base model, tied ones once."""
+        return int(self.metrics["parameters"]["dense"])
+
+    @property
+    def pruned_parameters(self) -> int:
+        """Parameters left; masks leave all of them."""
+        return int(self.metrics["parameters"]["pruned"])
+
+    @property
+    def base_model_sha256(self) -> str | None:
+        """Fingerprint of the base model's weights, None where none was taken."""
+        found = self.metrics["method"].get("base_model_sha256")
+        return None if found is None else str(found)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Peak memory of the run."""
+        return int(self.metrics["peak_memory_bytes"])
+
+    def predicted_tokens(self, name: str) -> int:
+        """Tokens that the perplexity on one evaluation set is a mean over."""
+        return int(self.metrics["perplexity"][name]["tokens"])
+
     @cached_property
     def units(self) -> UnitTable:
         """The score table."""
@@ -102,9 +144,14 @@ class Run:
         value = self.metrics["perplexity"][name][which]
         return None if value is None else float(value)
 
-    def unusable_on(self, name: str) -> bool:
-        """No better than chance on this evaluation set; see ``reporting.verdict``."""
-        return is_unusable(self.perplexity(name), self.evaluation.get(name, {}).get("unigram_perplexity"))
+    def unigram_perplexity(self, name: str) -> float | None:
+        """Perplexity of token frequencies without context on one evaluation set, None where it is not recorded."""
+        value = self.evaluation.get(name, {}).get("unigram_perplexity")
+        return None if value is None else float(value)
+
+    def verdict(self, name: str) -> str:
+        """One word of ``reporting.verdict``'s scale, for one evaluation set."""
+        return verdict_word(self.perplexity(name), self.perplexity(name, "dense"), self.unigram_perplexity(name))
 
 
 def load_run(folder: Path) -> Run:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from lightning_prune.comparison import costs
 from lightning_prune.comparison.audit import Audit
 from lightning_prune.comparison.tables import (
     Failure,
@@ -14,6 +15,9 @@ from lightning_prune.comparison.tables import (
     text_table,
     title,
 )
+from lightning_prune.escape import markdown as escaped
+from lightning_prune.escape import plain
+from lightning_prune.reporting import verdict
 
 
 @dataclass(frozen=True)
@@ -35,15 +39,19 @@ def sections(audit: Audit, failures: Sequence[Failure]) -> list[Section]:
             f"{run.label} at {run.requested:g} on {name}"
             for group in audit.groups
             for run in group.all
-            for name in run.metrics["perplexity"]
-            if run.unusable_on(name)
+            for name in run.sets
+            if run.verdict(name) == verdict.UNUSABLE
         }
     )
     if unusable:
         text = (
-            "These models predict no better than token frequencies without context, or their perplexity is not finite:"
+            "These models have lost at least half of what the dense model gains over token frequencies without "
+            "context, or their perplexity is not finite:"
         )
         found.append(Section("Unusable models", [text], unusable))
+    runs = [run for group in audit.groups for run in group.all]
+    if runs:
+        found.append(Section("How to read the tables", bullets=[verdict.LEGEND, *costs.legend(runs)], fine=True))
     if failures:
         columns = ("system", "asked", "error")
         lines = [(failure.label, f"{failure.requested:g}", failure.message) for failure in failures]
@@ -63,22 +71,26 @@ def terminal(found: Sequence[Section]) -> str:
     """Plain text with aligned tables."""
     lines: list[str] = []
     for section in found:
-        lines += ["", section.heading, *section.text, *(f"  - {item}" for item in section.bullets)]
+        lines += [
+            "",
+            *map(plain, (section.heading, *section.text)),
+            *(f"  - {plain(item)}" for item in section.bullets),
+        ]
         for name, columns, body in section.tables:
-            lines += [name] if name else []
+            lines += [plain(name)] if name else []
             lines.append(text_table(columns, body))
     return "\n".join(lines[1:])
 
 
 def markdown(report_title: str, found: Sequence[Section]) -> str:
     """``report.md``."""
-    parts = [f"# {report_title}"]
+    parts = [f"# {escaped(report_title)}"]
     for section in found:
-        parts += [f"## {section.heading}", *section.text]
+        parts += [f"## {escaped(section.heading)}", *map(escaped, section.text)]
         if section.bullets:
-            parts.append("\n".join(f"- {item}" for item in section.bullets))
+            parts.append("\n".join(f"- {escaped(item)}" for item in section.bullets))
         for name, columns, body in section.tables:
-            parts += [f"**{name}**"] if name else []
+            parts += [f"**{escaped(name)}**"] if name else []
             parts.append(markdown_table(columns, body))
     parts.append(
         "Plots are in `report.html`, numbers in `results.csv`, the Methods section's facts in "

@@ -1,12 +1,15 @@
-"""The result as rows, and the rows as terminal text, Markdown, CSV and LaTeX."""
+"""The result as rows, and the rows as terminal text, Markdown and CSV."""
 
 import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lightning_prune.comparison import costs
 from lightning_prune.comparison.audit import Audit, Group
 from lightning_prune.comparison.run import Run
+from lightning_prune.escape import markdown, plain, public_name
+from lightning_prune.escape import markdown_table as pipe_table
 
 Row = tuple[str, ...]
 
@@ -29,6 +32,13 @@ CSV_COLUMNS = (
     "parameters_pruned",
     "base_model",
     "calibration_fingerprint",
+    "seconds_calibrate",
+    "scores_measured_by",
+    "seconds_prune",
+    "seconds_evaluate",
+    "seconds_evaluate_dense",
+    "seconds_load",
+    "seconds_tokenise",
     "seconds_total",
     "peak_memory_bytes",
     "folder",
@@ -49,12 +59,12 @@ def header(sets: Sequence[str]) -> tuple[str, ...]:
     """Column names; ``sets`` are the evaluation sets."""
     columns = ["system", "asked", "achieved", "parameters"]
     columns += [f"perplexity {name}" for name in sets]
-    return (*columns, "verdict", "seconds", "memory MiB")
+    return (*columns, "verdict", "calibrate s", "prune s", "evaluate s", "memory MiB")
 
 
 def evaluation_sets(runs: Sequence[Run]) -> list[str]:
     """Names of all evaluation sets, in order of appearance."""
-    return list(dict.fromkeys(name for run in runs for name in run.metrics["perplexity"]))
+    return list(dict.fromkeys(name for run in runs for name in run.sets))
 
 
 def display_names(runs: Sequence[Run]) -> dict[int, str]:
@@ -72,8 +82,9 @@ def rows(runs: Sequence[Run], sets: Sequence[str]) -> list[Row]:
     found: list[Row] = []
     if runs:
         dense = [number(runs[0].perplexity(name, "dense")) if _has(runs[0], name) else "–" for name in sets]
-        whole = f"{runs[0].metrics['parameters']['dense']:,}"
-        found.append(("dense", "0", "0.0000", whole, *dense, "", "", ""))
+        measured = [value for run in runs if (value := costs.spent(run, costs.EVALUATE_DENSE)) is not None]
+        seconds = costs.text(measured[0]) if measured else ""
+        found.append(("dense", "0", "0.0000", f"{runs[0].dense_parameters:,}", *dense, "", "", "", seconds, ""))
     for run in sorted(runs, key=lambda run: run.requested):
         perplexities = [number(run.perplexity(name)) if _has(run, name) else "–" for name in sets]
         found.append(
@@ -81,24 +92,26 @@ def rows(runs: Sequence[Run], sets: Sequence[str]) -> list[Row]:
                 names[id(run)],
                 f"{run.requested:g}",
                 f"{run.achieved:.4f}",
-                f"{run.metrics['parameters']['pruned']:,}",
+                f"{run.pruned_parameters:,}",
                 *perplexities,
                 word(run),
-                f"{run.seconds.get('total', 0):.1f}",
-                f"{run.metrics['peak_memory_bytes'] / 2**20:,.0f}",
+                costs.calibration_text(run),
+                costs.text(costs.pruning(run)),
+                costs.text(costs.spent(run, costs.EVALUATE)),
+                f"{run.peak_memory_bytes / 2**20:,.0f}",
             )
         )
     return found
 
 
 def word(run: Run) -> str:
-    """``usable``, ``unusable`` or, with several sets, on which it is unusable."""
-    bad = [name for name in run.metrics["perplexity"] if run.unusable_on(name)]
-    if not run.metrics["perplexity"]:
-        return "not evaluated"
-    if not bad:
-        return "usable"
-    return "unusable" if len(bad) == len(run.metrics["perplexity"]) else f"unusable on {', '.join(bad)}"
+    """The verdict; with several evaluation sets that differ, on which one it holds."""
+    words: dict[str, list[str]] = {}
+    for name in run.sets:
+        words.setdefault(run.verdict(name), []).append(name)
+    if len(words) <= 1:
+        return next(iter(words), "not evaluated")
+    return "; ".join(f"{verdict} on {', '.join(names)}" for verdict, names in words.items())
 
 
 def number(value: float | None) -> str:
@@ -110,7 +123,7 @@ def number(value: float | None) -> str:
 
 def text_table(columns: Sequence[str], lines: Sequence[Row]) -> str:
     """Aligned columns for a terminal; numbers to the right."""
-    cells = [tuple(columns), *lines]
+    cells = [tuple(plain(cell) for cell in row) for row in (columns, *lines)]
     widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
     left = {0, list(columns).index("verdict")} if "verdict" in columns else {0}
     return "\n".join(
@@ -123,9 +136,8 @@ def text_table(columns: Sequence[str], lines: Sequence[Row]) -> str:
 
 
 def markdown_table(columns: Sequence[str], lines: Sequence[Row]) -> str:
-    """A pipe table."""
-    cells = [tuple(columns), ("---",) * len(columns), *lines]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells)
+    """A pipe table of plain cells."""
+    return pipe_table(tuple(map(markdown, columns)), [tuple(map(markdown, row)) for row in lines])
 
 
 def title(index: int, group: Group) -> str:
@@ -136,9 +148,8 @@ def title(index: int, group: Group) -> str:
         shared = "no calibration"
     else:
         facts = calibrated.calibration
-        shared = (
-            f"calibration {facts['dataset']}, {facts['num_samples']} × {facts['seq_len']} tokens, {facts['sampling']}"
-        )
+        shared = f"calibration {public_name(str(facts['dataset']))}, {facts['num_samples']} × {facts['seq_len']} tokens"
+        shared += f", {facts['sampling']}"
         shared += f", seed {facts['seed']}" if facts.get("seed") is not None else ""
         shared += f", fingerprint {str(facts['fingerprint'])[:12]}"
     return f"Table {index}: {first.base_model}, {shared}"
@@ -151,11 +162,11 @@ def csv_text(audit: Audit, failures: Sequence[Failure]) -> str:
     writer.writeheader()
     for index, group in enumerate(audit.groups, start=1):
         for run in sorted(group.all, key=lambda run: run.requested):
-            for name in run.metrics["perplexity"] or [""]:
-                writer.writerow(_csv_row(index, group, run, name))
+            for name in run.sets or [""]:
+                writer.writerow(_cells(_csv_row(index, group, run, name)))
     for failure in failures:
         values = {"status": "failed", "system": failure.label, "requested_ratio": failure.requested}
-        writer.writerow(values | {"message": failure.message})
+        writer.writerow(_cells(values | {"message": failure.message}))
     return buffer.getvalue()
 
 
@@ -168,12 +179,19 @@ def _csv_row(index: int, group: Group, run: Run, name: str) -> dict[str, object]
         "requested_ratio": run.requested,
         "achieved_ratio": run.achieved,
         "ratio_reached": int(any(run is other for other in group.runs)),
-        "parameters_dense": run.metrics["parameters"]["dense"],
-        "parameters_pruned": run.metrics["parameters"]["pruned"],
+        "parameters_dense": run.dense_parameters,
+        "parameters_pruned": run.pruned_parameters,
         "base_model": run.base_model,
         "calibration_fingerprint": (run.calibration or {}).get("fingerprint", ""),
-        "seconds_total": run.seconds.get("total", ""),
-        "peak_memory_bytes": run.metrics["peak_memory_bytes"],
+        "seconds_calibrate": costs.calibration(run),
+        "scores_measured_by": (run.measured_by or "unknown") if run.reused_scores else "",
+        "seconds_prune": costs.pruning(run),
+        "seconds_evaluate": costs.spent(run, costs.EVALUATE),
+        "seconds_evaluate_dense": costs.spent(run, costs.EVALUATE_DENSE),
+        "seconds_load": costs.spent(run, ("load",)),
+        "seconds_tokenise": costs.spent(run, ("tokenise",)),
+        "seconds_total": run.seconds.get("total"),
+        "peak_memory_bytes": run.peak_memory_bytes,
         "folder": run.folder,
     }
     if name:
@@ -182,13 +200,20 @@ def _csv_row(index: int, group: Group, run: Run, name: str) -> dict[str, object]
             "evaluation_set": name,
             "dense_perplexity": run.perplexity(name, "dense"),
             "perplexity": "not finite" if run.perplexity(name) is None else run.perplexity(name),
-            "unigram_perplexity": manifest.get("unigram_perplexity", ""),
-            "verdict": "unusable" if run.unusable_on(name) else "usable",
-            "predicted_tokens": run.metrics["perplexity"][name]["tokens"],
+            "unigram_perplexity": run.unigram_perplexity(name),
+            "verdict": run.verdict(name),
+            "predicted_tokens": run.predicted_tokens(name),
             "evaluation_seq_len": manifest.get("seq_len", ""),
         }
     return row
 
 
+def _cells(row: dict[str, object]) -> dict[str, object]:
+    """Strings on one line, numbers with every digit."""
+    return {
+        key: value if value is None or isinstance(value, int | float) else plain(value) for key, value in row.items()
+    }
+
+
 def _has(run: Run, name: str) -> bool:
-    return name in run.metrics["perplexity"]
+    return name in run.sets

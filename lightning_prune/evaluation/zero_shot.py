@@ -1,7 +1,8 @@
-"""Zero-shot accuracy through the LM Evaluation Harness, an optional dependency."""
+"""Zero-shot tasks through the LM Evaluation Harness, an optional dependency."""
 
 import importlib.util
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,11 +11,19 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lightning_prune.errors import UserError
+from lightning_prune.escape import plain
+
+# Shares of right answers. Everything else the harness knows (perplexity, bits_per_byte, likelihoods, brier_score, mcc,
+# bleu, …) is no share, or comes in percent already.
+SHARES = re.compile(
+    r"(acc|acc_\w+|\w+_acc|accuracy|exact|exact_match|em|f1|micro_f1|macro_f1|precision|recall|mc1|mc2|pass@\d+)"
+    r"(,.*)?"  # a filter of the harness
+)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A value between 0 and 1 for accuracies, and its standard error (None where the harness gives none)."""
+    """A value as the harness gives it, and its standard error (None where there is none)."""
 
     value: float
     stderr: float | None
@@ -121,20 +130,30 @@ def _metrics(row: dict[str, Any]) -> dict[str, Metric]:
 
 
 def table(results: dict[str, ZeroShotResult]) -> str:
-    """One line per task and metric, one column per model, then the means. Values in percent ± standard error."""
+    """One line per task and metric, one column per model, then the means. Values ± standard error; shares in percent,
+    perplexities and whatever else is no share as they are."""
     columns = list(results)
     lines = [["task", "metric", *columns]]
     first = next(iter(results.values()))
     for task, metrics in first.tasks.items():
         for metric in metrics:
-            lines.append([task, metric, *(_percent(result.tasks[task][metric]) for result in results.values())])
+            found = [result.tasks[task][metric] for result in results.values()]
+            lines.append([plain(task), plain(metric), *_cells(metric, found)])
     for metric in first.mean:
         lines.append(["mean", metric, *(f"{100 * result.mean[metric]:.2f}" for result in results.values())])
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
-    return "\n".join("  ".join(cells).rstrip() for cells in padded)
+    legend = "Shares (acc, exact_match, f1, …) in percent, other metrics in their own unit."
+    return "\n".join([*("  ".join(cells).rstrip() for cells in padded), legend])
 
 
-def _percent(metric: Metric) -> str:
-    error = "" if metric.stderr is None else f" ± {100 * metric.stderr:.2f}"
-    return f"{100 * metric.value:.2f}{error}"
+def _cells(name: str, metrics: list[Metric]) -> list[str]:
+    # Some tasks (SQuAD) report their shares in percent themselves.
+    share = SHARES.fullmatch(name) is not None and all(abs(metric.value) <= 1 for metric in metrics)
+    return [_shown(metric, 100 if share else 1) for metric in metrics]
+
+
+def _shown(metric: Metric, scale: int) -> str:
+    digits = 2 if scale == 100 else 3
+    error = "" if metric.stderr is None else f" ± {scale * metric.stderr:.{digits}f}"
+    return f"{scale * metric.value:.{digits}f}{error}"

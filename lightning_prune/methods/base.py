@@ -174,7 +174,8 @@ class PruningMethod(LayeredModule):
         self._epochs = [number for number, (one, _) in enumerate(self.walk.steps) if one.reads]
         self._calibration_started = time.perf_counter()
         self._next = 0
-        self._take_steps_without_batches()
+        with self.timed("finish layers"):
+            self._take_steps_without_batches()
         if not self._epochs:
             self._decide()
 
@@ -198,8 +199,8 @@ class PruningMethod(LayeredModule):
             return
         with self.timed("finish layers"):
             self.walk.finish(self._next)
-        self._next += 1
-        self._take_steps_without_batches()
+            self._next += 1
+            self._take_steps_without_batches()
         if self._next == len(self.walk):
             self._decide()
 
@@ -210,8 +211,9 @@ class PruningMethod(LayeredModule):
             self._next += 1
 
     def _decide(self) -> None:
-        self.seconds["calibrate"] = time.perf_counter() - self._calibration_started
-        self.seconds["calibrate"] -= self.seconds.get("finish layers", 0.0)
+        if self._epochs:
+            spent = time.perf_counter() - self._calibration_started
+            self.seconds["calibrate"] = spent - self.seconds["finish layers"]
         with self.timed("decide"), torch.no_grad():
             self.decide()
             self._details = self.details()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_prune.memory import give_back_freed_memory
 from lightning_prune.models.head import loss_gradient, token_losses
 from lightning_prune.models.sources import CheckpointSource, Prefetching, Source
 from lightning_prune.surgery.anatomy import LayerAnatomy, anatomy, final_norm_of, layers_of
@@ -198,6 +199,7 @@ def open_layered(
     Raises:
         UserError: nothing there, damaged, or weights that do not fit the config.
     """
+    give_back_freed_memory()
     config = load_config(pretrained)
     files = open_checkpoint(resolve(pretrained))
     files.check_layers(config.num_hidden_layers)

@@ -1,34 +1,32 @@
 """LightningCLI set up for this project: defaults, short error messages, and quiet third parties."""
 
+import importlib
 import inspect
 import logging
 import os
+import sys
 import warnings
 from typing import Any, NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import Strategy
 
 from lightning_prune import methods
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.errors import UserError
 from lightning_prune.walk.module import LayeredModule
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.parsing.config_files import check_command_line
 from lightning_prune.parsing.messages import plain
+from lightning_prune.parsing.trainer_options import check_callbacks, check_fixed
+from lightning_prune.parsing.values import check_values, refuse_nulls
 from lightning_prune.reporting.progress import RunProgressBar
-from lightning_prune.strategy import CalibrationDDP
+from lightning_prune.strategy import cpu_processes, trainer_for_calibration
 
 DEFAULT_ROOT = "logs"
-WHOLE_SETS = {
-    "max_epochs": 1,
-    "max_steps": -1,
-    "max_time": None,
-    "limit_train_batches": 1.0,
-    "limit_test_batches": 1.0,
-    "overfit_batches": 0.0,
-    "fast_dev_run": False,
-}
 
 
 class Parser(LightningArgumentParser):
@@ -95,6 +93,22 @@ class PruneCLI(LightningCLI):
                 f"--model: '{chosen.__name__}' is no method. Methods: {', '.join(sorted(known_methods()))}."
             )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Refuse what the parser would wait for or stumble over, and what it lets through.
+
+        Raises:
+            UserError: as ``check_command_line``, ``check_values`` and ``refuse_nulls``.
+        """
+        arguments = sys.argv[1:] if args is None else args
+        if isinstance(arguments, list):
+            check_command_line([str(argument) for argument in arguments])
+        super().parse_arguments(parser, args)
+        if self.subclass_mode_model and self.config.get("model") is not None:
+            module, _, name = self.config.model.class_path.rpartition(".")
+            owner = getattr(importlib.import_module(module), name)
+            refuse_nulls(dict(self.config.model.get("init_args") or {}), owner, "model")
+        check_values(self.config)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The tokenizer is the model's."""
         source = "model.init_args.pretrained" if self.subclass_mode_model else "model.pretrained"
@@ -107,26 +121,24 @@ class PruneCLI(LightningCLI):
         Raises:
             UserError: a trainer that cannot be, or one that would not read the whole sets.
         """
-        for name, default in WHOLE_SETS.items():
-            value = self._get(self.config_init, f"trainer.{name}")
-            if value is not None and repr(value) != repr(default):  # limit_train_batches: 1 is one batch, 1.0 all
-                raise UserError(
-                    f"--trainer.{name}: found {value}; every run reads the whole calibration and evaluation sets as "
-                    "often as its method needs, so that runs can be compared. Leave it out; --data.num_samples and "
-                    "--data.eval_datasets make a run shorter."
-                )
-        if self._get(self.config_init, "trainer.logger") in (None, True):
+        options = dict(self._get(self.config_init, "trainer"))
+        check_fixed(options)
+        callbacks = check_callbacks(options["callbacks"])
+        if options["enable_progress_bar"] is not False and not any(isinstance(one, ProgressBar) for one in callbacks):
+            callbacks.append(RunProgressBar())
+        kwargs |= {"callbacks": callbacks, "enable_checkpointing": False}
+        if options["logger"] in (None, True):
             label = self.model.label if isinstance(self.model, PruningMethod) else "test"
-            root = self._get(self.config_init, "trainer.default_root_dir") or DEFAULT_ROOT
+            root = options["default_root_dir"] or DEFAULT_ROOT
             kwargs["logger"] = TensorBoardLogger(root, name=label, default_hp_metric=False)
-        devices = str(self._get(self.config_init, "trainer.devices"))
-        if devices.isdigit() and int(devices) > 1 and self._get(self.config_init, "trainer.strategy") == "auto":
-            kwargs["strategy"] = CalibrationDDP()
-        if self._get(self.config_init, "trainer.enable_progress_bar") is not False:
-            kwargs["callbacks"] = [*(self._get(self.config_init, "trainer.callbacks") or []), RunProgressBar()]
+        kwargs["devices"] = cpu_processes(options["accelerator"], options["devices"])
+        return trainer_for_calibration(lambda strategy: self._trainer(kwargs, strategy))
+
+    def _trainer(self, kwargs: dict[str, Any], strategy: Strategy | None) -> Any:
+        chosen = kwargs if strategy is None else kwargs | {"strategy": strategy}
         try:
-            return super().instantiate_trainer(**kwargs)
-        except (ValueError, ModuleNotFoundError, MisconfigurationException) as error:
+            return super().instantiate_trainer(**chosen)
+        except (MisconfigurationException, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"--trainer: {error}") from error
 
     @property

@@ -30,6 +30,8 @@ def plain(message: str, options: Sequence[str], methods: Sequence[str]) -> str:
         if not name.startswith("-"):
             return f"unexpected argument '{name}': options are written --NAME VALUE. See --help."
         return f"unknown option {name}.{_nearest(name.lstrip('-'), options)}"
+    if key.partition(".")[0] not in ("", "model"):
+        return _value(key, message) or _fallback(message)
     known = f"Methods: {', '.join(sorted(methods))}."
     if (
         "required: model" in message
@@ -43,11 +45,27 @@ def plain(message: str, options: Sequence[str], methods: Sequence[str]) -> str:
     missing = re.search(r"File does not exist: '?([^'\n]+)'?", message)
     if missing is not None:
         return f"--config: no file at '{missing.group(1)}'. Shipped configurations are in configs/."
+    return _value(key, message) or _fallback(message)
+
+
+def _value(key: str, message: str) -> str | None:
+    """What was found and what is allowed, where the message says both."""
     allowed = _allowed(message)
-    value = re.search(r"(?:Got value|Given value): (?:NestedArg\(key='[\w.]+', val=)?(.+?)\)?$", message, re.MULTILINE)
-    if key and allowed and value is not None:
-        return f"--{key}: found {value.group(1)}; allowed: {allowed}."
-    return re.sub(r"\s+", " ", message).strip()
+    value = re.search(
+        r"(?:Got value|Given value):[ ]?(?:NestedArg\(key='[\w.]+', val=)?(.*?)\)?$", message, re.MULTILINE
+    )
+    if not (key and allowed and value is not None):
+        return None
+    needed = re.search(r"given class_path '([\w.]+)':\s+the following arguments are required: ([\w, ]+)", message)
+    if needed is not None:
+        return f"--{key}: {needed.group(1)} needs {needed.group(2)}: give them as {{class_path: …, init_args: {{…}}}}."
+    found = value.group(1)
+    return f"--{key}: found {found[:200] or 'nothing'}; allowed: {allowed}."
+
+
+def _fallback(message: str) -> str:
+    """All that the parser said, in one line."""
+    return re.sub(r"\s+", " ", re.sub(r'Parser key "([\w.]+)":', r"--\1:", message)).strip()
 
 
 def _nearest(name: str, options: Sequence[str]) -> str:
@@ -64,9 +82,19 @@ def _allowed(message: str) -> str:
     """What jsonargparse tried, as a list: types by name, literals by value."""
     found: list[str] = []
     for expected in re.findall(r"Expected a (.+?)(?:\. Got value|$)", message, re.MULTILINE):
-        if expected.startswith("typing.Literal"):
+        if expected.startswith(("path but", "dot import path")):
+            if expected.startswith("dot"):
+                found.append("the name of a class")
+        elif expected.startswith("typing.Literal"):
             found += [part.strip(" '") for part in expected.removeprefix("typing.Literal")[1:-1].split(",")]
         else:
             found.append(re.sub(r"<class '([\w.]+)'>", r"\1", expected))
-    names = {"int": "a whole number", "float": "a number", "list": "a list such as '[a, b]'"}
+    names = {
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true, false",
+        "str": "text",
+        "list": "a list such as '[a, b]'",
+        "collections.abc.Iterable": "a list",
+    }
     return ", ".join(dict.fromkeys(names.get(item, item) for item in found if item != "NoneType"))

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_prune.methods.scores import BLOCKS, Scores
+from lightning_prune.methods.scores import BLOCKS, Block, Scores
 
 
 def log_importance(writer: SummaryWriter, scores: Scores) -> None:
@@ -18,27 +18,25 @@ def log_importance(writer: SummaryWriter, scores: Scores) -> None:
     overlay; ``score/<block>`` is the mean score of the block's units in the method's own unit.
     """
     total = float(scores.importance.sum()) or 1.0
-    for layer in range(int(scores.layer.max()) + 1):
-        whole = scores.layer == layer
-        writer.add_scalar("importance/layer", float(scores.importance[whole].sum()) / total, layer)
-        for block in BLOCKS:
-            rows = scores.of(layer, block)
-            if not bool(rows.any()):
-                continue
-            if block != "layer":
-                writer.add_scalar(f"importance/{block}", float(scores.importance[rows].sum()) / total, layer)
-                writer.add_histogram(f"log10 score/{block}", _log10(scores.score[rows]), layer)
-            writer.add_scalar(f"score/{block}", float(scores.score[rows].mean()), layer)
-            writer.add_scalar(f"kept fraction/{block}", float((~scores.pruned[rows]).double().mean()), layer)
+    for layer, importance in enumerate(torch.bincount(scores.layer, weights=scores.importance).tolist()):
+        writer.add_scalar("importance/layer", importance / total, layer)
+    for (layer, block), rows in _blocks(scores).items():
+        if block != "layer":
+            writer.add_scalar(f"importance/{block}", float(scores.importance[rows].sum()) / total, layer)
+            writer.add_histogram(f"log10 score/{block}", _log10(scores.score[rows]), layer)
+        writer.add_scalar(f"score/{block}", float(scores.score[rows].mean()), layer)
+        writer.add_scalar(f"kept fraction/{block}", float((~scores.pruned[rows]).double().mean()), layer)
     writer.add_figure("kept fraction", kept_fraction_figure(scores))
 
 
 def kept_fraction(scores: Scores) -> tuple[list[str], torch.Tensor]:
-    """Block names and the kept fraction ``[blocks, L]`` of every layer, fp64."""
-    names = [block for index, block in enumerate(BLOCKS) if bool((scores.block == index).any())]
-    layers = range(int(scores.layer.max()) + 1)
-    kept = [[(~scores.pruned[scores.of(layer, name)]).double().mean() for layer in layers] for name in names]
-    return list(names), torch.tensor(kept, dtype=torch.float64)
+    """Block names and the kept fraction ``[blocks, L]`` of every layer, fp64; NaN where a layer has no such block."""
+    rows = _blocks(scores)
+    names = [block for block in BLOCKS if any(block == other for _, other in rows)]
+    kept = torch.full((len(names), int(scores.layer.max()) + 1), torch.nan, dtype=torch.float64)
+    for (layer, block), units in rows.items():
+        kept[names.index(block), layer] = (~scores.pruned[units]).double().mean()
+    return list(names), kept
 
 
 def kept_fraction_figure(scores: Scores) -> Figure:
@@ -61,6 +59,17 @@ def hparams(method_options: dict[str, Any], metrics: dict[str, Any]) -> tuple[di
     for name, values in metrics["perplexity"].items():
         results[f"hparams/perplexity {name}"] = float(values["pruned"])
     return options, results
+
+
+def _blocks(scores: Scores) -> dict[tuple[int, Block], torch.Tensor]:
+    """Rows of every block that is there, in one pass over the table however many layers it has."""
+    block = scores.layer * len(BLOCKS) + scores.block
+    order = torch.argsort(block, stable=True)
+    found, counts = torch.unique_consecutive(block[order], return_counts=True)
+    rows = torch.split(order, counts.tolist())
+    return {
+        (key // len(BLOCKS), BLOCKS[key % len(BLOCKS)]): part for key, part in zip(found.tolist(), rows, strict=True)
+    }
 
 
 def _log10(values: torch.Tensor) -> torch.Tensor:

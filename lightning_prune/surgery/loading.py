@@ -20,9 +20,10 @@ from transformers.utils import logging as transformers_logging
 
 from lightning_prune.errors import UserError
 from lightning_prune.surgery.anatomy import family_of
+from lightning_prune.surgery.checkpoint_files import open_checkpoint
 from lightning_prune.surgery.modeling_pruned import pruned_class
+from lightning_prune.surgery.safetensors_header import OPTION as OPTION
 
-OPTION = "--model.pretrained"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -64,14 +65,34 @@ def resolve(pretrained: str) -> str:
 def load_config(pretrained: str) -> PretrainedConfig:
     """The config of a supported model: dense, or pruned by this package in either layout.
 
+    The headers of the weights are read too, so that nothing of a size is built that the config alone claims.
+
     Raises:
-        UserError: nothing there, unreachable, unreadable, or a family without a record.
+        UserError: nothing there, unreachable, unreadable, a family without a record, or another number of layers
+            than the weights have.
     """
     path = resolve(pretrained)
     with quiet_transformers(), _user_error(pretrained, "the config cannot be loaded"):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     family_of(config)
+    _refuse_additions(config, pretrained)
+    open_checkpoint(path).check_layers(config.num_hidden_layers)
     return config
+
+
+def _refuse_additions(config: PretrainedConfig, pretrained: str) -> None:
+    """What would be read as something else than the weights alone say."""
+    for key in ("quantization_config", "compression_config"):
+        if getattr(config, key, None) is not None:
+            raise UserError(
+                f"{OPTION}: the config of '{pretrained}' has a {key}: its weights are quantised, and pruning needs "
+                "them in 64, 32 or 16 bits floating point. Give the model before it was quantised."
+            )
+    if (Path(pretrained).expanduser() / "adapter_config.json").exists():
+        raise UserError(
+            f"{OPTION}: '{pretrained}' holds an adapter (adapter_config.json) beside a model. Merge the adapter into "
+            "the weights, or remove its files."
+        )
 
 
 def load_model(pretrained: str, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -85,21 +106,11 @@ def load_model(pretrained: str, dtype: torch.dtype | None) -> PreTrainedModel:
     """
     config = load_config(pretrained)
     path = resolve(pretrained)
+    open_checkpoint(path).check_against(meta_model(config))
     with quiet_transformers(bars=True), _user_error(pretrained, "the weights cannot be loaded"):
-        model, report = _auto_class(config).from_pretrained(
-            path,
-            config=config,
-            dtype="auto" if dtype is None else dtype,
-            use_safetensors=True,
-            output_loading_info=True,
+        return _auto_class(config).from_pretrained(  # type: ignore[no-any-return]
+            path, config=config, dtype="auto" if dtype is None else dtype, use_safetensors=True
         )
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise UserError(
-            f"{OPTION}: the weights of '{pretrained}' lack {len(missing)} tensors that its config asks for, "
-            f"'{missing[0]}' the first. Give a complete causal language model."
-        )
-    return model  # type: ignore[no-any-return]
 
 
 def meta_model(config: PretrainedConfig, device: torch.device | None = None) -> PreTrainedModel:

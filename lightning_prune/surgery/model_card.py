@@ -1,64 +1,79 @@
 """``README.md`` of a checkpoint: what was pruned, how, and how to load it."""
 
-import json
-import re
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
+from lightning_prune.escape import markdown, markdown_code, markdown_table, plain, public_name
+from lightning_prune.surgery.base_facts import base_facts
 from lightning_prune.surgery.plan import LayerPlan, PruningPlan
 
 
 def model_card(
-    plan: PruningPlan, layout: Literal["stock", "per-layer"], calibration: dict[str, Any] | None = None
+    plan: PruningPlan,
+    layout: Literal["stock", "per-layer"],
+    calibration: dict[str, Any] | None = None,
+    pretrained: str | None = None,
 ) -> str:
-    """Markdown with YAML front matter, as the Hugging Face hub reads it.
+    """Markdown with YAML front matter, as the Hugging Face hub reads it, without the folders of this machine.
 
     Args:
         plan: what was done.
         layout: ``layout_of`` the pruned model; decides how it is loaded.
         calibration: facts to list, such as ``{"dataset": "wikitext2", "num_samples": 128}``; None where
             they are not known (a plan applied later) or nothing was calibrated.
+        pretrained: the dense model where it is now, whose files say licence and origin. Default: the plan's.
     """
+    facts = base_facts(pretrained or plan.base_model)
+    name = public_name(plan.base_model)
     sections = [
-        _front_matter(plan),
-        f"# {_short_name(plan)} pruned with {plan.method}",
-        _summary(plan, calibration),
+        _front_matter(plan, facts),
+        f"# {markdown(name.rsplit('/', 1)[-1] or name)} pruned with {markdown(plan.method)}",
+        _summary(plan, facts, calibration),
         "## Loading\n\n" + _loading(layout),
         "## What is left of each layer\n\n" + _layers(plan.layers),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(plan: PruningPlan) -> str:
-    lines = ["library_name: transformers", "pipeline_tag: text-generation"]
-    # The hub takes only repository ids here; a local path would make the card invalid.
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", plan.base_model) and not Path(plan.base_model).exists():
-        lines.append(f"base_model: {json.dumps(plan.base_model)}")
-    lines += ["tags:", "- pruning", "- lightning-prune", f"- {json.dumps(plan.method)}"]
-    return "\n".join(["---", *lines, "---"])
+def _front_matter(plan: PruningPlan, facts: dict[str, Any]) -> str:
+    matter = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        **facts,
+        "tags": ["pruning", "lightning-prune", plain(plan.method)],
+    }
+    return f"---\n{yaml.safe_dump(matter, sort_keys=False)}---"
 
 
-def _short_name(plan: PruningPlan) -> str:
-    return Path(plan.base_model).name or plan.base_model
-
-
-def _summary(plan: PruningPlan, calibration: dict[str, Any] | None) -> str:
+def _summary(plan: PruningPlan, facts: dict[str, Any], calibration: dict[str, Any] | None) -> str:
     dense, pruned = plan.parameters["dense"], plan.parameters["pruned"]
+    base, home = markdown_code(public_name(plan.base_model)), facts.get("base_model")
+    if isinstance(home, str) and home != plan.base_model:
+        base += f" (from {markdown_code(home)})"
     rows = [
-        ("Base model", f"`{plan.base_model}`"),
-        ("Method", plan.method),
-        ("Pruning ratio requested", f"{plan.pruning_ratio:.4f}"),
+        ("Base model", base),
+        ("Method", markdown(plan.method)),
+        *_requested(plan.pruning_ratio),
         ("Pruning ratio achieved", f"{plan.achieved_ratio:.4f}"),
         ("Parameters before", f"{dense:,}"),
         ("Parameters after", f"{pruned:,}"),
-        ("Data type", plan.dtype),
-        ("Calibration fingerprint", f"`{plan.calibration_fingerprint}`" if plan.calibration_fingerprint else "none"),
+        ("Data type", markdown(plan.dtype)),
     ]
-    rows += [(f"Calibration: {key}", _cell(value)) for key, value in (calibration or {}).items()]
+    if plan.calibration_fingerprint:
+        rows.append(("Calibration fingerprint", markdown_code(plan.calibration_fingerprint)))
+    for key, value in (calibration or {}).items():
+        if value is not None and not (key == "fingerprint" and value == plan.calibration_fingerprint):
+            text = public_name(value) if isinstance(value, str) else value
+            rows.append((f"Calibration: {markdown(key)}", markdown(text)))
     if plan.weights_updated:
         rows.append(("Remaining weights", "changed by the method"))
-    return _table(("", ""), rows)
+    return markdown_table(("", ""), rows)
+
+
+def _requested(ratio: float | None) -> list[tuple[str, str]]:
+    """No row where something else than a ratio was asked for."""
+    return [] if ratio is None else [("Pruning ratio requested", f"{ratio:.4f}")]
 
 
 def _loading(layout: str) -> str:
@@ -93,13 +108,4 @@ def _layers(layers: list[LayerPlan]) -> str:
         else:
             heads, channels = len(layer.kept_kv_heads), len(layer.kept_channels)
             rows.append((str(layer.layer), str(heads or "skipped"), str(channels or "skipped")))
-    return _table(("Layer of the base model", "KV heads", "MLP channels"), rows)
-
-
-def _cell(value: Any) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    return markdown_table(("Layer of the base model", "KV heads", "MLP channels"), rows)

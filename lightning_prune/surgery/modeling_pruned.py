@@ -1,15 +1,18 @@
 """Decoders whose layers differ in width. This file travels inside each per-layer checkpoint.
 
-It needs only ``torch`` and ``transformers``, so
+It needs only ``torch`` and ``transformers`` (5.14 and later), so
 ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` loads the folder on a machine that
-does not have ``lightning_prune``. ``config.per_layer_config[i]`` holds what layer i has in place of the
-global values: ``num_attention_heads``, ``num_key_value_heads``, ``intermediate_size``, and ``skip``, a list
-with ``"attention"``, ``"mlp"`` or both. A skipped block and its norm hold no parameters; the sizes that
-stand beside ``skip`` mean nothing but that loaders which ignore ``skip`` refuse the checkpoint.
+does not have ``lightning_prune``; ``AutoModel`` gives the decoder without its head, which serving engines ask
+for. ``config.per_layer_config[i]`` holds what layer i has in place of the global values:
+``num_attention_heads``, ``num_key_value_heads``, ``intermediate_size``, and ``skip``, a list with
+``"attention"``, ``"mlp"`` or both. A skipped block and its norm hold no parameters; the sizes that stand beside
+``skip`` mean nothing but that loaders which ignore ``skip`` refuse the checkpoint.
 """
 
 import copy
+import json
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,48 +36,92 @@ class SkippedMixer(nn.Module):
     ``set_attn_implementation`` away.)
     """
 
-    def __init__(self, layer_idx: int) -> None:
+    def __init__(self, layer_idx: int, head_dim: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
+        self.head_dim = head_dim
 
-    def forward(self, hidden_states: torch.Tensor, past_key_values: Any = None, **_: Any) -> tuple[torch.Tensor, None]:
-        if past_key_values is not None:
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        """What attention is called with is told by its kind: transformers renames keywords in minor releases."""
+        inputs = (*args, *kwargs.values())
+        hidden_states = next(x for x in inputs if isinstance(x, torch.Tensor) and x.dim() == 3)
+        kv_cache = next((x for x in inputs if _is_kv_cache(x)), None)
+        if kv_cache is not None:
             batch, tokens = hidden_states.shape[:2]
-            heads, size = self._slot(past_key_values)
+            heads, size = self._slot(kv_cache)
             empty = hidden_states.new_zeros(1).expand(batch, heads, tokens, size)
-            past_key_values.update(empty, empty, self.layer_idx)
+            kv_cache.update(empty, empty, self.layer_idx)
         return hidden_states.new_zeros(1).expand_as(hidden_states), None
 
-    def _slot(self, past_key_values: Any) -> tuple[int, int]:
-        """(heads, head size) of this layer's slot: what a static cache has allocated, else the least."""
-        slots = past_key_values.layers
-        keys = getattr(slots[self.layer_idx], "keys", None) if self.layer_idx < len(slots) else None
-        return (keys.shape[1], keys.shape[3]) if keys is not None and keys.dim() == 4 else (1, 1)
+    def _slot(self, kv_cache: Any) -> tuple[int, int]:
+        """(heads, head size) for this layer's slot: what a static cache has allocated, one whole head where the
+        slot quantises in groups along it, else the least."""
+        slots = kv_cache.layers
+        slot = slots[self.layer_idx] if self.layer_idx < len(slots) else None
+        keys = getattr(slot, "keys", None)
+        if keys is not None and keys.dim() == 4:
+            return keys.shape[1], keys.shape[3]
+        return 1, self.head_dim if hasattr(slot, "_quantize") else 1
+
+
+def _is_kv_cache(value: Any) -> bool:
+    """One slot per layer, filled by ``update(keys, values, layer_idx)``: any ``transformers.Cache``. The paged
+    cache of continuous batching keeps no slots and is told positions, so it need not hear of the tokens."""
+    return all(hasattr(value, name) for name in ("layers", "update", "get_seq_length"))
 
 
 class PrunedMixin:
-    """Turns a stock ``...ForCausalLM`` into one that builds layer i from ``config.per_layer_config[i]``."""
+    """Turns a stock decoder or causal LM into one that builds layer i from ``config.per_layer_config[i]``."""
 
     config: Any
-    model: Any
+    layers: Any
+    base_model: Any
+    base_model_prefix: str
     post_init: Any
 
     def __init__(self, config: Any) -> None:
         super().__init__(_uniform(config))  # type: ignore[call-arg]
         config._attn_implementation_internal = self.config._attn_implementation
-        self.config = self.model.config = config
-        layer_class = type(self.model.layers[0])
-        self.model.layers = nn.ModuleList(
-            _build_layer(layer_class, own, index) for index, own in enumerate(config.per_layer_config)
-        )
+        self.config = config
+        if self.base_model is self:
+            layer_class = type(self.layers[0])
+            self.layers = nn.ModuleList(
+                _build_layer(layer_class, own, index) for index, own in enumerate(config.per_layer_config)
+            )
+        else:
+            decoder = pruned_class(type(self.base_model).__name__)(config)
+            setattr(self, self.base_model_prefix, decoder)
         self.post_init()
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers, and for the configs of the layers too, which are their own."""
         super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
-        for module in self.model.layers.modules():
+        for module in self.base_model.layers.modules():
             if hasattr(module, "config"):
                 module.config._attn_implementation_internal = self.config._attn_implementation
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, with this file and a config that leads loaders to it (``identity``)."""
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        file = Path(save_directory) / "config.json"
+        if file.is_file():  # adapters are saved without one
+            found = json.loads(file.read_text("utf-8")) | identity(type(self).__name__)
+            file.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def identity(class_name: str) -> dict[str, Any]:
+    """The keys of ``config.json`` by which loaders find this file, for the model class ``class_name``.
+
+    ``architectures`` is a name that nobody else has: an engine with a Llama of its own would take
+    ``LlamaForCausalLM`` for that one and fail on the first narrow layer. The classes themselves keep the stock
+    names, because pipelines and other tools look models up by them.
+    """
+    stem = class_name.removesuffix("ForCausalLM").removesuffix("Model")
+    classes = {"AutoModel": f"{stem}Model", "AutoModelForCausalLM": f"{stem}ForCausalLM"}
+    return {
+        "architectures": [f"Pruned{class_name}"],
+        "auto_map": {auto: f"{__name__.rpartition('.')[2]}.{name}" for auto, name in classes.items()},
+    }
 
 
 def _uniform(config: Any) -> Any:
@@ -88,7 +135,8 @@ def _uniform(config: Any) -> Any:
 def _build_layer(layer_class: type[nn.Module], config: Any, index: int) -> nn.Module:
     layer: Any = layer_class(config, index)
     if "attention" in config.skip:
-        layer.self_attn, layer.input_layernorm = SkippedMixer(index), nn.Identity()
+        layer.self_attn = SkippedMixer(index, layer.self_attn.head_dim)
+        layer.input_layernorm = nn.Identity()
     if "mlp" in config.skip:
         layer.mlp, layer.post_attention_layernorm = SkippedMLP(), nn.Identity()
     return layer  # type: ignore[no-any-return]
@@ -96,17 +144,14 @@ def _build_layer(layer_class: type[nn.Module], config: Any, index: int) -> nn.Mo
 
 @cache
 def pruned_class(name: str) -> Any:
-    """The class ``name`` of transformers (``LlamaForCausalLM``, …) with per-layer widths, under its own name.
-
-    The name stays because pipelines and other tools look classes up by it.
-    """
+    """The class ``name`` of transformers (``LlamaForCausalLM``, ``LlamaModel``, …) with per-layer widths."""
     made: Any = type(name, (PrunedMixin, getattr(transformers, name)), {"__module__": __name__})
-    made.register_for_auto_class("AutoModelForCausalLM")
+    made.register_for_auto_class("AutoModelForCausalLM" if name.endswith("ForCausalLM") else "AutoModel")
     return made
 
 
 def __getattr__(name: str) -> Any:
     # ``auto_map`` in config.json asks this module for "LlamaForCausalLM" and the like.
-    if name.endswith("ForCausalLM") and hasattr(transformers, name):
+    if name.endswith(("ForCausalLM", "Model")) and hasattr(transformers, name):
         return pruned_class(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,10 +9,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from lightning_prune import surgery
 from lightning_prune.errors import UserError
 from lightning_prune.files import new_folder, write_json, write_text
 from lightning_prune.models.layered import LayeredModel
+from lightning_prune.surgery import modeling_pruned
 from lightning_prune.surgery.loading import generation_config, quiet_transformers, tokenizer_files
 
 SHARD_BYTES = 5 * 10**9
@@ -68,8 +68,8 @@ def _write_config(model: LayeredModel, folder: Path) -> None:
     config.architectures = [type(model.net).__name__]
     config.dtype = model.dtype
     if config.is_heterogeneous:
-        config.auto_map = {"AutoModelForCausalLM": f"modeling_pruned.{type(model.net).__name__}"}
-        shutil.copyfile(Path(surgery.__file__).parent / "modeling_pruned.py", folder / "modeling_pruned.py")
+        config.update(modeling_pruned.identity(type(model.net).__name__))
+        shutil.copyfile(modeling_pruned.__file__, folder / "modeling_pruned.py")
     with quiet_transformers():
         config.save_pretrained(folder)
 

@@ -27,7 +27,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> Audit:
         write_run(tmp_path, "magnitude", 0.2, no_data=True, seed=1),
         write_run(tmp_path, "magnitude", 0.5, no_data=True, seed=1, perplexity=100.0, version=1),
         write_run(tmp_path, "hgsp_taylor", 0.2, seed=2, perplexity=11.25),
-        write_run(tmp_path, "hgsp_taylor", 0.5, seed=2, perplexity=99.0, version=1),
+        write_run(tmp_path, "hgsp_taylor", 0.5, seed=2, perplexity=31.0, version=1),  # below √(dense × unigram)
         write_run(tmp_path, "wanda <b>&", 0.2, seed=4),
         write_run(tmp_path, "shortgpt", 0.2, 0.25, whole_layers=True, seed=3),
         write_run(tmp_path, "shortgpt", 0.5, perplexity=None, whole_layers=True, seed=3, version=1),
@@ -88,7 +88,8 @@ def test_model_no_better_than_chance_is_called_unusable_everywhere(result: Audit
     verdicts = {(row["system"], row["requested_ratio"]): row["verdict"] for row in rows}
     assert verdicts["magnitude", "0.5"] == "unusable"  # equal to the unigram model's
     assert verdicts["shortgpt", "0.5"] == "unusable"  # not finite
-    assert verdicts["hgsp_taylor", "0.5"] == "usable"
+    assert verdicts["hgsp_taylor", "0.5"] == "badly degraded"
+    assert verdicts["hgsp_taylor", "0.2"] == "degraded"
     text = terminal(sections(result, []))
     for line in ("magnitude at 0.5 on demo", "shortgpt at 0.5 on demo"):
         assert line in text
@@ -113,8 +114,8 @@ def test_latex_is_booktabs_with_one_table_per_setting(report: Path) -> None:
     text = (report / "results.tex").read_text(encoding="utf-8")
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
     assert text.count(r"\toprule") == text.count(r"\bottomrule") == 2
-    assert r"hgsp\_taylor & 11.250 & 99.000 \\" in text
-    assert r"wanda <b>\& & 12.500 & -- \\" in text
+    assert r"hgsp\_taylor & 11.250 & 31.000 \\" in text
+    assert r"wanda \textless{}b\textgreater{}\& & 12.500 & -- \\" in text
     assert r"shortgpt & 12.500 (25.0\,\%) & -- \\" in text
     for line in text.splitlines():
         if line.endswith(r"\\") and "multicolumn" not in line:

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import lightning_prune
-
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.methods import HGSP, Magnitude, ShortGPT, SlimGPT, Wanda
 from lightning_prune.methods.base import PruningMethod

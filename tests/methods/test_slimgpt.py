@@ -159,7 +159,7 @@ def test_double_precision_gives_the_decision_of_single(tmp_path: Path) -> None:
     for layer in range(3):
         for name, linear in projections(pruned_by(double), layer).items():
             other = projections(pruned_by(single), layer)[name].weight
-            torch.testing.assert_close(linear.weight, other.double(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(linear.weight, other, rtol=1e-4, atol=1e-5)
 
 
 def test_max_tokens_takes_the_first_tokens_whatever_the_batch_size(tmp_path: Path) -> None:
@@ -201,18 +201,21 @@ def test_senseless_options_are_refused_by_name(option: dict) -> None:
         SlimGPT(**option)
 
 
-def test_every_block_runs_twice_however_deep_the_model_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once for its Hessian and once, pruned, for the next block: never the whole model per layer."""
-    calls = {"attention": 0, "mlp": 0}
+def test_every_block_runs_once_however_deep_the_model_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for its Hessian; then the pruned projection alone, for what it now puts out: never the model per layer."""
+    calls = dict.fromkeys(("query", "output", "gate", "down"), 0)
 
     def count(self) -> None:
         for layer in self.layers:
-            layer.attention.register_forward_hook(lambda *_: calls.__setitem__("attention", calls["attention"] + 1))
-            layer.down.register_forward_hook(lambda *_: calls.__setitem__("mlp", calls["mlp"] + 1))
+            for role in calls:
+                layer.linears[role].register_forward_hook(
+                    lambda *_, role=role: calls.__setitem__(role, calls[role] + 1)
+                )
 
     start = SlimGPT.on_fit_start
     monkeypatch.setattr(SlimGPT, "on_fit_start", lambda self: (start(self), count(self))[0])
     base = save_base(make_tiny(layers=5), tmp_path / "base")
     run_method(SlimGPT(base, 0.3), tiny_tokens(12, 16), tmp_path / "run", batch_size=4)
     batches, layers = 3, 5
-    assert calls == {"attention": 2 * layers * batches, "mlp": (2 * layers - 1) * batches}  # nothing follows the last
+    once, again = layers * batches, (layers - 1) * batches  # nothing follows the last layer
+    assert calls == {"query": once, "output": 2 * once, "gate": once, "down": once + again}

@@ -145,7 +145,7 @@ def test_weights_of_another_shape(tiny_checkpoint: Callable[..., Path]) -> None:
     tensors = load_file(file)
     tensors["model.norm.weight"] = torch.ones(31)
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"--model\.pretrained: the weights cannot be loaded"):
+    with pytest.raises(UserError, match=r"--model\.pretrained: tensor 'model\.norm\.weight'.*\[31\].*\[32\]"):
         load_model(str(file.parent), None)
 
 
@@ -165,3 +165,19 @@ def test_importing_the_package_does_not_import_torch() -> None:
     code = "import sys, lightning_prune; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
     root = Path(lightning_prune.__file__).parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize("value", [{"quant_method": "bitsandbytes", "load_in_8bit": True}, {}])
+def test_quantised_model(tiny_checkpoint: Callable[..., Path], key: str, value: dict) -> None:
+    file = tiny_checkpoint() / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(UserError, match=rf"--model\.pretrained: .* {key}.*before it was quantised"):
+        load_config(str(file.parent))
+
+
+def test_model_with_an_adapter_beside_it(tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint()
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "demo", "peft_type": "LORA"}))
+    with pytest.raises(UserError, match="holds an adapter"):
+        load_model(str(folder), None)

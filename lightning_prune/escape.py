@@ -1,0 +1,98 @@
+"""Names and messages that come from outside, made harmless for the format they are shown in.
+
+Labels, dataset names, paths and error messages may hold anything: a newline ends a table row, an escape sequence
+clears the terminal, ``<script>`` runs. Every writer of text passes what it did not write itself through here.
+"""
+
+import os
+import re
+import unicodedata
+from collections.abc import Sequence
+from html import escape as _html
+
+_SHAPERS = "\u200c\u200d"  # invisible, but part of how Persian, Indic scripts and emoji are written
+_HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # controls, direction marks, lone surrogates, line and paragraph separators
+_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+_LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
+_LATEX |= {character: "\\" + character for character in "&%$#_{}"}
+_LATEX |= {character: "{" + character + "}" for character in "[]*"}  # a row's first [ or * would belong to the last \\
+_MARKDOWN = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+_MARKDOWN |= {character: "\\" + character for character in "\\`*[]|$~"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+_WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
+_FILE = re.compile(r"\.(txt|jsonl?|gz|parquet|npy|safetensors)$", re.IGNORECASE)
+
+
+def plain(text: object) -> str:
+    """One line of visible text, for terminals, CSV and as the first step of every other format.
+
+    White space becomes single spaces; control characters, direction marks and lone surrogates become ``\\x1b``.
+    """
+    line = " ".join(str(text).split())
+    return "".join(_visible(character) for character in line)
+
+
+def html(text: object) -> str:
+    """Text or a quoted attribute of an HTML page."""
+    return _html(plain(text), quote=True)
+
+
+def markdown(text: object) -> str:
+    """Inline text of a Markdown paragraph, list item or table cell: no markup, HTML, formula, link or new block."""
+    line = "".join(_MARKDOWN.get(character, character) for character in plain(text))
+    # Between letters and digits an underscore is no emphasis, so hgsp_taylor stays readable in the source.
+    line = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", line)
+    line = re.sub(r"(?i)(?<=\w)://|(?<=www)\.", lambda found: "\\" + found.group(), line)  # addresses become links
+    # What starts a heading, list or rule only at the beginning of a line.
+    return re.sub(r"^(\d*)(?=[.)](\s|$)|[-+#=]+(\s|$))", r"\1\\", line)
+
+
+def markdown_code(text: object) -> str:
+    """A code span where the text is a simple name, escaped text otherwise."""
+    line = plain(text)
+    return f"`{line}`" if re.fullmatch(r"[\w./@+-]+", line) else markdown(line)
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A pipe table of cells that are Markdown already."""
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def latex(text: object) -> str:
+    """Text of a LaTeX document, tables included."""
+    line = "".join(_LATEX.get(character, character) for character in plain(text))
+    return re.sub(r"-(?=-)", "-{}", line)  # two hyphens would print as a dash
+
+
+def figure(text: object) -> str:
+    """Text of a matplotlib figure: no formula, and no leading underscore, which would hide it from the legend."""
+    line = plain(text).replace("$", r"\$")
+    return f" {line}" if line.startswith("_") else line
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` has the form ``organisation/name`` and is no path of this machine."""
+    return bool(_HUB_ID.fullmatch(name)) and not _is_path(name)
+
+
+def public_name(name: str) -> str:
+    """The last part of a path, so that the folders of this machine stay private; anything else as it is."""
+    if not _is_path(name):
+        return name
+    parts = [part for part in re.split(r"[/\\]" if _WINDOWS.match(name) else "/", name) if part]
+    if not parts or parts[-1] in (".", "..", "~"):
+        return os.path.basename(os.path.abspath(os.path.expanduser(name))) or name
+    return parts[-1]
+
+
+def _is_path(name: str) -> bool:
+    known = name.startswith(("/", "~", "./", "../", "file:")) or _WINDOWS.match(name) or _FILE.search(name)
+    return bool(known) or os.path.exists(name)
+
+
+def _visible(character: str) -> str:
+    if character in _SHAPERS or unicodedata.category(character) not in _HIDDEN:
+        return character
+    code = ord(character)
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"
