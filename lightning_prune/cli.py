@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import io
 import os
 import signal
 import sys
@@ -47,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
         interrupted by SIGINT and SIGTERM, 1 anything else.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # an encoding without arrows must not end a run that is done
+            stream.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE.format(commands="\n".join(f"  {name:<9}{what}" for name, what in COMMANDS.items())), end="")
         return 0 if arguments else 2

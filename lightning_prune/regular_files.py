@@ -30,6 +30,27 @@ def require_regular(path: Path, option: str) -> int:
     return found.st_size
 
 
+def exists(path: Path) -> bool:
+    """Whether anything stands at ``path``: False, too, where the name is too long or leads in a circle."""
+    try:
+        os.stat(path)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def expanded(path: str, option: str) -> Path:
+    """``path`` with ``~`` replaced.
+
+    Raises:
+        UserError: ``~name`` of a user who is not known here.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"{option}: '{path}' begins with the home folder of a user who is not known here.") from None
+
+
 def is_special(path: Path) -> bool:
     """Whether something stands at ``path`` that is neither a regular file nor a folder."""
     try:

@@ -25,16 +25,21 @@ def main(argv: list[str]) -> int:
 
     # After the arguments, so that --help does not wait for numpy and matplotlib.
     from lightning_prune.comparison.audit import audit
-    from lightning_prune.comparison.report import next_version, write_report
+    from lightning_prune.comparison.output import check_output, report_folder
+    from lightning_prune.comparison.report import write_report
     from lightning_prune.comparison.run import load_run
     from lightning_prune.comparison.sections import sections, terminal
     from lightning_prune.comparison.tables import Failure
 
+    if arguments.output is not None:
+        check_output(arguments.output, arguments.overwrite)
+    elif arguments.overwrite:
+        raise UserError("--overwrite belongs to --output, which is not given.")
     failures: list[Failure] = []
     if arguments.config is None:
-        for name in ("pretrained", "ratios", "systems"):
-            if getattr(arguments, name) is not None:
-                raise UserError(f"--{name} has no meaning with --runs: those runs are made. Leave it out.")
+        for option in ("pretrained", "ratios", "systems"):
+            if getattr(arguments, option) is not None:
+                raise UserError(f"--{option} has no meaning with --runs: those runs are made. Leave it out.")
         if options:
             raise UserError(f"--{next(iter(options))} has no meaning with --runs: those runs are made. Leave it out.")
         folders, root = _finished(arguments.runs), arguments.root or DEFAULT_ROOT
@@ -50,10 +55,10 @@ def main(argv: list[str]) -> int:
         root = settings.root
 
     result = audit([load_run(folder) for folder in folders])
-    report = arguments.output or next_version(root / "comparison")
-    write_report(result, failures, report)
+    with report_folder(root, arguments.output, arguments.overwrite) as (folder, name):
+        write_report(result, failures, folder)
     print(terminal(sections(result, failures)))
-    print(f"report: {report / 'report.html'}")
+    print(f"report: {name / 'report.html'}")
     if failures:
         return 1
     return UNFAIR if arguments.strict and not result.fair else 0
@@ -61,13 +66,13 @@ def main(argv: list[str]) -> int:
 
 def _finished(folders: list[Path]) -> list[Path]:
     """The finished runs among ``folders``; says which are left out."""
-    from lightning_prune.comparison.run import is_finished
+    from lightning_prune.runs.folder import RunFolder
 
     found = []
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"--runs: no folder at '{folder}'. Give run folders, such as logs/*/version_*.")
-        if is_finished(folder):
+        if RunFolder(folder).is_pruning_run:
             found.append(folder)
         elif not (folder / "report.html").is_file():  # an earlier comparison below the same root
             print(f"left out, no finished pruning run: {folder}")
@@ -107,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--runs", type=Path, nargs="+", metavar="FOLDER", help="run folders: logs/*/version_*")
     parser.add_argument("--root", type=Path, metavar="FOLDER", help="where runs and report go (default: logs)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="report folder (ROOT/comparison/version_N)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the report that stands at --output")
     parser.add_argument(
         "--pretrained", "--model.pretrained", dest="pretrained", metavar="MODEL", help="a folder, a hub id, or 'demo'"
     )

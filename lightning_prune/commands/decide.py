@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_prune.errors import UserError
+from lightning_prune.runs.folder import FinishedRun, RunFolder, check_label
 
 if TYPE_CHECKING:
-    from lightning_prune.data.datamodule import CalibrationDataModule
-    from lightning_prune.walk.module import PerplexityResult
-    from lightning_prune.methods.base import PruningMethod, SavedMeasurement
     from lightning_prune.parsing.lightning_cli import PruneCLI
 
 EVALUATION_OPTIONS = ("eval_datasets", "eval_seq_len", "eval_batch_size", "cache_dir")
@@ -26,56 +24,37 @@ def main(argv: list[str]) -> int:
             measurement, or a base model that is no longer the same.
     """
     arguments, options = _parser().parse_known_args(argv)
-    run: Path = arguments.run
-    metrics = _finished_run(run)
+    run = RunFolder.open(arguments.run, "--run")
+    RunFolder.read_config(run.path, "--run")
+    _ = run.scores  # a damaged table does not wait for torch either
 
     # After the first look, so that --help and a wrong folder do not wait for torch.
     from lightning_prune.methods.base import PruningMethod
     from lightning_prune.parsing.lightning_cli import PruneCLI
     from lightning_prune.reporting.run_record import summary_table
-    from lightning_prune.runs import prune_and_record
+    from lightning_prune.runs.reuse import known_perplexities, reuse
+    from lightning_prune.runs.run import prune_and_record
 
-    config = ["--config", str(run / "config.yaml")]
+    config = ["--config", str(run.path / "config.yaml")]
     cli = PruneCLI([*config, *options], PruningMethod, subclasses=True, command="decide")
-    _check_options(cli, config, run)
+    check_label(cli.model.label)
+    _check_options(cli, config, run.path)
     if not cli.model.reusable:
         raise UserError(
-            f"--run: method '{cli.model.method}' of '{run}' cannot decide again from its scores: it changes weights "
-            "while it measures, or prunes single weights, which the table does not list. Run fit again."
+            f"--run: method '{cli.model.method}' of '{run.path}' cannot decide again from its scores: it changes "
+            "weights while it measures, or prunes single weights, which the table does not list. Run fit again."
         )
-    _check_base_model(cli.model.pretrained, metrics, run)
-    cli.model.reuse(_measurement(run, cli.model))
+    _check_base_model(cli.model.pretrained, run)
+    reuse(cli.model, run)
     cli.datamodule.needs_calibration = False
     cli.datamodule.setup("fit")
-    same_device = _json(run / "environment.json").get("device") == str(cli.trainer.strategy.root_device)
-    dense = _known_perplexities(metrics, cli.datamodule) if same_device else None
+    same_device = run.environment.device == str(cli.trainer.strategy.root_device)
+    dense = known_perplexities(run, cli.datamodule) if same_device else None
     folder, record = prune_and_record(cli.trainer, cli.model, cli.datamodule, cli.resolved_config, dense)
     if cli.trainer.is_global_zero:
         print("\n" + summary_table(cli.model.label, record.metrics))
         print(f"pruned model: {folder / 'pruned'}")
     return 0
-
-
-def _finished_run(run: Path) -> dict[str, Any]:
-    """The run's ``metrics.json``, which is written last."""
-    names = ("metrics.json", "config.yaml", "scores.csv", "method.json", "calibration.json", "environment.json")
-    missing = [name for name in names if not (run / name).is_file()]
-    if missing:
-        raise UserError(
-            f"--run: '{run}' is no finished pruning run: it has no {', '.join(missing)}. Give a folder that "
-            "'lightning-prune fit' has completed, for instance logs/wanda/version_0."
-        )
-    return _json(run / "metrics.json")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--run: '{path}' cannot be read as JSON ({error}). Run fit again.") from None
-    if not isinstance(found, dict):
-        raise UserError(f"--run: '{path}' holds no JSON object. Run fit again.")
-    return found
 
 
 def _check_options(cli: "PruneCLI", config: list[str], run: Path) -> None:
@@ -106,57 +85,23 @@ def _flat(parser: Any, parsed: Any) -> dict[str, Any]:
     }
 
 
-def _check_base_model(pretrained: str, metrics: dict[str, Any], run: Path) -> None:
+def _check_base_model(pretrained: str, run: FinishedRun) -> None:
     from lightning_prune.reporting.base_model import base_model_sha256
     from lightning_prune.surgery.anatomy import count_parameters
     from lightning_prune.surgery.loading import load_config, meta_model
 
-    found, measured = count_parameters(meta_model(load_config(pretrained))), metrics["parameters"]["dense"]
+    found, measured = count_parameters(meta_model(load_config(pretrained))), run.metrics.parameters.dense
     if found != measured:
         raise UserError(
-            f"--run: '{run}' measured a model of {measured:,} parameters; '{pretrained}' now has {found:,}. "
+            f"--run: '{run.path}' measured a model of {measured:,} parameters; '{pretrained}' now has {found:,}. "
             "Put the model back, or run fit again."
         )
-    recorded = metrics["method"].get("base_model_sha256")
+    recorded = run.metrics.method.base_model_sha256
     if recorded is not None and recorded != base_model_sha256(pretrained):
         raise UserError(
-            f"--run: the config or the weights of '{pretrained}' have changed since '{run}' measured them (SHA-256). "
-            "Put the model back, or run fit again."
+            f"--run: the config or the weights of '{pretrained}' have changed since '{run.path}' measured them "
+            "(SHA-256). Put the model back, or run fit again."
         )
-
-
-def _measurement(run: Path, method: "PruningMethod") -> "SavedMeasurement":
-    from lightning_prune.methods.base import SavedMeasurement
-    from lightning_prune.methods.scores import BLOCKS, Scores
-    from lightning_prune.surgery.anatomy import anatomy
-    from lightning_prune.surgery.loading import load_config, meta_model
-
-    layers = anatomy(meta_model(load_config(method.pretrained)))
-    scores, details = Scores.load(run / "scores.csv"), _json(run / "method.json")
-    whole_layers = bool((scores.block == BLOCKS.index("layer")).any())
-    units = len(layers) if whole_layers else sum(view.num_kv_heads + view.num_channels for view in layers)
-    if len(scores.unit) != units:
-        raise UserError(
-            f"--run: '{run / 'scores.csv'}' lists {len(scores.unit):,} units, the model has {units:,}. Run fit again."
-        )
-    return SavedMeasurement(
-        scores=scores,
-        details=details,
-        calibration=_json(run / "calibration.json") if method.needs_calibration else None,
-        run=details.get("measured_by", str(run)),  # a decision of a decision names the run that calibrated
-    )
-
-
-def _known_perplexities(metrics: dict[str, Any], data: "CalibrationDataModule") -> "dict[str, PerplexityResult] | None":
-    """Those of the dense model, if they were measured on exactly these evaluation sets."""
-    from lightning_prune.walk.module import PerplexityResult
-
-    before = {name: item["fingerprint"] for name, item in metrics["evaluation"].items()}
-    values = metrics["perplexity"]
-    complete = all(name in values and values[name]["dense"] is not None for name in before)
-    if not complete or before != {item.name: item.manifest["fingerprint"] for item in data.evaluation}:
-        return None
-    return {name: PerplexityResult(values[name]["dense"], values[name]["tokens"]) for name in before}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -29,11 +29,10 @@ def main(argv: list[str]) -> int:
     import torch
 
     from lightning_prune.evaluation import efficiency, zero_shot
-    from lightning_prune.walk.module import DTYPES
-    from lightning_prune.files import write_json
+    from lightning_prune.files import check_writable, write_json
     from lightning_prune.reporting.environment import environment
-    from lightning_prune.runs import check_writable
     from lightning_prune.surgery.loading import OPTION, load_config, load_model, load_tokenizer
+    from lightning_prune.walk.module import DTYPES
 
     check_writable(output, "--output")
     device = _device(arguments.device)

@@ -1,8 +1,8 @@
 """``lightning-prune test``: perplexity of any model, dense or pruned."""
 
-from lightning_prune.walk.module import LayeredModule
 from lightning_prune.parsing.lightning_cli import PruneCLI
-from lightning_prune.runs import evaluate_and_record
+from lightning_prune.runs.run import evaluate_and_record
+from lightning_prune.walk.module import LayeredModule
 
 
 def main(argv: list[str]) -> int:

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_prune.comparison.run import Run, UnitTable
+from lightning_prune.comparison.run import Run
 from lightning_prune.comparison.tables import display_names
+from lightning_prune.runs.score_table import ScoreTable
 
 Floats = NDArray[np.float64]
 
@@ -88,12 +89,12 @@ class _Column:
     cost: NDArray[np.int64]
 
 
-def _units(table: UnitTable) -> _Column:
+def _units(table: ScoreTable) -> _Column:
     key, order = _key(table)
     return _Column(_standard_ranks(table.score[order]), table.kept[order], key, table.cost[order])
 
 
-def _layers(table: UnitTable) -> _Column:
+def _layers(table: ScoreTable) -> _Column:
     # As shares of the layer: a method that removes whole layers also counts norms as cost.
     kept = table.per_layer(table.cost * table.kept) / table.per_layer(table.cost)
     if table.whole_layers:
@@ -103,10 +104,9 @@ def _layers(table: UnitTable) -> _Column:
     return _Column(_standard_ranks(kept), kept, key, table.cost[order])
 
 
-def _key(table: UnitTable) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _key(table: ScoreTable) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """One number per unit, ascending by layer, block and unit, and the rows in that order."""
-    block = (table.block == "mlp") + 2 * (table.block == "layer")
-    key = (table.layer * 3 + block << 40) + table.unit
+    key = (table.layer * 3 + table.codes << 40) + table.unit
     order = np.argsort(key, kind="stable")  # files are in this order, which a stable sort finds in one pass
     return key[order], order
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import yaml
 
-from lightning_prune.comparison.run import is_finished
 from lightning_prune.comparison.settings import Settings
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.errors import UserError
@@ -15,6 +14,7 @@ from lightning_prune.methods.base import PruningMethod
 from lightning_prune.parsing.lightning_cli import PruneCLI
 from lightning_prune.reporting.base_model import base_model_sha256
 from lightning_prune.reporting.configuration import configuration_sha256
+from lightning_prune.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,9 @@ class Planned:
 
     def finished(self, root: Path) -> Path | None:
         """The folder of a finished run with the same result, made by ``compare``, ``fit`` or ``decide``."""
-        for folder in sorted((root / self.label).glob("version_*")):
-            try:
-                metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                continue
-            if metrics.get("configuration_sha256") == self.sha256 and is_finished(folder):
-                return folder
+        for folder in RunFolder.finished_below(root / self.label):
+            if folder.is_pruning_run and folder.configuration_sha256() == self.sha256:
+                return folder.path
         return None
 
     def build(self) -> PruneCLI:

@@ -1,47 +1,13 @@
 """One finished run as the comparison sees it. Reads files only: no torch, no Lightning."""
 
-import csv
-import json
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from lightning_prune.errors import UserError
 from lightning_prune.reporting.verdict import verdict_word
-
-REQUIRED = ("metrics.json", "calibration.json", "environment.json", "method.json", "plan.json", "scores.csv")
-
-
-@dataclass(frozen=True)
-class UnitTable:
-    """``scores.csv`` as columns of U prunable units; ``block`` is ``attention``, ``mlp`` or ``layer``."""
-
-    layer: NDArray[np.int64]
-    block: NDArray[np.str_]
-    unit: NDArray[np.int64]
-    cost: NDArray[np.int64]
-    importance: NDArray[np.float64]
-    score: NDArray[np.float64]
-    kept: NDArray[np.bool_]
-
-    @property
-    def num_layers(self) -> int:
-        """Decoder layers of the dense model."""
-        return int(self.layer.max()) + 1
-
-    @property
-    def whole_layers(self) -> bool:
-        """Whether the units are decoder layers (depth pruning)."""
-        return bool((self.block == "layer").all())
-
-    def per_layer(self, values: NDArray[Any], block: str | None = None) -> NDArray[np.float64]:
-        """Sums of ``values`` ``[U]`` per layer ``[L]``, of one block or of all."""
-        rows = slice(None) if block is None else self.block == block
-        return np.bincount(self.layer[rows], weights=values[rows], minlength=self.num_layers).astype(np.float64)
+from lightning_prune.runs.folder import RunFolder
+from lightning_prune.runs.records import PRUNING_PHASES, as_dict
+from lightning_prune.runs.score_table import ScoreTable
 
 
 @dataclass(frozen=True)
@@ -54,11 +20,13 @@ class Run:
     calibration: dict[str, Any] | None
     environment: dict[str, Any]
     details: dict[str, Any]
+    units: ScoreTable
 
     @property
     def requested(self) -> float:
-        """The pruning ratio asked for."""
-        return float(self.metrics["pruning_ratio"]["requested"])
+        """The pruning ratio asked for; the one reached where a number of layers was asked for."""
+        ratio = self.metrics["pruning_ratio"]["requested"]
+        return self.achieved if ratio is None else float(ratio)
 
     @property
     def achieved(self) -> float:
@@ -86,6 +54,13 @@ class Run:
         """Wall-clock seconds by phase."""
         found: dict[str, float] = self.metrics["seconds"]
         return found
+
+    @property
+    def pruning_seconds(self) -> float:
+        """What calibrating and pruning cost, loading and evaluation apart; a run that decided from another's scores
+        bears what measuring them cost."""
+        measured: dict[str, float] = self.metrics["method"].get("measured_seconds", {})
+        return sum(times.get(phase, 0.0) for times in (self.seconds, measured) for phase in PRUNING_PHASES)
 
     @property
     def reused_scores(self) -> bool:
@@ -134,11 +109,6 @@ class Run:
         """Tokens that the perplexity on one evaluation set is a mean over."""
         return int(self.metrics["perplexity"][name]["tokens"])
 
-    @cached_property
-    def units(self) -> UnitTable:
-        """The score table."""
-        return _units(self.folder / "scores.csv")
-
     def perplexity(self, name: str, which: str = "pruned") -> float | None:
         """``pruned`` or ``dense`` perplexity on one evaluation set."""
         value = self.metrics["perplexity"][name][which]
@@ -155,56 +125,18 @@ class Run:
 
 
 def load_run(folder: Path) -> Run:
-    """Read one run folder.
+    """Read one run folder, its score table too.
 
     Raises:
-        UserError: not the folder of a finished pruning run.
+        UserError: not the folder of a finished pruning run, or a file in it is not what it should be.
     """
-    missing = [name for name in REQUIRED if not (folder / name).is_file()]
-    if missing:
-        raise UserError(
-            f"--runs: '{folder}' is no finished pruning run, {missing[0]} is missing. Give folders that "
-            f"'lightning-prune fit' or 'lightning-prune compare' wrote, such as logs/*/version_*."
-        )
-    try:
-        read = {name: json.loads((folder / name).read_text(encoding="utf-8")) for name in REQUIRED[:4]}
-        metrics, calibration = read["metrics.json"], read["calibration.json"]
-        run = Run(
-            folder=folder,
-            label=str(metrics["method"]["label"]),
-            metrics=metrics,
-            calibration=calibration if calibration.get("dataset") is not None else None,
-            environment=read["environment.json"],
-            details=read["method.json"],
-        )
-        _ = run.requested, run.achieved, run.seconds, metrics["parameters"]["dense"], metrics["perplexity"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"--runs: '{folder}' cannot be read as a pruning run ({type(error).__name__}: {error})."
-        ) from None
-    return run
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether ``folder`` holds a whole pruning run (``metrics.json`` is written last)."""
-    return all((folder / name).is_file() for name in REQUIRED)
-
-
-def _units(path: Path) -> UnitTable:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        table = UnitTable(
-            layer=np.array([int(row["layer"]) for row in rows]),
-            block=np.array([row["block"] for row in rows]),
-            unit=np.array([int(row["unit"]) for row in rows]),
-            cost=np.array([int(row["cost"]) for row in rows]),
-            importance=np.array([float(row["importance"]) for row in rows]),
-            score=np.array([float(row["score"]) for row in rows]),
-            kept=np.array([row["pruned"] == "0" for row in rows]),
-        )
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--runs: '{path}' is not a score table ({type(error).__name__}: {error}).") from None
-    if not rows:
-        raise UserError(f"--runs: '{path}' is an empty score table.")
-    return table
+    run = RunFolder.open(folder, "--runs")
+    return Run(
+        folder=folder,
+        label=run.metrics.method.label,
+        metrics=as_dict(run.metrics),
+        calibration=None if run.calibration is None else as_dict(run.calibration),
+        environment=as_dict(run.environment),
+        details=as_dict(run.details),
+        units=run.scores,
+    )

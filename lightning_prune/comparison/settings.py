@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from lightning_prune.errors import UserError
+from lightning_prune.runs.folder import check_label
 
 ALLOWED = ("pretrained", "ratios", "systems", "data", "trainer", "root")
 DEFAULT_RATIOS = (0.2, 0.3, 0.5)
@@ -57,6 +58,8 @@ def read_settings(
     found = file.get("systems")
     if not isinstance(found, dict) or not found:
         raise UserError(f"--config: '{path}' lists no systems. Give systems: {{label: file of a method}}.")
+    for label in found:
+        check_label(label, f"--config: systems in '{path}'")
     labels = list(found) if systems is None else list(dict.fromkeys(systems))
     missing = [label for label in labels if label not in found]
     if missing:
@@ -90,7 +93,9 @@ def _system(
         raise UserError(f"--config: system '{label}' has no model.class_path, so it is no method.")
     own["model"] = {"class_path": own["model"]["class_path"], "init_args": dict(own["model"].get("init_args") or {})}
     own["model"]["init_args"] |= model | {"label": label}
-    return _merge(shared, own)
+    found = _merge(shared, own)
+    found["trainer"]["default_root_dir"] = shared["trainer"]["default_root_dir"]  # of the whole experiment
+    return found
 
 
 def _ratios(given: Any) -> list[float]:

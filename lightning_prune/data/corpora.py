@@ -17,6 +17,7 @@ import datasets
 
 from lightning_prune.data.local_files import FILE_KINDS, local_splits, read_local
 from lightning_prune.errors import UserError
+from lightning_prune.regular_files import exists
 
 # English has 3 to 5 characters per token, so 16 leave random sampling about four windows to choose each one from.
 CHARACTERS_PER_TOKEN = 16
@@ -102,7 +103,7 @@ def held_out_split(dataset: str) -> str | None:
 def split_spec(spec: str) -> tuple[str, str | None]:
     """`wikitext2:validation` -> (`wikitext2`, `validation`); a path that exists is never split."""
     name, colon, split = spec.rpartition(":")
-    if not colon or Path(spec).exists() or "/" in split or "\\" in split:
+    if not colon or exists(Path(spec)) or "/" in split or "\\" in split:
         return spec, None
     return name, split
 
@@ -137,7 +138,7 @@ def _splits(dataset: str) -> list[str]:
         return ["train", "validation", "test"]
     if dataset in HUB:
         return list(HUB[dataset].splits)
-    if not Path(dataset).exists():
+    if not exists(Path(dataset)):
         raise UserError(_not_found(dataset))
     return local_splits(Path(dataset))
 

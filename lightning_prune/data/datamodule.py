@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -16,12 +17,14 @@ from lightning_prune.data.calibration import CalibrationManifest, CalibrationSet
 from lightning_prune.data.corpora import calibration_split, held_out_split, split_spec
 from lightning_prune.data.sampling import aligned_windows, random_windows, sequential_windows, sliding_windows
 from lightning_prune.data.streams import StreamReader
-from lightning_prune.data.token_arrays import is_token_array, load_token_array
+from lightning_prune.data.token_arrays import first_part, is_token_array, load_token_array
 from lightning_prune.data.tokenization import default_cache_dir
 from lightning_prune.demo import demo_model_path
 from lightning_prune.errors import UserError
+from lightning_prune.regular_files import expanded
 
 Batch = tuple[Tensor, Tensor, Tensor]
+WINDOWS, WINDOW_LENGTH = 128, 128  # the setting that pruning papers share
 _UNKNOWN = dict.fromkeys(("configuration", "revision", "text_sha256", "tokenizer_sha256"))  # of a token array
 
 
@@ -36,8 +39,10 @@ class CalibrationDataModule(LightningDataModule):
         dataset: calibration corpus: demo, wikitext2, ptb, c4, or a local .txt, .jsonl, .json.gz or .parquet file,
             a folder saved by datasets.save_to_disk, or a token array (.npy or .safetensors, int64 [N, L], used as
             it is). `name:split` reads another split than train. By default demo for the demo model, else wikitext2.
-        num_samples: calibration windows. More of them make the importance estimate steadier and the run longer.
-        seq_len: tokens per calibration window.
+        num_samples: calibration windows. More of them make the importance estimate steadier and the run longer. By
+            default 128; of a token array all rows, or the first num_samples.
+        seq_len: tokens per calibration window. By default 128; of a token array whole rows, or their first seq_len
+            tokens.
         batch_size: calibration windows per forward pass and process. Changes speed and memory, not the result.
         sampling: random draws windows that do not overlap by seed, sequential takes the first ones of the text,
             sliding starts one every stride tokens.
@@ -63,8 +68,8 @@ class CalibrationDataModule(LightningDataModule):
     def __init__(
         self,
         dataset: str | None = None,
-        num_samples: int = 128,
-        seq_len: int = 128,
+        num_samples: int | None = None,
+        seq_len: int | None = None,
         batch_size: int = 4,
         sampling: Literal["random", "sequential", "sliding"] = "random",
         stride: int | None = None,
@@ -76,6 +81,10 @@ class CalibrationDataModule(LightningDataModule):
         tokenizer: str = "demo",
     ) -> None:
         super().__init__()
+        # Of a token array only what was asked for is cut off, so the defaults must not look like a wish.
+        self._asked_for = num_samples, seq_len
+        num_samples = WINDOWS if num_samples is None else num_samples
+        seq_len = WINDOW_LENGTH if seq_len is None else seq_len
         _at_least(1, num_samples=num_samples, batch_size=batch_size, eval_batch_size=eval_batch_size)
         _at_least(2, seq_len=seq_len, eval_seq_len=eval_seq_len)
         _at_least(0, seed=seed)
@@ -94,7 +103,7 @@ class CalibrationDataModule(LightningDataModule):
         self.num_samples, self.seq_len, self.batch_size = num_samples, seq_len, batch_size
         self.sampling, self.stride, self.seed = sampling, stride, seed
         self.eval_seq_len, self.eval_batch_size = eval_seq_len, eval_batch_size
-        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+        self.cache_dir = expanded(cache_dir, "--data.cache_dir") if cache_dir else default_cache_dir()
         self.tokenizer = tokenizer
         self.needs_calibration = True
         self.eval_batches_per_step = 1  # more where a model is brought in layer by layer for every step
@@ -107,7 +116,7 @@ class CalibrationDataModule(LightningDataModule):
         """The calibration dataset after the default is filled in."""
         if self.dataset is not None:
             return self.dataset
-        is_demo = self.tokenizer == "demo" or Path(self.tokenizer).resolve() == demo_model_path()
+        is_demo = self.tokenizer == "demo" or os.path.realpath(self.tokenizer) == str(demo_model_path())
         return "demo" if is_demo else "wikitext2"
 
     @property
@@ -140,8 +149,8 @@ class CalibrationDataModule(LightningDataModule):
                 self._warn_if_seen(held_out)
 
     def train_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Calibration batches `(ids [B, seq_len] int64, weight [B] float32, index [B] int64)`: weight 0 for samples that
-        only fill up a batch, index in the calibration set.
+        """Calibration batches `(ids [B, seq_len] int64, weight [B] float32, index [B] int64)`: weight 0 for
+        samples that only fill up a batch, index in the calibration set.
 
         Empty for a method that reads no data; Lightning then skips the epochs.
         """
@@ -183,7 +192,12 @@ class CalibrationDataModule(LightningDataModule):
     def _build_calibration(self) -> CalibrationSet:
         dataset, split = split_spec(self.source)
         if is_token_array(dataset):
-            tokens = self._token_array(dataset, split)
+            if self.sampling == "sliding":
+                raise UserError(
+                    f"--data.sampling sliding has no meaning for the token array {dataset}, whose rows are the "
+                    f"windows: leave it out with --data.stride"
+                )
+            tokens = first_part(self._token_array(dataset, split), dataset, *self._asked_for)
             return _calibration_set(tokens, dataset=dataset, split="all", sampling="given")
         stream = self._streams.read(dataset, split or calibration_split(dataset), self._calibration_tokens_wanted())
         draw: dict[str, Callable[[], Tensor]] = {

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from lightning_prune.errors import UserError
+from lightning_prune.regular_files import is_special, require_regular
 
 FILE_KINDS = (
     ".txt, .jsonl, .json.gz or .parquet file, folder saved by datasets.save_to_disk, "
@@ -20,6 +22,7 @@ FILE_KINDS = (
 )
 _OPTIONS = "--data.dataset and --data.eval_datasets"
 JOINER = "\n\n"  # documents of a local file are joined by a blank line
+SIZE_LIMIT = 1 << 32  # bytes and characters: far more than calibration reads, less than it takes to fill a machine
 
 
 def local_splits(path: Path) -> list[str]:
@@ -29,7 +32,7 @@ def local_splits(path: Path) -> list[str]:
         return []
     try:
         return [str(split) for split in json.loads(index.read_text(encoding="utf-8"))["splits"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _unreadable(path, error) from error
 
 
@@ -43,26 +46,49 @@ def read_local(path: Path, split: str) -> tuple[str, str | None]:
     Raises:
         UserError: unknown kind, broken content, or no column that is clearly the text.
     """
-    name = path.name.lower()
+    if is_special(path):
+        require_regular(path, _OPTIONS)
     try:
-        if path.is_dir():
-            return _saved_folder(path, split)
-        if name.endswith(".txt"):
-            return path.read_text(encoding="utf-8"), None
-        if name.endswith(".jsonl"):
-            with path.open(encoding="utf-8") as lines:
-                return _json_lines(path, lines), None
-        if name.endswith(".json.gz"):
-            with gzip.open(path, "rt", encoding="utf-8") as lines:
-                return _json_lines(path, lines), None
-        if name.endswith(".parquet"):
-            schema = pq.read_schema(path)
-            strings = {field.name for field in schema if _is_string(field.type)}
-            column = _text_column(path, schema.names, strings)
-            return _join(pq.read_table(path, columns=[column])[column].to_pylist()), None
-    except (OSError, EOFError, UnicodeDecodeError, pa.ArrowException) as error:
+        text, revision = _saved_folder(path, split) if path.is_dir() else (_file(path), None)
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{path} holds {text[error.start]!a}, half of a character (a lone surrogate), which no tokenizer takes. "
+            f"Repair the text, or choose another with {_OPTIONS}"
+        ) from None
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error, pa.ArrowException) as error:
         raise _unreadable(path, error) from error
+    return text, revision
+
+
+def _file(path: Path) -> str:
+    name = path.name.lower()
+    if path.stat().st_size > SIZE_LIMIT:
+        raise UserError(f"{path} has {path.stat().st_size} bytes, the most that is read is {SIZE_LIMIT}; {_OPTIONS}")
+    if name.endswith(".txt"):
+        return path.read_text(encoding="utf-8")
+    if name.endswith(".jsonl"):
+        with path.open(encoding="utf-8") as lines:
+            return _json_lines(path, lines)
+    if name.endswith(".json.gz"):
+        with gzip.open(path, "rt", encoding="utf-8") as stream:
+            return _json_lines(path, _bounded(path, stream))
+    if name.endswith(".parquet"):
+        schema = pq.read_schema(path)
+        strings = {field.name for field in schema if _is_string(field.type)}
+        column = _text_column(path, schema.names, strings)
+        return _join(pq.read_table(path, columns=[column])[column].to_pylist())
     raise UserError(f"{path} is of an unknown kind; {_OPTIONS} take a {FILE_KINDS}")
+
+
+def _bounded(path: Path, stream: IO[str]) -> Iterator[str]:
+    """The lines of a compressed file, whose size says nothing about theirs."""
+    left = SIZE_LIMIT
+    while line := stream.readline(left):
+        left -= len(line)
+        if left <= 0:
+            raise UserError(f"{path} unpacks to more than {SIZE_LIMIT} characters, the most that is read; {_OPTIONS}")
+        yield line
 
 
 def _saved_folder(path: Path, split: str) -> tuple[str, str | None]:
@@ -70,9 +96,12 @@ def _saved_folder(path: Path, split: str) -> tuple[str, str | None]:
         raise UserError(
             f"{path} is a folder, but not one saved by datasets.save_to_disk; {_OPTIONS} take a {FILE_KINDS}"
         )
+    for part in path.rglob("*"):
+        if is_special(part):
+            require_regular(part, _OPTIONS)
     try:
         rows: Any = datasets.load_from_disk(str(path))
-    except (ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _unreadable(path, error) from error
     if isinstance(rows, datasets.DatasetDict):
         rows = rows[split]
@@ -87,9 +116,10 @@ def _json_lines(path: Path, lines: Iterable[str]) -> str:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # a number of 5000 digits is a plain ValueError
+            reason = getattr(error, "msg", None) or str(error)
             raise UserError(
-                f"{path}, line {number}: not JSON ({error.msg}); {_OPTIONS} take one JSON object a line"
+                f"{path}, line {number}: not JSON ({reason}); {_OPTIONS} take one JSON object a line"
             ) from error
         if not isinstance(row, dict):
             raise UserError(f"{path}, line {number}: a {type(row).__name__}; {_OPTIONS} take one JSON object a line")

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lightning_prune.errors import UserError
+from lightning_prune.regular_files import exists, require_regular
 
 
 def is_token_array(dataset: str) -> bool:
@@ -29,11 +30,12 @@ def load_token_array(path: str) -> Tensor:
     Raises:
         UserError: missing or broken file, another dtype or rank, or an empty array.
     """
-    if not Path(path).is_file():
+    if not exists(Path(path)):
         raise UserError(f"no token array at {path}: check --data.dataset and --data.eval_datasets")
+    require_regular(Path(path), "--data.dataset and --data.eval_datasets")
     try:
         tokens = _read_npy(path) if path.lower().endswith(".npy") else _read_safetensors(path)
-    except (OSError, EOFError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, EOFError, ValueError, TypeError, OverflowError, SyntaxError, SafetensorError) as error:
         raise UserError(
             f"cannot read the token array {path}: {error}; it must be int64 [N, L] saved without pickle "
             f"(--data.dataset, --data.eval_datasets)"
@@ -53,9 +55,37 @@ def load_token_array(path: str) -> Tensor:
     return tokens
 
 
+def first_part(tokens: Tensor, path: str, num_samples: int | None, seq_len: int | None) -> Tensor:
+    """The first rows of an array and their first tokens.
+
+    Args:
+        tokens: int64 `[N, L]`.
+        path: for the message.
+        num_samples: rows wanted; None for all.
+        seq_len: tokens wanted of each row; None for all.
+
+    Returns:
+        int64 `[num_samples, seq_len]`.
+
+    Raises:
+        UserError: more is wanted than is there.
+    """
+    rows, length = tokens.shape
+    for option, wanted, there in (("num_samples", num_samples, rows), ("seq_len", seq_len, length)):
+        if wanted is not None and wanted > there:
+            raise UserError(
+                f"--data.{option}: found {wanted}, but the token array {path} has {rows} rows of {length} tokens: "
+                f"ask for at most {there}, or leave it out to take all"
+            )
+    return tokens[:num_samples, :seq_len].contiguous()
+
+
 def _read_npy(path: str) -> Tensor:
-    array = np.load(path, allow_pickle=False)
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
+    # Mapped, so that a shape in the header is held against the file's size before anything is allocated.
+    array = np.lib.format.open_memmap(path, mode="r")
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"its dtype is {array.dtype}")
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
 
 
 def _read_safetensors(path: str) -> Tensor:

@@ -1,18 +1,18 @@
 """The life of every pruning method: check, walk the decoder, decide, cut, save."""
 
+import tempfile
 import time
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lightning_prune.errors import UserError
-from lightning_prune.files import write_json
 from lightning_prune.methods.scores import Scores
 from lightning_prune.models.layered import skeleton
 from lightning_prune.surgery.anatomy import LayerAnatomy, anatomy, count_parameters
@@ -26,6 +26,9 @@ from lightning_prune.walk.module import LayeredModule
 from lightning_prune.walk.passes import Batch, Finding, Pass, Setting
 from lightning_prune.walk.walk import Walk
 
+FINDINGS = "findings"
+CALIBRATING, WRITING = "calibrating", "writing the pruned model"
+LAYER_TO_WRITE = 1000.0  # about what cutting and writing a layer costs, in tokens through it
 SAVE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -34,20 +37,34 @@ class SavedMeasurement:
     """What an earlier run measured, so that another decision needs no calibration.
 
     ``details`` is its ``method.json``, ``calibration`` its ``calibration.json`` (None for methods without data),
-    ``run`` its folder, which the new record names.
+    ``run`` its folder, which the new record names, ``seconds`` what measuring cost by phase.
     """
 
     scores: Scores
     details: dict[str, Any]
     calibration: dict[str, Any] | None
     run: str | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class DecisionFolder(Protocol):
+    """Where a run's results go."""
+
+    path: Path
+
+    @property
+    def pruned(self) -> Path:
+        """The checkpoint's folder, which does not exist yet."""
+
+    def write_decision(self, scores: Scores, plan: PruningPlan, details: dict[str, Any]) -> None:
+        """Keep what was measured and decided, each file whole or not at all."""
 
 
 class PruningMethod(LayeredModule):
     """Walks the decoder on the shared set, one layer per epoch, decides behind the last, prunes in ``on_fit_end``.
 
-    A method says which passes it makes (``passes``: what is observed in a layer, and what is left of it) and what follows
-    from what they found (``decide``).
+    A method says which passes it makes (``passes``: what is observed in a layer, and what is left of it) and what
+    follows from what they found (``decide``).
 
     Args:
         pretrained: Model folder or hub id to prune. ``demo`` is the small model inside the package.
@@ -85,8 +102,10 @@ class PruningMethod(LayeredModule):
         self.pruning_ratio = pruning_ratio
         self.save_dtype = save_dtype
         self._label = label
-        self.run_folder: Path | None = None
+        self.run_folder: DecisionFolder | None = None
         self.pruned_folder: Path | None = None
+        self._folder: Path | None = None
+        self._finish_work = 0.0
         self.dense_parameters = 0
         self.saved: SavedMeasurement | None = None
 
@@ -109,6 +128,11 @@ class PruningMethod(LayeredModule):
     def layers(self) -> list[LayerAnatomy]:
         """The dense model's layers: shapes always, weights only where the walk is."""
         return self._views
+
+    @property
+    def requested_ratio(self) -> float | None:
+        """The pruning ratio that was asked for; None where something else was."""
+        return self.pruning_ratio
 
     # What a method says about itself
 
@@ -153,7 +177,9 @@ class PruningMethod(LayeredModule):
 
     def on_fit_start(self) -> None:
         """Open the model; work that needs no batch is done before the first one."""
-        folder = self._folder()
+        here = "" if self.run_folder is None else str(self.run_folder.path)
+        shared = self.trainer.strategy.broadcast(here)
+        self._folder = Path(shared) if shared else None
         model = self.open_model(self.pretrained)
         self._views = model.views
         tokens = self.datamodule.calibration.tokens if self.needs_calibration else torch.empty(0, 1)
@@ -167,80 +193,100 @@ class PruningMethod(LayeredModule):
             samples=len(range(rank, len(tokens), world)),
             batch_size=batch_size,
             seq_len=tokens.shape[1],
-            scratch=folder,
+            scratch=self._folder or Path(tempfile.gettempdir()),
             context=self._precision_context,
+            finished=self._advance_finish,
         )
-        self.walk = Walk(self._passes, setting, self.findings())
-        self._epochs = [number for number, (one, _) in enumerate(self.walk.steps) if one.reads]
+        self.walk = Walk(self._passes, setting, Findings(self._findings_folder))
+        self._open_steps = self.walk.open_steps()
+        self.trainer.fit_loop.max_epochs = sum(self.walk.steps[number][0].reads for number in self._open_steps)
+        self._expect_work(tokens.numel() // world)
         self._calibration_started = time.perf_counter()
-        self._next = 0
-        with self.timed("finish layers"):
-            self._take_steps_without_batches()
-        if not self._epochs:
-            self._decide()
+        self._take_steps_without_batches()
 
-    def findings(self) -> Findings:
-        """Where finished layers leave what was found."""
-        return Findings()
+    @property
+    def _findings_folder(self) -> Path | None:
+        """Where finished layers leave what was found; nowhere in a run without a folder."""
+        return self._folder / FINDINGS if self._folder is not None else None
 
     def on_train_epoch_start(self) -> None:
         """An epoch is a step: this one's layer comes in, hooks live while its batches run."""
-        self.walk.start(self._next)
+        self.walk.start(self._open_steps[0])
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
-        """The calibration step of one layer on one batch: tokens ``[B, L]``, sample weights ``[B]``, indices ``[B]``."""
+        """The calibration step of one layer: tokens ``[B, L]``, sample weights ``[B]`` and indices ``[B]``."""
         tokens, weight, index = batch
         start = batch_idx * self.datamodule.batch_size
-        self.walk.batch(self._next, Batch(tokens, weight, index, slice(start, start + len(tokens))))
+        self._work, self._finish_work = self.walk.cost(self._open_steps[0], tokens.numel())
+        self.walk.batch(self._open_steps[0], Batch(tokens, weight, index, slice(start, start + len(tokens))))
+        self.progress.advance(CALIBRATING, self._work)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Behind the last batch the strategy is still up, so sums are reduced over processes: finish the layer."""
         if not self.trainer.is_last_batch:
             return
         with self.timed("finish layers"):
-            self.walk.finish(self._next)
-            self._next += 1
-            self._take_steps_without_batches()
-        if self._next == len(self.walk):
-            self._decide()
+            self.walk.finish(self._open_steps.pop(0))
+        self._take_steps_without_batches()
+
+    def _expect_work(self, tokens: int) -> None:
+        """All that is still to do, as far as the shapes tell; ``tokens`` of this process."""
+        self.progress.expect(CALIBRATING, sum(sum(self.walk.cost(number, tokens)) for number in self._open_steps))
+        self.progress.expect(WRITING, LAYER_TO_WRITE * len(self.layers))
+        after = self.evaluation_work(len(self.layers)) * (1 - self.pruning_ratio)
+        self.progress.expect("perplexity of the pruned model", after)
+
+    def _advance_finish(self, share: float) -> None:
+        self.progress.advance(CALIBRATING, share * self._finish_work)
 
     def _take_steps_without_batches(self) -> None:
-        while self._next < len(self.walk) and self._next not in self._epochs:
-            self.walk.start(self._next)
-            self.walk.finish(self._next)
-            self._next += 1
+        while self._open_steps and not self.walk.steps[self._open_steps[0]][0].reads:
+            with self.timed("finish layers"):
+                self.walk.start(self._open_steps[0])
+                self.walk.finish(self._open_steps.pop(0))
+        if not self._open_steps:
+            self.walk.close()
+            self.progress.finish(CALIBRATING)
+            self._decide()
 
     def _decide(self) -> None:
-        if self._epochs:
+        if self.needs_calibration:
             spent = time.perf_counter() - self._calibration_started
-            self.seconds["calibrate"] = spent - self.seconds["finish layers"]
+            self.seconds["calibrate"] = spent - self.seconds.get("finish layers", 0.0)
         with self.timed("decide"), torch.no_grad():
             self.decide()
             self._details = self.details()
 
     def on_fit_end(self) -> None:
         """Prune: the strategy is torn down. Rank 0 cuts layer by layer, and writes."""
-        folder = self._folder()
         self.close_model()
-        if self.trainer.is_global_zero:
-            with self.timed("save"), torch.no_grad():
-                self.scores.save(folder / "scores.csv")
-                self.plan.save(folder / "plan.json")
+        if self.run_folder is not None:  # on the rank that writes
+            with self.timed("save"):
                 facts = {"method": self.method, "label": self.label, **self._details}
                 if self.saved is not None and self.saved.run is not None:
                     facts["measured_by"] = self.saved.run
-                write_json(folder / "method.json", facts)
+                self.run_folder.write_decision(self.scores, self.plan, facts)
             with self.timed("prune"), torch.no_grad():
-                pruned = open_pruned(self.pretrained, self.plan, self.walk.weights_of)
-                card = model_card(self.plan, layout_of(pruned.config), self.calibration_facts())
-                card += f"\n{self.note}\n" if self.note else ""
-                write_checkpoint(pruned, folder / "pruned", tokenizer_from=self.pretrained, card=card)
-                pruned.close()
-        self.pruned_folder = folder / "pruned"
-        self.evaluated = str(self.pruned_folder)
+                self._write_pruned(self.run_folder.pruned)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # the others evaluate what this one writes
+        if self._folder is not None:
+            self.pruned_folder = self._folder / "pruned"
+            self.evaluated = str(self.pruned_folder)
 
-    def _folder(self) -> Path:
-        return self.run_folder or Path(self.trainer.log_dir or self.trainer.default_root_dir)
+    def _write_pruned(self, folder: Path) -> None:
+        pruned = open_pruned(self.pretrained, self.plan, self.walk.weights_of)
+        card = model_card(self.plan, layout_of(pruned.config), self.calibration_facts(), pretrained=self.pretrained)
+        card += f"\n{self.note}\n" if self.note else ""
+        write_checkpoint(
+            pruned,
+            folder,
+            tokenizer_from=self.pretrained,
+            card=card,
+            progress=lambda layer: self.progress.advance(WRITING, LAYER_TO_WRITE),
+        )
+        self.progress.finish(WRITING)
+        pruned.close()
 
     def _precision_context(self) -> AbstractContextManager[object]:
         context: Callable[[], AbstractContextManager[object]] = self.trainer.precision_plugin.forward_context
@@ -257,7 +303,7 @@ class PruningMethod(LayeredModule):
         dtype = stored_dtype(self.pretrained) if self.save_dtype == "auto" else getattr(torch, self.save_dtype)
         return PruningPlan(
             method=self.method,
-            pruning_ratio=self.pruning_ratio,
+            pruning_ratio=self.requested_ratio,
             achieved_ratio=1 - pruned_parameters / self.dense_parameters,
             parameters={"dense": self.dense_parameters, "pruned": pruned_parameters},
             calibration_fingerprint=(self.calibration_facts() or {}).get("fingerprint"),

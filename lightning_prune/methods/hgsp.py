@@ -8,8 +8,8 @@ I is the importance (``taylor``, ``taylor_2nd``, ``wanda``, ``magnitude``), cost
 the depth prior: how much the loss grows without G's whole layer, or without its block where the layer matters (gate τ).
 """
 
-from dataclasses import replace
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -208,9 +208,7 @@ def final_scores(
         factor = depth_prior(delta, tau)
         bad = (~torch.isfinite(factor)).any(0).nonzero().flatten().tolist()
         if bad:
-            raise FloatingPointError(
-                f"layers {bad}: the measured prior is NaN or infinite. Use --trainer.precision 32-true."
-            )
+            raise FloatingPointError(f"layers {bad}: the measured prior is NaN or infinite.")
         prior = factor[scores.block, scores.layer] ** temperature
     return replace(scores, base=base, prior=prior, score=base * prior)
 

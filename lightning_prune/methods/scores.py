@@ -1,17 +1,14 @@
 """One row per prunable unit: what a method measured, what it made of it, and what it decided (``scores.csv``)."""
 
-import csv
-import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_prune.errors import UserError
-from lightning_prune.files import write_text
 from lightning_prune.surgery.anatomy import LayerAnatomy
 
 Block = Literal["attention", "mlp", "layer"]
@@ -47,45 +44,17 @@ class Scores:
         """The same scores with another decision, bool ``[U]``."""
         return replace(self, pruned=pruned)
 
-    def save(self, path: Path) -> None:
-        """Write ``scores.csv``; floats are written so that reading gives back the same bits."""
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        columns = [getattr(self, name).tolist() for name in COLUMNS]
-        columns[1] = [BLOCKS[index] for index in columns[1]]
-        columns[7] = [int(flag) for flag in columns[7]]
-        writer.writerows(zip(*columns, strict=True))
-        write_text(path, buffer.getvalue())
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """The columns of ``scores.csv``, ``[U]`` each; ``block`` by name."""
+        columns = {name: getattr(self, name).numpy() for name in COLUMNS}
+        return columns | {"block": np.array(BLOCKS)[columns["block"]]}
 
     @classmethod
-    def load(cls, path: Path) -> "Scores":
-        """Read ``scores.csv``.
-
-        Raises:
-            UserError: missing file or a file that is no score table.
-        """
-        try:
-            with path.open(encoding="utf-8", newline="") as file:
-                rows = list(csv.DictReader(file))
-            if not rows:
-                raise ValueError("it holds no rows")
-            block = [BLOCKS.index(row["block"]) for row in rows]  # type: ignore[arg-type]
-            integers = {name: [int(row[name]) for row in rows] for name in ("layer", "unit", "cost", "pruned")}
-            floats = {name: [float(row[name]) for row in rows] for name in ("importance", "prior", "score")}
-        except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
-            raise UserError(f"'{path}' is not a score table with the columns {', '.join(COLUMNS)} ({error}).") from None
-        found = {name: torch.tensor(values, dtype=torch.float64) for name, values in floats.items()}
-        cost = torch.tensor(integers["cost"], dtype=torch.int64)
-        return cls(
-            block=torch.tensor(block, dtype=torch.int64),
-            layer=torch.tensor(integers["layer"], dtype=torch.int64),
-            unit=torch.tensor(integers["unit"], dtype=torch.int64),
-            cost=cost,
-            pruned=torch.tensor(integers["pruned"], dtype=torch.bool),
-            base=found["importance"] / cost,
-            **found,
-        )
+    def from_columns(cls, columns: Mapping[str, NDArray[Any]]) -> "Scores":
+        """Scores that an earlier run wrote, from what ``columns`` gives."""
+        found = {name: torch.tensor(columns[name]) for name in COLUMNS if name != "block"}
+        codes = np.argmax(np.array(BLOCKS)[:, None] == columns["block"], axis=0)
+        return cls(block=torch.tensor(codes), base=found["importance"] / found["cost"], **found)
 
 
 def group_scores(layers: Sequence[LayerAnatomy], attention: Sequence[Tensor], mlp: Sequence[Tensor]) -> Scores:
@@ -108,7 +77,7 @@ def group_scores(layers: Sequence[LayerAnatomy], attention: Sequence[Tensor], ml
             if not bool(torch.isfinite(values).all()):
                 raise FloatingPointError(
                     f"layer {view.index}, {BLOCKS[block]}: {int((~torch.isfinite(values)).sum())} importances "
-                    "are NaN or infinite. Use --trainer.precision 32-true or bf16-true."
+                    "are NaN or infinite."
                 )
             parts.append(_rows(view.index, block, values, cost))
     return Scores(*(torch.cat(columns) for columns in zip(*parts, strict=True)))

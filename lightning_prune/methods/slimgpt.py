@@ -34,8 +34,9 @@ from lightning_prune.statistics.hooks import Hooks
 from lightning_prune.surgery.anatomy import LayerAnatomy
 from lightning_prune.surgery.cut import parameters_after
 from lightning_prune.surgery.plan import LayerPlan
-from lightning_prune.walk.passes import WEIGHT, BlockPass, Finding, Pass
+from lightning_prune.walk.passes import WEIGHT, BlockPass, Finding, Pass, Step
 
+BLOCK_ROLES = {"output": ("query", "key", "value", "output"), "down": ("gate", "up", "down")}
 SOLVER_DTYPES = ("float64", "float32")
 
 
@@ -44,8 +45,8 @@ class SlimGPTPass(BlockPass):
 
     Args:
         counts: (groups, channels) to remove from every layer.
-        head_score, ffn_group_size, damping, max_tokens: the method's options.
-        world_size: processes that share the tokens.
+        head_score, ffn_group_size, damping: the method's options.
+        max_tokens: of this process.
     """
 
     name = "slimgpt"
@@ -57,13 +58,12 @@ class SlimGPTPass(BlockPass):
         ffn_group_size: int | Literal["dynamic"],
         damping: float,
         max_tokens: int,
-        world_size: int,
     ) -> None:
         self.counts = counts
         self.head_score: HeadError = head_score
         self.ffn_group_size: int | Literal["dynamic"] = ffn_group_size
         self.damping = damping
-        self.max_tokens = max_tokens // world_size
+        self.max_tokens = max_tokens
 
     def observe(self, view: LayerAnatomy, role: str, hooks: Hooks) -> None:
         """One Hessian at a time."""
@@ -99,12 +99,34 @@ class SlimGPTPass(BlockPass):
             "dtype": torch.tensor(SOLVER_DTYPES.index(str(dtype).removeprefix("torch."))),
         }
 
+    def cost(self, step: Step) -> float:
+        """A block, and the square of its inner width for XᵀX."""
+        linears = self.view(step).linears
+        inner = linears[self.role(step)].in_features
+        block = sum(linears[role].weight.numel() for role in BLOCK_ROLES[self.role(step)])
+        return (block + inner * inner / 2) / sum(linear.weight.numel() for linear in linears.values())
+
+    def cost_to_finish(self, view: LayerAnatomy, step: Step) -> float:
+        """n³ operations for H⁻¹, beside two for every weight of the layer and token."""
+        inner = view.linears[self.role(step)].in_features
+        return inner**3 / (2 * sum(linear.weight.numel() for linear in view.linears.values()))
+
     def _prune(self, view: LayerAnatomy, role: str, hessian: InverseHessian) -> PrunedLinear:
         groups, channels = self.counts[view.index]
+
+        before = 0
+
+        def on_round(removed: int, total: int) -> None:
+            nonlocal before
+            self.setting.finished(0.5 * (removed - before) / max(1, total))
+            before = removed
+
+        self.setting.finished(0.5)  # H⁻¹ is there
         if role == "output":
             width = view.output.in_features // view.num_kv_heads
-            return prune_heads(view.output.weight, hessian, groups, width, self.head_score)
-        return prune_channels(view.down.weight, hessian, group_size_schedule(channels, self.ffn_group_size))
+            return prune_heads(view.output.weight, hessian, groups, width, self.head_score, on_round)
+        schedule = group_size_schedule(channels, self.ffn_group_size)
+        return prune_channels(view.down.weight, hessian, schedule, on_round)
 
 
 class SlimGPT(PruningMethod):
@@ -186,11 +208,8 @@ class SlimGPT(PruningMethod):
     def passes(self) -> list[Pass]:
         """One over the decoder, block by block."""
         self.ratios, self.counts = self.layer_counts(self.layers, self.dense_parameters)
-        return [
-            SlimGPTPass(
-                self.counts, self.head_score, self.ffn_group_size, self.damping, self.max_tokens, self.trainer.world_size
-            )
-        ]
+        tokens = self.max_tokens // self.trainer.world_size
+        return [SlimGPTPass(self.counts, self.head_score, self.ffn_group_size, self.damping, tokens)]
 
     def decide(self) -> None:
         """Everything is decided; write it down. The score of a unit is its error when it was removed."""
@@ -202,7 +221,8 @@ class SlimGPT(PruningMethod):
             LayerPlan(layer, heads["kept"].tolist(), channels["kept"].tolist())
             for layer, (heads, channels) in enumerate(blocks)
         ]
-        scores = group_scores(self.layers, [heads["errors"] for heads, _ in blocks], [mlp["errors"] for _, mlp in blocks])
+        errors = [[pair[block]["errors"] for pair in blocks] for block in (0, 1)]
+        scores = group_scores(self.layers, *errors)
         removed = torch.cat([_removed(one) for pair in blocks for one in pair])
         self.scores = replace(scores, score=scores.importance, base=scores.importance, pruned=removed)
         left = parameters_after(self.layers, self.dense_parameters, kept)

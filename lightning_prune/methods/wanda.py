@@ -98,8 +98,8 @@ class WandaMaskPass(WandaPass):
 
     Args:
         rule: what is zeroed.
-        sequential: calibrate each layer on the output of the masked layers before it, as the paper does; false takes all
-            norms from the dense model.
+        sequential: calibrate each layer on the output of the masked layers before it, as the paper does; false takes
+            all norms from the dense model.
     """
 
     name = "masks"

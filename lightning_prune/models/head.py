@@ -1,6 +1,7 @@
 """From the last residual to token losses: final norm, head, cross-entropy, a few tokens at a time.
 
-The logits of a whole batch never exist at once: windows of 2048 tokens and a vocabulary of 128 000 would take a GiB each.
+The logits of a whole batch never exist at once: a window of 2048 tokens and a vocabulary of 128 000 would take
+a GiB.
 """
 
 from collections.abc import Callable, Iterator

@@ -21,7 +21,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class LayeredModel:
-    """Embeddings, final norm and head are always there; a decoder layer has its weights between ``enter`` and ``leave``.
+    """Embeddings, final norm and head are always there, a decoder layer's weights between ``enter`` and ``leave``.
 
     Args:
         net: the model on the meta device, its buffers real (``skeleton``).
@@ -76,13 +76,17 @@ class LayeredModel:
     # A layer's weights
 
     def enter(self, index: int) -> nn.Module:
-        """Bring layer ``index`` in. Nothing happens when it is there."""
+        """Bring layer ``index`` in. Nothing happens when it is there (``is_present``)."""
         layer = self.layers[index]
-        if index not in self._present:
+        if not self.is_present(index):
             self._meta[index] = dict(layer.named_parameters())
             self._assign(layer, self._names[index])
             self._present.add(index)
         return layer
+
+    def is_present(self, index: int) -> bool:
+        """Whether layer ``index`` has its weights."""
+        return index in self._present
 
     def announce(self, index: int) -> None:
         """Layer ``index`` comes next: read it while this one runs."""
@@ -235,7 +239,7 @@ def skeleton(config: Any) -> PreTrainedModel:
             parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
         register(module, name, parameter)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)  # half precisions set another one, which rotary tables must not take
     try:
@@ -248,7 +252,7 @@ def skeleton(config: Any) -> PreTrainedModel:
 
 
 def _prefix_of(net: nn.Module, layers: nn.Module) -> str:
-    return next(name for name, module in net.named_modules() if module is layers)
+    return str(next(name for name, module in net.named_modules() if module is layers))
 
 
 def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:

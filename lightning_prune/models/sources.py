@@ -24,8 +24,8 @@ class Source(Protocol):
 class CheckpointSource:
     """The safetensors files of one checkpoint, kept open.
 
-    On the CPU and in the stored dtype a tensor is a view of the file (private: writing to it does not reach the file), so
-    that such weights take no memory of their own.
+    On the CPU and in the stored dtype a tensor is a view of the file (private: writing to it does not reach the file),
+    so that such weights take no memory of their own.
 
     Args:
         files: the checkpoint's headers.

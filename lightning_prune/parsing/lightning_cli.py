@@ -13,18 +13,19 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_prune import methods
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.errors import UserError
-from lightning_prune.walk.module import LayeredModule
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.parsing.config_files import check_command_line
 from lightning_prune.parsing.messages import plain
 from lightning_prune.parsing.trainer_options import check_callbacks, check_fixed
 from lightning_prune.parsing.values import check_values, refuse_nulls
-from lightning_prune.reporting.progress import RunProgressBar
+from lightning_prune.progress import Progress
 from lightning_prune.strategy import cpu_processes, trainer_for_calibration
+from lightning_prune.walk.module import LayeredModule
 
 DEFAULT_ROOT = "logs"
 
@@ -124,9 +125,10 @@ class PruneCLI(LightningCLI):
         options = dict(self._get(self.config_init, "trainer"))
         check_fixed(options)
         callbacks = check_callbacks(options["callbacks"])
-        if options["enable_progress_bar"] is not False and not any(isinstance(one, ProgressBar) for one in callbacks):
-            callbacks.append(RunProgressBar())
-        kwargs |= {"callbacks": callbacks, "enable_checkpointing": False}
+        own_bar = any(isinstance(one, ProgressBar) for one in callbacks)
+        if options["enable_progress_bar"] is not False and not own_bar:
+            self.model.progress = Progress(shown=getattr(rank_zero_only, "rank", 0) == 0)
+        kwargs |= {"callbacks": callbacks, "enable_checkpointing": False, "enable_progress_bar": own_bar}
         if options["logger"] in (None, True):
             label = self.model.label if isinstance(self.model, PruningMethod) else "test"
             root = options["default_root_dir"] or DEFAULT_ROOT

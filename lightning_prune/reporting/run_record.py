@@ -1,33 +1,21 @@
-"""The run folder's record: what was run, on what, and what came out."""
+"""A run's record: what was run, on what, and what came out."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from lightning_prune.walk.module import PerplexityResult
-from lightning_prune.files import write_json, write_text
 from lightning_prune.reporting.verdict import verdict
 from lightning_prune.surgery.plan import PruningPlan
+from lightning_prune.walk.module import PerplexityResult
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything beside the scores, the plan and the checkpoint.
-
-    ``metrics.json`` is written last: a folder that has one is a finished run.
-    """
+    """Everything beside the scores, the plan and the checkpoint. ``calibration`` is None for what reads no data."""
 
     config: str
-    calibration: dict[str, Any]
+    calibration: dict[str, Any] | None
     environment: dict[str, Any]
     metrics: dict[str, Any]
-
-    def save(self, folder: Path) -> None:
-        """Write the four files, each whole or not at all."""
-        write_text(folder / "config.yaml", self.config)
-        write_json(folder / "calibration.json", self.calibration)
-        write_json(folder / "environment.json", self.environment)
-        write_json(folder / "metrics.json", self.metrics)
 
 
 def run_metrics(
@@ -63,10 +51,11 @@ def run_metrics(
 def summary_table(label: str, metrics: dict[str, Any]) -> str:
     """The small table a run ends with."""
     parameters, ratio, seconds = metrics["parameters"], metrics["pruning_ratio"], metrics["seconds"]
+    asked = "" if ratio["requested"] is None else f"requested {ratio['requested']:.4f}, "
     rows = [
         ("method", label),
         ("parameters", f"{parameters['dense']:,} → {parameters['pruned']:,}"),
-        ("pruning ratio", f"requested {ratio['requested']:.4f}, achieved {ratio['achieved']:.4f}"),
+        ("pruning ratio", f"{asked}achieved {ratio['achieved']:.4f}"),
     ]
     rows += [
         (

@@ -46,7 +46,8 @@ def _kept(tensor: Tensor, dim: int, units: int, kept: list[int]) -> Tensor:
     if len(kept) == units:
         return tensor
     index = torch.tensor(kept, device=tensor.device)
-    return tensor.unflatten(dim, (units, -1)).index_select(dim, index).flatten(dim, dim + 1)
+    parts: Tensor = tensor.unflatten(dim, (units, -1))  # type: ignore[no-untyped-call]
+    return parts.index_select(dim, index).flatten(dim, dim + 1)
 
 
 def check_plan(layers: list[LayerAnatomy], plan: PruningPlan) -> None:

@@ -19,11 +19,14 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from lightning_prune.errors import UserError
+from lightning_prune.regular_files import exists, expanded, is_special, require_regular
 from lightning_prune.surgery.anatomy import family_of
 from lightning_prune.surgery.checkpoint_files import open_checkpoint
 from lightning_prune.surgery.modeling_pruned import pruned_class
 from lightning_prune.surgery.safetensors_header import OPTION as OPTION
+from lightning_prune.surgery.safetensors_header import first_line
 
+CONFIG_LIMIT = 10_000_000  # bytes
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -46,10 +49,15 @@ def resolve(pretrained: str) -> str:
         from lightning_prune.demo import demo_model_path
 
         return str(demo_model_path())
-    folder = Path(pretrained).expanduser()
-    if (folder / "config.json").is_file():
+    folder = expanded(pretrained, OPTION)
+    config = folder / "config.json"
+    if is_special(config):
+        require_regular(config, OPTION)
+    if exists(config) and config.is_file():
+        if config.stat().st_size > CONFIG_LIMIT:
+            raise UserError(f"{OPTION}: '{config}' has {config.stat().st_size} bytes; a config has a few thousand.")
         return str(folder)
-    if folder.exists():
+    if exists(folder):
         raise UserError(
             f"{OPTION}: '{pretrained}' holds no config.json, so it is not a Hugging Face model folder. "
             f"Give a folder with config.json and *.safetensors, a hub id, or 'demo'."
@@ -76,8 +84,19 @@ def load_config(pretrained: str) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     family_of(config)
     _refuse_additions(config, pretrained)
+    _check_sizes(config, pretrained)
     open_checkpoint(path).check_layers(config.num_hidden_layers)
     return config
+
+
+def _check_sizes(config: PretrainedConfig, pretrained: str) -> None:
+    """A size of 0 builds a model of nothing; per-layer sizes are held against the weights."""
+    for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads"):
+        value = vars(config).get(name, 1)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(
+                f"{OPTION}: the config of '{pretrained}' has {name} {value}; it must be a whole number of 1 or more."
+            )
 
 
 def _refuse_additions(config: PretrainedConfig, pretrained: str) -> None:
@@ -88,7 +107,7 @@ def _refuse_additions(config: PretrainedConfig, pretrained: str) -> None:
                 f"{OPTION}: the config of '{pretrained}' has a {key}: its weights are quantised, and pruning needs "
                 "them in 64, 32 or 16 bits floating point. Give the model before it was quantised."
             )
-    if (Path(pretrained).expanduser() / "adapter_config.json").exists():
+    if exists(expanded(pretrained, OPTION) / "adapter_config.json"):
         raise UserError(
             f"{OPTION}: '{pretrained}' holds an adapter (adapter_config.json) beside a model. Merge the adapter into "
             "the weights, or remove its files."
@@ -178,9 +197,11 @@ def _user_error(pretrained: str, what: str) -> Iterator[None]:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        if isinstance(error, AttributeError | TypeError):  # their words are about transformers' own code
+            reason = "an entry of config.json has a value of a kind that transformers cannot use"
         raise UserError(
-            f"{OPTION}: {what} from '{pretrained}' ({type(error).__name__}: {first_line}). "
+            f"{OPTION}: {what} from '{pretrained}' ({reason}). "
             f"Give a Hugging Face model folder, a hub id that can be reached, or 'demo'."
         ) from error
 

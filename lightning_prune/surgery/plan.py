@@ -1,14 +1,18 @@
 """PruningPlan: what is kept of every layer, as a file that can be applied again and compared."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from pydantic import ConfigDict, Field
+from pydantic_core import to_json
 
 from lightning_prune.errors import UserError
-from lightning_prune.files import write_json
+from lightning_prune.files import read_file, write_json
+from lightning_prune.validation import LIMIT, parse_json
 
 FORMAT = 1
+Index = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -18,24 +22,29 @@ class LayerPlan:
     An empty list means that the block is skipped; two empty lists mean that the layer is removed.
     """
 
-    layer: int
-    kept_kv_heads: list[int]
-    kept_channels: list[int]
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    layer: Index
+    kept_kv_heads: list[Index]
+    kept_channels: list[Index]
 
 
 @dataclass(frozen=True)
 class PruningPlan:
     """The decision of a method for one base model (``plan.json``).
 
+    ``pruning_ratio`` is the one that was asked for; None where something else was (a number of layers).
     ``parameters`` counts unique elements (tied weights once) before and after. ``dtype`` is the dtype of the
     weights the plan was made for and applied to. ``weights_updated`` says that the method also changed the
     weights it keeps (SlimGPT's compensation, masks), so the plan alone cannot re-create the checkpoint.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
+
     method: str
-    pruning_ratio: float
+    pruning_ratio: float | None
     achieved_ratio: float
-    parameters: dict[str, int]
+    parameters: dict[str, Index]
     calibration_fingerprint: str | None
     base_model: str
     layers: list[LayerPlan]
@@ -56,36 +65,24 @@ class PruningPlan:
         write_json(path, self.to_json())
 
     @classmethod
-    def load(cls, path: Path) -> "PruningPlan":
+    def load(cls, path: Path, option: str = "--plan") -> "PruningPlan":
         """Read a plan.
+
+        Args:
+            path: a ``plan.json``.
+            option: the option that named it.
 
         Raises:
             UserError: the file is missing, is not JSON, or is not a plan of this format.
         """
-        try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"--plan: no file at '{path}'. Give the plan.json of a run folder.") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(f"--plan: '{path}' cannot be read as JSON ({error}).") from None
+        subject = f"{option}: '{path}'"
+        raw = parse_json(read_file(path, LIMIT, option), Any, subject)  # type: ignore[arg-type]
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
-            raise UserError(f"--plan: '{path}' has format {found!r}; this version reads format {FORMAT}.")
+            raise UserError(f"{subject} has format {found!r}; this version reads format {FORMAT}.")
         fields = {key: value for key, value in raw.items() if key not in ("format", "removed_layers")}
-        try:
-            fields["layers"] = [LayerPlan(**layer) for layer in fields["layers"]]
-            plan = cls(**fields)
-            _check_types(plan)
-        except (KeyError, TypeError) as error:
-            raise UserError(f"--plan: '{path}' is not a complete plan ({error}).") from None
+        plan = parse_json(to_json(fields), cls, subject)
+        missing = sorted({"dense", "pruned"} - plan.parameters.keys())
+        if missing:
+            raise UserError(f"{subject} is not valid: parameters.{missing[0]} is missing.")
         return plan
-
-
-def _check_types(plan: PruningPlan) -> None:
-    for layer in plan.layers:
-        for field in (layer.kept_kv_heads, layer.kept_channels):
-            if not isinstance(field, list) or not all(type(index) is int for index in field):
-                raise TypeError(f"layer {layer.layer} keeps {field!r}, not a list of whole numbers")
-    for side in ("dense", "pruned"):
-        if type(plan.parameters[side]) is not int:
-            raise TypeError(f"parameters.{side} is {plan.parameters[side]!r}, not a whole number")

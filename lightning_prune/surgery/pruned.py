@@ -1,4 +1,4 @@
-"""The pruned model as a layered model of its own: every parameter is cut from the dense checkpoint when it is asked for."""
+"""The pruned model as a layered model of its own: parameters are cut from the dense ones when they are asked for."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

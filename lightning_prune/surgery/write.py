@@ -132,7 +132,7 @@ class _Shards:
             raise RuntimeError(f"{name} {tuple(tensor.shape)} comes where {expected} is announced.")
         values = tensor.detach().to(device="cpu", dtype=self.dtype).contiguous()
         assert self._file is not None
-        self._file.write(memoryview(values.view(torch.uint8).flatten().numpy()))
+        self._file.write(values.view(torch.uint8).flatten().numpy().data)
 
     def _open_next(self) -> None:
         if self._file is not None:

@@ -1,6 +1,5 @@
 """What finished layers left behind, in memory and on disk, so that a killed run goes on where it was."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -9,10 +8,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lightning_prune.files import write_text
 from lightning_prune.walk.passes import WEIGHT, Finding
 
-FINGERPRINT = "fingerprint.json"
+PARTIAL = ".partial"
 
 
 class Findings:
@@ -28,8 +26,7 @@ class Findings:
         self.folder = folder
         self._found: dict[int, Finding] = {}
         self._weights: dict[int, Finding] = {}
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+        if folder is not None and folder.is_dir():
             for step in _steps(folder):
                 self._take(step, load_file(self._path(step)))
 
@@ -43,7 +40,8 @@ class Findings:
         """Keep what a step left; ``write`` on one process only."""
         finding = {name: tensor.detach().cpu().contiguous() for name, tensor in finding.items()}
         if self.folder is not None and write:
-            partial = self._path(step).with_suffix(".partial")
+            self.folder.mkdir(exist_ok=True)
+            partial = self._path(step).with_suffix(PARTIAL)
             save_file(finding, partial)
             os.replace(partial, self._path(step))
         self._take(step, finding)
@@ -82,26 +80,12 @@ def _weights_of(finding: Finding) -> Finding:
 def _steps(folder: Path) -> Iterator[int]:
     """Steps of which a whole file is there; what a kill left half-written is deleted."""
     for path in sorted(folder.iterdir()):
-        if path.suffix == ".partial":
-            path.unlink()
+        if path.suffix == PARTIAL:
+            path.unlink(missing_ok=True)
         elif path.suffix == ".safetensors":
             try:
                 load_file(path)
             except (OSError, SafetensorError):
-                path.unlink()
+                path.unlink(missing_ok=True)
                 continue
             yield int(path.stem.removeprefix("step_"))
-
-
-def read_fingerprint(folder: Path) -> dict[str, str | None] | None:
-    """What the findings in ``folder`` were made from; None where that is not known."""
-    try:
-        found = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def write_fingerprint(folder: Path, facts: dict[str, str | None]) -> None:
-    """Say what the findings in ``folder`` are made from."""
-    write_text(folder / FINGERPRINT, json.dumps(facts, indent=2) + "\n")

@@ -15,6 +15,7 @@ from lightning_prune.errors import UserError
 from lightning_prune.evaluation.perplexity import Perplexity
 from lightning_prune.models.layered import LayeredModel, Onload, open_layered
 from lightning_prune.models.placement import choose_onload
+from lightning_prune.progress import Progress
 from lightning_prune.surgery.anatomy import family_of
 from lightning_prune.surgery.loading import load_config
 
@@ -60,6 +61,7 @@ class LayeredModule(L.LightningModule):
         self.placement: Onload | None = None
         self._model: LayeredModel | None = None
         self._opened: str | None = None
+        self.progress = Progress(shown=False)
         self._perplexities = nn.ModuleList()
 
     @property
@@ -89,6 +91,15 @@ class LayeredModule(L.LightningModule):
             yield
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    @property
+    def evaluation_phase(self) -> str:
+        """How the bar calls what ``test`` does."""
+        return f"perplexity of the {'dense' if self.evaluated == self.pretrained else 'pruned'} model"
+
+    def evaluation_work(self, num_layers: int) -> float:
+        """Work of one evaluation, in tokens through a layer."""
+        return float(num_layers * sum(item.tokens.numel() for item in self.datamodule.evaluation))
 
     def open_model(self, pretrained: str) -> LayeredModel:
         """Open ``pretrained``, unless it is open; another one is closed first."""
@@ -124,6 +135,7 @@ class LayeredModule(L.LightningModule):
             self.check_before_loading(config)
         self.datamodule.check_against_model(config.vocab_size, getattr(config, "max_position_embeddings", None))
         if stage == "test":
+            self.progress.expect(self.evaluation_phase, self.evaluation_work(config.num_hidden_layers))
             self.datamodule.eval_batches_per_step = self._batches_per_step(config)
 
     def check_before_loading(self, config: Any) -> None:
@@ -158,6 +170,7 @@ class LayeredModule(L.LightningModule):
             with self.model.layer(layer):
                 for number, hidden in enumerate(parts):
                     parts[number] = self.model.run(layer, hidden)
+                    self.progress.advance(self.evaluation_phase, hidden.shape[0] * hidden.shape[1])
         for number, hidden in enumerate(parts):
             rows = slice(number * size, number * size + len(hidden))
             metric.update(self.model.losses(hidden, tokens[rows]), weight[rows])
@@ -168,6 +181,7 @@ class LayeredModule(L.LightningModule):
             data.name: PerplexityResult(float(metric.compute()), data.manifest["predicted_tokens"])  # type: ignore[operator]
             for data, metric in zip(self.datamodule.evaluation, self._perplexities, strict=True)
         }
+        self.progress.finish(self.evaluation_phase)
         self.seconds["evaluate"] = self.seconds.get("evaluate", 0.0) + time.perf_counter() - self._test_started
 
     def _batches_per_step(self, config: Any) -> int:
@@ -177,4 +191,4 @@ class LayeredModule(L.LightningModule):
         data = self.datamodule
         longest = max((item.tokens.shape[1] for item in data.evaluation), default=1)
         each = data.eval_batch_size * longest * config.hidden_size * self.load_dtype.itemsize
-        return max(1, STEP_BYTES // each)
+        return max(1, STEP_BYTES // int(each))

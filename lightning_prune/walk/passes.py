@@ -35,7 +35,8 @@ class Setting:
     """What a pass needs to know about the run.
 
     ``rows``: samples of this process, those that only fill up batches included; ``samples`` without them.
-    ``context``: the trainer's precision, for work outside the training step.
+    ``context``: the trainer's precision, for work outside the training step. ``finished``: told what share of a step's
+    ``finish`` has been done since it was told last.
     """
 
     model: LayeredModel
@@ -45,6 +46,7 @@ class Setting:
     seq_len: int
     scratch: Path
     context: Callable[[], AbstractContextManager[object]]
+    finished: Callable[[float], None] = lambda share: None
 
     def store(self) -> ResidualStore:
         """A new residual store."""
@@ -102,14 +104,22 @@ class Pass(ABC):
         """As ``batch`` for a step whose finding is known: only what later steps need."""
         self.batch(step, batch)
 
-    def advance(self, step: Step) -> None:
+    def advance(self, step: Step) -> None:  # noqa: B027 - most passes need nothing
         """The step's finding is known and its new weights are in place: make ready for the next step."""
 
     def changes(self, step: Step) -> bool:
         """Whether the step leaves the layer with other weights."""
         return False
 
-    def end(self) -> None:
+    def cost(self, step: Step) -> float:
+        """Work per token of this step, in plain evaluations of a layer; an estimate for the progress bar."""
+        return 1.0
+
+    def cost_to_finish(self, view: LayerAnatomy, step: Step) -> float:
+        """Work of ``finish``, in tokens through the layer; an estimate for the progress bar."""
+        return 0.0
+
+    def end(self) -> None:  # noqa: B027 - most passes need nothing
         """Give everything back."""
 
     @property

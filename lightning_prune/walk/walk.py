@@ -1,4 +1,4 @@
-"""All passes of a method as one sequence of steps: layers come and go, findings are kept, known ones are not made again."""
+"""All passes of a method as one sequence of steps: layers come and go, known findings are not made again."""
 
 from collections.abc import Sequence
 
@@ -27,6 +27,11 @@ class Walk:
     def __len__(self) -> int:
         return len(self.steps)
 
+    def open_steps(self) -> list[int]:
+        """The steps to take: all of every pass of which something is not known."""
+        unknown = {id(one) for number, (one, _) in enumerate(self.steps) if number not in self.findings}
+        return [number for number, (one, _) in enumerate(self.steps) if id(one) in unknown]
+
     def start(self, number: int) -> None:
         """The layer of this step comes in, the one of the next step is announced."""
         one, step = self.steps[number]
@@ -34,8 +39,9 @@ class Walk:
             self.close()
             self._open = one
             one.begin(self.setting)
-        self.setting.model.enter(step.layer)
-        self._restore(number)
+        if not self.setting.model.is_present(step.layer):
+            self.setting.model.enter(step.layer)
+            self._restore(number)
         if number + 1 < len(self.steps):
             self.setting.model.announce(self.steps[number + 1][1].layer)
         if number not in self.findings:
@@ -65,9 +71,7 @@ class Walk:
 
     def findings_of(self, name: str) -> list[tuple[Step, Finding]]:
         """What the steps of the pass called ``name`` left, without new weights."""
-        return [
-            (step, self.findings.of(number)) for number, (one, step) in enumerate(self.steps) if one.name == name
-        ]
+        return [(step, self.findings.of(number)) for number, (one, step) in enumerate(self.steps) if one.name == name]
 
     def weights_of(self, layer: int) -> Finding:
         """New weights of a layer by role, of the dense shape; empty where nothing was changed."""
@@ -76,6 +80,14 @@ class Walk:
             if step.layer == layer and one.changes(step):
                 found |= self.findings.weights(number)
         return found
+
+    def cost(self, number: int, tokens: int) -> tuple[float, float]:
+        """Work of a step with ``tokens`` tokens in tokens through a layer: while batches run, and to finish it."""
+        one, step = self.steps[number]
+        running = one.cost(step) * tokens if one.reads else 0.0
+        return running, 0.0 if number in self.findings else one.cost_to_finish(
+            self.setting.model.views[step.layer], step
+        )
 
     def close(self) -> None:
         """End the open pass."""

@@ -113,14 +113,16 @@ class RemovalPass(Pass):
             assert int(self.losses.tokens) == expected, (int(self.losses.tokens), expected)
         return {"delta": self.losses.compute().cpu()}
 
+    def cost(self, step: Step) -> float:
+        """Every state that crosses, and the MLP alone."""
+        return 2.0 + 3 * step.layer if self.blocks else 1.0 + step.layer
+
     def end(self) -> None:
         """The states go."""
         for store in self.states.values():
             store.close()
 
-    def _put(
-        self, piece: tuple[Piece, int] | None, rows: slice, hidden: Tensor, tokens: Tensor, last: bool
-    ) -> None:
+    def _put(self, piece: tuple[Piece, int] | None, rows: slice, hidden: Tensor, tokens: Tensor, last: bool) -> None:
         if last:
             self.losses.update(piece, self.model.losses(hidden, tokens))
         else:
@@ -130,8 +132,8 @@ class RemovalPass(Pass):
 
 
 class SimilarityPass(Pass):
-    """1 − mean cos(input, output) of every layer and of every block's step along the residual stream: one dense forward,
-    in the same layout as the removal prior."""
+    """1 − mean cos(input, output) of every layer and of every block's step along the residual stream: one dense
+    forward, in the same layout as the removal prior."""
 
     name = "prior"
 
@@ -184,8 +186,8 @@ class SimilarityPass(Pass):
 
 
 def first_samples(batch: Batch, num_samples: int | None) -> Tensor:
-    """The tokens ``[b, L]`` of the batch's samples that count: real ones, and the first ``num_samples`` of the shared set
-    alone, whatever the batch size and the number of processes. They stand at the batch's front."""
+    """The tokens ``[b, L]`` of the batch's samples that count: real ones, and the first ``num_samples`` of the shared
+    set alone, whatever the batch size and the number of processes. They stand at the batch's front."""
     counted = batch.weight > 0
     if num_samples is not None:
         counted &= batch.index < num_samples

@@ -56,7 +56,7 @@ def test_mistake_in_the_options_is_named(tmp_path: Path, arguments: list[str], m
 def test_broken_run_is_named(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
     (folder / "metrics.json").write_text('{"method": {}}')
-    with pytest.raises(UserError, match=r"version_0' cannot be read as a pruning run \(KeyError"):
+    with pytest.raises(UserError, match=r"version_0/metrics.json' is not valid: perplexity is missing"):
         main(["--runs", str(folder), "--root", str(tmp_path)])
 
 

@@ -163,6 +163,11 @@ def test_run_that_is_unfinished_or_damaged_is_refused(fitted: Fit, tmp_path: Pat
     shutil.copytree(fitted("Wanda"), run)
     table = (run / "scores.csv").read_text()
     (run / "scores.csv").write_text("\n".join(table.splitlines()[:-3]) + "\n")
+    with pytest.raises(UserError, match=r"scores.csv' does not belong to its plan \(layer 3 keeps other units"):
+        decided(run, tmp_path / "out")
+    plan = PruningPlan.load(run / "plan.json")  # cut in the same way, so that only the model knows
+    plan.layers[3].kept_channels[:] = [channel for channel in plan.layers[3].kept_channels if channel < 37]
+    plan.save(run / "plan.json")
     with pytest.raises(UserError, match=r"lists 165 units, the model has 168"):  # 4 × (2 groups + 40 channels)
         decided(run, tmp_path / "out")
     (run / "scores.csv").write_text("layer,block\n")

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from lightning_prune.surgery.plan import LayerPlan, PruningPlan
+
 CALIBRATION = {
     "dataset": "demo",
     "configuration": None,
@@ -49,6 +51,7 @@ ENVIRONMENT = {
     "command": ["lightning-prune"],
 }
 LAYERS, HEADS, CHANNELS = 4, 2, 6
+BLOCKS = ("attention", "mlp")
 
 
 def write_run(
@@ -84,9 +87,11 @@ def write_run(
     facts = {"dataset": None, "note": "reads no data"} if no_data else CALIBRATION | (calibration or {})
     _json(folder / "calibration.json", facts)
     _json(folder / "environment.json", ENVIRONMENT | (environment or {}))
-    _json(folder / "method.json", {"method": label, "label": label, "tau": 0.125, "prior": {"delta": [1.0, 2.0]}})
-    _json(folder / "plan.json", {})
-    _scores(folder / "scores.csv", ratio, whole_layers, seed)
+    _json(folder / "method.json", {"method": label, "label": label, "tau": 0.125, "prior": {"delta": {"layer": [1.0]}}})
+    kept = _scores(folder / "scores.csv", ratio, whole_layers, seed)
+    parameters: dict[str, int] = metrics["parameters"]  # type: ignore[assignment]
+    PruningPlan(label, ratio, achieved, parameters, None, base_model, kept).save(folder / "plan.json")
+    (folder / "config.yaml").write_text("model: {}\n", encoding="utf-8")
     _json(folder / "metrics.json", metrics)
     return folder
 
@@ -95,7 +100,7 @@ def _json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value), encoding="utf-8")
 
 
-def _scores(path: Path, ratio: float, whole_layers: bool, seed: int) -> None:
+def _scores(path: Path, ratio: float, whole_layers: bool, seed: int) -> list[LayerPlan]:
     units = [("layer", 0)] if whole_layers else [("attention", i) for i in range(HEADS)]
     units += [] if whole_layers else [("mlp", i) for i in range(CHANNELS)]
     rows = [(layer, *unit) for layer in range(LAYERS) for unit in units]
@@ -106,3 +111,11 @@ def _scores(path: Path, ratio: float, whole_layers: bool, seed: int) -> None:
         writer.writerow(("layer", "block", "unit", "importance", "cost", "prior", "score", "pruned"))
         for index, (layer, block, unit) in enumerate(rows):
             writer.writerow((layer, block, unit, values[index], 10, 1.0, values[index], int(index in gone)))
+    kept = [row for index, row in enumerate(rows) if index not in gone]
+    if whole_layers:
+        whole, layers = (list(range(HEADS)), list(range(CHANNELS))), {layer for layer, _, _ in kept}
+        return [LayerPlan(layer, *(whole if layer in layers else ([], []))) for layer in range(LAYERS)]
+    return [
+        LayerPlan(layer, *([unit for at, kind, unit in kept if (at, kind) == (layer, block)] for block in BLOCKS))
+        for layer in range(LAYERS)
+    ]

@@ -115,13 +115,15 @@ def test_dense_model_is_measured_once_and_every_system_calibrates_once(shared: t
 def test_second_call_makes_only_what_is_missing(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, _ = run_experiment(read_settings(experiment, systems=["magnitude", "wanda"], ratios=[0.2]))
     stamps = [(folder / "metrics.json").stat().st_mtime_ns for folder in first]
-    (first[0].parent / ".running").mkdir()  # what a killed process leaves
+    dead = first[0].parent / "version_7"  # what a killed process leaves
+    dead.mkdir()
+    (dead / "unfinished").touch()
     second, _ = run_experiment(read_settings(experiment, systems=["magnitude", "wanda"]))
     assert "4 runs below" in (text := capsys.readouterr().out)
     assert "2 finished, 2 to make" in text
     assert [second[0], second[2]] == first
     assert [(folder / "metrics.json").stat().st_mtime_ns for folder in first] == stamps
-    assert not (first[0].parent / ".running").exists()
+    assert not dead.exists()
     # Another seed of the data changes nothing for token arrays; another calibration set makes new runs.
     other = {"data.dataset": str(experiment.parent / "second.npy")}
     third, _ = run_experiment(read_settings(experiment, systems=["magnitude", "wanda"], ratios=[0.2], options=other))
@@ -152,7 +154,7 @@ def test_run_that_fails_is_reported_and_the_others_go_on(
     assert [(row["system"], row["requested_ratio"]) for row in failed] == [("shortgpt", "0.03")]
     assert "--model.pruning_ratio: 0.03" in failed[0]["message"]
     assert sum(row["status"] == "finished" for row in results(report)) == 3
-    assert not list((tmp_path / "logs").glob("*/.running"))
+    assert not list((tmp_path / "logs").glob("**/unfinished"))
 
 
 def test_mistake_is_found_before_anything_runs(experiment: Path, tmp_path: Path) -> None:
@@ -197,6 +199,6 @@ def test_ten_kills_at_random_moments_end_in_the_undisturbed_results(experiment: 
     assert last.returncode == 0, last.stderr
     reports = sorted((tmp_path / "killed" / "comparison").glob("version_*"), key=lambda path: int(path.name[8:]))
     assert results(reports[-1]) == results(tmp_path / "calm" / "comparison" / "version_0")
-    left = [path for path in (tmp_path / "killed").rglob(".*") if path.name != ".compare.lock"]
-    assert left == []
+    assert list((tmp_path / "killed").rglob(".*")) == []
+    assert list((tmp_path / "killed").rglob("unfinished")) == []
     assert len(list((tmp_path / "killed").glob("*/version_*/plan.json"))) == 10

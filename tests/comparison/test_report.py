@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_prune.comparison.audit import Audit, audit
-from lightning_prune.comparison.report import next_version, write_report
+from lightning_prune.comparison.report import write_report
 from lightning_prune.comparison.run import load_run
 from lightning_prune.comparison.sections import sections, terminal
 from lightning_prune.comparison.tables import Failure
@@ -129,13 +129,6 @@ def test_appendix_states_what_a_methods_section_needs(report: Path) -> None:
     assert "magnitude reads weights only and used no calibration data." in text
     assert "## Calibration set 2: shortgpt_512" in text
     assert "| torch | 2.13.0 |" in text
-
-
-def test_report_folder_gets_the_next_free_version(tmp_path: Path) -> None:
-    assert next_version(tmp_path).name == "version_0"
-    for name in ("version_0", "version_10", "version_x"):
-        (tmp_path / name).mkdir()
-    assert next_version(tmp_path).name == "version_11"
 
 
 def test_events_hold_the_agreement_matrices_as_images(report: Path) -> None:

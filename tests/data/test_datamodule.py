@@ -24,6 +24,8 @@ from tests.data.conftest import make_text
 def build(tokenizer_folder: str, text_file: str, tmp_path: Path) -> Any:
     def make(**options: Any) -> CalibrationDataModule:
         small = {"dataset": text_file, "num_samples": 11, "seq_len": 16, "eval_seq_len": 16, "eval_datasets": []}
+        if str(options.get("dataset")).endswith(".npy"):  # 5 rows of 12: without a wish all of them are taken
+            small |= {"num_samples": None, "seq_len": None}
         return CalibrationDataModule(
             **{**small, "tokenizer": tokenizer_folder, "cache_dir": str(tmp_path / "cache"), **options}
         )
@@ -196,6 +198,43 @@ def test_a_token_array_is_used_without_any_tokenizer(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1
     assert "--data.eval_datasets" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "shape"),
+    [
+        ({}, (5, 12)),
+        ({"num_samples": 3}, (3, 12)),
+        ({"seq_len": 4}, (5, 4)),
+        ({"num_samples": 1, "seq_len": 12}, (1, 12)),
+    ],
+)
+def test_of_a_token_array_the_first_part_that_is_asked_for_is_taken(
+    build: Any, array_file: str, asked: dict[str, int], shape: tuple[int, int]
+) -> None:
+    data = build(dataset=array_file, **asked)
+    tokens = calibrated(data)
+    assert torch.equal(tokens, torch.arange(60).view(5, 12)[: shape[0], : shape[1]])
+    manifest = data.calibration.manifest
+    assert (manifest.num_samples, manifest.seq_len) == shape
+    assert manifest.fingerprint == fingerprint(tokens)
+    assert [len(batch[0][0]) for batch in [next(iter(data.train_dataloader()))]] == [shape[1]]
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"num_samples": 6}, r"--data\.num_samples: found 6, .* 5 rows of 12 tokens: ask for at most 5"),
+        ({"num_samples": 128}, r"--data\.num_samples: found 128"),
+        ({"seq_len": 13}, r"--data\.seq_len: found 13, .* at most 12"),
+        ({"sampling": "sliding", "stride": 3}, r"--data\.sampling sliding has no meaning for the token array"),
+    ],
+)
+def test_more_than_a_token_array_holds_is_refused(
+    build: Any, array_file: str, asked: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        build(dataset=array_file, **asked).setup("fit")
 
 
 def test_a_token_array_evaluates_without_any_tokenizer(

@@ -20,7 +20,7 @@ from lightning_prune.methods import HGSP, Magnitude, ShortGPT, SlimGPT, Wanda
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.parsing.lightning_cli import quiet
 from lightning_prune.reporting.run_record import RunRecord
-from lightning_prune.runs import prune_and_record
+from lightning_prune.runs.run import prune_and_record
 from tests.cutting import cut
 from tests.tiny import make_tiny, tiny_tokens
 

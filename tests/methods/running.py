@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 import lightning_prune
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.runs.folder import RunFolder
 
 
 def save_base(model: PreTrainedModel, folder: Path) -> str:
@@ -29,7 +30,7 @@ def run_method(
         str(folder / "tokens.npy"), batch_size=batch_size, eval_datasets=[], tokenizer=method.pretrained
     )
     data.needs_calibration = method.needs_calibration
-    method.run_folder = folder
+    method.run_folder = RunFolder(folder)
     trainer = L.Trainer(
         accelerator="cpu",
         precision=precision,  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import torch
 
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.methods import Magnitude
-from lightning_prune.runs import prune_and_record
+from lightning_prune.runs.run import prune_and_record
 from tests.methods.behaviour import Run, config_of, prune, save_tokens, trainer_for
 from tests.methods.reference import Unit, block_extras, float64_weights, greedy, group_units, kept_lists
 from tests.tiny import make_tiny

@@ -39,7 +39,10 @@ def test_missing_file(tmp_path: Path) -> None:
         (lambda raw: {k: v for k, v in raw.items() if k != "method"}, "method"),
         (lambda raw: {**raw, "surprise": 1}, "surprise"),
         (lambda raw: {**raw, "layers": [{"layer": 0}]}, "kept_kv_heads"),
-        (lambda raw: {**raw, "layers": [{"layer": 0, "kept_kv_heads": None, "kept_channels": []}]}, "layer 0"),
+        (
+            lambda raw: {**raw, "layers": [{"layer": 0, "kept_kv_heads": None, "kept_channels": []}]},
+            r"layers\[0\]\.kept_kv_heads",
+        ),
         (lambda raw: {**raw, "layers": [{"layer": 0, "kept_kv_heads": [0.5], "kept_channels": []}]}, "0.5"),
         (lambda raw: {**raw, "parameters": {"dense": 3}}, "pruned"),
         (lambda raw: {**raw, "parameters": {"dense": "3", "pruned": 2}}, "dense"),

@@ -1,0 +1,395 @@
+"""The run folder: claimed by one process, written file by whole file, read back as types. Nothing else touches it.
+
+``<root>/<label>/version_N/`` belongs to whoever made it with ``mkdir``. While its run is under way it holds a file
+``unfinished``, which the process holds with ``flock``; the file is gone when the run is finished. A folder whose
+``unfinished`` nobody holds is that of a run that was killed or failed.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from lightning_prune.errors import UserError
+from lightning_prune.files import (
+    Lock,
+    cannot_write,
+    finite,
+    nearest_existing,
+    read_file,
+    remove_empty_parents,
+    sweep,
+    writable,
+    write_json,
+    write_text,
+)
+from lightning_prune.runs.records import (
+    Calibration,
+    Environment,
+    EvaluationMetrics,
+    MethodDetails,
+    NoCalibration,
+    RunMetrics,
+)
+from lightning_prune.runs.score_table import COLUMNS, ScoreTable
+from lightning_prune.surgery.plan import PruningPlan
+from lightning_prune.validation import parse_json, read_json
+
+ROOT_OPTION = "--trainer.default_root_dir"
+UNFINISHED = "unfinished"
+METRICS = "metrics.json"
+PRUNED = "pruned"
+REQUIRED = (METRICS, "config.yaml", "scores.csv", "plan.json", "method.json", "calibration.json", "environment.json")
+# What a killed run cannot be continued from or learned from.
+WORTHLESS = re.compile(
+    r"config\.yaml|hparams\.yaml|started\.json|unfinished|.*tfevents.*|\..*\.tmp"
+    r"|report\.(html|md)|results\.(csv|tex)|calibration_appendix\.md"
+)
+LABEL = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+CONFIG_LIMIT = 16 * 2**20  # bytes
+
+
+class ScoreColumns(Protocol):
+    """What a method's scores give: the columns of ``ScoreTable`` as arrays ``[U]``."""
+
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """Columns by name."""
+
+
+def check_label(label: str, option: str = "--model.label") -> str:
+    """``label`` if it may name a folder.
+
+    Raises:
+        UserError: anything but letters, digits, ``.``, ``_`` and ``-``, or a leading ``.``.
+    """
+    if not isinstance(label, str) or not LABEL.fullmatch(label):
+        raise UserError(
+            f"{option}: found {label!r}; a name consists of letters, digits, '.', '_' and '-' and does not start "
+            "with '.', because a folder is called so."
+        )
+    return label
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """The typed records of a finished pruning run."""
+
+    path: Path
+    metrics: RunMetrics
+    environment: Environment
+    details: MethodDetails
+    calibration: Calibration | None
+    plan: PruningPlan
+    option: str
+
+    @cached_property
+    def scores(self) -> ScoreTable:
+        """``scores.csv``, complete and in agreement with the plan.
+
+        Raises:
+            UserError: it is neither.
+        """
+        path = self.path / "scores.csv"
+        table = ScoreTable.load(path, self.option)
+        try:
+            table.check_plan(self.plan)
+        except ValueError as error:
+            raise UserError(f"{self.option}: '{path}' does not belong to its plan ({error}).") from None
+        return table
+
+
+class RunFolder:
+    """One run folder, by its path. ``claim`` gives one to write, ``open`` the records of a finished one."""
+
+    def __init__(self, path: Path, option: str = ROOT_OPTION) -> None:
+        self.path = path
+        self.option = option
+        self._lock: Lock | None = None
+
+    # Claiming
+
+    @classmethod
+    @contextmanager
+    def claim(
+        cls, root: Path, label: str, option: str = ROOT_OPTION, again: Path | None = None
+    ) -> Iterator["RunFolder"]:
+        """The next ``<root>/<label>/version_N``, for this process alone.
+
+        At the end of the block the folder is a finished run. If the block raises, the folder is removed unless it holds
+        something worth keeping; then it stays marked ``unfinished``, and the exception carries a note that says so.
+
+        Args:
+            root: where runs go.
+            label: name of the system.
+            option: the option that chose ``root``.
+            again: take up this unfinished run instead of the next number.
+
+        Raises:
+            UserError: a label that is no name, nothing can be written there, or the run to take up lives.
+        """
+        check_label(label)
+        parent = Path(root) / label
+        there_before, folder = Path(), None
+        try:
+            there_before = nearest_existing(parent)
+            folder = cls._next(parent, option) if again is None else cls._again(again, option)
+            with writable(Path(root), option):
+                yield folder
+        except BaseException as error:
+            if folder is not None:
+                folder._close_after(error, there_before)
+            elif isinstance(error, (OSError, ValueError)):
+                remove_empty_parents(parent / "x", there_before)
+                raise cannot_write(Path(root), option, error) from error
+            raise
+        folder._finish()
+        sweep_runs(parent)
+
+    @classmethod
+    def _again(cls, path: Path, option: str) -> "RunFolder":
+        folder = cls(path, option)
+        folder._lock = Lock.take(path / UNFINISHED)
+        if folder._lock is None:
+            raise UserError(f"--resume: the run in '{path}' is still under way. Wait for it, or leave --resume out.")
+        return folder
+
+    @classmethod
+    def _next(cls, parent: Path, option: str) -> "RunFolder":
+        parent.mkdir(parents=True, exist_ok=True)
+        sweep(parent.parent)
+        sweep_runs(parent)
+        number = 1 + max((version(entry) for entry in os.listdir(parent)), default=-1)
+        while True:
+            folder = cls(parent / f"version_{number}", option)
+            number += 1
+            try:
+                os.mkdir(folder.path)
+            except FileExistsError:  # somebody else's
+                continue
+            except FileNotFoundError:  # somebody else has tidied the empty parent away
+                parent.mkdir(parents=True, exist_ok=True)
+                continue
+            try:
+                folder._lock = Lock.take(folder.path / UNFINISHED, create=True)
+                if folder._lock is not None:
+                    folder._lock.write(json.dumps({"process": os.getpid(), "host": os.uname().nodename}) + "\n")
+            except FileNotFoundError:  # swept in the moment before it was held
+                continue
+            except BaseException:
+                shutil.rmtree(folder.path, ignore_errors=True)
+                raise
+            if folder._lock is not None:
+                return folder
+
+    def _finish(self) -> None:
+        if self._lock is not None:
+            self._lock.remove()
+
+    def _close_after(self, error: BaseException, there_before: Path) -> None:
+        if not self.path.is_dir():
+            return
+        if self.is_finished or self.leftovers:
+            kept = ", ".join(sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")))
+            state = "is finished" if self.is_finished else "is not finished"
+            error.add_note(f"'{self.path}' stays and {state}; it holds {kept}")
+            if self._lock is not None:
+                self._lock.remove() if self.is_finished else self._lock.release()
+            return
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock is not None:
+            self._lock.release()
+        remove_empty_parents(self.path, there_before)
+
+    # State
+
+    @property
+    def pruned(self) -> Path:
+        """The checkpoint's folder."""
+        return self.path / PRUNED
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run came to its end: ``metrics.json`` is written last."""
+        return (self.path / METRICS).is_file()
+
+    @property
+    def is_pruning_run(self) -> bool:
+        """Whether this is a finished run of a method, and whole."""
+        return all((self.path / name).is_file() for name in REQUIRED)
+
+    @property
+    def leftovers(self) -> list[str]:
+        """Names of what an unfinished run leaves that may still be of use: scores, a plan, a checkpoint."""
+        return sorted(name for name in os.listdir(self.path) if not WORTHLESS.fullmatch(name))
+
+    # Writing
+
+    def write_config(self, text: str) -> None:
+        """``config.yaml``, the resolved configuration; what a run was told is on disk before it begins."""
+        write_text(self.path / "config.yaml", text)
+
+    def write_decision(self, scores: ScoreColumns, plan: PruningPlan, details: dict[str, Any]) -> None:
+        """``scores.csv``, ``plan.json`` and ``method.json``.
+
+        Raises:
+            OSError: the folder cannot be written or the disk is full.
+        """
+        columns = scores.columns()
+        ScoreTable(**{name: columns[name] for name in COLUMNS}).save(self.path / "scores.csv")
+        plan.save(self.path / "plan.json")
+        self._write_json("method.json", details, MethodDetails)
+
+    def write_results(
+        self, calibration: dict[str, Any] | None, environment: dict[str, Any], metrics: dict[str, Any]
+    ) -> None:
+        """The records of a pruning run; ``metrics.json`` comes last and means a finished run."""
+        nothing = {"dataset": None, "note": "this method reads no data"}
+        self._write_json("calibration.json", calibration or nothing, Calibration if calibration else NoCalibration)
+        self._write_json("environment.json", environment, Environment)
+        self._write_json(METRICS, metrics, RunMetrics)
+
+    def write_evaluation(self, environment: dict[str, Any], metrics: dict[str, Any]) -> None:
+        """The records of an evaluation (``test``)."""
+        self._write_json("environment.json", environment, Environment)
+        self._write_json(METRICS, metrics, EvaluationMetrics)
+
+    def forget_findings(self) -> None:
+        """Remove what only a run that goes on needs."""
+        shutil.rmtree(self.path / "findings", ignore_errors=True)
+        (self.path / "started.json").unlink(missing_ok=True)
+
+    def append_to_card(self, text: str) -> None:
+        """Add a section to the checkpoint's model card."""
+        card = self.pruned / "README.md"
+        write_text(card, card.read_text(encoding="utf-8") + text)
+
+    def _write_json(self, name: str, value: dict[str, Any], kind: type[Any]) -> None:
+        # What this version writes it must also read: a mistake here is ours and ends the run.
+        kind.model_validate_json(json.dumps(finite(value)), strict=True)
+        write_json(self.path / name, value)
+
+    # Reading
+
+    @classmethod
+    def open(cls, path: Path, option: str) -> FinishedRun:
+        """The records of a finished pruning run.
+
+        Args:
+            path: a run folder.
+            option: the option that named it, which begins every message.
+
+        Raises:
+            UserError: no finished run there, or a file that is not what it should be.
+        """
+        missing = [name for name in REQUIRED if not os.path.isfile(path / name)]
+        if missing:
+            raise UserError(
+                f"{option}: '{path}' is no finished pruning run: it has no {', '.join(missing)}. Give a folder that "
+                "'lightning-prune fit' has completed, for instance logs/wanda/version_0."
+            )
+        hint = "Run fit again."
+
+        def read(name: str, kind: Any) -> Any:
+            return read_json(path / name, kind, option, hint)
+
+        raw = read("calibration.json", dict[str, Any])
+        run = FinishedRun(
+            path=path,
+            metrics=read(METRICS, RunMetrics),
+            environment=read("environment.json", Environment),
+            details=read("method.json", MethodDetails),
+            calibration=None if raw.get("dataset", "") is None else read("calibration.json", Calibration),
+            plan=PruningPlan.load(path / "plan.json", option),
+            option=option,
+        )
+        if run.plan.parameters != run.metrics.parameters.model_dump():
+            raise UserError(f"{option}: plan.json and metrics.json in '{path}' are of different runs. {hint}")
+        return run
+
+    @classmethod
+    def read_config(cls, path: Path, option: str) -> str:
+        """The text of ``config.yaml``.
+
+        Raises:
+            UserError: no such file, or not UTF-8.
+        """
+        try:
+            return read_file(path / "config.yaml", CONFIG_LIMIT, option).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{option}: '{path / 'config.yaml'}' is not UTF-8 ({error}).") from None
+
+    @classmethod
+    def finished_below(cls, parent: Path) -> list["RunFolder"]:
+        """Finished runs of one system, by number."""
+        found = [cls(entry) for entry in runs_below(parent)]
+        return [folder for folder in found if folder.is_finished]
+
+    def configuration_sha256(self) -> str | None:
+        """The name of this run's result; None where it has none that can be read."""
+        try:
+            data = read_file(self.path / METRICS, CONFIG_LIMIT, self.option)
+            return parse_json(data, RunMetrics, "").configuration_sha256
+        except UserError:
+            return None
+
+
+def version(name: str) -> int:
+    """N of ``version_N``; -1 for any other name."""
+    return int(name[8:]) if re.fullmatch(r"version_[0-9]{1,18}", name) else -1
+
+
+def runs_below(parent: Path) -> list[Path]:
+    """The ``version_N`` folders in ``parent``, by number."""
+    try:
+        found = [entry for entry in os.scandir(parent) if version(entry.name) >= 0 and entry.is_dir()]
+    except OSError:
+        return []
+    return [Path(entry.path) for entry in sorted(found, key=lambda entry: version(entry.name))]
+
+
+def sweep_runs(parent: Path) -> None:
+    """Tidy up after killed runs in ``parent``: their temporary files, and their folders where those are of no use.
+
+    An unfinished folder is of no use when it holds nothing but its configuration and events, or when a finished run of
+    the same configuration stands beside it. Folders of runs that live and folders that are not ours are not touched.
+    """
+    sweep(parent)
+    folders = runs_below(parent)
+    for path in folders:
+        sweep(path)
+        try:
+            lock = Lock.take(path / UNFINISHED) if (path / UNFINISHED).exists() else None
+            if lock is None:
+                if not any(path.iterdir()):
+                    path.rmdir()  # killed, or about to be claimed: then the claimant takes the next number
+                continue
+            folder = RunFolder(path)
+            if folder.is_finished:
+                lock.remove()
+            elif not folder.leftovers or _is_superseded(path, folders):
+                shutil.rmtree(path, ignore_errors=True)
+            lock.release()
+        except OSError:
+            continue
+
+
+def _is_superseded(path: Path, folders: Sequence[Path]) -> bool:
+    config = _bytes(path / "config.yaml")
+    return config is not None and any(
+        RunFolder(other).is_finished and _bytes(other / "config.yaml") == config for other in folders if other != path
+    )
+
+
+def _bytes(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None

@@ -1,0 +1,56 @@
+"""What to do about NaN and infinite values, said where the precision in use is known."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import lightning as L
+import torch
+
+from lightning_prune.models.layered import open_layered
+from lightning_prune.walk.module import LayeredModule
+
+
+@contextmanager
+def numerical_advice(trainer: L.Trainer, model: LayeredModule) -> Iterator[None]:
+    """Complete the message of numerical trouble: bad weights are named, else a precision that is not yet in use.
+
+    Raises:
+        FloatingPointError: the one that was raised, with advice.
+    """
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{error} {_advice(str(trainer.precision), model)}") from error
+
+
+def _advice(precision: str, model: LayeredModule) -> str:
+    bad = _bad_weight(model)
+    if bad is not None:
+        return (
+            f"The weights of '{model.pretrained}' themselves hold NaN or infinite values, first in {bad}: give others."
+        )
+    if precision.startswith("16"):
+        return "Use --trainer.precision bf16-true or 32-true."
+    if precision.startswith("bf16"):
+        return "Use --trainer.precision 32-true."
+    return (
+        f"Precision {precision} is in use already, so the values lie outside its range: look at the model and the text."
+    )
+
+
+def _bad_weight(model: LayeredModule) -> str | None:
+    """The first parameter of the checkpoint that is not finite."""
+    opened = open_layered(model.pretrained, None, torch.device("cpu"))
+    try:
+        named = dict(opened.net.named_parameters())
+        for outside in opened.outside:
+            if not bool(torch.isfinite(named[outside]).all()):
+                return outside
+        for index, names in enumerate(opened.layer_names):
+            with opened.layer(index) as layer:
+                for inner, name in names.items():
+                    if not bool(torch.isfinite(layer.get_parameter(inner)).all()):
+                        return name
+    finally:
+        opened.close()
+    return None

@@ -1,0 +1,184 @@
+"""The JSON files of a run folder as types. What is written is checked as strictly as what is read."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Count = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(ge=0)]
+
+# What a method costs: phases of ``seconds`` that belong to calibrating and pruning. Loading, tokenising, evaluating,
+# checking and saving are the same work for every method.
+PRUNING_PHASES = ("calibrate", "prune layers", "decide", "prune")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class _Open(BaseModel):
+    """A record that others may add facts to."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+
+class Parameters(_Record):
+    """Unique elements (tied weights once)."""
+
+    dense: Annotated[int, Field(ge=1)]
+    pruned: Count
+
+
+class Ratio(_Record):
+    """Shares of all parameters; ``requested`` is None where a number of layers was asked for."""
+
+    requested: float | None
+    achieved: float
+
+
+class Perplexities(_Record):
+    """On one evaluation set; None stands for a value that was not finite. ``tokens`` counts predicted tokens."""
+
+    dense: float | None
+    pruned: float | None
+    tokens: Count
+
+
+class Perplexity(_Record):
+    """Of one model on one evaluation set, see ``Perplexities``."""
+
+    perplexity: float | None
+    tokens: Count
+
+
+class EvaluationManifest(_Open):
+    """The protocol of one evaluation set."""
+
+    dataset: str
+    configuration: str | None
+    split: str
+    revision: str | None
+    text_sha256: str | None
+    tokenizer_sha256: str | None
+    seq_len: Count
+    stride: Count
+    bos: str
+    windows: Count
+    predicted_tokens: Count
+    fingerprint: str
+    unigram_perplexity: float | None = None
+
+
+class System(_Open):
+    """What was run. ``measured_seconds`` are the phases of the run whose scores were decided from again."""
+
+    name: str
+    label: str
+    base_model: str
+    base_model_sha256: str | None = None
+    scores_reused: bool = False
+    measured_seconds: dict[str, Seconds] = {}
+
+
+class RunMetrics(_Open):
+    """``metrics.json`` of a pruning run. ``seconds`` is wall-clock time by phase."""
+
+    perplexity: dict[str, Perplexities]
+    evaluation: dict[str, EvaluationManifest]
+    parameters: Parameters
+    pruning_ratio: Ratio
+    seconds: dict[str, Seconds]
+    peak_memory_bytes: Count
+    method: System
+    configuration_sha256: str | None = None
+
+    @model_validator(mode="after")
+    def _every_set_has_its_protocol(self) -> "RunMetrics":
+        if self.perplexity.keys() != self.evaluation.keys():
+            raise ValueError("perplexity and evaluation with the same sets")
+        return self
+
+
+class EvaluationMetrics(_Open):
+    """``metrics.json`` of a ``test`` run."""
+
+    perplexity: dict[str, Perplexity]
+    evaluation: dict[str, EvaluationManifest]
+    parameters: Count
+    seconds: dict[str, Seconds]
+    peak_memory_bytes: Count
+    model: str
+
+
+class Cpu(_Open):
+    """The processor."""
+
+    name: str
+    cores: int | None
+    threads: int
+
+
+class Gpu(_Open):
+    """One GPU."""
+
+    name: str
+    memory_bytes: Count
+
+
+class Environment(_Open):
+    """``environment.json``: software versions, hardware, precision."""
+
+    python: str
+    packages: dict[str, str | None]
+    platform: str
+    cpu: Cpu
+    memory_bytes: Count
+    gpus: list[Gpu]
+    cuda: str | None
+    device: str
+    precision: str
+    command: list[str]
+
+
+class NoCalibration(_Record):
+    """``calibration.json`` of a method that reads no data."""
+
+    dataset: None
+    note: str = ""
+
+
+class Calibration(_Open):
+    """``calibration.json``: the manifest of the calibration set, see ``data.calibration.CalibrationManifest``."""
+
+    dataset: str
+    configuration: str | None
+    split: str
+    revision: str | None
+    text_sha256: str | None
+    tokenizer_sha256: str | None
+    sampling: Literal["random", "sequential", "sliding", "given"]
+    stride: Count | None
+    seed: int | None
+    num_samples: Count
+    seq_len: Count
+    fingerprint: str
+
+
+class Priors(_Open):
+    """Measured block priors: one number per layer for every piece, None where it was not measured."""
+
+    delta: dict[str, list[float | None]] | None = None
+
+
+class MethodDetails(_Open):
+    """``method.json``: what the method measured and chose beside its scores."""
+
+    method: str
+    label: str
+    measured_by: str | None = None
+    prior: Priors | None = None
+
+
+def as_dict(record: BaseModel) -> dict[str, Any]:
+    """The record as it stands in the file, with the facts that others added."""
+    return record.model_dump(mode="json", exclude_unset=True)

@@ -1,0 +1,95 @@
+"""Going on with a run that was killed: which unfinished folder it is, and what may not differ."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_prune.errors import UserError
+from lightning_prune.files import finite, write_json
+from lightning_prune.methods.base import FINDINGS
+from lightning_prune.runs.folder import UNFINISHED, RunFolder, runs_below
+
+STARTED = "started.json"  # in an unfinished run's folder
+DENSE = "dense.json"
+Facts = dict[str, Any]
+
+
+def facts_of(config: str, base_model: str | None, calibration: str | None, processes: int) -> Facts:
+    """What decides every byte of a result: options by name, and fingerprints of what was read."""
+    parsed = yaml.safe_load(config)
+    options = {f"model.{name}": value for name, value in parsed["model"].get("init_args", {}).items()}
+    options |= {f"data.{name}": value for name, value in parsed.get("data", {}).items() if not name.startswith("eval")}
+    free = ("model.label", "model.onload", "data.cache_dir")
+    return {
+        "model": parsed["model"]["class_path"],
+        **{name: value for name, value in options.items() if name not in free},
+        "trainer.precision": parsed.get("trainer", {}).get("precision"),
+        "weights of the model (SHA-256)": base_model,
+        "calibration tokens (SHA-256)": calibration,
+        "processes": processes,
+    }
+
+
+def write_facts(folder: RunFolder, facts: Facts) -> None:
+    """Say in an unfinished run's folder what its findings are made from."""
+    write_json(folder.path / STARTED, facts)
+
+
+def unfinished_run(root: Path, label: str, facts: Facts) -> Path:
+    """The newest unfinished run of the same configuration below ``<root>/<label>``.
+
+    Raises:
+        UserError: there is none; names what the others differ in.
+    """
+    differences = []
+    for path in reversed(runs_below(root / label)):
+        before = _facts(path)
+        if before is None or not (path / UNFINISHED).exists():
+            continue
+        # As JSON both, since that is how the facts were kept.
+        different = _differences(before, json.loads(json.dumps(finite(facts))))
+        if not different:
+            return path
+        differences.append(f"{path.name} differs in {'; '.join(different)}")
+    found = " ".join(f"{difference}." for difference in differences)
+    raise UserError(
+        f"--resume: no unfinished run of this configuration below '{root / label}'. {found or 'There is none at all.'} "
+        "Leave --resume out to begin anew."
+    )
+
+
+def known_dense(folder: RunFolder, fingerprints: Mapping[str, str]) -> dict[str, tuple[float, int]] | None:
+    """Perplexity and tokens of the dense model by evaluation set, where the killed run had measured them already."""
+    try:
+        found = json.loads((folder.path / FINDINGS / DENSE).read_text(encoding="utf-8"))
+        if found["evaluation"] == dict(fingerprints):
+            return {name: (float(value), int(tokens)) for name, (value, tokens) in found["perplexity"].items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def keep_dense(folder: RunFolder, fingerprints: Mapping[str, str], perplexity: Mapping[str, tuple[float, int]]) -> None:
+    """Keep them for a run that goes on."""
+    (folder.path / FINDINGS).mkdir(exist_ok=True)
+    values = {name: list(pair) for name, pair in perplexity.items()}
+    write_json(folder.path / FINDINGS / DENSE, {"evaluation": dict(fingerprints), "perplexity": values})
+
+
+def _facts(path: Path) -> Facts | None:
+    try:
+        found = json.loads((path / STARTED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _differences(before: Facts, now: Facts) -> list[str]:
+    return [
+        f"{name}: {before.get(name)} then, {now.get(name)} now"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name)
+    ]

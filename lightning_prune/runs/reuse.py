@@ -1,0 +1,82 @@
+"""What a finished run measured, handed to a method that decides again, after checking that it is about this model."""
+
+import numpy as np
+import torch
+
+from lightning_prune.data.datamodule import CalibrationDataModule
+from lightning_prune.errors import UserError
+from lightning_prune.methods.base import PruningMethod, SavedMeasurement
+from lightning_prune.methods.scores import Scores, group_scores, layer_scores
+from lightning_prune.runs.folder import FinishedRun
+from lightning_prune.runs.records import as_dict
+from lightning_prune.runs.score_table import ScoreTable
+from lightning_prune.surgery.anatomy import anatomy
+from lightning_prune.surgery.loading import load_config, meta_model
+from lightning_prune.walk.module import PerplexityResult
+
+MEASURING = ("calibrate", "prune layers")  # phases that reading the scores saves
+
+
+def reuse(method: PruningMethod, run: FinishedRun) -> None:
+    """Let ``method`` decide from what ``run`` measured.
+
+    Raises:
+        UserError: the scores are not those of this model's units, or the method finds its own facts missing.
+    """
+    path = run.path / "scores.csv"
+    try:
+        _check_units(run.scores, method.pretrained)
+    except ValueError as error:
+        raise UserError(
+            f"{run.option}: '{path}' {error} '{method.pretrained}' now is another model, or the file was changed. "
+            "Run fit again."
+        ) from None
+    spent = {phase: seconds for phase, seconds in run.metrics.seconds.items() if phase in MEASURING}
+    saved = SavedMeasurement(
+        scores=Scores.from_columns(run.scores.columns()),
+        details=as_dict(run.details),
+        calibration=as_dict(run.calibration) if method.needs_calibration and run.calibration is not None else None,
+        run=run.details.measured_by or str(run.path),  # a decision of a decision names the run that calibrated
+        seconds=run.metrics.method.measured_seconds or spent,
+    )
+    try:
+        method.reuse(saved)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{run.option}: '{run.path / 'method.json'}' lacks what {method.method} measured "
+            f"({type(error).__name__}: {error}). Run fit again."
+        ) from None
+
+
+def known_perplexities(run: FinishedRun, data: CalibrationDataModule) -> dict[str, PerplexityResult] | None:
+    """Those of the dense model, if they were measured on exactly these evaluation sets."""
+    before = {name: item.fingerprint for name, item in run.metrics.evaluation.items()}
+    if before != {item.name: item.manifest["fingerprint"] for item in data.evaluation}:
+        return None
+    found = {
+        name: PerplexityResult(item.dense, item.tokens)
+        for name, item in run.metrics.perplexity.items()
+        if item.dense is not None
+    }
+    return found if found.keys() == before.keys() else None
+
+
+def _check_units(table: ScoreTable, pretrained: str) -> None:
+    """Raise ValueError unless the table lists every unit of the model with its cost."""
+    layers = anatomy(meta_model(load_config(pretrained)))
+    if table.whole_layers:
+        cost = [view.attention_block_cost + view.mlp_block_cost for view in layers]
+        expected = layer_scores(torch.ones(len(layers)), cost)
+    else:
+        attention = [torch.ones(view.num_kv_heads) for view in layers]
+        expected = group_scores(layers, attention, [torch.ones(view.num_channels) for view in layers])
+    columns, found = expected.columns(), table.columns()
+    if len(columns["unit"]) != len(found["unit"]):
+        raise ValueError(f"lists {len(found['unit']):,} units, the model has {len(columns['unit']):,}.")
+    for name in ("layer", "block", "unit", "cost"):
+        wrong = columns[name] != found[name]
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise ValueError(
+                f"says in row {row + 1} that {name} is {found[name][row]}, the model's is {columns[name][row]}."
+            )

@@ -1,0 +1,217 @@
+"""One run, start to end: dense perplexity → calibrate and prune → pruned perplexity → record."""
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+import lightning as L
+import yaml
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lightning_prune.data.datamodule import CalibrationDataModule
+from lightning_prune.errors import UserError
+from lightning_prune.evaluation.unigram import unigram_perplexity
+from lightning_prune.methods.base import PruningMethod
+from lightning_prune.reporting.base_model import base_model_sha256
+from lightning_prune.reporting.configuration import configuration_sha256
+from lightning_prune.reporting.environment import environment, peak_memory_bytes
+from lightning_prune.reporting.run_record import RunRecord, run_metrics
+from lightning_prune.reporting.tensorboard import hparams, log_importance
+from lightning_prune.reporting.verdict import evaluation_section
+from lightning_prune.runs.folder import RunFolder
+from lightning_prune.runs.numerics import numerical_advice
+from lightning_prune.runs.resume import Facts, facts_of, keep_dense, known_dense, unfinished_run, write_facts
+from lightning_prune.walk.module import LayeredModule, PerplexityResult
+
+
+def prune_and_record(
+    trainer: L.Trainer,
+    method: PruningMethod,
+    data: CalibrationDataModule,
+    config: str,
+    dense: dict[str, PerplexityResult] | None = None,
+    resume: bool = False,
+) -> tuple[Path, RunRecord]:
+    """Run one method and leave a complete run folder.
+
+    Args:
+        trainer: a fresh trainer; the run folder is claimed below its ``default_root_dir``.
+        method: what to run.
+        data: calibration and evaluation sets.
+        config: the resolved configuration as YAML, for ``config.yaml``.
+        dense: perplexities of the dense model where they are known already.
+        resume: go on with the unfinished run of the same configuration; the result is that of an undisturbed one.
+
+    Returns:
+        The run folder and its record.
+
+    Raises:
+        UserError: a mistake in the input; nothing has been written then. Or the disk is full.
+        FloatingPointError: NaN or infinite values; says where, and what would help.
+    """
+    started = time.perf_counter()
+    data.needs_calibration = method.needs_calibration
+    again: Path | None = None
+    if resume:
+        again = unfinished_run(Path(trainer.default_root_dir), method.label, _facts(trainer, method, data, config))
+    with _claimed(trainer, method.label, config, again) as folder, numerical_advice(trainer, method):
+        method.run_folder = folder
+        facts = _facts(trainer, method, data, config)
+        if folder is not None:
+            write_facts(folder, facts)
+        if dense is None:
+            dense = _dense(trainer, method, data, folder)
+        trainer.fit(method, data)
+        trainer.test(method, data, verbose=False)
+        method.seconds["evaluate pruned"] = method.seconds.pop("evaluate", 0.0)
+        method.seconds["total"] = time.perf_counter() - started
+
+        record = _record(trainer, method, data, config, dense)
+        if folder is not None:
+            _log(trainer, method, record.metrics)
+            folder.append_to_card(evaluation_section(record.metrics))
+            folder.write_results(record.calibration, record.environment, record.metrics)
+            folder.forget_findings()
+        path = _path_on_every_rank(trainer, folder)
+    method.progress.close()
+    return path, record
+
+
+def _facts(trainer: L.Trainer, method: PruningMethod, data: CalibrationDataModule, config: str) -> Facts:
+    """What an unfinished run must share with this one; builds the calibration set."""
+    with method.timed("tokenise"):
+        data.setup("fit")
+    calibration = data.calibration.manifest.fingerprint if method.needs_calibration else None
+    return facts_of(config, base_model_sha256(method.pretrained), calibration, trainer.world_size)
+
+
+def _dense(
+    trainer: L.Trainer, method: PruningMethod, data: CalibrationDataModule, folder: RunFolder | None
+) -> dict[str, PerplexityResult]:
+    """The dense model's perplexities, which a run that goes on may know already."""
+    fingerprints = {item.name: item.manifest["fingerprint"] for item in data.evaluation}
+    known = trainer.strategy.broadcast(None if folder is None else known_dense(folder, fingerprints))
+    if known is not None:
+        return {name: PerplexityResult(*pair) for name, pair in known.items()}
+    trainer.test(method, data, verbose=False)
+    method.seconds["evaluate dense"] = method.seconds.pop("evaluate", 0.0)
+    if folder is not None and method.perplexity:
+        values = {name: (result.perplexity, result.tokens) for name, result in method.perplexity.items()}
+        keep_dense(folder, fingerprints, values)
+    return method.perplexity
+
+
+def evaluate_and_record(
+    trainer: L.Trainer, model: LayeredModule, data: CalibrationDataModule, config: str
+) -> tuple[Path, RunRecord]:
+    """Measure the perplexity of one model with the protocol of the pruning runs and write it.
+
+    Raises:
+        UserError: a mistake in the input, or no evaluation set; nothing has been written then.
+    """
+    with _claimed(trainer, "test", config) as folder:
+        data.needs_calibration = False
+        data.setup("test")
+        if not data.evaluation:
+            raise UserError(
+                "--data.eval_datasets: nothing to evaluate on. Name at least one corpus, file or token array."
+            )
+        trainer.test(model, data, verbose=False)
+        metrics = {
+            "perplexity": {
+                name: {"perplexity": result.perplexity, "tokens": result.tokens}
+                for name, result in model.perplexity.items()
+            },
+            "evaluation": {item.name: item.manifest for item in data.evaluation},
+            "parameters": sum(parameter.numel() for parameter in model.model.net.parameters()),
+            "seconds": {phase: round(value, 3) for phase, value in model.seconds.items()},
+            "peak_memory_bytes": peak_memory_bytes(),
+            "model": model.pretrained,
+        }
+        record = RunRecord(config, None, environment(str(trainer.precision), trainer.strategy.root_device), metrics)
+        if folder is not None:
+            folder.write_evaluation(record.environment, record.metrics)
+        model.progress.close()
+        path = _path_on_every_rank(trainer, folder)
+    return path, record
+
+
+@contextmanager
+def _claimed(trainer: L.Trainer, label: str, config: str, again: Path | None = None) -> Iterator[RunFolder | None]:
+    """The run's folder on rank 0, which alone writes; None on the others. TensorBoard's events go there too."""
+    root = Path(trainer.default_root_dir)
+    claim: AbstractContextManager[RunFolder | None] = nullcontext()
+    if trainer.is_global_zero:
+        claim = RunFolder.claim(root, label, again=again)
+    with claim as folder:
+        if folder is not None:
+            folder.write_config(config)
+        # Our own logger, which was made before the folder had its number; a logger of the user's stays where it is.
+        trainer.loggers = [
+            _pinned(logger, root, label, folder) if isinstance(logger, TensorBoardLogger) else logger
+            for logger in trainer.loggers
+        ]
+        try:
+            yield folder
+        finally:
+            _close(trainer)  # its thread would write to a folder that is being removed
+
+
+def _pinned(logger: TensorBoardLogger, root: Path, label: str, folder: RunFolder | None) -> TensorBoardLogger:
+    if Path(logger.root_dir) != root / label:
+        return logger
+    version = folder.path.name if folder is not None else "not written on this rank"
+    return TensorBoardLogger(root, name=label, version=version, default_hp_metric=False)
+
+
+def _close(trainer: L.Trainer) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero and Path(logger.log_dir).is_dir():
+            logger.experiment.close()
+
+
+def _path_on_every_rank(trainer: L.Trainer, folder: RunFolder | None) -> Path:
+    return Path(trainer.strategy.broadcast("" if folder is None else str(folder.path)))
+
+
+def _record(
+    trainer: L.Trainer,
+    method: PruningMethod,
+    data: CalibrationDataModule,
+    config: str,
+    dense: dict[str, PerplexityResult],
+) -> RunRecord:
+    evaluation = {
+        item.name: {**item.manifest, "unigram_perplexity": unigram_perplexity(item.tokens)} for item in data.evaluation
+    }
+    metrics = run_metrics(method.plan, dense, method.perplexity, evaluation, method.seconds, peak_memory_bytes())
+    weights = base_model_sha256(method.pretrained)
+    metrics["method"] = {
+        "name": method.method,
+        "label": method.label,
+        "base_model": method.pretrained,
+        "base_model_sha256": weights,
+        "scores_reused": method.saved is not None,
+        "measured_seconds": method.saved.seconds if method.saved is not None else {},
+    }
+    calibration = method.calibration_facts()
+    metrics["configuration_sha256"] = configuration_sha256(
+        type(method).__name__,
+        yaml.safe_load(config)["model"]["init_args"],
+        str(trainer.precision),
+        weights or method.pretrained,
+        (calibration or {}).get("fingerprint"),
+        {name: manifest["fingerprint"] for name, manifest in evaluation.items()},
+    )
+    facts = environment(str(trainer.precision), trainer.strategy.root_device)
+    return RunRecord(config, calibration, facts, metrics)
+
+
+def _log(trainer: L.Trainer, method: PruningMethod, metrics: dict[str, object]) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            options, results = hparams({"method": method.label, "pruning_ratio": method.pruning_ratio}, metrics)
+            log_importance(logger.experiment, method.scores)
+            logger.log_hyperparams(options, results)
+            logger.finalize("success")
