@@ -55,11 +55,12 @@ SYSTEMS: dict[str, System] = {
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, its record, and the method."""
+    """A finished run: its folder, its record, the method, and the new weights of every layer as it made them."""
 
     folder: Path
     record: RunRecord
     method: PruningMethod
+    new_weights: list[dict[str, Tensor]]
 
     @property
     def pruned(self) -> Path:
@@ -70,7 +71,7 @@ class Run:
         """What the run decided, cut from the dense model in memory: no file of the run is read."""
         plan = self.method.plan
         dense = lightning_prune.load(self.method.pretrained, getattr(torch, plan.dtype))
-        return cut(dense, plan, self.method.walk.weights_of)
+        return cut(dense, plan, self.new_weights.__getitem__)
 
 
 def save_model(folder: Path, **options: Any) -> Path:
@@ -118,8 +119,16 @@ def prune(
         tokenizer=method.pretrained,
         cache_dir=str(root / "cache"),
     )
+    found: list[dict[str, Tensor]] = []
+    write = method._write_pruned
+
+    def keep_new_weights(folder: Path) -> None:
+        found.extend(method.walk.weights_of(layer) for layer in range(len(method.layers)))  # deleted with the findings
+        write(folder)
+
+    method._write_pruned = keep_new_weights  # type: ignore[method-assign]
     folder, record = prune_and_record(trainer_for(method, root, precision), method, data, config_of(method))
-    return Run(folder, record, method)
+    return Run(folder, record, method, found)
 
 
 def config_of(method: PruningMethod) -> str:
