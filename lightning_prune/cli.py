@@ -6,9 +6,9 @@ import io
 import os
 import signal
 import sys
-from types import FrameType
 
-from lightning_prune.errors import UserError
+from lightning_prune.errors import CheckpointError, UserError
+from lightning_prune.signals import stoppable
 
 COMMANDS = {
     "fit": "calibrate, prune, save and evaluate one model with one method",
@@ -59,27 +59,40 @@ def main(argv: list[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    with stoppable() as stop:
+        try:
+            status = _run(arguments)
+            stop.over = True
+            left = "the command had ended already"
+        except BaseException as error:
+            stop.over = True
+            if stop.number is None:
+                raise
+            left = "; ".join(getattr(error, "__notes__", [])) or "nothing half-written is left"
+    if stop.number is None:
+        return status
+    print(f"interrupted by {signal.Signals(stop.number).name}; {left}", file=sys.stderr)
+    return 128 + stop.number
+
+
+def _run(arguments: list[str]) -> int:
     try:
         command = _command(arguments[0])
         return int(importlib.import_module(f"lightning_prune.commands.{command}").main(arguments[1:]))
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         return 2
     except FloatingPointError as error:
-        print(f"numerical trouble: {error}", file=sys.stderr)
+        print("\n".join([f"numerical trouble: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        return 1
+    except CheckpointError as error:
+        print(f"self-check failed: {error}", file=sys.stderr)
         return 1
     except SystemExit as stop:  # argparse, after --help or a mistake that it has printed
         return int(stop.code or 0)
-    except Stopped as stopped:
-        print(f"interrupted by {signal.Signals(stopped.number).name}; nothing half-written is left", file=sys.stderr)
-        return 128 + stopped.number
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _command(name: str) -> str:
@@ -93,18 +106,3 @@ def _command(name: str) -> str:
     close = difflib.get_close_matches(name, COMMANDS, n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
     raise UserError(f"unknown command '{name}'.{hint} Commands: {', '.join(COMMANDS)}.")
-
-
-class Stopped(BaseException):
-    """SIGINT or SIGTERM. Not a KeyboardInterrupt, which Lightning's trainer answers with exit status 1 of its own."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    """Unwind, so that temporary folders are removed; a second signal must not stop that."""
-    for repeated in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(repeated, signal.SIG_IGN)
-    raise Stopped(number)

@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The message says what was found, what is allowed, and which option to change.
     """
+
+
+class CheckpointError(Exception):
+    """A written checkpoint is not what was meant to be written: exit status 1. The message says how it differs."""

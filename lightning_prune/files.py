@@ -228,7 +228,9 @@ def remove_empty_parents(folder: Path, until: Path) -> None:
             return
         try:
             parent.rmdir()
-        except OSError:
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError):
             return
 
 

@@ -1,10 +1,11 @@
-"""One progress bar for a whole run: every phase takes from one amount of work, so there is one estimate of what is left.
+"""One progress bar for a whole run: every phase takes from one amount of work, so there is one estimate for all.
 
 The unit of work is one token through one decoder layer. Other work is stated in it: a backward costs about two more, a
 solver what its matrix products cost.
 """
 
 import sys
+from typing import Any
 
 from tqdm import tqdm  # type: ignore[import-untyped]
 
@@ -26,7 +27,7 @@ class Progress:
         self.shown = shown
         self._expected: dict[str, float] = {}
         self._done: dict[str, float] = {}
-        self._bar: tqdm | None = None
+        self._bar: Any = None
 
     def expect(self, phase: str, work: float) -> None:
         """Announce a phase's work. Again for the same phase: a better estimate replaces the old one."""

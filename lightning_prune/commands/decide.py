@@ -113,8 +113,8 @@ def _parser() -> argparse.ArgumentParser:
         "without calibrating, with the plan that fit makes for the same options. Everything that is not given is as "
         "in that run. May change: --model.pruning_ratio and --model.label of every method; allocation, round_to, "
         "freeze_first_n_layers, freeze_last_n_layers and min_groups_per_layer where groups are ranked; H-GSP's tau, "
-        "temperature, collapse_epsilon and score_norm; ShortGPT's n_remove_layers; the evaluation sets. What the "
-        "scores were measured with (model, importance, prior, calibration set, precision) may not.",
+        "temperature, collapse_epsilon and score_norm; ShortGPT's n_remove_layers and at_most; the evaluation sets. "
+        "What the scores were measured with (model, importance, prior, calibration set, precision) may not.",
         epilog="example: lightning-prune decide --run logs/hgsp_taylor/version_0 --model.pruning_ratio 0.3 "
         "--model.temperature 0.5",
         allow_abbrev=False,

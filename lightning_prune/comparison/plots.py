@@ -13,10 +13,12 @@ from lightning_prune.comparison import costs
 from lightning_prune.comparison.agreement import Agreement
 from lightning_prune.comparison.run import Run
 from lightning_prune.comparison.style import PALETTE, SETTINGS, Styles
-from lightning_prune.comparison.tables import display_names, number
-from lightning_prune.escape import figure as shown
+from lightning_prune.comparison.tables import display_names
+from lightning_prune.escape import figure as figure_text
+from lightning_prune.escape import plain
 from lightning_prune.reporting.verdict import unusable_limit
 
+LONGEST = 40  # characters of a name in a figure
 LOG_RANGE = 10  # perplexities further apart than this factor get a logarithmic axis
 
 
@@ -31,12 +33,12 @@ def perplexity_figure(runs: Sequence[Run], name: str, styles: Styles) -> Figure:
         points = [(run.achieved, run.perplexity(name)) for run in runs if names[id(run)] == label]
         finite = sorted((x, y) for x, y in points if y is not None)
         x, y = [point[0] for point in finite], [point[1] for point in finite]
-        axes.plot(x, y, label=shown(label), markersize=5, linewidth=1.4, **styles[label])
+        axes.plot(x, y, label=_shown(label), markersize=5, linewidth=1.4, **styles[label])
     if dense is not None:
         axes.axhline(dense, color="#555555", linewidth=1, linestyle=(0, (4, 3)), label=f"dense ({dense:.2f})")
     limit = unusable_limit(dense, unigram)
     if limit is not None and values and max(values) > limit / 3:
-        axes.axhline(limit, color="#999999", linewidth=1, linestyle=":", label=f"unusable above {number(limit)}")
+        axes.axhline(limit, color="#999999", linewidth=1, linestyle=":", label=f"unusable from {limit:.3g}")
     if values and max(values) / min(values) > LOG_RANGE:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -45,7 +47,7 @@ def perplexity_figure(runs: Sequence[Run], name: str, styles: Styles) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:g} %"))
     axes.set_xlabel("achieved pruning ratio (share of all parameters)")
-    axes.set_ylabel(shown(f"perplexity on {name}"))
+    axes.set_ylabel(_shown(f"perplexity on {name}"))
     _legend(figure, axes)
     return figure
 
@@ -56,7 +58,7 @@ def importance_figure(runs: Sequence[Run], styles: Styles) -> Figure:
     for run in sorted(runs, key=lambda run: list(styles).index(names[id(run)])):
         table, label = run.units, names[id(run)]
         share = table.per_layer(table.importance) / (table.importance.sum() or 1.0)
-        axes.plot(np.arange(len(share)), share, label=shown(label), markersize=4, linewidth=1.4, **styles[label])
+        axes.plot(np.arange(len(share)), share, label=_shown(label), markersize=4, linewidth=1.4, **styles[label])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:g} %"))
     axes.set_xlabel("layer")
@@ -86,7 +88,7 @@ def kept_figure(runs: Sequence[Run]) -> Figure:
         axes.set_yticks([0.5, 1.5], ["attention", "mlp"], fontsize=8)
         axes.invert_yaxis()
         axes.grid(False)
-        axes.set_title(shown(names[id(run)]), fontsize=9, loc="left", pad=2)
+        axes.set_title(_shown(names[id(run)]), fontsize=9, loc="left", pad=2)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     grid[-1].set_xlabel("layer")
     figure.colorbar(mesh, ax=list(grid), label="kept fraction", aspect=8 * max(1.0, height / 2))
@@ -95,7 +97,7 @@ def kept_figure(runs: Sequence[Run]) -> Figure:
 
 def matrix_figure(agreement: Agreement, what: str) -> Figure:
     """``spearman`` and ``jaccard`` side by side with their values; – where two runs cannot be compared."""
-    count, labels = len(agreement.labels), [shown(label) for label in agreement.labels]
+    count, labels = len(agreement.labels), [_shown(label) for label in agreement.labels]
     with matplotlib.rc_context(SETTINGS):
         size = 0.52 * count
         figure = Figure(figsize=(2 * size + 3.4, size + 2.2), layout="constrained")
@@ -131,7 +133,7 @@ def seconds_figure(runs: Sequence[Run]) -> Figure:
     """
     names = display_names(runs)
     figure, axes = _figure(6.4, 0.27 * len(runs) + 1.6)
-    bars, start = [shown(f"{names[id(run)]} {run.requested:g}") for run in runs], np.zeros(len(runs))
+    bars, start = [_shown(f"{names[id(run)]} {run.requested:g}") for run in runs], np.zeros(len(runs))
     reused = [run.reused_scores for run in runs]
     calibrated = np.array([costs.calibration(run) or 0.0 for run in runs])
     pruned = np.array([costs.pruning(run) or 0.0 for run in runs])
@@ -149,13 +151,19 @@ def seconds_figure(runs: Sequence[Run]) -> Figure:
     )
     for label, width, style in parts:
         if width.any():
-            axes.barh(bars, width, left=start, label=label, height=0.7, **style)
+            axes.barh(np.arange(len(runs)), width, left=start, label=label, height=0.7, **style)
         start += width
+    axes.set_yticks(np.arange(len(runs)), bars, fontsize=8)
     axes.invert_yaxis()
-    axes.tick_params(axis="y", labelsize=8)
     axes.set_xlabel("seconds")
     _legend(figure, axes)
     return figure
+
+
+def _shown(text: str) -> str:
+    """``text`` for a figure, its middle left out where it would take the place of the axes."""
+    line = plain(text)
+    return figure_text(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]}…{line[1 - LONGEST // 2 :]}")
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

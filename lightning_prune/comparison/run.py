@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning_prune.reporting.verdict import verdict_word
 from lightning_prune.runs.folder import RunFolder
-from lightning_prune.runs.records import PRUNING_PHASES, as_dict
+from lightning_prune.runs.records import as_dict
 from lightning_prune.runs.score_table import ScoreTable
 
 
@@ -54,13 +54,6 @@ class Run:
         """Wall-clock seconds by phase."""
         found: dict[str, float] = self.metrics["seconds"]
         return found
-
-    @property
-    def pruning_seconds(self) -> float:
-        """What calibrating and pruning cost, loading and evaluation apart; a run that decided from another's scores
-        bears what measuring them cost."""
-        measured: dict[str, float] = self.metrics["method"].get("measured_seconds", {})
-        return sum(times.get(phase, 0.0) for times in (self.seconds, measured) for phase in PRUNING_PHASES)
 
     @property
     def reused_scores(self) -> bool:

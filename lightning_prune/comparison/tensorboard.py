@@ -12,6 +12,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from lightning_prune.comparison.figures import Plot
 from lightning_prune.comparison.style import SETTINGS
+from lightning_prune.escape import plain
 
 DPI = 110
 
@@ -25,7 +26,7 @@ def log_plots(plots: Iterable[Plot], folder: Path) -> None:
             with matplotlib.rc_context(SETTINGS):
                 plot.figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight")
             image = Summary.Image(encoded_image_string=buffer.getvalue(), colorspace=4)
-            summary = Summary(value=[Summary.Value(tag=plot.tag.strip("/"), image=image)])
+            summary = Summary(value=[Summary.Value(tag=plain(plot.tag).strip("/"), image=image)])
             writer.add_event(Event(wall_time=time.time(), step=0, summary=summary))
     finally:
         writer.close()

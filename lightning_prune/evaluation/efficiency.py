@@ -1,6 +1,7 @@
 """What pruning saves: parameters, MACs, KV cache, disk, tokens per second, memory."""
 
 import gc
+import inspect
 import re
 import statistics
 import sys
@@ -208,12 +209,14 @@ def _speed(model: PreTrainedModel, batch_size: int, setting: Setting, bar: Any) 
 def _generate(model: PreTrainedModel, prompt: torch.Tensor, decode_length: int) -> tuple[float, float]:
     """Seconds of the prefill of ``prompt`` ``[B, L]`` and of ``decode_length`` greedy steps."""
     net: Any = model
+    # transformers 5.24 renamed the argument and the output's field; the old name warns there and will go.
+    cache = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
     started = _now(model.device)
     output = net(input_ids=prompt, use_cache=True, logits_to_keep=1)
     filled = _now(model.device)
     for _ in range(decode_length):
         token = output.logits[:, -1:].argmax(-1)
-        output = net(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        output = net(input_ids=token, use_cache=True, **{cache: getattr(output, cache)})
     return filled - started, _now(model.device) - filled
 
 

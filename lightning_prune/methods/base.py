@@ -106,6 +106,7 @@ class PruningMethod(LayeredModule):
         self.pruned_folder: Path | None = None
         self._folder: Path | None = None
         self._finish_work = 0.0
+        self.self_check: dict[str, Any] | None = None  # what was compared once the checkpoint was written
         self.dense_parameters = 0
         self.saved: SavedMeasurement | None = None
 
@@ -278,7 +279,7 @@ class PruningMethod(LayeredModule):
         pruned = open_pruned(self.pretrained, self.plan, self.walk.weights_of)
         card = model_card(self.plan, layout_of(pruned.config), self.calibration_facts(), pretrained=self.pretrained)
         card += f"\n{self.note}\n" if self.note else ""
-        write_checkpoint(
+        self.self_check = write_checkpoint(
             pruned,
             folder,
             tokenizer_from=self.pretrained,

@@ -5,6 +5,7 @@ enters layer l. The layers with the smallest BI are removed in one shot; scores 
 """
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -26,13 +27,16 @@ def layers_to_remove(influence: Tensor, count: int) -> list[int]:
     return sorted(influence.argsort(stable=True)[:count].tolist())
 
 
-def nearest_layer_count(cost: Sequence[int], budget: float) -> int:
+def nearest_layer_count(cost: Sequence[int], budget: float | Fraction, at_most: bool = False) -> int:
     """How many layers come nearest to a budget in parameters; of two equally near counts the smaller one.
 
     Args:
         cost: parameters per layer; layers of one model are equally large.
         budget: parameters to remove.
+        at_most: never above the budget.
     """
+    if at_most:
+        return min(int(budget // cost[0]), len(cost))
     return min(range(len(cost) + 1), key=lambda count: (abs(count * cost[0] - budget), count))
 
 
@@ -58,24 +62,34 @@ class ShortGPT(PruningMethod):
     Args:
         pretrained: Model folder or hub id to prune. ``demo`` is the small model inside the package.
         pruning_ratio: Share of all parameters (embeddings and head included) to remove, between 0 and 1; the number
-            of layers nearest to it is removed.
+            of layers nearest to it is removed, so the ratio reached may lie above or below it.
         n_remove_layers: Remove exactly this many layers; ``pruning_ratio`` is then not read.
+        at_most: Remove the largest number of layers that does not exceed ``pruning_ratio``, not the nearest.
         run_options: Options of every method.
     """
 
-    decision_options = (*PruningMethod.decision_options, "n_remove_layers")
+    decision_options = (*PruningMethod.decision_options, "n_remove_layers", "at_most")
 
     def __init__(
         self,
         pretrained: str = "demo",
         pruning_ratio: float = 0.2,
         n_remove_layers: int | None = None,
+        at_most: bool = False,
         **run_options: Any,
     ) -> None:
         super().__init__(pretrained, pruning_ratio, **run_options)
         if n_remove_layers is not None and n_remove_layers < 1:
             raise UserError(f"--model.n_remove_layers: found {n_remove_layers}; it must be 1 or more.")
+        if n_remove_layers is not None and at_most:
+            raise UserError("--model.at_most rounds --model.pruning_ratio, which --model.n_remove_layers replaces.")
         self.n_remove_layers = n_remove_layers
+        self.at_most = at_most
+
+    @property
+    def requested_ratio(self) -> float | None:
+        """None where a number of layers was asked for."""
+        return self.pruning_ratio if self.n_remove_layers is None else None
 
     def layer_count(self, layers: Sequence[LayerAnatomy], total_parameters: int) -> int:
         """Layers to remove.
@@ -84,7 +98,9 @@ class ShortGPT(PruningMethod):
             UserError: none or all of them.
         """
         cost = [view.attention_block_cost + view.mlp_block_cost for view in layers]
-        count = self.n_remove_layers or nearest_layer_count(cost, self.pruning_ratio * total_parameters)
+        count = self.n_remove_layers or nearest_layer_count(
+            cost, Fraction(str(self.pruning_ratio)) * total_parameters, self.at_most
+        )
         if 0 < count < len(layers):
             return count
         if self.n_remove_layers is not None:
@@ -93,8 +109,9 @@ class ShortGPT(PruningMethod):
                 f"so at most {len(layers) - 1} can go."
             )
         smallest, largest = cost[0] / total_parameters, cost[0] * (len(layers) - 1) / total_parameters
+        comes = "allows" if self.at_most else "is nearest to"
         raise UserError(
-            f"--model.pruning_ratio: {self.pruning_ratio:g} is nearest to removing {count} of {len(layers)} layers. "
+            f"--model.pruning_ratio: {self.pruning_ratio:g} {comes} removing {count} of {len(layers)} layers. "
             f"Removing 1 to {len(layers) - 1} layers gives ratios from {smallest:.4f} to {largest:.4f}, "
             "the largest reachable ratio."
         )
@@ -126,5 +143,6 @@ class ShortGPT(PruningMethod):
         self.plan = self.make_plan(kept, parameters_after(self.layers, self.dense_parameters, kept))
 
     def details(self) -> dict[str, Any]:
-        """Which layers went."""
-        return {"removed_layers": self.plan.removed_layers, **super().details()}
+        """Which layers went, and what was asked for."""
+        asked = {"n_remove_layers": self.n_remove_layers, "at_most": self.at_most}
+        return {"removed_layers": self.plan.removed_layers, **asked, **super().details()}

@@ -99,9 +99,9 @@ class SlimGPTPass(BlockPass):
             "dtype": torch.tensor(SOLVER_DTYPES.index(str(dtype).removeprefix("torch."))),
         }
 
-    def cost(self, step: Step) -> float:
+    def cost(self, view: LayerAnatomy, step: Step) -> float:
         """A block, and the square of its inner width for XᵀX."""
-        linears = self.view(step).linears
+        linears = view.linears
         inner = linears[self.role(step)].in_features
         block = sum(linears[role].weight.numel() for role in BLOCK_ROLES[self.role(step)])
         return (block + inner * inner / 2) / sum(linear.weight.numel() for linear in linears.values())

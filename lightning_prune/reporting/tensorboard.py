@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch.utils.tensorboard import SummaryWriter
 
+from lightning_prune.escape import plain
 from lightning_prune.methods.scores import BLOCKS, Block, Scores
 
 
@@ -57,7 +58,7 @@ def hparams(method_options: dict[str, Any], metrics: dict[str, Any]) -> tuple[di
     options = {key: value for key, value in method_options.items() if isinstance(value, (str, int, float, bool))}
     results = {"hparams/achieved ratio": float(metrics["pruning_ratio"]["achieved"])}
     for name, values in metrics["perplexity"].items():
-        results[f"hparams/perplexity {name}"] = float(values["pruned"])
+        results[f"hparams/perplexity {plain(name)}"] = float(values["pruned"])
     return options, results
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import lightning as L
 import torch
 
-from lightning_prune.models.layered import open_layered
+from lightning_prune.models.layered import LayeredModel, open_layered
 from lightning_prune.walk.module import LayeredModule
 
 
@@ -42,15 +42,18 @@ def _bad_weight(model: LayeredModule) -> str | None:
     """The first parameter of the checkpoint that is not finite."""
     opened = open_layered(model.pretrained, None, torch.device("cpu"))
     try:
-        named = dict(opened.net.named_parameters())
-        for outside in opened.outside:
-            if not bool(torch.isfinite(named[outside]).all()):
-                return outside
-        for index, names in enumerate(opened.layer_names):
-            with opened.layer(index) as layer:
-                for inner, name in names.items():
-                    if not bool(torch.isfinite(layer.get_parameter(inner)).all()):
-                        return name
+        for name, weight in _parameters(opened):
+            if not bool(torch.isfinite(weight).all()):
+                return name
     finally:
         opened.close()
     return None
+
+
+def _parameters(model: LayeredModel) -> Iterator[tuple[str, torch.Tensor]]:
+    named = dict(model.net.named_parameters())
+    yield from ((name, named[name]) for name in model.outside)
+    for index, names in enumerate(model.layer_names):
+        with model.layer(index) as layer:
+            for inner, name in names.items():
+                yield name, layer.get_parameter(inner)

@@ -8,8 +8,6 @@ Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0)]
 
 # What a method costs: phases of ``seconds`` that belong to calibrating and pruning. Loading, tokenising, evaluating,
-# checking and saving are the same work for every method.
-PRUNING_PHASES = ("calibrate", "prune layers", "decide", "prune")
 
 
 class _Record(BaseModel):

@@ -14,7 +14,7 @@ from lightning_prune.surgery.anatomy import anatomy
 from lightning_prune.surgery.loading import load_config, meta_model
 from lightning_prune.walk.module import PerplexityResult
 
-MEASURING = ("calibrate", "prune layers")  # phases that reading the scores saves
+MEASURING = ("calibrate", "finish layers")  # phases that reading the scores saves
 
 
 def reuse(method: PruningMethod, run: FinishedRun) -> None:

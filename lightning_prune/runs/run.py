@@ -1,5 +1,6 @@
 """One run, start to end: dense perplexity → calibrate and prune → pruned perplexity → record."""
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.errors import UserError
 from lightning_prune.evaluation.unigram import unigram_perplexity
+from lightning_prune.files import FULL
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.reporting.base_model import base_model_sha256
 from lightning_prune.reporting.configuration import configuration_sha256
@@ -152,10 +154,27 @@ def _claimed(trainer: L.Trainer, label: str, config: str, again: Path | None = N
             _pinned(logger, root, label, folder) if isinstance(logger, TensorBoardLogger) else logger
             for logger in trainer.loggers
         ]
-        try:
-            yield folder
-        finally:
-            _close(trainer)  # its thread would write to a folder that is being removed
+        with _writer_threads_fail_quietly():
+            try:
+                yield folder
+            finally:
+                _close(trainer)  # its thread would write to a folder that is being removed
+
+
+@contextmanager
+def _writer_threads_fail_quietly() -> Iterator[None]:
+    """TensorBoard's thread dies with a traceback when the disk is full; the main thread notices and says it better."""
+    before = threading.excepthook
+
+    def hook(found: threading.ExceptHookArgs) -> None:
+        if not (isinstance(found.exc_value, OSError) and found.exc_value.errno in FULL):
+            before(found)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _pinned(logger: TensorBoardLogger, root: Path, label: str, folder: RunFolder | None) -> TensorBoardLogger:
@@ -195,6 +214,7 @@ def _record(
         "scores_reused": method.saved is not None,
         "measured_seconds": method.saved.seconds if method.saved is not None else {},
     }
+    metrics["self_check"] = method.self_check
     calibration = method.calibration_facts()
     metrics["configuration_sha256"] = configuration_sha256(
         type(method).__name__,

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-BLOCK = 2048  # large enough for a matrix product at full speed, small enough that half is really saved
+BLOCK = 1024  # large enough for a matrix product at full speed, small enough that half is really saved
 MIRROR_BLOCK = 512  # its squares are copied thrice
 
 

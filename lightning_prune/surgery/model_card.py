@@ -1,10 +1,11 @@
 """``README.md`` of a checkpoint: what was pruned, how, and how to load it."""
 
+import re
 from typing import Any, Literal
 
 import yaml
 
-from lightning_prune.escape import markdown, markdown_code, markdown_table, plain, public_name
+from lightning_prune.escape import markdown, markdown_code, markdown_table, public_name
 from lightning_prune.surgery.base_facts import base_facts
 from lightning_prune.surgery.plan import LayerPlan, PruningPlan
 
@@ -37,11 +38,12 @@ def model_card(
 
 
 def _front_matter(plan: PruningPlan, facts: dict[str, Any]) -> str:
+    method = re.sub(r"[^\w.+-]+", "-", plan.method).strip("-")  # a tag is a word
     matter = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         **facts,
-        "tags": ["pruning", "lightning-prune", plain(plan.method)],
+        "tags": ["pruning", "lightning-prune", *([method] if method else [])],
     }
     return f"---\n{yaml.safe_dump(matter, sort_keys=False)}---"
 

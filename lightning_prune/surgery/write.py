@@ -4,17 +4,20 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from lightning_prune.errors import UserError
 from lightning_prune.files import new_folder, write_json, write_text
-from lightning_prune.models.layered import LayeredModel
+from lightning_prune.memory import free_host_bytes
+from lightning_prune.models.layered import LayeredModel, open_layered
 from lightning_prune.surgery import modeling_pruned
 from lightning_prune.surgery.loading import generation_config, quiet_transformers, tokenizer_files
+from lightning_prune.surgery.self_check import check_checkpoint, compare_logits, probe_tokens
 
+WHOLE_SHARE = 0.5  # of free host memory that a model may take to be checked whole
 SHARD_BYTES = 5 * 10**9
 SAFETENSORS_NAMES = {
     torch.float64: "F64",
@@ -31,7 +34,7 @@ def write_checkpoint(
     tokenizer_from: str | None,
     card: str,
     progress: Callable[[int], None] = lambda layer: None,
-) -> None:
+) -> dict[str, Any]:
     """Write config, generation config, safetensors, tokenizer files, ``README.md`` and, for the per-layer layout,
     ``modeling_pruned.py``. The same model gives the same bytes.
 
@@ -42,7 +45,11 @@ def write_checkpoint(
         card: text of ``README.md``.
         progress: told the number of every layer that has been written.
 
+    Returns:
+        What the self-check compared, before the folder took its name.
+
     Raises:
+        CheckpointError, FloatingPointError: see ``surgery.self_check``; nothing is left behind.
         UserError: the folder cannot be written or the disk is full; nothing is left behind.
     """
     files = tokenizer_files(tokenizer_from) if tokenizer_from is not None else []
@@ -52,10 +59,11 @@ def write_checkpoint(
             if tokenizer_from is not None and (generation := generation_config(tokenizer_from)) is not None:
                 with quiet_transformers():
                     generation.save_pretrained(temporary)
-            _write_weights(model, temporary, progress)
+            expected = _write_weights(model, temporary, progress)
             for file in files:
                 shutil.copyfile(file, temporary / file.name)
             write_text(temporary / "README.md", card)
+            return _check(model, temporary, expected)
     except OSError as error:
         raise UserError(
             f"The checkpoint cannot be written to '{folder}' ({error}). Free space there, or choose another "
@@ -68,13 +76,31 @@ def _write_config(model: LayeredModel, folder: Path) -> None:
     config.architectures = [type(model.net).__name__]
     config.dtype = model.dtype
     if config.is_heterogeneous:
-        config.update(modeling_pruned.identity(type(model.net).__name__))
+        names = modeling_pruned.identity(type(model.net).__name__)
+        config.architectures, config.auto_map = names["architectures"], names["auto_map"]
         shutil.copyfile(modeling_pruned.__file__, folder / "modeling_pruned.py")
     with quiet_transformers():
         config.save_pretrained(folder)
 
 
-def _write_weights(model: LayeredModel, folder: Path, progress: Callable[[int], None]) -> None:
+def _check(model: LayeredModel, folder: Path, expected: Tensor) -> dict[str, Any]:
+    """Through transformers where the model fits into memory, else layer by layer, and then without decoding."""
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if size <= WHOLE_SHARE * free_host_bytes():
+        return check_checkpoint(folder, expected)
+    read_back = open_layered(str(folder), model.dtype, expected.device)
+    with torch.no_grad():
+        hidden = read_back.embed(probe_tokens(model.config.vocab_size))
+        for index in range(read_back.num_layers):
+            read_back.announce(index + 1)
+            with read_back.layer(index):
+                hidden = read_back.run(index, hidden)
+        return compare_logits(read_back.head(hidden), expected)
+
+
+@torch.no_grad()
+def _write_weights(model: LayeredModel, folder: Path, progress: Callable[[int], None]) -> Tensor:
+    """Write every parameter, and run the probe through the layers as they pass: its logits ``[2, 12, V]``."""
     parameters = dict(model.net.named_parameters())
     dtype = model.dtype or next(iter(parameters.values())).dtype
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
@@ -83,6 +109,7 @@ def _write_weights(model: LayeredModel, folder: Path, progress: Callable[[int], 
     before = [name for name in shapes if name not in inside and name == first]
     after = [name for name in shapes if name not in inside and name != first]
     order = [*before, *(name for names in model.layer_names for name in names.values()), *after]
+    hidden = model.embed(probe_tokens(model.config.vocab_size))
     with _Shards(folder, [(name, shapes[name]) for name in order], dtype) as shards:
         for name in before:
             shards.write(name, parameters[name])
@@ -91,9 +118,11 @@ def _write_weights(model: LayeredModel, folder: Path, progress: Callable[[int], 
             with model.layer(index) as layer:
                 for inner, name in names.items():
                     shards.write(name, layer.get_parameter(inner))
+                hidden = model.run(index, hidden)
             progress(index)
         for name in after:
             shards.write(name, parameters[name])
+    return model.head(hidden)
 
 
 class _Shards:

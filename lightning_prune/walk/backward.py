@@ -84,7 +84,7 @@ class BackwardPass(Pass):
         if step.phase == "backward":
             self.boundaries[step.layer].close()
 
-    def cost(self, step: Step) -> float:
+    def cost(self, view: LayerAnatomy, step: Step) -> float:
         """Backward: run again, gradients of inputs and of weights."""
         return 3.0 if step.phase == "backward" else 1.0
 

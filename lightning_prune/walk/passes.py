@@ -111,7 +111,7 @@ class Pass(ABC):
         """Whether the step leaves the layer with other weights."""
         return False
 
-    def cost(self, step: Step) -> float:
+    def cost(self, view: LayerAnatomy, step: Step) -> float:
         """Work per token of this step, in plain evaluations of a layer; an estimate for the progress bar."""
         return 1.0
 

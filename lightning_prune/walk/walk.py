@@ -84,10 +84,9 @@ class Walk:
     def cost(self, number: int, tokens: int) -> tuple[float, float]:
         """Work of a step with ``tokens`` tokens in tokens through a layer: while batches run, and to finish it."""
         one, step = self.steps[number]
-        running = one.cost(step) * tokens if one.reads else 0.0
-        return running, 0.0 if number in self.findings else one.cost_to_finish(
-            self.setting.model.views[step.layer], step
-        )
+        view = self.setting.model.views[step.layer]
+        running = one.cost(view, step) * tokens if one.reads else 0.0
+        return running, 0.0 if number in self.findings else one.cost_to_finish(view, step)
 
     def close(self) -> None:
         """End the open pass."""

@@ -113,7 +113,7 @@ class RemovalPass(Pass):
             assert int(self.losses.tokens) == expected, (int(self.losses.tokens), expected)
         return {"delta": self.losses.compute().cpu()}
 
-    def cost(self, step: Step) -> float:
+    def cost(self, view: LayerAnatomy, step: Step) -> float:
         """Every state that crosses, and the MLP alone."""
         return 2.0 + 3 * step.layer if self.blocks else 1.0 + step.layer
 

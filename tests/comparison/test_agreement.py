@@ -1,4 +1,6 @@
+import itertools
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,8 @@ import pytest
 from lightning_prune.comparison.agreement import jaccard, layer_agreement, spearman, unit_agreement
 from lightning_prune.comparison.run import load_run
 from tests.comparison.fake_run import write_run
+
+NAMES = ("layer", "block", "unit", "score", "kept")
 
 
 def naive_spearman(left: list[float], right: list[float]) -> float:
@@ -69,3 +73,31 @@ def test_order_of_rows_in_the_file_does_not_matter(tmp_path: Path) -> None:
     found = unit_agreement([load_run(folder) for folder in folders])
     assert found.spearman[0, 1] == pytest.approx(1.0)
     assert found.jaccard[0, 1] == 1.0
+
+
+def test_runs_with_other_units_are_not_compared(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path, "wanda", 0.5, seed=1), write_run(tmp_path, "other", 0.5, seed=2)]
+    scores = folders[1] / "scores.csv"
+    # The same number of units at another cost: another model.
+    scores.write_text("\n".join(re.sub(r",10,1\.0,", ",20,1.0,", line) for line in scores.read_text().splitlines()))
+    runs = [load_run(folder) for folder in folders]
+    for found in (unit_agreement(runs), layer_agreement(runs)):
+        assert math.isnan(found.spearman[0, 1])
+        assert math.isnan(found.jaccard[0, 1])
+        assert found.jaccard[0, 0] == 1.0
+
+
+def test_matrices_equal_loops_over_units_and_layers(tmp_path: Path) -> None:
+    runs = [load_run(write_run(tmp_path, f"run{seed}", 0.25 * (1 + seed % 2), seed=seed)) for seed in range(4)]
+    rows = [sorted(zip(*(getattr(run.units, name).tolist() for name in NAMES), strict=True)) for run in runs]
+    units, layers = unit_agreement(runs), layer_agreement(runs)
+    for a, b in itertools.product(range(4), repeat=2):
+        left, right = rows[a], rows[b]
+        assert units.spearman[a, b] == pytest.approx(naive_spearman([r[3] for r in left], [r[3] for r in right]))
+        kept = [{row[:3] for row in side if row[4]} for side in (left, right)]
+        assert units.jaccard[a, b] == pytest.approx(len(kept[0] & kept[1]) / len(kept[0] | kept[1]))
+        shares = [[sum(row[4] for row in side if row[0] == at) / 8 for at in range(4)] for side in (left, right)]
+        low, high = (sum(f(x, y) for x, y in zip(*shares, strict=True)) for f in (min, max))
+        assert layers.jaccard[a, b] == pytest.approx(low / high)
+        if all(len(set(share)) > 1 for share in shares):
+            assert layers.spearman[a, b] == pytest.approx(naive_spearman(*shares))

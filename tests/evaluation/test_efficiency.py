@@ -1,5 +1,6 @@
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -147,3 +148,9 @@ def test_table_shows_dense_pruned_and_their_ratio() -> None:
     alone = EfficiencyReport(Setting(), "cpu", "float32", 1, pruned, None)
     assert "dense" not in alone.table()
     assert json.loads(json.dumps(alone.to_json()))["pruned"]["speed"][0]["decode_tokens_per_second"] == 12.0
+
+
+def test_decoding_names_the_cache_as_the_installed_transformers_does() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        efficiency._generate(make("mixed"), tiny_tokens(1, 6), 2)

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 import lightning_prune
 from lightning_prune.data.calibration import fingerprint
-from lightning_prune.evaluation.perplexity import Perplexity
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.surgery import write
@@ -215,18 +214,24 @@ def test_half_precisions_keep_their_statistics_in_full_precision(
     expected_dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     full = shared(system)  # may run the system, so before anything is watched
     entered: list[set[torch.dtype]] = []
-    statistics: list[Metric] = []
+    states: set[tuple[str, str, torch.dtype]] = set()  # of every statistic whenever it took something up
     enter, make, decide = LayeredModel.enter, Metric.__init__, PruningMethod._decide
 
     def spy_on_enter(self: LayeredModel, index: int) -> Any:
         layer = enter(self, index)
-        if type(self.net).__name__ == "LlamaForCausalLM" and self._reader.source.__class__.__name__ != "PrunedSource":
+        if self is method._model:  # others write, and read what was written
             entered.append({parameter.dtype for parameter in layer.parameters()})
         return layer
 
     def spy_on_statistics(self: Metric, *args: Any, **options: Any) -> None:
         make(self, *args, **options)
-        statistics.append(self)
+        update = self.update
+
+        def spy_on_update(*args: Any, **options: Any) -> None:
+            update(*args, **options)
+            states.update((type(self).__name__, name, getattr(self, name).dtype) for name in self._defaults)
+
+        self.update = spy_on_update  # type: ignore[method-assign]
 
     def spy_on_decide(self: PruningMethod) -> None:
         assert self.model.net.get_input_embeddings().weight.dtype == expected_dtype
@@ -244,9 +249,8 @@ def test_half_precisions_keep_their_statistics_in_full_precision(
 
     assert entered
     assert all(dtypes == {expected_dtype} for dtypes in entered)
-    states = [(type(one).__name__, name, getattr(one, name).dtype) for one in statistics for name in one._defaults]
     assert {dtype for _, _, dtype in states} <= {torch.float32, torch.float64, torch.int64}, states
-    assert {type(one) for one in statistics} - {Perplexity} or not method.needs_calibration
+    assert {kind for kind, _, _ in states} - {"Perplexity"} or not method.needs_calibration
     # The checkpoint has the dtype of the dense one, whatever was calculated in.
     assert lightning_prune.load(run.pruned).dtype == torch.float32
     assert torch.equal(logits(lightning_prune.load(run.pruned)), logits(run.model))

@@ -1,5 +1,6 @@
 """ShortGPT: block influence per layer, and which layers go."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,38 @@ def test_ratio_removes_the_nearest_number_of_layers() -> None:
     assert nearest_layer_count([10] * 8, 24) == 2
     assert nearest_layer_count([10] * 8, 26) == 3
     assert nearest_layer_count([10] * 8, 25) == 2  # equally near: fewer layers go
+
+
+@pytest.mark.parametrize(("budget", "count"), [(9, 0), (10, 1), (19.9, 1), (29, 2), (80, 8), (1000, 8)])
+def test_at_most_never_removes_more_than_the_budget(budget: float, count: int) -> None:
+    assert nearest_layer_count([10] * 8, budget, at_most=True) == count
+
+
+def test_at_most_keeps_the_ratio_where_the_nearest_number_of_layers_exceeds_it(tmp_path: Path) -> None:
+    model = make_tiny(layers=5)
+    total, layer = (
+        sum(p.numel() for p in model.parameters()),
+        sum(p.numel() for p in model.model.layers[0].parameters()),
+    )
+    ratio = round(1.7 * layer / total, 4)
+    base = save_base(model, tmp_path / "base")
+    for at_most, gone in ((False, 2), (True, 1)):
+        method = run_method(ShortGPT(base, ratio, at_most=at_most), tiny_tokens(4, 8), tmp_path / str(at_most))
+        assert len(method.plan.removed_layers) == gone
+        assert (method.plan.achieved_ratio <= ratio) == at_most
+        assert method.plan.pruning_ratio == ratio
+    with pytest.raises(UserError, match="allows removing 0 of 5 layers"):
+        run_method(ShortGPT(base, 0.9 * layer / total, at_most=True), tiny_tokens(4, 8), tmp_path / "none")
+    with pytest.raises(UserError, match=r"--model.at_most rounds"):
+        ShortGPT(base, n_remove_layers=1, at_most=True)
+
+
+def test_no_ratio_is_recorded_that_nobody_asked_for(tmp_path: Path) -> None:
+    base = save_base(make_tiny(layers=4), tmp_path / "base")
+    method = run_method(ShortGPT(base, n_remove_layers=1), tiny_tokens(4, 8), tmp_path / "run")
+    assert method.plan.pruning_ratio is None
+    assert json.loads((tmp_path / "run" / "plan.json").read_text())["pruning_ratio"] is None
+    assert json.loads((tmp_path / "run" / "method.json").read_text())["n_remove_layers"] == 1
 
 
 def test_an_identity_layer_goes_first(tmp_path: Path) -> None:

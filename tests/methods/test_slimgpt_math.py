@@ -454,6 +454,17 @@ def test_inverting_and_pruning_need_what_solver_bytes_says(monkeypatch: pytest.M
         assert pruning.peak + matrix < solver_bytes(n, dtype)
 
 
+def test_another_damping_does_not_need_a_second_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slimgpt_math, "CHUNK", 2**14)
+    monkeypatch.setattr(gram, "MIRROR_BLOCK", 64)
+    n = 768
+    x = torch.randn(64, n, generator=torch.Generator().manual_seed(0))  # fewer tokens than columns: λ = 0 must fail
+    xtx = x.T @ x
+    with LiveBytes() as inverting:
+        assert inverse_hessian(xtx, 1, 0.0).damping > 0
+    assert inverting.peak < 1.2 * n * n * torch.float64.itemsize
+
+
 def test_float64_is_chosen_where_it_fits() -> None:
     needed = solver_bytes(4096, torch.float64)
     assert 2 * 8 * 4096**2 < needed < 3 * 8 * 4096**2

@@ -1,3 +1,5 @@
+import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,34 @@ def test_kept_fractions_and_scores_are_those_of_the_table(tmp_path: Path) -> Non
     names, fractions = kept_fraction(scores)
     assert names == ["attention", "mlp"]
     assert fractions.tolist() == [[1, 0.5, 1, 0], [1, 0.75, 1, 0]]
+
+
+def test_table_in_any_order_with_missing_blocks_equals_a_loop(tmp_path: Path) -> None:
+    whole = group_table()
+    order = torch.randperm(len(whole.layer), generator=torch.Generator().manual_seed(1))
+    order = order[~((whole.layer == 2) & (whole.block == 0))[order]]  # a layer without attention
+    columns = {field.name: getattr(whole, field.name)[order] for field in dataclasses.fields(whole)}
+    scores = Scores(**columns)
+    names, fractions = kept_fraction(scores)
+    events = logged(tmp_path, scores)
+    rows = list(
+        zip(*(columns[name].tolist() for name in ("layer", "block", "importance", "score", "pruned")), strict=True)
+    )
+    total = math.fsum(row[2] for row in rows)
+    for index, block in enumerate(names):
+        points = {name: {point.step: point.value for point in events.Scalars(f"{name}/{block}")} for name in
+                  ("importance", "score", "kept fraction")}  # fmt: skip
+        for layer in range(4):
+            mine = [row for row in rows if row[:2] == (layer, index)]
+            if not mine:
+                assert math.isnan(fractions[index, layer])
+                assert all(layer not in values for values in points.values())
+                continue
+            assert float(fractions[index, layer]) == pytest.approx(sum(not row[4] for row in mine) / len(mine))
+            assert points["kept fraction"][layer] == pytest.approx(float(fractions[index, layer]), rel=1e-6)
+            assert points["importance"][layer] == pytest.approx(math.fsum(row[2] for row in mine) / total, rel=1e-6)
+            assert points["score"][layer] == pytest.approx(math.fsum(row[3] for row in mine) / len(mine), rel=1e-6)
+    assert [point.step for point in events.Scalars("importance/attention")] == [0, 1, 3]
 
 
 def test_depth_pruning_shares_the_layer_curve(tmp_path: Path) -> None:

@@ -1,0 +1,102 @@
+"""SIGINT and SIGTERM end the command, whoever would rather go on.
+
+A handler can only raise an exception in the main thread, and that is lost when it strikes inside a finalizer, a
+callback of a library, or an ``except`` that swallows everything. So a thread of its own reads the signal, too: it has
+the exception raised again as long as nobody unwinds, and ends the process when it still stands after a while.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+AGAIN = 0.2  # seconds after which a lost exception is raised again
+GRACE = 10.0  # seconds for unwinding: temporary files are removed, TensorBoard's threads end
+
+
+class Stopped(BaseException):
+    """SIGINT or SIGTERM. Not a KeyboardInterrupt, which Lightning's trainer answers with exit status 1 of its own."""
+
+
+class Stop:
+    """What is known about the signal: ``number`` is None until one came. Once ``over`` is set, none raises any more."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.over = False
+        self._unwinding: weakref.ref[Stopped] | None = None
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Unwind, so that temporary files are removed; another signal does not stop that."""
+        if self.number is None:
+            self.number = number
+        if not self.over and (self._unwinding is None or self._unwinding() is None):
+            raise self._stopped()
+
+    def on_unraisable(self, lost: Any) -> None:
+        """Python's hook for exceptions that cannot be raised where they strike."""
+        if isinstance(lost.exc_value, Stopped):
+            self._unwinding = None
+        else:
+            sys.__unraisablehook__(lost)
+
+    def _stopped(self) -> Stopped:
+        # Not a local of the frame that raises: the exception would hold itself and never be seen to be gone.
+        found = Stopped(self.number)
+        self._unwinding = weakref.ref(found)
+        return found
+
+    def watch(self, wake: socket.socket, done: threading.Event, main: int) -> None:
+        """Wait for a signal; then see to it that the main thread ends."""
+        while self.number is None and not done.is_set():
+            for number in wake.recv(64):
+                if number in SIGNALS and self.number is None:
+                    self.number = number
+        for _ in range(round(GRACE / AGAIN)):
+            if done.wait(AGAIN):
+                return
+            signal.pthread_kill(main, signal.SIGINT)  # Lightning puts a handler of its own before ours for SIGTERM
+        if not done.is_set() and self.number is not None:
+            name = signal.Signals(self.number).name
+            print(
+                f"interrupted by {name}; the command did not end within {GRACE:g} seconds and was killed. A run folder "
+                "that holds the file 'unfinished' is not finished; the next run removes temporary files.",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(128 + self.number)
+
+
+@contextmanager
+def stoppable() -> Iterator[Stop]:
+    """Within the block SIGINT and SIGTERM raise ``Stopped`` in the main thread, until ``over`` is set."""
+    stop, done = Stop(), threading.Event()
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    before = {number: signal.signal(number, stop.on_signal) for number in SIGNALS}
+    hook, sys.unraisablehook = sys.unraisablehook, stop.on_unraisable
+    wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    arguments = (receiver, done, threading.get_ident())
+    watcher = threading.Thread(target=stop.watch, args=arguments, daemon=True, name="signals")
+    watcher.start()
+    try:
+        yield stop
+    finally:
+        stop.over = True
+        done.set()
+        sender.setblocking(True)
+        sender.send(b"\0")
+        watcher.join()  # before the handlers change back: it sends signals
+        signal.set_wakeup_fd(wakeup)
+        sys.unraisablehook = hook
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        receiver.close()
+        sender.close()

@@ -1,0 +1,128 @@
+"""What comes from outside (labels, names of data sets and models, error messages) cannot act in any report file."""
+
+import csv
+import unicodedata
+import warnings
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from lightning_prune.comparison.audit import Audit, audit
+from lightning_prune.comparison.report import write_report
+from lightning_prune.comparison.run import Run, load_run
+from lightning_prune.comparison.sections import sections, terminal
+from lightning_prune.comparison.tables import Failure
+from tests.comparison.fake_run import write_run
+
+HOSTILE = "<script>alert(1)</script>|x\n\n# head `$x^{$ ![i](http://e.com/i) \x1b[2J\x9b1m\u202e\udc80 \\\\ & % \"'"
+FILES = ("report.html", "report.md", "results.csv", "results.tex", "calibration_appendix.md")
+
+
+class Tags(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+        self.attributes: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+
+def poisoned(run: Run) -> Run:
+    """``run`` with the hostile text wherever a run folder holds text of its own."""
+    assert run.calibration is not None
+    metrics = run.metrics | {
+        "perplexity": {HOSTILE: run.metrics["perplexity"]["demo"]},
+        "evaluation": {HOSTILE: run.evaluation["demo"] | {"bos": HOSTILE, "split": HOSTILE, "fingerprint": HOSTILE}},
+        "method": run.metrics["method"] | {"name": HOSTILE, "base_model": HOSTILE},
+    }
+    environment = run.environment | {"platform": HOSTILE, "device": HOSTILE, "gpus": [{"name": HOSTILE}]}
+    environment |= {"cpu": run.environment["cpu"] | {"name": HOSTILE}, "packages": {HOSTILE: HOSTILE}}
+    facts = {
+        "dataset": HOSTILE,
+        "split": HOSTILE,
+        "fingerprint": HOSTILE,
+        "revision": HOSTILE,
+        "configuration": HOSTILE,
+    }
+    details = {"label": HOSTILE, HOSTILE: HOSTILE, "list": [HOSTILE], "deep": {HOSTILE: HOSTILE}}
+    changed = {"metrics": metrics, "environment": environment, "details": details}
+    return replace(run, label=run.label + HOSTILE, calibration=run.calibration | facts, **changed)
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Audit:
+    root = tmp_path_factory.mktemp("runs")
+    first, second = (load_run(write_run(root, label, seed=seed)) for seed, label in enumerate(("_a", "b")))
+    return audit([poisoned(first), poisoned(second), load_run(write_run(root, "c", base_model=HOSTILE, weights=None))])
+
+
+@pytest.fixture(scope="module")
+def report(result: Audit, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reports")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_report(result, [Failure(HOSTILE, 0.3, f"RuntimeError: {HOSTILE}")], folder / "report")
+    return folder / "report"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_control_character_reaches_a_file(report: Path, name: str) -> None:
+    text = (report / name).read_text(encoding="utf-8")
+    assert {character for character in text if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl")} <= {"\n"}
+
+
+@pytest.mark.parametrize("name", ["report.html", "report.md", "results.tex", "calibration_appendix.md"])
+def test_no_tag_and_no_image_survive(report: Path, name: str) -> None:
+    text = (report / name).read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert name == "report.html" or "![i](" not in text
+
+
+def test_page_has_the_elements_of_a_harmless_report_only(report: Path, tmp_path: Path) -> None:
+    write_report(
+        audit([load_run(write_run(tmp_path, label, seed=len(label))) for label in ("a", "bb")]), [], tmp_path / "r"
+    )
+    hostile, harmless = Tags(), Tags()
+    hostile.feed((report / "report.html").read_text(encoding="utf-8"))
+    harmless.feed((tmp_path / "r" / "report.html").read_text(encoding="utf-8"))
+    assert hostile.found <= harmless.found | {"strong", "clippath"}
+    assert not {name for name in hostile.attributes if name.startswith("on")}
+
+
+@pytest.mark.parametrize("name", ["report.md", "calibration_appendix.md"])
+def test_every_line_of_markdown_was_written_by_the_report(report: Path, name: str) -> None:
+    lines = (report / name).read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if line.startswith("# head")]
+    columns = 0
+    for line in lines:
+        if not line.startswith("|"):
+            columns = 0
+            continue
+        found = line.replace("\\\\", "").replace("\\|", "").count("|")
+        assert columns in (0, found), line
+        columns = found
+
+
+def test_csv_keeps_one_line_per_run(report: Path) -> None:
+    text = (report / "results.csv").read_text(encoding="utf-8")
+    assert len(text.splitlines()) == len(list(csv.reader(text.splitlines()))) == 1 + 3 + 1
+
+
+def test_latex_rows_keep_their_cells(report: Path) -> None:
+    text = (report / "results.tex").read_text(encoding="utf-8")
+    rows = [
+        line for line in text.splitlines() if line.endswith(r"\\") and "script" in line and "multicolumn" not in line
+    ]
+    assert len(rows) == 2
+    assert {row.replace(r"\&", "").count("&") for row in rows} == {1}
+    assert "alert(1)\\textless{}/script\\textgreater{}\\textbar{}x \\# head" in rows[0]
+
+
+def test_terminal_shows_the_text_and_obeys_none_of_it(result: Audit) -> None:
+    text = terminal(sections(result, [Failure(HOSTILE, 0.3, HOSTILE)]))
+    assert "\\x1b[2J\\x9b1m\\u202e\\udc80" in text
+    assert not {character for character in text if unicodedata.category(character) in ("Cc", "Cf", "Cs")} - {"\n"}

@@ -1,0 +1,360 @@
+import errno
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_prune import files
+from lightning_prune.errors import UserError
+from lightning_prune.files import Lock
+from lightning_prune.runs.folder import UNFINISHED, RunFolder, check_label, sweep_runs
+from lightning_prune.runs.records import Environment, RunMetrics, as_dict
+from tests.comparison.fake_run import ENVIRONMENT, EVALUATION, write_run
+from tests.test_cli import importable
+
+METRICS: dict[str, Any] = {
+    "perplexity": {"demo": {"dense": 10.0, "pruned": 12.5, "tokens": 1270}},
+    "evaluation": {"demo": EVALUATION},
+    "parameters": {"dense": 1000, "pruned": 800},
+    "pruning_ratio": {"requested": 0.2, "achieved": 0.2},
+    "seconds": {"total": 3.5},
+    "peak_memory_bytes": 1,
+    "method": {"name": "wanda", "label": "wanda", "base_model": "demo", "base_model_sha256": None},
+}
+
+
+def finish(root: Path, label: str = "wanda", config: str = "a: 1\n") -> Path:
+    with RunFolder.claim(root, label) as folder:
+        folder.write_config(config)
+        folder.write_results(None, ENVIRONMENT, METRICS)
+    return folder.path
+
+
+def fail(root: Path, error: BaseException, write: Callable[[RunFolder], Any] = lambda folder: None) -> Path:
+    with RunFolder.claim(root, "wanda") as folder:
+        folder.write_config("a: 1\n")
+        write(folder)
+        raise error
+    return folder.path
+
+
+def killed(root: Path, name: str, *others: str, config: str = "a: 1\n") -> Path:
+    """What SIGKILL leaves: nobody holds ``unfinished``."""
+    folder = root / "wanda" / name
+    folder.mkdir(parents=True)
+    for file in (UNFINISHED, *others):
+        (folder / file).touch()
+    (folder / "config.yaml").write_text(config)
+    return folder
+
+
+def test_numbers_go_up_and_a_finished_run_keeps_no_mark(tmp_path: Path) -> None:
+    (tmp_path / "wanda").mkdir()
+    for name in ("version_4", "version_10", "version_x"):
+        (tmp_path / "wanda" / name).mkdir()
+        (tmp_path / "wanda" / name / "file").touch()
+    (tmp_path / "wanda" / "version_11").touch()  # a file takes the number, too
+    assert finish(tmp_path).name == "version_12"
+    assert finish(tmp_path).name == "version_13"
+    assert finish(tmp_path, "other").name == "version_0"
+    found = {path.name for path in (tmp_path / "wanda" / "version_12").iterdir()}
+    assert found == {"config.yaml", "calibration.json", "environment.json", "metrics.json"}
+
+
+def test_folder_of_a_running_process_is_marked_held_and_left_alone(tmp_path: Path) -> None:
+    with RunFolder.claim(tmp_path, "wanda") as folder:
+        assert json.loads((folder.path / UNFINISHED).read_text())["process"] == os.getpid()
+        assert Lock.take(folder.path / UNFINISHED) is None
+        sweep_runs(tmp_path / "wanda")
+        assert folder.path.is_dir()
+        with RunFolder.claim(tmp_path, "wanda") as other:
+            assert other.path != folder.path
+            for one in (folder, other):
+                one.write_results(None, ENVIRONMENT, METRICS)
+    assert not list(tmp_path.rglob(UNFINISHED))
+
+
+def test_run_that_fails_early_leaves_nothing_not_even_the_root(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="early") as error:
+        fail(tmp_path / "new" / "root", ValueError("early"))
+    assert list(tmp_path.iterdir()) == []
+    assert not hasattr(error.value, "__notes__")
+
+
+def test_run_that_fails_late_keeps_what_is_whole_and_says_so(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt) as error:
+        fail(tmp_path, KeyboardInterrupt(), lambda folder: (folder.path / "scores.csv").touch())
+    path = tmp_path / "wanda" / "version_0"
+    assert error.value.__notes__ == [
+        f"'{path}' stays and is not finished; it holds config.yaml, scores.csv, unfinished"
+    ]
+    assert not RunFolder(path).is_finished
+    lock = Lock.take(path / UNFINISHED)
+    assert lock is not None, "a dead run's mark is held by nobody"
+    lock.release()
+    with pytest.raises(KeyboardInterrupt) as error:
+        fail(tmp_path, KeyboardInterrupt(), lambda folder: folder.write_results(None, ENVIRONMENT, METRICS))
+    assert "version_1' stays and is finished" in error.value.__notes__[0]
+    assert not (tmp_path / "wanda" / "version_1" / UNFINISHED).exists()
+
+
+def test_next_run_tidies_up_after_killed_ones(tmp_path: Path) -> None:
+    useless = killed(tmp_path, "version_0", "events.out.tfevents.1", ".pruned.ab12.tmp")
+    scored = killed(tmp_path, "version_1", "scores.csv", ".scores.csv.ab12.tmp", config="b: 2\n")
+    finished = finish(tmp_path, config="c: 3\n")
+    (finished / ".metrics.json.ab12.tmp").touch()
+    (finished / UNFINISHED).touch()  # killed after the last file and before the mark was taken away
+    (tmp_path / ".compare.tmp").touch()
+    (tmp_path / "wanda" / "version_9").mkdir()  # killed before it was marked
+    assert not useless.exists()
+    newest = finish(tmp_path, config="d: 4\n")
+    assert [path.name for path in tmp_path.rglob(".*")] == []
+    assert {path.name for path in (tmp_path / "wanda").iterdir()} == {scored.name, finished.name, newest.name}
+    assert {path.name for path in scored.iterdir()} == {UNFINISHED, "config.yaml", "scores.csv"}
+    assert not (finished / UNFINISHED).exists()
+    # A finished run of the same configuration takes the place of the killed one.
+    finish(tmp_path, config="b: 2\n")
+    assert not scored.exists()
+
+
+def test_folder_of_somebody_else_is_not_touched(tmp_path: Path) -> None:
+    foreign = tmp_path / "wanda" / "version_3"
+    foreign.mkdir(parents=True)
+    (foreign / "notes.txt").touch()
+    (foreign / ".gitignore").touch()
+    finish(tmp_path)
+    assert {path.name for path in foreign.iterdir()} == {"notes.txt", ".gitignore"}
+
+
+def _claim_often(root: Path, results: Any) -> None:
+    for number in range(20):
+        try:
+            with RunFolder.claim(root, "wanda") as folder:
+                folder.write_config(str(os.getpid()))
+                if number % 3 == 0:
+                    raise RuntimeError
+                folder.write_results(None, ENVIRONMENT, METRICS)
+            results.put((os.getpid(), folder.path.name))
+        except RuntimeError:
+            pass
+
+
+def test_processes_never_share_a_folder(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    results: Any = context.Queue()
+    workers = [context.Process(target=_claim_often, args=(tmp_path, results)) for _ in range(6)]
+    for worker in workers:
+        worker.start()
+    found = [results.get(timeout=60) for _ in range(6 * 13)]
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+    assert len({name for _, name in found}) == len(found)
+    for process, name in found:
+        assert (tmp_path / "wanda" / name / "config.yaml").read_text() == str(process)
+        assert RunFolder(tmp_path / "wanda" / name).is_finished
+    assert len(list((tmp_path / "wanda").iterdir())) == len(found)
+
+
+@pytest.mark.parametrize("label", ["a", "hgsp_taylor", "wanda-2.4", "_", "-x", "A" * 200, "0"])
+def test_plain_names_are_labels(label: str) -> None:
+    assert check_label(label) == label
+
+
+@pytest.mark.parametrize(
+    "label", ["", ".", "..", ".hidden", "../evil", "/abs", "a/b", "a\\b", "a b", "a\n", "ä", "a\0", "<b>", "$HOME", "~"]
+)
+def test_other_names_are_refused_before_anything_is_written(tmp_path: Path, label: str) -> None:
+    with pytest.raises(UserError, match=r"--model.label: found .*letters, digits"), RunFolder.claim(tmp_path, label):
+        pytest.fail("claimed")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_place_that_cannot_be_written_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    places = [tmp_path / "file", tmp_path / "file" / "below", tmp_path / "loop", tmp_path / "loop" / "below"]
+    places += [tmp_path / ("x" * 300), tmp_path / "/".join(["y" * 200] * 30), Path("/proc/nowhere"), Path("a\0b")]
+    before = sorted(tmp_path.rglob("*"))
+    for place in places:
+        with pytest.raises(UserError, match=r"--trainer\.default_root_dir: cannot write below"):
+            finish(place)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("step", range(8))
+def test_full_disk_at_any_write_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Every call that takes space fails in its turn; nothing stays that looks like a run."""
+    calls = []
+
+    def full(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls.append(real)
+            if len(calls) > step:
+                raise OSError(errno.ENOSPC, "No space left on device", str(arguments[0]))
+            return real(*arguments, **options)
+
+        return call
+
+    for name in ("mkdir", "pwrite"):
+        monkeypatch.setattr(files.os, name, full(getattr(os, name)))
+    monkeypatch.setattr(files.Path, "touch", full(Path.touch))
+    with pytest.raises(UserError, match=r"cannot write below .*No space left"):
+        finish(tmp_path / "root")
+    monkeypatch.undo()
+    assert not list(tmp_path.rglob("metrics.json"))
+    assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.slow
+def test_file_size_limit_is_like_a_full_disk(tmp_path: Path) -> None:
+    code = (
+        "import resource, sys\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "from lightning_prune.cli import main\n"
+        "options = ['--model=Magnitude', '--data.eval_datasets=[]']\n"
+        f"sys.exit(main(['fit', *options, '--trainer.default_root_dir={tmp_path}/r']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=importable(), timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "cannot" in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.rglob("metrics.json"))
+
+
+# Reading
+
+
+def test_finished_run_is_read_as_types(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    run = RunFolder.open(folder, "--run")
+    assert isinstance(run.metrics, RunMetrics)
+    assert isinstance(run.environment, Environment)
+    assert as_dict(run.metrics) == json.loads((folder / "metrics.json").read_text())
+    assert as_dict(run.environment) == ENVIRONMENT
+    assert as_dict(run.details) == json.loads((folder / "method.json").read_text())
+    assert run.calibration is not None
+    assert run.scores.num_layers == len(run.plan.layers)
+    assert RunFolder.open(write_run(tmp_path, "free", no_data=True), "--run").calibration is None
+
+
+def test_perplexity_that_overflowed_is_null_in_the_file(tmp_path: Path) -> None:
+    metrics = METRICS | {"perplexity": {"demo": {"dense": 10.0, "pruned": float("inf"), "tokens": 1}}}
+    with RunFolder.claim(tmp_path, "wanda") as folder:
+        folder.write_results(None, ENVIRONMENT, metrics)
+    assert json.loads((folder.path / "metrics.json").read_text())["perplexity"]["demo"]["pruned"] is None
+
+
+def test_metrics_come_last_so_they_mean_a_finished_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+    real = files.write_bytes
+    monkeypatch.setattr(files, "write_bytes", lambda path, data: (written.append(path.name), real(path, data)))
+    with RunFolder.claim(tmp_path, "wanda") as folder:
+        folder.write_config("")
+        folder.write_results(None, ENVIRONMENT, METRICS)
+    assert written == ["config.yaml", "calibration.json", "environment.json", "metrics.json"]
+
+
+def change(raw: Any, path: str, value: Any) -> Any:
+    """``raw`` with the field at a dotted path replaced, or removed where ``value`` is ``...``."""
+    *parents, last = path.split(".")
+    inside = raw
+    for name in parents:
+        inside = inside[name]
+    if value is ...:
+        del inside[last]
+    else:
+        inside[last] = value
+    return raw
+
+
+WRONG = [
+    ("metrics.json", "perplexity", [], "perplexity is [], allowed: "),
+    ("metrics.json", "perplexity.demo.dense", "10", "perplexity.demo.dense is '10', allowed: a valid number"),
+    ("metrics.json", "perplexity.demo.tokens", 1.5, "perplexity.demo.tokens is 1.5, allowed: a valid integer"),
+    ("metrics.json", "perplexity.demo", None, "perplexity.demo is None"),
+    ("metrics.json", "perplexity.demo.extra", 1, "perplexity.demo.extra is not known"),
+    ("metrics.json", "perplexity", {}, "perplexity and evaluation with the same sets"),
+    ("metrics.json", "evaluation.demo.fingerprint", None, "evaluation.demo.fingerprint is None"),
+    ("metrics.json", "evaluation.demo.predicted_tokens", -1, "predicted_tokens is -1, allowed: greater than or equal"),
+    ("metrics.json", "parameters.dense", 0, "parameters.dense is 0"),
+    ("metrics.json", "parameters.dense", True, "parameters.dense is True, allowed: a valid integer"),
+    ("metrics.json", "parameters", 7, "parameters is 7"),
+    ("metrics.json", "pruning_ratio.achieved", ..., "pruning_ratio.achieved is missing"),
+    ("metrics.json", "pruning_ratio.requested", "0.2", "pruning_ratio.requested is '0.2'"),
+    ("metrics.json", "seconds", {"total": "long"}, "seconds.total is 'long'"),
+    ("metrics.json", "peak_memory_bytes", None, "peak_memory_bytes is None"),
+    ("metrics.json", "method.label", ["wanda"], "method.label is ['wanda']"),
+    ("metrics.json", "method", "wanda", "method is 'wanda'"),
+    ("environment.json", "packages", ["torch"], "packages is ['torch']"),
+    ("environment.json", "cpu.cores", "two", "cpu.cores is 'two'"),
+    ("environment.json", "memory_bytes", "16G", "memory_bytes is '16G'"),
+    ("environment.json", "gpus", None, "gpus is None"),
+    ("environment.json", "command", "lightning-prune", "command is 'lightning-prune'"),
+    ("environment.json", "precision", 32, "precision is 32"),
+    ("method.json", "method", 3, "method is 3"),
+    ("method.json", "prior", 3, "prior is 3"),
+    ("method.json", "prior", {"delta": {"layer": ["x"]}}, "prior.delta.layer[0] is 'x'"),
+    ("calibration.json", "dataset", 3, "dataset is 3"),
+    ("calibration.json", "dataset", ..., "dataset is missing"),
+    ("calibration.json", "num_samples", "128", "num_samples is '128'"),
+    ("calibration.json", "sampling", "by hand", "sampling is 'by hand', allowed: 'random', 'sequential'"),
+    ("calibration.json", "fingerprint", ..., "fingerprint is missing"),
+    ("plan.json", "layers", 3, "layers is 3"),
+    ("plan.json", "format", 9, "has format 9"),
+    ("plan.json", "pruning_ratio", "much", "pruning_ratio is 'much'"),
+    ("plan.json", "parameters.dense", 999, "plan.json and metrics.json in .* are of different runs"),
+]
+
+
+@pytest.mark.parametrize(("name", "path", "value", "message"), WRONG)
+def test_wrong_field_is_named_with_what_was_found_and_what_is_allowed(
+    tmp_path: Path, name: str, path: str, value: Any, message: str
+) -> None:
+    folder = write_run(tmp_path)
+    raw = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(change(raw, path, value)))
+    with pytest.raises(UserError) as error:
+        RunFolder.open(folder, "--run")
+    text = str(error.value)
+    assert text.startswith("--run: ")
+    assert name in text
+    assert all(part in text for part in message.split(".* "))
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "environment.json", "method.json", "calibration.json", "plan.json"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b"3", b"\xff\xfe", b'{"a": NaN}', b"[" * 100_000, b"1" * 10_000, b'"\\ud800"'],
+)
+def test_file_that_holds_something_else_is_one_message(tmp_path: Path, name: str, content: bytes) -> None:
+    folder = write_run(tmp_path)
+    (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"^--run: .*{name}"):
+        RunFolder.open(folder, "--run")
+
+
+def test_run_without_a_file_names_it_and_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    (folder / "scores.csv").unlink()
+    os.mkfifo(folder / "scores.csv")
+    with pytest.raises(UserError, match=r"no finished pruning run: it has no scores\.csv"):
+        RunFolder.open(folder, "--run")
+    with pytest.raises(UserError, match="no regular file"):
+        files.read_file(folder / "scores.csv", 10, "--run")
+    with pytest.raises(UserError, match="at most 10 are read"):
+        files.read_file(folder / "metrics.json", 10, "--run")
+
+
+def test_scores_of_another_decision_are_refused(tmp_path: Path) -> None:
+    one, other = write_run(tmp_path, "one", 0.2), write_run(tmp_path, "other", 0.5)
+    (one / "scores.csv").write_bytes((other / "scores.csv").read_bytes())
+    with pytest.raises(
+        UserError, match=r"--run: .*scores.csv' does not belong to its plan \(layer \d keeps other units"
+    ):
+        _ = RunFolder.open(one, "--run").scores
