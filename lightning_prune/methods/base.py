@@ -242,16 +242,18 @@ class PruningMethod(LayeredModule):
 
     def _take_steps_without_batches(self) -> None:
         while self._open_steps and not self.walk.steps[self._open_steps[0]][0].reads:
-            self.walk.start(self._open_steps[0])
-            self.walk.finish(self._open_steps.pop(0))
+            with self.timed("finish layers"):
+                self.walk.start(self._open_steps[0])
+                self.walk.finish(self._open_steps.pop(0))
         if not self._open_steps:
             self.walk.close()
             self.progress.finish(CALIBRATING)
             self._decide()
 
     def _decide(self) -> None:
-        self.seconds["calibrate"] = time.perf_counter() - self._calibration_started
-        self.seconds["calibrate"] -= self.seconds.get("finish layers", 0.0)
+        if self.needs_calibration:
+            spent = time.perf_counter() - self._calibration_started
+            self.seconds["calibrate"] = spent - self.seconds.get("finish layers", 0.0)
         with self.timed("decide"), torch.no_grad():
             self.decide()
             self._details = self.details()

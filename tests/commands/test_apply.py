@@ -8,10 +8,10 @@ import torch
 import lightning_prune
 from lightning_prune.commands.apply import main
 from lightning_prune.errors import UserError
-from lightning_prune.surgery.checkpoint import save_checkpoint
-from lightning_prune.surgery.cut import cut
 from lightning_prune.surgery.loading import load_model
 from lightning_prune.surgery.plan import PruningPlan
+from lightning_prune.surgery.write import write_checkpoint
+from tests.cutting import cut, layered_cut
 from tests.tiny import make_tiny, mixed_plan, tiny_tokenizer, tiny_tokens, uniform_plan
 
 
@@ -38,8 +38,8 @@ def test_checkpoint_is_byte_identical_to_the_one_the_run_wrote(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str, make_plan: Callable
 ) -> None:
     plan = make_plan(make_tiny(), dtype=dtype)
-    run = cut(load_model(str(base), getattr(torch, dtype)), plan)
-    save_checkpoint(run, tmp_path / "run", tokenizer_from=str(base), card="")
+    dense = load_model(str(base), getattr(torch, dtype))
+    write_checkpoint(layered_cut(dense, plan), tmp_path / "run", tokenizer_from=str(base), card="")
     assert main(arguments(base, plan, tmp_path)) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"pruned model: {tmp_path / 'out'}"
     assert {file.name for file in (tmp_path / "out").iterdir()} == {file.name for file in (tmp_path / "run").iterdir()}
@@ -47,7 +47,7 @@ def test_checkpoint_is_byte_identical_to_the_one_the_run_wrote(
         if file.name != "README.md":
             assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
     loaded = lightning_prune.load(tmp_path / "out")
-    assert torch.equal(loaded(tiny_tokens()).logits, run(tiny_tokens()).logits)
+    assert torch.equal(loaded(tiny_tokens()).logits, cut(dense, plan)(tiny_tokens()).logits)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import torch
 
 from lightning_prune.commands.evaluate import main
 from lightning_prune.errors import UserError
-from lightning_prune.surgery.checkpoint import save_checkpoint
-from lightning_prune.surgery.cut import cut
+from lightning_prune.surgery.write import write_checkpoint
+from tests.cutting import layered_cut
 from tests.evaluation.test_zero_shot import own_tasks_only
 from tests.tiny import make_tiny, mixed_plan, tiny_tokenizer
 
@@ -27,7 +27,8 @@ def base(tmp_path: Path) -> Path:
 def run(tmp_path: Path, base: Path) -> Path:
     """A finished run whose checkpoint is fp32."""
     model = make_tiny()
-    save_checkpoint(cut(model, mixed_plan(model)), tmp_path / "run" / "pruned", tokenizer_from=str(base), card="")
+    pruned = layered_cut(model, mixed_plan(model))
+    write_checkpoint(pruned, tmp_path / "run" / "pruned", tokenizer_from=str(base), card="")
     (tmp_path / "run" / "metrics.json").write_text("{}")
     return tmp_path / "run"
 

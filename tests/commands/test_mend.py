@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 import lightning_prune
 from lightning_prune.cli import main
 from lightning_prune.surgery import modeling_pruned
-from lightning_prune.surgery.checkpoint import save_checkpoint
-from lightning_prune.surgery.cut import cut
+from lightning_prune.surgery.write import write_checkpoint
+from tests.cutting import layered_cut
 from tests.tiny import FAMILIES, make_tiny, mixed_plan, tiny_tokens, uniform_plan
 
 SOURCE = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
@@ -25,7 +25,7 @@ BROKEN = SOURCE.replace(FINDS_THE_CACHE, "None")
 
 def new_checkpoint(folder: Path, family: str = "llama", plan: Any = mixed_plan) -> Path:
     model = make_tiny(family)
-    save_checkpoint(cut(model, plan(model)), folder, tokenizer_from=None, card="")
+    write_checkpoint(layered_cut(model, plan(model)), folder, tokenizer_from=None, card="")
     return folder
 
 

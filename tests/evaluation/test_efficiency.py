@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from lightning_prune.errors import UserError
 from lightning_prune.evaluation import efficiency
 from lightning_prune.evaluation.efficiency import Efficiency, EfficiencyReport, Setting, Speed, measure
-from lightning_prune.surgery.cut import cut
+from tests.cutting import cut
 from tests.tiny import make_tiny, mixed_plan, tiny_tokens, uniform_plan
 
 MODELS = ("dense", "mixed", "uniform")

@@ -11,7 +11,7 @@ import torch
 from lightning_prune.errors import UserError
 from lightning_prune.evaluation import zero_shot
 from lightning_prune.evaluation.zero_shot import Metric, ZeroShotResult, check_tasks
-from lightning_prune.surgery.cut import cut
+from tests.cutting import cut
 from tests.tiny import make_tiny, mixed_plan, tiny_tokenizer
 
 needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")

@@ -12,13 +12,16 @@ import torch
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
+from transformers import PreTrainedModel
 
+import lightning_prune
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.methods import HGSP, Magnitude, ShortGPT, SlimGPT, Wanda
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.parsing.lightning_cli import quiet
 from lightning_prune.reporting.run_record import RunRecord
 from lightning_prune.runs.run import prune_and_record
+from tests.cutting import cut
 from tests.tiny import make_tiny, tiny_tokens
 
 
@@ -52,15 +55,23 @@ SYSTEMS: dict[str, System] = {
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, its record, and the method with the pruned model in memory."""
+    """A finished run: its folder, its record, the method, and the new weights of every layer as it made them."""
 
     folder: Path
     record: RunRecord
     method: PruningMethod
+    new_weights: list[dict[str, Tensor]]
 
     @property
     def pruned(self) -> Path:
         return self.folder / "pruned"
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """What the run decided, cut from the dense model in memory: no file of the run is read."""
+        plan = self.method.plan
+        dense = lightning_prune.load(self.method.pretrained, getattr(torch, plan.dtype))
+        return cut(dense, plan, self.new_weights.__getitem__)
 
 
 def save_model(folder: Path, **options: Any) -> Path:
@@ -108,8 +119,16 @@ def prune(
         tokenizer=method.pretrained,
         cache_dir=str(root / "cache"),
     )
+    found: list[dict[str, Tensor]] = []
+    write = method._write_pruned
+
+    def keep_new_weights(folder: Path) -> None:
+        found.extend(method.walk.weights_of(layer) for layer in range(len(method.layers)))  # deleted with the findings
+        write(folder)
+
+    method._write_pruned = keep_new_weights  # type: ignore[method-assign]
     folder, record = prune_and_record(trainer_for(method, root, precision), method, data, config_of(method))
-    return Run(folder, record, method)
+    return Run(folder, record, method, found)
 
 
 def config_of(method: PruningMethod) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import lightning_prune
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.runs.folder import RunFolder
@@ -41,6 +42,12 @@ def run_method(
     )
     trainer.fit(method, data)
     return method
+
+
+def pruned_by(method: PruningMethod) -> PreTrainedModel:
+    """The model that a finished method wrote."""
+    assert method.pruned_folder is not None
+    return lightning_prune.load(method.pruned_folder)
 
 
 def mean_token_loss(model: PreTrainedModel, tokens: Tensor) -> Tensor:

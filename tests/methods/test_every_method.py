@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 import lightning_prune
 from lightning_prune.data.calibration import fingerprint
-from lightning_prune.evaluation import module as evaluation_module
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.models.layered import LayeredModel
+from lightning_prune.surgery import write
 from lightning_prune.surgery.anatomy import LayerAnatomy, anatomy, count_parameters
 from tests.methods.behaviour import SYSTEMS, Run, logits, prune, save_model, save_tokens, temporary_files
 from tests.tiny import tiny_tokens
@@ -73,12 +74,12 @@ def test_ratio_is_met(shared: Any, system: str, kind: str) -> None:
     """Never more than asked, and short by less than one unit; whole layers: the nearest count."""
     run = shared(system, kind)
     dense = dense_of(run)
-    total, left = count_parameters(dense), count_parameters(run.method.model)
+    total, left = count_parameters(dense), count_parameters(run.model)
     plan = run.method.plan
     assert plan.parameters == {"dense": total, "pruned": left}
     if SYSTEMS[system].removes == "weights":  # masks keep the shapes; their ratio is one of the projections' weights
         assert total == left
-        projections = [linear for view in anatomy(run.method.model) for linear in view.linears.values()]
+        projections = [linear for view in anatomy(run.model) for linear in view.linears.values()]
         zeros = sum(int((linear.weight == 0).sum()) for linear in projections)
         assert plan.achieved_ratio == zeros / sum(linear.weight.numel() for linear in projections)
         assert plan.pruning_ratio - 0.01 < plan.achieved_ratio <= plan.pruning_ratio
@@ -136,8 +137,8 @@ def rows(view: LayerAnatomy, weight: torch.Tensor, heads: list[int]) -> torch.Te
 @every_kind
 def test_checkpoint_gives_back_the_same_logits(shared: Any, system: str, kind: str) -> None:
     run = shared(system, kind)
-    assert torch.equal(logits(lightning_prune.load(run.pruned)), logits(run.method.model))
-    assert not torch.equal(logits(run.method.model), logits(dense_of(run)))
+    assert torch.equal(logits(lightning_prune.load(run.pruned)), logits(run.model))
+    assert not torch.equal(logits(run.model), logits(dense_of(run)))
 
 
 LOAD_ALL = """
@@ -163,7 +164,7 @@ def test_a_process_without_this_package_loads_every_checkpoint(shared: Any, tmp_
     lines = []
     for system in SYSTEMS:
         run, known = shared(system), tmp_path / f"{system}.safetensors"
-        save_file({"tokens": tiny_tokens(2, 20, seed=9), "logits": logits(run.method.model)}, known)
+        save_file({"tokens": tiny_tokens(2, 20, seed=9), "logits": logits(run.model)}, known)
         lines.append(f"{run.pruned}\t{known}")
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", LOAD_ALL]
@@ -212,22 +213,33 @@ def test_half_precisions_keep_their_statistics_in_full_precision(
 ) -> None:
     expected_dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
     full = shared(system)  # may run the system, so before anything is watched
-    loaded, metrics = [], []
+    entered: list[set[torch.dtype]] = []
+    states: set[tuple[str, str, torch.dtype]] = set()  # of every statistic whenever it took something up
+    enter, make, decide = LayeredModel.enter, Metric.__init__, PruningMethod._decide
 
-    def spy_on_load(*args: Any) -> PreTrainedModel:
-        model = load_model(*args)
-        loaded.append({parameter.dtype for parameter in model.parameters()})
-        return model
+    def spy_on_enter(self: LayeredModel, index: int) -> Any:
+        layer = enter(self, index)
+        if self is method._model:  # others write, and read what was written
+            entered.append({parameter.dtype for parameter in layer.parameters()})
+        return layer
+
+    def spy_on_statistics(self: Metric, *args: Any, **options: Any) -> None:
+        make(self, *args, **options)
+        update = self.update
+
+        def spy_on_update(*args: Any, **options: Any) -> None:
+            update(*args, **options)
+            states.update((type(self).__name__, name, getattr(self, name).dtype) for name in self._defaults)
+
+        self.update = spy_on_update  # type: ignore[method-assign]
 
     def spy_on_decide(self: PruningMethod) -> None:
-        assert self.model.dtype == expected_dtype
-        assert self.model.base_model.rotary_emb.inv_freq.dtype == torch.float32
-        watched = [metric for metric in self.modules() if isinstance(metric, Metric)]
-        metrics.extend((name, getattr(metric, name).dtype) for metric in watched for name in metric._defaults)
+        assert self.model.net.get_input_embeddings().weight.dtype == expected_dtype
+        assert self.model.net.base_model.rotary_emb.inv_freq.dtype == torch.float32
         decide(self)
 
-    load_model, decide = evaluation_module.load_model, PruningMethod._decide
-    monkeypatch.setattr(evaluation_module, "load_model", spy_on_load)
+    monkeypatch.setattr(LayeredModel, "enter", spy_on_enter)
+    monkeypatch.setattr(Metric, "__init__", spy_on_statistics)
     monkeypatch.setattr(PruningMethod, "_decide", spy_on_decide)
     method = SYSTEMS[system].make(pretrained=full.method.pretrained, pruning_ratio=RATIO)
     tokens = save_tokens(tmp_path / "c.npy")
@@ -235,12 +247,14 @@ def test_half_precisions_keep_their_statistics_in_full_precision(
         method, tokens, tmp_path, precision, evaluate_on=[save_tokens(tmp_path / "e.npy", tiny_tokens(6, 16, 1))]
     )
 
-    assert loaded == [{expected_dtype}]  # straight into the dtype, without a copy in another
-    assert {dtype for _, dtype in metrics} <= {torch.float32, torch.float64, torch.int64}, metrics
-    assert metrics or not method.needs_calibration
-    assert lightning_prune.load(run.pruned).dtype == expected_dtype
-    assert torch.equal(logits(lightning_prune.load(run.pruned)), logits(run.method.model))
-    assert run.method.plan.dtype == str(expected_dtype).removeprefix("torch.")
+    assert entered
+    assert all(dtypes == {expected_dtype} for dtypes in entered)
+    assert {dtype for _, _, dtype in states} <= {torch.float32, torch.float64, torch.int64}, states
+    assert {kind for kind, _, _ in states} - {"Perplexity"} or not method.needs_calibration
+    # The checkpoint has the dtype of the dense one, whatever was calculated in.
+    assert lightning_prune.load(run.pruned).dtype == torch.float32
+    assert torch.equal(logits(lightning_prune.load(run.pruned)), logits(run.model))
+    assert run.method.plan.dtype == "float32"
     values = run.record.metrics["perplexity"]["e.npy"]
     expected = full.record.metrics["perplexity"]["held-out.npy"]
     assert values["dense"] == pytest.approx(expected["dense"], rel=0.05)
@@ -332,27 +346,75 @@ def test_an_interrupted_calibration_leaves_nothing(
 
 
 @every_system
+@pytest.mark.parametrize("place", ["shard", "card"])
 def test_an_interrupt_while_saving_leaves_no_checkpoint(
-    shared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str
+    shared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str, place: str
 ) -> None:
     method = SYSTEMS[system].make(pretrained=shared(system).method.pretrained, pruning_ratio=RATIO)
-    real = PreTrainedModel.save_pretrained
+    real, calls = write._Shards.write, []
 
-    def interrupted(self: PreTrainedModel, folder: Path, **options: Any) -> None:
-        real(self, folder, **options)
-        assert (Path(folder) / "model.safetensors").stat().st_size > 0
+    def interrupted_shard(self: Any, name: str, tensor: torch.Tensor) -> None:
+        real(self, name, tensor)
+        calls.append(name)
+        if len(calls) == 8:
+            raise Interrupted
+
+    def interrupted_card(path: Path, text: str) -> None:
+        assert (path.parent / "model.safetensors").stat().st_size > 0
         raise Interrupted
 
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", interrupted)
+    if place == "shard":
+        monkeypatch.setattr(write._Shards, "write", interrupted_shard)
+    else:
+        monkeypatch.setattr(write, "write_text", interrupted_card)
     with pytest.raises(Interrupted):
         prune(method, save_tokens(tmp_path / "c.npy"), tmp_path / "logs")
     assert_no_output(tmp_path / "logs", plan=True)
 
 
+@every_system
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_where_the_weights_are_does_not_change_a_bit(shared: Any, tmp_path: Path, system: str, precision: str) -> None:
+    """One layer at a time on the device, or all of them."""
+    base = shared(system).method.pretrained
+    runs = {}
+    for onload in ("model", "layer"):
+        method = SYSTEMS[system].make(pretrained=base, pruning_ratio=RATIO, onload=onload)
+        held_out = save_tokens(tmp_path / "e.npy", tiny_tokens(6, 16, 1))
+        tokens = save_tokens(tmp_path / "c.npy")
+        runs[onload] = prune(method, tokens, tmp_path / onload, precision, batch_size=3, evaluate_on=[held_out])
+        assert method.placement == onload
+        assert json.loads((runs[onload].folder / "method.json").read_text())["onload"] == onload
+    for name in ("scores.csv", "plan.json", "calibration.json", "pruned/model.safetensors", "pruned/config.json"):
+        assert (runs["model"].folder / name).read_bytes() == (runs["layer"].folder / name).read_bytes(), name
+    values = [run.record.metrics["perplexity"]["e.npy"] for run in runs.values()]
+    assert values[0] == values[1]
+
+
+@every_system
+def test_checkpoint_has_the_dtype_that_is_asked_for(shared: Any, tmp_path: Path, system: str) -> None:
+    base = shared(system).method.pretrained
+    method = SYSTEMS[system].make(pretrained=base, pruning_ratio=RATIO, save_dtype="bfloat16")
+    run = prune(method, save_tokens(tmp_path / "c.npy"), tmp_path)
+    assert run.method.plan.dtype == "bfloat16"
+    assert run.method.plan.layers == shared(system).method.plan.layers
+    expected = load_file(shared(system).pruned / "model.safetensors")
+    found = load_file(run.pruned / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name].bfloat16()) for name, tensor in found.items())
+
+
 def assert_no_output(root: Path, plan: bool = False) -> None:
-    """No checkpoint, no temporary files and nothing that says a run was finished."""
-    names = {path.name for path in root.rglob("*") if path.is_file()}
-    names = {name for name in names if not name.startswith("events.out.tfevents.") and name != "hparams.yaml"}
-    assert names <= ({"scores.csv", "plan.json", "method.json"} if plan else set())
+    """No checkpoint, no temporary files and nothing that says a run was finished.
+
+    With ``plan`` the run was decided: it says that it is unfinished, and keeps what it would go on from.
+    """
+    files = [path for path in root.rglob("*") if path.is_file() and path.parent.name != "findings"]
+    names = {path.name for path in files if not path.name.startswith("events.out.tfevents.")} - {"hparams.yaml"}
+    if plan:
+        assert "unfinished" in names
+        names -= {"scores.csv", "plan.json", "method.json", "unfinished", "config.yaml", "started.json"}
+    assert names == set()
+    assert all(path.name.startswith("step_") for path in root.rglob("findings/*"))
     assert not list(root.rglob("pruned"))
     assert temporary_files(root) == []

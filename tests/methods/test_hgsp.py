@@ -13,7 +13,7 @@ from lightning_prune.methods import HGSP
 from lightning_prune.methods.hgsp import collapse, depth_prior, final_scores, gate_threshold, normalised
 from lightning_prune.methods.scores import group_scores
 from lightning_prune.surgery.anatomy import anatomy
-from tests.methods.running import mean_token_loss, projections, reference_groups, run_method, save_base
+from tests.methods.running import mean_token_loss, projections, pruned_by, reference_groups, run_method, save_base
 from tests.tiny import make_tiny, tiny_tokens
 
 SHAPES = {
@@ -153,11 +153,11 @@ def test_temperature_zero_computes_no_prior_and_equals_the_base_score(tmp_path: 
     def explode(*args: object, **kwargs: object) -> None:
         raise AssertionError("a prior was measured")
 
-    monkeypatch.setattr("lightning_prune.methods.hgsp.RemovalPrior", explode)
+    monkeypatch.setattr("lightning_prune.methods.hgsp.RemovalPass", explode)
     base = save_base(make_tiny(), tmp_path / "base")
     method = run_method(HGSP(base, 0.2, importance="wanda", temperature=0), tiny_tokens(4, 8), tmp_path / "run")
     assert method.priors is None
-    assert method.num_epochs == 1
+    assert [one.name for one, _ in method.walk.steps] == ["importance"] * 4
     assert torch.equal(method.scores.score, method.scores.importance / method.scores.cost)
 
 
@@ -178,7 +178,7 @@ def test_tau_infinity_measures_no_blocks(tmp_path: Path) -> None:
     method = run_method(HGSP(base, 0.2, importance="magnitude", tau=math.inf), tiny_tokens(4, 8), tmp_path / "run")
     layers = 4
     batches = 1
-    assert method.prior_measure.layer_evaluations == batches * (layers + layers * (layers - 1) // 2)
+    assert method.walk.setting.model.evaluations == batches * (layers + layers * (layers - 1) // 2)
     for layer in range(layers):
         rows = method.scores.layer == layer
         assert len(set(method.scores.prior[rows].tolist())) == 1
@@ -267,8 +267,8 @@ def test_a_layer_that_loses_both_blocks_is_removed(tmp_path: Path) -> None:
     base = save_base(model, tmp_path / "base")
     method = run_method(HGSP(base, 0.25, importance="magnitude", temperature=0), tiny_tokens(4, 8), tmp_path / "run")
     assert method.plan.removed_layers == [2]
-    assert method.model.config.num_hidden_layers == 3
-    assert sum(p.numel() for p in method.model.parameters()) == method.plan.parameters["pruned"]
+    assert pruned_by(method).config.num_hidden_layers == 3
+    assert sum(p.numel() for p in pruned_by(method).parameters()) == method.plan.parameters["pruned"]
     assert method.plan.achieved_ratio <= 0.25
 
 

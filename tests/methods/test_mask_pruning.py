@@ -9,7 +9,7 @@ import torch
 from lightning_prune.errors import UserError
 from lightning_prune.methods import Magnitude, Wanda
 from lightning_prune.surgery.cut import layout_of
-from tests.methods.running import projections, run_method, save_base
+from tests.methods.running import projections, pruned_by, run_method, save_base
 from tests.methods.test_slimgpt import inputs_of
 from tests.tiny import make_tiny, tiny_tokens
 
@@ -57,7 +57,7 @@ def test_wanda_masks_equal_the_reference(structure: str, sequential: bool, tmp_p
     )
     expected = reference_wanda(model, tokens, structure, sequential)
     for layer in range(2):
-        for name, linear in projections(method.model, layer).items():
+        for name, linear in projections(pruned_by(method), layer).items():
             want = projections(expected, layer)[name].weight
             assert torch.equal(linear.weight == 0, want == 0), (layer, name)
             torch.testing.assert_close(linear.weight.double(), want.detach(), rtol=1e-6, atol=0)
@@ -68,7 +68,7 @@ def test_magnitude_masks_prune_exactly_the_share_of_every_matrix(tmp_path: Path)
     base = save_base(model, tmp_path / "base")
     method = run_method(Magnitude(base, 0.29, structure="unstructured"), tiny_tokens(2, 8), tmp_path / "run")
     for layer in range(2):
-        for name, linear in projections(method.model, layer).items():
+        for name, linear in projections(pruned_by(method), layer).items():
             before = projections(model, layer)[name].weight
             count = before.numel() * 29 // 100
             assert int((linear.weight == 0).sum()) == count
@@ -79,7 +79,7 @@ def test_magnitude_masks_prune_exactly_the_share_of_every_matrix(tmp_path: Path)
 def test_masked_checkpoints_are_stock_and_say_that_nothing_gets_smaller(tmp_path: Path) -> None:
     base = save_base(make_tiny(layers=2), tmp_path / "base")
     method = run_method(Wanda(base, structure="2:4"), tiny_tokens(4, 8), tmp_path / "run")
-    assert layout_of(method.model) == "stock"
+    assert layout_of(pruned_by(method).config) == "stock"
     assert method.plan.parameters["dense"] == method.plan.parameters["pruned"]
     assert method.plan.achieved_ratio == pytest.approx(0.5)
     assert method.plan.pruning_ratio == 0.5
@@ -93,11 +93,11 @@ def test_embeddings_head_and_frozen_layers_are_untouched(tmp_path: Path) -> None
     method = run_method(
         Wanda(base, 0.5, structure="unstructured", freeze_first_n_layers=1), tiny_tokens(4, 8), tmp_path / "run"
     )
-    assert torch.equal(method.model.model.embed_tokens.weight, model.model.embed_tokens.weight)
-    assert torch.equal(method.model.lm_head.weight, model.lm_head.weight)
-    for name, linear in projections(method.model, 0).items():
+    assert torch.equal(pruned_by(method).model.embed_tokens.weight, model.model.embed_tokens.weight)
+    assert torch.equal(pruned_by(method).lm_head.weight, model.lm_head.weight)
+    for name, linear in projections(pruned_by(method), 0).items():
         assert torch.equal(linear.weight, projections(model, 0)[name].weight)
-    assert int((projections(method.model, 1)["q_proj"].weight == 0).sum()) == 32 * 16
+    assert int((projections(pruned_by(method), 1)["q_proj"].weight == 0).sum()) == 32 * 16
 
 
 def test_pattern_that_does_not_divide_the_widths_is_refused_before_loading(tmp_path: Path) -> None:

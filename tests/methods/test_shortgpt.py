@@ -10,7 +10,7 @@ from lightning_prune.errors import UserError
 from lightning_prune.methods import ShortGPT
 from lightning_prune.methods.shortgpt import layers_to_remove, nearest_layer_count
 from lightning_prune.surgery.cut import layout_of
-from tests.methods.running import run_method, save_base
+from tests.methods.running import pruned_by, run_method, save_base
 from tests.tiny import make_tiny, tiny_tokens
 
 
@@ -48,9 +48,9 @@ def test_influence_equals_the_reference_and_the_lowest_layers_go(family: str, tm
         method = run_method(ShortGPT(base, n_remove_layers=2), tokens, tmp_path / str(size), batch_size=size)
         torch.testing.assert_close(method.scores.importance, expected, rtol=1e-4, atol=1e-8)
         assert method.plan.removed_layers == sorted(sorted(range(5), key=lambda i: float(expected[i]))[:2])
-    assert layout_of(method.model) == "stock"
-    assert method.model.config.num_hidden_layers == 3
-    assert sum(p.numel() for p in method.model.parameters()) == method.plan.parameters["pruned"]
+    assert layout_of(pruned_by(method).config) == "stock"
+    assert pruned_by(method).config.num_hidden_layers == 3
+    assert sum(p.numel() for p in pruned_by(method).parameters()) == method.plan.parameters["pruned"]
 
 
 def test_ties_go_to_the_lower_layer() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_prune.errors import UserError
 from lightning_prune.methods import SlimGPT
-from tests.methods.running import projections, run_method, save_base
+from tests.methods.running import projections, pruned_by, run_method, save_base
 from tests.tiny import make_tiny, tiny_tokens
 
 DAMPING = 0.01
@@ -94,10 +94,10 @@ def test_whole_run_equals_a_float64_reference(shape: dict, tmp_path: Path) -> No
     kept, expected = reference(model, tokens, method.counts, rounds)
     assert [(plan.kept_kv_heads, plan.kept_channels) for plan in method.plan.layers] == kept
     with torch.no_grad():
-        got = method.model(input_ids=tokens, use_cache=False).logits.double()
+        got = pruned_by(method)(input_ids=tokens, use_cache=False).logits.double()
         want = expected(input_ids=tokens, use_cache=False).logits
     assert float((got - want).norm() / want.norm()) < 1e-4
-    assert sum(p.numel() for p in method.model.parameters()) == method.plan.parameters["pruned"]
+    assert sum(p.numel() for p in pruned_by(method).parameters()) == method.plan.parameters["pruned"]
 
 
 def test_compensation_is_the_least_squares_optimum_and_beats_masking_on_every_layer(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_compensation_is_the_least_squares_optimum_and_beats_masking_on_every_la
     zeroed = copy.deepcopy(model).double()
     for layer, plan in enumerate(method.plan.layers):
         found = projections(zeroed, layer)
-        pruned = projections(method.model, layer)
+        pruned = projections(pruned_by(method), layer)
         heads = [j for h in plan.kept_kv_heads for j in range(h * 16, (h + 1) * 16)]
         for name, columns in (("o_proj", heads), ("down_proj", plan.kept_channels)):
             weight = found[name].weight.data
@@ -157,9 +157,9 @@ def test_double_precision_gives_the_decision_of_single(tmp_path: Path) -> None:
     double = run_method(SlimGPT(base, 0.1), tokens, tmp_path / "double", precision="64-true")
     assert double.plan.layers == single.plan.layers
     for layer in range(3):
-        for name, linear in projections(double.model, layer).items():
-            other = projections(single.model, layer)[name].weight
-            torch.testing.assert_close(linear.weight, other.double(), rtol=1e-4, atol=1e-5)
+        for name, linear in projections(pruned_by(double), layer).items():
+            other = projections(pruned_by(single), layer)[name].weight
+            torch.testing.assert_close(linear.weight, other, rtol=1e-4, atol=1e-5)
 
 
 def test_max_tokens_takes_the_first_tokens_whatever_the_batch_size(tmp_path: Path) -> None:
@@ -201,18 +201,21 @@ def test_senseless_options_are_refused_by_name(option: dict) -> None:
         SlimGPT(**option)
 
 
-def test_every_block_runs_twice_however_deep_the_model_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once for its Hessian and once, pruned, for the next block: never the whole model per layer."""
-    calls = {"attention": 0, "mlp": 0}
+def test_every_block_runs_once_however_deep_the_model_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for its Hessian; then the pruned projection alone, for what it now puts out: never the model per layer."""
+    calls = dict.fromkeys(("query", "output", "gate", "down"), 0)
 
     def count(self) -> None:
         for layer in self.layers:
-            layer.attention.register_forward_hook(lambda *_: calls.__setitem__("attention", calls["attention"] + 1))
-            layer.down.register_forward_hook(lambda *_: calls.__setitem__("mlp", calls["mlp"] + 1))
+            for role in calls:
+                layer.linears[role].register_forward_hook(
+                    lambda *_, role=role: calls.__setitem__(role, calls[role] + 1)
+                )
 
     start = SlimGPT.on_fit_start
     monkeypatch.setattr(SlimGPT, "on_fit_start", lambda self: (start(self), count(self))[0])
     base = save_base(make_tiny(layers=5), tmp_path / "base")
     run_method(SlimGPT(base, 0.3), tiny_tokens(12, 16), tmp_path / "run", batch_size=4)
     batches, layers = 3, 5
-    assert calls == {"attention": 2 * layers * batches, "mlp": (2 * layers - 1) * batches}  # nothing follows the last
+    once, again = layers * batches, (layers - 1) * batches  # nothing follows the last layer
+    assert calls == {"query": once, "output": 2 * once, "gate": once, "down": once + again}

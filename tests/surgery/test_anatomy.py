@@ -8,8 +8,8 @@ from transformers import GPT2Config
 
 from lightning_prune.errors import UserError
 from lightning_prune.surgery.anatomy import anatomy, count_parameters, family_of
-from lightning_prune.surgery.cut import cut
 from lightning_prune.surgery.loading import meta_model
+from tests.cutting import cut
 from tests.tiny import FAMILIES, make_tiny, mixed_plan, tiny_config, tiny_plan
 
 BIASED = [("llama", {"attention_bias": True, "mlp_bias": True}), ("qwen3", {"attention_bias": True})]

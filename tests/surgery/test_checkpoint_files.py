@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from lightning_prune.errors import UserError
 from lightning_prune.surgery.checkpoint_files import open_checkpoint
-from lightning_prune.surgery.cut import cut
 from lightning_prune.surgery.loading import load_config, load_model, meta_model
 from lightning_prune.surgery.safetensors_header import read_header
+from tests.cutting import cut
 from tests.tiny import FAMILIES, make_tiny, mixed_plan, uniform_plan
 
 Edit = Callable[[dict[str, torch.Tensor]], None]

@@ -12,8 +12,8 @@ from transformers.utils import logging as transformers_logging
 
 import lightning_prune
 from lightning_prune.errors import UserError
-from lightning_prune.surgery.cut import cut
 from lightning_prune.surgery.loading import load_config, load_model, load_tokenizer, meta_model
+from tests.cutting import cut
 from tests.tiny import FAMILIES, make_tiny, mixed_plan, tiny_tokenizer, tiny_tokens
 
 

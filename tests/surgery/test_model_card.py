@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import yaml
 
-from lightning_prune.surgery.checkpoint import save_checkpoint
-from lightning_prune.surgery.cut import cut, layout_of
+from lightning_prune.surgery.cut import layout_of
 from lightning_prune.surgery.loading import load_model
 from lightning_prune.surgery.model_card import model_card
+from lightning_prune.surgery.write import write_checkpoint
+from tests.cutting import layered_cut
 from tests.tiny import make_tiny, mixed_plan, uniform_plan
 
 
@@ -194,8 +195,9 @@ def test_no_file_of_a_checkpoint_names_the_folder_of_the_base_model(tmp_path: Pa
     (base / "config.json").write_text(json.dumps(config | {"_name_or_path": str(base)}))
     model = load_model(str(base), None)
     plan = plan_of(model, base_model=str(base))
-    pruned = cut(model, plan)
+    pruned = layered_cut(model, plan)
     facts = {"dataset": str(tmp_path / "text.txt")}
-    save_checkpoint(pruned, tmp_path / "out", tokenizer_from=None, card=model_card(plan, layout_of(pruned), facts))
+    card = model_card(plan, layout_of(pruned.config), facts)
+    write_checkpoint(pruned, tmp_path / "out", tokenizer_from=None, card=card)
     for file in (tmp_path / "out").iterdir():
         assert str(tmp_path).encode() not in file.read_bytes(), file.name

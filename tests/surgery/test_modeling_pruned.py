@@ -20,8 +20,8 @@ from transformers import (
 )
 from transformers.cache_utils import QuantizedLayer
 
-from lightning_prune.surgery.cut import cut
 from lightning_prune.surgery.modeling_pruned import SkippedMixer
+from tests.cutting import cut
 from tests.tiny import FAMILIES, make_tiny, mixed_plan, tiny_plan, tiny_tokenizer, tiny_tokens
 
 FULL = list(range(40))

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, dynamic_module_utils
 from lightning_prune.cli import main
 from lightning_prune.errors import CheckpointError
 from lightning_prune.surgery import modeling_pruned
-from lightning_prune.surgery.checkpoint import save_checkpoint
-from lightning_prune.surgery.cut import cut
 from lightning_prune.surgery.self_check import check_checkpoint, probe_logits, probe_tokens
+from lightning_prune.surgery.write import write_checkpoint
+from tests.cutting import cut, layered
 from tests.tiny import FAMILIES, make_tiny, mixed_plan, tiny_plan, uniform_plan
 
 SOURCE = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
@@ -28,7 +28,7 @@ def written(folder: Path, dtype: torch.dtype = torch.float32, plan: Any = mixed_
     """Logits of the model that ``folder`` now holds."""
     dense = make_tiny(**options).to(dtype)
     model = cut(dense, plan(dense))
-    save_checkpoint(model, folder, tokenizer_from=None, card="")
+    write_checkpoint(layered(model), folder, tokenizer_from=None, card="")
     return probe_logits(model)
 
 
@@ -147,7 +147,7 @@ def test_logits_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan
     with pytest.raises(FloatingPointError, match="NaN or infinite"):
-        save_checkpoint(model, tmp_path / "pruned", tokenizer_from=None, card="")
+        write_checkpoint(layered(model), tmp_path / "pruned", tokenizer_from=None, card="")
     assert list(tmp_path.iterdir()) == []
 
 

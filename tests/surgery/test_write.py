@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 import lightning_prune
 from lightning_prune.errors import UserError
-from lightning_prune.surgery.checkpoint import save_checkpoint
-from lightning_prune.surgery.cut import cut, layout_of
+from lightning_prune.surgery import write
+from lightning_prune.surgery.cut import layout_of
 from lightning_prune.surgery.loading import load_tokenizer
 from lightning_prune.surgery.plan import PruningPlan
+from lightning_prune.surgery.write import write_checkpoint
+from tests.cutting import cut, layered, layered_cut
 from tests.tiny import (
     FAMILIES,
     make_tiny,
@@ -97,11 +99,10 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         dense = make_tiny(family, kv_heads=kv_heads, tied=tied == "tied")
         if kv_heads == 1:
             dense = dense.to(torch.bfloat16)
-        pruned = cut(dense, PLANS[plan](dense))
         source = str(tokenizer) if (kv_heads, tied) == (4, "tied") else None
-        save_checkpoint(pruned, root / name, tokenizer_from=source, card="# card\n")
+        write_checkpoint(layered_cut(dense, PLANS[plan](dense)), root / name, tokenizer_from=source, card="# card\n")
         tokens = tiny_tokens()
-        known = {"tokens": tokens, "logits": pruned(tokens).logits.detach()}
+        known = {"tokens": tokens, "logits": cut(dense, PLANS[plan](dense))(tokens).logits.detach()}
         save_file(known, root / name / "expected.safetensors")
         folders[name] = root / name
     return folders
@@ -135,7 +136,7 @@ def test_this_package_gets_the_same_logits_without_remote_code(checkpoints: dict
         model = lightning_prune.load(folder)
         assert not model.training
         assert torch.equal(model(known["tokens"]).logits, known["logits"]), name
-        assert layout_of(model) == ("stock" if "uniform" in name else "per-layer")
+        assert layout_of(model.config) == ("stock" if "uniform" in name else "per-layer")
         assert not type(model).__module__.startswith("transformers_modules")
 
 
@@ -159,11 +160,11 @@ def test_leave_to_read_global_widths_is_given_only_where_the_config_checks_them(
 
 
 def test_folder_holds_no_pickle_and_the_modeling_file_only_where_needed(checkpoints: dict[str, Path]) -> None:
-    always = {"README.md", "config.json", "generation_config.json", "model.safetensors", "expected.safetensors"}
+    always = {"README.md", "config.json", "model.safetensors", "expected.safetensors"}
     for name, folder in checkpoints.items():
         wanted = always | ({"modeling_pruned.py"} if "uniform" not in name else set())
         if "-4-tied" in name:
-            wanted |= {"tokenizer.json", "tokenizer_config.json"}
+            wanted |= {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
         assert {file.name for file in folder.iterdir()} == wanted, name
         config = json.loads((folder / "config.json").read_text())
         assert config["head_dim"] == 8
@@ -185,28 +186,101 @@ def test_the_same_model_gives_the_same_bytes_also_after_loading(
     checkpoints: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
     first = checkpoints[name]
-    save_checkpoint(lightning_prune.load(first), tmp_path / "again", tokenizer_from=None, card="# card\n")
+    loaded = lightning_prune.load(first)
+    write_checkpoint(layered(loaded), tmp_path / "again", tokenizer_from=None, card="# card\n")
     lightning_prune.load(first).save_pretrained(tmp_path / "plain")
     for file in (tmp_path / "again").iterdir():
         assert file.read_bytes() == (first / file.name).read_bytes(), file.name
-        if file.name != "README.md":
+        if file.name not in ("README.md", "model.safetensors"):
             assert file.read_bytes() == (tmp_path / "plain" / file.name).read_bytes(), file.name
+    # The order of tensors in the file is ours (that of the layers), what is in them is not.
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (first, tmp_path / "plain"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+
+
+@pytest.mark.parametrize("plan", [mixed_plan, uniform_plan])
+@pytest.mark.parametrize("tied", [True, False])
+def test_shards_hold_what_one_file_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: Callable[[PreTrainedModel], PruningPlan], tied: bool
+) -> None:
+    dense = make_tiny("qwen3", tied=tied)
+    write_checkpoint(layered_cut(dense, plan(dense)), tmp_path / "one", tokenizer_from=None, card="")
+    one = load_file(tmp_path / "one" / "model.safetensors")
+    limit = 12_000  # smaller than the embedding's 96 × 32 × 4 bytes with anything beside it
+    monkeypatch.setattr(write, "SHARD_BYTES", limit)
+    for name in ("shards", "again"):
+        write_checkpoint(layered_cut(dense, plan(dense)), tmp_path / name, tokenizer_from=None, card="")
+
+    names = sorted(file.name for file in (tmp_path / "shards").glob("*.safetensors"))
+    assert names == [f"model-{i + 1:05d}-of-{len(names):05d}.safetensors" for i in range(len(names))]
+    assert len(names) > 2
+    index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
+    shards = {name: load_file(tmp_path / "shards" / name) for name in names}
+    assert index["weight_map"] == {key: name for name, shard in shards.items() for key in shard}
+    sizes = {name: [t.numel() * t.element_size() for t in shard.values()] for name, shard in shards.items()}
+    assert all(sum(size) <= limit or len(size) == 1 for size in sizes.values()), sizes
+    assert index["metadata"]["total_size"] == sum(map(sum, sizes.values()))
+    assert index["metadata"]["total_parameters"] == sum(tensor.numel() for tensor in one.values())
+    together = {key: tensor for shard in shards.values() for key, tensor in shard.items()}
+    assert together.keys() == one.keys()
+    assert all(torch.equal(tensor, one[key]) for key, tensor in together.items())
+    for file in (tmp_path / "shards").iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
+
+    expected = cut(dense, plan(dense))(tiny_tokens()).logits
+    assert torch.equal(lightning_prune.load(tmp_path / "shards")(tiny_tokens()).logits, expected)
+    if plan is uniform_plan:
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "shards", trust_remote_code=False)
+        assert torch.equal(stock(tiny_tokens()).logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_weights_are_written_in_the_dtype_of_the_layered_model(tmp_path: Path, dtype: torch.dtype) -> None:
+    dense = make_tiny()
+    write_checkpoint(layered(dense, dtype), tmp_path / "pruned", tokenizer_from=None, card="")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "pruned" / "model.safetensors").values()} == {dtype}
+    config = json.loads((tmp_path / "pruned" / "config.json").read_text())
+    assert config["dtype"] == str(dtype).removeprefix("torch.")
+    loaded = lightning_prune.load(tmp_path / "pruned")
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, dense.get_parameter(name).to(dtype)), name
+
+
+def test_one_layer_is_in_memory_at_a_time_and_each_is_told(tmp_path: Path) -> None:
+    model = layered(make_tiny())
+    written, present = [], []
+
+    def progress(layer: int) -> None:
+        written.append(layer)
+        present.append([not parameter.is_meta for block in model.layers for parameter in block.parameters()])
+
+    write_checkpoint(model, tmp_path / "pruned", tokenizer_from=None, card="", progress=progress)
+    assert written == [0, 1, 2, 3]
+    assert not any(any(layers) for layers in present)
 
 
 @pytest.mark.parametrize("exception", [RuntimeError("stop"), KeyboardInterrupt()])
-def test_interrupted_save_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exception: BaseException
+@pytest.mark.parametrize("place", ["config", "shard", "card"])
+def test_interrupted_write_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exception: BaseException, place: str
 ) -> None:
-    model = make_tiny()
-    real = model.save_pretrained
-
-    def interrupted(folder: Path) -> None:
-        real(folder)
+    def interrupted(*args: object, **options: object) -> None:
         raise exception
 
-    monkeypatch.setattr(model, "save_pretrained", interrupted)
+    def after_a_layer(layer: int) -> None:
+        if place == "shard" and layer == 1:
+            assert [file for file in tmp_path.rglob("model.safetensors") if file.stat().st_size]
+            raise exception
+
+    if place == "config":
+        monkeypatch.setattr(PretrainedConfig, "save_pretrained", interrupted)
+    if place == "card":
+        monkeypatch.setattr(write, "write_text", interrupted)
     with pytest.raises(type(exception)):
-        save_checkpoint(model, tmp_path / "pruned", tokenizer_from=None, card="")
+        write_checkpoint(
+            layered(make_tiny()), tmp_path / "pruned", tokenizer_from=None, card="", progress=after_a_layer
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -224,7 +298,7 @@ def test_full_disk_is_a_message_and_leaves_the_old_checkpoint(
     make_tiny().save_pretrained(tokenizer)
     tiny_tokenizer().save_pretrained(tokenizer)
     with pytest.raises(UserError, match=r"No space left.*--trainer\.default_root_dir.*--output") as error:
-        save_checkpoint(make_tiny(seed=1), folder, tokenizer_from=str(tokenizer), card="")
+        write_checkpoint(layered(make_tiny(seed=1)), folder, tokenizer_from=str(tokenizer), card="")
     assert str(folder) in str(error.value)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert sorted(path.name for path in folder.parent.iterdir()) == sorted([folder.name, "tokenizer"])
@@ -233,16 +307,17 @@ def test_full_disk_is_a_message_and_leaves_the_old_checkpoint(
 def test_place_that_cannot_be_written_is_a_message(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be written"):
-        save_checkpoint(make_tiny(), tmp_path / "file" / "pruned", tokenizer_from=None, card="")
+        write_checkpoint(layered(make_tiny()), tmp_path / "file" / "pruned", tokenizer_from=None, card="")
 
 
-def test_generation_settings_that_transformers_only_warns_about_do_not_stop_the_save(
+def test_generation_settings_that_transformers_only_warns_about_do_not_stop_the_write(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = tiny_checkpoint()
     file = base / "generation_config.json"  # as several published models have it
     file.write_text(json.dumps({**json.loads(file.read_text()), "do_sample": False, "temperature": 0.6}))
     model = lightning_prune.load(base)
-    save_checkpoint(cut(model, mixed_plan(model)), tmp_path / "pruned", tokenizer_from=None, card="")
+    pruned = layered_cut(model, mixed_plan(model))
+    write_checkpoint(pruned, tmp_path / "pruned", tokenizer_from=str(base), card="")
     saved = json.loads((tmp_path / "pruned" / "generation_config.json").read_text())
     assert saved["temperature"] == 0.6

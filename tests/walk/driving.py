@@ -1,0 +1,43 @@
+"""A walk driven by hand, as the trainer drives it, on a layered model in memory."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_prune.models.layered import LayeredModel
+from lightning_prune.walk.findings import Findings
+from lightning_prune.walk.passes import Batch, Pass, Setting
+from lightning_prune.walk.walk import Walk
+
+
+def drive(
+    passes: Sequence[Pass],
+    model: LayeredModel,
+    tokens: Tensor,
+    scratch: Path,
+    *,
+    batch_size: int = 2,
+    padding: int = 0,
+    findings: Findings | None = None,
+    stop_after: int | None = None,
+) -> Walk:
+    """Take ``passes`` over ``tokens`` ``[N, L]`` and, behind them, ``padding`` samples of weight 0.
+
+    ``stop_after``: so many steps; what is open stays open, as where a process is killed.
+    """
+    samples = len(tokens)
+    padded = torch.cat([tokens, tokens[:1].expand(padding, -1)])
+    weight = torch.cat([torch.ones(samples), torch.zeros(padding)])
+    setting = Setting(model, len(padded), samples, batch_size, tokens.shape[1], scratch, nullcontext)
+    walk = Walk(passes, setting, findings or Findings())
+    for number, (one, _) in enumerate(walk.steps):
+        if number == stop_after:
+            break
+        walk.start(number)
+        for rows in setting.batches() if one.reads else ():
+            walk.batch(number, Batch(padded[rows], weight[rows], torch.arange(len(padded))[rows], rows))
+        walk.finish(number)
+    return walk
