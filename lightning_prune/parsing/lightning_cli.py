@@ -17,6 +17,7 @@ from lightning_prune.evaluation.module import EvaluatedModel
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.parsing.messages import plain
 from lightning_prune.reporting.progress import RunProgressBar
+from lightning_prune.shipped_configs import with_config_files
 from lightning_prune.strategy import CalibrationDDP
 
 DEFAULT_ROOT = "logs"
@@ -87,7 +88,7 @@ class PruneCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             run=False,
-            args=argv,
+            args=with_config_files(argv) if isinstance(argv, list) else argv,
         )
         chosen = type(self.model)
         if any(getattr(getattr(chosen, name, None), "__isabstractmethod__", False) for name in dir(chosen)):
@@ -174,8 +175,8 @@ def quiet() -> None:
 
 _DESCRIPTION = {
     "fit": (
-        "Calibrate, prune, save and evaluate one model with one method. Start from a file in configs/: "
-        "lightning-prune fit --config configs/wanda.yaml. Options of the method are --model.OPTION (list them with "
+        "Calibrate, prune, save and evaluate one model with one method. Start from a shipped configuration: "
+        "lightning-prune fit --config wanda. Options of the method are --model.OPTION (list them with "
         "--model.help NAME, for instance --model.help Wanda), those of the calibration set --data.OPTION, those of "
         "Lightning --trainer.OPTION. Several --config overlay one another; --print_config shows the result."
     ),
