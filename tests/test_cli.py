@@ -77,7 +77,7 @@ def test_unknown_command_lists_the_commands(capsys: pytest.CaptureFixture[str]) 
             "fit",
             [
                 "--config",
-                "configs/wanda.yaml",
+                "--config wanda",
                 "--model.help",
                 "--data.num_samples",
                 "--trainer.precision",

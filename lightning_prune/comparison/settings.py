@@ -87,11 +87,9 @@ def _system(
     if not isinstance(given, dict):
         raise UserError(f"--config: system '{label}' is {given!r}. Give the path of a method's file, or a mapping.")
     overlay = {key: value for key, value in given.items() if key != "config"}
-    own = (
-        _merge(_yaml(config_file(given["config"], folder, f"systems.{label}"), f"systems.{label}"), overlay)
-        if "config" in given
-        else overlay
-    )
+    option, own = f"systems.{label}", overlay
+    if "config" in given:
+        own = _merge(_yaml(config_file(given["config"], folder, option), option), overlay)
     if not isinstance(own.get("model"), dict) or "class_path" not in own["model"]:
         raise UserError(f"--config: system '{label}' has no model.class_path, so it is no method.")
     own["model"] = {"class_path": own["model"]["class_path"], "init_args": dict(own["model"].get("init_args") or {})}

@@ -44,7 +44,8 @@ def plain(message: str, options: Sequence[str], methods: Sequence[str]) -> str:
         return f"{start} {known} Shipped configurations go by name: --config wanda"
     missing = re.search(r"File does not exist: '?([^'\n]+)'?", message)
     if missing is not None:
-        return f"--config: no file at '{missing.group(1)}'. Shipped configurations go by name: {', '.join(shipped_names())}."
+        names = ", ".join(shipped_names())
+        return f"--config: no file at '{missing.group(1)}'. Shipped configurations go by name: {names}."
     allowed = _allowed(message)
     value = re.search(r"(?:Got value|Given value): (?:NestedArg\(key='[\w.]+', val=)?(.+?)\)?$", message, re.MULTILINE)
     if key and allowed and value is not None:
