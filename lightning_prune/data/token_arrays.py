@@ -13,7 +13,6 @@ from torch import Tensor
 from lightning_prune.errors import UserError
 from lightning_prune.regular_files import exists, require_regular
 
-
 _HEADER_ERRORS = (SyntaxError, TokenError)  # numpy reads the header as a Python literal
 
 
