@@ -77,7 +77,7 @@ class InputNorms(nn.Module):
             FloatingPointError: an activation was NaN or infinite.
         """
         found = {}
-        for role in set(INPUT_OF.values()):
+        for role in sorted(set(INPUT_OF.values())):  # the same order in every process: each step is a reduction
             statistic: SumOfSquares = self.sums[f"{layer}_{role}"]  # type: ignore[assignment]
             statistic.raise_if_not_finite(f"layer {layer}, input of {role}")
             found[role] = statistic.norms()
