@@ -29,8 +29,8 @@ commands:
 {commands}
 
 examples:
-  lightning-prune fit --config configs/wanda.yaml
-  lightning-prune fit --config configs/wanda.yaml --model.pretrained path/to/llama --model.pruning_ratio 0.3
+  lightning-prune fit --config wanda
+  lightning-prune fit --config wanda --model.pretrained path/to/llama --model.pruning_ratio 0.3
   lightning-prune test --model.pretrained logs/wanda/version_0/pruned
 
 'lightning-prune <command> --help' lists a command's options.

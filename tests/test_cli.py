@@ -28,7 +28,7 @@ def test_help_of_the_command_is_quick_and_names_every_subcommand() -> None:
     assert min(seconds) < 0.5
     for command, what in COMMANDS.items():
         assert f"  {command:<9}{what}" in done.stdout
-    assert "lightning-prune fit --config configs/wanda.yaml" in done.stdout
+    assert "lightning-prune fit --config wanda" in done.stdout
 
 
 def test_module_runs_like_the_command(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_unknown_command_lists_the_commands(capsys: pytest.CaptureFixture[str]) 
             "fit",
             [
                 "--config",
-                "configs/wanda.yaml",
+                "--config wanda",
                 "--model.help",
                 "--data.num_samples",
                 "--trainer.precision",

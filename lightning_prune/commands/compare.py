@@ -105,10 +105,10 @@ def _parser() -> argparse.ArgumentParser:
         "stopped); with --runs, take runs that exist. Both check that the runs may be compared and write report.html, "
         "report.md, results.csv, results.tex and calibration_appendix.md.",
         epilog="Options of the calibration set (--data.OPTION) and of Lightning (--trainer.OPTION) overrule the file. "
-        "example: lightning-prune compare --config configs/compare.yaml --ratios 0.2 0.5 --systems wanda hgsp_taylor "
+        "example: lightning-prune compare --config compare --ratios 0.2 0.5 --systems wanda hgsp_taylor "
         "--data.seed 1 --trainer.precision bf16-true",
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="the experiment, such as configs/compare.yaml")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the experiment: a file, or the shipped 'compare'")
     parser.add_argument("--runs", type=Path, nargs="+", metavar="FOLDER", help="run folders: logs/*/version_*")
     parser.add_argument("--root", type=Path, metavar="FOLDER", help="where runs and report go (default: logs)")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="report folder (ROOT/comparison/version_N)")

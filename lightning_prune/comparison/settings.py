@@ -10,6 +10,7 @@ import yaml
 
 from lightning_prune.errors import UserError
 from lightning_prune.runs.folder import check_label
+from lightning_prune.shipped_configs import config_file
 
 ALLOWED = ("pretrained", "ratios", "systems", "data", "trainer", "root")
 DEFAULT_RATIOS = (0.2, 0.3, 0.5)
@@ -42,7 +43,7 @@ def read_settings(
     """Read the file; what is not None overrules it.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of a shipped one.
         root, pretrained, ratios: overrule the file's.
         systems: only these labels of the file.
         options: ``data.OPTION`` and ``trainer.OPTION`` with values as on the command line. A system's own ``data``
@@ -51,6 +52,7 @@ def read_settings(
     Raises:
         UserError: no such file, an unknown key, system or ratio.
     """
+    path = config_file(path)
     file = _yaml(path, "--config")
     unknown = sorted(file.keys() - set(ALLOWED))
     if unknown:
@@ -88,7 +90,9 @@ def _system(
     if not isinstance(given, dict):
         raise UserError(f"--config: system '{label}' is {given!r}. Give the path of a method's file, or a mapping.")
     overlay = {key: value for key, value in given.items() if key != "config"}
-    own = _merge(_yaml(folder / given["config"], f"systems.{label}"), overlay) if "config" in given else overlay
+    option, own = f"systems.{label}", overlay
+    if "config" in given:
+        own = _merge(_yaml(config_file(given["config"], folder, option), option), overlay)
     if not isinstance(own.get("model"), dict) or "class_path" not in own["model"]:
         raise UserError(f"--config: system '{label}' has no model.class_path, so it is no method.")
     own["model"] = {"class_path": own["model"]["class_path"], "init_args": dict(own["model"].get("init_args") or {})}

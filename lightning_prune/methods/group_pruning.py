@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lightning_prune.errors import UserError
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.methods.scores import BLOCKS, Scores, group_scores
+from lightning_prune.methods.blocks import block_index
+from lightning_prune.methods.scores import Scores, group_scores
 from lightning_prune.methods.selection import Budget, protect_best, select_global, select_uniform
 from lightning_prune.surgery.anatomy import LayerAnatomy
 from lightning_prune.surgery.cut import parameters_after
@@ -134,7 +135,5 @@ class GroupPruning(PruningMethod):
 def kept_units(scores: Scores, num_layers: int) -> list[LayerPlan]:
     """What every layer keeps, from the ``pruned`` column."""
     kept = ~scores.pruned
-    attention, mlp = (
-        [scores.unit[kept & scores.of(layer, block)].tolist() for layer in range(num_layers)] for block in BLOCKS[:2]
-    )
-    return [LayerPlan(layer, attention[layer], mlp[layer]) for layer in range(num_layers)]
+    units = {block: scores.unit[rows[kept[rows]]].tolist() for block, rows in block_index(scores).rows().items()}
+    return [LayerPlan(layer, units[layer, 0], units[layer, 1]) for layer in range(num_layers)]

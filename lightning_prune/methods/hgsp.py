@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_prune.errors import UserError
 from lightning_prune.methods.base import SavedMeasurement
+from lightning_prune.methods.blocks import block_index
 from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.magnitude import MagnitudePass
 from lightning_prune.methods.scores import Scores
@@ -64,10 +65,8 @@ def normalised(scores: Scores, how: ScoreNorm) -> Tensor:
             rows = scores.block == block
             base[rows] /= base[rows].median()
     elif how == "block":
-        for layer in set(scores.layer.tolist()):
-            for kind in ("attention", "mlp"):
-                rows = scores.of(layer, kind)  # type: ignore[arg-type]
-                base[rows] /= base[rows].mean()
+        for rows in block_index(scores).rows().values():
+            base[rows] /= base[rows].mean()
     return torch.nan_to_num(base, nan=0.0) if how != "none" else base
 
 
@@ -240,13 +239,15 @@ def collapse(scores: Scores, pruned: Tensor, epsilon: float, frozen: set[int]) -
 
     Frozen layers never collapse, nor does the last layer that is left.
     """
-    pruned = pruned.clone()
-    layers = sorted(set(scores.layer.tolist()))
-    alive = [layer for layer in layers if not bool(pruned[scores.layer == layer].all())]
-    for layer in list(alive):
-        blocks = (scores.of(layer, "attention"), scores.of(layer, "mlp"))
-        kept = sum(float((~pruned[rows]).double().mean()) for rows in blocks) / 2
-        if kept < epsilon and layer not in frozen and len(alive) > 1:
-            pruned[scores.layer == layer] = True
-            alive.remove(layer)
-    return pruned
+    blocks = block_index(scores)
+    share = (blocks.sum(~pruned) / blocks.size).tolist()
+    kept: dict[int, float] = {}
+    for layer, part in zip(blocks.layer.tolist(), share, strict=True):
+        kept[layer] = kept.get(layer, 0.0) + part / 2
+    alive = sum(part > 0 for part in kept.values())
+    gone = []
+    for layer, part in kept.items():
+        if 0 < part < epsilon and layer not in frozen and alive > 1:
+            gone.append(layer)
+            alive -= 1
+    return pruned | torch.isin(scores.layer, torch.tensor(gone, dtype=torch.int64))

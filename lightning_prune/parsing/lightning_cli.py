@@ -24,6 +24,7 @@ from lightning_prune.parsing.messages import plain
 from lightning_prune.parsing.trainer_options import check_callbacks, check_fixed
 from lightning_prune.parsing.values import check_values, refuse_nulls
 from lightning_prune.progress import Progress
+from lightning_prune.shipped_configs import with_config_files
 from lightning_prune.strategy import cpu_processes, trainer_for_calibration
 from lightning_prune.walk.module import LayeredModule
 
@@ -86,7 +87,7 @@ class PruneCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             run=False,
-            args=argv,
+            args=with_config_files(argv) if isinstance(argv, list) else argv,
         )
         chosen = type(self.model)
         if any(getattr(getattr(chosen, name, None), "__isabstractmethod__", False) for name in dir(chosen)):
@@ -188,8 +189,8 @@ def quiet() -> None:
 
 _DESCRIPTION = {
     "fit": (
-        "Calibrate, prune, save and evaluate one model with one method. Start from a file in configs/: "
-        "lightning-prune fit --config configs/wanda.yaml. Options of the method are --model.OPTION (list them with "
+        "Calibrate, prune, save and evaluate one model with one method. Start from a shipped configuration: "
+        "lightning-prune fit --config wanda. Options of the method are --model.OPTION (list them with "
         "--model.help NAME, for instance --model.help Wanda), those of the calibration set --data.OPTION, those of "
         "Lightning --trainer.OPTION. Several --config overlay one another; --print_config shows the result."
     ),

@@ -4,6 +4,8 @@ import difflib
 import re
 from collections.abc import Sequence
 
+from lightning_prune.shipped_configs import shipped_names
+
 GROUPS = ("model", "data", "trainer")
 
 
@@ -41,10 +43,11 @@ def plain(message: str, options: Sequence[str], methods: Sequence[str]) -> str:
     ):
         found = re.search(r"(?:dot import path string: |given class_path ')([\w.]+)", message)
         start = f"--model: unknown method '{found.group(1)}'." if found else "no method is chosen."
-        return f"{start} {known} Shipped configurations are in configs/: --config configs/wanda.yaml"
+        return f"{start} {known} Shipped configurations go by name: --config wanda"
     missing = re.search(r"File does not exist: '?([^'\n]+)'?", message)
     if missing is not None:
-        return f"--config: no file at '{missing.group(1)}'. Shipped configurations are in configs/."
+        names = ", ".join(shipped_names())
+        return f"--config: no file at '{missing.group(1)}'. Shipped configurations go by name: {names}."
     return _value(key, message) or _fallback(message)
 
 

@@ -57,8 +57,8 @@ def write_checkpoint(
         with new_folder(folder) as temporary:
             _write_config(model, temporary)
             if tokenizer_from is not None and (generation := generation_config(tokenizer_from)) is not None:
-                with quiet_transformers():
-                    generation.save_pretrained(temporary)
+                # Not save_pretrained, which refuses settings that several published models have.
+                generation.to_json_file(temporary / "generation_config.json", use_diff=True)
             expected = _write_weights(model, temporary, progress)
             for file in files:
                 shutil.copyfile(file, temporary / file.name)

@@ -137,7 +137,7 @@ MISTAKES = {
     "fast run": (["--trainer.fast_dev_run", "true"], ["--trainer.fast_dev_run: found True"]),
     "method class": (
         ["--model", "Wandaa"],
-        ["unknown method 'Wandaa'", "HGSP, Magnitude, ShortGPT", "configs/wanda.yaml"],
+        ["unknown method 'Wandaa'", "HGSP, Magnitude, ShortGPT", "--config wanda"],
     ),
     "method path": (["--model", "lightning_prune.methods.Foo"], ["unknown method 'lightning_prune.methods.Foo'"]),
     "half a method": (["--model", "GroupPruning"], ["'GroupPruning' is no method", "HGSP, Magnitude, ShortGPT"]),
@@ -156,7 +156,7 @@ def test_mistake_ends_in_one_message(fit: Callable[..., str], mistake: str) -> N
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ("nowhere.yaml", ["--config", "nowhere.yaml", "configs/"]),
+        ("nowhere.yaml", ["--config", "nowhere.yaml", "hgsp_taylor"]),
         ("INPUTS/not_yaml.yaml", ["parsing"]),
         ("INPUTS/unknown_group.yaml", ["unknown option --modle.a"]),
         ("INPUTS/unknown_data.yaml", ["unknown option --data.num_sample.", "Did you mean --data.num_samples?"]),

@@ -1,0 +1,50 @@
+"""The configurations that come with the package: ``--config wanda`` means the shipped ``wanda.yaml``."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_prune.errors import UserError
+
+
+def shipped_folder() -> Path:
+    """Where they are: inside the installed package, or beside it in a checkout."""
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(__file__).parents[1] / "configs"
+
+
+def shipped_names() -> list[str]:
+    """``wanda``, ``targets/llama-3.1-8b``, …: paths below the folder, without suffix."""
+    folder = shipped_folder()
+    return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
+
+
+def config_file(given: str | Path, beside: Path = Path(), option: str = "--config") -> Path:
+    """The file that ``given`` means: one that exists relative to ``beside``, else the shipped one of that name.
+
+    Raises:
+        UserError: a bare name that is neither. (A path comes back as it is: its reader says what is wrong with it.)
+    """
+    path = beside / given
+    if path.is_file():
+        return path
+    names = shipped_names()
+    if str(given) in names:
+        return shipped_folder() / f"{given}.yaml"
+    if Path(given).name == str(given) and not str(given).endswith((".yaml", ".yml", ".json")) and not path.exists():
+        raise UserError(f"{option}: no file and no shipped configuration '{given}'. Shipped: {', '.join(names)}.")
+    return path
+
+
+def with_config_files(arguments: Sequence[str]) -> list[str]:
+    """A command line in which every ``--config`` names a file.
+
+    Raises:
+        UserError: see ``config_file``.
+    """
+    found = list(arguments)
+    for index, argument in enumerate(found):
+        if argument.startswith("--config="):
+            found[index] = f"--config={config_file(argument.partition('=')[2])}"
+        elif index and found[index - 1] == "--config":
+            found[index] = str(config_file(argument))
+    return found
