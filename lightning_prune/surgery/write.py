@@ -92,8 +92,8 @@ def _check(model: LayeredModel, folder: Path, expected: Tensor) -> dict[str, Any
     with torch.no_grad():
         hidden = read_back.embed(probe_tokens(model.config.vocab_size))
         for index in range(read_back.num_layers):
-            read_back.announce(index + 1)
             with read_back.layer(index):
+                read_back.announce(index + 1)
                 hidden = read_back.run(index, hidden)
         return compare_logits(read_back.head(hidden), expected)
 
@@ -114,8 +114,8 @@ def _write_weights(model: LayeredModel, folder: Path, progress: Callable[[int], 
         for name in before:
             shards.write(name, parameters[name])
         for index, names in enumerate(model.layer_names):
-            model.announce(index + 1)
             with model.layer(index) as layer:
+                model.announce(index + 1)
                 for inner, name in names.items():
                     shards.write(name, layer.get_parameter(inner))
                 hidden = model.run(index, hidden)

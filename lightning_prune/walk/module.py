@@ -166,8 +166,8 @@ class LayeredModule(L.LightningModule):
         size = self.datamodule.eval_batch_size
         parts: list[Tensor] = [self.model.embed(part) for part in tokens.split(size)]  # type: ignore[no-untyped-call]
         for layer in range(self.model.num_layers):
-            self.model.announce(layer + 1)
             with self.model.layer(layer):
+                self.model.announce(layer + 1)
                 for number, hidden in enumerate(parts):
                     parts[number] = self.model.run(layer, hidden)
                     self.progress.advance(self.evaluation_phase, hidden.shape[0] * hidden.shape[1])

@@ -274,7 +274,6 @@ class BlockPass(Pass):
         """Hooks on."""
         self.hooks = Hooks()
         self.observe(self.view(step), self.role(step), self.hooks)
-        self._keep_inputs(step)
 
     def batch(self, step: Step, batch: Batch) -> None:
         """Run the block; the hooks watch."""
@@ -282,19 +281,25 @@ class BlockPass(Pass):
         self.skip(step, batch)
 
     def skip(self, step: Step, batch: Batch) -> None:
-        """Run the block."""
-        self._rows = batch.rows
-        with torch.no_grad():
-            if step.phase == "attention":
-                if step.layer == 0:
-                    self.stream.put(batch.rows, self.model.embed(batch.tokens))
-                self.model.attend(step.layer, self.stream.get(batch.rows, self.model.device))
-            else:
-                self.model.feed(step.layer, self.stream.get(batch.rows, self.model.device))
+        """Run the block and keep what its projection reads."""
+        projection = self.view(step).linears[self.role(step)]
+        handle = projection.register_forward_pre_hook(lambda _, args: self.inner.put(batch.rows, args[0]))
+        try:
+            self._run(step, batch)
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def _run(self, step: Step, batch: Batch) -> None:
+        if step.phase == "attention":
+            if step.layer == 0:
+                self.stream.put(batch.rows, self.model.embed(batch.tokens))
+            self.model.attend(step.layer, self.stream.get(batch.rows, self.model.device))
+        else:
+            self.model.feed(step.layer, self.stream.get(batch.rows, self.model.device))
 
     def finish(self, step: Step) -> Finding:
         """Hooks off; every hooked module must have seen every token once."""
-        self._handle.remove()
         self.hooks.remove()
         self.hooks.assert_tokens(self.setting.samples * self.setting.seq_len)
         with torch.no_grad():
@@ -302,7 +307,6 @@ class BlockPass(Pass):
 
     def advance(self, step: Step) -> None:
         """Once the rewritten projection is in place: add what it now puts out to the residual stream."""
-        self._handle.remove()
         if step.phase == "mlp" and step.layer + 1 == self.model.num_layers:
             return
         projection = self.view(step).linears[self.role(step)]
@@ -321,7 +325,3 @@ class BlockPass(Pass):
         self.hooks.remove()
         self.stream.close()
         self.inner.close()
-
-    def _keep_inputs(self, step: Step) -> None:
-        projection = self.view(step).linears[self.role(step)]
-        self._handle = projection.register_forward_pre_hook(lambda _, args: self.inner.put(self._rows, args[0]))

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import PreTrainedModel
 
 from lightning_prune.cli import main
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.runs.folder import RunFolder
+from lightning_prune.surgery import write
 from tests.tiny import make_tiny, tiny_tokens
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -70,13 +70,7 @@ def test_signal_while_calibrating_leaves_nothing(
 def test_signal_while_saving_leaves_no_checkpoint(
     fit: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    real = PreTrainedModel.save_pretrained
-
-    def save_pretrained(self: PreTrainedModel, folder: Path, **options: Any) -> None:
-        real(self, folder, **options)
-        os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_pretrained)
+    kill_before(monkeypatch, write._Shards, "write", number, calls=8)
     assert fit() == STATUS[number]
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".") or path.name == "pruned"]
     assert not list(tmp_path.rglob("metrics.json"))
@@ -102,18 +96,14 @@ def test_signal_after_saving_names_the_folder_and_what_it_holds(
 def test_second_signal_does_not_stop_the_clean_up(
     fit: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save, remove, removed = PreTrainedModel.save_pretrained, shutil.rmtree, []
-
-    def save_pretrained(self: PreTrainedModel, folder: Path, **options: Any) -> None:
-        save(self, folder, **options)
-        os.kill(os.getpid(), signal.SIGINT)
+    remove, removed = shutil.rmtree, []
 
     def rmtree(path: Path, *args: Any, **options: Any) -> None:
         removed.append(path)
         os.kill(os.getpid(), signal.SIGTERM)
         remove(path, *args, **options)
 
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_pretrained)
+    kill_before(monkeypatch, write._Shards, "write", signal.SIGINT, calls=8)
     monkeypatch.setattr(shutil, "rmtree", rmtree)
     assert fit() == 130
     monkeypatch.undo()

@@ -342,7 +342,7 @@ def test_an_interrupted_calibration_leaves_nothing(
     monkeypatch.setattr(type(method), where, interrupted)
     with pytest.raises(Interrupted):
         prune(method, save_tokens(tmp_path / "c.npy"), tmp_path / "logs")
-    assert_no_output(tmp_path / "logs")
+    assert_no_output(tmp_path / "logs", findings=where == "decide")
 
 
 @every_system
@@ -369,7 +369,7 @@ def test_an_interrupt_while_saving_leaves_no_checkpoint(
         monkeypatch.setattr(write, "write_text", interrupted_card)
     with pytest.raises(Interrupted):
         prune(method, save_tokens(tmp_path / "c.npy"), tmp_path / "logs")
-    assert_no_output(tmp_path / "logs", plan=True)
+    assert_no_output(tmp_path / "logs", findings=True)
 
 
 @every_system
@@ -404,14 +404,14 @@ def test_checkpoint_has_the_dtype_that_is_asked_for(shared: Any, tmp_path: Path,
     assert all(torch.equal(tensor, expected[name].bfloat16()) for name, tensor in found.items())
 
 
-def assert_no_output(root: Path, plan: bool = False) -> None:
+def assert_no_output(root: Path, findings: bool = False) -> None:
     """No checkpoint, no temporary files and nothing that says a run was finished.
 
-    With ``plan`` the run was decided: it says that it is unfinished, and keeps what it would go on from.
+    With ``findings`` a layer was finished: the folder says that it is unfinished, and keeps what it would go on from.
     """
     files = [path for path in root.rglob("*") if path.is_file() and path.parent.name != "findings"]
     names = {path.name for path in files if not path.name.startswith("events.out.tfevents.")} - {"hparams.yaml"}
-    if plan:
+    if findings:
         assert "unfinished" in names
         names -= {"scores.csv", "plan.json", "method.json", "unfinished", "config.yaml", "started.json"}
     assert names == set()

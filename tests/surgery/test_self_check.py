@@ -159,7 +159,7 @@ def test_a_wrong_checkpoint_never_takes_its_name(
 ) -> None:
     mixed_plan(make_tiny()).save(tmp_path / "plan.json")
     base = tiny_checkpoint()
-    monkeypatch.setattr("lightning_prune.surgery.checkpoint.probe_logits", lambda model: probe_logits(model) + 1e-6)
+    monkeypatch.setattr("lightning_prune.surgery.self_check.probe_logits", lambda model: probe_logits(model) + 1e-6)
     arguments = ["--plan", str(tmp_path / "plan.json"), "--model", str(base), "--output", str(tmp_path / "out")]
     assert main(["apply", *arguments]) == 1
     assert "self-check failed: the checkpoint read back is another model" in capsys.readouterr().err

@@ -32,12 +32,10 @@ def drive(
     padded = torch.cat([tokens, tokens[:1].expand(padding, -1)])
     weight = torch.cat([torch.ones(samples), torch.zeros(padding)])
     setting = Setting(model, len(padded), samples, batch_size, tokens.shape[1], scratch, nullcontext)
-    walk = Walk(passes, setting, findings or Findings())
-    for number, (one, _) in enumerate(walk.steps):
-        if number == stop_after:
-            break
+    walk = Walk(passes, setting, Findings() if findings is None else findings)
+    for number in walk.open_steps()[:stop_after]:
         walk.start(number)
-        for rows in setting.batches() if one.reads else ():
+        for rows in setting.batches() if walk.steps[number][0].reads else ():
             walk.batch(number, Batch(padded[rows], weight[rows], torch.arange(len(padded))[rows], rows))
         walk.finish(number)
     return walk

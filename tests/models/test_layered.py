@@ -1,0 +1,207 @@
+"""A model whose layers come and go is the whole model of transformers, bit for bit."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lightning_prune
+from lightning_prune.models.layered import LayeredModel, Onload, open_layered
+from lightning_prune.surgery import write
+from lightning_prune.surgery.write import write_checkpoint
+from tests.cutting import CPU, MemorySource, layered, layered_cut
+from tests.tiny import FAMILIES, make_tiny, mixed_plan, tiny_tokens, uniform_plan
+
+KINDS: list[tuple[str, dict[str, Any]]] = [
+    *((family, {"tied": tied}) for family in FAMILIES for tied in (True, False)),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("mistral", {"sliding_window": 5}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+]
+
+
+@torch.no_grad()
+def logits_by_layers(model: LayeredModel, tokens: Tensor) -> Tensor:
+    hidden = model.embed(tokens)
+    for index in range(model.num_layers):
+        with model.layer(index):
+            model.announce(index + 1)
+            hidden = model.run(index, hidden)
+    return model.head(hidden)
+
+
+def resident(model: LayeredModel) -> list[bool]:
+    """Of every layer, whether a weight is in memory."""
+    return [any(not parameter.is_meta for parameter in layer.parameters()) for layer in model.layers]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("family", "extra"), KINDS)
+@torch.no_grad()
+def test_layers_one_by_one_give_the_logits_of_the_whole_model(
+    tmp_path: Path, family: str, extra: dict[str, Any], dtype: torch.dtype
+) -> None:
+    make_tiny(family, **extra).to(dtype).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    whole = lightning_prune.load(tmp_path)
+    placements: tuple[Onload, ...] = ("layer", "model")
+    for onload in placements:
+        model = open_layered(str(tmp_path), None, CPU, onload)
+        for shape in ((2, 12), (3, 9)):  # masks and rotary tables follow the shape
+            tokens = tiny_tokens(*shape)
+            expected = whole(input_ids=tokens, use_cache=False).logits
+            assert torch.equal(logits_by_layers(model, tokens), expected)
+        model.close()
+
+
+@pytest.mark.parametrize("asked", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@torch.no_grad()
+def test_weights_come_in_the_asked_dtype_and_rotary_tables_in_float32(tmp_path: Path, asked: torch.dtype) -> None:
+    make_tiny().save_pretrained(tmp_path)
+    model = open_layered(str(tmp_path), asked, CPU)
+    model.load_all()
+    assert {parameter.dtype for parameter in model.net.parameters()} == {asked}
+    assert {buffer.dtype for buffer in model.net.buffers()} == {torch.float32}
+    expected = lightning_prune.load(tmp_path, dtype=asked)(input_ids=tiny_tokens(), use_cache=False).logits
+    assert torch.equal(logits_by_layers(model, tiny_tokens()), expected)
+
+
+@pytest.mark.parametrize("plan", [mixed_plan, uniform_plan])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_pruned_checkpoints_run_by_layers_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, plan: Any
+) -> None:
+    dense = make_tiny(family)
+    monkeypatch.setattr(write, "SHARD_BYTES", 12_000)
+    write_checkpoint(layered_cut(dense, plan(dense)), tmp_path / "pruned", tokenizer_from=None, card="")
+    expected = lightning_prune.load(tmp_path / "pruned")(input_ids=tiny_tokens(), use_cache=False).logits
+    assert torch.equal(logits_by_layers(open_layered(str(tmp_path / "pruned"), None, CPU), tiny_tokens()), expected)
+
+
+def test_a_layer_has_weights_between_enter_and_leave_alone() -> None:
+    model = layered(make_tiny())
+    assert resident(model) == [False] * 4
+    model.enter(1)
+    assert resident(model) == [False, True, False, False]
+    model.announce(2)  # is read, but not in place yet
+    assert resident(model) == [False, True, False, False]
+    model.leave(1)
+    assert resident(model) == [False] * 4
+    with contextlib.suppress(ArithmeticError), model.layer(3):
+        assert resident(model) == [False, False, False, True]
+        raise ArithmeticError
+    assert resident(model) == [False] * 4
+    assert not model.net.get_input_embeddings().weight.is_meta
+
+
+def test_weights_of_a_layer_that_left_are_freed() -> None:
+    import weakref
+
+    model = layered(make_tiny())
+    layer = model.enter(0)
+    held = [weakref.ref(parameter) for parameter in layer.parameters()]
+    del layer
+    model.leave(0)
+    assert not [reference for reference in held if reference() is not None]
+
+
+def test_kept_layers_are_read_once_and_changed_ones_again() -> None:
+    model = layered(make_tiny(), onload="model")
+    read = model.bytes_read
+    for _ in range(3):
+        logits_by_layers(model, tiny_tokens())
+    one = sum(parameter.numel() * 4 for parameter in model.layers[0].parameters())
+    assert model.bytes_read - read == 4 * one
+    assert resident(model) == [True] * 4
+    view = model.views[2]
+    view.gate.weight = nn.Parameter(torch.zeros_like(view.gate.weight))
+    model.leave(2, changed=True)
+    model.enter(2)
+    assert bool(view.gate.weight.any())
+    assert model.bytes_read - read == 5 * one
+
+
+def test_every_layer_is_read_once_per_pass_and_ahead_of_time() -> None:
+    dense = make_tiny()
+    model = layered(dense)
+    source: MemorySource = model._reader.source  # type: ignore[assignment]
+    source.asked.clear()
+    before = model.bytes_read
+    logits_by_layers(model, tiny_tokens())
+    wanted = [name for names in model.layer_names for name in names.values()]
+    assert source.asked == wanted
+    assert model.bytes_read - before == sum(p.numel() * 4 for p in dense.model.layers.parameters())
+    assert model.evaluations == 4
+
+
+def test_closing_drops_everything() -> None:
+    model = layered(make_tiny(), onload="model")
+    model.load_all()
+    model.announce(0)
+    model.close()
+    assert resident(model) == [False] * 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_attention_and_mlp_apart_are_the_layer(family: str) -> None:
+    dense = make_tiny(family)
+    model, tokens = layered(dense), tiny_tokens()
+    kept: dict[str, Tensor] = {}
+    layer = dense.model.layers[1]
+    handles = [
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: kept.update(middle=args[0])),
+        layer.register_forward_hook(lambda _, args, output: kept.update(after=output)),
+    ]
+    dense(input_ids=tokens, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    hidden = model.embed(tokens)
+    with model.layer(0):
+        hidden = model.run(0, hidden)
+    with model.layer(1):
+        middle = model.attend(1, hidden)
+        assert torch.equal(middle, kept["middle"])
+        assert torch.equal(model.feed(1, middle), kept["after"])
+        assert torch.equal(model.run(1, hidden), kept["after"])  # nothing stays replaced
+    assert model.evaluations == 4
+
+
+def test_losses_and_gradients_of_the_head_use_norm_and_tied_head() -> None:
+    dense, tokens = make_tiny(tied=True), tiny_tokens()
+    model = layered(dense)
+    with torch.no_grad():
+        hidden = model.embed(tokens)
+        for index in range(4):
+            with model.layer(index):
+                hidden = model.run(index, hidden)
+        losses = model.losses(hidden, tokens)
+        logits = dense(input_ids=tokens, use_cache=False).logits
+    expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    torch.testing.assert_close(losses.flatten(), expected, rtol=1e-6, atol=0)
+
+
+def test_one_file_and_shards_read_the_same(tmp_path: Path) -> None:
+    dense = make_tiny()
+    dense.save_pretrained(tmp_path / "one")
+    dense.save_pretrained(tmp_path / "many", max_shard_size="10KB")
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    one, many = (
+        logits_by_layers(open_layered(str(tmp_path / name), None, CPU), tiny_tokens()) for name in ("one", "many")
+    )
+    assert torch.equal(one, many)
+
+
+def test_what_is_read_ahead_is_used(tmp_path: Path) -> None:
+    """Writing and measuring read every parameter once: no announced layer is read again when its turn comes."""
+    dense = make_tiny()
+    model = layered(dense)
+    source: MemorySource = model._reader.source  # type: ignore[assignment]
+    write_checkpoint(model, tmp_path / "out", tokenizer_from=None, card="")
+    assert sorted(source.asked) == sorted(name for name, _ in dense.named_parameters())
