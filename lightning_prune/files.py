@@ -206,6 +206,8 @@ def check_writable(folder: Path, option: str) -> None:
         UserError: nothing can be written there.
     """
     try:
+        with suppress(FileNotFoundError):
+            os.stat(folder)  # a name that is too long, or a path that runs in circles
         parent = nearest_existing(folder)
         with _temporary(parent / "writable", folder=False):
             pass

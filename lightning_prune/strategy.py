@@ -59,7 +59,8 @@ def cpu_processes(accelerator: Any, devices: Any) -> Any:
         return devices
     if devices == "auto":
         return 1
-    entries = devices.strip().strip("[]").split(",") if isinstance(devices, str) and "," in devices else devices
+    several = isinstance(devices, str) and any(sign in devices for sign in "[,")
+    entries = devices.strip(" []").split(",") if several else devices
     try:
         count = len({int(entry) for entry in entries}) if isinstance(entries, list) else int(entries)
     except (TypeError, ValueError):

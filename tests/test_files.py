@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from lightning_prune import files
-from lightning_prune.files import new_folder, write_json, write_text
+from lightning_prune.files import Lock, new_folder, sweep, write_json, write_text
 
 
 def test_text_is_replaced_whole_and_leaves_no_temporary_file(tmp_path: Path) -> None:
@@ -72,3 +72,46 @@ def test_old_folder_comes_back_when_the_last_rename_fails(tmp_path: Path, monkey
     with pytest.raises(OSError, match="no rename today"), new_folder(tmp_path / "run") as folder:
         (folder / "new").write_text("y")
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["run", "run/old"]
+
+
+def test_folder_that_may_not_be_replaced_is_not(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with new_folder(tmp_path / "run", replace=False) as folder:
+        (folder / "new").touch()
+    with pytest.raises(OSError, match="not empty"), new_folder(tmp_path / "run", replace=False) as folder:
+        (folder / "newer").touch()
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["run", "run/new"]
+
+
+def test_sweep_takes_what_nobody_holds_and_leaves_what_lives(tmp_path: Path) -> None:
+    dead = [tmp_path / ".a.txt.12ab.tmp", tmp_path / ".run.12ab.tmp"]
+    dead[0].touch()
+    (dead[1] / "inside").mkdir(parents=True)
+    others = [tmp_path / name for name in (".gitignore", "a.tmp", ".cache")]
+    for other in others:
+        other.touch()
+    with new_folder(tmp_path / "alive") as folder:
+        (folder / "x").touch()
+        sweep(tmp_path)
+        assert (folder / "x").exists()
+        assert not any(path.exists() for path in dead)
+    assert set(tmp_path.iterdir()) == {*others, tmp_path / "alive"}
+
+
+def test_next_write_of_a_file_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    (tmp_path / ".a.txt.12ab.tmp").touch()
+    (tmp_path / ".b.txt.12ab.tmp").touch()
+    write_text(tmp_path / "a.txt", "x")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", ".b.txt.12ab.tmp"}
+
+
+def test_lock_is_exclusive_until_it_is_let_go(tmp_path: Path) -> None:
+    lock = Lock.take(tmp_path / "lock", create=True)
+    assert lock is not None
+    assert Lock.take(tmp_path / "lock") is None
+    lock.release()
+    again = Lock.take(tmp_path / "lock")
+    assert again is not None
+    again.remove()
+    assert not (tmp_path / "lock").exists()
+    assert Lock.take(tmp_path / "lock") is None

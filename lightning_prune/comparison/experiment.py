@@ -16,9 +16,10 @@ from lightning_prune.comparison.tables import Failure
 from lightning_prune.errors import UserError
 from lightning_prune.files import Lock, cannot_write, nearest_existing, remove_empty_parents
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.runs.folder import RunFolder, sweep_runs
+from lightning_prune.runs.folder import RunFolder
 from lightning_prune.runs.reuse import known_perplexities, reuse
 from lightning_prune.runs.run import prune_and_record
+from lightning_prune.runs.tidy import sweep_runs
 from lightning_prune.walk.module import PerplexityResult
 
 LOCK = ".compare.tmp"  # as a temporary file it is swept when its process is gone

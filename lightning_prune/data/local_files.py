@@ -122,12 +122,16 @@ def _json_lines(path: Path, lines: Iterable[str]) -> str:
                 f"{path}, line {number}: not JSON ({reason}); {_OPTIONS} take one JSON object a line"
             ) from error
         if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: a {type(row).__name__}; {_OPTIONS} take one JSON object a line")
+            raise UserError(f"{path}, line {number}: {_kind(row)}; {_OPTIONS} take one JSON object a line")
         rows.append(row)
     names = list(dict.fromkeys(name for row in rows for name in row))
     strings = {name for name in names if all(isinstance(row.get(name), str | None) for row in rows)}
     column = _text_column(path, names, strings)
     return _join(row.get(column) for row in rows)
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"a {type(value).__name__}"
 
 
 def _text_column(path: Path, names: list[str], strings: set[str]) -> str:
@@ -154,4 +158,6 @@ def _is_string(kind: pa.DataType) -> bool:
 
 def _unreadable(path: Path, error: Exception) -> UserError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, AttributeError | TypeError):  # their words are about the code of datasets
+        reason = "its entries are not those that datasets writes"
     return UserError(f"cannot read {path}: {reason}. Check the file, or choose another with {_OPTIONS}")

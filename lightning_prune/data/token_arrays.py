@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from lightning_prune.errors import UserError
 from lightning_prune.regular_files import exists, require_regular
+
+_HEADER_ERRORS = (SyntaxError, TokenError)  # numpy reads the header as a Python literal
 
 
 def is_token_array(dataset: str) -> bool:
@@ -35,7 +38,7 @@ def load_token_array(path: str) -> Tensor:
     require_regular(Path(path), "--data.dataset and --data.eval_datasets")
     try:
         tokens = _read_npy(path) if path.lower().endswith(".npy") else _read_safetensors(path)
-    except (OSError, EOFError, ValueError, TypeError, OverflowError, SyntaxError, SafetensorError) as error:
+    except (OSError, EOFError, ValueError, TypeError, OverflowError, *_HEADER_ERRORS, SafetensorError) as error:
         raise UserError(
             f"cannot read the token array {path}: {error}; it must be int64 [N, L] saved without pickle "
             f"(--data.dataset, --data.eval_datasets)"

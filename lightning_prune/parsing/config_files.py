@@ -12,6 +12,7 @@ from lightning_prune.regular_files import is_special, require_regular
 
 OPTIONS = ("--config", "--model", "--data", "--trainer")  # those that take a file
 SIZE_LIMIT = 10_000_000  # bytes
+VALUE_LIMIT = 4_000  # characters: longer than a path may be, and numbers of more digits are not read
 NODE_LIMIT = 100_000  # values, each reference counted as often as it is used
 
 
@@ -81,8 +82,9 @@ def _check_file(path: Path, option: str) -> None:
             "cannot express. Set PYTHONUTF8=1."
         )
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        _check_node(node, path, option)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        _check_node(root, path, option)
+        _check_groups(root, path, option)
     except yaml.YAMLError:
         return  # the parser says where
     except RecursionError:
@@ -99,6 +101,11 @@ def _check_node(root: yaml.Node | None, path: Path, option: str) -> None:
             raise UserError(f"{option}: '{path}' stands for more than {NODE_LIMIT} values through its references (*).")
         if isinstance(node, yaml.SequenceNode):
             pending.extend(node.value)
+        elif isinstance(node, yaml.ScalarNode):
+            if len(node.value) > VALUE_LIMIT:
+                raise UserError(
+                    f"{option}: '{path}', line {node.start_mark.line + 1}: a value of {len(node.value)} characters."
+                )
         elif isinstance(node, yaml.MappingNode):
             seen: set[str] = set()
             for key, value in node.value:
@@ -108,3 +115,14 @@ def _check_node(root: yaml.Node | None, path: Path, option: str) -> None:
                         raise UserError(f"{option}: '{path}', line {line}: '{key.value}' is given twice. Keep one.")
                     seen.add(key.value)
                 pending.extend((key, value))
+
+
+def _check_groups(root: yaml.Node | None, path: Path, option: str) -> None:
+    """The parser fails on a list where a group of options is expected."""
+    entries = root.value if isinstance(root, yaml.MappingNode) else []
+    for key, value in entries:
+        if key.value in ("trainer", "data", "model") and isinstance(value, yaml.SequenceNode):
+            raise UserError(
+                f"{option}: '{path}', line {value.start_mark.line + 1}: '{key.value}' holds a list; it holds options "
+                "and their values."
+            )

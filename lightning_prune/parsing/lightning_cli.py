@@ -5,6 +5,7 @@ import inspect
 import logging
 import os
 import sys
+import traceback
 import warnings
 from typing import Any, NoReturn
 
@@ -20,7 +21,7 @@ from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.errors import UserError
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.parsing.config_files import check_command_line
-from lightning_prune.parsing.messages import plain
+from lightning_prune.parsing.messages import plain, unusable_value
 from lightning_prune.parsing.trainer_options import check_callbacks, check_fixed
 from lightning_prune.parsing.values import check_values, refuse_nulls
 from lightning_prune.progress import Progress
@@ -57,8 +58,12 @@ class PruneCLI(LightningCLI):
         quiet()
         try:
             self._parse_and_build(argv, model_class, subclasses, command)
-        except ValueError as error:  # jsonargparse wraps what a constructor raises
-            raise user_error_behind(error) or error from None
+        except (TypeError, ValueError) as error:  # jsonargparse's own, or what a constructor raises wrapped in one
+            if (known := user_error_behind(error)) is not None:
+                raise known from None
+            if "jsonargparse" not in traceback.extract_tb(error.__traceback__)[-1].filename:
+                raise
+            raise UserError(unusable_value(str(error))) from None
 
     def _parse_and_build(
         self, argv: list[str] | dict[str, Any], model_class: type[LayeredModule], subclasses: bool, command: str

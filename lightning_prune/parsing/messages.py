@@ -22,6 +22,9 @@ def plain(message: str, options: Sequence[str], methods: Sequence[str]) -> str:
     if unknown is not None:
         name = unknown.group(1) if key == "" or unknown.group(1).startswith(key) else f"{key}.{unknown.group(1)}"
         return f"unknown option --{name}.{_nearest(name, options)}"
+    linked = re.search(r'Linked "([\w.]+)" must be given via "([\w.]+)"', message)
+    if linked is not None:
+        return f"--{linked[1]}: it follows --{linked[2].replace('init_args.', '')}. Leave it out."
     grouped = re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message)
     if grouped is not None:
         name = ".".join(grouped.groups())
@@ -35,20 +38,29 @@ def plain(message: str, options: Sequence[str], methods: Sequence[str]) -> str:
     if key.partition(".")[0] not in ("", "model"):
         return _value(key, message) or _fallback(message)
     known = f"Methods: {', '.join(sorted(methods))}."
+    no_class = ("Not a valid subclass", "unhashable type", "does not correspond to a subclass")
     if (
         "required: model" in message
+        or any(words in message for words in no_class)
         or "import path" in message
         or "has no attribute" in message
         or "No module named" in message
     ):
-        found = re.search(r"(?:dot import path string: |given class_path ')([\w.]+)", message)
-        start = f"--model: unknown method '{found.group(1)}'." if found else "no method is chosen."
+        found = re.search(r"(?:dot import path string: |given class_path '|Import path )([\w.]+)", message)
+        start = f"--model: unknown method '{found.group(1)}'." if found else "--model: no method is chosen."
         return f"{start} {known} Shipped configurations go by name: --config wanda"
     missing = re.search(r"File does not exist: '?([^'\n]+)'?", message)
     if missing is not None:
         names = ", ".join(shipped_names())
         return f"--config: no file at '{missing.group(1)}'. Shipped configurations go by name: {names}."
     return _value(key, message) or _fallback(message)
+
+
+def unusable_value(message: str) -> str:
+    """Rewrite an error that the parser raises outside of parsing, where it does not say which option it means."""
+    given = re.search(r"Given value: (.+)", message)  # the innermost comes first
+    found = given.group(1) if given else message.strip().partition("\n")[0]
+    return f"an option's value cannot be used: {found[:200]}. See --help for the options and what they take."
 
 
 def _value(key: str, message: str) -> str | None:

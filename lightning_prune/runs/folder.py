@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -40,19 +40,13 @@ from lightning_prune.runs.records import (
     RunMetrics,
 )
 from lightning_prune.runs.score_table import COLUMNS, ScoreTable
+from lightning_prune.runs.tidy import METRICS, UNFINISHED, is_finished, leftovers, runs_below, sweep_runs, version
 from lightning_prune.surgery.plan import PruningPlan
 from lightning_prune.validation import parse_json, read_json
 
 ROOT_OPTION = "--trainer.default_root_dir"
-UNFINISHED = "unfinished"
-METRICS = "metrics.json"
 PRUNED = "pruned"
 REQUIRED = (METRICS, "config.yaml", "scores.csv", "plan.json", "method.json", "calibration.json", "environment.json")
-# What a killed run cannot be continued from or learned from.
-WORTHLESS = re.compile(
-    r"config\.yaml|hparams\.yaml|started\.json|unfinished|.*tfevents.*|\..*\.tmp"
-    r"|report\.(html|md)|results\.(csv|tex)|calibration_appendix\.md"
-)
 LABEL = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 CONFIG_LIMIT = 16 * 2**20  # bytes
 
@@ -218,7 +212,7 @@ class RunFolder:
     @property
     def is_finished(self) -> bool:
         """Whether the run came to its end: ``metrics.json`` is written last."""
-        return (self.path / METRICS).is_file()
+        return is_finished(self.path)
 
     @property
     def is_pruning_run(self) -> bool:
@@ -228,7 +222,7 @@ class RunFolder:
     @property
     def leftovers(self) -> list[str]:
         """Names of what an unfinished run leaves that may still be of use: scores, a plan, a checkpoint."""
-        return sorted(name for name in os.listdir(self.path) if not WORTHLESS.fullmatch(name))
+        return leftovers(self.path)
 
     # Writing
 
@@ -339,57 +333,3 @@ class RunFolder:
             return parse_json(data, RunMetrics, "").configuration_sha256
         except UserError:
             return None
-
-
-def version(name: str) -> int:
-    """N of ``version_N``; -1 for any other name."""
-    return int(name[8:]) if re.fullmatch(r"version_[0-9]{1,18}", name) else -1
-
-
-def runs_below(parent: Path) -> list[Path]:
-    """The ``version_N`` folders in ``parent``, by number."""
-    try:
-        found = [entry for entry in os.scandir(parent) if version(entry.name) >= 0 and entry.is_dir()]
-    except OSError:
-        return []
-    return [Path(entry.path) for entry in sorted(found, key=lambda entry: version(entry.name))]
-
-
-def sweep_runs(parent: Path) -> None:
-    """Tidy up after killed runs in ``parent``: their temporary files, and their folders where those are of no use.
-
-    An unfinished folder is of no use when it holds nothing but its configuration and events, or when a finished run of
-    the same configuration stands beside it. Folders of runs that live and folders that are not ours are not touched.
-    """
-    sweep(parent)
-    folders = runs_below(parent)
-    for path in folders:
-        sweep(path)
-        try:
-            lock = Lock.take(path / UNFINISHED) if (path / UNFINISHED).exists() else None
-            if lock is None:
-                if not any(path.iterdir()):
-                    path.rmdir()  # killed, or about to be claimed: then the claimant takes the next number
-                continue
-            folder = RunFolder(path)
-            if folder.is_finished:
-                lock.remove()
-            elif not folder.leftovers or _is_superseded(path, folders):
-                shutil.rmtree(path, ignore_errors=True)
-            lock.release()
-        except OSError:
-            continue
-
-
-def _is_superseded(path: Path, folders: Sequence[Path]) -> bool:
-    config = _bytes(path / "config.yaml")
-    return config is not None and any(
-        RunFolder(other).is_finished and _bytes(other / "config.yaml") == config for other in folders if other != path
-    )
-
-
-def _bytes(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return None

@@ -10,7 +10,8 @@ import yaml
 from lightning_prune.errors import UserError
 from lightning_prune.files import finite, write_json
 from lightning_prune.methods.base import FINDINGS
-from lightning_prune.runs.folder import UNFINISHED, RunFolder, runs_below
+from lightning_prune.runs.folder import RunFolder
+from lightning_prune.runs.tidy import UNFINISHED, runs_below
 
 STARTED = "started.json"  # in an unfinished run's folder
 DENSE = "dense.json"

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a run with 130 and 143 and leave nothing half-written."""
+"""SIGINT and SIGTERM end a run with 130 and 143, leave nothing half-written, and say what stays."""
 
 import os
 import shutil
@@ -15,6 +15,7 @@ import pytest
 
 from lightning_prune.cli import main
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.runs.folder import RunFolder
 from lightning_prune.surgery import write
 from tests.tiny import make_tiny, tiny_tokens
 
@@ -73,6 +74,23 @@ def test_signal_while_saving_leaves_no_checkpoint(
     assert fit() == STATUS[number]
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".") or path.name == "pruned"]
     assert not list(tmp_path.rglob("metrics.json"))
+
+
+@both_signals
+def test_signal_after_saving_names_the_folder_and_what_it_holds(
+    fit: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, number: int
+) -> None:
+    kill_before(monkeypatch, RunFolder, "append_to_card", number)
+    assert fit() == STATUS[number]
+    folder = tmp_path / "root" / "wanda" / "version_0"
+    message = capsys.readouterr().err.splitlines()[-1]
+    start = f"interrupted by {signal.Signals(number).name}; '{folder}' stays and is not finished; it holds "
+    assert message.startswith(start)
+    assert set(message.removeprefix(start).split(", ")) == {path.name for path in folder.iterdir()}
+    assert {"pruned", "scores.csv", "plan.json", "unfinished"} <= {path.name for path in folder.iterdir()}
+    monkeypatch.undo()
+    assert fit() == 0  # the same configuration, finished, takes its place
+    assert [path.name for path in folder.parent.iterdir()] == ["version_1"]
 
 
 def test_second_signal_does_not_stop_the_clean_up(

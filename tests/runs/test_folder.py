@@ -13,8 +13,9 @@ import pytest
 from lightning_prune import files
 from lightning_prune.errors import UserError
 from lightning_prune.files import Lock
-from lightning_prune.runs.folder import UNFINISHED, RunFolder, check_label, sweep_runs
+from lightning_prune.runs.folder import RunFolder, check_label
 from lightning_prune.runs.records import Environment, RunMetrics, as_dict
+from lightning_prune.runs.tidy import UNFINISHED, sweep_runs
 from tests.comparison.fake_run import ENVIRONMENT, EVALUATION, write_run
 from tests.test_cli import importable
 

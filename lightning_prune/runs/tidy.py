@@ -1,0 +1,80 @@
+"""What runs leave behind: which folders are finished, which are dead, and which of those are worth keeping."""
+
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_prune.files import Lock, sweep
+
+UNFINISHED = "unfinished"
+METRICS = "metrics.json"
+# What a killed run cannot be continued from or learned from.
+WORTHLESS = re.compile(
+    r"config\.yaml|hparams\.yaml|started\.json|unfinished|.*tfevents.*|\..*\.tmp"
+    r"|report\.(html|md)|results\.(csv|tex)|calibration_appendix\.md"
+)
+
+
+def is_finished(path: Path) -> bool:
+    """Whether the run came to its end: ``metrics.json`` is written last."""
+    return (path / METRICS).is_file()
+
+
+def leftovers(path: Path) -> list[str]:
+    """Names of what an unfinished run leaves that may still be of use: scores, a plan, a checkpoint."""
+    return sorted(name for name in os.listdir(path) if not WORTHLESS.fullmatch(name))
+
+
+def version(name: str) -> int:
+    """N of ``version_N``; -1 for any other name."""
+    return int(name[8:]) if re.fullmatch(r"version_[0-9]{1,18}", name) else -1
+
+
+def runs_below(parent: Path) -> list[Path]:
+    """The ``version_N`` folders in ``parent``, by number."""
+    try:
+        found = [entry for entry in os.scandir(parent) if version(entry.name) >= 0 and entry.is_dir()]
+    except OSError:
+        return []
+    return [Path(entry.path) for entry in sorted(found, key=lambda entry: version(entry.name))]
+
+
+def sweep_runs(parent: Path) -> None:
+    """Tidy up after killed runs in ``parent``: their temporary files, and their folders where those are of no use.
+
+    An unfinished folder is of no use when it holds nothing but its configuration and events, or when a finished run of
+    the same configuration stands beside it. Folders of runs that live and folders that are not ours are not touched.
+    """
+    sweep(parent)
+    folders = runs_below(parent)
+    for path in folders:
+        sweep(path)
+        try:
+            lock = Lock.take(path / UNFINISHED) if (path / UNFINISHED).exists() else None
+            if lock is None:
+                if not any(path.iterdir()):
+                    path.rmdir()  # killed, or about to be claimed: then the claimant takes the next number
+                continue
+            if is_finished(path):
+                lock.remove()
+            elif not leftovers(path) or _is_superseded(path, folders):
+                shutil.rmtree(path, ignore_errors=True)
+            lock.release()
+        except OSError:
+            continue
+
+
+def _is_superseded(path: Path, folders: Sequence[Path]) -> bool:
+    config = _bytes(path / "config.yaml")
+    return config is not None and any(
+        is_finished(other) and _bytes(other / "config.yaml") == config for other in folders if other != path
+    )
+
+
+def _bytes(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None

@@ -1,0 +1,105 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from lightning_prune.cli import main
+from lightning_prune.comparison.experiment import LOCK, _only_one
+from lightning_prune.comparison.output import NAMES
+from lightning_prune.errors import UserError
+from tests.comparison.fake_run import write_run
+
+
+def compare(root: Path, *more: object) -> int:
+    run = root / "wanda" / "version_0"
+    return main(
+        ["compare", "--runs", str(run if run.exists() else write_run(root)), "--root", str(root), *map(str, more)]
+    )
+
+
+def everything(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+@pytest.mark.parametrize("kind", ["file", "folder", "run", "report and more", "link", "half a report"])
+def test_what_is_no_report_of_ours_is_never_touched(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str, overwrite: list[str]
+) -> None:
+    output = tmp_path / "precious"
+    if kind == "file":
+        output.write_text("thesis")
+    elif kind == "run":
+        output = write_run(tmp_path)
+    elif kind == "link":
+        (tmp_path / "elsewhere").mkdir()
+        output.symlink_to(tmp_path / "elsewhere")
+    else:
+        output.mkdir()
+        names = {"folder": {"notes.txt"}, "report and more": NAMES | {"notes.txt"}, "half a report": {"report.html"}}
+        for name in names[kind]:
+            (output / name).write_text("mine")
+    write_run(tmp_path, "other")
+    before = everything(tmp_path)
+    run = tmp_path / "other" / "version_0"
+    assert main(["compare", "--runs", str(run), "--root", str(tmp_path), "--output", str(output), *overwrite]) == 2
+    assert f"error: --output: '{output}' exists and is no " in capsys.readouterr().err
+    assert everything(tmp_path) == before
+
+
+def test_report_is_replaced_only_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "report"
+    assert compare(tmp_path, "--output", output) == 0
+    assert set(os.listdir(output)) >= NAMES
+    (output / "results.csv").write_text("old")
+    assert compare(tmp_path, "--output", output) == 2
+    assert "--overwrite to replace that one" in capsys.readouterr().err
+    assert (output / "results.csv").read_text() == "old"
+    assert compare(tmp_path, "--output", output, "--overwrite") == 0
+    assert (output / "results.csv").read_text() != "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report", "wanda"]
+    (tmp_path / "empty").mkdir()
+    assert compare(tmp_path, "--output", tmp_path / "empty") == 0
+    assert compare(tmp_path, "--overwrite") == 2
+    assert "--overwrite belongs to --output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "file/below", "loop/below", "a\0b"])
+def test_output_that_cannot_be_written_is_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert compare(tmp_path, "--output", tmp_path / name) == 2
+    assert "error: --output: " in capsys.readouterr().err
+
+
+def test_truncated_scores_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_run(tmp_path)
+    text = (folder / "scores.csv").read_text().splitlines()
+    (folder / "scores.csv").write_text("\n".join(text[:-4]) + "\n")
+    assert compare(tmp_path) == 2
+    assert "scores.csv' does not belong to its plan" in capsys.readouterr().err
+    assert not (tmp_path / "comparison").exists()
+
+
+def test_lock_is_gone_after_a_refusal_and_the_root_with_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="wrong"), _only_one(tmp_path / "new" / "root"):
+        raise UserError("wrong")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_experiments_exclude_each_other_and_a_dead_ones_lock_does_not(tmp_path: Path) -> None:
+    (tmp_path / LOCK).touch()  # of a killed process
+    with _only_one(tmp_path), pytest.raises(UserError, match="another 'lightning-prune compare' is running"):
+        _only_one(tmp_path).__enter__()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("label", ["../../evil", "/abs", ".x", "a b"])
+def test_system_names_are_plain_names(tmp_path: Path, capsys: pytest.CaptureFixture[str], label: str) -> None:
+    (tmp_path / "compare.yaml").write_text(f"systems: {{'{label}': {{model: {{class_path: Wanda}}}}}}\n")
+    before = sorted(tmp_path.rglob("*"))
+    assert main(["compare", "--config", str(tmp_path / "compare.yaml"), "--root", str(tmp_path / "root")]) == 2
+    assert f"found {label!r}; a name consists of letters" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before

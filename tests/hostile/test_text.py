@@ -1,0 +1,246 @@
+"""Datasets that lie, are damaged or never end, as calibration text, evaluation set and token array."""
+
+import gzip
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.hostile.harness import Bench, Case
+from tests.tiny import tiny_tokenizer, tiny_tokens
+
+WORDS = " ".join(f"w{number % 90 + 3}" for number in range(400))
+Make = Callable[[Path], object]
+
+TEXTS: dict[str, Case] = {}  # read by a model that has a tokenizer
+ARRAYS: dict[str, Case] = {}
+
+
+def dataset(name: str, file: str, make: Make | str | bytes, says: str | tuple[str, ...] = (), status: int = 2) -> None:
+    """Two cases: a file as calibration set, and as evaluation set."""
+    prepare = writing(file, make)
+    table = ARRAYS if file.endswith((".npy", ".safetensors")) else TEXTS
+    small = "" if table is ARRAYS else " --data.num_samples 4 --data.seq_len 16"
+    table[name] = Case(f"--data.dataset INPUTS/{file}{small}", status, says, prepare)
+    table[f"{name}, evaluated"] = Case(
+        f"--data.eval_datasets [INPUTS/{file}] --data.eval_seq_len 16", status, says, prepare
+    )
+
+
+def writing(file: str, make: Make | str | bytes) -> Make:
+    def run(folder: Path) -> None:
+        path = folder / file
+        if callable(make):
+            make(path)
+        else:
+            path.write_bytes(make.encode() if isinstance(make, str) else make)
+
+    return run
+
+
+def lines(*rows: Any) -> str:
+    return "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
+
+
+def damaged_gzip(path: Path) -> None:
+    content = bytearray(gzip.compress(lines(*[{"text": WORDS}] * 50).encode()))
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+
+
+def cut_gzip(path: Path) -> None:
+    path.write_bytes(gzip.compress(lines({"text": WORDS}).encode())[:-20])
+
+
+def parquet(**columns: list[Any]) -> Make:
+    return lambda path: pq.write_table(pa.table(columns), path)
+
+
+def cut_parquet(path: Path) -> None:
+    parquet(text=[WORDS])(path)
+    os.truncate(path, path.stat().st_size - 30)
+
+
+def array(values: Any) -> Make:
+    return lambda path: np.save(path, values)
+
+
+def npy(header: str, data: bytes = b"") -> bytes:
+    """A ``.npy`` file with a header of one's own."""
+    text = header.encode().ljust(118) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + data
+
+
+def saved_folder(path: Path, **files: str) -> None:
+    path.mkdir()
+    for name, content in files.items():
+        (path / f"{name}.json").write_text(content)
+
+
+def folder_with_a_pipe(path: Path) -> None:
+    saved_folder(path, state="{}", dataset_info="{}")
+    os.mkfifo(path / "data-00000-of-00001.arrow")
+
+
+OPTIONS = "--data.dataset and --data.eval_datasets"
+dataset("good text", "t.txt", WORDS, status=0)
+dataset("good lines", "t.jsonl", lines({"text": WORDS}), status=0)
+dataset(
+    "good zip", "t.json.gz", lambda path: path.write_bytes(gzip.compress(lines({"text": WORDS}).encode())), status=0
+)
+dataset("good table", "t.parquet", parquet(text=[WORDS]), status=0)
+dataset("name that is not ASCII", "données-ü-文.txt", WORDS, status=0)
+dataset("empty text", "t.txt", "", "tokens")
+dataset("blank text", "t.txt", " \n" * 100, "tokens")
+dataset("short text", "t.txt", "w3 w4 w5", "tokens")
+dataset("Latin-1 text", "t.txt", b"caf\xe9 " * 100, ("cannot read", "utf-8"))
+dataset("UTF-16 text", "t.txt", WORDS.encode("utf-16"), "cannot read")
+dataset("binary text", "t.txt", bytes(range(256)) * 10, "cannot read")
+dataset("NUL characters", "t.txt", WORDS + "\0" * 10, status=0)
+dataset("encoded surrogate in text", "t.txt", WORDS.encode() + b"\xed\xa0\x80", "cannot read")
+dataset("text is a pipe", "t.txt", os.mkfifo, (OPTIONS, "named pipe"))
+dataset("text is a device", "t.txt", lambda path: path.symlink_to("/dev/zero"), (OPTIONS, "device"))
+dataset("text is a folder", "t.txt", Path.mkdir, "folder, but not one saved by")
+dataset("text links to itself", "t.txt", lambda path: path.symlink_to(path), "exists")
+dataset("text links nowhere", "t.txt", lambda path: path.symlink_to("nowhere"), "exists")
+dataset("text is huge", "t.txt", lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_RDWR), 10**12), "the most")
+dataset("unknown kind", "t.doc", WORDS, "unknown kind")
+dataset("no ending", "text", WORDS, "unknown kind")
+dataset("lone surrogate", "t.jsonl", '{"text": "' + WORDS + ' \\ud800"}', ("'\\ud800'", "surrogate"))
+dataset("lone surrogate in a name", "t.jsonl", lines('{"\\ud800": 1}', {"text": WORDS}), status=0)
+dataset("surrogate pair", "t.jsonl", '{"text": "' + WORDS + ' \\ud83d\\ude00"}', status=0)
+dataset("lines are a pipe", "t.jsonl", os.mkfifo, "named pipe")
+dataset("lines are no JSON", "t.jsonl", "x\n", ("line 1", "not JSON"))
+dataset("second line is no JSON", "t.jsonl", lines({"text": WORDS}, "{"), ("line 2", "not JSON"))
+dataset("lines are lists", "t.jsonl", "[]\n", ("line 1", "a list"))
+dataset("lines are null", "t.jsonl", "null\n", ("line 1", "null"))
+dataset("lines are deep", "t.jsonl", "[" * 100_000, ("line 1", "not JSON"))
+dataset("line with a huge number", "t.jsonl", '{"text": ' + "9" * 5000 + "}", ("line 1", "not JSON"))
+dataset("line with NaN", "t.jsonl", lines('{"n": NaN}', {"text": WORDS}), status=0)
+dataset("text is a number", "t.jsonl", lines({"text": 3}), "cannot tell which column")
+dataset("text is null", "t.jsonl", lines({"text": None}), "tokens")
+dataset("two columns", "t.jsonl", lines({"a": "x", "b": "y"}), "cannot tell which column")
+dataset("no columns", "t.jsonl", lines({}), "cannot tell which column")
+dataset("no lines", "t.jsonl", "", "cannot tell which column")
+dataset("Latin-1 lines", "t.jsonl", b'{"text": "caf\xe9"}', "cannot read")
+dataset("lines with a mark", "t.jsonl", b"\xef\xbb\xbf" + lines({"text": WORDS}).encode(), "line 1")
+dataset("zip is damaged", "t.json.gz", damaged_gzip, "cannot read")
+dataset("zip is cut", "t.json.gz", cut_gzip, "cannot read")
+dataset("zip is text", "t.json.gz", WORDS, "cannot read")
+dataset("zip is empty", "t.json.gz", "", "cannot tell which column")
+dataset("zip is a pipe", "t.json.gz", os.mkfifo, "named pipe")
+dataset("zip of Latin-1", "t.json.gz", lambda path: path.write_bytes(gzip.compress(b'{"text": "\xe9"}')), "cannot read")
+dataset("table is text", "t.parquet", WORDS, "cannot read")
+dataset("table is empty", "t.parquet", "", "cannot read")
+dataset("table is cut", "t.parquet", cut_parquet, "cannot read")
+dataset("table is a pipe", "t.parquet", os.mkfifo, "named pipe")
+dataset("table of numbers", "t.parquet", parquet(text=[1, 2]), "cannot tell which column")
+dataset("table of two texts", "t.parquet", parquet(a=["x"], b=["y"]), "cannot tell which column")
+dataset("table without rows", "t.parquet", lambda p: pq.write_table(pa.table({"text": pa.array([], pa.string())}), p))
+dataset("saved folder is empty", "s", Path.mkdir, "not one saved by")
+dataset("saved folder of nothing", "s", lambda path: saved_folder(path, state="{}"), "cannot read")
+dataset("saved folder of lists", "s", lambda path: saved_folder(path, state="[]", dataset_info="[]"), "cannot read")
+dataset("saved folder of text", "s", lambda path: saved_folder(path, state="x", dataset_info="x"), "cannot read")
+dataset("saved splits are text", "s", lambda path: saved_folder(path, dataset_dict="x"), "cannot read")
+dataset("saved splits are a list", "s", lambda path: saved_folder(path, dataset_dict="[]"), "cannot read")
+dataset("saved splits are a number", "s", lambda path: saved_folder(path, dataset_dict='{"splits": 3}'), "cannot read")
+dataset("saved splits are gone", "s", lambda path: saved_folder(path, dataset_dict='{"splits": ["train"]}'), "")
+dataset("saved splits are deep", "s", lambda path: saved_folder(path, dataset_dict="[" * 100_000), "cannot read")
+dataset("saved folder with a pipe", "s", folder_with_a_pipe, "named pipe")
+
+GOOD = tiny_tokens(6, 16).numpy()
+dataset("good array", "a.npy", array(GOOD), status=0)
+dataset("good tensors", "a.safetensors", lambda path: save_file({"x": tiny_tokens(6, 16)}, path), status=0)
+dataset("columns first", "a.npy", array(np.asfortranarray(GOOD)), status=0)
+dataset("big-endian", "a.npy", array(GOOD.astype(">i8")), status=0)
+dataset("name that is not ASCII, array", "données.npy", array(GOOD), status=0)
+dataset("array is a pipe", "a.npy", os.mkfifo, "named pipe")
+dataset("array is a device", "a.npy", lambda path: path.symlink_to("/dev/zero"), "device")
+dataset("array is a folder", "a.npy", Path.mkdir, "folder")
+dataset("array is empty", "a.npy", "", "cannot read the token array")
+dataset("array is text", "a.npy", WORDS, "cannot read the token array")
+dataset("array is a zip", "a.npy", lambda path: np.savez(path.open("wb"), GOOD), "cannot read the token array")
+dataset("array is cut", "a.npy", lambda p: (np.save(p, GOOD), os.truncate(p, 300)), "cannot read the token array")
+dataset("array of objects", "a.npy", array(np.array([[{}]], dtype=object)), "cannot read the token array")
+dataset("array of texts", "a.npy", array(np.array([["a"]])), "cannot read the token array")
+dataset("array of dates", "a.npy", array(np.array([["2020-01-01"]], dtype="M8[D]")), "cannot read the token array")
+dataset("array of complex numbers", "a.npy", array(GOOD.astype(complex)), "cannot read the token array")
+dataset("array of records", "a.npy", array(np.zeros((2, 4), dtype=[("a", "i8")])), "cannot read the token array")
+dataset("array of numbers with a point", "a.npy", array(GOOD * 1.0), "dtype is float64")
+dataset("array of 32 bits", "a.npy", array(GOOD.astype("i4")), "dtype is int32")
+dataset("array of truth", "a.npy", array(GOOD > 3), "dtype is bool")
+dataset("array of 64 bits without sign", "a.npy", array(GOOD.astype("u8")), "token array")
+dataset("array of one dimension", "a.npy", array(GOOD[0]), "1 dimensions")
+dataset("array of three dimensions", "a.npy", array(GOOD[None]), "3 dimensions")
+dataset("array of none", "a.npy", array(np.int64(3)), "0 dimensions")
+dataset("array without rows", "a.npy", array(GOOD[:0]), "nothing to predict")
+dataset("array of single tokens", "a.npy", array(GOOD[:, :1]), "nothing to predict")
+dataset("negative ids", "a.npy", array(GOOD - 200), "token id -")
+dataset("large ids", "a.npy", array(GOOD + 2**40), "token id")
+dataset("rows too long", "a.npy", array(np.ones((2, 200), np.int64)), "128 positions")
+HUGE = "{'descr': '<i8', 'fortran_order': False, 'shape': (%s, %s)}"
+dataset("array claims much", "a.npy", npy(HUGE % (10**9, 10**9)), "cannot read the token array")
+dataset("array claims more", "a.npy", npy(HUGE % (10**30, 16)), "cannot read the token array")
+dataset("array claims a negative size", "a.npy", npy(HUGE % (-1, 16)), "cannot read the token array")
+dataset("array claims a text as size", "a.npy", npy(HUGE % ("'x'", 16)), "cannot read the token array")
+dataset("array with a code in its header", "a.npy", npy("__import__('os').system('x')"), "cannot read the token array")
+dataset("array with an unknown dtype", "a.npy", npy(HUGE.replace("<i8", "q99") % (1, 1)), "cannot read the token array")
+dataset("array with an open header", "a.npy", npy("{'descr': "), "cannot read the token array")
+dataset("tensors are empty", "a.safetensors", "", "cannot read the token array")
+dataset("tensors are text", "a.safetensors", WORDS, "cannot read the token array")
+dataset("tensors are a pipe", "a.safetensors", os.mkfifo, "named pipe")
+dataset("no tensor", "a.safetensors", lambda path: save_file({}, path), "0 tensors")
+dataset("two tensors", "a.safetensors", lambda p: save_file({"a": torch.ones(1), "b": torch.ones(1)}, p), "2 tensors")
+dataset("tensor of halves", "a.safetensors", lambda p: save_file({"a": torch.ones(2, 4).half()}, p), "float16")
+dataset("tensors claim much", "a.safetensors", b"\xff" * 7 + b"\x7f{}", "cannot read the token array")
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory, hostile_model: Path) -> Path:
+    """The tiny model with a tokenizer of the words w0 … w95."""
+    folder = tmp_path_factory.mktemp("reader") / "model"
+    shutil.copytree(hostile_model, folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_text(name: str, bench: Bench, reader: Path) -> None:
+    bench.model = reader
+    bench.check(TEXTS[name])
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_token_array(name: str, bench: Bench) -> None:
+    bench.check(ARRAYS[name])
+
+
+TOKENIZERS: dict[str, tuple[Make, str]] = {
+    "text": (lambda path: path.write_text("x"), "no usable tokenizer"),
+    "list": (lambda path: path.write_text("[]"), "no usable tokenizer"),
+    "empty": (lambda path: path.write_text(""), "no usable tokenizer"),
+    "binary": (lambda path: path.write_bytes(b"\xff\xfe"), "no usable tokenizer"),
+    "deep": (lambda path: path.write_text("[" * 100_000), "no usable tokenizer"),
+    "gone": (lambda path: None, "tokenizer"),
+    "pipe": (os.mkfifo, "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_tokenizer(name: str, bench: Bench, reader: Path) -> None:
+    make, says = TOKENIZERS[name]
+    bench.model = Path(shutil.copytree(reader, bench.inputs / "model"))
+    (bench.model / "tokenizer.json").unlink()
+    (bench.inputs / "t.txt").write_text(WORDS)
+    make(bench.model / "tokenizer.json")
+    bench.check(Case("--data.dataset INPUTS/t.txt --data.num_samples 4 --data.seq_len 16", says=says))

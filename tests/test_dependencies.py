@@ -1,0 +1,41 @@
+"""What the package imports is declared, so that an installation without extras runs."""
+
+import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def imported() -> dict[str, set[str]]:
+    """Top-level module of every import in the package that is not its own or Python's -> the files that import it."""
+    found: dict[str, set[str]] = {}
+    for file in (ROOT / "lightning_prune").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            for name in names:
+                top = name.partition(".")[0]
+                if top not in sys.stdlib_module_names and top != "lightning_prune":
+                    found.setdefault(top, set()).add(str(file.relative_to(ROOT)))
+    return found
+
+
+def distribution(requirement: str) -> str:
+    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()  # type: ignore[index]
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    requirements = [*project["dependencies"], *project["optional-dependencies"]["eval"]]
+    declared = {distribution(requirement) for requirement in requirements}
+    providers = packages_distributions()
+    undeclared = {
+        module: files
+        for module, files in imported().items()
+        if not declared & {distribution(name) for name in providers.get(module, [module])}
+    }
+    assert undeclared == {}
