@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 
 import lightning as L
@@ -57,7 +57,8 @@ def prune_and_record(
     again: Path | None = None
     if resume:
         again = unfinished_run(Path(trainer.default_root_dir), method.label, _facts(trainer, method, data, config))
-    with _claimed(trainer, method.label, config, again) as folder, numerical_advice(trainer, method):
+    claimed = _claimed(trainer, method.label, config, again)
+    with claimed as folder, numerical_advice(trainer, method), closing(method.progress):
         method.run_folder = folder
         facts = _facts(trainer, method, data, config)
         if folder is not None:
@@ -76,7 +77,6 @@ def prune_and_record(
             folder.write_results(record.calibration, record.environment, record.metrics)
             folder.forget_findings()
         path = _path_on_every_rank(trainer, folder)
-    method.progress.close()
     return path, record
 
 
@@ -112,7 +112,7 @@ def evaluate_and_record(
     Raises:
         UserError: a mistake in the input, or no evaluation set; nothing has been written then.
     """
-    with _claimed(trainer, "test", config) as folder:
+    with _claimed(trainer, "test", config) as folder, closing(model.progress):
         data.needs_calibration = False
         data.setup("test")
         if not data.evaluation:
@@ -134,7 +134,6 @@ def evaluate_and_record(
         record = RunRecord(config, None, environment(str(trainer.precision), trainer.strategy.root_device), metrics)
         if folder is not None:
             folder.write_evaluation(record.environment, record.metrics)
-        model.progress.close()
         path = _path_on_every_rank(trainer, folder)
     return path, record
 

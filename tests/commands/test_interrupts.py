@@ -130,7 +130,7 @@ def test_process_that_is_interrupted_while_calibrating(tmp_path: Path) -> None:
     with (tmp_path / "stderr").open("wb") as stderr, (tmp_path / "stdout").open("wb") as stdout:
         process = subprocess.Popen(command, stderr=stderr, stdout=stdout, env={**os.environ, "PYTHONUNBUFFERED": "1"})
         try:
-            wait_for(lambda: "it/s" in printed(tmp_path) or process.poll() is not None, seconds=60)
+            wait_for(lambda: "calibrating" in printed(tmp_path) or process.poll() is not None, seconds=60)
             assert process.poll() is None, printed(tmp_path)
             process.send_signal(signal.SIGINT)
             assert process.wait(timeout=30) == 130, printed(tmp_path)
