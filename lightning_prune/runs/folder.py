@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -160,17 +160,27 @@ class RunFolder:
             except FileNotFoundError:  # somebody else has tidied the empty parent away
                 parent.mkdir(parents=True, exist_ok=True)
                 continue
+            lock = None
             try:
-                folder._lock = Lock.take(folder.path / UNFINISHED, create=True)
-                if folder._lock is not None:
-                    folder._lock.write(json.dumps({"process": os.getpid(), "host": os.uname().nodename}) + "\n")
-            except FileNotFoundError:  # swept in the moment before it was held
+                lock = Lock.take(folder.path / UNFINISHED, create=True, own=True)
+                if lock is None:  # being swept
+                    continue
+                if os.listdir(folder.path) != [UNFINISHED]:
+                    # Between the mkdir and here ours was swept as empty and the name used by somebody else, whose
+                    # run has already ended.
+                    lock.remove()
+                    continue
+                lock.write(json.dumps({"process": os.getpid(), "host": os.uname().nodename}) + "\n")
+            except FileNotFoundError:  # swept
                 continue
             except BaseException:
-                shutil.rmtree(folder.path, ignore_errors=True)
+                with suppress(OSError):
+                    if lock is not None:
+                        lock.remove()
+                    folder.path.rmdir()
                 raise
-            if folder._lock is not None:
-                return folder
+            folder._lock = lock
+            return folder
 
     def _finish(self) -> None:
         if self._lock is not None:
