@@ -240,12 +240,10 @@ class RunFolder:
         plan.save(self.path / "plan.json")
         self._write_json("method.json", details, MethodDetails)
 
-    def write_results(
-        self, calibration: dict[str, Any] | None, environment: dict[str, Any], metrics: dict[str, Any]
-    ) -> None:
+    def write_results(self, calibration: dict[str, Any], environment: dict[str, Any], metrics: dict[str, Any]) -> None:
         """The records of a pruning run; ``metrics.json`` comes last and means a finished run."""
-        nothing = {"dataset": None, "note": "this method reads no data"}
-        self._write_json("calibration.json", calibration or nothing, Calibration if calibration else NoCalibration)
+        kind = NoCalibration if calibration["dataset"] is None else Calibration
+        self._write_json("calibration.json", calibration, kind)
         self._write_json("environment.json", environment, Environment)
         self._write_json(METRICS, metrics, RunMetrics)
 

@@ -353,6 +353,7 @@ def assert_no_output(root: Path, plan: bool = False) -> None:
     """No checkpoint, no temporary files and nothing that says a run was finished."""
     names = {path.name for path in root.rglob("*") if path.is_file()}
     names = {name for name in names if not name.startswith("events.out.tfevents.") and name != "hparams.yaml"}
-    assert names <= ({"scores.csv", "plan.json", "method.json"} if plan else set())
+    left = {"config.yaml", "unfinished", "scores.csv", "plan.json", "method.json"}  # marked as what it is
+    assert names <= (left if plan else set())
     assert not list(root.rglob("pruned"))
     assert temporary_files(root) == []
