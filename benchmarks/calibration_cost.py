@@ -166,9 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=3, help="runs of everything; the median is printed (default: 3)")
     parser.add_argument("--samples", type=int, default=32, help="calibration windows (default: 32)")
     parser.add_argument("--seq_len", type=int, default=128, help="tokens per window (default: 128)")
-    parser.add_argument(
-        "--onload", choices=("model", "layer"), default="layer", help="default: layer"
-    )
+    parser.add_argument("--onload", choices=("model", "layer"), default="layer", help="default: layer")
     parser.add_argument("--batch_size", type=int, default=4, help="windows per forward (default: 4)")
     return parser
 

@@ -1,9 +1,11 @@
 """``lightning-prune apply``: carry out a saved plan again, without calibrating."""
 
 import argparse
+import os
 from pathlib import Path
 
 from lightning_prune.errors import UserError
+from lightning_prune.files import cannot_write, check_writable
 
 
 def main(argv: list[str]) -> int:
@@ -34,10 +36,7 @@ def main(argv: list[str]) -> int:
             f"--plan: the method '{plan.method}' also changed the weights it kept, so '{arguments.plan}' alone "
             f"cannot make its checkpoint again. Copy the run's pruned/ folder instead."
         )
-    if arguments.output.exists() and not (arguments.output.is_dir() and not any(arguments.output.iterdir())):
-        raise UserError(
-            f"--output: '{arguments.output}' exists and is not an empty folder. Give a new or an empty one."
-        )
+    _check_output(arguments.output)
     dtype = getattr(torch, plan.dtype, None)
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UserError(f"--plan: dtype '{plan.dtype}' is not known. Allowed: float32, bfloat16, float16.")
@@ -57,6 +56,16 @@ def main(argv: list[str]) -> int:
     write_checkpoint(pruned, arguments.output, tokenizer_from=arguments.model, card=card)
     print(f"pruned model: {arguments.output}")
     return 0
+
+
+def _check_output(output: Path) -> None:
+    try:
+        taken = os.path.lexists(output) and not (output.is_dir() and not any(output.iterdir()))
+    except OSError as error:
+        raise cannot_write(output, "--output", error) from None
+    if taken:
+        raise UserError(f"--output: '{output}' exists and is not an empty folder. Give a new or an empty one.")
+    check_writable(output, "--output")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,10 +10,10 @@ from lightning_prune.walk.module import PerplexityResult
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything beside the scores, the plan and the checkpoint. ``calibration`` is None for what reads no data."""
+    """Everything beside the scores, the plan and the checkpoint. ``calibration`` is empty for an evaluation."""
 
     config: str
-    calibration: dict[str, Any] | None
+    calibration: dict[str, Any]
     environment: dict[str, Any]
     metrics: dict[str, Any]
 

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -171,17 +171,27 @@ class RunFolder:
             except FileNotFoundError:  # somebody else has tidied the empty parent away
                 parent.mkdir(parents=True, exist_ok=True)
                 continue
+            lock = None
             try:
-                folder._lock = Lock.take(folder.path / UNFINISHED, create=True)
-                if folder._lock is not None:
-                    folder._lock.write(json.dumps({"process": os.getpid(), "host": os.uname().nodename}) + "\n")
-            except FileNotFoundError:  # swept in the moment before it was held
+                lock = Lock.take(folder.path / UNFINISHED, create=True, own=True)
+                if lock is None:  # being swept
+                    continue
+                if os.listdir(folder.path) != [UNFINISHED]:
+                    # Between the mkdir and here ours was swept as empty and the name used by somebody else, whose
+                    # run has already ended.
+                    lock.remove()
+                    continue
+                lock.write(json.dumps({"process": os.getpid(), "host": os.uname().nodename}) + "\n")
+            except FileNotFoundError:  # swept
                 continue
             except BaseException:
-                shutil.rmtree(folder.path, ignore_errors=True)
+                with suppress(OSError):
+                    if lock is not None:
+                        lock.remove()
+                    folder.path.rmdir()
                 raise
-            if folder._lock is not None:
-                return folder
+            folder._lock = lock
+            return folder
 
     def _finish(self) -> None:
         if self._lock is not None:
@@ -241,12 +251,10 @@ class RunFolder:
         plan.save(self.path / "plan.json")
         self._write_json("method.json", details, MethodDetails)
 
-    def write_results(
-        self, calibration: dict[str, Any] | None, environment: dict[str, Any], metrics: dict[str, Any]
-    ) -> None:
+    def write_results(self, calibration: dict[str, Any], environment: dict[str, Any], metrics: dict[str, Any]) -> None:
         """The records of a pruning run; ``metrics.json`` comes last and means a finished run."""
-        nothing = {"dataset": None, "note": "this method reads no data"}
-        self._write_json("calibration.json", calibration or nothing, Calibration if calibration else NoCalibration)
+        kind = NoCalibration if calibration["dataset"] is None else Calibration
+        self._write_json("calibration.json", calibration, kind)
         self._write_json("environment.json", environment, Environment)
         self._write_json(METRICS, metrics, RunMetrics)
 

@@ -131,7 +131,7 @@ def evaluate_and_record(
             "peak_memory_bytes": peak_memory_bytes(),
             "model": model.pretrained,
         }
-        record = RunRecord(config, None, environment(str(trainer.precision), trainer.strategy.root_device), metrics)
+        record = RunRecord(config, {}, environment(str(trainer.precision), trainer.strategy.root_device), metrics)
         if folder is not None:
             folder.write_evaluation(record.environment, record.metrics)
         path = _path_on_every_rank(trainer, folder)
@@ -214,13 +214,13 @@ def _record(
         "measured_seconds": method.saved.seconds if method.saved is not None else {},
     }
     metrics["self_check"] = method.self_check
-    calibration = method.calibration_facts()
+    calibration = method.calibration_facts() or {"dataset": None, "note": "this method reads no data"}
     metrics["configuration_sha256"] = configuration_sha256(
         type(method).__name__,
         yaml.safe_load(config)["model"]["init_args"],
         str(trainer.precision),
         weights or method.pretrained,
-        (calibration or {}).get("fingerprint"),
+        calibration.get("fingerprint"),
         {name: manifest["fingerprint"] for name, manifest in evaluation.items()},
     )
     facts = environment(str(trainer.precision), trainer.strategy.root_device)

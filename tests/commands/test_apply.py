@@ -1,4 +1,5 @@
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 import lightning_prune
+from lightning_prune.cli import main as command
 from lightning_prune.commands.apply import main
 from lightning_prune.errors import UserError
 from lightning_prune.surgery.loading import load_model
@@ -90,3 +92,26 @@ def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert all(option in text for option in ("--plan", "--model", "--output", "example: lightning-prune apply"))
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "file", "file/below", "loop", "loop/below", "a\0b"])
+def test_output_that_cannot_be_written_is_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    mixed_plan(make_tiny()).save(tmp_path / "plan.json")
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    arguments = ["--plan", str(tmp_path / "plan.json"), "--model", "demo", "--output", str(tmp_path / name)]
+    assert command(["apply", *arguments]) == 2
+    assert capsys.readouterr().err.startswith("error: --output: ")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "missing"])
+def test_plan_that_is_no_file_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    plan = tmp_path / "plan.json"
+    if kind == "pipe":
+        os.mkfifo(plan)
+    elif kind == "folder":
+        plan.mkdir()
+    assert command(["apply", "--plan", str(plan), "--model", "demo", "--output", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("error: --plan: ")

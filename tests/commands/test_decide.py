@@ -179,6 +179,49 @@ def test_run_that_is_unfinished_or_damaged_is_refused(fitted: Fit, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        (3, "nan", "importance is nan, allowed: finite"),
+        (4, "inf", "scores.csv"),
+        (4, "-5", "cost is -5, allowed: 1 or more"),
+        (4, "5", "that cost is 5, the model's is 1536"),  # two query heads, key, value, output: 6 x 8 x 32
+        (0, "1000000000", "layer is 1000000000, allowed: below the number of rows"),
+    ],
+)
+def test_scores_that_cannot_be_this_models_are_refused(
+    fitted: Fit, tmp_path: Path, column: int, value: str, message: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(fitted("Wanda"), run)
+    lines = (run / "scores.csv").read_text().splitlines()
+    fields = lines[1].split(",")
+    fields[column] = value
+    (run / "scores.csv").write_text("\n".join([lines[0], ",".join(fields), *lines[2:]]) + "\n")
+    with pytest.raises(UserError, match=f"--run: .*scores.csv.*{message}|{message}"):
+        decided(run, tmp_path / "out", "--model.pruning_ratio=0.3")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("method.json", b'{"method": "hgsp", "label": "hgsp"}'),
+        ("method.json", b'{"method": "hgsp", "label": "hgsp", "prior": {"delta": {"layer": [1.0]}}}'),
+        ("config.yaml", b"\xff\xfe\x00"),
+        ("environment.json", b'{"device": 3}'),
+        ("metrics.json", b"[]"),
+    ],
+)
+def test_records_that_are_damaged_are_one_message(fitted: Fit, tmp_path: Path, name: str, content: bytes) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(fitted("HGSP"), run)
+    (run / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"^--run: .*{name}"):
+        decided(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_base_model_that_changed_is_refused(tmp_path: Path) -> None:
     for name, model in (("base", make_tiny()), ("tuned", make_tiny(seed=1)), ("wider", make_tiny(channels=48))):
         model.save_pretrained(tmp_path / name)

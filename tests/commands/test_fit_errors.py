@@ -228,27 +228,15 @@ def test_full_disk_leaves_no_checkpoint(
     assert "No space left on device" in message
     assert "--trainer.default_root_dir" in message
     names = {path.name for path in tmp_path.rglob("*") if path.is_file() and "tfevents" not in path.name}
-    assert names == {"scores.csv", "plan.json", "method.json", "hparams.yaml"}
+    assert names == {"config.yaml", "scores.csv", "plan.json", "method.json", "hparams.yaml", "unfinished"}
+    assert "stays and is not finished" in message
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".") or path.name == "pruned"]
 
 
 def test_full_disk_before_anything_is_saved_leaves_nothing(
     fit: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_prune.files.tempfile.mkstemp", full_disk_but_for_the_check())
+    monkeypatch.setattr("lightning_prune.files.Path.touch", full_disk)
     message = fit()
     assert "No space left on device" in message
     assert "--trainer.default_root_dir" in message
-
-
-def full_disk_but_for_the_check() -> Callable[..., object]:
-    import tempfile
-
-    real = tempfile.mkstemp
-
-    def mkstemp(**options: str) -> object:
-        if options["prefix"] == ".writable.":
-            return real(**options)
-        return full_disk()
-
-    return mkstemp

@@ -19,6 +19,7 @@ from lightning_prune.runs.tidy import UNFINISHED, sweep_runs
 from tests.comparison.fake_run import ENVIRONMENT, EVALUATION, write_run
 from tests.test_cli import importable
 
+NOTHING = {"dataset": None}
 METRICS: dict[str, Any] = {
     "perplexity": {"demo": {"dense": 10.0, "pruned": 12.5, "tokens": 1270}},
     "evaluation": {"demo": EVALUATION},
@@ -33,7 +34,7 @@ METRICS: dict[str, Any] = {
 def finish(root: Path, label: str = "wanda", config: str = "a: 1\n") -> Path:
     with RunFolder.claim(root, label) as folder:
         folder.write_config(config)
-        folder.write_results(None, ENVIRONMENT, METRICS)
+        folder.write_results(NOTHING, ENVIRONMENT, METRICS)
     return folder.path
 
 
@@ -77,7 +78,7 @@ def test_folder_of_a_running_process_is_marked_held_and_left_alone(tmp_path: Pat
         with RunFolder.claim(tmp_path, "wanda") as other:
             assert other.path != folder.path
             for one in (folder, other):
-                one.write_results(None, ENVIRONMENT, METRICS)
+                one.write_results(NOTHING, ENVIRONMENT, METRICS)
     assert not list(tmp_path.rglob(UNFINISHED))
 
 
@@ -100,7 +101,7 @@ def test_run_that_fails_late_keeps_what_is_whole_and_says_so(tmp_path: Path) -> 
     assert lock is not None, "a dead run's mark is held by nobody"
     lock.release()
     with pytest.raises(KeyboardInterrupt) as error:
-        fail(tmp_path, KeyboardInterrupt(), lambda folder: folder.write_results(None, ENVIRONMENT, METRICS))
+        fail(tmp_path, KeyboardInterrupt(), lambda folder: folder.write_results(NOTHING, ENVIRONMENT, METRICS))
     assert "version_1' stays and is finished" in error.value.__notes__[0]
     assert not (tmp_path / "wanda" / "version_1" / UNFINISHED).exists()
 
@@ -140,7 +141,7 @@ def _claim_often(root: Path, results: Any) -> None:
                 folder.write_config(str(os.getpid()))
                 if number % 3 == 0:
                     raise RuntimeError
-                folder.write_results(None, ENVIRONMENT, METRICS)
+                folder.write_results(NOTHING, ENVIRONMENT, METRICS)
             results.put((os.getpid(), folder.path.name))
         except RuntimeError:
             pass
@@ -247,7 +248,7 @@ def test_finished_run_is_read_as_types(tmp_path: Path) -> None:
 def test_perplexity_that_overflowed_is_null_in_the_file(tmp_path: Path) -> None:
     metrics = METRICS | {"perplexity": {"demo": {"dense": 10.0, "pruned": float("inf"), "tokens": 1}}}
     with RunFolder.claim(tmp_path, "wanda") as folder:
-        folder.write_results(None, ENVIRONMENT, metrics)
+        folder.write_results(NOTHING, ENVIRONMENT, metrics)
     assert json.loads((folder.path / "metrics.json").read_text())["perplexity"]["demo"]["pruned"] is None
 
 
@@ -257,7 +258,7 @@ def test_metrics_come_last_so_they_mean_a_finished_run(tmp_path: Path, monkeypat
     monkeypatch.setattr(files, "write_bytes", lambda path, data: (written.append(path.name), real(path, data)))
     with RunFolder.claim(tmp_path, "wanda") as folder:
         folder.write_config("")
-        folder.write_results(None, ENVIRONMENT, METRICS)
+        folder.write_results(NOTHING, ENVIRONMENT, METRICS)
     assert written == ["config.yaml", "calibration.json", "environment.json", "metrics.json"]
 
 
