@@ -23,6 +23,6 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     Raises:
         lightning_prune.errors.UserError: nothing to load there, or not a supported model.
     """
-    from lightning_prune.surgery.loading import load_model  # torch and transformers take seconds to import
+    from lightning_prune.models.loading import load_model  # torch and transformers take seconds to import
 
     return load_model(str(path), dtype)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_prune.models.families import anatomy
 from lightning_prune.models.layered import LayeredModel, skeleton
-from lightning_prune.surgery.anatomy import anatomy
 from lightning_prune.surgery.cut import check_plan, pruned_config
 from lightning_prune.surgery.plan import PruningPlan
 from lightning_prune.surgery.pruned import NewWeights, PrunedSource

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from lightning_prune.cli import main
+from lightning_prune.cli.lightning_cli import PruneCLI
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.parsing.lightning_cli import PruneCLI
 
 ROOT = Path(__file__).parent.parent
 # Commands that need a model of the user's, or have tests of their own.

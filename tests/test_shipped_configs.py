@@ -6,8 +6,8 @@ import pytest
 
 from lightning_prune import shipped_configs
 from lightning_prune.cli import main
-from lightning_prune.comparison.settings import read_settings
 from lightning_prune.errors import UserError
+from lightning_prune.runs.settings import read_settings
 from lightning_prune.shipped_configs import config_file, shipped_folder, shipped_names, with_config_files
 
 ROOT = Path(__file__).parent.parent

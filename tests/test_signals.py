@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from lightning_prune.cli import main
-from lightning_prune.commands import apply
+from lightning_prune.cli.commands import apply
 from lightning_prune.signals import SIGNALS, Stopped, stoppable
-from tests.test_cli import importable
+from tests.cli.test_main import importable
 
 
 def kill(number: int) -> None:
@@ -130,7 +130,7 @@ def test_without_a_command_the_exception_is_seen() -> None:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_process_that_does_not_come_back_to_python_is_ended(number: int) -> None:
     code = (
-        "import sys, time\nfrom lightning_prune import cli\nfrom lightning_prune.commands import apply\n"
+        "import sys, time\nfrom lightning_prune import cli\nfrom lightning_prune.cli.commands import apply\n"
         "def stuck(argv):\n    print('ready', flush=True)\n"
         "    import ctypes\n    libc = ctypes.CDLL(None)\n"
         "    while libc.usleep(500_000) in (0, -1):\n        pass\n"

@@ -8,7 +8,7 @@ from lightning_prune.comparison.sections import Section
 from lightning_prune.comparison.style import svg
 from lightning_prune.comparison.tables import Row
 from lightning_prune.escape import html as escape
-from lightning_prune.reporting.verdict import UNUSABLE
+from lightning_prune.runs.verdict import UNUSABLE
 
 WORDS = ("verdict", "error")  # columns of text
 STYLE = """

@@ -5,7 +5,7 @@ from lightning_prune.comparison.run import Run
 from lightning_prune.comparison.tables import display_names, evaluation_sets, number
 from lightning_prune.escape import latex as escape
 from lightning_prune.escape import public_name
-from lightning_prune.reporting.verdict import UNUSABLE
+from lightning_prune.runs.verdict import UNUSABLE
 
 
 def latex(audit: Audit) -> str:

@@ -16,7 +16,7 @@ from lightning_prune.comparison.style import PALETTE, SETTINGS, Styles
 from lightning_prune.comparison.tables import display_names
 from lightning_prune.escape import figure as figure_text
 from lightning_prune.escape import plain
-from lightning_prune.reporting.verdict import unusable_limit
+from lightning_prune.runs.verdict import unusable_limit
 
 LONGEST = 40  # characters of a name in a figure
 LOG_RANGE = 10  # perplexities further apart than this factor get a logarithmic axis

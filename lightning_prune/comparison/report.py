@@ -9,9 +9,10 @@ from lightning_prune.comparison.figures import plots
 from lightning_prune.comparison.html import page
 from lightning_prune.comparison.latex import latex
 from lightning_prune.comparison.sections import markdown, sections
-from lightning_prune.comparison.tables import Failure, csv_text
+from lightning_prune.comparison.tables import csv_text
 from lightning_prune.comparison.tensorboard import log_plots
 from lightning_prune.files import write_text
+from lightning_prune.runs.failure import Failure
 
 TITLE = "Pruning methods compared"
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_prune.reporting.verdict import verdict_word
 from lightning_prune.runs.folder import RunFolder
 from lightning_prune.runs.records import as_dict
 from lightning_prune.runs.score_table import ScoreTable
+from lightning_prune.runs.verdict import verdict_word
 
 
 @dataclass(frozen=True)

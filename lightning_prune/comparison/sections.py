@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from lightning_prune.comparison import costs
 from lightning_prune.comparison.audit import Audit
 from lightning_prune.comparison.tables import (
-    Failure,
     Row,
     evaluation_sets,
     header,
@@ -17,7 +16,8 @@ from lightning_prune.comparison.tables import (
 )
 from lightning_prune.escape import markdown as escaped
 from lightning_prune.escape import plain
-from lightning_prune.reporting import verdict
+from lightning_prune.runs import verdict
+from lightning_prune.runs.failure import Failure
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from lightning_prune.comparison import costs
 from lightning_prune.comparison.audit import Audit, Group
 from lightning_prune.comparison.run import Run
 from lightning_prune.escape import markdown, plain, public_name
 from lightning_prune.escape import markdown_table as pipe_table
+from lightning_prune.runs.failure import Failure
 
 Row = tuple[str, ...]
 
@@ -44,15 +44,6 @@ CSV_COLUMNS = (
     "folder",
     "message",
 )
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A run of the experiment that ended in an error."""
-
-    label: str
-    requested: float
-    message: str
 
 
 def header(sets: Sequence[str]) -> tuple[str, ...]:

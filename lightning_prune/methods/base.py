@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lightning_prune.errors import UserError
 from lightning_prune.methods.scores import Scores
+from lightning_prune.models.families import LayerAnatomy, anatomy, count_parameters
 from lightning_prune.models.layered import skeleton
-from lightning_prune.surgery.anatomy import LayerAnatomy, anatomy, count_parameters
 from lightning_prune.surgery.cut import layout_of
 from lightning_prune.surgery.model_card import model_card
 from lightning_prune.surgery.plan import LayerPlan, PruningPlan

@@ -11,7 +11,7 @@ from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.blocks import block_index
 from lightning_prune.methods.scores import Scores, group_scores
 from lightning_prune.methods.selection import Budget, protect_best, select_global, select_uniform
-from lightning_prune.surgery.anatomy import LayerAnatomy
+from lightning_prune.models.families import LayerAnatomy
 from lightning_prune.surgery.cut import parameters_after
 from lightning_prune.surgery.plan import LayerPlan
 

@@ -25,7 +25,7 @@ from lightning_prune.methods.magnitude import MagnitudePass
 from lightning_prune.methods.scores import Scores
 from lightning_prune.methods.taylor import TaylorPass
 from lightning_prune.methods.wanda import WandaPass
-from lightning_prune.surgery.anatomy import LayerAnatomy
+from lightning_prune.models.families import LayerAnatomy
 from lightning_prune.walk.passes import Pass
 from lightning_prune.walk.wavefront import PIECES, RemovalPass, SimilarityPass
 

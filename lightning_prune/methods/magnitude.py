@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from lightning_prune.methods.mask_pruning import GroupOrMaskPruning, MaskRule, mask_layer
-from lightning_prune.surgery.anatomy import LayerAnatomy
-from lightning_prune.surgery.groups import group_importance
+from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.statistics.groups import group_importance
 from lightning_prune.walk.passes import Finding, Pass, WeightsPass
 
 

@@ -15,7 +15,7 @@ from lightning_prune.errors import UserError
 from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.masks import Structure, keep_n_of_m_mask, parse_structure, row_mask, tensor_mask
 from lightning_prune.methods.scores import group_scores
-from lightning_prune.surgery.anatomy import LayerAnatomy
+from lightning_prune.models.families import LayerAnatomy
 from lightning_prune.surgery.plan import LayerPlan
 from lightning_prune.walk.passes import WEIGHT, Finding
 

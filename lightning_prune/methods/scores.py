@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_prune.surgery.anatomy import LayerAnatomy
+from lightning_prune.models.families import LayerAnatomy
 
 Block = Literal["attention", "mlp", "layer"]
 BLOCKS: tuple[Block, ...] = ("attention", "mlp", "layer")

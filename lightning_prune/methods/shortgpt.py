@@ -14,9 +14,9 @@ from torch import Tensor
 from lightning_prune.errors import UserError
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.scores import layer_scores
+from lightning_prune.models.families import LayerAnatomy
 from lightning_prune.statistics.block_influence import BlockInfluence
 from lightning_prune.statistics.hooks import Hooks
-from lightning_prune.surgery.anatomy import LayerAnatomy
 from lightning_prune.surgery.cut import parameters_after
 from lightning_prune.surgery.plan import LayerPlan
 from lightning_prune.walk.passes import Finding, ForwardPass, Pass

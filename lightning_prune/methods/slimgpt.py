@@ -29,9 +29,9 @@ from lightning_prune.methods.slimgpt_math import (
     prune_heads,
 )
 from lightning_prune.methods.slimgpt_ratios import layer_ratios, unit_counts
+from lightning_prune.models.families import LayerAnatomy
 from lightning_prune.statistics.hessian import InputGram
 from lightning_prune.statistics.hooks import Hooks
-from lightning_prune.surgery.anatomy import LayerAnatomy
 from lightning_prune.surgery.cut import parameters_after
 from lightning_prune.surgery.plan import LayerPlan
 from lightning_prune.walk.passes import WEIGHT, BlockPass, Finding, Pass, Step

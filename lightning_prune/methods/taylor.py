@@ -7,9 +7,9 @@ absolute value is taken once, at the end.
 
 from torch import Tensor
 
+from lightning_prune.models.families import LayerAnatomy
 from lightning_prune.statistics.gradients import LayerGradients
-from lightning_prune.surgery.anatomy import LayerAnatomy
-from lightning_prune.surgery.groups import group_importance
+from lightning_prune.statistics.groups import group_importance
 from lightning_prune.walk.backward import BackwardPass
 from lightning_prune.walk.passes import Finding
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_prune.memory import give_back_freed_memory
+from lightning_prune.models.checkpoint_files import open_checkpoint
+from lightning_prune.models.families import LayerAnatomy, anatomy, final_norm_of, layers_of
 from lightning_prune.models.head import loss_gradient, token_losses
+from lightning_prune.models.loading import load_config, meta_model, quiet_transformers, resolve
 from lightning_prune.models.sources import CheckpointSource, Prefetching, Source
-from lightning_prune.surgery.anatomy import LayerAnatomy, anatomy, final_norm_of, layers_of
-from lightning_prune.surgery.checkpoint_files import open_checkpoint
-from lightning_prune.surgery.loading import load_config, meta_model, quiet_transformers, resolve
 
 Onload = Literal["model", "layer"]
 Call = tuple[tuple[Any, ...], dict[str, Any]]

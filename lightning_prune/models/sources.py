@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lightning_prune.surgery.checkpoint_files import CheckpointFiles
+from lightning_prune.models.checkpoint_files import CheckpointFiles
 
 
 class Source(Protocol):

@@ -15,15 +15,15 @@ from lightning_prune.errors import UserError
 from lightning_prune.evaluation.unigram import unigram_perplexity
 from lightning_prune.files import FULL
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.reporting.base_model import base_model_sha256
-from lightning_prune.reporting.configuration import configuration_sha256
-from lightning_prune.reporting.environment import environment, peak_memory_bytes
-from lightning_prune.reporting.run_record import RunRecord, run_metrics
-from lightning_prune.reporting.tensorboard import hparams, log_importance
-from lightning_prune.reporting.verdict import evaluation_section
+from lightning_prune.models.fingerprint import base_model_sha256
+from lightning_prune.runs.configuration import configuration_sha256
+from lightning_prune.runs.environment import environment, peak_memory_bytes
 from lightning_prune.runs.folder import RunFolder
 from lightning_prune.runs.numerics import numerical_advice
 from lightning_prune.runs.resume import Facts, facts_of, keep_dense, known_dense, unfinished_run, write_facts
+from lightning_prune.runs.summary import RunRecord, run_metrics
+from lightning_prune.runs.tensorboard import hparams, log_importance
+from lightning_prune.runs.verdict import evaluation_section
 from lightning_prune.walk.module import LayeredModule, PerplexityResult
 
 

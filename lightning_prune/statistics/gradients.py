@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.statistics.groups import unit_sums
 from lightning_prune.statistics.token_statistic import TokenStatistic
-from lightning_prune.surgery.anatomy import LayerAnatomy
-from lightning_prune.surgery.groups import unit_sums
 
 SampleTerm = Callable[[Tensor, Tensor], Tensor]
 ROLES = ("query", "key", "value", "output", "gate", "up", "down")

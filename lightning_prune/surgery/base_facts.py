@@ -10,7 +10,7 @@ from transformers.utils import cached_file
 
 from lightning_prune.errors import UserError
 from lightning_prune.escape import is_hub_id, plain
-from lightning_prune.surgery.loading import resolve
+from lightning_prune.models.loading import resolve
 
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 LONGEST = 2**18  # bytes read of any file; front matter and a licence's title stand at the beginning

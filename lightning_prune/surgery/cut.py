@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from lightning_prune.errors import UserError
-from lightning_prune.surgery.anatomy import Family, LayerAnatomy, family_of, head_dim_of, projection_biases
+from lightning_prune.models.families import Family, LayerAnatomy, family_of, head_dim_of, projection_biases
 from lightning_prune.surgery.plan import LayerPlan, PruningPlan
 
 

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_prune.models.checkpoint_files import open_checkpoint
+from lightning_prune.models.families import Family, anatomy, family_of
 from lightning_prune.models.layered import LayeredModel, skeleton
+from lightning_prune.models.loading import load_config, resolve
 from lightning_prune.models.sources import CheckpointSource, Source
-from lightning_prune.surgery.anatomy import Family, anatomy, family_of
-from lightning_prune.surgery.checkpoint_files import open_checkpoint
 from lightning_prune.surgery.cut import check_plan, kept_part, pruned_config
-from lightning_prune.surgery.loading import load_config, resolve
 from lightning_prune.surgery.plan import PruningPlan
 
 NewWeights = Callable[[int], dict[str, Tensor]]  # dense layer → new weights by role, of the dense shape

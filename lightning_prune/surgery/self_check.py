@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, dynamic_module_utils
 
 from lightning_prune.errors import CheckpointError
-from lightning_prune.surgery.loading import quiet_transformers
+from lightning_prune.models.loading import quiet_transformers
 
 LENGTH, PADDING, GREEDY_TOKENS = 12, 5, 8
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from lightning_prune.errors import UserError
 from lightning_prune.files import new_folder, write_json, write_text
 from lightning_prune.memory import free_host_bytes
+from lightning_prune.models import modeling_pruned
 from lightning_prune.models.layered import LayeredModel, open_layered
-from lightning_prune.surgery import modeling_pruned
-from lightning_prune.surgery.loading import generation_config, quiet_transformers, tokenizer_files
+from lightning_prune.models.loading import generation_config, quiet_transformers, tokenizer_files
 from lightning_prune.surgery.self_check import check_checkpoint, compare_logits, probe_tokens
 
 WHOLE_SHARE = 0.5  # of free host memory that a model may take to be checked whole

@@ -10,7 +10,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from lightning_prune.surgery.anatomy import LayerAnatomy
+from lightning_prune.models.families import LayerAnatomy
 from lightning_prune.walk.passes import Batch, Finding, Pass, Setting, Step
 from lightning_prune.walk.residuals import ResidualStore
 

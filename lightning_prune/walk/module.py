@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.errors import UserError
-from lightning_prune.evaluation.perplexity import Perplexity
+from lightning_prune.models.families import family_of
 from lightning_prune.models.layered import LayeredModel, Onload, open_layered
+from lightning_prune.models.loading import load_config
 from lightning_prune.models.placement import choose_onload
 from lightning_prune.progress import Progress
-from lightning_prune.surgery.anatomy import family_of
-from lightning_prune.surgery.loading import load_config
+from lightning_prune.statistics.perplexity import Perplexity
 
 DTYPES = {
     "32-true": torch.float32,

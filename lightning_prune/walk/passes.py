@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_prune.models.families import LayerAnatomy
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.statistics.hooks import Hooks
-from lightning_prune.surgery.anatomy import LayerAnatomy
 from lightning_prune.walk.residuals import ResidualStore
 
 Finding = dict[str, Tensor]  # what is left of a finished layer

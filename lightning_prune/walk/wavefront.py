@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_prune.models.families import LayerAnatomy
 from lightning_prune.statistics.block_influence import BlockInfluence
-from lightning_prune.surgery.anatomy import LayerAnatomy
 from lightning_prune.walk.passes import Batch, Finding, Pass, Setting, Step
 from lightning_prune.walk.residuals import ResidualStore
 

@@ -11,7 +11,7 @@ from lightning_prune.comparison.audit import Audit, audit
 from lightning_prune.comparison.report import write_report
 from lightning_prune.comparison.run import load_run
 from lightning_prune.comparison.sections import sections, terminal
-from lightning_prune.comparison.tables import Failure
+from lightning_prune.runs.failure import Failure
 from tests.comparison.fake_run import write_run
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")

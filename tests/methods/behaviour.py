@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import lightning_prune
+from lightning_prune.cli.lightning_cli import quiet
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.methods import HGSP, Magnitude, ShortGPT, SlimGPT, Wanda
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.parsing.lightning_cli import quiet
-from lightning_prune.reporting.run_record import RunRecord
 from lightning_prune.runs.run import prune_and_record
+from lightning_prune.runs.summary import RunRecord
 from tests.cutting import cut
 from tests.tiny import make_tiny, tiny_tokens
 

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 import lightning_prune
 from lightning_prune.data.calibration import fingerprint
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.models.families import LayerAnatomy, anatomy, count_parameters
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.surgery import write
-from lightning_prune.surgery.anatomy import LayerAnatomy, anatomy, count_parameters
 from tests.methods.behaviour import SYSTEMS, Run, logits, prune, save_model, save_tokens, temporary_files
 from tests.tiny import tiny_tokens
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lightning_prune.methods.scores import COLUMNS, Scores, group_scores, layer_scores
-from lightning_prune.surgery.anatomy import anatomy
+from lightning_prune.models.families import anatomy
 from tests.tiny import make_tiny
 
 

@@ -16,8 +16,8 @@ from lightning_prune.files import Lock
 from lightning_prune.runs.folder import RunFolder, check_label
 from lightning_prune.runs.records import Environment, RunMetrics, as_dict
 from lightning_prune.runs.tidy import UNFINISHED, sweep_runs
+from tests.cli.test_main import importable
 from tests.comparison.fake_run import ENVIRONMENT, EVALUATION, write_run
-from tests.test_cli import importable
 
 NOTHING = {"dataset": None}
 METRICS: dict[str, Any] = {

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
+from lightning_prune.models.families import anatomy
 from lightning_prune.statistics.gradients import LayerGradients
-from lightning_prune.surgery.anatomy import anatomy
 from tests.tiny import make_tiny, tiny_tokens
 
 

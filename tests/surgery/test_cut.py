@@ -6,10 +6,10 @@ import torch
 from transformers import PreTrainedModel
 
 from lightning_prune.errors import UserError
+from lightning_prune.models.families import anatomy, count_parameters
 from lightning_prune.models.layered import skeleton
-from lightning_prune.surgery.anatomy import anatomy, count_parameters
+from lightning_prune.models.loading import meta_model
 from lightning_prune.surgery.cut import check_plan, layout_of, parameters_after, pruned_config
-from lightning_prune.surgery.loading import meta_model
 from lightning_prune.surgery.plan import PruningPlan
 from tests.cutting import cut
 from tests.tiny import FAMILIES, make_tiny, mixed_plan, tiny_config, tiny_plan, tiny_tokens, uniform_plan

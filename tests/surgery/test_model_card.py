@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
+from lightning_prune.models.loading import load_model
 from lightning_prune.surgery.cut import layout_of
-from lightning_prune.surgery.loading import load_model
 from lightning_prune.surgery.model_card import model_card
 from lightning_prune.surgery.write import write_checkpoint
 from tests.cutting import layered_cut

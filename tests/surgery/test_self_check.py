@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, dynamic_module_utils
 
 from lightning_prune.cli import main
 from lightning_prune.errors import CheckpointError
-from lightning_prune.surgery import modeling_pruned
+from lightning_prune.models import modeling_pruned
 from lightning_prune.surgery.self_check import check_checkpoint, probe_logits, probe_tokens
 from lightning_prune.surgery.write import write_checkpoint
 from tests.cutting import cut, layered

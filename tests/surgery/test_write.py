@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 
 import lightning_prune
 from lightning_prune.errors import UserError
+from lightning_prune.models.loading import load_tokenizer
 from lightning_prune.surgery import write
 from lightning_prune.surgery.cut import layout_of
-from lightning_prune.surgery.loading import load_tokenizer
 from lightning_prune.surgery.plan import PruningPlan
 from lightning_prune.surgery.write import write_checkpoint
 from tests.cutting import cut, layered, layered_cut

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_prune.models.families import LayerAnatomy, anatomy
 from lightning_prune.statistics.gradients import LayerGradients
-from lightning_prune.surgery.anatomy import LayerAnatomy, anatomy
 from lightning_prune.walk.backward import BackwardPass
 from lightning_prune.walk.passes import Finding
 from tests.cutting import MemorySource, layered

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_prune.surgery.anatomy import anatomy, count_parameters
+from lightning_prune.models.families import anatomy, count_parameters
 from lightning_prune.walk import findings as findings_module
 from lightning_prune.walk.findings import Findings
 from lightning_prune.walk.passes import Pass

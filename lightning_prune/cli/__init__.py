@@ -1,0 +1,108 @@
+"""The ``lightning-prune`` command: picks a subcommand and imports only what that one needs."""
+
+import difflib
+import importlib
+import io
+import os
+import signal
+import sys
+
+from lightning_prune.errors import CheckpointError, UserError
+from lightning_prune.signals import stoppable
+
+COMMANDS = {
+    "fit": "calibrate, prune, save and evaluate one model with one method",
+    "decide": "another ratio or option from a finished run's scores, without calibrating",
+    "test": "measure the perplexity of any dense or pruned model",
+    "evaluate": "what a pruned model costs to run, and its zero-shot accuracy",
+    "compare": "run an experiment over methods and ratios, or audit and compare runs that exist",
+    "apply": "re-create a pruned checkpoint from a plan.json, without calibrating",
+    "mend": "give an existing pruned checkpoint the modeling file of this version",
+}
+
+USAGE = """\
+usage: lightning-prune <command> [options]
+
+Prune a large language model and measure what it cost. Every method calibrates on the same tokens.
+
+commands:
+{commands}
+
+examples:
+  lightning-prune fit --config wanda
+  lightning-prune fit --config wanda --model.pretrained path/to/llama --model.pruning_ratio 0.3
+  lightning-prune test --model.pretrained logs/wanda/version_0/pruned
+
+'lightning-prune <command> --help' lists a command's options.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program name; default ``sys.argv[1:]``.
+
+    Returns:
+        Exit status: 0 done, 2 a mistake in the input (one message on stderr, no traceback), 130 and 143 when
+        interrupted by SIGINT and SIGTERM, 1 anything else.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # an encoding without arrows must not end a run that is done
+            stream.reconfigure(errors="backslashreplace")
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE.format(commands="\n".join(f"  {name:<9}{what}" for name, what in COMMANDS.items())), end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from lightning_prune import __version__
+
+        print(__version__)
+        return 0
+    with stoppable() as stop:
+        try:
+            status = _run(arguments)
+            stop.over = True
+            left = "the command had ended already"
+        except BaseException as error:
+            stop.over = True
+            if stop.number is None:
+                raise
+            left = "; ".join(getattr(error, "__notes__", [])) or "nothing half-written is left"
+    if stop.number is None:
+        return status
+    print(f"interrupted by {signal.Signals(stop.number).name}; {left}", file=sys.stderr)
+    return 128 + stop.number
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        command = _command(arguments[0])
+        return int(importlib.import_module(f"lightning_prune.cli.commands.{command}").main(arguments[1:]))
+    except UserError as error:
+        print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print("\n".join([f"numerical trouble: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        return 1
+    except CheckpointError as error:
+        print(f"self-check failed: {error}", file=sys.stderr)
+        return 1
+    except SystemExit as stop:  # argparse, after --help or a mistake that it has printed
+        return int(stop.code or 0)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _command(name: str) -> str:
+    if name in COMMANDS:
+        return name
+    if name.startswith("-"):
+        raise UserError(
+            f"'{name}' stands before the command. Options come after it: "
+            f"lightning-prune fit {name}{' FILE' if name == '--config' else ''} …"
+        )
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f" Did you mean '{close[0]}'?" if close else ""
+    raise UserError(f"unknown command '{name}'.{hint} Commands: {', '.join(COMMANDS)}.")

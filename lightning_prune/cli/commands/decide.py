@@ -1,0 +1,125 @@
+"""``lightning-prune decide``: another pruning decision from what an earlier run measured, without calibrating."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_prune.errors import UserError
+from lightning_prune.runs.folder import FinishedRun, RunFolder, check_label
+
+if TYPE_CHECKING:
+    from lightning_prune.cli.lightning_cli import PruneCLI
+
+EVALUATION_OPTIONS = ("eval_datasets", "eval_seq_len", "eval_batch_size", "cache_dir")
+
+
+def main(argv: list[str]) -> int:
+    """Read ``--run``, change the options given after it, decide, cut, evaluate, and leave a new run folder.
+
+    The plan is the one that ``fit`` makes with the same options.
+
+    Raises:
+        UserError: no finished run there, a method whose scores cannot be reused, an option that would change the
+            measurement, or a base model that is no longer the same.
+    """
+    arguments, options = _parser().parse_known_args(argv)
+    run = RunFolder.open(arguments.run, "--run")
+    RunFolder.read_config(run.path, "--run")
+    _ = run.scores  # a damaged table does not wait for torch either
+
+    # After the first look, so that --help and a wrong folder do not wait for torch.
+    from lightning_prune.cli.lightning_cli import PruneCLI
+    from lightning_prune.methods.base import PruningMethod
+    from lightning_prune.runs.reuse import known_perplexities, reuse
+    from lightning_prune.runs.run import prune_and_record
+    from lightning_prune.runs.summary import summary_table
+
+    config = ["--config", str(run.path / "config.yaml")]
+    cli = PruneCLI([*config, *options], PruningMethod, subclasses=True, command="decide")
+    check_label(cli.model.label)
+    _check_options(cli, config, run.path)
+    if not cli.model.reusable:
+        raise UserError(
+            f"--run: method '{cli.model.method}' of '{run.path}' cannot decide again from its scores: it changes "
+            "weights while it measures, or prunes single weights, which the table does not list. Run fit again."
+        )
+    _check_base_model(cli.model.pretrained, run)
+    reuse(cli.model, run)
+    cli.datamodule.needs_calibration = False
+    cli.datamodule.setup("fit")
+    same_device = run.environment.device == str(cli.trainer.strategy.root_device)
+    dense = known_perplexities(run, cli.datamodule) if same_device else None
+    folder, record = prune_and_record(cli.trainer, cli.model, cli.datamodule, cli.resolved_config, dense)
+    if cli.trainer.is_global_zero:
+        print("\n" + summary_table(cli.model.label, record.metrics))
+        print(f"pruned model: {folder / 'pruned'}")
+    return 0
+
+
+def _check_options(cli: "PruneCLI", config: list[str], run: Path) -> None:
+    """Refuse options that differ from the run's and are not read by the decision or the evaluation."""
+    before, after = (_flat(cli.parser, parsed) for parsed in (cli.parser.parse_args(config), cli.config))
+    allowed = [f"model.{name}" for name in cli.model.decision_options]
+    allowed += [f"data.{name}" for name in EVALUATION_OPTIONS]
+    for name in sorted(before.keys() | after.keys()):
+        fixed = name not in allowed and (name.startswith(("model", "data")) or name == "trainer.precision")
+        old, new = before.get(name), after.get(name)
+        if fixed and old != new:
+            raise UserError(
+                f"--{name} {new}: the scores of '{run}' were measured with {'the default' if old is None else old}, "
+                f"and this option belongs to the measurement. Run fit for that. decide can change "
+                f"{', '.join(f'--{option}' for option in allowed)}, and --trainer options but precision."
+            )
+
+
+def _flat(parser: Any, parsed: Any) -> dict[str, Any]:
+    """Options by the name they have on the command line; ``model`` is the class."""
+    config = json.loads(parser.dump(parsed, format="json", skip_none=False))
+    model = config["model"]
+    return {
+        "model": model["class_path"],
+        **{f"model.{name}": value for name, value in model.get("init_args", {}).items()},
+        **{f"data.{name}": value for name, value in config.get("data", {}).items()},
+        "trainer.precision": config["trainer"].get("precision"),
+    }
+
+
+def _check_base_model(pretrained: str, run: FinishedRun) -> None:
+    from lightning_prune.models.families import count_parameters
+    from lightning_prune.models.fingerprint import base_model_sha256
+    from lightning_prune.models.loading import load_config, meta_model
+
+    found, measured = count_parameters(meta_model(load_config(pretrained))), run.metrics.parameters.dense
+    if found != measured:
+        raise UserError(
+            f"--run: '{run.path}' measured a model of {measured:,} parameters; '{pretrained}' now has {found:,}. "
+            "Put the model back, or run fit again."
+        )
+    recorded = run.metrics.method.base_model_sha256
+    if recorded is not None and recorded != base_model_sha256(pretrained):
+        raise UserError(
+            f"--run: the config or the weights of '{pretrained}' have changed since '{run.path}' measured them "
+            "(SHA-256). Put the model back, or run fit again."
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-prune decide",
+        usage="lightning-prune decide --run FOLDER [--model.OPTION VALUE ...] [--data.eval_OPTION VALUE ...] "
+        "[--trainer.OPTION VALUE ...]",
+        description="Make another pruning decision from the scores of a finished run: a new run folder in seconds, "
+        "without calibrating, with the plan that fit makes for the same options. Everything that is not given is as "
+        "in that run. May change: --model.pruning_ratio and --model.label of every method; allocation, round_to, "
+        "freeze_first_n_layers, freeze_last_n_layers and min_groups_per_layer where groups are ranked; H-GSP's tau, "
+        "temperature, collapse_epsilon and score_norm; ShortGPT's n_remove_layers and at_most; the evaluation sets. "
+        "What the scores were measured with (model, importance, prior, calibration set, precision) may not.",
+        epilog="example: lightning-prune decide --run logs/hgsp_taylor/version_0 --model.pruning_ratio 0.3 "
+        "--model.temperature 0.5",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--run", type=Path, required=True, metavar="FOLDER", help="the run whose scores are used, as fit left it"
+    )
+    return parser

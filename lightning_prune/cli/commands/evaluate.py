@@ -1,0 +1,154 @@
+"""``lightning-prune evaluate``: what a pruned model costs to run, and what it still knows."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_prune.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning_prune.evaluation.efficiency import Efficiency
+    from lightning_prune.evaluation.zero_shot import ZeroShotResult
+
+# The seven common-sense tasks that structured-pruning papers report since LLM-Pruner.
+TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+
+
+def main(argv: list[str]) -> int:
+    """Measure one model, with ``--dense`` beside its base model, and write ``efficiency.json`` and ``zero_shot.json``.
+
+    Raises:
+        UserError: nothing to measure, no model there, nowhere to write, or as the measurements themselves.
+    """
+    arguments = _parser().parse_args(argv)
+    if not (arguments.efficiency or arguments.zero_shot):
+        raise UserError("Nothing to measure. Add --efficiency, --zero-shot, or both.")
+    model_folder, output = _places(arguments.model, arguments.output)
+
+    # After the arguments, so that --help does not wait for torch.
+    import torch
+
+    from lightning_prune.evaluation import efficiency, zero_shot
+    from lightning_prune.files import check_writable, write_json
+    from lightning_prune.models.loading import OPTION, load_config, load_model, load_tokenizer
+    from lightning_prune.runs.environment import environment
+    from lightning_prune.walk.module import DTYPES
+
+    check_writable(output, "--output")
+    device = _device(arguments.device)
+    models = {"dense": arguments.dense} if arguments.dense else {}
+    models["pruned"] = model_folder
+    for name, path in models.items():
+        try:
+            load_config(path)
+        except UserError as error:
+            raise UserError(str(error).replace(OPTION, "--model" if name == "pruned" else "--dense")) from None
+    # One dtype for both: a dense bf16 folder beside a pruned fp32 one would compare formats, not models.
+    dtype = DTYPES[arguments.precision] if arguments.precision else efficiency.stored_dtype(model_folder)
+    manager = zero_shot.check_tasks(arguments.tasks, arguments.include_path) if arguments.zero_shot else None
+    setting = efficiency.Setting(
+        prompt_length=arguments.prompt_length,
+        decode_length=arguments.decode_length,
+        context_length=arguments.context_length or arguments.prompt_length + arguments.decode_length,
+        batch_sizes=tuple(arguments.batch_sizes),
+        repeats=arguments.repeats,
+    )
+
+    costs: dict[str, Efficiency] = {}
+    knowledge: dict[str, ZeroShotResult] = {}
+    for name, path in models.items():
+        tokenizer = load_tokenizer(path) if arguments.zero_shot else None
+        if arguments.zero_shot and tokenizer is None:
+            raise UserError(f"--zero-shot: '{path}' holds no tokenizer. Save the model's tokenizer files there.")
+        model: Any = load_model(path, dtype).to(device)  # type: ignore[arg-type]
+        if arguments.efficiency:
+            costs[name] = efficiency.measure(model, path, setting, name)
+        if arguments.zero_shot:
+            batch_size = arguments.eval_batch_size
+            knowledge[name] = zero_shot.zero_shot(model, tokenizer, arguments.tasks, manager, batch_size)
+        del model
+
+    used_dtype = str(dtype).removeprefix("torch.")
+    facts = {"models": models, "environment": environment(used_dtype, device)}
+    if arguments.efficiency:
+        report = efficiency.EfficiencyReport(
+            setting, str(device), used_dtype, torch.get_num_threads(), costs["pruned"], costs.get("dense")
+        )
+        write_json(output / "efficiency.json", report.to_json() | facts)
+        print(f"\n{report.table()}\nefficiency: {output / 'efficiency.json'}")
+    if arguments.zero_shot:
+        write_json(output / "zero_shot.json", {name: item.to_json() for name, item in knowledge.items()} | facts)
+        print(f"\n{zero_shot.table(knowledge)}\nzero-shot: {output / 'zero_shot.json'}")
+    return 0
+
+
+def _places(model: str, output: Path | None) -> tuple[str, Path]:
+    """The model's folder and where results go: the run folder that holds it, unless ``--output`` says otherwise."""
+    folder = Path(model).expanduser()
+    run = folder if (folder / "pruned").is_dir() else folder.resolve().parent
+    if folder == run:
+        folder = run / "pruned"
+    if output is None and not (run / "metrics.json").is_file():
+        raise UserError(f"--output: '{model}' is not part of a run folder, so say where the results go.")
+    return (str(folder) if folder.is_dir() else model), output or run
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: cuda is asked for, but torch finds no GPU. Choose cpu or auto.")
+    return torch.device(name)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightning-prune evaluate",
+        description="Measure what a pruned model costs to run (--efficiency) and what it still knows (--zero-shot). "
+        "Tables go to the terminal, efficiency.json and zero_shot.json to the run folder of the model. "
+        "Perplexity is measured by 'lightning-prune test'.",
+        epilog="examples: lightning-prune evaluate --model logs/wanda/version_0 --dense demo --efficiency; "
+        "lightning-prune evaluate --model logs/wanda/version_0 --zero-shot --tasks arc_easy piqa",
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        "--model.pretrained",
+        dest="model",
+        required=True,
+        metavar="MODEL",
+        help="run folder, model folder (dense or pruned), hub id, or 'demo'",
+    )
+    add("--dense", metavar="MODEL", help="the base model, measured in the same process and shown beside it")
+    add("--output", type=Path, metavar="FOLDER", help="where the JSON files go. Default: the run folder of --model")
+    add(
+        "--precision",
+        choices=("32-true", "bf16-true", "16-true"),
+        help="of both models' weights. Default: as --model is stored",
+    )
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is a GPU where there is one")
+
+    cost = parser.add_argument_group("efficiency")
+    add = cost.add_argument
+    add(
+        "--efficiency",
+        action="store_true",
+        help="parameters, MACs and KV-cache bytes per token (from the shapes), weights on disk, tokens per second of "
+        "prefill and greedy decoding, peak memory (GPU: allocated by torch; CPU: resident set of the process)",
+    )
+    add("--batch-sizes", type=int, nargs="+", default=[1, 16], metavar="N", help="sequences at a time. Default: 1 16")
+    add("--prompt-length", type=int, default=128, metavar="N", help="tokens of the prefill. Default: 128")
+    add("--decode-length", type=int, default=32, metavar="N", help="tokens decoded after it. Default: 32")
+    add("--context-length", type=int, metavar="N", help="tokens that one token attends to when MACs are counted. "
+        "Default: --prompt-length + --decode-length")  # fmt: skip
+    add("--repeats", type=int, default=5, metavar="N", help="timed runs, of which the median counts. Default: 5")
+
+    knowledge = parser.add_argument_group("zero-shot (pip install 'lightning-prune[eval]')")
+    add = knowledge.add_argument
+    add("--zero-shot", action="store_true", help="accuracy on tasks of the LM Evaluation Harness, no examples given")
+    add("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"default: {' '.join(TASKS)}")
+    add("--include-path", type=Path, metavar="FOLDER", help="folder with further tasks as YAML files")
+    add("--eval-batch-size", type=int, default=16, metavar="N", help="sequences per forward pass. Default: 16")
+    return parser

@@ -1,0 +1,221 @@
+"""Models, configs and tokenizers from a folder, a hub id, or the word ``demo``."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
+from lightning_prune.errors import UserError
+from lightning_prune.models.checkpoint_files import open_checkpoint
+from lightning_prune.models.families import family_of
+from lightning_prune.models.modeling_pruned import pruned_class
+from lightning_prune.models.safetensors_header import OPTION as OPTION
+from lightning_prune.models.safetensors_header import first_line
+from lightning_prune.regular_files import exists, expanded, is_special, require_regular
+
+CONFIG_LIMIT = 10_000_000  # bytes
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def resolve(pretrained: str) -> str:
+    """The folder or hub id behind ``pretrained``: ``demo`` stands for the embedded model.
+
+    Raises:
+        UserError: a folder that is missing or has no ``config.json``.
+    """
+    if pretrained == "demo":
+        from lightning_prune.demo import demo_model_path
+
+        return str(demo_model_path())
+    folder = expanded(pretrained, OPTION)
+    config = folder / "config.json"
+    if is_special(config):
+        require_regular(config, OPTION)
+    if exists(config) and config.is_file():
+        if config.stat().st_size > CONFIG_LIMIT:
+            raise UserError(f"{OPTION}: '{config}' has {config.stat().st_size} bytes; a config has a few thousand.")
+        return str(folder)
+    if exists(folder):
+        raise UserError(
+            f"{OPTION}: '{pretrained}' holds no config.json, so it is not a Hugging Face model folder. "
+            f"Give a folder with config.json and *.safetensors, a hub id, or 'demo'."
+        )
+    # What is left can be a hub id: "organisation/name", or one of the few bare names.
+    if folder.is_absolute() or pretrained.startswith(".") or len(folder.parts) not in (1, 2):
+        raise UserError(
+            f"{OPTION}: no folder at '{pretrained}'. Give a Hugging Face model folder, a hub id, or 'demo'."
+        )
+    return pretrained
+
+
+def load_config(pretrained: str) -> PretrainedConfig:
+    """The config of a supported model: dense, or pruned by this package in either layout.
+
+    The headers of the weights are read too, so that nothing of a size is built that the config alone claims.
+
+    Raises:
+        UserError: nothing there, unreachable, unreadable, a family without a record, or another number of layers
+            than the weights have.
+    """
+    path = resolve(pretrained)
+    with quiet_transformers(), _user_error(pretrained, "the config cannot be loaded"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    family_of(config)
+    _refuse_additions(config, pretrained)
+    _check_sizes(config, pretrained)
+    open_checkpoint(path).check_layers(config.num_hidden_layers)
+    return config
+
+
+def _check_sizes(config: PretrainedConfig, pretrained: str) -> None:
+    """A size of 0 builds a model of nothing; per-layer sizes are held against the weights."""
+    for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads"):
+        value = vars(config).get(name, 1)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(
+                f"{OPTION}: the config of '{pretrained}' has {name} {value}; it must be a whole number of 1 or more."
+            )
+
+
+def _refuse_additions(config: PretrainedConfig, pretrained: str) -> None:
+    """What would be read as something else than the weights alone say."""
+    for key in ("quantization_config", "compression_config"):
+        if getattr(config, key, None) is not None:
+            raise UserError(
+                f"{OPTION}: the config of '{pretrained}' has a {key}: its weights are quantised, and pruning needs "
+                "them in 64, 32 or 16 bits floating point. Give the model before it was quantised."
+            )
+    if exists(expanded(pretrained, OPTION) / "adapter_config.json"):
+        raise UserError(
+            f"{OPTION}: '{pretrained}' holds an adapter (adapter_config.json) beside a model. Merge the adapter into "
+            "the weights, or remove its files."
+        )
+
+
+def load_model(pretrained: str, dtype: torch.dtype | None) -> PreTrainedModel:
+    """A causal LM in eval mode: dense, stock or per-layer, without remote code.
+
+    Weights are read from safetensors straight into ``dtype`` (None: the checkpoint's own), on the default
+    device of the surrounding ``with torch.device(...)``, the CPU without one.
+
+    Raises:
+        UserError: as ``load_config``; or weights that are missing, damaged, or do not fit the config.
+    """
+    config = load_config(pretrained)
+    path = resolve(pretrained)
+    open_checkpoint(path).check_against(meta_model(config))
+    with quiet_transformers(bars=True), _user_error(pretrained, "the weights cannot be loaded"):
+        return _auto_class(config).from_pretrained(  # type: ignore[no-any-return]
+            path, config=config, dtype="auto" if dtype is None else dtype, use_safetensors=True
+        )
+
+
+def meta_model(config: PretrainedConfig, device: torch.device | None = None) -> PreTrainedModel:
+    """A model without storage: shapes and names to check before any weight is read. ``device``: meta by default.
+
+    Raises:
+        UserError: the config is inconsistent.
+    """
+    trouble = _user_error(config.name_or_path, "no model can be built from the config")
+    with quiet_transformers(), trouble, device or torch.device("meta"):
+        if config.is_heterogeneous:
+            return _auto_class(config)(config)  # type: ignore[no-any-return]
+        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+
+
+def generation_config(pretrained: str) -> GenerationConfig | None:
+    """The generation config stored beside the model, or None where there is none."""
+    path = resolve(pretrained)
+    with quiet_transformers(), _user_error(pretrained, "the generation config cannot be loaded"):
+        name = "generation_config.json"
+        if cached_file(path, name, _raise_exceptions_for_missing_entries=False) is None:
+            return None
+        return GenerationConfig.from_pretrained(path)  # type: ignore[no-any-return]
+
+
+def load_tokenizer(pretrained: str) -> Any | None:
+    """The tokenizer stored beside the model, or None where there is none.
+
+    Raises:
+        UserError: its files are there but cannot be read.
+    """
+    if not tokenizer_files(pretrained):
+        return None
+    with quiet_transformers(), _user_error(pretrained, "the tokenizer cannot be loaded"):
+        return AutoTokenizer.from_pretrained(resolve(pretrained), trust_remote_code=False)
+
+
+def tokenizer_files(pretrained: str) -> list[Path]:
+    """Local paths of the tokenizer files that stand beside the model (hub files from the cache)."""
+    path = resolve(pretrained)
+    with quiet_transformers(), _user_error(pretrained, "the tokenizer files cannot be found"):
+        found = [
+            cached_file(
+                path,
+                name,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            for name in TOKENIZER_FILES
+        ]
+    return [Path(file) for file in found if file is not None]
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    if config.is_heterogeneous:
+        return pruned_class(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
+    return AutoModelForCausalLM
+
+
+@contextmanager
+def _user_error(pretrained: str, what: str) -> Iterator[None]:
+    """Errors of transformers, safetensors, json and the hub client have no common base: all mean bad input here."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        if isinstance(error, AttributeError | TypeError):  # their words are about transformers' own code
+            reason = "an entry of config.json has a value of a kind that transformers cannot use"
+        raise UserError(
+            f"{OPTION}: {what} from '{pretrained}' ({reason}). "
+            f"Give a Hugging Face model folder, a hub id that can be reached, or 'demo'."
+        ) from error
+
+
+@contextmanager
+def quiet_transformers(bars: bool = False) -> Iterator[None]:
+    """transformers without warnings: what matters is raised as an error instead. ``bars`` keeps progress bars."""
+    verbosity, shown = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    if not bars:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if shown:
+            transformers_logging.enable_progress_bar()

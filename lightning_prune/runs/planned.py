@@ -1,0 +1,108 @@
+"""The runs of an experiment before they are made: options checked, calibration sets shared, results recognised."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_prune.cli.lightning_cli import PruneCLI
+from lightning_prune.data.datamodule import CalibrationDataModule
+from lightning_prune.errors import UserError
+from lightning_prune.methods.base import PruningMethod
+from lightning_prune.models.fingerprint import base_model_sha256
+from lightning_prune.runs.configuration import configuration_sha256
+from lightning_prune.runs.folder import RunFolder
+from lightning_prune.runs.settings import Settings
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run to make.
+
+    Attributes:
+        label, ratio: what it is called.
+        configuration: what ``fit`` would be given.
+        data: shared by all runs with the same ``data`` section.
+        sha256: names its result, see ``configuration_sha256``.
+        measurement: names what it measures, which is the same at every ratio of a system.
+        dense: names the evaluation of the dense model, the same for most systems.
+    """
+
+    label: str
+    ratio: float
+    configuration: dict[str, Any]
+    data: CalibrationDataModule
+    sha256: str
+    measurement: str
+    dense: str
+
+    def finished(self, root: Path) -> Path | None:
+        """The folder of a finished run with the same result, made by ``compare``, ``fit`` or ``decide``."""
+        for folder in RunFolder.finished_below(root / self.label):
+            if folder.is_pruning_run and folder.configuration_sha256() == self.sha256:
+                return folder.path
+        return None
+
+    def build(self) -> PruneCLI:
+        """Trainer and method, fresh."""
+        return build(self.label, self.configuration)
+
+
+def plan_runs(settings: Settings) -> list[Planned]:
+    """Check every run's options and tokenise every calibration setting once.
+
+    Raises:
+        UserError: a mistake in any of them; nothing has been run then.
+    """
+    shared: dict[str, CalibrationDataModule] = {}
+    weights: dict[str, str] = {}
+    found = []
+    for label in settings.systems:
+        for ratio in settings.ratios:
+            configuration = settings.configuration(label, ratio)
+            cli = build(label, configuration)
+            options = yaml.safe_load(cli.resolved_config)
+            data = shared.setdefault(json.dumps(options["data"], sort_keys=True), cli.datamodule)
+            # The first system may read no data; the evaluation's check against the calibration text needs both.
+            data.needs_calibration = True
+            data.setup("fit")
+            method: PruningMethod = cli.model
+            if method.pretrained not in weights:
+                weights[method.pretrained] = base_model_sha256(method.pretrained) or method.pretrained
+            init = options["model"]["init_args"]
+            evaluation = {item.name: item.manifest["fingerprint"] for item in data.evaluation}
+            calibration = data.calibration.manifest.fingerprint if method.needs_calibration else None
+            base = (str(cli.trainer.precision), weights[method.pretrained])
+            name = type(method).__name__
+            found.append(
+                Planned(
+                    label,
+                    ratio,
+                    configuration,
+                    data,
+                    sha256=configuration_sha256(name, init, *base, calibration, evaluation),
+                    measurement=configuration_sha256(name, init | {"pruning_ratio": None}, *base, calibration, {}),
+                    dense=configuration_sha256("dense", {}, *base, None, evaluation),
+                )
+            )
+    return found
+
+
+def build(label: str, configuration: dict[str, Any]) -> PruneCLI:
+    """Parse and instantiate one configuration as ``fit`` does.
+
+    Raises:
+        UserError: names the system.
+    """
+    try:
+        cli = PruneCLI(configuration, PruningMethod, subclasses=True, command="fit")
+    except UserError as error:
+        raise UserError(f"system '{label}': {error}") from None
+    if cli.trainer.world_size > 1:
+        raise UserError(
+            f"--trainer.devices: an experiment runs on one device, found {cli.trainer.world_size}. "
+            "Prune large models with fit, then compare their folders with --runs."
+        )
+    return cli

@@ -1,0 +1,73 @@
+"""A run's record: what was run, on what, and what came out."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_prune.runs.verdict import verdict
+from lightning_prune.surgery.plan import PruningPlan
+from lightning_prune.walk.module import PerplexityResult
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything beside the scores, the plan and the checkpoint. ``calibration`` is empty for an evaluation."""
+
+    config: str
+    calibration: dict[str, Any]
+    environment: dict[str, Any]
+    metrics: dict[str, Any]
+
+
+def run_metrics(
+    plan: PruningPlan,
+    dense: dict[str, PerplexityResult],
+    pruned: dict[str, PerplexityResult],
+    evaluation: dict[str, dict[str, Any]],
+    seconds: dict[str, float],
+    peak_memory_bytes: int,
+) -> dict[str, Any]:
+    """The contents of ``metrics.json``.
+
+    Args:
+        plan: what was decided.
+        dense, pruned: perplexity by evaluation set.
+        evaluation: protocol by evaluation set (split, window, BOS handling, number of tokens).
+        seconds: wall-clock seconds by phase.
+        peak_memory_bytes: of this process.
+    """
+    return {
+        "perplexity": {
+            name: {"dense": dense[name].perplexity, "pruned": pruned[name].perplexity, "tokens": dense[name].tokens}
+            for name in dense
+        },
+        "evaluation": evaluation,
+        "parameters": plan.parameters,
+        "pruning_ratio": {"requested": plan.pruning_ratio, "achieved": plan.achieved_ratio},
+        "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
+        "peak_memory_bytes": peak_memory_bytes,
+    }
+
+
+def summary_table(label: str, metrics: dict[str, Any]) -> str:
+    """The small table a run ends with."""
+    parameters, ratio, seconds = metrics["parameters"], metrics["pruning_ratio"], metrics["seconds"]
+    asked = "" if ratio["requested"] is None else f"requested {ratio['requested']:.4f}, "
+    rows = [
+        ("method", label),
+        ("parameters", f"{parameters['dense']:,} → {parameters['pruned']:,}"),
+        ("pruning ratio", f"{asked}achieved {ratio['achieved']:.4f}"),
+    ]
+    rows += [
+        (
+            f"perplexity {name}",
+            f"dense {item['dense']:.3f}, pruned {item['pruned']:.3f} ({item['tokens']:,} tokens), "
+            + verdict(metrics, name),
+        )
+        for name, item in metrics["perplexity"].items()
+    ]
+    rows += [
+        ("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items())),
+        ("peak memory", f"{metrics['peak_memory_bytes'] / 2**20:,.0f} MiB"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -1,0 +1,93 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_prune.cli.commands.compare import main
+from lightning_prune.errors import UserError
+from tests.comparison.fake_run import write_run
+
+HEAVY = ("torch", "lightning", "transformers", "datasets")
+
+
+def test_runs_that_exist_are_compared_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [write_run(tmp_path, "wanda"), write_run(tmp_path, "magnitude", no_data=True, perplexity=250.0)]
+    unfinished = tmp_path / "wanda" / "version_7"
+    unfinished.mkdir()
+    arguments = ["--runs", *map(str, [*folders, unfinished]), "--root", str(tmp_path), "--strict"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr().out
+    assert f"left out, no finished pruning run: {unfinished}" in shown
+    assert "unusable" in next(line for line in shown.splitlines() if line.startswith("magnitude"))
+    assert shown.splitlines()[-1] == f"report: {tmp_path / 'comparison' / 'version_0' / 'report.html'}"
+    names = {"report.html", "report.md", "results.csv", "results.tex", "calibration_appendix.md"}
+    assert names <= {path.name for path in (tmp_path / "comparison" / "version_0").iterdir()}
+    # logs/*/version_* now holds the report, too, which is no run and not worth a remark.
+    assert main([*arguments[:3], str(tmp_path / "comparison" / "version_0"), *arguments[4:]]) == 0
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_strict_refuses_runs_that_differ_and_names_the_fact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [write_run(tmp_path, "wanda"), write_run(tmp_path, "taylor", calibration={"seed": 1})]
+    assert main(["--runs", *map(str, folders), "--output", str(tmp_path / "report"), "--strict"]) == 3
+    assert "calibration seed: 0 in wanda" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either --config FILE"),
+        (["--config", "a.yaml", "--runs", "b"], "give either --config FILE"),
+        (["--runs", "nowhere"], "--runs: no folder at 'nowhere'"),
+        (["--runs", "{empty}"], "none of these folders holds a finished pruning run"),
+        (["--runs", "{empty}", "--ratios", "0.2"], "--ratios has no meaning with --runs"),
+        (["--runs", "{empty}", "--data.seed", "1"], "--data.seed has no meaning with --runs"),
+        (["--config", "nowhere.yaml"], "--config: 'nowhere.yaml' cannot be read"),
+        (["--config", "a.yaml", "--seed", "1"], "unrecognized argument '--seed'"),
+        (["--config", "a.yaml", "--data.seed"], "--data.seed needs a value"),
+    ],
+)
+def test_mistake_in_the_options_is_named(tmp_path: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        main([argument.format(empty=tmp_path) for argument in arguments])
+
+
+def test_broken_run_is_named(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    (folder / "metrics.json").write_text('{"method": {}}')
+    with pytest.raises(UserError, match=r"version_0/metrics.json' is not valid: perplexity is missing"):
+        main(["--runs", str(folder), "--root", str(tmp_path)])
+
+
+def test_comparing_runs_imports_neither_torch_nor_lightning(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    code = (
+        "import sys\nfrom lightning_prune.cli import main\n"
+        f"assert main(['compare', '--runs', {str(folder)!r}, '--root', {str(tmp_path)!r}]) == 0\n"
+        f"print('heavy:', [name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "heavy: []"
+
+
+def test_help_waits_for_nothing_and_names_every_option() -> None:
+    code = (
+        "import sys\nfrom lightning_prune.cli import main\n"
+        "try:\n    main(['compare', '--help'])\nexcept SystemExit:\n    pass\n"
+        f"print('heavy:', [name for name in {(*HEAVY, 'numpy', 'matplotlib')} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "heavy: []"
+    options = (
+        "--config",
+        "--runs",
+        "--root",
+        "--output",
+        "--pretrained",
+        "--ratios",
+        "--systems",
+        "--strict",
+        "--data.",
+    )
+    assert all(option in done.stdout for option in options)

@@ -1,0 +1,145 @@
+"""Two processes calibrate on shares of the set and reach the decision that one process reaches."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
+
+from lightning_prune.cli.strategy import CalibrationDDP, cpu_processes, trainer_for_calibration
+from lightning_prune.errors import UserError
+from tests.methods.running import save_base
+from tests.tiny import make_tiny, tiny_tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["hgsp_taylor", "slimgpt"])
+def test_number_of_processes_does_not_change_the_plan(config: str, tmp_path: Path) -> None:
+    base = save_base(make_tiny(layers=3), tmp_path / "base")
+    np.save(tmp_path / "tokens.npy", tiny_tokens(11, 16).numpy())  # 11 does not divide by 2 processes × batch 2
+    plans, weights, metrics = [], [], []
+    for processes in (1, 2):
+        root = tmp_path / str(processes)
+        arguments = ["fit", "--config", f"configs/{config}.yaml", "--model.pretrained", base]
+        arguments += ["--data.dataset", str(tmp_path / "tokens.npy"), "--data.batch_size", "2"]
+        arguments += ["--data.eval_datasets", json.dumps([str(tmp_path / "tokens.npy")])]
+        arguments += ["--trainer.accelerator", "cpu", "--trainer.devices", str(processes)]
+        arguments += ["--trainer.default_root_dir", str(root)]
+        command = [sys.executable, "-m", "lightning_prune", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        (folder,) = [path for path in root.glob("*/version_*") if (path / "plan.json").exists()]
+        plans.append(json.loads((folder / "plan.json").read_text())["layers"])
+        weights.append((folder / "pruned" / "model.safetensors").read_bytes())
+        metrics.append(json.loads((folder / "metrics.json").read_text())["perplexity"]["tokens.npy"])
+    assert plans[0] == plans[1]
+    assert metrics[1]["tokens"] == metrics[0]["tokens"] == 11 * 15
+    assert metrics[1]["dense"] == pytest.approx(metrics[0]["dense"], rel=1e-6)
+    assert metrics[1]["pruned"] == pytest.approx(metrics[0]["pruned"], rel=1e-4)
+    if config == "hgsp_taylor":
+        assert weights[0] == weights[1]
+
+
+def trainer(**options: Any) -> L.Trainer:
+    options = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "devices": 1} | options
+    options["devices"] = cpu_processes("cpu", options["devices"])
+
+    def build(strategy: Strategy | None) -> L.Trainer:
+        return L.Trainer(**options if strategy is None else options | {"strategy": strategy})
+
+    return trainer_for_calibration(build)
+
+
+@pytest.mark.parametrize("devices", [2, "2", [0, 1], "[0, 1]", "0,1", "[0,1]"])
+@pytest.mark.parametrize("strategy", ["auto", "ddp", "ddp_find_unused_parameters_true"])
+def test_several_processes_never_wrap_the_model(devices: Any, strategy: str) -> None:
+    found = trainer(devices=devices, strategy=strategy)
+    assert type(found.strategy) is CalibrationDDP
+    assert found.world_size == 2
+
+
+@pytest.mark.parametrize("devices", [1, "1", "auto", [0], "[0]"])
+def test_one_process_needs_no_process_group(devices: Any) -> None:
+    assert isinstance(trainer(devices=devices).strategy, SingleDeviceStrategy)
+
+
+def test_one_process_with_ddp_asked_for_is_not_wrapped_either() -> None:
+    assert type(trainer(strategy="ddp").strategy) is CalibrationDDP
+
+
+@pytest.mark.parametrize("devices", [-1, "-1", 0, [], "", "x", [0, 0], None, 10**6, [1.5, "x"]])
+def test_devices_that_the_processor_cannot_be(devices: Any) -> None:
+    with pytest.raises(UserError, match=r"--trainer\.devices: found .* number of processes, from 1 to"):
+        cpu_processes("cpu", devices)
+
+
+@pytest.mark.parametrize("devices", [-1, [0, 1], "auto", "0,1"])
+def test_devices_of_a_gpu_are_left_to_lightning(devices: Any) -> None:
+    assert cpu_processes("gpu", devices) == devices
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
+def test_processes_whose_result_would_be_lost(strategy: str) -> None:
+    with pytest.raises(UserError, match=r"--trainer\.strategy: DDPStrategy .*lost"):
+        trainer(strategy=strategy, devices=2)
+
+
+def test_nodes_without_a_launcher_would_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"--trainer\.num_nodes: found 2, .*torchrun"):
+        trainer(num_nodes=2)
+    monkeypatch.setenv("NODE_RANK", "1")
+    found = trainer(num_nodes=2)
+    assert type(found.strategy) is CalibrationDDP
+    assert found.world_size == 2
+
+
+def test_torchrun_with_another_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in torchrun_environment(0, 2).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="torchrun started 2 processes, but the options ask for 1"):
+        trainer()
+
+
+def torchrun_environment(node: int, port: int) -> dict[str, str]:
+    """What torchrun sets for the one process of node ``node`` of two."""
+    one = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"}
+    ranks = {"RANK": str(node), "GROUP_RANK": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return one | ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spelling", ["[0, 1]", "two nodes", "ddp"])
+def test_however_processes_are_spelled_one_plan_comes_out(spelling: str, tmp_path: Path) -> None:
+    base = save_base(make_tiny(), tmp_path / "base")
+    np.save(tmp_path / "tokens.npy", tiny_tokens(5, 16).numpy())
+    arguments = [sys.executable, "-m", "lightning_prune", "fit", "--config", "configs/wanda.yaml"]
+    arguments += ["--model.pretrained", base, "--data.dataset", str(tmp_path / "tokens.npy")]
+    arguments += ["--data.eval_datasets", "[]", "--data.batch_size", "2", "--trainer.accelerator", "cpu"]
+    arguments += ["--trainer.default_root_dir", str(tmp_path / "logs")]
+    environments: list[dict[str, str]] = [{}]
+    if spelling == "two nodes":
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environments = [torchrun_environment(node, port) for node in range(2)]
+        arguments += ["--trainer.num_nodes", "2"]
+    elif spelling == "ddp":
+        arguments += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    else:
+        arguments += ["--trainer.devices", spelling]
+    started = [
+        subprocess.Popen(arguments, env=os.environ | extra, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for extra in environments
+    ]
+    printed = [process.communicate(timeout=180)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * len(started), printed
+    (plan,) = (tmp_path / "logs").rglob("plan.json")
+    assert json.loads(plan.read_text())["achieved_ratio"] > 0
+    assert sum(text.count("pruned model: ") for text in printed) == 1

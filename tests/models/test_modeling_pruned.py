@@ -1,0 +1,327 @@
+"""Behaviour of per-layer models beyond one forward: caches, fine-tuning, tools of others."""
+
+import copy
+import json
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    PreTrainedModel,
+    StaticCache,
+    pipeline,
+)
+from transformers.cache_utils import QuantizedLayer
+
+from lightning_prune.models.modeling_pruned import SkippedMixer
+from tests.cutting import cut
+from tests.tiny import FAMILIES, make_tiny, mixed_plan, tiny_plan, tiny_tokenizer, tiny_tokens
+
+FULL = list(range(40))
+
+
+def first_attention_gone(model: PreTrainedModel) -> Any:
+    return mixed_plan(model)
+
+
+def last_attention_gone(model: PreTrainedModel) -> Any:
+    heads = list(range(model.config.num_key_value_heads))
+    return tiny_plan(model, [(heads, FULL[:7]), ([], FULL[3:]), (heads, []), ([], FULL)])
+
+
+def all_attention_gone(model: PreTrainedModel) -> Any:
+    return tiny_plan(model, [([], FULL)] * 4)
+
+
+def gone(what: str, where: int) -> Any:
+    """A plan that takes attention, the MLP or both from one of four layers, and narrows another."""
+
+    def plan(model: PreTrainedModel) -> Any:
+        heads = list(range(model.config.num_key_value_heads))
+        kept = [(heads, FULL)] * 4
+        kept[(where + 1) % 4] = (heads[1:], FULL[::2])
+        kept[where] = ([] if what != "mlp" else heads, [] if what != "attention" else FULL)
+        return tiny_plan(model, kept)
+
+    plan.__name__ = f"{what}_gone_from_{where}"
+    return plan
+
+
+PLANS = [first_attention_gone, last_attention_gone, all_attention_gone]
+PLANS += [gone(what, where) for what in ("attention", "mlp", "both") for where in (0, 2, 3)]
+KINDS = [*((family, {}) for family in FAMILIES), ("mistral", {"sliding_window": 6})]
+KINDS.append(("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}))
+
+
+def head_shapes(model: PreTrainedModel) -> tuple[list[int], list[int]]:
+    """(KV heads, head size) of every layer, as the config says them."""
+    layers = model.config.per_layer_config
+    return [layer.num_key_value_heads for layer in layers], [layer.head_dim for layer in layers]
+
+
+def pruned_model(family: str, plan: Any = first_attention_gone, **options: Any) -> PreTrainedModel:
+    dense = make_tiny(family, **options)
+    return cut(dense, plan(dense))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("family", "extra"), KINDS)
+@torch.no_grad()
+def test_generation_with_a_cache_equals_generation_without(family: str, extra: dict[str, Any], plan: Any) -> None:
+    model = pruned_model(family, plan, **extra)
+    tokens = tiny_tokens(batch=3, length=8)
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = mask[1, :2] = 0  # left padding
+    common = {"attention_mask": mask, "max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(tokens, use_cache=False, **common)
+    assert torch.equal(model.generate(tokens, **common), expected)
+    assert torch.equal(model.generate(tokens, cache_implementation="static", **common), expected)
+    assert torch.equal(model.generate(tokens, prefill_chunk_size=3, **common), expected)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("family", "extra"), KINDS)
+@torch.no_grad()
+def test_manual_loops_over_a_cache_give_the_logits_of_one_pass(family: str, extra: dict[str, Any], plan: Any) -> None:
+    model = pruned_model(family, plan, **extra)
+    tokens = tiny_tokens(length=14)
+    expected = model(tokens).logits
+    allocated = StaticCache(config=model.config, max_cache_len=20)  # as export and compilation want it
+    allocated.early_initialization(2, *head_shapes(model), dtype=model.dtype, device=model.device)
+    for cache in (
+        DynamicCache(config=model.config),
+        DynamicCache(),
+        StaticCache(config=model.config, max_cache_len=20),
+        allocated,
+    ):
+        if isinstance(cache, DynamicCache) and extra and not cache.layers:
+            continue  # a cache made without the config knows no windows
+        got, start = [], 0
+        for length in (5, 4, 1, 1, 3):  # prefill in chunks, single steps, a chunk again
+            out = model(tokens[:, start : start + length], past_key_values=cache, use_cache=True)
+            got.append(out.logits)
+            start += length
+            assert int(cache.get_seq_length()) == start
+        torch.testing.assert_close(torch.cat(got, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+class NoStream:
+    """Stands in for a CUDA stream, which offloading caches wait for."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: Any) -> None: ...
+
+    def wait_stream(self, _: Any) -> None: ...
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("family", "extra"), KINDS)
+@torch.no_grad()
+def test_offloading_caches_give_the_logits_of_one_pass(
+    family: str, extra: dict[str, Any], plan: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "Stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "default_stream", NoStream)
+    model = pruned_model(family, plan, **extra)
+    tokens = tiny_tokens(length=14)
+    expected = model(tokens).logits
+    for cache in (
+        DynamicCache(config=model.config, offloading=True, offload_only_non_sliding=False),
+        StaticCache(config=model.config, max_cache_len=20, offloading=True, offload_only_non_sliding=False),
+    ):
+        steps = [model(tokens[:, start : start + 2], past_key_values=cache).logits for start in range(0, 14, 2)]
+        torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+class GroupedLayer(QuantizedLayer):
+    """Quantises without loss, and like the real ones only where groups of 8 numbers fit into a head."""
+
+    def _quantize(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        assert tensor.shape[-1] % 8 == 0
+        return tensor.clone()
+
+    def _dequantize(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@torch.no_grad()
+def test_quantising_caches_give_the_logits_of_one_pass(plan: Any) -> None:
+    model = pruned_model("llama", plan)
+    tokens = tiny_tokens(length=14)
+    cache = Cache(layers=[GroupedLayer(residual_length=3) for _ in range(model.config.num_hidden_layers)])
+    steps = [model(tokens[:, start : start + 2], past_key_values=cache).logits for start in range(0, 14, 2)]
+    torch.testing.assert_close(torch.cat(steps, 1), model(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_skipped_mixer_finds_the_cache_under_any_name_and_nothing_else() -> None:
+    mixer, hidden = SkippedMixer(0, head_dim=8), torch.ones(2, 3, 32)
+    rest = {"position_embeddings": (torch.ones(2, 3, 8),) * 2, "attention_mask": torch.ones(2, 1, 3, 3), "other": {}}
+    for call in (
+        lambda cache: mixer(hidden, cache=cache, **rest),
+        lambda cache: mixer(hidden, past_key_values=cache, **rest),
+        lambda cache: mixer(x=hidden, what_comes_next=cache, **rest),
+        lambda cache: mixer(hidden, rest["attention_mask"], cache),
+    ):
+        cache = DynamicCache()
+        added, weights = call(cache)
+        assert weights is None
+        assert torch.equal(added, torch.zeros_like(hidden))
+        assert int(cache.get_seq_length()) == 3
+        assert torch.equal(call(None)[0], torch.zeros_like(hidden))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("family", "extra"), [KINDS[0], KINDS[-1]])
+@torch.no_grad()
+def test_beam_search_reorders_the_cache(family: str, extra: dict[str, Any], plan: Any) -> None:
+    model = pruned_model(family, plan, **extra)
+    common = {"num_beams": 3, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    tokens = tiny_tokens(length=5)
+    assert torch.equal(model.generate(tokens, **common), model.generate(tokens, use_cache=False, **common))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(("family", "extra"), [*KINDS[:2], *KINDS[-2:]])
+@torch.no_grad()
+def test_assisted_decoding_crops_the_cache(family: str, extra: dict[str, Any], plan: Any) -> None:
+    model = pruned_model(family, plan, **extra)
+    common = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    tokens = tiny_tokens(batch=1, length=4).repeat(1, 3)
+    expected = model.generate(tokens, use_cache=False, **common)
+    assert torch.equal(model.generate(tokens, prompt_lookup_num_tokens=3, **common), expected)
+    assistant = pruned_model(family, first_attention_gone, seed=1, **extra)
+    assert torch.equal(model.generate(tokens, assistant_model=assistant, **common), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_the_decoder_alone_is_a_model_of_its_own(family: str, tmp_path: Path) -> None:
+    model = pruned_model(family)
+    tokens = tiny_tokens()
+    expected = model(tokens, output_hidden_states=True).hidden_states[-1]
+    model.save_pretrained(tmp_path / "whole")
+    model.base_model.save_pretrained(tmp_path / "decoder")
+    for folder in ("whole", "decoder"):
+        decoder = AutoModel.from_pretrained(tmp_path / folder, trust_remote_code=True)
+        assert type(decoder).__name__ == type(model.base_model).__name__
+        assert torch.equal(decoder(tokens).last_hidden_state, expected)
+        decoder.set_attn_implementation("eager")
+        configs = [module.config for module in decoder.layers.modules() if hasattr(module, "config")]
+        assert {config._attn_implementation for config in configs} == {"eager"}
+
+
+def test_checkpoints_say_a_class_that_no_engine_takes_for_its_own(tmp_path: Path) -> None:
+    model = pruned_model("qwen2")
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(again).__name__ == "Qwen2ForCausalLM"
+    again.save_pretrained(tmp_path / "again")
+    for folder in (tmp_path, tmp_path / "again"):
+        config = json.loads((folder / "config.json").read_text())
+        assert config["architectures"] == ["PrunedQwen2ForCausalLM"]
+        assert config["auto_map"] == {
+            "AutoModel": "modeling_pruned.Qwen2Model",
+            "AutoModelForCausalLM": "modeling_pruned.Qwen2ForCausalLM",
+        }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_implementation_reaches_the_layers(family: str) -> None:
+    model = pruned_model(family)
+    sdpa = model(tiny_tokens()).logits
+    model.set_attn_implementation("eager")
+    layers = [m for m in model.model.layers.modules() if hasattr(m, "config")]
+    assert layers
+    assert {m.config._attn_implementation for m in layers} == {"eager"}
+    out = model(tiny_tokens(), output_attentions=True)
+    torch.testing.assert_close(out.logits, sdpa, rtol=1e-4, atol=1e-4)
+    assert len(out.attentions) == 2  # the layers that have attention
+
+
+def test_gradient_checkpointing_hidden_states_and_resizing() -> None:
+    model = pruned_model("qwen3").train()
+    tokens = tiny_tokens()
+    out = model(tokens, labels=tokens, output_hidden_states=True)
+    assert len(out.hidden_states) == 1 + model.config.num_hidden_layers
+    out.loss.backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model(tokens, labels=tokens).loss.backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+    model.resize_token_embeddings(100)
+    assert model(tokens).logits.shape[-1] == 100
+
+
+def test_copies_and_pickles() -> None:
+    model = pruned_model("llama")
+    expected = model(tiny_tokens()).logits
+    assert torch.equal(copy.deepcopy(model)(tiny_tokens()).logits, expected)
+    assert torch.equal(pickle.loads(pickle.dumps(model))(tiny_tokens()).logits, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora_attaches_and_learns(family: str) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = pruned_model(family)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=16, task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.03)
+    tokens = tiny_tokens(batch=4)
+    losses = []
+    for _ in range(15):
+        loss = adapted(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("source", ["object", "folder"])
+def test_pipeline_takes_the_model_without_a_word(
+    source: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model: Any = pruned_model("llama")
+    model.save_pretrained(tmp_path)
+    tokenizer = tiny_tokenizer()
+    generate = pipeline(
+        "text-generation",
+        model=model if source == "object" else str(tmp_path),
+        tokenizer=tokenizer,
+        trust_remote_code=True,
+    )
+    assert "not supported" not in caplog.text
+    text = generate("w5 w6 w7", max_new_tokens=5, min_new_tokens=5, do_sample=False)[0]["generated_text"]
+    assert text.startswith("w5 w6 w7")
+    assert text.count("w") == 8
+
+
+def test_lm_eval_takes_the_model() -> None:
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    model = pruned_model("llama")
+    harness = HFLM(pretrained=model, tokenizer=tiny_tokenizer(), batch_size=2, device="cpu")
+    requests = [("w5 w6 w7", " w8 w9"), ("w3", " w4 w5 w6")]
+    instances = [Instance("loglikelihood", {}, request, index) for index, request in enumerate(requests)]
+    results = harness.loglikelihood(instances, disable_tqdm=True)
+    for (context, continuation), (found, _) in zip(requests, results, strict=True):
+        ids = torch.tensor([[int(word[1:]) for word in (context + continuation).split()]])
+        log_probabilities = model(ids).logits.double().log_softmax(-1)[0, :-1]
+        per_token = log_probabilities.gather(1, ids[0, 1:, None])[-len(continuation.split()) :]
+        assert found == pytest.approx(per_token.sum().item(), rel=1e-4)

@@ -1,0 +1,204 @@
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from lightning_prune.cli.commands.compare import main as compare
+from lightning_prune.cli.commands.fit import main as fit
+from lightning_prune.errors import UserError
+from lightning_prune.runs.experiment import run_experiment
+from lightning_prune.runs.settings import read_settings
+from tests.tiny import make_tiny, tiny_tokenizer, tiny_tokens
+
+NOT_REPRODUCIBLE = ("folder", "scores_measured_by", "peak_memory_bytes")  # and all seconds
+CLASSES = {"magnitude": "Magnitude", "wanda": "Wanda", "shortgpt": "ShortGPT", "slimgpt": "SlimGPT", "hgsp": "HGSP"}
+
+
+def write_experiment(tmp_path: Path) -> Path:
+    """Four systems, one of them in two settings, at two ratios on a tiny model and token arrays."""
+    make_tiny(layers=6).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    np.save(tmp_path / "calibration.npy", tiny_tokens(8, 16, seed=1).numpy())
+    np.save(tmp_path / "second.npy", tiny_tokens(4, 32, seed=3).numpy())
+    np.save(tmp_path / "test.npy", tiny_tokens(8, 16, seed=2).numpy())
+    systems: dict = {
+        label: {"model": {"class_path": f"lightning_prune.methods.{CLASSES[label]}"}}
+        for label in ("magnitude", "wanda", "shortgpt", "hgsp")
+    }
+    systems["shortgpt_long"] = systems["shortgpt"] | {"data": {"dataset": str(tmp_path / "second.npy")}}
+    content = {
+        "pretrained": str(tmp_path / "model"),
+        "ratios": [0.2, 0.4],
+        "systems": systems,
+        "data": {"dataset": str(tmp_path / "calibration.npy"), "eval_datasets": [str(tmp_path / "test.npy")]},
+        "trainer": {"accelerator": "cpu"},
+        "root": str(tmp_path / "logs"),
+    }
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return tmp_path / "compare.yaml"
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Path:
+    return write_experiment(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
+    """The whole experiment: its file and its run folders."""
+    path = write_experiment(tmp_path_factory.mktemp("shared"))
+    folders, failures = run_experiment(read_settings(path))
+    assert not failures
+    return path, folders
+
+
+def read(folder: Path, name: str) -> dict:
+    found: dict = json.loads((folder / name).read_text())
+    return found
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "lightning_prune", *map(str, arguments)]
+
+
+def run_command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120, check=False)
+
+
+def results(report: Path) -> list[dict[str, str]]:
+    with (report / "results.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    seconds = {key for key in rows[0] if key.startswith("seconds_")}
+    return [{key: row[key] for key in row if key not in {*NOT_REPRODUCIBLE, *seconds}} for row in rows]
+
+
+def test_experiment_gives_what_single_runs_give(shared: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    """Shared model, shared tokens, shared dense perplexity and reused scores change no number."""
+    experiment, folders = shared
+    assert [(folder.parent.name, folder.name) for folder in folders] == [
+        (label, f"version_{index}")
+        for label in ("magnitude", "wanda", "shortgpt", "hgsp", "shortgpt_long")
+        for index in range(2)
+    ]
+    for label in ("wanda", "hgsp", "shortgpt_long"):
+        single, _ = run_experiment(read_settings(experiment, tmp_path / label, ratios=[0.4], systems=[label]))
+        at_04 = next(folder for folder in folders if folder.parent.name == label and folder.name == "version_1")
+        one, other = read(single[0], "metrics.json"), read(at_04, "metrics.json")
+        assert other["method"]["scores_reused"]
+        assert not one["method"]["scores_reused"]
+        assert one["perplexity"] == other["perplexity"]
+        assert one["configuration_sha256"] == other["configuration_sha256"]
+        assert (single[0] / "scores.csv").read_bytes() == (at_04 / "scores.csv").read_bytes()
+        assert read(single[0], "plan.json") == read(at_04, "plan.json")
+        weights = [(folder / "pruned" / "model.safetensors").read_bytes() for folder in (single[0], at_04)]
+        assert weights[0] == weights[1]
+
+
+def test_dense_model_is_measured_once_and_every_system_calibrates_once(shared: tuple[Path, list[Path]]) -> None:
+    _, folders = shared
+    seconds = [read(folder, "metrics.json")["seconds"] for folder in folders]
+    assert sum(value.get("evaluate dense", 0) > 0 for value in seconds) == 1
+    assert sum(value.get("calibrate", 0) > 0 for value in seconds) == 4  # every system with data, at one ratio
+    assert len({read(folder, "metrics.json")["perplexity"]["test.npy"]["dense"] for folder in folders}) == 1
+
+
+def test_second_call_makes_only_what_is_missing(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, _ = run_experiment(read_settings(experiment, systems=["magnitude", "wanda"], ratios=[0.2]))
+    stamps = [(folder / "metrics.json").stat().st_mtime_ns for folder in first]
+    dead = first[0].parent / "version_7"  # what a killed process leaves
+    dead.mkdir()
+    (dead / "unfinished").touch()
+    second, _ = run_experiment(read_settings(experiment, systems=["magnitude", "wanda"]))
+    assert "4 runs below" in (text := capsys.readouterr().out)
+    assert "2 finished, 2 to make" in text
+    assert [second[0], second[2]] == first
+    assert [(folder / "metrics.json").stat().st_mtime_ns for folder in first] == stamps
+    assert not dead.exists()
+    # Another seed of the data changes nothing for token arrays; another calibration set makes new runs.
+    other = {"data.dataset": str(experiment.parent / "second.npy")}
+    third, _ = run_experiment(read_settings(experiment, systems=["magnitude", "wanda"], ratios=[0.2], options=other))
+    assert third[0] == first[0]  # magnitude reads no data
+    assert third[1] != first[1]
+
+
+def test_runs_of_fit_are_recognised(experiment: Path) -> None:
+    settings = read_settings(experiment, systems=["wanda"], ratios=[0.2])
+    (experiment.parent / "fit.yaml").write_text(yaml.safe_dump(settings.configuration("wanda", 0.2)))
+    assert fit(["--config", str(experiment.parent / "fit.yaml")]) == 0
+    before = set((settings.root / "wanda").iterdir())
+    folders, _ = run_experiment(settings)
+    assert set(folders) == before
+
+
+def test_run_that_fails_is_reported_and_the_others_go_on(
+    experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # One layer of six is 13 %: ShortGPT cannot remove 3 %, and says so while the other systems are made.
+    options = ["--ratios", "0.03", "0.2", "--systems", "magnitude", "shortgpt"]
+    assert compare(["--config", str(experiment), *options]) == 1
+    shown = capsys.readouterr()
+    assert "Traceback" not in shown.err
+    assert "Failed runs" in shown.out
+    report = tmp_path / "logs" / "comparison" / "version_0"
+    failed = [row for row in results(report) if row["status"] == "failed"]
+    assert [(row["system"], row["requested_ratio"]) for row in failed] == [("shortgpt", "0.03")]
+    assert "--model.pruning_ratio: 0.03" in failed[0]["message"]
+    assert sum(row["status"] == "finished" for row in results(report)) == 3
+    assert not list((tmp_path / "logs").glob("**/unfinished"))
+
+
+def test_mistake_is_found_before_anything_runs(experiment: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"system 'magnitude': .*seeed"):
+        run_experiment(read_settings(experiment, options={"data.seeed": "1"}))
+    assert not list((tmp_path / "logs").glob("*/version_*"))
+
+
+def test_two_experiments_do_not_share_a_root(experiment: Path) -> None:
+    from lightning_prune.runs.experiment import _only_one
+
+    settings = read_settings(experiment)
+    with _only_one(settings.root), pytest.raises(UserError, match="another 'lightning-prune compare' is running"):
+        run_experiment(settings)
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_end_in_the_undisturbed_results(experiment: Path, tmp_path: Path) -> None:
+    arguments = ("compare", "--config", experiment, "--root")
+    seconds = []
+    for _ in range(2):  # the second call finds everything finished, so the difference is the work
+        started = time.monotonic()
+        assert run_command(*arguments, tmp_path / "calm").returncode == 0
+        seconds.append(time.monotonic() - started)
+    moments = random.Random(0)
+    kills, pace = 0, 1.0
+    while kills < 10:
+        process = subprocess.Popen(
+            command(*arguments, tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        moment = seconds[1] * moments.uniform(0.4, 0.9) + (seconds[0] - seconds[1]) * moments.uniform(0, 0.3)
+        time.sleep(moment * pace)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        else:  # everything was finished already: lose a run, so that there is work to disturb
+            lost = moments.choice(sorted((tmp_path / "killed").glob("*/version_*/plan.json")))
+            shutil.rmtree(lost.parent)
+            pace *= 0.8  # the machine is faster than when it was measured
+        process.wait()
+    last = run_command(*arguments, tmp_path / "killed")
+    assert last.returncode == 0, last.stderr
+    reports = sorted((tmp_path / "killed" / "comparison").glob("version_*"), key=lambda path: int(path.name[8:]))
+    assert results(reports[-1]) == results(tmp_path / "calm" / "comparison" / "version_0")
+    assert list((tmp_path / "killed").rglob(".*")) == []
+    assert list((tmp_path / "killed").rglob("unfinished")) == []
+    assert len(list((tmp_path / "killed").glob("*/version_*/plan.json"))) == 10

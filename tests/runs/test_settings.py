@@ -1,0 +1,80 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_prune.errors import UserError
+from lightning_prune.runs.settings import read_settings
+
+SHIPPED = Path(__file__).parents[2] / "configs" / "compare.yaml"
+
+
+def write(folder: Path, **experiment: object) -> Path:
+    model = {"class_path": "lightning_prune.methods.Wanda", "init_args": {"pruning_ratio": 0.9, "round_to": 8}}
+    (folder / "wanda.yaml").write_text(yaml.safe_dump({"model": model}))
+    (folder / "own.yaml").write_text(yaml.safe_dump({"model": model, "data": {"seq_len": 512}}))
+    content = {"systems": {"wanda": "wanda.yaml", "own": "own.yaml"}} | experiment
+    (folder / "compare.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return folder / "compare.yaml"
+
+
+def test_shipped_experiment_is_the_six_systems_with_both_shortgpt_settings() -> None:
+    settings = read_settings(SHIPPED)
+    names = ["magnitude", "wanda", "slimgpt", "shortgpt", "shortgpt_512", "hgsp_taylor", "hgsp_wanda"]
+    assert list(settings.systems) == names
+    assert settings.ratios == [0.2, 0.3, 0.5]
+
+
+def test_run_gets_its_label_ratio_model_and_the_shared_options(tmp_path: Path) -> None:
+    path = write(tmp_path, pretrained="some/model", data={"seed": 3}, root=str(tmp_path / "out"))
+    found = read_settings(path).configuration("wanda", 0.3)
+    expected = {"pretrained": "some/model", "label": "wanda", "pruning_ratio": 0.3, "round_to": 8}
+    assert found["model"]["init_args"] == expected
+    assert found["data"] == {"seed": 3}
+    assert found["trainer"]["default_root_dir"] == str(tmp_path / "out")
+
+
+def test_command_line_wins_over_the_file_and_a_systems_own_setting_stays(tmp_path: Path) -> None:
+    path = write(tmp_path, ratios=[0.1], data={"seed": 3, "seq_len": 64})
+    options = {"data.seed": "5", "data.eval_datasets": "[demo]", "trainer.precision": "bf16-true"}
+    settings = read_settings(path, tmp_path, "other", [0.5, 0.25], ["own"], options)
+    assert settings.ratios == [0.25, 0.5]
+    assert list(settings.systems) == ["own"]
+    found = settings.configuration("own", 0.5)
+    assert found["data"] == {"seed": 5, "eval_datasets": ["demo"], "seq_len": 512}
+    assert found["trainer"]["precision"] == "bf16-true"
+    assert found["model"]["init_args"]["pretrained"] == "other"
+
+
+def test_inline_system_overlays_a_file(tmp_path: Path) -> None:
+    inline = {"config": "wanda.yaml", "model": {"init_args": {"round_to": 4, "allocation": "uniform"}}}
+    found = read_settings(write(tmp_path, systems={"narrow": inline})).configuration("narrow", 0.2)
+    assert found["model"]["class_path"] == "lightning_prune.methods.Wanda"
+    assert found["model"]["init_args"]["round_to"] == 4
+    assert found["model"]["init_args"]["allocation"] == "uniform"
+
+
+@pytest.mark.parametrize(
+    ("experiment", "message"),
+    [
+        ({"ratio": 0.2}, "has the key 'ratio'. Allowed: pretrained, ratios"),
+        ({"ratios": [0.2, 1.5]}, "--ratios: found 1.5"),
+        ({"ratios": "many"}, "--ratios: found 'many'"),
+        ({"ratios": []}, "--ratios: found none"),
+        ({"systems": {}}, "lists no systems"),
+        ({"systems": {"x": "nowhere.yaml"}}, "systems.x: .*nowhere.yaml' cannot be read"),
+        ({"systems": {"x": {"data": {}}}}, "system 'x' has no model.class_path"),
+        ({"systems": {"x": 3}}, "system 'x' is 3"),
+        ({"data": [1]}, r"'data' in .* is \[1\]"),
+    ],
+)
+def test_mistake_in_the_file_is_named(tmp_path: Path, experiment: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_settings(write(tmp_path, **experiment))
+
+
+def test_unknown_system_and_missing_file_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has no system 'wandaa'\. Systems: wanda, own"):
+        read_settings(write(tmp_path), systems=["wandaa"])
+    with pytest.raises(UserError, match=r"--config: .* cannot be read"):
+        read_settings(tmp_path / "none.yaml")

@@ -1,0 +1,80 @@
+import math
+
+import pytest
+
+from lightning_prune.runs.verdict import LEGEND, evaluation_section, unusable_limit, verdict, verdict_word
+
+
+@pytest.mark.parametrize(
+    ("pruned", "dense", "unigram", "expected"),
+    [
+        (10.0, 10.0, 1e6, "near dense"),
+        (9.0, 10.0, 1e6, "near dense"),  # pruning can help on a set the model has overfitted
+        (11.0, 10.0, 1e6, "near dense"),
+        (11.01, 10.0, 1e6, "degraded"),
+        (20.0, 10.0, 1e6, "degraded"),  # one bit per token
+        (20.01, 10.0, 1e6, "badly degraded"),
+        (99.9, 10.0, 1000.0, "badly degraded"),
+        (100.0, 10.0, 1000.0, "unusable"),  # ln 10 of the ln 100 that context was worth
+        (178.3, 45.7, 600.0, "unusable"),
+        (1e9, 10.0, None, "badly degraded"),  # not known to be worse than chance
+        (12.0, 10.0, 13.0, "unusable"),  # little was known from context, and more than half of it is gone
+    ],
+)
+def test_words_follow_the_stated_thresholds(pruned: float, dense: float, unigram: float | None, expected: str) -> None:
+    assert verdict_word(pruned, dense, unigram) == expected
+
+
+@pytest.mark.parametrize("dense", [None, float("nan"), float("inf"), 5.0])
+@pytest.mark.parametrize(
+    ("perplexity", "unigram"), [(100.0, 100.0), (None, None), (float("inf"), None), (float("nan"), 100.0)]
+)
+def test_model_no_better_than_token_frequencies_is_unusable(
+    perplexity: float | None, unigram: float | None, dense: float | None
+) -> None:
+    assert verdict_word(perplexity, dense, unigram) == "unusable"
+
+
+@pytest.mark.parametrize("dense", [None, float("nan"), float("inf")])
+def test_without_a_dense_perplexity_only_chance_is_a_scale(dense: float | None) -> None:
+    assert verdict_word(99.9, dense, 100.0) == "not comparable"
+    assert verdict_word(99.9, dense, None) == "not comparable"
+    metrics = {"perplexity": {"a": {"dense": dense, "pruned": 9.0, "tokens": 10}}, "evaluation": {"a": {}}}
+    assert verdict(metrics, "a") == "not comparable (the dense perplexity is not finite)"
+    assert "| a | 10 | not finite | 9.000 |" in evaluation_section(metrics)
+
+
+def test_limit_of_use_is_half_of_what_context_was_worth() -> None:
+    limit = unusable_limit(5.0, 300.0)
+    assert limit is not None
+    assert math.log(300.0) - math.log(limit) == pytest.approx(math.log(limit) - math.log(5.0))
+    assert unusable_limit(400.0, 300.0) == 300.0  # a dense model that is no better than chance itself
+    assert unusable_limit(None, 300.0) == 300.0
+    assert unusable_limit(5.0, None) is None
+
+
+def test_card_says_in_words_whether_the_model_can_be_used() -> None:
+    perplexity = {
+        "near": {"dense": 5.0, "pruned": 5.25, "tokens": 1000},
+        "half": {"dense": 5.0, "pruned": 125.0, "tokens": 1000},
+        "bad": {"dense": 5.0, "pruned": 500.0, "tokens": 2000},
+        "broken": {"dense": 5.0, "pruned": None, "tokens": 10},
+        "a|b<script>": {"dense": 5.0, "pruned": 6.5, "tokens": 1},
+    }
+    metrics = {"perplexity": perplexity, "evaluation": {name: {"unigram_perplexity": 300.0} for name in perplexity}}
+    assert verdict(metrics, "near") == "near dense (1.05 times the dense perplexity)"
+    lost = math.log(125 / 5) / math.log(300 / 5)
+    assert verdict(metrics, "half") == (
+        f"unusable (25.00 times the dense perplexity, {100 * lost:.0f}% of what the dense model gains over token "
+        "frequencies is lost)"
+    )
+    card = evaluation_section(metrics)
+    assert "| near | 1,000 | 5.000 | 5.250 | near dense (1.05 times the dense perplexity) |" in card
+    assert (
+        "| bad | 2,000 | 5.000 | 500.000 | unusable (no better than token frequencies alone, perplexity 300.0) |"
+        in card
+    )
+    assert "| broken | 10 | 5.000 | not finite | unusable (perplexity is not finite) |" in card
+    assert "| a\\|b&lt;script&gt; | 1 |" in card
+    assert LEGEND in card
+    assert evaluation_section({"perplexity": {}}) == ""
