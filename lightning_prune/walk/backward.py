@@ -125,4 +125,5 @@ class BackwardPass(Pass):
             output = self.model.run(layer, hidden)
         torch.autograd.backward(output, cotangent.to(output.dtype))
         assert hidden.grad is not None
+        self.model.overflow.watch(f"layer {layer}, gradient of its input", hidden.grad)
         return hidden.grad
