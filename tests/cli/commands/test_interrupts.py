@@ -19,7 +19,7 @@ from lightning_prune.runs.folder import RunFolder
 from lightning_prune.surgery import write
 from tests.tiny import make_tiny, tiny_tokens
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 both_signals = pytest.mark.parametrize("number", STATUS)
 
