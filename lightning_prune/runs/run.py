@@ -61,7 +61,7 @@ def prune_and_record(
     with claimed as folder, numerical_advice(trainer, method), closing(method.progress):
         method.run_folder = folder
         facts = _facts(trainer, method, data, config)
-        if folder is not None:
+        if folder is not None and method.saved is None:  # what is decided from scores is quickly decided again
             write_facts(folder, facts)
         if dense is None:
             dense = _dense(trainer, method, data, folder)
@@ -75,7 +75,6 @@ def prune_and_record(
             _log(trainer, method, record.metrics)
             folder.append_to_card(evaluation_section(record.metrics))
             folder.write_results(record.calibration, record.environment, record.metrics)
-            folder.forget_findings()
         path = _path_on_every_rank(trainer, folder)
     return path, record
 
@@ -98,7 +97,7 @@ def _dense(
         return {name: PerplexityResult(*pair) for name, pair in known.items()}
     trainer.test(method, data, verbose=False)
     method.seconds["evaluate dense"] = method.seconds.pop("evaluate", 0.0)
-    if folder is not None and method.perplexity:
+    if folder is not None and method.perplexity and method.saved is None:
         values = {name: (result.perplexity, result.tokens) for name, result in method.perplexity.items()}
         keep_dense(folder, fingerprints, values)
     return method.perplexity
