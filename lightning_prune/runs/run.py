@@ -55,7 +55,7 @@ def prune_and_record(
     started = time.perf_counter()
     data.needs_calibration = method.needs_calibration
     again: Path | None = None
-    if resume:
+    if resume and trainer.is_global_zero:
         again = unfinished_run(Path(trainer.default_root_dir), method.label, _facts(trainer, method, data, config))
     claimed = _claimed(trainer, method.label, config, again)
     with claimed as folder, numerical_advice(trainer, method), closing(method.progress):
@@ -92,7 +92,9 @@ def _dense(
 ) -> dict[str, PerplexityResult]:
     """The dense model's perplexities, which a run that goes on may know already."""
     fingerprints = {item.name: item.manifest["fingerprint"] for item in data.evaluation}
-    known = trainer.strategy.broadcast(None if folder is None else known_dense(folder, fingerprints))
+    # Several processes measure again: they are only started, or joined, by the first fit or test, so that until then
+    # one cannot tell the others what it knows.
+    known = known_dense(folder, fingerprints) if folder is not None and trainer.world_size == 1 else None
     if known is not None:
         return {name: PerplexityResult(*pair) for name, pair in known.items()}
     trainer.test(method, data, verbose=False)
@@ -155,6 +157,9 @@ def _claimed(trainer: L.Trainer, label: str, config: str, again: Path | None = N
         with _writer_threads_fail_quietly():
             try:
                 yield folder
+            except BaseException as error:  # behind fit and test, too, where Lightning does not see it
+                trainer.strategy.on_exception(error)
+                raise
             finally:
                 _close(trainer)  # its thread would write to a folder that is being removed
 
