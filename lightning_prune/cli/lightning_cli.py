@@ -56,6 +56,7 @@ class PruneCLI(LightningCLI):
         self, argv: list[str] | dict[str, Any], model_class: type[LayeredModule], subclasses: bool, command: str
     ) -> None:
         quiet()
+        self._command = command
         try:
             self._parse_and_build(argv, model_class, subclasses, command)
         except (TypeError, ValueError) as error:  # jsonargparse's own, or what a constructor raises wrapped in one
@@ -78,7 +79,7 @@ class PruneCLI(LightningCLI):
                 "allow_abbrev": False,  # --data.num_sample is a mistake, not num_samples
                 "prog": f"lightning-prune {command}",
                 "usage": f"lightning-prune {command} [--config FILE ...] [--model.OPTION VALUE] [--data.OPTION VALUE] "
-                "[--trainer.OPTION VALUE]",
+                f"[--trainer.OPTION VALUE]{' [--resume]' if command == 'fit' else ''}",
                 "description": _DESCRIPTION[command],
             },
             trainer_defaults={
@@ -117,9 +118,16 @@ class PruneCLI(LightningCLI):
         check_values(self.config)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The tokenizer is the model's."""
+        """The tokenizer is the model's; only ``fit`` can go on with a run."""
         source = "model.init_args.pretrained" if self.subclass_mode_model else "model.pretrained"
         parser.link_arguments(source, "data.tokenizer")
+        if self._command == "fit":
+            parser.add_argument(
+                "--resume",
+                action="store_true",
+                help="go on with the newest unfinished run of the same model, calibration set and options, at the "
+                "first layer that is not finished; the result is that of an undisturbed run",
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """TensorBoard below ``<root>/<label>`` unless the user asks for another logger or none, and a strategy without
@@ -160,9 +168,16 @@ class PruneCLI(LightningCLI):
         return trainer
 
     @property
+    def resume(self) -> bool:
+        """Whether ``--resume`` was given."""
+        return bool(self.config.get("resume", False))
+
+    @property
     def resolved_config(self) -> str:
-        """The whole configuration as YAML, defaults included."""
-        return str(self.parser.dump(self.config, skip_none=False))
+        """The whole configuration as YAML, defaults included. A resumed run's is that of an undisturbed one."""
+        config = self.config.clone()
+        config.pop("resume", None)
+        return str(self.parser.dump(config, skip_none=False))
 
 
 def user_error_behind(error: BaseException | None) -> UserError | None:

@@ -65,7 +65,7 @@ class Walk:
             self.setting.model.overflow.raise_if_any()  # after what knows more exactly where
             finding = _from_first_process(finding)
             self._put_weights(step, {n.removeprefix(WEIGHT): t for n, t in finding.items() if n.startswith(WEIGHT)})
-            self.findings.add(number, finding, write=_is_first())
+            self.findings.add(number, finding)
         elif one.changes(step):
             self._put_weights(step, self.findings.weights(number))
         one.advance(step)
@@ -114,10 +114,6 @@ class Walk:
             linear = view.linears[role]
             new = weight.to(device=linear.weight.device, dtype=linear.weight.dtype)
             linear.weight = nn.Parameter(new, requires_grad=False)
-
-
-def _is_first() -> bool:
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 def _from_first_process(finding: Finding) -> Finding:
