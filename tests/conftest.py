@@ -1,7 +1,7 @@
 """Fixtures every folder uses. The factories themselves are plain functions in ``tests/tiny.py``."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,23 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedModel
 
 from tests.tiny import make_tiny
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def one_process() -> Iterator[None]:
+    """Lightning remembers a process's rank in a global; a test that plays rank 1 must not silence those behind it."""
+    before = getattr(rank_zero_only, "rank", None)
+    yield
+    if before is not None:
+        rank_zero_only.rank = before
+    elif hasattr(rank_zero_only, "rank"):
+        del rank_zero_only.rank
 
 
 @pytest.fixture

@@ -25,8 +25,9 @@ def is_finished(path: Path) -> bool:
 
 
 def leftovers(path: Path) -> list[str]:
-    """Names of what an unfinished run leaves that may still be of use: scores, a plan, a checkpoint."""
-    return sorted(name for name in os.listdir(path) if not WORTHLESS.fullmatch(name))
+    """Names of what an unfinished run leaves that may still be of use: scores, a plan, a checkpoint, finished layers."""
+    names = sorted(name for name in os.listdir(path) if not WORTHLESS.fullmatch(name))
+    return [name for name in names if name != FINDINGS or any((path / name).glob("step_*.safetensors"))]
 
 
 def version(name: str) -> int:
