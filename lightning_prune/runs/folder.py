@@ -302,13 +302,14 @@ class RunFolder:
         def read(name: str, kind: Any) -> Any:
             return read_json(path / name, kind, option, hint)
 
-        raw = read("calibration.json", dict[str, Any])
+        reads_data = read("calibration.json", dict[str, Any]).get("dataset", "") is not None
+        calibration = read("calibration.json", Calibration if reads_data else NoCalibration)
         run = FinishedRun(
             path=path,
             metrics=read(METRICS, RunMetrics),
             environment=read("environment.json", Environment),
             details=read("method.json", MethodDetails),
-            calibration=None if raw.get("dataset", "") is None else read("calibration.json", Calibration),
+            calibration=calibration if reads_data else None,
             plan=PruningPlan.load(path / "plan.json", option),
             option=option,
         )

@@ -78,8 +78,8 @@ class PruningPlan:
         subject = f"{option}: '{path}'"
         raw = parse_json(read_file(path, LIMIT, option), Any, subject)  # type: ignore[arg-type]
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-            found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
-            raise UserError(f"{subject} has format {found!r}; this version reads format {FORMAT}.")
+            found = f"has format {raw.get('format')!r}" if isinstance(raw, dict) else "is no plan"
+            raise UserError(f"{subject} {found}; this version reads format {FORMAT}.")
         fields = {key: value for key, value in raw.items() if key not in ("format", "removed_layers")}
         plan = parse_json(to_json(fields), cls, subject)
         missing = sorted({"dense", "pruned"} - plan.parameters.keys())
