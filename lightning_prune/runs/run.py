@@ -53,6 +53,7 @@ def prune_and_record(
         FloatingPointError: NaN or infinite values; says where, and what would help.
     """
     started = time.perf_counter()
+    method.check_model()
     data.needs_calibration = method.needs_calibration
     again: Path | None = None
     if resume:
@@ -112,6 +113,7 @@ def evaluate_and_record(
     Raises:
         UserError: a mistake in the input, or no evaluation set; nothing has been written then.
     """
+    model.check_model()
     with _claimed(trainer, "test", config) as folder, closing(model.progress):
         data.needs_calibration = False
         data.setup("test")

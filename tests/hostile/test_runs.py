@@ -45,7 +45,7 @@ def field(file: str, where: str, value: Any, says: str | tuple[str, ...] = "", *
     damage(f"{where} = {value!r:.30}", file, lambda path: edit(path, where, value), says, **status)
 
 
-def rows(name: str, change: Callable[[list[str]], list[str]], says: str | tuple[str, ...] = "", **status: Status) -> None:
+def rows(name: str, change: Callable[[list[str]], list[str]], says: str = "", **status: Status) -> None:
     """The lines of ``scores.csv``, without the header, changed."""
 
     def run(path: Path) -> None:
@@ -55,7 +55,7 @@ def rows(name: str, change: Callable[[list[str]], list[str]], says: str | tuple[
     damage(name, "scores.csv", run, says, **status)
 
 
-def cell(column: str, value: Any, says: str | tuple[str, ...] = "", row: int = 3) -> None:
+def cell(column: str, value: Any, says: str = "", row: int = 3) -> None:
     """One value of ``scores.csv`` replaced."""
     at = COLUMNS.index(column)
 
@@ -110,17 +110,18 @@ IGNORED = {"evaluate": 0, TEST: 0, "load": 0}  # the package's own class is used
 
 for file in READERS:
     code = IGNORED if file.endswith(".py") else {}
-    damage("is missing", file, Path.unlink, **code, **({"mend": 0} if code else {}))
+    mended = {**code, "mend": 0} if code else {}  # what is no file of somebody else's is written anew
+    damage("is missing", file, Path.unlink, **mended)
     damage("is empty", file, text(""), **code)
     damage("is a folder", file, instead(Path.mkdir), **code)
-    damage("is a pipe", file, instead(os.mkfifo), **code, **({"mend": 0} if code else {}))
-    damage("is a device", file, instead(lambda path: path.symlink_to("/dev/zero")), **code, **({"mend": 0} if code else {}))
-    damage("links to itself", file, instead(lambda path: path.symlink_to(path)), **code, **({"mend": 0} if code else {}))
+    damage("is a pipe", file, instead(os.mkfifo), **mended)
+    damage("is a device", file, instead(lambda path: path.symlink_to("/dev/zero")), **mended)
+    damage("links to itself", file, instead(lambda path: path.symlink_to(path)), **mended)
     damage("is huge", file, sparse, **code)
     damage("is binary", file, text(bytes(range(256)) * 9), **code)
     damage("is deep", file, text("[" * 100_000), **code)
     damage("is cut early", file, cut(0.2), **code)
-    damage("is cut late", file, cut(0.97), **code, **({"mend": 0} if code else {}))
+    damage("is cut late", file, cut(0.97), **mended)
 for file in JSON:
     damage("is null", file, text("null"))
     damage("is a list", file, text("[]"))
@@ -129,6 +130,7 @@ for file in JSON:
     damage("holds a huge number", file, text('{"a": ' + "9" * 5000 + "}"))
     damage("is Latin-1", file, text('{"a": "é"}'.encode("latin-1")))
     damage("gives every key twice", file, twice)
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, hostile_model: Path, hostile_tokens: Path) -> Path:
@@ -153,7 +155,8 @@ def copied(bench: Bench, runs: Path) -> Iterator[Bench]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes()[:10**6] for path in folder.rglob("*") if path.is_file() and path.stat().st_size < 10**7}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size < 10**7]
+    return {str(path): path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize("name", CASES)
