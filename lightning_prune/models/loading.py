@@ -167,7 +167,9 @@ def generation_config(pretrained: str) -> GenerationConfig | None:
         name = "generation_config.json"
         if cached_file(path, name, _raise_exceptions_for_missing_entries=False) is None:
             return None
-        return GenerationConfig.from_pretrained(path)  # type: ignore[no-any-return]
+        found = GenerationConfig.from_pretrained(path)
+        found.get_generation_mode()  # compares values, so one of a wrong kind is found here and not in the first use
+        return found  # type: ignore[no-any-return]
 
 
 def load_tokenizer(pretrained: str) -> Any | None:
