@@ -143,7 +143,8 @@ TYPED = {
     "evaluation evaluation/tokens.npy/seq_len evaluation/tokens.npy/fingerprint parameters parameters/dense "
     "pruning_ratio/requested pruning_ratio/achieved seconds seconds/total peak_memory_bytes method method/label "
     "method/base_model method/base_model_sha256 method/scores_reused method/measured_seconds configuration_sha256",
-    "environment.json": "python packages packages/torch platform cpu cpu/name cpu/cores memory_bytes gpus device command",
+    "environment.json": "python packages packages/torch platform cpu cpu/name cpu/cores memory_bytes gpus device "
+    "command",
     "calibration.json": "dataset split revision sampling stride seed num_samples seq_len fingerprint",
     "method.json": "method label measured_by prior",
     "plan.json": "format method pruning_ratio achieved_ratio parameters parameters/dense calibration_fingerprint "
@@ -205,9 +206,7 @@ damage(
     lambda path: edit(path, "layers", [{"layer": n, "kept_kv_heads": [], "kept_channels": []} for n in range(4)]),
 )
 for file in ("metrics.json", "scores.csv", "plan.json"):
-    damage(
-        "is another run's", file, lambda path: shutil.copy(path.parents[1] / "other" / path.name, path), **{"apply": 0}
-    )
+    damage("is another run's", file, lambda path: shutil.copy(path.parents[1] / "other" / path.name, path), apply=0)
 for name in ("evaluation", "parameters", "method", "seconds", "perplexity"):
     damage(f"lacks {name}", "metrics.json", lambda path, name=name: without(path, name), f"{name}")
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lightning_prune.cli.parser import PlainParser
 from lightning_prune.errors import UserError
 from lightning_prune.files import read_file, write_text
 
@@ -88,7 +89,7 @@ def _bytes(file: Path) -> bytes | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = PlainParser(
         prog="lightning-prune mend",
         description="Replace the modeling file of a pruned checkpoint, and what its config.json says of it, by those "
         "of this version. The weights stay as they are. Checkpoints written before the file learned to follow "
