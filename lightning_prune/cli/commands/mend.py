@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning_prune.cli.parser import PlainParser
 from lightning_prune.errors import UserError
-from lightning_prune.files import read_file, write_text
+from lightning_prune.files import read_file
 
 LIMIT = 10_000_000  # bytes of config.json and of the modeling file, which have a few thousand
 
@@ -25,6 +25,7 @@ def main(argv: list[str]) -> int:
     config = _read_config(folder)
 
     # After the arguments, so that --help does not wait for transformers.
+    from lightning_prune.files import write_text
     from lightning_prune.models import modeling_pruned
 
     source = Path(modeling_pruned.__file__)
