@@ -88,6 +88,8 @@ def check_file(path: Path, option: str) -> None:
         )
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if not isinstance(root, yaml.MappingNode):
+            raise UserError(f"{option}: '{path}' holds no options and their values, such as 'seed_everything: 0'.")
         _check_node(root, path, option)
         _check_groups(root, path, option)
     except yaml.YAMLError:
