@@ -165,7 +165,7 @@ system("x.yaml", beside=os.mkfifo, says=("systems.a", "named pipe"))
 system("x.yaml", beside=Path.mkdir, says="systems.a")
 system("x.yaml", beside=lambda path: path.symlink_to("/dev/zero"), says="device")
 system("x.yaml", beside=lambda path: path.symlink_to(path), says="systems.a")
-system("x.yaml", beside=text("a" * 5000), says="characters")
+system("x.yaml", beside=text("a: " + "a" * 5000), says="characters")
 system("x.yaml", beside=text(b"\xff\xfe"), says="not UTF-8")
 system("x.yaml", beside=text("systems: {a: x.yaml}\n"), says="no model.class_path")  # an experiment in an experiment
 system("{config: x.yaml}", beside=text("config: x.yaml\n" + WANDA), says="loop")  # names itself
