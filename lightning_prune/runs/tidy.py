@@ -24,7 +24,8 @@ def is_finished(path: Path) -> bool:
 
 def leftovers(path: Path) -> list[str]:
     """Names of what an unfinished run leaves that may still be of use: scores, a plan, a checkpoint."""
-    return sorted(name for name in os.listdir(path) if not WORTHLESS.fullmatch(name))
+    found = [name for name in os.listdir(path) if not WORTHLESS.fullmatch(name)]
+    return sorted(name for name in found if not _is_empty_folder(path / name))  # findings of a run that found nothing
 
 
 def version(name: str) -> int:
@@ -64,6 +65,10 @@ def sweep_runs(parent: Path) -> None:
             lock.release()
         except OSError:
             continue
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _is_superseded(path: Path, folders: Sequence[Path]) -> bool:
