@@ -94,10 +94,10 @@ def write_bytes(path: Path, data: Any) -> None:
     Raises:
         OSError: the folder cannot be written or the disk is full; ``path`` is then unchanged.
     """
-    with _temporary(path, folder=False) as temporary:
-        with temporary.open("wb") as file:
+    with temporary(path) as partial:
+        with partial.open("wb") as file:
             file.write(data)
-        os.replace(temporary, path)
+        os.replace(partial, path)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -131,12 +131,32 @@ def new_folder(path: Path, replace: bool = True) -> Iterator[Path]:
         OSError: the parent cannot be written, the disk is full, or something stands at ``path`` that is no folder or
             may not be replaced; ``path`` is then unchanged.
     """
-    with _temporary(path, folder=True) as temporary:
-        yield temporary
+    with temporary(path, folder=True) as partial:
+        yield partial
         if replace and path.exists():
-            _replace_folder(path, temporary)
+            _replace_folder(path, partial)
         else:
-            os.rename(temporary, path)
+            os.rename(partial, path)
+
+
+@contextmanager
+def temporary(path: Path, folder: bool = False) -> Iterator[Path]:
+    """A held sibling of ``path``, a new file or folder, which is gone afterwards: renamed by the block, or removed.
+
+    Raises:
+        OSError: the parent cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, path.name)
+    lock = None
+    while lock is None:  # another process may sweep between the making and the lock
+        found = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        found.mkdir() if folder else found.touch(mode=0o644, exist_ok=False)
+        lock = Lock.take(found, own=True)
+    try:
+        yield found
+    finally:
+        lock.remove()
 
 
 def sweep(folder: Path, name: str = "") -> None:
@@ -209,7 +229,7 @@ def check_writable(folder: Path, option: str) -> None:
         with suppress(FileNotFoundError):
             os.stat(folder)  # a name that is too long, or a path that runs in circles
         parent = nearest_existing(folder)
-        with _temporary(parent / "writable", folder=False):
+        with temporary(parent / "writable"):
             pass
     except (OSError, ValueError) as error:
         raise cannot_write(folder, option, error) from None
@@ -236,22 +256,6 @@ def remove_empty_parents(folder: Path, until: Path) -> None:
             return
 
 
-@contextmanager
-def _temporary(path: Path, folder: bool) -> Iterator[Path]:
-    """A held temporary sibling of ``path``, which is gone afterwards: renamed by the block, or removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path.parent, path.name)
-    lock = None
-    while lock is None:  # another process may sweep between the making and the lock
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        temporary.mkdir() if folder else temporary.touch(mode=0o644, exist_ok=False)
-        lock = Lock.take(temporary, own=True)
-    try:
-        yield temporary
-    finally:
-        lock.remove()
-
-
 def _flock(handle: int, own: bool) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -271,7 +275,7 @@ def _remove(path: Path) -> None:
 
 def _replace_folder(path: Path, new: Path) -> None:
     # A full folder cannot be renamed over; it steps aside and comes back if the new one cannot take its place.
-    with _temporary(path, folder=True) as aside:
+    with temporary(path, folder=True) as aside:
         os.replace(path, aside / path.name)
         try:
             os.replace(new, path)

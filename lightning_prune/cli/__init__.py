@@ -74,8 +74,15 @@ def main(argv: list[str] | None = None) -> int:
             left = "; ".join(getattr(error, "__notes__", [])) or "nothing half-written is left"
     if stop.number is None:
         return status
-    print(f"interrupted by {signal.Signals(stop.number).name}; {left}", file=sys.stderr)
+    if _is_first_process():
+        print(f"interrupted by {signal.Signals(stop.number).name}; {left}", file=sys.stderr)
     return 128 + stop.number
+
+
+def _is_first_process() -> bool:
+    """Of several that Lightning, torchrun or SLURM started only the first one writes, and knows what stays."""
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
 def _run(arguments: list[str]) -> int:

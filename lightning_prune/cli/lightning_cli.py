@@ -56,6 +56,7 @@ class PruneCLI(LightningCLI):
         self, argv: list[str] | dict[str, Any], model_class: type[LayeredModule], subclasses: bool, command: str
     ) -> None:
         quiet()
+        self._command = command
         try:
             self._parse_and_build(argv, model_class, subclasses, command)
         except (TypeError, ValueError) as error:  # jsonargparse's own, or what a constructor raises wrapped in one
@@ -78,7 +79,7 @@ class PruneCLI(LightningCLI):
                 "allow_abbrev": False,  # --data.num_sample is a mistake, not num_samples
                 "prog": f"lightning-prune {command}",
                 "usage": f"lightning-prune {command} [--config FILE ...] [--model.OPTION VALUE] [--data.OPTION VALUE] "
-                "[--trainer.OPTION VALUE]",
+                f"[--trainer.OPTION VALUE]{' [--resume]' if command == 'fit' else ''}",
                 "description": _DESCRIPTION[command],
             },
             trainer_defaults={
@@ -117,16 +118,23 @@ class PruneCLI(LightningCLI):
         check_values(self.config)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The tokenizer is the model's."""
+        """The tokenizer is the model's; only ``fit`` can go on with a run."""
         source = "model.init_args.pretrained" if self.subclass_mode_model else "model.pretrained"
         parser.link_arguments(source, "data.tokenizer")
+        if self._command == "fit":
+            parser.add_argument(
+                "--resume",
+                action="store_true",
+                help="go on with the newest unfinished run of the same model, calibration set and options, at the "
+                "first layer that is not finished; the result is that of an undisturbed run",
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """TensorBoard below ``<root>/<label>`` unless the user asks for another logger or none, and a strategy without
         gradient synchronisation where several processes run.
 
         Raises:
-            UserError: a trainer that cannot be, or one that would not read the whole sets.
+            UserError: a trainer that cannot be, one that would not read the whole sets, or 16-mixed on the CPU.
         """
         options = dict(self._get(self.config_init, "trainer"))
         check_fixed(options)
@@ -140,7 +148,8 @@ class PruneCLI(LightningCLI):
             root = options["default_root_dir"] or DEFAULT_ROOT
             kwargs["logger"] = TensorBoardLogger(root, name=label, default_hp_metric=False)
         kwargs["devices"] = cpu_processes(options["accelerator"], options["devices"])
-        return trainer_for_calibration(lambda strategy: self._trainer(kwargs, strategy))
+        trainer = trainer_for_calibration(lambda strategy: self._trainer(kwargs, strategy))
+        return self._checked(trainer, options["precision"])
 
     def _trainer(self, kwargs: dict[str, Any], strategy: Strategy | None) -> Any:
         chosen = kwargs if strategy is None else kwargs | {"strategy": strategy}
@@ -149,10 +158,26 @@ class PruneCLI(LightningCLI):
         except (MisconfigurationException, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"--trainer: {error}") from error
 
+    def _checked(self, trainer: Any, wish: Any) -> Any:
+        """The trainer, unless Lightning silently took another precision than the one that was asked for."""
+        if str(wish) in ("16", "16-mixed") and str(trainer.precision) != "16-mixed":
+            raise UserError(
+                f"--trainer.precision: found {wish}, which Lightning runs on GPUs only; this run is on the CPU. "
+                "Allowed there: 32-true, bf16-true, 16-true, bf16-mixed, 64-true."
+            )
+        return trainer
+
+    @property
+    def resume(self) -> bool:
+        """Whether ``--resume`` was given."""
+        return bool(self.config.get("resume", False))
+
     @property
     def resolved_config(self) -> str:
-        """The whole configuration as YAML, defaults included."""
-        return str(self.parser.dump(self.config, skip_none=False))
+        """The whole configuration as YAML, defaults included. A resumed run's is that of an undisturbed one."""
+        config = self.config.clone()
+        config.pop("resume", None)
+        return str(self.parser.dump(config, skip_none=False))
 
 
 def user_error_behind(error: BaseException | None) -> UserError | None:

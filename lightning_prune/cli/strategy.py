@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 
 from lightning_prune.errors import UserError
 
@@ -24,6 +24,17 @@ class CalibrationDDP(DDPStrategy):
 
     def configure_ddp(self) -> None:
         """No wrapper."""
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the processes that this one started: they would wait for it, and then say so at length."""
+        super().on_exception(exception)
+        if isinstance(self.launcher, _SubprocessScriptLauncher):
+            started = list(self.launcher.procs)
+            self.launcher.procs.clear()  # Lightning's observer of this list kills this process when one of them ends
+            for process in started:
+                process.kill()
+            for process in started:
+                process.wait()
 
 
 def trainer_for_calibration(build: Callable[[Strategy | None], L.Trainer]) -> L.Trainer:

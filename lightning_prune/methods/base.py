@@ -204,7 +204,8 @@ class PruningMethod(LayeredModule):
             context=self._precision_context,
             finished=self._advance_finish,
         )
-        self.walk = Walk(self._passes, setting, Findings(self._findings_folder))
+        self.walk = Walk(self._passes, setting, Findings(self._findings_folder, self.trainer.is_global_zero))
+        self.trainer.strategy.barrier()  # all have read what is known before one writes more
         self._open_steps = self.walk.open_steps()
         self.trainer.fit_loop.max_epochs = sum(self.walk.steps[number][0].reads for number in self._open_steps)
         self._expect_work(tokens.numel() // world)

@@ -40,7 +40,18 @@ from lightning_prune.runs.records import (
     RunMetrics,
 )
 from lightning_prune.runs.score_table import COLUMNS, ScoreTable
-from lightning_prune.runs.tidy import METRICS, UNFINISHED, is_finished, leftovers, runs_below, sweep_runs, version
+from lightning_prune.runs.tidy import (
+    FINDINGS,
+    METRICS,
+    STARTED,
+    UNFINISHED,
+    forget_findings,
+    is_finished,
+    leftovers,
+    runs_below,
+    sweep_runs,
+    version,
+)
 from lightning_prune.surgery.plan import PruningPlan
 from lightning_prune.validation import parse_json, read_json
 
@@ -195,6 +206,7 @@ class RunFolder:
             return folder
 
     def _finish(self) -> None:
+        forget_findings(self.path)
         if self._lock is not None:
             self._lock.remove()
 
@@ -205,8 +217,13 @@ class RunFolder:
             kept = ", ".join(sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")))
             state = "is finished" if self.is_finished else "is not finished"
             error.add_note(f"'{self.path}' stays and {state}; it holds {kept}")
+            if self.is_finished:
+                self._finish()
+                return
+            if self.can_go_on:
+                error.add_note(f"'lightning-prune fit --config {self.path}/config.yaml --resume' goes on from there")
             if self._lock is not None:
-                self._lock.remove() if self.is_finished else self._lock.release()
+                self._lock.release()
             return
         shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:
@@ -229,6 +246,11 @@ class RunFolder:
     def is_pruning_run(self) -> bool:
         """Whether this is a finished run of a method, and whole."""
         return all((self.path / name).is_file() for name in REQUIRED)
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether ``fit --resume`` can take this unfinished run up."""
+        return (self.path / STARTED).is_file() and (self.path / FINDINGS).is_dir()
 
     @property
     def leftovers(self) -> list[str]:
@@ -263,11 +285,6 @@ class RunFolder:
         """The records of an evaluation (``test``)."""
         self._write_json("environment.json", environment, Environment)
         self._write_json(METRICS, metrics, EvaluationMetrics)
-
-    def forget_findings(self) -> None:
-        """Remove what only a run that goes on needs."""
-        shutil.rmtree(self.path / "findings", ignore_errors=True)
-        (self.path / "started.json").unlink(missing_ok=True)
 
     def append_to_card(self, text: str) -> None:
         """Add a section to the checkpoint's model card."""

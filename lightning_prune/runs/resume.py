@@ -8,12 +8,10 @@ from typing import Any
 import yaml
 
 from lightning_prune.errors import UserError
-from lightning_prune.files import finite, write_json
-from lightning_prune.methods.base import FINDINGS
+from lightning_prune.files import Lock, finite, write_json
 from lightning_prune.runs.folder import RunFolder
-from lightning_prune.runs.tidy import UNFINISHED, runs_below
+from lightning_prune.runs.tidy import FINDINGS, STARTED, UNFINISHED, is_finished, runs_below
 
-STARTED = "started.json"  # in an unfinished run's folder
 DENSE = "dense.json"
 Facts = dict[str, Any]
 
@@ -43,18 +41,24 @@ def unfinished_run(root: Path, label: str, facts: Facts) -> Path:
     """The newest unfinished run of the same configuration below ``<root>/<label>``.
 
     Raises:
-        UserError: there is none; names what the others differ in.
+        UserError: there is none, and what the others differ in; or the only one is still under way.
     """
-    differences = []
+    differences, alive = [], None
     for path in reversed(runs_below(root / label)):
         before = _facts(path)
-        if before is None or not (path / UNFINISHED).exists():
+        if before is None or is_finished(path) or not (path / UNFINISHED).exists():
             continue
         # As JSON both, since that is how the facts were kept.
         different = _differences(before, json.loads(json.dumps(finite(facts))))
-        if not different:
+        if not different and (lock := Lock.take(path / UNFINISHED)) is not None:
+            lock.release()
             return path
+        if not different:
+            alive = path
+            continue
         differences.append(f"{path.name} differs in {'; '.join(different)}")
+    if alive is not None:
+        raise UserError(f"--resume: the run in '{alive}' is still under way. Wait for it, or leave --resume out.")
     found = " ".join(f"{difference}." for difference in differences)
     raise UserError(
         f"--resume: no unfinished run of this configuration below '{root / label}'. {found or 'There is none at all.'} "

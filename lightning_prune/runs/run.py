@@ -57,13 +57,13 @@ def prune_and_record(
     method.check_model()
     data.needs_calibration = method.needs_calibration
     again: Path | None = None
-    if resume:
+    if resume and trainer.is_global_zero:
         again = unfinished_run(Path(trainer.default_root_dir), method.label, _facts(trainer, method, data, config))
     claimed = _claimed(trainer, method.label, config, again)
     with claimed as folder, numerical_advice(trainer, method), closing(method.progress):
         method.run_folder = folder
         facts = _facts(trainer, method, data, config)
-        if folder is not None:
+        if folder is not None and method.saved is None:  # what is decided from scores is quickly decided again
             write_facts(folder, facts)
         if dense is None:
             dense = _dense(trainer, method, data, folder)
@@ -77,7 +77,6 @@ def prune_and_record(
             _log(trainer, method, record.metrics)
             folder.append_to_card(evaluation_section(record.metrics))
             folder.write_results(record.calibration, record.environment, record.metrics)
-            folder.forget_findings()
         path = _path_on_every_rank(trainer, folder)
     return path, record
 
@@ -95,12 +94,14 @@ def _dense(
 ) -> dict[str, PerplexityResult]:
     """The dense model's perplexities, which a run that goes on may know already."""
     fingerprints = {item.name: item.manifest["fingerprint"] for item in data.evaluation}
-    known = trainer.strategy.broadcast(None if folder is None else known_dense(folder, fingerprints))
+    # Several processes measure again: they are only started, or joined, by the first fit or test, so that until then
+    # one cannot tell the others what it knows.
+    known = known_dense(folder, fingerprints) if folder is not None and trainer.world_size == 1 else None
     if known is not None:
         return {name: PerplexityResult(*pair) for name, pair in known.items()}
     trainer.test(method, data, verbose=False)
     method.seconds["evaluate dense"] = method.seconds.pop("evaluate", 0.0)
-    if folder is not None and method.perplexity:
+    if folder is not None and method.perplexity and method.saved is None:
         values = {name: (result.perplexity, result.tokens) for name, result in method.perplexity.items()}
         keep_dense(folder, fingerprints, values)
     return method.perplexity
@@ -159,6 +160,9 @@ def _claimed(trainer: L.Trainer, label: str, config: str, again: Path | None = N
         with _writer_threads_fail_quietly():
             try:
                 yield folder
+            except BaseException as error:  # behind fit and test, too, where Lightning does not see it
+                trainer.strategy.on_exception(error)
+                raise
             finally:
                 _close(trainer)  # its thread would write to a folder that is being removed
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from lightning_prune.files import Lock, sweep
 
 UNFINISHED = "unfinished"
+STARTED = "started.json"  # what the findings of an unfinished run are made from
+FINDINGS = "findings"
 METRICS = "metrics.json"
 # What a killed run cannot be continued from or learned from.
 WORTHLESS = re.compile(
@@ -51,7 +53,8 @@ def sweep_runs(parent: Path) -> None:
     sweep(parent)
     folders = runs_below(parent)
     for path in folders:
-        sweep(path)
+        for place in (path, path / FINDINGS, path / "pruned"):
+            sweep(place)
         try:
             lock = Lock.take(path / UNFINISHED) if (path / UNFINISHED).exists() else None
             if lock is None:
@@ -59,6 +62,7 @@ def sweep_runs(parent: Path) -> None:
                     path.rmdir()  # killed, or about to be claimed: then the claimant takes the next number
                 continue
             if is_finished(path):
+                forget_findings(path)
                 lock.remove()
             elif not leftovers(path) or _is_superseded(path, folders):
                 shutil.rmtree(path, ignore_errors=True)
@@ -69,6 +73,12 @@ def sweep_runs(parent: Path) -> None:
 
 def _is_empty_folder(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
+
+
+def forget_findings(path: Path) -> None:
+    """Remove what only a run that goes on needs."""
+    shutil.rmtree(path / FINDINGS, ignore_errors=True)
+    (path / STARTED).unlink(missing_ok=True)
 
 
 def _is_superseded(path: Path, folders: Sequence[Path]) -> bool:

@@ -126,4 +126,6 @@ class BackwardPass(Pass):
             output = self.model.run(layer, hidden)
         if output.requires_grad:  # not the first layer's, when its weights are not watched
             torch.autograd.backward(output, cotangent.to(output.dtype))
+        if hidden.grad is not None:
+            self.model.overflow.watch(f"layer {layer}, gradient of its input", hidden.grad)
         return hidden.grad

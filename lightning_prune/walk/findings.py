@@ -1,16 +1,14 @@
 """What finished layers left behind, in memory and on disk, so that a killed run goes on where it was."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
+from lightning_prune.files import sweep, write_bytes
 from lightning_prune.walk.passes import WEIGHT, Finding
-
-PARTIAL = ".partial"
 
 
 class Findings:
@@ -20,15 +18,16 @@ class Findings:
 
     Args:
         folder: None keeps everything in memory.
+        writes: whether this process may change the folder; of several one does, and all read.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | None = None, writes: bool = True) -> None:
+        self.folder, self.writes = folder, writes
         self._found: dict[int, Finding] = {}
         self._weights: dict[int, Finding] = {}
         if folder is not None and folder.is_dir():
-            for step in _steps(folder):
-                self._take(step, load_file(self._path(step)))
+            for step, finding in _found_in(folder, writes):
+                self._take(step, finding)
 
     def __contains__(self, step: int) -> bool:
         return step in self._found
@@ -36,14 +35,12 @@ class Findings:
     def __len__(self) -> int:
         return len(self._found)
 
-    def add(self, step: int, finding: Finding, write: bool = True) -> None:
-        """Keep what a step left; ``write`` on one process only."""
+    def add(self, step: int, finding: Finding) -> None:
+        """Keep what a step left."""
         finding = {name: tensor.detach().cpu().contiguous() for name, tensor in finding.items()}
-        if self.folder is not None and write:
-            self.folder.mkdir(exist_ok=True)
-            partial = self._path(step).with_suffix(PARTIAL)
-            save_file(finding, partial)
-            os.replace(partial, self._path(step))
+        if self.folder is not None and self.writes:
+            # Not save_file, which says in a way of its own that the disk is full.
+            write_bytes(self._path(step), save(finding))
         self._take(step, finding)
 
     def of(self, step: int) -> Finding:
@@ -77,15 +74,13 @@ def _weights_of(finding: Finding) -> Finding:
     return {name.removeprefix(WEIGHT): tensor for name, tensor in finding.items() if name.startswith(WEIGHT)}
 
 
-def _steps(folder: Path) -> Iterator[int]:
-    """Steps of which a whole file is there; what a kill left half-written is deleted."""
-    for path in sorted(folder.iterdir()):
-        if path.suffix == PARTIAL:
-            path.unlink(missing_ok=True)
-        elif path.suffix == ".safetensors":
-            try:
-                load_file(path)
-            except (OSError, SafetensorError):
+def _found_in(folder: Path, writes: bool) -> Iterator[tuple[int, Finding]]:
+    """Every step of which a whole file is there; what a kill left half-written is deleted."""
+    if writes:
+        sweep(folder)
+    for path in sorted(folder.glob("step_*.safetensors")):
+        try:
+            yield int(path.stem.removeprefix("step_")), load_file(path)
+        except (OSError, SafetensorError):
+            if writes:
                 path.unlink(missing_ok=True)
-                continue
-            yield int(path.stem.removeprefix("step_"))

@@ -3,12 +3,12 @@
 import contextlib
 import math
 import os
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from lightning_prune.files import temporary
 from lightning_prune.memory import free_host_bytes
 
 SHARE = 0.25  # of free host memory that one store may take; a larger one is a mapped file
@@ -17,7 +17,8 @@ SHARE = 0.25  # of free host memory that one store may take; a larger one is a m
 class ResidualStore:
     """``[rows, L, D]`` in host memory (pinned for a GPU), or in a mapped temporary file when that is too large.
 
-    The file has no name, so that nothing stays behind, however the process ends. Memory is taken at the first ``put``.
+    The file loses its name at once, so that nothing stays behind, however the process ends. Memory is taken at the
+    first ``put``.
 
     Args:
         rows: samples of this process.
@@ -49,14 +50,9 @@ class ResidualStore:
         if size <= SHARE * free_host_bytes():
             return torch.empty(shape, dtype=dtype, pin_memory=pinned)
         self.mapped = True
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self.folder, prefix=".residuals.")
-        try:
+        with temporary(self.folder / "residuals") as name:
             # Blocks are taken now: a full disk is an error here, not a SIGBUS in the middle of a layer.
-            with contextlib.suppress(AttributeError):
-                os.posix_fallocate(handle, 0, size)
-            values = torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype)
-        finally:
-            os.close(handle)
-            os.unlink(name)
+            with name.open("r+b") as file, contextlib.suppress(AttributeError):
+                os.posix_fallocate(file.fileno(), 0, size)
+            values = torch.from_file(str(name), shared=True, size=math.prod(shape), dtype=dtype)
         return values.view(shape)

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lightning_prune import files
 from lightning_prune.models.families import anatomy, count_parameters
-from lightning_prune.walk import findings as findings_module
 from lightning_prune.walk.findings import Findings
 from lightning_prune.walk.passes import Pass
 from lightning_prune.walk.walk import Walk
@@ -105,17 +105,18 @@ def test_what_was_killed_before_the_rename_is_not_believed(
         calls.append(target)
         if len(calls) > known:
             raise Killed
-        source.rename(target)
+        Path(source).rename(target)
 
-    monkeypatch.setattr(findings_module.os, "replace", replace)
+    monkeypatch.setattr(files.os, "replace", replace)
+    monkeypatch.setattr(files.Lock, "remove", files.Lock.release)  # a killed process tidies nothing up
     with pytest.raises(Killed):
         drive(passes_of("slimgpt", tmp_path), layered(make_tiny()), TOKENS, tmp_path, findings=Findings(folder))
     monkeypatch.undo()
-    assert [path for path in folder.iterdir() if path.suffix == ".partial"]
+    assert [path for path in folder.iterdir() if path.suffix == ".tmp"]
     findings = Findings(folder)
     assert [step in findings for step in range(5)] == [step < known for step in range(5)]
     assert len(findings) == known
-    assert not [path for path in folder.iterdir() if path.suffix == ".partial"]
+    assert not [path for path in folder.iterdir() if path.suffix == ".tmp"]
 
 
 def test_damaged_files_are_made_again(tmp_path: Path) -> None:

@@ -8,10 +8,8 @@ from lightning_prune.runs.summary import summary_table
 
 def main(argv: list[str]) -> int:
     """Run the command and print the summary and where the pruned model is."""
-    resume = "--resume" in argv
-    words = [word for word in argv if word != "--resume"]
-    cli = PruneCLI(words, PruningMethod, subclasses=True, command="fit")
-    folder, record = prune_and_record(cli.trainer, cli.model, cli.datamodule, cli.resolved_config, resume=resume)
+    cli = PruneCLI(argv, PruningMethod, subclasses=True, command="fit")
+    folder, record = prune_and_record(cli.trainer, cli.model, cli.datamodule, cli.resolved_config, resume=cli.resume)
     if cli.trainer.is_global_zero:
         print("\n" + summary_table(cli.model.label, record.metrics))
         print(f"pruned model: {folder / 'pruned'}")

@@ -12,7 +12,7 @@ import pytest
 from lightning_prune.cli import main
 from tests.tiny import make_tiny, tiny_tokens
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from lightning_prune.cli import main
-from lightning_prune.surgery import checkpoint
+from lightning_prune.surgery import write
 from tests.tiny import make_tiny, tiny_tokens
 
-WANDA = str(Path(__file__).parents[2] / "configs" / "wanda.yaml")
+WANDA = str(Path(__file__).parents[3] / "configs" / "wanda.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +213,7 @@ def test_full_disk_leaves_no_checkpoint(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The decision was made and is small; it stays. Of the checkpoint nothing does."""
-    monkeypatch.setattr(checkpoint.PreTrainedModel, "save_pretrained", full_disk)
+    monkeypatch.setattr(write._Shards, "write", full_disk)
     options = [
         "--model.pretrained",
         f"{inputs}/model",
@@ -227,8 +227,10 @@ def test_full_disk_leaves_no_checkpoint(
     message = capsys.readouterr().err
     assert "No space left on device" in message
     assert "--trainer.default_root_dir" in message
-    names = {path.name for path in tmp_path.rglob("*") if path.is_file() and "tfevents" not in path.name}
-    assert names == {"config.yaml", "scores.csv", "plan.json", "method.json", "hparams.yaml", "unfinished"}
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "findings"]
+    names = {path.name for path in files if "tfevents" not in path.name}
+    kept = {"config.yaml", "scores.csv", "plan.json", "method.json", "hparams.yaml", "unfinished", "started.json"}
+    assert names == kept
     assert "stays and is not finished" in message
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".") or path.name == "pruned"]
 

@@ -19,7 +19,7 @@ from lightning_prune.runs.folder import RunFolder
 from lightning_prune.surgery import write
 from tests.tiny import make_tiny, tiny_tokens
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 both_signals = pytest.mark.parametrize("number", STATUS)
 
@@ -83,10 +83,13 @@ def test_signal_after_saving_names_the_folder_and_what_it_holds(
     kill_before(monkeypatch, RunFolder, "append_to_card", number)
     assert fit() == STATUS[number]
     folder = tmp_path / "root" / "wanda" / "version_0"
-    message = capsys.readouterr().err.splitlines()[-1]
-    start = f"interrupted by {signal.Signals(number).name}; '{folder}' stays and is not finished; it holds "
-    assert message.startswith(start)
-    assert set(message.removeprefix(start).split(", ")) == {path.name for path in folder.iterdir()}
+    message, stays, held, resume = capsys.readouterr().err.splitlines()[-1].split("; ")
+    assert (message, stays) == (
+        f"interrupted by {signal.Signals(number).name}",
+        f"'{folder}' stays and is not finished",
+    )
+    assert resume == f"'lightning-prune fit --config {folder}/config.yaml --resume' goes on from there"
+    assert set(held.removeprefix("it holds ").split(", ")) == {path.name for path in folder.iterdir()}
     assert {"pruned", "scores.csv", "plan.json", "unfinished"} <= {path.name for path in folder.iterdir()}
     monkeypatch.undo()
     assert fit() == 0  # the same configuration, finished, takes its place

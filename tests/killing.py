@@ -1,0 +1,186 @@
+"""Runs of the command that are killed: at a named call, at a file operation, or after some seconds.
+
+Importing takes longer than a run on a tiny model. So one process imports everything and does nothing else; every run
+is a fork of it. ``python -m tests.killing`` is that process, ``Forks`` talks to it.
+"""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[1]
+OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
+
+
+@dataclass(frozen=True)
+class Kill:
+    """When a run gets a signal: the first of what is given.
+
+    Attributes:
+        call: ``module:Class.method``; the signal comes before its ``number``-th call, counted from 1.
+        operation: the number of an operation of Python on files below ``below`` (open, rename, mkdir, …).
+        seconds: after the run has begun.
+        signal: SIGKILL unless said otherwise.
+    """
+
+    call: str | None = None
+    number: int = 1
+    operation: int | None = None
+    below: str = ""
+    seconds: float | None = None
+    signal: int = signal.SIGKILL
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run ended: exit status (negative: the signal that killed it), what it printed, how long it took, and how
+    many file operations it made where they were counted."""
+
+    status: int
+    printed: str
+    seconds: float
+    after_signal: float
+
+
+class Forks:
+    """The process that runs are forked from."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.killing"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=REPOSITORY,
+        )
+
+    def run(self, argv: Sequence[str], kill: Kill | None = None) -> Ended:
+        """One run."""
+        return self.together([argv], kill)[0]
+
+    def together(self, argvs: Sequence[Sequence[str]], kill: Kill | None = None) -> list[Ended]:
+        """Several runs at once."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        request = {"argvs": [list(argv) for argv in argvs], "kill": None if kill is None else asdict(kill)}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return [Ended(**found) for found in json.loads(self._process.stdout.readline())]
+
+    def close(self) -> None:
+        """End it."""
+        self._process.communicate()
+
+
+def serve() -> None:
+    """Fork for every line of stdin."""
+    for name in ("fit", "decide", "test", "compare", "apply", "evaluate"):
+        importlib.import_module(f"lightning_prune.cli.commands.{name}")
+    for name in ("runs.experiment", "comparison.report", "comparison.audit", "surgery.write", "evaluation.efficiency"):
+        importlib.import_module(f"lightning_prune.{name}")
+    import pandas  # noqa: F401  imported late by others
+    import torch.utils.tensorboard  # noqa: F401
+    from transformers import AutoModelForCausalLM  # noqa: F401
+
+    answer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        kill = None if request["kill"] is None else Kill(**request["kill"])
+        started = [_fork(argv, kill) for argv in request["argvs"]]
+        found = [asdict(_wait(*one, kill)) for one in started]
+        answer.write(json.dumps(found) + "\n")
+        answer.flush()
+
+
+def _fork(argv: list[str], kill: Kill | None) -> tuple[int, int, float]:
+    output = os.memfd_create("output")
+    begun = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.setpgid(0, 0)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            from lightning_prune.cli import main
+
+            if kill is not None:
+                _prepare(kill)
+            status = main(argv)
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return child, output, begun
+
+
+def _wait(child: int, output: int, begun: float, kill: Kill | None) -> Ended:
+    sent = begun
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        now = time.monotonic()
+        if done:
+            break
+        if kill is not None and kill.seconds is not None and sent == begun and now - begun >= kill.seconds:
+            sent = now
+            os.kill(child, kill.signal)
+        if now - begun > 240:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.002)
+    os.lseek(output, 0, 0)
+    printed = b""
+    while part := os.read(output, 2**16):
+        printed += part
+    os.close(output)
+    return Ended(os.waitstatus_to_exitcode(status), printed.decode(errors="replace"), now - begun, now - sent)
+
+
+def _prepare(kill: Kill) -> None:
+    """In the child: see to it that the signal comes when it should."""
+    if kill.call is not None:
+        module, _, path = kill.call.partition(":")
+        owner: Any = importlib.import_module(module)
+        *classes, name = path.split(".")
+        for one in classes:
+            owner = getattr(owner, one)
+        real, seen = getattr(owner, name), []
+
+        def wrapper(*args: Any, **options: Any) -> Any:
+            seen.append(1)
+            if len(seen) == kill.number:
+                os.kill(os.getpid(), kill.signal)
+            return real(*args, **options)
+
+        setattr(owner, name, wrapper)
+    if kill.operation is not None:
+        made = [0]
+
+        def hook(event: str, args: tuple[Any, ...]) -> None:
+            if event in OPERATIONS and str(args[0]).startswith(kill.below):
+                made[0] += 1
+                if made[0] == kill.operation:
+                    os.kill(os.getpid(), kill.signal)
+
+        sys.addaudithook(hook)
+
+
+if __name__ == "__main__":
+    serve()
