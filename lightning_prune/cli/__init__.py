@@ -1,13 +1,16 @@
 """The ``lightning-prune`` command: picks a subcommand and imports only what that one needs."""
 
 import difflib
+import errno
 import importlib
 import io
 import os
 import signal
 import sys
 
+from lightning_prune.cli.surroundings import check_surroundings
 from lightning_prune.errors import CheckpointError, UserError
+from lightning_prune.files import FULL
 from lightning_prune.signals import stoppable
 
 COMMANDS = {
@@ -85,7 +88,11 @@ def _is_first_process() -> bool:
 def _run(arguments: list[str]) -> int:
     try:
         command = _command(arguments[0])
-        return int(importlib.import_module(f"lightning_prune.cli.commands.{command}").main(arguments[1:]))
+        check_surroundings(os.environ)
+        status = int(importlib.import_module(f"lightning_prune.cli.commands.{command}").main(arguments[1:]))
+        if sys.stdout is not None:
+            sys.stdout.flush()  # Python would say only at its end that nothing more can be written
+        return status
     except UserError as error:
         print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
         return 2
@@ -97,7 +104,11 @@ def _run(arguments: list[str]) -> int:
         return 1
     except SystemExit as stop:  # argparse, after --help or a mistake that it has printed
         return int(stop.code or 0)
-    except BrokenPipeError:
+    except OSError as error:  # a print's; whoever writes files says which
+        if error.filename is not None or error.errno not in (errno.EPIPE, *FULL):
+            raise
+        if error.errno != errno.EPIPE:
+            print(f"error: what the command prints cannot be written ({error.strerror})", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 

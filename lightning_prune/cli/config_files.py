@@ -33,7 +33,7 @@ def check_command_line(arguments: Sequence[str]) -> None:
         if is_special(path):
             require_regular(path, option)
         if path.is_file():
-            _check_file(path, option)
+            check_file(path, option)
 
 
 def check_text(value: str, where: str) -> None:
@@ -64,7 +64,12 @@ def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield option, value if equals else following
 
 
-def _check_file(path: Path, option: str) -> None:
+def check_file(path: Path, option: str) -> None:
+    """Look at a configuration file as ``check_command_line`` does.
+
+    Raises:
+        UserError: as there.
+    """
     size = require_regular(path, option)
     if size > SIZE_LIMIT:
         raise UserError(f"{option}: '{path}' has {size} bytes; a configuration has at most {SIZE_LIMIT}.")
@@ -83,6 +88,8 @@ def _check_file(path: Path, option: str) -> None:
         )
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if not isinstance(root, yaml.MappingNode):
+            raise UserError(f"{option}: '{path}' holds no options and their values, such as 'seed_everything: 0'.")
         _check_node(root, path, option)
         _check_groups(root, path, option)
     except yaml.YAMLError:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning_prune.errors import UserError
 from lightning_prune.files import cannot_write, check_writable, new_folder
-from lightning_prune.runs.folder import RunFolder
+from lightning_prune.runs.folder import REPORTS, RunFolder
 
 NAMES = {"report.html", "report.md", "results.csv", "results.tex", "calibration_appendix.md"}
 
@@ -45,7 +45,7 @@ def report_folder(root: Path, output: Path | None, overwrite: bool) -> Iterator[
         UserError: it cannot be written, or something else has come to stand at ``output``.
     """
     if output is None:
-        with RunFolder.claim(root, "comparison", "--root") as folder:
+        with RunFolder.claim(root, REPORTS, "--root") as folder:
             yield folder.path, folder.path
         return
     try:

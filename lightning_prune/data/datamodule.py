@@ -52,6 +52,7 @@ class CalibrationDataModule(LightningDataModule):
             dataset, `name:split` for another split than test (c4: validation). By default the held-out split of
             the calibration corpus; [] skips evaluation.
         eval_seq_len: tokens per evaluation window. Perplexity depends on it: papers use 128 or 2048, never mix them.
+            By default 128; of a token array whole rows, or their first eval_seq_len tokens.
         eval_batch_size: evaluation windows per forward pass. Changes speed and memory, not the result.
         cache_dir: where tokenised text is kept. By default $XDG_CACHE_HOME/lightning_prune or
             ~/.cache/lightning_prune.
@@ -75,16 +76,17 @@ class CalibrationDataModule(LightningDataModule):
         stride: int | None = None,
         seed: int = 0,
         eval_datasets: list[str] | None = None,
-        eval_seq_len: int = 128,
+        eval_seq_len: int | None = None,
         eval_batch_size: int = 16,
         cache_dir: str | None = None,
         tokenizer: str = "demo",
     ) -> None:
         super().__init__()
         # Of a token array only what was asked for is cut off, so the defaults must not look like a wish.
-        self._asked_for = num_samples, seq_len
+        self._asked_for, self._eval_length_asked_for = (num_samples, seq_len), eval_seq_len
         num_samples = WINDOWS if num_samples is None else num_samples
         seq_len = WINDOW_LENGTH if seq_len is None else seq_len
+        eval_seq_len = WINDOW_LENGTH if eval_seq_len is None else eval_seq_len
         _at_least(1, num_samples=num_samples, batch_size=batch_size, eval_batch_size=eval_batch_size)
         _at_least(2, seq_len=seq_len, eval_seq_len=eval_seq_len)
         _at_least(0, seed=seed)
@@ -237,7 +239,8 @@ class CalibrationDataModule(LightningDataModule):
         dataset, split = split_spec(spec)
         name = Path(dataset).name
         if is_token_array(dataset):
-            tokens = self._token_array(dataset, split)
+            array = self._token_array(dataset, split)
+            tokens = first_part(array, dataset, None, self._eval_length_asked_for, "eval_seq_len")
             provenance: dict[str, Any] = {**_UNKNOWN, "dataset": dataset, "split": "all"}
         else:
             default = held_out_split(dataset) or "all"

@@ -11,6 +11,7 @@ from typing import IO, Any
 
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from lightning_prune.errors import UserError
@@ -22,6 +23,7 @@ FILE_KINDS = (
 )
 _OPTIONS = "--data.dataset and --data.eval_datasets"
 JOINER = "\n\n"  # documents of a local file are joined by a blank line
+BATCH = 32  # rows of a table that are unpacked before they are counted
 SIZE_LIMIT = 1 << 32  # bytes and characters: far more than calibration reads, less than it takes to fill a machine
 
 
@@ -74,11 +76,28 @@ def _file(path: Path) -> str:
         with gzip.open(path, "rt", encoding="utf-8") as stream:
             return _json_lines(path, _bounded(path, stream))
     if name.endswith(".parquet"):
-        schema = pq.read_schema(path)
-        strings = {field.name for field in schema if _is_string(field.type)}
-        column = _text_column(path, schema.names, strings)
-        return _join(pq.read_table(path, columns=[column])[column].to_pylist())
+        return _table(path)
     raise UserError(f"{path} is of an unknown kind; {_OPTIONS} take a {FILE_KINDS}")
+
+
+def _table(path: Path) -> str:
+    schema = pq.read_schema(path)
+    column = _text_column(path, schema.names, {field.name for field in schema if _is_string(field.type)})
+    with pq.ParquetFile(path, read_dictionary=[column]) as file:  # repeated texts stay one until all are counted
+        left = SIZE_LIMIT
+        parts = []
+        for batch in file.iter_batches(batch_size=BATCH, columns=[column]):
+            part = batch.column(0)
+            lengths = pc.binary_length(part.dictionary).take(part.indices)
+            left -= (pc.sum(lengths).as_py() or 0) + len(JOINER) * len(part)
+            if left < 0:
+                raise _unpacks_to_more(path)
+            parts.append(part)
+    return _join(text for part in parts for text in part.to_pylist())
+
+
+def _unpacks_to_more(path: Path) -> UserError:
+    return UserError(f"{path} unpacks to more than {SIZE_LIMIT} characters, the most that is read; {_OPTIONS}")
 
 
 def _bounded(path: Path, stream: IO[str]) -> Iterator[str]:
@@ -87,7 +106,7 @@ def _bounded(path: Path, stream: IO[str]) -> Iterator[str]:
     while line := stream.readline(left):
         left -= len(line)
         if left <= 0:
-            raise UserError(f"{path} unpacks to more than {SIZE_LIMIT} characters, the most that is read; {_OPTIONS}")
+            raise _unpacks_to_more(path)
         yield line
 
 

@@ -58,7 +58,9 @@ def load_token_array(path: str) -> Tensor:
     return tokens
 
 
-def first_part(tokens: Tensor, path: str, num_samples: int | None, seq_len: int | None) -> Tensor:
+def first_part(
+    tokens: Tensor, path: str, num_samples: int | None, seq_len: int | None, length_option: str = "seq_len"
+) -> Tensor:
     """The first rows of an array and their first tokens.
 
     Args:
@@ -66,6 +68,7 @@ def first_part(tokens: Tensor, path: str, num_samples: int | None, seq_len: int 
         path: for the message.
         num_samples: rows wanted; None for all.
         seq_len: tokens wanted of each row; None for all.
+        length_option: the option that asks for them.
 
     Returns:
         int64 `[num_samples, seq_len]`.
@@ -74,7 +77,7 @@ def first_part(tokens: Tensor, path: str, num_samples: int | None, seq_len: int 
         UserError: more is wanted than is there.
     """
     rows, length = tokens.shape
-    for option, wanted, there in (("num_samples", num_samples, rows), ("seq_len", seq_len, length)):
+    for option, wanted, there in (("num_samples", num_samples, rows), (length_option, seq_len, length)):
         if wanted is not None and wanted > there:
             raise UserError(
                 f"--data.{option}: found {wanted}, but the token array {path} has {rows} rows of {length} tokens: "

@@ -16,6 +16,7 @@ from lightning_prune.errors import UserError
 from lightning_prune.methods.scores import Scores
 from lightning_prune.models.families import LayerAnatomy, anatomy, count_parameters
 from lightning_prune.models.layered import skeleton
+from lightning_prune.models.loading import check_model
 from lightning_prune.surgery.cut import layout_of
 from lightning_prune.surgery.model_card import model_card
 from lightning_prune.surgery.plan import LayerPlan, PruningPlan
@@ -165,6 +166,11 @@ class PruningMethod(LayeredModule):
         return [finding for _, finding in found if finding]
 
     # The life cycle, in the order Lightning calls it
+
+    def check_model(self) -> None:
+        """As in the base class; and the ratio can be reached."""
+        net = check_model(self.pretrained)
+        self.check_ratio(anatomy(net), count_parameters(net))
 
     def check_before_loading(self, config: Any) -> None:
         """Refuse what the shapes alone can tell; then tell the trainer how many epochs there will be."""

@@ -89,6 +89,21 @@ def load_config(pretrained: str) -> PretrainedConfig:
     return config
 
 
+def check_model(pretrained: str) -> PreTrainedModel:
+    """All that can be known of a model without reading a weight: config, generation config, names and shapes.
+
+    Returns:
+        The model on the meta device.
+
+    Raises:
+        UserError: as ``load_config``; or weights or a generation config that do not belong to it or are damaged.
+    """
+    model = meta_model(load_config(pretrained))
+    open_checkpoint(resolve(pretrained)).check_against(model)
+    generation_config(pretrained)  # it is copied to the pruned model in the end
+    return model
+
+
 def _check_sizes(config: PretrainedConfig, pretrained: str) -> None:
     """A size of 0 builds a model of nothing; per-layer sizes are held against the weights."""
     for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads"):
@@ -152,7 +167,9 @@ def generation_config(pretrained: str) -> GenerationConfig | None:
         name = "generation_config.json"
         if cached_file(path, name, _raise_exceptions_for_missing_entries=False) is None:
             return None
-        return GenerationConfig.from_pretrained(path)  # type: ignore[no-any-return]
+        found = GenerationConfig.from_pretrained(path)
+        found.get_generation_mode()  # compares values, so one of a wrong kind is found here and not in the first use
+        return found  # type: ignore[no-any-return]
 
 
 def load_tokenizer(pretrained: str) -> Any | None:

@@ -57,8 +57,9 @@ from lightning_prune.validation import parse_json, read_json
 
 ROOT_OPTION = "--trainer.default_root_dir"
 PRUNED = "pruned"
+REPORTS = "comparison"  # the name under which ``compare`` leaves reports below a root
 REQUIRED = (METRICS, "config.yaml", "scores.csv", "plan.json", "method.json", "calibration.json", "environment.json")
-LABEL = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+LABEL = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 CONFIG_LIMIT = 16 * 2**20  # bytes
 
 
@@ -73,12 +74,12 @@ def check_label(label: str, option: str = "--model.label") -> str:
     """``label`` if it may name a folder.
 
     Raises:
-        UserError: anything but letters, digits, ``.``, ``_`` and ``-``, or a leading ``.``.
+        UserError: anything but letters, digits, ``.``, ``_`` and ``-``, a leading ``.``, or more than 200 characters.
     """
     if not isinstance(label, str) or not LABEL.fullmatch(label):
         raise UserError(
-            f"{option}: found {label!r}; a name consists of letters, digits, '.', '_' and '-' and does not start "
-            "with '.', because a folder is called so."
+            f"{option}: found {str(label)[:200]!r}; a name consists of up to 200 letters, digits, '.', '_' and '-' and "
+            "does not start with '.', because a folder is called so."
         )
     return label
 
@@ -319,13 +320,14 @@ class RunFolder:
         def read(name: str, kind: Any) -> Any:
             return read_json(path / name, kind, option, hint)
 
-        raw = read("calibration.json", dict[str, Any])
+        reads_data = read("calibration.json", dict[str, Any]).get("dataset", "") is not None
+        calibration = read("calibration.json", Calibration if reads_data else NoCalibration)
         run = FinishedRun(
             path=path,
             metrics=read(METRICS, RunMetrics),
             environment=read("environment.json", Environment),
             details=read("method.json", MethodDetails),
-            calibration=None if raw.get("dataset", "") is None else read("calibration.json", Calibration),
+            calibration=calibration if reads_data else None,
             plan=PruningPlan.load(path / "plan.json", option),
             option=option,
         )

@@ -12,6 +12,7 @@ from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.errors import UserError
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.fingerprint import base_model_sha256
+from lightning_prune.models.loading import check_model
 from lightning_prune.runs.configuration import configuration_sha256
 from lightning_prune.runs.folder import RunFolder
 from lightning_prune.runs.settings import Settings
@@ -67,10 +68,11 @@ def plan_runs(settings: Settings) -> list[Planned]:
             data = shared.setdefault(json.dumps(options["data"], sort_keys=True), cli.datamodule)
             # The first system may read no data; the evaluation's check against the calibration text needs both.
             data.needs_calibration = True
-            data.setup("fit")
             method: PruningMethod = cli.model
             if method.pretrained not in weights:
+                check_model(method.pretrained)
                 weights[method.pretrained] = base_model_sha256(method.pretrained) or method.pretrained
+            data.setup("fit")
             init = options["model"]["init_args"]
             evaluation = {item.name: item.manifest["fingerprint"] for item in data.evaluation}
             calibration = data.calibration.manifest.fingerprint if method.needs_calibration else None

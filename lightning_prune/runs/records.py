@@ -4,8 +4,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Count = Annotated[int, Field(ge=0)]
-Seconds = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Seconds = Annotated[float, Field(ge=0, le=1e12)]
+PerplexityValue = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 # What a method costs: phases of ``seconds`` that belong to calibrating and pruning. Loading, tokenising, evaluating,
 
@@ -23,29 +25,35 @@ class _Open(BaseModel):
 class Parameters(_Record):
     """Unique elements (tied weights once)."""
 
-    dense: Annotated[int, Field(ge=1)]
+    dense: Annotated[Count, Field(ge=1)]
     pruned: Count
+
+    @model_validator(mode="after")
+    def _nothing_is_added(self) -> "Parameters":
+        if self.pruned > self.dense:
+            raise ValueError(f"pruned at most dense, {self.dense}")
+        return self
 
 
 class Ratio(_Record):
     """Shares of all parameters; ``requested`` is None where a number of layers was asked for."""
 
-    requested: float | None
-    achieved: float
+    requested: Share | None
+    achieved: Share
 
 
 class Perplexities(_Record):
     """On one evaluation set; None stands for a value that was not finite. ``tokens`` counts predicted tokens."""
 
-    dense: float | None
-    pruned: float | None
+    dense: PerplexityValue | None
+    pruned: PerplexityValue | None
     tokens: Count
 
 
 class Perplexity(_Record):
     """Of one model on one evaluation set, see ``Perplexities``."""
 
-    perplexity: float | None
+    perplexity: PerplexityValue | None
     tokens: Count
 
 
@@ -64,7 +72,7 @@ class EvaluationManifest(_Open):
     windows: Count
     predicted_tokens: Count
     fingerprint: str
-    unigram_perplexity: float | None = None
+    unigram_perplexity: PerplexityValue | None = None
 
 
 class System(_Open):

@@ -18,7 +18,7 @@ from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.fingerprint import base_model_sha256
 from lightning_prune.runs.configuration import configuration_sha256
 from lightning_prune.runs.environment import environment, peak_memory_bytes
-from lightning_prune.runs.folder import RunFolder
+from lightning_prune.runs.folder import RunFolder, check_label
 from lightning_prune.runs.numerics import numerical_advice
 from lightning_prune.runs.resume import Facts, facts_of, keep_dense, known_dense, unfinished_run, write_facts
 from lightning_prune.runs.summary import RunRecord, run_metrics
@@ -53,6 +53,8 @@ def prune_and_record(
         FloatingPointError: NaN or infinite values; says where, and what would help.
     """
     started = time.perf_counter()
+    check_label(method.label)
+    method.check_model()
     data.needs_calibration = method.needs_calibration
     again: Path | None = None
     if resume and trainer.is_global_zero:
@@ -113,6 +115,7 @@ def evaluate_and_record(
     Raises:
         UserError: a mistake in the input, or no evaluation set; nothing has been written then.
     """
+    model.check_model()
     with _claimed(trainer, "test", config) as folder, closing(model.progress):
         data.needs_calibration = False
         data.setup("test")

@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
+from lightning_prune.cli.config_files import check_file
 from lightning_prune.errors import UserError
-from lightning_prune.runs.folder import check_label
+from lightning_prune.runs.folder import REPORTS, check_label
 from lightning_prune.shipped_configs import config_file
 
 ALLOWED = ("pretrained", "ratios", "systems", "data", "trainer", "root")
@@ -62,6 +63,10 @@ def read_settings(
         raise UserError(f"--config: '{path}' lists no systems. Give systems: {{label: file of a method}}.")
     for label in found:
         check_label(label, f"--config: systems in '{path}'")
+        if label == REPORTS:
+            raise UserError(
+                f"--config: a system in '{path}' is called '{label}', as the folder of reports is. Rename it."
+            )
     labels = list(found) if systems is None else list(dict.fromkeys(systems))
     missing = [label for label in labels if label not in found]
     if missing:
@@ -69,9 +74,9 @@ def read_settings(
     shared: dict[str, dict[str, Any]] = {section: _section(file, section, path) for section in ("trainer", "data")}
     for name, value in (options or {}).items():
         section, _, option = name.partition(".")
-        _set(shared[section], option.split("."), yaml.safe_load(value))
-    folder = root or Path(file.get("root") or "logs")
-    model = {"pretrained": pretrained or file.get("pretrained") or "demo"}
+        _set(shared[section], option.split("."), _value(name, value))
+    folder = Path(_text(file, "root", path) or "logs") if root is None else root
+    model = {"pretrained": _text(file, "pretrained", path) or "demo" if pretrained is None else pretrained}
     # One bar for the whole experiment instead of one for every run.
     shared["trainer"] = {"enable_progress_bar": False} | shared["trainer"] | {"default_root_dir": str(folder)}
     return Settings(
@@ -89,10 +94,15 @@ def _system(
         given = {"config": given}
     if not isinstance(given, dict):
         raise UserError(f"--config: system '{label}' is {given!r}. Give the path of a method's file, or a mapping.")
+    _check_sections(given, f"--config: system '{label}'")
     overlay = {key: value for key, value in given.items() if key != "config"}
     option, own = f"systems.{label}", overlay
     if "config" in given:
-        own = _merge(_yaml(config_file(given["config"], folder, option), option), overlay)
+        if not isinstance(given["config"], str):
+            raise UserError(f"--config: {option}.config is {given['config']!r}. Give the path of a method's file.")
+        base = _yaml(config_file(given["config"], folder, option), option)
+        _check_sections(base, f"--config: {option}: '{given['config']}'")
+        own = _merge(base, overlay)
     if not isinstance(own.get("model"), dict) or "class_path" not in own["model"]:
         raise UserError(f"--config: system '{label}' has no model.class_path, so it is no method.")
     own["model"] = {"class_path": own["model"]["class_path"], "init_args": dict(own["model"].get("init_args") or {})}
@@ -100,6 +110,16 @@ def _system(
     found = _merge(shared, own)
     found["trainer"]["default_root_dir"] = shared["trainer"]["default_root_dir"]  # of the whole experiment
     return found
+
+
+def _check_sections(given: dict[str, Any], subject: str) -> None:
+    """Raise UserError where options are expected and something else stands."""
+    model = given.get("model")
+    sections = {name: given.get(name) for name in ("model", "data", "trainer")}
+    sections["model.init_args"] = model.get("init_args") if isinstance(model, dict) else None
+    for name, found in sections.items():
+        if not isinstance(found, dict | None):
+            raise UserError(f"{subject}: {name} is {found!r}. Give options as a mapping, such as {{seed: 0}}.")
 
 
 def _ratios(given: Any) -> list[float]:
@@ -121,7 +141,23 @@ def _section(file: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
     return deepcopy(found)
 
 
+def _text(file: dict[str, Any], name: str, path: Path) -> str | None:
+    found = file.get(name)
+    if not isinstance(found, str | None):
+        raise UserError(f"--config: '{name}' in '{path}' is {found!r}. Give a name or a path.")
+    return found
+
+
+def _value(name: str, text: str) -> Any:
+    """A value of the command line, which is written as in YAML."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--{name}: found {text!r}, which is not YAML ({' '.join(str(error).split())}).") from None
+
+
 def _yaml(path: Path, option: str) -> dict[str, Any]:
+    check_file(path, option)
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

@@ -71,6 +71,10 @@ def sweep_runs(parent: Path) -> None:
             continue
 
 
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
 def forget_findings(path: Path) -> None:
     """Remove what only a run that goes on needs."""
     shutil.rmtree(path / FINDINGS, ignore_errors=True)

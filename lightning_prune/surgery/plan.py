@@ -12,7 +12,8 @@ from lightning_prune.files import read_file, write_json
 from lightning_prune.validation import LIMIT, parse_json
 
 FORMAT = 1
-Index = Annotated[int, Field(ge=0)]
+Index = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class PruningPlan:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     method: str
-    pruning_ratio: float | None
-    achieved_ratio: float
+    pruning_ratio: Share | None
+    achieved_ratio: Share
     parameters: dict[str, Index]
     calibration_fingerprint: str | None
     base_model: str
@@ -77,9 +78,9 @@ class PruningPlan:
         """
         subject = f"{option}: '{path}'"
         raw = parse_json(read_file(path, LIMIT, option), Any, subject)  # type: ignore[arg-type]
-        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-            found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
-            raise UserError(f"{subject} has format {found!r}; this version reads format {FORMAT}.")
+        if not isinstance(raw, dict) or repr(raw.get("format")) != str(FORMAT):  # true is no 1
+            found = f"has format {raw.get('format')!r}" if isinstance(raw, dict) else "is no plan"
+            raise UserError(f"{subject} {found}; this version reads format {FORMAT}.")
         fields = {key: value for key, value in raw.items() if key not in ("format", "removed_layers")}
         plan = parse_json(to_json(fields), cls, subject)
         missing = sorted({"dense", "pruned"} - plan.parameters.keys())

@@ -14,7 +14,7 @@ from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.errors import UserError
 from lightning_prune.models.families import family_of
 from lightning_prune.models.layered import LayeredModel, Onload, open_layered
-from lightning_prune.models.loading import load_config
+from lightning_prune.models.loading import check_model, load_config
 from lightning_prune.models.placement import choose_onload
 from lightning_prune.progress import Progress
 from lightning_prune.statistics.perplexity import Perplexity
@@ -137,6 +137,14 @@ class LayeredModule(L.LightningModule):
         if stage == "test":
             self.progress.expect(self.evaluation_phase, self.evaluation_work(config.num_hidden_layers))
             self.datamodule.eval_batches_per_step = self._batches_per_step(config)
+
+    def check_model(self) -> None:
+        """Refuse a model that cannot be opened before any text is read for it.
+
+        Raises:
+            UserError: as ``models.loading.check_model``.
+        """
+        check_model(self.pretrained)
 
     def check_before_loading(self, config: Any) -> None:
         """Hook for further checks that need only the config."""

@@ -26,6 +26,8 @@ def build(tokenizer_folder: str, text_file: str, tmp_path: Path) -> Any:
         small = {"dataset": text_file, "num_samples": 11, "seq_len": 16, "eval_seq_len": 16, "eval_datasets": []}
         if str(options.get("dataset")).endswith(".npy"):  # 5 rows of 12: without a wish all of them are taken
             small |= {"num_samples": None, "seq_len": None}
+        if any(name.endswith(".npy") for name in options.get("eval_datasets") or []):
+            small |= {"eval_seq_len": None}
         return CalibrationDataModule(
             **{**small, "tokenizer": tokenizer_folder, "cache_dir": str(tmp_path / "cache"), **options}
         )
@@ -235,6 +237,22 @@ def test_more_than_a_token_array_holds_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=words):
         build(dataset=array_file, **asked).setup("fit")
+
+
+@pytest.mark.parametrize(("asked", "length"), [(None, 12), (12, 12), (4, 4)])
+def test_of_an_evaluation_array_the_length_that_is_asked_for_is_taken(
+    build: Any, array_file: str, asked: int | None, length: int
+) -> None:
+    data = build(eval_datasets=[array_file], eval_seq_len=asked)
+    data.setup("test")
+    (held_out,) = data.evaluation
+    assert torch.equal(held_out.tokens, torch.arange(60).view(5, 12)[:, :length])
+    assert (held_out.manifest["seq_len"], held_out.manifest["predicted_tokens"]) == (length, 5 * (length - 1))
+
+
+def test_longer_windows_than_an_evaluation_array_has_are_refused(build: Any, array_file: str) -> None:
+    with pytest.raises(UserError, match=r"--data\.eval_seq_len: found 13, .* 5 rows of 12 tokens: ask for at most 12"):
+        build(eval_datasets=[array_file], eval_seq_len=13).setup("test")
 
 
 def test_a_token_array_evaluates_without_any_tokenizer(

@@ -5,6 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import lightning_prune.comparison.report
+import lightning_prune.evaluation.efficiency
+import lightning_prune.runs.experiment  # noqa: F401  the imports take seconds and belong to no case
 from tests.hostile.harness import LIMIT, Bench
 from tests.tiny import make_tiny, tiny_tokens
 

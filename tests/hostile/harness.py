@@ -36,6 +36,15 @@ from lightning_prune.cli import main
 
 LIMIT = 20  # seconds; tests/hostile/conftest.py puts it on every test
 CONFIGS = Path(__file__).parents[2] / "configs"
+# What the commands that read a run folder are asked, where RUN in INPUTS is one.
+READERS = {
+    "decide": "--run INPUTS/run --trainer.default_root_dir ROOT --trainer.accelerator cpu",
+    "compare": "--runs INPUTS/run --root ROOT",
+    "apply": "--plan INPUTS/run/plan.json --model MODEL --output ROOT",
+    "evaluate": "--model INPUTS/run --output ROOT --efficiency --prompt-length 2 --decode-length 2 --repeats 1 "
+    "--batch-sizes 1",
+    "mend": "--model INPUTS/run/pruned",
+}
 # Each is a sign that an error of Python or of a library went to the user as it was.
 FOREIGN = (
     "Traceback",
@@ -96,13 +105,16 @@ class Bench:
     def argv(self, case: Case) -> list[str]:
         """The whole command line of a case."""
         hostile = shlex.split(case.arguments) if isinstance(case.arguments, str) else case.arguments
+        hostile = [*(self.base(case) if case.base else []), *hostile]
         words = {"MODEL": self.model, "ROOT": self.root, "INPUTS": self.inputs, "TOKENS": self.tokens}
         for word, path in words.items():
             hostile = [argument.replace(word, str(path)) for argument in hostile]
-        return [case.command, *(self.base(case) if case.base else []), *hostile]
+        return [case.command, *hostile]
 
     def base(self, case: Case) -> list[str]:
-        """Options under which ``fit`` and ``test`` work."""
+        """Options under which the command works."""
+        if case.command in READERS:
+            return READERS[case.command].split()
         options = ["--config", str(CONFIGS / f"{case.config}.yaml")] if case.command == "fit" else []
         options += ["--model.pretrained", str(self.model), "--trainer.default_root_dir", str(self.root)]
         options += ["--trainer.accelerator", "cpu", "--data.cache_dir", str(self.folder / "cache")]

@@ -32,9 +32,8 @@ def dataset(name: str, file: str, make: Make | str | bytes, says: str | tuple[st
     table = ARRAYS if file.endswith((".npy", ".safetensors")) else TEXTS
     small = "" if table is ARRAYS else " --data.num_samples 4 --data.seq_len 16"
     table[name] = Case(f"--data.dataset INPUTS/{file}{small}", status, says, prepare)
-    table[f"{name}, evaluated"] = Case(
-        f"--data.eval_datasets [INPUTS/{file}] --data.eval_seq_len 16", status, says, prepare
-    )
+    small = "" if table is ARRAYS else " --data.eval_seq_len 16"
+    table[f"{name}, evaluated"] = Case(f"--data.eval_datasets [INPUTS/{file}]{small}", status, says, prepare)
 
 
 def writing(file: str, make: Make | str | bytes) -> Make:
@@ -69,6 +68,14 @@ def parquet(**columns: list[Any]) -> Make:
 def cut_parquet(path: Path) -> None:
     parquet(text=[WORDS])(path)
     os.truncate(path, path.stat().st_size - 30)
+
+
+def unpacking(path: Path) -> None:
+    """A few hundred bytes that stand for 40 GB: one long text, and references to it."""
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * 20_000, pa.int32()), pa.array(["x" * 2_000_000]))
+    pq.write_table(
+        pa.table({"text": text}), path, compression="zstd", store_schema=False, dictionary_pagesize_limit=2**30
+    )
 
 
 def array(values: Any) -> Make:
@@ -144,6 +151,7 @@ dataset("table is text", "t.parquet", WORDS, "cannot read")
 dataset("table is empty", "t.parquet", "", "cannot read")
 dataset("table is cut", "t.parquet", cut_parquet, "cannot read")
 dataset("table is a pipe", "t.parquet", os.mkfifo, "named pipe")
+dataset("table unpacks to much", "t.parquet", unpacking, "unpacks to more than")
 dataset("table of numbers", "t.parquet", parquet(text=[1, 2]), "cannot tell which column")
 dataset("table of two texts", "t.parquet", parquet(a=["x"], b=["y"]), "cannot tell which column")
 dataset("table without rows", "t.parquet", lambda p: pq.write_table(pa.table({"text": pa.array([], pa.string())}), p))

@@ -4,6 +4,7 @@ import argparse
 import os
 from pathlib import Path
 
+from lightning_prune.cli.parser import PlainParser
 from lightning_prune.errors import UserError
 from lightning_prune.files import cannot_write, check_writable
 
@@ -69,7 +70,7 @@ def _check_output(output: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = PlainParser(
         prog="lightning-prune apply",
         description="Carry out a saved pruning plan on its base model. No calibration, no training data; the "
         "weights are byte for byte those of the run that made the plan.",

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from lightning_prune.cli.parser import PlainParser
 from lightning_prune.errors import UserError
 
 UNFAIR = 3
@@ -68,10 +69,12 @@ def _finished(folders: list[Path]) -> list[Path]:
     """The finished runs among ``folders``; says which are left out."""
     from lightning_prune.runs.folder import RunFolder
 
-    found = []
+    found: list[Path] = []
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"--runs: no folder at '{folder}'. Give run folders, such as logs/*/version_*.")
+        if any(folder.samefile(other) for other in found):
+            raise UserError(f"--runs: '{folder}' is given twice. Name it once.")
         if RunFolder(folder).is_pruning_run:
             found.append(folder)
         elif not (folder / "report.html").is_file():  # an earlier comparison below the same root
@@ -97,7 +100,7 @@ def _dotted(rest: list[str]) -> dict[str, str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = PlainParser(
         prog="lightning-prune compare",
         allow_abbrev=False,
         description="Compare pruning methods on one model, one calibration set and one evaluation. With --config, run "

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_prune.cli.parser import PlainParser
 from lightning_prune.errors import UserError
 from lightning_prune.runs.folder import FinishedRun, RunFolder, check_label
 
@@ -105,7 +106,7 @@ def _check_base_model(pretrained: str, run: FinishedRun) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = PlainParser(
         prog="lightning-prune decide",
         usage="lightning-prune decide --run FOLDER [--model.OPTION VALUE ...] [--data.eval_OPTION VALUE ...] "
         "[--trainer.OPTION VALUE ...]",

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_prune.cli.parser import PlainParser
 from lightning_prune.errors import UserError
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def _device(name: str) -> Any:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = PlainParser(
         prog="lightning-prune evaluate",
         description="Measure what a pruned model costs to run (--efficiency) and what it still knows (--zero-shot). "
         "Tables go to the terminal, efficiency.json and zero_shot.json to the run folder of the model. "

@@ -5,7 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lightning_prune.cli.parser import PlainParser
 from lightning_prune.errors import UserError
+from lightning_prune.files import read_file
+
+LIMIT = 10_000_000  # bytes of config.json and of the modeling file, which have a few thousand
 
 
 def main(argv: list[str]) -> int:
@@ -50,8 +54,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"--model: '{folder}' holds no config.json. Give the folder of a pruned checkpoint on this machine.{hint}"
         )
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        found = json.loads(read_file(file, LIMIT, "--model"))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--model: '{file}' cannot be read as JSON ({error}).") from None
     return found if isinstance(found, dict) else {}
 
@@ -82,11 +86,11 @@ def _refuse_foreign(folder: Path, config: dict[str, Any], modeling_file: str) ->
 
 
 def _bytes(file: Path) -> bytes | None:
-    return file.read_bytes() if file.is_file() else None
+    return read_file(file, LIMIT, "--model") if file.is_file() else None
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = PlainParser(
         prog="lightning-prune mend",
         description="Replace the modeling file of a pruned checkpoint, and what its config.json says of it, by those "
         "of this version. The weights stay as they are. Checkpoints written before the file learned to follow "

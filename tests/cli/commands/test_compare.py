@@ -43,7 +43,7 @@ def test_strict_refuses_runs_that_differ_and_names_the_fact(tmp_path: Path, caps
         (["--runs", "{empty}"], "none of these folders holds a finished pruning run"),
         (["--runs", "{empty}", "--ratios", "0.2"], "--ratios has no meaning with --runs"),
         (["--runs", "{empty}", "--data.seed", "1"], "--data.seed has no meaning with --runs"),
-        (["--config", "nowhere.yaml"], "--config: 'nowhere.yaml' cannot be read"),
+        (["--config", "nowhere.yaml"], "--config: cannot read 'nowhere.yaml'"),
         (["--config", "a.yaml", "--seed", "1"], "unrecognized argument '--seed'"),
         (["--config", "a.yaml", "--data.seed"], "--data.seed needs a value"),
     ],

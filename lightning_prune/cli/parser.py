@@ -1,0 +1,14 @@
+"""The parser of the commands that are not Lightning's."""
+
+import argparse
+from typing import NoReturn
+
+from lightning_prune.errors import UserError
+
+
+class PlainParser(argparse.ArgumentParser):
+    """Ends a mistake in one message, as every command does, instead of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
+        raise UserError(f"{message.removeprefix('argument ')}. See {self.prog} --help.")

@@ -1,0 +1,317 @@
+"""Run folders that are damaged, forged or mixed, for every command that reads one: refused, or not believed."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import lightning_prune
+from lightning_prune.cli import main
+from lightning_prune.errors import UserError
+from tests.hostile.harness import CONFIGS, Bench, Case
+
+Change = Callable[[Path], object]  # of a file, or of the run folder
+Status = int | tuple[int, ...]
+TEST = "test"  # reads the checkpoint only
+READERS = {
+    "metrics.json": ("decide", "compare"),
+    "environment.json": ("decide", "compare"),
+    "calibration.json": ("decide", "compare"),
+    "method.json": ("decide", "compare"),
+    "scores.csv": ("decide", "compare"),
+    "plan.json": ("decide", "compare", "apply"),
+    "config.yaml": ("decide",),
+    "pruned/config.json": ("evaluate", TEST, "mend", "load"),
+    "pruned/model.safetensors": ("evaluate", TEST, "load"),
+    "pruned/modeling_pruned.py": ("evaluate", TEST, "load", "mend"),
+}
+CASES: dict[str, tuple[str, Change, str, Status, str | tuple[str, ...]]] = {}  # command, change, file, status, says
+
+
+def damage(name: str, file: str, change: Change, says: str | tuple[str, ...] = "", **status: Status) -> None:
+    """A case for every command that reads ``file``: refused, unless ``status`` says otherwise of a command."""
+    for command in READERS[file]:
+        CASES[f"{command}: {file} {name}"] = (command, change, file, status.get(command, status.get("every", 2)), says)
+
+
+def field(file: str, where: str, value: Any, says: str | tuple[str, ...] = "", **status: Status) -> None:
+    """One value of a JSON file replaced; ``where`` is its path, such as ``layers.0.layer``."""
+    damage(f"{where} = {value!r:.30}", file, lambda path: edit(path, where, value), says, **status)
+
+
+def rows(name: str, change: Callable[[list[str]], list[str]], says: str = "", **status: Status) -> None:
+    """The lines of ``scores.csv``, without the header, changed."""
+
+    def run(path: Path) -> None:
+        header, *found = path.read_text().splitlines()
+        path.write_text("\n".join([header, *change(found)]) + "\n")
+
+    damage(name, "scores.csv", run, says, **status)
+
+
+def cell(column: str, value: Any, says: str = "", row: int = 3, **status: Status) -> None:
+    """One value of ``scores.csv`` replaced."""
+    at = COLUMNS.index(column)
+
+    def change(found: list[str]) -> list[str]:
+        values = found[row].split(",")
+        values[at] = str(value)
+        return [*found[:row], ",".join(values), *found[row + 1 :]]
+
+    rows(f"{column} = {value!r:.30}", change, says, **status)
+
+
+def edit(path: Path, where: str, value: Any) -> None:
+    content = json.loads(path.read_text())
+    *parents, last = [int(part) if part.isdigit() else part for part in where.split("/")]
+    inner = content
+    for part in parents:
+        inner = inner[part]
+    inner[last] = value
+    path.write_text(json.dumps(content))
+
+
+def without(path: Path, key: str) -> None:
+    content = json.loads(path.read_text())
+    del content[key]
+    path.write_text(json.dumps(content))
+
+
+def text(content: str | bytes) -> Change:
+    return lambda path: path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def instead(make: Change) -> Change:
+    def run(path: Path) -> None:
+        path.unlink()
+        make(path)
+
+    return run
+
+
+def cut(share: float) -> Change:
+    return lambda path: os.truncate(path, int(path.stat().st_size * share))
+
+
+def sparse(path: Path) -> None:
+    path.touch()
+    os.truncate(path, 10**12)
+
+
+def twice(path: Path) -> None:
+    """Every key given twice, the second time as null."""
+    content = path.read_text().rstrip()
+    path.write_text(content[:-1] + ", " + ", ".join(f"{json.dumps(key)}: null" for key in json.loads(content)) + "}")
+
+
+COLUMNS = ("layer", "block", "unit", "importance", "cost", "prior", "score", "pruned")
+JSON = tuple(file for file in READERS if file.endswith(".json"))
+IGNORED = {"evaluate": 0, TEST: 0, "load": 0}  # the package's own class is used, never the folder's code
+
+for file in READERS:
+    code = IGNORED if file.endswith(".py") else {}
+    mended = {**code, "mend": 0} if code else {}  # what is no file of somebody else's is written anew
+    damage("is missing", file, Path.unlink, **mended)
+    damage("is empty", file, text(""), **code)
+    damage("is a folder", file, instead(Path.mkdir), **code)
+    damage("is a pipe", file, instead(os.mkfifo), **mended)
+    damage("is a device", file, instead(lambda path: path.symlink_to("/dev/zero")), **mended)
+    damage("links to itself", file, instead(lambda path: path.symlink_to(path)), **mended)
+    damage("is huge", file, sparse, **code)
+    damage("is binary", file, text(bytes(range(256)) * 9), **code)
+    damage("is deep", file, text("[" * 100_000), **code)
+    damage("is cut early", file, cut(0.2), **code)
+    damage("is cut late", file, cut(0.97), **mended)
+for file in JSON:
+    damage("is null", file, text("null"))
+    damage("is a list", file, text("[]"))
+    damage("is a number", file, text("3"))
+    damage("is an empty object", file, text("{}"))
+    damage("holds a huge number", file, text('{"a": ' + "9" * 5000 + "}"))
+    damage("is Latin-1", file, text('{"a": "é"}'.encode("latin-1")))
+    damage("gives every key twice", file, twice)
+
+# Fields that this version reads, each with a value of a kind it cannot be.
+TYPED = {
+    "metrics.json": "perplexity perplexity/tokens.npy perplexity/tokens.npy/dense perplexity/tokens.npy/tokens "
+    "evaluation evaluation/tokens.npy/seq_len evaluation/tokens.npy/fingerprint parameters parameters/dense "
+    "pruning_ratio/requested pruning_ratio/achieved seconds seconds/total peak_memory_bytes method method/label "
+    "method/base_model method/base_model_sha256 method/scores_reused method/measured_seconds configuration_sha256",
+    "environment.json": "python packages packages/torch platform cpu cpu/name cpu/cores memory_bytes gpus device "
+    "command",
+    "calibration.json": "dataset split revision sampling stride seed num_samples seq_len fingerprint",
+    "method.json": "method label measured_by prior",
+    "plan.json": "format method pruning_ratio achieved_ratio parameters parameters/dense calibration_fingerprint "
+    "base_model layers layers/0 layers/1/layer layers/1/kept_kv_heads layers/1/kept_channels dtype weights_updated",
+}
+for file, names in TYPED.items():
+    for name in names.split():
+        field(file, name, [[None]])
+for name in ("tokens", "dense", "pruned"):
+    field("metrics.json", f"perplexity/tokens.npy/{name}", -1, f"{name} is -1")
+    field("metrics.json", f"perplexity/tokens.npy/{name}", float("inf"))
+for value in (-1, 0, -1e308):
+    field("metrics.json", "evaluation/tokens.npy/unigram_perplexity", value, "unigram_perplexity")
+for value in (-1, 1e308, 2, float("nan")):
+    field("metrics.json", "pruning_ratio/achieved", value)
+    field("plan.json", "achieved_ratio", value)
+for value in (-1, 10**18, 10**30, 10**400, 1.5, None, 0):
+    field("metrics.json", "parameters/dense", value)
+    field("plan.json", "parameters/dense", value)
+for value in (10**30, 10**400, -1, 1.0, "1"):
+    field("metrics.json", "peak_memory_bytes", value, "peak_memory_bytes")
+    field("environment.json", "memory_bytes", value, "memory_bytes")
+    field("calibration.json", "num_samples", value, "num_samples")
+field("metrics.json", "seconds/total", 1e308, "seconds.total")
+field("metrics.json", "method/label", "../../evil", compare=0, decide=0)  # only shown; the name is in config.yaml
+field("metrics.json", "method/base_model", "<script>\x1b[2J\n|", compare=0, decide=0)
+field("metrics.json", "more", {"a": [1]}, compare=0, decide=0)
+field("metrics.json", "method/base_model_sha256", "0" * 64, "have changed", compare=0)
+field("environment.json", "more", "x" * 10**5, compare=0, decide=0)
+field("calibration.json", "sampling", "magic", "sampling is 'magic'")
+field("calibration.json", "dataset", None, "is not known")
+field("method.json", "more", [[]], compare=0, decide=0)
+field("plan.json", "more", 1, "more is not known")
+field("plan.json", "format", 2, "has format 2")
+field("plan.json", "format", True, "has format True")
+field("plan.json", "weights_updated", True, "changed the weights", compare=0, decide=0)
+field("plan.json", "dtype", "float3", "dtype 'float3'", compare=0, decide=0)
+field("plan.json", "dtype", "load", "dtype 'load'", compare=0, decide=0)
+field("plan.json", "layers", [])
+field("plan.json", "layers/1/layer", 0)
+field("plan.json", "layers/1/layer", 10**9)
+field("plan.json", "layers/3/layer", 4)
+for value in ([0, 0], [1, 0], [-1], [2], [10**9], [10**30], list(range(10**5))):
+    field("plan.json", "layers/1/kept_kv_heads", value)
+for value in ([0, 0], [5, 4], [40], [0.0], ["0"]):
+    field("plan.json", "layers/1/kept_channels", value)
+damage(
+    "lists its layers twice", "plan.json", lambda path: edit(path, "layers", json.loads(path.read_text())["layers"] * 2)
+)
+damage(
+    "lists its layers backwards",
+    "plan.json",
+    lambda path: edit(path, "layers", json.loads(path.read_text())["layers"][::-1]),
+)
+damage("lacks a layer", "plan.json", lambda path: edit(path, "layers", json.loads(path.read_text())["layers"][1:]))
+damage(
+    "keeps nothing",
+    "plan.json",
+    lambda path: edit(path, "layers", [{"layer": n, "kept_kv_heads": [], "kept_channels": []} for n in range(4)]),
+)
+for file in ("metrics.json", "scores.csv", "plan.json"):
+    damage("is another run's", file, lambda path: shutil.copy(path.parents[1] / "other" / path.name, path), apply=0)
+for name in ("evaluation", "parameters", "method", "seconds", "perplexity"):
+    damage(f"lacks {name}", "metrics.json", lambda path, name=name: without(path, name), f"{name}")
+
+cell("layer", 10**9, "layer is 1000000000")
+cell("layer", -1, "layer is -1")
+cell("layer", 1)
+cell("layer", "x")
+cell("layer", "")
+cell("layer", 1.5)
+cell("layer", 10**30)
+cell("block", "layer")
+cell("block", "head", "block is head")
+cell("block", "")
+cell("unit", -1, "unit is -1")
+cell("unit", 0)
+cell("unit", 10**9)
+for column in ("importance", "prior", "score"):
+    for value in ("nan", "inf", "-inf", "", "x", "1e999"):
+        cell(column, value)
+for value in (0, -1, "nan", 1.5, 10**30, ""):
+    cell("cost", value)
+for value in (2, -1, "", "true", "nan"):
+    cell("pruned", value)
+cell("cost", 1, "cost is 1, the model's is", compare=0)  # which knows no model
+rows("has a row less", lambda found: found[:-1])
+rows("has no first row", lambda found: found[1:])
+rows("has one row", lambda found: found[:1])
+rows("has no rows", lambda found: [], "no rows")
+rows("has a row twice", lambda found: [*found, found[5]])
+rows("has all rows twice", lambda found: found * 2)
+rows("is in another order", lambda found: found[::-1], decide=0, compare=0)
+rows("has a longer row", lambda found: [*found[:-1], found[-1] + ",1"])
+rows("has a shorter row", lambda found: [*found[:-1], found[-1].rpartition(",")[0]])
+rows("has a blank row", lambda found: [*found[:5], "", *found[5:]], decide=0, compare=0)
+rows("prunes all", lambda found: [row.rpartition(",")[0] + ",1" for row in found])
+rows("prunes nothing", lambda found: [row.rpartition(",")[0] + ",0" for row in found])
+rows("lacks a layer", lambda found: [row for row in found if not row.startswith("1,")])
+rows(
+    "has one layer more", lambda found: [*found, *(row.replace("3,", "4,", 1) for row in found if row.startswith("3,"))]
+)
+damage("has no header", "scores.csv", lambda path: path.write_text(path.read_text().partition("\n")[2]))
+damage("has another header", "scores.csv", lambda path: path.write_text(path.read_text().replace("unit", "untie", 1)))
+damage("has a column twice", "scores.csv", lambda path: path.write_text(path.read_text().replace("prior", "score", 1)))
+damage(
+    "is quoted",
+    "scores.csv",
+    lambda path: path.write_text(path.read_text().replace("mlp", '"mlp"')),
+    decide=0,
+    compare=0,
+)
+damage("ends in no line break", "scores.csv", lambda path: path.write_text(path.read_text().rstrip()))
+damage("has NUL characters", "scores.csv", lambda path: path.write_text(path.read_text() + "\0" * 99 + "\n"))
+damage(
+    "has a line of a million characters",
+    "scores.csv",
+    lambda path: path.write_text(path.read_text() + "9" * 10**6 + "\n"),
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, hostile_model: Path, hostile_tokens: Path) -> Path:
+    """Two finished runs of one model, ``run`` and ``other``, which no case may change."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, ratio in (("run", "0.3"), ("other", "0.4")):
+        arguments = ["fit", "--config", str(CONFIGS / "wanda.yaml"), "--model.pretrained", str(hostile_model)]
+        arguments += ["--trainer.default_root_dir", str(folder / "root"), "--trainer.accelerator", "cpu"]
+        arguments += ["--data.dataset", str(hostile_tokens), "--data.eval_datasets", f"[{hostile_tokens}]"]
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            assert main([*arguments, "--model.pruning_ratio", ratio, "--trainer.logger", "false"]) == 0
+        (made,) = (folder / "root").glob("*/version_*")
+        made.rename(folder / name)
+    return folder
+
+
+@pytest.fixture
+def copied(bench: Bench, runs: Path) -> Iterator[Bench]:
+    """With copies of both runs in ``INPUTS``; what is refused or read may not change there."""
+    shutil.copytree(runs, bench.inputs, dirs_exist_ok=True)
+    return bench
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size < 10**7]
+    return {str(path): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_run_folder(name: str, copied: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    command, change, file, status, says = CASES[name]
+    monkeypatch.chdir(copied.inputs)
+    change(copied.inputs / "run" / file)
+    before = contents(copied.inputs)
+    if command == "load":
+        check_load(copied.inputs / "run/pruned", status)
+    else:
+        arguments = "--model.pretrained INPUTS/run/pruned" if command == TEST else ""
+        copied.check(Case(arguments, status, says, command=command))
+    if (command, status) != ("mend", 0):
+        assert contents(copied.inputs) == before
+
+
+def check_load(folder: Path, status: Status) -> None:
+    try:
+        lightning_prune.load(folder)
+    except UserError:
+        assert status != 0
+    else:
+        assert status != 2
