@@ -80,6 +80,7 @@ class SlimGPTPass(BlockPass):
         try:
             xtx = gram.matrix()
             samples = max(1, int(gram.tokens) // self.setting.seq_len)
+            gram.give_up()
             del gram
             dtype = choose_dtype(len(xtx), free_bytes(xtx.device))
             hessian = inverse_hessian(xtx, samples, self.damping, dtype)
