@@ -99,16 +99,18 @@ def dry_run(
     shapes: Shapes,
     load: Workload,
     layers: int,
+    free: int,
     context: Callable[[], AbstractContextManager[object]],
 ) -> DryRun:
     """Run evaluation, passes and cut of ``method`` on the first ``layers`` layers of the model.
 
-    ``method`` has seen the config (``check_before_loading``).
+    ``method`` has seen the config (``check_before_loading``). ``free``: bytes that the whole model leaves where layers
+    run, before anything was loaded; SlimGPT's solver chooses its precision by it.
     """
     config = shortened(shapes.config, layers)
     plan = _nearly_everything(config)
     net, short = skeleton(config), skeleton(pruned_config(config, plan))
-    ledger = Ledger(frozenset({"file", "store", "next", "finding"} if shapes.gpu else {"file", "store"}))
+    ledger = Ledger(frozenset({"file", "store", "next", "finding"} if shapes.gpu else {"file", "store"}), shapes.gpu)
     run = DryRun(layers, {}, 0, 0, 0, 0)
     with torch.random.fork_rng(devices=[]), ledger:
         source = DrySource(ledger, net, shapes)
@@ -120,13 +122,15 @@ def dry_run(
         books = Books(ledger, run)
         if load.eval_windows != 0:
             _evaluate(model, shapes, load, books)
-        ledger.flops, model.evaluations, model.bytes_read = 0, 0, 0
+        ledger.flops, model.evaluations = 0, 0
+        read = model.bytes_read if shapes.onload == "layer" else 0
         findings = DryFindings(books)
-        walk = _calibrate(method, model, load, books, findings, context)
+        walk = _calibrate(method, model, load, books, findings, free, context)
         run.evaluations, run.flops = _scaled(model.evaluations, load), _scaled(ledger.flops, load)
-        run.bytes_read, run.disk = model.bytes_read, findings.disk
+        run.bytes_read, run.disk = model.bytes_read - read, findings.disk
         model.close()
         del model
+        source.gpu = False
         _save(shapes, config, plan, short, source, walk, books)
     return run
 
@@ -138,6 +142,11 @@ class Books:
         self.ledger, self.run = ledger, run
         self.stores: Counter[int] = Counter()
         self.most_stores: Counter[int] = Counter()
+
+    @property
+    def held(self) -> int:
+        """Bytes alive now where layers run."""
+        return sum(size for kind, size in self.ledger.live.items() if kind not in self.ledger.aside)
 
     def store(self, size: int, change: int) -> None:
         """A residual store comes (1) or goes (−1)."""
@@ -313,6 +322,7 @@ def _calibrate(
     load: Workload,
     books: Books,
     findings: Findings,
+    free: int,
     context: Callable[[], AbstractContextManager[object]],
 ) -> Walk:
     fed = min(load.samples, BATCHES * load.batch_size)
@@ -327,7 +337,9 @@ def _calibrate(
         books=books,
         fed=fed,
     )
-    walk = Walk([_short(one, model.num_layers) for one in method.passes()], setting, findings)
+    walk = Walk(
+        [_short(one, model.num_layers, lambda: free - books.held) for one in method.passes()], setting, findings
+    )
     tokens, index = torch.zeros(fed, load.seq_len, dtype=torch.int64), torch.arange(fed)
     batches = [Batch(tokens[rows], torch.ones(fed)[rows], index[rows], rows) for rows in setting.batches()]
     for number, (one, step) in enumerate(walk.steps):
@@ -345,9 +357,10 @@ def _calibrate(
     return walk
 
 
-def _short(one: Pass, layers: int) -> Pass:
+def _short(one: Pass, layers: int, free: Callable[[], int]) -> Pass:
     if isinstance(one, SlimGPTPass):  # the layers that lose most take the largest rounds
         one.counts = sorted(one.counts)[-layers:]
+        one.free_bytes = lambda device: free()  # type: ignore[method-assign, assignment]
     return one
 
 
@@ -359,9 +372,7 @@ def _nearly_everything(config: Any) -> PruningPlan:
     return PruningPlan("dry run", None, 0.0, {"dense": 0, "pruned": 0}, None, "", kept)
 
 
-def _save(
-    shapes: Shapes, config: Any, plan: PruningPlan, short: Any, source: Source, walk: Walk, books: Books
-) -> None:
+def _save(shapes: Shapes, config: Any, plan: PruningPlan, short: Any, source: Source, walk: Walk, books: Books) -> None:
     reader = InlineReader(books.ledger, PrunedSource(source, config, plan, walk.weights_of), False)
     pruned = LayeredModel(short, reader, shapes.saved, torch.device("cpu"), "layer")
     books.page("save", lambda: write_weights(pruned, Path(), lambda layer: None, DryShards))

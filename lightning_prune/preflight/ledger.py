@@ -34,9 +34,10 @@ class Ledger(TorchDispatchMode):
         flops: floating point operations of matrix products and attention so far.
     """
 
-    def __init__(self, aside: frozenset[Kind] = frozenset({"file"})) -> None:
+    def __init__(self, aside: frozenset[Kind] = frozenset({"file"}), gpu: bool = False) -> None:
         super().__init__()
         self.aside = aside
+        self.gpu = gpu  # whose libraries factorise and sort out of place
         self.kind: Kind = "work"
         self.live: Counter[Kind] = Counter()
         self.peak: Counter[Kind] = Counter()
@@ -113,7 +114,10 @@ class Ledger(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._book(tensor)
+        scratch = args[0].nbytes if self.gpu and func._overloadpacket in _OUT_OF_PLACE else 0
+        self.live["work"] += scratch
         self._look()
+        self.live["work"] -= scratch
         return result
 
     def _values(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -166,6 +170,7 @@ aten = torch.ops.aten
 _DATA_DEPENDENT = {aten.nonzero.default, aten.index.Tensor, aten.masked_select.default, aten.equal.default}
 _CHECKS = {aten.all.default: True, aten.any.default: False}
 _FACTORIES = {aten.arange, aten.zeros, aten.ones, aten.full, aten.scalar_tensor}
+_OUT_OF_PLACE = {aten.linalg_cholesky_ex, aten.cholesky_inverse, aten.sort, aten.argsort}
 _RANKINGS = {aten.sort, aten.argsort}
 _SOLVERS = {aten.linalg_cholesky_ex, aten.cholesky_inverse, aten.linalg_solve_triangular, aten.mm, aten.addmm_}
 
