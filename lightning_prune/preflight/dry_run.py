@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.slimgpt import SlimGPTPass
+from lightning_prune.methods.slimgpt_math import choose_dtype
+from lightning_prune.models.families import LayerAnatomy
 from lightning_prune.models.layered import LayeredModel, Onload, skeleton
 from lightning_prune.models.sources import Prefetching, Source
 from lightning_prune.preflight.ledger import Ledger
@@ -31,7 +33,7 @@ from lightning_prune.surgery.pruned import PrunedSource
 from lightning_prune.surgery.write import write_weights
 from lightning_prune.walk.findings import Findings
 from lightning_prune.walk.module import STEP_BYTES, LayeredModule
-from lightning_prune.walk.passes import WEIGHT, Batch, Finding, Pass, Setting
+from lightning_prune.walk.passes import WEIGHT, Batch, Finding, Setting
 from lightning_prune.walk.residuals import ResidualStore
 from lightning_prune.walk.walk import Walk
 
@@ -101,6 +103,7 @@ def dry_run(
     layers: int,
     free: int,
     context: Callable[[], AbstractContextManager[object]],
+    solves: "Solves",
 ) -> DryRun:
     """Run evaluation, passes and cut of ``method`` on the first ``layers`` layers of the model.
 
@@ -125,7 +128,7 @@ def dry_run(
         ledger.flops, model.evaluations = 0, 0
         read = model.bytes_read if shapes.onload == "layer" else 0
         findings = DryFindings(books)
-        walk = _calibrate(method, model, load, books, findings, free, context)
+        walk = _calibrate(method, model, load, books, findings, free, context, solves)
         run.evaluations, run.flops = _scaled(model.evaluations, load), _scaled(ledger.flops, load)
         run.bytes_read, run.disk = model.bytes_read - read, findings.disk
         model.close()
@@ -274,6 +277,41 @@ class DryFindings(Findings):
             }
 
 
+class Solves:
+    """SlimGPT's solver, run once per kind of block: for large matrices it is thousands of operations.
+
+    The block that loses most decides, since it takes the largest rounds; where the solver would run again, only what it
+    held is booked.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, torch.dtype], tuple[int, dict[str, tuple[torch.Size, torch.dtype]]]] = {}
+
+    def apply(self, one: SlimGPTPass, books: Books, free: int) -> None:
+        """Let the pass solve as described, on a device with ``free`` bytes for everything."""
+        conclude, ledger = one.conclude, books.ledger
+        one.counts = [max(one.counts)] * len(one.counts)
+        one.free_bytes = lambda device: free - books.held  # type: ignore[method-assign, assignment]
+
+        def once(view: LayerAnatomy, role: str) -> Finding:
+            before = books.held
+            key = (role, choose_dtype(view.linears[role].in_features, free - before))
+            if key not in self._known:
+                outside, ledger.peak = ledger.peak, Counter(ledger.live)
+                found = conclude(view, role)
+                inside = sum(size for kind, size in ledger.peak.items() if kind not in ledger.aside)
+                self._known[key] = inside - before, {name: (one.shape, one.dtype) for name, one in found.items()}
+                ledger.peak = max(outside, ledger.peak, key=ledger.total)
+                return found
+            held, shapes = self._known[key]
+            scratch = torch.empty(max(0, held), dtype=torch.uint8)
+            del scratch
+            one.gram.give_up()
+            return {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+
+        one.conclude = once  # type: ignore[method-assign]
+
+
 class DryShards:
     """Takes tensors as a checkpoint's shards do, and writes nothing."""
 
@@ -324,6 +362,7 @@ def _calibrate(
     findings: Findings,
     free: int,
     context: Callable[[], AbstractContextManager[object]],
+    solves: "Solves",
 ) -> Walk:
     fed = min(load.samples, BATCHES * load.batch_size)
     setting = DrySetting(
@@ -337,13 +376,16 @@ def _calibrate(
         books=books,
         fed=fed,
     )
-    walk = Walk(
-        [_short(one, model.num_layers, lambda: free - books.held) for one in method.passes()], setting, findings
-    )
+    passes = method.passes()
+    for one in passes:
+        if isinstance(one, SlimGPTPass):
+            solves.apply(one, books, free)
+    walk = Walk(passes, setting, findings)
     tokens, index = torch.zeros(fed, load.seq_len, dtype=torch.int64), torch.arange(fed)
     batches = [Batch(tokens[rows], torch.ones(fed)[rows], index[rows], rows) for rows in setting.batches()]
     for number, (one, step) in enumerate(walk.steps):
-        where = ", last layer" if step.layer + 1 == model.num_layers else ""
+        last = step.layer + 1 == model.num_layers
+        where = ", last layer" if last else ", first layer" if step.layer == 0 else ""
 
         def work(number: int = number, reads: bool = one.reads) -> None:
             walk.start(number)
@@ -355,13 +397,6 @@ def _calibrate(
         books.page(f"{one.name}, {step.phase}{where}", work)
     walk.close()
     return walk
-
-
-def _short(one: Pass, layers: int, free: Callable[[], int]) -> Pass:
-    if isinstance(one, SlimGPTPass):  # the layers that lose most take the largest rounds
-        one.counts = sorted(one.counts)[-layers:]
-        one.free_bytes = lambda device: free()  # type: ignore[method-assign, assignment]
-    return one
 
 
 def _nearly_everything(config: Any) -> PruningPlan:

@@ -12,10 +12,10 @@ from lightning_prune.errors import UserError
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.hgsp import HGSP
 from lightning_prune.methods.slimgpt import SlimGPT
-from lightning_prune.preflight.dry_run import DryRun, PhaseUse, Shapes, Workload, dry_run
+from lightning_prune.preflight.dry_run import DryRun, PhaseUse, Shapes, Solves, Workload, dry_run
 from lightning_prune.walk.residuals import SHARE
 
-# What no tensor shows: on a GPU the context, kernels and cuBLAS workspaces; on the host heaps, threads, packed operands.
+# What no tensor shows. GPU: context, kernels, cuBLAS workspaces; host: heaps, threads, packed operands.
 DEVICE_OVERHEAD = 700 * 2**20
 HOST_OVERHEAD = 60 * 2**20
 
@@ -68,6 +68,7 @@ def estimate(
     limits: Memory,
     held: int,
     context: Callable[[], AbstractContextManager[object]],
+    solves: Solves,
 ) -> Estimate:
     """What ``method`` takes on a model of ``shapes``.
 
@@ -77,6 +78,7 @@ def estimate(
         limits: free memory before the run.
         held: anonymous bytes of this process so far.
         context: of the trainer's precision.
+        solves: SlimGPT's solver runs once per kind of block; share it between estimates of one model.
     """
     layers = shapes.config.num_hidden_layers
     free = limits.host if limits.device is None else limits.device - DEVICE_OVERHEAD
@@ -84,8 +86,8 @@ def estimate(
         free -= method.dense_parameters * shapes.dtype.itemsize  # of which the dry run holds a few layers only
     quadratic = isinstance(method, HGSP) and method.temperature > 0
     runs = [
-        dry_run(method, shapes, load, short, free, context)
-        for short in sorted({min(short, layers) for short in ((2, 3, 4) if quadratic else (2, 3))})
+        dry_run(method, shapes, load, short, free, context, solves)
+        for short in sorted({min(short, layers) for short in ((2, 3, 4) if quadratic else (3, 4))})
     ]
     peaks = []
     for phase in runs[-1].phases:

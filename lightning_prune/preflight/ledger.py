@@ -150,10 +150,11 @@ class Ledger(TorchDispatchMode):
     def _look(self) -> None:
         for kind in self.aside:
             self.most[kind] = max(self.most[kind], self.live[kind])
-        if self._total(self.live) > self._total(self.peak):
+        if self.total(self.live) > self.total(self.peak):
             self.peak = Counter(self.live)
 
-    def _total(self, counter: Counter[Kind]) -> int:
+    def total(self, counter: Counter[Kind]) -> int:
+        """Bytes of all kinds but those aside."""
         return sum(size for kind, size in counter.items() if kind not in self.aside)
 
 

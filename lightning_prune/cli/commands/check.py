@@ -15,7 +15,7 @@ from lightning_prune.errors import UserError
 from lightning_prune.memory import anonymous_bytes, free_bytes, free_host_bytes
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.loading import config_alone
-from lightning_prune.preflight.dry_run import Shapes, Workload
+from lightning_prune.preflight.dry_run import Shapes, Solves, Workload
 from lightning_prune.preflight.estimate import Estimate, Memory, advice, estimate, largest_ratio
 from lightning_prune.surgery.pruned import stored_dtype
 
@@ -44,9 +44,11 @@ def main(argv: list[str]) -> int:
         found: AbstractContextManager[object] = trainer.precision_plugin.forward_context()
         return found
 
-    held = anonymous_bytes()
+    held, solves = anonymous_bytes(), Solves()
     found = [
-        estimate(method, Shapes(config, stored, method.load_dtype, saved, gpu, onload), load, limits, held, context)
+        estimate(
+            method, Shapes(config, stored, method.load_dtype, saved, gpu, onload), load, limits, held, context, solves
+        )
         for onload in ("layer", "model")
     ]
     if own["json"]:
