@@ -157,7 +157,7 @@ class Books:
         if _bytes(self.stores) > _bytes(self.most_stores):
             self.most_stores = Counter(self.stores)
 
-    def page(self, phase: str, work: Callable[[], None]) -> None:
+    def page(self, phase: str, work: Callable[[], object]) -> None:
         """Do ``work`` and note what it held under ``phase``."""
         self.ledger.start_peak()
         self.most_stores = Counter(self.stores)

@@ -35,7 +35,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self, aside: frozenset[Kind] = frozenset({"file"}), gpu: bool = False) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.aside = aside
         self.gpu = gpu  # whose libraries factorise and sort out of place
         self.kind: Kind = "work"
@@ -76,12 +76,12 @@ class Ledger(TorchDispatchMode):
         self.peak, self.most = Counter(self.live), Counter(self.live)
 
     def __enter__(self) -> Any:
-        self._copies.__enter__()
-        return super().__enter__()
+        self._copies.__enter__()  # type: ignore[no-untyped-call]
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._copies.__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._copies.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """One operation."""

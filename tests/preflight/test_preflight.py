@@ -116,7 +116,8 @@ def test_check_needs_a_config_alone_and_says_what_fits(tmp_path: Path, capsys: p
     assert main(words) == 0
     layer, model = json.loads(capsys.readouterr().out)
     assert (layer["onload"], model["onload"]) == ("layer", "model")
-    assert layer["fits"] and model["fits"]
+    assert layer["fits"]
+    assert model["fits"]
     assert 0 < layer["device_bytes"] <= model["device_bytes"]
     words[-1] = "1MiB"
     assert main(words) == 1
