@@ -9,7 +9,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.methods import slimgpt_math
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.slimgpt import SlimGPTPass
 from lightning_prune.methods.slimgpt_math import choose_dtype
@@ -298,7 +299,8 @@ class Solves:
             key = (role, choose_dtype(view.linears[role].in_features, free - before))
             if key not in self._known:
                 outside, ledger.peak = ledger.peak, Counter(ledger.live)
-                found = conclude(view, role)
+                with _coarse_chunks(view.linears[role].in_features):
+                    found = conclude(view, role)
                 inside = sum(size for kind, size in ledger.peak.items() if kind not in ledger.aside)
                 self._known[key] = inside - before, {name: (one.shape, one.dtype) for name, one in found.items()}
                 ledger.peak = max(outside, ledger.peak, key=ledger.total)
@@ -397,6 +399,17 @@ def _calibrate(
         books.page(f"{one.name}, {step.phase}{where}", work)
     walk.close()
     return walk
+
+
+@contextmanager
+def _coarse_chunks(n: int) -> Iterator[None]:
+    """Temporaries of at most 1/64 of an n × n matrix instead of 16 MB: a sixth of the operations, and 2 % too much."""
+    before = slimgpt_math.CHUNK
+    slimgpt_math.CHUNK = max(before, n * n // 64)
+    try:
+        yield
+    finally:
+        slimgpt_math.CHUNK = before
 
 
 def _nearly_everything(config: Any) -> PruningPlan:
