@@ -126,7 +126,7 @@ class PruneCLI(LightningCLI):
         gradient synchronisation where several processes run.
 
         Raises:
-            UserError: a trainer that cannot be, or one that would not read the whole sets.
+            UserError: a trainer that cannot be, one that would not read the whole sets, or 16-mixed on the CPU.
         """
         options = dict(self._get(self.config_init, "trainer"))
         check_fixed(options)
@@ -140,7 +140,8 @@ class PruneCLI(LightningCLI):
             root = options["default_root_dir"] or DEFAULT_ROOT
             kwargs["logger"] = TensorBoardLogger(root, name=label, default_hp_metric=False)
         kwargs["devices"] = cpu_processes(options["accelerator"], options["devices"])
-        return trainer_for_calibration(lambda strategy: self._trainer(kwargs, strategy))
+        trainer = trainer_for_calibration(lambda strategy: self._trainer(kwargs, strategy))
+        return self._checked(trainer, options["precision"])
 
     def _trainer(self, kwargs: dict[str, Any], strategy: Strategy | None) -> Any:
         chosen = kwargs if strategy is None else kwargs | {"strategy": strategy}
@@ -148,6 +149,15 @@ class PruneCLI(LightningCLI):
             return super().instantiate_trainer(**chosen)
         except (MisconfigurationException, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(f"--trainer: {error}") from error
+
+    def _checked(self, trainer: Any, wish: Any) -> Any:
+        """The trainer, unless Lightning silently took another precision than the one that was asked for."""
+        if str(wish) in ("16", "16-mixed") and str(trainer.precision) != "16-mixed":
+            raise UserError(
+                f"--trainer.precision: found {wish}, which Lightning runs on GPUs only; this run is on the CPU. "
+                "Allowed there: 32-true, bf16-true, 16-true, bf16-mixed, 64-true."
+            )
+        return trainer
 
     @property
     def resolved_config(self) -> str:

@@ -1,9 +1,12 @@
 """One finished run as the comparison sees it. Reads files only: no torch, no Lightning."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from lightning_prune.errors import UserError
 from lightning_prune.runs.folder import RunFolder
 from lightning_prune.runs.records import as_dict
 from lightning_prune.runs.score_table import ScoreTable
@@ -21,6 +24,7 @@ class Run:
     environment: dict[str, Any]
     details: dict[str, Any]
     units: ScoreTable
+    options: dict[str, Any] = field(default_factory=dict)  # the method's, as in config.yaml
 
     @property
     def requested(self) -> float:
@@ -132,4 +136,16 @@ def load_run(folder: Path) -> Run:
         environment=as_dict(run.environment),
         details=as_dict(run.details),
         units=run.scores,
+        options=_options(folder),
     )
+
+
+def _options(folder: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(RunFolder.read_config(folder, "--runs"))
+    except yaml.YAMLError as error:
+        problem = " ".join(str(error).split())
+        raise UserError(f"--runs: '{folder / 'config.yaml'}' is not YAML ({problem}).") from None
+    model = found.get("model") if isinstance(found, dict) else None
+    options = model.get("init_args") if isinstance(model, dict) else None
+    return options if isinstance(options, dict) else {}

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lightning_prune.comparison import costs
+from lightning_prune.comparison import costs, precision
 from lightning_prune.comparison.audit import Audit
 from lightning_prune.comparison.tables import (
     Row,
@@ -50,6 +50,12 @@ def sections(audit: Audit, failures: Sequence[Failure]) -> list[Section]:
         )
         found.append(Section("Unusable models", [text], unusable))
     runs = [run for group in audit.groups for run in group.all]
+    if pairs := precision.pairs(runs):
+        text = (
+            f"Runs beside the run in {precision.FULL} with the same method, options, ratio, base model and "
+            "calibration tokens."
+        )
+        found.append(Section("Precision", [text], tables=[("", *precision.table(pairs))]))
     if runs:
         found.append(Section("How to read the tables", bullets=[verdict.LEGEND, *costs.legend(runs)], fine=True))
     if failures:

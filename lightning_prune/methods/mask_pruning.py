@@ -50,6 +50,8 @@ def mask_layer(view: LayerAnatomy, rule: MaskRule, weight_score: Callable[[str],
     if view.index not in rule.frozen:
         for role, linear in view.linears.items():
             scores = weight_score(role)
+            if not bool(torch.isfinite(scores).all()):
+                raise FloatingPointError(f"layer {view.index}, {role} projection: scores are NaN or infinite.")
             sums["mlp" if role in ("gate", "up", "down") else "attention"] += scores.double().sum().cpu()
             mask = rule.mask(scores)
             found[WEIGHT + role] = linear.weight.masked_fill(mask, 0)

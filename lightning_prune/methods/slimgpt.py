@@ -93,6 +93,8 @@ class SlimGPTPass(BlockPass):
         columns = (result.kept[:, None] * width + torch.arange(width, device=result.kept.device)).flatten()
         refitted = torch.zeros_like(linear.weight)
         refitted[:, columns] = result.weight.to(refitted.dtype)
+        if not bool(torch.isfinite(refitted).all()):
+            raise FloatingPointError(f"{name}: refitted weights overflow {str(refitted.dtype).removeprefix('torch.')}.")
         return {
             WEIGHT + role: refitted,
             "kept": result.kept,

@@ -14,6 +14,7 @@ from lightning_prune.models.checkpoint_files import open_checkpoint
 from lightning_prune.models.families import LayerAnatomy, anatomy, final_norm_of, layers_of
 from lightning_prune.models.head import loss_gradient, token_losses
 from lightning_prune.models.loading import load_config, meta_model, quiet_transformers, resolve
+from lightning_prune.models.overflow import Overflow
 from lightning_prune.models.sources import CheckpointSource, Prefetching, Source
 
 Onload = Literal["model", "layer"]
@@ -33,6 +34,7 @@ class LayeredModel:
     Attributes:
         evaluations: layer evaluations so far; a layer's MLP or attention alone counts as one.
         bytes_read: bytes of parameters brought in so far.
+        overflow: what layers and head put out that was not finite.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class LayeredModel:
         self.config: Any = net.config
         self.layers = layers_of(net)
         self.evaluations = 0
+        self.overflow = Overflow()
         self.bytes_read = 0
         self._reader = source if isinstance(source, Prefetching) else Prefetching(source)
         self._calls: dict[tuple[int, int], list[Call]] = {}
@@ -144,6 +147,7 @@ class LayeredModel:
         args, kwargs = self._call(index, hidden)
         output = self.layers[index](hidden, *args, **kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
+        self.overflow.watch(f"layer {index}, output", result)
         return result
 
     def attend(self, index: int, hidden: Tensor) -> Tensor:
@@ -156,6 +160,7 @@ class LayeredModel:
         self.evaluations += 1
         view = self.views[index]
         result: Tensor = middle + view.mlp(view.mlp_norm(middle))
+        self.overflow.watch(f"layer {index}, output", result)
         return result
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -165,11 +170,15 @@ class LayeredModel:
 
     def losses(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Token losses fp32 ``[B, L − 1]`` from the residual stream behind the last layer."""
-        return token_losses(self.head, hidden, tokens, self.config.vocab_size)
+        found = token_losses(self.head, hidden, tokens, self.config.vocab_size)
+        self.overflow.watch("head, token losses", found)
+        return found
 
     def loss_gradient(self, hidden: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
         """∂(Σ token losses)/∂hidden; samples of weight 0 do not count."""
-        return loss_gradient(self.head, hidden, tokens, weight, self.config.vocab_size)
+        found = loss_gradient(self.head, hidden, tokens, weight, self.config.vocab_size)
+        self.overflow.watch("head, gradient of the loss", found)
+        return found
 
     def _call(self, index: int, hidden: Tensor) -> Call:
         shape = (hidden.shape[0], hidden.shape[1])

@@ -28,7 +28,7 @@ def configuration_sha256(
     facts = {
         "version": __version__,
         "method": method,
-        "options": {key: value for key, value in options.items() if key not in ("pretrained", "label")},
+        "options": {key: value for key, value in options.items() if key not in ("pretrained", "label", "onload")},
         "precision": precision,
         "base_model": base_model,
         "calibration": calibration,

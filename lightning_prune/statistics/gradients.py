@@ -107,8 +107,7 @@ class LayerGradients(nn.Module):
         bad = int((~torch.isfinite(found)).sum())
         if bad:
             raise FloatingPointError(
-                f"layer {self.view.index}, {role} projection: {bad} gradient values are NaN or infinite. "
-                "Use --trainer.precision 32-true or bf16-true."
+                f"layer {self.view.index}, {role} projection: {bad} gradient values are NaN or infinite."
             )
         return found
 

@@ -116,13 +116,16 @@ class BackwardPass(Pass):
                 self.expect(samples, samples * (self.setting.seq_len - 1))
             hidden = self.boundaries[step.layer].get(rows, self.model.device).detach()
             gradient = self._differentiate(step.layer, hidden, self.cotangent.get(rows, self.model.device))
-            if step.layer > 0:
+            if gradient is not None:
                 self.cotangent.put(rows, gradient)
 
-    def _differentiate(self, layer: int, hidden: Tensor, cotangent: Tensor) -> Tensor:
-        hidden.requires_grad_(True)
+    def _differentiate(self, layer: int, hidden: Tensor, cotangent: Tensor) -> Tensor | None:
+        """The gradient of the layer's input; nobody asks for that of the first layer."""
+        hidden.requires_grad_(layer > 0)
         with torch.enable_grad():
             output = self.model.run(layer, hidden)
-        torch.autograd.backward(output, cotangent.to(output.dtype))
-        assert hidden.grad is not None
+        if output.requires_grad:  # not the first layer's, when its weights are not watched
+            torch.autograd.backward(output, cotangent.to(output.dtype))
+        if hidden.grad is not None:
+            self.model.overflow.watch(f"layer {layer}, gradient of its input", hidden.grad)
         return hidden.grad

@@ -44,6 +44,7 @@ class Walk:
             self._restore(number)
         if number + 1 < len(self.steps):
             self.setting.model.announce(self.steps[number + 1][1].layer)
+        self.setting.model.overflow.forget()
         if number not in self.findings:
             one.start(step)
 
@@ -53,10 +54,15 @@ class Walk:
         (one.skip if number in self.findings else one.batch)(step, batch)
 
     def finish(self, number: int) -> None:
-        """The step's finding is kept, new weights take their place, the layer goes unless the next step needs it."""
+        """The step's finding is kept, new weights take their place, the layer goes unless the next step needs it.
+
+        Raises:
+            FloatingPointError: something was NaN or infinite; names the layer. Nothing is kept of it then.
+        """
         one, step = self.steps[number]
         if number not in self.findings:
             finding = one.finish(step)
+            self.setting.model.overflow.raise_if_any()  # after what knows more exactly where
             finding = _from_first_process(finding)
             self._put_weights(step, {n.removeprefix(WEIGHT): t for n, t in finding.items() if n.startswith(WEIGHT)})
             self.findings.add(number, finding, write=_is_first())

@@ -111,7 +111,11 @@ class RemovalPass(Pass):
         if not torch.distributed.is_initialized():
             expected = min(samples, self.setting.samples) * (self.setting.seq_len - 1)
             assert int(self.losses.tokens) == expected, (int(self.losses.tokens), expected)
-        return {"delta": self.losses.compute().cpu()}
+        delta = self.losses.compute().cpu()
+        measured = delta if self.blocks else delta[:1]
+        for piece, layer in (~torch.isfinite(measured)).nonzero().tolist():
+            raise FloatingPointError(f"layer {layer}: the loss without its {PIECES[piece]} is NaN or infinite.")
+        return {"delta": delta}
 
     def cost(self, view: LayerAnatomy, step: Step) -> float:
         """Every state that crosses, and the MLP alone."""
@@ -178,6 +182,8 @@ class SimilarityPass(Pass):
 
     def finish(self, step: Step) -> Finding:
         """``delta`` ``[3]`` of this layer."""
+        for piece, metric in zip(PIECES, self.influence, strict=True):
+            metric.raise_if_not_finite(f"layer {step.layer}, {piece}")  # type: ignore[operator]
         return {"delta": torch.stack([metric.reduced() for metric in self.influence]).cpu()}  # type: ignore[operator]
 
     def end(self) -> None:

@@ -279,7 +279,7 @@ def test_overflowing_fp16_gradients_stop_with_the_layer_named(tmp_path: Path) ->
         model.model.layers[1].self_attn.v_proj.weight.mul_(3e3)
         model.model.layers[1].self_attn.o_proj.weight.mul_(3e3)
     base = save_base(model, tmp_path / "base")
-    with pytest.raises(FloatingPointError, match=r"layer \d.*32-true"):
+    with pytest.raises(FloatingPointError, match=r"layer \d, .*NaN or infinite"):
         run_method(HGSP(base, 0.2, temperature=0), tiny_tokens(4, 8), tmp_path / "run", precision="16-true")
 
 

@@ -1,0 +1,35 @@
+"""Whether everything that a layer put out was finite, without waiting for the device after every batch."""
+
+import torch
+from torch import Tensor
+
+
+class Overflow:
+    """Remembers which of the tensors that passed held NaN or infinite values, by name, until it is asked."""
+
+    def __init__(self) -> None:
+        self._bad: dict[str, Tensor] = {}
+
+    def watch(self, name: str, values: Tensor) -> None:
+        """Take note of ``values`` of any shape; the sum of finite values is finite, and one pass makes it."""
+        bad = ~torch.isfinite(values.detach().sum(dtype=torch.float32))
+        self._bad[name] = self._bad[name] | bad if name in self._bad else bad
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self._bad.clear()
+
+    def raise_if_any(self) -> None:
+        """Ask, in every process at once: one raises where any does.
+
+        Raises:
+            FloatingPointError: names what overflowed first.
+        """
+        found = next((name for name, bad in self._bad.items() if bool(bad)), None)
+        self.forget()
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            everywhere: list[str | None] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(everywhere, found)
+            found = next((name for name in everywhere if name is not None), None)
+        if found is not None:
+            raise FloatingPointError(f"{found}: NaN or infinite values.")
