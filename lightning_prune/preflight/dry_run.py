@@ -344,6 +344,7 @@ def _evaluate(model: LayeredModel, shapes: Shapes, load: Workload, books: Books)
     each = load.eval_batch_size * load.eval_seq_len * shapes.config.hidden_size * shapes.dtype.itemsize
     steps = 1 if shapes.onload == "model" else max(1, STEP_BYTES // each)
     windows = min(steps * load.eval_batch_size, load.eval_windows or steps * load.eval_batch_size)
+    few = min(windows, BATCHES * load.eval_batch_size)  # the others only wait, as residual streams
     metric = Perplexity()
     module: Any = SimpleNamespace(
         model=model,
@@ -351,9 +352,11 @@ def _evaluate(model: LayeredModel, shapes: Shapes, load: Workload, books: Books)
         progress=Progress(shown=False),
         evaluation_phase="",
     )
-    batch = (torch.zeros(windows, load.eval_seq_len, dtype=torch.int64), torch.ones(windows), torch.arange(windows))
+    batch = (torch.zeros(few, load.eval_seq_len, dtype=torch.int64), torch.ones(few), torch.arange(few))
+    waiting = torch.empty(windows - few, load.eval_seq_len, shapes.config.hidden_size, dtype=shapes.dtype)
     with torch.no_grad():
         books.page("evaluate", lambda: LayeredModule._measure(module, batch, metric))
+    del waiting
 
 
 def _calibrate(
