@@ -112,7 +112,8 @@ def test_a_few_layers_tell_about_many() -> None:
 
 def test_check_needs_a_config_alone_and_says_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny_config(layers=4).save_pretrained(tmp_path)
-    words = ["check", "--config", "wanda", "--model.pretrained", str(tmp_path), "--json", "--memory", "2GiB"]
+    words = ["check", "--config", "wanda", "--model.pretrained", str(tmp_path), "--json"]
+    words += ["--data.eval_datasets", "[]", "--memory", "2GiB"]
     assert main(words) == 0
     layer, model = json.loads(capsys.readouterr().out)
     assert (layer["onload"], model["onload"]) == ("layer", "model")
