@@ -15,6 +15,7 @@ from lightning_prune.signals import stoppable
 
 COMMANDS = {
     "fit": "calibrate, prune, save and evaluate one model with one method",
+    "check": "what a run would take in memory, disk and work, and whether it fits, without reading weights",
     "decide": "another ratio or option from a finished run's scores, without calibrating",
     "test": "measure the perplexity of any dense or pruned model",
     "evaluate": "what a pruned model costs to run, and its zero-shot accuracy",

@@ -224,6 +224,11 @@ _DESCRIPTION = {
         "--model.help NAME, for instance --model.help Wanda), those of the calibration set --data.OPTION, those of "
         "Lightning --trainer.OPTION. Several --config overlay one another; --print_config shows the result."
     ),
+    "check": (
+        "Say what a run of fit with the same options would take: device and host memory, disk, bytes read, work. No "
+        "weight is read; a folder with a config.json is enough. --memory 24GiB names a GPU that is not here, "
+        "--host-memory 64GiB a host, --json prints facts: lightning-prune check --config wanda --memory 24GiB."
+    ),
     "decide": (
         "Make another pruning decision from the scores of a finished run, without calibrating: "
         "lightning-prune decide --run logs/wanda/version_0 --model.pruning_ratio 0.3."

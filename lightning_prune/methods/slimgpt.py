@@ -50,6 +50,7 @@ class SlimGPTPass(BlockPass):
     """
 
     name = "slimgpt"
+    free_bytes = staticmethod(free_bytes)
 
     def __init__(
         self,
@@ -80,8 +81,9 @@ class SlimGPTPass(BlockPass):
         try:
             xtx = gram.matrix()
             samples = max(1, int(gram.tokens) // self.setting.seq_len)
+            gram.give_up()
             del gram
-            dtype = choose_dtype(len(xtx), free_bytes(xtx.device))
+            dtype = choose_dtype(len(xtx), self.free_bytes(xtx.device))
             hessian = inverse_hessian(xtx, samples, self.damping, dtype)
             del xtx
             result = self._prune(view, role, hessian)

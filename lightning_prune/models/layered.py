@@ -46,7 +46,7 @@ class LayeredModel:
         self.evaluations = 0
         self.overflow = Overflow()
         self.bytes_read = 0
-        self._reader = Prefetching(source)
+        self._reader = source if isinstance(source, Prefetching) else Prefetching(source)
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._meta: dict[int, dict[str, nn.Parameter]] = {}
         self._present: set[int] = set()

@@ -79,13 +79,22 @@ def load_config(pretrained: str) -> PretrainedConfig:
         UserError: nothing there, unreachable, unreadable, a family without a record, or another number of layers
             than the weights have.
     """
-    path = resolve(pretrained)
+    config = config_alone(pretrained)
+    open_checkpoint(resolve(pretrained)).check_layers(config.num_hidden_layers)
+    return config
+
+
+def config_alone(pretrained: str) -> PretrainedConfig:
+    """As ``load_config``, and the weights need not be there.
+
+    Raises:
+        UserError: nothing there, unreachable, unreadable, or a family without a record.
+    """
     with quiet_transformers(), _user_error(pretrained, "the config cannot be loaded"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(resolve(pretrained), trust_remote_code=False)
     family_of(config)
     _refuse_additions(config, pretrained)
     _check_sizes(config, pretrained)
-    open_checkpoint(path).check_layers(config.num_hidden_layers)
     return config
 
 

@@ -103,6 +103,7 @@ class LayerGradients(nn.Module):
         """
         statistic: WeightGradient = self.sums.pop(role)  # type: ignore[assignment]
         found = statistic.reduced()
+        statistic.give_up()
         bad = int((~torch.isfinite(found)).sum())
         if bad:
             raise FloatingPointError(

@@ -41,6 +41,11 @@ class TokenStatistic(Metric):
         self._computed = None
         return value
 
+    def give_up(self) -> None:
+        """Free the matrices now. A metric refers to itself, so that it lives until the garbage collector comes by."""
+        for name in self._matrices:
+            setattr(self, name, torch.zeros((), dtype=torch.float32))
+
     def reset(self) -> None:
         """Back to zero tokens."""
         super().reset()

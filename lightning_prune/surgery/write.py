@@ -59,7 +59,7 @@ def write_checkpoint(
             if tokenizer_from is not None and (generation := generation_config(tokenizer_from)) is not None:
                 # Not save_pretrained, which refuses settings that several published models have.
                 generation.to_json_file(temporary / "generation_config.json", use_diff=True)
-            expected = _write_weights(model, temporary, progress)
+            expected = write_weights(model, temporary, progress)
             for file in files:
                 shutil.copyfile(file, temporary / file.name)
             write_text(temporary / "README.md", card)
@@ -99,8 +99,13 @@ def _check(model: LayeredModel, folder: Path, expected: Tensor) -> dict[str, Any
 
 
 @torch.no_grad()
-def _write_weights(model: LayeredModel, folder: Path, progress: Callable[[int], None]) -> Tensor:
-    """Write every parameter, and run the probe through the layers as they pass: its logits ``[2, 12, V]``."""
+def write_weights(
+    model: LayeredModel, folder: Path, progress: Callable[[int], None], open_shards: Any = None
+) -> Tensor:
+    """Write every parameter, and run the probe through the layers as they pass: its logits ``[2, 12, V]``.
+
+    ``open_shards`` takes the place of ``_Shards`` where nothing is to be written.
+    """
     parameters = dict(model.net.named_parameters())
     dtype = model.dtype or next(iter(parameters.values())).dtype
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
@@ -110,7 +115,7 @@ def _write_weights(model: LayeredModel, folder: Path, progress: Callable[[int], 
     after = [name for name in shapes if name not in inside and name != first]
     order = [*before, *(name for names in model.layer_names for name in names.values()), *after]
     hidden = model.embed(probe_tokens(model.config.vocab_size))
-    with _Shards(folder, [(name, shapes[name]) for name in order], dtype) as shards:
+    with (open_shards or _Shards)(folder, [(name, shapes[name]) for name in order], dtype) as shards:
         for name in before:
             shards.write(name, parameters[name])
         for index, names in enumerate(model.layer_names):

@@ -1,0 +1,162 @@
+"""``lightning-prune check``: what a run would take, and whether it fits, without reading a weight."""
+
+import json
+import re
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_prune.cli.lightning_cli import PruneCLI
+from lightning_prune.data.datamodule import CalibrationDataModule
+from lightning_prune.data.token_arrays import is_token_array
+from lightning_prune.errors import UserError
+from lightning_prune.memory import anonymous_bytes, free_bytes, free_host_bytes
+from lightning_prune.methods.base import PruningMethod
+from lightning_prune.models.loading import config_alone
+from lightning_prune.preflight.dry_run import Shapes, Solves, Workload
+from lightning_prune.preflight.estimate import Estimate, Memory, advice, estimate, largest_ratio
+from lightning_prune.surgery.pruned import stored_dtype
+
+UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+UNITS |= {"TB": 10**12}
+
+
+def main(argv: list[str]) -> int:
+    """Print what every placement takes; 0 where the wished one (or any, for auto) fits, else 1."""
+    words, own = _own_options(argv)
+    cli = PruneCLI(words, PruningMethod, subclasses=True, command="check")
+    method, trainer = cli.model, cli.trainer
+    method.trainer = trainer
+    config, stored = _model(method)
+    method.check_before_loading(config)
+    load = workload(cli.datamodule, method.needs_calibration)
+    device = trainer.strategy.root_device
+    gpu = own["memory"] is not None or device.type == "cuda"
+    limits = Memory(
+        host=own["host_memory"] or free_host_bytes(),
+        device=(own["memory"] or free_bytes(device)) if gpu else None,
+    )
+    saved = stored if method.save_dtype == "auto" else getattr(torch, method.save_dtype)
+
+    def context() -> AbstractContextManager[object]:
+        found: AbstractContextManager[object] = trainer.precision_plugin.forward_context()
+        return found
+
+    held, solves = anonymous_bytes(), Solves()
+    found = [
+        estimate(
+            method, Shapes(config, stored, method.load_dtype, saved, gpu, onload), load, limits, held, context, solves
+        )
+        for onload in ("layer", "model")
+    ]
+    if own["json"]:
+        print(json.dumps([_facts(one, method) for one in found], indent=2))
+    else:
+        _print(found, method, load, config)
+    wished = [one for one in found if method.onload in ("auto", one.shapes.onload)]
+    return 0 if any(one.fits for one in wished) else 1
+
+
+def workload(data: CalibrationDataModule, needs_calibration: bool) -> Workload:
+    """How much text the options ask for; token arrays say it themselves, from their headers."""
+    samples, seq_len = data.num_samples, data.seq_len
+    if data.source and is_token_array(data.source) and needs_calibration:
+        samples, seq_len = _array_shape(data.source)
+    windows, length = (0, data.eval_seq_len) if data.eval_datasets == [] else (None, data.eval_seq_len)
+    arrays = [_array_shape(name) for name in data.eval_datasets or [] if is_token_array(name)]
+    if arrays and len(arrays) == len(data.eval_datasets or []):
+        windows, length = max(arrays, key=lambda shape: shape[0] * shape[1])
+    return Workload(samples, seq_len, data.batch_size, windows, length, data.eval_batch_size)
+
+
+def _array_shape(path: str) -> tuple[int, int]:
+    if path.endswith(".npy"):
+        rows, columns = np.load(path, mmap_mode="r").shape
+    else:
+        from lightning_prune.data.token_arrays import load_token_array
+
+        rows, columns = load_token_array(path).shape
+    return int(rows), int(columns)
+
+
+def _model(method: PruningMethod) -> tuple[Any, torch.dtype]:
+    config = config_alone(method.pretrained)
+    try:
+        return config, stored_dtype(method.pretrained)
+    except UserError:  # a config alone
+        named = getattr(config, "dtype", None)
+        return config, named if isinstance(named, torch.dtype) else torch.bfloat16
+
+
+def _own_options(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """What ``fit`` does not have: --memory, --host-memory, --json."""
+    own: dict[str, Any] = {"memory": None, "host_memory": None, "json": False}
+    words, waiting = [], list(argv)
+    while waiting:
+        word = waiting.pop(0)
+        name, equals, value = word.partition("=")
+        if name == "--json":
+            own["json"] = True
+        elif name in ("--memory", "--host-memory"):
+            if not equals and not waiting:
+                raise UserError(f"{name}: a size must follow, such as 24GiB.")
+            own[name[2:].replace("-", "_")] = _size(name, value if equals else waiting.pop(0))
+        else:
+            words.append(word)
+    return words, own
+
+
+def _size(option: str, text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text)
+    if match is None or match[2].upper() not in UNITS or not float(match[1]) * UNITS[match[2].upper()] >= 1:
+        raise UserError(f"{option}: found '{text}'; give a size such as 24GiB, 80GB or 512MiB.")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def _facts(one: Estimate, method: PruningMethod) -> dict[str, Any]:
+    return {
+        "method": method.method,
+        "precision": str(method.trainer.precision),
+        "onload": one.shapes.onload,
+        "fits": one.fits,
+        "phase": one.phase,
+        "device_bytes": one.device if one.shapes.gpu else None,
+        "host_bytes": one.host,
+        "disk_bytes": one.disk,
+        "mapped_bytes": one.mapped,
+        "new_weights_bytes": one.new_weights,
+        "checkpoint_bytes": one.checkpoint,
+        "bytes_read": one.read,
+        "layer_evaluations": one.evaluations,
+        "flops": one.flops,
+    }
+
+
+def _print(found: list[Estimate], method: PruningMethod, load: Workload, config: Any) -> None:
+    first = found[0]
+    text = f"{load.samples} × {load.seq_len} tokens" if method.needs_calibration else "no calibration text"
+    print(
+        f"{method.label} on {method.dense_parameters / 1e9:.2f} B parameters ({config.num_hidden_layers} layers), "
+        f"{method.trainer.precision}, {text}"
+    )
+    place = "the device" if first.shapes.gpu else "the host, where layers run"
+    size = first.limits.host if first.limits.device is None else first.limits.device
+    print(f"free: {_gb(size)} on {place}" + (f", {_gb(first.limits.host)} on the host" if first.shapes.gpu else ""))
+    print(f"\n{'onload':<8}{'device':>10}{'host':>10}{'disk':>10}{'read':>10}  fits  largest in")
+    for one in found:
+        device = _gb(one.device) if one.shapes.gpu else "–"
+        print(
+            f"{one.shapes.onload:<8}{device:>10}{_gb(one.host):>10}{_gb(one.disk):>10}{_gb(one.read):>10}"
+            f"  {'yes' if one.fits else 'no':<4}  {one.phase}"
+        )
+    print(f"\nlayer evaluations of a batch: {first.evaluations:,}   operations: {first.flops:.2e}")
+    print(f"largest reachable ratio: {largest_ratio(method):.3f}")
+    for one, other in ((found[0], found[1]), (found[1], found[0])):
+        if not one.fits and method.onload in ("auto", one.shapes.onload):
+            print(f"onload {one.shapes.onload} does not fit. {advice(one, other, method, load)}")
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

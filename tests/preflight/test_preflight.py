@@ -1,0 +1,140 @@
+"""What a run takes is told before it begins, from shapes alone."""
+
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_prune import methods
+from lightning_prune.cli import main
+from lightning_prune.preflight.dry_run import DryRun, PhaseUse, Shapes, Solves, Workload, dry_run
+from lightning_prune.preflight.estimate import _at, _polynomial
+from lightning_prune.preflight.ledger import Ledger
+from tests.tiny import tiny_config
+
+LAYERS, SAMPLES, LENGTH, BATCH, HIDDEN = 5, 12, 16, 4, 32
+LOAD = Workload(SAMPLES, LENGTH, BATCH, 8, LENGTH, 4)
+
+
+class _Trainer:
+    """What ``check_before_loading`` and ``passes`` ask of a trainer."""
+
+    world_size = 1
+    max_epochs = 0
+    fit_loop: "_Trainer"
+
+    def __init__(self) -> None:
+        self.fit_loop = self
+
+
+def _dry(method: methods.HGSP | methods.Wanda | methods.SlimGPT, layers: int, **shapes: object) -> DryRun:
+    config = tiny_config(layers=LAYERS)
+    method._trainer = _Trainer()  # type: ignore[assignment]
+    method._fabric = None
+    method.check_before_loading(config)
+    wanted = Shapes(config, torch.float32, torch.float32, torch.float32, False, "layer")
+    return dry_run(method, wanted, LOAD, layers, 10**12, contextlib.nullcontext, Solves())
+
+
+def test_live_bytes_are_those_of_the_tensors_that_are_alive() -> None:
+    with Ledger() as ledger:
+        a = torch.zeros(1000, dtype=torch.float32)
+        b = a + 1
+        del a
+        c = b.double()
+        assert ledger.live["work"] == 4000 + 8000
+        del b, c
+        assert ledger.live["work"] == 0
+    assert ledger.peak["work"] == 12000
+
+
+def test_no_memory_is_taken() -> None:
+    with Ledger() as ledger:
+        huge = torch.zeros(10**7, 10**5)
+        assert ledger.live["work"] == 4 * 10**12
+        del huge
+
+
+def test_values_that_code_asks_for_are_those_of_real_tensors() -> None:
+    with Ledger():
+        weight = torch.ones(6)[2:]
+        assert int((weight > 0).sum()) == 4
+        alive = torch.ones(8, dtype=torch.bool)
+        alive[torch.tensor([1, 5])] = False
+        assert len(alive.nonzero()) == 6
+        unknown = torch.empty(300, 300) @ torch.empty(300, 300)
+        assert bool(torch.isfinite(unknown).all())
+        assert int((~torch.isfinite(unknown)).sum()) == 0
+
+
+def test_matrix_products_are_counted() -> None:
+    with Ledger() as ledger:
+        torch.empty(3, 5) @ torch.empty(5, 7)
+    assert ledger.flops == 2 * 3 * 5 * 7
+
+
+@pytest.mark.parametrize("layers", [3, 4])
+def test_removal_priors_evaluate_and_keep_what_the_wavefront_needs(layers: int) -> None:
+    run = _dry(methods.HGSP(importance="magnitude"), layers)
+    batches = SAMPLES // BATCH
+    assert run.evaluations == (2 * layers + 3 * layers * (layers - 1) // 2) * batches
+    store = SAMPLES * LENGTH * HIDDEN * 4
+    assert run.phases["prior, removal, last layer"].stores == {store: 1 + 3 * (layers - 1)}
+
+
+def test_taylor_keeps_a_boundary_per_layer_and_one_gradient() -> None:
+    run = _dry(methods.HGSP(importance="taylor", temperature=0), 4)
+    store = SAMPLES * LENGTH * HIDDEN * 4
+    assert run.phases["importance, backward, last layer"].stores == {store: 4 + 1}
+    assert run.evaluations == 2 * 4 * SAMPLES // BATCH
+    assert run.flops > 0
+
+
+def test_refitted_weights_of_every_layer_are_on_disk() -> None:
+    run = _dry(methods.SlimGPT(), 3)
+    output, down = 32 * 32, 32 * 40
+    assert 3 * (output + down) * 4 <= run.disk < 3 * (output + down) * 4 + 3 * 2000
+
+
+def test_a_few_layers_tell_about_many() -> None:
+    runs = [_dry(methods.HGSP(importance="taylor"), layers) for layers in (2, 3, 4)]
+    long = _dry(methods.HGSP(importance="taylor"), 5)
+    assert _polynomial([(run.layers, run.evaluations) for run in runs], 5) == long.evaluations
+    for phase, use in long.phases.items():
+        found: PhaseUse = _at(runs, phase, 5)
+        assert +found.stores == +use.stores, phase
+        assert found.work == pytest.approx(use.work, rel=0.02), phase
+
+
+def test_check_needs_a_config_alone_and_says_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_config(layers=4).save_pretrained(tmp_path)
+    words = ["check", "--config", "wanda", "--model.pretrained", str(tmp_path), "--json"]
+    words += ["--data.eval_datasets", "[]", "--memory", "2GiB"]
+    assert main(words) == 0
+    layer, model = json.loads(capsys.readouterr().out)
+    assert (layer["onload"], model["onload"]) == ("layer", "model")
+    assert layer["fits"]
+    assert model["fits"]
+    assert 0 < layer["device_bytes"] <= model["device_bytes"]
+    words[-1] = "1MiB"
+    assert main(words) == 1
+    assert not any(one["fits"] for one in json.loads(capsys.readouterr().out))
+
+
+def test_token_arrays_say_how_much_text_there_is(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "tokens.npy", np.full((7, 16), 5))
+    words = ["check", "--config", "shortgpt", "--model.pretrained", str(tiny_checkpoint()), "--json"]
+    assert main([*words, "--data.dataset", str(tmp_path / "tokens.npy"), "--data.eval_datasets", "[]"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["layer_evaluations"] == 4 * 2  # 4 layers, batches of 4 and 3
+
+
+@pytest.mark.parametrize("words", [["--memory", "much"], ["--memory"], ["--host-memory", "-3GiB"]])
+def test_a_size_that_is_none_ends_in_one_message(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--config", "wanda", *words]) == 2
+    assert words[0] in capsys.readouterr().err
