@@ -25,7 +25,7 @@ def is_finished(path: Path) -> bool:
 
 
 def leftovers(path: Path) -> list[str]:
-    """Names of what an unfinished run leaves that may still be of use: scores, a plan, a checkpoint, finished layers."""
+    """Names of what an unfinished run leaves that may still be of use: scores, a plan, a checkpoint, findings."""
     names = sorted(name for name in os.listdir(path) if not WORTHLESS.fullmatch(name))
     return [name for name in names if name != FINDINGS or any((path / name).glob("step_*.safetensors"))]
 
@@ -69,10 +69,6 @@ def sweep_runs(parent: Path) -> None:
             lock.release()
         except OSError:
             continue
-
-
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
 
 
 def forget_findings(path: Path) -> None:
