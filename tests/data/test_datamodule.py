@@ -105,11 +105,12 @@ def test_batch_size_and_workers_do_not_change_the_tokens(build: Any) -> None:
         data = build(batch_size=batch_size)
         data.setup("fit")
         batches = list(data.train_dataloader())
-        assert torch.equal(torch.cat([ids for ids, _ in batches]), expected)
-        assert all(weight.dtype == torch.float32 and bool((weight == 1).all()) for _, weight in batches)
-        assert [len(ids) for ids, _ in batches][:-1] == [batch_size] * (len(batches) - 1)
+        assert torch.equal(torch.cat([ids for ids, _, _ in batches]), expected)
+        assert all(weight.dtype == torch.float32 and bool((weight == 1).all()) for _, weight, _ in batches)
+        assert torch.cat([index for _, _, index in batches]).tolist() == list(range(len(expected)))
+        assert [len(ids) for ids, _, _ in batches][:-1] == [batch_size] * (len(batches) - 1)
     loader = DataLoader(data.train_dataloader().dataset, batch_size=3, num_workers=2)
-    assert torch.equal(torch.cat([ids for ids, _ in loader]), expected)
+    assert torch.equal(torch.cat([ids for ids, _, _ in loader]), expected)
 
 
 def test_seed_matters_to_random_sampling_only(build: Any) -> None:
@@ -138,12 +139,17 @@ def test_padding_has_weight_zero_and_ranks_see_every_sample_once(build: Any, wor
         loader = data.train_dataloader()
         assert len(loader.dataset) == {1: 11, 2: 12, 3: 12}[world_size]
         ranks.append(list(loader))
-        assert [ids.tolist() for ids, _ in loader] == [ids.tolist() for ids, _ in ranks[-1]]  # same in every epoch
+        assert [ids.tolist() for ids, _, _ in loader] == [ids.tolist() for ids, _, _ in ranks[-1]]  # same in every epoch
     assert len({len(batches) for batches in ranks}) == 1
-    kept = [ids[weight > 0] for batches in ranks for ids, weight in batches]
+    kept = [ids[weight > 0] for batches in ranks for ids, weight, _ in batches]
     assert sorted(torch.cat(kept).tolist()) == sorted(tokens.tolist())
-    padding = [ids[weight == 0] for batches in ranks for ids, weight in batches]
+    padding = [ids[weight == 0] for batches in ranks for ids, weight, _ in batches]
     assert all(torch.equal(row, tokens[0]) for row in torch.cat(padding))
+    for rank, batches in enumerate(ranks):  # a sample's index says where it stands in the shared set
+        index = torch.cat([where for _, _, where in batches])
+        assert index.tolist() == list(range(rank, len(index) * world_size, world_size))
+        for ids, weight, where in batches:
+            assert torch.equal(ids[weight > 0], tokens[where[weight > 0]])
 
 
 def test_evaluation_windows_cover_the_held_out_split_once(build: Any, split_folder: str) -> None:
@@ -161,8 +167,8 @@ def test_evaluation_windows_cover_the_held_out_split_once(build: Any, split_fold
     expected |= {"text_sha256": hashlib.sha256(text.encode()).hexdigest()}
     assert expected.items() <= held_out.manifest.items()
     (loader,) = data.test_dataloader()
-    assert torch.equal(torch.cat([ids for ids, _ in loader]), held_out.tokens)
-    assert sum(float(weight.sum()) for _, weight in loader) == count
+    assert torch.equal(torch.cat([ids for ids, _, _ in loader]), held_out.tokens)
+    assert sum(float(weight.sum()) for _, weight, _ in loader) == count
 
 
 def test_evaluation_sets_select_splits_and_keep_distinct_names(
@@ -432,7 +438,7 @@ def test_a_trainer_hands_every_window_to_training_step(build: Any, split_folder:
             self.tested = 0.0
 
         def training_step(self, batch: Any) -> None:
-            ids, weight = batch
+            ids, weight, _ = batch
             self.trained.append(ids[weight > 0])
 
         def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
