@@ -102,7 +102,8 @@ def write_bytes(path: Path, data: Any) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON; NaN and infinity become ``null``, which every reader accepts."""
-    write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n"
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))  # JSON's own escape, for what UTF-8 cannot say
 
 
 def finite(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """The configurations that come with the package: ``--config wanda`` means the shipped ``wanda.yaml``."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def config_file(given: str | Path, beside: Path = Path(), option: str = "--confi
         UserError: a bare name that is neither. (A path comes back as it is: its reader says what is wrong with it.)
     """
     path = beside / given
-    if path.is_file():
+    if os.path.isfile(path):  # false for a name too long to be one, where Path.is_file raises
         return path
     names = shipped_names()
     if str(given) in names:

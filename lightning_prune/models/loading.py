@@ -220,7 +220,7 @@ def _user_error(pretrained: str, what: str) -> Iterator[None]:
     """Errors of transformers, safetensors, json and the hub client have no common base: all mean bad input here."""
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, torch.OutOfMemoryError, UserError):
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"

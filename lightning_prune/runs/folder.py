@@ -213,6 +213,8 @@ class RunFolder:
     def _close_after(self, error: BaseException, there_before: Path) -> None:
         if not self.path.is_dir():
             return
+        if _is_hopeless(error):
+            forget_findings(self.path)
         if self.is_finished or self.leftovers:
             kept = ", ".join(sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")))
             state = "is finished" if self.is_finished else "is not finished"
@@ -360,3 +362,10 @@ class RunFolder:
             return parse_json(data, RunMetrics, "").configuration_sha256
         except UserError:
             return None
+
+
+def _is_hopeless(error: BaseException) -> bool:
+    """Whether the same run would end the same way: numbers that overflow, options that cannot be met. A full disk can
+    be emptied."""
+    mistake = isinstance(error, UserError) and not isinstance(error.__cause__, OSError)
+    return mistake or isinstance(error, FloatingPointError)

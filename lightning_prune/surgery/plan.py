@@ -1,11 +1,11 @@
 """PruningPlan: what is kept of every layer, as a file that can be applied again and compared."""
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field
-from pydantic_core import to_json
 
 from lightning_prune.errors import UserError
 from lightning_prune.files import read_file, write_json
@@ -82,7 +82,7 @@ class PruningPlan:
             found = f"has format {raw.get('format')!r}" if isinstance(raw, dict) else "is no plan"
             raise UserError(f"{subject} {found}; this version reads format {FORMAT}.")
         fields = {key: value for key, value in raw.items() if key not in ("format", "removed_layers")}
-        plan = parse_json(to_json(fields), cls, subject)
+        plan = parse_json(json.dumps(fields).encode(), cls, subject)
         missing = sorted({"dense", "pruned"} - plan.parameters.keys())
         if missing:
             raise UserError(f"{subject} is not valid: parameters.{missing[0]} is missing.")

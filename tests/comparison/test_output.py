@@ -101,5 +101,5 @@ def test_system_names_are_plain_names(tmp_path: Path, capsys: pytest.CaptureFixt
     (tmp_path / "compare.yaml").write_text(f"systems: {{'{label}': {{model: {{class_path: Wanda}}}}}}\n")
     before = sorted(tmp_path.rglob("*"))
     assert main(["compare", "--config", str(tmp_path / "compare.yaml"), "--root", str(tmp_path / "root")]) == 2
-    assert f"found {label!r}; a name consists of letters" in capsys.readouterr().err
+    assert f"found {label!r}; a name consists of up to 200 letters" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before

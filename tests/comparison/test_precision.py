@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from lightning_prune.comparison.settings import read_settings
 
 from lightning_prune.cli.commands.compare import main as compare
 from lightning_prune.comparison.precision import pairs, table
 from lightning_prune.comparison.run import load_run
+from lightning_prune.runs.settings import read_settings
 from tests.comparison.fake_run import write_run
 from tests.tiny import make_tiny, tiny_tokenizer, tiny_tokens
 

@@ -139,7 +139,9 @@ def test_padding_has_weight_zero_and_ranks_see_every_sample_once(build: Any, wor
         loader = data.train_dataloader()
         assert len(loader.dataset) == {1: 11, 2: 12, 3: 12}[world_size]
         ranks.append(list(loader))
-        assert [ids.tolist() for ids, _, _ in loader] == [ids.tolist() for ids, _, _ in ranks[-1]]  # same in every epoch
+        assert [ids.tolist() for ids, _, _ in loader] == [
+            ids.tolist() for ids, _, _ in ranks[-1]
+        ]  # same in every epoch
     assert len({len(batches) for batches in ranks}) == 1
     kept = [ids[weight > 0] for batches in ranks for ids, weight, _ in batches]
     assert sorted(torch.cat(kept).tolist()) == sorted(tokens.tolist())

@@ -97,7 +97,7 @@ def test_full_disk_under_tensorboard_is_one_message(
 def test_label_that_is_no_name_writes_nothing(inputs: Path, capsys: pytest.CaptureFixture[str], label: str) -> None:
     before = sorted(inputs.rglob("*"))
     assert main(["fit", *options(inputs), f"--model.label={label}"]) == 2
-    assert f"--model.label: found {label!r}; a name consists of letters" in capsys.readouterr().err
+    assert f"--model.label: found {label!r}; a name consists of up to 200 letters" in capsys.readouterr().err
     assert sorted(inputs.rglob("*")) == before
 
 

@@ -35,7 +35,7 @@ def test_missing_file(tmp_path: Path) -> None:
     ("edit", "message"),
     [
         (lambda raw: {**raw, "format": 2}, "format 2"),
-        (lambda raw: [raw], "format 'list'"),
+        (lambda raw: [raw], "is no plan"),
         (lambda raw: {k: v for k, v in raw.items() if k != "method"}, "method"),
         (lambda raw: {**raw, "surprise": 1}, "surprise"),
         (lambda raw: {**raw, "layers": [{"layer": 0}]}, "kept_kv_heads"),
