@@ -17,6 +17,7 @@ from lightning_prune.runs.failure import Failure
 from tests.comparison.fake_run import write_run
 
 HOSTILE = "<script>alert(1)</script>|x\n\n# head `$x^{$ ![i](http://e.com/i) \x1b[2J\x9b1m\u202e\udc80 \\\\ & % \"'"
+IN_A_FILE = HOSTILE.replace("\udc80", "")  # which no JSON file can hold
 FILES = ("report.html", "report.md", "results.csv", "results.tex", "calibration_appendix.md")
 
 
@@ -57,7 +58,7 @@ def poisoned(run: Run) -> Run:
 def result(tmp_path_factory: pytest.TempPathFactory) -> Audit:
     root = tmp_path_factory.mktemp("runs")
     first, second = (load_run(write_run(root, label, seed=seed)) for seed, label in enumerate(("_a", "b")))
-    return audit([poisoned(first), poisoned(second), load_run(write_run(root, "c", base_model=HOSTILE, weights=None))])
+    return audit([poisoned(first), poisoned(second), load_run(write_run(root, "c", base_model=IN_A_FILE, weights=None))])
 
 
 @pytest.fixture(scope="module")
