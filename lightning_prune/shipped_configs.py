@@ -31,7 +31,11 @@ def config_file(given: str | Path, beside: Path = Path(), option: str = "--confi
     names = shipped_names()
     if str(given) in names:
         return shipped_folder() / f"{given}.yaml"
-    if Path(given).name == str(given) and not str(given).endswith((".yaml", ".yml", ".json")) and not os.path.exists(path):
+    if (
+        Path(given).name == str(given)
+        and not str(given).endswith((".yaml", ".yml", ".json"))
+        and not os.path.exists(path)
+    ):
         raise UserError(f"{option}: no file and no shipped configuration '{given}'. Shipped: {', '.join(names)}.")
     return path
 

@@ -58,7 +58,9 @@ def poisoned(run: Run) -> Run:
 def result(tmp_path_factory: pytest.TempPathFactory) -> Audit:
     root = tmp_path_factory.mktemp("runs")
     first, second = (load_run(write_run(root, label, seed=seed)) for seed, label in enumerate(("_a", "b")))
-    return audit([poisoned(first), poisoned(second), load_run(write_run(root, "c", base_model=IN_A_FILE, weights=None))])
+    return audit(
+        [poisoned(first), poisoned(second), load_run(write_run(root, "c", base_model=IN_A_FILE, weights=None))]
+    )
 
 
 @pytest.fixture(scope="module")
