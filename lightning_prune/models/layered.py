@@ -213,11 +213,19 @@ def open_layered(
         UserError: nothing there, damaged, or weights that do not fit the config.
     """
     give_back_freed_memory()
-    config = load_config(pretrained)
+    net, source = open_weights(pretrained)
+    return LayeredModel(net, source, dtype, device, onload)
+
+
+def open_weights(pretrained: str) -> tuple[PreTrainedModel, CheckpointSource]:
+    """A checkpoint's model without weights (``skeleton``), and where its weights are, held against each other.
+
+    Raises:
+        UserError: as ``open_layered``.
+    """
+    net = skeleton(load_config(pretrained))
     files = open_checkpoint(resolve(pretrained))
-    files.check_layers(config.num_hidden_layers)
-    net = skeleton(config)
-    return LayeredModel(net, CheckpointSource(files, files.check_against(net)), dtype, device, onload)
+    return net, CheckpointSource(files, files.check_against(net))
 
 
 class _Stub(nn.Module):

@@ -46,15 +46,6 @@ class CheckpointSource:
             found[name] = tensor.to(device=device, dtype=dtype)
         return found
 
-    def dtype_of(self, name: str) -> torch.dtype:
-        """The dtype a parameter is stored in."""
-        return self.files.tensors[self.stored[name]].dtype
-
-    def bytes_of(self, names: Sequence[str]) -> int:
-        """Bytes of these parameters as stored."""
-        entries = [self.files.tensors[self.stored[name]] for name in names]
-        return sum(entry.end - entry.start for entry in entries)
-
     def close(self) -> None:
         """Close the files; views of them stay valid."""
         self._open.clear()

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from lightning_prune.models.checkpoint_files import open_checkpoint
 from lightning_prune.models.families import Family, anatomy, family_of
-from lightning_prune.models.layered import LayeredModel, skeleton
-from lightning_prune.models.loading import load_config, resolve
-from lightning_prune.models.sources import CheckpointSource, Source
+from lightning_prune.models.layered import LayeredModel, open_weights, skeleton
+from lightning_prune.models.loading import resolve
+from lightning_prune.models.sources import Source
 from lightning_prune.surgery.cut import check_plan, kept_part, pruned_config
 from lightning_prune.surgery.plan import PruningPlan
 
@@ -61,12 +61,9 @@ def open_pruned(pretrained: str, plan: PruningPlan, new_weights: NewWeights = la
     Raises:
         UserError: the plan does not fit the model, or the model cannot be opened.
     """
-    config = load_config(pretrained)
-    files = open_checkpoint(resolve(pretrained))
-    files.check_layers(config.num_hidden_layers)
-    dense = skeleton(config)
+    dense, source = open_weights(pretrained)
     check_plan(anatomy(dense), plan)
-    source = CheckpointSource(files, files.check_against(dense))
+    config = dense.config
     net = skeleton(pruned_config(config, plan))
     dtype = getattr(torch, plan.dtype)
     return LayeredModel(net, PrunedSource(source, config, plan, new_weights), dtype, torch.device("cpu"), "layer")
