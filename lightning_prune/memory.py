@@ -44,16 +44,27 @@ def anonymous_bytes() -> int:
     return 0
 
 
-def give_back_freed_memory() -> None:
-    """Let glibc return what is freed to the system: blocks of 2 MiB and more get pages of their own.
+def keep_heaps_small() -> None:
+    """Let blocks of 8 MiB and more have pages of their own, which go back to the system as soon as they are freed.
 
-    By itself it moves that bound up to 32 MiB as blocks are freed and keeps them in its heaps, where activations and
-    weights of a layer leave holes: a walk over layers then holds twice what it uses.
+    By itself glibc moves that bound up to 32 MiB as blocks are freed. Smaller blocks stay in its heaps, where taking
+    and freeing them costs nothing, until ``give_back_freed_memory``.
     """
+    mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+    _glibc("mallopt", mmap_threshold, 8 * 2**20)
+    _glibc("mallopt", trim_threshold, 256 * 2**20)
+
+
+def give_back_freed_memory() -> None:
+    """Empty glibc's heaps: what a layer left there has holes that the next layer does not fit, and a walk over layers
+    would hold twice what it uses."""
+    _glibc("malloc_trim", 0)
+
+
+def _glibc(function: str, *arguments: int) -> None:
     if platform.libc_ver()[0] == "glibc":
-        mmap_threshold, size = -3, 2 * 2**20  # M_MMAP_THRESHOLD of malloc.h
         with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).mallopt(mmap_threshold, size)
+            getattr(ctypes.CDLL(None), function)(*arguments)
 
 
 def _container_bytes(otherwise: int) -> int:

@@ -2,7 +2,13 @@
 
 import torch
 
-from lightning_prune.memory import anonymous_bytes, free_bytes, free_host_bytes, give_back_freed_memory
+from lightning_prune.memory import (
+    anonymous_bytes,
+    free_bytes,
+    free_host_bytes,
+    give_back_freed_memory,
+    keep_heaps_small,
+)
 
 MIB = 2**20
 
@@ -12,8 +18,8 @@ def test_free_memory_is_part_of_the_machine() -> None:
     assert abs(free_bytes(torch.device("cpu")) - free_host_bytes()) < 2**30
 
 
-def test_anonymous_memory_counts_what_is_allocated_and_gives_back_what_is_freed() -> None:
-    give_back_freed_memory()
+def test_large_blocks_go_back_when_they_are_freed() -> None:
+    keep_heaps_small()
     before = anonymous_bytes()
     block = torch.ones(64 * MIB, dtype=torch.uint8)
     taken = anonymous_bytes() - before
@@ -22,13 +28,24 @@ def test_anonymous_memory_counts_what_is_allocated_and_gives_back_what_is_freed(
     assert anonymous_bytes() - before < 16 * MIB
 
 
-def test_blocks_of_a_few_mebibytes_do_not_stay_in_the_heap() -> None:
-    """By itself glibc raises its bound to the largest block that was freed, and keeps smaller ones from then on."""
-    give_back_freed_memory()
+def test_the_bound_for_large_blocks_does_not_move() -> None:
+    """By itself glibc raises it to the largest block that was freed, and keeps smaller ones from then on."""
+    keep_heaps_small()
     large = torch.ones(30 * MIB, dtype=torch.uint8)
     del large
+    before = anonymous_bytes()
+    blocks = [torch.ones(12 * MIB, dtype=torch.uint8) for _ in range(10)]
+    kept = blocks[::5]
+    del blocks
+    assert anonymous_bytes() - before < len(kept) * 12 * MIB + 8 * MIB
+
+
+def test_holes_in_the_heap_are_given_back() -> None:
+    keep_heaps_small()
+    give_back_freed_memory()
     before = anonymous_bytes()
     blocks = [torch.ones(4 * MIB, dtype=torch.uint8) for _ in range(20)]
     kept = blocks[::5]
     del blocks
+    give_back_freed_memory()
     assert anonymous_bytes() - before < len(kept) * 4 * MIB + 8 * MIB

@@ -17,11 +17,11 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_prune import methods
-from lightning_prune.cli.config_files import check_command_line
 from lightning_prune.cli.messages import plain, unusable_value
 from lightning_prune.cli.strategy import cpu_processes, trainer_for_calibration
 from lightning_prune.cli.trainer_options import check_callbacks, check_fixed
 from lightning_prune.cli.values import check_values, refuse_nulls
+from lightning_prune.config_files import check_command_line
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.errors import UserError
 from lightning_prune.methods.base import PruningMethod

@@ -8,7 +8,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from lightning_prune.cli.config_files import check_text
+from lightning_prune.config_files import check_text
 from lightning_prune.errors import UserError
 
 LARGEST = 2**63 - 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_prune.memory import give_back_freed_memory
+from lightning_prune.memory import give_back_freed_memory, keep_heaps_small
 from lightning_prune.models.checkpoint_files import open_checkpoint
 from lightning_prune.models.families import LayerAnatomy, anatomy, final_norm_of, layers_of
 from lightning_prune.models.head import loss_gradient, token_losses
@@ -102,6 +102,7 @@ class LayeredModel:
             for name, parameter in self._meta.pop(index).items():
                 _set_parameter(self.layers[index], name, parameter)
             self._present.remove(index)
+            give_back_freed_memory()
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
@@ -212,7 +213,7 @@ def open_layered(
     Raises:
         UserError: nothing there, damaged, or weights that do not fit the config.
     """
-    give_back_freed_memory()
+    keep_heaps_small()
     net, source = open_weights(pretrained)
     return LayeredModel(net, source, dtype, device, onload)
 

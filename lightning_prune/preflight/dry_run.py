@@ -26,6 +26,7 @@ from lightning_prune.models.families import LayerAnatomy
 from lightning_prune.models.layered import LayeredModel, Onload, skeleton
 from lightning_prune.models.sources import Prefetching, Source
 from lightning_prune.preflight.ledger import Ledger
+from lightning_prune.preflight.workload import Workload
 from lightning_prune.progress import Progress
 from lightning_prune.statistics.perplexity import Perplexity
 from lightning_prune.surgery.cut import pruned_config
@@ -39,18 +40,6 @@ from lightning_prune.walk.residuals import ResidualStore
 from lightning_prune.walk.walk import Walk
 
 BATCHES = 2  # the second one meets everything that the first one left
-
-
-@dataclass(frozen=True)
-class Workload:
-    """How much text: calibration windows, and evaluation windows (None: as many as cross the layers together)."""
-
-    samples: int
-    seq_len: int
-    batch_size: int
-    eval_windows: int | None
-    eval_seq_len: int
-    eval_batch_size: int
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from lightning_prune.errors import UserError
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.hgsp import HGSP
 from lightning_prune.methods.slimgpt import SlimGPT
-from lightning_prune.preflight.dry_run import DryRun, PhaseUse, Shapes, Solves, Workload, dry_run
+from lightning_prune.preflight.dry_run import DryRun, PhaseUse, Shapes, Solves, dry_run
+from lightning_prune.preflight.workload import Workload
 from lightning_prune.walk.residuals import SHARE
 
 # What no tensor shows. GPU: context, kernels, cuBLAS workspaces; host: heaps, threads, packed operands.
@@ -22,7 +23,7 @@ HOST_OVERHEAD = 60 * 2**20
 
 @dataclass(frozen=True)
 class Memory:
-    """Free bytes; ``device`` is None where layers run on the host itself."""
+    """Bytes that this process may hold in all; ``device`` is None where layers run on the host itself."""
 
     host: int
     device: int | None
@@ -58,7 +59,18 @@ class Estimate:
     @property
     def fits(self) -> bool:
         """Whether host and device are large enough."""
-        return self.host <= self.limits.host and (self.limits.device is None or self.device <= self.limits.device)
+        return self.share <= 1
+
+    @property
+    def device_too_small(self) -> bool:
+        """Whether it is the device that does not hold it."""
+        return self.limits.device is not None and self.device > self.limits.device
+
+    @property
+    def share(self) -> float:
+        """Of the memory there is, on the device or the host, whichever is fuller; above 1 it does not fit."""
+        device = 0.0 if self.limits.device is None else self.device / self.limits.device
+        return max(device, self.host / self.limits.host)
 
 
 def estimate(
@@ -75,13 +87,13 @@ def estimate(
     Args:
         method: has seen the config.
         shapes, load: model and text.
-        limits: free memory before the run.
+        limits: memory of the device and the host.
         held: anonymous bytes of this process so far.
         context: of the trainer's precision.
         solves: SlimGPT's solver runs once per kind of block; share it between estimates of one model.
     """
     layers = shapes.config.num_hidden_layers
-    free = limits.host if limits.device is None else limits.device - DEVICE_OVERHEAD
+    free = limits.host - held if limits.device is None else limits.device - DEVICE_OVERHEAD
     if shapes.onload == "model" and (shapes.gpu or shapes.dtype != shapes.stored):
         free -= method.dense_parameters * shapes.dtype.itemsize  # of which the dry run holds a few layers only
     quadratic = isinstance(method, HGSP) and method.temperature > 0
@@ -127,7 +139,7 @@ def _placed(use: PhaseUse, gpu: bool, limits: Memory, held: int) -> tuple[int, i
     mapped = 0
     for size, count in sorted(use.stores.items()):
         for _ in range(count):
-            if size <= SHARE * (limits.host + held - host):
+            if size <= SHARE * (limits.host - host):
                 host += size
             else:
                 mapped += size

@@ -16,6 +16,7 @@ from lightning_prune.evaluation.unigram import unigram_perplexity
 from lightning_prune.files import FULL
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.fingerprint import base_model_sha256
+from lightning_prune.preflight.place import place
 from lightning_prune.runs.configuration import configuration_sha256
 from lightning_prune.runs.environment import environment, peak_memory_bytes
 from lightning_prune.runs.folder import RunFolder, check_label
@@ -49,13 +50,15 @@ def prune_and_record(
         The run folder and its record.
 
     Raises:
-        UserError: a mistake in the input; nothing has been written then. Or the disk is full.
+        UserError: a mistake in the input, or a device that is too small; nothing has been written then. Or the disk is
+            full.
         FloatingPointError: NaN or infinite values; says where, and what would help.
     """
     started = time.perf_counter()
     check_label(method.label)
     method.check_model()
     data.needs_calibration = method.needs_calibration
+    place(trainer, method, data)
     again: Path | None = None
     if resume and trainer.is_global_zero:
         again = unfinished_run(Path(trainer.default_root_dir), method.label, _facts(trainer, method, data, config))

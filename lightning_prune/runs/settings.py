@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from lightning_prune.cli.config_files import check_file
+from lightning_prune.config_files import check_file
 from lightning_prune.errors import UserError
 from lightning_prune.runs.folder import REPORTS, check_label
 from lightning_prune.shipped_configs import config_file

@@ -3,15 +3,15 @@
 import torch
 from torch import Tensor
 
-from lightning_prune.statistics.token_statistic import TokenStatistic, counted_tokens
+from lightning_prune.statistics.token_statistic import TokenStatistic
 
 
 class SumOfSquares(TokenStatistic):
     """Σ_t x_tj² per input channel j.
 
-    Squares are taken in fp32, after the cast: in fp16 an activation of 256 already overflows. The sum is float64
-    ``[in]``: one vector per linear costs nothing, and the result then depends on the split into batches by 1e-16
-    where fp32 would stop growing after some 10⁷ tokens.
+    Squares are taken in fp32, after the cast: in fp16 an activation of 256 already overflows. They are summed over the
+    tokens of a sample in fp32 and over samples in float64 ``[in]``: so the result depends on the split into batches by
+    1e-16, where fp32 alone would stop growing after some 10⁷ tokens.
     """
 
     sum_of_squares: Tensor
@@ -22,9 +22,10 @@ class SumOfSquares(TokenStatistic):
 
     def update(self, x: Tensor, weight: Tensor | None = None) -> None:
         """Add inputs x ``[B, ..., in]`` of any dtype; samples whose weight ``[B]`` is 0 are dropped."""
-        rows = counted_tokens(x, weight)
-        self.sum_of_squares += rows.float().square().sum(0, dtype=torch.float64)
-        self.tokens += len(rows)
+        kept = (x if weight is None else x[weight > 0]).detach()
+        squares = kept.float().square().flatten(1, -2)
+        self.sum_of_squares += squares.sum(1).sum(0, dtype=torch.float64)
+        self.tokens += squares.shape[:2].numel()
 
     def compute(self) -> Tensor:
         """Σ_t x_tj², float64 ``[in]``, over all processes."""

@@ -2,22 +2,13 @@
 
 import json
 import re
-from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
-import torch
-
 from lightning_prune.cli.lightning_cli import PruneCLI
-from lightning_prune.data.datamodule import CalibrationDataModule
-from lightning_prune.data.token_arrays import is_token_array
 from lightning_prune.errors import UserError
-from lightning_prune.memory import anonymous_bytes, free_bytes, free_host_bytes
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.models.loading import config_alone
-from lightning_prune.preflight.dry_run import Shapes, Solves, Workload
-from lightning_prune.preflight.estimate import Estimate, Memory, advice, estimate, largest_ratio
-from lightning_prune.surgery.pruned import stored_dtype
+from lightning_prune.preflight.estimate import Estimate, advice, largest_ratio
+from lightning_prune.preflight.place import Preflight
 
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 UNITS |= {"TB": 10**12}
@@ -28,66 +19,14 @@ def main(argv: list[str]) -> int:
     words, own = _own_options(argv)
     cli = PruneCLI(words, PruningMethod, subclasses=True, command="check")
     method, trainer = cli.model, cli.trainer
-    method.trainer = trainer
-    config, stored = _model(method)
-    method.check_before_loading(config)
-    load = workload(cli.datamodule, method.needs_calibration)
-    device = trainer.strategy.root_device
-    gpu = own["memory"] is not None or device.type == "cuda"
-    limits = Memory(
-        host=own["host_memory"] or free_host_bytes(),
-        device=(own["memory"] or free_bytes(device)) if gpu else None,
-    )
-    saved = stored if method.save_dtype == "auto" else getattr(torch, method.save_dtype)
-
-    def context() -> AbstractContextManager[object]:
-        found: AbstractContextManager[object] = trainer.precision_plugin.forward_context()
-        return found
-
-    held, solves = anonymous_bytes(), Solves()
-    found = [
-        estimate(
-            method, Shapes(config, stored, method.load_dtype, saved, gpu, onload), load, limits, held, context, solves
-        )
-        for onload in ("layer", "model")
-    ]
+    preflight = Preflight.of(trainer, method, cli.datamodule, own["memory"], own["host_memory"])
+    found = [preflight.estimate("layer"), preflight.estimate("model")]
     if own["json"]:
         print(json.dumps([_facts(one, method) for one in found], indent=2))
     else:
-        _print(found, method, load, config)
+        _print(found, preflight)
     wished = [one for one in found if method.onload in ("auto", one.shapes.onload)]
     return 0 if any(one.fits for one in wished) else 1
-
-
-def workload(data: CalibrationDataModule, needs_calibration: bool) -> Workload:
-    """How much text the options ask for; token arrays say it themselves, from their headers."""
-    samples, seq_len = data.num_samples, data.seq_len
-    if data.source and is_token_array(data.source) and needs_calibration:
-        samples, seq_len = _array_shape(data.source)
-    windows, length = (0, data.eval_seq_len) if data.eval_datasets == [] else (None, data.eval_seq_len)
-    arrays = [_array_shape(name) for name in data.eval_datasets or [] if is_token_array(name)]
-    if arrays and len(arrays) == len(data.eval_datasets or []):
-        windows, length = max(arrays, key=lambda shape: shape[0] * shape[1])
-    return Workload(samples, seq_len, data.batch_size, windows, length, data.eval_batch_size)
-
-
-def _array_shape(path: str) -> tuple[int, int]:
-    if path.endswith(".npy"):
-        rows, columns = np.load(path, mmap_mode="r").shape
-    else:
-        from lightning_prune.data.token_arrays import load_token_array
-
-        rows, columns = load_token_array(path).shape
-    return int(rows), int(columns)
-
-
-def _model(method: PruningMethod) -> tuple[Any, torch.dtype]:
-    config = config_alone(method.pretrained)
-    try:
-        return config, stored_dtype(method.pretrained)
-    except UserError:  # a config alone
-        named = getattr(config, "dtype", None)
-        return config, named if isinstance(named, torch.dtype) else torch.bfloat16
 
 
 def _own_options(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -134,8 +73,8 @@ def _facts(one: Estimate, method: PruningMethod) -> dict[str, Any]:
     }
 
 
-def _print(found: list[Estimate], method: PruningMethod, load: Workload, config: Any) -> None:
-    first = found[0]
+def _print(found: list[Estimate], preflight: Preflight) -> None:
+    method, load, config, first = preflight.method, preflight.load, preflight.config, found[0]
     text = f"{load.samples} × {load.seq_len} tokens" if method.needs_calibration else "no calibration text"
     print(
         f"{method.label} on {method.dense_parameters / 1e9:.2f} B parameters ({config.num_hidden_layers} layers), "
