@@ -19,6 +19,9 @@ from lightning_prune.walk.residuals import SHARE
 # What no tensor shows. GPU: context, kernels, cuBLAS workspaces; host: heaps, threads, packed operands.
 DEVICE_OVERHEAD = 700 * 2**20
 HOST_OVERHEAD = 60 * 2**20
+# On a CPU in half precision oneDNN keeps a compiled kernel for every shape it met, at most 1024 of them. Reading a
+# checkpoint back meets many: seven projections in every layer, each with a width of its own, at every length.
+KERNELS, KERNELS_PER_LAYER, KERNEL_BYTES = 1024, 64, 195_000
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ def estimate(
     peaks = []
     for phase in runs[-1].phases:
         use = _at(runs, phase, layers)
+        if phase == "evaluate" and not shapes.gpu and shapes.dtype.itemsize == 2:  # of the pruned model
+            use.host += min(KERNELS, KERNELS_PER_LAYER * layers) * KERNEL_BYTES
         peaks.append((phase, *_placed(use, shapes.gpu and phase != "save", limits, held)))
     pruned = int(method.dense_parameters * (1 - (method.requested_ratio or 0.0))) * shapes.saved.itemsize
     device = max(peaks, key=lambda peak: peak[1])

@@ -1,5 +1,6 @@
 """A layered model as a Hugging Face folder, whole or not at all, one layer in memory at a time."""
 
+import gc
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lightning_prune.errors import UserError
 from lightning_prune.files import new_folder, write_json, write_text
-from lightning_prune.memory import free_host_bytes
+from lightning_prune.memory import free_host_bytes, give_back_freed_memory
 from lightning_prune.models import modeling_pruned
 from lightning_prune.models.layered import LayeredModel, open_layered
 from lightning_prune.models.loading import generation_config, quiet_transformers, tokenizer_files
@@ -87,7 +88,11 @@ def _check(model: LayeredModel, folder: Path, expected: Tensor) -> dict[str, Any
     """Through transformers where the model fits into memory, else layer by layer, and then without decoding."""
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if size <= WHOLE_SHARE * free_host_bytes():
-        return check_checkpoint(folder, expected)
+        try:
+            return check_checkpoint(folder, expected)
+        finally:  # the model that was read back refers to itself, and would still be there when perplexity is measured
+            gc.collect()
+            give_back_freed_memory()
     read_back = open_layered(str(folder), model.dtype, expected.device)
     with torch.no_grad():
         hidden = read_back.embed(probe_tokens(model.config.vocab_size))
