@@ -37,7 +37,7 @@ class Estimate:
     """What one run takes, in bytes.
 
     ``device``: peak on the GPU, 0 where there is none. ``host``: peak of anonymous memory of this process, what it
-    holds already included. ``phase``: where the larger of both peaks. ``mapped``: residual streams in temporary files.
+    holds already included. ``phase``: where the device, or without one the host, is fullest. ``mapped``: residual streams in temporary files.
     ``new_weights``: refitted or masked weights on disk until the checkpoint is written. ``read``: parameters brought in
     while calibrating.
     """
@@ -65,9 +65,15 @@ class Estimate:
         return self.share <= 1
 
     @property
-    def device_too_small(self) -> bool:
-        """Whether it is the device that does not hold it."""
-        return self.limits.device is not None and self.device > self.limits.device
+    def shortage(self) -> str:
+        """What is missing where it does not fit, as a sentence."""
+        needed, there, where = self.host, self.limits.host, "host memory"
+        if self.limits.device is not None and self.device > self.limits.device:
+            needed, there, where = self.device, self.limits.device, "device memory"
+        return (
+            f"onload {self.shapes.onload} takes {needed / 1e9:.2f} GB of {where} ({self.phase}), there is room for "
+            f"{there / 1e9:.2f} GB."
+        )
 
     @property
     def share(self) -> float:

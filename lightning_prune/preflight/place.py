@@ -107,21 +107,9 @@ def place(trainer: L.Trainer, method: PruningMethod, data: CalibrationDataModule
             method.onload = onload
             return
         tried.append(found)
-    raise UserError(refusal(tried, preflight))
-
-
-def refusal(tried: list[Estimate], preflight: Preflight) -> str:
-    """Why a run is not begun: the smallest of what was ``tried``, held against the memory there is."""
     least = tried[-1]
-    needed, there = (least.device, least.limits.device) if least.device_too_small else (least.host, least.limits.host)
-    assert there is not None
-    where = "on the device" if least.device_too_small else "of host memory"
-    others = [preflight.estimate("layer")] if least.shapes.onload == "model" else []
-    help_ = advice(least, others[0] if others else None, preflight.method, preflight.load)
-    return (
-        f"--model.onload {least.shapes.onload}: this run takes {needed / 1e9:.1f} GB {where} ({least.phase}), there is "
-        f"room for {there / 1e9:.1f} GB. {help_}"
-    )
+    other = preflight.estimate("layer") if least.shapes.onload == "model" else None
+    raise UserError(f"--model.{least.shortage} {advice(least, other, method, preflight.load)}")
 
 
 def _dtype_on_disk(pretrained: str, config: Any) -> torch.dtype:

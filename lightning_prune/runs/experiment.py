@@ -1,4 +1,4 @@
-"""Make every missing run of an experiment: one model in memory, one calibration set, scores shared over ratios."""
+"""Make every missing run of an experiment; text, dense perplexity and scores are shared."""
 
 import gc
 import sys
@@ -15,7 +15,7 @@ from lightning_prune.files import Lock, cannot_write, nearest_existing, remove_e
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.runs.failure import Failure
 from lightning_prune.runs.folder import RunFolder
-from lightning_prune.runs.planned import Planned, plan_runs
+from lightning_prune.runs.planned import Build, Planned, plan_runs
 from lightning_prune.runs.reuse import known_perplexities, reuse
 from lightning_prune.runs.run import prune_and_record
 from lightning_prune.runs.settings import Settings
@@ -25,11 +25,11 @@ from lightning_prune.walk.module import PerplexityResult
 LOCK = ".compare.tmp"  # as a temporary file it is swept when its process is gone
 
 
-def run_experiment(settings: Settings) -> tuple[list[Path], list[Failure]]:
+def run_experiment(settings: Settings, build: Build) -> tuple[list[Path], list[Failure]]:
     """Make what is missing below ``settings.root`` and keep what is there.
 
     A run that was being made when this process was killed is made again by the next call, and nothing else is lost. A
-    run that raises is reported and the others go on.
+    run that raises is reported and the others go on. ``build`` makes trainer, method and data of a configuration.
 
     Returns:
         Folders of all finished runs of the experiment, in its order, and what failed.
@@ -38,7 +38,7 @@ def run_experiment(settings: Settings) -> tuple[list[Path], list[Failure]]:
         UserError: a mistake in the settings, or another experiment is running below the same root.
     """
     with _only_one(settings.root):
-        planned = plan_runs(settings)
+        planned = plan_runs(settings, build)
         for label in settings.systems:
             sweep_runs(settings.root / label)
         folders = [run.finished(settings.root) for run in planned]
@@ -55,7 +55,7 @@ def run_experiment(settings: Settings) -> tuple[list[Path], list[Failure]]:
                 bar.set_description(f"{run.label} {run.ratio:g}")
                 known = [(other, found) for other, found in zip(planned, folders, strict=True) if found is not None]
                 try:
-                    folders[index] = _make(run, known)
+                    folders[index] = _make(run, known, build)
                 except Exception as error:
                     if not isinstance(error, UserError):
                         traceback.print_exc()
@@ -65,18 +65,18 @@ def run_experiment(settings: Settings) -> tuple[list[Path], list[Failure]]:
         return [folder for folder in folders if folder is not None], failures
 
 
-def _make(run: Planned, known: Sequence[tuple[Planned, Path]]) -> Path:
+def _make(run: Planned, known: Sequence[tuple[Planned, Path]], build: Build) -> Path:
     """One run."""
-    cli = run.build()
-    method: PruningMethod = cli.model
+    built = build(run.label, run.configuration)
+    method = built.model
     _reset_peak_memory()
     try:
-        method.trainer = cli.trainer
+        method.trainer = built.trainer
         if method.reusable:
             _give_scores(method, run, known)
-        folder, _ = prune_and_record(cli.trainer, method, run.data, cli.resolved_config, _dense(run, known))
+        folder, _ = prune_and_record(built.trainer, method, run.data, built.resolved_config, _dense(run, known))
     finally:
-        del cli, method
+        del built, method
         gc.collect()
     return folder
 

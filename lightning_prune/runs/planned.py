@@ -1,21 +1,35 @@
 """The runs of an experiment before they are made: options checked, calibration sets shared, results recognised."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import lightning as L
 import yaml
 
-from lightning_prune.cli.lightning_cli import PruneCLI
 from lightning_prune.data.datamodule import CalibrationDataModule
-from lightning_prune.errors import UserError
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.fingerprint import base_model_sha256
 from lightning_prune.models.loading import check_model
 from lightning_prune.runs.configuration import configuration_sha256
 from lightning_prune.runs.folder import RunFolder
 from lightning_prune.runs.settings import Settings
+
+
+class BuiltRun(Protocol):
+    """A configuration as objects; ``resolved_config`` is all of it as YAML."""
+
+    trainer: L.Trainer
+    model: PruningMethod
+    datamodule: CalibrationDataModule
+
+    @property
+    def resolved_config(self) -> str: ...
+
+
+Build = Callable[[str, dict[str, Any]], BuiltRun]  # from a system's label and its configuration
 
 
 @dataclass(frozen=True)
@@ -46,13 +60,9 @@ class Planned:
                 return folder.path
         return None
 
-    def build(self) -> PruneCLI:
-        """Trainer and method, fresh."""
-        return build(self.label, self.configuration)
 
-
-def plan_runs(settings: Settings) -> list[Planned]:
-    """Check every run's options and tokenise every calibration setting once.
+def plan_runs(settings: Settings, build: Build) -> list[Planned]:
+    """Check every run's options, by building it, and tokenise every calibration setting once.
 
     Raises:
         UserError: a mistake in any of them; nothing has been run then.
@@ -63,12 +73,12 @@ def plan_runs(settings: Settings) -> list[Planned]:
     for label in settings.systems:
         for ratio in settings.ratios:
             configuration = settings.configuration(label, ratio)
-            cli = build(label, configuration)
-            options = yaml.safe_load(cli.resolved_config)
-            data = shared.setdefault(json.dumps(options["data"], sort_keys=True), cli.datamodule)
+            built = build(label, configuration)
+            options = yaml.safe_load(built.resolved_config)
+            data = shared.setdefault(json.dumps(options["data"], sort_keys=True), built.datamodule)
             # The first system may read no data; the evaluation's check against the calibration text needs both.
             data.needs_calibration = True
-            method: PruningMethod = cli.model
+            method = built.model
             if method.pretrained not in weights:
                 check_model(method.pretrained)
                 weights[method.pretrained] = base_model_sha256(method.pretrained) or method.pretrained
@@ -76,7 +86,7 @@ def plan_runs(settings: Settings) -> list[Planned]:
             init = options["model"]["init_args"]
             evaluation = {item.name: item.manifest["fingerprint"] for item in data.evaluation}
             calibration = data.calibration.manifest.fingerprint if method.needs_calibration else None
-            base = (str(cli.trainer.precision), weights[method.pretrained])
+            base = (str(built.trainer.precision), weights[method.pretrained])
             name = type(method).__name__
             found.append(
                 Planned(
@@ -90,21 +100,3 @@ def plan_runs(settings: Settings) -> list[Planned]:
                 )
             )
     return found
-
-
-def build(label: str, configuration: dict[str, Any]) -> PruneCLI:
-    """Parse and instantiate one configuration as ``fit`` does.
-
-    Raises:
-        UserError: names the system.
-    """
-    try:
-        cli = PruneCLI(configuration, PruningMethod, subclasses=True, command="fit")
-    except UserError as error:
-        raise UserError(f"system '{label}': {error}") from None
-    if cli.trainer.world_size > 1:
-        raise UserError(
-            f"--trainer.devices: an experiment runs on one device, found {cli.trainer.world_size}. "
-            "Prune large models with fit, then compare their folders with --runs."
-        )
-    return cli

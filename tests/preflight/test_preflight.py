@@ -11,9 +11,11 @@ import torch
 
 from lightning_prune import methods
 from lightning_prune.cli import main
-from lightning_prune.preflight.dry_run import DryRun, PhaseUse, Shapes, Solves, Workload, dry_run
-from lightning_prune.preflight.estimate import _at, _polynomial
+from lightning_prune.preflight import place as place_module
+from lightning_prune.preflight.dry_run import DryRun, PhaseUse, Shapes, Solves, dry_run
+from lightning_prune.preflight.estimate import Estimate, _at, _polynomial
 from lightning_prune.preflight.ledger import Ledger
+from lightning_prune.preflight.workload import Workload
 from tests.tiny import tiny_config
 
 LAYERS, SAMPLES, LENGTH, BATCH, HIDDEN = 5, 12, 16, 4, 32
@@ -138,3 +140,64 @@ def test_token_arrays_say_how_much_text_there_is(
 def test_a_size_that_is_none_ends_in_one_message(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--config", "wanda", *words]) == 2
     assert words[0] in capsys.readouterr().err
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """A host that has so many bytes more than this process holds, and no model that is too small to be estimated."""
+
+    def leave(size: int) -> None:
+        monkeypatch.setattr(place_module, "FIXED", 2**60)
+        monkeypatch.setattr(place_module, "free_host_bytes", lambda: size)
+
+    return leave
+
+
+def _fit(checkpoint: Path, root: Path, *words: str) -> int:
+    data = ["--data.dataset", str(root / "tokens.npy"), "--data.eval_datasets", "[]"]
+    np.save(root / "tokens.npy", np.full((8, 16), 5))
+    where = ["--model.pretrained", str(checkpoint), "--trainer.default_root_dir", str(root / "logs")]
+    return main(["fit", "--config", "wanda", *where, *data, "--trainer.logger", "false", *words])
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(
+    tmp_path: Path,
+    tiny_checkpoint: Callable[..., Path],
+    little_memory: Callable[[int], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    little_memory(1000)
+    assert _fit(tiny_checkpoint(), tmp_path) == 2
+    message = capsys.readouterr().err
+    assert "--model.onload layer takes" in message
+    assert "of host memory" in message
+    assert "bf16-true halves" in message
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_placement_that_does_not_fit_names_the_one_that_does(
+    tmp_path: Path,
+    tiny_checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    little_memory: Callable[[int], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    little_memory(2**30)
+
+    def fits(estimate: Estimate) -> float:
+        return 2.0 if estimate.shapes.onload == "model" else 0.5
+
+    monkeypatch.setattr(Estimate, "share", property(fits))
+    assert _fit(tiny_checkpoint(), tmp_path, "--model.onload", "model") == 2
+    assert "--model.onload layer fits." in capsys.readouterr().err
+    assert _fit(tiny_checkpoint(), tmp_path) == 0
+    details = json.loads(next(tmp_path.rglob("method.json")).read_text(encoding="utf-8"))
+    assert details["onload"] == "layer"
+
+
+def test_auto_keeps_the_whole_model_where_it_fits(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], little_memory: Callable[[int], None]
+) -> None:
+    little_memory(2**34)
+    assert _fit(tiny_checkpoint(), tmp_path) == 0
+    assert json.loads(next(tmp_path.rglob("method.json")).read_text(encoding="utf-8"))["onload"] == "model"

@@ -68,6 +68,13 @@ def _facts(one: Estimate, method: PruningMethod) -> dict[str, Any]:
         "new_weights_bytes": one.new_weights,
         "checkpoint_bytes": one.checkpoint,
         "bytes_read": one.read,
+        "widths": {
+            "layers": len(method.layers),
+            "gqa_groups": method.layers[0].num_kv_heads,
+            "queries_per_kv_head": method.layers[0].queries_per_kv_head,
+            "mlp_channels": method.layers[0].num_channels,
+        },
+        "largest_ratio": largest_ratio(method),
         "layer_evaluations": one.evaluations,
         "flops": one.flops,
     }
@@ -90,11 +97,21 @@ def _print(found: list[Estimate], preflight: Preflight) -> None:
             f"{one.shapes.onload:<8}{device:>10}{_gb(one.host):>10}{_gb(one.disk):>10}{_gb(one.read):>10}"
             f"  {'yes' if one.fits else 'no':<4}  {one.phase}"
         )
-    print(f"\nlayer evaluations of a batch: {first.evaluations:,}   operations: {first.flops:.2e}")
+    print(f"\nwidths: {_widths(method)}, hidden size {config.hidden_size:,}, vocabulary {config.vocab_size:,}")
+    print(f"layer evaluations of a batch: {first.evaluations:,}   operations: {first.flops:.2e}")
     print(f"largest reachable ratio: {largest_ratio(method):.3f}")
     for one, other in ((found[0], found[1]), (found[1], found[0])):
         if not one.fits and method.onload in ("auto", one.shapes.onload):
-            print(f"onload {one.shapes.onload} does not fit. {advice(one, other, method, load)}")
+            print(f"{one.shortage} {advice(one, other, method, load)}")
+
+
+def _widths(method: PruningMethod) -> str:
+    """The units that a layer has to lose."""
+    first = method.layers[0]
+    return (
+        f"{first.num_kv_heads:,} GQA groups of {first.queries_per_kv_head} query heads and {first.num_channels:,} MLP "
+        "channels per layer"
+    )
 
 
 def _gb(size: int) -> str:

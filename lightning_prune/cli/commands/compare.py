@@ -46,13 +46,14 @@ def main(argv: list[str]) -> int:
         folders, root = _finished(arguments.runs), arguments.root or DEFAULT_ROOT
     else:
         # Lightning is imported here, and not at all for --runs.
+        from lightning_prune.cli.experiment import build
         from lightning_prune.runs.experiment import run_experiment
         from lightning_prune.runs.settings import read_settings
 
         settings = read_settings(
             arguments.config, arguments.root, arguments.pretrained, arguments.ratios, arguments.systems, options
         )
-        folders, failures = run_experiment(settings)
+        folders, failures = run_experiment(settings, build)
         root = settings.root
 
     result = audit([load_run(folder) for folder in folders])
