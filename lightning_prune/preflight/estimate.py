@@ -37,9 +37,9 @@ class Estimate:
     """What one run takes, in bytes.
 
     ``device``: peak on the GPU, 0 where there is none. ``host``: peak of anonymous memory of this process, what it
-    holds already included. ``phase``: where the device, or without one the host, is fullest. ``mapped``: residual streams in temporary files.
-    ``new_weights``: refitted or masked weights on disk until the checkpoint is written. ``read``: parameters brought in
-    while calibrating.
+    holds already included. ``phase``: where the device, or without one the host, is fullest. ``mapped``: residual
+    streams in temporary files. ``new_weights``: refitted or masked weights on disk until the checkpoint is written.
+    ``read``: parameters brought in while calibrating.
     """
 
     shapes: Shapes
