@@ -24,6 +24,11 @@ from lightning_prune.regular_files import require_regular
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Old Llama checkpoints store the rotary table of every layer; it is computed from the config.
 COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+# The text model's tensors within a checkpoint of several models, and what they are called by themselves.
+TEXT_NAMES = {
+    r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
+    r"^(?:model\.)?language_model\.(?:model\.)?": "model.",
+}
 LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
 
 
@@ -34,7 +39,7 @@ class CheckpointFiles:
     Attributes:
         source: folder or hub id, for messages.
         config_path: its ``config.json``.
-        tensors: every tensor of every weight file.
+        tensors: every tensor of every weight file; of several models in one, those of the text model.
     """
 
     source: str
@@ -45,6 +50,11 @@ class CheckpointFiles:
     def total_bytes(self) -> int:
         """Bytes of all tensors as stored."""
         return sum(entry.end - entry.start for entry in self.tensors.values())
+
+    @property
+    def is_part(self) -> bool:
+        """Whether this is the text model of a checkpoint that holds others too."""
+        return any(_text_name(name) != name for name in self.tensors)
 
     @property
     def num_layers(self) -> int:
@@ -182,9 +192,22 @@ def open_checkpoint(path: str) -> CheckpointFiles:
             f"{SAFE_WEIGHTS_INDEX_NAME}. Give a model in the safetensors format; others can run code when opened."
         )
     if single is not None:
-        return CheckpointFiles(path, config, read_header(single))
+        return CheckpointFiles(path, config, _text_part(read_header(single)))
     assert index is not None
-    return CheckpointFiles(path, config, _read_shards(path, index))
+    return CheckpointFiles(path, config, _text_part(_read_shards(path, index)))
+
+
+def _text_part(tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    inside = {name: entry for name, entry in tensors.items() if _text_name(name) != name}
+    outside = {name: entry for name, entry in tensors.items() if name.startswith("lm_head.")}
+    return inside | outside if inside else tensors
+
+
+def _text_name(name: str) -> str:
+    for pattern, own in TEXT_NAMES.items():
+        if re.match(pattern, name):
+            return re.sub(pattern, own, name)
+    return name
 
 
 def _read_shards(path: str, index: Path) -> dict[str, TensorEntry]:
@@ -248,7 +271,8 @@ def _find(path: str, name: str) -> Path | None:
 
 
 def _spellings(name: str) -> tuple[str, ...]:
-    """As it is, with one ``model.`` less, with one more."""
+    """As it is, with one ``model.`` less, with one more; without the prefix of a text model in a larger one."""
+    name = _text_name(name)
     less = (name.removeprefix("model."),) if name.startswith("model.") else ()
     return (name, *less, f"model.{name}")
 

@@ -16,7 +16,7 @@ from lightning_prune.models.checkpoint_files import open_checkpoint
 from lightning_prune.models.loading import load_config, load_model, meta_model
 from lightning_prune.models.safetensors_header import read_header
 from tests.cutting import cut
-from tests.tiny import FAMILIES, make_tiny, mixed_plan, uniform_plan
+from tests.tiny import EVERY_FAMILY, make_tiny, mixed_plan, uniform_plan
 
 Edit = Callable[[dict[str, torch.Tensor]], None]
 
@@ -65,7 +65,7 @@ def test_shards_are_one_checkpoint(tmp_path: Path) -> None:
     assert check(tmp_path)["lm_head.weight"] == "model.embed_tokens.weight"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_parameter_of_a_dense_model_is_found(tmp_path: Path, family: str, tied: bool) -> None:
     model = make_tiny(family, tied=tied)

@@ -22,7 +22,9 @@ from lightning_prune.surgery.plan import PruningPlan
 from lightning_prune.surgery.write import write_checkpoint
 from tests.cutting import cut, layered, layered_cut
 from tests.tiny import (
+    CUTTABLE,
     FAMILIES,
+    WHOLE_ATTENTION,
     make_tiny,
     mixed_plan,
     tiny_plan,
@@ -58,6 +60,8 @@ KINDS = [
     )
     for plan in plans
 ]
+KINDS += [(family, 2, "tied", plan) for family in CUTTABLE if family not in FAMILIES for plan in PLANS]
+KINDS += [(family, 2, "untied", plan) for family in WHOLE_ATTENTION for plan in PLANS]
 
 # Runs where lightning_prune cannot be imported, installed or not.
 FRESH_PROCESS = """
