@@ -94,9 +94,7 @@ def test_norms_at_the_wrong_places_are_found(monkeypatch: pytest.MonkeyPatch) ->
         mlp_norms=Norms("post_attention_layernorm", "post_feedforward_layernorm"),
     )
     assert_refused(monkeypatch, swapped, "between attention and MLP of layer 0: differs")
-    lost = replace(
-        right, attention_norms=BEFORE_ATTENTION
-    )  # would stay behind when the block leaves, and change nothing
+    lost = replace(right, attention_norms=BEFORE_ATTENTION)  # it would stay behind, and change nothing
     assert_refused(monkeypatch, lost, "layer 0 has 32 parameters that belong to neither block")
 
 
