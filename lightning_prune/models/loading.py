@@ -164,12 +164,13 @@ def load_model(pretrained: str, dtype: torch.dtype | None) -> PreTrainedModel:
     config = load_config(pretrained)
     path = resolve(pretrained)
     files = open_checkpoint(path)
-    stored = files.check_against(meta_model(config))
+    meta = meta_model(config)
+    stored = files.check_against(meta)
     with quiet_transformers(bars=True), _user_error(pretrained, "the weights cannot be loaded"):
         if files.is_part:  # whose names transformers would restore in what is saved later
             state = CheckpointSource(files, stored).read(list(stored), dtype, torch.device("cpu"))
             kind = dtype or next(iter(state.values())).dtype
-            return _auto_class(config).from_pretrained(None, config=config, state_dict=state, dtype=kind)  # type: ignore[no-any-return]
+            return type(meta).from_pretrained(None, config=config, state_dict=state, dtype=kind)
         return _auto_class(config).from_pretrained(  # type: ignore[no-any-return]
             path, config=config, dtype="auto" if dtype is None else dtype, use_safetensors=True
         )
