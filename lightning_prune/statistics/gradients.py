@@ -116,9 +116,9 @@ class LayerGradients(nn.Module):
         statistic: SampleTerms = self.terms[role]  # type: ignore[assignment]
         return statistic.reduced()
 
-    def _roles_by_weight(self) -> dict[nn.Parameter, list[str]]:
+    def _roles_by_weight(self) -> dict[Tensor, list[str]]:
         """The layer's weights and the roles that each of them holds."""
-        found: dict[nn.Parameter, list[str]] = {}
+        found: dict[Tensor, list[str]] = {}
         for role, linear in self.view.linears.items():
             found.setdefault(linear.module.weight, []).append(role)
         return found

@@ -1,6 +1,7 @@
 """The pruned model as a layered model of its own: parameters are cut from the dense ones when they are asked for."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,12 +47,13 @@ class PrunedSource:
             kept = self.left[int(number)]
             if new[0] != kept.layer:
                 new = (kept.layer, self.new_weights(kept.layer))
-            dense_name = f"{prefix}{kept.layer}.{inside}"
-            tensor = self._rewritten(
-                inside, new[1], lambda name=dense_name: self.dense.read([name], dtype, device)[name]
-            )
+            read = partial(self._dense, f"{prefix}{kept.layer}.{inside}", dtype, device)
+            tensor = self._rewritten(inside, new[1], read)
             found[name] = kept_part(self.family, self.config, kept, inside, tensor.to(device=device, dtype=dtype))
         return found
+
+    def _dense(self, name: str, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+        return self.dense.read([name], dtype, device)[name]
 
     def _rewritten(self, name: str, new: dict[str, Tensor], read: Callable[[], Tensor]) -> Tensor:
         """The parameter ``name`` of a layer, whole, with the parts in it that the method made anew; ``read`` gives the
