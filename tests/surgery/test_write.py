@@ -61,8 +61,9 @@ KINDS = [
     )
     for plan in plans
 ]
-KINDS += [(family, 2, "tied", plan) for family in CUTTABLE if family not in FAMILIES for plan in PLANS]
-KINDS += [(family, 2, "untied", plan) for family in WHOLE_ATTENTION for plan in PLANS]
+OTHERS = [family for family in (*CUTTABLE, *WHOLE_ATTENTION) if family not in FAMILIES]
+KINDS += [(family, 2, "tied", plan) for family in OTHERS for plan in ("mixed", "uniform")]
+KINDS += [(family, 2, "untied", plan) for family in ("gemma2", "phi3", "olmo2") for plan in ("no_attention", "no_mlp")]
 
 # Runs where lightning_prune cannot be imported, installed or not.
 FRESH_PROCESS = """
