@@ -95,7 +95,8 @@ def pruned_config(config: Any, plan: PruningPlan) -> Any:
     family = family_of(config)
     left = [layer for layer in plan.layers if layer.kept_kv_heads or layer.kept_channels]
     pruned = copy.deepcopy(config)
-    pruned.__dict__.pop("auto_map", None)
+    for name in ("auto_map", "block_norms"):  # of one that was per layer
+        pruned.__dict__.pop(name, None)
     pruned.head_dim = head_dim_of(config)
     pruned.num_hidden_layers = len(left)
     for name in family.per_layer_lists:
