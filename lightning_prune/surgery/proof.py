@@ -90,7 +90,7 @@ def shrunk(config: Any) -> Any:
         tiny.sliding_window = WINDOW
     for name, token in (("bos_token_id", 0), ("eos_token_id", 1), ("pad_token_id", None)):
         setattr(tiny, name, token)
-    for entry in _rotary(tiny.rope_parameters):
+    for entry in _rotary(getattr(tiny, "rope_parameters", None)):
         for name in ("short_factor", "long_factor"):  # a factor per frequency
             if entry.get(name):
                 rotated = int(HEAD_DIM * entry.get("partial_rotary_factor", 1.0))
