@@ -10,11 +10,12 @@ from transformers import PreTrainedModel
 
 import lightning_prune
 from lightning_prune.errors import UserError
-from lightning_prune.methods import HGSP, ShortGPT, Wanda
+from lightning_prune.methods import HGSP, ShortGPT, SlimGPT, Wanda
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.surgery import proof
+from lightning_prune.walk.passes import BlockPass
 from tests.methods.behaviour import SYSTEMS, Run, prune, save_tokens
-from tests.methods.running import run_method, save_base
+from tests.methods.running import pruned_by, run_method, save_base
 from tests.tiny import WHOLE_ATTENTION, make_tiny, tiny_tokens
 
 
@@ -84,6 +85,39 @@ def test_multipliers_are_in_priors_losses_and_gradients(tmp_path: Path) -> None:
         found.append((method.priors, method.scores.importance))
     for mine, theirs in zip(*found, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=1e-6)
+
+
+MLP_ENTRY = {"gemma2": "pre_feedforward_layernorm", "gemma3_text": "pre_feedforward_layernorm", "olmo2": "mlp"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "phi3", "granite", "olmo2"])
+def test_every_block_is_refitted_on_what_the_pruned_part_before_it_puts_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    seen, run = {}, BlockPass._run
+
+    def spy(self: BlockPass, step: Any, batch: Any) -> None:
+        if (step.layer, step.phase) != (0, "attention"):  # the embedding
+            seen[step.layer, step.phase] = self.stream.get(batch.rows, torch.device("cpu")).clone()
+        run(self, step, batch)
+
+    monkeypatch.setattr(BlockPass, "_run", spy)
+    tokens = tiny_tokens(12, 16)
+    base = save_base(make_tiny(family), tmp_path / "base")
+    pruned: Any = pruned_by(run_method(SlimGPT(base, 0.25), tokens, tmp_path / "run", batch_size=12))
+    expected: dict[tuple[int, str], Tensor] = {}
+    for index, layer in enumerate(pruned.model.layers):
+        for phase, module in (
+            ("attention", layer),
+            ("mlp", getattr(layer, MLP_ENTRY.get(family, "post_attention_layernorm"))),
+        ):
+            module.register_forward_pre_hook(lambda _, args, at=(index, phase): expected.update({at: args[0]}))
+    with torch.no_grad():
+        pruned(tokens, use_cache=False)
+    del expected[0, "attention"]
+    assert seen.keys() == expected.keys()
+    for place, hidden in seen.items():
+        torch.testing.assert_close(hidden, expected[place], rtol=1e-3, atol=1e-3, msg=str(place))
 
 
 @pytest.mark.parametrize("family", WHOLE_ATTENTION)
