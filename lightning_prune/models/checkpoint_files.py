@@ -61,20 +61,6 @@ class CheckpointFiles:
         """Decoder layers that the names speak of. A count, since a name may claim any index."""
         return len({found[1] for name in self.tensors if (found := LAYER.search(name))})
 
-    def stored_name(self, parameter_name: str) -> str:
-        """The name a parameter of the model is stored under: its own, or with one ``model.`` less or more, as
-        transformers accepts them (checkpoints of the base model have one less).
-
-        A tied head is looked up under its own name only: ``check_against`` gives that mapping.
-
-        Raises:
-            UserError: it is not there.
-        """
-        for name in _spellings(parameter_name):
-            if name in self.tensors:
-                return name
-        raise UserError(f"{OPTION}: the weights of '{self.source}' lack {parameter_name!r}. Give a complete model.")
-
     def check_layers(self, num_hidden_layers: int) -> None:
         """Compare a config's layer count with the names, before a model of that many layers is built.
 

@@ -40,12 +40,19 @@ def prove(config: Any) -> None:
     """Try the family's record on a tiny random model with the switches of ``config``; once per kind and process.
 
     Raises:
-        UserError: unknown family, or one that does something else than its record says; names what differs.
+        UserError: unknown family, or one that does something else than its record says; names what differs. Or there
+            is no place for temporary files.
     """
     family = family_of(config)
     with quiet_transformers():
         tiny = json.dumps(shrunk(config).to_dict(), sort_keys=True, default=str)
-    differs = _tried(family, tiny)
+    try:
+        differs = _tried(family, tiny)
+    except OSError as error:
+        raise UserError(
+            f"A model of a few layers, on which family '{config.model_type}' is tried, cannot be written ({error}). "
+            f"Free space where temporary files go, or choose another place with the variable TMPDIR."
+        ) from error
     if differs is not None:
         raise UserError(
             f"--model.pretrained: with transformers {transformers.__version__}, models of family '{config.model_type}' "
@@ -62,6 +69,10 @@ def _tried(family: Family, values: str) -> str | None:
                 _try(CONFIG_MAPPING[family.model_type].from_dict(json.loads(values)), Path(folder))
         except (MemoryError, OSError):
             raise
+        except UserError as error:
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None
+            return str(error).removeprefix("--model.pretrained: ").rstrip(".")
         except (DiffersError, CheckpointError, FloatingPointError) as found:
             return str(found)
         except Exception as error:  # of a model that is not what was expected: whatever its code raises
