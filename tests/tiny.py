@@ -16,7 +16,51 @@ from transformers import (
 
 from lightning_prune.surgery.plan import LayerPlan, PruningPlan
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+)  # a pre-norm layer of seven plain projections, plain embedding and head
+WHOLE_ATTENTION = ("olmo2", "helium", "stablelm")  # GQA groups cannot leave one by one
+CUTTABLE = (
+    *FAMILIES,
+    *("ministral", "ministral3", "gemma", "gemma2", "gemma3_text", "phi3", "granite", "smollm3", "olmo"),
+    *("ernie4_5", "seed_oss"),
+)
+EVERY_FAMILY = (*CUTTABLE, *WHOLE_ATTENTION)
+SWITCHES: dict[str, dict[str, Any]] = {  # what makes a tiny model of the family unlike a Llama
+    "ministral": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "ministral3": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 16.0,
+            "original_max_position_embeddings": 8,
+            "llama_4_scaling_beta": 0.1,
+        }
+    },
+    "gemma2": {
+        "sliding_window": 5,
+        "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": {
+        "sliding_window": 5,
+        "query_pre_attn_scalar": 16,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "phi3": {"partial_rotary_factor": 0.5},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 2.5,
+    },
+    "smollm3": {"no_rope_layers": [1, 1, 0, 1]},
+    "olmo": {"clip_qkv": 1.5},
+}
 
 
 def tiny_config(
@@ -46,8 +90,16 @@ def tiny_config(
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=None,
-        **extra,
+        **_switches(family, layers) | extra,
     )
+
+
+def _switches(family: str, layers: int) -> dict[str, Any]:
+    """With one entry per layer where there is one per layer of four."""
+    return {
+        name: [value[layer % len(value)] for layer in range(layers)] if isinstance(value, list) else value
+        for name, value in SWITCHES.get(family, {}).items()
+    }
 
 
 def make_tiny(family: str = "llama", seed: int = 0, **options: Any) -> PreTrainedModel:
@@ -84,16 +136,24 @@ def tiny_plan(model: PreTrainedModel, kept: list[tuple[list[int], list[int]]], *
 
 def mixed_plan(model: PreTrainedModel, **fields: Any) -> PruningPlan:
     """For four layers of 40 channels: no attention, narrower, no MLP, nothing left."""
-    heads = list(range(model.config.num_key_value_heads))
-    kept = [([], list(range(40))), (heads[1:] or heads, list(range(1, 40, 2))), (heads, []), ([], [])]
+    heads, fewer, _ = _group_lists(model)
+    kept = [([], list(range(40))), (fewer, list(range(1, 40, 2))), (heads, []), ([], [])]
     return tiny_plan(model, kept, **fields)
 
 
 def uniform_plan(model: PreTrainedModel, **fields: Any) -> PruningPlan:
     """For four layers of 40 channels: one less, and the others equally narrower, by other indices in each."""
+    _, fewer, others = _group_lists(model)
+    kept = [(fewer, list(range(24))), ([], []), (others, list(range(16, 40)))]
+    return tiny_plan(model, [*kept, (fewer, list(range(8, 32)))], **fields)
+
+
+def _group_lists(model: PreTrainedModel) -> tuple[list[int], list[int], list[int]]:
+    """All GQA groups, and all but the first or the last where there are several that may leave."""
     heads = list(range(model.config.num_key_value_heads))
-    kept = [(heads[1:] or heads, list(range(24))), ([], []), (heads[:-1] or heads, list(range(16, 40)))]
-    return tiny_plan(model, [*kept, (heads[1:] or heads, list(range(8, 32)))], **fields)
+    if len(heads) == 1 or model.config.model_type in WHOLE_ATTENTION:
+        return heads, heads, heads
+    return heads, heads[1:], heads[:-1]
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -111,8 +111,7 @@ def macs_per_token(model: PreTrainedModel, context_length: int) -> int:
     A sliding window shorter than the context is not taken into account.
     """
     linears = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    widths = sum(query.out_features for query in _projections(model, family_of(model.config).query))
-    return int(linears + 2 * widths * context_length)
+    return int(linears + 2 * sum(width for width, _ in _head_widths(model)) * context_length)
 
 
 def kv_cache_bytes_per_token(model: PreTrainedModel) -> int:
@@ -121,18 +120,15 @@ def kv_cache_bytes_per_token(model: PreTrainedModel) -> int:
     2 · Σ over layers of KV heads · head size · bytes per number. A skipped attention counts 0 (a dynamic cache keeps
     one number each for key and value there, so that positions stay right).
     """
-    family = family_of(model.config)
-    width = sum(
-        projection.out_features for name in (family.key, family.value) for projection in _projections(model, name)
-    )
-    return int(width * model.dtype.itemsize)
+    return int(2 * sum(width for _, width in _head_widths(model)) * model.dtype.itemsize)
 
 
-def _projections(model: PreTrainedModel, name: str) -> list[nn.Linear]:
-    """The projection ``name`` of every attention block that is there."""
+def _head_widths(model: PreTrainedModel) -> list[tuple[int, int]]:
+    """All query heads and all KV heads, in numbers per token, of every attention block that is there."""
     family = family_of(model.config)
     blocks = [getattr(layer, family.attention) for layer in layers_of(model)]
-    return [getattr(block, name) for block in blocks if hasattr(block, name)]
+    queries = [(getattr(block, family.output).in_features, block) for block in blocks if hasattr(block, family.output)]
+    return [(width, width // block.num_key_value_groups) for width, block in queries]
 
 
 def weight_file_bytes(pretrained: str) -> int:

@@ -20,6 +20,7 @@ from lightning_prune.models.loading import check_model
 from lightning_prune.surgery.cut import layout_of
 from lightning_prune.surgery.model_card import model_card
 from lightning_prune.surgery.plan import LayerPlan, PruningPlan
+from lightning_prune.surgery.proof import prove
 from lightning_prune.surgery.pruned import open_pruned, stored_dtype
 from lightning_prune.surgery.write import write_checkpoint
 from lightning_prune.walk.findings import Findings
@@ -156,7 +157,7 @@ class PruningMethod(LayeredModule):
 
     def details(self) -> dict[str, Any]:
         """What the method measured and chose beside its scores, for ``method.json``: thresholds, damping, ratios."""
-        prunable = sum(view.attention_unit_cost * view.num_kv_heads for view in self.layers)
+        prunable = sum(view.attention_unit_cost * view.num_kv_heads for view in self.layers if not view.whole_attention)
         prunable += sum(view.mlp_unit_cost * view.num_channels for view in self.layers)
         return {"prunable_fraction": prunable / self.dense_parameters, "onload": self.placement}
 
@@ -168,9 +169,10 @@ class PruningMethod(LayeredModule):
     # The life cycle, in the order Lightning calls it
 
     def check_model(self) -> None:
-        """As in the base class; and the ratio can be reached."""
+        """As in the base class; and the ratio can be reached, and the family does what its record says."""
         net = check_model(self.pretrained)
         self.check_ratio(anatomy(net), count_parameters(net))
+        prove(net.config)
 
     def check_before_loading(self, config: Any) -> None:
         """Refuse what the shapes alone can tell; then tell the trainer how many epochs there will be."""
@@ -178,6 +180,7 @@ class PruningMethod(LayeredModule):
         self._views = anatomy(net)
         self.dense_parameters = count_parameters(net)
         self.check_ratio(self._views, self.dense_parameters)
+        prove(config)
         self._passes = [] if self.saved is not None else self.passes()
         steps = [step for one in self._passes if one.reads for step in one.steps(len(self._views))]
         self.trainer.fit_loop.max_epochs = len(steps)

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_prune.errors import UserError
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.blocks import block_index
-from lightning_prune.methods.scores import Scores, group_scores
+from lightning_prune.methods.scores import BLOCKS, Scores, group_scores, groups_that_stay
 from lightning_prune.methods.selection import Budget, protect_best, select_global, select_uniform
 from lightning_prune.models.families import LayerAnatomy
 from lightning_prune.surgery.cut import parameters_after
@@ -106,8 +106,12 @@ class GroupPruning(PruningMethod):
                 f"{self.freeze_last_n_layers} leave none of the {len(layers)} layers to prune."
             )
         free &= protect_best(scores, self.min_groups_per_layer)
+        free &= (scores.block != BLOCKS.index("attention")) | (layers[0].whole_attention is None)
         choose = select_global if self.allocation == "global" else select_uniform
-        return choose(scores, free, budget)
+        try:
+            return choose(scores, free, budget)
+        except UserError as error:
+            raise UserError(f"{error}{groups_that_stay(layers)}") from None
 
     def frozen_layers(self, num_layers: int) -> set[int]:
         """Layers that are never candidates; they are still measured and counted."""

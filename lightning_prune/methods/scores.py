@@ -83,6 +83,12 @@ def group_scores(layers: Sequence[LayerAnatomy], attention: Sequence[Tensor], ml
     return Scores(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
 
+def groups_that_stay(layers: Sequence[LayerAnatomy]) -> str:
+    """A sentence, with a space before it, on why no GQA group is a candidate; nothing where groups may leave."""
+    reason = layers[0].whole_attention
+    return f" GQA groups of this family stay: {reason}. MLP channels and whole layers can go." if reason else ""
+
+
 def layer_scores(importance: Tensor, cost: Sequence[int]) -> Scores:
     """Scores of whole layers (depth pruning): score = importance ``[L]``, cost in parameters per layer."""
     count = len(cost)

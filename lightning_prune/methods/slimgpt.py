@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_prune.errors import UserError
 from lightning_prune.memory import free_bytes
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.methods.scores import group_scores
+from lightning_prune.methods.scores import group_scores, groups_that_stay
 from lightning_prune.methods.slimgpt_math import (
     HeadError,
     InverseHessian,
@@ -70,7 +70,7 @@ class SlimGPTPass(BlockPass):
         """One Hessian at a time."""
         linear = view.linears[role]
         self.gram = InputGram(linear.in_features, self.max_tokens).to(self.model.device)
-        hooks.on_input(f"layer {view.index}, input of {role}", linear, self.gram.update)
+        hooks.on_input(f"layer {view.index}, input of {role}", linear.module, self.gram.update)
 
     def conclude(self, view: LayerAnatomy, role: str) -> Finding:
         """``weight.<role>``: the refitted weight, removed columns zero; ``kept``: units; ``errors`` of all units;
@@ -189,19 +189,18 @@ class SlimGPT(PruningMethod):
         """
         view = layers[0]
         budget = math.floor(Fraction(str(self.pruning_ratio)) * total_parameters)
-        groups, channels = view.num_kv_heads * view.attention_unit_cost, view.num_channels * view.mlp_unit_cost
-        least = view.attention_unit_cost + view.mlp_unit_cost
+        heads, head_cost = (1, 0) if view.whole_attention else (view.num_kv_heads, view.attention_unit_cost)
+        groups, channels = heads * head_cost, view.num_channels * view.mlp_unit_cost
+        least = head_cost + view.mlp_unit_cost
         largest = len(layers) * (groups + channels - least) / total_parameters
         try:
             ratios = layer_ratios(len(layers), budget / (len(layers) * (groups + channels)), self.first_ratio)
-            counts = unit_counts(
-                ratios, view.num_kv_heads, view.num_channels, view.attention_unit_cost, view.mlp_unit_cost, budget
-            )
+            counts = unit_counts(ratios, heads, view.num_channels, head_cost, view.mlp_unit_cost, budget)
         except ValueError as error:
             raise UserError(
                 f"--model.pruning_ratio: {self.pruning_ratio:g} cannot be reached ({error}) The largest reachable "
                 f"ratio is at most {math.floor(largest * 1e4) / 1e4:.4f} of all parameters. Lower "
-                "--model.pruning_ratio or leave out --model.first_ratio."
+                f"--model.pruning_ratio or leave out --model.first_ratio.{groups_that_stay(layers)}"
             ) from None
         return ratios, counts
 

@@ -62,7 +62,7 @@ class InputNorms:
         for role in sorted(set(INPUT_OF.values())):
             linear = view.linears[role]
             self.sums[role] = SumOfSquares(linear.in_features).to(linear.weight.device)
-            hooks.on_input(self._name(role), linear, self.sums[role].update)
+            hooks.on_input(self._name(role), linear.module, self.sums[role].update)
 
     def norms(self) -> dict[str, Tensor]:
         """‖X_j‖₂ fp64 ``[in]`` by the role that reads the input first: query, output, gate, down.

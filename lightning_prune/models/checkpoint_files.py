@@ -24,6 +24,11 @@ from lightning_prune.regular_files import require_regular
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Old Llama checkpoints store the rotary table of every layer; it is computed from the config.
 COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+# The text model's tensors within a checkpoint of several models, and what they are called by themselves.
+TEXT_NAMES = {
+    r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
+    r"^(?:model\.)?language_model\.(?:model\.)?": "model.",
+}
 LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
 
 
@@ -34,7 +39,7 @@ class CheckpointFiles:
     Attributes:
         source: folder or hub id, for messages.
         config_path: its ``config.json``.
-        tensors: every tensor of every weight file.
+        tensors: every tensor of every weight file; of several models in one, those of the text model.
     """
 
     source: str
@@ -47,23 +52,14 @@ class CheckpointFiles:
         return sum(entry.end - entry.start for entry in self.tensors.values())
 
     @property
+    def is_part(self) -> bool:
+        """Whether this is the text model of a checkpoint that holds others too."""
+        return any(_text_name(name) != name for name in self.tensors)
+
+    @property
     def num_layers(self) -> int:
         """Decoder layers that the names speak of. A count, since a name may claim any index."""
         return len({found[1] for name in self.tensors if (found := LAYER.search(name))})
-
-    def stored_name(self, parameter_name: str) -> str:
-        """The name a parameter of the model is stored under: its own, or with one ``model.`` less or more, as
-        transformers accepts them (checkpoints of the base model have one less).
-
-        A tied head is looked up under its own name only: ``check_against`` gives that mapping.
-
-        Raises:
-            UserError: it is not there.
-        """
-        for name in _spellings(parameter_name):
-            if name in self.tensors:
-                return name
-        raise UserError(f"{OPTION}: the weights of '{self.source}' lack {parameter_name!r}. Give a complete model.")
 
     def check_layers(self, num_hidden_layers: int) -> None:
         """Compare a config's layer count with the names, before a model of that many layers is built.
@@ -182,9 +178,22 @@ def open_checkpoint(path: str) -> CheckpointFiles:
             f"{SAFE_WEIGHTS_INDEX_NAME}. Give a model in the safetensors format; others can run code when opened."
         )
     if single is not None:
-        return CheckpointFiles(path, config, read_header(single))
+        return CheckpointFiles(path, config, _text_part(read_header(single)))
     assert index is not None
-    return CheckpointFiles(path, config, _read_shards(path, index))
+    return CheckpointFiles(path, config, _text_part(_read_shards(path, index)))
+
+
+def _text_part(tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    inside = {name: entry for name, entry in tensors.items() if _text_name(name) != name}
+    outside = {name: entry for name, entry in tensors.items() if name.startswith("lm_head.")}
+    return inside | outside if inside else tensors
+
+
+def _text_name(name: str) -> str:
+    for pattern, own in TEXT_NAMES.items():
+        if re.match(pattern, name):
+            return re.sub(pattern, own, name)
+    return name
 
 
 def _read_shards(path: str, index: Path) -> dict[str, TensorEntry]:
@@ -248,7 +257,8 @@ def _find(path: str, name: str) -> Path | None:
 
 
 def _spellings(name: str) -> tuple[str, ...]:
-    """As it is, with one ``model.`` less, with one more."""
+    """As it is, with one ``model.`` less, with one more; without the prefix of a text model in a larger one."""
+    name = _text_name(name)
     less = (name.removeprefix("model."),) if name.startswith("model.") else ()
     return (name, *less, f"model.{name}")
 

@@ -1,62 +1,64 @@
-"""Where a decoder keeps its prunable weights: one record per family, read into one view per layer."""
+"""Where a decoder keeps its prunable weights: its family's record (``models.records``) read into one view per layer."""
 
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_prune.errors import UserError
+from lightning_prune.models.records import FAMILIES, GUIDE, ROLES, Family
+from lightning_prune.models.refusals import refusal_of
 
 
-@dataclass(frozen=True)
-class Family:
-    """One model family of ``transformers``. Adding a family is adding one record to ``FAMILIES``.
+class Projection:
+    """The part of a linear layer that has one role: all of it, or some consecutive rows where roles share a parameter.
 
-    Paths are attribute names below the decoder layer. A bias entry is True, False, or the name of the config
-    key that decides. ``per_layer_lists`` are config keys holding one entry per layer; they are cut along
-    when layers leave. ``stock_alias`` names a family with the same arithmetic whose config accepts head
-    counts that do not divide ``hidden_size``, which this family's own config refuses; it may only stand in
-    while no projection has a bias.
+    Args:
+        module: the linear layer.
+        rows: of its weight ``[rows, in]`` and bias; None: all.
     """
 
-    model_type: str
-    qkv_bias: bool | str
-    o_bias: bool | str
-    mlp_bias: bool | str
-    per_layer_lists: tuple[str, ...] = ()
-    stock_alias: str | None = None
-    layers: str = "model.layers"
-    final_norm: str = "model.norm"
-    attention: str = "self_attn"
-    query: str = "q_proj"
-    key: str = "k_proj"
-    value: str = "v_proj"
-    output: str = "o_proj"
-    mlp: str = "mlp"
-    gate: str = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
-    attention_norm: str = "input_layernorm"
-    mlp_norm: str = "post_attention_layernorm"
+    def __init__(self, module: nn.Linear, rows: slice | None = None) -> None:
+        self.module, self.rows = module, rows
 
-    def role_of(self, name: str) -> str | None:
-        """The role of a projection's weight from its name below the layer, None for every other parameter."""
-        for block, roles in ((self.attention, ("query", "key", "value", "output")), (self.mlp, ("gate", "up", "down"))):
-            for role in roles:
-                if name == f"{block}.{getattr(self, role)}.weight":
-                    return role
-        return None
+    @property
+    def weight(self) -> Tensor:
+        """``[out_features, in_features]``: the parameter itself, or a view of it."""
+        return self.part(self.module.weight)
 
+    @weight.setter
+    def weight(self, new: Tensor) -> None:
+        if self.rows is not None:
+            whole = self.module.weight.detach().clone()
+            whole[self.rows] = new.detach()
+            new = whole
+        self.module.weight = nn.Parameter(new, requires_grad=False)
 
-FAMILIES: dict[str, Family] = {
-    family.model_type: family
-    for family in (
-        Family("llama", "attention_bias", "attention_bias", "mlp_bias", stock_alias="mistral"),
-        Family("mistral", False, False, False),
-        Family("qwen2", True, False, False, per_layer_lists=("layer_types",)),
-        Family("qwen3", "attention_bias", "attention_bias", False, per_layer_lists=("layer_types",)),
-    )
-}
+    @property
+    def bias(self) -> Tensor | None:
+        """``[out_features]``, None without one."""
+        bias = self.module.bias
+        return bias if bias is None else self.part(bias)
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the weight."""
+        return self.module.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the weight."""
+        return len(self.weight)
+
+    @property
+    def size(self) -> int:
+        """Parameters, the bias included."""
+        bias = self.bias
+        return self.weight.numel() + (0 if bias is None else bias.numel())
+
+    def part(self, whole: Tensor) -> Tensor:
+        """This role's rows of a tensor that is shaped like the layer's weight or bias."""
+        return whole if self.rows is None else whole[self.rows]
 
 
 @dataclass(frozen=True)
@@ -64,23 +66,28 @@ class LayerAnatomy:
     """One decoder layer. K KV heads, r query heads per KV head, d = head_dim, F channels, D hidden size.
 
     Weights: query ``[K·r·d, D]``, key and value ``[K·d, D]``, output ``[D, K·r·d]``, gate and up ``[F, D]``,
-    down ``[D, F]``. KV head j serves the contiguous query heads j·r … j·r + r − 1.
+    down ``[D, F]``. KV head j serves the contiguous query heads j·r … j·r + r − 1. The norms of a block are those of
+    what enters and of what leaves it, as far as there are any; ``mlp_entry`` is the first module behind the residual
+    stream between the blocks, the MLP itself or its norm. ``whole_attention``: why groups cannot leave one by one, or
+    None.
     """
 
     index: int
     layer: nn.Module
     attention: nn.Module
-    query: nn.Linear
-    key: nn.Linear
-    value: nn.Linear
-    output: nn.Linear
+    query: Projection
+    key: Projection
+    value: Projection
+    output: Projection
     mlp: nn.Module
-    gate: nn.Linear
-    up: nn.Linear
-    down: nn.Linear
-    attention_norm: nn.Module
-    mlp_norm: nn.Module
+    gate: Projection
+    up: Projection
+    down: Projection
+    attention_norms: tuple[nn.Module, ...]
+    mlp_norms: tuple[nn.Module, ...]
+    mlp_entry: nn.Module
     head_dim: int
+    whole_attention: str | None = None
 
     @property
     def num_kv_heads(self) -> int:
@@ -100,48 +107,45 @@ class LayerAnatomy:
     @property
     def attention_unit_cost(self) -> int:
         """Parameters that leave with one GQA group: rows of q, k, v with their biases, columns of o."""
-        rows = _parameters(self.query) + _parameters(self.key) + _parameters(self.value)
+        rows = self.query.size + self.key.size + self.value.size
         return (rows + self.output.weight.numel()) // self.num_kv_heads
 
     @property
     def mlp_unit_cost(self) -> int:
         """Parameters that leave with one MLP channel: rows of gate and up with their biases, a column of down."""
-        rows = _parameters(self.gate) + _parameters(self.up)
-        return (rows + self.down.weight.numel()) // self.num_channels
+        return (self.gate.size + self.up.size + self.down.weight.numel()) // self.num_channels
 
     @property
     def attention_block_cost(self) -> int:
         """Parameters that leave when attention is skipped: all groups, the output bias and the norms."""
-        return count_parameters(self.attention) + count_parameters(self.attention_norm)
+        return count_parameters(self.attention) + sum(map(count_parameters, self.attention_norms))
 
     @property
     def mlp_block_cost(self) -> int:
-        """Parameters that leave when the MLP is skipped: all channels, the down bias and the norm."""
-        return count_parameters(self.mlp) + count_parameters(self.mlp_norm)
+        """Parameters that leave when the MLP is skipped: all channels, the down bias and the norms."""
+        return count_parameters(self.mlp) + sum(map(count_parameters, self.mlp_norms))
 
     @property
-    def linears(self) -> dict[str, nn.Linear]:
+    def linears(self) -> dict[str, Projection]:
         """The seven projections by role: query, key, value, output, gate, up, down."""
-        return {role: getattr(self, role) for role in ("query", "key", "value", "output", "gate", "up", "down")}
-
-
-def _parameters(linear: nn.Linear) -> int:
-    return linear.weight.numel() + (linear.bias.numel() if linear.bias is not None else 0)
+        return {role: getattr(self, role) for role in ROLES}
 
 
 def family_of(config: Any) -> Family:
     """The record for ``config.model_type``.
 
     Raises:
-        UserError: no record; the message lists the known families.
+        UserError: no record; the message lists the known families, and says why where it is known.
     """
     model_type = getattr(config, "model_type", None)
-    if model_type not in FAMILIES:
-        raise UserError(
-            f"--model.pretrained: model family '{model_type}' is not supported. "
-            f"Known families: {', '.join(sorted(FAMILIES))}."
-        )
-    return FAMILIES[model_type]
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    reason = refusal_of(config)
+    raise UserError(
+        f"--model.pretrained: model family '{model_type}' is not supported{f': {reason}' if reason else ''}. "
+        f"Known families: {', '.join(sorted(FAMILIES))}."
+        + ("" if reason else f" {GUIDE} shows how to add one with the same kind of layers.")
+    )
 
 
 def head_dim_of(config: Any) -> int:
@@ -150,8 +154,15 @@ def head_dim_of(config: Any) -> int:
     return int(explicit or config.hidden_size // config.num_attention_heads)
 
 
+def rows_of(config: Any) -> dict[str, int]:
+    """Rows of the weights that have units along their rows, by role, in the dense model."""
+    head_dim, channels = head_dim_of(config), config.intermediate_size
+    query, key = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    return {"query": query, "key": key, "value": key, "gate": channels, "up": channels}
+
+
 def anatomy(model: nn.Module) -> list[LayerAnatomy]:
-    """Resolve the family's paths on ``model`` (a causal LM, on any device, the meta device included).
+    """Resolve the family's record on ``model`` (a causal LM, on any device, the meta device included).
 
     Raises:
         UserError: unknown family, a model that is already pruned per layer, or one whose modules, biases
@@ -164,8 +175,7 @@ def anatomy(model: nn.Module) -> list[LayerAnatomy]:
             "--model.pretrained: this checkpoint is already pruned with a different width per layer. "
             "Prune the dense model instead."
         )
-    head_dim = head_dim_of(config)
-    return [_layer_anatomy(family, config, head_dim, index, layer) for index, layer in enumerate(layers_of(model))]
+    return [_layer_anatomy(family, config, index, layer) for index, layer in enumerate(layers_of(model))]
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
@@ -182,56 +192,62 @@ def final_norm_of(model: nn.Module) -> nn.Module:
     return model.get_submodule(family_of(config).final_norm)
 
 
-def _layer_anatomy(family: Family, config: Any, head_dim: int, index: int, layer: nn.Module) -> LayerAnatomy:
-    def find(*names: str) -> Any:
+def _layer_anatomy(family: Family, config: Any, index: int, layer: nn.Module) -> LayerAnatomy:
+    def find(name: str) -> Any:
         try:
-            return layer.get_submodule(".".join(names))
+            return layer.get_submodule(name)
         except AttributeError:
             raise UserError(
-                f"--model.pretrained: layer {index} has no '{'.'.join(names)}', which the record of family "
+                f"--model.pretrained: layer {index} has no '{name}', which the record of family "
                 f"'{family.model_type}' expects."
             ) from None
 
+    norms = [tuple(find(name) for name in pair if name) for pair in (family.attention_norms, family.mlp_norms)]
     found = LayerAnatomy(
         index=index,
         layer=layer,
         attention=find(family.attention),
-        query=find(family.attention, family.query),
-        key=find(family.attention, family.key),
-        value=find(family.attention, family.value),
-        output=find(family.attention, family.output),
         mlp=find(family.mlp),
-        gate=find(family.mlp, family.gate),
-        up=find(family.mlp, family.up),
-        down=find(family.mlp, family.down),
-        attention_norm=find(family.attention_norm),
-        mlp_norm=find(family.mlp_norm),
-        head_dim=head_dim,
+        attention_norms=norms[0],
+        mlp_norms=norms[1],
+        mlp_entry=find(family.mlp_norms.before or family.mlp),
+        head_dim=head_dim_of(config),
+        whole_attention=family.whole_attention,
+        **{role: _projection(family, config, role, find(family.path_of(role))) for role in ROLES},
     )
     _check_shapes(found, family, config)
     return found
 
 
+def _projection(family: Family, config: Any, role: str, module: nn.Linear) -> Projection:
+    roles = family.roles_at(family.path_of(role))
+    if len(roles) == 1:
+        return Projection(module)
+    sizes, place = rows_of(config), roles.index(role)
+    start = sum(sizes[earlier] for earlier in roles[:place])
+    last = place + 1 == len(roles)
+    return Projection(module, slice(start, None if last else start + sizes[role]))  # what is too much shows in the last
+
+
 def _check_shapes(found: LayerAnatomy, family: Family, config: Any) -> None:
-    hidden, heads, kv_heads = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-    query, key, channels = heads * found.head_dim, kv_heads * found.head_dim, config.intermediate_size
+    hidden, rows = config.hidden_size, rows_of(config)
     expected: dict[str, tuple[int, int, bool | str]] = {
-        "query": (query, hidden, family.qkv_bias),
-        "key": (key, hidden, family.qkv_bias),
-        "value": (key, hidden, family.qkv_bias),
-        "output": (hidden, query, family.o_bias),
-        "gate": (channels, hidden, family.mlp_bias),
-        "up": (channels, hidden, family.mlp_bias),
-        "down": (hidden, channels, family.mlp_bias),
+        "query": (rows["query"], hidden, family.qkv_bias),
+        "key": (rows["key"], hidden, family.qkv_bias),
+        "value": (rows["value"], hidden, family.qkv_bias),
+        "output": (hidden, rows["query"], family.o_bias),
+        "gate": (rows["gate"], hidden, family.mlp_bias),
+        "up": (rows["up"], hidden, family.mlp_bias),
+        "down": (hidden, rows["gate"], family.mlp_bias),
     }
-    for role, (rows, columns, bias) in expected.items():
+    for role, (height, width, bias) in expected.items():
         linear = found.linears[role]
         has_bias = _switch(config, bias)
         actual = (tuple(linear.weight.shape), linear.bias is not None)
-        if actual != ((rows, columns), has_bias):
+        if actual != ((height, width), has_bias):
             raise UserError(
                 f"--model.pretrained: layer {found.index}, {role} projection has (shape, bias) {actual}; family "
-                f"'{family.model_type}' and the config say {((rows, columns), has_bias)}."
+                f"'{family.model_type}' and the config say {((height, width), has_bias)}."
             )
 
 

@@ -1,6 +1,6 @@
 """A causal LM whose decoder layers come and go: everything a pass over the decoder needs, one layer at a time."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Literal
@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lightning_prune.memory import give_back_freed_memory, keep_heaps_small
 from lightning_prune.models.checkpoint_files import open_checkpoint
@@ -145,29 +146,52 @@ class LayeredModel:
     def run(self, index: int, hidden: Tensor) -> Tensor:
         """Output ``[B, L, D]`` of layer ``index`` for the input ``hidden``, as in the whole model, bit for bit."""
         self.evaluations += 1
-        args, kwargs = self._call(index, hidden)
-        output = self.layers[index](hidden, *args, **kwargs)
-        result: Tensor = output[0] if isinstance(output, tuple) else output
+        result = self._evaluate(index, hidden)
         self.overflow.watch(f"layer {index}, output", result)
         return result
 
+    def split(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream ``[B, L, D]`` between the layer's attention and its MLP, and behind the layer."""
+        seen: list[Tensor] = []
+        entry = self.views[index].mlp_entry
+        handle = entry.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        try:
+            after = self.run(index, hidden)
+        finally:
+            handle.remove()
+        return seen[0], after
+
     def attend(self, index: int, hidden: Tensor) -> Tensor:
         """The residual stream ``[B, L, D]`` between the layer's attention and its MLP; the MLP is not computed."""
-        with _replaced_forward([self.views[index].mlp], torch.zeros_like):
+        with _replaced_forward({self.views[index].mlp: _nothing}):
             return self.run(index, hidden)
 
     def feed(self, index: int, middle: Tensor) -> Tensor:
         """The layer's output ``[B, L, D]`` from the residual stream between its attention and its MLP."""
-        self.evaluations += 1
+        with _replaced_forward({self.views[index].attention: _no_attention}):
+            return self.run(index, middle)
+
+    def add(self, index: int, hidden: Tensor, block: Literal["attention", "mlp"], output: Tensor) -> Tensor:
+        """The residual stream behind a block that was entered with ``hidden`` and puts out ``output``, ``[B, L, D]``
+        each: norms and multipliers on the way are the layer's own. No evaluation, since nothing is computed."""
         view = self.views[index]
-        result: Tensor = middle + view.mlp(view.mlp_norm(middle))
-        self.overflow.watch(f"layer {index}, output", result)
-        return result
+        if block == "attention":
+            stubs: dict[nn.Module, Any] = {view.attention: lambda *_, **__: (output, None), view.mlp: _nothing}
+        else:
+            stubs = {view.attention: _no_attention, view.mlp: lambda *_, **__: output}
+        with _replaced_forward(stubs):
+            return self._evaluate(index, hidden)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits ``[n, V]`` of residual rows ``[n, D]`` behind the last layer."""
-        logits: Tensor = self.net.get_output_embeddings()(final_norm_of(self.net)(hidden))
-        return logits
+        """Logits ``[..., V]`` of residual rows ``[n, D]`` or ``[B, L, D]`` behind the last layer.
+
+        The model computes them itself from what its decoder would put out, so that soft caps and scales are there.
+        """
+        final = final_norm_of(self.net)(hidden if hidden.dim() == 3 else hidden[None])
+        decoder = BaseModelOutputWithPast(last_hidden_state=final)
+        with _replaced_forward({self.net.base_model: lambda *_, **__: decoder}):
+            logits: Tensor = self.net(input_ids=None, use_cache=False, return_dict=True).logits
+        return logits if hidden.dim() == 3 else logits[0]
 
     def losses(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Token losses fp32 ``[B, L − 1]`` from the residual stream behind the last layer."""
@@ -180,6 +204,12 @@ class LayeredModel:
         found = loss_gradient(self.head, hidden, tokens, weight, self.config.vocab_size)
         self.overflow.watch("head, gradient of the loss", found)
         return found
+
+    def _evaluate(self, index: int, hidden: Tensor) -> Tensor:
+        args, kwargs = self._call(index, hidden)
+        output = self.layers[index](hidden, *args, **kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
 
     def _call(self, index: int, hidden: Tensor) -> Call:
         shape = (hidden.shape[0], hidden.shape[1])
@@ -286,11 +316,21 @@ def _move_buffers(net: nn.Module, device: torch.device) -> None:
 
 
 @contextmanager
-def _replaced_forward(modules: Sequence[nn.Module], stub: Any) -> Iterator[None]:
-    for module in modules:
-        module.forward = stub  # type: ignore[method-assign]
+def _replaced_forward(stubs: Mapping[nn.Module, Any]) -> Iterator[None]:
+    for module, stub in stubs.items():
+        module.forward = stub
     try:
         yield
     finally:
-        for module in modules:
+        for module in stubs:
             del module.forward
+
+
+def _nothing(hidden: Tensor) -> Tensor:
+    """What a block that is left out adds; takes no memory."""
+    return hidden.new_zeros(1).expand_as(hidden)
+
+
+def _no_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """The same in the words of an attention module."""
+    return _nothing(args[0] if args else kwargs["hidden_states"]), None

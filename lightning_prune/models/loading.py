@@ -22,8 +22,10 @@ from lightning_prune.errors import UserError
 from lightning_prune.models.checkpoint_files import open_checkpoint
 from lightning_prune.models.families import family_of
 from lightning_prune.models.modeling_pruned import pruned_class
+from lightning_prune.models.records import TEXT_PARTS
 from lightning_prune.models.safetensors_header import OPTION as OPTION
 from lightning_prune.models.safetensors_header import first_line
+from lightning_prune.models.sources import CheckpointSource
 from lightning_prune.regular_files import exists, expanded, is_special, require_regular
 
 CONFIG_LIMIT = 10_000_000  # bytes
@@ -92,10 +94,22 @@ def config_alone(pretrained: str) -> PretrainedConfig:
     """
     with quiet_transformers(), _user_error(pretrained, "the config cannot be loaded"):
         config = AutoConfig.from_pretrained(resolve(pretrained), trust_remote_code=False)
-    family_of(config)
     _refuse_additions(config, pretrained)
+    config = _text_part(config)
+    family_of(config)
     _check_sizes(config, pretrained)
     return config
+
+
+def _text_part(config: PretrainedConfig) -> PretrainedConfig:
+    """The config of the text model, where a folder holds more than that and the rest can be left out."""
+    if config.model_type not in TEXT_PARTS:
+        return config
+    text = config.text_config
+    text.name_or_path, text.tie_word_embeddings = config.name_or_path, config.tie_word_embeddings
+    if text.dtype is None:
+        text.dtype = config.dtype
+    return text  # type: ignore[no-any-return]
 
 
 def check_model(pretrained: str) -> PreTrainedModel:
@@ -149,8 +163,14 @@ def load_model(pretrained: str, dtype: torch.dtype | None) -> PreTrainedModel:
     """
     config = load_config(pretrained)
     path = resolve(pretrained)
-    open_checkpoint(path).check_against(meta_model(config))
+    files = open_checkpoint(path)
+    meta = meta_model(config)
+    stored = files.check_against(meta)
     with quiet_transformers(bars=True), _user_error(pretrained, "the weights cannot be loaded"):
+        if files.is_part:  # whose names transformers would restore in what is saved later
+            state = CheckpointSource(files, stored).read(list(stored), dtype, torch.device("cpu"))
+            kind = dtype or next(iter(state.values())).dtype
+            return type(meta).from_pretrained(None, config=config, state_dict=state, dtype=kind)
         return _auto_class(config).from_pretrained(  # type: ignore[no-any-return]
             path, config=config, dtype="auto" if dtype is None else dtype, use_safetensors=True
         )

@@ -6,7 +6,8 @@ does not have ``lightning_prune``; ``AutoModel`` gives the decoder without its h
 for. ``config.per_layer_config[i]`` holds what layer i has in place of the global values:
 ``num_attention_heads``, ``num_key_value_heads``, ``intermediate_size``, and ``skip``, a list with
 ``"attention"``, ``"mlp"`` or both. A skipped block and its norm hold no parameters; the sizes that stand beside
-``skip`` mean nothing but that loaders which ignore ``skip`` refuse the checkpoint.
+``skip`` mean nothing but that loaders which ignore ``skip`` refuse the checkpoint. ``config.block_norms`` names the
+norms of each block where they are not Llama's.
 """
 
 import copy
@@ -18,6 +19,9 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+BLOCK_NORMS = {"attention": ["input_layernorm"], "mlp": ["post_attention_layernorm"]}
 
 
 class SkippedMLP(nn.Module):
@@ -116,8 +120,11 @@ def identity(class_name: str) -> dict[str, Any]:
     ``LlamaForCausalLM`` for that one and fail on the first narrow layer. The classes themselves keep the stock
     names, because pipelines and other tools look models up by them.
     """
-    stem = class_name.removesuffix("ForCausalLM").removesuffix("Model")
-    classes = {"AutoModel": f"{stem}Model", "AutoModelForCausalLM": f"{stem}ForCausalLM"}
+    model_type = getattr(transformers, class_name).config_class.model_type
+    classes = {
+        "AutoModel": MODEL_MAPPING_NAMES[model_type],
+        "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type],
+    }
     return {
         "architectures": [f"Pruned{class_name}"],
         "auto_map": {auto: f"{__name__.rpartition('.')[2]}.{name}" for auto, name in classes.items()},
@@ -136,9 +143,11 @@ def _build_layer(layer_class: type[nn.Module], config: Any, index: int) -> nn.Mo
     layer: Any = layer_class(config, index)
     if "attention" in config.skip:
         layer.self_attn = SkippedMixer(index, layer.self_attn.head_dim)
-        layer.input_layernorm = nn.Identity()
     if "mlp" in config.skip:
-        layer.mlp, layer.post_attention_layernorm = SkippedMLP(), nn.Identity()
+        layer.mlp = SkippedMLP()
+    for block in config.skip:
+        for name in getattr(config, "block_norms", BLOCK_NORMS)[block]:
+            setattr(layer, name, nn.Identity())
     return layer  # type: ignore[no-any-return]
 
 

@@ -22,7 +22,7 @@ from lightning_prune.methods import slimgpt_math
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.slimgpt import SlimGPTPass
 from lightning_prune.methods.slimgpt_math import choose_dtype
-from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.families import LayerAnatomy, family_of
 from lightning_prune.models.layered import LayeredModel, Onload, skeleton
 from lightning_prune.models.sources import Prefetching, Source
 from lightning_prune.preflight.ledger import Ledger
@@ -324,8 +324,9 @@ def shortened(config: Any, layers: int) -> Any:
     """The same model with its first ``layers`` layers."""
     found = copy.deepcopy(config)
     found.num_hidden_layers = layers
-    if getattr(found, "layer_types", None):
-        found.layer_types = found.layer_types[:layers]
+    for name in family_of(config).per_layer_lists:
+        if getattr(found, name, None):
+            setattr(found, name, getattr(found, name)[:layers])
     return found
 
 
@@ -406,7 +407,8 @@ def _coarse_chunks(n: int) -> Iterator[None]:
 
 def _nearly_everything(config: Any) -> PruningPlan:
     """One group and one channel less in every layer: as much to copy as a plan can leave."""
-    groups = list(range(max(1, config.num_key_value_heads - 1)))
+    stay = family_of(config).whole_attention is not None
+    groups = list(range(max(1, config.num_key_value_heads - (not stay))))
     channels = list(range(max(1, config.intermediate_size - 1)))
     kept = [LayerPlan(layer, groups, channels) for layer in range(config.num_hidden_layers)]
     return PruningPlan("dry run", None, 0.0, {"dense": 0, "pruned": 0}, None, "", kept)

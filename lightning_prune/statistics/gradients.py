@@ -76,12 +76,12 @@ class LayerGradients(nn.Module):
         self.terms = nn.ModuleDict()
         self._handles: list[RemovableHandle] = []
         for role, linear in view.linears.items():
-            weight = linear.weight
-            self.sums[role] = WeightGradient(weight.shape).to(weight.device)
+            self.sums[role] = WeightGradient(linear.weight.shape).to(linear.weight.device)
             if sample_term is not None:
-                self.terms[role] = SampleTerms(self._units(role)).to(weight.device)
+                self.terms[role] = SampleTerms(self._units(role)).to(linear.weight.device)
+        for weight, roles in self._roles_by_weight().items():
             weight.requires_grad_(True)
-            self._handles.append(weight.register_post_accumulate_grad_hook(self._consumer(role)))  # type: ignore[no-untyped-call]
+            self._handles.append(weight.register_post_accumulate_grad_hook(self._consumer(roles)))  # type: ignore[no-untyped-call]
 
     def expect(self, samples: int, tokens: int) -> None:
         """Say what the next backward's summed loss is taken over."""
@@ -91,9 +91,9 @@ class LayerGradients(nn.Module):
         """Take the hooks off and freeze the weights again."""
         while self._handles:
             self._handles.pop().remove()
-        for linear in self.view.linears.values():
-            linear.weight.requires_grad_(False)
-            linear.weight.grad = None
+        for weight in self._roles_by_weight():
+            weight.requires_grad_(False)
+            weight.grad = None
 
     def take(self, role: str) -> Tensor:
         """g of one projection, fp32, shaped like the weight; its accumulator is given up.
@@ -116,21 +116,30 @@ class LayerGradients(nn.Module):
         statistic: SampleTerms = self.terms[role]  # type: ignore[assignment]
         return statistic.reduced()
 
-    def _consumer(self, role: str) -> Callable[[Tensor], None]:
-        units, along = self._units(role), unit_axis(role)
+    def _roles_by_weight(self) -> dict[Tensor, list[str]]:
+        """The layer's weights and the roles that each of them holds."""
+        found: dict[Tensor, list[str]] = {}
+        for role, linear in self.view.linears.items():
+            found.setdefault(linear.module.weight, []).append(role)
+        return found
 
+    def _consumer(self, roles: list[str]) -> Callable[[Tensor], None]:
         def consume(weight: Tensor) -> None:
             assert weight.grad is not None
-            gradient = weight.grad.detach()
-            self.sums[role].update(gradient, self.tokens)  # type: ignore[operator]
-            if self.sample_term is not None:
-                assert self.samples == 1, "per-sample terms need one sample per backward"
-                with torch.no_grad():
-                    term = self.sample_term(weight.detach(), gradient.float() / self.tokens)
-                    self.terms[role].update(unit_sums(term, units, along))  # type: ignore[operator]
+            for role in roles:
+                part = self.view.linears[role].part
+                self._take_up(role, part(weight.detach()), part(weight.grad.detach()))
             weight.grad = None
 
         return consume
+
+    def _take_up(self, role: str, weight: Tensor, gradient: Tensor) -> None:
+        self.sums[role].update(gradient, self.tokens)  # type: ignore[operator]
+        if self.sample_term is not None:
+            assert self.samples == 1, "per-sample terms need one sample per backward"
+            with torch.no_grad():
+                term = self.sample_term(weight, gradient.float() / self.tokens)
+                self.terms[role].update(unit_sums(term, self._units(role), unit_axis(role)))  # type: ignore[operator]
 
     def _units(self, role: str) -> int:
         return self.view.num_channels if role in ("gate", "up", "down") else self.view.num_kv_heads

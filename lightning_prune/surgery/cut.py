@@ -8,7 +8,10 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from lightning_prune.errors import UserError
-from lightning_prune.models.families import Family, LayerAnatomy, family_of, head_dim_of, projection_biases
+from lightning_prune.models.families import LayerAnatomy, family_of, head_dim_of, projection_biases, rows_of
+from lightning_prune.models.loading import quiet_transformers
+from lightning_prune.models.modeling_pruned import BLOCK_NORMS
+from lightning_prune.models.records import ATTENTION_ROLES, COLUMN_ROLES, Family
 from lightning_prune.surgery.plan import LayerPlan, PruningPlan
 
 
@@ -26,19 +29,20 @@ def kept_part(family: Family, config: Any, kept: LayerPlan, name: str, tensor: T
         name: of the parameter below the layer, such as ``self_attn.q_proj.weight``.
         tensor: the parameter, whole.
     """
-    attention, mlp = f"{family.attention}.", f"{family.mlp}."
-    kind = name.rpartition(".")[2]
-    rows = {attention + role for role in (family.query, family.key, family.value)}
-    owner = name.rpartition(".")[0]
-    if owner in rows:
-        return _kept(tensor, 0, config.num_key_value_heads, kept.kept_kv_heads)
-    if owner == attention + family.output and kind == "weight":
-        return _kept(tensor, 1, config.num_key_value_heads, kept.kept_kv_heads)
-    if owner in (mlp + family.gate, mlp + family.up):
-        return _kept(tensor, 0, config.intermediate_size, kept.kept_channels)
-    if owner == mlp + family.down and kind == "weight":
-        return _kept(tensor, 1, config.intermediate_size, kept.kept_channels)
-    return tensor
+    path, _, kind = name.rpartition(".")
+    roles = family.roles_at(path)
+    if not roles:
+        return tensor
+    attention = roles[0] in ATTENTION_ROLES
+    units = config.num_key_value_heads if attention else config.intermediate_size
+    left = kept.kept_kv_heads if attention else kept.kept_channels
+    if roles[0] in COLUMN_ROLES:
+        return _kept(tensor, 1, units, left) if kind == "weight" else tensor
+    if len(roles) == 1:
+        return _kept(tensor, 0, units, left)
+    rows = rows_of(config)
+    parts: tuple[Tensor, ...] = tensor.split([rows[role] for role in roles])  # type: ignore[no-untyped-call]
+    return torch.cat([_kept(part, 0, units, left) for part in parts])
 
 
 def _kept(tensor: Tensor, dim: int, units: int, kept: list[int]) -> Tensor:
@@ -91,7 +95,8 @@ def pruned_config(config: Any, plan: PruningPlan) -> Any:
     family = family_of(config)
     left = [layer for layer in plan.layers if layer.kept_kv_heads or layer.kept_channels]
     pruned = copy.deepcopy(config)
-    pruned.__dict__.pop("auto_map", None)
+    for name in ("auto_map", "block_norms"):  # of one that was per layer
+        pruned.__dict__.pop(name, None)
     pruned.head_dim = head_dim_of(config)
     pruned.num_hidden_layers = len(left)
     for name in family.per_layer_lists:
@@ -102,23 +107,36 @@ def pruned_config(config: Any, plan: PruningPlan) -> Any:
     queries_per_kv_head = config.num_attention_heads // config.num_key_value_heads
     if len(widths) == 1 and 0 not in (kv_channels := next(iter(widths))):
         kv_heads, channels = kv_channels
-        heads = kv_heads * queries_per_kv_head
-        needs_alias = family.stock_alias is not None and config.hidden_size % heads != 0
-        if not (needs_alias and projection_biases(config)):
-            pruned.num_attention_heads, pruned.num_key_value_heads = heads, kv_heads
-            pruned.intermediate_size = channels
-            return _as_alias(pruned, family.stock_alias) if needs_alias else pruned
+        uniform = copy.deepcopy(pruned)
+        uniform.num_attention_heads, uniform.num_key_value_heads = kv_heads * queries_per_kv_head, kv_heads
+        uniform.intermediate_size = channels
+        if _can_be_read(uniform):
+            return uniform
+        if family.stock_alias is not None and not projection_biases(config):
+            return _as_alias(uniform, family.stock_alias)
 
-    overrides = [_overrides(layer, config, queries_per_kv_head) for layer in left]
-    # A config that checks its heads against hidden_size must be allowed to read the global number. Only
-    # then: without the leave, stock loaders refuse the checkpoint at once.
-    if family.stock_alias is not None and any(
-        layer.get("num_attention_heads", config.num_attention_heads) != config.num_attention_heads
-        for layer in overrides
-    ):
+    pruned.per_layer_config = dict(enumerate(_overrides(layer, config, queries_per_kv_head) for layer in left))
+    norms = {
+        block: [name for name in pair if name]
+        for block, pair in (("attention", family.attention_norms), ("mlp", family.mlp_norms))
+    }
+    if norms != BLOCK_NORMS:
+        pruned.block_norms = norms
+    # A config that checks its heads against other sizes must be allowed to read the global number. Only then: without
+    # the leave, stock loaders refuse the checkpoint at once.
+    if not _can_be_read(pruned):
         pruned.allow_global_per_layer_attribute_access = True
-    pruned.per_layer_config = dict(enumerate(overrides))
     return pruned
+
+
+def _can_be_read(config: Any) -> bool:
+    """Whether the config's own class takes what it wrote."""
+    with quiet_transformers():
+        try:
+            type(config).from_dict(config.to_dict())
+        except Exception:  # ValueError, errors of strict dataclasses and of per-layer attributes have no common base
+            return False
+    return True
 
 
 def _overrides(layer: LayerPlan, config: Any, queries_per_kv_head: int) -> dict[str, Any]:

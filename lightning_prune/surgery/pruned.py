@@ -1,15 +1,17 @@
 """The pruned model as a layered model of its own: parameters are cut from the dense ones when they are asked for."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_prune.models.checkpoint_files import open_checkpoint
-from lightning_prune.models.families import Family, anatomy, family_of
+from lightning_prune.models.families import anatomy, family_of, rows_of
 from lightning_prune.models.layered import LayeredModel, open_weights, skeleton
 from lightning_prune.models.loading import resolve
+from lightning_prune.models.records import Family
 from lightning_prune.models.sources import Source
 from lightning_prune.surgery.cut import check_plan, kept_part, pruned_config
 from lightning_prune.surgery.plan import PruningPlan
@@ -45,14 +47,26 @@ class PrunedSource:
             kept = self.left[int(number)]
             if new[0] != kept.layer:
                 new = (kept.layer, self.new_weights(kept.layer))
-            role = self.family.role_of(inside)
-            if role in new[1]:
-                tensor = new[1][role].to(device=device, dtype=dtype)
-            else:
-                dense_name = f"{prefix}{kept.layer}.{inside}"
-                tensor = self.dense.read([dense_name], dtype, device)[dense_name]
-            found[name] = kept_part(self.family, self.config, kept, inside, tensor)
+            read = partial(self._dense, f"{prefix}{kept.layer}.{inside}", dtype, device)
+            tensor = self._rewritten(inside, new[1], read)
+            found[name] = kept_part(self.family, self.config, kept, inside, tensor.to(device=device, dtype=dtype))
         return found
+
+    def _dense(self, name: str, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+        return self.dense.read([name], dtype, device)[name]
+
+    def _rewritten(self, name: str, new: dict[str, Tensor], read: Callable[[], Tensor]) -> Tensor:
+        """The parameter ``name`` of a layer, whole, with the parts in it that the method made anew; ``read`` gives the
+        dense one."""
+        path, _, kind = name.rpartition(".")
+        roles = self.family.roles_at(path) if kind == "weight" else []
+        if not new.keys() & set(roles):
+            return read()
+        if len(roles) == 1:
+            return new[roles[0]]
+        rows = rows_of(self.config)
+        parts: tuple[Tensor, ...] = read().split([rows[role] for role in roles])  # type: ignore[no-untyped-call]
+        return torch.cat([new[role].to(part) if role in new else part for role, part in zip(roles, parts, strict=True)])
 
 
 def open_pruned(pretrained: str, plan: PruningPlan, new_weights: NewWeights = lambda layer: {}) -> LayeredModel:

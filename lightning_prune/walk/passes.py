@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -282,7 +283,7 @@ class BlockPass(Pass):
 
     def skip(self, step: Step, batch: Batch) -> None:
         """Run the block and keep what its projection reads."""
-        projection = self.view(step).linears[self.role(step)]
+        projection = self.view(step).linears[self.role(step)].module
         handle = projection.register_forward_pre_hook(lambda _, args: self.inner.put(batch.rows, args[0]))
         try:
             self._run(step, batch)
@@ -309,11 +310,13 @@ class BlockPass(Pass):
         """Once the rewritten projection is in place: add what it now puts out to the residual stream."""
         if step.phase == "mlp" and step.layer + 1 == self.model.num_layers:
             return
-        projection = self.view(step).linears[self.role(step)]
+        projection = self.view(step).linears[self.role(step)].module
+        block: Literal["attention", "mlp"] = "attention" if step.phase == "attention" else "mlp"
         with torch.no_grad(), self.setting.context():
             for rows in self.setting.batches():
                 hidden = self.stream.get(rows, self.model.device)
-                self.stream.put(rows, hidden + projection(self.inner.get(rows, self.model.device)))
+                output = projection(self.inner.get(rows, self.model.device))
+                self.stream.put(rows, self.model.add(step.layer, hidden, block, output))
         self.inner.close()
 
     def changes(self, step: Step) -> bool:

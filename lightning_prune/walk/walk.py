@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from lightning_prune.walk.findings import Findings
 from lightning_prune.walk.passes import WEIGHT, Batch, Finding, Pass, Setting, Step
@@ -112,8 +111,7 @@ class Walk:
         view = self.setting.model.views[step.layer]
         for role, weight in weights.items():
             linear = view.linears[role]
-            new = weight.to(device=linear.weight.device, dtype=linear.weight.dtype)
-            linear.weight = nn.Parameter(new, requires_grad=False)
+            linear.weight = weight.to(device=linear.weight.device, dtype=linear.weight.dtype)
 
 
 def _from_first_process(finding: Finding) -> Finding:

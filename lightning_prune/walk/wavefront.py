@@ -95,11 +95,10 @@ class RemovalPass(Pass):
             for piece, store in self.states.items():
                 if piece is not None and piece[1] < layer:
                     self._put(piece, rows, self.model.run(layer, store.get(rows, device)), tokens, last)
-            with attention_output(self.view(step)) as attention:
-                after = self.model.run(layer, hidden)
+            middle, after = self.model.split(layer, hidden)
             self._put(("layer", layer), rows, hidden, tokens, last)
             if self.blocks:
-                self._put(("mlp", layer), rows, hidden + attention[0], tokens, last)
+                self._put(("mlp", layer), rows, middle, tokens, last)
                 self._put(("attention", layer), rows, self.model.feed(layer, hidden), tokens, last)
             self._put(None, rows, after, tokens, last)
 
@@ -172,9 +171,7 @@ class SimilarityPass(Pass):
         rows = slice(batch.rows.start, batch.rows.start + len(tokens))
         with torch.no_grad():
             hidden = self.model.embed(tokens) if step.layer == 0 else self.stream.get(rows, self.model.device)
-            with attention_output(self.view(step)) as attention:
-                after = self.model.run(step.layer, hidden)
-            middle = hidden + attention[0]
+            middle, after = self.model.split(step.layer, hidden)
             pairs = ((hidden, after), (hidden, middle), (middle, after))
             for metric, (before, behind) in zip(influence or (), pairs, strict=False):
                 metric.update(before, behind)  # type: ignore[operator]
@@ -198,21 +195,3 @@ def first_samples(batch: Batch, num_samples: int | None) -> Tensor:
     if num_samples is not None:
         counted &= batch.index < num_samples
     return batch.tokens[: int(counted.sum())]
-
-
-class attention_output:
-    """Context in which the attention block's contribution to the residual stream ``[B, L, D]`` is kept."""
-
-    def __init__(self, view: LayerAnatomy) -> None:
-        self.module = view.attention
-        self.found: list[Tensor] = []
-
-    def __enter__(self) -> list[Tensor]:
-        self.handle = self.module.register_forward_hook(self._keep)
-        return self.found
-
-    def __exit__(self, *error: object) -> None:
-        self.handle.remove()
-
-    def _keep(self, module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        self.found.append(output[0] if isinstance(output, tuple) else output)

@@ -22,7 +22,7 @@ from lightning_prune.models.families import LayerAnatomy, anatomy, count_paramet
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.surgery import write
 from tests.methods.behaviour import SYSTEMS, Run, logits, prune, save_model, save_tokens, temporary_files
-from tests.tiny import tiny_tokens
+from tests.tiny import EVERY_FAMILY, FAMILIES, WHOLE_ATTENTION, tiny_tokens
 
 RATIO = 0.29
 KINDS = {  # of attention, by KV heads for 4 query heads
@@ -30,6 +30,7 @@ KINDS = {  # of attention, by KV heads for 4 query heads
     for name, kv_heads in (("gqa", 2), ("mha", 4), ("mqa", 1))
     for tied in (True, False)
 }
+KINDS |= {family: {"family": family} for family in EVERY_FAMILY if family not in FAMILIES}
 every_system = pytest.mark.parametrize("system", SYSTEMS)
 every_kind = pytest.mark.parametrize("kind", KINDS)
 allocated = pytest.mark.parametrize("system", [name for name, one in SYSTEMS.items() if one.allocates])
@@ -88,9 +89,10 @@ def test_ratio_is_met(shared: Any, system: str, kind: str) -> None:
     removed, asked = total - left, RATIO * total
     views = anatomy(dense)
     if SYSTEMS[system].removes == "groups":
-        # The unit that did not fit may have been the last of its block, which takes the block's norm along.
-        norm = dense.config.hidden_size
-        largest_unit = max(max(view.attention_unit_cost, view.mlp_unit_cost) for view in views) + norm
+        # The unit that did not fit may have been the last of its block, which takes the block's norms along.
+        norms = max(view.attention_block_cost - view.num_kv_heads * view.attention_unit_cost for view in views)
+        norms = max(norms, *(view.mlp_block_cost - view.num_channels * view.mlp_unit_cost for view in views))
+        largest_unit = max(max(view.attention_unit_cost, view.mlp_unit_cost) for view in views) + norms
         assert asked - largest_unit < removed <= asked
     else:
         layer = views[0].attention_block_cost + views[0].mlp_block_cost
@@ -108,16 +110,18 @@ def test_shapes_and_weights_are_those_of_the_plan(shared: Any, system: str, kind
     for position, kept in enumerate(layers):
         view = anatomy(dense)[kept["layer"]]
         heads, channels = kept["kept_kv_heads"], kept["kept_channels"]
-        expected = {}
-        if heads:
-            expected = {
-                f"self_attn.{name}_proj": rows(view, getattr(view, role).weight, heads) for name, role in QKV.items()
-            }
-            expected["self_attn.o_proj"] = rows(view, view.output.weight.T, heads).T
-        if channels:
-            expected["mlp.gate_proj"], expected["mlp.up_proj"] = view.gate.weight[channels], view.up.weight[channels]
-            expected["mlp.down_proj"] = view.down.weight[:, channels]
-        names = {name for name in pruned if name.startswith(f"model.layers.{position}.") and "_proj" in name}
+        parts: dict[str, list[torch.Tensor]] = {}  # what is left of each projection, roles that share one in a row
+        for role, linear in view.linears.items():
+            path = FUSED.get(dense.config.model_type, {}).get(role, PLAIN[role])
+            if role in ("gate", "up", "down") and channels:
+                part = linear.weight[:, channels] if role == "down" else linear.weight[channels]
+            elif role not in ("gate", "up", "down") and heads:
+                part = rows(view, linear.weight.T, heads).T if role == "output" else rows(view, linear.weight, heads)
+            else:
+                continue
+            parts.setdefault(path, []).append(part)
+        expected = {path: torch.cat(found) for path, found in parts.items()}
+        names = {name for name in pruned if name.startswith(f"model.layers.{position}.") and "_proj.weight" in name}
         assert names == {f"model.layers.{position}.{name}.weight" for name in expected}
         for name, weight in expected.items():
             found = pruned[f"model.layers.{position}.{name}.weight"]
@@ -125,7 +129,17 @@ def test_shapes_and_weights_are_those_of_the_plan(shared: Any, system: str, kind
             assert plan["weights_updated"] or torch.equal(found, weight), name
 
 
-QKV = {"q": "query", "k": "key", "v": "value"}
+PLAIN = dict(
+    zip(
+        ("query", "key", "value", "output", "gate", "up", "down"),
+        (*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down"))),
+        strict=True,
+    )
+)
+FUSED = {
+    "phi3": dict.fromkeys(("query", "key", "value"), "self_attn.qkv_proj")
+    | dict.fromkeys(("gate", "up"), "mlp.gate_up_proj")
+}
 
 
 def rows(view: LayerAnatomy, weight: torch.Tensor, heads: list[int]) -> torch.Tensor:
@@ -139,6 +153,23 @@ def test_checkpoint_gives_back_the_same_logits(shared: Any, system: str, kind: s
     run = shared(system, kind)
     assert torch.equal(logits(lightning_prune.load(run.pruned)), logits(run.model))
     assert not torch.equal(logits(run.model), logits(dense_of(run)))
+
+
+@every_system
+@pytest.mark.parametrize("kind", EVERY_FAMILY[len(FAMILIES) :])
+@torch.no_grad()
+def test_every_family_decodes_with_a_cache_as_without(shared: Any, system: str, kind: str) -> None:
+    run = shared(system, kind)
+    pruned = lightning_prune.load(run.pruned)
+    tokens = tiny_tokens(2, 9)
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0
+    common = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(pruned.generate(tokens, **common), pruned.generate(tokens, use_cache=False, **common))
+    if kind in WHOLE_ATTENTION:
+        groups = list(range(anatomy(dense_of(run))[0].num_kv_heads))
+        assert all(layer["kept_kv_heads"] in (groups, []) for layer in plan_of(run)["layers"])
+        assert all(layer["kept_kv_heads"] or not layer["kept_channels"] for layer in plan_of(run)["layers"])
 
 
 LOAD_ALL = """

@@ -115,7 +115,7 @@ def expected_pruned(model, importance, delta: Tensor, ratio: float, temperature:
     removed, spent = set(), 0
     for _, _, layer, block, unit, cost in sorted(rows):
         view = views[layer]
-        whole = (view.attention, view.attention_norm) if block == 0 else (view.mlp, view.mlp_norm)
+        whole = (view.attention, *view.attention_norms) if block == 0 else (view.mlp, *view.mlp_norms)
         units = len(importance[layer][block]) * cost
         rest = sum(p.numel() for module in whole for p in module.parameters()) - units
         price = cost + (rest if left[layer, block] == 1 else 0)

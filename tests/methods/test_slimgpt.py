@@ -208,7 +208,7 @@ def test_every_block_runs_once_however_deep_the_model_is(tmp_path: Path, monkeyp
     def count(self) -> None:
         for layer in self.layers:
             for role in calls:
-                layer.linears[role].register_forward_hook(
+                layer.linears[role].module.register_forward_hook(
                     lambda *_, role=role: calls.__setitem__(role, calls[role] + 1)
                 )
 

@@ -16,7 +16,7 @@ from lightning_prune.models.checkpoint_files import open_checkpoint
 from lightning_prune.models.loading import load_config, load_model, meta_model
 from lightning_prune.models.safetensors_header import read_header
 from tests.cutting import cut
-from tests.tiny import FAMILIES, make_tiny, mixed_plan, uniform_plan
+from tests.tiny import EVERY_FAMILY, make_tiny, mixed_plan, uniform_plan
 
 Edit = Callable[[dict[str, torch.Tensor]], None]
 
@@ -59,13 +59,13 @@ def test_shards_are_one_checkpoint(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     files = open_checkpoint(str(tmp_path))
     for name, parameter in model.named_parameters():
-        entry = files.tensors[files.stored_name(name)]
+        entry = files.tensors[name]
         raw = bytearray(entry.file.read_bytes()[entry.start : entry.end])
         assert torch.equal(torch.frombuffer(raw, dtype=entry.dtype).reshape(entry.shape), parameter)
     assert check(tmp_path)["lm_head.weight"] == "model.embed_tokens.weight"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_parameter_of_a_dense_model_is_found(tmp_path: Path, family: str, tied: bool) -> None:
     model = make_tiny(family, tied=tied)
@@ -256,11 +256,6 @@ def test_folder_without_safetensors(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
         open_checkpoint(str(tmp_path))
-
-
-def test_name_that_is_not_stored(tiny_checkpoint: Callable[..., Path]) -> None:
-    with pytest.raises(UserError, match=r"lack 'model\.layers\.9\.mlp\.up_proj\.weight'"):
-        open_checkpoint(str(tiny_checkpoint())).stored_name("model.layers.9.mlp.up_proj.weight")
 
 
 def test_model_in_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

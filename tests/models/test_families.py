@@ -1,17 +1,24 @@
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config
+from transformers import AutoConfig, BertConfig, GPT2Config
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from lightning_prune.errors import UserError
 from lightning_prune.models.families import anatomy, count_parameters, family_of
 from lightning_prune.models.loading import meta_model
+from lightning_prune.models.records import FAMILIES as FAMILIES_OF_RECORD
+from lightning_prune.models.records import GUIDE, TEXT_PARTS
+from lightning_prune.models.refusals import ENCODER_DECODER, FAMILIES_BY_REASON, REFUSED, SEVERAL_MODELS
 from tests.cutting import cut
-from tests.tiny import FAMILIES, make_tiny, mixed_plan, tiny_config, tiny_plan
+from tests.tiny import EVERY_FAMILY, FAMILIES, make_tiny, mixed_plan, tiny_config, tiny_plan
 
+ROOT = Path(__file__).parent.parent.parent
 BIASED = [("llama", {"attention_bias": True, "mlp_bias": True}), ("qwen3", {"attention_bias": True})]
 
 
@@ -37,8 +44,66 @@ def test_tied_weights_count_once() -> None:
 
 
 def test_unknown_family_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"'gpt2' is not supported.*llama, mistral, qwen2, qwen3"):
+    with pytest.raises(UserError, match=r"'gpt2' is not supported: .*GPT-2 style.*llama, .*mistral, .*qwen2, qwen3"):
         family_of(GPT2Config())
+
+
+def test_a_family_that_nobody_has_looked_at_leads_to_the_guide() -> None:
+    assert "bert" not in REFUSED
+    with pytest.raises(UserError, match=r"'bert' is not supported\. .*docs/add_a_model_family\.md shows how"):
+        family_of(BertConfig())
+    assert (ROOT / GUIDE).is_file()
+
+
+@pytest.mark.parametrize("model_type", ["t5", "bart", "llava", "qwen2_vl", "mixtral", "mamba", "gpt_neox"])
+def test_what_is_never_pruned_is_refused_with_a_reason(model_type: str) -> None:
+    with pytest.raises(UserError, match=rf"'{model_type}' is not supported: \w+ .* \w+\. Known families: ") as error:
+        family_of(AutoConfig.for_model(model_type))
+    assert GUIDE not in str(error.value)
+
+
+def test_the_page_on_families_names_every_record_and_every_refusal() -> None:
+    supported, refused = (ROOT / "docs" / "families.md").read_text(encoding="utf-8").split("## Refused")
+    named = {name for line in supported.splitlines() if line.startswith("| `") for name in re.findall(r"`(\w+)`", line)}
+    assert named - {"model_type"} == {*FAMILIES_OF_RECORD, *TEXT_PARTS}
+    for reason, names in FAMILIES_BY_REASON.items():
+        row = next(line for line in refused.splitlines() if line.startswith(f"| {reason} |"))
+        assert re.findall(r"`([\w-]+)`", row) == names.split()
+    assert all(reason in refused for reason in (ENCODER_DECODER, SEVERAL_MODELS))
+
+
+def test_every_name_is_one_that_transformers_knows() -> None:
+    assert {*FAMILIES_OF_RECORD, *TEXT_PARTS, *REFUSED} <= set(CONFIG_MAPPING_NAMES)
+    assert not set(FAMILIES_OF_RECORD) & set(REFUSED)
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_costs_of_the_blocks_are_all_parameters_of_the_layer(family: str) -> None:
+    for layer in anatomy(meta_model(tiny_config(family, tied=False))):
+        assert layer.attention_block_cost + layer.mlp_block_cost == count_parameters(layer.layer)
+        assert (layer.num_kv_heads, layer.queries_per_kv_head, layer.num_channels) == (2, 2, 40)
+
+
+def test_roles_of_a_fused_projection_are_its_consecutive_rows() -> None:
+    model = make_tiny("phi3")
+    layer, fused = anatomy(model)[1], model.model.layers[1].self_attn.qkv_proj.weight
+    assert [len(part.weight) for part in (layer.query, layer.key, layer.value)] == [32, 16, 16]
+    assert torch.equal(torch.cat([layer.query.weight, layer.key.weight, layer.value.weight]), fused)
+    before = fused.clone()
+    layer.key.weight = torch.zeros(16, 32)
+    after = model.model.layers[1].self_attn.qkv_proj.weight
+    assert torch.equal(after[:32], before[:32])
+    assert not after[32:48].any()
+    assert torch.equal(after[48:], before[48:])
+    assert not after.requires_grad
+    assert torch.equal(fused, before)  # a view of a checkpoint file is not written to
+
+
+def test_a_fused_projection_of_another_height_is_named() -> None:
+    model = make_tiny("phi3")
+    model.model.layers[2].mlp.gate_up_proj = nn.Linear(32, 81, bias=False)
+    with pytest.raises(UserError, match="layer 2, up projection"):
+        anatomy(model)
 
 
 def test_missing_module_is_named() -> None:

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 import lightning_prune
+from lightning_prune.models.families import anatomy
 from lightning_prune.models.layered import LayeredModel, Onload, open_layered
 from lightning_prune.surgery import write
 from lightning_prune.surgery.write import write_checkpoint
 from tests.cutting import CPU, MemorySource, layered, layered_cut
-from tests.tiny import FAMILIES, make_tiny, mixed_plan, tiny_tokens, uniform_plan
+from tests.tiny import EVERY_FAMILY, make_tiny, mixed_plan, tiny_tokens, uniform_plan
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
-    *((family, {"tied": tied}) for family in FAMILIES for tied in (True, False)),
+    *((family, {"tied": tied}) for family in EVERY_FAMILY for tied in (True, False)),
     ("llama", {"attention_bias": True, "mlp_bias": True}),
     ("mistral", {"sliding_window": 5}),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
@@ -71,7 +72,7 @@ def test_weights_come_in_the_asked_dtype_and_rotary_tables_in_float32(tmp_path: 
 
 
 @pytest.mark.parametrize("plan", [mixed_plan, uniform_plan])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 @torch.no_grad()
 def test_pruned_checkpoints_run_by_layers_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, plan: Any
@@ -147,7 +148,7 @@ def test_closing_drops_everything() -> None:
     assert resident(model) == [False] * 4
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 @torch.no_grad()
 def test_attention_and_mlp_apart_are_the_layer(family: str) -> None:
     dense = make_tiny(family)
@@ -155,7 +156,7 @@ def test_attention_and_mlp_apart_are_the_layer(family: str) -> None:
     kept: dict[str, Tensor] = {}
     layer = dense.model.layers[1]
     handles = [
-        layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: kept.update(middle=args[0])),
+        anatomy(dense)[1].mlp_entry.register_forward_pre_hook(lambda _, args: kept.update(middle=args[0])),
         layer.register_forward_hook(lambda _, args, output: kept.update(after=output)),
     ]
     dense(input_ids=tokens, use_cache=False)
@@ -169,11 +170,36 @@ def test_attention_and_mlp_apart_are_the_layer(family: str) -> None:
         assert torch.equal(middle, kept["middle"])
         assert torch.equal(model.feed(1, middle), kept["after"])
         assert torch.equal(model.run(1, hidden), kept["after"])  # nothing stays replaced
-    assert model.evaluations == 4
+        for found, expected in zip(model.split(1, hidden), (kept["middle"], kept["after"]), strict=True):
+            assert torch.equal(found, expected)
+    assert model.evaluations == 5
 
 
-def test_losses_and_gradients_of_the_head_use_norm_and_tied_head() -> None:
-    dense, tokens = make_tiny(tied=True), tiny_tokens()
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+@torch.no_grad()
+def test_what_a_block_puts_out_is_added_as_the_layer_does(family: str) -> None:
+    """Of another output than its own: post-norms, multipliers and residuals are those of the layer."""
+    dense = make_tiny(family)
+    model, tokens = layered(dense), tiny_tokens()
+    hidden, output = model.embed(tokens), torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(1))
+    layer = dense.model.layers[0]
+    kept: dict[str, Tensor] = {}
+    layer.self_attn.forward = lambda *_, **__: (output, None)
+    layer.mlp.forward = lambda *_, **__: 2 * output
+    anatomy(dense)[0].mlp_entry.register_forward_pre_hook(lambda _, args: kept.update(middle=args[0]))
+    layer.register_forward_hook(lambda _, args, after: kept.update(after=after))
+    dense(input_ids=tokens, use_cache=False)
+    with model.layer(0):
+        middle = model.add(0, hidden, "attention", output)
+        assert torch.equal(middle, kept["middle"])
+        assert torch.equal(model.add(0, middle, "mlp", 2 * output), kept["after"])
+    assert model.evaluations == 0
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_losses_of_the_head_are_those_of_the_whole_model(family: str) -> None:
+    """With final norm, tied head, soft cap and scale."""
+    dense, tokens = make_tiny(family, tied=True), tiny_tokens()
     model = layered(dense)
     with torch.no_grad():
         hidden = model.embed(tokens)

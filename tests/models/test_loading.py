@@ -14,10 +14,10 @@ import lightning_prune
 from lightning_prune.errors import UserError
 from lightning_prune.models.loading import load_config, load_model, load_tokenizer, meta_model
 from tests.cutting import cut
-from tests.tiny import FAMILIES, make_tiny, mixed_plan, tiny_tokenizer, tiny_tokens
+from tests.tiny import EVERY_FAMILY, make_tiny, mixed_plan, tiny_tokenizer, tiny_tokens
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_dense_model_comes_back_in_eval_mode(tiny_checkpoint: Callable[..., Path], family: str) -> None:
     model = load_model(str(tiny_checkpoint(family=family)), None)
     assert not model.training

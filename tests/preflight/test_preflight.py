@@ -33,8 +33,8 @@ class _Trainer:
         self.fit_loop = self
 
 
-def _dry(method: methods.HGSP | methods.Wanda | methods.SlimGPT, layers: int, **shapes: object) -> DryRun:
-    config = tiny_config(layers=LAYERS)
+def _dry(method: methods.HGSP | methods.Wanda | methods.SlimGPT, layers: int, family: str = "llama") -> DryRun:
+    config = tiny_config(family, layers=LAYERS)
     method._trainer = _Trainer()  # type: ignore[assignment]
     method._fabric = None
     method.check_before_loading(config)
@@ -100,6 +100,13 @@ def test_refitted_weights_of_every_layer_are_on_disk() -> None:
     run = _dry(methods.SlimGPT(), 3)
     output, down = 32 * 32, 32 * 40
     assert 3 * (output + down) * 4 <= run.disk < 3 * (output + down) * 4 + 3 * 2000
+
+
+@pytest.mark.parametrize("make", [methods.HGSP, methods.SlimGPT])
+@pytest.mark.parametrize("family", ["gemma2", "phi3", "olmo2"])
+def test_families_of_other_layers_evaluate_as_many(family: str, make: type[methods.HGSP]) -> None:
+    run, plain = _dry(make(), 2, family), _dry(make(), 2)
+    assert (run.evaluations, run.flops > 0, run.phases.keys()) == (plain.evaluations, True, plain.phases.keys())
 
 
 def test_a_few_layers_tell_about_many() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import lightning_prune
 from lightning_prune.errors import UserError
@@ -22,7 +23,9 @@ from lightning_prune.surgery.plan import PruningPlan
 from lightning_prune.surgery.write import write_checkpoint
 from tests.cutting import cut, layered, layered_cut
 from tests.tiny import (
+    CUTTABLE,
     FAMILIES,
+    WHOLE_ATTENTION,
     make_tiny,
     mixed_plan,
     tiny_plan,
@@ -58,6 +61,9 @@ KINDS = [
     )
     for plan in plans
 ]
+OTHERS = [family for family in (*CUTTABLE, *WHOLE_ATTENTION) if family not in FAMILIES]
+KINDS += [(family, 2, "tied", plan) for family in OTHERS for plan in ("mixed", "uniform")]
+KINDS += [(family, 2, "untied", plan) for family in ("gemma2", "phi3", "olmo2") for plan in ("no_attention", "no_mlp")]
 
 # Runs where lightning_prune cannot be imported, installed or not.
 FRESH_PROCESS = """
@@ -125,7 +131,7 @@ def test_a_process_without_this_package_gets_the_same_logits(checkpoints: dict[s
         assert equal, f"{name}: logits differ"
         assert remote == (plan != "uniform"), name
         alias = name.startswith("llama-4") and plan == "uniform"
-        assert class_name.lower() == f"{'mistral' if alias else family}forcausallm", name
+        assert class_name == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["mistral" if alias else family], name
         assert dtype == ("torch.bfloat16" if kv_heads == "1" else "torch.float32"), name
         assert words == ([7] if "-4-tied" in name else []), name
 
@@ -156,7 +162,8 @@ def test_leave_to_read_global_widths_is_given_only_where_the_config_checks_them(
         if json.loads((folder / "config.json").read_text()).get("allow_global_per_layer_attribute_access"):
             given.add(name)
     # MQA cannot lose a head without losing attention, so its heads never vary.
-    assert given == {f"llama-{kv}-{tied}-mixed" for kv in (4, 2) for tied in ("tied", "untied")}
+    others = {f"{family}-2-tied-mixed" for family in ("gemma2", "gemma3_text", "phi3")}
+    assert given == others | {f"llama-{kv}-{tied}-mixed" for kv in (4, 2) for tied in ("tied", "untied")}
 
 
 def test_folder_holds_no_pickle_and_the_modeling_file_only_where_needed(checkpoints: dict[str, Path]) -> None:

@@ -9,7 +9,7 @@ from lightning_prune.models.layered import LayeredModel
 from lightning_prune.walk.wavefront import RemovalPass, SimilarityPass
 from tests.cutting import MemorySource, layered
 from tests.methods.test_hgsp import reference_priors
-from tests.tiny import make_tiny, tiny_tokens
+from tests.tiny import EVERY_FAMILY, make_tiny, tiny_tokens
 from tests.walk.driving import drive
 
 
@@ -44,15 +44,17 @@ def test_whole_layers_alone_are_cheaper_and_the_same(tmp_path: Path) -> None:
     assert model.evaluations == layers + layers * (layers - 1) // 2
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_restarting_behind_a_piece_is_bit_identical_to_a_whole_forward(
     tmp_path: Path, family: str, dtype: torch.dtype
 ) -> None:
     model = make_tiny(family, layers=3)
-    rotary = model.model.rotary_emb.inv_freq.clone()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model = model.to(dtype)
-    model.model.rotary_emb.inv_freq = rotary  # transformers keeps it fp32
+    for name, buffer in buffers.items():  # rotary tables and the like, which transformers keeps in fp32
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = buffer
     tokens = tiny_tokens(2, 10)
     one = RemovalPass()
     drive([one], layered(model), tokens, tmp_path, batch_size=2)

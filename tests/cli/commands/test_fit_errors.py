@@ -90,7 +90,7 @@ MISTAKES = {
     ),
     "family": (
         ["--model.pretrained", "INPUTS/gpt2"],
-        ["family 'gpt2' is not supported", "llama, mistral, qwen2, qwen3"],
+        ["family 'gpt2' is not supported", "(GPT-2 style)", "llama, ministral", "qwen2, qwen3"],
     ),
     "no model": (["--model.pretrained", "INPUTS/empty"], ["--model.pretrained", "holds no config.json"]),
     "no folder": (["--model.pretrained", "INPUTS/nothing"], ["--model.pretrained", "no folder at"]),

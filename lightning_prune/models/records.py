@@ -1,0 +1,127 @@
+"""What the supported model families look like, one record each."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+GUIDE = "docs/add_a_model_family.md"
+ATTENTION_ROLES = ("query", "key", "value", "output")
+MLP_ROLES = ("gate", "up", "down")
+ROLES = (*ATTENTION_ROLES, *MLP_ROLES)
+COLUMN_ROLES = ("output", "down")  # their units are columns, those of the other roles are rows
+
+
+class Norms(NamedTuple):
+    """Norms of a block by attribute name below the layer: of what enters it, of what leaves it. None: there is none."""
+
+    before: str | None
+    after: str | None = None
+
+
+BEFORE_ATTENTION, BEFORE_MLP = Norms("input_layernorm"), Norms("post_attention_layernorm")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family of ``transformers``. Adding a family is adding one record to ``FAMILIES``.
+
+    Only what the model's own code does not tell stands here. Multipliers, soft caps, rotary tables and masks are
+    nowhere: embedding, layers, blocks and head are always run by that code (``LayeredModel``).
+
+    Names are attributes below the decoder layer. Roles that name the same projection share its parameter, in the
+    order of ``ROLES`` from its first row on. A bias entry is True, False, or the name of the config key that decides.
+    ``per_layer_lists`` are config keys holding one entry per layer; they are cut along when layers leave.
+    ``stock_alias`` names a family with the same arithmetic that takes head counts which this family's own config
+    refuses; it may only stand in while no projection has a bias. ``whole_attention`` says why GQA groups cannot leave
+    one by one, where they cannot: such a family loses MLP channels and whole layers.
+    """
+
+    model_type: str
+    qkv_bias: bool | str = False
+    o_bias: bool | str = False
+    mlp_bias: bool | str = False
+    per_layer_lists: tuple[str, ...] = ()
+    stock_alias: str | None = None
+    whole_attention: str | None = None
+    layers: str = "model.layers"
+    final_norm: str = "model.norm"
+    attention: str = "self_attn"
+    query: str = "q_proj"
+    key: str = "k_proj"
+    value: str = "v_proj"
+    output: str = "o_proj"
+    mlp: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    attention_norms: Norms = BEFORE_ATTENTION
+    mlp_norms: Norms = BEFORE_MLP
+
+    def path_of(self, role: str) -> str:
+        """The projection that holds ``role``, below the layer."""
+        return f"{self.attention if role in ATTENTION_ROLES else self.mlp}.{getattr(self, role)}"
+
+    def roles_at(self, path: str) -> list[str]:
+        """The roles that the projection ``path`` below the layer holds, in the order of its rows; none for others."""
+        return [role for role in ROLES if self.path_of(role) == path]
+
+
+_ALL_HEADS = "its query and key norms span all heads at once, so the other heads change when one leaves"
+_FIXED_OUTPUT = "transformers derives the shape of its attention from hidden_size, so fewer heads cannot be loaded"
+_POST_NORMS = (Norms(None, "post_attention_layernorm"), Norms(None, "post_feedforward_layernorm"))
+_SANDWICH = (
+    Norms("input_layernorm", "post_attention_layernorm"),
+    Norms("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family("llama", "attention_bias", "attention_bias", "mlp_bias", stock_alias="mistral"),
+        Family("mistral"),
+        Family("qwen2", True, per_layer_lists=("layer_types",)),
+        Family("qwen3", "attention_bias", "attention_bias", per_layer_lists=("layer_types",)),
+        Family("ministral", per_layer_lists=("layer_types",)),
+        Family("ministral3"),
+        Family("gemma", "attention_bias", "attention_bias"),
+        Family(
+            "gemma2",
+            "attention_bias",
+            "attention_bias",
+            per_layer_lists=("layer_types",),
+            attention_norms=_SANDWICH[0],
+            mlp_norms=_SANDWICH[1],
+        ),
+        Family(
+            "gemma3_text",
+            "attention_bias",
+            "attention_bias",
+            per_layer_lists=("layer_types",),
+            attention_norms=_SANDWICH[0],
+            mlp_norms=_SANDWICH[1],
+        ),
+        Family("phi3", query="qkv_proj", key="qkv_proj", value="qkv_proj", gate="gate_up_proj", up="gate_up_proj"),
+        Family("granite", "attention_bias", "attention_bias", "mlp_bias"),
+        Family(
+            "smollm3",
+            "attention_bias",
+            "attention_bias",
+            "mlp_bias",
+            per_layer_lists=("layer_types", "no_rope_layers"),
+        ),
+        Family("olmo", "attention_bias", "attention_bias"),
+        Family(
+            "olmo2",
+            "attention_bias",
+            "attention_bias",
+            whole_attention=_ALL_HEADS,
+            attention_norms=_POST_NORMS[0],
+            mlp_norms=_POST_NORMS[1],
+        ),
+        Family("ernie4_5", "use_bias", "use_bias", "use_bias"),
+        Family("seed_oss", "attention_bias", "attention_out_bias", "mlp_bias"),
+        Family("helium", "attention_bias", mlp_bias="mlp_bias", whole_attention=_FIXED_OUTPUT),
+        Family("stablelm", "use_qkv_bias", whole_attention=_FIXED_OUTPUT),
+    )
+}
+
+TEXT_PARTS = ("gemma3", "mistral3")  # models of several, of which the text model is taken

@@ -1,0 +1,40 @@
+"""Model families that are not pruned, and why."""
+
+from typing import Any
+
+EXPERTS = "it is a mixture of experts: a router chooses MLPs token by token, and what a channel is worth depends on it"
+STATES = (
+    "it has state-space, recurrent, convolution or linear-attention layers, which have no attention heads to remove"
+)
+PLAIN_MLP = "its MLP is not gated, and its projections are not those of a gated decoder (GPT-2 style)"
+PARALLEL = "attention and MLP of a layer read the same input side by side, so a layer cannot be run block by block"
+SHARED = "its layers share keys, values or embeddings with each other, so they cannot leave one by one"
+LATENT = "its attention is compressed into a latent space and has no rows per head to remove"
+ENCODER_DECODER = "it is an encoder-decoder; only decoders are pruned"
+SEVERAL_MODELS = "it is made of several models (text with images or sound); give the text model alone"
+
+FAMILIES_BY_REASON = {
+    EXPERTS: """
+        mixtral qwen2_moe qwen3_moe olmoe flex_olmo phimoe granitemoe granitemoeshared gpt_oss llama4_text
+        ernie4_5_moe dbrx jetmoe glm4_moe dots1 hunyuan_v1_moe minimax exaone_moe afmoe solar_open
+    """,
+    STATES: """
+        mamba mamba2 falcon_mamba jamba bamba zamba zamba2 recurrent_gemma rwkv xlstm nemotron_h granitemoehybrid
+        qwen3_next qwen3_5_text falcon_h1 lfm2 olmo_hybrid
+    """,
+    PLAIN_MLP: "gpt2 gpt_neo gpt_bigcode opt bloom mpt codegen xglm biogpt starcoder2 nemotron persimmon openai-gpt",
+    PARALLEL: "gpt_neox gptj falcon phi cohere cohere2",
+    SHARED: "gemma3n_text gemma4_text",
+    LATENT: "deepseek_v2 deepseek_v3 minicpm3",
+}
+REFUSED = {name: reason for reason, names in FAMILIES_BY_REASON.items() for name in names.split()}
+
+
+def refusal_of(config: Any) -> str | None:
+    """Why models of this kind are never pruned; None where nobody has looked at the family yet."""
+    if getattr(config, "is_encoder_decoder", False):
+        return ENCODER_DECODER
+    model_type = getattr(config, "model_type", None)
+    if model_type in REFUSED:
+        return REFUSED[model_type]
+    return SEVERAL_MODELS if getattr(config, "sub_configs", None) else None

@@ -1,0 +1,148 @@
+"""What families of another layout decide is what the same arithmetic decides in the layout of Llama."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import lightning_prune
+from lightning_prune.errors import UserError
+from lightning_prune.methods import HGSP, ShortGPT, SlimGPT, Wanda
+from lightning_prune.methods.base import PruningMethod
+from lightning_prune.surgery import proof
+from lightning_prune.walk.passes import BlockPass
+from tests.methods.behaviour import SYSTEMS, Run, prune, save_tokens
+from tests.methods.running import pruned_by, run_method, save_base
+from tests.tiny import WHOLE_ATTENTION, make_tiny, tiny_tokens
+
+
+def fused(plain: PreTrainedModel) -> PreTrainedModel:
+    """A Mistral in the words of Phi-3: the same numbers, q, k and v in one matrix, gate and up in another."""
+    model = make_tiny("phi3", partial_rotary_factor=1.0, tied=False, rms_norm_eps=plain.config.rms_norm_eps)
+    state = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    for layer in range(plain.config.num_hidden_layers):
+        for block, names, one in (
+            ("self_attn", ("q_proj", "k_proj", "v_proj"), "qkv_proj"),
+            ("mlp", ("gate_proj", "up_proj"), "gate_up_proj"),
+        ):
+            prefix = f"model.layers.{layer}.{block}."
+            parts = [state.pop(f"{prefix}{name}.weight") for name in names]
+            state[f"{prefix}{one}.weight"] = torch.cat(parts)
+    model.load_state_dict(state)
+    return model
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_fused_model_is_pruned_as_the_same_model_in_parts(tmp_path: Path, system: str) -> None:
+    plain = make_tiny("mistral", tied=False)
+    tokens, runs = save_tokens(tmp_path / "tokens.npy"), []
+    for name, model in (("plain", plain), ("fused", fused(plain))):
+        base = save_base(model, tmp_path / name)
+        runs.append(prune(SYSTEMS[system].make(pretrained=base, pruning_ratio=0.3), tokens, tmp_path / f"{name}-runs"))
+    first, second = runs
+    assert second.method.plan.layers == first.method.plan.layers
+    assert second.method.plan.parameters == first.method.plan.parameters
+    torch.testing.assert_close(
+        second.method.scores.importance, first.method.scores.importance, rtol=1e-4, atol=0, check_dtype=False
+    )
+    torch.testing.assert_close(logits_of(second), logits_of(first), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def logits_of(run: Run) -> Tensor:
+    logits: Tensor = lightning_prune.load(run.pruned)(tiny_tokens()).logits
+    return logits
+
+
+def folded(model: PreTrainedModel) -> PreTrainedModel:
+    """A Granite in the words of Llama, its multipliers in the weights."""
+    config: Any = model.config
+    plain = make_tiny("llama", tied=False)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for name, tensor in state.items():
+        if name.endswith("embed_tokens.weight"):
+            tensor *= config.embedding_multiplier
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor *= config.residual_multiplier
+        elif name.endswith("q_proj.weight"):
+            tensor *= config.attention_multiplier * config.head_dim**0.5
+        elif name.startswith("lm_head"):
+            tensor /= config.logits_scaling
+    plain.load_state_dict(state)
+    return plain
+
+
+def test_multipliers_are_in_priors_losses_and_gradients(tmp_path: Path) -> None:
+    """The priors of a Granite are those of the Llama that its multipliers make, and so is Taylor's |w·g| of a group, in
+    which a weight's scale cancels out."""
+    granite, found = make_tiny("granite", tied=False), []
+    for name, model in (("granite", granite), ("llama", folded(granite))):
+        method = run_method(HGSP(save_base(model, tmp_path / name), 0.2), tiny_tokens(6, 12), tmp_path / f"{name}-run")
+        assert isinstance(method, HGSP)
+        found.append((method.priors, method.scores.importance))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=1e-6)
+
+
+MLP_ENTRY = {"gemma2": "pre_feedforward_layernorm", "gemma3_text": "pre_feedforward_layernorm", "olmo2": "mlp"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "phi3", "granite", "olmo2"])
+def test_every_block_is_refitted_on_what_the_pruned_part_before_it_puts_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    seen, run = {}, BlockPass._run
+
+    def spy(self: BlockPass, step: Any, batch: Any) -> None:
+        if (step.layer, step.phase) != (0, "attention"):  # the embedding
+            seen[step.layer, step.phase] = self.stream.get(batch.rows, torch.device("cpu")).clone()
+        run(self, step, batch)
+
+    monkeypatch.setattr(BlockPass, "_run", spy)
+    tokens = tiny_tokens(12, 16)
+    base = save_base(make_tiny(family), tmp_path / "base")
+    pruned: Any = pruned_by(run_method(SlimGPT(base, 0.25), tokens, tmp_path / "run", batch_size=12))
+    expected: dict[tuple[int, str], Tensor] = {}
+    for index, layer in enumerate(pruned.model.layers):
+        for phase, module in (
+            ("attention", layer),
+            ("mlp", getattr(layer, MLP_ENTRY.get(family, "post_attention_layernorm"))),
+        ):
+            module.register_forward_pre_hook(lambda _, args, at=(index, phase): expected.update({at: args[0]}))
+    with torch.no_grad():
+        pruned(tokens, use_cache=False)
+    del expected[0, "attention"]
+    assert seen.keys() == expected.keys()
+    for place, hidden in seen.items():
+        torch.testing.assert_close(hidden, expected[place], rtol=1e-3, atol=1e-3, msg=str(place))
+
+
+@pytest.mark.parametrize("family", WHOLE_ATTENTION)
+def test_where_groups_stay_a_ratio_that_channels_cannot_reach_says_why(tmp_path: Path, family: str) -> None:
+    base = save_base(make_tiny(family), tmp_path / "base")
+    for method in (Wanda(base, 0.6), Wanda(base, 0.6, allocation="uniform"), SYSTEMS["slimgpt"].make(base, 0.6)):
+        with pytest.raises(UserError, match=r"cannot be reached.*GQA groups of this family stay: .*layers can go\."):
+            run_method(method, tiny_tokens(4, 12), tmp_path / "run")
+    run_method(ShortGPT(base, 0.6), tiny_tokens(4, 12), tmp_path / "layers")
+
+
+def test_uniform_widths_of_a_family_whose_groups_stay_are_stock(tmp_path: Path) -> None:
+    base = save_base(make_tiny("olmo2"), tmp_path / "base")
+    method = run_method(Wanda(base, 0.2, allocation="uniform"), tiny_tokens(4, 12), tmp_path / "run")
+    assert not lightning_prune.load(str(method.pruned_folder)).config.is_heterogeneous
+    assert {len(layer.kept_kv_heads) for layer in method.plan.layers} == {2}
+    assert len({len(layer.kept_channels) for layer in method.plan.layers} - {40}) == 1
+
+
+def test_a_family_that_fails_its_trial_is_refused_before_any_text_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proof, "_tried", lambda family, values: "the head differs")
+    base = save_base(make_tiny(), tmp_path / "base")
+    for check in (PruningMethod.check_model, lambda method: run_method(method, tiny_tokens(4, 12), tmp_path / "run")):
+        with pytest.raises(UserError, match=r"family 'llama' .* do not behave as .* says: the head differs"):
+            check(Wanda(base, 0.2))
+    assert not (tmp_path / "run" / "pruned").exists()

@@ -1,0 +1,91 @@
+"""From a folder that holds a text model with a vision tower, the text model is taken."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+import lightning_prune
+from lightning_prune.errors import UserError
+from lightning_prune.methods import HGSP
+from lightning_prune.models.layered import open_layered
+from lightning_prune.models.loading import check_model, load_config
+from tests.cutting import CPU
+from tests.methods.running import pruned_by, run_method
+from tests.tiny import tiny_config, tiny_tokens
+
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+}
+TEXT = {"gemma3": "gemma3_text", "mistral3": "ministral3"}
+
+
+def several(kind: str, folder: Path, own_names: bool = False, tied: bool = True) -> Tensor:
+    """Save a tiny model that sees and reads; its logits for text alone."""
+    text = tiny_config(TEXT[kind], tied=tied).to_dict()
+    vision = VISION | {"model_type": "pixtral" if kind == "mistral3" else "siglip_vision_model"}
+    config = AutoConfig.for_model(
+        kind, text_config=text, vision_config=vision, tie_word_embeddings=tied, image_token_index=95, dtype="float32"
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: Any = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    model.save_pretrained(folder)
+    file = folder / "model.safetensors"
+    names = load_file(file)
+    assert any("vision_tower" in name for name in names)
+    assert any(name.startswith("language_model.model.") for name in names)
+    if own_names:  # as modules are called: model.language_model.layers …
+        state = {name: tensor for name, tensor in model.state_dict().items() if not (tied and "lm_head" in name)}
+        save_file(state, file, {"format": "pt"})
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=tiny_tokens().clamp(max=94)).logits
+    return logits
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("own_names", [True, False])
+@pytest.mark.parametrize("kind", TEXT)
+@torch.no_grad()
+def test_the_text_model_gives_the_logits_of_the_whole_for_text(
+    tmp_path: Path, kind: str, own_names: bool, tied: bool
+) -> None:
+    expected = several(kind, tmp_path, own_names, tied)
+    tokens = tiny_tokens().clamp(max=94)
+    assert load_config(str(tmp_path)).model_type == TEXT[kind]
+    check_model(str(tmp_path))
+    model = open_layered(str(tmp_path), None, CPU)
+    hidden = model.embed(tokens)
+    for index in range(model.num_layers):
+        with model.layer(index):
+            hidden = model.run(index, hidden)
+    torch.testing.assert_close(model.head(hidden), expected, rtol=1e-5, atol=1e-5)
+    loaded = lightning_prune.load(tmp_path)
+    assert torch.equal(loaded(tokens).logits, model.head(hidden))
+    loaded.save_pretrained(tmp_path / "text")
+    assert torch.equal(lightning_prune.load(tmp_path / "text")(tokens).logits, model.head(hidden))
+
+
+def test_it_is_pruned_to_a_text_model(tmp_path: Path) -> None:
+    several("gemma3", tmp_path / "dense")
+    method = run_method(HGSP(str(tmp_path / "dense"), 0.2), tiny_tokens(4, 12).clamp(max=94), tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "pruned" / "config.json").read_text())
+    assert config["model_type"] == "gemma3_text"
+    assert not [name for name in load_file(tmp_path / "run" / "pruned" / "model.safetensors") if "vision" in name]
+    assert type(pruned_by(method)).__name__ == "Gemma3ForCausalLM"
+
+
+def test_other_models_of_several_are_refused(tmp_path: Path) -> None:
+    AutoConfig.for_model("llava").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="made of several models"):
+        load_config(str(tmp_path))
