@@ -72,12 +72,13 @@ def read_vocabulary(pretrained: str, rows: int, ends: list[int]) -> Vocabulary:
         raise _refusal(f"is a {model.get('type')} tokenizer; known are byte-level BPE and SentencePiece's BPE")
     if not tokenizer.is_fast:
         raise _refusal("is used through Python code")
+    _check_size(content, rows)
     found = _byte_pieces(content) if _is_sentencepiece(content) else _byte_level(content)
     _fill(found, content, rows)
     found.special = {
         name: token for name in SPECIAL if isinstance(token := getattr(tokenizer, f"{name}_token_id", None), int)
     }
-    later = [token for token in ends if token != found.special.get("eos")]
+    later = [token for token in ends if token != found.special.get("eos") and 0 <= token < rows]
     if later:
         found.special["eot"] = later[0]
         found.special.setdefault("eos", later[0])
@@ -85,7 +86,7 @@ def read_vocabulary(pretrained: str, rows: int, ends: list[int]) -> Vocabulary:
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):
         template = [{"name": name, "template": text} for name, text in template.items()]
-    found.chat_template = template
+    found.chat_template = template if isinstance(template, (str, list)) else None
     return found
 
 
@@ -150,16 +151,20 @@ def _adds_space(content: dict[str, Any]) -> bool:
     raise _refusal("prepares text in a way that SentencePiece's BPE does not have in GGUF")
 
 
-def _fill(found: Vocabulary, content: dict[str, Any], rows: int) -> None:
-    """Tokens and their types, one per row."""
-    vocabulary, unknown = content["model"]["vocab"], content["model"].get("unk_token")
-    added = {token["id"]: token for token in content.get("added_tokens") or []}
-    largest = max([*vocabulary.values(), *added])
+def _check_size(content: dict[str, Any], rows: int) -> None:
+    """A token without a row is another model's; and nothing of a size is built that the file alone claims."""
+    largest = max([*content["model"]["vocab"].values(), *(token["id"] for token in content.get("added_tokens") or [])])
     if largest >= rows:
         raise UserError(
             f"--model: the tokenizer has a token {largest}, but the model's vocabulary has {rows}. "
             "Give the tokenizer that belongs to the model."
         )
+
+
+def _fill(found: Vocabulary, content: dict[str, Any], rows: int) -> None:
+    """Tokens and their types, one per row."""
+    vocabulary, unknown = content["model"]["vocab"], content["model"].get("unk_token")
+    added = {token["id"]: token for token in content.get("added_tokens") or []}
     found.tokens, found.types = [f"[PAD{index}]" for index in range(rows)], [UNUSED] * rows
     for piece, token in vocabulary.items():
         found.tokens[token], found.types[token] = piece, NORMAL

@@ -1,23 +1,27 @@
 """llama.cpp as it is released computes what transformers computes, from the files that ``export`` writes."""
 
+import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_prune.cli import main
 from lightning_prune.models.loading import load_tokenizer
+from tests.cutting import cut
 from tests.engines.asking import ask, needs
 from tests.engines.tokenizers_by_kind import TEXTS, save_tokenizer
 from tests.export.checkpoints import TOKENS, Plan, gone, save
-from tests.tiny import FAMILIES, mixed_plan
+from tests.tiny import FAMILIES, mixed_plan, tiny_plan
 
 pytest.importorskip("gguf")
 pytestmark = [pytest.mark.engines, needs("llamacpp")]
 
 LENGTH = 32
+REFERENCE = Path(__file__).parents[3] / "shared" / "models" / "llama-4m"
 GONE = [gone(what, where) for what in ("attention", "mlp", "both") for where in (0, 2, 3)]
 LLAMA3 = {
     "rope_type": "llama3",
@@ -92,6 +96,23 @@ def test_f16_files_give_the_log_probabilities_of_transformers(family: str, plan:
     """The engine also multiplies in f16 there; transformers computes with the same weights in fp32."""
     model = save(tmp_path / "model", family, plan, dtype=torch.float16)
     compare(model, export(tmp_path / "model", "f16"), 0.01)
+    compare(model, export(tmp_path / "model", "f32"), 1e-4)  # and without rounding nothing is left
+
+
+@pytest.mark.skipif(not REFERENCE.is_dir(), reason="needs the reference model in ../shared")
+def test_the_reference_llama_is_within_a_hundredth_in_f16(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half().float()
+    heads, channels = list(range(6)), list(range(512))
+    kept = [(heads, channels)] * 8
+    kept[1:4] = [(heads[:5], channels[:256]), ([], channels[:500]), (heads[1:], [])]
+    pruned = cut(model, tiny_plan(model, kept))
+    for name, found in (("dense", model), ("pruned", pruned)):
+        copy.deepcopy(found).half().save_pretrained(tmp_path / name / "model")
+        for file in REFERENCE.glob("tokenizer*"):
+            shutil.copyfile(file, tmp_path / name / "model" / file.name)
+        compare(found, export(tmp_path / name / "model", "f16"), 0.01)
 
 
 @pytest.mark.parametrize("kind", ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "llama"])

@@ -1,5 +1,6 @@
 """Tiny checkpoints with a tokenizer, as an export reads them."""
 
+import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -38,10 +39,10 @@ def save(
                 parameter.copy_(parameter.to(dtype))
     model.eval()
     model = model if plan is None else cut(model, plan(model))
-    model.to(dtype).save_pretrained(folder)
+    copy.deepcopy(model).to(dtype).save_pretrained(folder)  # a copy: the rotary tables would be rounded too
     for file in demo_model_path().glob("tokenizer*"):
         shutil.copyfile(file, folder / file.name)
-    return model.float()
+    return model
 
 
 def gone(what: str, where: int) -> Plan:
