@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import statistics
@@ -11,7 +12,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -44,15 +45,13 @@ def engine_version(name: EngineName) -> str:
         UserError: it is not installed.
     """
     module = MODULES[name]
-    try:
-        importlib.import_module(module)
-    except ImportError as error:
+    if importlib.util.find_spec(module) is None:
         raise UserError(
-            f"--engine {name} needs the package '{module}' in this environment ({error}). Install it there, or "
-            "choose --engine transformers."
-        ) from None
-    distribution = next(found for found in (module, f"{module}-cpu") if _installed(found))
-    return f"{distribution} {version(distribution)}"
+            f"--engine {name} needs the package '{module}' in this environment. Install it there, or choose "
+            "--engine transformers."
+        )
+    distribution = next((found for found in (module, f"{module}-cpu") if _installed(found)), None)
+    return f"{distribution} {version(distribution)}" if distribution else module
 
 
 def measure_in_engine(
@@ -78,13 +77,15 @@ def measure_in_engine(
     config: Any = load_config(pretrained)
     check_setting(config, setting)
     model = meta_model(config).to(dtype)
-    opened = {"vllm": _vllm, "llamacpp": _llamacpp}[engine]
+    opened: Callable[..., AbstractContextManager[Engine]] = {"vllm": _vllm, "llamacpp": _llamacpp}[engine]
     speed = []
     total = len(setting.batch_sizes) * (WARM_UP + setting.repeats)
-    with tqdm(total=total, desc=f"timing {name}", unit="run", disable=not sys.stderr.isatty()) as bar:
+    with (
+        tqdm(total=total, desc=f"timing {name}", unit="run", disable=not sys.stderr.isatty()) as bar,
+        opened(resolve(pretrained), setting, dtype, device) as running,
+    ):
         for batch_size in setting.batch_sizes:
-            with opened(resolve(pretrained), setting, batch_size, dtype, device) as running:
-                speed.append(_speed(running, config.vocab_size, batch_size, setting, bar.update))
+            speed.append(_speed(running, config.vocab_size, batch_size, setting, bar.update))
     return count(model, pretrained, setting, speed)
 
 
@@ -114,10 +115,11 @@ def _speed(engine: Engine, vocabulary: int, batch_size: int, setting: Setting, d
 
 @contextmanager
 def _vllm(folder: str, setting: Setting, batch_size: int, dtype: torch.dtype, device: torch.device) -> Iterator[Engine]:
-    vllm = importlib.import_module("vllm")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if device.type == "cpu":
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; half of the machine otherwise
+    vllm = importlib.import_module("vllm")
     sampling = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
     with _refusals("vllm", folder):
         engine = vllm.LLM(
@@ -126,7 +128,7 @@ def _vllm(folder: str, setting: Setting, batch_size: int, dtype: torch.dtype, de
             dtype=str(dtype).removeprefix("torch."),
             skip_tokenizer_init=True,
             max_model_len=setting.prompt_length + setting.decode_length + 1,
-            max_num_seqs=batch_size,
+            max_num_seqs=max(setting.batch_sizes),
             enable_prefix_caching=False,
             enforce_eager=device.type == "cpu",
         )
@@ -143,11 +145,10 @@ def _vllm(folder: str, setting: Setting, batch_size: int, dtype: torch.dtype, de
 
 
 @contextmanager
-def _llamacpp(
-    folder: str, setting: Setting, batch_size: int, dtype: torch.dtype, device: torch.device
-) -> Iterator[Engine]:
+def _llamacpp(folder: str, setting: Setting, dtype: torch.dtype, device: torch.device) -> Iterator[Engine]:
     xllamacpp = importlib.import_module("xllamacpp")
     gguf_package()
+    batch_size = max(setting.batch_sizes)
     with tempfile.TemporaryDirectory(prefix="lightning-prune-") as place, ThreadPoolExecutor(batch_size) as threads:
         file = Path(place) / "model.gguf"
         write_gguf(folder, file, GGUF_DTYPES[dtype])
