@@ -12,7 +12,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -77,7 +77,7 @@ def measure_in_engine(
     config: Any = load_config(pretrained)
     check_setting(config, setting)
     model = meta_model(config).to(dtype)
-    opened: Callable[..., AbstractContextManager[Engine]] = {"vllm": _vllm, "llamacpp": _llamacpp}[engine]
+    opened = _vllm if engine == "vllm" else _llamacpp
     speed = []
     total = len(setting.batch_sizes) * (WARM_UP + setting.repeats)
     with (
@@ -114,7 +114,7 @@ def _speed(engine: Engine, vocabulary: int, batch_size: int, setting: Setting, d
 
 
 @contextmanager
-def _vllm(folder: str, setting: Setting, batch_size: int, dtype: torch.dtype, device: torch.device) -> Iterator[Engine]:
+def _vllm(folder: str, setting: Setting, dtype: torch.dtype, device: torch.device) -> Iterator[Engine]:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     if device.type == "cpu":

@@ -56,6 +56,23 @@ def test_llamacpp_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @needs("vllm")
+def test_vllm_is_timed(tmp_path: Path) -> None:
+    """In the engine's own environment, where run.sh installs this package too."""
+    save(tmp_path / "pruned", plan=mixed_plan, head_dim=32)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    options = ["--output", str(tmp_path), "--engine", "vllm", "--batch-sizes", "1", "4", *SHORT]
+    command = ["-m", "lightning_prune", "evaluate", "--model", str(tmp_path / "pruned"), "--efficiency", *options]
+    done = subprocess.run([interpreter("vllm"), *command], env=environment, capture_output=True, text=True, check=False)
+    if "No module named 'lightning'" in done.stderr:
+        pytest.skip("this package's dependencies are not in vLLM's environment; run.sh installs them")
+    assert done.returncode == 0, done.stderr[-5000:]
+    report: dict[str, Any] = json.loads((tmp_path / "efficiency.json").read_text())
+    assert report["engine"].startswith("vllm")
+    assert [speed["batch_size"] for speed in report["pruned"]["speed"]] == [1, 4]
+    assert all(speed["decode_tokens_per_second"] > 0 for speed in report["pruned"]["speed"])
+
+
+@needs("vllm")
 def test_the_server_that_the_card_names_answers(tmp_path: Path) -> None:
     save(tmp_path / "path" / "to" / "this" / "folder", plan=mixed_plan, head_dim=32)
     (command,) = re.findall(r"^vllm serve .*$", usage("per-layer"), re.MULTILINE)
