@@ -192,10 +192,11 @@ def test_every_layer_shows_engines_an_attention_of_its_own() -> None:
     for index, layer in enumerate(model.model.layers):
         tree = ast.parse(textwrap.dedent(inspect.getsource(type(layer.self_attn).forward)))
         looked_up = {
-            node.targets[0].id
+            target.id
             for node in ast.walk(tree)
-            if isinstance(node, ast.Assign)
-            and isinstance(node.targets[0], ast.Name)
+            if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None
+            for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+            if isinstance(target, ast.Name)
             and "ALL_ATTENTION_FUNCTIONS" in {name.id for name in ast.walk(node.value) if isinstance(name, ast.Name)}
         }
         calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
