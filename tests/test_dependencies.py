@@ -30,7 +30,8 @@ def distribution(requirement: str) -> str:
 
 def test_every_import_is_a_declared_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    requirements = [*project["dependencies"], *project["optional-dependencies"]["eval"]]
+    extras = project["optional-dependencies"]
+    requirements = [*project["dependencies"], *extras["eval"], *extras["gguf"]]
     declared = {distribution(requirement) for requirement in requirements}
     providers = packages_distributions()
     undeclared = {

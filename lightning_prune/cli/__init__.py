@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "what a pruned model costs to run, and its zero-shot accuracy",
     "compare": "run an experiment over methods and ratios, or audit and compare runs that exist",
     "apply": "re-create a pruned checkpoint from a plan.json, without calibrating",
+    "export": "a checkpoint as a GGUF file for llama.cpp, or padded for tools that know no widths per layer",
     "mend": "give an existing pruned checkpoint the modeling file of this version",
 }
 

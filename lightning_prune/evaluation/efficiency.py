@@ -74,6 +74,7 @@ class EfficiencyReport:
     threads: int
     pruned: Efficiency
     dense: Efficiency | None
+    engine: str = "transformers"
 
     def to_json(self) -> dict[str, Any]:
         """The report as it stands in ``efficiency.json``."""
@@ -100,7 +101,9 @@ class EfficiencyReport:
             side: model.weight_file_dtype for side, model in (("dense", self.dense), ("pruned", self.pruned)) if model
         }
         files = ", ".join(f"{side} {dtype}" for side, dtype in stored.items())
-        return "\n".join([*text, f"measured in {self.dtype} on {self.device}; weights on disk: {files}"])
+        return "\n".join(
+            [*text, f"measured in {self.dtype} on {self.device} by {self.engine}; weights on disk: {files}"]
+        )
 
 
 def macs_per_token(model: PreTrainedModel, context_length: int) -> int:
@@ -155,7 +158,7 @@ def measure(model: PreTrainedModel, pretrained: str, setting: Setting, name: str
         UserError: a length or number is below 1, the sequence is longer than the model's positions, or a batch does
             not fit in memory.
     """
-    _check(model, setting)
+    check_setting(model.config, setting)
     model.eval()
     with tqdm(
         total=len(setting.batch_sizes) * (WARM_UP + setting.repeats),
@@ -164,6 +167,11 @@ def measure(model: PreTrainedModel, pretrained: str, setting: Setting, name: str
         disable=not sys.stderr.isatty(),
     ) as bar:
         speed = [_speed(model, batch_size, setting, bar) for batch_size in setting.batch_sizes]
+    return count(model, pretrained, setting, speed)
+
+
+def count(model: PreTrainedModel, pretrained: str, setting: Setting, speed: list[Speed]) -> Efficiency:
+    """What follows from the shapes of ``model``, on the meta device too, and from its files, beside its speed."""
     return Efficiency(
         parameters=count_parameters(model),
         macs_per_token=macs_per_token(model, setting.context_length),
@@ -239,7 +247,12 @@ def _peak_memory_bytes(device: torch.device) -> int | None:
     return int(found.group(1)) * 1024 if found else None
 
 
-def _check(model: PreTrainedModel, setting: Setting) -> None:
+def check_setting(config: Any, setting: Setting) -> None:
+    """Refuse what cannot be measured with a model of this config.
+
+    Raises:
+        UserError: a length or number is below 1, or the sequence is longer than the model's positions.
+    """
     numbers: dict[str, Sequence[int]] = {
         "prompt-length": [setting.prompt_length],
         "decode-length": [setting.decode_length],
@@ -250,7 +263,7 @@ def _check(model: PreTrainedModel, setting: Setting) -> None:
     for option, values in numbers.items():
         if not values or min(values) < 1:
             raise UserError(f"--{option}: found {' '.join(map(str, values))}; whole numbers of 1 or more are allowed.")
-    longest, positions = setting.prompt_length + setting.decode_length, model.config.max_position_embeddings
+    longest, positions = setting.prompt_length + setting.decode_length, config.max_position_embeddings
     if longest > positions:
         raise UserError(
             f"--prompt-length {setting.prompt_length} and --decode-length {setting.decode_length} make {longest} "

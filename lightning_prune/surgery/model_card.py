@@ -1,4 +1,4 @@
-"""``README.md`` of a checkpoint: what was pruned, how, and how to load it."""
+"""``README.md`` of a checkpoint: what was pruned, how, and how to load, serve and convert it."""
 
 import re
 from typing import Any, Literal
@@ -8,6 +8,8 @@ import yaml
 from lightning_prune.escape import markdown, markdown_code, markdown_table, public_name
 from lightning_prune.surgery.base_facts import base_facts
 from lightning_prune.surgery.plan import LayerPlan, PruningPlan
+
+LOADING, LAYERS = "## Loading\n\n", "## What is left of each layer\n\n"
 
 
 def model_card(
@@ -31,8 +33,8 @@ def model_card(
         _front_matter(plan, facts),
         f"# {markdown(name.rsplit('/', 1)[-1] or name)} pruned with {markdown(plan.method)}",
         _summary(plan, facts, calibration),
-        "## Loading\n\n" + _loading(layout),
-        "## What is left of each layer\n\n" + _layers(plan.layers),
+        usage(layout),
+        LAYERS + _layers(plan.layers),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -78,14 +80,27 @@ def _requested(ratio: float | None) -> list[tuple[str, str]]:
     return [] if ratio is None else [("Pruning ratio requested", f"{ratio:.4f}")]
 
 
-def _loading(layout: str) -> str:
-    remote = "" if layout == "stock" else ", trust_remote_code=True"
+def usage(layout: Literal["stock", "per-layer"]) -> str:
+    """The sections that say how to load, serve and convert a checkpoint of this layout."""
+    remote, flag = ("", "") if layout == "stock" else (", trust_remote_code=True", " --trust-remote-code")
     note = (
         "Every layer has the same widths, so the configuration is a stock one."
         if layout == "stock"
         else "Layers differ in width; `modeling_pruned.py` in this folder builds them (transformers 5.14 or newer)."
     )
-    return f"""{note}
+    padded = (
+        ""
+        if layout == "stock"
+        else """
+
+For tools that know the model's family but no widths per layer, a folder in which every layer is padded with zeros to
+the widest; it has the same logits and loses part of the saving:
+
+```bash
+lightning-prune export --model path/to/this/folder --format stock --output padded
+```"""
+    )
+    return f"""{LOADING}{note}
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -99,7 +114,33 @@ With `lightning-prune` installed, no remote code is needed:
 import lightning_prune
 
 model = lightning_prune.load("path/to/this/folder")
-```"""
+```
+
+## Serving
+
+With vLLM as it is released, through its transformers backend:
+
+```bash
+vllm serve path/to/this/folder{flag}
+```
+
+## Converting
+
+To one file for llama.cpp and what is built on it, where the GGUF format can hold the model (the command says so):
+
+```bash
+lightning-prune export --model path/to/this/folder --format gguf --output model.gguf
+```{padded}"""
+
+
+def stock_card(card: str) -> str:
+    """The card of the padded form of a checkpoint, from the checkpoint's own; an empty one gives a new one."""
+    note = "Every layer is padded with zeros to the widest, so that tools without widths per layer load it.\n\n"
+    before, found, rest = card.partition(LOADING)
+    if not found:
+        before, rest = card + ("\n\n" if card else "# A pruned model, padded\n\n"), ""
+    _, next_section, layers = rest.partition(LAYERS)
+    return before + note + usage("stock") + "\n" + ("\n" + next_section + layers if next_section else "")
 
 
 def _layers(layers: list[LayerPlan]) -> str:

@@ -1,9 +1,12 @@
 """Behaviour of per-layer models beyond one forward: caches, fine-tuning, tools of others."""
 
+import ast
 import copy
+import inspect
 import json
 import logging
 import pickle
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +194,27 @@ def test_a_skipped_mixer_finds_the_cache_under_any_name_and_nothing_else() -> No
         assert torch.equal(added, torch.zeros_like(hidden))
         assert int(cache.get_seq_length()) == 3
         assert torch.equal(call(None)[0], torch.zeros_like(hidden))
+
+
+def test_every_layer_shows_engines_an_attention_of_its_own() -> None:
+    """vLLM gives a layer a cache where it finds one call of an attention function in the source of a module's
+    ``forward``, and reads ``layer_idx`` and the implementation's name beside it."""
+    model = pruned_model("llama", last_attention_gone)
+    model.set_attn_implementation("eager")
+    for index, layer in enumerate(model.model.layers):
+        tree = ast.parse(textwrap.dedent(inspect.getsource(type(layer.self_attn).forward)))
+        looked_up = {
+            target.id
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None
+            for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+            if isinstance(target, ast.Name)
+            and "ALL_ATTENTION_FUNCTIONS" in {name.id for name in ast.walk(node.value) if isinstance(name, ast.Name)}
+        }
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+        assert len([call for call in calls if call.func.id in looked_up]) == 1
+        assert layer.self_attn.layer_idx == index
+        assert layer.self_attn.config._attn_implementation == "eager"
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -1,17 +1,22 @@
 import json
 import os
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from lightning_prune.models.loading import load_model
+from lightning_prune.cli import main
+from lightning_prune.models.loading import load_config, load_model
 from lightning_prune.surgery.cut import layout_of
-from lightning_prune.surgery.model_card import model_card
+from lightning_prune.surgery.model_card import model_card, stock_card
 from lightning_prune.surgery.write import write_checkpoint
 from tests.cutting import layered_cut
-from tests.tiny import make_tiny, mixed_plan, uniform_plan
+from tests.export.checkpoints import Plan, save
+from tests.tiny import make_tiny, mixed_plan, tiny_tokens, uniform_plan
 
 
 def card(layout: Any = "per-layer", calibration: dict[str, Any] | None = None, **fields: Any) -> str:
@@ -201,3 +206,42 @@ def test_no_file_of_a_checkpoint_names_the_folder_of_the_base_model(tmp_path: Pa
     write_checkpoint(pruned, tmp_path / "out", tokenizer_from=None, card=card)
     for file in (tmp_path / "out").iterdir():
         assert str(tmp_path).encode() not in file.read_bytes(), file.name
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("plan_of", [mixed_plan, uniform_plan])
+def test_commands_of_the_card_run(
+    plan_of: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All but the server's, which ``tests/engines`` starts."""
+    pytest.importorskip("gguf")
+    monkeypatch.chdir(tmp_path)
+    expected = save(tmp_path / "path" / "to" / "this" / "folder", plan=plan_of)(tiny_tokens()).logits
+    layout = layout_of(load_config("path/to/this/folder"))
+    text = card(layout)
+    for block in blocks(text, "python"):
+        found: dict[str, Any] = {}
+        exec(block, found)
+        assert torch.equal(found["model"](tiny_tokens()).logits, expected)
+    commands = [shlex.split(line) for block in blocks(text, "bash") for line in block.splitlines()]
+    mine = [command for command in commands if command[0] == "lightning-prune"]
+    assert [command[5] for command in mine] == (["gguf"] if layout == "stock" else ["gguf", "stock"])
+    for command in mine:
+        assert main(command[1:]) == 0, capsys.readouterr().err
+        assert Path(command[-1]).exists()
+    assert [command[:2] for command in commands if command not in mine] == [["vllm", "serve"]]
+
+
+def test_card_of_a_padded_checkpoint_says_how_to_load_that_one() -> None:
+    text = stock_card(card("per-layer", method="hgsp"))
+    assert front_matter(text) == front_matter(card("per-layer", method="hgsp"))
+    assert "trust_remote_code" not in text
+    assert "--format stock" not in text
+    assert "padded with zeros" in text
+    assert text.count("## Loading") == 1
+    assert "| 3 | layer removed | layer removed |" in text
+    assert "## Loading" in stock_card("")
+    assert stock_card("# Own words").startswith("# Own words\n\n")

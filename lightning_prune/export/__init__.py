@@ -1,0 +1,1 @@
+"""A checkpoint folder in, a file or folder for another engine out."""

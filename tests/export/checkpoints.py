@@ -1,0 +1,58 @@
+"""Tiny checkpoints with a tokenizer, as an export reads them."""
+
+import copy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lightning_prune.demo import demo_model_path
+from lightning_prune.surgery.plan import PruningPlan
+from tests.cutting import cut
+from tests.tiny import tiny_config, tiny_plan
+
+TOKENS = 1024  # of the demo model's tokenizer, which these checkpoints carry
+FULL = list(range(40))
+Plan = Callable[[PreTrainedModel], PruningPlan]
+
+
+def save(
+    folder: Path, family: str = "llama", plan: Plan | None = None, dtype: torch.dtype = torch.float32, **options: Any
+) -> PreTrainedModel:
+    """Save a random model, pruned by ``plan``, and the demo model's tokenizer; the weights are those of ``dtype``.
+
+    Returns:
+        The model as it was saved, in fp32.
+    """
+    config = tiny_config(family, **options)
+    config.vocab_size = TOKENS
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+                parameter.copy_(parameter.to(dtype))
+    model.eval()
+    model = model if plan is None else cut(model, plan(model))
+    copy.deepcopy(model).to(dtype).save_pretrained(folder)  # a copy: the rotary tables would be rounded too
+    for file in demo_model_path().glob("tokenizer*"):
+        shutil.copyfile(file, folder / file.name)
+    return model
+
+
+def gone(what: str, where: int) -> Plan:
+    """A plan that takes attention, the MLP or both from one of four layers, and narrows the next one."""
+
+    def plan(model: PreTrainedModel) -> PruningPlan:
+        heads = list(range(model.config.num_key_value_heads))
+        kept = [(heads, FULL)] * 4
+        kept[(where + 1) % 4] = (heads[1:], FULL[::2])
+        kept[where] = ([] if what != "mlp" else heads, [] if what != "attention" else FULL)
+        return tiny_plan(model, kept)
+
+    return plan

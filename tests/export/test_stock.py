@@ -1,0 +1,90 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, MistralForCausalLM
+
+from lightning_prune.cli import main
+from lightning_prune.errors import UserError
+from lightning_prune.export.stock import PaddedSource, stock_config
+from lightning_prune.models.layered import open_weights, skeleton
+from lightning_prune.models.sources import CheckpointSource
+from tests.export.checkpoints import FULL, Plan, gone, save
+from tests.tiny import FAMILIES, mixed_plan, tiny_plan, tiny_tokens
+
+PLANS: list[Plan] = [mixed_plan, *(gone(what, where) for what in ("attention", "mlp", "both") for where in (0, 3))]
+BIASES = {"llama": {"attention_bias": True, "mlp_bias": True}, "qwen3": {"attention_bias": True}}
+
+
+def export(folder: Path) -> Any:
+    assert main(["export", "--model", str(folder), "--format", "stock", "--output", str(folder.parent / "out")]) == 0
+    return AutoModelForCausalLM.from_pretrained(folder.parent / "out", trust_remote_code=False)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_padded_model_is_stock_and_gives_the_same_logits(family: str, plan: Plan, tmp_path: Path) -> None:
+    for name, options in (("plain", {}), ("biases", BIASES.get(family))):
+        if options is None:
+            continue
+        pruned = save(tmp_path / name / "model", family, plan, **options)
+        padded = export(tmp_path / name / "model")
+        assert not padded.config.is_heterogeneous
+        assert not (tmp_path / name / "out" / "modeling_pruned.py").exists()
+        torch.testing.assert_close(padded(tiny_tokens()).logits, pruned(tiny_tokens()).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_are_as_wide_as_the_widest_and_the_loss_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of four heads in four KV groups of size 8, hidden 32, three groups and 30 of 40 channels are the widest."""
+    pruned = save(
+        tmp_path / "model",
+        "mistral",
+        lambda model: tiny_plan(model, [([0, 1, 2], FULL[:10]), ([1], FULL[:30]), ([], FULL[:30]), ([0], FULL[:5])]),
+        kv_heads=4,
+    )
+    padded = export(tmp_path / "model")
+    config = padded.config
+    assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (3, 3, 30)
+    counts = [sum(parameter.numel() for parameter in model.parameters()) for model in (pruned, padded)]
+    dense = 1024 * 32 + 32 + 4 * (4 * 32 * 32 + 3 * 32 * 40 + 2 * 32)
+    back, saved = counts[1] - counts[0], dense - counts[0]
+    said = capsys.readouterr().out
+    assert f"{counts[0]:,} parameters became {counts[1]:,}: {back:,} zeros" in said
+    assert f"{100 * back / saved:.0f} % of what pruning took out of these layers ({saved:,})" in said
+
+
+def test_head_counts_that_llama_refuses_are_said_in_the_words_of_mistral(tmp_path: Path) -> None:
+    def plan(model: Any) -> Any:
+        return tiny_plan(model, [([0, 1, 2], FULL[:10]), ([1], FULL), ([0], FULL), ([0], FULL)])
+
+    save(tmp_path / "model", "llama", plan, kv_heads=4)  # 3 heads do not divide 32
+    assert isinstance(export(tmp_path / "model"), MistralForCausalLM)
+    # With biases, which Mistral lacks, the next number that divides is taken.
+    save(tmp_path / "biased" / "model", "llama", plan, kv_heads=4, attention_bias=True)
+    assert export(tmp_path / "biased" / "model").config.num_attention_heads == 4
+
+
+def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "model", plan=mixed_plan)
+    asked: list[list[str]] = []
+    read = CheckpointSource.read
+    monkeypatch.setattr(
+        CheckpointSource, "read", lambda self, names, *rest: (asked.append(list(names)), read(self, names, *rest))[1]
+    )
+    export(tmp_path / "model")
+    for names in asked:
+        assert len({name.split("layers.")[-1].split(".")[0] for name in names if "layers." in name}) <= 1
+
+
+def test_a_norm_that_sees_all_heads_is_not_padded(tmp_path: Path) -> None:
+    save(tmp_path / "model", plan=mixed_plan)
+    net, source = open_weights(str(tmp_path / "model"))
+    wide = skeleton(stock_config(net.config))
+    for model, size in ((net, 8), (wide, 16)):
+        model.model.layers[1].self_attn.register_module("k_norm", torch.nn.RMSNorm(size))
+    with pytest.raises(UserError, match="sees all heads or channels of its layer at once"):
+        PaddedSource(source, net, wide)
