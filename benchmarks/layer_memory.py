@@ -2,9 +2,11 @@
 
     python benchmarks/layer_memory.py
     python benchmarks/layer_memory.py --systems wanda hgsp_taylor --onload layer --layers 32
+    python benchmarks/layer_memory.py --systems wanda --onload layer --layers 2 --processes 2
 
 What is measured is anonymous memory (``RssAnon``): what a process allocates itself. Weights that are views of the
-checkpoint's files do not count; the kernel drops them when memory runs short. Every run is a process of its own.
+checkpoint's files do not count; the kernel drops them when memory runs short. Every run is a process of its own, or
+several (``--processes``), of which the largest counts.
 """
 
 import argparse
@@ -54,17 +56,27 @@ def measured_run(
     command += ["--model.pretrained", str(model), "--model.onload", onload, "--data.dataset", str(tokens)]
     command += ["--data.eval_datasets", f"[{held_out}]", "--trainer.precision", arguments.precision]
     command += ["--trainer.default_root_dir", str(root), "--trainer.enable_progress_bar", "false"]
+    if arguments.processes > 1:
+        command += ["--trainer.accelerator", "cpu", "--trainer.devices", str(arguments.processes)]
     started, peak = time.perf_counter(), 0
     with (root / "output.txt").open("w+") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         while process.poll() is None:
-            peak = max(peak, anonymous_bytes(process.pid))
+            peak = max(peak, *map(anonymous_bytes, (process.pid, *children(process.pid))))
             time.sleep(0.01)
         if process.returncode:
             output.seek(0)
             raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{output.read()[-3000:]}")
     metrics = json.loads(next(root.rglob("metrics.json")).read_text(encoding="utf-8"))
     return peak, time.perf_counter() - started, metrics["seconds"]
+
+
+def children(process: int) -> list[int]:
+    """The processes that a process started; none when it has ended."""
+    try:
+        return [int(one) for one in Path(f"/proc/{process}/task/{process}/children").read_text("ascii").split()]
+    except (OSError, ProcessLookupError):
+        return []
 
 
 def anonymous_bytes(process: int) -> int:
@@ -115,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="NAME")
     parser.add_argument("--onload", nargs="+", choices=("layer", "model"), default=["layer", "model"])
     parser.add_argument("--layers", type=int, default=16, help="decoder layers (default: 16, 1.1 B parameters)")
+    parser.add_argument("--processes", type=int, default=1, help="that share the samples (default: 1)")
     parser.add_argument("--precision", default="bf16-true", help="of the trainer (default: bf16-true)")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "lightning-prune-benchmark")
     return parser

@@ -114,8 +114,15 @@ def torchrun_environment(node: int, port: int) -> dict[str, str]:
     return one | ranks
 
 
+def slurm_environment(task: int) -> dict[str, str]:
+    """What srun sets for task ``task`` of two on one node."""
+    job = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "prune", "SLURM_JOBID": "4711", "SLURM_NODELIST": "localhost"}
+    tasks = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
+    return job | tasks | {"SLURM_PROCID": str(task), "SLURM_LOCALID": str(task)}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("spelling", ["[0, 1]", "two nodes", "ddp"])
+@pytest.mark.parametrize("spelling", ["[0, 1]", "two nodes", "ddp", "torchrun", "slurm"])
 def test_however_processes_are_spelled_one_plan_comes_out(spelling: str, tmp_path: Path) -> None:
     base = save_base(make_tiny(), tmp_path / "base")
     np.save(tmp_path / "tokens.npy", tiny_tokens(5, 16).numpy())
@@ -130,6 +137,12 @@ def test_however_processes_are_spelled_one_plan_comes_out(spelling: str, tmp_pat
             port = free.getsockname()[1]
         environments = [torchrun_environment(node, port) for node in range(2)]
         arguments += ["--trainer.num_nodes", "2"]
+    elif spelling == "torchrun":
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        arguments = [sys.executable, *launcher, *arguments[1:], "--trainer.devices", "2"]
+    elif spelling == "slurm":
+        environments = [slurm_environment(task) for task in range(2)]
+        arguments += ["--trainer.devices", "2"]
     elif spelling == "ddp":
         arguments += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     else:
