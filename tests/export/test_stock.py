@@ -10,8 +10,8 @@ from lightning_prune.errors import UserError
 from lightning_prune.export.stock import PaddedSource, stock_config
 from lightning_prune.models.layered import open_weights, skeleton
 from lightning_prune.models.sources import CheckpointSource
-from tests.export.checkpoints import FULL, Plan, gone, save
-from tests.tiny import FAMILIES, mixed_plan, tiny_plan, tiny_tokens
+from tests.export.checkpoints import FAMILIES, FULL, Plan, gone, save
+from tests.tiny import mixed_plan, tiny_plan, tiny_tokens
 
 PLANS: list[Plan] = [mixed_plan, *(gone(what, where) for what in ("attention", "mlp", "both") for where in (0, 3))]
 BIASES = {"llama": {"attention_bias": True, "mlp_bias": True}, "qwen3": {"attention_bias": True}}
