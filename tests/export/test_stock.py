@@ -86,5 +86,5 @@ def test_a_norm_that_sees_all_heads_is_not_padded(tmp_path: Path) -> None:
     wide = skeleton(stock_config(net.config))
     for model, size in ((net, 8), (wide, 16)):
         model.model.layers[1].self_attn.register_module("k_norm", torch.nn.RMSNorm(size))
-    with pytest.raises(UserError, match="sees all heads or channels of its layer at once"):
+    with pytest.raises(UserError, match="sees all heads of its layer at once"):
         PaddedSource(source, net, wide)
