@@ -103,7 +103,7 @@ class PaddedSource:
                 if there is None and "norm" in name:
                     continue
                 raise UserError(
-                    f"--format stock: {name!r} is several projections in one, or sees all heads of its layer at once, so "
+                    f"--format stock: {name!r} is several projections in one, or sees all heads of its layer at once: "
                     f"zeros at its end would change the model. The family '{family_of(wide.config).model_type}' "
                     "cannot be padded; export or serve the folder itself."
                 )
