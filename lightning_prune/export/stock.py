@@ -103,8 +103,9 @@ class PaddedSource:
                 if there is None and "norm" in name:
                     continue
                 raise UserError(
-                    f"--format stock: {name!r} sees all heads or channels of its layer at once, and zeros would change "
-                    f"what it makes of them. The family '{family_of(wide.config).model_type}' cannot be padded."
+                    f"--format stock: {name!r} is several projections in one, or sees all heads of its layer at once: "
+                    f"zeros at its end would change the model. The family '{family_of(wide.config).model_type}' "
+                    "cannot be padded; export or serve the folder itself."
                 )
 
     def read(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:

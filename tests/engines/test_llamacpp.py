@@ -14,8 +14,8 @@ from lightning_prune.models.loading import load_tokenizer
 from tests.cutting import cut
 from tests.engines.asking import ask, needs
 from tests.engines.tokenizers_by_kind import TEXTS, save_tokenizer
-from tests.export.checkpoints import TOKENS, Plan, gone, save
-from tests.tiny import FAMILIES, mixed_plan, tiny_plan
+from tests.export.checkpoints import FAMILIES, TOKENS, Plan, gone, save
+from tests.tiny import mixed_plan, tiny_plan
 
 pytest.importorskip("gguf")
 pytestmark = [pytest.mark.engines, needs("llamacpp")]

@@ -7,9 +7,9 @@ import torch
 from torch.export import Dim
 from transformers import AutoModelForCausalLM
 
-from tests.export.checkpoints import save
+from tests.export.checkpoints import FAMILIES, save
 from tests.export.test_stock_exporters import Logits
-from tests.tiny import FAMILIES, mixed_plan, tiny_tokens
+from tests.tiny import mixed_plan, tiny_tokens
 
 pytest.importorskip("onnxscript", reason="needs onnxscript and onnxruntime: pip install onnxscript onnxruntime")
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install onnxruntime")

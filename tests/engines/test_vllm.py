@@ -7,8 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.engines.asking import ask, needs
-from tests.export.checkpoints import TOKENS, Plan, gone, save
-from tests.tiny import FAMILIES, mixed_plan
+from tests.export.checkpoints import FAMILIES, TOKENS, Plan, gone, save
+from tests.tiny import mixed_plan
 
 pytestmark = [pytest.mark.engines, needs("vllm")]
 

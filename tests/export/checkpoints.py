@@ -14,6 +14,7 @@ from lightning_prune.surgery.plan import PruningPlan
 from tests.cutting import cut
 from tests.tiny import tiny_config, tiny_plan
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # that GGUF holds, and that were seen in the engines
 TOKENS = 1024  # of the demo model's tokenizer, which these checkpoints carry
 FULL = list(range(40))
 Plan = Callable[[PreTrainedModel], PruningPlan]

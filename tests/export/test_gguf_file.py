@@ -12,8 +12,8 @@ from lightning_prune.cli import main
 from lightning_prune.export.gguf_file import write_gguf
 from lightning_prune.export.gguf_tensors import _Interleaved
 from lightning_prune.models.sources import CheckpointSource
-from tests.export.checkpoints import gone, save
-from tests.tiny import FAMILIES, mixed_plan
+from tests.export.checkpoints import FAMILIES, gone, save
+from tests.tiny import mixed_plan
 
 gguf = pytest.importorskip("gguf")
 

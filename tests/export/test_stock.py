@@ -10,8 +10,8 @@ from lightning_prune.errors import UserError
 from lightning_prune.export.stock import PaddedSource, stock_config
 from lightning_prune.models.layered import open_weights, skeleton
 from lightning_prune.models.sources import CheckpointSource
-from tests.export.checkpoints import FULL, Plan, gone, save
-from tests.tiny import FAMILIES, mixed_plan, tiny_plan, tiny_tokens
+from tests.export.checkpoints import FAMILIES, FULL, Plan, gone, save
+from tests.tiny import mixed_plan, tiny_plan, tiny_tokens
 
 PLANS: list[Plan] = [mixed_plan, *(gone(what, where) for what in ("attention", "mlp", "both") for where in (0, 3))]
 BIASES = {"llama": {"attention_bias": True, "mlp_bias": True}, "qwen3": {"attention_bias": True}}
@@ -86,5 +86,5 @@ def test_a_norm_that_sees_all_heads_is_not_padded(tmp_path: Path) -> None:
     wide = skeleton(stock_config(net.config))
     for model, size in ((net, 8), (wide, 16)):
         model.model.layers[1].self_attn.register_module("k_norm", torch.nn.RMSNorm(size))
-    with pytest.raises(UserError, match="sees all heads or channels of its layer at once"):
+    with pytest.raises(UserError, match="sees all heads of its layer at once"):
         PaddedSource(source, net, wide)

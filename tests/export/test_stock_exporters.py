@@ -7,8 +7,8 @@ import torch
 from torch.export import Dim
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.export.checkpoints import save
-from tests.tiny import FAMILIES, mixed_plan, tiny_tokens
+from tests.export.checkpoints import FAMILIES, save
+from tests.tiny import mixed_plan, tiny_tokens
 
 
 class Logits(torch.nn.Module):
