@@ -26,6 +26,7 @@ from lightning_prune.cli.lightning_cli import quiet
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.methods import HGSP, ShortGPT, SlimGPT, Wanda
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.loading import load_config, load_model
 
 # T = 0 leaves the importance alone: removal priors are a pass of their own, with a cost that grows with L².
@@ -49,9 +50,10 @@ def main() -> None:
         folder = Path(temporary)
         model = arguments.model or str(_random_model(folder / "model"))
         tokens = _tokens(folder / "tokens.npy", model, arguments)
+        layers = load_config(model).num_hidden_layers * -(-len(tokens) // arguments.batch_size)  # of one forward
         plain, seconds = [], {name: [] for name in arguments.methods}  # type: ignore[var-annotated]
         heads = []
-        pruning = {}
+        pruning, work = {}, {}
         for _ in range(arguments.repeats):
             net = load_model(model, torch.float32)
             plain.append(_forward_seconds(net.base_model, tokens, arguments.batch_size))
@@ -59,7 +61,7 @@ def main() -> None:
             del net
             for name in arguments.methods:
                 method = METHODS[name][0](pretrained=model, onload=arguments.onload)
-                walking, pruning[name] = _calibration_seconds(method, folder, arguments.batch_size)
+                walking, pruning[name], work[name] = _calibration_seconds(method, folder, arguments.batch_size)
                 seconds[name].append(walking)
     print(f"{arguments.samples} × {arguments.seq_len} tokens, {arguments.batch_size} windows per batch")
     print(f"{torch.get_num_threads()} threads, fp32, CPU")
@@ -69,9 +71,19 @@ def main() -> None:
         ratios = [mine / forward for mine, forward in zip(values, forwards, strict=True)]
         target = METHODS[name][1]
         goal = "" if target is None else f"target ≤ {target}"
+        per_evaluation = ""
+        if "removal" in name:  # a pass of many evaluations: what one costs, and a head, is known from the forwards
+            each = [
+                mine / (work[name][0] * decoder / layers + work[name][1] * (whole - decoder) / len(tokens))
+                for mine, decoder, whole in zip(values, plain, heads, strict=True)
+            ]
+            per_evaluation = (
+                f", {work[name][0]} evaluations, {statistics.median(each):.2f} × so many layers and heads of a forward"
+            )
         print(
             f"{name:<16} {statistics.median(values):8.2f} s   {statistics.median(ratios):5.2f} × forward "
             f"({min(ratios):.2f} to {max(ratios):.2f})   {goal}"
+            + per_evaluation
             + (f", finished layers {pruning[name]:.2f} s on top" if pruning[name] >= 0.01 else "")
         )
 
@@ -86,10 +98,12 @@ def _forward_seconds(model: torch.nn.Module, tokens: torch.Tensor, batch_size: i
     return time.perf_counter() - started
 
 
-def _calibration_seconds(method: PruningMethod, folder: Path, batch_size: int) -> tuple[float, float]:
-    """The steps of a real ``trainer.fit``, bringing the layers in included; and, apart from that, the seconds in which
-    finished layers were turned into findings (SlimGPT's factorizations). Deciding and writing are in neither."""
+def _calibration_seconds(method: PruningMethod, folder: Path, batch_size: int) -> tuple[float, float, tuple[int, int]]:
+    """The steps of a real ``trainer.fit``, bringing the layers in included; apart from that, the seconds in which
+    finished layers were turned into findings (SlimGPT's factorizations); and how many layer evaluations and sequences
+    through the head there were. Deciding and writing are in neither."""
     walking = concluding = 0.0
+    heads = 0
 
     def timed(real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
@@ -114,12 +128,23 @@ def _calibration_seconds(method: PruningMethod, folder: Path, batch_size: int) -
 
         return call
 
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(hidden: torch.Tensor, tokens: torch.Tensor) -> Any:
+            nonlocal heads
+            heads += len(tokens)
+            return real(hidden, tokens)
+
+        return call
+
+    evaluated: list[LayeredModel] = []
     start = method.on_fit_start
 
     def start_watched() -> None:
         start()
         for one in method.walk.passes:
             one.finish = apart(one.finish)  # type: ignore[method-assign]
+        method.model.losses = counted(method.model.losses)  # type: ignore[method-assign]
+        evaluated.append(method.model)
 
     method.on_fit_start = start_watched  # type: ignore[method-assign]
     for name in ("on_train_epoch_start", "training_step", "on_train_batch_end"):
@@ -140,7 +165,7 @@ def _calibration_seconds(method: PruningMethod, folder: Path, batch_size: int) -
         default_root_dir=folder,
     )
     trainer.fit(method, data)
-    return walking, concluding
+    return walking, concluding, (evaluated[0].evaluations, heads)
 
 
 def _random_model(folder: Path) -> Path:
