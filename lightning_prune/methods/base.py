@@ -27,6 +27,7 @@ from lightning_prune.walk.findings import Findings
 from lightning_prune.walk.module import LayeredModule
 from lightning_prune.walk.passes import Batch, Finding, Pass, Setting
 from lightning_prune.walk.walk import Walk
+from lightning_prune.walk.waypoints import Waypoints
 
 FINDINGS = "findings"
 CALIBRATING, WRITING = "calibrating", "writing the pruned model"
@@ -207,7 +208,10 @@ class PruningMethod(LayeredModule):
             context=self._precision_context,
             finished=self._advance_finish,
         )
-        self.walk = Walk(self._passes, setting, Findings(self._findings_folder, self.trainer.is_global_zero))
+        findings = Findings(self._findings_folder, self.trainer.is_global_zero)
+        # Several processes would have to stand at the same waypoint: they walk a pass from its beginning.
+        waypoints = Waypoints(self._findings_folder if world == 1 else None)
+        self.walk = Walk(self._passes, setting, findings, waypoints)
         self.trainer.strategy.barrier()  # all have read what is known before one writes more
         self._open_steps = self.walk.open_steps()
         self.trainer.fit_loop.max_epochs = sum(self.walk.steps[number][0].reads for number in self._open_steps)

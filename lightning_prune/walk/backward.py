@@ -88,9 +88,15 @@ class BackwardPass(Pass):
         """Backward: run again, gradients of inputs and of weights."""
         return 3.0 if step.phase == "backward" else 1.0
 
+    def stores(self) -> dict[str, ResidualStore]:
+        """The boundaries that are open, and the gradient."""
+        return {f"boundary {layer}": store for layer, store in enumerate(self.boundaries)} | {
+            "cotangent": self.cotangent
+        }
+
     def end(self) -> None:
         """The stores go."""
-        for store in (*self.boundaries, self.cotangent):
+        for store in self.stores().values():
             store.close()
 
     def _forward(self, step: Step, batch: Batch) -> None:

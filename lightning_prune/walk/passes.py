@@ -112,6 +112,14 @@ class Pass(ABC):
         """Whether the step leaves the layer with other weights."""
         return False
 
+    def stores(self) -> dict[str, ResidualStore]:
+        """Everything that later steps need beside findings, between two steps."""
+        return {}
+
+    def put_back(self, name: str, values: Tensor) -> None:
+        """What the store ``name`` held when an earlier process stood between two steps: ``[rows, L, D]``."""
+        self.stores()[name].put(slice(0, len(values)), values)
+
     def cost(self, view: LayerAnatomy, step: Step) -> float:
         """Work per token of this step, in plain evaluations of a layer; an estimate for the progress bar."""
         return 1.0
@@ -224,6 +232,10 @@ class ForwardPass(Pass):
         """Where ``conclude`` rewrites."""
         return self.rewrites
 
+    def stores(self) -> dict[str, ResidualStore]:
+        """The residual stream."""
+        return {"stream": self.stream}
+
     def end(self) -> None:
         """The stream goes."""
         self.hooks.remove()
@@ -322,6 +334,10 @@ class BlockPass(Pass):
     def changes(self, step: Step) -> bool:
         """Always."""
         return True
+
+    def stores(self) -> dict[str, ResidualStore]:
+        """The residual stream; the inputs of a projection are used up by then."""
+        return {"stream": self.stream}
 
     def end(self) -> None:
         """The stores go."""

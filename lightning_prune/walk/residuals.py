@@ -41,6 +41,11 @@ class ResidualStore:
         assert self._values is not None, "nothing was put here"
         return self._values[rows].to(device, non_blocking=True)
 
+    @property
+    def values(self) -> Tensor | None:
+        """All of it, ``[rows, L, D]``; None before the first ``put``."""
+        return self._values
+
     def close(self) -> None:
         """Give the memory back."""
         self._values = None

@@ -6,6 +6,7 @@ import torch
 
 from lightning_prune.walk.findings import Findings
 from lightning_prune.walk.passes import WEIGHT, Batch, Finding, Pass, Setting, Step
+from lightning_prune.walk.waypoints import Waypoints
 
 
 class Walk:
@@ -15,10 +16,14 @@ class Walk:
         passes: in order.
         setting: of the run.
         findings: what is known already and where the rest goes.
+        waypoints: where residual streams are kept on the way; None: nowhere.
     """
 
-    def __init__(self, passes: Sequence[Pass], setting: Setting, findings: Findings) -> None:
+    def __init__(
+        self, passes: Sequence[Pass], setting: Setting, findings: Findings, waypoints: Waypoints | None = None
+    ) -> None:
         self.passes, self.setting, self.findings = passes, setting, findings
+        self.waypoints = waypoints or Waypoints(None)
         layers = setting.model.num_layers
         self.steps: list[tuple[Pass, Step]] = [(one, step) for one in passes for step in one.steps(layers)]
         self._open: Pass | None = None
@@ -27,9 +32,14 @@ class Walk:
         return len(self.steps)
 
     def open_steps(self) -> list[int]:
-        """The steps to take: all of every pass of which something is not known."""
+        """The steps to take: those of every pass of which something is not known, behind its waypoint if it has one."""
         unknown = {id(one) for number, (one, _) in enumerate(self.steps) if number not in self.findings}
-        return [number for number, (one, _) in enumerate(self.steps) if id(one) in unknown]
+        reached = self.waypoints.step
+        past = {number for number in range(reached + 1) if self.steps[number][0] is self.steps[reached][0]}
+        if not all(number in self.findings for number in past):  # a finding was damaged
+            self.waypoints.clear()
+            past = set()
+        return [number for number, (one, _) in enumerate(self.steps) if id(one) in unknown and number not in past]
 
     def start(self, number: int) -> None:
         """The layer of this step comes in, the one of the next step is announced."""
@@ -38,6 +48,10 @@ class Walk:
             self.close()
             self._open = one
             one.begin(self.setting)
+            self.waypoints.begin()
+            if number and number - 1 == self.waypoints.step:
+                for name, values in self.waypoints.load().items():
+                    one.put_back(name, values)
         if not self.setting.model.is_present(step.layer):
             self.setting.model.enter(step.layer)
             self._restore(number)
@@ -73,6 +87,10 @@ class Walk:
             self.setting.model.leave(step.layer, changed=one.changes(step))
         if number + 1 == len(self.steps):
             self.close()
+        if number + 1 < len(self.steps) and self.steps[number + 1][0] is one:
+            self.waypoints.offer(number, one.stores())
+        else:
+            self.waypoints.clear()
 
     def findings_of(self, name: str) -> list[tuple[Step, Finding]]:
         """What the steps of the pass called ``name`` left, without new weights."""

@@ -120,6 +120,16 @@ class RemovalPass(Pass):
         """Every state that crosses, and the MLP alone."""
         return 2.0 + 3 * step.layer if self.blocks else 1.0 + step.layer
 
+    def stores(self) -> dict[str, ResidualStore]:
+        """Every state, by its piece."""
+        return {" ".join(map(str, piece or ("dense",))): store for piece, store in self.states.items()}
+
+    def put_back(self, name: str, values: Tensor) -> None:
+        """A state, which begins with it."""
+        kind, _, layer = name.partition(" ")
+        piece = next(((one, int(layer)) for one in PIECES if one == kind), None)
+        self.states.setdefault(piece, self.setting.store()).put(slice(0, len(values)), values)
+
     def end(self) -> None:
         """The states go."""
         for store in self.states.values():
@@ -182,6 +192,10 @@ class SimilarityPass(Pass):
         for piece, metric in zip(PIECES, self.influence, strict=True):
             metric.raise_if_not_finite(f"layer {step.layer}, {piece}")  # type: ignore[operator]
         return {"delta": torch.stack([metric.reduced() for metric in self.influence]).cpu()}  # type: ignore[operator]
+
+    def stores(self) -> dict[str, ResidualStore]:
+        """The residual stream."""
+        return {"stream": self.stream}
 
     def end(self) -> None:
         """The stream goes."""

@@ -11,6 +11,7 @@ import pytest
 
 from lightning_prune.files import Lock
 from lightning_prune.runs.folder import RunFolder
+from lightning_prune.walk import waypoints
 from tests.killing import Ended, Forks, Kill
 from tests.methods.behaviour import save_model, save_tokens
 from tests.tiny import tiny_tokens
@@ -27,6 +28,7 @@ MLP = Kill("lightning_prune.walk.walk:Walk.finish", 4)
 KEEPING = Kill("lightning_prune.walk.findings:Findings.add", 3)
 DECISION = Kill("lightning_prune.runs.folder:RunFolder.write_decision")
 SHARDS = Kill("lightning_prune.surgery.write:_Shards.write", 20)
+STREAMS = Kill("lightning_prune.walk.waypoints:Waypoints.offer")
 CHECK = Kill("lightning_prune.surgery.write:_check")
 EVALUATION = Kill("lightning_prune.walk.module:LayeredModule.on_test_epoch_end")
 RECORD = Kill("lightning_prune.runs.folder:RunFolder.write_results")
@@ -34,9 +36,12 @@ RECORD = Kill("lightning_prune.runs.folder:RunFolder.write_results")
 
 @pytest.fixture(scope="module")
 def forks() -> Iterator[Forks]:
+    before = waypoints.WAIT, waypoints.SHARE
+    waypoints.WAIT, waypoints.SHARE = 0.0, float("inf")  # a waypoint behind every step
     forks = Forks()
     yield forks
     forks.close()
+    waypoints.WAIT, waypoints.SHARE = before
 
 
 class Fit:
@@ -74,7 +79,7 @@ def fit(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Fit:
 @pytest.mark.parametrize(
     ("system", "kills"),
     [
-        ("hgsp_taylor", [BACKWARD, KEEPING, PRIOR, SHARDS, EVALUATION]),
+        ("hgsp_taylor", [BACKWARD, KEEPING, PRIOR, STREAMS, SHARDS, EVALUATION]),
         ("slimgpt", [MLP, MLP, DECISION, CHECK]),
         ("wanda_2to4", [KEEPING, SHARDS, RECORD]),
     ],

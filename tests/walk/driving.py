@@ -11,6 +11,7 @@ from lightning_prune.models.layered import LayeredModel
 from lightning_prune.walk.findings import Findings
 from lightning_prune.walk.passes import Batch, Pass, Setting
 from lightning_prune.walk.walk import Walk
+from lightning_prune.walk.waypoints import Waypoints
 
 
 def drive(
@@ -22,6 +23,7 @@ def drive(
     batch_size: int = 2,
     padding: int = 0,
     findings: Findings | None = None,
+    waypoints: Waypoints | None = None,
     stop_after: int | None = None,
 ) -> Walk:
     """Take ``passes`` over ``tokens`` ``[N, L]`` and, behind them, ``padding`` samples of weight 0.
@@ -32,7 +34,7 @@ def drive(
     padded = torch.cat([tokens, tokens[:1].expand(padding, -1)])
     weight = torch.cat([torch.ones(samples), torch.zeros(padding)])
     setting = Setting(model, len(padded), samples, batch_size, tokens.shape[1], scratch, nullcontext)
-    walk = Walk(passes, setting, Findings() if findings is None else findings)
+    walk = Walk(passes, setting, Findings() if findings is None else findings, waypoints)
     for number in walk.open_steps()[:stop_after]:
         walk.start(number)
         for rows in setting.batches() if walk.steps[number][0].reads else ():
