@@ -17,7 +17,6 @@ WAIT = 10.0  # seconds of work that a waypoint must at least save
 SHARE = 0.1  # of the time of a pass that may be spent on writing them
 DISK_SHARE = 0.25  # of the free disk that one may take; the one before it goes only when it is whole
 SPEED = 200e6  # bytes per second, until the first was written
-NAME = "streams_{:05d}.pt"
 
 
 class Waypoints:
@@ -43,10 +42,7 @@ class Waypoints:
 
     def load(self) -> dict[str, Tensor]:
         """The stores' values ``[rows, L, D]`` by name."""
-        assert self.folder is not None
-        found: dict[str, Tensor] = torch.load(
-            self.folder / NAME.format(self.step), map_location="cpu", mmap=True, weights_only=True
-        )
+        found: dict[str, Tensor] = torch.load(self._path(self.step), map_location="cpu", mmap=True, weights_only=True)
         return found
 
     def begin(self) -> None:
@@ -65,7 +61,7 @@ class Waypoints:
             self.folder.mkdir(exist_ok=True)
             if size > DISK_SHARE * shutil.disk_usage(self.folder).free:
                 return
-            path = self.folder / NAME.format(step)
+            path = self._path(step)
             with temporary(path) as partial:
                 torch.save(values, partial)
                 os.replace(partial, path)
@@ -82,5 +78,9 @@ class Waypoints:
         for path in self._files():
             path.unlink(missing_ok=True)
 
+    def _path(self, step: int) -> Path:
+        assert self.folder is not None
+        return self.folder / f"streams_{step:05d}.pt"
+
     def _files(self) -> list[Path]:
-        return [] if self.folder is None else sorted(self.folder.glob(NAME.format(0).replace("00000", "*")))
+        return [] if self.folder is None else sorted(self.folder.glob("streams_*.pt"))
