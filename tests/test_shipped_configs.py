@@ -6,6 +6,7 @@ import pytest
 
 from lightning_prune import shipped_configs
 from lightning_prune.cli import main
+from lightning_prune.cli.experiment import build
 from lightning_prune.errors import UserError
 from lightning_prune.runs.settings import read_settings
 from lightning_prune.shipped_configs import config_file, shipped_folder, shipped_names, with_config_files
@@ -78,3 +79,11 @@ def test_the_shipped_experiment_goes_by_name_and_own_ones_may_name_shipped_syste
     (tmp_path / "mine.yaml").write_text("systems: {a: nothing}")
     with pytest.raises(UserError, match=r"systems\.a: no file and no shipped configuration 'nothing'"):
         read_settings(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize("name", sorted(name for name in shipped_names() if name.startswith("compare")))
+def test_every_system_of_a_shipped_experiment_builds_its_method(name: str) -> None:
+    settings = read_settings(Path(name))
+    for label in settings.systems:
+        method = build(label, settings.configuration(label, settings.ratios[0])).model
+        assert (method.label, method.pruning_ratio) == (label, settings.ratios[0])
