@@ -103,5 +103,6 @@ def window_of(config: Any) -> int | None:
 def _refusal(config: Any, what: str) -> UserError:
     instead = "Use --format stock" if config.is_heterogeneous else "It is a stock folder"
     return UserError(
-        f"--format gguf cannot hold this model's {what}. {instead}, which llama.cpp's own convert_hf_to_gguf.py may take."
+        f"--format gguf cannot hold this model's {what}. "
+        f"{instead}, which llama.cpp's own convert_hf_to_gguf.py may take."
     )
