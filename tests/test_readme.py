@@ -29,11 +29,13 @@ def test_commands_of_the_readme_run_in_their_order(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     mine = [command for command in commands() if not any(word in command for word in ELSEWHERE)]
-    assert [command.split()[1] for command in mine] == ["fit", "test", "apply", "decide", "evaluate", "mend"]
+    assert [command.split()[1] for command in mine] == ["fit", "test", "apply", "decide", "evaluate", "mend", "export"]
     for command in mine:
         arguments = shlex.split(command)[1:]
         if arguments[0] == "apply":
             arguments[-1] = str(tmp_path / "pruned")
+        if arguments[0] == "export":
+            arguments[-1] = str(tmp_path / "padded")
         if arguments[0] == "evaluate":
             arguments += ["--batch-sizes", "1", "--repeats", "1", "--prompt-length", "8", "--decode-length", "4"]
         assert main(arguments) == 0, command

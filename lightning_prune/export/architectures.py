@@ -62,25 +62,26 @@ def architecture_of(config: Any, biases: set[str]) -> Architecture:
     family = config.model_type
     names = PER_LAYER if config.is_heterogeneous else OWN
     if family not in names:
-        raise _refusal(f"family '{family}': exported are {', '.join(sorted(names))}")
+        raise _refusal(config, f"family '{family}': exported are {', '.join(sorted(names))}")
     found = ARCHITECTURES[names[family]]
     if found.fused and not config.tie_word_embeddings:
         raise _refusal(
+            config,
             f"embeddings that are not tied to the head, in family '{family}' with widths that differ by layer: "
-            f"architecture '{found.name}' has no head of its own"
+            f"architecture '{found.name}' has no head of its own",
         )
     too_many = sorted(biases - set(found.biases))
     if too_many:
-        raise _refusal(f"bias of {', '.join(too_many)}: architecture '{found.name}' has none there")
+        raise _refusal(config, f"bias of {', '.join(too_many)}: architecture '{found.name}' has none there")
     if config.hidden_act not in ("silu", "swish"):
-        raise _refusal(f"activation '{config.hidden_act}': architecture '{found.name}' computes silu")
+        raise _refusal(config, f"activation '{config.hidden_act}': architecture '{found.name}' computes silu")
     kind, parameters = rope_of(config)
     if kind not in ("default", "linear", "llama3", "yarn") or (kind == "llama3" and not found.frequency_factors):
-        raise _refusal(f"rotary scaling '{kind}': architecture '{found.name}' does not compute it")
+        raise _refusal(config, f"rotary scaling '{kind}': architecture '{found.name}' does not compute it")
     odd = [key for key in ("partial_rotary_factor", "mscale", "mscale_all_dim") if parameters.get(key) not in (None, 1)]
     odd += ["truncate"] if not parameters.get("truncate", True) else []
     if odd:
-        raise _refusal(f"rotary parameter {odd[0]} {parameters[odd[0]]}: architecture '{found.name}' has none")
+        raise _refusal(config, f"rotary parameter {odd[0]} {parameters[odd[0]]}: architecture '{found.name}' has none")
     return found
 
 
@@ -99,5 +100,9 @@ def window_of(config: Any) -> int | None:
     return int(window)
 
 
-def _refusal(what: str) -> UserError:
-    return UserError(f"--format gguf cannot hold this model's {what}. Use --format stock, or serve the folder itself.")
+def _refusal(config: Any, what: str) -> UserError:
+    instead = "Use --format stock" if config.is_heterogeneous else "It is a stock folder"
+    return UserError(
+        f"--format gguf cannot hold this model's {what}. "
+        f"{instead}, which llama.cpp's own convert_hf_to_gguf.py may take."
+    )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.errors import UserError
-from lightning_prune.models.families import count_parameters, family_of
+from lightning_prune.models.families import count_parameters, family_of, rows_of
 from lightning_prune.models.layered import LayeredModel, open_weights, skeleton
 from lightning_prune.models.loading import meta_model
 from lightning_prune.models.sources import Source
@@ -81,31 +81,29 @@ def write_stock(
 class PaddedSource:
     """Gives every parameter of the wide model: that of the narrow one with zeros behind it, or zeros alone.
 
-    Zeros behind are right for separate projections, whose KV heads serve query heads in order, and for norms that do
-    not see the widths.
+    Zeros stand behind every role's rows or columns, also where several roles share one matrix. That is right for KV
+    heads that serve query heads in order, and for norms that do not see the widths.
 
     Args:
         narrow: gives the parameters that are there.
         net, wide: both models on the meta device; parameters of the same name belong together.
 
     Raises:
-        UserError: the family stores its projections in another way.
+        UserError: a parameter that is no projection depends on the widths.
     """
 
     def __init__(self, narrow: Source, net: nn.Module, wide: nn.Module) -> None:
         self.narrow = narrow
         self._there: Mapping[str, nn.Parameter] = dict(net.named_parameters(remove_duplicate=False))
         self._wide: Mapping[str, nn.Parameter] = dict(wide.named_parameters(remove_duplicate=False))
-        projections = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        config: Any = net.config
+        self._family, self._config, self._wide_config = family_of(config), config, wide.config
         for name, parameter in self._wide.items():
             there = self._there.get(name)
-            if (there is None or there.shape != parameter.shape) and name.split(".")[-2] not in projections:
-                if there is None and "norm" in name:
-                    continue
+            if there is not None and there.shape != parameter.shape and not self._place(name)[1]:
                 raise UserError(
-                    f"--format stock: {name!r} is several projections in one, or sees all heads of its layer at once: "
-                    f"zeros at its end would change the model. The family '{family_of(wide.config).model_type}' "
-                    "cannot be padded; export or serve the folder itself."
+                    f"--format stock: {name!r} sees all heads of its layer at once: zeros at its end would change "
+                    f"the model. The family '{self._family.model_type}' cannot be padded; serve the folder itself."
                 )
 
     def read(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
@@ -113,13 +111,27 @@ class PaddedSource:
         found = self.narrow.read([name for name in names if name in self._there], dtype, device)
         for name in names:
             shape, narrow = self._wide[name].shape, found.get(name)
-            if narrow is None or narrow.shape != shape:
-                padded = torch.zeros(shape, dtype=dtype or torch.float32, device=device)
-                if narrow is not None:
-                    padded = padded.to(narrow.dtype)
-                    padded[tuple(slice(0, size) for size in narrow.shape)] = narrow
+            if narrow is None:
+                found[name] = torch.zeros(shape, dtype=dtype or torch.float32, device=device)
+            elif narrow.shape != shape:
+                padded = torch.zeros(shape, dtype=narrow.dtype, device=device)
+                for behind, part in zip(self._parts(name, padded, True), self._parts(name, narrow, False), strict=True):
+                    behind[tuple(slice(0, size) for size in part.shape)] = part
                 found[name] = padded
         return {name: found[name] for name in names}
+
+    def _place(self, name: str) -> tuple[int, list[str]]:
+        """The layer of a parameter, and the roles that it holds, none where it is no projection."""
+        layer, _, path = name.removeprefix(f"{self._family.layers}.").partition(".")
+        return (int(layer), self._family.roles_at(path.rpartition(".")[0])) if layer.isdecimal() else (-1, [])
+
+    def _parts(self, name: str, whole: Tensor, wide: bool) -> Sequence[Tensor]:
+        """Views of the rows of every role that ``whole`` holds."""
+        layer, roles = self._place(name)
+        if len(roles) == 1:
+            return [whole]
+        rows = rows_of(self._wide_config if wide else self._config.per_layer_config[layer])
+        return whole.split([rows[role] for role in roles])  # type: ignore[no-any-return, no-untyped-call]
 
 
 def stock_config(config: Any) -> Any:
@@ -127,7 +139,8 @@ def stock_config(config: Any) -> Any:
     attention that the family's config can say."""
     dense, layers = _dense(config), config.per_layer_config
     channels = max((own.intermediate_size for own in layers if "mlp" not in own.skip), default=1)
-    widest = max((own.num_key_value_heads for own in layers if "attention" not in own.skip), default=1)
+    least = 1 if family_of(config).whole_attention is None else dense.num_key_value_heads
+    widest = max((own.num_key_value_heads for own in layers if "attention" not in own.skip), default=least)
     for kv_heads in range(widest, dense.num_key_value_heads + 1):
         kept = [LayerPlan(i, list(range(kv_heads)), list(range(channels))) for i in range(config.num_hidden_layers)]
         plan = PruningPlan("", None, 0.0, {"dense": 0, "pruned": 0}, None, "", kept)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lightning_prune.demo import demo_model_path
 from lightning_prune.surgery.plan import PruningPlan
 from tests.cutting import cut
-from tests.tiny import tiny_config, tiny_plan
+from tests.tiny import WHOLE_ATTENTION, tiny_config, tiny_plan
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # that GGUF holds, and that were seen in the engines
 TOKENS = 1024  # of the demo model's tokenizer, which these checkpoints carry
@@ -51,8 +51,9 @@ def gone(what: str, where: int) -> Plan:
 
     def plan(model: PreTrainedModel) -> PruningPlan:
         heads = list(range(model.config.num_key_value_heads))
+        fewer = heads if model.config.model_type in WHOLE_ATTENTION else heads[1:]
         kept = [(heads, FULL)] * 4
-        kept[(where + 1) % 4] = (heads[1:], FULL[::2])
+        kept[(where + 1) % 4] = (fewer, FULL[::2])
         kept[where] = ([] if what != "mlp" else heads, [] if what != "attention" else FULL)
         return tiny_plan(model, kept)
 

@@ -13,7 +13,7 @@ from lightning_prune.export.gguf_file import write_gguf
 from lightning_prune.export.gguf_tensors import _Interleaved
 from lightning_prune.models.sources import CheckpointSource
 from tests.export.checkpoints import FAMILIES, gone, save
-from tests.tiny import mixed_plan
+from tests.tiny import EVERY_FAMILY, mixed_plan
 
 gguf = pytest.importorskip("gguf")
 
@@ -157,6 +157,11 @@ REFUSED = {
         {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
         "rotary scaling 'dynamic'",
     ),
+    **{
+        family: (family, {}, f"family '{family}': exported are llama, mistral, qwen2, qwen3. Use --format stock")
+        for family in EVERY_FAMILY
+        if family not in FAMILIES
+    },
 }
 
 
@@ -171,6 +176,15 @@ def test_what_no_architecture_holds_is_refused_with_its_name(
     assert "cannot hold" in line
     assert re.search(says, line)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_refused_model_of_one_width_is_not_sent_to_padding(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(tmp_path / "model", "phi3")
+    assert export(tmp_path / "model") == 2
+    assert "It is a stock folder" in (said := capsys.readouterr().err)
+    assert "--format stock" not in said
 
 
 def test_a_value_beyond_f16_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,8 @@ from lightning_prune.errors import UserError
 from lightning_prune.export.stock import PaddedSource, stock_config
 from lightning_prune.models.layered import open_weights, skeleton
 from lightning_prune.models.sources import CheckpointSource
-from tests.export.checkpoints import FAMILIES, FULL, Plan, gone, save
-from tests.tiny import mixed_plan, tiny_plan, tiny_tokens
+from tests.export.checkpoints import FULL, Plan, gone, save
+from tests.tiny import EVERY_FAMILY, mixed_plan, tiny_plan, tiny_tokens
 
 PLANS: list[Plan] = [mixed_plan, *(gone(what, where) for what in ("attention", "mlp", "both") for where in (0, 3))]
 BIASES = {"llama": {"attention_bias": True, "mlp_bias": True}, "qwen3": {"attention_bias": True}}
@@ -23,7 +23,7 @@ def export(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 @torch.no_grad()
 def test_padded_model_is_stock_and_gives_the_same_logits(family: str, plan: Plan, tmp_path: Path) -> None:
     for name, options in (("plain", {}), ("biases", BIASES.get(family))):

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     export = _gguf if arguments.format == "gguf" else _stock
     try:
         with writable(output.absolute().parent, OPTION):
-            export(model, output, arguments.dtype, progress)
+            export(model, output.absolute(), arguments.dtype, progress)  # whose errors are known as this place's
     except UserError as error:
         raise UserError(str(error).replace(PRETRAINED, "--model")) from None
     finally:
@@ -89,6 +89,8 @@ def _stock(model: str, output: Path, _: str | None, progress: Any) -> None:
 
 def _model(given: str) -> str:
     """The model's folder; a run folder stands for the checkpoint in it."""
+    if not given:
+        raise UserError("--model is empty. Give a run folder, a model folder, a hub id or 'demo'.")
     inner = Path(given).expanduser() / "pruned"
     return str(inner) if (inner / "config.json").is_file() else given
 

@@ -1,0 +1,115 @@
+"""Exports nobody should ask for: refused in one sentence, and what stood at the output is as it was."""
+
+import os
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.export.checkpoints import save
+from tests.hostile.harness import Bench, Case
+from tests.hostile.test_models import edit_config
+from tests.tiny import mixed_plan
+
+GGUF = "--format gguf"
+CASES: dict[str, Case] = {}
+
+
+def case(
+    name: str,
+    arguments: str = "",
+    says: str | tuple[str, ...] = "",
+    status: int = 2,
+    prepare: Callable[[Path], object] | None = None,
+) -> None:
+    """One export of a pruned folder, INPUTS/pruned, after ``prepare`` changed INPUTS."""
+    CASES[name] = Case(arguments, status, says, prepare, command="export")
+
+
+def edited(**keys: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_config(folder / "pruned", keys)
+
+
+def without(file: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "pruned" / file).unlink()
+
+
+def loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+case("stock", status=0)
+case("GGUF", GGUF, status=0)
+case("no such format", "--format onnx", "--format")
+case("format is nothing", "--format=", "--format")
+case("no such dtype", f"{GGUF} --dtype f8", "--dtype")
+case("dtype of a folder", "--dtype f16", "--dtype belongs to --format gguf")
+case("stray word", "INPUTS", "unrecognized")
+case("model is missing", "--model INPUTS/nothing")
+case("model is a file", "--model INPUTS/pruned/config.json")
+case("model is a dense folder", "--model MODEL", "a stock checkpoint already")
+case("dense folder without a tokenizer", f"--model MODEL {GGUF}", "tokenizer.json")
+case("model is nothing", "--model=", "--model is empty")
+for form in ("stock", "gguf"):
+    option = f"--format {form}"
+    for file in ("config.json", "model.safetensors"):
+        case(f"{form}: {file} is missing", option, prepare=without(file))
+    case(f"{form}: weights are cut", option,
+         prepare=lambda folder: os.truncate(folder / "pruned/model.safetensors", 5000))  # fmt: skip
+    case(f"{form}: layers lie", option, prepare=edited(num_hidden_layers=9))
+    case(f"{form}: widths lie", option, prepare=edited(per_layer_config={"0": {"intermediate_size": 3}}))
+    case(f"{form}: widths are text", option, prepare=edited(per_layer_config="x"))
+    case(f"{form}: family is unknown", option, prepare=edited(model_type="gpt2"))
+    case(f"{form}: output's folder is a file", f"{option} --output INPUTS/pruned/config.json/x", "--output")
+    case(f"{form}: output cannot be written", f"{option} --output /proc/x", "--output")
+    case(f"{form}: output's name is too long", f"{option} --output {'x' * 300}", "--output")
+    case(f"{form}: output is a pipe", f"{option} --output INPUTS/out", "exists" if form == "gguf" else "no folder",
+         prepare=lambda folder: os.mkfifo(folder / "out"))  # fmt: skip
+    case(f"{form}: output links to itself", f"{option} --output INPUTS/out", "--output",
+         prepare=lambda folder: loop(folder / "out"))  # fmt: skip
+case("stock: modeling file is missing", status=0, prepare=without("modeling_pruned.py"))
+case("gguf: modeling file is missing", GGUF, status=0, prepare=without("modeling_pruned.py"))
+case("gguf: tokenizer is missing", GGUF, "the tokenizer cannot be loaded", prepare=without("tokenizer.json"))
+case("gguf: tokenizer is cut", GGUF, prepare=lambda folder: os.truncate(folder / "pruned/tokenizer.json", 900))
+case("gguf: output is a folder", f"{GGUF} --output INPUTS/pruned --overwrite", "a folder, and a GGUF model is a file")
+case("gguf: output exists", f"{GGUF} --output INPUTS/pruned/config.json", "exists. Give another name")
+case("stock: output is a file", "--output INPUTS/pruned/config.json --overwrite", "no folder")
+case("stock: output is the model", "--output INPUTS/pruned", "exists. Give another name")
+
+
+@pytest.fixture(scope="session")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exports") / "pruned"
+    save(folder, plan=mixed_plan)
+    return folder
+
+
+def content(folder: Path) -> dict[str, bytes | None]:
+    """Every path below a folder, with what the files hold."""
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def copied(bench: Bench, pruned: Path) -> Bench:
+    shutil.copytree(pruned, bench.inputs / "pruned")
+    return bench
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_export(name: str, copied: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = CASES[name]
+    if GGUF in found.arguments and find_spec("gguf") is None:
+        pytest.skip("needs the package gguf")
+    monkeypatch.chdir(copied.inputs)
+    before: dict[str, bytes | None] = {}
+
+    def prepare(folder: Path) -> None:
+        if found.prepare is not None:
+            found.prepare(folder)
+        before.update(content(folder))
+
+    copied.check(Case(found.arguments, found.status, found.says, prepare, command="export"))
+    assert content(copied.inputs) == before
