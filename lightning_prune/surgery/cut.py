@@ -95,7 +95,7 @@ def pruned_config(config: Any, plan: PruningPlan) -> Any:
     family = family_of(config)
     left = [layer for layer in plan.layers if layer.kept_kv_heads or layer.kept_channels]
     pruned = copy.deepcopy(config)
-    for name in ("auto_map", "block_norms"):  # of one that was per layer
+    for name in ("auto_map", "block_norms", "logit_scale"):  # of one that was per layer
         pruned.__dict__.pop(name, None)
     pruned.head_dim = head_dim_of(config)
     pruned.num_hidden_layers = len(left)
@@ -122,6 +122,8 @@ def pruned_config(config: Any, plan: PruningPlan) -> Any:
     }
     if norms != BLOCK_NORMS:
         pruned.block_norms = norms
+    if getattr(config, "logits_scaling", None):
+        pruned.logit_scale = 1 / config.logits_scaling  # the name under which vLLM's transformers backend looks for it
     # A config that checks its heads against other sizes must be allowed to read the global number. Only then: without
     # the leave, stock loaders refuse the checkpoint at once.
     if not _can_be_read(pruned):

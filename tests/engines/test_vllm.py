@@ -7,8 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.engines.asking import ask, needs
-from tests.export.checkpoints import FAMILIES, TOKENS, Plan, gone, save
-from tests.tiny import mixed_plan
+from tests.export.checkpoints import TOKENS, Plan, gone, save
+from tests.tiny import EVERY_FAMILY, WHOLE_ATTENTION, mixed_plan
 
 pytestmark = [pytest.mark.engines, needs("vllm")]
 
@@ -24,11 +24,12 @@ def prompts() -> list[list[int]]:
     return [torch.randint(2, TOKENS, (length,), generator=generator).tolist() for length in range(1, 96, 6)]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=EVERY_FAMILY)
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Of one family, every plan's model and what the engine answers; one process, since its import takes longest."""
     folder = tmp_path_factory.mktemp(request.param)
-    models = {name: save(folder / name, request.param, plan, head_dim=32) for name, plan in PLANS.items()}
+    wide: dict[str, Any] = {"hidden": 128} if request.param in WHOLE_ATTENTION else {}  # these derive shapes from it
+    models = {name: save(folder / name, request.param, plan, head_dim=32, **wide) for name, plan in PLANS.items()}
     answers = ask("vllm", folder, {"models": list(models), "prompts": prompts(), "length": LENGTH})
     return {name: (model, answers[name]) for name, model in models.items()}
 

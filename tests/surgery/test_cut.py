@@ -170,3 +170,9 @@ def test_plan_that_does_not_fit_is_refused(kept: Any, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
         check_plan(anatomy(dense), tiny_plan(dense, kept))
     assert str(error.value).startswith("--plan: ")
+
+
+def test_a_per_layer_granite_says_its_scale_under_the_name_that_serving_engines_read() -> None:
+    model = make_tiny("granite")
+    assert pruned_config(model.config, mixed_plan(model)).logit_scale == 1 / model.config.logits_scaling
+    assert not hasattr(pruned_config(model.config, uniform_plan(model)), "logit_scale")
