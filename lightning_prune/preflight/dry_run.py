@@ -115,11 +115,9 @@ def dry_run(
         books = Books(ledger, run)
         if load.eval_windows != 0:
             _evaluate(model, shapes, load, books)
-        ledger.flops, model.evaluations = 0, 0
         read = model.bytes_read if shapes.onload == "layer" else 0
         findings = DryFindings(books)
         walk = _calibrate(method, model, load, books, findings, free, context, solves)
-        run.evaluations, run.flops = _scaled(model.evaluations, load), _scaled(ledger.flops, load)
         run.bytes_read, run.disk = model.bytes_read - read, findings.disk
         model.close()
         del model
@@ -382,6 +380,8 @@ def _calibrate(
         last = step.layer + 1 == model.num_layers
         where = ", last layer" if last else ", first layer" if step.layer == 0 else ""
 
+        before = model.evaluations, books.ledger.flops
+
         def work(number: int = number, reads: bool = one.reads) -> None:
             walk.start(number)
             for batch in batches if reads else ():
@@ -390,6 +390,9 @@ def _calibrate(
             walk.finish(number)
 
         books.page(f"{one.name}, {step.phase}{where}", work)
+        times = _batches(load, getattr(one, "num_samples", None)) / len(batches)  # priors may take fewer samples
+        books.run.evaluations += round((model.evaluations - before[0]) * times)
+        books.run.flops += round((books.ledger.flops - before[1]) * times)
     walk.close()
     return walk
 
@@ -421,9 +424,10 @@ def _save(shapes: Shapes, config: Any, plan: PruningPlan, short: Any, source: So
     pruned.close()
 
 
-def _scaled(count: int, load: Workload) -> int:
-    fed = min(load.samples, BATCHES * load.batch_size)
-    return count * -(-load.samples // load.batch_size) // -(-fed // load.batch_size)
+def _batches(load: Workload, num_samples: int | None) -> int:
+    """Batches of a pass that reads the first ``num_samples`` samples."""
+    samples = load.samples if num_samples is None else min(num_samples, load.samples)
+    return -(-samples // load.batch_size)
 
 
 def _bytes(stores: Counter[int]) -> int:
