@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
@@ -69,6 +70,8 @@ def _tried(family: Family, values: str) -> str | None:
                 _try(CONFIG_MAPPING[family.model_type].from_dict(json.loads(values)), Path(folder))
         except (MemoryError, OSError):
             raise
+        except SafetensorError as error:  # its word for a full disk, among others; the tensors are our own
+            raise OSError(str(error)) from error
         except UserError as error:
             if isinstance(error.__cause__, OSError):
                 raise error.__cause__ from None
