@@ -244,9 +244,8 @@ class DryFindings(Findings):
     def __init__(self, books: Books) -> None:
         super().__init__(None)
         self.books, self.disk = books, 0
-        self._shapes: dict[int, Finding] = {}
 
-    def add(self, step: int, finding: Finding, write: bool = True) -> None:
+    def add(self, step: int, finding: Finding) -> None:
         """Keep what a step left."""
         finding = {name: tensor.detach().contiguous() for name, tensor in finding.items()}
         self.disk += sum(tensor.nbytes for tensor in finding.values())
@@ -390,7 +389,8 @@ def _calibrate(
             walk.finish(number)
 
         books.page(f"{one.name}, {step.phase}{where}", work)
-        times = _batches(load, getattr(one, "num_samples", None)) / len(batches)  # priors may take fewer samples
+        wanted = _batches(load, getattr(one, "num_samples", None))  # priors may take fewer samples
+        times = wanted / min(wanted, len(batches))
         books.run.evaluations += round((model.evaluations - before[0]) * times)
         books.run.flops += round((books.ledger.flops - before[1]) * times)
     walk.close()

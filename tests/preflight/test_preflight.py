@@ -88,9 +88,10 @@ def test_removal_priors_evaluate_and_keep_what_the_wavefront_needs(layers: int) 
     assert run.phases["prior, removal, last layer"].stores == {store: 1 + 3 * (layers - 1)}
 
 
-def test_priors_that_take_fewer_samples_evaluate_fewer_batches() -> None:
-    run = _dry(methods.HGSP(importance="magnitude", prior_num_samples=6), 3)
-    assert run.evaluations == (2 * 3 + 3 * 3 * 2 // 2) * 2  # 6 samples are a batch of 4 and one of 2
+@pytest.mark.parametrize(("samples", "batches"), [(3, 1), (4, 1), (6, 2), (9, 3), (100, 3)])
+def test_priors_that_take_fewer_samples_evaluate_fewer_batches(samples: int, batches: int) -> None:
+    run = _dry(methods.HGSP(importance="magnitude", prior_num_samples=samples), 3)
+    assert run.evaluations == (2 * 3 + 3 * 3 * 2 // 2) * batches  # of 4 samples each, and there are 12
 
 
 def test_taylor_keeps_a_boundary_per_layer_and_one_gradient() -> None:
