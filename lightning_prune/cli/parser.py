@@ -12,3 +12,14 @@ class PlainParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise UserError."""
         raise UserError(f"{message.removeprefix('argument ')}. See {self.prog} --help.")
+
+    def add_model(self) -> None:
+        """The checkpoint that a command takes, dense or pruned."""
+        self.add_argument(
+            "--model",
+            "--model.pretrained",
+            dest="model",
+            required=True,
+            metavar="MODEL",
+            help="run folder, model folder (dense or pruned), hub id, or 'demo'",
+        )

@@ -120,15 +120,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="examples: lightning-prune evaluate --model logs/wanda/version_0 --dense demo --efficiency; "
         "lightning-prune evaluate --model logs/wanda/version_0 --zero-shot --tasks arc_easy piqa",
     )
+    parser.add_model()
     add = parser.add_argument
-    add(
-        "--model",
-        "--model.pretrained",
-        dest="model",
-        required=True,
-        metavar="MODEL",
-        help="run folder, model folder (dense or pruned), hub id, or 'demo'",
-    )
     add("--dense", metavar="MODEL", help="the base model, measured in the same process and shown beside it")
     add("--output", type=Path, metavar="FOLDER", help="where the JSON files go. Default: the run folder of --model")
     add(

@@ -120,15 +120,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="examples: lightning-prune export --model logs/wanda/version_0 --format gguf --output model.gguf; "
         "lightning-prune export --model logs/wanda/version_0 --format stock --output padded",
     )
+    parser.add_model()
     add = parser.add_argument
-    add(
-        "--model",
-        "--model.pretrained",
-        dest="model",
-        required=True,
-        metavar="MODEL",
-        help="run folder, model folder (dense or pruned), hub id, or 'demo'",
-    )
     add("--format", choices=("gguf", "stock"), required=True, help="what to write")
     add("--output", type=Path, required=True, metavar="PATH", help="the file (gguf) or folder (stock) to write")
     add(
