@@ -3,9 +3,9 @@
 import tempfile
 import time
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.errors import UserError
+from lightning_prune.methods.refit_math import held_out_samples
 from lightning_prune.methods.scores import Scores
 from lightning_prune.models.families import LayerAnatomy, anatomy, count_parameters
 from lightning_prune.models.layered import skeleton
@@ -30,7 +31,8 @@ from lightning_prune.walk.walk import Walk
 from lightning_prune.walk.waypoints import Waypoints
 
 FINDINGS = "findings"
-CALIBRATING, WRITING = "calibrating", "writing the pruned model"
+CALIBRATING, REFITTING, WRITING = "calibrating", "refitting", "writing the pruned model"
+PHASE_SECONDS = {CALIBRATING: "calibrate", REFITTING: "refit"}  # as they stand in metrics.json
 LAYER_TO_WRITE = 1000.0  # about what cutting and writing a layer costs, in tokens through it
 SAVE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -148,6 +150,26 @@ class PruningMethod(LayeredModule):
     def decide(self) -> None:
         """Set ``self.scores`` and ``self.plan`` from what the passes found."""
 
+    def passes_behind(self, kept: list[LayerPlan], held_out: Tensor) -> list[Pass]:
+        """The passes it makes once it is decided what is ``kept``; new weights they leave are the pruned model's.
+
+        Args:
+            kept: of every layer.
+            held_out: bool ``[N]``, calibration samples to check on.
+        """
+        return []
+
+    def stages(self) -> Iterator[tuple[str, list[Pass]]]:
+        """Walk after walk, the passes of each and what it is called; the decision falls between two of them."""
+        if self.saved is None:
+            yield CALIBRATING, self._passes
+        with self.timed("decide"), torch.no_grad():
+            self.decide()
+        tokens = self.datamodule.calibration.tokens if self.needs_calibration else torch.zeros(0, 1)
+        if behind := self.passes_behind(self.plan.layers, held_out_samples(tokens)):
+            yield REFITTING, behind
+            self.plan = replace(self.plan, weights_updated=True)
+
     def check_ratio(self, layers: list[LayerAnatomy], total_parameters: int) -> None:
         """Raise UserError when the ratio cannot be reached; ``layers`` are on the meta device."""
 
@@ -198,7 +220,7 @@ class PruningMethod(LayeredModule):
         batch_size = self.datamodule.batch_size
         per_step = world * batch_size
         padded = len(tokens) if world == 1 else -(-len(tokens) // per_step) * per_step
-        setting = Setting(
+        self._setting = Setting(
             model=model,
             rows=padded // world,
             samples=len(range(rank, len(tokens), world)),
@@ -208,16 +230,45 @@ class PruningMethod(LayeredModule):
             context=self._precision_context,
             finished=self._advance_finish,
         )
-        findings = Findings(self._findings_folder, self.trainer.is_global_zero)
+        self.trainer.fit_loop.max_epochs = 0
+        self._expect_work(tokens.numel() // world)
+        self.walk = Walk([], self._setting, Findings())
+        self._stages = enumerate(self.stages())
+        self._next_stage()
+
+    def _next_stage(self) -> None:
+        """Walk on with the next stage's passes; behind the last one everything is known."""
+        following = next(self._stages, None)
+        if following is None:
+            with torch.no_grad():
+                self._details = self.details()
+            return
+        number, (self._phase, passes) = following
+        self._stage_started, self._finish_before = time.perf_counter(), self.seconds.get("finish layers", 0.0)
+        folder = self._findings_folder
+        self._walk_on(passes, folder / f"stage_{number}" if folder is not None and number else folder)
+        self._take_steps_without_batches()
+
+    def _walk_on(self, passes: list[Pass], folder: Path | None) -> None:
+        """Make ready to take ``passes``; what is known of them is in ``folder``."""
+        findings = Findings(folder, self.trainer.is_global_zero)
         # Several processes would have to stand at the same waypoint: they walk a pass from its beginning.
-        waypoints = Waypoints(self._findings_folder if world == 1 else None)
-        self.walk = Walk(self._passes, setting, findings, waypoints)
+        waypoints = Waypoints(folder if self.trainer.world_size == 1 else None)
+        self.walk = Walk(passes, self._setting, findings, waypoints)
         self.trainer.strategy.barrier()  # all have read what is known before one writes more
         self._open_steps = self.walk.open_steps()
-        self.trainer.fit_loop.max_epochs = sum(self.walk.steps[number][0].reads for number in self._open_steps)
-        self._expect_work(tokens.numel() // world)
-        self._calibration_started = time.perf_counter()
-        self._take_steps_without_batches()
+        epochs = sum(self.walk.steps[step][0].reads for step in self._open_steps)
+        self.trainer.fit_loop.max_epochs += epochs  # type: ignore[operator]
+
+    def _end_stage(self) -> None:
+        self.walk.close()
+        self.progress.finish(self._phase)
+        finishing = self.seconds.get("finish layers", 0.0) - self._finish_before
+        spent = time.perf_counter() - self._stage_started - finishing
+        if any(one.reads for one in self.walk.passes):
+            name = PHASE_SECONDS[self._phase]
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+        self._next_stage()
 
     @property
     def _findings_folder(self) -> Path | None:
@@ -234,7 +285,7 @@ class PruningMethod(LayeredModule):
         start = batch_idx * self.datamodule.batch_size
         self._work, self._finish_work = self.walk.cost(self._open_steps[0], tokens.numel())
         self.walk.batch(self._open_steps[0], Batch(tokens, weight, index, slice(start, start + len(tokens))))
-        self.progress.advance(CALIBRATING, self._work)
+        self.progress.advance(self._phase, self._work)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Behind the last batch the strategy is still up, so sums are reduced over processes: finish the layer."""
@@ -245,14 +296,20 @@ class PruningMethod(LayeredModule):
         self._take_steps_without_batches()
 
     def _expect_work(self, tokens: int) -> None:
-        """All that is still to do, as far as the shapes tell; ``tokens`` of this process."""
-        self.progress.expect(CALIBRATING, sum(sum(self.walk.cost(number, tokens)) for number in self._open_steps))
+        """All that is to do, as far as the shapes tell; ``tokens`` of this process."""
+        everything = [LayerPlan(v.index, list(range(v.num_kv_heads)), list(range(v.num_channels))) for v in self.layers]
+        behind = self.passes_behind(everything, torch.zeros(0))
+        for phase, passes in ((CALIBRATING, self._passes), (REFITTING, behind)):
+            if passes:
+                walk = Walk(passes, self._setting, Findings())
+                work = sum(sum(walk.cost(number, tokens)) for number in range(len(walk)))
+                self.progress.expect(phase, work)
         self.progress.expect(WRITING, LAYER_TO_WRITE * len(self.layers))
         after = self.evaluation_work(len(self.layers)) * (1 - self.pruning_ratio)
         self.progress.expect("perplexity of the pruned model", after)
 
     def _advance_finish(self, share: float) -> None:
-        self.progress.advance(CALIBRATING, share * self._finish_work)
+        self.progress.advance(self._phase, share * self._finish_work)
 
     def _take_steps_without_batches(self) -> None:
         while self._open_steps and not self.walk.steps[self._open_steps[0]][0].reads:
@@ -260,17 +317,7 @@ class PruningMethod(LayeredModule):
                 self.walk.start(self._open_steps[0])
                 self.walk.finish(self._open_steps.pop(0))
         if not self._open_steps:
-            self.walk.close()
-            self.progress.finish(CALIBRATING)
-            self._decide()
-
-    def _decide(self) -> None:
-        if self.needs_calibration:
-            spent = time.perf_counter() - self._calibration_started
-            self.seconds["calibrate"] = spent - self.seconds.get("finish layers", 0.0)
-        with self.timed("decide"), torch.no_grad():
-            self.decide()
-            self._details = self.details()
+            self._end_stage()
 
     def on_fit_end(self) -> None:
         """Prune: the strategy is torn down. Rank 0 cuts layer by layer, and writes."""
@@ -309,7 +356,7 @@ class PruningMethod(LayeredModule):
 
     def calibration_facts(self) -> dict[str, Any] | None:
         """The manifest of the calibration set, None for methods without data."""
-        if self.saved is not None:
+        if self.saved is not None and not self.needs_calibration:
             return self.saved.calibration
         return self.datamodule.calibration.manifest.to_json() if self.needs_calibration else None
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lightning_prune.errors import UserError
-from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.blocks import block_index
+from lightning_prune.methods.refit import RefittingMethod
 from lightning_prune.methods.scores import BLOCKS, Scores, group_scores, groups_that_stay
 from lightning_prune.methods.selection import Budget, protect_best, select_global, select_uniform
 from lightning_prune.models.families import LayerAnatomy
@@ -18,7 +18,7 @@ from lightning_prune.surgery.plan import LayerPlan
 Allocation = Literal["global", "uniform"]
 
 
-class GroupPruning(PruningMethod):
+class GroupPruning(RefittingMethod):
     """Removes GQA groups and MLP channels with the lowest score = importance / cost in parameters.
 
     Args:
@@ -35,7 +35,7 @@ class GroupPruning(PruningMethod):
     """
 
     decision_options = (
-        *PruningMethod.decision_options,
+        *RefittingMethod.decision_options,
         "allocation",
         "round_to",
         "freeze_first_n_layers",

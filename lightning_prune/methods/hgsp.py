@@ -123,7 +123,7 @@ class HGSP(GroupPruning):
         self.score_norm: ScoreNorm = score_norm
         self.priors: Tensor | None = None
         self.tau_used: float | None = None
-        self.needs_calibration = temperature > 0 or importance != "magnitude"
+        self.needs_calibration = temperature > 0 or importance != "magnitude" or self.refit != "none"
 
     @property
     def method(self) -> str:

@@ -91,6 +91,11 @@ class GroupOrMaskPruning(GroupPruning):
                 f"--model.structure {structure} zeroes single weights; --model.allocation, --model.round_to and "
                 "--model.min_groups_per_layer belong to --model.structure group."
             )
+        if self.masked and self.refit != "none":
+            raise UserError(
+                f"--model.refit {self.refit} fits the columns that stay; --model.structure {structure} leaves none out "
+                "whole. Use --model.structure group, or --model.refit none."
+            )
         self.zeroed = 0
 
     @property

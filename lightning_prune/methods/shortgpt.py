@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.errors import UserError
-from lightning_prune.methods.base import PruningMethod
+from lightning_prune.methods.refit import RefittingMethod
 from lightning_prune.methods.scores import layer_scores
 from lightning_prune.models.families import LayerAnatomy
 from lightning_prune.statistics.block_influence import BlockInfluence
@@ -56,7 +56,7 @@ class BlockInfluencePass(ForwardPass):
         return {"influence": self.influence.reduced()}
 
 
-class ShortGPT(PruningMethod):
+class ShortGPT(RefittingMethod):
     """ShortGPT: removes whole decoder layers that turn the residual stream least (block influence).
 
     Args:
@@ -68,7 +68,7 @@ class ShortGPT(PruningMethod):
         run_options: Options of every method.
     """
 
-    decision_options = (*PruningMethod.decision_options, "n_remove_layers", "at_most")
+    decision_options = (*RefittingMethod.decision_options, "n_remove_layers", "at_most")
 
     def __init__(
         self,

@@ -34,9 +34,8 @@ from lightning_prune.statistics.hessian import InputGram
 from lightning_prune.statistics.hooks import Hooks
 from lightning_prune.surgery.cut import parameters_after
 from lightning_prune.surgery.plan import LayerPlan
-from lightning_prune.walk.passes import WEIGHT, BlockPass, Finding, Pass, Step
+from lightning_prune.walk.passes import BLOCK_ROLES, WEIGHT, BlockPass, Finding, Pass, Step
 
-BLOCK_ROLES = {"output": ("query", "key", "value", "output"), "down": ("gate", "up", "down")}
 SOLVER_DTYPES = ("float64", "float32")
 
 

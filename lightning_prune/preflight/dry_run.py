@@ -117,7 +117,7 @@ def dry_run(
             _evaluate(model, shapes, load, books)
         read = model.bytes_read if shapes.onload == "layer" else 0
         findings = DryFindings(books)
-        walk = _calibrate(method, model, load, books, findings, free, context, solves)
+        walk = _calibrate(method, plan, model, load, books, findings, free, context, solves)
         run.bytes_read, run.disk = model.bytes_read - read, findings.disk
         model.close()
         del model
@@ -348,6 +348,7 @@ def _evaluate(model: LayeredModel, shapes: Shapes, load: Workload, books: Books)
 
 def _calibrate(
     method: PruningMethod,
+    plan: PruningPlan,
     model: LayeredModel,
     load: Workload,
     books: Books,
@@ -368,7 +369,9 @@ def _calibrate(
         books=books,
         fed=fed,
     )
-    passes = method.passes()
+    # One walk where a run makes two: a pass of the second does not care what the first one found.
+    passes = [] if method.saved is not None else method.passes()
+    passes += method.passes_behind(plan.layers, torch.arange(load.samples) % 2 == 1)
     for one in passes:
         if isinstance(one, SlimGPTPass):
             solves.apply(one, books, free)

@@ -89,7 +89,7 @@ def place(trainer: L.Trainer, method: PruningMethod, data: CalibrationDataModule
     Raises:
         UserError: the wished placement does not fit, or none does; says what is missing and what would help.
     """
-    if method.saved is not None:  # nothing is walked but the evaluation
+    if method.saved is not None and not method.needs_calibration:  # nothing is walked but the evaluation
         return
     preflight = Preflight.of(trainer, method, data)
     wishes: tuple[Onload, ...] = ("model", "layer")

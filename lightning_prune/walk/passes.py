@@ -20,6 +20,8 @@ from lightning_prune.statistics.hooks import Hooks
 from lightning_prune.walk.residuals import ResidualStore
 
 Finding = dict[str, Tensor]  # what is left of a finished layer
+# The projections of the block that the output or the down projection closes.
+BLOCK_ROLES = {"output": ("query", "key", "value", "output"), "down": ("gate", "up", "down")}
 WEIGHT = "weight."  # in a Finding: the new weight of that role, of the dense shape
 
 

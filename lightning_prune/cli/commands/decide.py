@@ -47,8 +47,9 @@ def main(argv: list[str]) -> int:
         )
     _check_base_model(cli.model.pretrained, run)
     reuse(cli.model, run)
-    cli.datamodule.needs_calibration = False
+    cli.datamodule.needs_calibration = cli.model.needs_calibration
     cli.datamodule.setup("fit")
+    _check_calibration(cli, run)
     same_device = run.environment.device == str(cli.trainer.strategy.root_device)
     dense = known_perplexities(run, cli.datamodule) if same_device else None
     folder, record = prune_and_record(cli.trainer, cli.model, cli.datamodule, cli.resolved_config, dense)
@@ -105,6 +106,18 @@ def _check_base_model(pretrained: str, run: FinishedRun) -> None:
         )
 
 
+def _check_calibration(cli: "PruneCLI", run: FinishedRun) -> None:
+    """What is refitted must see the text that was scored."""
+    before = run.calibration.fingerprint if run.calibration is not None else None
+    if not cli.model.needs_calibration or before is None:
+        return
+    if (found := cli.datamodule.calibration.manifest.fingerprint) != before:
+        raise UserError(
+            f"--model.refit: the calibration set is not the one that '{run.path}' measured with (its fingerprint was "
+            f"{before}, now it is {found}). Put the text back, or run fit again."
+        )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = PlainParser(
         prog="lightning-prune decide",
@@ -114,7 +127,9 @@ def _parser() -> argparse.ArgumentParser:
         "without calibrating, with the plan that fit makes for the same options. Everything that is not given is as "
         "in that run. May change: --model.pruning_ratio and --model.label of every method; allocation, round_to, "
         "freeze_first_n_layers, freeze_last_n_layers and min_groups_per_layer where groups are ranked; H-GSP's tau, "
-        "temperature, collapse_epsilon and score_norm; ShortGPT's n_remove_layers and at_most; the evaluation sets. "
+        "temperature, collapse_epsilon and score_norm; ShortGPT's n_remove_layers and at_most; refit and "
+        "refit_damping, which read the calibration set again; the "
+        "evaluation sets. "
         "What the scores were measured with (model, importance, prior, calibration set, precision) may not.",
         epilog="example: lightning-prune decide --run logs/hgsp_taylor/version_0 --model.pruning_ratio 0.3 "
         "--model.temperature 0.5",

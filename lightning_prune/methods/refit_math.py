@@ -1,0 +1,92 @@
+"""Least squares for what is kept of a projection: ridge regression towards the weight that was there.
+
+For inputs X ``[T, n]`` of the kept columns and targets Y ``[T, d]``:
+
+    W = argmin ‖X·Wᵀ − Y‖² + λ·m·‖W − W₀‖²  =  W₀ + (YᵀX − W₀·G)·(G + λ·m·I)⁻¹,   G = XᵀX,   m = mean of G's diagonal
+
+Least squares on what a pruned layer reads is SlimGPT's refit (Ling et al. 2024, "SlimGPT: Layer-wise Structured Pruning
+for Large Language Models", eq. 2–4) for any selection; λ is the damping of its Hessian, here with W₀ as its centre.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_prune.statistics.gram import add_gram_, mirror_upper_
+
+DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)  # that ``auto`` chooses from, beside leaving the projection as it is
+DEFAULT_DAMPING = 1e-2  # where too few samples are there to hold some out
+
+
+@dataclass
+class NormalEquations:
+    """G = XᵀX ``[n, n]`` and C = YᵀX ``[d, n]``, float64 or fp32, summed over tokens.
+
+    Only the upper triangle of G is kept up until ``complete``.
+    """
+
+    gram: Tensor
+    cross: Tensor
+
+    @classmethod
+    def zeros(cls, n: int, d: int, dtype: torch.dtype, device: torch.device) -> "NormalEquations":
+        """No tokens yet."""
+        return cls(torch.zeros(n, n, dtype=dtype, device=device), torch.zeros(d, n, dtype=dtype, device=device))
+
+    def add(self, inputs: Tensor, targets: Tensor) -> None:
+        """Add X ``[T, n]`` and Y ``[T, d]``."""
+        x, y = inputs.to(self.gram.dtype), targets.to(self.gram.dtype)
+        add_gram_(self.gram, x)
+        self.cross.addmm_(y.T, x)
+
+    def complete(self) -> None:
+        """Fill G's lower triangle."""
+        mirror_upper_(self.gram)
+
+
+def equation_bytes(n: int, d: int, dtype: torch.dtype) -> int:
+    """Most memory that sums and one solve take: G, its factor, a temporary, C and three matrices of its size."""
+    return dtype.itemsize * (3 * n * n + 4 * d * n)
+
+
+def ridge(equations: NormalEquations, old: Tensor, damping: float) -> Tensor:
+    """W ``[d, n]`` as above, in the dtype of the equations.
+
+    Args:
+        equations: complete.
+        old: W₀ ``[d, n]``.
+        damping: λ > 0. Inputs that never move have a zero row in G, and keep their column of W₀.
+
+    Raises:
+        FloatingPointError: G or C holds NaN or infinite values, or G + λ·m·I is not positive definite, as with inputs
+            that are all zero.
+    """
+    gram, cross = equations.gram, equations.cross
+    if not bool(torch.isfinite(gram).all() and torch.isfinite(cross).all()):
+        raise FloatingPointError("the normal equations hold NaN or infinite values.")
+    old = old.to(gram.dtype)
+    damped = gram.clone()
+    damped.diagonal().add_(damping * gram.diagonal().mean())
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if int(failed):
+        raise FloatingPointError("XᵀX is not positive definite; use more calibration tokens or a larger damping.")
+    return old + torch.cholesky_solve((cross - old @ gram).T, factor).T
+
+
+def squared_error(inputs: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
+    """‖X·Wᵀ − Y‖² for X ``[T, n]``, Y ``[T, d]``, W ``[d, n]``: a scalar in fp64, computed in W's dtype."""
+    difference = inputs.to(weight.dtype) @ weight.T - targets.to(weight.dtype)
+    return difference.square().sum(dtype=torch.float64)
+
+
+def held_out_samples(tokens: Tensor) -> Tensor:
+    """Every eighth sample in the order of their tokens, bool ``[N]``: the same ones whatever the order of the set.
+
+    Args:
+        tokens: ``[N, L]``, the calibration set.
+    """
+    order = sorted(range(len(tokens)), key=lambda row: tokens[row].tolist())
+    chosen = torch.zeros(len(tokens), dtype=torch.bool)
+    chosen[torch.tensor(order, dtype=torch.int64)[7::8]] = True
+    return chosen

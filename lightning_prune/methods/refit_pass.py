@@ -1,0 +1,267 @@
+"""The pass behind a decision: o and down of every layer are refitted on the columns that stay.
+
+Two residual streams cross the decoder together, the dense model's and the pruned one's. For every block, attention
+before the MLP, with h and h' the dense and the pruned stream before it and f(h) what the dense block adds to h:
+
+    residual:  Y = h + f(h) − h'   the stream behind the block meets the dense one, which repairs what earlier blocks lost
+    output:    Y = W₀·x'           the whole projection's output on the pruned stream's own inputs (SlimGPT's target)
+
+Where a norm stands behind the block, what it adds is not linear in W, and ``output`` stands in for ``residual``.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_prune.memory import free_bytes
+from lightning_prune.methods.refit_math import (
+    DAMPINGS,
+    DEFAULT_DAMPING,
+    NormalEquations,
+    equation_bytes,
+    ridge,
+    squared_error,
+)
+from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.statistics.hooks import Hooks
+from lightning_prune.statistics.token_statistic import full_precision
+from lightning_prune.surgery.plan import LayerPlan
+from lightning_prune.walk.passes import BLOCK_ROLES, WEIGHT, Batch, BlockPass, Finding, Setting, Step
+from lightning_prune.walk.residuals import ResidualStore
+
+Target = Literal["residual", "output"]
+TARGETS: tuple[Target, ...] = ("residual", "output")
+
+
+class RefitPass(BlockPass):
+    """Refits what a plan keeps, on the dense model's weights.
+
+    Args:
+        kept: of every layer.
+        target: what a projection is fitted to.
+        damping: λ; None chooses it for every projection by the error on held-out samples, as does whether to refit.
+        held_out: bool ``[N]``, samples of the calibration set that the first solve does not see.
+    """
+
+    name = "refit"
+
+    def __init__(self, kept: Sequence[LayerPlan], target: Target, damping: float | None, held_out: Tensor) -> None:
+        self.kept = kept
+        self.target: Target = target
+        self.damping = damping
+        self.held_out = held_out
+
+    def begin(self, setting: Setting) -> None:
+        """Room for the dense model's residual stream too."""
+        super().begin(setting)
+        self.dense = setting.store()
+
+    def observe(self, view: LayerAnatomy, role: str, hooks: Hooks) -> None:
+        """Nothing: targets need both streams, so the batch sums."""
+
+    def start(self, step: Step) -> None:
+        """Fresh sums for the columns that stay."""
+        super().start(step)
+        self.columns = self._columns(step)
+        linear = self.view(step).linears[self.role(step)]
+        self.scale = self._scale(step) if self.target == "residual" else None
+        self.held: list[tuple[Tensor, Tensor]] = []  # inputs and targets of held-out samples, on the host
+        self.tokens = 0
+        n, d = len(self.columns), linear.weight.shape[0]
+        enough = equation_bytes(n, d, torch.float64) <= free_bytes(self.model.device)
+        dtype = torch.float64 if enough else torch.float32
+        self.equations = NormalEquations.zeros(n, d, dtype, self.model.device)
+
+    @torch.no_grad()
+    def batch(self, step: Step, batch: Batch) -> None:
+        """Both streams cross the block; what stays of the projection's inputs, and the target, are summed."""
+        before = self._entering(step, batch)
+        dense = self._dense(step, batch) if self.target == "residual" else None
+        self.tokens += int((batch.weight > 0).sum()) * before.shape[1]
+        if not len(self.columns):
+            return
+        self._pruned(step, batch)
+        projection = self.view(step).linears[self.role(step)]
+        inputs = self.inner.get(batch.rows, self.model.device)
+        if self.scale is not None and dense is not None:
+            wanted = (dense.float() - before.float()) / self.scale
+        else:
+            wanted = projection.module(inputs).float()
+        if (bias := getattr(projection.module, "bias", None)) is not None:
+            wanted = wanted - bias.float()
+        self._sum(batch, inputs[..., self.columns], wanted)
+
+    @torch.no_grad()
+    def skip(self, step: Step, batch: Batch) -> None:
+        """Both streams cross; nothing is summed."""
+        self.columns = self._columns(step)
+        self._entering(step, batch)
+        if self.target == "residual":
+            self._dense(step, batch)
+        if len(self.columns):
+            self._pruned(step, batch)
+
+    def finish(self, step: Step) -> Finding:
+        """Choose the damping, solve with all samples."""
+        if self.tokens != self.setting.samples * self.setting.seq_len:
+            raise RuntimeError(
+                f"the refit saw {self.tokens:,} tokens of {self.setting.samples * self.setting.seq_len:,}."
+            )
+        with torch.no_grad():
+            return self.conclude(self.view(step), self.role(step))
+
+    def conclude(self, view: LayerAnatomy, role: str) -> Finding:
+        """``weight.<role>`` with zeros in the columns that leave; ``target`` as an index of ``TARGETS``; ``damping``, 0
+        where the projection is left as it is; ``before`` and ``after``, its squared error on held-out samples with the
+        old weight and with the one that was chosen there. Empty for a block that is gone."""
+        if not len(self.columns):
+            return {}
+        linear, equations = view.linears[role], self.equations
+        old = linear.weight[:, self.columns].to(equations.gram.dtype)
+        inputs = torch.cat([x for x, _ in self.held] or [old.new_zeros(0, old.shape[1])]).to(self.model.device)
+        wanted = torch.cat([y for _, y in self.held] or [old.new_zeros(0, old.shape[0])]).to(self.model.device)
+        del self.equations, self.held
+        _sum_over_processes(equations.gram, equations.cross)
+        equations.complete()
+        try:
+            with full_precision(self.model.device):
+                damping, before, after = self._choose(equations, old, inputs, wanted)
+                weight = old
+                if damping:
+                    _add_completed(equations, inputs, wanted)
+                    weight = ridge(equations, old, damping)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"layer {view.index}, {role} projection: {error}") from None
+        self.setting.finished(1.0)
+        refitted = torch.zeros_like(linear.weight)
+        refitted[:, self.columns] = weight.to(refitted.dtype)
+        if not bool(torch.isfinite(refitted).all()):
+            raise FloatingPointError(
+                f"layer {view.index}, {role} projection: refitted weights overflow {refitted.dtype}."
+            )
+        used = "residual" if self.scale is not None else "output"
+        facts = {"target": TARGETS.index(used), "damping": damping, "before": before, "after": after}  # type: ignore[arg-type]
+        return {WEIGHT + role: refitted, **{n: torch.tensor(v, dtype=torch.float64) for n, v in facts.items()}}
+
+    def advance(self, step: Step) -> None:
+        """The pruned stream behind the block; a block that is gone adds nothing."""
+        if len(self.columns):
+            super().advance(step)
+
+    def stores(self) -> dict[str, ResidualStore]:
+        """Both residual streams."""
+        return {"stream": self.stream, "dense": self.dense}
+
+    def end(self) -> None:
+        """The stores go."""
+        super().end()
+        self.dense.close()
+
+    def cost(self, view: LayerAnatomy, step: Step) -> float:
+        """The block once per stream, XᵀX and YᵀX."""
+        linears, role = view.linears, self.role(step)
+        inner, outer = linears[role].in_features, linears[role].weight.shape[0]
+        block = sum(linears[name].weight.numel() for name in BLOCK_ROLES[role])
+        streams = 2 if self.target == "residual" else 1
+        whole = sum(linear.weight.numel() for linear in linears.values())
+        return (streams * block + inner * inner / 2 + inner * outer) / whole
+
+    def cost_to_finish(self, view: LayerAnatomy, step: Step) -> float:
+        """A factorisation and two triangular solves per damping, beside two operations per weight and token."""
+        linear = view.linears[self.role(step)]
+        inner, outer = linear.in_features, linear.weight.shape[0]
+        solves = 1 + len(DAMPINGS) if self.damping is None else 2
+        one = inner**3 / 3 + 2 * inner * inner * outer
+        return solves * one / (2 * sum(other.weight.numel() for other in view.linears.values()))
+
+    def _columns(self, step: Step) -> Tensor:
+        """Inputs of the projection that stay, int64."""
+        view, kept = self.view(step), self.kept[step.layer]
+        units = kept.kept_kv_heads if step.phase == "attention" else kept.kept_channels
+        count = view.num_kv_heads if step.phase == "attention" else view.num_channels
+        width = view.linears[self.role(step)].in_features // count
+        each = torch.tensor(units, dtype=torch.int64)[:, None] * width + torch.arange(width)
+        return each.flatten().to(self.model.device)
+
+    def _entering(self, step: Step, batch: Batch) -> Tensor:
+        """The pruned stream before the block; both begin with the embeddings."""
+        if step.layer == 0 and step.phase == "attention":
+            hidden = self.model.embed(batch.tokens)
+            self.stream.put(batch.rows, hidden)
+            if self.target == "residual":
+                self.dense.put(batch.rows, hidden)
+        return self.stream.get(batch.rows, self.model.device)
+
+    def _dense(self, step: Step, batch: Batch) -> Tensor:
+        """The dense stream behind the block, which it is from now on."""
+        run = self.model.attend if step.phase == "attention" else self.model.feed
+        after = run(step.layer, self.dense.get(batch.rows, self.model.device))
+        self.dense.put(batch.rows, after)
+        return after
+
+    def _pruned(self, step: Step, batch: Batch) -> None:
+        """What the projection reads on the pruned stream, of all columns, goes to the store."""
+        hidden = self.stream.get(batch.rows, self.model.device)
+        projection = self.view(step).linears[self.role(step)].module
+        handle = projection.register_forward_pre_hook(lambda _, args: self.inner.put(batch.rows, args[0]))
+        try:
+            (self.model.attend if step.phase == "attention" else self.model.feed)(step.layer, hidden)
+        finally:
+            handle.remove()
+
+    def _sum(self, batch: Batch, inputs: Tensor, wanted: Tensor) -> None:
+        chosen = self.held_out[batch.index.cpu()] & (batch.weight.cpu() > 0)
+        fitted = ~chosen & (batch.weight.cpu() > 0)
+        if bool(chosen.any()):
+            rows = chosen.to(inputs.device)
+            self.held.append((inputs[rows].flatten(0, 1).cpu(), wanted[rows].flatten(0, 1).cpu()))
+        rows = fitted.to(inputs.device)
+        with full_precision(inputs.device):
+            self.equations.add(inputs[rows].flatten(0, 1), wanted[rows].flatten(0, 1))
+
+    def _choose(
+        self, equations: NormalEquations, old: Tensor, inputs: Tensor, wanted: Tensor
+    ) -> tuple[float, float, float]:
+        """λ, and the error on held-out samples of the old weight and of the one with that λ. 0: leave it as it is."""
+        held = torch.tensor(len(inputs), device=inputs.device)
+        _sum_over_processes(held)
+        if not held:
+            return self.damping or DEFAULT_DAMPING, 0.0, 0.0
+        tried = {}
+        for damping in (0.0, *(DAMPINGS if self.damping is None else (self.damping,))):
+            weight = ridge(equations, old, damping) if damping else old
+            error = squared_error(inputs, wanted, weight)
+            _sum_over_processes(error)
+            tried[damping] = float(error)
+        best = min(tried, key=lambda damping: tried[damping])
+        return best, tried[0.0], tried[best]
+
+    def _scale(self, step: Step) -> float | None:
+        """m, where the block adds m times what its projection puts out; None where that is not linear."""
+        view, block = self.view(step), step.phase
+        ones = torch.ones(1, 1, view.linears[self.role(step)].weight.shape[0], device=self.model.device)
+        ones = ones.to(view.linears[self.role(step)].weight.dtype)
+        once, twice = (
+            self.model.add(step.layer, torch.zeros_like(ones), block, factor * ones)  # type: ignore[arg-type]
+            for factor in (1, 2)
+        )
+        linear = bool((twice == 2 * once).all() and (once == once[..., :1]).all())  # exact in binary floating point
+        return float(once[0, 0, 0]) if linear else None
+
+
+def _add_completed(equations: NormalEquations, inputs: Tensor, targets: Tensor) -> None:
+    """Add the samples of every process to sums that are complete."""
+    more = NormalEquations.zeros(len(equations.gram), len(equations.cross), equations.gram.dtype, inputs.device)
+    more.add(inputs, targets)
+    more.complete()
+    _sum_over_processes(more.gram, more.cross)
+    equations.gram += more.gram
+    equations.cross += more.cross
+
+
+def _sum_over_processes(*tensors: Tensor) -> None:
+    if torch.distributed.is_initialized():
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
