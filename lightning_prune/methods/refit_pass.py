@@ -3,7 +3,7 @@
 Two residual streams cross the decoder together, the dense model's and the pruned one's. For every block, attention
 before the MLP, with h and h' the dense and the pruned stream before it and f(h) what the dense block adds to h:
 
-    residual:  Y = h + f(h) − h'   the stream behind the block meets the dense one, which repairs what earlier blocks lost
+    residual:  Y = h + f(h) − h'   the stream behind the block meets the dense one, which mends what earlier blocks lost
     output:    Y = W₀·x'           the whole projection's output on the pruned stream's own inputs (SlimGPT's target)
 
 Where a norm stands behind the block, what it adds is not linear in W, and ``output`` stands in for ``residual``.
