@@ -53,7 +53,7 @@ def sweep_runs(parent: Path) -> None:
     sweep(parent)
     folders = runs_below(parent)
     for path in folders:
-        for place in (path, path / FINDINGS, path / "pruned"):
+        for place in (path, path / FINDINGS, *(path / FINDINGS).glob("stage_*"), path / "pruned"):
             sweep(place)
         try:
             lock = Lock.take(path / UNFINISHED) if (path / UNFINISHED).exists() else None

@@ -46,6 +46,7 @@ SYSTEMS: dict[str, System] = {
     "hgsp_taylor": System(partial(HGSP, importance="taylor")),
     "hgsp_wanda": System(partial(HGSP, importance="wanda")),
     "hgsp_taylor_2nd": System(partial(HGSP, importance="taylor_2nd", prior="similarity")),
+    "hgsp_taylor_refit": System(partial(HGSP, importance="taylor", temperature=0, refit="residual")),
     "slimgpt": System(SlimGPT, shares="own rule"),
     "shortgpt": System(ShortGPT, removes="layers"),
     "wanda_2to4": System(partial(Wanda, structure="2:4"), removes="weights"),

@@ -246,7 +246,7 @@ def test_half_precisions_keep_their_statistics_in_full_precision(
     full = shared(system)  # may run the system, so before anything is watched
     entered: list[set[torch.dtype]] = []
     states: set[tuple[str, str, torch.dtype]] = set()  # of every statistic whenever it took something up
-    enter, make, decide = LayeredModel.enter, Metric.__init__, PruningMethod._decide
+    enter, make, decide = LayeredModel.enter, Metric.__init__, PruningMethod._next_stage
 
     def spy_on_enter(self: LayeredModel, index: int) -> Any:
         layer = enter(self, index)
@@ -264,14 +264,14 @@ def test_half_precisions_keep_their_statistics_in_full_precision(
 
         self.update = spy_on_update  # type: ignore[method-assign]
 
-    def spy_on_decide(self: PruningMethod) -> None:
+    def spy_on_stage(self: PruningMethod) -> None:
         assert self.model.net.get_input_embeddings().weight.dtype == expected_dtype
         assert self.model.net.base_model.rotary_emb.inv_freq.dtype == torch.float32
         decide(self)
 
     monkeypatch.setattr(LayeredModel, "enter", spy_on_enter)
     monkeypatch.setattr(Metric, "__init__", spy_on_statistics)
-    monkeypatch.setattr(PruningMethod, "_decide", spy_on_decide)
+    monkeypatch.setattr(PruningMethod, "_next_stage", spy_on_stage)
     method = SYSTEMS[system].make(pretrained=full.method.pretrained, pruning_ratio=RATIO)
     tokens = save_tokens(tmp_path / "c.npy")
     run = prune(
@@ -440,12 +440,12 @@ def assert_no_output(root: Path, findings: bool = False) -> None:
 
     With ``findings`` a layer was finished: the folder says that it is unfinished, and keeps what it would go on from.
     """
-    files = [path for path in root.rglob("*") if path.is_file() and path.parent.name != "findings"]
+    files = [path for path in root.rglob("*") if path.is_file() and "findings" not in path.parts]
     names = {path.name for path in files if not path.name.startswith("events.out.tfevents.")} - {"hparams.yaml"}
     if findings:
         assert "unfinished" in names
         names -= {"scores.csv", "plan.json", "method.json", "unfinished", "config.yaml", "started.json"}
     assert names == set()
-    assert all(path.name.startswith("step_") for path in root.rglob("findings/*"))
+    assert all(path.name.startswith(("step_", "stage_")) for path in root.rglob("findings/**/*"))
     assert not list(root.rglob("pruned"))
     assert temporary_files(root) == []

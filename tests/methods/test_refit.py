@@ -1,0 +1,231 @@
+"""The refit behind a selection, against explicit float64 least squares on whole forwards of both models."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_prune.errors import UserError
+from lightning_prune.methods import HGSP, Magnitude, ShortGPT, Wanda
+from lightning_prune.methods.base import PruningMethod
+from lightning_prune.methods.refit_math import NormalEquations, held_out_samples, ridge, squared_error
+from lightning_prune.surgery.plan import LayerPlan
+from tests.methods.running import pruned_by, run_method, save_base
+from tests.tiny import make_tiny, tiny_tokens
+
+SAMPLES, LENGTH, DAMPING = 24, 16, 0.05
+
+
+def residual_streams(model: PreTrainedModel, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Before every attention (and behind the last layer), and before every MLP's norm: ``[tokens, D]`` each."""
+    before: list[Tensor] = []
+    middle: list[Tensor] = []
+    handles = []
+    for layer in model.model.layers:
+        handles.append(layer.register_forward_pre_hook(lambda _, args: before.append(args[0].flatten(0, 1))))
+        norm = getattr(layer, "pre_feedforward_layernorm", None) or layer.post_attention_layernorm
+        handles.append(norm.register_forward_pre_hook(lambda _, args: middle.append(args[0].flatten(0, 1))))
+    final = model.model.norm.register_forward_pre_hook(lambda _, args: before.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        model(input_ids=tokens, use_cache=False)
+    for handle in (*handles, final):
+        handle.remove()
+    return before, middle
+
+
+def inputs_of(model: PreTrainedModel, linear: nn.Linear, tokens: Tensor) -> Tensor:
+    found: list[Tensor] = []
+    handle = linear.register_forward_pre_hook(lambda _, args: found.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        model(input_ids=tokens, use_cache=False)
+    handle.remove()
+    return found[0]
+
+
+def solution(x: Tensor, y: Tensor, old: Tensor, damping: float) -> Tensor:
+    """Ridge regression as ordinary least squares on stacked rows: no normal equations."""
+    pull = (damping * x.square().sum(0).mean()).sqrt()
+    rows = torch.cat([x, pull * torch.eye(x.shape[1], dtype=x.dtype)])
+    return torch.linalg.lstsq(rows, torch.cat([y, pull * old.T])).solution.T
+
+
+def reference(
+    model: PreTrainedModel, tokens: Tensor, kept: list[LayerPlan], residual: bool, factor: float
+) -> PreTrainedModel:
+    """The dense model with zeroed and refitted projections, layer by layer, attention before the MLP."""
+    dense = copy.deepcopy(model).double()
+    pruned = copy.deepcopy(dense)
+    held = held_out_samples(tokens).repeat_interleave(tokens.shape[1])
+    stream_before, stream_middle = residual_streams(dense, tokens)
+    for index, plan in enumerate(kept):
+        layer = pruned.model.layers[index]
+        for block in ("attention", "mlp"):
+            linear = layer.self_attn.o_proj if block == "attention" else layer.mlp.down_proj
+            units = plan.kept_kv_heads if block == "attention" else plan.kept_channels
+            width = linear.in_features // model.config.num_key_value_heads if block == "attention" else 1
+            columns = [unit * width + j for unit in units for j in range(width)]
+            x = inputs_of(pruned, linear, tokens)
+            own = x @ linear.weight.data.T
+            if residual:
+                goal = stream_middle[index] if block == "attention" else stream_before[index + 1]
+                before, middle = residual_streams(pruned, tokens)
+                y = (goal - (before[index] if block == "attention" else middle[index])) / factor
+            else:
+                y = own
+            if residual and linear.bias is not None:
+                y = y - linear.bias.data
+            x, old = x[:, columns], linear.weight.data[:, columns]
+            new = old
+            if columns:
+                tried = solution(x[~held], y[~held], old, DAMPING)
+                if (x[held] @ tried.T - y[held]).norm() < (x[held] @ old.T - y[held]).norm():
+                    new = solution(x, y, old, DAMPING)
+            linear.weight.data = torch.zeros_like(linear.weight.data)
+            linear.weight.data[:, columns] = new
+            if not columns and linear.bias is not None:
+                linear.bias.data.zero_()
+    return pruned
+
+
+def logits_of(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens, use_cache=False).logits.double()
+
+
+def close(got: Tensor, want: Tensor) -> float:
+    return float((got - want).norm() / want.norm())
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "as_residual", "factor"),
+    [
+        ("llama", "residual", True, 1.0),
+        ("llama", "output", False, 1.0),
+        ("seed_oss", "residual", True, 1.0),  # o has a bias
+        ("granite", "residual", True, 0.4),  # blocks are multiplied before they are added
+        ("gemma2", "residual", False, 1.0),  # a norm stands behind the block: output stands in
+    ],
+)
+def test_whole_run_equals_least_squares_in_float64(
+    family: str, target: str, as_residual: bool, factor: float, tmp_path: Path
+) -> None:
+    extra = {"attention_out_bias": True} if family == "seed_oss" else {}
+    model = make_tiny(family, layers=3, **extra)
+    tokens = tiny_tokens(SAMPLES, LENGTH)
+    base = save_base(model, tmp_path / "base")
+    options = {"refit": target, "refit_damping": DAMPING, "temperature": 0}
+    method = run_method(HGSP(base, 0.25, **options), tokens, tmp_path / "run", precision="64-true")
+    expected = reference(model, tokens, method.plan.layers, as_residual, factor)
+    fits = method.details()["refit"]["fits"]
+    assert {fit["target"] for fit in fits} == {"residual" if as_residual else "output"}
+    assert any(fit["damping"] for fit in fits)
+    # The checkpoint is fp32, so the outputs agree to its rounding; the solution itself is tested below.
+    assert close(logits_of(pruned_by(method), tokens), logits_of(expected, tokens)) < 1e-5
+
+
+def test_ridge_equals_least_squares_on_stacked_rows() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, y = (torch.randn(200, n, generator=generator, dtype=torch.float64) for n in (24, 7))
+    x[:, 5] = x[:, 4] + 1e-4 * x[:, 5]  # nearly dependent
+    x[:, 9] = 0  # never moves
+    old = torch.randn(7, 24, generator=generator, dtype=torch.float64)
+    equations = NormalEquations.zeros(24, 7, torch.float64, torch.device("cpu"))
+    for rows in (slice(0, 90), slice(90, 200)):
+        equations.add(x[rows], y[rows])
+    equations.complete()
+    for damping in (1e-3, 1.0):
+        found = ridge(equations, old, damping)
+        want = solution(x, y, old, damping)
+        assert close(x @ found.T, x @ want.T) < 1e-6
+        torch.testing.assert_close(found[:, 9], old[:, 9])
+        assert float(squared_error(x, y, found)) == pytest.approx(float((x @ want.T - y).square().sum()), rel=1e-6)
+
+
+def test_ridge_says_what_is_wrong_with_its_sums() -> None:
+    equations = NormalEquations.zeros(3, 2, torch.float64, torch.device("cpu"))
+    with pytest.raises(FloatingPointError, match="not positive definite"):
+        ridge(equations, torch.ones(2, 3), 0.1)
+    equations.gram[0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="NaN"):
+        ridge(equations, torch.ones(2, 3), 0.1)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda base: HGSP(base, 0.25, refit="residual", temperature=0),
+        lambda base: Wanda(base, 0.25, refit="output"),
+        lambda base: Magnitude(base, 0.25, refit="residual"),
+        lambda base: ShortGPT(base, n_remove_layers=1, refit="residual"),
+    ],
+    ids=["hgsp_taylor", "wanda", "magnitude", "shortgpt"],
+)
+def test_batch_size_and_sample_order_do_not_change_the_result(make, tmp_path: Path) -> None:
+    base = save_base(make_tiny(layers=3), tmp_path / "base")
+    tokens = tiny_tokens(SAMPLES, LENGTH)
+    first: PruningMethod = run_method(make(base), tokens, tmp_path / "a", batch_size=4)
+    assert first.plan.weights_updated
+    weights = load_file(tmp_path / "a" / "pruned" / "model.safetensors")
+    for name, other_tokens, size in (("b", tokens, 5), ("c", tokens.flip(0), 24)):
+        other = run_method(make(base), other_tokens, tmp_path / name, batch_size=size)
+        assert other.plan.layers == first.plan.layers
+        found = load_file(tmp_path / name / "pruned" / "model.safetensors")
+        for key, weight in weights.items():
+            torch.testing.assert_close(found[key], weight, rtol=1e-3, atol=1e-4)
+        same = [
+            (fit["layer"], fit["projection"], fit["damping"]) == (b["layer"], b["projection"], b["damping"])
+            for fit, b in zip(first.details()["refit"]["fits"], other.details()["refit"]["fits"], strict=True)
+        ]
+        assert all(same)
+
+
+def test_the_stream_comes_closer_to_the_dense_one_on_text_it_did_not_see(tmp_path: Path) -> None:
+    model = make_tiny(layers=4)
+    base = save_base(model, tmp_path / "base")
+    tokens, fresh = tiny_tokens(96, LENGTH), tiny_tokens(32, LENGTH, seed=9)
+    dense, _ = residual_streams(model, fresh)
+    errors = {}
+    for refit in ("none", "residual"):
+        method = HGSP(base, 0.25, refit=refit, temperature=0, min_groups_per_layer=1)
+        run_method(method, tokens, tmp_path / refit)
+        found, _ = residual_streams(pruned_by(method), fresh)
+        errors[refit] = [close(one, other) for one, other in zip(found[1:], dense[1:], strict=True)]
+    pairs = list(zip(errors["residual"], errors["none"], strict=True))
+    assert all(after < before for after, before in pairs if before)
+    assert all(after == 0 for after, before in pairs if not before)  # nothing was lost so far
+
+
+def test_what_does_not_help_on_held_out_samples_is_left_out(tmp_path: Path) -> None:
+    """Eight samples of four tokens cannot determine 40 columns: with hardly any damping the fit is all noise."""
+    base = save_base(make_tiny(layers=2), tmp_path / "base")
+    method = HGSP(base, 0.2, refit="residual", refit_damping=1e-9, temperature=0)
+    run_method(method, tiny_tokens(8, 4), tmp_path / "run")
+    fits = method.details()["refit"]["fits"]
+    left_out = [fit for fit in fits if fit["damping"] is None]
+    assert left_out
+    assert all(fit["held_out_error"]["after"] == fit["held_out_error"]["before"] for fit in left_out)
+    assert all(fit["held_out_error"]["after"] <= fit["held_out_error"]["before"] for fit in fits)
+
+
+def test_an_eighth_is_held_out_whatever_the_order() -> None:
+    tokens = tiny_tokens(24, 6)
+    chosen = held_out_samples(tokens)
+    assert int(chosen.sum()) == 3
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(held_out_samples(tokens[order]), chosen[order])
+    assert not held_out_samples(tokens[:7]).any()
+
+
+@pytest.mark.parametrize("damping", [0.0, -1.0, 101.0, float("nan")])
+def test_senseless_damping_is_refused_by_name(damping: float) -> None:
+    with pytest.raises(UserError, match=r"--model\.refit_damping"):
+        HGSP("demo", 0.2, refit="residual", refit_damping=damping)
+
+
+def test_single_weights_cannot_be_refitted() -> None:
+    with pytest.raises(UserError, match=r"--model\.refit residual"):
+        Wanda("demo", 0.5, structure="2:4", refit="residual")
