@@ -229,6 +229,13 @@ _DESCRIPTION = {
         "weight is read; a folder with a config.json is enough. --memory 24GiB names a GPU that is not here, "
         "--host-memory 64GiB a host, --json prints facts: lightning-prune check --config wanda --memory 24GiB."
     ),
+    "tune": (
+        "Choose refit, allocation, normalisation, protection and prior of a method that ranks groups by the loss on an "
+        "eighth of the calibration set, which is held out: one calibration, then decisions from its scores. Takes the "
+        "options of fit, and --output FILE for the best configuration (default tuned.yaml; all trials go beside it as "
+        "FILE.csv), --trials N (default 24), --overwrite. A temperature of 0 leaves priors out. "
+        "lightning-prune tune --config hgsp_taylor --output tuned.yaml, then lightning-prune fit --config tuned.yaml."
+    ),
     "decide": (
         "Make another pruning decision from the scores of a finished run, without calibrating: "
         "lightning-prune decide --run logs/wanda/version_0 --model.pruning_ratio 0.3."

@@ -20,6 +20,7 @@ from lightning_prune.models.layered import skeleton
 from lightning_prune.models.loading import check_model
 from lightning_prune.surgery.cut import layout_of
 from lightning_prune.surgery.model_card import model_card
+from lightning_prune.surgery.overlay import Overlay
 from lightning_prune.surgery.plan import LayerPlan, PruningPlan
 from lightning_prune.surgery.proof import prove
 from lightning_prune.surgery.pruned import open_pruned, stored_dtype
@@ -82,6 +83,7 @@ class PruningMethod(LayeredModule):
     """
 
     needs_calibration = True
+    steps = 1  # how often it measures and decides
     reusable = True  # whether a saved score table is enough to decide again
     decision_options: tuple[str, ...] = ("pruning_ratio", "label", "onload", "save_dtype")  # change no measurement
     plan: PruningPlan
@@ -109,6 +111,7 @@ class PruningMethod(LayeredModule):
         self._label = label
         self.run_folder: DecisionFolder | None = None
         self.pruned_folder: Path | None = None
+        self.writes = True  # a checkpoint; else what is decided is only laid over the dense model, and can be measured
         self._folder: Path | None = None
         self._finish_work = 0.0
         self.self_check: dict[str, Any] | None = None  # what was compared once the checkpoint was written
@@ -163,12 +166,21 @@ class PruningMethod(LayeredModule):
         """Walk after walk, the passes of each and what it is called; the decision falls between two of them."""
         if self.saved is None:
             yield CALIBRATING, self._passes
+        yield from self.decide_and_refit()
+
+    def decide_and_refit(self) -> Iterator[tuple[str, list[Pass]]]:
+        """The decision, and what follows it."""
         with self.timed("decide"), torch.no_grad():
             self.decide()
         tokens = self.datamodule.calibration.tokens if self.needs_calibration else torch.zeros(0, 1)
         if behind := self.passes_behind(self.plan.layers, held_out_samples(tokens)):
+            self.model.change_layers(None)
             yield REFITTING, behind
             self.plan = replace(self.plan, weights_updated=True)
+
+    def overlay(self) -> Overlay:
+        """What is decided so far, to be laid over the dense model."""
+        return Overlay(self.plan.layers, self.walk.weights_of)
 
     def check_ratio(self, layers: list[LayerAnatomy], total_parameters: int) -> None:
         """Raise UserError when the ratio cannot be reached; ``layers`` are on the meta device."""
@@ -303,7 +315,7 @@ class PruningMethod(LayeredModule):
             if passes:
                 walk = Walk(passes, self._setting, Findings())
                 work = sum(sum(walk.cost(number, tokens)) for number in range(len(walk)))
-                self.progress.expect(phase, work)
+                self.progress.expect(phase, self.steps * work)
         self.progress.expect(WRITING, LAYER_TO_WRITE * len(self.layers))
         after = self.evaluation_work(len(self.layers)) * (1 - self.pruning_ratio)
         self.progress.expect("perplexity of the pruned model", after)
@@ -321,6 +333,9 @@ class PruningMethod(LayeredModule):
 
     def on_fit_end(self) -> None:
         """Prune: the strategy is torn down. Rank 0 cuts layer by layer, and writes."""
+        if not self.writes:
+            self.model.change_layers(self.overlay())
+            return
         self.close_model()
         if self.run_folder is not None:  # on the rank that writes
             with self.timed("save"):
@@ -335,6 +350,16 @@ class PruningMethod(LayeredModule):
         if self._folder is not None:
             self.pruned_folder = self._folder / "pruned"
             self.evaluated = str(self.pruned_folder)
+
+    def write_step(self) -> None:
+        """Leave the plan and the checkpoint of a step that is not the last one in the run folder."""
+        if self.run_folder is not None:
+            place = self.run_folder.path / "steps" / f"{self.requested_ratio:.4g}"
+            place.mkdir(parents=True, exist_ok=True)
+            with self.timed("save"), torch.no_grad():
+                self._write_pruned(place / "pruned")
+                self.plan.save(place / "plan.json")
+        self.trainer.strategy.barrier()
 
     def _write_pruned(self, folder: Path) -> None:
         pruned = open_pruned(self.pretrained, self.plan, self.walk.weights_of)

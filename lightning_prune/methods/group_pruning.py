@@ -1,12 +1,15 @@
 """Methods that rank GQA groups and MLP channels: importance → score → one ranking → plan."""
 
+from collections.abc import Iterator
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_prune.errors import UserError
+from lightning_prune.methods.base import CALIBRATING
 from lightning_prune.methods.blocks import block_index
 from lightning_prune.methods.refit import RefittingMethod
 from lightning_prune.methods.scores import BLOCKS, Scores, group_scores, groups_that_stay
@@ -14,6 +17,7 @@ from lightning_prune.methods.selection import Budget, protect_best, select_globa
 from lightning_prune.models.families import LayerAnatomy
 from lightning_prune.surgery.cut import parameters_after
 from lightning_prune.surgery.plan import LayerPlan
+from lightning_prune.walk.passes import Pass
 
 Allocation = Literal["global", "uniform"]
 
@@ -31,6 +35,8 @@ class GroupPruning(RefittingMethod):
         freeze_last_n_layers: Leave this many layers at the output side untouched.
         min_groups_per_layer: Keep at least this many GQA groups and MLP channels in every layer. 0 lets whole
             blocks and layers go.
+        steps: Prune in this many equal shares; importance and priors are measured again on what is left, refitted if
+            ``refit`` says so. What is pruned at every step stands in the run folder as ``steps/<ratio>``.
         run_options: Options of every method.
     """
 
@@ -52,6 +58,7 @@ class GroupPruning(RefittingMethod):
         freeze_first_n_layers: int = 0,
         freeze_last_n_layers: int = 0,
         min_groups_per_layer: int = 0,
+        steps: int = 1,
         **run_options: Any,
     ) -> None:
         super().__init__(pretrained, pruning_ratio, **run_options)
@@ -60,6 +67,7 @@ class GroupPruning(RefittingMethod):
             ("freeze_first_n_layers", freeze_first_n_layers, 0),
             ("freeze_last_n_layers", freeze_last_n_layers, 0),
             ("min_groups_per_layer", min_groups_per_layer, 0),
+            ("steps", steps, 1),
         ):
             if value < smallest:
                 raise UserError(f"--model.{name}: found {value}; it must be {smallest} or more.")
@@ -68,6 +76,27 @@ class GroupPruning(RefittingMethod):
         self.freeze_first_n_layers = freeze_first_n_layers
         self.freeze_last_n_layers = freeze_last_n_layers
         self.min_groups_per_layer = min_groups_per_layer
+        self.steps = steps
+        self.reusable = steps == 1
+        self._step = steps
+
+    @property
+    def requested_ratio(self) -> float | None:
+        """Of the step that is being made; at last the whole."""
+        return float(Fraction(str(self.pruning_ratio)) * self._step / self.steps)
+
+    def stages(self) -> Iterator[tuple[str, list[Pass]]]:
+        """Measure, decide and refit once per step, on what the steps before it left."""
+        if self.steps == 1:
+            yield from super().stages()
+            return
+        for step in range(1, self.steps + 1):
+            self._step = step
+            yield CALIBRATING, self._passes if step == 1 else self.passes()
+            yield from self.decide_and_refit()
+            if step < self.steps:
+                self.write_step()
+                self.model.change_layers(self.overlay())
 
     def importances(self) -> tuple[list[Tensor], list[Tensor]]:
         """Importance per GQA group (L tensors ``[K]``) and per MLP channel (L tensors ``[F]``), fp32 or fp64: what the
@@ -87,7 +116,11 @@ class GroupPruning(RefittingMethod):
         else:
             measured = self.saved.scores
         scores = self.score(measured)
-        self.scores = scores.with_pruned(self.select(scores, self.layers, self.dense_parameters))
+        ranked = scores
+        if self.steps > 1 and self._step > 1:
+            scores = _with_gone(scores, self.scores)
+            ranked = replace(scores, score=scores.score.masked_fill(scores.pruned, -torch.inf))
+        self.scores = scores.with_pruned(self.select(ranked, self.layers, self.dense_parameters))
         kept = kept_units(self.scores, len(self.layers))
         self.plan = self.make_plan(kept, parameters_after(self.layers, self.dense_parameters, kept))
 
@@ -97,7 +130,7 @@ class GroupPruning(RefittingMethod):
         for view in layers:
             overhead[view.index, 0] = view.attention_block_cost - view.num_kv_heads * view.attention_unit_cost
             overhead[view.index, 1] = view.mlp_block_cost - view.num_channels * view.mlp_unit_cost
-        budget = Budget(total_parameters, self.pruning_ratio, overhead, self.round_to)
+        budget = Budget(total_parameters, self.requested_ratio or 0.0, overhead, self.round_to)
         frozen = self.frozen_layers(len(layers))
         free = torch.tensor([layer not in frozen for layer in scores.layer.tolist()])
         if not bool(free.any()):
@@ -126,6 +159,7 @@ class GroupPruning(RefittingMethod):
             "freeze_first_n_layers": self.freeze_first_n_layers,
             "freeze_last_n_layers": self.freeze_last_n_layers,
             "min_groups_per_layer": self.min_groups_per_layer,
+            "steps": self.steps,
             **super().details(),
         }
 
@@ -134,6 +168,19 @@ class GroupPruning(RefittingMethod):
         attention = [torch.ones(view.num_kv_heads) for view in layers]
         mlp = [torch.ones(view.num_channels) for view in layers]
         self.select(group_scores(layers, attention, mlp), layers, total_parameters)
+
+
+def _with_gone(scores: Scores, before: Scores) -> Scores:
+    """Units that went in an earlier step keep what was measured then: without them there is nothing to measure."""
+    gone = before.pruned
+    return replace(
+        scores,
+        pruned=gone,
+        **{
+            name: torch.where(gone, getattr(before, name), getattr(scores, name))
+            for name in ("importance", "prior", "score", "base")
+        },
+    )
 
 
 def kept_units(scores: Scores, num_layers: int) -> list[LayerPlan]:

@@ -83,13 +83,15 @@ class GroupOrMaskPruning(GroupPruning):
         super().__init__(pretrained, pruning_ratio, **group_options)
         self.structure = parse_structure(structure)
         self.structure_name = structure
-        self.reusable = not self.masked
+        self.reusable = self.reusable and not self.masked
         if self.structure.kind == "n:m":
             self.pruning_ratio = 1 - self.structure.n / self.structure.m
-        if self.masked and (self.allocation != "global" or self.round_to != 1 or self.min_groups_per_layer):
+        if self.masked and (
+            self.allocation != "global" or self.round_to != 1 or self.min_groups_per_layer or self.steps != 1
+        ):
             raise UserError(
-                f"--model.structure {structure} zeroes single weights; --model.allocation, --model.round_to and "
-                "--model.min_groups_per_layer belong to --model.structure group."
+                f"--model.structure {structure} zeroes single weights; --model.allocation, --model.round_to, "
+                "--model.min_groups_per_layer and --model.steps belong to --model.structure group."
             )
         if self.masked and self.refit != "none":
             raise UserError(

@@ -47,6 +47,7 @@ class LayeredModel:
         self.evaluations = 0
         self.overflow = Overflow()
         self.bytes_read = 0
+        self.change: Callable[[LayerAnatomy], None] | None = None
         self._reader = source if isinstance(source, Prefetching) else Prefetching(source)
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._meta: dict[int, dict[str, nn.Parameter]] = {}
@@ -86,6 +87,8 @@ class LayeredModel:
             self._meta[index] = dict(layer.named_parameters())
             self._assign(layer, self._names[index])
             self._present.add(index)
+            if self.change is not None:
+                self.change(self.views[index])
         return layer
 
     def is_present(self, index: int) -> bool:
@@ -104,6 +107,13 @@ class LayeredModel:
                 _set_parameter(self.layers[index], name, parameter)
             self._present.remove(index)
             give_back_freed_memory()
+
+    def change_layers(self, change: Callable[[LayerAnatomy], None] | None) -> None:
+        """From now on every layer that comes in is changed by ``change`` (None: stays as it is read); those that are
+        here go."""
+        for index in list(self._present):
+            self.leave(index, changed=True)
+        self.change = change
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:

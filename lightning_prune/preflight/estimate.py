@@ -128,9 +128,9 @@ def estimate(
         mapped=max(peak[3] for peak in peaks),
         checkpoint=pruned,
         new_weights=counts[3],
-        read=counts[2],
-        evaluations=counts[0],
-        flops=counts[1],
+        read=method.steps * counts[2],
+        evaluations=method.steps * counts[0],
+        flops=method.steps * counts[1],
         limits=limits,
     )
 

@@ -1,0 +1,75 @@
+"""``lightning-prune tune``: choose a method's options on held-out calibration samples."""
+
+import argparse
+import csv
+import io
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from lightning_prune.cli.experiment import build
+from lightning_prune.cli.lightning_cli import PruneCLI
+from lightning_prune.errors import UserError
+from lightning_prune.files import check_writable, write_text
+from lightning_prune.methods.base import PruningMethod
+from lightning_prune.runs.tune import Tuned, tune, tuned_config
+
+
+def main(argv: list[str]) -> int:
+    """Print every trial, then write the best options as a configuration and all trials as a table beside it."""
+    own, words = _parser().parse_known_args(argv)
+    cli = PruneCLI(words, PruningMethod, subclasses=True, command="tune")
+    output: Path = own.output.expanduser()
+    table = output.with_suffix(".csv")
+    for file in (output, table):
+        if file.exists() and not own.overwrite:
+            raise UserError(f"--output: '{file}' exists. Choose another name, or give --overwrite.")
+    check_writable(output.parent, "--output")
+    configuration = yaml.safe_load(cli.resolved_config)
+    found: Tuned | None = None
+    with tempfile.TemporaryDirectory() as folder:
+        for found in tune(configuration, build, cli.datamodule, Path(folder), own.trials):
+            if len(found.trials) == 1:
+                print(f"dense model: loss {found.dense_loss:.4f} on {found.samples} held-out calibration samples")
+            last = found.trials[-1]
+            mark = "  best so far" if found.best is last else ""
+            print(
+                f"{len(found.trials):3}  loss {last.loss:.4f}  {last.seconds:6.1f} s  {_text(last.options)}{mark}",
+                flush=True,
+            )
+    assert found is not None
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_text(table, _table(found))
+    write_text(output, tuned_config(configuration, found))
+    print(f"\nbest: loss {found.best.loss:.4f} with {_text(found.best.options)}")
+    print(f"configuration: {output}   trials: {table}")
+    return 0
+
+
+def _text(options: dict[str, object]) -> str:
+    return ", ".join(f"{name} {'auto' if value is None else value}" for name, value in options.items())
+
+
+def _table(found: Tuned) -> str:
+    names = list(found.trials[0].options)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["trial", *names, "held_out_loss", "seconds"])
+    for number, trial in enumerate(found.trials, 1):
+        writer.writerow([number, *(trial.options[name] for name in names), trial.loss, round(trial.seconds, 1)])
+    return text.getvalue()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--output", type=Path, default=Path("tuned.yaml"))
+    parser.add_argument("--trials", type=_trials, default=24)
+    parser.add_argument("--overwrite", action="store_true")
+    return parser
+
+
+def _trials(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 10_000:
+        raise UserError(f"--trials: found '{text}'; give a whole number from 1 to 10000.")
+    return int(text)

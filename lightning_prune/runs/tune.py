@@ -1,0 +1,188 @@
+"""Options chosen by the loss on calibration samples that no measurement saw: one calibration, then decisions alone.
+
+An eighth of the shared set is held out. The method measures on the rest once; every trial decides (and refits) from
+those scores and is laid over the dense model, so nothing is written. The search goes along one option at a time and
+keeps what lowers the loss, until a whole round changes nothing or the trials are used up.
+"""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from lightning_prune.data.datamodule import CalibrationDataModule
+from lightning_prune.errors import UserError
+from lightning_prune.methods.base import PruningMethod, SavedMeasurement
+from lightning_prune.methods.group_pruning import GroupPruning
+from lightning_prune.methods.refit_math import held_out_samples
+from lightning_prune.preflight.place import place
+from lightning_prune.runs.planned import Build, BuiltRun
+
+Options = Mapping[str, Any]
+# In this order: the other options rank differently with a refit behind them.
+AXES: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    ("refit", ("residual", "output", "none")),
+    ("allocation", ("global", "uniform")),
+    ("score_norm", ("none", "kind", "block")),
+    ("min_groups_per_layer", (0, 1)),
+    ("freeze_first_n_layers", (0, 1, 2)),
+    ("temperature", (0.0, 0.25, 0.5, 1.0)),
+    ("tau", (None, 0.0)),
+)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Options that were tried, the mean token loss in nats on the held-out samples, and what that took."""
+
+    options: dict[str, Any]
+    loss: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Every trial in order, the best of them, and the loss of the dense model on the same samples."""
+
+    trials: list[Trial]
+    dense_loss: float
+    samples: int
+
+    @property
+    def best(self) -> Trial:
+        """The lowest loss; of equal ones the first."""
+        return min(self.trials, key=lambda trial: trial.loss)
+
+
+def search(
+    start: Options, axes: tuple[tuple[str, tuple[Any, ...]], ...], loss: Callable[[dict[str, Any]], float], limit: int
+) -> Iterator[tuple[dict[str, Any], float, float]]:
+    """Coordinate descent from ``start``; yields options, their loss and seconds, every setting once.
+
+    Args:
+        start: tried first; an axis whose option it lacks is not searched.
+        axes: options and the values to try.
+        loss: of complete options.
+        limit: trials, the first included.
+    """
+    known: dict[tuple[Any, ...], float] = {}
+    current, best, changed = dict(start), math.inf, True
+    settings: list[tuple[str | None, tuple[Any, ...]]] = [(None, (None,))]
+    while changed:
+        changed = False
+        for name, values in settings:
+            for value in values:
+                options = current if name is None else {**current, name: value}
+                key = tuple(sorted((option, repr(of)) for option, of in options.items()))
+                if key in known:
+                    continue
+                if len(known) == limit:
+                    return
+                started = time.perf_counter()
+                known[key] = loss(options)
+                yield dict(options), known[key], time.perf_counter() - started
+                if known[key] < best:
+                    current, best, changed = options, known[key], True
+        settings = [(name, values) for name, values in axes if name in start]
+
+
+def tune(
+    configuration: dict[str, Any], build: Build, data: CalibrationDataModule, folder: Path, limit: int
+) -> Iterator[Tuned]:
+    """Try options of one method, and yield what is known after every trial.
+
+    Args:
+        configuration: of a run as ``fit`` takes it, with every option.
+        build: makes trainer, method and data of a configuration.
+        data: its calibration set is the one to tune on; what it evaluates on is not read.
+        folder: for the two parts of the calibration set, on this machine.
+        limit: trials.
+
+    Raises:
+        UserError: a method that has nothing to tune, or too few samples.
+        FloatingPointError: NaN or infinite values.
+    """
+    data.eval_datasets = []
+    data.setup("fit")
+    tokens = data.calibration.tokens
+    chosen = held_out_samples(tokens)
+    if not chosen.any():
+        raise UserError(f"--data.num_samples: {len(tokens)} samples leave none to hold out; give 8 or more.")
+    parts = {"measured": tokens[~chosen], "held_out": tokens[chosen]}
+    for name, part in parts.items():
+        np.save(folder / f"{name}.npy", part.numpy())
+    base = copy.deepcopy(configuration)
+    base["data"] |= {"dataset": str(folder / "measured.npy"), "eval_datasets": [str(folder / "held_out.npy")]}
+    for option in ("num_samples", "seq_len", "sampling", "stride"):  # the rows of an array are the windows
+        base["data"].pop(option, None)
+    base["trainer"] |= {"logger": False, "enable_progress_bar": False, "default_root_dir": str(folder)}
+
+    def made(options: Options) -> BuiltRun:
+        one = copy.deepcopy(base)
+        one["model"]["init_args"] |= options
+        return build("tune", one)
+
+    first = made({"refit": "none"})
+    check(first.model)
+    dense = _perplexity(first)  # before anything is laid over it
+    saved = _measure(first)
+    start = {name: base["model"]["init_args"][name] for name, _ in AXES if name in base["model"]["init_args"]}
+    axes = AXES if start.get("temperature") else tuple(axis for axis in AXES if axis[0] not in ("temperature", "tau"))
+
+    def loss(options: dict[str, Any]) -> float:
+        run = made(options)
+        run.model.reuse(saved)
+        _fit(run)
+        return _perplexity(run)
+
+    trials: list[Trial] = []
+    for options, value, seconds in search(start, axes, loss, limit):
+        trials.append(Trial(options, value, seconds))
+        yield Tuned(trials, dense, int(chosen.sum()))
+
+
+def check(method: PruningMethod) -> None:
+    """Refuse a method whose decisions cannot be made again from its scores.
+
+    Raises:
+        UserError: says which can.
+    """
+    if not isinstance(method, GroupPruning) or not method.reusable:
+        raise UserError(
+            f"--model: '{method.method}' cannot be tuned: a trial decides from saved scores, which methods that rank "
+            "groups have (HGSP, Wanda and Magnitude with structure group and steps 1)."
+        )
+
+
+def tuned_config(configuration: dict[str, Any], found: Tuned) -> str:
+    """The method's section with the best options, as YAML for ``--config``."""
+    model = copy.deepcopy(configuration["model"])
+    model["init_args"] |= found.best.options
+    for name in ("pretrained", "label", "onload"):
+        model["init_args"].pop(name, None)
+    return str(yaml.safe_dump({"model": model}, sort_keys=False))
+
+
+def _measure(run: BuiltRun) -> SavedMeasurement:
+    _fit(run)
+    return SavedMeasurement(run.model.scores, run.model.details(), run.model.calibration_facts())
+
+
+def _fit(run: BuiltRun) -> None:
+    run.model.writes = False
+    run.datamodule.needs_calibration = run.model.needs_calibration
+    place(run.trainer, run.model, run.datamodule)
+    run.trainer.fit(run.model, run.datamodule)
+
+
+def _perplexity(run: BuiltRun) -> float:
+    """Mean token loss in nats on the held-out samples, of what is laid over the dense model or of that one itself."""
+    run.trainer.test(run.model, run.datamodule, verbose=False)
+    (found,) = run.model.perplexity.values()
+    return math.log(found.perplexity)
