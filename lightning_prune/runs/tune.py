@@ -105,7 +105,7 @@ def tune(
         limit: trials.
 
     Raises:
-        UserError: a method that has nothing to tune, or too few samples.
+        UserError: too few samples.
         FloatingPointError: NaN or infinite values.
     """
     data.eval_datasets = []
@@ -129,7 +129,6 @@ def tune(
         return build("tune", one)
 
     first = made({"refit": "none"})
-    check(first.model)
     dense = _perplexity(first)  # before anything is laid over it
     saved = _measure(first)
     start = {name: base["model"]["init_args"][name] for name, _ in AXES if name in base["model"]["init_args"]}
@@ -147,7 +146,7 @@ def tune(
         yield Tuned(trials, dense, int(chosen.sum()))
 
 
-def check(method: PruningMethod) -> None:
+def check_tunable(method: PruningMethod) -> None:
     """Refuse a method whose decisions cannot be made again from its scores.
 
     Raises:

@@ -13,13 +13,14 @@ from lightning_prune.cli.lightning_cli import PruneCLI
 from lightning_prune.errors import UserError
 from lightning_prune.files import check_writable, write_text
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.runs.tune import Tuned, tune, tuned_config
+from lightning_prune.runs.tune import Tuned, check_tunable, tune, tuned_config
 
 
 def main(argv: list[str]) -> int:
     """Print every trial, then write the best options as a configuration and all trials as a table beside it."""
     own, words = _parser().parse_known_args(argv)
     cli = PruneCLI(words, PruningMethod, subclasses=True, command="tune")
+    check_tunable(cli.model)
     output: Path = own.output.expanduser()
     table = output.with_suffix(".csv")
     for file in (output, table):

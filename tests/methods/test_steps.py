@@ -1,0 +1,78 @@
+"""Iterated selection: what is measured at every step, and what the steps leave."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+import lightning_prune
+from lightning_prune.errors import UserError
+from lightning_prune.methods import HGSP, Wanda
+from lightning_prune.surgery.plan import PruningPlan
+from tests.methods.running import mean_token_loss, projections, run_method, save_base
+from tests.tiny import make_tiny, tiny_tokens
+
+
+def options(**more) -> dict:
+    return {"temperature": 0, "steps": 3, **more}
+
+
+@pytest.mark.parametrize("refit", ["none", "residual"])
+def test_every_step_prunes_more_of_what_the_one_before_left(refit: str, tmp_path: Path) -> None:
+    base = save_base(make_tiny(layers=3), tmp_path / "base")
+    method = run_method(HGSP(base, 0.3, **options(refit=refit)), tiny_tokens(16, 16), tmp_path / "run")
+    plans = [PruningPlan.load(tmp_path / "run" / "steps" / name / "plan.json") for name in ("0.1", "0.2")]
+    plans.append(method.plan)
+    group = max(view.attention_unit_cost for view in method.layers)
+    assert [plan.pruning_ratio for plan in plans] == pytest.approx([0.1, 0.2, 0.3])
+    for plan in plans:
+        assert plan.achieved_ratio <= plan.pruning_ratio
+        assert plan.achieved_ratio > plan.pruning_ratio - group / plan.parameters["dense"]
+        assert plan.weights_updated == (refit != "none")
+    for before, after in itertools.pairwise(plans):
+        for earlier, later in zip(before.layers, after.layers, strict=True):
+            assert set(later.kept_kv_heads) <= set(earlier.kept_kv_heads)
+            assert set(later.kept_channels) <= set(earlier.kept_channels)
+    for name, plan in zip(("0.1", "0.2"), plans, strict=False):
+        loaded = lightning_prune.load(tmp_path / "run" / "steps" / name / "pruned")
+        assert sum(parameter.numel() for parameter in loaded.parameters()) == plan.parameters["pruned"]
+
+
+def test_the_second_step_measures_the_model_that_the_first_one_left(tmp_path: Path) -> None:
+    """The importance of what is kept at last, from gradients of the checkpoint that step one wrote."""
+    tokens = tiny_tokens(12, 16)
+    base = save_base(make_tiny(layers=3), tmp_path / "base")
+    method = run_method(HGSP(base, 0.24, **options(steps=2, refit="residual")), tokens, tmp_path / "run")
+    first = PruningPlan.load(tmp_path / "run" / "steps" / "0.12" / "plan.json")
+    model = lightning_prune.load(tmp_path / "run" / "steps" / "0.12" / "pruned").double()
+    mean_token_loss(model, tokens).backward()
+    for layer in range(3):
+        down = projections(model, layer)["down_proj"]
+        gate, up = projections(model, layer)["gate_proj"], projections(model, layer)["up_proj"]
+        expected = sum((one.weight * one.weight.grad).abs().sum(1) for one in (gate, up))
+        expected = expected + (down.weight * down.weight.grad).abs().sum(0)
+        rows = method.scores.of(layer, "mlp")
+        found = method.scores.importance[rows][first.layers[layer].kept_channels]
+        torch.testing.assert_close(found, expected.detach(), rtol=1e-3, atol=1e-7)
+
+
+def test_what_went_keeps_what_was_measured_when_it_went(tmp_path: Path) -> None:
+    base = save_base(make_tiny(layers=3), tmp_path / "base")
+    tokens = tiny_tokens(12, 16)
+    once = run_method(HGSP(base, 0.1, temperature=0), tokens, tmp_path / "once")
+    twice = run_method(HGSP(base, 0.2, **options(steps=2)), tokens, tmp_path / "twice")
+    gone = once.scores.pruned
+    assert gone.any()
+    assert bool(twice.scores.pruned[gone].all())
+    torch.testing.assert_close(twice.scores.importance[gone], once.scores.importance[gone])
+    assert torch.isfinite(twice.scores.score).all()
+
+
+def test_steps_cannot_be_decided_again_and_zero_no_single_weights() -> None:
+    assert not HGSP("demo", 0.2, steps=2).reusable
+    assert HGSP("demo", 0.2).reusable
+    with pytest.raises(UserError, match=r"--model\.steps"):
+        HGSP("demo", 0.2, steps=0)
+    with pytest.raises(UserError, match=r"--model\.steps"):
+        Wanda("demo", 0.2, structure="2:4", steps=2)
