@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 import lightning_prune
 from lightning_prune.cli.lightning_cli import quiet
 from lightning_prune.data.datamodule import CalibrationDataModule
-from lightning_prune.methods import HGSP, Magnitude, ShortGPT, SlimGPT, Wanda
+from lightning_prune.methods import FLAP, HGSP, Magnitude, ShortGPT, SlimGPT, Wanda
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.runs.run import prune_and_record
 from lightning_prune.runs.summary import RunRecord
@@ -43,6 +43,7 @@ class System:
 SYSTEMS: dict[str, System] = {
     "magnitude": System(Magnitude),
     "wanda": System(Wanda),
+    "flap": System(FLAP),
     "hgsp_taylor": System(partial(HGSP, importance="taylor")),
     "hgsp_wanda": System(partial(HGSP, importance="wanda")),
     "hgsp_taylor_2nd": System(partial(HGSP, importance="taylor_2nd", prior="similarity")),
