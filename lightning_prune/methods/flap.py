@@ -7,18 +7,19 @@ variance over the calibration tokens,
 
 is standardised within the layer's projection, z_j = (WIFV_j − mean) / std, so that all layers rank together.
 
-The released code's variance is built per sample and depends on their order, and it squares the attention metric before it
-is standardised; here both are as the paper defines them. A GQA group has the mean z of its query heads' columns (the code
-knows multi-head attention only).
+The released code's variance is built per sample and depends on their order, and it squares the attention metric before
+it is standardised; here both are as the paper defines them. A GQA group has the mean z of its query heads' columns (the
+code knows multi-head attention only). The importance in the records is mean WIFV / std; z is that less its mean.
 
-The bias that takes over the removed channels' mean is left out: o_proj and down_proj of most families have none to carry
-it. A refit (``refit``) does what it does and more, in the weights that are there.
+The bias that takes over the removed channels' mean is left out: o_proj and down_proj of most families have none that
+could carry it. A refit (``refit``) does what it does and more, in the weights that are there.
 """
 
 from dataclasses import replace
 
 from torch import Tensor
 
+from lightning_prune.methods.blocks import block_index
 from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.scores import Scores
 from lightning_prune.models.families import LayerAnatomy
@@ -37,14 +38,25 @@ def weighted_fluctuation(weight: Tensor, variance: Tensor) -> Tensor:
     return variance * weight.float().square().sum(0).double()
 
 
-def standardised(metric: Tensor) -> Tensor:
-    """z ``[n]`` of a metric over one projection's channels, with the unbiased standard deviation; 0 where all agree."""
+def in_deviations(metric: Tensor, units: int) -> Tensor:
+    """Mean of a metric over each unit's channels, in standard deviations (unbiased) of all channels, ``[units]``.
+
+    0 where all channels agree.
+    """
     spread = metric.std()
-    return (metric - metric.mean()) / spread if float(spread) > 0 else metric.new_zeros(metric.shape)
+    return metric.reshape(units, -1).mean(1) / spread if float(spread) > 0 else metric.new_zeros(units)
+
+
+def standardised(scores: Scores) -> Tensor:
+    """z ``[U]``: importance less its mean over the units of the same block of the same layer."""
+    z = scores.importance.clone()
+    for rows in block_index(scores).rows().values():
+        z[rows] -= z[rows].mean()
+    return z
 
 
 class FLAPPass(ForwardPass):
-    """z per unit, from what o_proj and down_proj read."""
+    """Importance per unit, from what o_proj and down_proj read."""
 
     name = "importance"
 
@@ -57,13 +69,13 @@ class FLAPPass(ForwardPass):
             hooks.on_input(f"layer {view.index}, input of {role}", linear.module, self.moments[role].update)
 
     def conclude(self, view: LayerAnatomy) -> Finding:
-        """Mean z per GQA group and z per channel."""
+        """Mean WIFV / std per GQA group and per channel."""
         found = {}
         for role, units in (("output", view.num_kv_heads), ("down", view.num_channels)):
             moments = self.moments[role]
             moments.raise_if_not_finite(f"layer {view.index}, input of {role}")
             metric = weighted_fluctuation(view.linears[role].weight, moments.reduced().reshape(2, -1)[1])
-            found[role] = standardised(metric).reshape(units, -1).mean(1)
+            found[role] = in_deviations(metric, units)
         return {"attention": found["output"], "mlp": found["down"]}
 
 
@@ -80,4 +92,5 @@ class FLAP(GroupPruning):
 
     def score(self, scores: Scores) -> Scores:
         """z itself, not z per parameter; the number of parameters only counts for the ratio."""
-        return replace(scores, base=scores.importance, score=scores.importance)
+        z = standardised(scores)
+        return replace(scores, base=z, score=z)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_prune.errors import UserError
 from lightning_prune.memory import free_bytes
-from lightning_prune.methods.base import PruningMethod
+from lightning_prune.methods.refit import RefittingMethod
 from lightning_prune.methods.scores import group_scores, groups_that_stay
 from lightning_prune.methods.slimgpt_math import (
     HeadError,
@@ -132,8 +132,10 @@ class SlimGPTPass(BlockPass):
         return prune_channels(view.down.weight, hessian, schedule, on_round)
 
 
-class SlimGPT(PruningMethod):
+class SlimGPT(RefittingMethod):
     """SlimGPT: layer-wise optimal brain surgeon for attention groups and MLP channels, with weight compensation.
+
+    With ``refit`` its compensation only serves to select: what is kept is then fitted anew from the dense weights.
 
     Args:
         pretrained: Model folder or hub id to prune. ``demo`` is the small model inside the package.

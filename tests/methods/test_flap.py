@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_prune.methods import FLAP
-from lightning_prune.methods.flap import standardised
+from lightning_prune.methods.flap import in_deviations
 from lightning_prune.statistics.input_moments import InputMoments
 from tests.methods.behaviour import prune, save_tokens
 from tests.methods.running import projections
@@ -37,7 +37,7 @@ def test_scores_equal_a_float64_reference_and_the_lowest_leave(kv_heads: int, tm
             metric = [x[:, j].var(ddof=1) * sum(w * w for w in weight[:, j]) for j in range(weight.shape[1])]
             z = (np.array(metric) - np.mean(metric)) / np.std(metric, ddof=1)
             expected = [z[j * len(z) // units : (j + 1) * len(z) // units].mean() for j in range(units)]
-            found = scores.importance[scores.of(layer, block)]
+            found = scores.score[scores.of(layer, block)]
             torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-3, atol=1e-4)
     # Everything below the first unit that no longer fitted is gone: the lowest that stays is above all that went.
     assert float(scores.score[scores.pruned].max()) <= float(scores.score[~scores.pruned].min())
@@ -66,4 +66,4 @@ def test_samples_that_only_fill_up_a_batch_do_not_count() -> None:
 
 
 def test_channels_that_all_agree_have_the_score_zero() -> None:
-    assert torch.equal(standardised(torch.full((4,), 3.0)), torch.zeros(4))
+    assert torch.equal(in_deviations(torch.full((4,), 3.0), 2), torch.zeros(2))

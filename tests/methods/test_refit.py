@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_prune.errors import UserError
-from lightning_prune.methods import HGSP, Magnitude, ShortGPT, Wanda
+from lightning_prune.methods import HGSP, Magnitude, ShortGPT, SlimGPT, Wanda
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.refit_math import NormalEquations, held_out_samples, ridge, squared_error
 from lightning_prune.surgery.plan import LayerPlan
@@ -161,8 +161,9 @@ def test_ridge_says_what_is_wrong_with_its_sums() -> None:
         lambda base: Wanda(base, 0.25, refit="output"),
         lambda base: Magnitude(base, 0.25, refit="residual"),
         lambda base: ShortGPT(base, n_remove_layers=1, refit="residual"),
+        lambda base: SlimGPT(base, 0.25, refit="residual"),
     ],
-    ids=["hgsp_taylor", "wanda", "magnitude", "shortgpt"],
+    ids=["hgsp_taylor", "wanda", "magnitude", "shortgpt", "slimgpt"],
 )
 def test_batch_size_and_sample_order_do_not_change_the_result(make, tmp_path: Path) -> None:
     base = save_base(make_tiny(layers=3), tmp_path / "base")
