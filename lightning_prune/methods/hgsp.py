@@ -78,8 +78,9 @@ class HGSP(GroupPruning):
         pruning_ratio: Share of all parameters (embeddings and head included) to remove, between 0 and 1.
         importance: What a group's weights are worth: taylor (sum of |w·g|), taylor_2nd (adds ½·w²·h), wanda
             (sum of |w|·‖x‖) or magnitude (sum of |w|).
-        prior: How layers and blocks are weighed: removal (loss increase without them) or similarity
-            (1 − cosine between what enters and what leaves, cheap).
+        prior: How layers and blocks are weighed: removal (loss increase without them), gradient (an estimate of it that
+            Taylor's own pass gives, at no extra evaluation) or similarity (1 − cosine between what enters and what
+            leaves, cheap).
         prior_num_samples: Calibration samples for the prior, taken from the front of the shared set. Default: all;
             50 is the original setting.
         tau: Gate τ in nats. Layers whose removal costs less are weighed as a whole, others block by block. Default:
@@ -97,7 +98,7 @@ class HGSP(GroupPruning):
         pretrained: str = "demo",
         pruning_ratio: float = 0.2,
         importance: Importance = "taylor",
-        prior: Literal["removal", "similarity"] = "removal",
+        prior: Literal["removal", "gradient", "similarity"] = "removal",
         prior_num_samples: int | None = None,
         tau: float | None = None,
         temperature: float = 1.0,
@@ -114,6 +115,11 @@ class HGSP(GroupPruning):
             raise UserError(f"--model.collapse_epsilon: found {collapse_epsilon:g}; it must lie in [0, 1).")
         if prior_num_samples is not None and prior_num_samples < 1:
             raise UserError(f"--model.prior_num_samples: found {prior_num_samples}; it must be 1 or more.")
+        if prior == "gradient" and importance not in ("taylor", "taylor_2nd"):
+            raise UserError(
+                f"--model.prior gradient comes out of Taylor's pass; importance {importance} takes no gradients. Use "
+                "--model.importance taylor, or --model.prior removal or similarity."
+            )
         self.importance = importance
         self.prior = prior
         self.prior_num_samples = prior_num_samples
@@ -132,16 +138,17 @@ class HGSP(GroupPruning):
 
     def passes(self) -> list[Pass]:
         """One for the importance, one for the prior unless T = 0."""
+        slopes = self.temperature > 0 and self.prior == "gradient"
         importance: dict[Importance, Callable[[], Pass]] = {
-            "taylor": TaylorPass,
-            "taylor_2nd": partial(TaylorPass, second_order=True),
+            "taylor": partial(TaylorPass, priors=slopes),
+            "taylor_2nd": partial(TaylorPass, second_order=True, priors=slopes),
             "wanda": WandaPass,
             "magnitude": MagnitudePass,
         }
         found = [importance[self.importance]()]
         if self.temperature > 0 and self.prior == "removal":
             found.append(RemovalPass(self.prior_num_samples, blocks=self.tau != float("inf")))
-        elif self.temperature > 0:
+        elif self.temperature > 0 and self.prior == "similarity":
             found.append(SimilarityPass(self.prior_num_samples))
         return found
 
@@ -153,7 +160,7 @@ class HGSP(GroupPruning):
     def score(self, scores: Scores) -> Scores:
         """final = S · B^T."""
         if self.saved is None and self.temperature > 0:
-            found = [finding["delta"] for finding in self.found("prior")]
+            found = [finding["delta"] for finding in self.found("importance" if self.prior == "gradient" else "prior")]
             self.priors = found[0] if self.prior == "removal" else torch.stack(found, dim=1)
         if self.temperature > 0:
             assert self.priors is not None
@@ -172,7 +179,7 @@ class HGSP(GroupPruning):
             "importance": self.importance,
             "prior": {
                 "measure": self.prior,
-                "unit": "nats of mean token loss" if self.prior == "removal" else "1 - cosine",
+                "unit": "1 - cosine" if self.prior == "similarity" else "nats of mean token loss",
                 "num_samples": self.prior_num_samples,
                 "delta": measured,
             },

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_prune.models.families import LayerAnatomy
 from lightning_prune.statistics.gradients import LayerGradients
 from lightning_prune.statistics.groups import group_importance
+from lightning_prune.statistics.removal_slopes import RemovalSlopes
 from lightning_prune.walk.backward import BackwardPass
 from lightning_prune.walk.passes import Finding
 
@@ -29,16 +30,21 @@ def second_order_term(weight: Tensor, sample_gradient: Tensor) -> Tensor:
 
 
 class TaylorPass(BackwardPass):
-    """I(G) = Σ |w·g| over every weight of the group, with ``second_order`` plus Σ ½·w²·h."""
+    """I(G) = Σ |w·g| over every weight of the group, with ``second_order`` plus Σ ½·w²·h.
+
+    ``priors``: also what the loss would gain without the layer and its blocks (``removal_slopes``).
+    """
 
     name = "importance"
 
-    def __init__(self, second_order: bool = False) -> None:
+    def __init__(self, second_order: bool = False, priors: bool = False) -> None:
         self.second_order = self.per_sample = second_order
+        self.priors = priors
 
     def watch(self, view: LayerAnatomy) -> None:
         """One layer's accumulators."""
         self.gradients = LayerGradients(view, second_order_term if self.second_order else None)
+        self.slopes = RemovalSlopes().to(self.model.device) if self.priors else None
 
     def expect(self, samples: int, tokens: int) -> None:
         """Tell the accumulators."""
@@ -55,4 +61,8 @@ class TaylorPass(BackwardPass):
             groups = groups + sum(gradients.terms_of(role) for role in ("query", "key", "value", "output"))
             channels = channels + sum(gradients.terms_of(role) for role in ("gate", "up", "down"))
         del self.gradients
-        return {"attention": groups, "mlp": channels}
+        found = {"attention": groups, "mlp": channels}
+        if self.slopes is not None:
+            self.slopes.raise_if_not_finite(f"layer {view.index}, loss increase without its pieces")
+            found["delta"] = self.slopes.reduced().cpu()
+        return found

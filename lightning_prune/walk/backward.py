@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.statistics.removal_slopes import RemovalSlopes
 from lightning_prune.walk.passes import Batch, Finding, Pass, Setting, Step
 from lightning_prune.walk.residuals import ResidualStore
 
@@ -20,9 +21,11 @@ class BackwardPass(Pass):
 
     Attributes:
         per_sample: differentiate one sample at a time, for statistics of single samples' gradients.
+        slopes: what the loss would gain without the open layer's pieces; None: not asked for.
     """
 
     per_sample = False
+    slopes: RemovalSlopes | None = None
 
     def steps(self, num_layers: int) -> list[Step]:
         """Two steps per layer: forward in order, backward in reverse."""
@@ -121,17 +124,30 @@ class BackwardPass(Pass):
             if watched:
                 self.expect(samples, samples * (self.setting.seq_len - 1))
             hidden = self.boundaries[step.layer].get(rows, self.model.device).detach()
-            gradient = self._differentiate(step.layer, hidden, self.cotangent.get(rows, self.model.device))
+            slopes = self.slopes if watched else None
+            gradient = self._differentiate(step.layer, hidden, self.cotangent.get(rows, self.model.device), slopes)
             if gradient is not None:
                 self.cotangent.put(rows, gradient)
 
-    def _differentiate(self, layer: int, hidden: Tensor, cotangent: Tensor) -> Tensor | None:
+    def _differentiate(
+        self, layer: int, hidden: Tensor, cotangent: Tensor, slopes: RemovalSlopes | None
+    ) -> Tensor | None:
         """The gradient of the layer's input; nobody asks for that of the first layer."""
         hidden.requires_grad_(layer > 0)
         with torch.enable_grad():
-            output = self.model.run(layer, hidden)
+            if slopes is None:
+                output = self.model.run(layer, hidden)
+            else:
+                middle, output = self.model.split(layer, hidden)
+                middle.retain_grad()
         if output.requires_grad:  # not the first layer's, when its weights are not watched
             torch.autograd.backward(output, cotangent.to(output.dtype))
+        if slopes is not None:
+            at_middle = middle.grad
+            assert at_middle is not None
+            before, middle, after = hidden.detach(), middle.detach(), output.detach()
+            pieces = [(cotangent, after - before), (at_middle, middle - before), (cotangent, after - middle)]
+            slopes.update(pieces, len(hidden) * (self.setting.seq_len - 1))
         if hidden.grad is not None:
             self.model.overflow.watch(f"layer {layer}, gradient of its input", hidden.grad)
         return hidden.grad
