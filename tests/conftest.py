@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedModel
 
+from tests.killing import Forks
 from tests.tiny import make_tiny
 
 torch.set_num_threads(1)
@@ -26,6 +27,14 @@ def one_process() -> Iterator[None]:
         rank_zero_only.rank = before
     elif hasattr(rank_zero_only, "rank"):
         del rank_zero_only.rank
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """A process that has imported everything; runs that are killed, or made at once, are forks of it."""
+    found = Forks()
+    yield found
+    found.close()
 
 
 @pytest.fixture

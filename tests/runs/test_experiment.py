@@ -1,12 +1,8 @@
 import csv
 import json
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +15,7 @@ from lightning_prune.cli.experiment import build
 from lightning_prune.errors import UserError
 from lightning_prune.runs.experiment import run_experiment
 from lightning_prune.runs.settings import read_settings
+from tests.killing import Forks, Kill
 from tests.tiny import make_tiny, tiny_tokenizer, tiny_tokens
 
 NOT_REPRODUCIBLE = ("folder", "scores_measured_by", "peak_memory_bytes")  # and all seconds
@@ -66,14 +63,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
 def read(folder: Path, name: str) -> dict:
     found: dict = json.loads((folder / name).read_text())
     return found
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "lightning_prune", *map(str, arguments)]
-
-
-def run_command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120, check=False)
 
 
 def results(report: Path) -> list[dict[str, str]]:
@@ -175,33 +164,25 @@ def test_two_experiments_do_not_share_a_root(experiment: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ten_kills_at_random_moments_end_in_the_undisturbed_results(experiment: Path, tmp_path: Path) -> None:
-    arguments = ("compare", "--config", experiment, "--root")
-    seconds = []
-    for _ in range(2):  # the second call finds everything finished, so the difference is the work
-        started = time.monotonic()
-        assert run_command(*arguments, tmp_path / "calm").returncode == 0
-        seconds.append(time.monotonic() - started)
+def test_kills_at_random_moments_end_in_the_undisturbed_results(experiment: Path, tmp_path: Path, forks: Forks) -> None:
+    systems = ["magnitude", "wanda", "shortgpt_long"]  # benchmarks/kills.py kills every system
+    arguments = ["compare", "--config", str(experiment), "--systems", *systems, "--root"]
+    calm = forks.run([*arguments, str(tmp_path / "calm")])
+    assert calm.status == 0, calm.printed
     moments = random.Random(0)
     kills, pace = 0, 1.0
-    while kills < 10:
-        process = subprocess.Popen(
-            command(*arguments, tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        moment = seconds[1] * moments.uniform(0.4, 0.9) + (seconds[0] - seconds[1]) * moments.uniform(0, 0.3)
-        time.sleep(moment * pace)
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
+    while kills < 6:
+        kill = Kill(seconds=calm.seconds * moments.uniform(0, 0.3) * pace)
+        if forks.run([*arguments, str(tmp_path / "killed")], kill).status == -signal.SIGKILL:
             kills += 1
         else:  # everything was finished already: lose a run, so that there is work to disturb
             lost = moments.choice(sorted((tmp_path / "killed").glob("*/version_*/plan.json")))
             shutil.rmtree(lost.parent)
             pace *= 0.8  # the machine is faster than when it was measured
-        process.wait()
-    last = run_command(*arguments, tmp_path / "killed")
-    assert last.returncode == 0, last.stderr
+    last = forks.run([*arguments, str(tmp_path / "killed")])
+    assert last.status == 0, last.printed
     reports = sorted((tmp_path / "killed" / "comparison").glob("version_*"), key=lambda path: int(path.name[8:]))
     assert results(reports[-1]) == results(tmp_path / "calm" / "comparison" / "version_0")
     assert list((tmp_path / "killed").rglob(".*")) == []
     assert list((tmp_path / "killed").rglob("unfinished")) == []
-    assert len(list((tmp_path / "killed").glob("*/version_*/plan.json"))) == 10
+    assert len(list((tmp_path / "killed").glob("*/version_*/plan.json"))) == 6

@@ -20,6 +20,7 @@ from lightning_prune.comparison.run import load_run
 from lightning_prune.errors import UserError
 from lightning_prune.methods import Magnitude, ShortGPT, Wanda
 from lightning_prune.runs.folder import RunFolder
+from tests.killing import Forks
 from tests.methods.behaviour import prune, save_model, save_tokens
 from tests.tiny import make_tiny, tiny_tokens
 
@@ -201,10 +202,17 @@ def together(commands: list[list[str]]) -> list[str]:
     return [out for out, _ in done]
 
 
+def all_of(forks: Forks, commands: list[list[str]]) -> list[str]:
+    """Start all at once; what each printed. Every one must succeed."""
+    ended = forks.together(commands)
+    assert [one.status for one in ended] == [0] * len(ended), [one.printed[-500:] for one in ended]
+    return [one.printed for one in ended]
+
+
 @pytest.mark.slow
-def test_runs_that_start_together_are_whole_and_unmixed(inputs: Path) -> None:
+def test_runs_that_start_together_are_whole_and_unmixed(inputs: Path, forks: Forks) -> None:
     ratios = [0.1, 0.15, 0.2, 0.25, 0.3, 0.35]
-    printed = together([[*COMMAND, "fit", *options(inputs), f"--model.pruning_ratio={ratio}"] for ratio in ratios])
+    printed = all_of(forks, [["fit", *options(inputs), f"--model.pruning_ratio={ratio}"] for ratio in ratios])
     folders = []
     for ratio, out in zip(ratios, printed, strict=True):
         folder = Path(out.splitlines()[-1].removeprefix("pruned model: ")).parent
@@ -219,16 +227,16 @@ def test_runs_that_start_together_are_whole_and_unmixed(inputs: Path) -> None:
     assert len(set(folders)) == 6
     assert len(entries(inputs / "root" / "magnitude")) == 6
 
-    decided = together([[*COMMAND, "decide", f"--run={folder}", "--model.label=again"] for folder in folders])
+    decided = all_of(forks, [["decide", f"--run={folder}", "--model.label=again"] for folder in folders])
     assert len({out.splitlines()[-1] for out in decided}) == len(entries(inputs / "root" / "again")) == 6
     for folder, out in zip(folders, decided, strict=True):
         again = Path(out.splitlines()[-1].removeprefix("pruned model: ")).parent
         assert (again / "scores.csv").read_bytes() == (folder / "scores.csv").read_bytes()
         assert json.loads((again / "method.json").read_text())["measured_by"] == str(folder)
 
-    tests = together([[*COMMAND, "test", *options(inputs)[1:], "--trainer.logger=false"] for _ in range(4)])
+    tests = all_of(forks, [["test", *options(inputs)[1:], "--trainer.logger=false"] for _ in range(4)])
     assert len({out.splitlines()[-1] for out in tests}) == len(entries(inputs / "root" / "test")) == 4
-    reports = together([[*COMMAND, "compare", "--runs", *map(str, folders), "--root", str(inputs / "root")]] * 4)
+    reports = all_of(forks, [["compare", "--runs", *map(str, folders), "--root", str(inputs / "root")]] * 4)
     assert len({out.splitlines()[-1] for out in reports}) == len(entries(inputs / "root" / "comparison")) == 4
     names = {"report.html", "report.md", "results.csv", "results.tex", "calibration_appendix.md"}
     for version in (inputs / "root" / "comparison").iterdir():
