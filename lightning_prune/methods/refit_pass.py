@@ -212,8 +212,10 @@ class RefitPass(BlockPass):
             handle.remove()
 
     def _sum(self, batch: Batch, inputs: Tensor, wanted: Tensor) -> None:
-        chosen = self.held_out[batch.index.cpu()] & (batch.weight.cpu() > 0)
-        fitted = ~chosen & (batch.weight.cpu() > 0)
+        counted = batch.weight.cpu() > 0
+        index = batch.index.cpu().clamp(max=len(self.held_out) - 1)  # one that only fills up a batch has none of its own
+        chosen = self.held_out[index] & counted
+        fitted = ~self.held_out[index] & counted
         if bool(chosen.any()):
             rows = chosen.to(inputs.device)
             self.held.append((inputs[rows].flatten(0, 1).cpu(), wanted[rows].flatten(0, 1).cpu()))
