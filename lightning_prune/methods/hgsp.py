@@ -4,8 +4,9 @@ Every group G of every layer gets one final score, and all groups are ranked tog
 
     final(G) = S(G) · B(G)^T,   S(G) = I(G) / cost(G)
 
-I is the importance (``taylor``, ``taylor_2nd``, ``wanda``, ``magnitude``), cost the parameters that leave with G. B is
-the depth prior: how much the loss grows without G's whole layer, or without its block where the layer matters (gate τ).
+I is the importance (``taylor``, ``taylor_2nd``, ``fisher``, ``wanda``, ``magnitude``), cost the parameters that leave with
+G. B is the depth prior: how much the loss grows without G's whole layer, or without its block where the layer matters
+(gate τ).
 """
 
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from torch import Tensor
 from lightning_prune.errors import UserError
 from lightning_prune.methods.base import SavedMeasurement
 from lightning_prune.methods.blocks import block_index
+from lightning_prune.methods.fisher import FisherPass
 from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.magnitude import MagnitudePass
 from lightning_prune.methods.scores import Scores
@@ -29,7 +31,8 @@ from lightning_prune.models.families import LayerAnatomy
 from lightning_prune.walk.passes import Pass
 from lightning_prune.walk.wavefront import PIECES, RemovalPass, SimilarityPass
 
-Importance = Literal["taylor", "taylor_2nd", "wanda", "magnitude"]
+Importance = Literal["taylor", "taylor_2nd", "fisher", "wanda", "magnitude"]
+GRADIENTS = ("taylor", "taylor_2nd", "fisher")  # importances that differentiate the loss
 ScoreNorm = Literal["none", "kind", "block"]
 
 
@@ -76,11 +79,11 @@ class HGSP(GroupPruning):
     Args:
         pretrained: Model folder or hub id to prune. ``demo`` is the small model inside the package.
         pruning_ratio: Share of all parameters (embeddings and head included) to remove, between 0 and 1.
-        importance: What a group's weights are worth: taylor (sum of |w·g|), taylor_2nd (adds ½·w²·h), wanda
-            (sum of |w|·‖x‖) or magnitude (sum of |w|).
+        importance: What a group is worth: taylor (sum of |w·g|), taylor_2nd (adds ½·w²·h), fisher (mean square, over
+            tokens, of the loss's slope along the group), wanda (sum of |w|·‖x‖) or magnitude (sum of |w|).
         prior: How layers and blocks are weighed: removal (loss increase without them), gradient (an estimate of it that
-            Taylor's own pass gives, at no extra evaluation) or similarity (1 − cosine between what enters and what
-            leaves, cheap).
+            the pass of taylor or fisher gives, at no extra evaluation) or similarity (1 − cosine between what enters
+            and what leaves, cheap).
         prior_num_samples: Calibration samples for the prior, taken from the front of the shared set. Default: all;
             50 is the original setting.
         tau: Gate τ in nats. Layers whose removal costs less are weighed as a whole, others block by block. Default:
@@ -115,10 +118,10 @@ class HGSP(GroupPruning):
             raise UserError(f"--model.collapse_epsilon: found {collapse_epsilon:g}; it must lie in [0, 1).")
         if prior_num_samples is not None and prior_num_samples < 1:
             raise UserError(f"--model.prior_num_samples: found {prior_num_samples}; it must be 1 or more.")
-        if prior == "gradient" and importance not in ("taylor", "taylor_2nd"):
+        if prior == "gradient" and importance not in GRADIENTS:
             raise UserError(
-                f"--model.prior gradient comes out of Taylor's pass; importance {importance} takes no gradients. Use "
-                "--model.importance taylor, or --model.prior removal or similarity."
+                f"--model.prior gradient comes out of a backward pass; importance {importance} makes none. Use "
+                "--model.importance taylor or fisher, or --model.prior removal or similarity."
             )
         self.importance = importance
         self.prior = prior
@@ -142,6 +145,7 @@ class HGSP(GroupPruning):
         importance: dict[Importance, Callable[[], Pass]] = {
             "taylor": partial(TaylorPass, priors=slopes),
             "taylor_2nd": partial(TaylorPass, second_order=True, priors=slopes),
+            "fisher": partial(FisherPass, priors=slopes),
             "wanda": WandaPass,
             "magnitude": MagnitudePass,
         }

@@ -213,7 +213,9 @@ class RefitPass(BlockPass):
 
     def _sum(self, batch: Batch, inputs: Tensor, wanted: Tensor) -> None:
         counted = batch.weight.cpu() > 0
-        index = batch.index.cpu().clamp(max=len(self.held_out) - 1)  # one that only fills up a batch has none of its own
+        index = batch.index.cpu().clamp(
+            max=len(self.held_out) - 1
+        )  # one that only fills up a batch has none of its own
         chosen = self.held_out[index] & counted
         fitted = ~self.held_out[index] & counted
         if bool(chosen.any()):

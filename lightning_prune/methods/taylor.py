@@ -10,7 +10,6 @@ from torch import Tensor
 from lightning_prune.models.families import LayerAnatomy
 from lightning_prune.statistics.gradients import LayerGradients
 from lightning_prune.statistics.groups import group_importance
-from lightning_prune.statistics.removal_slopes import RemovalSlopes
 from lightning_prune.walk.backward import BackwardPass
 from lightning_prune.walk.passes import Finding
 
@@ -30,10 +29,7 @@ def second_order_term(weight: Tensor, sample_gradient: Tensor) -> Tensor:
 
 
 class TaylorPass(BackwardPass):
-    """I(G) = Σ |w·g| over every weight of the group, with ``second_order`` plus Σ ½·w²·h.
-
-    ``priors``: also what the loss would gain without the layer and its blocks (``removal_slopes``).
-    """
+    """I(G) = Σ |w·g| over every weight of the group, with ``second_order`` plus Σ ½·w²·h."""
 
     name = "importance"
 
@@ -44,7 +40,6 @@ class TaylorPass(BackwardPass):
     def watch(self, view: LayerAnatomy) -> None:
         """One layer's accumulators."""
         self.gradients = LayerGradients(view, second_order_term if self.second_order else None)
-        self.slopes = RemovalSlopes().to(self.model.device) if self.priors else None
 
     def expect(self, samples: int, tokens: int) -> None:
         """Tell the accumulators."""
@@ -61,8 +56,4 @@ class TaylorPass(BackwardPass):
             groups = groups + sum(gradients.terms_of(role) for role in ("query", "key", "value", "output"))
             channels = channels + sum(gradients.terms_of(role) for role in ("gate", "up", "down"))
         del self.gradients
-        found = {"attention": groups, "mlp": channels}
-        if self.slopes is not None:
-            self.slopes.raise_if_not_finite(f"layer {view.index}, loss increase without its pieces")
-            found["delta"] = self.slopes.reduced().cpu()
-        return found
+        return {"attention": groups, "mlp": channels}

@@ -21,11 +21,11 @@ class BackwardPass(Pass):
 
     Attributes:
         per_sample: differentiate one sample at a time, for statistics of single samples' gradients.
-        slopes: what the loss would gain without the open layer's pieces; None: not asked for.
+        priors: also leave what the loss would gain without the layer and its blocks, as ``delta`` ``[3]``.
     """
 
     per_sample = False
-    slopes: RemovalSlopes | None = None
+    priors = False
 
     def steps(self, num_layers: int) -> list[Step]:
         """Two steps per layer: forward in order, backward in reverse."""
@@ -55,6 +55,7 @@ class BackwardPass(Pass):
         self.seen = 0
         if step.phase == "backward":
             self.watch(self.view(step))
+            self.slopes = RemovalSlopes().to(self.model.device) if self.priors else None
 
     def batch(self, step: Step, batch: Batch) -> None:
         """Forward: keep the output. Backward: differentiate."""
@@ -80,7 +81,11 @@ class BackwardPass(Pass):
         if step.phase == "forward":
             return {}
         with torch.no_grad():
-            return self.conclude(self.view(step))
+            found = self.conclude(self.view(step))
+            if self.slopes is not None:
+                self.slopes.raise_if_not_finite(f"layer {step.layer}, loss increase without its pieces")
+                found["delta"] = self.slopes.reduced().cpu()
+        return found
 
     def advance(self, step: Step) -> None:
         """The layer's boundary is not needed any more."""
