@@ -12,7 +12,7 @@ from tests.tiny import make_tiny, tiny_tokens
 
 
 def reference(model: PreTrainedModel, tokens: Tensor) -> list[list[Tensor]]:
-    """Of every layer: I of its groups and of its channels, from masks per sample, token and unit that take gradients."""
+    """Of every layer: I of groups and of channels, from masks per sample, token and unit that take gradients."""
     model = copy.deepcopy(model).double()
     masks: list[list[Tensor]] = []
 
