@@ -139,6 +139,11 @@ class PruningMethod(LayeredModule):
         return self._views
 
     @property
+    def uneven(self) -> bool:
+        """Whether layers end up with widths of their own."""
+        return True
+
+    @property
     def requested_ratio(self) -> float | None:
         """The pruning ratio that was asked for; None where something else was."""
         return self.pruning_ratio

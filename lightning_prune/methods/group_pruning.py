@@ -81,6 +81,11 @@ class GroupPruning(RefittingMethod):
         self._step = steps
 
     @property
+    def uneven(self) -> bool:
+        """Unless every layer loses the same share."""
+        return self.allocation == "global"
+
+    @property
     def requested_ratio(self) -> float | None:
         """Of the step that is being made; at last the whole."""
         return float(Fraction(str(self.pruning_ratio)) * self._step / self.steps)

@@ -5,8 +5,8 @@ Every group G of every layer gets one final score, and all groups are ranked tog
     final(G) = S(G) · B(G)^T,   S(G) = I(G) / cost(G)
 
 I is the importance (``taylor``, ``taylor_2nd``, ``fisher``, ``wanda``, ``magnitude``), cost the parameters that
-leave with G. B is the depth prior: how much the loss grows without G's whole layer, or without its block where the layer
-matters (gate τ).
+leave with G. B is the depth prior: how much the loss grows without G's whole layer, or without its block where the
+layer matters (gate τ).
 """
 
 from collections.abc import Callable

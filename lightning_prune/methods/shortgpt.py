@@ -87,6 +87,11 @@ class ShortGPT(RefittingMethod):
         self.at_most = at_most
 
     @property
+    def uneven(self) -> bool:
+        """Layers go whole."""
+        return False
+
+    @property
     def requested_ratio(self) -> float | None:
         """None where a number of layers was asked for."""
         return self.pruning_ratio if self.n_remove_layers is None else None

@@ -114,7 +114,7 @@ def estimate(
     for phase in runs[-1].phases:
         use = _at(runs, phase, layers)
         if phase == "evaluate" and not shapes.gpu and shapes.dtype.itemsize == 2:  # of the pruned model
-            use.host += min(KERNELS, KERNELS_PER_LAYER * layers) * KERNEL_BYTES
+            use.host += min(KERNELS, KERNELS_PER_LAYER * (layers if method.uneven else 1)) * KERNEL_BYTES
         peaks.append((phase, *_placed(use, shapes.gpu and phase != "save", limits, held)))
     pruned = int(method.dense_parameters * (1 - (method.requested_ratio or 0.0))) * shapes.saved.itemsize
     device = max(peaks, key=lambda peak: peak[1])

@@ -13,7 +13,7 @@ from lightning_prune import methods
 from lightning_prune.cli import main
 from lightning_prune.preflight import place as place_module
 from lightning_prune.preflight.dry_run import DryRun, PhaseUse, Shapes, Solves, dry_run
-from lightning_prune.preflight.estimate import Estimate, _at, _polynomial
+from lightning_prune.preflight.estimate import KERNEL_BYTES, KERNELS_PER_LAYER, Estimate, _at, _polynomial
 from lightning_prune.preflight.ledger import Ledger
 from lightning_prune.preflight.workload import Workload
 from tests.tiny import tiny_config
@@ -123,6 +123,21 @@ def test_a_few_layers_tell_about_many() -> None:
         found: PhaseUse = _at(runs, phase, 5)
         assert +found.stores == +use.stores, phase
         assert found.work == pytest.approx(use.work, rel=0.02), phase
+
+
+def test_half_precision_kernels_count_once_where_all_layers_are_alike(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_config(layers=LAYERS).save_pretrained(tmp_path)
+    np.save(tmp_path / "tokens.npy", np.zeros((SAMPLES, LENGTH), dtype=np.int64))
+    words = ["--model.pretrained", str(tmp_path), "--data.dataset", str(tmp_path / "tokens.npy"), "--json"]
+    words += ["--data.eval_datasets", str([str(tmp_path / "tokens.npy")]), "--trainer.precision", "bf16-true"]
+    host = {}
+    for allocation in ("global", "uniform"):
+        main(["check", "--config", "wanda", "--model.allocation", allocation, *words, "--trainer.accelerator", "cpu"])
+        host[allocation] = json.loads(capsys.readouterr().out)[0]["host_bytes"]
+    more = (LAYERS - 1) * KERNELS_PER_LAYER * KERNEL_BYTES
+    assert host["global"] - host["uniform"] == pytest.approx(more, rel=0.05)
 
 
 def test_check_needs_a_config_alone_and_says_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
