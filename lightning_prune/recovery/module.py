@@ -169,7 +169,8 @@ class Recovery(L.LightningModule):
                 f"--model.teacher: '{name}' has {teacher.config.vocab_size} tokens in its vocabulary, the pruned model "
                 f"{vocab_size}. Give the dense model that was pruned."
             )
-        return teacher.requires_grad_(False)
+        teacher.requires_grad_(False)
+        return teacher
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Cast frozen parameters only: in half precisions rotary tables and what is trained stay fp32."""
@@ -180,7 +181,7 @@ class Recovery(L.LightningModule):
                 return moved
             return tensor.to(moved.device)
 
-        return super()._apply(guarded, recurse)
+        return super()._apply(guarded, recurse)  # type: ignore[no-untyped-call]
 
     # The life cycle, in the order Lightning calls it
 
