@@ -18,6 +18,7 @@ COMMANDS = {
     "check": "what a run would take in memory, disk and work, and whether it fits, without reading weights",
     "decide": "another ratio or option from a finished run's scores, without calibrating",
     "tune": "choose a method's options on calibration samples that it did not measure on",
+    "recover": "train a pruned model to give back what pruning took: LoRA or all weights",
     "test": "measure the perplexity of any dense or pruned model",
     "evaluate": "what a pruned model costs to run, and its zero-shot accuracy",
     "compare": "run an experiment over methods and ratios, or audit and compare runs that exist",

@@ -7,8 +7,9 @@ import os
 import sys
 import traceback
 import warnings
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
+import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -30,6 +31,7 @@ from lightning_prune.shipped_configs import with_config_files
 from lightning_prune.walk.module import LayeredModule
 
 DEFAULT_ROOT = "logs"
+RESUMABLE = ("fit", "recover")
 
 
 class Parser(LightningArgumentParser):
@@ -52,8 +54,18 @@ class Parser(LightningArgumentParser):
 class PruneCLI(LightningCLI):
     """Parses and builds trainer, model and data; the command runs them."""
 
+    data_class: type[L.LightningDataModule] = CalibrationDataModule
+    defaults: ClassVar[dict[str, Any]] = {
+        "max_epochs": 1,
+        "enable_checkpointing": False,
+        "num_sanity_val_steps": 0,
+        "enable_model_summary": False,
+        "default_root_dir": DEFAULT_ROOT,
+        "devices": 1,
+    }
+
     def __init__(
-        self, argv: list[str] | dict[str, Any], model_class: type[LayeredModule], subclasses: bool, command: str
+        self, argv: list[str] | dict[str, Any], model_class: type[L.LightningModule], subclasses: bool, command: str
     ) -> None:
         quiet()
         self._command = command
@@ -67,11 +79,11 @@ class PruneCLI(LightningCLI):
             raise UserError(unusable_value(str(error))) from None
 
     def _parse_and_build(
-        self, argv: list[str] | dict[str, Any], model_class: type[LayeredModule], subclasses: bool, command: str
+        self, argv: list[str] | dict[str, Any], model_class: type[L.LightningModule], subclasses: bool, command: str
     ) -> None:
         super().__init__(
             model_class,
-            CalibrationDataModule,
+            self.data_class,
             subclass_mode_model=subclasses,
             save_config_callback=None,
             parser_class=Parser,
@@ -79,17 +91,10 @@ class PruneCLI(LightningCLI):
                 "allow_abbrev": False,  # --data.num_sample is a mistake, not num_samples
                 "prog": f"lightning-prune {command}",
                 "usage": f"lightning-prune {command} [--config FILE ...] [--model.OPTION VALUE] [--data.OPTION VALUE] "
-                f"[--trainer.OPTION VALUE]{' [--resume]' if command == 'fit' else ''}",
+                f"[--trainer.OPTION VALUE]{' [--resume]' if command in RESUMABLE else ''}",
                 "description": _DESCRIPTION[command],
             },
-            trainer_defaults={
-                "max_epochs": 1,
-                "enable_checkpointing": False,
-                "num_sanity_val_steps": 0,
-                "enable_model_summary": False,
-                "default_root_dir": DEFAULT_ROOT,
-                "devices": 1,
-            },
+            trainer_defaults=self.defaults,
             seed_everything_default=0,
             auto_configure_optimizers=False,
             run=False,
@@ -118,15 +123,16 @@ class PruneCLI(LightningCLI):
         check_values(self.config)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The tokenizer is the model's; only ``fit`` can go on with a run."""
+        """The tokenizer is the model's; only ``fit`` and ``recover`` can go on with a run."""
         source = "model.init_args.pretrained" if self.subclass_mode_model else "model.pretrained"
         parser.link_arguments(source, "data.tokenizer")
-        if self._command == "fit":
+        if self._command in RESUMABLE:
             parser.add_argument(
                 "--resume",
                 action="store_true",
                 help="go on with the newest unfinished run of the same model, calibration set and options, at the "
-                "first layer that is not finished; the result is that of an undisturbed run",
+                "first layer that is not finished (recover: the last saved state); the result is that of an "
+                "undisturbed run",
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
@@ -239,6 +245,12 @@ _DESCRIPTION = {
     "decide": (
         "Make another pruning decision from the scores of a finished run, without calibrating: "
         "lightning-prune decide --run logs/wanda/version_0 --model.pruning_ratio 0.3."
+    ),
+    "recover": (
+        "Train what pruning left, on text and by what the dense model predicts, and measure what that gave back. Start "
+        "from a shipped configuration: lightning-prune recover --config recover_lora --model.pretrained "
+        "logs/wanda/version_0/pruned. Options of the training are --model.OPTION, those of the text --data.OPTION, "
+        "those of Lightning --trainer.OPTION: --trainer.max_time 00:00:10:00 ends it after ten minutes."
     ),
     "test": (
         "Measure the perplexity of a dense or pruned model with the protocol of the pruning runs: "

@@ -30,7 +30,9 @@ def spent(run: Run, phases: Sequence[str]) -> float | None:
 
 def pruning(run: Run) -> float | None:
     """Seconds of deciding, solving, cutting and saving: everything but calibration and what all methods share."""
-    return spent(run, [phase for phase in run.seconds if phase not in (*CALIBRATE, *COMMON)])
+    seconds = run.seconds if run.recovery is None else run.measured_seconds  # training stands in a table of its own
+    found = [seconds[phase] for phase in seconds if phase not in (*CALIBRATE, *COMMON)]
+    return sum(found) if found else None
 
 
 def calibration(run: Run) -> float | None:

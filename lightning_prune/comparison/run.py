@@ -25,6 +25,7 @@ class Run:
     details: dict[str, Any]
     units: ScoreTable
     options: dict[str, Any] = field(default_factory=dict)  # the method's, as in config.yaml
+    recovery: dict[str, Any] | None = None  # of a run that trained what another one had pruned
 
     @property
     def requested(self) -> float:
@@ -137,6 +138,7 @@ def load_run(folder: Path) -> Run:
         details=as_dict(run.details),
         units=run.scores,
         options=_options(folder),
+        recovery=None if run.recovery is None else as_dict(run.recovery),
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lightning_prune.comparison import costs, precision
+from lightning_prune.comparison import costs, precision, recovery
 from lightning_prune.comparison.audit import Audit
 from lightning_prune.comparison.tables import (
     Row,
@@ -50,6 +50,8 @@ def sections(audit: Audit, failures: Sequence[Failure]) -> list[Section]:
         )
         found.append(Section("Unusable models", [text], unusable))
     runs = [run for group in audit.groups for run in group.all]
+    if trained := recovery.table(runs):
+        found.append(Section("Recovery", [recovery.TEXT], tables=[("", recovery.COLUMNS, trained)]))
     if pairs := precision.pairs(runs):
         text = (
             f"Runs beside the run in {precision.FULL} with the same method, options, ratio, base model and "

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lightning_prune.comparison import costs
 from lightning_prune.comparison.audit import Audit, Group
+from lightning_prune.comparison.recovery import before
 from lightning_prune.comparison.run import Run
 from lightning_prune.escape import markdown, plain, public_name
 from lightning_prune.escape import markdown_table as pipe_table
@@ -41,6 +42,10 @@ CSV_COLUMNS = (
     "seconds_load",
     "seconds_tokenise",
     "seconds_total",
+    "recovered_from",
+    "perplexity_before_recovery",
+    "tokens_seen",
+    "seconds_train",
     "peak_memory_bytes",
     "folder",
     "message",
@@ -184,6 +189,9 @@ def _csv_row(index: int, group: Group, run: Run, name: str) -> dict[str, object]
         "seconds_load": costs.spent(run, ("load",)),
         "seconds_tokenise": costs.spent(run, ("tokenise",)),
         "seconds_total": run.seconds.get("total"),
+        "recovered_from": "" if run.recovery is None else run.recovery["parent"],
+        "tokens_seen": None if run.recovery is None else run.recovery["tokens_seen"],
+        "seconds_train": None if run.recovery is None else run.recovery["seconds"],
         "peak_memory_bytes": run.peak_memory_bytes,
         "folder": run.folder,
     }
@@ -197,6 +205,7 @@ def _csv_row(index: int, group: Group, run: Run, name: str) -> dict[str, object]
             "verdict": run.verdict(name),
             "predicted_tokens": run.predicted_tokens(name),
             "evaluation_seq_len": manifest.get("seq_len", ""),
+            "perplexity_before_recovery": before(run, name),
         }
     return row
 

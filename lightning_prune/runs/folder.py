@@ -37,6 +37,7 @@ from lightning_prune.runs.records import (
     EvaluationMetrics,
     MethodDetails,
     NoCalibration,
+    Recovered,
     RunMetrics,
 )
 from lightning_prune.runs.score_table import COLUMNS, ScoreTable
@@ -44,6 +45,7 @@ from lightning_prune.runs.tidy import (
     FINDINGS,
     METRICS,
     STARTED,
+    TRAINING,
     UNFINISHED,
     forget_findings,
     is_finished,
@@ -57,6 +59,7 @@ from lightning_prune.validation import parse_json, read_json
 
 ROOT_OPTION = "--trainer.default_root_dir"
 PRUNED = "pruned"
+RECOVERY = "recovery.json"
 REPORTS = "comparison"  # the name under which ``compare`` leaves reports below a root
 REQUIRED = (METRICS, "config.yaml", "scores.csv", "plan.json", "method.json", "calibration.json", "environment.json")
 LABEL = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
@@ -95,6 +98,7 @@ class FinishedRun:
     calibration: Calibration | None
     plan: PruningPlan
     option: str
+    recovery: Recovered | None = None  # where it trained what another run had pruned
 
     @cached_property
     def scores(self) -> ScoreTable:
@@ -223,7 +227,10 @@ class RunFolder:
                 self._finish()
                 return
             if self.can_go_on:
-                error.add_note(f"'lightning-prune fit --config {self.path}/config.yaml --resume' goes on from there")
+                command = "recover" if (self.path / TRAINING).is_dir() else "fit"
+                error.add_note(
+                    f"'lightning-prune {command} --config {self.path}/config.yaml --resume' goes on from there"
+                )
             if self._lock is not None:
                 self._lock.release()
             return
@@ -251,8 +258,8 @@ class RunFolder:
 
     @property
     def can_go_on(self) -> bool:
-        """Whether ``fit --resume`` can take this unfinished run up."""
-        return (self.path / STARTED).is_file() and (self.path / FINDINGS).is_dir()
+        """Whether ``fit --resume`` or ``recover --resume`` can take this unfinished run up."""
+        return (self.path / STARTED).is_file() and any((self.path / name).is_dir() for name in (FINDINGS, TRAINING))
 
     @property
     def leftovers(self) -> list[str]:
@@ -275,6 +282,10 @@ class RunFolder:
         ScoreTable(**{name: columns[name] for name in COLUMNS}).save(self.path / "scores.csv")
         plan.save(self.path / "plan.json")
         self._write_json("method.json", details, MethodDetails)
+
+    def write_recovery(self, facts: dict[str, Any]) -> None:
+        """``recovery.json``: what a run trained, on what, and what it gave back."""
+        self._write_json(RECOVERY, facts, Recovered)
 
     def write_results(self, calibration: dict[str, Any], environment: dict[str, Any], metrics: dict[str, Any]) -> None:
         """The records of a pruning run; ``metrics.json`` comes last and means a finished run."""
@@ -332,6 +343,7 @@ class RunFolder:
             calibration=calibration if reads_data else None,
             plan=PruningPlan.load(path / "plan.json", option),
             option=option,
+            recovery=read(RECOVERY, Recovered) if os.path.lexists(path / RECOVERY) else None,
         )
         if run.plan.parameters != run.metrics.parameters.model_dump():
             raise UserError(f"{option}: plan.json and metrics.json in '{path}' are of different runs. {hint}")

@@ -183,6 +183,53 @@ class MethodDetails(_Open):
     label: str
     measured_by: str | None = None
     prior: Priors | None = None
+    zeroed_weights: Count | None = None
+
+
+class TrainingText(_Open):
+    """What a recovery trained on: windows of ``seq_len`` tokens, the held-out ones not counted in ``windows``."""
+
+    dataset: str
+    configuration: str | None
+    split: str
+    revision: str | None
+    text_sha256: str | None
+    tokenizer_sha256: str | None
+    seq_len: Count
+    windows: Count
+    held_out_windows: Count
+    seed: Count
+    fingerprint: str
+
+
+class HeldOutLoss(_Record):
+    """Nats per token on the held-out share of the training text; ``after`` is of the state that was kept."""
+
+    before: float
+    after: float
+
+
+class Recovered(_Open):
+    """``recovery.json`` of a run that trained a pruned model.
+
+    ``parent`` is the folder of the run that pruned, ``perplexity`` that run's pruned model on every evaluation set.
+    ``tokens_seen`` and ``seconds`` are those of all training, also of what came after the state that was kept.
+    """
+
+    parent: str
+    parent_label: str
+    train: Literal["lora", "all"]
+    teacher: str | None
+    precision: str
+    trainable_parameters: Count
+    steps: Count
+    tokens_seen: Count
+    seconds: Seconds
+    stopped_by: Literal["epochs", "steps", "time", "held-out loss"]
+    held_out_loss: HeldOutLoss
+    perplexity: dict[str, PerplexityValue | None]
+    zeroed_weights: Count | None
+    text: TrainingText
 
 
 def as_dict(record: BaseModel) -> dict[str, Any]:

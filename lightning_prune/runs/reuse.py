@@ -1,5 +1,7 @@
 """What a finished run measured, handed to a method that decides again, after checking that it is about this model."""
 
+from typing import Literal
+
 import numpy as np
 import torch
 
@@ -48,15 +50,17 @@ def reuse(method: PruningMethod, run: FinishedRun) -> None:
         ) from None
 
 
-def known_perplexities(run: FinishedRun, data: CalibrationDataModule) -> dict[str, PerplexityResult] | None:
-    """Those of the dense model, if they were measured on exactly these evaluation sets."""
+def known_perplexities(
+    run: FinishedRun, data: CalibrationDataModule, which: Literal["dense", "pruned"] = "dense"
+) -> dict[str, PerplexityResult] | None:
+    """Those of the dense or of the pruned model, if they were measured on exactly these evaluation sets."""
     before = {name: item.fingerprint for name, item in run.metrics.evaluation.items()}
     if before != {item.name: item.manifest["fingerprint"] for item in data.evaluation}:
         return None
     found = {
-        name: PerplexityResult(item.dense, item.tokens)
+        name: PerplexityResult(value, item.tokens)
         for name, item in run.metrics.perplexity.items()
-        if item.dense is not None
+        if (value := item.dense if which == "dense" else item.pruned) is not None
     }
     return found if found.keys() == before.keys() else None
 

@@ -62,8 +62,8 @@ def prune_and_record(
     again: Path | None = None
     if resume and trainer.is_global_zero:
         again = unfinished_run(Path(trainer.default_root_dir), method.label, _facts(trainer, method, data, config))
-    claimed = _claimed(trainer, method.label, config, again)
-    with claimed as folder, numerical_advice(trainer, method), closing(method.progress):
+    claim = claimed(trainer, method.label, config, again)
+    with claim as folder, numerical_advice(trainer, method), closing(method.progress):
         method.run_folder = folder
         facts = _facts(trainer, method, data, config)
         if folder is not None and method.saved is None:  # what is decided from scores is quickly decided again
@@ -119,7 +119,7 @@ def evaluate_and_record(
         UserError: a mistake in the input, or no evaluation set; nothing has been written then.
     """
     model.check_model()
-    with _claimed(trainer, "test", config) as folder, closing(model.progress):
+    with claimed(trainer, "test", config) as folder, closing(model.progress):
         data.needs_calibration = False
         data.setup("test")
         if not data.evaluation:
@@ -146,7 +146,7 @@ def evaluate_and_record(
 
 
 @contextmanager
-def _claimed(trainer: L.Trainer, label: str, config: str, again: Path | None = None) -> Iterator[RunFolder | None]:
+def claimed(trainer: L.Trainer, label: str, config: str, again: Path | None = None) -> Iterator[RunFolder | None]:
     """The run's folder on rank 0, which alone writes; None on the others. TensorBoard's events go there too."""
     root = Path(trainer.default_root_dir)
     claim: AbstractContextManager[RunFolder | None] = nullcontext()

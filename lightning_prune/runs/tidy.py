@@ -11,6 +11,7 @@ from lightning_prune.files import Lock, sweep
 UNFINISHED = "unfinished"
 STARTED = "started.json"  # what the findings of an unfinished run are made from
 FINDINGS = "findings"
+TRAINING = "training"  # states of a recovery that is under way
 METRICS = "metrics.json"
 # What a killed run cannot be continued from or learned from.
 WORTHLESS = re.compile(
@@ -27,7 +28,8 @@ def is_finished(path: Path) -> bool:
 def leftovers(path: Path) -> list[str]:
     """Names of what an unfinished run leaves that may still be of use: scores, a plan, a checkpoint, findings."""
     names = sorted(name for name in os.listdir(path) if not WORTHLESS.fullmatch(name))
-    return [name for name in names if name != FINDINGS or any((path / name).glob("step_*.safetensors"))]
+    states = {FINDINGS: "step_*.safetensors", TRAINING: "*.ckpt"}
+    return [name for name in names if name not in states or any((path / name).glob(states[name]))]
 
 
 def version(name: str) -> int:
@@ -73,7 +75,8 @@ def sweep_runs(parent: Path) -> None:
 
 def forget_findings(path: Path) -> None:
     """Remove what only a run that goes on needs."""
-    shutil.rmtree(path / FINDINGS, ignore_errors=True)
+    for name in (FINDINGS, TRAINING):
+        shutil.rmtree(path / name, ignore_errors=True)
     (path / STARTED).unlink(missing_ok=True)
 
 

@@ -26,6 +26,10 @@ def main(argv: list[str]) -> int:
     """
     arguments, options = _parser().parse_known_args(argv)
     run = RunFolder.open(arguments.run, "--run")
+    if run.recovery is not None:
+        raise UserError(
+            f"--run: '{run.path}' trained what another run had pruned. Decide from that one: '{run.recovery.parent}'."
+        )
     RunFolder.read_config(run.path, "--run")
     _ = run.scores  # a damaged table does not wait for torch either
 
