@@ -169,8 +169,8 @@ class Recovery(L.LightningModule):
                 f"--model.teacher: '{name}' has {teacher.config.vocab_size} tokens in its vocabulary, the pruned model "
                 f"{vocab_size}. Give the dense model that was pruned."
             )
-        teacher.requires_grad_(False)
-        return teacher
+        frozen: nn.Module = teacher.requires_grad_(False)
+        return frozen
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Cast frozen parameters only: in half precisions rotary tables and what is trained stay fp32."""

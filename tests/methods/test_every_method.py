@@ -32,8 +32,8 @@ KINDS = {  # of attention, by KV heads for 4 query heads
 }
 KINDS |= {family: {"family": family} for family in EVERY_FAMILY if family not in FAMILIES}
 every_system = pytest.mark.parametrize("system", SYSTEMS)
-# A family changes what the walk runs, not what a method makes of it: those that are no plain Llamas meet the systems that
-# are promised for every family, and one more kind of pass.
+# A family changes what the walk runs, not what a method makes of it: those that are no plain Llamas meet the systems
+# that are promised for every family, and one more kind of pass.
 EVERYWHERE = ("magnitude", "wanda", "hgsp_taylor", "hgsp_wanda", "slimgpt", "shortgpt", "hgsp_taylor_refit")
 OTHER_FAMILIES = EVERY_FAMILY[len(FAMILIES) :]
 every_system_and_kind = pytest.mark.parametrize(
