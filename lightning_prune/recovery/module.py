@@ -199,7 +199,9 @@ class Recovery(L.LightningModule):
             )
         ]
         if not any(isinstance(one, EarlyStopping) for one in self.trainer.callbacks):  # type: ignore[attr-defined]
-            found.append(EarlyStopping(HELD_OUT, mode="min", patience=self.patience))
+            # Behind a held-out loss only: training may end within an epoch, which then has none.
+            stopping = EarlyStopping(HELD_OUT, mode="min", patience=self.patience, check_on_train_epoch_end=False)
+            found.append(stopping)
         if self.trainer.loggers:
             found.append(LearningRateMonitor("step"))
         return found
@@ -275,12 +277,22 @@ class Recovery(L.LightningModule):
         """Wall-clock seconds of training so far, held-out loss included, over all processes of this run."""
         return self.seconds_before + time.perf_counter() - self._started
 
-    def take_best(self) -> None:
-        """Put the state of the lowest held-out loss into the model."""
+    def take_best(self, loss: float) -> float:
+        """Put the state of the lowest held-out loss into the model, unless it is there already.
+
+        Args:
+            loss: of the state that is there.
+
+        Returns:
+            The lower of both losses.
+        """
         best = self.training_folder / f"{BEST}.ckpt"
-        if best.is_file():
-            found = torch.load(best, map_location="cpu", weights_only=True)
-            self.load_state_dict(found["state_dict"], strict=False)
+        score = _score_of(self.trainer)
+        if score is None or score >= loss or not best.is_file():
+            return loss
+        found = torch.load(best, map_location="cpu", weights_only=True)
+        self.load_state_dict(found["state_dict"], strict=False)
+        return score
 
     @property
     def trainable_parameters(self) -> int:
@@ -298,6 +310,14 @@ class Recovery(L.LightningModule):
         state = {name: parameter.detach().cpu() for name, parameter in net.named_parameters()}
         self._net, self._teacher = None, []
         return state, zeroed
+
+
+def _score_of(trainer: L.Trainer) -> float | None:
+    """The held-out loss of the best state that was kept."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, ModelCheckpoint) and callback.best_model_score is not None:
+            return float(callback.best_model_score)
+    return None
 
 
 def _next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
