@@ -29,18 +29,21 @@ def test_commands_of_the_readme_run_in_their_order(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     mine = [command for command in commands() if not any(word in command for word in ELSEWHERE)]
-    assert [command.split()[1] for command in mine] == ["fit", "test", "apply", "decide", "evaluate", "mend", "export"]
+    expected = ["fit", "test", "apply", "decide", "evaluate", "mend", "export", "fit", "tune", "recover"]
+    assert [command.split()[1] for command in mine] == expected
     for command in mine:
         arguments = shlex.split(command)[1:]
         if arguments[0] == "apply":
             arguments[-1] = str(tmp_path / "pruned")
         if arguments[0] == "export":
             arguments[-1] = str(tmp_path / "padded")
+        if arguments[0] == "tune":
+            arguments[arguments.index("--output") + 1] = str(tmp_path / "tuned.yaml")
         if arguments[0] == "evaluate":
             arguments += ["--batch-sizes", "1", "--repeats", "1", "--prompt-length", "8", "--decode-length", "4"]
         assert main(arguments) == 0, command
         out = capsys.readouterr().out.strip().splitlines()
-        if arguments[0] in ("fit", "apply", "decide"):
+        if arguments[0] in ("fit", "apply", "decide", "recover"):
             assert out[-1].startswith("pruned model: ")
     weights = tmp_path / "logs" / "wanda" / "version_0" / "pruned" / "model.safetensors"
     assert weights.read_bytes() == (tmp_path / "pruned" / "model.safetensors").read_bytes()
@@ -54,7 +57,7 @@ def test_every_readme_command_names_files_that_exist() -> None:
 
 @pytest.mark.parametrize(
     "file",
-    sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith("compare")),
+    sorted(path for path in (ROOT / "configs").glob("*.yaml") if not path.name.startswith(("compare", "recover"))),
     ids=lambda p: p.stem,
 )
 def test_shipped_configurations_build_their_method_and_leave_the_calibration_defaults_alone(file: Path) -> None:

@@ -42,6 +42,11 @@ class RefittingMethod(PruningMethod):
         self.refit_damping = refit_damping
         self.needs_calibration = type(self).needs_calibration or refit != "none"
 
+    @property
+    def label(self) -> str:
+        """Another system than the one without a refit."""
+        return self._label or (self.method if self.refit == "none" else f"{self.method}_refit")
+
     def reuse(self, saved: SavedMeasurement) -> None:
         """A refit reads the calibration set even where the scores are known."""
         super().reuse(saved)
