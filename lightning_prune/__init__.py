@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from lightning_prune.errors import UserError
+    from lightning_prune.python.calibration import calibration_set
+    from lightning_prune.python.commands import apply, compare, evaluate, prune
+    from lightning_prune.python.pruned import PrunedModel
+
 __version__ = "0.1.0"
-__all__ = ["__version__", "load"]
+__all__ = [
+    "PrunedModel",
+    "UserError",
+    "__version__",
+    "apply",
+    "calibration_set",
+    "compare",
+    "evaluate",
+    "load",
+    "prune",
+]
+
+_HOME = {  # imported when they are asked for: torch, transformers and Lightning take seconds
+    "PrunedModel": "python.pruned",
+    "UserError": "errors",
+    "apply": "python.commands",
+    "calibration_set": "python.calibration",
+    "compare": "python.commands",
+    "evaluate": "python.commands",
+    "prune": "python.commands",
+}
 
 
 def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -26,3 +52,13 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     from lightning_prune.models.loading import load_model  # torch and transformers take seconds to import
 
     return load_model(str(path), dtype)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f"lightning_prune.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""The commands as functions: the same configurations, runs and folders, exceptions instead of exit codes."""

@@ -1,0 +1,214 @@
+"""``prune``, ``evaluate``, ``compare`` and ``apply``, each through what its command runs."""
+
+import contextlib
+import io
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd  # type: ignore[import-untyped]
+import yaml
+from transformers import PreTrainedModel
+
+from lightning_prune.cli.experiment import build
+from lightning_prune.cli.lightning_cli import PruneCLI
+from lightning_prune.comparison import costs
+from lightning_prune.comparison.audit import audit
+from lightning_prune.comparison.run import load_run
+from lightning_prune.errors import UserError
+from lightning_prune.python.calibration import as_dataset
+from lightning_prune.python.pruned import PrunedModel
+from lightning_prune.runs.run import prune_and_record
+from lightning_prune.shipped_configs import config_file
+from lightning_prune.surgery.plan import PruningPlan
+from lightning_prune.walk.module import LayeredModule
+
+
+def prune(
+    model: str | Path | PreTrainedModel,
+    method: str = "hgsp_taylor",
+    pruning_ratio: float = 0.2,
+    calibration: Any = None,
+    *,
+    evaluate_on: Sequence[Any] = (),
+    folder: str | Path | None = None,
+    precision: str | None = None,
+    accelerator: str = "auto",
+    tokenizer: Any = None,
+    inplace: bool = False,
+    verbose: bool = True,
+    data: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> PrunedModel:
+    """Calibrate and prune, as ``lightning-prune fit --config <method>`` does.
+
+    Args:
+        model: folder, hub id (``demo`` is the model inside the package), or a loaded causal LM, whose weights are
+            written to a temporary folder first: calibration reads them layer by layer from there.
+        method: a shipped configuration (``wanda``, ``hgsp_taylor_refit``, …) or a YAML file.
+        pruning_ratio: share of all parameters to remove, embeddings and head included.
+        calibration: name of a corpus, a file, or token ids ``[N, L]`` (``calibration_set``). Default: as ``fit``.
+        evaluate_on: sets to measure perplexity on, each as ``calibration``. Default: none.
+        folder: root of run folders, which stay; None keeps the run as long as the result lives.
+        precision: of the trainer; by default ``32-true``, for a loaded model in half precision its own.
+        accelerator: of the trainer.
+        tokenizer: of a loaded model; needed where texts are read, and saved with the checkpoint.
+        inplace: turn the loaded ``model`` itself into the pruned one.
+        verbose: show a progress bar and what is printed.
+        data: further options of the calibration set (``seq_len``, ``batch_size``, …).
+        options: of the method, such as ``score_norm`` or ``refit``.
+
+    Raises:
+        UserError: a mistake in the arguments; nothing has been written then.
+        FloatingPointError: NaN or infinite values; says where.
+    """
+    loaded = isinstance(model, PreTrainedModel)
+    if inplace and not loaded:
+        raise UserError("inplace: only a model that is loaded can be turned into the pruned one.")
+    keep = tempfile.TemporaryDirectory(prefix="lightning-prune-")
+    work = Path(keep.name)
+    own = yaml.safe_load(config_file(method, option="method").read_text(encoding="utf-8"))
+    pretrained = str(model)
+    if isinstance(model, PreTrainedModel):
+        pretrained = str(_saved(model, tokenizer, work / "dense"))
+        precision = precision or {"bfloat16": "bf16-true", "float16": "16-true"}.get(str(model.dtype)[6:])
+    dataset = as_dataset(calibration, work, "calibration")
+    sets = [as_dataset(one, work, f"evaluation_{number}") for number, one in enumerate(evaluate_on)]
+    configuration = {
+        "model": {
+            "class_path": own["model"]["class_path"],
+            "init_args": {
+                **own["model"].get("init_args", {}),
+                "pretrained": pretrained,
+                "pruning_ratio": pruning_ratio,
+                **options,
+            },
+        },
+        "data": {
+            **own.get("data", {}),
+            **({} if dataset is None else {"dataset": dataset}),
+            "eval_datasets": sets,
+            **(data or {}),
+        },
+        "trainer": {
+            **({} if precision is None else {"precision": precision}),
+            "accelerator": accelerator,
+            "default_root_dir": str(work / "logs" if folder is None else folder),
+            "enable_progress_bar": verbose,
+            **({"logger": False} if folder is None else {}),
+        },
+    }
+    with _quiet(not verbose):
+        built = build(method, configuration)
+        path, _ = prune_and_record(built.trainer, built.model, built.datamodule, built.resolved_config)
+    found = PrunedModel(path, keep)
+    if inplace and isinstance(model, PreTrainedModel):
+        found.into(model)
+    return found
+
+
+def evaluate(
+    model: str | Path | PrunedModel,
+    on: Sequence[Any],
+    *,
+    seq_len: int = 128,
+    precision: str = "32-true",
+    accelerator: str = "auto",
+    verbose: bool = True,
+) -> dict[str, float]:
+    """Perplexity by evaluation set, with the protocol of ``lightning-prune test``.
+
+    Args:
+        model: folder, hub id, or what ``prune`` gave back.
+        on: corpora, files, or token ids ``[N, L]``.
+        seq_len: tokens per window of texts.
+        precision, accelerator: of the trainer.
+        verbose: show a progress bar.
+
+    Raises:
+        UserError: a mistake in the arguments, or nothing to evaluate on.
+    """
+    if not on:
+        raise UserError("on: nothing to evaluate on. Name at least one corpus, file or token array.")
+    source = model.folder / "pruned" if isinstance(model, PrunedModel) else model
+    with tempfile.TemporaryDirectory(prefix="lightning-prune-") as work, _quiet(not verbose):
+        sets = [as_dataset(one, Path(work), f"set_{number}") for number, one in enumerate(on)]
+        windows = {} if any(not isinstance(one, str | Path) for one in on) else {"eval_seq_len": seq_len}
+        configuration = {
+            "model": {"pretrained": str(source)},
+            "data": {"eval_datasets": sets, **windows},
+            "trainer": {
+                "precision": precision,
+                "accelerator": accelerator,
+                "logger": False,
+                "enable_progress_bar": verbose,
+                "default_root_dir": work,
+            },
+        }
+        cli = PruneCLI(configuration, LayeredModule, subclasses=False, command="test")
+        cli.model.check_model()
+        cli.datamodule.needs_calibration = False
+        cli.datamodule.setup("test")
+        cli.trainer.test(cli.model, cli.datamodule, verbose=False)
+        cli.model.close_model()
+        return {name: result.perplexity for name, result in cli.model.perplexity.items()}
+
+
+def compare(runs: Sequence[PrunedModel | str | Path]) -> pd.DataFrame:
+    """One row per run, best first within a ratio: what ``lightning-prune compare --runs`` shows, as a table.
+
+    ``attrs["differences"]`` lists what makes runs incomparable (other tokens, evaluation, base model or ratio).
+
+    Raises:
+        UserError: a folder that is no finished run, or none at all.
+    """
+    if not runs:
+        raise UserError("runs: nothing to compare.")
+    found = [load_run(one.folder if isinstance(one, PrunedModel) else Path(one)) for one in runs]
+    rows = []
+    for run in found:
+        row: dict[str, Any] = {"system": run.label, "ratio": run.requested, "achieved": run.achieved}
+        for name in run.sets:
+            row[f"perplexity {name}"] = run.perplexity(name)
+        rows.append(row | {"calibrate s": costs.calibration(run), "prune s": costs.pruning(run)})
+    table = pd.DataFrame(rows)
+    quality = [name for name in table.columns if name.startswith("perplexity ")]
+    table = table.sort_values(["ratio", *quality[:1]], ignore_index=True)
+    table.attrs["differences"] = [str(one) for one in audit(found).differences]
+    return table
+
+
+def apply(plan: PruningPlan | str | Path, model: str | Path, output: str | Path, *, verbose: bool = True) -> Path:
+    """Carry out a plan again, as ``lightning-prune apply`` does; returns ``output``.
+
+    Raises:
+        UserError: not a plan of this model, one whose method changed the weights it kept, or ``output`` is taken.
+    """
+    from lightning_prune.cli.commands.apply import main
+
+    with tempfile.TemporaryDirectory(prefix="lightning-prune-") as work, _quiet(not verbose):
+        path = Path(work) / "plan.json"
+        if isinstance(plan, PruningPlan):
+            plan.save(path)
+        else:
+            path = Path(plan)
+        main(["--plan", str(path), "--model", str(model), "--output", str(output)])
+    return Path(output)
+
+
+def _saved(model: PreTrainedModel, tokenizer: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def _quiet(quiet: bool) -> Iterator[None]:
+    """Nothing on stdout or stderr; what is raised says it all."""
+    if not quiet:
+        yield
+        return
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield

@@ -1,0 +1,132 @@
+"""The functions of ``import lightning_prune as lp`` give what the commands give."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+import lightning_prune as lp
+from lightning_prune.cli import main
+from tests.methods.running import save_base
+from tests.tiny import make_tiny, tiny_tokenizer, tiny_tokens
+
+CPU = {"accelerator": "cpu", "verbose": False}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("python") / "base"
+    tiny_tokenizer().save_pretrained(folder)
+    return save_base(make_tiny(layers=3), folder)
+
+
+def test_prune_leaves_what_fit_leaves(base: str, tmp_path: Path) -> None:
+    np.save(tmp_path / "tokens.npy", tiny_tokens(8, 16).numpy())
+    words = ["fit", "--config", "hgsp_taylor", "--model.pretrained", base, "--model.score_norm", "block"]
+    words += ["--model.pruning_ratio", "0.25", "--data.dataset", str(tmp_path / "tokens.npy"), "--data.eval_datasets"]
+    words += ["[]", "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(tmp_path / "logs")]
+    assert main(words) == 0
+    options = {"score_norm": "block", "calibration": tiny_tokens(8, 16), **CPU}
+    pruned = lp.prune(base, "hgsp_taylor", 0.25, **options)
+    theirs = tmp_path / "logs" / "hgsp_taylor" / "version_0"
+    for name in ("scores.csv", "pruned/model.safetensors"):
+        assert (pruned.folder / name).read_bytes() == (theirs / name).read_bytes(), name
+    assert pruned.plan.layers == lp.PrunedModel(theirs).plan.layers
+    assert len(pruned.scores) == 3 * (2 + 40)
+    assert int(pruned.scores["pruned"].sum()) == sum(
+        42 - len(layer.kept_kv_heads) - len(layer.kept_channels) for layer in pruned.plan.layers
+    )
+    assert pruned.metrics["pruning_ratio"]["achieved"] <= 0.25
+    pruned.save_pretrained(tmp_path / "copy")
+    tokens = tiny_tokens()
+    with torch.no_grad():
+        assert torch.equal(lp.load(tmp_path / "copy")(tokens).logits, pruned.model(tokens).logits)
+
+
+def test_a_loaded_model_becomes_the_pruned_one_in_place(base: str) -> None:
+    model = make_tiny(layers=3)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    pruned = lp.prune(model, "wanda", 0.25, tiny_tokens(8, 16), inplace=True, **CPU)
+    assert sum(parameter.numel() for parameter in model.parameters()) == pruned.plan.parameters["pruned"] < before
+    with torch.no_grad():
+        assert torch.equal(model(tiny_tokens()).logits, pruned.model(tiny_tokens()).logits)
+        model.generate(tiny_tokens(1, 4), max_new_tokens=3, pad_token_id=1)
+
+
+def test_a_temporary_run_goes_with_its_result_and_one_in_a_folder_stays(base: str, tmp_path: Path) -> None:
+    pruned = lp.prune(base, "magnitude", 0.2, **CPU)
+    folder = pruned.folder
+    assert folder.is_dir()
+    del pruned
+    assert not folder.exists()
+    kept = lp.prune(base, "magnitude", 0.2, folder=tmp_path / "logs", **CPU)
+    assert kept.folder == tmp_path / "logs" / "magnitude" / "version_0"
+
+
+def test_evaluate_and_compare_give_the_numbers_of_the_run(base: str) -> None:
+    tokens, held_out = tiny_tokens(8, 16), tiny_tokens(6, 16, seed=1)
+    runs = [lp.prune(base, name, 0.25, tokens, evaluate_on=[held_out], **CPU) for name in ("magnitude", "wanda")]
+    for run in runs:
+        ((dense, pruned),) = run.perplexity.values()
+        assert lp.evaluate(run, [held_out], **CPU) == {"set_0.npy": pytest.approx(pruned, rel=1e-6)}
+        assert lp.evaluate(base, [held_out], **CPU) == {"set_0.npy": pytest.approx(dense, rel=1e-6)}
+    table = lp.compare(runs)
+    assert set(table["system"]) == {"magnitude", "wanda"}
+    (quality,) = (name for name in table.columns if name.startswith("perplexity"))
+    assert list(table[quality]) == sorted(pruned for run in runs for _, pruned in run.perplexity.values())
+    assert "<table" in table._repr_html_()
+    assert "parameters" in repr(runs[0])
+
+
+def test_apply_makes_the_checkpoint_of_a_plan_again(base: str, tmp_path: Path) -> None:
+    run = lp.prune(base, "wanda", 0.25, tiny_tokens(8, 16), **CPU)
+    folder = lp.apply(run.plan, base, tmp_path / "again", verbose=False)
+    expected = (run.folder / "pruned" / "model.safetensors").read_bytes()
+    assert (folder / "model.safetensors").read_bytes() == expected
+
+
+def test_calibration_sets_from_text_a_dataset_and_token_ids(base: str) -> None:
+    texts = [" ".join(f"w{2 + (7 * i + j) % 90}" for j in range(50)) for i in range(6)]
+    one = lp.calibration_set("\n\n".join(texts), tiny_tokenizer(), num_samples=5, seq_len=16, seed=3)
+    assert one.shape == (5, 16)
+    assert torch.equal(lp.calibration_set(texts, base, 5, 16, seed=3), one)
+    rows = datasets.Dataset.from_dict({"text": texts})
+    assert torch.equal(lp.calibration_set(rows, base, 5, 16, seed=3), one)
+    stream = torch.tensor(tiny_tokenizer()("\n\n".join(texts))["input_ids"])
+    assert torch.equal(lp.calibration_set(stream, num_samples=5, seq_len=16, seed=3), one)
+    assert torch.equal(lp.calibration_set(tiny_tokens(4, 9).numpy()), tiny_tokens(4, 9))
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda base: lp.prune(base, "wandaa", **CPU), "no shipped configuration 'wandaa'"),
+        (lambda base: lp.prune(base, "wanda", 1.5, tiny_tokens(8, 16), **CPU), "--model.pruning_ratio: found 1.5"),
+        (lambda base: lp.prune(base, "wanda", temprature=1, **CPU), "temprature"),
+        (lambda base: lp.prune(base, "wanda", calibration=3, **CPU), "calibration: give the name"),
+        (lambda base: lp.prune(base, "wanda", inplace=True, **CPU), "inplace"),
+        (lambda base: lp.calibration_set("a b c"), "tokenizer: none given"),
+        (lambda base: lp.calibration_set(torch.zeros(3)), "token ids are integers"),
+        (lambda base: lp.calibration_set({"a": 1}, base), "found dict"),
+        (lambda base: lp.evaluate(base, []), "nothing to evaluate on"),
+        (lambda base: lp.compare([]), "nothing to compare"),
+        (lambda base: lp.compare([base]), "run"),
+    ],
+)
+def test_mistakes_raise_one_error_and_print_nothing(base: str, call, says: str, capfd: pytest.CaptureFixture) -> None:
+    with pytest.raises(lp.UserError, match=says):
+        call(base)
+    assert capfd.readouterr().out == ""
+
+
+def test_importing_the_package_imports_nothing_large() -> None:
+    code = (
+        "import lightning_prune, sys, json; print(json.dumps([m for m in ('torch', 'lightning') if m in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
