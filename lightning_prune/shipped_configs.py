@@ -41,15 +41,30 @@ def config_file(given: str | Path, beside: Path = Path(), option: str = "--confi
 
 
 def with_config_files(arguments: Sequence[str]) -> list[str]:
-    """A command line in which every ``--config`` names a file.
+    """A command line in which every ``--config`` names a file; ``--method`` says the same in other words.
 
     Raises:
         UserError: see ``config_file``.
     """
-    found = list(arguments)
+    found = [_as_config(argument) for argument in arguments]
     for index, argument in enumerate(found):
         if argument.startswith("--config="):
             found[index] = f"--config={config_file(argument.partition('=')[2])}"
         elif index and found[index - 1] == "--config":
             found[index] = str(config_file(argument))
+    return found
+
+
+def _as_config(argument: str) -> str:
+    option, equals, value = argument.partition("=")
+    return f"--config{equals}{value}" if option == "--method" else argument
+
+
+def described() -> dict[str, str]:
+    """The first sentence of each shipped configuration of a method, by name."""
+    found = {}
+    for name in shipped_names():
+        text = (shipped_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+        if "class_path: lightning_prune.methods." in text and text.startswith("#"):
+            found[name] = text.splitlines()[0].removeprefix("#").strip().partition(". ")[0].rstrip(".") + "."
     return found

@@ -87,3 +87,19 @@ def test_every_system_of_a_shipped_experiment_builds_its_method(name: str) -> No
     for label in settings.systems:
         method = build(label, settings.configuration(label, settings.ratios[0])).model
         assert (method.label, method.pruning_ratio) == (label, settings.ratios[0])
+
+
+def test_method_is_another_word_for_config() -> None:
+    for words in (["--method", "wanda"], ["--method=wanda"]):
+        (*_, last) = with_config_files(words)
+        assert Path(last.removeprefix("--config=")).samefile(ROOT / "configs" / "wanda.yaml")
+    assert with_config_files(["--method", "wanda"])[0] == "--config"
+
+
+def test_methods_lists_every_shipped_method_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    own = [file.stem for file in (ROOT / "configs").glob("*.yaml") if "lightning_prune.methods." in file.read_text()]
+    own = [name for name in own if not name.startswith("compare")]
+    for name in own:
+        assert sum(line.split()[:1] == [name] for line in lines) == 1, name

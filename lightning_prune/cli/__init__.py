@@ -14,6 +14,7 @@ from lightning_prune.files import FULL
 from lightning_prune.signals import stoppable
 
 COMMANDS = {
+    "methods": "the methods there are, and the configuration to start each from",
     "fit": "calibrate, prune, save and evaluate one model with one method",
     "check": "what a run would take in memory, disk and work, and whether it fits, without reading weights",
     "decide": "another ratio or option from a finished run's scores, without calibrating",

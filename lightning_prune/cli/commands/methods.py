@@ -1,0 +1,34 @@
+"""``lightning-prune methods``: what there is to prune with."""
+
+from lightning_prune.cli.parser import PlainParser
+from lightning_prune.shipped_configs import described
+
+TITLE = "Methods, by the name that `lightning-prune fit --method NAME` takes:"
+PLAIN, REFITTED = "as their papers have them", "with what is kept refitted (docs/quality.md)"
+
+
+def main(argv: list[str]) -> int:
+    """Print every shipped method with the first line of its configuration."""
+    _parser().parse_args(argv)
+    found = described()
+    width = max(map(len, found))
+    print(TITLE)
+    for heading, refitted in ((PLAIN, False), (REFITTED, True)):
+        print(f"\n{heading}:")
+        for name, text in found.items():
+            if name.endswith("_refit") == refitted:
+                print(f"  {name:<{width}}  {text}")
+    print(
+        "\nMagnitude reads no data; Wanda, FLAP, ShortGPT and SlimGPT take one or two forwards of the calibration set, "
+        "Taylor and Fisher a backward,\nremoval priors about 3·L²/2 layer evaluations. "
+        "`lightning-prune check --method NAME` says what a run takes, and\n"
+        "`lightning-prune fit --model.help HGSP` lists options."
+    )
+    return 0
+
+
+def _parser() -> PlainParser:
+    return PlainParser(
+        prog="lightning-prune methods",
+        description="List the methods, what each removes and reads, and the configuration to start from.",
+    )
