@@ -47,7 +47,7 @@ PLACES = [
     ("lightning_prune.walk.backward:BackwardPass.batch", 24),
     ("lightning_prune.walk.wavefront:RemovalPass.batch", 12),
     ("lightning_prune.walk.findings:Findings.add", 24),
-    ("lightning_prune.methods.base:PruningMethod._decide", 1),
+    ("lightning_prune.methods.base:PruningMethod._end_stage", 1),
     ("lightning_prune.runs.folder:RunFolder.write_decision", 1),
     ("lightning_prune.surgery.write:_Shards.write", 30),
     ("lightning_prune.surgery.write:_check", 1),

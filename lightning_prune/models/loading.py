@@ -14,6 +14,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
@@ -183,10 +184,12 @@ def meta_model(config: PretrainedConfig, device: torch.device | None = None) -> 
         UserError: the config is inconsistent.
     """
     trouble = _user_error(config.name_or_path, "no model can be built from the config")
-    with quiet_transformers(), trouble, device or torch.device("meta"):
-        if config.is_heterogeneous:
-            return _auto_class(config)(config)  # type: ignore[no-any-return]
-        return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
+    # Buffers get their values when they are made; parameters get theirs from a checkpoint.
+    with quiet_transformers(), trouble, no_init_weights(), device or torch.device("meta"):
+        build = _auto_class(config) if config.is_heterogeneous else AutoModelForCausalLM.from_config
+        net: PreTrainedModel = build(config)
+    net.tie_weights()  # which transformers counts as a part of the initialisation
+    return net
 
 
 def generation_config(pretrained: str) -> GenerationConfig | None:

@@ -18,6 +18,7 @@ from lightning_prune.models.layered import LayeredModel, open_layered
 from lightning_prune.models.loading import generation_config, quiet_transformers, tokenizer_files
 from lightning_prune.surgery.self_check import check_checkpoint, compare_logits, probe_tokens
 
+LARGE = 64 * 2**20  # bytes of a checkpoint from which on collecting garbage is worth its time
 WHOLE_SHARE = 0.5  # of free host memory that a model may take to be checked whole
 SHARD_BYTES = 5 * 10**9
 SAFETENSORS_NAMES = {
@@ -90,9 +91,10 @@ def _check(model: LayeredModel, folder: Path, expected: Tensor) -> dict[str, Any
     if size <= WHOLE_SHARE * free_host_bytes():
         try:
             return check_checkpoint(folder, expected)
-        finally:  # the model that was read back refers to itself, and would still be there when perplexity is measured
-            gc.collect()
-            give_back_freed_memory()
+        finally:
+            if size > LARGE:  # what was read back refers to itself, and would be there when perplexity is measured
+                gc.collect()
+                give_back_freed_memory()
     read_back = open_layered(str(folder), model.dtype, expected.device)
     with torch.no_grad():
         hidden = read_back.embed(probe_tokens(model.config.vocab_size))

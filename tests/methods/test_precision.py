@@ -46,8 +46,10 @@ def test_half_precision_decides_as_single_but_for_rounding(shared: Any, system: 
     changed = float((before.pruned != after.pruned).double().mean())
     assert changed <= max(8 * ROUNDING[precision], 0.01), changed
     if system != "slimgpt":  # its errors depend on which units went before
-        # Four layers of some ten rounded steps each, most of which average out over a unit's weights.
-        torch.testing.assert_close(after.importance, before.importance, rtol=16 * ROUNDING[precision], atol=0)
+        # Four layers of some ten rounded steps each, most of which average out over a unit's weights; a square has
+        # twice the relative error.
+        steps = 32 if system == "hgsp_fisher" else 16
+        torch.testing.assert_close(after.importance, before.importance, rtol=steps * ROUNDING[precision], atol=0)
     values = [run.record.metrics["perplexity"]["e.npy"] for run in (full, half)]
     for which in ("dense", "pruned"):
         assert values[1][which] == pytest.approx(values[0][which], rel=0.05)

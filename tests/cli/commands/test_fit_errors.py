@@ -161,7 +161,7 @@ def test_mistake_ends_in_one_message(fit: Callable[..., str], mistake: str) -> N
         ("INPUTS/unknown_group.yaml", ["unknown option --modle.a"]),
         ("INPUTS/unknown_data.yaml", ["unknown option --data.num_sample.", "Did you mean --data.num_samples?"]),
         ("INPUTS/unknown_model.yaml", ["--model.pruning_ratoi", "Did you mean --model.pruning_ratio?"]),
-        ("INPUTS/unknown_class.yaml", ["unknown method 'lightning_prune.methods.Wandaa'", "Methods: HGSP"]),
+        ("INPUTS/unknown_class.yaml", ["unknown method 'lightning_prune.methods.Wandaa'", "Methods: FLAP, HGSP"]),
     ],
 )
 def test_mistake_in_a_configuration_file(
