@@ -159,14 +159,15 @@ class Recovery(L.LightningModule):
 
     def _load_teacher(self, name: str, dtype: torch.dtype, vocab_size: int) -> nn.Module:
         try:
-            teacher = load_model(name, dtype)
+            teacher: nn.Module = load_model(name, dtype)
         except UserError as error:
             raise UserError(
                 str(error).replace(OPTION, "--model.teacher") + " Or train without it: --model.distillation 0."
             ) from None
-        if teacher.config.vocab_size != vocab_size:
+        config: Any = teacher.config
+        if config.vocab_size != vocab_size:
             raise UserError(
-                f"--model.teacher: '{name}' has {teacher.config.vocab_size} tokens in its vocabulary, the pruned model "
+                f"--model.teacher: '{name}' has {config.vocab_size} tokens in its vocabulary, the pruned model "
                 f"{vocab_size}. Give the dense model that was pruned."
             )
         teacher.requires_grad_(False)
@@ -199,7 +200,7 @@ class Recovery(L.LightningModule):
             )
         ]
         if not any(isinstance(one, EarlyStopping) for one in self.trainer.callbacks):  # type: ignore[attr-defined]
-            found.append(EarlyStopping(HELD_OUT, mode="min", patience=self.patience))
+            found.append(EarlyStopping(HELD_OUT, mode="min", patience=self.patience, check_on_train_epoch_end=False))
         if self.trainer.loggers:
             found.append(LearningRateMonitor("step"))
         return found
@@ -275,12 +276,22 @@ class Recovery(L.LightningModule):
         """Wall-clock seconds of training so far, held-out loss included, over all processes of this run."""
         return self.seconds_before + time.perf_counter() - self._started
 
-    def take_best(self) -> None:
-        """Put the state of the lowest held-out loss into the model."""
+    def take_best(self, loss: float) -> float:
+        """Put the state of the lowest held-out loss into the model, unless what it holds has a lower one.
+
+        Args:
+            loss: held-out loss of what it holds.
+
+        Returns:
+            The lower one.
+        """
+        kept = next(one for one in self.trainer.callbacks if isinstance(one, ModelCheckpoint))  # type: ignore[attr-defined]
         best = self.training_folder / f"{BEST}.ckpt"
-        if best.is_file():
-            found = torch.load(best, map_location="cpu", weights_only=True)
-            self.load_state_dict(found["state_dict"], strict=False)
+        if kept.best_model_score is None or not best.is_file() or float(kept.best_model_score) >= loss:
+            return loss
+        found = torch.load(best, map_location="cpu", weights_only=True)
+        self.load_state_dict(found["state_dict"], strict=False)
+        return float(kept.best_model_score)
 
     @property
     def trainable_parameters(self) -> int:

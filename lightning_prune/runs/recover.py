@@ -180,9 +180,9 @@ def _train(trainer: L.Trainer, module: Recovery, data: RecoveryDataModule) -> tu
     trainer.fit(module, data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
     module.progress.finish("training")
     module.seconds["train"] = module.seconds_trained
-    module.take_best()
-    trainer.validate(module, data, verbose=False)
-    return before, float(trainer.callback_metrics[HELD_OUT]), _stopped_by(trainer)
+    stopped_by = _stopped_by(trainer)
+    trainer.validate(module, data, verbose=False)  # steps may end a run between two measurements
+    return before, module.take_best(float(trainer.callback_metrics[HELD_OUT])), stopped_by
 
 
 def _stopped_by(trainer: L.Trainer) -> str:
