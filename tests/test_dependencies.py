@@ -31,7 +31,7 @@ def distribution(requirement: str) -> str:
 def test_every_import_is_a_declared_dependency() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    requirements = [*project["dependencies"], *extras["eval"], *extras["gguf"]]
+    requirements = [*project["dependencies"], *extras["eval"], *extras["gguf"], *extras["recover"]]
     declared = {distribution(requirement) for requirement in requirements}
     providers = packages_distributions()
     undeclared = {

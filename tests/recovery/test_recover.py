@@ -1,0 +1,194 @@
+"""The command: what it leaves, how it goes on, and what it refuses."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lightning_prune
+from lightning_prune.cli import main
+from lightning_prune.recovery import Recovery
+from lightning_prune.runs.folder import RunFolder
+from tests.recovery.conftest import prune
+from tests.tiny import tiny_tokens
+
+Command = Callable[..., int]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("train", ["lora", "all"])
+def test_a_run_folder_beside_its_parent_with_the_same_layout(
+    train: str, pruned: Path, recover: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model.train", train, "--model.learning_rate", "0.01", "--model.hidden_states", "0.1"]
+    assert recover(pruned, *options) == 0
+    folder = tmp_path / "logs" / f"wanda_{'lora' if train == 'lora' else 'full'}" / "version_0"
+    assert capsys.readouterr().out.splitlines()[-1] == f"pruned model: {folder}/pruned"
+    before, after = weights(pruned), weights(folder / "pruned")
+    assert {name: one.shape for name, one in before.items()} == {name: one.shape for name, one in after.items()}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == (set(before) if train == "all" else {name for name in before if "_proj" in name})
+    assert (folder / "pruned" / "modeling_pruned.py").is_file()
+    assert not (folder / "training").exists()
+    lightning_prune.load(folder / "pruned")
+
+    parent, run = RunFolder.open(pruned.parent, "--runs"), RunFolder.open(folder, "--runs")
+    facts = run.recovery
+    assert facts is not None
+    assert (run.plan.layers, run.plan.weights_updated) == (parent.plan.layers, True)
+    assert facts.text.windows == 38
+    assert facts.text.held_out_windows == 2  # a twentieth of 40
+    assert facts.tokens_seen == 2 * 38 * 16
+    assert facts.steps == 2 * 5  # batches of 8 windows
+    assert facts.stopped_by == "epochs"
+    name = "evaluation.npy"
+    assert facts.perplexity[name] == parent.metrics.perplexity[name].pruned
+    assert run.metrics.perplexity[name].dense == parent.metrics.perplexity[name].dense
+    # What is reported is what the written model does.
+    tokens = torch.from_numpy(np.load(pruned.parents[3] / "evaluation.npy"))
+    with torch.no_grad():
+        logits = lightning_prune.load(folder / "pruned")(tokens).logits[:, :-1].double()
+    loss = -torch.log_softmax(logits, -1).gather(2, tokens[:, 1:, None]).mean()
+    assert run.metrics.perplexity[name].pruned == pytest.approx(float(loss.exp()), rel=1e-4)
+
+    assert main(["compare", "--runs", str(pruned.parent), str(folder), "--root", str(tmp_path / "report")]) == 0
+    printed = capsys.readouterr().out
+    assert "Audit: no differences" in printed
+    assert printed.count("Table") == 1
+    (row,) = [line for line in printed.splitlines() if f"{facts.tokens_seen:,}" in line]
+    assert "wanda" in row
+    assert main(["decide", "--run", str(folder), "--trainer.default_root_dir", str(tmp_path / "d")]) == 2
+    assert str(pruned.parent) in capsys.readouterr().err
+
+
+def test_training_lowers_the_loss_it_trains(pruned: Path, recover: Command, tmp_path: Path) -> None:
+    """Distillation on random tokens: the student comes nearer to its teacher, which cross-entropy cannot show."""
+    options = ["--model.distillation", "1", "--model.learning_rate", "0.003", "--trainer.max_epochs", "6"]
+    assert recover(pruned, *options, "--model.train", "all", "--model.patience", "9") == 0
+    dense = lightning_prune.load(pruned.parents[3] / "model")
+    tokens = tiny_tokens(40, 16, seed=3)[:8]
+
+    def divergence(folder: Path) -> float:
+        with torch.no_grad():
+            p, q = (torch.log_softmax(one(tokens).logits.double(), -1) for one in (dense, lightning_prune.load(folder)))
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    assert divergence(tmp_path / "logs" / "wanda_full" / "version_0" / "pruned") < 0.9 * divergence(pruned)
+
+
+@pytest.mark.parametrize("config", ["recover_lora", "recover_full"])
+def test_a_run_that_was_interrupted_ends_with_the_weights_of_an_undisturbed_one(
+    config: str, pruned: Path, recover: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--trainer.max_epochs", "3", "--trainer.val_check_interval", "2", "--model.patience", "99"]
+    assert recover(pruned, *options, config=config) == 0
+    root = tmp_path / "logs" / ("wanda_lora" if config == "recover_lora" else "wanda_full")
+    step, seen = Recovery.training_step, 0
+
+    def interrupted(self: Recovery, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        nonlocal seen
+        seen += 1
+        if seen == 9:  # five batches are an epoch: in the middle of the second, behind a state after eight
+            raise RuntimeError("the power fails")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Recovery, "training_step", interrupted)
+    with pytest.raises(RuntimeError, match="the power fails") as failure:
+        recover(pruned, *options, config=config)
+    assert any("lightning-prune recover --config" in note for note in failure.value.__notes__)
+    assert (root / "version_1" / "training" / "last.ckpt").is_file()
+    monkeypatch.setattr(Recovery, "training_step", step)
+    assert recover(pruned, *options, "--resume", config=config) == 0
+    assert sorted(entry.name for entry in root.iterdir()) == ["version_0", "version_1"]
+    first, second = (weights(root / name / "pruned") for name in ("version_0", "version_1"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    facts = [json.loads((root / name / "recovery.json").read_text()) for name in ("version_0", "version_1")]
+    assert facts[0]["tokens_seen"] == facts[1]["tokens_seen"] == 3 * 38 * 16
+    assert facts[0]["held_out_loss"] == facts[1]["held_out_loss"]
+
+
+def test_zeroed_weights_of_mask_pruning_stay_zero(tmp_path: Path, recover: Command) -> None:
+    masked = prune(tmp_path, "magnitude", "--model.structure", "unstructured")
+    for train, label in (("lora", "magnitude_lora"), ("all", "magnitude_full")):
+        options = ["--model.train", train, "--model.learning_rate", "0.01", "--model.weight_decay", "0.1"]
+        assert recover(masked, *options) == 0
+        folder = tmp_path / "logs" / label / "version_0"
+        before, after = weights(masked), weights(folder / "pruned")
+        projections = [name for name in before if "_proj" in name]
+        assert all(torch.equal(before[name] == 0, after[name] == 0) for name in projections)
+        assert all(not torch.equal(before[name], after[name]) for name in projections)
+        facts = json.loads((folder / "recovery.json").read_text())
+        assert facts["zeroed_weights"] == sum(int((before[name] == 0).sum()) for name in projections) > 0
+
+
+def test_training_ends_when_the_time_is_over_and_when_the_held_out_loss_rises(
+    pruned: Path, recover: Command, tmp_path: Path
+) -> None:
+    assert recover(pruned, "--trainer.max_time", "00:00:00:01", "--trainer.max_epochs", "-1") == 0
+    assert recover(pruned, "--model.learning_rate", "0.5", "--model.patience", "1", "--trainer.max_epochs", "50") == 0
+    facts = [
+        json.loads((tmp_path / "logs" / "wanda_lora" / name / "recovery.json").read_text())
+        for name in ("version_0", "version_1")
+    ]
+    assert [one["stopped_by"] for one in facts] == ["time", "held-out loss"]
+    assert facts[1]["steps"] < 250
+    assert facts[0]["seconds"] < 5
+
+
+def test_bf16_trains_adapters_in_fp32_and_gradients_accumulate(pruned: Path, recover: Command, tmp_path: Path) -> None:
+    options = ["--trainer.precision", "bf16-true", "--trainer.accumulate_grad_batches", "3"]
+    assert recover(pruned, *options, "--model.learning_rate", "0.01") == 0
+    facts = json.loads((tmp_path / "logs" / "wanda_lora" / "version_0" / "recovery.json").read_text())
+    assert (facts["precision"], facts["steps"]) == ("bf16-true", 2 * 2)  # three batches and two, twice
+
+
+REFUSED: dict[str, tuple[list[str], str]] = {
+    "no model": (["--model.pretrained", ""], "--model.pretrained: nothing is given"),
+    "the run instead of its pruned folder": (["--model.pretrained", "RUN"], "Give 'RUN/pruned'"),
+    "a model that no run pruned": (["--model.pretrained", "DENSE"], "not the pruned folder of a finished run"),
+    "the evaluation text": (["--data.dataset", "EVALUATION"], "has the name and the split of the evaluation set"),
+    "its tokens under another name": (["--data.dataset", "COPY"], "same tokens"),
+    "nothing held out": (["--data.held_out", "0"], "--data.held_out"),
+    "all held out": (["--data.held_out", "0.999"], "--data.held_out"),
+    "no such text": (["--data.dataset", "nothing.npy"], "nothing.npy"),
+    "half of an adapter": (["--model.lora_rank", "0"], "--model.lora_rank"),
+    "a share above one": (["--model.distillation", "1.5"], "--model.distillation"),
+    "a negative rate": (["--model.learning_rate", "-1"], "--model.learning_rate"),
+    "an unknown kind": (["--model.train", "some"], "--model.train"),
+    "an option that does not exist": (["--model.lora_rnk", "3"], "Did you mean --model.lora_rank?"),
+    "all weights in bf16": (["--model.train", "all", "--trainer.precision", "bf16-true"], "bf16-mixed"),
+    "two processes": (["--trainer.devices", "2"], "--trainer.devices"),
+    "a run without an end": (["--trainer.max_epochs", "-1"], "--trainer.max_epochs"),
+    "a part of the held-out text": (["--trainer.limit_val_batches", "1"], "--trainer.limit_val_batches"),
+    "another teacher": (["--model.teacher", "nowhere/at/all"], "--model.teacher"),
+    "a label that is no name": (["--model.label", "../up"], "--model.label"),
+    "nothing to resume": (["--resume"], "--resume"),
+    "a dataset twice": (["--data.eval_datasets", "[EVALUATION, EVALUATION]"], "--data.eval_datasets"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_mistake_ends_in_one_sentence_and_leaves_nothing(
+    name: str, pruned: Path, recover: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, says = REFUSED[name]
+    home = pruned.parents[3]
+    np.save(tmp_path / "copy.npy", np.load(home / "evaluation.npy"))
+    words: dict[str, Any] = {"RUN": pruned.parent, "DENSE": home / "model", "COPY": tmp_path / "copy.npy"}
+    words["EVALUATION"] = home / "evaluation.npy"
+    for word, path in words.items():
+        options, says = [option.replace(word, str(path)) for option in options], says.replace(word, str(path))
+    assert recover(pruned, *options) == 2
+    error = capsys.readouterr().err
+    (message,) = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert says in message
+    assert "Traceback" not in error
+    assert not (tmp_path / "logs").exists()
