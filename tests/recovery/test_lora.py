@@ -42,6 +42,19 @@ def test_merged_weights_give_the_logits_of_the_adapters_at_uneven_widths(pruned:
     torch.testing.assert_close(merged(TOKENS).logits, with_adapters, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["phi3", "gemma2", "granite", "olmo2", "qwen2"])
+def test_every_linear_of_a_family_is_adapted_and_merged(family: str) -> None:
+    net = make_tiny(family)
+    before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+    adapted = lora.attach(net, 2, 4.0)
+    shake(adapted)
+    with_adapters = adapted(input_ids=TOKENS).logits.detach()
+    merged = lora.merge(adapted)
+    torch.testing.assert_close(merged(TOKENS).logits, with_adapters, rtol=1e-3, atol=1e-3)
+    changed = {name for name, parameter in merged.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == {f"{name}.weight" for name in linears_of(merged)}
+
+
 def zeroed_model() -> Any:
     net = make_tiny()
     torch.manual_seed(0)

@@ -150,6 +150,36 @@ def test_bf16_trains_adapters_in_fp32_and_gradients_accumulate(pruned: Path, rec
     assert (facts["precision"], facts["steps"]) == ("bf16-true", 2 * 2)  # three batches and two, twice
 
 
+def test_whole_layers_that_are_gone_leave_the_others_their_teachers(tmp_path: Path, recover: Command) -> None:
+    short = prune(tmp_path, "shortgpt")
+    assert recover(short, "--model.hidden_states", "1", "--model.learning_rate", "0.01") == 0
+    folder = tmp_path / "logs" / "shortgpt_lora" / "version_0" / "pruned"
+    assert not (folder / "modeling_pruned.py").exists()  # the stock layout that it was
+    assert {name: one.shape for name, one in weights(folder).items()} == {
+        name: one.shape for name, one in weights(short).items()
+    }
+
+
+def test_a_state_that_cannot_be_read_is_refused(
+    pruned: Path, recover: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = Recovery.training_step
+
+    def interrupted(self: Recovery, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        if self.current_epoch == 1:
+            raise RuntimeError("the power fails")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Recovery, "training_step", interrupted)
+    with pytest.raises(RuntimeError):
+        recover(pruned)
+    (last,) = tmp_path.rglob("last.ckpt")
+    last.write_bytes(last.read_bytes()[:100])
+    capsys.readouterr()
+    assert recover(pruned, "--resume") == 2
+    assert "Leave --resume out" in capsys.readouterr().err
+
+
 REFUSED: dict[str, tuple[list[str], str]] = {
     "no model": (["--model.pretrained", ""], "--model.pretrained: nothing is given"),
     "the run instead of its pruned folder": (["--model.pretrained", "RUN"], "Give 'RUN/pruned'"),
@@ -171,6 +201,11 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "another teacher": (["--model.teacher", "nowhere/at/all"], "--model.teacher"),
     "a label that is no name": (["--model.label", "../up"], "--model.label"),
     "nothing to resume": (["--resume"], "--resume"),
+    "an early stop by another name": (
+        ["--trainer.callbacks", "{class_path: EarlyStopping, init_args: {monitor: val_loss}}"],
+        "held_out/loss",
+    ),
+    "states of one's own": (["--trainer.callbacks", "ModelCheckpoint"], "ModelCheckpoint"),
     "a dataset twice": (["--data.eval_datasets", "[EVALUATION, EVALUATION]"], "--data.eval_datasets"),
 }
 
