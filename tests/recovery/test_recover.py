@@ -132,7 +132,8 @@ def test_zeroed_weights_of_mask_pruning_stay_zero(tmp_path: Path, recover: Comma
 def test_training_ends_when_the_time_is_over_and_when_the_held_out_loss_rises(
     pruned: Path, recover: Command, tmp_path: Path
 ) -> None:
-    assert recover(pruned, "--trainer.max_time", "00:00:00:01", "--trainer.max_epochs", "-1") == 0
+    endless = ["--trainer.max_epochs", "-1", "--model.patience", "1000000"]
+    assert recover(pruned, *endless, "--trainer.max_time", "00:00:00:01") == 0
     assert recover(pruned, "--model.learning_rate", "0.5", "--model.patience", "1", "--trainer.max_epochs", "50") == 0
     facts = [
         json.loads((tmp_path / "logs" / "wanda_lora" / name / "recovery.json").read_text())
@@ -140,7 +141,7 @@ def test_training_ends_when_the_time_is_over_and_when_the_held_out_loss_rises(
     ]
     assert [one["stopped_by"] for one in facts] == ["time", "held-out loss"]
     assert facts[1]["steps"] < 250
-    assert facts[0]["seconds"] < 5
+    assert facts[0]["seconds"] >= 1
 
 
 def test_bf16_trains_adapters_in_fp32_and_gradients_accumulate(pruned: Path, recover: Command, tmp_path: Path) -> None:
