@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_only
@@ -12,6 +12,7 @@ from lightning_prune.cli.strategy import cpu_processes
 from lightning_prune.errors import UserError
 from lightning_prune.progress import Progress
 from lightning_prune.recovery import Recovery, RecoveryDataModule
+from lightning_prune.recovery.module import HELD_OUT
 from lightning_prune.runs.folder import FinishedRun, check_label
 from lightning_prune.runs.recover import parent_run
 
@@ -68,6 +69,12 @@ class RecoverCLI(PruneCLI):
                 "--trainer.callbacks: ModelCheckpoint is there already: the best and the last state are kept in the "
                 "run folder while training is under way. Leave it out."
             )
+        for one in callbacks:
+            if isinstance(one, EarlyStopping) and one.monitor != HELD_OUT:
+                raise UserError(
+                    f"--trainer.callbacks: EarlyStopping watches '{one.monitor}', which a recovery does not measure "
+                    f"between epochs. Let it watch '{HELD_OUT}', or leave it out: --model.patience does the same."
+                )
         own_bar = any(isinstance(one, ProgressBar) for one in callbacks)
         if options["enable_progress_bar"] is not False and not own_bar:
             self.model.progress = Progress(shown=getattr(rank_zero_only, "rank", 0) == 0)

@@ -159,18 +159,19 @@ class Recovery(L.LightningModule):
 
     def _load_teacher(self, name: str, dtype: torch.dtype, vocab_size: int) -> nn.Module:
         try:
-            teacher = load_model(name, dtype)
+            teacher: nn.Module = load_model(name, dtype)
         except UserError as error:
             raise UserError(
                 str(error).replace(OPTION, "--model.teacher") + " Or train without it: --model.distillation 0."
             ) from None
-        if teacher.config.vocab_size != vocab_size:
+        config: Any = teacher.config
+        if config.vocab_size != vocab_size:
             raise UserError(
-                f"--model.teacher: '{name}' has {teacher.config.vocab_size} tokens in its vocabulary, the pruned model "
+                f"--model.teacher: '{name}' has {config.vocab_size} tokens in its vocabulary, the pruned model "
                 f"{vocab_size}. Give the dense model that was pruned."
             )
-        frozen: nn.Module = teacher.requires_grad_(False)
-        return frozen
+        teacher.requires_grad_(False)
+        return teacher
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Cast frozen parameters only: in half precisions rotary tables and what is trained stay fp32."""
@@ -199,9 +200,7 @@ class Recovery(L.LightningModule):
             )
         ]
         if not any(isinstance(one, EarlyStopping) for one in self.trainer.callbacks):  # type: ignore[attr-defined]
-            # Behind a held-out loss only: training may end within an epoch, which then has none.
-            stopping = EarlyStopping(HELD_OUT, mode="min", patience=self.patience, check_on_train_epoch_end=False)
-            found.append(stopping)
+            found.append(EarlyStopping(HELD_OUT, mode="min", patience=self.patience, check_on_train_epoch_end=False))
         if self.trainer.loggers:
             found.append(LearningRateMonitor("step"))
         return found
@@ -278,21 +277,21 @@ class Recovery(L.LightningModule):
         return self.seconds_before + time.perf_counter() - self._started
 
     def take_best(self, loss: float) -> float:
-        """Put the state of the lowest held-out loss into the model, unless it is there already.
+        """Put the state of the lowest held-out loss into the model, unless what it holds has a lower one.
 
         Args:
-            loss: of the state that is there.
+            loss: held-out loss of what it holds.
 
         Returns:
-            The lower of both losses.
+            The lower one.
         """
+        kept = next(one for one in self.trainer.callbacks if isinstance(one, ModelCheckpoint))  # type: ignore[attr-defined]
         best = self.training_folder / f"{BEST}.ckpt"
-        score = _score_of(self.trainer)
-        if score is None or score >= loss or not best.is_file():
+        if kept.best_model_score is None or not best.is_file() or float(kept.best_model_score) >= loss:
             return loss
         found = torch.load(best, map_location="cpu", weights_only=True)
         self.load_state_dict(found["state_dict"], strict=False)
-        return score
+        return float(kept.best_model_score)
 
     @property
     def trainable_parameters(self) -> int:
@@ -310,14 +309,6 @@ class Recovery(L.LightningModule):
         state = {name: parameter.detach().cpu() for name, parameter in net.named_parameters()}
         self._net, self._teacher = None, []
         return state, zeroed
-
-
-def _score_of(trainer: L.Trainer) -> float | None:
-    """The held-out loss of the best state that was kept."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ModelCheckpoint) and callback.best_model_score is not None:
-            return float(callback.best_model_score)
-    return None
 
 
 def _next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:

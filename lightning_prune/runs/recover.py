@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 import yaml
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -177,12 +178,26 @@ def _train(trainer: L.Trainer, module: Recovery, data: RecoveryDataModule) -> tu
     trainer.validate(module, data, verbose=False)
     before = float(trainer.callback_metrics[HELD_OUT])
     last = module.training_folder / f"{LAST}.ckpt"
+    _check_state(last)
     trainer.fit(module, data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
     module.progress.finish("training")
     module.seconds["train"] = module.seconds_trained
     stopped_by = _stopped_by(trainer)
-    trainer.validate(module, data, verbose=False)  # training may have ended between two measurements
+    trainer.validate(module, data, verbose=False)  # steps may end a run between two measurements
     return before, module.take_best(float(trainer.callback_metrics[HELD_OUT])), stopped_by
+
+
+def _check_state(last: Path) -> None:
+    """A state that was cut off in writing ends in one sentence."""
+    if not last.is_file():
+        return
+    try:
+        torch.load(last, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch have no error in common
+        raise UserError(
+            f"--resume: the state in '{last}' cannot be read ({type(error).__name__}). Leave --resume out to begin "
+            "anew."
+        ) from None
 
 
 def _stopped_by(trainer: L.Trainer) -> str:

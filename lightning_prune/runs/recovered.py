@@ -3,9 +3,12 @@
 import math
 from typing import Any
 
+LEAST = 0.01  # nats: a share of what is lost to rounding means nothing
+
 
 def regained(dense: float | None, pruned: float | None, recovered: float | None) -> float | None:
-    """Share of the lost log-perplexity that training gave back: 0 nothing, 1 all; None where nothing was lost.
+    """Share of the lost log-perplexity that training gave back: 0 nothing, 1 all; None where less than ``LEAST`` nats
+    were lost.
 
     (ln pruned − ln recovered) / (ln pruned − ln dense).
     """
@@ -13,7 +16,7 @@ def regained(dense: float | None, pruned: float | None, recovered: float | None)
         return None
     assert dense is not None and pruned is not None and recovered is not None  # noqa: PT018
     lost = math.log(pruned) - math.log(dense)
-    return (math.log(pruned) - math.log(recovered)) / lost if lost > 0 else None
+    return (math.log(pruned) - math.log(recovered)) / lost if lost >= LEAST else None
 
 
 def share(value: float | None) -> str:

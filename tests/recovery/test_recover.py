@@ -1,6 +1,7 @@
-"""``lightning-prune recover`` as a user runs it, on a tiny model and token arrays."""
+"""The command: what it leaves, how it goes on, and what it refuses."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,128 +12,219 @@ from safetensors.torch import load_file
 
 import lightning_prune
 from lightning_prune.cli import main
-from lightning_prune.recovery.zeros import linears_of
-from tests.killing import Forks, Kill
-from tests.methods.running import save_base
-from tests.tiny import make_tiny, tiny_tokens
+from lightning_prune.recovery import Recovery
+from lightning_prune.runs.folder import RunFolder
+from tests.recovery.conftest import prune
+from tests.tiny import tiny_tokens
 
-CPU = ("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false")
-
-
-def learnable(windows: int, seed: int) -> np.ndarray:
-    """Counting, from a random start: what a tiny model learns within a few steps."""
-    start = torch.randint(2, 96, (windows, 1), generator=torch.Generator().manual_seed(seed))
-    return ((start + torch.arange(16) - 2) % 94 + 2).numpy()
+Command = Callable[..., int]
 
 
-def prune(place: Path, *options: str) -> Path:
-    save_base(make_tiny(layers=3), place / "base")
-    for seed, name in enumerate(("calibration", "test")):
-        np.save(place / f"{name}.npy", tiny_tokens(8, 16, seed=seed).numpy())
-    np.save(place / "train.npy", learnable(48, 7))
-    words = ["--model.pretrained", str(place / "base"), "--data.dataset", str(place / "calibration.npy"), *CPU]
-    words += ["--data.eval_datasets", json.dumps([str(place / "test.npy")]), "--trainer.default_root_dir"]
-    assert main(["fit", *options, *words, str(place / "logs")]) == 0
-    (folder,) = (path.parent for path in (place / "logs").rglob("pruned"))
-    return folder
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
 
 
-def words(place: Path, run: Path, *more: str) -> list[str]:
-    return [
-        *("recover", "--model.pretrained", str(run / "pruned"), "--data.dataset", str(place / "train.npy")),
-        *("--data.batch_size", "8", "--model.learning_rate", "0.01"),
-        *("--trainer.default_root_dir", str(place / "logs"), *CPU, *more),
-    ]
-
-
-@pytest.fixture(scope="module")
-def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    place = tmp_path_factory.mktemp("recover")
-    return place, prune(place, "--config", "wanda", "--model.pruning_ratio", "0.25")
-
-
-@pytest.mark.parametrize("config", ["recover_lora", "recover_full"])
-def test_a_run_learns_and_leaves_a_folder_like_that_of_its_parent(
-    pruned: tuple[Path, Path], config: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("train", ["lora", "all"])
+def test_a_run_folder_beside_its_parent_with_the_same_layout(
+    train: str, pruned: Path, recover: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    place, run = pruned
-    assert main(words(place, run, "--config", config, "--trainer.max_epochs", "3")) == 0
-    shown = capsys.readouterr().out
-    folder = Path(shown.splitlines()[-1].removeprefix("pruned model: ")).parent
-    recovery = json.loads((folder / "recovery.json").read_text())
-    assert recovery["held_out_loss"]["after"] < recovery["held_out_loss"]["before"] - 0.1
-    assert recovery["parent"] == str(run)
-    assert recovery["tokens_seen"] == 3 * 46 * 16  # a twentieth of 48 windows is held out
-    before, after = (load_file(one / "pruned" / "model.safetensors") for one in (run, folder))
-    assert {name: tensor.shape for name, tensor in before.items()} == {n: t.shape for n, t in after.items()}
-    assert (folder / "pruned" / "modeling_pruned.py").read_bytes() == (
-        run / "pruned" / "modeling_pruned.py"
-    ).read_bytes()
-    parent, own = (json.loads((one / "metrics.json").read_text()) for one in (run, folder))
-    assert recovery["perplexity"]["test.npy"] == parent["perplexity"]["test.npy"]["pruned"]
-    assert own["perplexity"]["test.npy"]["dense"] == parent["perplexity"]["test.npy"]["dense"]
-    assert own["self_check"]
+    options = ["--model.train", train, "--model.learning_rate", "0.01", "--model.hidden_states", "0.1"]
+    assert recover(pruned, *options) == 0
+    folder = tmp_path / "logs" / f"wanda_{'lora' if train == 'lora' else 'full'}" / "version_0"
+    assert capsys.readouterr().out.splitlines()[-1] == f"pruned model: {folder}/pruned"
+    before, after = weights(pruned), weights(folder / "pruned")
+    assert {name: one.shape for name, one in before.items()} == {name: one.shape for name, one in after.items()}
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == (set(before) if train == "all" else {name for name in before if "_proj" in name})
+    assert (folder / "pruned" / "modeling_pruned.py").is_file()
     assert not (folder / "training").exists()
-    assert main(["compare", "--runs", str(run), str(folder), "--root", str(place / f"report-{config}")]) == 0
-    assert "Recovery" in capsys.readouterr().out
+    lightning_prune.load(folder / "pruned")
+
+    parent, run = RunFolder.open(pruned.parent, "--runs"), RunFolder.open(folder, "--runs")
+    facts = run.recovery
+    assert facts is not None
+    assert (run.plan.layers, run.plan.weights_updated) == (parent.plan.layers, True)
+    assert facts.text.windows == 38
+    assert facts.text.held_out_windows == 2  # a twentieth of 40
+    assert facts.tokens_seen == 2 * 38 * 16
+    assert facts.steps == 2 * 5  # batches of 8 windows
+    assert facts.stopped_by == "epochs"
+    name = "evaluation.npy"
+    assert facts.perplexity[name] == parent.metrics.perplexity[name].pruned
+    assert run.metrics.perplexity[name].dense == parent.metrics.perplexity[name].dense
+    # What is reported is what the written model does.
+    tokens = torch.from_numpy(np.load(pruned.parents[3] / "evaluation.npy"))
+    with torch.no_grad():
+        logits = lightning_prune.load(folder / "pruned")(tokens).logits[:, :-1].double()
+    loss = -torch.log_softmax(logits, -1).gather(2, tokens[:, 1:, None]).mean()
+    assert run.metrics.perplexity[name].pruned == pytest.approx(float(loss.exp()), rel=1e-4)
+
+    assert main(["compare", "--runs", str(pruned.parent), str(folder), "--root", str(tmp_path / "report")]) == 0
+    printed = capsys.readouterr().out
+    assert "Audit: no differences" in printed
+    assert printed.count("Table") == 1
+    (row,) = [line for line in printed.splitlines() if f"{facts.tokens_seen:,}" in line]
+    assert "wanda" in row
+    assert main(["decide", "--run", str(folder), "--trainer.default_root_dir", str(tmp_path / "d")]) == 2
+    assert str(pruned.parent) in capsys.readouterr().err
+
+
+def test_training_lowers_the_loss_it_trains(pruned: Path, recover: Command, tmp_path: Path) -> None:
+    """Distillation on random tokens: the student comes nearer to its teacher, which cross-entropy cannot show."""
+    options = ["--model.distillation", "1", "--model.learning_rate", "0.003", "--trainer.max_epochs", "6"]
+    assert recover(pruned, *options, "--model.train", "all", "--model.patience", "9") == 0
+    dense = lightning_prune.load(pruned.parents[3] / "model")
+    tokens = tiny_tokens(40, 16, seed=3)[:8]
+
+    def divergence(folder: Path) -> float:
+        with torch.no_grad():
+            p, q = (torch.log_softmax(one(tokens).logits.double(), -1) for one in (dense, lightning_prune.load(folder)))
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    assert divergence(tmp_path / "logs" / "wanda_full" / "version_0" / "pruned") < 0.9 * divergence(pruned)
 
 
 @pytest.mark.parametrize("config", ["recover_lora", "recover_full"])
-def test_zeroed_weights_stay_zero(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = prune(tmp_path, "--config", "wanda", "--model.structure", "2:4")
-    assert main(words(tmp_path, run, "--config", config, "--trainer.max_steps", "4")) == 0
-    assert "all still zero" in capsys.readouterr().out
-    (folder,) = (path.parent for path in (tmp_path / "logs").rglob("recovery.json"))
-    before, after = (linears_of(lightning_prune.load(one / "pruned")) for one in (run, folder))
-    moved = 0
-    for name, linear in before.items():
-        assert torch.equal(linear.weight == 0, after[name].weight == 0), name
-        moved += int((linear.weight != after[name].weight).sum())
-    assert moved
-
-
-def test_a_run_that_was_killed_goes_on_to_the_weights_of_an_undisturbed_one(
-    pruned: tuple[Path, Path], forks: Forks
+def test_a_run_that_was_interrupted_ends_with_the_weights_of_an_undisturbed_one(
+    config: str, pruned: Path, recover: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place, run = pruned
-    argv = words(place, run, "--config", "recover_full", "--trainer.max_epochs", "4", "--trainer.logger", "false")
-    calm = forks.run([*argv, "--model.label", "calm"])
-    assert calm.status == 0, calm.printed
-    kill = Kill("lightning_prune.recovery.module:Recovery.on_save_checkpoint", 5)
-    argv += ["--model.label", "killed"]
-    assert forks.run(argv, kill).status == -9
-    again = forks.run([*argv, "--resume"])
-    assert again.status == 0, again.printed
-    folders = [place / "logs" / label / "version_0" for label in ("calm", "killed")]
-    weights = [(folder / "pruned" / "model.safetensors").read_bytes() for folder in folders]
-    assert weights[0] == weights[1]
-    facts: list[Any] = [json.loads((folder / "recovery.json").read_text()) for folder in folders]
-    for name in ("steps", "tokens_seen", "held_out_loss"):
-        assert facts[0][name] == facts[1][name]
+    options = ["--trainer.max_epochs", "3", "--trainer.val_check_interval", "2", "--model.patience", "99"]
+    assert recover(pruned, *options, config=config) == 0
+    root = tmp_path / "logs" / ("wanda_lora" if config == "recover_lora" else "wanda_full")
+    step, seen = Recovery.training_step, 0
+
+    def interrupted(self: Recovery, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        nonlocal seen
+        seen += 1
+        if seen == 9:  # five batches are an epoch: in the middle of the second, behind a state after eight
+            raise RuntimeError("the power fails")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Recovery, "training_step", interrupted)
+    with pytest.raises(RuntimeError, match="the power fails") as failure:
+        recover(pruned, *options, config=config)
+    assert any("lightning-prune recover --config" in note for note in failure.value.__notes__)
+    assert (root / "version_1" / "training" / "last.ckpt").is_file()
+    monkeypatch.setattr(Recovery, "training_step", step)
+    assert recover(pruned, *options, "--resume", config=config) == 0
+    assert sorted(entry.name for entry in root.iterdir()) == ["version_0", "version_1"]
+    first, second = (weights(root / name / "pruned") for name in ("version_0", "version_1"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    facts = [json.loads((root / name / "recovery.json").read_text()) for name in ("version_0", "version_1")]
+    assert facts[0]["tokens_seen"] == facts[1]["tokens_seen"] == 3 * 38 * 16
+    assert facts[0]["held_out_loss"] == facts[1]["held_out_loss"]
 
 
-@pytest.mark.parametrize(
-    ("more", "says"),
-    [
-        (["--model.distillation", "2"], "--model.distillation: found 2"),
-        (["--model.train", "some"], "--model.train"),
-        (["--data.dataset", "{place}/test.npy"], "the evaluation set 'test.npy'"),
-        (["--data.held_out", "1"], "--data.held_out"),
-        (["--model.pretrained", "{place}/base"], "is not the pruned folder of a finished run"),
-        (["--model.pretrained", "{run}"], "Give '{run}/pruned'"),
-        (["--model.teacher", "{place}/nowhere"], "--model.teacher"),
-        (["--trainer.devices", "2"], "--trainer.devices"),
-        (["--trainer.precision", "bf16-true", "--model.train", "all"], "--trainer.precision bf16-true"),
-        (["--trainer.max_epochs", "-1"], "nothing ends this run"),
-        (["--model.lora_rank", "0"], "--model.lora_rank: found 0"),
-    ],
-)
-def test_mistakes_end_in_one_sentence_and_leave_nothing(
-    pruned: tuple[Path, Path], more: list[str], says: str, capsys: pytest.CaptureFixture[str]
+def test_zeroed_weights_of_mask_pruning_stay_zero(tmp_path: Path, recover: Command) -> None:
+    masked = prune(tmp_path, "magnitude", "--model.structure", "unstructured")
+    for train, label in (("lora", "magnitude_lora"), ("all", "magnitude_full")):
+        options = ["--model.train", train, "--model.learning_rate", "0.01", "--model.weight_decay", "0.1"]
+        assert recover(masked, *options) == 0
+        folder = tmp_path / "logs" / label / "version_0"
+        before, after = weights(masked), weights(folder / "pruned")
+        projections = [name for name in before if "_proj" in name]
+        assert all(torch.equal(before[name] == 0, after[name] == 0) for name in projections)
+        assert all(not torch.equal(before[name], after[name]) for name in projections)
+        facts = json.loads((folder / "recovery.json").read_text())
+        assert facts["zeroed_weights"] == sum(int((before[name] == 0).sum()) for name in projections) > 0
+
+
+def test_training_ends_when_the_time_is_over_and_when_the_held_out_loss_rises(
+    pruned: Path, recover: Command, tmp_path: Path
 ) -> None:
-    place, run = pruned
-    before = sorted((place / "logs").rglob("*"))
-    filled = [word.replace("{place}", str(place)).replace("{run}", str(run)) for word in more]
-    assert main([*words(place, run, "--config", "recover_lora"), *filled]) == 2
-    assert says.replace("{run}", str(run)) in capsys.readouterr().err
-    assert sorted((place / "logs").rglob("*")) == before
+    endless = ["--trainer.max_epochs", "-1", "--model.patience", "1000000"]
+    assert recover(pruned, *endless, "--trainer.max_time", "00:00:00:01") == 0
+    assert recover(pruned, "--model.learning_rate", "0.5", "--model.patience", "1", "--trainer.max_epochs", "50") == 0
+    facts = [
+        json.loads((tmp_path / "logs" / "wanda_lora" / name / "recovery.json").read_text())
+        for name in ("version_0", "version_1")
+    ]
+    assert [one["stopped_by"] for one in facts] == ["time", "held-out loss"]
+    assert facts[1]["steps"] < 250
+    assert facts[0]["seconds"] >= 1
+
+
+def test_bf16_trains_adapters_in_fp32_and_gradients_accumulate(pruned: Path, recover: Command, tmp_path: Path) -> None:
+    options = ["--trainer.precision", "bf16-true", "--trainer.accumulate_grad_batches", "3"]
+    assert recover(pruned, *options, "--model.learning_rate", "0.01") == 0
+    facts = json.loads((tmp_path / "logs" / "wanda_lora" / "version_0" / "recovery.json").read_text())
+    assert (facts["precision"], facts["steps"]) == ("bf16-true", 2 * 2)  # three batches and two, twice
+
+
+def test_whole_layers_that_are_gone_leave_the_others_their_teachers(tmp_path: Path, recover: Command) -> None:
+    short = prune(tmp_path, "shortgpt")
+    assert recover(short, "--model.hidden_states", "1", "--model.learning_rate", "0.01") == 0
+    folder = tmp_path / "logs" / "shortgpt_lora" / "version_0" / "pruned"
+    assert not (folder / "modeling_pruned.py").exists()  # the stock layout that it was
+    assert {name: one.shape for name, one in weights(folder).items()} == {
+        name: one.shape for name, one in weights(short).items()
+    }
+
+
+def test_a_state_that_cannot_be_read_is_refused(
+    pruned: Path, recover: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = Recovery.training_step
+
+    def interrupted(self: Recovery, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        if self.current_epoch == 1:
+            raise RuntimeError("the power fails")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Recovery, "training_step", interrupted)
+    with pytest.raises(RuntimeError):
+        recover(pruned)
+    (last,) = tmp_path.rglob("last.ckpt")
+    last.write_bytes(last.read_bytes()[:100])
+    capsys.readouterr()
+    assert recover(pruned, "--resume") == 2
+    assert "Leave --resume out" in capsys.readouterr().err
+
+
+REFUSED: dict[str, tuple[list[str], str]] = {
+    "no model": (["--model.pretrained", ""], "--model.pretrained: nothing is given"),
+    "the run instead of its pruned folder": (["--model.pretrained", "RUN"], "Give 'RUN/pruned'"),
+    "a model that no run pruned": (["--model.pretrained", "DENSE"], "not the pruned folder of a finished run"),
+    "the evaluation text": (["--data.dataset", "EVALUATION"], "has the name and the split of the evaluation set"),
+    "its tokens under another name": (["--data.dataset", "COPY"], "same tokens"),
+    "nothing held out": (["--data.held_out", "0"], "--data.held_out"),
+    "all held out": (["--data.held_out", "0.999"], "--data.held_out"),
+    "no such text": (["--data.dataset", "nothing.npy"], "nothing.npy"),
+    "half of an adapter": (["--model.lora_rank", "0"], "--model.lora_rank"),
+    "a share above one": (["--model.distillation", "1.5"], "--model.distillation"),
+    "a negative rate": (["--model.learning_rate", "-1"], "--model.learning_rate"),
+    "an unknown kind": (["--model.train", "some"], "--model.train"),
+    "an option that does not exist": (["--model.lora_rnk", "3"], "Did you mean --model.lora_rank?"),
+    "all weights in bf16": (["--model.train", "all", "--trainer.precision", "bf16-true"], "bf16-mixed"),
+    "two processes": (["--trainer.devices", "2"], "--trainer.devices"),
+    "a run without an end": (["--trainer.max_epochs", "-1"], "--trainer.max_epochs"),
+    "a part of the held-out text": (["--trainer.limit_val_batches", "1"], "--trainer.limit_val_batches"),
+    "another teacher": (["--model.teacher", "nowhere/at/all"], "--model.teacher"),
+    "a label that is no name": (["--model.label", "../up"], "--model.label"),
+    "nothing to resume": (["--resume"], "--resume"),
+    "an early stop by another name": (
+        ["--trainer.callbacks", "{class_path: EarlyStopping, init_args: {monitor: val_loss}}"],
+        "held_out/loss",
+    ),
+    "states of one's own": (["--trainer.callbacks", "ModelCheckpoint"], "ModelCheckpoint"),
+    "a dataset twice": (["--data.eval_datasets", "[EVALUATION, EVALUATION]"], "--data.eval_datasets"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_mistake_ends_in_one_sentence_and_leaves_nothing(
+    name: str, pruned: Path, recover: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options, says = REFUSED[name]
+    home = pruned.parents[3]
+    np.save(tmp_path / "copy.npy", np.load(home / "evaluation.npy"))
+    words: dict[str, Any] = {"RUN": pruned.parent, "DENSE": home / "model", "COPY": tmp_path / "copy.npy"}
+    words["EVALUATION"] = home / "evaluation.npy"
+    for word, path in words.items():
+        options, says = [option.replace(word, str(path)) for option in options], says.replace(word, str(path))
+    assert recover(pruned, *options) == 2
+    error = capsys.readouterr().err
+    (message,) = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert says in message
+    assert "Traceback" not in error
+    assert not (tmp_path / "logs").exists()
