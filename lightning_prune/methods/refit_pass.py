@@ -82,7 +82,7 @@ class RefitPass(BlockPass):
         self.tokens += int((batch.weight > 0).sum()) * before.shape[1]
         if not len(self.columns):
             return
-        self._pruned(step, batch)
+        self.catch(step, batch)
         projection = self.view(step).linears[self.role(step)]
         inputs = self.inner.get(batch.rows, self.model.device)
         if self.scale is not None and dense is not None:
@@ -101,7 +101,7 @@ class RefitPass(BlockPass):
         if self.target == "residual":
             self._dense(step, batch)
         if len(self.columns):
-            self._pruned(step, batch)
+            self.catch(step, batch)
 
     def finish(self, step: Step) -> Finding:
         """Choose the damping, solve with all samples."""
@@ -200,16 +200,6 @@ class RefitPass(BlockPass):
         after = run(step.layer, self.dense.get(batch.rows, self.model.device))
         self.dense.put(batch.rows, after)
         return after
-
-    def _pruned(self, step: Step, batch: Batch) -> None:
-        """What the projection reads on the pruned stream, of all columns, goes to the store."""
-        hidden = self.stream.get(batch.rows, self.model.device)
-        projection = self.view(step).linears[self.role(step)].module
-        handle = projection.register_forward_pre_hook(lambda _, args: self.inner.put(batch.rows, args[0]))
-        try:
-            (self.model.attend if step.phase == "attention" else self.model.feed)(step.layer, hidden)
-        finally:
-            handle.remove()
 
     def _sum(self, batch: Batch, inputs: Tensor, wanted: Tensor) -> None:
         counted = batch.weight.cpu() > 0

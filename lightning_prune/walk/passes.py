@@ -295,23 +295,22 @@ class BlockPass(Pass):
         self.hooks.set_weight(batch.weight)
         self.skip(step, batch)
 
+    @torch.no_grad()
     def skip(self, step: Step, batch: Batch) -> None:
         """Run the block and keep what its projection reads."""
+        if step.layer == 0 and step.phase == "attention":
+            self.stream.put(batch.rows, self.model.embed(batch.tokens))
+        self.catch(step, batch)
+
+    def catch(self, step: Step, batch: Batch) -> None:
+        """What the block's projection reads of the stream, of all columns, goes to the store."""
         projection = self.view(step).linears[self.role(step)].module
         handle = projection.register_forward_pre_hook(lambda _, args: self.inner.put(batch.rows, args[0]))
+        run = self.model.attend if step.phase == "attention" else self.model.feed
         try:
-            self._run(step, batch)
+            run(step.layer, self.stream.get(batch.rows, self.model.device))
         finally:
             handle.remove()
-
-    @torch.no_grad()
-    def _run(self, step: Step, batch: Batch) -> None:
-        if step.phase == "attention":
-            if step.layer == 0:
-                self.stream.put(batch.rows, self.model.embed(batch.tokens))
-            self.model.attend(step.layer, self.stream.get(batch.rows, self.model.device))
-        else:
-            self.model.feed(step.layer, self.stream.get(batch.rows, self.model.device))
 
     def finish(self, step: Step) -> Finding:
         """Hooks off; every hooked module must have seen every token once."""
