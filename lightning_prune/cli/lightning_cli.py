@@ -32,6 +32,7 @@ from lightning_prune.walk.module import LayeredModule
 
 DEFAULT_ROOT = "logs"
 RESUMABLE = ("fit", "recover")
+TELLING = ("fit", "decide", "recover", "test")
 
 
 class Parser(LightningArgumentParser):
@@ -91,8 +92,9 @@ class PruneCLI(LightningCLI):
                 "allow_abbrev": False,  # --data.num_sample is a mistake, not num_samples
                 "prog": f"lightning-prune {command}",
                 "usage": f"lightning-prune {command} [--config FILE ...] [--model.OPTION VALUE] [--data.OPTION VALUE] "
-                f"[--trainer.OPTION VALUE]{' [--resume]' if command in RESUMABLE else ''}",
-                "description": _DESCRIPTION[command],
+                f"[--trainer.OPTION VALUE]{' [--resume]' if command in RESUMABLE else ''}"
+                f"{' [--quiet] [--json]' if command in TELLING else ''}",
+                "description": _DESCRIPTION[command] + (_TELLING if command in TELLING else ""),
             },
             trainer_defaults=self.defaults,
             seed_everything_default=0,
@@ -223,6 +225,7 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
+_TELLING = " --quiet prints the last line alone and no bar; --json prints the metrics on stdout, and everything else on stderr."
 _DESCRIPTION = {
     "fit": (
         "Calibrate, prune, save and evaluate one model with one method. Start from a shipped configuration: "

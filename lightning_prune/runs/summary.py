@@ -60,8 +60,8 @@ def summary_table(label: str, metrics: dict[str, Any]) -> str:
     rows += [
         (
             f"perplexity {name}",
-            f"dense {item['dense']:.3f}, pruned {item['pruned']:.3f} ({item['tokens']:,} tokens), "
-            + verdict(metrics, name),
+            f"dense {item['dense']:.3f}, pruned {item['pruned']:.3f} "
+            f"({item['tokens']:,} tokens{_windows(metrics, name)}), {verdict(metrics, name)}",
         )
         for name, item in metrics["perplexity"].items()
     ]
@@ -71,3 +71,10 @@ def summary_table(label: str, metrics: dict[str, Any]) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _windows(metrics: dict[str, Any], name: str) -> str:
+    """The protocol without which a perplexity says nothing: how long the windows are, and of which split."""
+    found = metrics.get("evaluation", {}).get(name, {})
+    split = "" if found.get("split") in (None, "all") else f" of the {found['split']} split"
+    return f"{split} in windows of {found['seq_len']}" if "seq_len" in found else ""

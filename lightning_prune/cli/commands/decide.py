@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_prune.cli.output import Output
 from lightning_prune.cli.parser import PlainParser
 from lightning_prune.errors import UserError
 from lightning_prune.runs.folder import FinishedRun, RunFolder, check_label
@@ -24,7 +25,8 @@ def main(argv: list[str]) -> int:
         UserError: no finished run there, a method whose scores cannot be reused, an option that would change the
             measurement, or a base model that is no longer the same.
     """
-    arguments, options = _parser().parse_known_args(argv)
+    words, output = Output.take(argv)
+    arguments, options = _parser().parse_known_args(words)
     run = RunFolder.open(arguments.run, "--run")
     if run.recovery is not None:
         raise UserError(
@@ -58,8 +60,8 @@ def main(argv: list[str]) -> int:
     dense = known_perplexities(run, cli.datamodule) if same_device else None
     folder, record = prune_and_record(cli.trainer, cli.model, cli.datamodule, cli.resolved_config, dense)
     if cli.trainer.is_global_zero:
-        print("\n" + summary_table(cli.model.label, record.metrics))
-        print(f"pruned model: {folder / 'pruned'}")
+        table = summary_table(cli.model.label, record.metrics)
+        output.tell(table, record.metrics, folder, f"pruned model: {folder / 'pruned'}")
     return 0
 
 

@@ -1,5 +1,6 @@
 """``lightning-prune recover``: train a pruned model to give back what pruning took."""
 
+from lightning_prune.cli.output import Output
 from lightning_prune.cli.recover_cli import RecoverCLI
 from lightning_prune.runs.recover import recover_and_record
 from lightning_prune.runs.recovered import recovery_table
@@ -7,10 +8,11 @@ from lightning_prune.runs.recovered import recovery_table
 
 def main(argv: list[str]) -> int:
     """Run the command and print what was regained and where the model is."""
-    cli = RecoverCLI(argv)
+    words, output = Output.take(argv)
+    cli = RecoverCLI(words)
     folder, record = recover_and_record(
         cli.trainer, cli.model, cli.datamodule, cli.run, cli.resolved_config, resume=cli.resume
     )
-    print("\n" + recovery_table(cli.model.label, record.metrics))
-    print(f"pruned model: {folder / 'pruned'}")
+    table = recovery_table(cli.model.label, record.metrics)
+    output.tell(table, record.metrics, folder, f"pruned model: {folder / 'pruned'}")
     return 0
