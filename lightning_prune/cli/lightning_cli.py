@@ -225,7 +225,7 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-_TELLING = " --quiet prints the last line alone and no bar; --json prints the metrics on stdout, and everything else on stderr."
+_TELLING = " --quiet prints the last line alone and no bar; --json prints the metrics on stdout, all else on stderr."
 _DESCRIPTION = {
     "fit": (
         "Calibrate, prune, save and evaluate one model with one method. Start from a shipped configuration: "

@@ -53,7 +53,7 @@ def test_summary_says_what_was_asked_and_what_came_out() -> None:
         "dense 12.346, pruned 15.000",
     ):
         assert words in table
-    for words in ("(4,242 tokens", "calibrate 1.2", "3 MiB"):
+    for words in ("(4,242 tokens of the test split in windows of 128)", "calibrate 1.2", "3 MiB"):
         assert words in table
 
 
