@@ -94,14 +94,14 @@ MLP_ENTRY = {"gemma2": "pre_feedforward_layernorm", "gemma3_text": "pre_feedforw
 def test_every_block_is_refitted_on_what_the_pruned_part_before_it_puts_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    seen, run = {}, BlockPass._run
+    seen, run = {}, BlockPass.catch
 
     def spy(self: BlockPass, step: Any, batch: Any) -> None:
         if (step.layer, step.phase) != (0, "attention"):  # the embedding
             seen[step.layer, step.phase] = self.stream.get(batch.rows, torch.device("cpu")).clone()
         run(self, step, batch)
 
-    monkeypatch.setattr(BlockPass, "_run", spy)
+    monkeypatch.setattr(BlockPass, "catch", spy)
     tokens = tiny_tokens(12, 16)
     base = save_base(make_tiny(family), tmp_path / "base")
     pruned: Any = pruned_by(run_method(SlimGPT(base, 0.25), tokens, tmp_path / "run", batch_size=12))
