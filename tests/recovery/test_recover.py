@@ -141,7 +141,7 @@ def test_training_ends_when_the_time_is_over_and_when_the_held_out_loss_rises(
     ]
     assert [one["stopped_by"] for one in facts] == ["time", "held-out loss"]
     assert facts[1]["steps"] < 250
-    assert facts[0]["seconds"] >= 1
+    assert 1 <= facts[0]["seconds"] < 60
 
 
 def test_bf16_trains_adapters_in_fp32_and_gradients_accumulate(pruned: Path, recover: Command, tmp_path: Path) -> None:
