@@ -149,7 +149,8 @@ def _calibration_seconds(method: PruningMethod, folder: Path, batch_size: int) -
     method.on_fit_start = start_watched  # type: ignore[method-assign]
     for name in ("on_train_epoch_start", "training_step", "on_train_batch_end"):
         setattr(method, name, timed(getattr(method, name)))
-    method._decide = lambda: None  # type: ignore[method-assign]
+    method.decide_and_refit = lambda: iter(())  # type: ignore[method-assign]
+    method.details = dict  # type: ignore[method-assign]
     method.on_fit_end = lambda: None  # type: ignore[method-assign]
     data = CalibrationDataModule(
         dataset=str(folder / "tokens.npy"), batch_size=batch_size, eval_datasets=[], tokenizer=method.pretrained

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NoReturn
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import Strategy
@@ -147,17 +147,22 @@ class PruneCLI(LightningCLI):
         options = dict(self._get(self.config_init, "trainer"))
         check_fixed(options)
         callbacks = check_callbacks(options["callbacks"])
+        label = self.model.label if isinstance(self.model, PruningMethod) else "test"
+        kwargs |= self._surroundings(options, callbacks, label)
+        trainer = trainer_for_calibration(lambda strategy: self._trainer(kwargs, strategy))
+        return self._checked(trainer, options["precision"])
+
+    def _surroundings(self, options: dict[str, Any], callbacks: list[Callback], label: str) -> dict[str, Any]:
+        """The trainer's arguments that are the same for every command: our own bar, logger and devices."""
         own_bar = any(isinstance(one, ProgressBar) for one in callbacks)
         if options["enable_progress_bar"] is not False and not own_bar:
             self.model.progress = Progress(shown=getattr(rank_zero_only, "rank", 0) == 0)
-        kwargs |= {"callbacks": callbacks, "enable_checkpointing": False, "enable_progress_bar": own_bar}
+        found = {"callbacks": callbacks, "enable_checkpointing": False, "enable_progress_bar": own_bar}
+        found["devices"] = cpu_processes(options["accelerator"], options["devices"])
         if options["logger"] in (None, True):
-            label = self.model.label if isinstance(self.model, PruningMethod) else "test"
             root = options["default_root_dir"] or DEFAULT_ROOT
-            kwargs["logger"] = TensorBoardLogger(root, name=label, default_hp_metric=False)
-        kwargs["devices"] = cpu_processes(options["accelerator"], options["devices"])
-        trainer = trainer_for_calibration(lambda strategy: self._trainer(kwargs, strategy))
-        return self._checked(trainer, options["precision"])
+            found["logger"] = TensorBoardLogger(root, name=label, default_hp_metric=False)
+        return found
 
     def _trainer(self, kwargs: dict[str, Any], strategy: Strategy | None) -> Any:
         chosen = kwargs if strategy is None else kwargs | {"strategy": strategy}

@@ -2,21 +2,18 @@
 
 from typing import Any
 
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, ProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_prune.cli.lightning_cli import DEFAULT_ROOT, PruneCLI
-from lightning_prune.cli.strategy import cpu_processes
+from lightning_prune.cli.lightning_cli import PruneCLI
+from lightning_prune.cli.trainer_options import Fixed, check_fixed
 from lightning_prune.errors import UserError
-from lightning_prune.progress import Progress
 from lightning_prune.recovery import Recovery, RecoveryDataModule
 from lightning_prune.recovery.module import HELD_OUT
 from lightning_prune.runs.folder import FinishedRun, check_label
 from lightning_prune.runs.recover import parent_run
 
-_FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
+_FIXED: Fixed = {
     "fast_dev_run": ((False, 0), "a run ends with a checkpoint. --trainer.max_steps makes it short."),
     "overfit_batches": ((0.0, 0), "the held-out share would be trained on. Leave it out."),
     "limit_val_batches": ((1.0, None), "the held-out loss is of the whole held-out share: lower --data.held_out."),
@@ -57,9 +54,7 @@ class RecoverCLI(PruneCLI):
             self.model.label = f"{self.run.metrics.method.label}_{suffix}"
         check_label(self.model.label)
         options = dict(self._get(self.config_init, "trainer"))
-        for name, (allowed, why) in _FIXED.items():
-            if repr(options.get(name)) not in [repr(item) for item in allowed]:
-                raise UserError(f"--trainer.{name}: found {options[name]}; {why}")
+        check_fixed(options, _FIXED)
         if options["max_epochs"] in (None, -1) and options["max_steps"] == -1 and options["max_time"] is None:
             raise UserError("--trainer.max_epochs: nothing ends this run. Give max_epochs, max_steps or max_time.")
         callbacks = options["callbacks"] or []
@@ -75,15 +70,7 @@ class RecoverCLI(PruneCLI):
                     f"--trainer.callbacks: EarlyStopping watches '{one.monitor}', which a recovery does not measure "
                     f"between epochs. Let it watch '{HELD_OUT}', or leave it out: --model.patience does the same."
                 )
-        own_bar = any(isinstance(one, ProgressBar) for one in callbacks)
-        if options["enable_progress_bar"] is not False and not own_bar:
-            self.model.progress = Progress(shown=getattr(rank_zero_only, "rank", 0) == 0)
-        kwargs |= {"callbacks": callbacks, "enable_checkpointing": False, "enable_progress_bar": own_bar}
-        if options["logger"] in (None, True):
-            root = options["default_root_dir"] or DEFAULT_ROOT
-            kwargs["logger"] = TensorBoardLogger(root, name=self.model.label, default_hp_metric=False)
-        kwargs["devices"] = cpu_processes(options["accelerator"], options["devices"])
-        trainer = self._trainer(kwargs, None)
+        trainer = self._trainer(kwargs | self._surroundings(options, callbacks, self.model.label), None)
         if trainer.world_size > 1 or not isinstance(trainer.strategy, SingleDeviceStrategy):
             raise UserError(
                 f"--trainer.devices: teacher and student are trained in one process on one device, found "

@@ -14,7 +14,8 @@ _NO_STEPS = "no run takes a training step, so there is nothing it could act on. 
 _NO_VALIDATION = (
     "no validation set is read: perplexity is measured before and after pruning, on --data.eval_datasets. Leave it out."
 )
-_FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
+Fixed = dict[str, tuple[tuple[Any, ...], str]]  # option → values it may have, and why no other
+_FIXED: Fixed = {
     "max_epochs": ((1, None), _WHOLE_SETS),
     "min_epochs": ((None,), _WHOLE_SETS),
     "max_steps": ((-1,), _WHOLE_SETS),
@@ -43,16 +44,17 @@ _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
 _CALLBACKS = (ProgressBar, ModelSummary, DeviceStatsMonitor, LambdaCallback)
 
 
-def check_fixed(options: dict[str, Any]) -> None:
+def check_fixed(options: dict[str, Any], fixed: Fixed = _FIXED) -> None:
     """Refuse a value that would change what is read, or that would be ignored.
 
     Args:
         options: the trainer's, by name.
+        fixed: what is allowed; by default to a run that calibrates.
 
     Raises:
         UserError: names the option and why it has no other value.
     """
-    for name, (allowed, why) in _FIXED.items():
+    for name, (allowed, why) in fixed.items():
         value = options.get(name)
         # By their text: limit_train_batches 1 is one batch, 1.0 all of them.
         if repr(value) not in [repr(item) for item in allowed]:

@@ -56,6 +56,18 @@ def aligned_windows(stream: Tensor, seq_len: int) -> Tensor:
     return stream[: count * seq_len].view(count, seq_len)
 
 
+def held_out_samples(tokens: Tensor) -> Tensor:
+    """Every eighth sample in the order of their tokens, bool `[N]`: the same ones whatever the order of the set.
+
+    Args:
+        tokens: int64 `[N, L]`, the calibration set.
+    """
+    order = sorted(range(len(tokens)), key=lambda row: tokens[row].tolist())
+    chosen = torch.zeros(len(tokens), dtype=torch.bool)
+    chosen[torch.tensor(order, dtype=torch.int64)[7::8]] = True
+    return chosen
+
+
 def _require(stream: Tensor, needed: int, what: str, options: str) -> None:
     if len(stream) < needed:
         raise UserError(

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_prune.data.sampling import held_out_samples
 from lightning_prune.errors import UserError
-from lightning_prune.methods.refit_math import held_out_samples
 from lightning_prune.methods.scores import Scores
 from lightning_prune.models.families import LayerAnatomy, anatomy, count_parameters
 from lightning_prune.models.layered import skeleton
@@ -64,6 +64,9 @@ class DecisionFolder(Protocol):
 
     def write_decision(self, scores: Scores, plan: PruningPlan, details: dict[str, Any]) -> None:
         """Keep what was measured and decided, each file whole or not at all."""
+
+    def write_step(self, plan: PruningPlan, write: Callable[[Path], None]) -> None:
+        """Keep a decision that is not the last one: its plan, and the checkpoint that ``write`` makes of a folder."""
 
 
 class PruningMethod(LayeredModule):
@@ -158,12 +161,12 @@ class PruningMethod(LayeredModule):
     def decide(self) -> None:
         """Set ``self.scores`` and ``self.plan`` from what the passes found."""
 
-    def passes_behind(self, kept: list[LayerPlan], held_out: Tensor) -> list[Pass]:
+    def passes_behind(self, kept: list[LayerPlan], held_out: Callable[[], Tensor]) -> list[Pass]:
         """The passes it makes once it is decided what is ``kept``; new weights they leave are the pruned model's.
 
         Args:
             kept: of every layer.
-            held_out: bool ``[N]``, calibration samples to check on.
+            held_out: gives bool ``[N]``, calibration samples to check on; asked by those who check.
         """
         return []
 
@@ -177,8 +180,8 @@ class PruningMethod(LayeredModule):
         """The decision, and what follows it."""
         with self.timed("decide"), torch.no_grad():
             self.decide()
-        tokens = self.datamodule.calibration.tokens if self.needs_calibration else torch.zeros(0, 1)
-        if behind := self.passes_behind(self.plan.layers, held_out_samples(tokens)):
+        behind = self.passes_behind(self.plan.layers, lambda: held_out_samples(self.datamodule.calibration.tokens))
+        if behind:
             self.model.change_layers(None)
             yield REFITTING, behind
             self.plan = replace(self.plan, weights_updated=True)
@@ -315,7 +318,7 @@ class PruningMethod(LayeredModule):
     def _expect_work(self, tokens: int) -> None:
         """All that is to do, as far as the shapes tell; ``tokens`` of this process."""
         everything = [LayerPlan(v.index, list(range(v.num_kv_heads)), list(range(v.num_channels))) for v in self.layers]
-        behind = self.passes_behind(everything, torch.zeros(0))
+        behind = self.passes_behind(everything, lambda: torch.zeros(0))
         for phase, passes in ((CALIBRATING, self._passes), (REFITTING, behind)):
             if passes:
                 walk = Walk(passes, self._setting, Findings())
@@ -359,11 +362,8 @@ class PruningMethod(LayeredModule):
     def write_step(self) -> None:
         """Leave the plan and the checkpoint of a step that is not the last one in the run folder."""
         if self.run_folder is not None:
-            place = self.run_folder.path / "steps" / f"{self.requested_ratio:.4g}"
-            place.mkdir(parents=True, exist_ok=True)
             with self.timed("save"), torch.no_grad():
-                self._write_pruned(place / "pruned")
-                self.plan.save(place / "plan.json")
+                self.run_folder.write_step(self.plan, self._write_pruned)
         self.trainer.strategy.barrier()
 
     def _write_pruned(self, folder: Path) -> None:

@@ -123,6 +123,11 @@ class HGSP(GroupPruning):
                 f"--model.prior gradient comes out of a backward pass; importance {importance} makes none. Use "
                 "--model.importance taylor or fisher, or --model.prior removal or similarity."
             )
+        if prior == "gradient" and prior_num_samples is not None:
+            raise UserError(
+                f"--model.prior_num_samples: found {prior_num_samples}; --model.prior gradient comes out of a pass "
+                "over every sample. Leave it out."
+            )
         self.importance = importance
         self.prior = prior
         self.prior_num_samples = prior_num_samples

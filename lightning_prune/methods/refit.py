@@ -1,5 +1,6 @@
 """Methods whose decision can be followed by a refit of what is kept (``refit_pass``)."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 from torch import Tensor
@@ -52,11 +53,11 @@ class RefittingMethod(PruningMethod):
         super().reuse(saved)
         self.needs_calibration = self.refit != "none"
 
-    def passes_behind(self, kept: list[LayerPlan], held_out: Tensor) -> list[Pass]:
+    def passes_behind(self, kept: list[LayerPlan], held_out: Callable[[], Tensor]) -> list[Pass]:
         """The refit, where it was asked for."""
         if self.refit == "none":
             return []
-        return [RefitPass(kept, self.refit, None if self.refit_damping == "auto" else self.refit_damping, held_out)]
+        return [RefitPass(kept, self.refit, None if self.refit_damping == "auto" else self.refit_damping, held_out())]
 
     def details(self) -> dict[str, Any]:
         """What was fitted to what, with which damping, and what it did to the error on held-out samples."""

@@ -78,15 +78,3 @@ def squared_error(inputs: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
     """‖X·Wᵀ − Y‖² for X ``[T, n]``, Y ``[T, d]``, W ``[d, n]``: a scalar in fp64, computed in W's dtype."""
     difference = inputs.to(weight.dtype) @ weight.T - targets.to(weight.dtype)
     return difference.square().sum(dtype=torch.float64)
-
-
-def held_out_samples(tokens: Tensor) -> Tensor:
-    """Every eighth sample in the order of their tokens, bool ``[N]``: the same ones whatever the order of the set.
-
-    Args:
-        tokens: ``[N, L]``, the calibration set.
-    """
-    order = sorted(range(len(tokens)), key=lambda row: tokens[row].tolist())
-    chosen = torch.zeros(len(tokens), dtype=torch.bool)
-    chosen[torch.tensor(order, dtype=torch.int64)[7::8]] = True
-    return chosen

@@ -24,6 +24,7 @@ from lightning_prune.methods.refit_math import (
     ridge,
     squared_error,
 )
+from lightning_prune.methods.slimgpt_math import columns_of
 from lightning_prune.models.families import LayerAnatomy
 from lightning_prune.statistics.hooks import Hooks
 from lightning_prune.statistics.token_statistic import full_precision
@@ -182,8 +183,7 @@ class RefitPass(BlockPass):
         units = kept.kept_kv_heads if step.phase == "attention" else kept.kept_channels
         count = view.num_kv_heads if step.phase == "attention" else view.num_channels
         width = view.linears[self.role(step)].in_features // count
-        each = torch.tensor(units, dtype=torch.int64)[:, None] * width + torch.arange(width)
-        return each.flatten().to(self.model.device)
+        return columns_of(torch.tensor(units, dtype=torch.int64, device=self.model.device), width)
 
     def _entering(self, step: Step, batch: Batch) -> Tensor:
         """The pruned stream before the block; both begin with the embeddings."""

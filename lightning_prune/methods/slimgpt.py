@@ -23,6 +23,7 @@ from lightning_prune.methods.slimgpt_math import (
     NotPositiveDefiniteError,
     PrunedLinear,
     choose_dtype,
+    columns_of,
     group_size_schedule,
     inverse_hessian,
     prune_channels,
@@ -89,7 +90,7 @@ class SlimGPTPass(BlockPass):
         except (NotPositiveDefiniteError, FloatingPointError) as error:
             raise FloatingPointError(f"{name}: {error}") from None
         width = linear.in_features // len(result.errors)
-        columns = (result.kept[:, None] * width + torch.arange(width, device=result.kept.device)).flatten()
+        columns = columns_of(result.kept, width)
         refitted = torch.zeros_like(linear.weight)
         refitted[:, columns] = result.weight.to(refitted.dtype)
         if not bool(torch.isfinite(refitted).all()):

@@ -276,10 +276,10 @@ def _prune(
             victims = current.argsort(stable=True)[:size]
             errors[unit[victims]] = current[victims]
             alive[victims] = False
-            compensate_(weight, inverse, _columns(victims, width))
+            compensate_(weight, inverse, columns_of(victims, width))
             removed += size
             if removed == total or units - removed < PACK_BELOW * len(unit):
-                columns = _columns(alive.nonzero().flatten(), width)
+                columns = columns_of(alive.nonzero().flatten(), width)
                 weight, inverse = _packed(weight, None, columns), _packed(inverse, columns, columns)
                 unit = unit[alive]
                 alive = torch.ones_like(unit, dtype=torch.bool)
@@ -290,7 +290,8 @@ def _prune(
     return PrunedLinear(unit, weight, errors, hessian.damping)
 
 
-def _columns(units: Tensor, width: int) -> Tensor:
+def columns_of(units: Tensor, width: int) -> Tensor:
+    """Columns of units ``[U]`` that are ``width`` columns each, int64 ``[U·width]``."""
     return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
 
 

@@ -371,7 +371,7 @@ def _calibrate(
     )
     # One walk where a run makes two: a pass of the second does not care what the first one found.
     passes = [] if method.saved is not None else method.passes()
-    passes += method.passes_behind(plan.layers, torch.arange(load.samples) % 2 == 1)
+    passes += method.passes_behind(plan.layers, lambda: torch.arange(load.samples) % 2 == 1)
     for one in passes:
         if isinstance(one, SlimGPTPass):
             solves.apply(one, books, free)

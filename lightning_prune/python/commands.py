@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd  # type: ignore[import-untyped]
+import torch
 import yaml
 from transformers import PreTrainedModel
 
@@ -23,6 +24,8 @@ from lightning_prune.runs.run import prune_and_record
 from lightning_prune.shipped_configs import config_file
 from lightning_prune.surgery.plan import PruningPlan
 from lightning_prune.walk.module import LayeredModule
+
+HALF = {torch.bfloat16: "bf16-true", torch.float16: "16-true"}  # precisions of a model that is loaded in them
 
 
 def prune(
@@ -72,7 +75,7 @@ def prune(
     pretrained = str(model)
     if isinstance(model, PreTrainedModel):
         pretrained = str(_saved(model, tokenizer, work / "dense"))
-        precision = precision or {"bfloat16": "bf16-true", "float16": "16-true"}.get(str(model.dtype)[6:])
+        precision = precision or HALF.get(model.dtype)
     dataset = as_dataset(calibration, work, "calibration")
     sets = [as_dataset(one, work, f"evaluation_{number}") for number, one in enumerate(evaluate_on)]
     configuration = {

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +19,7 @@ from lightning_prune.recovery import lora
 from lightning_prune.recovery.distillation import hidden_distillation, logit_distillation, matching_states
 from lightning_prune.recovery.schedule import cosine_with_warmup, progress_of
 from lightning_prune.recovery.zeros import check_zeros, hold_zeros, kept_weights
+from lightning_prune.timing import Timed
 from lightning_prune.walk.module import DTYPES
 
 HELD_OUT = "held_out/loss"
@@ -29,7 +28,7 @@ TRAINING = "training"
 SCALE = 1000.0  # the bar's units for the whole of training
 
 
-class Recovery(L.LightningModule):
+class Recovery(Timed, L.LightningModule):
     """Trains low-rank adapters or all weights of a pruned model, on text and by what the dense model predicts.
 
     Args:
@@ -113,15 +112,6 @@ class Recovery(L.LightningModule):
         """Where the best and the last state are kept while training is under way."""
         assert self.folder is not None
         return self.folder / TRAINING
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add the wall-clock seconds of the block to ``self.seconds[phase]``."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def open(self, precision: str, base_model: str, layers: list[int], masked: bool) -> None:
         """Load the pruned model and, where the loss needs it, the dense one.

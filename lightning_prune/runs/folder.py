@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -282,6 +282,13 @@ class RunFolder:
         ScoreTable(**{name: columns[name] for name in COLUMNS}).save(self.path / "scores.csv")
         plan.save(self.path / "plan.json")
         self._write_json("method.json", details, MethodDetails)
+
+    def write_step(self, plan: PruningPlan, write: Callable[[Path], None]) -> None:
+        """``steps/<ratio>/``: ``plan.json``, and ``pruned/``, which ``write`` makes."""
+        place = self.path / "steps" / f"{plan.pruning_ratio:.4g}"
+        place.mkdir(parents=True, exist_ok=True)
+        write(place / PRUNED)
+        plan.save(place / "plan.json")
 
     def write_recovery(self, facts: dict[str, Any]) -> None:
         """``recovery.json``: what a run trained, on what, and what it gave back."""

@@ -57,8 +57,8 @@ class Perplexity(_Record):
     tokens: Count
 
 
-class EvaluationManifest(_Open):
-    """The protocol of one evaluation set."""
+class _Text(_Open):
+    """Where tokens came from; None where nobody knows, as of a token array."""
 
     dataset: str
     configuration: str | None
@@ -66,6 +66,11 @@ class EvaluationManifest(_Open):
     revision: str | None
     text_sha256: str | None
     tokenizer_sha256: str | None
+
+
+class EvaluationManifest(_Text):
+    """The protocol of one evaluation set."""
+
     seq_len: Count
     stride: Count
     bos: str
@@ -153,15 +158,9 @@ class NoCalibration(_Record):
     note: str = ""
 
 
-class Calibration(_Open):
+class Calibration(_Text):
     """``calibration.json``: the manifest of the calibration set, see ``data.calibration.CalibrationManifest``."""
 
-    dataset: str
-    configuration: str | None
-    split: str
-    revision: str | None
-    text_sha256: str | None
-    tokenizer_sha256: str | None
     sampling: Literal["random", "sequential", "sliding", "given"]
     stride: Count | None
     seed: int | None
@@ -186,15 +185,9 @@ class MethodDetails(_Open):
     zeroed_weights: Count | None = None
 
 
-class TrainingText(_Open):
+class TrainingText(_Text):
     """What a recovery trained on: windows of ``seq_len`` tokens, the held-out ones not counted in ``windows``."""
 
-    dataset: str
-    configuration: str | None
-    split: str
-    revision: str | None
-    text_sha256: str | None
-    tokenizer_sha256: str | None
     seq_len: Count
     windows: Count
     held_out_windows: Count

@@ -17,10 +17,10 @@ import numpy as np
 import yaml
 
 from lightning_prune.data.datamodule import CalibrationDataModule
+from lightning_prune.data.sampling import held_out_samples
 from lightning_prune.errors import UserError
 from lightning_prune.methods.base import PruningMethod, SavedMeasurement
 from lightning_prune.methods.group_pruning import GroupPruning
-from lightning_prune.methods.refit_math import held_out_samples
 from lightning_prune.preflight.place import place
 from lightning_prune.runs.planned import Build, BuiltRun
 

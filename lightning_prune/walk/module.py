@@ -1,8 +1,6 @@
 """The LightningModule that owns a layered model and measures its perplexity, layer by layer."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +16,7 @@ from lightning_prune.models.loading import check_model, load_config
 from lightning_prune.models.placement import choose_onload
 from lightning_prune.progress import Progress
 from lightning_prune.statistics.perplexity import Perplexity
+from lightning_prune.timing import Timed
 
 DTYPES = {
     "32-true": torch.float32,
@@ -38,7 +37,7 @@ class PerplexityResult:
     tokens: int
 
 
-class LayeredModule(L.LightningModule):
+class LayeredModule(Timed, L.LightningModule):
     """Opens a causal LM in the trainer's precision and measures perplexity.
 
     The model is no submodule: Lightning would move it to the device whole.
@@ -82,15 +81,6 @@ class LayeredModule(L.LightningModule):
         if precision not in DTYPES:
             raise UserError(f"--trainer.precision: '{precision}' is not supported. Choose one of {', '.join(DTYPES)}.")
         return DTYPES[precision]
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add the wall-clock seconds of the block to ``self.seconds[phase]``."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     @property
     def evaluation_phase(self) -> str:

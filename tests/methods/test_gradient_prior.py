@@ -87,6 +87,11 @@ def test_gradient_prior_makes_no_evaluation_of_its_own(tmp_path: Path) -> None:
     assert counts[0] == counts[1] > 0
 
 
+def test_it_comes_from_every_sample() -> None:
+    with pytest.raises(UserError, match=r"--model\.prior_num_samples: found 16"):
+        HGSP("demo", 0.2, prior="gradient", prior_num_samples=16)
+
+
 def test_an_importance_without_gradients_has_no_such_prior() -> None:
     with pytest.raises(UserError, match=r"--model\.prior gradient .* --model\.importance taylor"):
         HGSP("demo", 0.2, importance="wanda", prior="gradient")

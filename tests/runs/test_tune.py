@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from lightning_prune.cli import main
-from lightning_prune.methods.refit_math import held_out_samples
+from lightning_prune.data.sampling import held_out_samples
 from lightning_prune.runs.tune import search
 from tests.methods.running import save_base
 from tests.tiny import make_tiny, tiny_tokens
@@ -41,6 +41,7 @@ def test_search_goes_round_again_while_something_helps_and_stops_at_its_limit() 
 def place(tmp_path: Path) -> Path:
     save_base(make_tiny(layers=3), tmp_path / "base")
     np.save(tmp_path / "tokens.npy", tiny_tokens(24, 16).numpy())
+    (tmp_path / "there.yaml").touch()
     return tmp_path
 
 
@@ -94,7 +95,8 @@ def test_options_that_are_tried_make_a_difference(place: Path) -> None:
         (["--trials", "0"], "--trials: found '0'"),
         (["--data.num_samples", "7"], "7 samples leave none to hold out"),
         (["--model", "lightning_prune.methods.SlimGPT"], "cannot be tuned"),
-        (["--output", "{place}/base/config.json"], "exists"),
+        (["--output", "{place}/tokens.npy"], "ends in .yaml"),
+        (["--output", "{place}/there.yaml"], "exists"),
     ],
 )
 def test_mistakes_end_in_one_sentence(more: list[str], says: str, place: Path, capsys: pytest.CaptureFixture) -> None:

@@ -11,7 +11,7 @@ import yaml
 from lightning_prune.cli.experiment import build
 from lightning_prune.cli.lightning_cli import PruneCLI
 from lightning_prune.errors import UserError
-from lightning_prune.files import check_writable, write_text
+from lightning_prune.files import check_writable, writable, write_text
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.runs.tune import Tuned, check_tunable, tune, tuned_config
 
@@ -22,6 +22,8 @@ def main(argv: list[str]) -> int:
     cli = PruneCLI(words, PruningMethod, subclasses=True, command="tune")
     check_tunable(cli.model)
     output: Path = own.output.expanduser()
+    if output.suffix not in (".yaml", ".yml"):
+        raise UserError(f"--output: found '{output}'; a configuration's name ends in .yaml.")
     table = output.with_suffix(".csv")
     for file in (output, table):
         if file.exists() and not own.overwrite:
@@ -40,9 +42,10 @@ def main(argv: list[str]) -> int:
                 flush=True,
             )
     assert found is not None
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_text(table, _table(found))
-    write_text(output, tuned_config(configuration, found))
+    with writable(output.parent, "--output"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text(table, _table(found))
+        write_text(output, tuned_config(configuration, found))
     print(f"\nbest: loss {found.best.loss:.4f} with {_text(found.best.options)}")
     print(f"configuration: {output}   trials: {table}")
     return 0

@@ -1,0 +1,20 @@
+"""Wall-clock seconds by phase."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class Timed:
+    """Keeps ``seconds`` by phase."""
+
+    seconds: dict[str, float]
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the wall-clock seconds of the block to ``self.seconds[phase]``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
