@@ -7,6 +7,7 @@ from typing import Any
 from lightning_prune.comparison.run import Run
 
 RATIO_TOLERANCE = 0.01  # of all parameters; what rounding to whole units cannot exceed in any real model
+RATIO_FACT = "achieved ratio"
 CALIBRATION_FACTS = (
     ("calibration dataset", "dataset"),
     ("calibration configuration", "configuration"),
@@ -150,7 +151,7 @@ def _ratio_difference(off: list[Run], tolerance: float) -> Difference:
         share = float(layered[0].units.cost.max()) / layered[0].dense_parameters
         labels = ", ".join(sorted({run.label for run in layered}))
         remark += f"; {labels}: removes whole layers, one layer is {share:.4f} of the model"
-    return Difference("achieved ratio", values, remark)
+    return Difference(RATIO_FACT, values, remark)
 
 
 def _groups(runs: Sequence[Run], off: list[Run]) -> list[Group]:

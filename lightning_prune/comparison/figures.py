@@ -7,82 +7,133 @@ from matplotlib.figure import Figure
 
 from lightning_prune.comparison.agreement import chance_jaccard, layer_agreement, unit_agreement
 from lightning_prune.comparison.audit import Audit, Group, protocol
-from lightning_prune.comparison.plots import (
-    importance_figure,
-    kept_figure,
-    matrix_figure,
-    perplexity_figure,
-    seconds_figure,
-)
+from lightning_prune.comparison.distributions import score_figure
+from lightning_prune.comparison.maps import kept_figure, matrix_figure
+from lightning_prune.comparison.names import short_names
+from lightning_prune.comparison.plots import importance_figure, seconds_figure
+from lightning_prune.comparison.quality import cost_figure, seconds, size_figure, speed_figure
 from lightning_prune.comparison.run import Run
+from lightning_prune.comparison.speed import speeds
 from lightning_prune.comparison.style import Styles, line_styles
 from lightning_prune.comparison.tables import display_names, evaluation_sets
 
 APART = " †"
+EDGE = "What lies beyond the scale stands on its upper edge."
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure under a heading; ``tag`` is its name in TensorBoard."""
+    """A figure under a heading; ``tag`` is its name in TensorBoard. What is ``first`` stands right below the tables."""
 
     heading: str
     tag: str
     caption: str
     figure: Figure
+    first: bool = False
 
 
-def plots(audit: Audit) -> Iterator[Plot]:
-    """Everything the runs allow. Groups that share base model and evaluation share plots; the smaller group's runs
-    carry a dagger there."""
-    for number, runs in enumerate(_shared(audit.groups), start=1):
-        where = f" ({runs[0].base_model}, setting {number})" if len(_shared(audit.groups)) > 1 else ""
-        key = f"{number}/" if where else ""
-        dagger = " † calibrated differently, see the tables." if any(APART in run.label for run in runs) else ""
-        names = display_names(runs)
-        styles = line_styles(list(dict.fromkeys(names[id(run)] for run in runs)))
-        for name in evaluation_sets(runs):
-            caption = f"Lower is better. Every point is one run.{dagger}"
-            yield Plot(f"Perplexity{where}", f"{key}perplexity/{name}", caption, perplexity_figure(runs, name, styles))
-        for ratio in sorted({run.requested for run in runs}):
-            same = [run for run in runs if run.requested == ratio]
-            yield from _at_ratio(same, f"Asked for {ratio:g}{where}", f"{key}{ratio:g}/", dagger, styles)
-        caption = f"Wall-clock time without loading, tokenising and the evaluation of the dense model.{dagger}"
-        yield Plot(f"Seconds per phase{where}", f"{key}seconds", caption, seconds_figure(runs))
+@dataclass(frozen=True)
+class Shared:
+    """Runs of groups that share base model and evaluation; those of the smaller groups carry a dagger.
+
+    ``prefix`` begins TensorBoard's tags, ``where`` headings; both are empty where there is one such set of runs.
+    """
+
+    runs: list[Run]
+    prefix: str
+    where: str
+
+    @property
+    def ratios(self) -> list[float]:
+        """Asked for, ascending."""
+        return sorted({run.requested for run in self.runs})
+
+    @property
+    def dagger(self) -> str:
+        """What the mark behind a name means, where there is one."""
+        apart = any(run.label.endswith(APART) for run in self.runs)
+        return f" {APART.strip()} calibrated differently, see the tables." if apart else ""
 
 
-def _at_ratio(runs: list[Run], heading: str, key: str, dagger: str, styles: Styles) -> Iterator[Plot]:
-    caption = f"How each method spreads its importance over the layers; each line sums to 100 %.{dagger}"
-    yield Plot(heading, f"{key}importance", caption, importance_figure(runs, styles))
-    caption = f"Share of GQA groups (attention) and channels (mlp) that stay in every layer.{dagger}"
-    yield Plot(heading, f"{key}kept fraction", caption, kept_figure(runs))
-    units = unit_agreement(runs)
-    if len(units.labels) > 1:
-        caption = (
-            f"Between methods that rank GQA groups and MLP channels. Two random choices of this size would overlap by "
-            f"{chance_jaccard(runs):.2f}.{dagger}"
-        )
-        yield Plot(heading, f"{key}agreement of units", caption, matrix_figure(units, "scores"))
-    if len(runs) > 1:
-        caption = (
-            f"Kept parameters per layer, the level at which methods that remove whole layers can be compared. "
-            f"– where a method keeps the same share everywhere.{dagger}"
-        )
-        figure = matrix_figure(layer_agreement(runs), "kept parameters per layer")
-        yield Plot(heading, f"{key}agreement of layers", caption, figure)
-
-
-def _shared(groups: Sequence[Group]) -> list[list[Run]]:
-    """Runs by protocol; those of a protocol's second and later groups get the dagger."""
+def shared(groups: Sequence[Group]) -> list[Shared]:
+    """Runs that may share plots, by protocol."""
     found: dict[str, list[list[Run]]] = {}
     for group in groups:
         found.setdefault(repr(protocol(group.all[0])), []).append(group.all)
     result = []
-    for members in found.values():
+    for number, members in enumerate(found.values(), start=1):
         runs = [
             replace(run, label=run.label + APART) if index else run
             for index, group in enumerate(members)
             for run in group
         ]
         order = list(dict.fromkeys(run.label for run in runs))
-        result.append(sorted(runs, key=lambda run: (order.index(run.label), run.requested)))
+        runs.sort(key=lambda run: (order.index(run.label), run.requested))
+        several = len(found) > 1
+        where = f" ({runs[0].base_model}, setting {number})" if several else ""
+        result.append(Shared(runs, f"setting {number}, " if several else "", where))
     return result
+
+
+def plots(audit: Audit) -> Iterator[Plot]:
+    """Everything the runs allow."""
+    for one in shared(audit.groups):
+        names = display_names(one.runs)
+        styles = line_styles(list(dict.fromkeys(names[id(run)] for run in one.runs)))
+        yield from _quality(one, styles)
+        for ratio in one.ratios:
+            yield from _at_ratio(one, ratio, styles)
+        caption = f"Wall-clock time without loading, tokenising and the evaluation of the dense model.{one.dagger}"
+        yield Plot(f"Seconds by phase{one.where}", f"{one.prefix}seconds", caption, seconds_figure(one.runs))
+
+
+def _quality(one: Shared, styles: Styles) -> Iterator[Plot]:
+    heading = f"Quality against size and speed{one.where}"
+    measured = speeds(one.runs)
+    for name, short in short_names(evaluation_sets(one.runs)).items():
+        caption = (
+            f"Lower and further right is better. Ringed: no run removes as much with less perplexity. "
+            f"{EDGE}{one.dagger}"
+        )
+        figure = size_figure(one.runs, name, short, styles)
+        yield Plot(heading, f"{one.prefix}perplexity and size/{name}", caption, figure, first=True)
+        if measured is not None:
+            caption = f"{measured.how}. Lower and further right is better. {EDGE}{one.dagger}"
+            figure = speed_figure(one.runs, name, short, styles, measured)
+            yield Plot(heading, f"{one.prefix}perplexity and speed/{name}", caption, figure, first=True)
+
+
+def _at_ratio(one: Shared, ratio: float, styles: Styles) -> Iterator[Plot]:
+    runs = [run for run in one.runs if run.requested == ratio]
+    heading, key = f"At a ratio of {ratio * 100:g} %{one.where}", f"{one.prefix}{ratio * 100:g} %/"
+    if any(seconds(run) is not None for run in runs):
+        for name, short in short_names(evaluation_sets(one.runs)).items():
+            if not any(name in run.sets for run in runs):
+                continue
+            caption = f"Lower and further left is better. A calibration that was reused counts in full.{one.dagger}"
+            yield Plot(heading, f"{key}perplexity and seconds/{name}", caption, cost_figure(runs, name, short, styles))
+    caption = f"Share of attention groups and MLP channels that stay in every layer.{one.dagger}"
+    yield Plot(heading, f"{key}kept fraction", caption, kept_figure(runs))
+    caption = f"How each method spreads its importance over the layers; each line sums to 100 %.{one.dagger}"
+    yield Plot(heading, f"{key}importance", caption, importance_figure(runs, styles))
+    caption = (
+        f"Units by score, each method over its own median; a method that weighs cost or layers cuts across.{one.dagger}"
+    )
+    yield Plot(heading, f"{key}scores", caption, score_figure(runs))
+    units = unit_agreement(runs)
+    if len(units.labels) > 1:
+        caption = f"Between methods that rank attention groups and MLP channels.{one.dagger}"
+        figure = matrix_figure(units.labels, units.spearman, "rank correlation of scores (Spearman)", -1)
+        yield Plot(heading, f"{key}agreement of units/scores", caption, figure)
+        caption = f"Two random choices of this size would overlap by {chance_jaccard(runs):.2f}.{one.dagger}"
+        figure = matrix_figure(units.labels, units.jaccard, "overlap of kept units (Jaccard)", 0)
+        yield Plot(heading, f"{key}agreement of units/kept", caption, figure)
+    if len(runs) > 1:
+        layers = layer_agreement(runs)
+        caption = f"Kept parameters by layer, where methods that remove whole layers can be compared, too.{one.dagger}"
+        figure = matrix_figure(layers.labels, layers.jaccard, "overlap of kept parameters by layer (Jaccard)", 0)
+        yield Plot(heading, f"{key}agreement of layers/kept", caption, figure)
+        caption = f"– where a method keeps the same share everywhere.{one.dagger}"
+        title = "rank correlation of kept parameters by layer (Spearman)"
+        figure = matrix_figure(layers.labels, layers.spearman, title, -1)
+        yield Plot(heading, f"{key}agreement of layers/ranks", caption, figure)

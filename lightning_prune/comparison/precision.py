@@ -52,7 +52,7 @@ def table(found: Sequence[Pair]) -> tuple[tuple[str, ...], list[Row]]:
     """Columns and rows; perplexities of the pruned models, the run's own first."""
     sets = evaluation_sets([pair.run for pair in found])
     names = display_names([run for pair in found for run in (pair.run, pair.full)])
-    columns = ["system", "asked", "precision", f"{FULL} run", "decided differently", "Jaccard of kept units"]
+    columns = ["system", "ratio", "precision", f"{FULL} run", "decided differently", "Jaccard of kept units"]
     columns += [column for name in sets for column in (f"perplexity {name}", f"in {FULL}")]
     rows = []
     for pair in found:

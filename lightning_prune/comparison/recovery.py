@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from lightning_prune.comparison.run import Run
 from lightning_prune.runs.recovered import regained, share
 
-COLUMNS = ("system", "from", "asked", "set", "dense", "pruned", "recovered", "regained", "tokens seen", "train s")
+COLUMNS = ("system", "from", "ratio", "set", "dense", "pruned", "recovered", "regained", "tokens seen", "train s")
 TEXT = (
     "These systems trained the pruned model of the run they came from; the others did not train. Regained is the share "
     "of the lost log-perplexity: (ln pruned − ln recovered) / (ln pruned − ln dense)."

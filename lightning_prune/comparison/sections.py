@@ -5,12 +5,15 @@ from dataclasses import dataclass, field
 
 from lightning_prune.comparison import costs, precision, recovery
 from lightning_prune.comparison.audit import Audit
+from lightning_prune.comparison.differences import summary
+from lightning_prune.comparison.names import short_names
 from lightning_prune.comparison.tables import (
     Row,
     evaluation_sets,
     header,
     markdown_table,
     rows,
+    setting,
     text_table,
     title,
 )
@@ -22,56 +25,52 @@ from lightning_prune.runs.failure import Failure
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, paragraphs, bullet points (``fine``: they are no warning), and tables as (name, columns, rows)."""
+    """A heading, paragraphs, bullet points (``fine``: they are no warning), and tables as (name, columns, rows).
+
+    ``hints`` say more about columns by their names; what is ``detail`` stands below the first plots of a page.
+    """
 
     heading: str
     text: list[str] = field(default_factory=list)
     bullets: list[str] = field(default_factory=list)
     tables: list[tuple[str, Sequence[str], Sequence[Row]]] = field(default_factory=list)
     fine: bool = False
+    hints: dict[str, str] = field(default_factory=dict)
+    detail: bool = False
 
 
 def sections(audit: Audit, failures: Sequence[Failure]) -> list[Section]:
     """Tables first, then what was checked and what differs, then failed runs."""
     found = [_results(audit, index) for index in range(len(audit.groups))]
-    unusable = sorted(
-        {
-            f"{run.label} at {run.requested:g} on {name}"
-            for group in audit.groups
-            for run in group.all
-            for name in run.sets
-            if run.verdict(name) == verdict.UNUSABLE
-        }
-    )
-    if unusable:
+    if unusable := _unusable(audit):
         text = (
             "These models have lost at least half of what the dense model gains over token frequencies without "
             "context, or their perplexity is not finite:"
         )
-        found.append(Section("Unusable models", [text], unusable))
+        found.append(Section("Unusable models", [text], unusable, detail=True))
     runs = [run for group in audit.groups for run in group.all]
     if trained := recovery.table(runs):
-        found.append(Section("Recovery", [recovery.TEXT], tables=[("", recovery.COLUMNS, trained)]))
+        found.append(Section("Recovery", [recovery.TEXT], tables=[("", recovery.COLUMNS, trained)], detail=True))
     if pairs := precision.pairs(runs):
         text = (
             f"Runs beside the run in {precision.FULL} with the same method, options, ratio, base model and "
             "calibration tokens."
         )
-        found.append(Section("Precision", [text], tables=[("", *precision.table(pairs))]))
+        found.append(Section("Precision", [text], tables=[("", *precision.table(pairs))], detail=True))
     if runs:
-        found.append(Section("How to read the tables", bullets=[verdict.LEGEND, *costs.legend(runs)], fine=True))
+        found.append(Section("How to read the tables", bullets=[verdict.LEGEND, *costs.legend(runs)], fine=True, detail=True))
     if failures:
-        columns = ("system", "asked", "error")
+        columns = ("system", "ratio", "error")
         lines = [(failure.label, f"{failure.requested:g}", failure.message) for failure in failures]
         found.insert(0, Section("Failed runs", tables=[("", columns, lines)]))
     if audit.fair:
         text = "Base model, tokenizer, precision, evaluation, calibration tokens and ratio reached agree in all runs."
-        found.append(Section("Audit: no differences", [text], audit.notes, fine=True))
+        found.append(Section("Audit: no differences", [text], audit.notes, fine=True, detail=True))
     else:
         text = "Runs that differ in these facts stand in different tables, or apart within one:"
-        found.append(Section("Audit: differences", [text], [str(one) for one in audit.differences]))
+        found.append(Section("Audit: differences", [text], summary(audit), detail=True))
         if audit.notes:
-            found.append(Section("Notes", bullets=audit.notes, fine=True))
+            found.append(Section("Notes", bullets=audit.notes, fine=True, detail=True))
     return found
 
 
@@ -111,7 +110,9 @@ def _results(audit: Audit, index: int) -> Section:
     group = audit.groups[index]
     sets = evaluation_sets(group.all)
     columns = header(sets)
-    text = [f"Another setting. {'; '.join(group.differs)}."] if group.differs else []
+    text = ["Not to be compared with Table 1: the audit below says in what they differ."] if group.differs else []
+    text.append(setting(group))
+    hints = {f"perplexity {short}": f"perplexity on {name}" for name, short in short_names(sets).items()}
     tables: list[tuple[str, Sequence[str], Sequence[Row]]] = []
     if group.runs:
         tables.append(("", columns, rows(group.runs, sets)))
@@ -119,4 +120,14 @@ def _results(audit: Audit, index: int) -> Section:
         name = "At another achieved ratio than the one asked for; compare with the achieved ratio in mind"
         apart = rows(group.other_ratio, sets)
         tables.append((name, columns, apart[1:] if group.runs else apart))
-    return Section(title(index + 1, group), text, tables=tables)
+    return Section(title(index + 1, group), text, tables=tables, hints=hints)
+
+
+def _unusable(audit: Audit) -> list[str]:
+    """A line per system and ratio, with the evaluation sets on which it is unusable."""
+    found: dict[tuple[str, float], list[str]] = {}
+    for run in (run for group in audit.groups for run in group.all):
+        for name in run.sets:
+            if run.verdict(name) == verdict.UNUSABLE and name not in found.setdefault((run.label, run.requested), []):
+                found[run.label, run.requested].append(name)
+    return [f"{label} at {ratio:g} on {', '.join(names)}" for (label, ratio), names in sorted(found.items()) if names]

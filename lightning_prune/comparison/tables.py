@@ -2,10 +2,12 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from lightning_prune.comparison import costs
 from lightning_prune.comparison.audit import Audit, Group
+from lightning_prune.comparison.names import short_names
 from lightning_prune.comparison.recovery import before
 from lightning_prune.comparison.run import Run
 from lightning_prune.escape import markdown, plain, public_name
@@ -53,10 +55,10 @@ CSV_COLUMNS = (
 
 
 def header(sets: Sequence[str]) -> tuple[str, ...]:
-    """Column names; ``sets`` are the evaluation sets."""
-    columns = ["system", "asked", "achieved", "parameters"]
-    columns += [f"perplexity {name}" for name in sets]
-    return (*columns, "verdict", "calibrate s", "prune s", "evaluate s", "memory MiB")
+    """Column names; ``sets`` are the evaluation sets. What a reader came for stands first."""
+    short = short_names(sets)
+    columns = ["system", "ratio", *(f"perplexity {short[name]}" for name in sets), "verdict"]
+    return (*columns, "achieved", "parameters", "calibrate s", "prune s", "evaluate s", "memory MiB")
 
 
 def evaluation_sets(runs: Sequence[Run]) -> list[str]:
@@ -75,23 +77,23 @@ def display_names(runs: Sequence[Run]) -> dict[int, str]:
 
 def rows(runs: Sequence[Run], sets: Sequence[str]) -> list[Row]:
     """Sorted by ratio, then in the order given; the dense model leads."""
-    names = display_names(runs)
+    names, short = display_names(runs), short_names(sets)
     found: list[Row] = []
     if runs:
         dense = [number(runs[0].perplexity(name, "dense")) if _has(runs[0], name) else "–" for name in sets]
         measured = [value for run in runs if (value := costs.spent(run, costs.EVALUATE_DENSE)) is not None]
         seconds = costs.text(measured[0]) if measured else ""
-        found.append(("dense", "0", "0.0000", f"{runs[0].dense_parameters:,}", *dense, "", "", "", seconds, ""))
+        found.append(("dense", "0", *dense, "", "0.0000", f"{runs[0].dense_parameters:,}", "", "", seconds, ""))
     for run in sorted(runs, key=lambda run: run.requested):
         perplexities = [number(run.perplexity(name)) if _has(run, name) else "–" for name in sets]
         found.append(
             (
                 names[id(run)],
                 f"{run.requested:g}",
+                *perplexities,
+                word(run, short),
                 f"{run.achieved:.4f}",
                 f"{run.pruned_parameters:,}",
-                *perplexities,
-                word(run),
                 costs.calibration_text(run),
                 costs.text(costs.pruning(run)),
                 costs.text(costs.spent(run, costs.EVALUATE)),
@@ -101,14 +103,14 @@ def rows(runs: Sequence[Run], sets: Sequence[str]) -> list[Row]:
     return found
 
 
-def word(run: Run) -> str:
-    """The verdict; with several evaluation sets that differ, on which one it holds."""
+def word(run: Run, short: Mapping[str, str]) -> str:
+    """The verdict; with several evaluation sets that differ, on which one it holds, by its ``short`` name."""
     words: dict[str, list[str]] = {}
     for name in run.sets:
         words.setdefault(run.verdict(name), []).append(name)
     if len(words) <= 1:
         return next(iter(words), "not evaluated")
-    return "; ".join(f"{verdict} on {', '.join(names)}" for verdict, names in words.items())
+    return "; ".join(f"{verdict} on {', '.join(short[name] for name in names)}" for verdict, names in words.items())
 
 
 def number(value: float | None) -> str:
@@ -138,18 +140,33 @@ def markdown_table(columns: Sequence[str], lines: Sequence[Row]) -> str:
 
 
 def title(index: int, group: Group) -> str:
-    """One line that says what the runs of a table share."""
-    calibrated = next((run for run in group.all if run.calibration is not None), None)
-    first = group.all[0]
-    if calibrated is None or calibrated.calibration is None:
-        shared = "no calibration"
+    """What the runs of a table share, in words; ``setting`` has the facts."""
+    facts = _calibration(group)
+    how = "" if facts is None else f", calibrated on {facts['num_samples']} × {facts['seq_len']} tokens"
+    return f"Table {index}: {public_name(group.all[0].base_model)}{how}"
+
+
+def setting(group: Group) -> str:
+    """Base model, calibration and evaluation of a table, with full names and fingerprints."""
+    first, facts = group.all[0], _calibration(group)
+    parts = [f"Base model: {first.base_model}"]
+    if facts is None:
+        parts.append("No calibration")
     else:
-        facts = calibrated.calibration
-        shared = f"calibration {public_name(str(facts['dataset']))}, {facts['num_samples']} × {facts['seq_len']} tokens"
-        shared += f", {facts['sampling']}"
-        shared += f", seed {facts['seed']}" if facts.get("seed") is not None else ""
-        shared += f", fingerprint {str(facts['fingerprint'])[:12]}"
-    return f"Table {index}: {first.base_model}, {shared}"
+        text = f"Calibration: {public_name(str(facts['dataset']))}, {facts['num_samples']} × {facts['seq_len']} tokens"
+        seed = f", seed {facts['seed']}" if facts.get("seed") is not None else ""
+        parts.append(f"{text}, {facts['sampling']}{seed}, fingerprint {str(facts['fingerprint'])[:12]}")
+    for name, short in short_names(evaluation_sets(group.all)).items():
+        run = next(run for run in group.all if name in run.sets)
+        window = run.evaluation.get(name, {}).get("seq_len")
+        windows = f" in windows of {window}" if window else ""
+        called = "" if short == name else f"{short} is "
+        parts.append(f"Perplexity: {called}{name}, {run.predicted_tokens(name):,} tokens{windows}")
+    return ". ".join(parts) + "."
+
+
+def _calibration(group: Group) -> Mapping[str, Any] | None:
+    return next((run.calibration for run in group.all if run.calibration is not None), None)
 
 
 def csv_text(audit: Audit, failures: Sequence[Failure]) -> str:
