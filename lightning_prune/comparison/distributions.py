@@ -12,7 +12,8 @@ from lightning_prune.comparison.style import PALETTE, legend, new_figure, shown,
 from lightning_prune.comparison.tables import display_names
 
 BINS = 28
-REACH = 3.0  # powers of ten around the median; what lies beyond is counted at the edge
+REACH = 3.0  # powers of ten around the median, at most
+WITHIN = 0.99  # share of every run's units that the axis covers; what lies beyond is counted at its edge
 
 
 def score_figure(runs: Sequence[Run]) -> Figure:
@@ -24,7 +25,7 @@ def score_figure(runs: Sequence[Run]) -> Figure:
     names = display_names(runs)
     figure, grid = new_figure(0.62 * len(runs) + 1.2, rows=len(runs), sharex=True)
     values = [relative(run) for run in runs]
-    reach = max(0.1, min(REACH, max(float(np.abs(found).max()) for found in values)))
+    reach = max(0.1, min(REACH, max(float(np.quantile(np.abs(found), WITHIN)) for found in values)))
     edges = np.linspace(-reach, reach, BINS + 1)
     for axes, run, found in zip(grid, runs, values, strict=True):
         inside = np.clip(found, -reach, reach)

@@ -16,6 +16,7 @@ from lightning_prune.comparison.run import Run
 from lightning_prune.comparison.speed import speeds
 from lightning_prune.comparison.style import Styles, line_styles
 from lightning_prune.comparison.tables import display_names, evaluation_sets
+from lightning_prune.escape import plain
 
 APART = " †"
 EDGE = "What lies beyond the scale stands on its upper edge."
@@ -36,17 +37,22 @@ class Plot:
 class Shared:
     """Runs of groups that share base model and evaluation; those of the smaller groups carry a dagger.
 
-    ``prefix`` begins TensorBoard's tags, ``where`` headings; both are empty where there is one such set of runs.
+    ``number`` counts such sets of runs from 1; it is 0, and ``where`` in headings empty, where there is only one.
     """
 
     runs: list[Run]
-    prefix: str
+    number: int
     where: str
 
     @property
     def ratios(self) -> list[float]:
         """Asked for, ascending."""
         return sorted({run.requested for run in self.runs})
+
+    def tag(self, ratio: float | None = None) -> str:
+        """The group of TensorBoard's tags for one ratio or for all; it sorts before the tags of single runs."""
+        setting = f" setting {self.number}" if self.number else ""
+        return plain(f"comparison{setting}" + ("" if ratio is None else f" {ratio * 100:g} %"))
 
     @property
     def dagger(self) -> str:
@@ -71,7 +77,7 @@ def shared(groups: Sequence[Group]) -> list[Shared]:
         runs.sort(key=lambda run: (order.index(run.label), run.requested))
         several = len(found) > 1
         where = f" ({runs[0].base_model}, setting {number})" if several else ""
-        result.append(Shared(runs, f"setting {number}, " if several else "", where))
+        result.append(Shared(runs, number if several else 0, where))
     return result
 
 
@@ -84,7 +90,7 @@ def plots(audit: Audit) -> Iterator[Plot]:
         for ratio in one.ratios:
             yield from _at_ratio(one, ratio, styles)
         caption = f"Wall-clock time without loading, tokenising and the evaluation of the dense model.{one.dagger}"
-        yield Plot(f"Seconds by phase{one.where}", f"{one.prefix}seconds", caption, seconds_figure(one.runs))
+        yield Plot(f"Seconds by phase{one.where}", f"{one.tag()}/seconds", caption, seconds_figure(one.runs))
 
 
 def _quality(one: Shared, styles: Styles) -> Iterator[Plot]:
@@ -96,16 +102,16 @@ def _quality(one: Shared, styles: Styles) -> Iterator[Plot]:
             f"{EDGE}{one.dagger}"
         )
         figure = size_figure(one.runs, name, short, styles)
-        yield Plot(heading, f"{one.prefix}perplexity and size/{name}", caption, figure, first=True)
+        yield Plot(heading, f"{one.tag()}/perplexity and size/{name}", caption, figure, first=True)
         if measured is not None:
             caption = f"{measured.how}. Lower and further right is better. {EDGE}{one.dagger}"
             figure = speed_figure(one.runs, name, short, styles, measured)
-            yield Plot(heading, f"{one.prefix}perplexity and speed/{name}", caption, figure, first=True)
+            yield Plot(heading, f"{one.tag()}/perplexity and speed/{name}", caption, figure, first=True)
 
 
 def _at_ratio(one: Shared, ratio: float, styles: Styles) -> Iterator[Plot]:
     runs = [run for run in one.runs if run.requested == ratio]
-    heading, key = f"At a ratio of {ratio * 100:g} %{one.where}", f"{one.prefix}{ratio * 100:g} %/"
+    heading, key = f"At a ratio of {ratio * 100:g} %{one.where}", f"{one.tag(ratio)}/"
     if any(seconds(run) is not None for run in runs):
         for name, short in short_names(evaluation_sets(one.runs)).items():
             if not any(name in run.sets for run in runs):

@@ -10,6 +10,7 @@ from lightning_prune.files import cannot_write, check_writable, new_folder
 from lightning_prune.runs.folder import REPORTS, RunFolder
 
 NAMES = {"report.html", "report.md", "results.csv", "results.tex", "calibration_appendix.md"}
+OTHERS = {"precision.csv", "tensorboard"}  # not in every report
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -24,7 +25,7 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise cannot_write(output, option, error) from None
     if found is None:
         raise UserError(f"{option}: '{output}' exists and is no folder. Give a new one.")
-    strange = sorted(name for name in found - NAMES if "tfevents" not in name)
+    strange = sorted(name for name in found - NAMES - OTHERS if "tfevents" not in name)
     if found and (strange or not found >= NAMES):
         what = f"it holds {strange[0]}" if strange else "files of one are missing"
         raise UserError(f"{option}: '{output}' exists and is no report of this command ({what}). Give a new folder.")

@@ -5,14 +5,14 @@ from pathlib import Path
 
 from lightning_prune.comparison.appendix import appendix
 from lightning_prune.comparison.audit import Audit
-from lightning_prune.comparison.figures import plots
+from lightning_prune.comparison.figures import plots, shared
 from lightning_prune.comparison.html import page
 from lightning_prune.comparison.latex import latex
 from lightning_prune.comparison.precision import csv_text as precision_csv
 from lightning_prune.comparison.precision import pairs
 from lightning_prune.comparison.sections import markdown, sections
 from lightning_prune.comparison.tables import csv_text
-from lightning_prune.comparison.tensorboard import log_plots
+from lightning_prune.comparison.tensorboard import log_comparison
 from lightning_prune.files import write_text
 from lightning_prune.runs.failure import Failure
 
@@ -21,7 +21,7 @@ TITLE = "Pruning methods compared"
 
 def write_report(audit: Audit, failures: Sequence[Failure], folder: Path) -> None:
     """Write ``report.html``, ``report.md``, ``results.csv``, ``precision.csv`` (where precisions are compared),
-    ``results.tex``, ``calibration_appendix.md`` and an events file with the plots into ``folder``, which exists."""
+    ``results.tex``, ``calibration_appendix.md`` and the folder ``tensorboard`` into ``folder``, which exists."""
     found, figures = sections(audit, failures), list(plots(audit))
     write_text(folder / "report.md", markdown(TITLE, found))
     write_text(folder / "results.csv", csv_text(audit, failures))
@@ -29,5 +29,5 @@ def write_report(audit: Audit, failures: Sequence[Failure], folder: Path) -> Non
         write_text(folder / "precision.csv", precision_csv(half))
     write_text(folder / "results.tex", latex(audit))
     write_text(folder / "calibration_appendix.md", appendix(audit))
-    log_plots(figures, folder)
+    log_comparison(figures, shared(audit.groups), folder)
     write_text(folder / "report.html", page(TITLE, found, figures))

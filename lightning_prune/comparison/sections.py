@@ -124,10 +124,17 @@ def _results(audit: Audit, index: int) -> Section:
 
 
 def _unusable(audit: Audit) -> list[str]:
-    """A line per system and ratio, with the evaluation sets on which it is unusable."""
-    found: dict[tuple[str, float], list[str]] = {}
-    for run in (run for group in audit.groups for run in group.all):
-        for name in run.sets:
-            if run.verdict(name) == verdict.UNUSABLE and name not in found.setdefault((run.label, run.requested), []):
-                found[run.label, run.requested].append(name)
-    return [f"{label} at {ratio:g} on {', '.join(names)}" for (label, ratio), names in sorted(found.items()) if names]
+    """A line per system and sets of text on which it is unusable, with the ratios."""
+    runs = [run for group in audit.groups for run in group.all]
+    short = short_names(evaluation_sets(runs))
+    ratios: dict[tuple[str, str], set[float]] = {}
+    for label, ratio in {(run.label, run.requested) for run in runs}:
+        mine = [run for run in runs if (run.label, run.requested) == (label, ratio)]
+        lost = {name for run in mine for name in run.sets if run.verdict(name) == verdict.UNUSABLE}
+        if lost:
+            where = ", ".join(short[name] for name in short if name in lost)
+            ratios.setdefault((label, where), set()).add(ratio)
+    return [
+        f"{label} at {', '.join(f'{ratio:g}' for ratio in sorted(found))} on {where}"
+        for (label, where), found in sorted(ratios.items())
+    ]

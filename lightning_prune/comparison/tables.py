@@ -77,7 +77,7 @@ def display_names(runs: Sequence[Run]) -> dict[int, str]:
 
 def rows(runs: Sequence[Run], sets: Sequence[str]) -> list[Row]:
     """Sorted by ratio, then in the order given; the dense model leads."""
-    names, short = display_names(runs), short_names(sets)
+    names = display_names(runs)
     found: list[Row] = []
     if runs:
         dense = [number(runs[0].perplexity(name, "dense")) if _has(runs[0], name) else "–" for name in sets]
@@ -91,7 +91,7 @@ def rows(runs: Sequence[Run], sets: Sequence[str]) -> list[Row]:
                 names[id(run)],
                 f"{run.requested:g}",
                 *perplexities,
-                word(run, short),
+                word(run),
                 f"{run.achieved:.4f}",
                 f"{run.pruned_parameters:,}",
                 costs.calibration_text(run),
@@ -103,14 +103,10 @@ def rows(runs: Sequence[Run], sets: Sequence[str]) -> list[Row]:
     return found
 
 
-def word(run: Run, short: Mapping[str, str]) -> str:
-    """The verdict; with several evaluation sets that differ, on which one it holds, by its ``short`` name."""
-    words: dict[str, list[str]] = {}
-    for name in run.sets:
-        words.setdefault(run.verdict(name), []).append(name)
-    if len(words) <= 1:
-        return next(iter(words), "not evaluated")
-    return "; ".join(f"{verdict} on {', '.join(short[name] for name in names)}" for verdict, names in words.items())
+def word(run: Run) -> str:
+    """The verdict; with several evaluation sets that differ, one after the other in their order."""
+    words = [run.verdict(name) for name in run.sets]
+    return " / ".join(words if len(set(words)) > 1 else words[:1]) or "not evaluated"
 
 
 def number(value: float | None) -> str:

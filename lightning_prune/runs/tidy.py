@@ -16,7 +16,7 @@ METRICS = "metrics.json"
 # What a killed run cannot be continued from or learned from.
 WORTHLESS = re.compile(
     r"config\.yaml|hparams\.yaml|started\.json|unfinished|.*tfevents.*|\..*\.tmp"
-    r"|report\.(html|md)|results\.(csv|tex)|calibration_appendix\.md"
+    r"|report\.(html|md)|results\.(csv|tex)|precision\.csv|calibration_appendix\.md|tensorboard"
 )
 
 
