@@ -10,8 +10,8 @@ body { margin: 0 auto; padding: 1rem; max-width: 78rem; background: var(--page);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.2rem; margin: 2rem 0 .5rem; }
 p, ul { max-width: 48rem; } .fineprint { color: var(--soft); font-size: .85rem; }
-a { color: var(--link); } nav { font-size: .9rem; } nav ul { margin: 0; padding: 0; max-width: none; }
-nav li { display: inline-block; margin-right: 1.2rem; }
+a { color: var(--link); } nav { font-size: .9rem; } nav summary { font-weight: normal; margin: 0; }
+wbr { display: none; } ul { padding-left: 1.5rem; }
 .scroll { overflow-x: auto; margin: .3rem 0; } .all { display: none; font-size: .85rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .875rem; }
 th, td { padding: .3rem .55rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
@@ -28,7 +28,8 @@ figure { margin: .5rem 0; min-width: 0; } figure svg { display: block; max-width
   stroke-linejoin: round; font-family: inherit; overflow: visible; } .mark:hover { opacity: .7; }
 figcaption { font-size: .85rem; color: var(--soft); } summary { cursor: pointer; font-weight: 600; margin: .7rem 0; }
 @media (max-width: 46rem) { body { padding: .6rem; } .all { display: block; } th, td { padding: .3rem .3rem; }
-  table { font-size: .8rem; } td:first-child { white-space: normal; min-width: 5rem; } .word { min-width: 4.5rem; }
+  table { font-size: .8rem; } wbr { display: inline; }
+  td:first-child { white-space: normal; min-width: 5rem; } .word { min-width: 4.5rem; }
   .columns:not(:has(:checked)) .minor { display: none; } }
 """
 

@@ -95,18 +95,21 @@ def plots(audit: Audit) -> Iterator[Plot]:
 
 def _quality(one: Shared, styles: Styles) -> Iterator[Plot]:
     heading = f"Quality against size and speed{one.where}"
-    measured = speeds(one.runs)
-    for name, short in short_names(evaluation_sets(one.runs)).items():
+    short = short_names(evaluation_sets(one.runs))
+    for name in short:
         caption = (
-            f"Lower and further right is better. Ringed: no run removes as much with less perplexity. "
+            f"Lower and further right is better. Pareto front: no run removes as much with less perplexity. "
             f"{EDGE}{one.dagger}"
         )
-        figure = size_figure(one.runs, name, short, styles)
+        figure = size_figure(one.runs, name, short[name], styles)
         yield Plot(heading, f"{one.tag()}/perplexity and size/{name}", caption, figure, first=True)
-        if measured is not None:
-            caption = f"{measured.how}. Lower and further right is better. {EDGE}{one.dagger}"
-            figure = speed_figure(one.runs, name, short, styles, measured)
-            yield Plot(heading, f"{one.tag()}/perplexity and speed/{name}", caption, figure, first=True)
+    measured = speeds(one.runs)
+    if measured is None:
+        return
+    for name in short:
+        caption = f"{measured.how}. Lower and further right is better. {EDGE}{one.dagger}"
+        figure = speed_figure(one.runs, name, short[name], styles, measured)
+        yield Plot(heading, f"{one.tag()}/perplexity and speed/{name}", caption, figure, first=True)
 
 
 def _at_ratio(one: Shared, ratio: float, styles: Styles) -> Iterator[Plot]:
@@ -116,7 +119,7 @@ def _at_ratio(one: Shared, ratio: float, styles: Styles) -> Iterator[Plot]:
         for name, short in short_names(evaluation_sets(one.runs)).items():
             if not any(name in run.sets for run in runs):
                 continue
-            caption = f"Lower and further left is better. A calibration that was reused counts in full.{one.dagger}"
+            caption = f"Lower and further left is better. A reused calibration counts in full. {EDGE}{one.dagger}"
             yield Plot(heading, f"{key}perplexity and seconds/{name}", caption, cost_figure(runs, name, short, styles))
     caption = f"Share of attention groups and MLP channels that stay in every layer.{one.dagger}"
     yield Plot(heading, f"{key}kept fraction", caption, kept_figure(runs))

@@ -45,7 +45,8 @@ def page(title: str, sections: Sequence[Section], figures: Sequence[Plot]) -> st
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>{escape(title)}</h1>\n{body}\n<nav><h2>On this page</h2><ul>{links}</ul></nav>\n"
+        f"<h1>{escape(title)}</h1>\n<nav><details><summary>On this page</summary><ul>{links}</ul></details></nav>\n"
+        f"{body}\n"
         f"<script>{SCRIPT}</script>\n</body>\n</html>\n"
     )
 
@@ -86,7 +87,8 @@ def _figures(plots: Sequence[Plot], folded: bool) -> list[tuple[str, str]]:
     """(heading, figures) for every heading; folded ones but for the first open at a tap."""
     parts = []
     for number, (heading, members) in enumerate(groupby(plots, key=lambda plot: plot.heading)):
-        body = '<div class="figures">\n' + "\n".join(_figure(plot) for plot in members) + "\n</div>"
+        drawn = [_figure(plot, f"{'more' if folded else 'first'}-{number}-{i}") for i, plot in enumerate(members)]
+        body = '<div class="figures">\n' + "\n".join(drawn) + "\n</div>"
         if folded:
             summary = f"<summary>{escape(heading)}</summary>"
             body = f"<details{'' if number else ' open'}>{summary}\n{body}\n</details>"
@@ -96,8 +98,8 @@ def _figures(plots: Sequence[Plot], folded: bool) -> list[tuple[str, str]]:
     return parts
 
 
-def _figure(plot: Plot) -> str:
-    drawing = svg(plot.figure).replace("<svg ", f'<svg role="img" aria-label="{escape(plot.tag)}" ', 1)
+def _figure(plot: Plot, key: str) -> str:
+    drawing = svg(plot.figure, key).replace("<svg ", f'<svg role="img" aria-label="{escape(plot.tag)}" ', 1)
     return f"<figure>{drawing}<figcaption>{escape(plot.caption)}</figcaption></figure>"
 
 

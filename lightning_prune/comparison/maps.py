@@ -37,6 +37,7 @@ def kept_figure(runs: Sequence[Run]) -> Figure:
     scale = ScalarMappable(Normalize(0, 1), COLOURS)
     bar = figure.colorbar(scale, ax=pair, label="kept fraction", orientation="horizontal", aspect=40, pad=0.02)
     bar.outline.set_visible(False)
+    bar.ax.set_facecolor("none")
     return figure
 
 

@@ -1,10 +1,10 @@
-"""Perplexity against what it is paid with or buys: size, measured speed, seconds. Marks that nothing beats are ringed."""
+"""Perplexity against what it buys or costs: size, measured speed, seconds. Marks that no other beats are ringed."""
 
 from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from lightning_prune.comparison import costs
 from lightning_prune.comparison.pareto import front
@@ -16,6 +16,7 @@ from lightning_prune.runs.verdict import UNUSABLE, unusable_limit
 
 LOG_RANGE = 10  # numbers further apart than this factor get a logarithmic axis
 BEYOND = 2  # times the limit of the unusable: where the perplexity axis ends
+NEAR = 1.5  # a limit further above all values than this factor is not drawn
 HEIGHT = 3.9  # inches
 Point = tuple[Run, float]
 
@@ -30,7 +31,8 @@ def size_figure(runs: Sequence[Run], name: str, short: str, styles: Styles) -> F
     _marks(axes, points, name, styles, lambda x: f"{x:.2%} removed", lines=True)
     _ring(axes, points, [-round(run.achieved, 2) for run, _ in points], name)
     _perplexity_axis(axes, [run for run, _ in points], name, short)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    asked = sorted({run.requested for run, _ in points})
+    axes.xaxis.set_major_locator(FixedLocator(asked) if len(asked) < 7 else MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:g} %"))
     axes.set_xlabel("achieved pruning ratio (share of all parameters)")
     legend(figure, axes)
@@ -72,7 +74,9 @@ def seconds(run: Run) -> float | None:
     """Calibrating and pruning; a calibration that another run made counts as this run's, too. None where it is not
     known what calibrating took."""
     calibration = costs.calibration(run)
-    return None if calibration is None and run.calibration is not None else (calibration or 0) + (costs.pruning(run) or 0)
+    if calibration is None and run.calibration is not None:
+        return None
+    return (calibration or 0.0) + (costs.pruning(run) or 0.0)
 
 
 def _marks(
@@ -96,11 +100,10 @@ def _marks(
 def _ring(axes: Axes, points: Sequence[Point], less_is_better: Sequence[float], name: str) -> None:
     """A ring round every mark that no other beats in both numbers; unusable models beat nobody."""
     usable = [None if run.verdict(name) == UNUSABLE else run.perplexity(name) for run, _ in points]
-    best = [points[index] for index in front(list(zip(less_is_better, usable, strict=True)))]
+    best = front(list(zip(less_is_better, usable, strict=True)))
     if best:
-        x, y = [x for _, x in best], [run.perplexity(name) for run, _ in best]
-        label = "no other is better in both"
-        axes.plot(x, y, "o", markersize=12, fillstyle="none", color=SOFT, clip_on=False, label=label)
+        x, y = [points[index][1] for index in best], [usable[index] or 0.0 for index in best]
+        axes.plot(x, y, "o", markersize=12, fillstyle="none", color=SOFT, clip_on=False, label="Pareto front")
 
 
 def _perplexity_axis(axes: Axes, runs: Sequence[Run], name: str, short: str) -> None:
@@ -109,7 +112,7 @@ def _perplexity_axis(axes: Axes, runs: Sequence[Run], name: str, short: str) -> 
     values = [_height(value, top) for value in (dense, *(run.perplexity(name) for run in runs)) if value is not None]
     if dense is not None:
         axes.axhline(dense, color=SOFT, linewidth=1, linestyle=(0, (4, 3)), label=f"dense ({dense:.4g})")
-    if limit is not None and values and max(values) > limit / 3:
+    if limit is not None and values and max(values) > limit / NEAR:
         axes.axhline(limit, color=SOFT, linewidth=1, linestyle=":", label=f"unusable from {limit:.3g}")
     if values and max(values) / min(values) > LOG_RANGE:
         axes.set_yscale("log")

@@ -58,7 +58,8 @@ def sections(audit: Audit, failures: Sequence[Failure]) -> list[Section]:
         )
         found.append(Section("Precision", [text], tables=[("", *precision.table(pairs))], detail=True))
     if runs:
-        found.append(Section("How to read the tables", bullets=[verdict.LEGEND, *costs.legend(runs)], fine=True, detail=True))
+        legend = [verdict.LEGEND, *costs.legend(runs)]
+        found.append(Section("How to read the tables", bullets=legend, fine=True, detail=True))
     if failures:
         columns = ("system", "ratio", "error")
         lines = [(failure.label, f"{failure.requested:g}", failure.message) for failure in failures]

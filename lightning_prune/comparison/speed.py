@@ -60,7 +60,7 @@ def speeds(runs: Sequence[Run]) -> Speeds | None:
             continue
         for index, speed in enumerate(report.pruned.speed):
             how = (
-                f"{report.engine}, {report.dtype} on {report.device}, {report.threads} threads, batch "
+                f"{report.engine}, {report.dtype} on {report.device}, {report.threads} CPU threads, batch "
                 f"{speed.batch_size}, {report.setting.decode_length} tokens after {report.setting.prompt_length}"
             )
             found.setdefault(how, {})[id(run)] = speed.decode_tokens_per_second

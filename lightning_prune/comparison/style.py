@@ -78,10 +78,14 @@ def tip(artist: Artist, text: str) -> None:
     artist.set_gid(TIP + plain(text))
 
 
-def svg(figure: Figure) -> str:
+def svg(figure: Figure, key: str) -> str:
     """The figure as an ``<svg>`` element for an HTML page: no prolog, no metadata, no address anywhere.
 
     Black is left to the page's style sheet, and what ``tip`` said becomes the ``<title>`` of its mark.
+
+    Args:
+        figure: what to draw.
+        key: begins the names of the figure's parts, so that no other figure on the page has the same.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context(SETTINGS):
@@ -99,4 +103,5 @@ def svg(figure: Figure) -> str:
     text = re.sub(r" font-family: [^;\"]*;", "", text)
     text = re.sub(rf'<g id="{TIP}([^"]*)"', r'<g class="mark"><title>\1</title', text)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # the same names in every figure, and nothing refers to them
+    text = re.sub(r'(\sid="|xlink:href="#|url\(#)', rf"\g<1>{key}-", text)
     return text.replace(f"stroke: {INK}", "stroke: var(--ink)").replace(f"fill: {INK}", "fill: var(--ink)")

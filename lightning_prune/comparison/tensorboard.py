@@ -108,7 +108,7 @@ def _add(writer: EventFileWriter, value: Summary.Value, step: int) -> None:
 
 def _folder_name(name: str, taken: set[str]) -> str:
     """``name`` as the name of a folder that is not ``taken`` yet, whatever a label holds."""
-    safe = re.sub(r"[^A-Za-z0-9._ %,+-]+", "_", name)[:150].lstrip(". ")
+    safe = re.sub(r"[^A-Za-z0-9._ %,+-]+", "_", name)[:150].lstrip(". ") or "run"
     number, found = 2, safe
     while found in taken:
         found, number = f"{safe} ({number})", number + 1

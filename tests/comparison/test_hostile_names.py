@@ -81,7 +81,7 @@ def test_no_control_character_reaches_a_file(report: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["report.html", "report.md", "results.tex", "calibration_appendix.md"])
 def test_no_tag_and_no_image_survive(report: Path, name: str) -> None:
     text = (report / name).read_text(encoding="utf-8")
-    assert "<script" not in text
+    assert text.count("<script") == (1 if name == "report.html" else 0)  # the page's own, which sorts tables
     assert name == "report.html" or "![i](" not in text
 
 
@@ -92,7 +92,7 @@ def test_page_has_the_elements_of_a_harmless_report_only(report: Path, tmp_path:
     hostile, harmless = Tags(), Tags()
     hostile.feed((report / "report.html").read_text(encoding="utf-8"))
     harmless.feed((tmp_path / "r" / "report.html").read_text(encoding="utf-8"))
-    assert hostile.found <= harmless.found | {"strong", "clippath"}
+    assert hostile.found <= harmless.found | {"strong", "clippath", "wbr"}
     assert not {name for name in hostile.attributes if name.startswith("on")}
 
 

@@ -52,11 +52,13 @@ def test_report_is_replaced_only_when_asked(tmp_path: Path, capsys: pytest.Captu
     assert compare(tmp_path, "--output", output) == 0
     assert set(os.listdir(output)) >= NAMES
     (output / "results.csv").write_text("old")
+    (output / "precision.csv").write_text("which the new report has no use for")
     assert compare(tmp_path, "--output", output) == 2
     assert "--overwrite to replace that one" in capsys.readouterr().err
     assert (output / "results.csv").read_text() == "old"
     assert compare(tmp_path, "--output", output, "--overwrite") == 0
     assert (output / "results.csv").read_text() != "old"
+    assert set(os.listdir(output)) == NAMES | {"tensorboard"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report", "wanda"]
     (tmp_path / "empty").mkdir()
     assert compare(tmp_path, "--output", tmp_path / "empty") == 0

@@ -125,6 +125,13 @@ def test_next_run_tidies_up_after_killed_ones(tmp_path: Path) -> None:
     assert not scored.exists()
 
 
+def test_report_that_was_killed_half_way_is_tidied_away(tmp_path: Path) -> None:
+    written = ("report.md", "results.csv", "precision.csv", "results.tex", "calibration_appendix.md", "tensorboard")
+    half = killed(tmp_path, "version_3", *written)
+    finish(tmp_path, config="b: 2\n")
+    assert not half.exists()
+
+
 def test_folder_of_somebody_else_is_not_touched(tmp_path: Path) -> None:
     foreign = tmp_path / "wanda" / "version_3"
     foreign.mkdir(parents=True)
