@@ -28,6 +28,6 @@ def _end(name: str) -> str:
     """The last words of a long name that fit."""
     if len(name) <= LONGEST:
         return name
-    tail = name[1 - LONGEST :]
+    tail = name[-LONGEST:]
     start = re.search(r"[/_. -]", tail[:-1])
-    return "…" + (tail[start.end() :] if start else tail)
+    return "…" + tail[start.end() if start else 1 :]

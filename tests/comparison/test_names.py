@@ -15,8 +15,8 @@ from lightning_prune.comparison.tables import header
         (["a.txt", "a.npy"], ["a.txt", "a.npy"]),  # would be the same
         (["test", "a/test"], ["test", "a/test"]),
         (
-            ["the_first_windows_of_128.npy", "the_first_windows_of_1024.npy"],
-            ["…first_windows_of_128", "…windows_of_1024"],
+            ["the_first_windows_of_128.npy", "first_of_all_windows_of_1024.npy"],
+            ["…windows_of_128", "…all_windows_of_1024"],
         ),
         (["x" * 30], ["…" + "x" * 19]),
         ([], []),

@@ -31,7 +31,7 @@ def test_runs_that_exist_are_compared_and_reported(tmp_path: Path, capsys: pytes
 def test_strict_refuses_runs_that_differ_and_names_the_fact(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [write_run(tmp_path, "wanda"), write_run(tmp_path, "taylor", calibration={"seed": 1})]
     assert main(["--runs", *map(str, folders), "--output", str(tmp_path / "report"), "--strict"]) == 3
-    assert "calibration seed: 0 in wanda" in capsys.readouterr().out
+    assert "taylor: calibration seed 1 instead of 0 in wanda" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
