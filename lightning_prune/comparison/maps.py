@@ -67,7 +67,7 @@ def matrix_figure(labels: Sequence[str], values: Floats, title: str, low: float)
     _frame(axes, (0, count), count, labels)
     axes.set_xticks(np.arange(count) + 0.5, [shown(label) for label in labels], rotation=45, ha="right", fontsize=9)
     axes.set_aspect("equal")
-    axes.set_title(title, fontsize=10)
+    figure.suptitle(title, fontsize=10)
     return figure
 
 

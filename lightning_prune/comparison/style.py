@@ -25,6 +25,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")
 DASHES = ("-", "--", ":", "-.")
 LONGEST = 40  # characters of a name in a figure
 WIDTH = 4.6  # inches; at 96 to the inch hardly wider than a phone, so that text keeps its size there
+DPI = 110  # of images
 TIP = "tip:"
 SETTINGS = {
     "font.size": 10,
@@ -63,7 +64,8 @@ def legend(figure: Figure, axes: Axes) -> None:
     """Below the axes, where it covers no data and takes no width."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        columns = 2 if max(map(len, labels)) > 16 else 3
+        longest = max(map(len, labels))
+        columns = 3 if longest <= 14 else 2 if longest <= 26 else 1
         figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
 
 
@@ -87,15 +89,8 @@ def svg(figure: Figure, key: str) -> str:
         figure: what to draw.
         key: begins the names of the figure's parts, so that no other figure on the page has the same.
     """
-    buffer = io.StringIO()
-    with matplotlib.rc_context(SETTINGS):
-        figure.savefig(
-            buffer,
-            format="svg",
-            bbox_inches="tight",
-            metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-        )
-    text = buffer.getvalue()
+    metadata = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    text = _saved(figure, format="svg", metadata=metadata).decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
@@ -105,3 +100,16 @@ def svg(figure: Figure, key: str) -> str:
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # the same names in every figure, and nothing refers to them
     text = re.sub(r'(\sid="|xlink:href="#|url\(#)', rf"\g<1>{key}-", text)
     return text.replace(f"stroke: {INK}", "stroke: var(--ink)").replace(f"fill: {INK}", "fill: var(--ink)")
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as an image on white."""
+    return _saved(figure, format="png", dpi=DPI, facecolor="white")
+
+
+def _saved(figure: Figure, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(SETTINGS):
+        figure.savefig(buffer, **options)
+    figure.set_layout_engine("none")  # it is laid out now, for every other format too
+    return buffer.getvalue()

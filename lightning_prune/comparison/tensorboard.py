@@ -4,14 +4,12 @@
 stands a run per system. Tags name the ratio, so a system keeps its colour and a chart holds all systems at one ratio.
 """
 
-import io
 import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import matplotlib
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
@@ -22,12 +20,11 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from lightning_prune.comparison.figures import Plot, Shared
 from lightning_prune.comparison.maps import BLOCKS, kept_fraction
 from lightning_prune.comparison.run import Run
-from lightning_prune.comparison.style import SETTINGS
+from lightning_prune.comparison.style import png
 from lightning_prune.comparison.tables import display_names
 from lightning_prune.escape import plain
 
 FOLDER = "tensorboard"
-DPI = 110
 IMPORTANCE, KEPT = "share of importance", "kept fraction"
 
 
@@ -50,7 +47,7 @@ def log_comparison(plots: Iterable[Plot], groups: Iterable[Shared], folder: Path
         categories += [_category(one.tag(ratio)) for ratio in one.ratios]
     with _writer(place) as writer:
         for plot in plots:
-            image = Summary.Image(encoded_image_string=_png(plot), colorspace=4)
+            image = Summary.Image(encoded_image_string=png(plot.figure), colorspace=4)
             _add(writer, Summary.Value(tag=plain(plot.tag), image=image), 0)
         _add(writer, _layout(categories), 0)
 
@@ -84,13 +81,6 @@ def _layout(categories: list[Category]) -> Summary.Value:
     metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="custom_scalars"))
     tensor = TensorProto(dtype=DT_STRING, string_val=[content])
     return Summary.Value(tag="custom_scalars__config__", tensor=tensor, metadata=metadata)
-
-
-def _png(plot: Plot) -> bytes:
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(SETTINGS):
-        plot.figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", facecolor="white")
-    return buffer.getvalue()
 
 
 @contextmanager
