@@ -35,8 +35,10 @@ def score_figure(runs: Sequence[Run]) -> Figure:
             ("pruned", pruned, np.zeros_like(pruned), PALETTE[1]),
             ("kept", kept, pruned, PALETTE[0]),
         ):
-            bars = axes.bar(edges[:-1], count, np.diff(edges), below, align="edge", color=color, label=label)
-            for index, bar in enumerate(bars):
+            full = np.flatnonzero(count)
+            at, width = edges[full], np.diff(edges)[full]
+            bars = axes.bar(at, count[full], width, below[full], align="edge", color=color, label=label)
+            for index, bar in zip(full, bars, strict=True):
                 bar.set_in_layout(False)
                 span = f"{10 ** edges[index]:.3g} to {10 ** edges[index + 1]:.3g} times the median"
                 tip(bar, f"{names[id(run)]}, score {span}: {kept[index]:,} units kept, {pruned[index]:,} pruned")

@@ -16,7 +16,7 @@ from lightning_prune.comparison.run import Run
 from lightning_prune.comparison.speed import speeds
 from lightning_prune.comparison.style import Styles, line_styles
 from lightning_prune.comparison.tables import display_names, evaluation_sets
-from lightning_prune.escape import plain
+from lightning_prune.escape import plain, public_name
 
 APART = " †"
 EDGE = "What lies beyond the scale stands on its upper edge."
@@ -76,7 +76,7 @@ def shared(groups: Sequence[Group]) -> list[Shared]:
         order = list(dict.fromkeys(run.label for run in runs))
         runs.sort(key=lambda run: (order.index(run.label), run.requested))
         several = len(found) > 1
-        where = f" ({runs[0].base_model}, setting {number})" if several else ""
+        where = f" ({public_name(runs[0].base_model)}, setting {number})" if several else ""
         result.append(Shared(runs, number if several else 0, where))
     return result
 

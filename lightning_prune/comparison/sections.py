@@ -7,6 +7,7 @@ from lightning_prune.comparison import costs, precision, recovery
 from lightning_prune.comparison.audit import Audit
 from lightning_prune.comparison.differences import summary
 from lightning_prune.comparison.names import short_names
+from lightning_prune.comparison.run import Run
 from lightning_prune.comparison.tables import (
     Row,
     evaluation_sets,
@@ -58,7 +59,7 @@ def sections(audit: Audit, failures: Sequence[Failure]) -> list[Section]:
         )
         found.append(Section("Precision", [text], tables=[("", *precision.table(pairs))], detail=True))
     if runs:
-        legend = [verdict.LEGEND, *costs.legend(runs)]
+        legend = [verdict.LEGEND, *_several(runs), *costs.legend(runs)]
         found.append(Section("How to read the tables", bullets=legend, fine=True, detail=True))
     if failures:
         columns = ("system", "ratio", "error")
@@ -111,8 +112,7 @@ def _results(audit: Audit, index: int) -> Section:
     group = audit.groups[index]
     sets = evaluation_sets(group.all)
     columns = header(sets)
-    text = ["Not to be compared with Table 1: the audit below says in what they differ."] if group.differs else []
-    text.append(setting(group))
+    warning = ["Not to be compared with Table 1: the audit below says in what they differ."] if group.differs else []
     hints = {f"perplexity {short}": f"perplexity on {name}" for name, short in short_names(sets).items()}
     tables: list[tuple[str, Sequence[str], Sequence[Row]]] = []
     if group.runs:
@@ -121,7 +121,13 @@ def _results(audit: Audit, index: int) -> Section:
         name = "At another achieved ratio than the one asked for; compare with the achieved ratio in mind"
         apart = rows(group.other_ratio, sets)
         tables.append((name, columns, apart[1:] if group.runs else apart))
-    return Section(title(index + 1, group), text, tables=tables, hints=hints)
+    return Section(title(index + 1, group), [setting(group)], warning, tables, hints=hints)
+
+
+def _several(runs: Sequence[Run]) -> list[str]:
+    """How to read more than one verdict on a line, where there is such a line."""
+    differ = any(len({run.verdict(name) for name in run.sets}) > 1 for run in runs)
+    return ["Several verdicts on a line stand in the order of the perplexity columns."] if differ else []
 
 
 def _unusable(audit: Audit) -> list[str]:

@@ -15,6 +15,7 @@ from lightning_prune.escape import markdown_table as pipe_table
 from lightning_prune.runs.failure import Failure
 
 Row = tuple[str, ...]
+SEVERAL = " / "  # between verdicts on evaluation sets
 
 CSV_COLUMNS = (
     "table",
@@ -91,7 +92,7 @@ def rows(runs: Sequence[Run], sets: Sequence[str]) -> list[Row]:
                 names[id(run)],
                 f"{run.requested:g}",
                 *perplexities,
-                word(run),
+                word(run, sets),
                 f"{run.achieved:.4f}",
                 f"{run.pruned_parameters:,}",
                 costs.calibration_text(run),
@@ -103,10 +104,10 @@ def rows(runs: Sequence[Run], sets: Sequence[str]) -> list[Row]:
     return found
 
 
-def word(run: Run) -> str:
-    """The verdict; with several evaluation sets that differ, one after the other in their order."""
-    words = [run.verdict(name) for name in run.sets]
-    return " / ".join(words if len(set(words)) > 1 else words[:1]) or "not evaluated"
+def word(run: Run, sets: Sequence[str]) -> str:
+    """The verdict; where it differs between ``sets``, one after the other in their order."""
+    words = [run.verdict(name) for name in sets if _has(run, name)]
+    return SEVERAL.join(words if len(set(words)) > 1 else words[:1]) or "not evaluated"
 
 
 def number(value: float | None) -> str:
