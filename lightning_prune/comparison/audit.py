@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_prune.comparison.run import Run
+from lightning_prune.comparison.seeds import SEED, TOKENS, joined
 
 RATIO_TOLERANCE = 0.01  # of all parameters; what rounding to whole units cannot exceed in any real model
 RATIO_FACT = "achieved ratio"
+Facts = Callable[[Run], dict[str, Any]]
 CALIBRATION_FACTS = (
     ("calibration dataset", "dataset"),
     ("calibration configuration", "configuration"),
@@ -17,10 +19,10 @@ CALIBRATION_FACTS = (
     ("calibration tokenizer", "tokenizer_sha256"),
     ("calibration sampling", "sampling"),
     ("calibration stride", "stride"),
-    ("calibration seed", "seed"),
+    (SEED, "seed"),
     ("calibration samples", "num_samples"),
     ("calibration sequence length", "seq_len"),
-    ("calibration tokens (fingerprint)", "fingerprint"),
+    (TOKENS, "fingerprint"),
 )
 EVALUATION_FACTS = (
     ("text", "text_sha256"),
@@ -84,11 +86,25 @@ def audit(runs: Sequence[Run], tolerance: float = RATIO_TOLERANCE) -> Audit:
         runs: finished runs; their order is kept inside groups.
         tolerance: how far, in shares of all parameters, an achieved ratio may lie from the requested one.
     """
-    differences = _differences(runs)
+    seeds = joined(runs, facts)
+
+    def told(run: Run) -> dict[str, Any]:
+        return facts(run) | seeds.get(id(run), {})
+
+    differences = _differences(runs, told)
     off = [run for run in runs if abs(run.achieved - run.requested) > tolerance]
     if off:
         differences.append(_ratio_difference(off, tolerance))
-    return Audit(_groups(runs, off), differences, _notes(runs))
+        # A system that missed the ratio with one seed stands apart with all of them.
+        missed = {(run.label, run.requested) for run in off}
+        again = [run for run in runs if id(run) in seeds and (run.label, run.requested) in missed]
+        off += [run for run in again if not any(run is other for other in off)]
+    notes = [
+        f"Calibration seeds {both}: meant as repetitions, for every system of the table had each of them, and within a "
+        "seed all had the same tokens."
+        for both in dict.fromkeys(one[SEED] for one in seeds.values())
+    ]
+    return Audit(_groups(runs, off, told), differences, notes + _notes(runs))
 
 
 def run_name(run: Run) -> str:
@@ -97,7 +113,8 @@ def run_name(run: Run) -> str:
 
 
 def facts(run: Run) -> dict[str, Any]:
-    """Everything that must agree before two perplexities may be compared; calibration only where there was one."""
+    """Everything that must agree before two perplexities may be compared; calibration only where there was one.
+    Several seeds that are meant as repetitions are joined by ``audit``."""
     return protocol(run) | calibration_facts(run)
 
 
@@ -125,7 +142,7 @@ def calibration_facts(run: Run) -> dict[str, Any]:
     return {what: _short(run.calibration.get(key)) for what, key in CALIBRATION_FACTS}
 
 
-def _differences(runs: Sequence[Run]) -> list[Difference]:
+def _differences(runs: Sequence[Run], facts: Facts) -> list[Difference]:
     found: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
         for what, value in facts(run).items():
@@ -154,7 +171,7 @@ def _ratio_difference(off: list[Run], tolerance: float) -> Difference:
     return Difference(RATIO_FACT, values, remark)
 
 
-def _groups(runs: Sequence[Run], off: list[Run]) -> list[Group]:
+def _groups(runs: Sequence[Run], off: list[Run], facts: Facts) -> list[Group]:
     keyed: dict[str, list[Run]] = {}
     free: list[Run] = []
     for run in runs:
@@ -176,11 +193,11 @@ def _groups(runs: Sequence[Run], off: list[Run]) -> list[Group]:
         members.sort(key=lambda run: position[id(run)])
         apart = [run for run in members if any(run is other for other in off)]
         near = [run for run in members if not any(run is other for other in off)]
-        groups.append(Group(near, apart, [] if not groups else _against(groups[0].all, members)))
+        groups.append(Group(near, apart, [] if not groups else _against(groups[0].all, members, facts)))
     return groups
 
 
-def _against(first: list[Run], other: list[Run]) -> list[str]:
+def _against(first: list[Run], other: list[Run], facts: Facts) -> list[str]:
     reference = next((run for run in first if run.calibration is not None), first[0])
     mine = next((run for run in other if run.calibration is not None), other[0])
     left, right = facts(reference), facts(mine)
@@ -216,7 +233,7 @@ _SOFT_FACTS: dict[str, Callable[[Run], Any]] = {
 }
 
 
-def _key(run: Run, of: Callable[[Run], dict[str, Any]]) -> str:
+def _key(run: Run, of: Facts) -> str:
     return repr(of(run))
 
 

@@ -51,9 +51,9 @@ def text(value: float | None, mark: str = "") -> str:
     return ("–" if value is None else f"{value:.1f}") + mark
 
 
-def calibration_text(run: Run) -> str:
-    """The table's cell for calibration: marked where scores were reused, so that nothing looks free."""
-    return text(calibration(run), f" {REUSED}" if run.reused_scores and run.calibration is not None else "")
+def mark(run: Run) -> str:
+    """What stands behind the seconds of a calibration whose scores were reused, so that nothing looks free."""
+    return f" {REUSED}" if run.reused_scores and run.calibration is not None else ""
 
 
 def legend(runs: Sequence[Run]) -> list[str]:

@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 
 from lightning_prune.comparison import costs, precision, recovery
 from lightning_prune.comparison.audit import Audit
+from lightning_prune.comparison.conclusion import conclusion
 from lightning_prune.comparison.differences import summary
 from lightning_prune.comparison.names import short_names
+from lightning_prune.comparison.repeats import repeats
 from lightning_prune.comparison.run import Run
 from lightning_prune.comparison.tables import (
     Row,
@@ -28,7 +30,8 @@ from lightning_prune.runs.failure import Failure
 class Section:
     """A heading, paragraphs, bullet points (``fine``: they are no warning), and tables as (name, columns, rows).
 
-    ``hints`` say more about columns by their names; what is ``detail`` stands below the first plots of a page.
+    ``hints`` say more about columns by their names; what is ``detail`` stands below the first plots of a page. The
+    ``answer`` leads a page, and in a terminal, which is read from its end, it follows the tables.
     """
 
     heading: str
@@ -38,10 +41,11 @@ class Section:
     fine: bool = False
     hints: dict[str, str] = field(default_factory=dict)
     detail: bool = False
+    answer: bool = False
 
 
 def sections(audit: Audit, failures: Sequence[Failure]) -> list[Section]:
-    """Tables first, then what was checked and what differs, then failed runs."""
+    """The answer, failed runs, tables, then what was checked and what differs."""
     found = [_results(audit, index) for index in range(len(audit.groups))]
     if unusable := _unusable(audit):
         text = (
@@ -59,12 +63,14 @@ def sections(audit: Audit, failures: Sequence[Failure]) -> list[Section]:
         )
         found.append(Section("Precision", [text], tables=[("", *precision.table(pairs))], detail=True))
     if runs:
-        legend = [verdict.LEGEND, *_several(runs), *costs.legend(runs)]
+        legend = [verdict.LEGEND, *_several(runs), *_repeated(audit), *costs.legend(runs)]
         found.append(Section("How to read the tables", bullets=legend, fine=True, detail=True))
     if failures:
         columns = ("system", "ratio", "error")
         lines = [(failure.label, f"{failure.requested:g}", failure.message) for failure in failures]
         found.insert(0, Section("Failed runs", tables=[("", columns, lines)]))
+    if runs:
+        found.insert(0, Section("What to trust", conclusion(audit), answer=True))
     if audit.fair:
         text = "Base model, tokenizer, precision, evaluation, calibration tokens and ratio reached agree in all runs."
         found.append(Section("Audit: no differences", [text], audit.notes, fine=True, detail=True))
@@ -79,7 +85,8 @@ def sections(audit: Audit, failures: Sequence[Failure]) -> list[Section]:
 def terminal(found: Sequence[Section]) -> str:
     """Plain text with aligned tables."""
     lines: list[str] = []
-    for section in found:
+    # False sorts before True: tables, the answer, details.
+    for section in sorted(found, key=lambda section: (section.detail, section.answer)):
         lines += [
             "",
             *map(plain, (section.heading, *section.text)),
@@ -111,15 +118,16 @@ def markdown(report_title: str, found: Sequence[Section]) -> str:
 def _results(audit: Audit, index: int) -> Section:
     group = audit.groups[index]
     sets = evaluation_sets(group.all)
-    columns = header(sets)
+    repeated = any(len(line.runs) > 1 for line in repeats(group.all))
+    columns = header(sets, repeated)
     warning = ["Not to be compared with Table 1: the audit below says in what they differ."] if group.differs else []
     hints = {f"perplexity {short}": f"perplexity on {name}" for name, short in short_names(sets).items()}
     tables: list[tuple[str, Sequence[str], Sequence[Row]]] = []
     if group.runs:
-        tables.append(("", columns, rows(group.runs, sets)))
+        tables.append(("", columns, rows(group.runs, sets, repeated)))
     if group.other_ratio:
         name = "At another achieved ratio than the one asked for; compare with the achieved ratio in mind"
-        apart = rows(group.other_ratio, sets)
+        apart = rows(group.other_ratio, sets, repeated)
         tables.append((name, columns, apart[1:] if group.runs else apart))
     return Section(title(index + 1, group), [setting(group)], warning, tables, hints=hints)
 
@@ -128,6 +136,17 @@ def _several(runs: Sequence[Run]) -> list[str]:
     """How to read more than one verdict on a line, where there is such a line."""
     differ = any(len({run.verdict(name) for name in run.sets}) > 1 for run in runs)
     return ["Several verdicts on a line stand in the order of the perplexity columns."] if differ else []
+
+
+def _repeated(audit: Audit) -> list[str]:
+    """What ± means, where something was repeated."""
+    if all(len(line.runs) == 1 for group in audit.groups for line in repeats(group.all)):
+        return []
+    return [
+        "± is the sample standard deviation over n calibration seeds, around their mean; seconds are means, peak memory "
+        "is the largest. What draws no calibration samples runs once. Two systems tie whose means are apart by no more "
+        "than √(a² + b²), a and b their deviations: with few seeds these are rough themselves."
+    ]
 
 
 def _unusable(audit: Audit) -> list[str]:

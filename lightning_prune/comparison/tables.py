@@ -9,6 +9,7 @@ from lightning_prune.comparison import costs
 from lightning_prune.comparison.audit import Audit, Group
 from lightning_prune.comparison.names import short_names
 from lightning_prune.comparison.recovery import before
+from lightning_prune.comparison.repeats import Repeats, Spread, repeats, seed, seeds
 from lightning_prune.comparison.run import Run
 from lightning_prune.escape import markdown, plain, public_name
 from lightning_prune.escape import markdown_table as pipe_table
@@ -29,6 +30,10 @@ CSV_COLUMNS = (
     "dense_perplexity",
     "perplexity",
     "unigram_perplexity",
+    "calibration_seed",
+    "n",
+    "perplexity_mean",
+    "perplexity_sd",
     "verdict",
     "predicted_tokens",
     "evaluation_seq_len",
@@ -55,10 +60,12 @@ CSV_COLUMNS = (
 )
 
 
-def header(sets: Sequence[str]) -> tuple[str, ...]:
-    """Column names; ``sets`` are the evaluation sets. What a reader came for stands first."""
+def header(sets: Sequence[str], repeated: bool = False) -> tuple[str, ...]:
+    """Column names; ``sets`` are the evaluation sets. What a reader came for stands first, where seeds were
+    ``repeated`` with their number."""
     short = short_names(sets)
-    columns = ["system", "ratio", *(f"perplexity {short[name]}" for name in sets), "verdict"]
+    columns = ["system", "ratio", *(f"perplexity {short[name]}" for name in sets), *(["n"] if repeated else [])]
+    columns.append("verdict")
     return (*columns, "achieved", "parameters", "calibrate s", "prune s", "evaluate s", "memory MiB")
 
 
@@ -76,38 +83,50 @@ def display_names(runs: Sequence[Run]) -> dict[int, str]:
     }
 
 
-def rows(runs: Sequence[Run], sets: Sequence[str]) -> list[Row]:
-    """Sorted by ratio, then in the order given; the dense model leads."""
-    names = display_names(runs)
+def rows(runs: Sequence[Run], sets: Sequence[str], repeated: bool = False) -> list[Row]:
+    """Runs of one group, seeds as one line, by ratio and then in the order given; the dense model leads."""
+    lines = repeats(runs)
+    names = display_names([line.first for line in lines])
     found: list[Row] = []
     if runs:
-        dense = [number(runs[0].perplexity(name, "dense")) if _has(runs[0], name) else "–" for name in sets]
+        dense = [number(runs[0].perplexity(name, "dense")) if name in runs[0].sets else "–" for name in sets]
+        dense += [""] if repeated else []
         measured = [value for run in runs if (value := costs.spent(run, costs.EVALUATE_DENSE)) is not None]
         seconds = costs.text(measured[0]) if measured else ""
         found.append(("dense", "0", *dense, "", "0.0000", f"{runs[0].dense_parameters:,}", "", "", seconds, ""))
-    for run in sorted(runs, key=lambda run: run.requested):
-        perplexities = [number(run.perplexity(name)) if _has(run, name) else "–" for name in sets]
+    for line in sorted(lines, key=lambda line: line.first.requested):
+        perplexities = [spread(line.perplexity(name)) if name in line.sets else "–" for name in sets]
+        # The first seed's runs measured what the other ratios reuse, and so it is with every seed.
+        mark = costs.mark(line.first)
         found.append(
             (
-                names[id(run)],
-                f"{run.requested:g}",
+                names[id(line.first)],
+                f"{line.first.requested:g}",
                 *perplexities,
-                word(run, sets),
-                f"{run.achieved:.4f}",
-                f"{run.pruned_parameters:,}",
-                costs.calibration_text(run),
-                costs.text(costs.pruning(run)),
-                costs.text(costs.spent(run, costs.EVALUATE)),
-                f"{run.peak_memory_bytes / 2**20:,.0f}",
+                *([str(len(line.runs))] if repeated else []),
+                word(line, sets),
+                f"{line.average(lambda run: run.achieved):.4f}",
+                f"{line.average(lambda run: run.pruned_parameters):,.0f}",
+                costs.text(line.average(costs.calibration), mark),
+                costs.text(line.average(costs.pruning)),
+                costs.text(line.average(lambda run: costs.spent(run, costs.EVALUATE))),
+                f"{max(run.peak_memory_bytes for run in line.runs) / 2**20:,.0f}",
             )
         )
     return found
 
 
-def word(run: Run, sets: Sequence[str]) -> str:
+def word(line: Repeats, sets: Sequence[str]) -> str:
     """The verdict; where it differs between ``sets``, one after the other in their order."""
-    words = [run.verdict(name) for name in sets if _has(run, name)]
+    words = [line.verdict(name) for name in sets if name in line.sets]
     return SEVERAL.join(words if len(set(words)) > 1 else words[:1]) or "not evaluated"
+
+
+def spread(found: Spread) -> str:
+    """The mean, with the sample standard deviation where there is one."""
+    if found.deviation is None:
+        return number(found.mean)
+    return f"{number(found.mean)} ± {number(found.deviation)}"
 
 
 def number(value: float | None) -> str:
@@ -151,8 +170,11 @@ def setting(group: Group) -> str:
         parts.append("No calibration")
     else:
         text = f"Calibration: {public_name(str(facts['dataset']))}, {facts['num_samples']} × {facts['seq_len']} tokens"
-        seed = f", seed {facts['seed']}" if facts.get("seed") is not None else ""
-        parts.append(f"{text}, {facts['sampling']}{seed}, fingerprint {str(facts['fingerprint'])[:12]}")
+        known = {seed(run): str(run.calibration["fingerprint"])[:12] for run in group.all if run.calibration}
+        several = "s" if len(known) > 1 else ""
+        drawn = f", seed{several} {', '.join(map(str, seeds(group.all)))}" if seeds(group.all) else ""
+        prints = ", ".join(known[one] for one in sorted(known, key=lambda one: one or 0))
+        parts.append(f"{text}, {facts['sampling']}{drawn}, fingerprint{several} {prints}")
     for name, short in short_names(evaluation_sets(group.all)).items():
         run = next(run for run in group.all if name in run.sets)
         window = run.evaluation.get(name, {}).get("seq_len")
@@ -167,21 +189,23 @@ def _calibration(group: Group) -> Mapping[str, Any] | None:
 
 
 def csv_text(audit: Audit, failures: Sequence[Failure]) -> str:
-    """One line per run and evaluation set, full precision."""
+    """One line per run and evaluation set, full precision; mean and deviation are those of the run's system and ratio
+    over all ``n`` seeds."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, CSV_COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
     for index, group in enumerate(audit.groups, start=1):
+        lines = {id(run): line for line in repeats(group.all) for run in line.runs}
         for run in sorted(group.all, key=lambda run: run.requested):
             for name in run.sets or [""]:
-                writer.writerow(_cells(_csv_row(index, group, run, name)))
+                writer.writerow(_cells(_csv_row(index, group, run, lines[id(run)], name)))
     for failure in failures:
         values = {"status": "failed", "system": failure.label, "requested_ratio": failure.requested}
         writer.writerow(_cells(values | {"message": failure.message}))
     return buffer.getvalue()
 
 
-def _csv_row(index: int, group: Group, run: Run, name: str) -> dict[str, object]:
+def _csv_row(index: int, group: Group, run: Run, line: Repeats, name: str) -> dict[str, object]:
     row: dict[str, object] = {
         "table": index,
         "status": "finished",
@@ -194,6 +218,8 @@ def _csv_row(index: int, group: Group, run: Run, name: str) -> dict[str, object]
         "parameters_pruned": run.pruned_parameters,
         "base_model": run.base_model,
         "calibration_fingerprint": (run.calibration or {}).get("fingerprint", ""),
+        "calibration_seed": seed(run),
+        "n": len(line.runs),
         "precision": run.environment.get("precision", ""),
         "seconds_calibrate": costs.calibration(run),
         "scores_measured_by": (run.measured_by or "unknown") if run.reused_scores else "",
@@ -215,6 +241,8 @@ def _csv_row(index: int, group: Group, run: Run, name: str) -> dict[str, object]
             "evaluation_set": name,
             "dense_perplexity": run.perplexity(name, "dense"),
             "perplexity": "not finite" if run.perplexity(name) is None else run.perplexity(name),
+            "perplexity_mean": line.perplexity(name).mean if name in line.sets else None,
+            "perplexity_sd": line.perplexity(name).deviation if name in line.sets else None,
             "unigram_perplexity": run.unigram_perplexity(name),
             "verdict": run.verdict(name),
             "predicted_tokens": run.predicted_tokens(name),
@@ -229,7 +257,3 @@ def _cells(row: dict[str, object]) -> dict[str, object]:
     return {
         key: value if value is None or isinstance(value, int | float) else plain(value) for key, value in row.items()
     }
-
-
-def _has(run: Run, name: str) -> bool:
-    return name in run.sets
