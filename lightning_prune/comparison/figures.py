@@ -1,7 +1,7 @@
 """Which plots a report shows, with their captions."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from matplotlib.figure import Figure
 
@@ -11,7 +11,8 @@ from lightning_prune.comparison.distributions import score_figure
 from lightning_prune.comparison.maps import kept_figure, matrix_figure
 from lightning_prune.comparison.names import short_names
 from lightning_prune.comparison.plots import importance_figure, seconds_figure
-from lightning_prune.comparison.quality import cost_figure, seconds, size_figure, speed_figure
+from lightning_prune.comparison.quality import cost_figure, size_figure, speed_figure
+from lightning_prune.comparison.repeats import repeats, seeds, to_prune
 from lightning_prune.comparison.run import Run
 from lightning_prune.comparison.speed import speeds
 from lightning_prune.comparison.style import Styles, line_styles
@@ -38,11 +39,13 @@ class Shared:
     """Runs of groups that share base model and evaluation; those of the smaller groups carry a dagger.
 
     ``number`` counts such sets of runs from 1; it is 0, and ``where`` in headings empty, where there is only one.
+    Where ``seeds`` were repeated, the first one's run stands for all, with the mean perplexities.
     """
 
     runs: list[Run]
     number: int
     where: str
+    seeds: list[int] = field(default_factory=list)
 
     @property
     def ratios(self) -> list[float]:
@@ -56,9 +59,11 @@ class Shared:
 
     @property
     def dagger(self) -> str:
-        """What the mark behind a name means, where there is one."""
+        """What the mark behind a name means, where there is one, and what stands for several seeds."""
         apart = any(run.label.endswith(APART) for run in self.runs)
-        return f" {APART.strip()} calibrated differently, see the tables." if apart else ""
+        mark = f" {APART.strip()} calibrated differently, see the tables." if apart else ""
+        over = f"Perplexities are means over seeds {', '.join(map(str, self.seeds))}"
+        return f"{mark} {over}, everything else is of seed {self.seeds[0]}." if self.seeds else mark
 
 
 def shared(groups: Sequence[Group]) -> list[Shared]:
@@ -68,16 +73,18 @@ def shared(groups: Sequence[Group]) -> list[Shared]:
         found.setdefault(repr(protocol(group.all[0])), []).append(group.all)
     result = []
     for number, members in enumerate(found.values(), start=1):
+        lines = [[line.mean_run for line in repeats(group)] for group in members]
         runs = [
             replace(run, label=run.label + APART) if index else run
-            for index, group in enumerate(members)
+            for index, group in enumerate(lines)
             for run in group
         ]
+        drawn = seeds([run for group in members for run in group]) if len(runs) < sum(map(len, members)) else []
         order = list(dict.fromkeys(run.label for run in runs))
         runs.sort(key=lambda run: (order.index(run.label), run.requested))
         several = len(found) > 1
         where = f" ({public_name(runs[0].base_model)}, setting {number})" if several else ""
-        result.append(Shared(runs, number if several else 0, where))
+        result.append(Shared(runs, number if several else 0, where, drawn))
     return result
 
 
@@ -115,7 +122,7 @@ def _quality(one: Shared, styles: Styles) -> Iterator[Plot]:
 def _at_ratio(one: Shared, ratio: float, styles: Styles) -> Iterator[Plot]:
     runs = [run for run in one.runs if run.requested == ratio]
     heading, key = f"At a ratio of {ratio * 100:g} %{one.where}", f"{one.tag(ratio)}/"
-    if any(seconds(run) is not None for run in runs):
+    if any(to_prune(run) is not None for run in runs):
         for name, short in short_names(evaluation_sets(one.runs)).items():
             if not any(name in run.sets for run in runs):
                 continue

@@ -1,6 +1,7 @@
 """``results.tex``: booktabs tables, one per group of comparable runs."""
 
 from lightning_prune.comparison.audit import Audit, Group
+from lightning_prune.comparison.repeats import Repeats, repeats, seeds
 from lightning_prune.comparison.run import Run
 from lightning_prune.comparison.tables import display_names, evaluation_sets, number
 from lightning_prune.escape import latex as escape
@@ -44,22 +45,27 @@ def _table(index: int, group: Group) -> str:
 
 
 def _lines(runs: list[Run], columns: list[tuple[str, float]], show_ratio: bool = False) -> list[str]:
-    names = display_names(runs)
+    found = repeats(runs)
+    names = display_names([line.first for line in found])
     lines = []
-    for label in dict.fromkeys(names[id(run)] for run in runs):
-        mine = {run.requested: run for run in runs if names[id(run)] == label}
+    for label in dict.fromkeys(names.values()):
+        mine = {line.first.requested: line for line in found if names[id(line.first)] == label}
         cells = [_cell(mine.get(ratio), name, show_ratio) for name, ratio in columns]
         lines.append(" & ".join([escape(label), *cells]) + r" \\")
     return lines
 
 
-def _cell(run: Run | None, name: str, show_ratio: bool) -> str:
-    if run is None or name not in run.sets:
+def _cell(line: Repeats | None, name: str, show_ratio: bool) -> str:
+    if line is None or name not in line.sets:
         return "--"
-    value = number(run.perplexity(name))
-    if run.verdict(name) == UNUSABLE:
-        value = "unusable" if run.perplexity(name) is None else f"unusable, {value}"
-    return value + (f" ({run.achieved * 100:.1f}\\,\\%)" if show_ratio else "")
+    found = line.perplexity(name)
+    value = number(found.mean)
+    if found.deviation is not None:
+        value += f" $\\pm$ {number(found.deviation)}"
+    if line.verdict(name) == UNUSABLE:
+        value = "unusable" if found.mean is None else f"unusable, {value}"
+    achieved = line.average(lambda run: run.achieved) or 0.0
+    return value + (f" ({achieved * 100:.1f}\\,\\%)" if show_ratio else "")
 
 
 def _caption(group: Group) -> str:
@@ -71,5 +77,12 @@ def _caption(group: Group) -> str:
     calibrated = next((run.calibration for run in group.all if run.calibration is not None), None)
     if calibrated is not None:
         text += f"; calibration: {public_name(str(calibrated['dataset']))}, {calibrated['num_samples']} samples of "
-        text += f"{calibrated['seq_len']} tokens, fingerprint {str(calibrated['fingerprint'])[:12]}"
+        text += f"{calibrated['seq_len']} tokens, "
+        if any(len(line.runs) > 1 for line in repeats(group.all)):
+            drawn = seeds(group.all)
+            text += f"mean ± sample standard deviation over seeds {', '.join(map(str, drawn))} (n = {len(drawn)})"
+            if any(run.calibration is None for run in group.all):
+                text += ", systems that read no data once"
+        else:
+            text += f"fingerprint {str(calibrated['fingerprint'])[:12]}"
     return escape(text + ".")

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightning_prune.comparison.agreement import jaccard
+from lightning_prune.comparison.repeats import NOT_OF_THE_DECISION
 from lightning_prune.comparison.run import Run
 from lightning_prune.comparison.tables import Row, display_names, evaluation_sets, number
 from lightning_prune.escape import plain
 
 FULL = "32-true"
-NOT_OF_THE_DECISION = ("pretrained", "label", "onload")  # options that change no result
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from lightning_prune.comparison import costs
 from lightning_prune.comparison.pareto import front
+from lightning_prune.comparison.repeats import to_prune
 from lightning_prune.comparison.run import Run
 from lightning_prune.comparison.speed import Speeds
 from lightning_prune.comparison.style import SOFT, Styles, legend, new_figure, shown, tip
@@ -57,7 +57,7 @@ def speed_figure(runs: Sequence[Run], name: str, short: str, styles: Styles, mea
 def cost_figure(runs: Sequence[Run], name: str, short: str, styles: Styles) -> Figure:
     """Perplexity over the seconds of calibrating and pruning, for runs of one ratio."""
     figure, (axes,) = new_figure(HEIGHT)
-    points = [(run, x) for run in runs if name in run.sets and (x := seconds(run)) is not None]
+    points = [(run, x) for run in runs if name in run.sets and (x := to_prune(run)) is not None]
     _marks(axes, points, name, styles, lambda x: f"{x:,.1f} s to calibrate and prune")
     _ring(axes, points, [x for _, x in points], name)
     _perplexity_axis(axes, [run for run, _ in points], name, short)
@@ -68,15 +68,6 @@ def cost_figure(runs: Sequence[Run], name: str, short: str, styles: Styles) -> F
     axes.set_xlabel("seconds to calibrate and prune")
     legend(figure, axes)
     return figure
-
-
-def seconds(run: Run) -> float | None:
-    """Calibrating and pruning; a calibration that another run made counts as this run's, too. None where it is not
-    known what calibrating took."""
-    calibration = costs.calibration(run)
-    if calibration is None and run.calibration is not None:
-        return None
-    return (calibration or 0.0) + (costs.pruning(run) or 0.0)
 
 
 def _marks(

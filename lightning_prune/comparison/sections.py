@@ -143,9 +143,9 @@ def _repeated(audit: Audit) -> list[str]:
     if all(len(line.runs) == 1 for group in audit.groups for line in repeats(group.all)):
         return []
     return [
-        "± is the sample standard deviation over n calibration seeds, around their mean; seconds are means, peak memory "
-        "is the largest. What draws no calibration samples runs once. Two systems tie whose means are apart by no more "
-        "than √(a² + b²), a and b their deviations: with few seeds these are rough themselves."
+        "± is the sample standard deviation over n calibration seeds, around their mean; seconds are means, peak "
+        "memory is the largest. What draws no calibration samples runs once. Two systems tie whose means are apart by "
+        "no more than √(a² + b²), a and b their deviations: with few seeds these are rough themselves."
     ]
 
 

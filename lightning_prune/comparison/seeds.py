@@ -1,4 +1,4 @@
-"""Several calibration seeds that are meant: which of them may stand in one table, because every system had all of them."""
+"""Several calibration seeds that are meant: which may stand in one table, because every system had all of them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -52,7 +52,8 @@ def run_experiment(settings: Settings, build: Build) -> tuple[list[Path], list[F
             for index, run in enumerate(planned):
                 if folders[index] is not None:
                     continue
-                bar.set_description(f"{run.label} {run.ratio:g}")
+                which = "" if run.seed is None else f"seed {run.seed}"
+                bar.set_description(f"{run.label} {run.ratio:g} {which}".rstrip())
                 known = [(other, found) for other, found in zip(planned, folders, strict=True) if found is not None]
                 try:
                     folders[index] = _make(run, known, build)
@@ -60,7 +61,8 @@ def run_experiment(settings: Settings, build: Build) -> tuple[list[Path], list[F
                     if not isinstance(error, UserError):
                         traceback.print_exc()
                     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-                    failures.append(Failure(run.label, run.ratio, f"{kind}{error}"))
+                    message = f"{kind}{error}" if not which else f"{which}: {kind}{error}"
+                    failures.append(Failure(run.label, run.ratio, message))
                 bar.update()
         return [folder for folder in folders if folder is not None], failures
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,6 +39,7 @@ class Planned:
 
     Attributes:
         label, ratio: what it is called.
+        seed: of its calibration samples, None where the experiment has no seeds.
         configuration: what ``fit`` would be given.
         data: shared by all runs with the same ``data`` section.
         sha256: names its result, see ``configuration_sha256``.
@@ -47,6 +49,7 @@ class Planned:
 
     label: str
     ratio: float
+    seed: int | None
     configuration: dict[str, Any]
     data: CalibrationDataModule
     sha256: str
@@ -64,15 +67,18 @@ class Planned:
 def plan_runs(settings: Settings, build: Build) -> list[Planned]:
     """Check every run's options, by building it, and tokenise every calibration setting once.
 
+    A system on which another seed changes nothing (it reads no data, or token ids as given) runs once.
+
     Raises:
         UserError: a mistake in any of them; nothing has been run then.
     """
     shared: dict[str, CalibrationDataModule] = {}
     weights: dict[str, str] = {}
-    found = []
+    found: list[Planned] = []
+    seeds: list[int | None] = [*settings.seeds] or [None]
     for label in settings.systems:
-        for ratio in settings.ratios:
-            configuration = settings.configuration(label, ratio)
+        for seed, ratio in product(seeds, settings.ratios):
+            configuration = settings.configuration(label, ratio, seed)
             built = build(label, configuration)
             options = yaml.safe_load(built.resolved_config)
             data = shared.setdefault(json.dumps(options["data"], sort_keys=True), built.datamodule)
@@ -88,13 +94,17 @@ def plan_runs(settings: Settings, build: Build) -> list[Planned]:
             calibration = data.calibration.manifest.fingerprint if method.needs_calibration else None
             base = (str(built.trainer.precision), weights[method.pretrained])
             name = type(method).__name__
+            sha256 = configuration_sha256(name, init, *base, calibration, evaluation)
+            if any((run.label, run.sha256) == (label, sha256) for run in found):
+                continue
             found.append(
                 Planned(
                     label,
                     ratio,
+                    seed,
                     configuration,
                     data,
-                    sha256=configuration_sha256(name, init, *base, calibration, evaluation),
+                    sha256=sha256,
                     measurement=configuration_sha256(name, init | {"pruning_ratio": None}, *base, calibration, {}),
                     dense=configuration_sha256("dense", {}, *base, None, evaluation),
                 )

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,27 @@ from lightning_prune.errors import UserError
 from lightning_prune.runs.folder import REPORTS, check_label
 from lightning_prune.shipped_configs import config_file
 
-ALLOWED = ("pretrained", "ratios", "systems", "data", "trainer", "root")
+ALLOWED = ("pretrained", "ratios", "seeds", "systems", "data", "trainer", "root")
 DEFAULT_RATIOS = (0.2, 0.3, 0.5)
 
 
 @dataclass(frozen=True)
 class Settings:
     """What an experiment runs. ``systems`` maps a label to a complete configuration but for the pruning ratio, with
-    the sections ``model``, ``data`` and ``trainer`` that ``lightning-prune fit`` takes."""
+    the sections ``model``, ``data`` and ``trainer`` that ``lightning-prune fit`` takes. ``seeds`` draw the calibration
+    samples, one run each; without any, those of the configurations do."""
 
     ratios: list[float]
     systems: dict[str, dict[str, Any]]
     root: Path
+    seeds: list[int] = field(default_factory=list)
 
-    def configuration(self, label: str, ratio: float) -> dict[str, Any]:
-        """The configuration of one run."""
+    def configuration(self, label: str, ratio: float, seed: int | None = None) -> dict[str, Any]:
+        """The configuration of one run; ``seed`` of its calibration samples overrules its own."""
         found = deepcopy(self.systems[label])
         found["model"]["init_args"]["pruning_ratio"] = ratio
+        if seed is not None:
+            found["data"]["seed"] = seed
         return found
 
 
@@ -40,6 +44,7 @@ def read_settings(
     ratios: Sequence[float] | None = None,
     systems: Sequence[str] | None = None,
     options: Mapping[str, str] | None = None,
+    seeds: Sequence[int] | None = None,
 ) -> Settings:
     """Read the file; what is not None overrules it.
 
@@ -49,9 +54,10 @@ def read_settings(
         systems: only these labels of the file.
         options: ``data.OPTION`` and ``trainer.OPTION`` with values as on the command line. A system's own ``data``
             section (ShortGPT's second setting) still comes last: it is what makes that system.
+        seeds: overrule the file's; they apply to every system.
 
     Raises:
-        UserError: no such file, an unknown key, system or ratio.
+        UserError: no such file, an unknown key, system or ratio, a seed that is none.
     """
     path = config_file(path)
     file = _yaml(path, "--config")
@@ -67,6 +73,9 @@ def read_settings(
             raise UserError(
                 f"--config: a system in '{path}' is called '{label}', as the folder of reports is. Rename it."
             )
+    drawn = _seeds(file.get("seeds", []) if seeds is None else seeds)
+    if drawn and "data.seed" in (options or {}):
+        raise UserError("--data.seed: the experiment has --seeds, which say the same. Leave one of them out.")
     labels = list(found) if systems is None else list(dict.fromkeys(systems))
     missing = [label for label in labels if label not in found]
     if missing:
@@ -83,6 +92,7 @@ def read_settings(
         ratios=_ratios(file.get("ratios", DEFAULT_RATIOS) if ratios is None else ratios),
         systems={label: _system(label, found[label], path.parent, shared, model) for label in labels},
         root=folder,
+        seeds=drawn,
     )
 
 
@@ -132,6 +142,14 @@ def _ratios(given: Any) -> list[float]:
         found = f"{wrong[0]:g}" if wrong else "none"
         raise UserError(f"--ratios: found {found}; a ratio is a share of all parameters between 0 and 1.")
     return ratios
+
+
+def _seeds(given: Any) -> list[int]:
+    if not isinstance(given, list | tuple) or any(isinstance(one, bool) or not isinstance(one, int) for one in given):
+        raise UserError(f"--seeds: found {given!r}; give whole numbers, such as 0 1 2.")
+    if any(one < 0 for one in given):
+        raise UserError(f"--seeds: found {min(given)}; a seed is 0 or greater.")
+    return sorted(set(given))
 
 
 def _section(file: dict[str, Any], name: str, path: Path) -> dict[str, Any]:

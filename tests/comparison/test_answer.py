@@ -32,7 +32,8 @@ def test_best_at_each_ratio_what_it_cost_and_that_nothing_is_known_about_noise()
         "To calibrate and prune took taylor 9.0 s at 20 % (magnitude, the cheapest that is usable, 0.2 s, for a "
         "perplexity of 20.000); taylor 8.0 s at 50 % (wanda, the cheapest that is usable, 2.0 s, for a perplexity of "
         "31.000).",
-        "Nothing was repeated, so nothing is known about noise: a small difference may be chance (--seeds 0 1 2 tells).",
+        "Nothing was repeated, so nothing is known about noise: a small difference may be chance (--seeds 0 1 2 "
+        "tells).",
     ]
 
 

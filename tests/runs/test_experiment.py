@@ -3,6 +3,7 @@ import json
 import random
 import shutil
 import signal
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,35 @@ def test_runs_of_fit_are_recognised(experiment: Path) -> None:
     before = set((settings.root / "wanda").iterdir())
     folders, _ = run_experiment(settings, build)
     assert set(folders) == before
+
+
+def test_seeds_repeat_what_draws_samples_and_nothing_else(
+    experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"w{2 + (7 * i * i + i) % 90}" for i in range(3000)]
+    for name in ("calibration", "test"):
+        (tmp_path / f"{name}.txt").write_text(" ".join(words if name == "calibration" else reversed(words)))
+    text = {"data.dataset": str(tmp_path / "calibration.txt"), "data.eval_datasets": f"[{tmp_path / 'test.txt'}]"}
+    text |= {f"data.{key}": "16" for key in ("num_samples", "seq_len", "eval_seq_len")}
+    options = [word for key, value in text.items() for word in (f"--{key}", value)]
+    systems = ["--systems", "magnitude", "wanda", "shortgpt_long"]
+    common = ["--config", str(experiment), *systems, "--ratios", "0.2", "0.4", *options]
+    assert compare([*common, "--data.seed", "1"]) == 0
+    assert "6 to make" in capsys.readouterr().out
+    assert compare([*common, "--seeds", "0", "1", "2"]) == 0
+    # Both magnitudes, both token arrays, and wanda with seed 1 are there; wanda lacks two seeds at two ratios.
+    assert "10 runs below" in (shown := capsys.readouterr().out)
+    assert "6 finished, 4 to make" in shown
+    rows = results(tmp_path / "logs" / "comparison" / "version_1")
+    wanda = [row for row in rows if row["system"] == "wanda" and row["requested_ratio"] == "0.2"]
+    assert [row["calibration_seed"] for row in wanda] == ["0", "1", "2"]
+    assert len({row["calibration_fingerprint"] for row in wanda}) == 3
+    values = [float(row["perplexity"]) for row in wanda]
+    assert {row["perplexity_sd"] for row in wanda} == {str(statistics.stdev(values))}
+    assert {row["n"] for row in rows if row["system"] != "wanda"} == {"1"}
+    assert {row["table"] for row in rows if row["system"] in ("wanda", "magnitude")} == {"1"}
+    with pytest.raises(UserError, match=r"--data.seed: the experiment has --seeds"):
+        compare([*common, "--data.seed", "1", "--seeds", "0"])
 
 
 def test_run_that_fails_is_reported_and_the_others_go_on(

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> int:
         raise UserError("--overwrite belongs to --output, which is not given.")
     failures: list[Failure] = []
     if arguments.config is None:
-        for option in ("pretrained", "ratios", "systems"):
+        for option in ("pretrained", "ratios", "seeds", "systems"):
             if getattr(arguments, option) is not None:
                 raise UserError(f"--{option} has no meaning with --runs: those runs are made. Leave it out.")
         if options:
@@ -51,7 +51,13 @@ def main(argv: list[str]) -> int:
         from lightning_prune.runs.settings import read_settings
 
         settings = read_settings(
-            arguments.config, arguments.root, arguments.pretrained, arguments.ratios, arguments.systems, options
+            arguments.config,
+            arguments.root,
+            arguments.pretrained,
+            arguments.ratios,
+            arguments.systems,
+            options,
+            arguments.seeds,
         )
         folders, failures = run_experiment(settings, build)
         root = settings.root
@@ -121,6 +127,13 @@ def _parser() -> argparse.ArgumentParser:
         "--pretrained", "--model.pretrained", dest="pretrained", metavar="MODEL", help="a folder, a hub id, or 'demo'"
     )
     parser.add_argument("--ratios", type=float, nargs="+", metavar="R", help="pruning ratios between 0 and 1")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="repeat every run over these seeds of the calibration samples, and show mean and standard deviation",
+    )
     parser.add_argument("--systems", nargs="+", metavar="NAME", help="only these systems of the file")
     parser.add_argument("--strict", action="store_true", help="exit with status 3 when runs differ in setting or ratio")
     return parser
