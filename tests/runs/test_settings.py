@@ -46,6 +46,14 @@ def test_command_line_wins_over_the_file_and_a_systems_own_setting_stays(tmp_pat
     assert found["model"]["init_args"]["pretrained"] == "other"
 
 
+def test_seed_of_the_experiment_applies_to_a_systems_own_setting_too(tmp_path: Path) -> None:
+    settings = read_settings(write(tmp_path, data={"seed": 3}, seeds=[7, 0, 7]))
+    assert settings.seeds == [0, 7]
+    assert settings.configuration("own", 0.2, 7)["data"] == {"seed": 7, "seq_len": 512}
+    assert settings.configuration("own", 0.2)["data"] == {"seed": 3, "seq_len": 512}
+    assert read_settings(write(tmp_path, seeds=[7]), seeds=[1, 2]).seeds == [1, 2]
+
+
 def test_inline_system_overlays_a_file(tmp_path: Path) -> None:
     inline = {"config": "wanda.yaml", "model": {"init_args": {"round_to": 4, "allocation": "uniform"}}}
     found = read_settings(write(tmp_path, systems={"narrow": inline})).configuration("narrow", 0.2)
@@ -61,6 +69,9 @@ def test_inline_system_overlays_a_file(tmp_path: Path) -> None:
         ({"ratios": [0.2, 1.5]}, "--ratios: found 1.5"),
         ({"ratios": "many"}, "--ratios: found 'many'"),
         ({"ratios": []}, "--ratios: found none"),
+        ({"seeds": 3}, "--seeds: found 3; give whole numbers"),
+        ({"seeds": [0, 0.5]}, "--seeds: found .0, 0.5.; give whole numbers"),
+        ({"seeds": [1, -1]}, "--seeds: found -1; a seed is 0 or greater"),
         ({"systems": {}}, "lists no systems"),
         ({"systems": {"x": "nowhere.yaml"}}, "systems.x: .*nowhere.yaml'"),
         ({"systems": {"x": {"data": {}}}}, "system 'x' has no model.class_path"),
