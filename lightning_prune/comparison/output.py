@@ -10,7 +10,7 @@ from lightning_prune.files import cannot_write, check_writable, new_folder
 from lightning_prune.runs.folder import REPORTS, RunFolder
 
 NAMES = {"report.html", "report.md", "results.csv", "results.tex", "calibration_appendix.md"}
-OTHERS = {"precision.csv", "tensorboard"}  # not in every report
+OTHERS = {"precision.csv", "zero_shot.csv", "tensorboard"}  # not in every report
 
 
 def check_output(output: Path, overwrite: bool) -> None:

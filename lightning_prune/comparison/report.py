@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_prune.comparison import accuracy
 from lightning_prune.comparison.appendix import appendix
 from lightning_prune.comparison.audit import Audit
 from lightning_prune.comparison.figures import plots, shared
@@ -20,12 +21,16 @@ TITLE = "Pruning methods compared"
 
 
 def write_report(audit: Audit, failures: Sequence[Failure], folder: Path) -> None:
-    """Write ``report.html``, ``report.md``, ``results.csv``, ``precision.csv`` (where precisions are compared),
-    ``results.tex``, ``calibration_appendix.md`` and the folder ``tensorboard`` into ``folder``, which exists."""
+    """Write the report into ``folder``, which exists: ``report.html``, ``report.md``, ``results.csv``, ``results.tex``,
+    ``calibration_appendix.md`` and the folder ``tensorboard``; ``precision.csv`` where precisions are compared, and
+    ``zero_shot.csv`` where tasks were measured."""
     found, figures = sections(audit, failures), list(plots(audit))
     write_text(folder / "report.md", markdown(TITLE, found))
     write_text(folder / "results.csv", csv_text(audit, failures))
-    if half := pairs([run for group in audit.groups for run in group.all]):
+    runs = [run for group in audit.groups for run in group.all]
+    if any(run.accuracy is not None for run in runs):
+        write_text(folder / "zero_shot.csv", accuracy.csv_text(audit))
+    if half := pairs(runs):
         write_text(folder / "precision.csv", precision_csv(half))
     write_text(folder / "results.tex", latex(audit))
     write_text(folder / "calibration_appendix.md", appendix(audit))

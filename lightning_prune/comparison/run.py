@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from lightning_prune.comparison.accuracy import Accuracy
 from lightning_prune.errors import UserError
 from lightning_prune.runs.folder import RunFolder
 from lightning_prune.runs.records import as_dict
@@ -26,6 +27,7 @@ class Run:
     units: ScoreTable
     options: dict[str, Any] = field(default_factory=dict)  # the method's, as in config.yaml
     recovery: dict[str, Any] | None = None  # of a run that trained what another one had pruned
+    accuracy: Accuracy | None = None  # where zero-shot tasks were measured
 
     @property
     def requested(self) -> float:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lightning_prune.comparison import costs, precision, recovery
+from lightning_prune.comparison import accuracy, costs, precision, recovery
 from lightning_prune.comparison.audit import Audit
 from lightning_prune.comparison.conclusion import conclusion
 from lightning_prune.comparison.differences import summary
@@ -64,6 +64,7 @@ def sections(audit: Audit, failures: Sequence[Failure]) -> list[Section]:
         found.append(Section("Precision", [text], tables=[("", *precision.table(pairs))], detail=True))
     if runs:
         legend = [verdict.LEGEND, *_several(runs), *_repeated(audit), *costs.legend(runs)]
+        legend += [accuracy.LEGEND] if accuracy.columns(runs) else []
         found.append(Section("How to read the tables", bullets=legend, fine=True, detail=True))
     if failures:
         columns = ("system", "ratio", "error")
@@ -119,15 +120,15 @@ def _results(audit: Audit, index: int) -> Section:
     group = audit.groups[index]
     sets = evaluation_sets(group.all)
     repeated = any(len(line.runs) > 1 for line in repeats(group.all))
-    columns = header(sets, repeated)
+    columns = header(sets, repeated, accuracy.columns(group.all))
     warning = ["Not to be compared with Table 1: the audit below says in what they differ."] if group.differs else []
     hints = {f"perplexity {short}": f"perplexity on {name}" for name, short in short_names(sets).items()}
     tables: list[tuple[str, Sequence[str], Sequence[Row]]] = []
     if group.runs:
-        tables.append(("", columns, rows(group.runs, sets, repeated)))
+        tables.append(("", columns, rows(group.runs, sets, group.all, repeated)))
     if group.other_ratio:
         name = "At another achieved ratio than the one asked for; compare with the achieved ratio in mind"
-        apart = rows(group.other_ratio, sets, repeated)
+        apart = rows(group.other_ratio, sets, group.all, repeated)
         tables.append((name, columns, apart[1:] if group.runs else apart))
     return Section(title(index + 1, group), [setting(group)], warning, tables, hints=hints)
 

@@ -5,7 +5,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lightning_prune.comparison import costs
+from lightning_prune.comparison import accuracy, costs
 from lightning_prune.comparison.audit import Audit, Group
 from lightning_prune.comparison.names import short_names
 from lightning_prune.comparison.recovery import before
@@ -60,12 +60,12 @@ CSV_COLUMNS = (
 )
 
 
-def header(sets: Sequence[str], repeated: bool = False) -> tuple[str, ...]:
+def header(sets: Sequence[str], repeated: bool = False, more: Sequence[str] = ()) -> tuple[str, ...]:
     """Column names; ``sets`` are the evaluation sets. What a reader came for stands first, where seeds were
-    ``repeated`` with their number."""
+    ``repeated`` with their number; ``more`` are columns of zero-shot tasks."""
     short = short_names(sets)
     columns = ["system", "ratio", *(f"perplexity {short[name]}" for name in sets), *(["n"] if repeated else [])]
-    columns.append("verdict")
+    columns += ["verdict", *more]
     return (*columns, "achieved", "parameters", "calibrate s", "prune s", "evaluate s", "memory MiB")
 
 
@@ -83,8 +83,8 @@ def display_names(runs: Sequence[Run]) -> dict[int, str]:
     }
 
 
-def rows(runs: Sequence[Run], sets: Sequence[str], repeated: bool = False) -> list[Row]:
-    """Runs of one group, seeds as one line, by ratio and then in the order given; the dense model leads."""
+def rows(runs: Sequence[Run], sets: Sequence[str], group: Sequence[Run], repeated: bool = False) -> list[Row]:
+    """Runs of one ``group``, seeds as one line, by ratio and then in the order given; the dense model leads."""
     lines = repeats(runs)
     names = display_names([line.first for line in lines])
     found: list[Row] = []
@@ -93,7 +93,8 @@ def rows(runs: Sequence[Run], sets: Sequence[str], repeated: bool = False) -> li
         dense += [""] if repeated else []
         measured = [value for run in runs if (value := costs.spent(run, costs.EVALUATE_DENSE)) is not None]
         seconds = costs.text(measured[0]) if measured else ""
-        found.append(("dense", "0", *dense, "", "0.0000", f"{runs[0].dense_parameters:,}", "", "", seconds, ""))
+        dense += ["", *accuracy.cells(runs[:1], group, dense=True)]
+        found.append(("dense", "0", *dense, "0.0000", f"{runs[0].dense_parameters:,}", "", "", seconds, ""))
     for line in sorted(lines, key=lambda line: line.first.requested):
         perplexities = [spread(line.perplexity(name)) if name in line.sets else "–" for name in sets]
         # The first seed's runs measured what the other ratios reuse, and so it is with every seed.
@@ -105,6 +106,7 @@ def rows(runs: Sequence[Run], sets: Sequence[str], repeated: bool = False) -> li
                 *perplexities,
                 *([str(len(line.runs))] if repeated else []),
                 word(line, sets),
+                *accuracy.cells(line.runs, group),
                 f"{line.average(lambda run: run.achieved):.4f}",
                 f"{line.average(lambda run: run.pruned_parameters):,.0f}",
                 costs.text(line.average(costs.calibration), mark),

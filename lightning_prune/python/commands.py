@@ -16,6 +16,7 @@ from lightning_prune.cli.experiment import build
 from lightning_prune.cli.lightning_cli import PruneCLI
 from lightning_prune.comparison import costs
 from lightning_prune.comparison.audit import audit
+from lightning_prune.comparison.repeats import repeats
 from lightning_prune.comparison.run import load_run
 from lightning_prune.errors import UserError
 from lightning_prune.python.calibration import as_dataset
@@ -159,7 +160,10 @@ def evaluate(
 
 
 def compare(runs: Sequence[PrunedModel | str | Path]) -> pd.DataFrame:
-    """One row per run, best first within a ratio: what ``lightning-prune compare --runs`` shows, as a table.
+    """One row per system and ratio, best first within a ratio: what ``lightning-prune compare --runs`` shows.
+
+    Runs that differ in nothing but the seed of their calibration samples are one row with mean, sample standard
+    deviation (``deviation …``) and number (``n``), where every system had the same seeds.
 
     ``attrs["differences"]`` lists what makes runs incomparable (other tokens, evaluation, base model or ratio).
 
@@ -169,16 +173,22 @@ def compare(runs: Sequence[PrunedModel | str | Path]) -> pd.DataFrame:
     if not runs:
         raise UserError("runs: nothing to compare.")
     found = [load_run(one.folder if isinstance(one, PrunedModel) else Path(one)) for one in runs]
+    result = audit(found)
+    lines = [line for group in result.groups for line in repeats(group.all)]
     rows = []
-    for run in found:
-        row: dict[str, Any] = {"system": run.label, "ratio": run.requested, "achieved": run.achieved}
-        for name in run.sets:
-            row[f"perplexity {name}"] = run.perplexity(name)
-        rows.append(row | {"calibrate s": costs.calibration(run), "prune s": costs.pruning(run)})
+    for line in lines:
+        run = line.first
+        row: dict[str, Any] = {"system": run.label, "ratio": run.requested}
+        row["achieved"] = line.average(lambda run: run.achieved)
+        for name in line.sets:
+            row[f"perplexity {name}"] = line.perplexity(name).mean
+        if len(lines) < len(found):
+            row |= {f"deviation {name}": line.perplexity(name).deviation for name in line.sets} | {"n": len(line.runs)}
+        rows.append(row | {"calibrate s": line.average(costs.calibration), "prune s": line.average(costs.pruning)})
     table = pd.DataFrame(rows)
     quality = [name for name in table.columns if name.startswith("perplexity ")]
     table = table.sort_values(["ratio", *quality[:1]], ignore_index=True)
-    table.attrs["differences"] = [str(one) for one in audit(found).differences]
+    table.attrs["differences"] = [str(one) for one in result.differences]
     return table
 
 

@@ -47,7 +47,7 @@ def without(*phases: str) -> dict[str, float]:
 
 
 def table(runs: list[Run]) -> list[dict[str, str]]:
-    return [dict(zip(header(["demo"]), row, strict=True)) for row in rows(runs, ["demo"])]
+    return [dict(zip(header(["demo"]), row, strict=True)) for row in rows(runs, ["demo"], runs)]
 
 
 @pytest.fixture

@@ -2,9 +2,14 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from lightning_prune.cli.commands.evaluate import TASKS
 from lightning_prune.cli.parser import PlainParser
 from lightning_prune.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning_prune.comparison.zero_shot import ZeroShot
 
 UNFAIR = 3
 DEFAULT_ROOT = Path("logs")
@@ -44,6 +49,7 @@ def main(argv: list[str]) -> int:
         if options:
             raise UserError(f"--{next(iter(options))} has no meaning with --runs: those runs are made. Leave it out.")
         folders, root = _finished(arguments.runs), arguments.root or DEFAULT_ROOT
+        tasks = _tasks(arguments, root)
     else:
         # Lightning is imported here, and not at all for --runs.
         from lightning_prune.cli.experiment import build
@@ -59,10 +65,12 @@ def main(argv: list[str]) -> int:
             options,
             arguments.seeds,
         )
-        folders, failures = run_experiment(settings, build)
         root = settings.root
+        tasks = _tasks(arguments, root)
+        folders, failures = run_experiment(settings, build)
 
-    result = audit([load_run(folder) for folder in folders])
+    runs = [load_run(folder) for folder in folders]
+    result = audit(runs if tasks is None else tasks.measure(runs))
     with report_folder(root, arguments.output, arguments.overwrite) as (folder, name):
         write_report(result, failures, folder)
     print(terminal(sections(result, failures)))
@@ -70,6 +78,19 @@ def main(argv: list[str]) -> int:
     if failures:
         return 1
     return UNFAIR if arguments.strict and not result.fair else 0
+
+
+def _tasks(arguments: argparse.Namespace, root: Path) -> "ZeroShot | None":
+    """What measures the tasks asked for, after a look at them; None where none are."""
+    if arguments.zero_shot is None:
+        if arguments.include_path is not None:
+            raise UserError("--include-path belongs to --zero-shot, which is not given.")
+        return None
+    from lightning_prune.comparison.zero_shot import ZeroShot
+
+    found = ZeroShot(list(dict.fromkeys(arguments.zero_shot)) or list(TASKS), arguments.include_path, root)
+    found.check()
+    return found
 
 
 def _finished(folders: list[Path]) -> list[Path]:
@@ -135,5 +156,13 @@ def _parser() -> argparse.ArgumentParser:
         help="repeat every run over these seeds of the calibration samples, and show mean and standard deviation",
     )
     parser.add_argument("--systems", nargs="+", metavar="NAME", help="only these systems of the file")
+    parser.add_argument(
+        "--zero-shot",
+        nargs="*",
+        metavar="TASK",
+        help="add accuracy on tasks of the LM Evaluation Harness, each measured once per checkpoint (pip install "
+        f"'lightning-prune[eval]'). Without names: {' '.join(TASKS)}",
+    )
+    parser.add_argument("--include-path", type=Path, metavar="FOLDER", help="folder with further tasks as YAML files")
     parser.add_argument("--strict", action="store_true", help="exit with status 3 when runs differ in setting or ratio")
     return parser

@@ -42,6 +42,7 @@ def test_strict_refuses_runs_that_differ_and_names_the_fact(tmp_path: Path, caps
         (["--runs", "nowhere"], "--runs: no folder at 'nowhere'"),
         (["--runs", "{empty}"], "none of these folders holds a finished pruning run"),
         (["--runs", "{empty}", "--ratios", "0.2"], "--ratios has no meaning with --runs"),
+        (["--runs", "{empty}", "--seeds", "0", "1"], "--seeds has no meaning with --runs"),
         (["--runs", "{empty}", "--data.seed", "1"], "--data.seed has no meaning with --runs"),
         (["--config", "nowhere.yaml"], "--config: cannot read 'nowhere.yaml'"),
         (["--config", "a.yaml", "--seed", "1"], "unrecognized argument '--seed'"),
@@ -87,6 +88,8 @@ def test_help_waits_for_nothing_and_names_every_option() -> None:
         "--pretrained",
         "--ratios",
         "--systems",
+        "--seeds",
+        "--zero-shot",
         "--strict",
         "--data.",
     )
