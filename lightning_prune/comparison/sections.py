@@ -8,7 +8,7 @@ from lightning_prune.comparison.audit import Audit
 from lightning_prune.comparison.conclusion import conclusion
 from lightning_prune.comparison.differences import summary
 from lightning_prune.comparison.names import short_names
-from lightning_prune.comparison.repeats import repeats
+from lightning_prune.comparison.repeats import repeats, seeds
 from lightning_prune.comparison.run import Run
 from lightning_prune.comparison.tables import (
     Row,
@@ -154,14 +154,14 @@ def _unusable(audit: Audit) -> list[str]:
     """A line per system and sets of text on which it is unusable, with the ratios."""
     runs = [run for group in audit.groups for run in group.all]
     short = short_names(evaluation_sets(runs))
-    ratios: dict[tuple[str, str], set[float]] = {}
-    for label, ratio in {(run.label, run.requested) for run in runs}:
+    ratios: dict[tuple[str, str], list[str]] = {}
+    for label, ratio in sorted({(run.label, run.requested) for run in runs}):
         mine = [run for run in runs if (run.label, run.requested) == (label, ratio)]
         lost = {name for run in mine for name in run.sets if run.verdict(name) == verdict.UNUSABLE}
         if lost:
             where = ", ".join(short[name] for name in short if name in lost)
-            ratios.setdefault((label, where), set()).add(ratio)
-    return [
-        f"{label} at {', '.join(f'{ratio:g}' for ratio in sorted(found))} on {where}"
-        for (label, where), found in sorted(ratios.items())
-    ]
+            several = len(seeds(mine)) > 1
+            bad = [run for run in mine if any(run.verdict(name) == verdict.UNUSABLE for name in run.sets)]
+            with_seeds = f" (seed {', '.join(map(str, seeds(bad)))})" if several and len(bad) < len(mine) else ""
+            ratios.setdefault((label, where), []).append(f"{ratio:g}{with_seeds}")
+    return [f"{label} at {', '.join(found)} on {where}" for (label, where), found in sorted(ratios.items())]
