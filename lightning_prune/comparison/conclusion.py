@@ -6,6 +6,7 @@ from lightning_prune.comparison.answer import Entry, answer, leaders
 from lightning_prune.comparison.audit import Audit, Group
 from lightning_prune.comparison.names import short_names
 from lightning_prune.comparison.repeats import Repeats, repeats
+from lightning_prune.comparison.seeds import TOKENS
 from lightning_prune.comparison.tables import display_names, evaluation_sets
 
 
@@ -68,5 +69,7 @@ def _beside(audit: Audit) -> list[str]:
         told.append(f"{', '.join(missed)} reached another ratio than the one asked for")
     for number, group in enumerate(audit.groups[1:], start=2):
         labels = ", ".join(dict.fromkeys(run.label for run in group.all))
-        told.append(f"{labels} (table {number}) ran in another setting")
+        facts = [text.partition(":")[0] for text in group.differs if not text.startswith(TOKENS)]
+        # A dataset of another kind differs in everything; its table says in what.
+        told.append(f"{labels} (table {number}, another {facts[0] if len(facts) == 1 else 'setting'})")
     return [f"Not ranked here: {'; '.join(told)}."] if told else []

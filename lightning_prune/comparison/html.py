@@ -17,6 +17,7 @@ WORDS = ("verdict", "error")  # columns of text
 # Columns by the names they have in every format: what a page calls them, and which ones a phone leaves out at first.
 HEADINGS = {
     "ratio": ("ratio", "pruning ratio asked for: the share of all parameters to remove"),
+    "n": ("n", "runs, each with another seed of the calibration samples"),
     "verdict": ("verdict", "what the perplexity means; its limits stand under How to read the tables"),
     "achieved": ("ratio achieved", "the share of all parameters that was removed"),
     "parameters": ("parameters left", "parameters of the pruned model"),

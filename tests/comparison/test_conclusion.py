@@ -25,8 +25,8 @@ def test_only_comparable_runs_are_ranked_and_the_others_are_named(tmp_path: Path
     told = conclusion(audit([load_run(folder) for folder in folders]))
     assert told[0] == "On demo (dense 10.000), wanda is best at 20 % (12.000, 1.20 × dense)."
     assert told[-1] == (
-        "Not ranked here: short at 20 % reached another ratio than the one asked for; short_512 (table 2) ran in "
-        "another setting."
+        "Not ranked here: short at 20 % reached another ratio than the one asked for; short_512 (table 2, "
+        "another calibration sequence length)."
     )
     assert len(told) == 4
 
