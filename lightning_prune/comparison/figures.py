@@ -62,7 +62,7 @@ class Shared:
         """What the mark behind a name means, where there is one, and what stands for several seeds."""
         apart = any(run.label.endswith(APART) for run in self.runs)
         mark = f" {APART.strip()} calibrated differently, see the tables." if apart else ""
-        over = f"Perplexities are means over seeds {', '.join(map(str, self.seeds))}"
+        over = f"Perplexities are means over seeds {', '.join(map(str, self.seeds))} with their deviation"
         return f"{mark} {over}, everything else is of seed {self.seeds[0]}." if self.seeds else mark
 
 

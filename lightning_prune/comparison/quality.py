@@ -85,6 +85,10 @@ def _marks(
         for (x, run), y in zip(mine, heights, strict=True):
             mark = axes.plot([x], [y], markersize=6, clip_on=False, zorder=3, **style)[0]
             found = f"perplexity {number(run.perplexity(name))}"
+            deviation = run.deviation(name)
+            if deviation is not None:
+                found += f" ± {number(deviation)}"
+                axes.errorbar([x], [y], yerr=[deviation], fmt="none", ecolor=style["color"], elinewidth=1, capsize=4)
             tip(mark, f"{label}, ratio {run.requested:g}: {found}, {tell(x)}, {run.verdict(name)}")
 
 

@@ -79,12 +79,13 @@ class Repeats:
 
     @property
     def mean_run(self) -> Run:
-        """For plots: the first run with the mean perplexities."""
+        """For plots: the first run with the mean perplexities and their deviations."""
         if len(self.runs) == 1:
             return self.first
         found = dict(self.first.metrics["perplexity"])
         for name in self.sets:
-            found[name] = found[name] | {"pruned": self.perplexity(name).mean}
+            values = self.perplexity(name)
+            found[name] = found[name] | {"pruned": values.mean, "deviation": values.deviation}
         return replace(self.first, metrics=self.first.metrics | {"perplexity": found})
 
 

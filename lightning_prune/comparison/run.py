@@ -114,6 +114,11 @@ class Run:
         value = self.metrics["perplexity"][name][which]
         return None if value is None else float(value)
 
+    def deviation(self, name: str) -> float | None:
+        """Standard deviation of ``perplexity`` where this stands for several runs (``Repeats.mean_run``), else None."""
+        value = self.metrics["perplexity"][name].get("deviation")
+        return None if value is None else float(value)
+
     def unigram_perplexity(self, name: str) -> float | None:
         """Perplexity of token frequencies without context on one evaluation set, None where it is not recorded."""
         value = self.evaluation.get(name, {}).get("unigram_perplexity")

@@ -1,14 +1,19 @@
 import csv
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
 
 from lightning_prune.comparison.audit import Audit, audit
 from lightning_prune.comparison.figures import shared
 from lightning_prune.comparison.latex import latex
+from lightning_prune.comparison.quality import size_figure
 from lightning_prune.comparison.repeats import repeats
 from lightning_prune.comparison.run import load_run
 from lightning_prune.comparison.sections import sections, terminal
+from lightning_prune.comparison.style import line_styles
 from lightning_prune.comparison.tables import csv_text
 from tests.comparison.fake_run import write_run
 
@@ -88,7 +93,14 @@ def test_plots_show_the_mean_of_each_system_once(repeated: Audit) -> None:
         ("taylor", 12.0),
         ("magnitude", 20.0),
     ]
+    assert [run.deviation("demo") for run in one.runs] == [1.0, 1.0, None]
+    figure = size_figure(one.runs, "demo", "demo", line_styles(["wanda", "taylor", "magnitude"]))
+    assert [round(float(np.ptp(bar.get_segments()[0][:, 1])), 6) for bar in bars(figure)] == [2.0, 2.0]
     assert "means over seeds 0, 1, 2" in one.dagger
+
+
+def bars(figure: Figure) -> list[LineCollection]:
+    return [found for found in figure.axes[0].collections if isinstance(found, LineCollection)]
 
 
 def test_seed_that_a_system_lacks_stays_apart(tmp_path: Path) -> None:
