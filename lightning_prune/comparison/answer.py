@@ -95,7 +95,7 @@ def _quality(fields: Sequence[Sequence[Entry]], dense: float | None, on: str) ->
     known = f"dense {_number(dense)}" if dense is not None else "the dense perplexity is not finite"
     alone = f"there is only {next(iter(systems))} to judge: " if len(systems) == 1 else ""
     parts = [f"{says} at {_list(where)}" for says, where in told.items()]
-    return f"On {on} ({known}), {alone}{'; '.join(parts)}."
+    return f"By perplexity on {on} ({known}), {alone}{'; '.join(parts)}."
 
 
 def _cost(fields: Sequence[Sequence[Entry]]) -> str:

@@ -27,7 +27,8 @@ def test_best_at_each_ratio_what_it_cost_and_that_nothing_is_known_about_noise()
         entry("taylor", 0.5, 22.0, seconds=8.0),
     ]
     assert answer(entries, 10.0, "demo") == [
-        "On demo (dense 10.000), taylor is best at 20 % (11.000, 1.10 × dense) and 50 % (22.000, 2.20 × dense, badly "
+        "By perplexity on demo (dense 10.000), "
+        "taylor is best at 20 % (11.000, 1.10 × dense) and 50 % (22.000, 2.20 × dense, badly "
         "degraded).",
         "To calibrate and prune took taylor 9.0 s at 20 % (magnitude, the cheapest that is usable, 0.2 s, for a "
         "perplexity of 20.000); taylor 8.0 s at 50 % (wanda, the cheapest that is usable, 2.0 s, for a perplexity of "
@@ -43,7 +44,8 @@ def test_order_inside_the_spread_is_a_tie_and_outside_is_not() -> None:
     far = entry("magnitude", 0.2, 15.0, draws=False)
     quality, _, noise = answer([*near, far], 10.0, "demo")
     assert quality == (
-        "On demo (dense 10.000), taylor and wanda tie for the best at 20 % (12.000 ± 1.000, 1.20 × dense; "
+        "By perplexity on demo (dense 10.000), "
+        "taylor and wanda tie for the best at 20 % (12.000 ± 1.000, 1.20 × dense; "
         "13.000 ± 1.000, 1.30 × dense)."
     )
     assert noise == (
@@ -79,7 +81,7 @@ def test_unusable_system_is_never_best_nor_cheapest() -> None:
     assert "wanda is best at 50 % (31.000, 3.10 × dense, badly degraded)" in quality
     assert cost == "To calibrate and prune took wanda 2.0 s at 50 %."
     quality, cost, _ = answer(entries[:2], 10.0, "demo")
-    assert quality == "On demo (dense 10.000), every system is unusable at 50 %."
+    assert quality == "By perplexity on demo (dense 10.000), every system is unusable at 50 %."
     assert cost == "What that cost does not matter: nothing is usable."
     noise = answer([entry("lost", 0.5, 99.0, 98.0), entry("broken", 0.5, None, 12.0)], 10.0, "demo")[2]
     assert noise == "Over 2 calibration seeds, at 50 % there is no usable system to compare."
@@ -88,7 +90,8 @@ def test_unusable_system_is_never_best_nor_cheapest() -> None:
 def test_one_system_is_not_called_best() -> None:
     quality, cost, noise = answer([entry("wanda", 0.2, 12.0, 14.0), entry("wanda", 0.5, 99.0, 98.0)], 10.0, "demo")
     assert quality == (
-        "On demo (dense 10.000), there is only wanda to judge: it was run at 20 % (13.000 ± 1.414, 1.30 × dense); it "
+        "By perplexity on demo (dense 10.000), "
+        "there is only wanda to judge: it was run at 20 % (13.000 ± 1.414, 1.30 × dense); it "
         "is unusable at 50 %."
     )
     assert cost == "To calibrate and prune took wanda 2.0 s at 20 %."
@@ -103,7 +106,7 @@ def test_ratio_that_only_one_of_several_systems_has_is_no_contest() -> None:
 
 def test_without_a_dense_number_nothing_is_said_about_the_distance() -> None:
     assert answer([entry("a", 0.2, 12.0), entry("b", 0.2, 13.0)], None, "demo")[0] == (
-        "On demo (the dense perplexity is not finite), a is best at 20 % (12.000)."
+        "By perplexity on demo (the dense perplexity is not finite), a is best at 20 % (12.000)."
     )
 
 

@@ -23,7 +23,7 @@ def test_only_comparable_runs_are_ranked_and_the_others_are_named(tmp_path: Path
         write_run(tmp_path, "short_512", perplexity=10.1, calibration={"seq_len": 512, "fingerprint": "7" * 64}),
     ]
     told = conclusion(audit([load_run(folder) for folder in folders]))
-    assert told[0] == "On demo (dense 10.000), wanda is best at 20 % (12.000, 1.20 × dense)."
+    assert told[0] == "By perplexity on demo (dense 10.000), wanda is best at 20 % (12.000, 1.20 × dense)."
     assert told[-1] == (
         "Not ranked here: short at 20 % reached another ratio than the one asked for; short_512 (table 2, "
         "another calibration sequence length)."
@@ -37,7 +37,7 @@ def test_set_that_the_answer_is_about_is_named_and_where_others_disagree(tmp_pat
         second_set(write_run(tmp_path, "taylor", perplexity=13.0), 24.0),
     ]
     told = conclusion(audit(runs))
-    assert told[0].startswith("On demo (dense 10.000), wanda is best")
+    assert told[0].startswith("By perplexity on demo (dense 10.000), wanda is best")
     assert told[3] == "This is about demo, the first of 2 evaluation sets; on ptb it is taylor at 20 %."
     runs = [second_set(run.folder, value) for run, value in zip(runs, (24.0, 25.0), strict=True)]
     assert conclusion(audit(runs))[3].endswith("on ptb the same systems lead.")

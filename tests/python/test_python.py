@@ -12,6 +12,7 @@ import torch
 
 import lightning_prune as lp
 from lightning_prune.cli import main
+from tests.comparison.fake_run import write_run
 from tests.methods.running import save_base
 from tests.tiny import make_tiny, tiny_tokenizer, tiny_tokens
 
@@ -81,6 +82,20 @@ def test_evaluate_and_compare_give_the_numbers_of_the_run(base: str) -> None:
     assert list(table[quality]) == sorted(pruned for run in runs for _, pruned in run.perplexity.values())
     assert "<table" in table._repr_html_()
     assert "parameters" in repr(runs[0])
+
+
+def test_seeds_of_the_calibration_are_one_row_with_their_deviation(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path, "magnitude", no_data=True, perplexity=20.0)]
+    for seed, value in enumerate((11.0, 12.0, 13.0)):
+        drawn = {"seed": seed, "fingerprint": str(seed) * 64}
+        runs.append(write_run(tmp_path, perplexity=value, calibration=drawn, version=seed))
+    table = lp.compare(runs)
+    assert list(table["system"]) == ["wanda", "magnitude"]
+    assert list(table["perplexity demo"]) == [12.0, 20.0]
+    assert list(table["n"]) == [3, 1]
+    assert table["deviation demo"][0] == 1.0
+    assert np.isnan(table["deviation demo"][1])
+    assert table.attrs["differences"] == []
 
 
 def test_apply_makes_the_checkpoint_of_a_plan_again(base: str, tmp_path: Path) -> None:
