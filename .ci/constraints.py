@@ -1,38 +1,40 @@
-"""Print what the package and its extras run with in this environment, one pin a line."""
+"""Print what the package and its extras, but for ``docs``, run with in this environment: one pin a line."""
 
+import tomllib
 from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 
-def pins(requirement: str) -> dict[str, str]:
-    """Version by name of everything that ``requirement`` and its extras pull in, itself left out."""
+def pins(requirements: list[str]) -> dict[str, str]:
+    """Version by name of everything that is installed for ``requirements``."""
     found: dict[str, str] = {}
     seen: set[tuple[str, str]] = set()
-    waiting = [Requirement(requirement)]
+    waiting = [Requirement(line) for line in requirements]
     while waiting:
         wanted = waiting.pop()
         name = canonicalize_name(wanted.name)
-        for extra in {"", *wanted.extras}:
-            if (name, extra) in seen:
-                continue
+        for extra in {"", *wanted.extras} - {extra for other, extra in seen if other == name}:
             seen.add((name, extra))
             try:
                 one = distribution(name)
-            except PackageNotFoundError:  # of an optional feature, or of CUDA
+            except PackageNotFoundError:  # of another platform
                 continue
             found[name] = Version(one.version).public  # 2.13.0+cpu is 2.13.0 elsewhere
-            for line in one.requires or ():
-                needed = Requirement(line)
-                if needed.marker is None or needed.marker.evaluate({"extra": extra}):
-                    waiting.append(needed)
-    found.pop(canonicalize_name(Requirement(requirement).name), None)
+            needed = [Requirement(line) for line in one.requires or ()]
+            waiting += [it for it in needed if it.marker is None or it.marker.evaluate({"extra": extra})]
     return found
 
 
 if __name__ == "__main__":
+    pyproject = Path(__file__).parent.parent / "pyproject.toml"
+    project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
+    extras = [lines for name, lines in project["optional-dependencies"].items() if name != "docs"]
     print("# What .ci/run newest passed with: pip install lightning-prune -c constraints.txt")
-    for name, version in sorted(pins("lightning-prune[dev,eval,gguf,recover]").items()):
+    for name, version in sorted(
+        pins([*project["dependencies"], *(line for lines in extras for line in lines)]).items()
+    ):
         print(f"{name}=={version}")

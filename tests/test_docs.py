@@ -1,4 +1,4 @@
-"""What the pages of docs/ and the README tell a reader to type works, on fewer tokens; every page is in the site's navigation.
+"""What the pages of docs/ and the README tell a reader to type works, on fewer tokens; every page is in the navigation.
 
 The README's own commands on the demo model are in ``test_readme.py``.
 """
@@ -6,7 +6,6 @@ The README's own commands on the demo model are in ``test_readme.py``.
 import re
 import shlex
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +28,20 @@ YOURS = {  # what stands for something of the reader's, or would take minutes
     'tokenizer="demo"': 'tokenizer="demo", num_samples=16',
 }
 ELSEWHERE = {  # commands that are not run here, and why
-    "lightning-prune compare --config compare": "tests/comparison runs an experiment; this one takes minutes",
-    "lightning-prune compare --runs logs/*/version_*": "the tutorial's, by a pattern",
-    "lightning-prune check --config hgsp_taylor --model.pretrained path/or/hub-id --trainer.precision bf16-true --memory "
-    "24GiB": "the tutorial's",
-    "lightning-prune fit --config hgsp_taylor --model.pretrained path/or/hub-id --trainer.precision bf16-true "
-    "--model.onload layer --resume": "tests/runs kills a run first",
-    "lightning-prune evaluate --model logs/wanda/version_0 --dense demo --efficiency --engine llamacpp": "tests/engines",
+    "compare --config compare": "tests/comparison runs an experiment; this one takes minutes",
+    "compare --config compare --ratios 0.2 0.5 --systems wanda hgsp_taylor --pretrained path/to/llama --data.dataset "
+    "wikitext2 --trainer.precision bf16-true --root logs/llama": "the tutorial's, on a model of one's own",
+    "compare --runs logs/*/version_*": "the tutorial's, by a pattern",
+    "recover --config recover_full --model.pretrained logs/wanda/version_0/pruned --trainer.max_steps 20": "README",
+    "compare --runs logs/wanda/version_0 logs/wanda_full/version_0": "that of docs/recover.md, after LoRA",
+    "check --config hgsp_taylor --model.pretrained path/or/hub-id --trainer.precision bf16-true --memory 24GiB": (
+        "the tutorial's, with priors"
+    ),
+    "fit --config hgsp_taylor --model.pretrained path/or/hub-id --trainer.precision bf16-true --model.onload layer "
+    "--resume": "tests/runs kills a run first",
+    "evaluate --model logs/wanda/version_0 --dense demo --efficiency --engine llamacpp": "tests/engines",
 }
 BEFORE = {  # runs that a page takes for granted
-    "comparison.md": ("wanda",),
     "python.md": ("wanda",),
     "quality.md": ("hgsp_taylor",),
     "serving.md": ("wanda",),
@@ -51,10 +54,10 @@ PAGES = [
     ROOT / "README.md",
 ]
 ADDED = {  # behind a command of the reader's, so that it takes seconds
-    "fit": "--data.num_samples 16 --data.eval_datasets [{windows}] --trainer.enable_progress_bar false",
-    "compare": "--data.num_samples 16 --data.eval_datasets [{windows}]",
+    "fit": "--data.num_samples 8 --data.eval_datasets [{windows}] --trainer.enable_progress_bar false",
+    "compare": "--data.num_samples 8 --data.eval_datasets [{windows}]",
     "evaluate": "--batch-sizes 1 --repeats 1 --prompt-length 8 --decode-length 4",
-    "check": "--data.num_samples 8 --model.prior_num_samples 4",
+    "check": "--data.num_samples 8 --model.refit none --model.onload layer",
     "recover": "--trainer.max_steps 2 --trainer.enable_progress_bar false",
     "tune": "--data.num_samples 16 --trials 2 --model.temperature 0",
     "test": "--data.eval_datasets [{windows}]",
@@ -67,10 +70,10 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> list[str]:
-    """``lightning-prune`` commands of a page in their order, continued lines joined; of the README those that its own
-    test leaves out because they name a model of the reader's."""
+    """What follows ``lightning-prune`` on a page, in its order, continued lines joined; of the README the commands that
+    its own test leaves out because they name a model of the reader's."""
     lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
-    found = [re.sub(r"\s+", " ", line.split("#")[0]).strip() for line in lines if line.startswith("lightning-prune")]
+    found = [" ".join(line.split("#")[0].split()[1:]) for line in lines if line.startswith("lightning-prune ")]
     return [one for one in found if page.name != "README.md" or "path/or/hub-id" in one]
 
 
@@ -81,15 +84,15 @@ def with_demo(text: str) -> str:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     np.save("windows.npy", lp.calibration_set(demo_text("test"), "demo", num_samples=8).numpy())
     (tmp_path / "my_text.txt").write_text(demo_text("train")[:100_000], encoding="utf-8")
-    yield tmp_path
+    return tmp_path
 
 
 def run(command: str) -> None:
-    words = [word for text in shlex.split(command)[1:] for word in (sorted(map(str, Path().glob(text))) or [text])]
+    words = [word for text in shlex.split(command) for word in (sorted(map(str, Path().glob(text))) or [text])]
     if words[0] == "compare" and "--runs" in words:
         added: list[str] = []
     else:
@@ -102,7 +105,7 @@ def run(command: str) -> None:
 def test_commands_and_snippets_of_a_page_run_in_their_order(page: Path, folder: Path) -> None:
     found = commands(page)
     for config in BEFORE.get(page.name, ()):
-        run(f"lightning-prune fit --config {config}")
+        run(f"fit --config {config}")
     for command in dict.fromkeys(found):
         if command not in ELSEWHERE:
             run(with_demo(command))
