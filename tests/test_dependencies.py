@@ -1,4 +1,4 @@
-"""What the package imports is declared, so that an installation without extras runs."""
+"""What the package imports is declared, so that an installation without extras runs, and what runs it is pinned."""
 
 import ast
 import re
@@ -6,6 +6,9 @@ import sys
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,6 +29,22 @@ def imported() -> dict[str, set[str]]:
 
 def distribution(requirement: str) -> str:
     return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()  # type: ignore[index]
+
+
+def test_constraints_pin_every_dependency_to_a_version_that_is_allowed() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    wanted = [Requirement(line) for line in [*project["dependencies"], *extras["recover"], *extras["dev"]]]
+    assert [one.name for one in wanted if not one.specifier.contains(pins.get(canonicalize_name(one.name), "0"))] == []
+
+
+def test_actions_of_the_workflows_are_pinned_by_commit() -> None:
+    files = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    used = [line for file in files for line in re.findall(r"uses: (.*)", file.read_text(encoding="utf-8"))]
+    assert len(used) >= len(files)
+    assert [line for line in used if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line)] == []
 
 
 def test_every_import_is_a_declared_dependency() -> None:

@@ -139,7 +139,9 @@ def calibration_facts(run: Run) -> dict[str, Any]:
     """The calibration set of a run; empty for methods that read no data."""
     if run.calibration is None:
         return {}
-    return {what: _short(run.calibration.get(key)) for what, key in CALIBRATION_FACTS}
+    # Of token ids that were given, the fingerprint says all; the file they came in may be a temporary one.
+    unsaid = "dataset" if run.calibration.get("sampling") == "given" else None
+    return {what: _short(run.calibration.get(key)) for what, key in CALIBRATION_FACTS if key != unsaid}
 
 
 def _differences(runs: Sequence[Run], facts: Facts) -> list[Difference]:

@@ -27,7 +27,9 @@ def calibration_set(
         data: a text, a list of texts, a ``datasets.Dataset`` with a text column, or token ids: ``[T]`` to draw windows
             from, or ``[N, L]``, whose rows are taken as they are.
         tokenizer: of the model, or its folder or hub id; only token ids need none.
-        num_samples, seq_len, seed: the unified setting unless said otherwise; not read for ``[N, L]``.
+        num_samples: N; this and the next two are the unified setting by default, and not read for ``[N, L]``.
+        seq_len: L.
+        seed: of the draw.
         column: of a dataset.
 
     Raises:

@@ -127,7 +127,8 @@ def evaluate(
         model: folder, hub id, or what ``prune`` gave back.
         on: corpora, files, or token ids ``[N, L]``.
         seq_len: tokens per window of texts.
-        precision, accelerator: of the trainer.
+        precision: of the trainer.
+        accelerator: of the trainer.
         verbose: show a progress bar.
 
     Raises:

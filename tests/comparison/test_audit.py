@@ -22,6 +22,18 @@ def test_runs_that_agree_in_every_fact_share_one_table(tmp_path: Path) -> None:
     assert len(result.groups) == 1
 
 
+def test_given_tokens_are_the_same_set_whatever_file_they_came_in(tmp_path: Path) -> None:
+    runs = [
+        load_run(write_run(tmp_path, label, calibration={"sampling": "given", "dataset": f"/tmp/{label}.npy"}))
+        for label in ("wanda", "taylor")
+    ]
+    assert audit(runs).fair
+    corpora = [
+        load_run(write_run(tmp_path, label, calibration={"dataset": label})) for label in ("magnitude", "slimgpt")
+    ]
+    assert [one.what for one in audit(corpora).differences] == ["calibration dataset"]
+
+
 @pytest.mark.parametrize(
     ("changes", "named", "found"),
     [

@@ -1,0 +1,142 @@
+"""What the pages of docs/ and the README tell a reader to type works, on fewer tokens; every page is in the navigation.
+
+The README's own commands on the demo model are in ``test_readme.py``.
+"""
+
+import re
+import shlex
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+import lightning_prune as lp
+from lightning_prune.cli import main
+from lightning_prune.demo.text import demo_text
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+YOURS = {  # what stands for something of the reader's, or would take minutes
+    "path/or/hub-id": "demo",
+    "path/to/model": "demo",
+    "path/to/llama": "demo",
+    "wikitext2": "demo",
+    "00:00:10:00": "00:00:00:01",
+    'tokenizer="demo"': 'tokenizer="demo", num_samples=16',
+}
+ELSEWHERE = {  # commands that are not run here, and why
+    "compare --config compare": "tests/comparison runs an experiment; this one takes minutes",
+    "compare --config compare --ratios 0.2 0.5 --systems wanda hgsp_taylor --pretrained path/to/llama --data.dataset "
+    "wikitext2 --trainer.precision bf16-true --root logs/llama": "the tutorial's, on a model of one's own",
+    "compare --runs logs/*/version_*": "the tutorial's, by a pattern",
+    "recover --config recover_full --model.pretrained logs/wanda/version_0/pruned --trainer.max_steps 20": "README",
+    "compare --runs logs/wanda/version_0 logs/wanda_full/version_0": "that of docs/recover.md, after LoRA",
+    "check --config hgsp_taylor --model.pretrained path/or/hub-id --trainer.precision bf16-true --memory 24GiB": (
+        "the tutorial's, with priors"
+    ),
+    "fit --config hgsp_taylor --model.pretrained path/or/hub-id --trainer.precision bf16-true --model.onload layer "
+    "--resume": "tests/runs kills a run first",
+    "evaluate --model logs/wanda/version_0 --dense demo --efficiency --engine llamacpp": "tests/engines",
+}
+BEFORE = {  # runs that a page takes for granted
+    "python.md": ("wanda",),
+    "quality.md": ("hgsp_taylor",),
+    "serving.md": ("wanda",),
+    "README.md": ("wanda",),
+}
+PAGES = [
+    *sorted((DOCS / "tutorials").glob("*.md")),
+    *sorted((DOCS / "methods").glob("*.md")),
+    *(DOCS / name for name in ("comparison.md", "python.md", "quality.md", "recover.md", "serving.md")),
+    ROOT / "README.md",
+]
+ADDED = {  # behind a command of the reader's, so that it takes seconds
+    "fit": "--data.num_samples 8 --data.eval_datasets [{windows}] --trainer.enable_progress_bar false",
+    "compare": "--data.num_samples 8 --data.eval_datasets [{windows}]",
+    "evaluate": "--batch-sizes 1 --repeats 1 --prompt-length 8 --decode-length 4",
+    "check": "--data.num_samples 8 --model.refit none --model.onload layer",
+    "recover": "--trainer.max_steps 2 --trainer.enable_progress_bar false",
+    "tune": "--data.num_samples 16 --trials 2 --model.temperature 0",
+    "test": "--data.eval_datasets [{windows}]",
+}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(block) for _, block in found]
+
+
+def commands(page: Path) -> list[str]:
+    """What follows ``lightning-prune`` on a page, in its order, continued lines joined; of the README the commands that
+    its own test leaves out because they name a model of the reader's."""
+    lines = "\n".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    found = [" ".join(line.split("#")[0].split()[1:]) for line in lines if line.startswith("lightning-prune ")]
+    return [one for one in found if page.name != "README.md" or "path/or/hub-id" in one]
+
+
+def with_demo(text: str) -> str:
+    for theirs, ours in YOURS.items():
+        text = text.replace(theirs, ours)
+    return text
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    np.save("windows.npy", lp.calibration_set(demo_text("test"), "demo", num_samples=8).numpy())
+    (tmp_path / "my_text.txt").write_text(demo_text("train")[:100_000], encoding="utf-8")
+    return tmp_path
+
+
+def run(command: str) -> None:
+    words = [word for text in shlex.split(command) for word in (sorted(map(str, Path().glob(text))) or [text])]
+    if words[0] == "compare" and "--runs" in words:
+        added: list[str] = []
+    else:
+        added = ADDED.get(words[0], "").format(windows="windows.npy").split()
+    assert main(words + added) == 0, command
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_and_snippets_of_a_page_run_in_their_order(page: Path, folder: Path) -> None:
+    found = commands(page)
+    for config in BEFORE.get(page.name, ()):
+        run(f"fit --config {config}")
+    for command in dict.fromkeys(found):
+        if command not in ELSEWHERE:
+            run(with_demo(command))
+    names: dict[str, Any] = {}
+    for snippet in blocks(page, "python"):
+        if "torch.export" not in snippet:  # tests/engines
+            exec(compile(with_demo(snippet), str(page), "exec"), names)
+    assert found or names
+
+
+def test_commands_that_are_run_elsewhere_are_still_there() -> None:
+    assert set(ELSEWHERE) <= {command for page in PAGES for command in commands(page)}
+
+
+def test_pages_with_commands_are_all_run() -> None:
+    told = {page for page in DOCS.rglob("*.md") if commands(page)}
+    assert told <= set(PAGES)
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: str(page.relative_to(DOCS)))
+def test_snippets_of_a_page_are_python(page: Path) -> None:
+    for snippet in blocks(page, "python"):
+        compile(snippet, str(page), "exec")
+
+
+def test_every_page_is_in_the_navigation_once_and_every_entry_is_a_page() -> None:
+    """The site's strict build finds broken links, but says nothing of an entry without a page."""
+
+    def pages(entry: Any) -> list[str]:
+        inside = entry.values() if isinstance(entry, dict) else entry
+        return [entry] if isinstance(entry, str) else [page for one in inside for page in pages(one)]
+
+    listed = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
+    assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
