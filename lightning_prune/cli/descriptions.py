@@ -4,14 +4,15 @@ from lightning_prune.cli.signatures import Option
 
 DESCRIPTION = {
     "fit": "Calibrate, prune, save and evaluate one model with one method.",
-    "check": "Say what a run of fit with the same options would take: device and host memory, disk, bytes read, work. No "
-    "weight is read; a folder with a config.json is enough.",
-    "tune": "Choose refit, allocation, normalisation, protection and prior of a method that ranks groups by the loss on "
-    "an eighth of the calibration set, which is held out: one calibration, then decisions from its scores. Takes the "
-    "options of fit. A temperature of 0 leaves priors out.",
+    "check": "Say what a run of fit with the same options would take: device and host memory, disk, bytes read, work. "
+    "No weight is read; a folder with a config.json is enough.",
+    "tune": "Choose refit, allocation, normalisation, protection and prior of a method that ranks groups by the loss "
+    "on an eighth of the calibration set, which is held out: one calibration, then decisions from its scores. Takes "
+    "the options of fit. A temperature of 0 leaves priors out.",
     "decide": "Make another pruning decision from the scores of a finished run, without calibrating: "
     "lightning-prune decide --run logs/wanda/version_0 --model.pruning_ratio 0.3.",
-    "recover": "Train what pruning left, on text and by what the dense model predicts, and measure what that gave back.",
+    "recover": "Train what pruning left, on text and by what the dense model predicts, and measure what that gave "
+    "back.",
     "test": "Measure the perplexity of a dense or pruned model with the protocol of the pruning runs.",
 }
 EXAMPLES = {

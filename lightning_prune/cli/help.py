@@ -19,6 +19,7 @@ from lightning_prune.config_files import check_file
 from lightning_prune.errors import UserError
 from lightning_prune.shipped_configs import described, with_config_files
 
+HELP = ("-h", "--help")
 METHODS = "lightning_prune.methods"
 BASE = "lightning_prune.methods.base.PruningMethod"
 MODEL = {"test": "lightning_prune.walk.module.LayeredModule", "recover": "lightning_prune.recovery.Recovery"}
@@ -27,6 +28,7 @@ CALIBRATION = "lightning_prune.data.datamodule.CalibrationDataModule"
 LINKED = ("tokenizer",)  # follows the model
 UNREAD = {"test": ("dataset", "num_samples", "seq_len", "batch_size", "sampling", "stride", "seed")}
 WIDEST, MOST_LINES = 120, 2
+BREAK = 12  # characters that a line may lose where it ends with a whole word
 
 
 def help_of(command: str, argv: Sequence[str]) -> str:
@@ -37,9 +39,7 @@ def help_of(command: str, argv: Sequence[str]) -> str:
     """
     given = _configured(argv)
     data = [
-        one
-        for one in options_of(DATA.get(command, CALIBRATION))
-        if one.name not in (*LINKED, *UNREAD.get(command, ()))
+        one for one in options_of(DATA.get(command, CALIBRATION)) if one.name not in (*LINKED, *UNREAD.get(command, ()))
     ]
     parts = [
         f"usage: lightning-prune {command} [--config NAME ...] [--model.OPTION VALUE] [--data.OPTION VALUE] "
@@ -79,9 +79,9 @@ def _model(command: str, given: dict[str, Any]) -> list[str]:
 
 def _configured(argv: Sequence[str]) -> dict[str, Any]:
     """What the configurations of a command line set, later ones over earlier ones, and the method it names."""
-    words = with_config_files(argv)
+    words = with_config_files([word for word in argv if word not in HELP])
     found: dict[str, Any] = {"model": {}, "data": {}, "trainer": {}}
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         option, equals, value = word.partition("=")
         value = value if equals else following
         if option in ("--config", "-c") and value:
@@ -165,7 +165,8 @@ def _table(rows: Sequence[tuple[str, str, str]]) -> str:
     for name, text, behind in rows:
         wrapped = textwrap.wrap(text + behind, room)
         if len(wrapped) > MOST_LINES:
-            wrapped = textwrap.wrap(text, room, max_lines=MOST_LINES, placeholder=f" …{behind}")
+            left = max(room, MOST_LINES * room - len(behind) - BREAK)
+            wrapped = textwrap.wrap(textwrap.shorten(text, left, placeholder=" …") + behind, room)
         first, *rest = wrapped
         lines += [f"  {name}".ljust(column) + first, *(" " * column + line for line in rest)]
     return "\n".join(lines)

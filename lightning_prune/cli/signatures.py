@@ -1,4 +1,4 @@
-"""What a class of this package takes, read from its source: importing it would take seconds, for torch and Lightning."""
+"""What a class of this package takes, read from its source: importing it would take seconds."""
 
 import ast
 import re
