@@ -158,6 +158,8 @@ class PruneCLI(LightningCLI):
         own_bar = any(isinstance(one, ProgressBar) for one in callbacks)
         if options["enable_progress_bar"] is not False and not own_bar:
             self.model.progress = Progress(shown=getattr(rank_zero_only, "rank", 0) == 0)
+            if self.model.progress.shown:
+                self.datamodule.show_progress()
         found = {"callbacks": callbacks, "enable_checkpointing": False, "enable_progress_bar": own_bar}
         found["devices"] = cpu_processes(options["accelerator"], options["devices"])
         if options["logger"] in (None, True):

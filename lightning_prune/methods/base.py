@@ -305,7 +305,7 @@ class PruningMethod(LayeredModule):
         start = batch_idx * self.datamodule.batch_size
         self._work, self._finish_work = self.walk.cost(self._open_steps[0], tokens.numel())
         self.walk.batch(self._open_steps[0], Batch(tokens, weight, index, slice(start, start + len(tokens))))
-        self.progress.advance(self._phase, self._work)
+        self.progress.advance(self._phase, self._work, self._at)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Behind the last batch the strategy is still up, so sums are reduced over processes: finish the layer."""
@@ -329,7 +329,12 @@ class PruningMethod(LayeredModule):
         self.progress.expect("perplexity of the pruned model", after)
 
     def _advance_finish(self, share: float) -> None:
-        self.progress.advance(self._phase, share * self._finish_work)
+        self.progress.advance(self._phase, share * self._finish_work, self._at)
+
+    @property
+    def _at(self) -> str:
+        one, step = self.walk.steps[self._open_steps[0]]
+        return f"{one.name}, layer {step.layer + 1} of {len(self.layers)}"
 
     def _take_steps_without_batches(self) -> None:
         while self._open_steps and not self.walk.steps[self._open_steps[0]][0].reads:
@@ -375,7 +380,9 @@ class PruningMethod(LayeredModule):
             folder,
             tokenizer_from=self.pretrained,
             card=card,
-            progress=lambda layer: self.progress.advance(WRITING, LAYER_TO_WRITE),
+            progress=lambda layer: self.progress.advance(
+                WRITING, LAYER_TO_WRITE, f"layer {layer + 1} of {len(self.layers)}"
+            ),
         )
         self.progress.finish(WRITING)
         pruned.close()

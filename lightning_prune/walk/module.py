@@ -168,7 +168,8 @@ class LayeredModule(Timed, L.LightningModule):
                 self.model.announce(layer + 1)
                 for number, hidden in enumerate(parts):
                     parts[number] = self.model.run(layer, hidden)
-                    self.progress.advance(self.evaluation_phase, hidden.shape[0] * hidden.shape[1])
+                    at = f"layer {layer + 1} of {self.model.num_layers}"
+                    self.progress.advance(self.evaluation_phase, hidden.shape[0] * hidden.shape[1], at)
         for number, hidden in enumerate(parts):
             rows = slice(number * size, number * size + len(hidden))
             metric.update(self.model.losses(hidden, tokens[rows]), weight[rows])
