@@ -17,7 +17,7 @@ from lightning_prune.errors import UserError
 from lightning_prune.methods.scores import Scores
 from lightning_prune.models.families import LayerAnatomy, anatomy, count_parameters
 from lightning_prune.models.layered import skeleton
-from lightning_prune.models.loading import check_model
+from lightning_prune.models.loading import check_model, load_config
 from lightning_prune.surgery.cut import layout_of
 from lightning_prune.surgery.model_card import model_card
 from lightning_prune.surgery.overlay import Overlay
@@ -35,6 +35,7 @@ FINDINGS = "findings"
 CALIBRATING, REFITTING, WRITING = "calibrating", "refitting", "writing the pruned model"
 PHASE_SECONDS = {CALIBRATING: "calibrate", REFITTING: "refit"}  # as they stand in metrics.json
 LAYER_TO_WRITE = 1000.0  # about what cutting and writing a layer costs, in tokens through it
+FEW_PASSES = 3  # forwards that calibrating may cost, as long as the passes are not known
 SAVE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -217,6 +218,16 @@ class PruningMethod(LayeredModule):
         self.check_ratio(anatomy(net), count_parameters(net))
         prove(net.config)
 
+    def setup(self, stage: str) -> None:
+        """As in the base class; while the dense model is evaluated, what follows is expected roughly."""
+        super().setup(stage)
+        if stage == "test" and self.progress.shown and self.evaluated == self.pretrained:
+            layers = load_config(self.pretrained).num_hidden_layers
+            if self.needs_calibration:
+                passes = FEW_PASSES * layers
+                self.progress.expect(CALIBRATING, float(passes * self.datamodule.calibration.tokens.numel()))
+            self._expect_end(layers)
+
     def check_before_loading(self, config: Any) -> None:
         """Refuse what the shapes alone can tell; then tell the trainer how many epochs there will be."""
         net = skeleton(config)
@@ -324,9 +335,11 @@ class PruningMethod(LayeredModule):
                 walk = Walk(passes, self._setting, Findings())
                 work = sum(sum(walk.cost(number, tokens)) for number in range(len(walk)))
                 self.progress.expect(phase, self.steps * work)
-        self.progress.expect(WRITING, LAYER_TO_WRITE * len(self.layers))
-        after = self.evaluation_work(len(self.layers)) * (1 - self.pruning_ratio)
-        self.progress.expect("perplexity of the pruned model", after)
+        self._expect_end(len(self.layers))
+
+    def _expect_end(self, layers: int) -> None:
+        self.progress.expect(WRITING, LAYER_TO_WRITE * layers)
+        self.progress.expect("perplexity of the pruned model", self.evaluation_work(layers) * (1 - self.pruning_ratio))
 
     def _advance_finish(self, share: float) -> None:
         self.progress.advance(self._phase, share * self._finish_work, self._at)
