@@ -96,6 +96,7 @@ class Area:
             BarColumn(bar_width=12),
             TextColumn("{task.percentage:>3.0f} %"),
             TextColumn("{task.fields[note]}", markup=False),
+            auto_refresh=False,  # no thread beside what is timed
             console=Console(file=sys.stderr, highlight=False),
             transient=True,
             redirect_stdout=sys.stdout.isatty(),  # what is printed to a file must not come here
@@ -121,6 +122,7 @@ class Area:
             note=f"{left}{memory_in_use()}",
             visible=True,
         )
+        self._rows.refresh()
 
     def ended(self, phase: str, seconds: float) -> None:
         """The phase becomes a line above the area."""

@@ -225,6 +225,7 @@ def quiet() -> None:
         ".*GPU available but not used.*",
         ".*litlogger.*",
         ".*does not have a .*val_dataloader.*",
+        ".*ModelCheckpoint.*held_out/loss.*could not find the monitored key.*",  # where steps end a run before an epoch
         ".*Checkpoint directory .* exists.*",
         ".*returned .*None.*",
         ".*is smaller than the logging interval.*",

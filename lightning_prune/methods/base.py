@@ -118,6 +118,7 @@ class PruningMethod(LayeredModule):
         self.writes = True  # a checkpoint; else what is decided is only laid over the dense model, and can be measured
         self._folder: Path | None = None
         self._finish_work = 0.0
+        self._at = ""  # pass and layer of the step that is under way
         self.self_check: dict[str, Any] | None = None  # what was compared once the checkpoint was written
         self.dense_parameters = 0
         self.saved: SavedMeasurement | None = None
@@ -220,6 +221,7 @@ class PruningMethod(LayeredModule):
 
     def setup(self, stage: str) -> None:
         """As in the base class; while the dense model is evaluated, what follows is expected roughly."""
+        self.known_as = "dense" if self.evaluated == self.pretrained else "pruned"
         super().setup(stage)
         if stage == "test" and self.progress.shown and self.evaluated == self.pretrained:
             layers = load_config(self.pretrained).num_hidden_layers
@@ -308,6 +310,11 @@ class PruningMethod(LayeredModule):
 
     def on_train_epoch_start(self) -> None:
         """An epoch is a step: this one's layer comes in, hooks live while its batches run."""
+        self._start_step()
+
+    def _start_step(self) -> None:
+        one, step = self.walk.steps[self._open_steps[0]]
+        self._at = f"{one.name}, layer {step.layer + 1} of {len(self.layers)}"
         self.walk.start(self._open_steps[0])
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
@@ -344,15 +351,10 @@ class PruningMethod(LayeredModule):
     def _advance_finish(self, share: float) -> None:
         self.progress.advance(self._phase, share * self._finish_work, self._at)
 
-    @property
-    def _at(self) -> str:
-        one, step = self.walk.steps[self._open_steps[0]]
-        return f"{one.name}, layer {step.layer + 1} of {len(self.layers)}"
-
     def _take_steps_without_batches(self) -> None:
         while self._open_steps and not self.walk.steps[self._open_steps[0]][0].reads:
             with self.timed("finish layers"):
-                self.walk.start(self._open_steps[0])
+                self._start_step()
                 self.walk.finish(self._open_steps.pop(0))
         if not self._open_steps:
             self._end_stage()

@@ -55,6 +55,7 @@ class LayeredModule(Timed, L.LightningModule):
         self.pretrained = pretrained
         self.onload = onload
         self.evaluated = pretrained  # the model that ``test`` measures
+        self.known_as = ""  # what that model is called while it is measured: dense, pruned, recovered
         self.seconds: dict[str, float] = {}
         self.perplexity: dict[str, PerplexityResult] = {}
         self.placement: Onload | None = None
@@ -84,8 +85,8 @@ class LayeredModule(Timed, L.LightningModule):
 
     @property
     def evaluation_phase(self) -> str:
-        """How the bar calls what ``test`` does."""
-        return f"perplexity of the {'dense' if self.evaluated == self.pretrained else 'pruned'} model"
+        """What progress calls ``test`` does."""
+        return f"perplexity of the {self.known_as} model" if self.known_as else "perplexity"
 
     def evaluation_work(self, num_layers: int) -> float:
         """Work of one evaluation, in tokens through a layer."""

@@ -43,7 +43,9 @@ def main(argv: list[str]) -> int:
     from lightning_prune.runs.summary import summary_table
 
     config = ["--config", str(run.path / "config.yaml")]
-    cli = PruneCLI([*config, *options], PruningMethod, subclasses=True, command="decide")
+    # A run that was made silently, or by compare, says so in its configuration.
+    shown = ["--trainer.enable_progress_bar", "true"]
+    cli = PruneCLI([*config, *shown, *options], PruningMethod, subclasses=True, command="decide")
     check_label(cli.model.label)
     _check_options(cli, config, run.path)
     if not cli.model.reusable:
