@@ -26,6 +26,7 @@ from transformers import AutoTokenizer
 from lightning_prune.data.calibration import fingerprint
 from lightning_prune.errors import UserError
 from lightning_prune.files import new_folder, write_json
+from lightning_prune.models.loading import quiet_transformers
 from lightning_prune.progress import Progress
 
 TOKENISING = "tokenising"
@@ -46,7 +47,8 @@ def load_tokenizer(name: str) -> Any:
             from lightning_prune.demo import demo_model_path
 
             name = str(demo_model_path())
-        return AutoTokenizer.from_pretrained(name)
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, … for one and the same mistake
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
