@@ -345,6 +345,8 @@ class PruningMethod(LayeredModule):
         self._expect_end(len(self.layers))
 
     def _expect_end(self, layers: int) -> None:
+        if not self.writes:
+            return
         self.progress.expect(WRITING, LAYER_TO_WRITE * layers)
         self.progress.expect("perplexity of the pruned model", self.evaluation_work(layers) * (1 - self.pruning_ratio))
 
