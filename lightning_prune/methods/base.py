@@ -226,8 +226,8 @@ class PruningMethod(LayeredModule):
         if stage == "test" and self.progress.shown and self.evaluated == self.pretrained:
             layers = load_config(self.pretrained).num_hidden_layers
             if self.needs_calibration:
-                passes = FEW_PASSES * layers
-                self.progress.expect(CALIBRATING, float(passes * self.datamodule.calibration.tokens.numel()))
+                tokens = self.datamodule.num_samples * self.datamodule.seq_len
+                self.progress.expect(CALIBRATING, float(FEW_PASSES * layers * tokens))
             self._expect_end(layers)
 
     def check_before_loading(self, config: Any) -> None:
