@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
         "evaluation sets. "
         "What the scores were measured with (model, importance, prior, calibration set, precision) may not.",
         epilog="example: lightning-prune decide --run logs/hgsp_taylor/version_0 --model.pruning_ratio 0.3 "
-        "--model.temperature 0.5",
+        "--model.temperature 0.5; lightning-prune fit --method NAME --help says what a method's options mean",
         allow_abbrev=False,
     )
     parser.add_argument(
