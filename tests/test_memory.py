@@ -8,6 +8,7 @@ from lightning_prune.memory import (
     free_host_bytes,
     give_back_freed_memory,
     keep_heaps_small,
+    memory_in_use,
 )
 
 MIB = 2**20
@@ -49,3 +50,10 @@ def test_holes_in_the_heap_are_given_back() -> None:
     del blocks
     give_back_freed_memory()
     assert anonymous_bytes() - before < len(kept) * 4 * MIB + 8 * MIB
+
+
+def test_memory_in_words_is_this_processs_own() -> None:
+    before = int(memory_in_use().split(" MiB")[0].replace(",", ""))
+    block = torch.ones(64 * MIB, dtype=torch.uint8)
+    assert 50 < int(memory_in_use().split(" MiB")[0].replace(",", "")) - before < 80
+    del block
