@@ -58,7 +58,7 @@ def _is_utf8(value: str) -> bool:
 
 
 def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         option, equals, value = argument.partition("=")
         if option in OPTIONS:
             yield option, value if equals else following

@@ -44,6 +44,14 @@ def anonymous_bytes() -> int:
     return 0
 
 
+def memory_in_use() -> str:
+    """This process's memory in words, that on a GPU beside it where it uses one."""
+    text = f"{anonymous_bytes() / 2**20:,.0f} MiB"
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        text += f", GPU {torch.cuda.memory_allocated() / 2**20:,.0f} MiB"
+    return text
+
+
 def keep_heaps_small() -> None:
     """Let blocks of 8 MiB and more have pages of their own, which go back to the system as soon as they are freed.
 

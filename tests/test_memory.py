@@ -8,6 +8,7 @@ from lightning_prune.memory import (
     free_host_bytes,
     give_back_freed_memory,
     keep_heaps_small,
+    memory_in_use,
 )
 
 MIB = 2**20
@@ -49,3 +50,9 @@ def test_holes_in_the_heap_are_given_back() -> None:
     del blocks
     give_back_freed_memory()
     assert anonymous_bytes() - before < len(kept) * 4 * MIB + 8 * MIB
+
+
+def test_memory_in_words_is_this_processs_own() -> None:
+    text = memory_in_use()
+    assert abs(int(text.split(" MiB")[0].replace(",", "")) * MIB - anonymous_bytes()) < 4 * MIB
+    assert ("GPU" in text) == torch.cuda.is_initialized()

@@ -28,6 +28,8 @@ COMMANDS = {
     "mend": "give an existing pruned checkpoint the modeling file of this version",
 }
 
+HELPED = ("fit", "check", "tune", "test", "recover")  # whose parser is Lightning's, and takes seconds
+
 USAGE = """\
 usage: lightning-prune <command> [options]
 
@@ -92,9 +94,16 @@ def _is_first_process() -> bool:
 
 def _run(arguments: list[str]) -> int:
     try:
-        command = _command(arguments[0])
+        command, rest = _command(arguments[0]), arguments[1:]
         check_surroundings(os.environ)
-        status = int(importlib.import_module(f"lightning_prune.cli.commands.{command}").main(arguments[1:]))
+        if command in HELPED and any(word in ("-h", "--help") for word in rest):
+            from lightning_prune.cli.help import help_of
+
+            print(help_of(command, rest), end="")
+            status = 0
+        else:
+            words = ["--help" if word == "--help-all" else word for word in rest]
+            status = int(importlib.import_module(f"lightning_prune.cli.commands.{command}").main(words))
         if sys.stdout is not None:
             sys.stdout.flush()  # Python would say only at its end that nothing more can be written
         return status

@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_prune import methods
+from lightning_prune.cli.descriptions import DESCRIPTION
 from lightning_prune.cli.messages import plain, unusable_value
 from lightning_prune.cli.strategy import cpu_processes, trainer_for_calibration
 from lightning_prune.cli.trainer_options import check_callbacks, check_fixed
@@ -94,7 +95,7 @@ class PruneCLI(LightningCLI):
                 "usage": f"lightning-prune {command} [--config FILE ...] [--model.OPTION VALUE] [--data.OPTION VALUE] "
                 f"[--trainer.OPTION VALUE]{' [--resume]' if command in RESUMABLE else ''}"
                 f"{' [--quiet] [--json]' if command in TELLING else ''}",
-                "description": _DESCRIPTION[command] + (_TELLING if command in TELLING else ""),
+                "description": DESCRIPTION[command],
             },
             trainer_defaults=self.defaults,
             seed_everything_default=0,
@@ -157,6 +158,8 @@ class PruneCLI(LightningCLI):
         own_bar = any(isinstance(one, ProgressBar) for one in callbacks)
         if options["enable_progress_bar"] is not False and not own_bar:
             self.model.progress = Progress(shown=getattr(rank_zero_only, "rank", 0) == 0)
+            if self.model.progress.shown:
+                self.datamodule.show_progress()
         found = {"callbacks": callbacks, "enable_checkpointing": False, "enable_progress_bar": own_bar}
         found["devices"] = cpu_processes(options["accelerator"], options["devices"])
         if options["logger"] in (None, True):
@@ -222,46 +225,10 @@ def quiet() -> None:
         ".*GPU available but not used.*",
         ".*litlogger.*",
         ".*does not have a .*val_dataloader.*",
+        ".*ModelCheckpoint.*held_out/loss.*could not find the monitored key.*",  # where steps end a run before an epoch
         ".*Checkpoint directory .* exists.*",
         ".*returned .*None.*",
         ".*is smaller than the logging interval.*",
         ".*args parameter is intended to run.*",
     ):
         warnings.filterwarnings("ignore", message=message)
-
-
-_TELLING = " --quiet prints the last line alone and no bar; --json prints the metrics on stdout, all else on stderr."
-_DESCRIPTION = {
-    "fit": (
-        "Calibrate, prune, save and evaluate one model with one method. Start from a shipped configuration: "
-        "lightning-prune fit --config wanda. Options of the method are --model.OPTION (list them with "
-        "--model.help NAME, for instance --model.help Wanda), those of the calibration set --data.OPTION, those of "
-        "Lightning --trainer.OPTION. Several --config overlay one another; --print_config shows the result."
-    ),
-    "check": (
-        "Say what a run of fit with the same options would take: device and host memory, disk, bytes read, work. No "
-        "weight is read; a folder with a config.json is enough. --memory 24GiB names a GPU that is not here, "
-        "--host-memory 64GiB a host, --json prints facts: lightning-prune check --config wanda --memory 24GiB."
-    ),
-    "tune": (
-        "Choose refit, allocation, normalisation, protection and prior of a method that ranks groups by the loss on an "
-        "eighth of the calibration set, which is held out: one calibration, then decisions from its scores. Takes the "
-        "options of fit, and --output FILE for the best configuration (default tuned.yaml; all trials go beside it as "
-        "FILE.csv), --trials N (default 24), --overwrite. A temperature of 0 leaves priors out. "
-        "lightning-prune tune --config hgsp_taylor --output tuned.yaml, then lightning-prune fit --config tuned.yaml."
-    ),
-    "decide": (
-        "Make another pruning decision from the scores of a finished run, without calibrating: "
-        "lightning-prune decide --run logs/wanda/version_0 --model.pruning_ratio 0.3."
-    ),
-    "recover": (
-        "Train what pruning left, on text and by what the dense model predicts, and measure what that gave back. Start "
-        "from a shipped configuration: lightning-prune recover --config recover_lora --model.pretrained "
-        "logs/wanda/version_0/pruned. Options of the training are --model.OPTION, those of the text --data.OPTION, "
-        "those of Lightning --trainer.OPTION: --trainer.max_time 00:00:10:00 ends it after ten minutes."
-    ),
-    "test": (
-        "Measure the perplexity of a dense or pruned model with the protocol of the pruning runs: "
-        "lightning-prune test --model.pretrained FOLDER --data.eval_datasets '[wikitext2, ptb]'."
-    ),
-}

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -158,7 +160,8 @@ def _from_hub(dataset: str, split: str, tokens_wanted: int | None) -> Corpus:
     if source.streamed:
         options["streaming"] = True
     try:
-        rows = datasets.load_dataset(source.path, **options)
+        with _without_bars():
+            rows = datasets.load_dataset(source.path, **options)
         if not source.streamed:
             documents = list(rows[source.column])
         elif split == "train" and tokens_wanted is not None:
@@ -173,6 +176,19 @@ def _from_hub(dataset: str, split: str, tokens_wanted: int | None) -> Corpus:
             f"HF_HUB_OFFLINE, or give a local {FILE_KINDS} with --data.dataset and --data.eval_datasets"
         ) from error
     return Corpus(dataset, source.configuration, split, _revision(rows), source.joiner.join(documents))
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """The datasets library counts what it converts, in a log file too; its downloads show themselves on terminals."""
+    if datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
 
 
 def _take(rows: Any, column: str, characters: int) -> list[str]:

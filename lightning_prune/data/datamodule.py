@@ -137,6 +137,10 @@ class CalibrationDataModule(LightningDataModule):
         """Built by `setup`; empty when there is nothing to evaluate on."""
         return [] if self._evaluation is None else self._evaluation
 
+    def show_progress(self) -> None:
+        """Say how far it is while text is tokenised."""
+        self._streams.show_progress = True
+
     def prepare_data(self) -> None:
         """Download and tokenise on one process, so that the others find the result in the caches."""
         self.setup(None if self.trainer is None else self.trainer.state.fn)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lightning_prune.data.corpora import load_corpus
@@ -35,6 +34,7 @@ class StreamReader:
 
     def __init__(self, tokenizer: str, cache_dir: Path) -> None:
         self.tokenizer, self.cache_dir = tokenizer, cache_dir
+        self.show_progress = False  # of tokenising
         self._loaded: tuple[Any, str] | None = None
 
     def read(self, dataset: str, split: str, tokens_wanted: int | None = None) -> TokenStream:
@@ -45,8 +45,9 @@ class StreamReader:
             self._loaded = tokenizer, tokenizer_sha256(tokenizer)
         tokenizer, tokenizer_digest = self._loaded
         text_digest = hashlib.sha256(corpus.text.encode("utf-8")).hexdigest()
-        progress = getattr(rank_zero_only, "rank", 0) == 0
-        tokens = cached_stream(tokenizer, corpus.text, text_digest, tokenizer_digest, self.cache_dir, progress)
+        tokens = cached_stream(
+            tokenizer, corpus.text, text_digest, tokenizer_digest, self.cache_dir, self.show_progress
+        )
         return TokenStream(
             tokens,
             {

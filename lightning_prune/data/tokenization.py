@@ -1,7 +1,7 @@
 """Text to one packed token stream, tokenised once and kept on disk.
 
 The stream is what the tokenizer gives for the whole text in one call, without special tokens. Long texts are
-tokenised piece by piece, so that a progress bar can move and memory stays small; a cut is made only at white
+tokenised piece by piece, so that one sees how far it is, and memory stays small; a cut is made only at white
 space, and only where tokenising the 256 characters on either side gives the same ids with the cut as without.
 A tokenizer that has no such place (one that marks the start of every text it is given) gets the rest in one piece.
 """
@@ -14,19 +14,22 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import AutoTokenizer
 
 from lightning_prune.data.calibration import fingerprint
 from lightning_prune.errors import UserError
 from lightning_prune.files import new_folder, write_json
+from lightning_prune.models.loading import quiet_transformers
+from lightning_prune.progress import Progress
 
+TOKENISING = "tokenising"
 PROTOCOL = 1  # part of the cache key: raise it when the stream of a text changes
 PIECE = 1 << 16  # characters
 CONTEXT = 256  # characters on either side of a cut that must not notice it
@@ -44,7 +47,8 @@ def load_tokenizer(name: str) -> Any:
             from lightning_prune.demo import demo_model_path
 
             name = str(demo_model_path())
-        return AutoTokenizer.from_pretrained(name)
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, … for one and the same mistake
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
@@ -71,13 +75,15 @@ def tokenize(tokenizer: Any, text: str, progress: bool = False) -> Tensor:
     Args:
         tokenizer: a `transformers` tokenizer.
         text: any length.
-        progress: show a bar.
+        progress: show how far it is.
     """
     stream: list[np.ndarray[Any, np.dtype[np.int64]]] = []
-    with tqdm(total=len(text), desc="tokenising", unit="char", unit_scale=True, disable=not progress) as bar:
+    with closing(Progress(shown=progress)) as shown:
+        shown.expect(TOKENISING, len(text))
         for piece in _pieces(tokenizer, text):
             stream.append(np.asarray(_ids(tokenizer, piece), dtype=np.int64))
-            bar.update(len(piece))
+            shown.advance(TOKENISING, len(piece))
+        shown.finish(TOKENISING)
     return torch.from_numpy(np.concatenate(stream) if stream else np.empty(0, np.int64))
 
 

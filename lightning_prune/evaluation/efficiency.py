@@ -6,20 +6,21 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
 from lightning_prune.errors import UserError
 from lightning_prune.models.families import count_parameters, family_of, layers_of
 from lightning_prune.models.loading import load_config, resolve
+from lightning_prune.progress import Progress
 
 WARM_UP = 2  # runs before the measured ones: lazy initialisation, autotuning, cold caches
 
@@ -152,7 +153,7 @@ def measure(model: PreTrainedModel, pretrained: str, setting: Setting, name: str
         model: a causal LM, dense or pruned.
         pretrained: the folder, hub id or ``demo`` it was loaded from.
         setting: lengths, batch sizes and repeats.
-        name: shown beside the progress bar.
+        name: shown while it is timed.
 
     Raises:
         UserError: a length or number is below 1, the sequence is longer than the model's positions, or a batch does
@@ -160,14 +161,19 @@ def measure(model: PreTrainedModel, pretrained: str, setting: Setting, name: str
     """
     check_setting(model.config, setting)
     model.eval()
-    with tqdm(
-        total=len(setting.batch_sizes) * (WARM_UP + setting.repeats),
-        desc=f"timing {name}",
-        unit="run",
-        disable=not sys.stderr.isatty(),
-    ) as bar:
-        speed = [_speed(model, batch_size, setting, bar) for batch_size in setting.batch_sizes]
+    with timing(name, setting) as done:
+        speed = [_speed(model, batch_size, setting, done) for batch_size in setting.batch_sizes]
     return count(model, pretrained, setting, speed)
+
+
+@contextmanager
+def timing(name: str, setting: Setting) -> Iterator[Callable[[], None]]:
+    """Show how far the timing of a model is; what is given back is called after every timed run."""
+    phase, runs = f"timing {name}", len(setting.batch_sizes) * (WARM_UP + setting.repeats)
+    with closing(Progress()) as progress:
+        progress.expect(phase, runs)
+        yield lambda: progress.advance(phase, 1)
+        progress.finish(phase)
 
 
 def count(model: PreTrainedModel, pretrained: str, setting: Setting, speed: list[Speed]) -> Efficiency:
@@ -182,7 +188,7 @@ def count(model: PreTrainedModel, pretrained: str, setting: Setting, speed: list
     )
 
 
-def _speed(model: PreTrainedModel, batch_size: int, setting: Setting, bar: Any) -> Speed:
+def _speed(model: PreTrainedModel, batch_size: int, setting: Setting, done: Callable[[], None]) -> Speed:
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, setting.prompt_length)
     prompt = torch.randint(model.config.vocab_size, shape, generator=generator).to(model.device)
@@ -192,7 +198,7 @@ def _speed(model: PreTrainedModel, batch_size: int, setting: Setting, bar: Any) 
             if run == WARM_UP:
                 _reset_peak_memory(model.device)
             seconds = _generate(model, prompt, setting.decode_length)
-            bar.update()
+            done()
             if run >= WARM_UP:
                 prefill.append(seconds[0])
                 decode.append(seconds[1])

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from lightning_prune.errors import UserError
-from lightning_prune.evaluation.efficiency import WARM_UP, Efficiency, Setting, Speed, check_setting, count
+from lightning_prune.evaluation.efficiency import WARM_UP, Efficiency, Setting, Speed, check_setting, count, timing
 from lightning_prune.export.gguf_file import gguf_package, write_gguf
 from lightning_prune.models.loading import load_config, meta_model, resolve
 
@@ -68,7 +67,7 @@ def measure_in_engine(
         setting: lengths, batch sizes and repeats.
         dtype: to run in.
         device: GPU or CPU.
-        name: shown beside the progress bar.
+        name: shown while it is timed.
 
     Raises:
         UserError: the engine is not installed or refuses the model, or a length does not fit.
@@ -79,17 +78,13 @@ def measure_in_engine(
     model = meta_model(config).to(dtype)
     opened = _vllm if engine == "vllm" else _llamacpp
     speed = []
-    total = len(setting.batch_sizes) * (WARM_UP + setting.repeats)
-    with (
-        tqdm(total=total, desc=f"timing {name}", unit="run", disable=not sys.stderr.isatty()) as bar,
-        opened(resolve(pretrained), setting, dtype, device) as running,
-    ):
+    with timing(name, setting) as done, opened(resolve(pretrained), setting, dtype, device) as running:
         for batch_size in setting.batch_sizes:
-            speed.append(_speed(running, config.vocab_size, batch_size, setting, bar.update))
+            speed.append(_speed(running, config.vocab_size, batch_size, setting, done))
     return count(model, pretrained, setting, speed)
 
 
-def _speed(engine: Engine, vocabulary: int, batch_size: int, setting: Setting, done: Callable[[], Any]) -> Speed:
+def _speed(engine: Engine, vocabulary: int, batch_size: int, setting: Setting, done: Callable[[], None]) -> Speed:
     generator = torch.Generator().manual_seed(0)
     prefill, decode = [], []
     for run in range(WARM_UP + setting.repeats):

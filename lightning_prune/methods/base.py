@@ -17,7 +17,7 @@ from lightning_prune.errors import UserError
 from lightning_prune.methods.scores import Scores
 from lightning_prune.models.families import LayerAnatomy, anatomy, count_parameters
 from lightning_prune.models.layered import skeleton
-from lightning_prune.models.loading import check_model
+from lightning_prune.models.loading import check_model, load_config
 from lightning_prune.surgery.cut import layout_of
 from lightning_prune.surgery.model_card import model_card
 from lightning_prune.surgery.overlay import Overlay
@@ -35,6 +35,7 @@ FINDINGS = "findings"
 CALIBRATING, REFITTING, WRITING = "calibrating", "refitting", "writing the pruned model"
 PHASE_SECONDS = {CALIBRATING: "calibrate", REFITTING: "refit"}  # as they stand in metrics.json
 LAYER_TO_WRITE = 1000.0  # about what cutting and writing a layer costs, in tokens through it
+FEW_PASSES = 3  # forwards that calibrating may cost, as long as the passes are not known
 SAVE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -117,6 +118,7 @@ class PruningMethod(LayeredModule):
         self.writes = True  # a checkpoint; else what is decided is only laid over the dense model, and can be measured
         self._folder: Path | None = None
         self._finish_work = 0.0
+        self._at = ""  # pass and layer of the step that is under way
         self.self_check: dict[str, Any] | None = None  # what was compared once the checkpoint was written
         self.dense_parameters = 0
         self.saved: SavedMeasurement | None = None
@@ -217,6 +219,17 @@ class PruningMethod(LayeredModule):
         self.check_ratio(anatomy(net), count_parameters(net))
         prove(net.config)
 
+    def setup(self, stage: str) -> None:
+        """As in the base class; while the dense model is evaluated, what follows is expected roughly."""
+        self.known_as = "dense" if self.evaluated == self.pretrained else "pruned"
+        super().setup(stage)
+        if stage == "test" and self.progress.shown and self.evaluated == self.pretrained:
+            layers = load_config(self.pretrained).num_hidden_layers
+            if self.needs_calibration:
+                tokens = self.datamodule.num_samples * self.datamodule.seq_len
+                self.progress.expect(CALIBRATING, float(FEW_PASSES * layers * tokens))
+            self._expect_end(layers)
+
     def check_before_loading(self, config: Any) -> None:
         """Refuse what the shapes alone can tell; then tell the trainer how many epochs there will be."""
         net = skeleton(config)
@@ -297,6 +310,11 @@ class PruningMethod(LayeredModule):
 
     def on_train_epoch_start(self) -> None:
         """An epoch is a step: this one's layer comes in, hooks live while its batches run."""
+        self._start_step()
+
+    def _start_step(self) -> None:
+        one, step = self.walk.steps[self._open_steps[0]]
+        self._at = f"{one.name}, layer {step.layer + 1} of {len(self.layers)}"
         self.walk.start(self._open_steps[0])
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
@@ -305,7 +323,7 @@ class PruningMethod(LayeredModule):
         start = batch_idx * self.datamodule.batch_size
         self._work, self._finish_work = self.walk.cost(self._open_steps[0], tokens.numel())
         self.walk.batch(self._open_steps[0], Batch(tokens, weight, index, slice(start, start + len(tokens))))
-        self.progress.advance(self._phase, self._work)
+        self.progress.advance(self._phase, self._work, self._at)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Behind the last batch the strategy is still up, so sums are reduced over processes: finish the layer."""
@@ -324,17 +342,21 @@ class PruningMethod(LayeredModule):
                 walk = Walk(passes, self._setting, Findings())
                 work = sum(sum(walk.cost(number, tokens)) for number in range(len(walk)))
                 self.progress.expect(phase, self.steps * work)
-        self.progress.expect(WRITING, LAYER_TO_WRITE * len(self.layers))
-        after = self.evaluation_work(len(self.layers)) * (1 - self.pruning_ratio)
-        self.progress.expect("perplexity of the pruned model", after)
+        self._expect_end(len(self.layers))
+
+    def _expect_end(self, layers: int) -> None:
+        if not self.writes:
+            return
+        self.progress.expect(WRITING, LAYER_TO_WRITE * layers)
+        self.progress.expect("perplexity of the pruned model", self.evaluation_work(layers) * (1 - self.pruning_ratio))
 
     def _advance_finish(self, share: float) -> None:
-        self.progress.advance(self._phase, share * self._finish_work)
+        self.progress.advance(self._phase, share * self._finish_work, self._at)
 
     def _take_steps_without_batches(self) -> None:
         while self._open_steps and not self.walk.steps[self._open_steps[0]][0].reads:
             with self.timed("finish layers"):
-                self.walk.start(self._open_steps[0])
+                self._start_step()
                 self.walk.finish(self._open_steps.pop(0))
         if not self._open_steps:
             self._end_stage()
@@ -375,7 +397,9 @@ class PruningMethod(LayeredModule):
             folder,
             tokenizer_from=self.pretrained,
             card=card,
-            progress=lambda layer: self.progress.advance(WRITING, LAYER_TO_WRITE),
+            progress=lambda layer: self.progress.advance(
+                WRITING, LAYER_TO_WRITE, f"layer {layer + 1} of {len(self.layers)}"
+            ),
         )
         self.progress.finish(WRITING)
         pruned.close()

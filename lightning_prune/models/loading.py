@@ -167,7 +167,7 @@ def load_model(pretrained: str, dtype: torch.dtype | None) -> PreTrainedModel:
     files = open_checkpoint(path)
     meta = meta_model(config)
     stored = files.check_against(meta)
-    with quiet_transformers(bars=True), _user_error(pretrained, "the weights cannot be loaded"):
+    with quiet_transformers(), _user_error(pretrained, "the weights cannot be loaded"):
         if files.is_part:  # whose names transformers would restore in what is saved later
             state = CheckpointSource(files, stored).read(list(stored), dtype, torch.device("cpu"))
             kind = dtype or next(iter(state.values())).dtype
@@ -256,12 +256,11 @@ def _user_error(pretrained: str, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def quiet_transformers(bars: bool = False) -> Iterator[None]:
-    """transformers without warnings: what matters is raised as an error instead. ``bars`` keeps progress bars."""
+def quiet_transformers() -> Iterator[None]:
+    """transformers without warnings and bars: what matters is raised as an error instead."""
     verbosity, shown = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
-    if not bars:
-        transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:

@@ -19,6 +19,7 @@ from lightning_prune.comparison.audit import audit
 from lightning_prune.comparison.repeats import repeats
 from lightning_prune.comparison.run import load_run
 from lightning_prune.errors import UserError
+from lightning_prune.models.loading import quiet_transformers
 from lightning_prune.python.calibration import as_dataset
 from lightning_prune.python.pruned import PrunedModel
 from lightning_prune.runs.run import prune_and_record
@@ -155,7 +156,8 @@ def evaluate(
         cli.model.check_model()
         cli.datamodule.needs_calibration = False
         cli.datamodule.setup("test")
-        cli.trainer.test(cli.model, cli.datamodule, verbose=False)
+        with contextlib.closing(cli.model.progress):
+            cli.trainer.test(cli.model, cli.datamodule, verbose=False)
         cli.model.close_model()
         return {name: result.perplexity for name, result in cli.model.perplexity.items()}
 
@@ -212,7 +214,8 @@ def apply(plan: PruningPlan | str | Path, model: str | Path, output: str | Path,
 
 
 def _saved(model: PreTrainedModel, tokenizer: Any, folder: Path) -> Path:
-    model.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder

@@ -88,6 +88,10 @@ class RecoveryDataModule(LightningDataModule):
         self._position = 0
         self.manifest: dict[str, Any] = {}
 
+    def show_progress(self) -> None:
+        """Say how far it is while text is tokenised."""
+        self._streams.show_progress = True
+
     def setup(self, stage: str | None = None) -> None:
         """Read and cut the text, once."""
         if self._windows is not None:

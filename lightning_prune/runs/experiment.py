@@ -1,18 +1,17 @@
 """Make every missing run of an experiment; text, dense perplexity and scores are shared."""
 
 import gc
-import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import torch
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from lightning_prune.errors import UserError
 from lightning_prune.files import Lock, cannot_write, nearest_existing, remove_empty_parents
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.progress import Progress
 from lightning_prune.runs.failure import Failure
 from lightning_prune.runs.folder import RunFolder
 from lightning_prune.runs.planned import Build, Planned, plan_runs
@@ -45,35 +44,34 @@ def run_experiment(settings: Settings, build: Build) -> tuple[list[Path], list[F
         missing = folders.count(None)
         print(f"{len(planned)} runs below {settings.root}: {len(planned) - missing} finished, {missing} to make")
         failures: list[Failure] = []
-        with (
-            _counted(folders, settings.root),
-            tqdm(total=missing, unit="run", disable=not missing, file=sys.stderr) as bar,
-        ):
+        with _counted(folders, settings.root), closing(Progress(settings.show_progress)) as progress:
+            for run, folder in zip(planned, folders, strict=True):
+                if folder is None:
+                    progress.expect(run.name, 1)
             for index, run in enumerate(planned):
                 if folders[index] is not None:
                     continue
-                which = "" if run.seed is None else f"seed {run.seed}"
-                bar.set_description(f"{run.label} {run.ratio:g} {which}".rstrip())
                 known = [(other, found) for other, found in zip(planned, folders, strict=True) if found is not None]
                 try:
-                    folders[index] = _make(run, known, build)
+                    folders[index] = _make(run, known, build, progress)
                 except Exception as error:
                     if not isinstance(error, UserError):
                         traceback.print_exc()
                     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-                    message = f"{kind}{error}" if not which else f"{which}: {kind}{error}"
+                    message = f"{kind}{error}" if run.seed is None else f"seed {run.seed}: {kind}{error}"
                     failures.append(Failure(run.label, run.ratio, message))
-                bar.update()
+                progress.finish(run.name)
         return [folder for folder in folders if folder is not None], failures
 
 
-def _make(run: Planned, known: Sequence[tuple[Planned, Path]], build: Build) -> Path:
+def _make(run: Planned, known: Sequence[tuple[Planned, Path]], build: Build, progress: Progress) -> Path:
     """One run."""
     built = build(run.label, run.configuration)
     method = built.model
     _reset_peak_memory()
     try:
         method.trainer = built.trainer
+        method.progress = progress.part(run.name)
         if method.reusable:
             _give_scores(method, run, known)
         folder, _ = prune_and_record(built.trainer, method, run.data, built.resolved_config, _dense(run, known))

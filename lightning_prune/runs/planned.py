@@ -56,6 +56,11 @@ class Planned:
     measurement: str
     dense: str
 
+    @property
+    def name(self) -> str:
+        """What it is called where the run stands beside others."""
+        return f"{self.label} {self.ratio:g}{'' if self.seed is None else f' seed {self.seed}'}"
+
     def finished(self, root: Path) -> Path | None:
         """The folder of a finished run with the same result, made by ``compare``, ``fit`` or ``decide``."""
         for folder in RunFolder.finished_below(root / self.label):
@@ -84,6 +89,8 @@ def plan_runs(settings: Settings, build: Build) -> list[Planned]:
             data = shared.setdefault(json.dumps(options["data"], sort_keys=True), built.datamodule)
             # The first system may read no data; the evaluation's check against the calibration text needs both.
             data.needs_calibration = True
+            if settings.show_progress:
+                data.show_progress()
             method = built.model
             if method.pretrained not in weights:
                 check_model(method.pretrained)

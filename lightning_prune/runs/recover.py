@@ -17,7 +17,7 @@ from lightning_prune.errors import UserError
 from lightning_prune.escape import markdown, markdown_table, plain, public_name
 from lightning_prune.evaluation.unigram import unigram_perplexity
 from lightning_prune.models.fingerprint import base_model_sha256
-from lightning_prune.models.loading import load_config
+from lightning_prune.models.loading import load_config, quiet_transformers
 from lightning_prune.recovery.data import RecoveryDataModule, default_dataset
 from lightning_prune.recovery.module import HELD_OUT, LAST, Recovery
 from lightning_prune.recovery.schedule import timer_of
@@ -108,7 +108,8 @@ def recover_and_record(
     )
     facts = _facts(module, data, config)
     again = unfinished_run(Path(trainer.default_root_dir), module.label, facts) if resume else None
-    with claimed(trainer, module.label, config, again) as folder, closing(module.progress):
+    claim = claimed(trainer, module.label, config, again)
+    with claim as folder, closing(module.progress), quiet_transformers():
         assert folder is not None  # one process
         module.folder = folder.path
         module.training_folder.mkdir(exist_ok=True)
@@ -140,7 +141,7 @@ def recover_and_record(
             dtype = stored_dtype(module.pretrained)
             self_check = write_recovered(state, module.pretrained, folder.pruned, dtype, card)
             del state
-        recovered = _measure(str(folder.pruned), evaluation, module, trainer, run)
+        recovered = _measure(str(folder.pruned), "recovered", evaluation, module, trainer, run)
         module.seconds["evaluate pruned"] = module.seconds.pop("evaluate recovered")
         module.seconds["total"] = time.perf_counter() - started
         record = {
@@ -261,11 +262,17 @@ def _known_or_measured(
     known = known_perplexities(run, evaluation, which)
     if known is not None:
         return known
-    return _measure(run.plan.base_model if which == "dense" else module.pretrained, evaluation, module, trainer, run)
+    folder = run.plan.base_model if which == "dense" else module.pretrained
+    return _measure(folder, which, evaluation, module, trainer, run)
 
 
 def _measure(
-    folder: str, evaluation: CalibrationDataModule, module: Recovery, trainer: L.Trainer, run: FinishedRun
+    folder: str,
+    which: str,
+    evaluation: CalibrationDataModule,
+    module: Recovery,
+    trainer: L.Trainer,
+    run: FinishedRun,
 ) -> dict[str, PerplexityResult]:
     """Perplexity with the protocol and in the precision of the pruning run."""
     if not evaluation.evaluation:
@@ -283,7 +290,7 @@ def _measure(
         enable_model_summary=False,
     )
     measured = LayeredModule(folder)
-    measured.progress = module.progress
+    measured.progress, measured.known_as = module.progress, which
     measuring.test(measured, evaluation, verbose=False)
     measured.close_model()
     phase = "evaluate recovered"

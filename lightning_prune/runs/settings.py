@@ -27,6 +27,7 @@ class Settings:
     systems: dict[str, dict[str, Any]]
     root: Path
     seeds: list[int] = field(default_factory=list)
+    show_progress: bool = True
 
     def configuration(self, label: str, ratio: float, seed: int | None = None) -> dict[str, Any]:
         """The configuration of one run; ``seed`` of its calibration samples overrules its own."""
@@ -86,13 +87,15 @@ def read_settings(
         _set(shared[section], option.split("."), _value(name, value))
     folder = Path(_text(file, "root", path) or "logs") if root is None else root
     model = {"pretrained": _text(file, "pretrained", path) or "demo" if pretrained is None else pretrained}
-    # One bar for the whole experiment instead of one for every run.
-    shared["trainer"] = {"enable_progress_bar": False} | shared["trainer"] | {"default_root_dir": str(folder)}
+    show_progress = shared["trainer"].get("enable_progress_bar", True) is not False
+    # Of the whole experiment instead of every run's.
+    shared["trainer"] |= {"enable_progress_bar": False, "default_root_dir": str(folder)}
     return Settings(
         ratios=_ratios(file.get("ratios", DEFAULT_RATIOS) if ratios is None else ratios),
         systems={label: _system(label, found[label], path.parent, shared, model) for label in labels},
         root=folder,
         seeds=drawn,
+        show_progress=show_progress,
     )
 
 

@@ -9,6 +9,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lightning_prune.errors import UserError
 from lightning_prune.methods.base import PruningMethod, SavedMeasurement
 from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.preflight.place import place
+from lightning_prune.progress import Progress
 from lightning_prune.runs.planned import Build, BuiltRun
 
 Options = Mapping[str, Any]
@@ -93,7 +95,12 @@ def search(
 
 
 def tune(
-    configuration: dict[str, Any], build: Build, data: CalibrationDataModule, folder: Path, limit: int
+    configuration: dict[str, Any],
+    build: Build,
+    data: CalibrationDataModule,
+    folder: Path,
+    limit: int,
+    progress: Progress | None = None,
 ) -> Iterator[Tuned]:
     """Try options of one method, and yield what is known after every trial.
 
@@ -103,6 +110,7 @@ def tune(
         data: its calibration set is the one to tune on; what it evaluates on is not read.
         folder: for the two parts of the calibration set, on this machine.
         limit: trials.
+        progress: shows how far calibrating is; None: nothing does.
 
     Raises:
         UserError: too few samples.
@@ -129,8 +137,11 @@ def tune(
         return build("tune", one)
 
     first = made({"refit": "none"})
-    dense = _perplexity(first)  # before anything is laid over it
-    saved = _measure(first)
+    first.model.writes = False
+    first.model.progress = progress or first.model.progress
+    with closing(first.model.progress):
+        dense = _perplexity(first)  # before anything is laid over it
+        saved = _measure(first)
     start = {name: base["model"]["init_args"][name] for name, _ in AXES if name in base["model"]["init_args"]}
     axes = AXES if start.get("temperature") else tuple(axis for axis in AXES if axis[0] not in ("temperature", "tau"))
 

@@ -55,6 +55,7 @@ class LayeredModule(Timed, L.LightningModule):
         self.pretrained = pretrained
         self.onload = onload
         self.evaluated = pretrained  # the model that ``test`` measures
+        self.known_as = ""  # what that model is called while it is measured: dense, pruned, recovered
         self.seconds: dict[str, float] = {}
         self.perplexity: dict[str, PerplexityResult] = {}
         self.placement: Onload | None = None
@@ -84,8 +85,8 @@ class LayeredModule(Timed, L.LightningModule):
 
     @property
     def evaluation_phase(self) -> str:
-        """How the bar calls what ``test`` does."""
-        return f"perplexity of the {'dense' if self.evaluated == self.pretrained else 'pruned'} model"
+        """What progress calls ``test`` does."""
+        return f"perplexity of the {self.known_as} model" if self.known_as else "perplexity"
 
     def evaluation_work(self, num_layers: int) -> float:
         """Work of one evaluation, in tokens through a layer."""
@@ -168,7 +169,8 @@ class LayeredModule(Timed, L.LightningModule):
                 self.model.announce(layer + 1)
                 for number, hidden in enumerate(parts):
                     parts[number] = self.model.run(layer, hidden)
-                    self.progress.advance(self.evaluation_phase, hidden.shape[0] * hidden.shape[1])
+                    at = f"layer {layer + 1} of {self.model.num_layers}"
+                    self.progress.advance(self.evaluation_phase, hidden.shape[0] * hidden.shape[1], at)
         for number, hidden in enumerate(parts):
             rows = slice(number * size, number * size + len(hidden))
             metric.update(self.model.losses(hidden, tokens[rows]), weight[rows])

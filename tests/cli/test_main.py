@@ -55,6 +55,14 @@ def test_no_command_shows_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert "usage: lightning-prune <command>" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["fit", "check", "tune"])
+def test_a_command_alone_says_what_is_missing(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: --model: no method is chosen. Methods: FLAP, HGSP")
+    assert "--config wanda" in message
+
+
 def test_option_before_the_command_says_where_it_belongs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", "configs/wanda.yaml", "fit"]) == 2
     message = capsys.readouterr().err

@@ -45,6 +45,23 @@ def test_wikitext2_joins_its_lines_by_a_blank_line_and_keeps_the_commit(monkeypa
     assert (corpus.configuration, corpus.split, corpus.revision) == ("wikitext-2-raw-v1", "test", COMMIT)
 
 
+def test_the_datasets_library_shows_no_bars_and_may_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub, silent = Hub("text", ["a"]), []
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        silent.append(datasets.are_progress_bars_disabled())
+        return hub(*args, **kwargs)
+
+    use(monkeypatch, load)
+    for wanted in (datasets.enable_progress_bars, datasets.disable_progress_bars):
+        wanted()
+        before = datasets.are_progress_bars_disabled()
+        load_corpus("wikitext2", "test")
+        assert datasets.are_progress_bars_disabled() == before
+    datasets.enable_progress_bars()
+    assert silent == [True, True]
+
+
 def test_ptb_reads_the_parquet_conversion_and_joins_sentences_by_a_space(monkeypatch: pytest.MonkeyPatch) -> None:
     hub = use(monkeypatch, Hub("sentence", ["no it was n't", "black monday"]))
     corpus = load_corpus("ptb", "validation")

@@ -45,7 +45,7 @@ def test_meta_model_has_the_names_and_shapes_of_the_loaded_one(tmp_path: Path) -
         assert {n: p.shape for n, p in meta.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
 
 
-def test_loading_prints_only_a_progress_bar_and_leaves_the_log_level(
+def test_loading_prints_nothing_and_leaves_the_log_level(
     tiny_checkpoint: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = tiny_checkpoint()
@@ -54,10 +54,7 @@ def test_loading_prints_only_a_progress_bar_and_leaves_the_log_level(
     load_model(str(folder), None)
     load_tokenizer(str(folder))
     out, err = capfd.readouterr()
-    assert out == ""
-    lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip()]
-    assert lines
-    assert all(line.startswith("Loading weights:") for line in lines)
+    assert (out, err) == ("", "")
     assert transformers_logging.get_verbosity() == before
 
 

@@ -69,6 +69,15 @@ def test_a_run_folder_beside_its_parent_with_the_same_layout(
     assert str(pruned.parent) in capsys.readouterr().err
 
 
+def test_a_run_that_steps_end_says_its_phases_and_nothing_of_libraries(
+    pruned: Path, recover: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert recover(pruned, "--trainer.max_steps", "2") == 0
+    err = capsys.readouterr().err
+    assert [line.partition(":")[0] for line in err.splitlines()] == ["training", "perplexity of the recovered model"]
+
+
 def test_training_lowers_the_loss_it_trains(pruned: Path, recover: Command, tmp_path: Path) -> None:
     """Distillation on random tokens: the student comes nearer to its teacher, which cross-entropy cannot show."""
     options = ["--model.distillation", "1", "--model.learning_rate", "0.003", "--trainer.max_epochs", "6"]

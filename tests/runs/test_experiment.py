@@ -1,6 +1,7 @@
 import csv
 import json
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 
+from lightning_prune import progress_display
 from lightning_prune.cli.commands.compare import main as compare
 from lightning_prune.cli.commands.fit import main as fit
 from lightning_prune.cli.experiment import build
@@ -72,6 +74,23 @@ def results(report: Path) -> list[dict[str, str]]:
         rows = list(csv.DictReader(file))
     seconds = {key for key in rows[0] if key.startswith("seconds_")}
     return [{key: row[key] for key in row if key not in {*NOT_REPRODUCIBLE, *seconds}} for row in rows]
+
+
+def test_every_run_leaves_a_line_and_says_in_between_what_it_does(
+    experiment: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(progress_display, "LINE_EVERY", 0)
+    capsys.readouterr()
+    assert compare(["--config", str(experiment), "--systems", "wanda"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    ends = [line for line in lines if re.fullmatch(r"wanda 0\.\d: \d+\.\d s", line)]
+    assert [line.partition(":")[0] for line in ends] == ["wanda 0.2", "wanda 0.4"]
+    assert any(line.startswith("wanda 0.2 (calibrating, importance, layer 1 of 6): ") for line in lines)
+    assert not [line for line in lines if not line.startswith(("wanda 0.2", "wanda 0.4"))]
+    assert compare(["--config", str(experiment), "--systems", "wanda"]) == 0  # nothing is left to do
+    assert capsys.readouterr().err == ""
+    assert compare(["--config", str(experiment), "--systems", "magnitude", "--trainer.enable_progress_bar=false"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_experiment_gives_what_single_runs_give(shared: tuple[Path, list[Path]], tmp_path: Path) -> None:

@@ -90,3 +90,12 @@ def test_unknown_system_and_missing_file_are_named(tmp_path: Path) -> None:
         read_settings(write(tmp_path), systems=["wandaa"])
     with pytest.raises(UserError, match=r"--config: cannot read .*none.yaml"):
         read_settings(tmp_path / "none.yaml")
+
+
+def test_progress_is_the_experiments_and_no_single_runs(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    shown = read_settings(path)
+    silent = read_settings(path, options={"trainer.enable_progress_bar": "false"})
+    assert (shown.show_progress, silent.show_progress) == (True, False)
+    for settings in (shown, silent, read_settings(path, options={"trainer.enable_progress_bar": "true"})):
+        assert settings.configuration("wanda", 0.5)["trainer"]["enable_progress_bar"] is False

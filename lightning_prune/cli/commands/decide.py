@@ -43,7 +43,9 @@ def main(argv: list[str]) -> int:
     from lightning_prune.runs.summary import summary_table
 
     config = ["--config", str(run.path / "config.yaml")]
-    cli = PruneCLI([*config, *options], PruningMethod, subclasses=True, command="decide")
+    # A run that was made silently, or by compare, says so in its configuration.
+    shown = ["--trainer.enable_progress_bar", "true"]
+    cli = PruneCLI([*config, *shown, *options], PruningMethod, subclasses=True, command="decide")
     check_label(cli.model.label)
     _check_options(cli, config, run.path)
     if not cli.model.reusable:
@@ -138,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
         "evaluation sets. "
         "What the scores were measured with (model, importance, prior, calibration set, precision) may not.",
         epilog="example: lightning-prune decide --run logs/hgsp_taylor/version_0 --model.pruning_ratio 0.3 "
-        "--model.temperature 0.5",
+        "--model.temperature 0.5; lightning-prune fit --method NAME --help says what a method's options mean",
         allow_abbrev=False,
     )
     parser.add_argument(

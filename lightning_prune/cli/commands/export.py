@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ def main(argv: list[str]) -> int:
     from lightning_prune.models.safetensors_header import OPTION as PRETRAINED
     from lightning_prune.progress import Progress
 
-    progress = Progress(shown=sys.stderr.isatty())
+    progress = Progress()
     export = _gguf if arguments.format == "gguf" else _stock
     try:
         with writable(output.absolute().parent, OPTION):
@@ -60,6 +59,7 @@ def _gguf(model: str, output: Path, dtype: str | None, progress: Any) -> None:
         last = done
 
     written = write_gguf(model, output, chosen, show)
+    progress.finish(phase)
     progress.close()
     if written.left_in_f16:
         print(
@@ -77,11 +77,12 @@ def _stock(model: str, output: Path, _: str | None, progress: Any) -> None:
 
     def show(layer: int, total: int) -> None:
         progress.expect("padding", total)
-        progress.advance("padding", 1)
+        progress.advance("padding", 1, f"layer {layer + 1} of {total}")
 
     readme = Path(model) / "README.md"
     card = read_file(readme, CARD_LIMIT, "--model").decode("utf-8", errors="replace") if readme.is_file() else ""
     padded = write_stock(model, output, stock_card(card), show)
+    progress.finish("padding")
     progress.close()
     print(padded.sentence())
     print(f"stock checkpoint: {output}")

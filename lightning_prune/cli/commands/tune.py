@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     configuration = yaml.safe_load(cli.resolved_config)
     found: Tuned | None = None
     with tempfile.TemporaryDirectory() as folder:
-        for found in tune(configuration, build, cli.datamodule, Path(folder), own.trials):
+        for found in tune(configuration, build, cli.datamodule, Path(folder), own.trials, cli.model.progress):
             if len(found.trials) == 1:
                 print(f"dense model: loss {found.dense_loss:.4f} on {found.samples} held-out calibration samples")
             last = found.trials[-1]

@@ -127,7 +127,9 @@ def test_earlier_runs_survive_an_interrupted_one(
 def test_process_that_is_interrupted_while_calibrating(tmp_path: Path) -> None:
     """The real command, in a process of its own, in the middle of a pass that would take minutes."""
     np.save(tmp_path / "tokens.npy", np.zeros((20000, 128), dtype=np.int64))
-    command = [sys.executable, "-m", "lightning_prune", "fit", "--config", str(CONFIGS / "wanda.yaml")]
+    at_once = "from lightning_prune import progress_display; progress_display.LINE_EVERY = 0"
+    code = f"{at_once}; from lightning_prune.cli import main; raise SystemExit(main())"
+    command = [sys.executable, "-c", code, "fit", "--config", str(CONFIGS / "wanda.yaml")]
     command += ["--data.dataset", f"{tmp_path}/tokens.npy", "--data.eval_datasets", "[]"]
     command += ["--trainer.default_root_dir", f"{tmp_path}/root", "--trainer.accelerator", "cpu"]
     with (tmp_path / "stderr").open("wb") as stderr, (tmp_path / "stdout").open("wb") as stdout:
