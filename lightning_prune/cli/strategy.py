@@ -25,6 +25,13 @@ class CalibrationDDP(DDPStrategy):
     def configure_ddp(self) -> None:
         """No wrapper."""
 
+    def setup(self, trainer: L.Trainer) -> None:
+        """Every rank reads the same files, so nothing is sent: a broadcast would copy what is mapped from them."""
+        assert self.model is not None
+        names = [name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())]
+        setattr(self.model, "_ddp_params_and_buffers_to_ignore", names)  # noqa: B010 - torch's broadcast looks for it
+        super().setup(trainer)
+
     def on_exception(self, exception: BaseException) -> None:
         """End the processes that this one started: they would wait for it, and then say so at length."""
         super().on_exception(exception)

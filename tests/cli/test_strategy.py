@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import pytest
+import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 
 from lightning_prune.cli import main
@@ -59,6 +60,35 @@ def trainer(**options: Any) -> L.Trainer:
         return L.Trainer(**options if strategy is None else options | {"strategy": strategy})
 
     return trainer_for_calibration(build)
+
+
+def test_no_rank_is_sent_the_weights_that_it_reads_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Measured(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(3), requires_grad=False)
+
+        def test_step(self, batch: Any) -> None:
+            self.log("seen", self.weight.sum())
+
+    sent: list[int] = []
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # Lightning would set both for good
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    monkeypatch.setattr(torch.distributed, "_broadcast_coalesced", lambda group, tensors, *_: sent.append(len(tensors)))
+    data = torch.utils.data.DataLoader([0, 1])
+    options = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    for strategy, expected in (("ddp", [1]), (CalibrationDDP(), [])):
+        sent.clear()
+        found = L.Trainer(accelerator="cpu", devices=1, strategy=strategy, logger=False, **options)
+        found.test(Measured(), data, verbose=False)
+        torch.distributed.destroy_process_group()
+        assert sent == expected
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 @pytest.mark.parametrize("devices", [2, "2", [0, 1], "[0, 1]", "0,1", "[0,1]"])
@@ -136,9 +166,7 @@ def test_however_processes_are_spelled_one_plan_comes_out(spelling: str, tmp_pat
     arguments += ["--trainer.default_root_dir", str(tmp_path / "logs")]
     environments: list[dict[str, str]] = [{}]
     if spelling == "two nodes":
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         environments = [torchrun_environment(node, port) for node in range(2)]
         arguments += ["--trainer.num_nodes", "2"]
     elif spelling == "torchrun":
