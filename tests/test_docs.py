@@ -31,7 +31,8 @@ ELSEWHERE = {  # commands that are not run here, and why
     "compare --config compare": "tests/comparison runs an experiment; this one takes minutes",
     "compare --config compare --ratios 0.2 0.5 --systems wanda hgsp_taylor --pretrained path/to/llama --data.dataset "
     "wikitext2 --trainer.precision bf16-true --root logs/llama": "the tutorial's, on a model of one's own",
-    "compare --runs logs/*/version_*": "the tutorial's, by a pattern",
+    "compare --config compare --seeds 0 1 2": "tests/comparison repeats an experiment",
+    "compare --runs logs/*/version_* --zero-shot piqa boolq": "tasks of the hub; tests/comparison has one of its own",
     "recover --config recover_full --model.pretrained logs/wanda/version_0/pruned --trainer.max_steps 20": "README",
     "compare --runs logs/wanda/version_0 logs/wanda_full/version_0": "that of docs/recover.md, after LoRA",
     "check --config hgsp_taylor --model.pretrained path/or/hub-id --trainer.precision bf16-true --memory 24GiB": (
