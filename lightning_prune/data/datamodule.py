@@ -288,7 +288,7 @@ class CalibrationDataModule(LightningDataModule):
     def _loader(self, tokens: Tensor, batch_size: int) -> DataLoader[Batch]:
         """Every process gets equally many batches: unequal counts hang Lightning, repeated samples bias the sums."""
         processes = 1 if self.trainer is None else self.trainer.world_size
-        missing = -len(tokens) % (processes * batch_size) if processes > 1 else 0
+        missing = -len(tokens) % processes  # a batch may be smaller, for every process alike
         weight = torch.cat([torch.ones(len(tokens)), torch.zeros(missing)])
         padded = torch.cat([tokens, tokens[:1].expand(missing, -1)])
         dataset = TensorDataset(padded, weight, torch.arange(len(padded)))

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,16 @@ def trainer(**options: Any) -> L.Trainer:
     return trainer_for_calibration(build)
 
 
+@pytest.fixture
+def environment() -> Iterator[None]:
+    """Lightning writes ranks and addresses into it, which processes that are started later would inherit."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.mark.usefixtures("environment")
 def test_no_rank_is_sent_the_weights_that_it_reads_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     class Measured(L.LightningModule):
         def __init__(self) -> None:
@@ -72,8 +83,6 @@ def test_no_rank_is_sent_the_weights_that_it_reads_itself(monkeypatch: pytest.Mo
             self.log("seen", self.weight.sum())
 
     sent: list[int] = []
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # Lightning would set both for good
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))
     monkeypatch.setattr(torch.distributed, "_broadcast_coalesced", lambda group, tensors, *_: sent.append(len(tensors)))
     data = torch.utils.data.DataLoader([0, 1])
     options = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
@@ -83,12 +92,6 @@ def test_no_rank_is_sent_the_weights_that_it_reads_itself(monkeypatch: pytest.Mo
         found.test(Measured(), data, verbose=False)
         torch.distributed.destroy_process_group()
         assert sent == expected
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 @pytest.mark.parametrize("devices", [2, "2", [0, 1], "[0, 1]", "0,1", "[0,1]"])
@@ -166,7 +169,9 @@ def test_however_processes_are_spelled_one_plan_comes_out(spelling: str, tmp_pat
     arguments += ["--trainer.default_root_dir", str(tmp_path / "logs")]
     environments: list[dict[str, str]] = [{}]
     if spelling == "two nodes":
-        port = free_port()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
         environments = [torchrun_environment(node, port) for node in range(2)]
         arguments += ["--trainer.num_nodes", "2"]
     elif spelling == "torchrun":
