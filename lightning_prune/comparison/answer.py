@@ -78,7 +78,7 @@ def _quality(fields: Sequence[Sequence[Entry]], dense: float | None, on: str) ->
     systems = {entry.system for field in fields for entry in field}
     told: dict[str, list[str]] = {}  # ratios by what is said of them
     for field in fields:
-        best, where = leaders(field), _percent(field[0])
+        best, where = leaders(field), percent(field[0].ratio)
         if not best:
             told.setdefault("it is unusable" if len(systems) == 1 else "every system is unusable", []).append(where)
             continue
@@ -108,10 +108,10 @@ def _cost(fields: Sequence[Sequence[Entry]]) -> str:
         known = [entry for entry in field if entry.seconds is not None and entry.verdict != UNUSABLE]
         cheap = min(known, key=lambda entry: entry.seconds or 0.0, default=None)
         if cheap is None or cheap in best or len(field) == 1:
-            parts.append(f"{took} at {_percent(field[0])}")
+            parts.append(f"{took} at {percent(field[0].ratio)}")
         else:
             least = f"{cheap.system}, the cheapest that is usable, {_seconds(cheap.seconds)}"
-            parts.append(f"{took} at {_percent(field[0])} ({least}, for a perplexity of {_number(_mean(cheap))})")
+            parts.append(f"{took} at {percent(field[0].ratio)} ({least}, for a perplexity of {_number(_mean(cheap))})")
     if not parts:
         return "What that cost does not matter: nothing is usable."
     return f"To calibrate and prune took {'; '.join(parts)}."
@@ -129,7 +129,7 @@ def _noise(fields: Sequence[Sequence[Entry]]) -> str:
     over = f"Over {counts[0] if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'} calibration seeds"
     ties, rest, alone, lost = [], [], [], []
     for field in fields:
-        found, where = tiers(field), _percent(field[0])
+        found, where = tiers(field), percent(field[0].ratio)
         ties += [
             f"the order of {_list([one.system for one in tier])} at {where} is a tie ({_within(tier)})"
             for tier in found
@@ -175,8 +175,9 @@ def _deviation(entry: Entry) -> str:
     return "an amount that is not known" if deviation is None else f"± {_small(deviation)}"
 
 
-def _percent(entry: Entry) -> str:
-    return f"{entry.ratio * 100:.4g} %"
+def percent(ratio: float) -> str:
+    """A ratio in words: ``20 %``."""
+    return f"{ratio * 100:.4g} %"
 
 
 def _seconds(value: float | None) -> str:

@@ -1,6 +1,6 @@
 """May these runs stand in one table? Pure functions over run records: what differs, and which runs are alike."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +63,11 @@ class Group:
     def all(self) -> list[Run]:
         """Both kinds."""
         return self.runs + self.other_ratio
+
+    @property
+    def calibration(self) -> Mapping[str, Any] | None:
+        """The manifest of its calibration set, of the first run that had one; None where none did."""
+        return next((run.calibration for run in self.all if run.calibration is not None), None)
 
 
 @dataclass(frozen=True)

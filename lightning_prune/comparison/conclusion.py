@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lightning_prune.comparison.answer import Entry, answer, leaders
+from lightning_prune.comparison.answer import Entry, answer, leaders, percent
 from lightning_prune.comparison.audit import Audit, Group
 from lightning_prune.comparison.names import short_names
 from lightning_prune.comparison.repeats import Repeats, repeats
@@ -18,7 +18,7 @@ def conclusion(audit: Audit) -> list[str]:
     group = audit.groups[0]
     sets = evaluation_sets(group.runs)
     if not sets:
-        return ["Nothing here may be ranked: no run reached its ratio and was evaluated.", *_beside(audit)]
+        return [*answer([], None, ""), *_beside(audit)]
     short = short_names(evaluation_sets(group.all))
     entries = _entries(group, sets[0])
     dense = next(run.perplexity(sets[0], "dense") for run in group.runs if sets[0] in run.sets)
@@ -45,7 +45,7 @@ def _other_sets(group: Group, sets: Sequence[str], short: dict[str, str]) -> lis
     for name in sets[1:]:
         here = _best(group, name)
         other = [
-            f"{' and '.join(here[ratio]) or 'nothing usable'} at {ratio * 100:.4g} %"
+            f"{' and '.join(here[ratio]) or 'nothing usable'} at {percent(ratio)}"
             for ratio in here
             if set(here[ratio]) != set(based.get(ratio, []))
         ]
@@ -64,7 +64,7 @@ def _best(group: Group, name: str) -> dict[float, list[str]]:
 def _beside(audit: Audit) -> list[str]:
     """What is not ranked, and where it stands."""
     told = []
-    missed = list(dict.fromkeys(f"{run.label} at {run.requested * 100:.4g} %" for run in audit.groups[0].other_ratio))
+    missed = list(dict.fromkeys(f"{run.label} at {percent(run.requested)}" for run in audit.groups[0].other_ratio))
     if missed:
         told.append(f"{', '.join(missed)} reached another ratio than the one asked for")
     for number, group in enumerate(audit.groups[1:], start=2):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from matplotlib.figure import Figure
 
 from lightning_prune.comparison.agreement import chance_jaccard, layer_agreement, unit_agreement
-from lightning_prune.comparison.audit import Audit, Group, protocol
+from lightning_prune.comparison.audit import Group, protocol
 from lightning_prune.comparison.distributions import score_figure
 from lightning_prune.comparison.maps import kept_figure, matrix_figure
 from lightning_prune.comparison.names import short_names
@@ -88,9 +88,9 @@ def shared(groups: Sequence[Group]) -> list[Shared]:
     return result
 
 
-def plots(audit: Audit) -> Iterator[Plot]:
+def plots(groups: Sequence[Shared]) -> Iterator[Plot]:
     """Everything the runs allow."""
-    for one in shared(audit.groups):
+    for one in groups:
         names = display_names(one.runs)
         styles = line_styles(list(dict.fromkeys(names[id(run)] for run in one.runs)))
         yield from _quality(one, styles)

@@ -74,7 +74,7 @@ def _caption(group: Group) -> str:
     text = f"Perplexity of {public_name(first.base_model)} after pruning"
     if lengths:
         text += f" (windows of {', '.join(lengths)} tokens)"
-    calibrated = next((run.calibration for run in group.all if run.calibration is not None), None)
+    calibrated = group.calibration
     if calibrated is not None:
         text += f"; calibration: {public_name(str(calibrated['dataset']))}, {calibrated['num_samples']} samples of "
         text += f"{calibrated['seq_len']} tokens, "

@@ -8,17 +8,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from lightning_prune.comparison import costs
+from lightning_prune.comparison.agreement import Floats
 from lightning_prune.comparison.run import Run
 from lightning_prune.comparison.style import PALETTE, SOFT, Styles, legend, new_figure, shown, tip
 from lightning_prune.comparison.tables import display_names
+from lightning_prune.runs.score_table import ScoreTable
 
 
 def importance_figure(runs: Sequence[Run], styles: Styles) -> Figure:
     """Share of the model's whole importance that lies in each layer, one line per system."""
     names, (figure, (axes,)) = display_names(runs), new_figure(3.9)
     for run in sorted(runs, key=lambda run: list(styles).index(names[id(run)])):
-        table, label = run.units, names[id(run)]
-        share = table.per_layer(table.importance) / (table.importance.sum() or 1.0)
+        label, share = names[id(run)], importance_share(run.units)
         axes.plot(np.arange(len(share)), share, label=shown(label), markersize=4, linewidth=1.4, **styles[label])
         for layer, value in enumerate(share):
             mark = axes.plot([layer], [value], markersize=4, **styles[label])[0]
@@ -30,6 +31,11 @@ def importance_figure(runs: Sequence[Run], styles: Styles) -> Figure:
     axes.set_ylabel("share of importance")
     legend(figure, axes)
     return figure
+
+
+def importance_share(table: ScoreTable) -> Floats:
+    """Each layer's share of the model's whole importance ``[L]``; zeros where there is none."""
+    return table.per_layer(table.importance) / (table.importance.sum() or 1.0)
 
 
 def seconds_figure(runs: Sequence[Run]) -> Figure:

@@ -102,8 +102,7 @@ def _ring(axes: Axes, points: Sequence[Point], less_is_better: Sequence[float], 
 
 
 def _perplexity_axis(axes: Axes, runs: Sequence[Run], name: str, short: str) -> None:
-    dense = next((run.perplexity(name, "dense") for run in runs if run.perplexity(name, "dense")), None)
-    limit, top = _limit(runs, name), _top(runs, name)
+    dense, limit, top = _dense(runs, name), _limit(runs, name), _top(runs, name)
     values = [_height(value, top) for value in (dense, *(run.perplexity(name) for run in runs)) if value is not None]
     if dense is not None:
         axes.axhline(dense, color=SOFT, linewidth=1, linestyle=(0, (4, 3)), label=f"dense ({dense:.4g})")
@@ -119,9 +118,12 @@ def _perplexity_axis(axes: Axes, runs: Sequence[Run], name: str, short: str) -> 
     axes.set_ylabel(shown(f"perplexity on {short}"))
 
 
+def _dense(runs: Sequence[Run], name: str) -> float | None:
+    return next((found for run in runs if (found := run.perplexity(name, "dense"))), None)
+
+
 def _limit(runs: Sequence[Run], name: str) -> float | None:
-    dense = next((run.perplexity(name, "dense") for run in runs if run.perplexity(name, "dense")), None)
-    return unusable_limit(dense, next((run.unigram_perplexity(name) for run in runs), None))
+    return unusable_limit(_dense(runs, name), next((run.unigram_perplexity(name) for run in runs), None))
 
 
 def _top(runs: Sequence[Run], name: str) -> float | None:

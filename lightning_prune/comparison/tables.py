@@ -2,8 +2,7 @@
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from lightning_prune.comparison import accuracy, costs
 from lightning_prune.comparison.audit import Audit, Group
@@ -159,14 +158,14 @@ def markdown_table(columns: Sequence[str], lines: Sequence[Row]) -> str:
 
 def title(index: int, group: Group) -> str:
     """What the runs of a table share, in words; ``setting`` has the facts."""
-    facts = _calibration(group)
+    facts = group.calibration
     how = "" if facts is None else f", calibrated on {facts['num_samples']} × {facts['seq_len']} tokens"
     return f"Table {index}: {public_name(group.all[0].base_model)}{how}"
 
 
 def setting(group: Group) -> str:
     """Base model, calibration and evaluation of a table, with full names and fingerprints."""
-    first, facts = group.all[0], _calibration(group)
+    first, facts = group.all[0], group.calibration
     parts = [f"Base model: {first.base_model}"]
     if facts is None:
         parts.append("No calibration")
@@ -184,10 +183,6 @@ def setting(group: Group) -> str:
         called = "" if short == name else f"{short} is "
         parts.append(f"Perplexity: {called}{name}, {run.predicted_tokens(name):,} tokens{windows}")
     return ". ".join(parts) + "."
-
-
-def _calibration(group: Group) -> Mapping[str, Any] | None:
-    return next((run.calibration for run in group.all if run.calibration is not None), None)
 
 
 def csv_text(audit: Audit, failures: Sequence[Failure]) -> str:

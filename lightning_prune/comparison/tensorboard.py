@@ -19,6 +19,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from lightning_prune.comparison.figures import Plot, Shared
 from lightning_prune.comparison.maps import BLOCKS, kept_fraction
+from lightning_prune.comparison.plots import importance_share
 from lightning_prune.comparison.run import Run
 from lightning_prune.comparison.style import png
 from lightning_prune.comparison.tables import display_names
@@ -54,8 +55,7 @@ def log_comparison(plots: Iterable[Plot], groups: Iterable[Shared], folder: Path
 
 def _curves(writer: EventFileWriter, group: str, run: Run) -> None:
     """Scalars whose step is the layer."""
-    share = run.units.per_layer(run.units.importance) / (run.units.importance.sum() or 1.0)
-    curves = {f"{group}/{IMPORTANCE}": share}
+    curves = {f"{group}/{IMPORTANCE}": importance_share(run.units)}
     curves |= {f"{group}/{KEPT} {block}": kept_fraction(run.units, block) for block in BLOCKS}
     for tag, values in curves.items():
         for layer, value in enumerate(values):

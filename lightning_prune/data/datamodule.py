@@ -156,7 +156,7 @@ class CalibrationDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Calibration batches `(ids [B, seq_len] int64, weight [B] float32, index [B] int64)`: weight 0 for
-        samples that only fill up a batch, index in the calibration set.
+        samples that only give every process equally many, index in the calibration set.
 
         Empty for a method that reads no data; Lightning then skips the epochs.
         """

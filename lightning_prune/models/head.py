@@ -41,7 +41,7 @@ def loss_gradient(head: Head, hidden: Tensor, tokens: Tensor, weight: Tensor, vo
 
     Args:
         hidden, tokens, vocab_size: as for ``token_losses``.
-        weight: ``[B]``, 0 for samples that only fill up the batch.
+        weight: ``[B]``, 0 for samples that only give every process equally many.
     """
     batch, length = tokens.shape
     found = torch.zeros_like(hidden)

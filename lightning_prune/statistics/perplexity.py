@@ -18,7 +18,8 @@ class Perplexity(Metric):
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, losses: Tensor, weight: Tensor) -> None:
-        """Add a batch: token losses ``[B, L − 1]``, weight ``[B]`` with 0 for samples that only fill up the batch."""
+        """Add a batch: token losses ``[B, L − 1]``, weight ``[B]`` with 0 for samples that only give every
+        process equally many."""
         counted = losses[weight > 0]
         self.loss_sum += counted.double().sum()
         self.tokens += counted.numel()

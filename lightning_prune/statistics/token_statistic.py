@@ -74,7 +74,7 @@ def counted_tokens(x: Tensor, weight: Tensor | None) -> Tensor:
 
     Args:
         x: ``[B, ..., in]``, any floating dtype.
-        weight: ``[B]``, 0 for samples that only fill up a batch, 1 for the others; None counts all.
+        weight: ``[B]``, 0 for samples that only give every process equally many, 1 for the others; None counts all.
     """
     if weight is not None:
         x = x[weight > 0]

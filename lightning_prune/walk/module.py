@@ -167,9 +167,9 @@ class LayeredModule(Timed, L.LightningModule):
         for layer in range(self.model.num_layers):
             with self.model.layer(layer):
                 self.model.announce(layer + 1)
+                at = f"layer {layer + 1} of {self.model.num_layers}"
                 for number, hidden in enumerate(parts):
                     parts[number] = self.model.run(layer, hidden)
-                    at = f"layer {layer + 1} of {self.model.num_layers}"
                     self.progress.advance(self.evaluation_phase, hidden.shape[0] * hidden.shape[1], at)
         for number, hidden in enumerate(parts):
             rows = slice(number * size, number * size + len(hidden))

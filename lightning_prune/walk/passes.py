@@ -37,7 +37,7 @@ class Step:
 class Setting:
     """What a pass needs to know about the run.
 
-    ``rows``: samples of this process, those that only fill up batches included; ``samples`` without them.
+    ``rows``: samples of this process, those of weight 0 included; ``samples`` without them.
     ``context``: the trainer's precision, for work outside the training step. ``finished``: told what share of a step's
     ``finish`` has been done since it was told last.
     """
@@ -63,8 +63,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Batch:
-    """Tokens ``[B, L]``, sample weights ``[B]`` (0 for samples that only fill up a batch), their indices ``[B]`` in the
-    calibration set, and the rows that they take in residual stores."""
+    """Tokens ``[B, L]``, sample weights ``[B]`` (0 for samples that only give every process equally many), their
+    indices ``[B]`` in the calibration set, and the rows that they take in residual stores."""
 
     tokens: Tensor
     weight: Tensor

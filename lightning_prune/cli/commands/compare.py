@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     from lightning_prune.comparison.output import check_output, report_folder
     from lightning_prune.comparison.report import write_report
     from lightning_prune.comparison.run import load_run
-    from lightning_prune.comparison.sections import sections, terminal
+    from lightning_prune.comparison.sections import terminal
     from lightning_prune.runs.failure import Failure
 
     if arguments.output is not None:
@@ -72,8 +72,8 @@ def main(argv: list[str]) -> int:
     runs = [load_run(folder) for folder in folders]
     result = audit(runs if tasks is None else tasks.measure(runs))
     with report_folder(root, arguments.output, arguments.overwrite) as (folder, name):
-        write_report(result, failures, folder)
-    print(terminal(sections(result, failures)))
+        found = write_report(result, failures, folder)
+    print(terminal(found))
     print(f"report: {name / 'report.html'}")
     if failures:
         return 1
