@@ -51,6 +51,15 @@ def expanded(path: str, option: str) -> Path:
         raise UserError(f"{option}: '{path}' begins with the home folder of a user who is not known here.") from None
 
 
+def from_home(name: str, option: str) -> str:
+    """``name`` with ``~/`` or ``~user/`` at its beginning replaced; names of datasets and hub ids stay as they are.
+
+    Raises:
+        UserError: ``~name`` of a user who is not known here.
+    """
+    return str(expanded(name, option)) if name.startswith("~") and "/" in name else name
+
+
 def is_special(path: Path) -> bool:
     """Whether something stands at ``path`` that is neither a regular file nor a folder."""
     try:

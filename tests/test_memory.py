@@ -11,8 +11,8 @@ import torch
 from lightning_prune.memory import anonymous_bytes, free_bytes, free_host_bytes, memory_in_use
 
 MIB = 2**20
-# What a process keeps of blocks that it freed. Each case is a process of its own: in one that ran other tests, blocks go
-# into holes that those left in the heap.
+# What a process keeps of blocks that it freed. Each case is a process of its own: where other tests ran before, blocks
+# go into holes that those left in the heap.
 BLOCKS = """
 import json, sys, torch
 from lightning_prune.memory import anonymous_bytes, give_back_freed_memory, keep_heaps_small

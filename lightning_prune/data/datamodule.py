@@ -21,7 +21,7 @@ from lightning_prune.data.token_arrays import first_part, is_token_array, load_t
 from lightning_prune.data.tokenization import default_cache_dir
 from lightning_prune.demo import demo_model_path
 from lightning_prune.errors import UserError
-from lightning_prune.regular_files import expanded
+from lightning_prune.regular_files import expanded, from_home
 
 Batch = tuple[Tensor, Tensor, Tensor]
 WINDOWS, WINDOW_LENGTH = 128, 128  # the setting that pruning papers share
@@ -101,7 +101,8 @@ class CalibrationDataModule(LightningDataModule):
                 f"--data.stride {stride} has no meaning with --data.sampling {sampling}: "
                 f"leave it out or choose --data.sampling sliding"
             )
-        self.dataset, self.eval_datasets = dataset, eval_datasets
+        self.dataset = None if dataset is None else from_home(dataset, "--data.dataset")
+        self.eval_datasets = eval_datasets
         self.num_samples, self.seq_len, self.batch_size = num_samples, seq_len, batch_size
         self.sampling, self.stride, self.seed = sampling, stride, seed
         self.eval_seq_len, self.eval_batch_size = eval_seq_len, eval_batch_size
@@ -225,6 +226,8 @@ class CalibrationDataModule(LightningDataModule):
 
     def _build_evaluation(self) -> list[EvaluationSet]:
         specs = self.eval_datasets
+        if specs is not None:
+            specs = [from_home(spec, "--data.eval_datasets") for spec in specs]
         if specs is None:
             dataset, _ = split_spec(self.source)
             if is_token_array(dataset) or held_out_split(dataset) is None:

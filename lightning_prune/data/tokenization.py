@@ -28,6 +28,7 @@ from lightning_prune.errors import UserError
 from lightning_prune.files import new_folder, write_json
 from lightning_prune.models.loading import quiet_transformers
 from lightning_prune.progress import Progress
+from lightning_prune.regular_files import from_home
 
 TOKENISING = "tokenising"
 PROTOCOL = 1  # part of the cache key: raise it when the stream of a text changes
@@ -48,7 +49,7 @@ def load_tokenizer(name: str) -> Any:
 
             name = str(demo_model_path())
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(name)
+            return AutoTokenizer.from_pretrained(from_home(name, "--data.tokenizer"))
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, … for one and the same mistake
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(

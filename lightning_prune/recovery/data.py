@@ -19,7 +19,7 @@ from lightning_prune.data.tokenization import default_cache_dir
 from lightning_prune.errors import UserError
 from lightning_prune.recovery.overlap import refuse_overlap
 from lightning_prune.recovery.stream import ShuffledWindows
-from lightning_prune.regular_files import expanded
+from lightning_prune.regular_files import expanded, from_home
 
 _UNKNOWN = dict.fromkeys(("configuration", "revision", "text_sha256", "tokenizer_sha256"))  # of a token array
 
@@ -77,7 +77,8 @@ class RecoveryDataModule(LightningDataModule):
                 f"--data.held_out is {held_out:g}: it is a share of the training text and must lie between 0 and 1, "
                 "both excluded (0.05 holds a twentieth out)"
             )
-        self.dataset, self.num_samples, self.eval_datasets = dataset, num_samples, eval_datasets
+        self.dataset = None if dataset is None else from_home(dataset, "--data.dataset")
+        self.num_samples, self.eval_datasets = num_samples, eval_datasets
         self._length_asked_for, self.seq_len = seq_len, WINDOW_LENGTH if seq_len is None else seq_len
         self.batch_size, self.held_out, self.seed = batch_size, held_out, seed
         self.cache_dir = expanded(cache_dir, "--data.cache_dir") if cache_dir else default_cache_dir()

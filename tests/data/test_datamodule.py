@@ -1,4 +1,5 @@
 import hashlib
+import os
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,6 +128,22 @@ def test_global_seed_does_not_change_the_tokens(build: Any) -> None:
     first = calibrated(build())
     torch.manual_seed(2)
     assert torch.equal(first, calibrated(build()))
+
+
+def test_a_tilde_is_the_home_folder(
+    build: Any, text_file: str, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell expands it in a word of its own only, and nothing does in a configuration."""
+    monkeypatch.setenv("HOME", str(Path(text_file).parent))
+    text = f"~/{Path(text_file).name}"
+    folder = os.path.join("~", os.path.relpath(tokenizer_folder, Path(text_file).parent))
+    data = build(dataset=text, eval_datasets=[text], tokenizer=folder)
+    torch.testing.assert_close(calibrated(data), calibrated(build()))
+    assert [one.manifest["dataset"] for one in data.evaluation] == [text_file]
+    with pytest.raises(
+        UserError, match=r"--data\.dataset: '~nobody-here/a\.txt' begins with the home folder of a user"
+    ):
+        build(dataset="~nobody-here/a.txt")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
