@@ -86,11 +86,10 @@ def tiny_config(
         head_dim=head_dim,
         max_position_embeddings=128,
         tie_word_embeddings=tied,
-        initializer_range=0.2,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=None,
-        **_switches(family, layers) | extra,
+        **{"initializer_range": 0.2} | _switches(family, layers) | extra,
     )
 
 

@@ -154,6 +154,6 @@ def _dense(config: Any) -> Any:
     """The config of as many layers of the dense widths, which are the global ones."""
     dense = copy.deepcopy(config)
     dense.per_layer_config = None
-    for name in ("auto_map", "allow_global_per_layer_attribute_access"):
+    for name in ("auto_map", "how_to_load", "allow_global_per_layer_attribute_access"):
         dense.__dict__.pop(name, None)
     return dense

@@ -15,14 +15,13 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from lightning_prune.errors import UserError
 from lightning_prune.models.checkpoint_files import open_checkpoint
 from lightning_prune.models.families import family_of
-from lightning_prune.models.modeling_pruned import pruned_class
+from lightning_prune.models.modeling_pruned import classes_of, pruned_class
 from lightning_prune.models.records import TEXT_PARTS
 from lightning_prune.models.safetensors_header import OPTION as OPTION
 from lightning_prune.models.safetensors_header import first_line
@@ -234,7 +233,7 @@ def tokenizer_files(pretrained: str) -> list[Path]:
 
 def _auto_class(config: PretrainedConfig) -> Any:
     if config.is_heterogeneous:
-        return pruned_class(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
+        return pruned_class(classes_of(config.model_type)["AutoModelForCausalLM"])
     return AutoModelForCausalLM
 
 

@@ -3,7 +3,8 @@
 It needs only ``torch`` and ``transformers`` (5.14 and later), so
 ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` loads the folder on a machine that
 does not have ``lightning_prune``; ``AutoModel`` gives the decoder without its head, which serving engines ask
-for. ``config.per_layer_config[i]`` holds what layer i has in place of the global values:
+for, ``AutoModelForSequenceClassification`` and ``AutoModelForTokenClassification`` one with a new head to train.
+``config.per_layer_config[i]`` holds what layer i has in place of the global values:
 ``num_attention_heads``, ``num_key_value_heads``, ``intermediate_size``, and ``skip``, a list with
 ``"attention"``, ``"mlp"`` or both. A skipped block and its norm hold no parameters; the sizes that stand beside
 ``skip`` mean nothing but that loaders which ignore ``skip`` refuse the checkpoint. ``config.block_norms`` names the
@@ -20,9 +21,18 @@ import torch
 import transformers
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+from transformers.models.auto import modeling_auto
 
 BLOCK_NORMS = {"attention": ["input_layernorm"], "mlp": ["post_attention_layernorm"]}
+# In config.json, where a reader looks whose loader reports mismatched sizes.
+HOW_TO_LOAD = "Layers differ in width: pass trust_remote_code=True, or sizes do not match. README.md has the commands."
+# What a checkpoint is loaded through → model type → class. Not every family has the last two.
+CLASSES = {
+    "AutoModel": modeling_auto.MODEL_MAPPING_NAMES,
+    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+}
 
 
 class SkippedMLP(nn.Module):
@@ -83,7 +93,7 @@ def _is_kv_cache(value: Any) -> bool:
 
 
 class PrunedMixin:
-    """Turns a stock decoder or causal LM into one that builds layer i from ``config.per_layer_config[i]``."""
+    """Turns a stock decoder, alone or under a head, into one with layers as ``config.per_layer_config`` says."""
 
     config: Any
     layers: Any
@@ -129,20 +139,23 @@ def identity(class_name: str) -> dict[str, Any]:
     names, because pipelines and other tools look models up by them.
     """
     model_type = getattr(transformers, class_name).config_class.model_type
-    classes = {
-        "AutoModel": MODEL_MAPPING_NAMES[model_type],
-        "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type],
-    }
     return {
+        "how_to_load": HOW_TO_LOAD,
         "architectures": [f"Pruned{class_name}"],
-        "auto_map": {auto: f"{__name__.rpartition('.')[2]}.{name}" for auto, name in classes.items()},
+        "auto_map": {auto: f"{__name__.rpartition('.')[2]}.{name}" for auto, name in classes_of(model_type).items()},
     }
+
+
+def classes_of(model_type: str) -> dict[str, str]:
+    """Classes of transformers that a checkpoint of this family can be loaded as, by the auto class that does it."""
+    return {auto: names[model_type] for auto, names in CLASSES.items() if model_type in names}
 
 
 def _uniform(config: Any) -> Any:
     """A copy of ``config`` with one layer of the global widths: enough for embeddings, rotary and head."""
     uniform = copy.deepcopy(config)
     uniform.per_layer_config = None
+    uniform.__dict__.pop("auto_map", None)  # a classifier makes its decoder through AutoModel, which would ask
     uniform.num_hidden_layers = 1
     return uniform
 
@@ -163,12 +176,18 @@ def _build_layer(layer_class: type[nn.Module], config: Any, index: int) -> nn.Mo
 def pruned_class(name: str) -> Any:
     """The class ``name`` of transformers (``LlamaForCausalLM``, ``LlamaModel``, …) with per-layer widths."""
     made: Any = type(name, (PrunedMixin, getattr(transformers, name)), {"__module__": __name__})
-    made.register_for_auto_class("AutoModelForCausalLM" if name.endswith("ForCausalLM") else "AutoModel")
+    made.register_for_auto_class(_auto_class(name))
     return made
+
+
+def _auto_class(name: str) -> str:
+    """``LlamaModel`` → ``AutoModel``, ``LlamaForCausalLM`` → ``AutoModelForCausalLM``; nothing for other names."""
+    _, found, head = name.partition("For")
+    return f"AutoModelFor{head}" if found else "AutoModel" if name.endswith("Model") else ""
 
 
 def __getattr__(name: str) -> Any:
     # ``auto_map`` in config.json asks this module for "LlamaForCausalLM" and the like.
-    if name.endswith(("ForCausalLM", "Model")) and hasattr(transformers, name):
+    if _auto_class(name) in CLASSES and hasattr(transformers, name):
         return pruned_class(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -95,7 +95,7 @@ def pruned_config(config: Any, plan: PruningPlan) -> Any:
     family = family_of(config)
     left = [layer for layer in plan.layers if layer.kept_kv_heads or layer.kept_channels]
     pruned = copy.deepcopy(config)
-    for name in ("auto_map", "block_norms", "logit_scale"):  # of one that was per layer
+    for name in ("auto_map", "how_to_load", "block_norms", "logit_scale"):  # of one that was per layer
         pruned.__dict__.pop(name, None)
     pruned.head_dim = head_dim_of(config)
     pruned.num_hidden_layers = len(left)

@@ -86,7 +86,17 @@ def usage(layout: Literal["stock", "per-layer"]) -> str:
     note = (
         "Every layer has the same widths, so the configuration is a stock one."
         if layout == "stock"
-        else "Layers differ in width; `modeling_pruned.py` in this folder builds them (transformers 5.14 or newer)."
+        else "Layers differ in width; `modeling_pruned.py` in this folder builds them (transformers 5.14 or newer). "
+        "Without `trust_remote_code=True` transformers leaves that file alone and stops with a table of sizes that do "
+        "not match."
+    )
+    batching = (
+        ""
+        if layout == "stock"
+        else """
+
+transformers' own continuous batching (`generate_batch`, `transformers serve --continuous-batching`) expects as many
+heads in every layer, and fails where they differ; vLLM's has no such bound."""
     )
     padded = (
         ""
@@ -108,6 +118,15 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{remote})
 ```
 
+With a new head to train, as a classifier of texts (or of tokens, `AutoModelForTokenClassification`), where
+transformers has one for the family:
+
+```python
+from transformers import AutoModelForSequenceClassification
+
+model = AutoModelForSequenceClassification.from_pretrained("path/to/this/folder", num_labels=2{remote})
+```
+
 With `lightning-prune` installed, no remote code is needed:
 
 ```python
@@ -122,7 +141,7 @@ With vLLM as it is released, through its transformers backend:
 
 ```bash
 vllm serve path/to/this/folder{flag}
-```
+```{batching}
 
 ## Converting
 

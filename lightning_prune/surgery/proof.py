@@ -109,7 +109,15 @@ def shrunk(config: Any) -> Any:
             if entry.get(name):
                 rotated = int(HEAD_DIM * entry.get("partial_rotary_factor", 1.0))
                 entry[name] = [float(entry[name][0])] * (rotated // 2)
-    for name in ("auto_map", "name_or_path", "_name_or_path", "architectures", "transformers_version", "dtype"):
+    for name in (
+        "auto_map",
+        "how_to_load",
+        "name_or_path",
+        "_name_or_path",
+        "architectures",
+        "transformers_version",
+        "dtype",
+    ):
         vars(tiny).pop(name, None)
     return tiny
 

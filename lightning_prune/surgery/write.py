@@ -78,8 +78,8 @@ def _write_config(model: LayeredModel, folder: Path) -> None:
     config.architectures = [type(model.net).__name__]
     config.dtype = model.dtype
     if config.is_heterogeneous:
-        names = modeling_pruned.identity(type(model.net).__name__)
-        config.architectures, config.auto_map = names["architectures"], names["auto_map"]
+        for key, value in modeling_pruned.identity(type(model.net).__name__).items():
+            setattr(config, key, value)
         shutil.copyfile(modeling_pruned.__file__, folder / "modeling_pruned.py")
     with quiet_transformers():
         config.save_pretrained(folder)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -27,6 +28,7 @@ from lightning_prune.models.modeling_pruned import SkippedMixer
 from tests.cutting import cut
 from tests.tiny import (
     CUTTABLE,
+    EVERY_FAMILY,
     FAMILIES,
     WHOLE_ATTENTION,
     make_tiny,
@@ -257,6 +259,27 @@ def test_the_decoder_alone_is_a_model_of_its_own(family: str, tmp_path: Path) ->
         assert {config._attn_implementation for config in configs} == {"eager"}
 
 
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+@torch.no_grad()
+def test_every_head_of_the_family_stands_on_the_pruned_decoder(family: str, tmp_path: Path) -> None:
+    model = pruned_model(family)
+    model.save_pretrained(tmp_path)
+    expected = model.base_model(tiny_tokens()).last_hidden_state
+    found = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert ("AutoModelForSequenceClassification" in found) == (family not in ("granite", "ernie4_5"))
+    for auto, name in found.items():
+        loaded = getattr(transformers, auto).from_pretrained(tmp_path, trust_remote_code=True)
+        assert type(loaded).__name__ == name.rpartition(".")[2]
+        assert torch.equal(loaded.base_model(tiny_tokens()).last_hidden_state, expected), auto
+
+
+def test_a_load_without_the_flag_is_refused_and_the_config_says_what_is_missing(tmp_path: Path) -> None:
+    pruned_model("llama").save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "trust_remote_code=True" in json.loads((tmp_path / "config.json").read_text())["how_to_load"]
+
+
 def test_checkpoints_say_a_class_that_no_engine_takes_for_its_own(tmp_path: Path) -> None:
     model = pruned_model("qwen2")
     model.save_pretrained(tmp_path)
@@ -269,6 +292,8 @@ def test_checkpoints_say_a_class_that_no_engine_takes_for_its_own(tmp_path: Path
         assert config["auto_map"] == {
             "AutoModel": "modeling_pruned.Qwen2Model",
             "AutoModelForCausalLM": "modeling_pruned.Qwen2ForCausalLM",
+            "AutoModelForSequenceClassification": "modeling_pruned.Qwen2ForSequenceClassification",
+            "AutoModelForTokenClassification": "modeling_pruned.Qwen2ForTokenClassification",
         }
 
 
@@ -283,22 +308,6 @@ def test_attention_implementation_reaches_the_layers(family: str) -> None:
     out = model(tiny_tokens(), output_attentions=True)
     torch.testing.assert_close(out.logits, sdpa, rtol=1e-4, atol=1e-4)
     assert len(out.attentions) == 2  # the layers that have attention
-
-
-def test_gradient_checkpointing_hidden_states_and_resizing() -> None:
-    model = pruned_model("qwen3").train()
-    tokens = tiny_tokens()
-    out = model(tokens, labels=tokens, output_hidden_states=True)
-    assert len(out.hidden_states) == 1 + model.config.num_hidden_layers
-    out.loss.backward()
-    expected = [parameter.grad.clone() for parameter in model.parameters()]
-    model.zero_grad()
-    model.gradient_checkpointing_enable()
-    model(tokens, labels=tokens).loss.backward()
-    for parameter, gradient in zip(model.parameters(), expected, strict=True):
-        torch.testing.assert_close(parameter.grad, gradient)
-    model.resize_token_embeddings(100)
-    assert model(tokens).logits.shape[-1] == 100
 
 
 def test_copies_and_pickles() -> None:
@@ -344,20 +353,3 @@ def test_pipeline_takes_the_model_without_a_word(
     text = generate("w5 w6 w7", max_new_tokens=5, min_new_tokens=5, do_sample=False)[0]["generated_text"]
     assert text.startswith("w5 w6 w7")
     assert text.count("w") == 8
-
-
-def test_lm_eval_takes_the_model() -> None:
-    pytest.importorskip("lm_eval")
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-
-    model = pruned_model("llama")
-    harness = HFLM(pretrained=model, tokenizer=tiny_tokenizer(), batch_size=2, device="cpu")
-    requests = [("w5 w6 w7", " w8 w9"), ("w3", " w4 w5 w6")]
-    instances = [Instance("loglikelihood", {}, request, index) for index, request in enumerate(requests)]
-    results = harness.loglikelihood(instances, disable_tqdm=True)
-    for (context, continuation), (found, _) in zip(requests, results, strict=True):
-        ids = torch.tensor([[int(word[1:]) for word in (context + continuation).split()]])
-        log_probabilities = model(ids).logits.double().log_softmax(-1)[0, :-1]
-        per_token = log_probabilities.gather(1, ids[0, 1:, None])[-len(continuation.split()) :]
-        assert found == pytest.approx(per_token.sum().item(), rel=1e-4)

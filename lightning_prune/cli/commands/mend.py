@@ -62,7 +62,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _refuse_foreign(folder: Path, config: dict[str, Any], modeling_file: str) -> None:
     """Raise UserError unless this package wrote the checkpoint in ``folder``, in the per-layer layout."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+    from lightning_prune.models.modeling_pruned import classes_of
 
     if not config.get("per_layer_config") and "auto_map" not in config:
         raise UserError(
@@ -70,7 +70,7 @@ def _refuse_foreign(folder: Path, config: dict[str, Any], modeling_file: str) ->
             "Give a checkpoint whose layers differ in width."
         )
     model_type, architectures, auto_map = (config.get(key) for key in ("model_type", "architectures", "auto_map"))
-    names = [mapping.get(str(model_type)) for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES)]
+    names = classes_of(str(model_type)).values()
     code = _bytes(folder / modeling_file)
     if not (
         architectures in [[f"{prefix}{name}"] for prefix in ("", "Pruned") for name in names]
