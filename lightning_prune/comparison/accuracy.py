@@ -40,32 +40,39 @@ class Accuracy:
 
 def columns(runs: "Sequence[Run]") -> list[str]:
     """Headings: one per task, then the mean of the tasks that have an accuracy; [] where nothing was measured."""
-    tasks = _tasks(runs)
+    tasks = shown_tasks(runs)
     several = sum(metric == MAIN for metric in tasks.values()) > 1
     return [f"{metric} {task}" for task, metric in tasks.items()] + ([f"mean {MAIN}"] if several else [])
 
 
 def cells(runs: "Sequence[Run]", among: "Sequence[Run]", dense: bool = False) -> list[str]:
     """What stands below ``columns(among)`` for ``runs``, which differ in their seed only."""
-    results = [run.accuracy.dense if dense else run.accuracy.pruned for run in runs if run.accuracy is not None]
-    tasks = _tasks(among)
+    tasks = shown_tasks(among)
     found, means = [], []
     for task, metric in tasks.items():
-        scores = [result[task][metric] for result in results if metric in result.get(task, {})]
-        values = [score.value for score in scores if score.value is not None]
-        errors = [score.stderr for score in scores if score.stderr is not None]
+        score = mean(runs, task, metric, dense)
         scale = 100 if metric == MAIN else 1
-        if not values or len(values) < len(runs):
+        if score.value is None:
             found.append("–")
             continue
-        mean = statistics.fmean(values)
-        means += [mean] if metric == MAIN else []
-        error = f" ± {scale * statistics.fmean(errors):.2f}" if errors else ""
-        found.append(f"{scale * mean:.2f}{error}")
+        means += [score.value] if metric == MAIN else []
+        error = "" if score.stderr is None else f" ± {scale * score.stderr:.2f}"
+        found.append(f"{scale * score.value:.2f}{error}")
     wanted = sum(metric == MAIN for metric in tasks.values())
     if wanted > 1:
         found.append(f"{100 * statistics.fmean(means):.2f}" if len(means) == wanted else "–")
     return found
+
+
+def mean(runs: "Sequence[Run]", task: str, metric: str, dense: bool = False) -> Score:
+    """Means of value and standard error over ``runs``; no value unless all of them have one."""
+    results = [run.accuracy.dense if dense else run.accuracy.pruned for run in runs if run.accuracy is not None]
+    scores = [result[task][metric] for result in results if metric in result.get(task, {})]
+    values = [score.value for score in scores if score.value is not None]
+    errors = [score.stderr for score in scores if score.stderr is not None]
+    if not values or len(values) < len(runs):
+        return Score(None, None)
+    return Score(statistics.fmean(values), statistics.fmean(errors) if errors else None)
 
 
 def csv_text(audit: "Audit") -> str:
@@ -94,7 +101,7 @@ def _lines(
     ]
 
 
-def _tasks(runs: "Sequence[Run]") -> dict[str, str]:
+def shown_tasks(runs: "Sequence[Run]") -> dict[str, str]:
     """The metric shown, by task."""
     found: dict[str, str] = {}
     for run in runs:

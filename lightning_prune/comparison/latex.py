@@ -1,5 +1,8 @@
-"""``results.tex``: booktabs tables, one per group of comparable runs."""
+"""``results.tex``: booktabs tables, one per group of comparable runs, and one more where accuracy was measured."""
 
+from collections.abc import Sequence
+
+from lightning_prune.comparison import accuracy
 from lightning_prune.comparison.audit import Audit, Group
 from lightning_prune.comparison.repeats import Repeats, repeats, seeds
 from lightning_prune.comparison.run import Run
@@ -12,7 +15,10 @@ from lightning_prune.runs.verdict import UNUSABLE
 def latex(audit: Audit) -> str:
     """Systems down, ratios across, one ``table`` per group; needs ``\\usepackage{booktabs}``."""
     parts = ["% Needs \\usepackage{booktabs}. Perplexity, lower is better. Unusable: see calibration_appendix.md."]
-    parts += [_table(index, group) for index, group in enumerate(audit.groups, start=1)]
+    for index, group in enumerate(audit.groups, start=1):
+        parts.append(_table(index, group))
+        if accuracy.columns(group.all):
+            parts.append(_accuracies(index, group))
     return "\n\n".join(parts) + "\n"
 
 
@@ -42,6 +48,36 @@ def _table(index: int, group: Group) -> str:
         note = f"\\multicolumn{{{1 + len(columns)}}}{{l}}{{\\emph{{At another achieved ratio (in parentheses):}}}} \\\\"
         lines += ["\\midrule", note, *_lines(group.other_ratio, columns, show_ratio=True)]
     return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table}"])
+
+
+def _accuracies(index: int, group: Group) -> str:
+    """Ratios and systems down, tasks across."""
+    first, headings = group.all[0], accuracy.columns(group.all)
+    caption = f"Accuracy of {public_name(first.base_model)} after pruning. {accuracy.LEGEND}"
+    lines = [
+        "\\begin{table}",
+        "\\centering",
+        f"\\caption{{{escape(caption)}}}",
+        f"\\label{{tab:accuracy-{index}}}",
+        f"\\begin{{tabular}}{{lr{'r' * len(headings)}}}",
+        "\\toprule",
+        " & ".join(["System", "Ratio", *map(escape, headings)]) + r" \\",
+        "\\midrule",
+        " & ".join(["Dense", "", *_accuracy(group.all[:1], group, dense=True)]) + r" \\",
+        "\\midrule",
+    ]
+    found = sorted(repeats(group.all), key=lambda line: line.first.requested)
+    names = display_names([line.first for line in found])
+    for line in found:
+        first = line.first
+        cells = _accuracy(line.runs, group)
+        lines.append(" & ".join([escape(names[id(first)]), f"{first.requested * 100:g}\\,\\%", *cells]) + r" \\")
+    return "\n".join([*lines, "\\bottomrule", "\\end{tabular}", "\\end{table}"])
+
+
+def _accuracy(runs: Sequence[Run], group: Group, dense: bool = False) -> list[str]:
+    cells = accuracy.cells(runs, group.all, dense)
+    return [cell.replace("±", r"$\pm$").replace("–", "--") for cell in cells]
 
 
 def _lines(runs: list[Run], columns: list[tuple[str, float]], show_ratio: bool = False) -> list[str]:

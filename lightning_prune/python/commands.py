@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 
 from lightning_prune.cli.experiment import build
 from lightning_prune.cli.lightning_cli import PruneCLI
-from lightning_prune.comparison import costs
+from lightning_prune.comparison import accuracy, costs
 from lightning_prune.comparison.audit import audit
 from lightning_prune.comparison.repeats import repeats
-from lightning_prune.comparison.run import load_run
+from lightning_prune.comparison.run import Run, load_run
+from lightning_prune.comparison.zero_shot import ZeroShot
 from lightning_prune.errors import UserError
 from lightning_prune.models.loading import quiet_transformers
 from lightning_prune.python.calibration import as_dataset
@@ -162,7 +163,14 @@ def evaluate(
         return {name: result.perplexity for name, result in cli.model.perplexity.items()}
 
 
-def compare(runs: Sequence[PrunedModel | str | Path]) -> pd.DataFrame:
+def compare(
+    runs: Sequence[PrunedModel | str | Path],
+    *,
+    zero_shot: Sequence[str] = (),
+    include_path: str | Path | None = None,
+    folder: str | Path | None = None,
+    verbose: bool = True,
+) -> pd.DataFrame:
     """One row per system and ratio, best first within a ratio: what ``lightning-prune compare --runs`` shows.
 
     Runs that differ in nothing but the seed of their calibration samples are one row with mean, sample standard
@@ -170,12 +178,27 @@ def compare(runs: Sequence[PrunedModel | str | Path]) -> pd.DataFrame:
 
     ``attrs["differences"]`` lists what makes runs incomparable (other tokens, evaluation, base model or ratio).
 
+    Args:
+        runs: folders of runs, or what ``prune`` gave back.
+        zero_shot: tasks of the LM Evaluation Harness, as ``--zero-shot``: columns ``acc <task>``, a share of 1, and
+            ``stderr <task>``; ``attrs["dense"]`` has those of the dense models, by base model.
+        include_path: folder of tasks of your own.
+        folder: root below which accuracies are kept, so that no checkpoint is measured twice; None keeps none.
+        verbose: show what is printed.
+
     Raises:
-        UserError: a folder that is no finished run, or none at all.
+        UserError: a folder that is no finished run, none at all, or a task that cannot be had.
     """
     if not runs:
         raise UserError("runs: nothing to compare.")
     found = [load_run(one.folder if isinstance(one, PrunedModel) else Path(one)) for one in runs]
+    if zero_shot:
+        with tempfile.TemporaryDirectory(prefix="lightning-prune-") as work, _quiet(not verbose):
+            tasks = ZeroShot(
+                list(zero_shot), None if include_path is None else Path(include_path), Path(folder or work)
+            )
+            tasks.check()
+            found = tasks.measure(found)
     result = audit(found)
     lines = [line for group in result.groups for line in repeats(group.all)]
     rows = []
@@ -187,11 +210,14 @@ def compare(runs: Sequence[PrunedModel | str | Path]) -> pd.DataFrame:
             row[f"perplexity {name}"] = line.perplexity(name).mean
         if len(lines) < len(found):
             row |= {f"deviation {name}": line.perplexity(name).deviation for name in line.sets} | {"n": len(line.runs)}
+        row |= _accuracies(line.runs, found)
         rows.append(row | {"calibrate s": line.average(costs.calibration), "prune s": line.average(costs.pruning)})
     table = pd.DataFrame(rows)
     quality = [name for name in table.columns if name.startswith("perplexity ")]
     table = table.sort_values(["ratio", *quality[:1]], ignore_index=True)
     table.attrs["differences"] = [str(one) for one in result.differences]
+    if zero_shot:
+        table.attrs["dense"] = {run.base_model: _accuracies([run], found, dense=True) for run in found}
     return table
 
 
@@ -211,6 +237,14 @@ def apply(plan: PruningPlan | str | Path, model: str | Path, output: str | Path,
             path = Path(plan)
         main(["--plan", str(path), "--model", str(model), "--output", str(output)])
     return Path(output)
+
+
+def _accuracies(runs: Sequence[Run], among: Sequence[Run], dense: bool = False) -> dict[str, float | None]:
+    row: dict[str, float | None] = {}
+    for task, metric in accuracy.shown_tasks(among).items():
+        score = accuracy.mean(runs, task, metric, dense)
+        row |= {f"{metric} {task}": score.value, f"stderr {task}": score.stderr}
+    return row
 
 
 def _saved(model: PreTrainedModel, tokenizer: Any, folder: Path) -> Path:

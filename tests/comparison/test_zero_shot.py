@@ -3,12 +3,15 @@ import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+import lightning_prune as lp
 from lightning_prune.cli.commands.compare import main
 from lightning_prune.comparison import accuracy
 from lightning_prune.comparison.accuracy import Accuracy, Score
 from lightning_prune.comparison.audit import audit
+from lightning_prune.comparison.latex import latex
 from lightning_prune.comparison.run import load_run
 from lightning_prune.comparison.sections import sections, terminal
 from lightning_prune.errors import UserError
@@ -71,10 +74,24 @@ def test_every_checkpoint_is_measured_once_and_a_changed_task_again(
     reports = [tmp_path / "logs" / "comparison" / f"version_{number}" / "zero_shot.csv" for number in (0, 1)]
     assert reports[0].read_text() == reports[1].read_text()
 
+    options = {"zero_shot": ["tiny_choice"], "include_path": task_folder, "verbose": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(zero_shot, "zero_shot", fail)
+        table = lp.compare(folders, folder=tmp_path / "logs", **options)
+    kept = {row["system"]: row for row in csv.DictReader(reports[0].read_text().splitlines()) if row["metric"] == "acc"}
+    for _, row in table.iterrows():
+        expected = kept[row["system"]]
+        assert (str(row["acc tiny_choice"]), str(row["stderr tiny_choice"])) == (expected["value"], expected["stderr"])
+    (dense,) = table.attrs["dense"].values()
+    assert str(dense["acc tiny_choice"]) == kept["dense"]["value"]
+    assert len(measured) == 3
+    pd.testing.assert_frame_equal(lp.compare(folders, **options), table)
+    assert len(measured) == 6  # kept nowhere
+
     task = task_folder / "tiny_choice.yaml"
     task.write_text(task.read_text().replace("{{question}}", "{{question}} w3"))
     assert main(asked) == 0
-    assert len(measured) == 6
+    assert len(measured) == 9
     with pytest.raises(UserError, match=r"--zero-shot: 'tiny_chioce' is no task"):
         main([*runs, "--zero-shot", "tiny_chioce", "--include-path", str(task_folder)])
     with pytest.raises(UserError, match="--include-path belongs to --zero-shot"):
@@ -107,6 +124,10 @@ def test_accuracies_stand_in_the_table_and_every_metric_in_a_file(tmp_path: Path
         assert text in cells["dense"]
     for text in ("55.00 ± 2.00", "60.00 ± 2.00", "57.50"):  # means over both seeds
         assert text in cells["wanda"]
+    table = latex(found).partition(r"\label{tab:accuracy-1}")[2]
+    assert r"System & Ratio & acc piqa & acc boolq & mean acc \\" in table
+    assert r"Dense &  & 75.00 $\pm$ 1.00 & 65.00 $\pm$ 2.00 & 70.00 \\" in table
+    assert r"wanda & 20\,\% & 55.00 $\pm$ 2.00 & 60.00 $\pm$ 2.00 & 57.50 \\" in table
     rows = list(csv.DictReader(accuracy.csv_text(found).splitlines()))
     assert len(rows) == 3 + 3 + 2
     norm = [(row["system"], row["value"], row["stderr"]) for row in rows if row["metric"] == "acc_norm"]
