@@ -24,6 +24,7 @@ from lightning_prune.runs.numerics import numerical_advice
 from lightning_prune.runs.resume import Facts, facts_of, keep_dense, known_dense, unfinished_run, write_facts
 from lightning_prune.runs.summary import RunRecord, run_metrics
 from lightning_prune.runs.tensorboard import hparams, log_importance
+from lightning_prune.runs.tidy import events_folder
 from lightning_prune.runs.verdict import evaluation_section
 from lightning_prune.walk.module import LayeredModule, PerplexityResult
 
@@ -62,7 +63,7 @@ def prune_and_record(
     again: Path | None = None
     if resume and trainer.is_global_zero:
         again = unfinished_run(Path(trainer.default_root_dir), method.label, _facts(trainer, method, data, config))
-    claim = claimed(trainer, method.label, config, again)
+    claim = claimed(trainer, method.label, config, again, events=events_folder(method.requested_ratio))
     with claim as folder, numerical_advice(trainer, method), closing(method.progress):
         method.run_folder = folder
         facts = _facts(trainer, method, data, config)
@@ -146,8 +147,11 @@ def evaluate_and_record(
 
 
 @contextmanager
-def claimed(trainer: L.Trainer, label: str, config: str, again: Path | None = None) -> Iterator[RunFolder | None]:
-    """The run's folder on rank 0, which alone writes; None on the others. TensorBoard's events go there too."""
+def claimed(
+    trainer: L.Trainer, label: str, config: str, again: Path | None = None, events: str | None = None
+) -> Iterator[RunFolder | None]:
+    """The run's folder on rank 0, which alone writes; None on the others. TensorBoard's events go there too, into its
+    folder ``events`` where one is given."""
     root = Path(trainer.default_root_dir)
     claim: AbstractContextManager[RunFolder | None] = nullcontext()
     if trainer.is_global_zero:
@@ -157,7 +161,7 @@ def claimed(trainer: L.Trainer, label: str, config: str, again: Path | None = No
             folder.write_config(config)
         # Our own logger, which was made before the folder had its number; a logger of the user's stays where it is.
         trainer.loggers = [
-            _pinned(logger, root, label, folder) if isinstance(logger, TensorBoardLogger) else logger
+            _pinned(logger, root, label, folder, events) if isinstance(logger, TensorBoardLogger) else logger
             for logger in trainer.loggers
         ]
         with _writer_threads_fail_quietly():
@@ -186,11 +190,13 @@ def _writer_threads_fail_quietly() -> Iterator[None]:
         threading.excepthook = before
 
 
-def _pinned(logger: TensorBoardLogger, root: Path, label: str, folder: RunFolder | None) -> TensorBoardLogger:
+def _pinned(
+    logger: TensorBoardLogger, root: Path, label: str, folder: RunFolder | None, events: str | None
+) -> TensorBoardLogger:
     if Path(logger.root_dir) != root / label:
         return logger
     version = folder.path.name if folder is not None else "not written on this rank"
-    return TensorBoardLogger(root, name=label, version=version, default_hp_metric=False)
+    return TensorBoardLogger(root, name=label, version=version, sub_dir=events, default_hp_metric=False)
 
 
 def _close(trainer: L.Trainer) -> None:

@@ -15,9 +15,14 @@ TRAINING = "training"  # states of a recovery that is under way
 METRICS = "metrics.json"
 # What a killed run cannot be continued from or learned from.
 WORTHLESS = re.compile(
-    r"config\.yaml|hparams\.yaml|started\.json|unfinished|.*tfevents.*|\..*\.tmp"
+    r"config\.yaml|[0-9.e-]+%|hparams\.yaml|started\.json|unfinished|.*tfevents.*|\..*\.tmp"
     r"|report\.(html|md)|results\.(csv|tex)|precision\.csv|calibration_appendix\.md|tensorboard"
 )
+
+
+def events_folder(ratio: float | None) -> str | None:
+    """Where a run's TensorBoard events are, which shows a run under the path to them: ``wanda/version_0/20%``."""
+    return None if ratio is None else f"{100 * ratio:.4g}%"
 
 
 def is_finished(path: Path) -> bool:

@@ -301,8 +301,9 @@ def test_half_precisions_keep_their_statistics_in_full_precision(
 def test_run_folder_is_complete(shared: Any, system: str) -> None:
     run = shared(system)
     names = {path.name for path in run.folder.iterdir()}
-    events = {name for name in names if name.startswith("events.out.tfevents.")}
-    assert events
+    events = [path.parent.name for path in run.folder.rglob("events.out.tfevents.*")]
+    asked = json.loads((run.folder / "plan.json").read_text())["pruning_ratio"]
+    assert set(events) == {f"{asked * 100:g}%"}  # TensorBoard shows the path
     wanted = {"config.yaml", "calibration.json", "environment.json", "scores.csv", "plan.json", "method.json"}
     assert wanted | {"metrics.json", "pruned"} <= names
     assert temporary_files(run.folder) == []

@@ -107,7 +107,7 @@ def test_run_that_fails_late_keeps_what_is_whole_and_says_so(tmp_path: Path) -> 
 
 
 def test_next_run_tidies_up_after_killed_ones(tmp_path: Path) -> None:
-    useless = killed(tmp_path, "version_0", "events.out.tfevents.1", ".pruned.ab12.tmp")
+    useless = killed(tmp_path, "version_0", "7.5%", ".pruned.ab12.tmp")
     scored = killed(tmp_path, "version_1", "scores.csv", ".scores.csv.ab12.tmp", config="b: 2\n")
     finished = finish(tmp_path, config="c: 3\n")
     (finished / ".metrics.json.ab12.tmp").touch()
