@@ -46,6 +46,12 @@ ELSEWHERE = {  # commands that are not run here, and why
     "fit --config hgsp_taylor --model.pretrained path/or/hub-id --trainer.precision bf16-true --model.onload layer "
     "--resume": "tests/runs kills a run first",
     "evaluate --model logs/wanda/version_0 --dense demo --efficiency --engine llamacpp": "tests/engines",
+    "compare --config compare_priors --pretrained ../shared/models/llama-4m --data.dataset "
+    "../shared/data/wikitext2/validation.txt --data.eval_datasets '[part.txt, ptb_part.txt]' --root /tmp/priors": (
+        "a model that is not in the repository; tests/comparison has the table"
+    ),
+    "fit --config gisp --model.pretrained ../shared/models/llama-4m --model.pruning_ratio 0.5 --data.dataset "
+    "../shared/data/wikitext2/validation.txt --data.eval_datasets '[part.txt]'": "that model too",
 }
 BEFORE = {  # runs that a page takes for granted
     "python.md": ("wanda",),

@@ -178,9 +178,9 @@ class FLAP(GroupPruning):
 
     @property
     def note(self) -> str:
-        """Where a mean is lost, table and card say so."""
+        """Where a mean is lost, the card and a comparison's audit say so."""
         lost = self._why_not() if self.bias_compensation and self.refit == "none" else None
-        return f"FLAP without its bias compensation: {lost}." if lost else ""
+        return f"FLAP's bias compensation is left out where it cannot be: {lost}." if lost else ""
 
     def _why_not(self) -> str | None:
         """Why nothing takes over a mean that is lost; None where none is."""
@@ -198,4 +198,4 @@ class FLAP(GroupPruning):
             "config_keys": [] if found is None else found.keys,
             "why_not": self._why_not(),
         }
-        return {"bias_compensation": compensation, **super().details()}
+        return {"bias_compensation": compensation, "note": self.note, **super().details()}

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import lightning_prune
 from lightning_prune.cli import main
+from lightning_prune.comparison.audit import audit
+from lightning_prune.comparison.run import load_run
 from lightning_prune.errors import UserError
 from lightning_prune.export.stock import write_stock
 from lightning_prune.methods import FLAP
@@ -99,6 +101,8 @@ def test_a_family_without_such_biases_has_the_selection_alone_and_says_so(tmp_pa
     assert details["projections"] == []
     assert details["why_not"] == "family 'mistral' has no bias for o_proj and down_proj"
     assert details["why_not"] in (run.pruned / "README.md").read_text()
+    (said,) = [note for note in audit([load_run(run.folder)]).notes if note.startswith("flap: ")]
+    assert details["why_not"] in said
     plan = run.folder / "plan.json"
     assert not PruningPlan.load(plan).weights_updated
     words = ["apply", "--plan", str(plan), "--model", str(tmp_path / "model"), "--output", str(tmp_path / "again")]
