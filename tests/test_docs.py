@@ -5,17 +5,22 @@ The README's own commands on the demo model are in ``test_readme.py``.
 
 import re
 import shlex
+import sys
 import textwrap
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 import lightning_prune as lp
 from lightning_prune.cli import main
 from lightning_prune.demo.text import demo_text
+from tests.methods.running import run_method, save_base
+from tests.tiny import make_tiny, tiny_tokens
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -41,6 +46,12 @@ ELSEWHERE = {  # commands that are not run here, and why
     "fit --config hgsp_taylor --model.pretrained path/or/hub-id --trainer.precision bf16-true --model.onload layer "
     "--resume": "tests/runs kills a run first",
     "evaluate --model logs/wanda/version_0 --dense demo --efficiency --engine llamacpp": "tests/engines",
+    "compare --config compare_priors --pretrained ../shared/models/llama-4m --data.dataset "
+    "../shared/data/wikitext2/validation.txt --data.eval_datasets '[part.txt, ptb_part.txt]' --root /tmp/priors": (
+        "a model that is not in the repository; tests/comparison has the table"
+    ),
+    "fit --config gisp --model.pretrained ../shared/models/llama-4m --model.pruning_ratio 0.5 --data.dataset "
+    "../shared/data/wikitext2/validation.txt --data.eval_datasets '[part.txt]'": "that model too",
 }
 BEFORE = {  # runs that a page takes for granted
     "python.md": ("wanda",),
@@ -130,6 +141,27 @@ def test_pages_with_commands_are_all_run() -> None:
 def test_snippets_of_a_page_are_python(page: Path) -> None:
     for snippet in blocks(page, "python"):
         compile(snippet, str(page), "exec")
+
+
+def test_the_example_of_a_new_method_prunes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its files stand where their first lines say, the statistic before the method that imports it."""
+    for snippet in reversed(blocks(DOCS / "add_a_method.md", "python")):
+        name = snippet.partition("\n")[0].removeprefix("# ").removesuffix(".py").replace("/", ".")
+        module = ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, module)
+        exec(compile(snippet, name, "exec"), module.__dict__)
+    base = save_base(make_tiny(), tmp_path / "base")
+    tokens = tiny_tokens(4, 8)
+    method = run_method(module.MeanActivation(base, 0.3), tokens, tmp_path / "run")
+    model = lp.load(base)
+    seen: list[torch.Tensor] = []
+    down, gate, up = (getattr(model.model.layers[2].mlp, f"{part}_proj") for part in ("down", "gate", "up"))
+    for linear in (down, gate):
+        linear.register_forward_pre_hook(lambda _, args: seen.append(args[0].abs().flatten(0, 1).mean(0)))
+    model(input_ids=tokens)
+    narrow, wide = seen  # gate runs first
+    expected = (gate.weight.abs() @ narrow) + (up.weight.abs() @ narrow) + down.weight.abs().sum(0) * wide
+    torch.testing.assert_close(method.scores.importance[method.scores.of(2, "mlp")].float(), expected.detach())
 
 
 def test_every_page_is_in_the_navigation_once_and_every_entry_is_a_page() -> None:

@@ -220,6 +220,8 @@ def _notes(runs: Sequence[Run]) -> list[str]:
     free = sorted({run.label for run in runs if run.calibration is None})
     if free:
         notes.append(f"{', '.join(free)}: needs no calibration, so the calibration set cannot differ.")
+    said = sorted({(run.label, str(run.details["note"])) for run in runs if run.details.get("note")})
+    notes += [f"{label}: {text}" for label, text in said]
     unknown = [run for run in runs if run.base_model_sha256 is None]
     if unknown:
         notes.append(f"No weight fingerprint was recorded in {_names(unknown)}; the base model is known by name only.")

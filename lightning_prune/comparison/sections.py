@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lightning_prune.comparison import accuracy, costs, precision, recovery
+from lightning_prune.comparison import accuracy, costs, precision, priors, recovery
 from lightning_prune.comparison.audit import Audit
 from lightning_prune.comparison.conclusion import conclusion
 from lightning_prune.comparison.differences import summary
@@ -56,6 +56,8 @@ def sections(audit: Audit, failures: Sequence[Failure]) -> list[Section]:
     runs = [run for group in audit.groups for run in group.all]
     if trained := recovery.table(runs):
         found.append(Section("Recovery", [recovery.TEXT], tables=[("", recovery.COLUMNS, trained)], detail=True))
+    if agreeing := priors.table(runs):
+        found.append(Section("Depth priors", [priors.TEXT], tables=[("", priors.COLUMNS, agreeing)], detail=True))
     if pairs := precision.pairs(runs):
         text = (
             f"Runs beside the run in {precision.FULL} with the same method, options, ratio, base model and "

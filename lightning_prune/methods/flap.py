@@ -1,4 +1,4 @@
-"""FLAP (An et al. 2024, "Fluctuation-based Adaptive Structured Pruning for Large Language Models"), its selection.
+"""FLAP (An et al. 2024, "Fluctuation-based Adaptive Structured Pruning for Large Language Models").
 
 A channel that hardly fluctuates can be replaced by its mean. For input channel j of o_proj and down_proj, with v_j its
 variance over the calibration tokens,
@@ -11,20 +11,32 @@ The released code's variance is built per sample and depends on their order, and
 it is standardised; here both are as the paper defines them. A GQA group has the mean z of its query heads' columns (the
 code knows multi-head attention only). The importance in the records is mean WIFV / std; z is that less its mean.
 
-The bias that takes over the removed channels' mean is left out: o_proj and down_proj of most families have none that
-could carry it. A refit (``refit``) does what it does and more, in the weights that are there.
+A bias takes over the removed channels' mean (``bias_compensation``) where the family's own config can say that o_proj
+or down_proj has one. The biases it brings along elsewhere (query, key and value, gate and up) are zero; all of them
+count as parameters, so as many more leave. A refit takes the bias's place, in the weights that are there.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from lightning_prune.methods.base import SavedMeasurement
+from lightning_prune.methods.bias_compensation import BiasPass, Carriers, carriers, without_carrier
 from lightning_prune.methods.blocks import block_index
 from lightning_prune.methods.group_pruning import GroupPruning
-from lightning_prune.methods.scores import Scores
-from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.methods.scores import Scores, group_scores
+from lightning_prune.methods.selection import Budget
+from lightning_prune.models.families import LayerAnatomy, with_biases
+from lightning_prune.models.loading import load_config
 from lightning_prune.statistics.hooks import Hooks
 from lightning_prune.statistics.input_moments import InputMoments
+from lightning_prune.surgery.cut import parameters_after
+from lightning_prune.surgery.plan import LayerPlan
+from lightning_prune.surgery.proof import prove
 from lightning_prune.walk.passes import Finding, ForwardPass, Pass
 
 
@@ -83,14 +95,107 @@ class FLAP(GroupPruning):
     """FLAP: removes the channels and GQA groups that fluctuate least, all layers ranked together by standard scores.
 
     Args:
-        options: Options of group pruning.
+        pretrained: Model folder or hub id to prune. ``demo`` is the small model inside the package.
+        pruning_ratio: Share of all parameters (embeddings and head included) to remove, between 0 and 1.
+        bias_compensation: Let biases of o_proj and down_proj take over the mean of what leaves, where the family's
+            config has such biases. False leaves the selection alone, and so does a refit.
+        group_options: Options of group pruning.
     """
+
+    decision_options = (*GroupPruning.decision_options, "bias_compensation")
+
+    def __init__(
+        self,
+        pretrained: str = "demo",
+        pruning_ratio: float = 0.2,
+        bias_compensation: bool = True,
+        **group_options: Any,
+    ) -> None:
+        super().__init__(pretrained, pruning_ratio, **group_options)
+        self.bias_compensation = bias_compensation
+
+    @cached_property
+    def carriers(self) -> Carriers | None:
+        """What takes over means; None where nothing does."""
+        if not self.bias_compensation or self.refit != "none":
+            return None
+        found = carriers(load_config(self.pretrained))
+        return found if found.roles else None
+
+    @property
+    def label(self) -> str:
+        """The selection alone is another system."""
+        return self._label or (super().label if self.bias_compensation or self.refit != "none" else "flap_selection")
 
     def passes(self) -> list[Pass]:
         """One forward over the decoder."""
         return [FLAPPass()]
 
+    def passes_behind(self, kept: list[LayerPlan], held_out: Callable[[], Tensor]) -> list[Pass]:
+        """A second forward for the biases, or the refit."""
+        if self.carriers is None:
+            return super().passes_behind(kept, held_out)
+        return [BiasPass(kept, self.carriers.roles)]
+
+    def reuse(self, saved: SavedMeasurement) -> None:
+        """Means are no part of the scores: they are read off the calibration set again."""
+        super().reuse(saved)
+        self.needs_calibration |= self.carriers is not None
+
+    def check_before_loading(self, config: Any) -> None:
+        """As in the base class; and the family with these biases does what its record says."""
+        super().check_before_loading(config)
+        if self.carriers is not None and self.carriers.keys:
+            prove(with_biases(config, self.carriers.keys))
+
     def score(self, scores: Scores) -> Scores:
         """z itself, not z per parameter; the number of parameters only counts for the ratio."""
         z = standardised(scores)
         return replace(scores, base=z, score=z)
+
+    def budget(self, layers: list[LayerAnatomy], total_parameters: int) -> Budget:
+        """As many parameters more as the biases bring along."""
+        if self.carriers is None:
+            return super().budget(layers, total_parameters)
+        found = super().budget(self.carriers.views, total_parameters)
+        return replace(found, added=self.carriers.parameters - total_parameters)
+
+    def select(self, scores: Scores, layers: list[LayerAnatomy], total_parameters: int) -> Tensor:
+        """By what units cost with their biases."""
+        if self.carriers is not None:
+            views = self.carriers.views
+            ones = [torch.ones(view.num_kv_heads) for view in views], [torch.ones(view.num_channels) for view in views]
+            scores = replace(scores, cost=group_scores(views, *ones).cost)
+        return super().select(scores, layers, total_parameters)
+
+    def decide(self) -> None:
+        """As in the base class, with biases counted."""
+        super().decide()
+        if self.carriers is not None:
+            kept = self.plan.layers
+            left = parameters_after(self.carriers.views, self.carriers.parameters, kept)
+            self.plan = replace(self.make_plan(kept, left), biases=self.carriers.keys)
+
+    @property
+    def note(self) -> str:
+        """Where a mean is lost, the card and a comparison's audit say so."""
+        lost = self._why_not() if self.bias_compensation and self.refit == "none" else None
+        return f"FLAP's bias compensation is left out where it cannot be: {lost}." if lost else ""
+
+    def _why_not(self) -> str | None:
+        """Why nothing takes over a mean that is lost; None where none is."""
+        if self.refit != "none" or not self.bias_compensation:
+            return "what is kept is refitted" if self.refit != "none" else "switched off"
+        config = load_config(self.pretrained)
+        lost = [f"{'o' if role == 'output' else role}_proj" for role in without_carrier(config)]
+        return f"family '{config.model_type}' has no bias for {' and '.join(lost)}" if lost else None
+
+    def details(self) -> dict[str, Any]:
+        """Which projections carry what left, by which keys of the config, and why others do not."""
+        found = self.carriers
+        compensation = {
+            "projections": [] if found is None else found.roles,
+            "config_keys": [] if found is None else found.keys,
+            "why_not": self._why_not(),
+        }
+        return {"bias_compensation": compensation, "note": self.note, **super().details()}

@@ -129,13 +129,17 @@ class GroupPruning(RefittingMethod):
         kept = kept_units(self.scores, len(self.layers))
         self.plan = self.make_plan(kept, parameters_after(self.layers, self.dense_parameters, kept))
 
-    def select(self, scores: Scores, layers: list[LayerAnatomy], total_parameters: int) -> Tensor:
-        """Which units go, bool ``[U]``."""
+    def budget(self, layers: list[LayerAnatomy], total_parameters: int) -> Budget:
+        """What may go."""
         overhead = {}
         for view in layers:
             overhead[view.index, 0] = view.attention_block_cost - view.num_kv_heads * view.attention_unit_cost
             overhead[view.index, 1] = view.mlp_block_cost - view.num_channels * view.mlp_unit_cost
-        budget = Budget(total_parameters, self.requested_ratio or 0.0, overhead, self.round_to)
+        return Budget(total_parameters, self.requested_ratio or 0.0, overhead, self.round_to)
+
+    def select(self, scores: Scores, layers: list[LayerAnatomy], total_parameters: int) -> Tensor:
+        """Which units go, bool ``[U]``."""
+        budget = self.budget(layers, total_parameters)
         frozen = self.frozen_layers(len(layers))
         free = torch.tensor([layer not in frozen for layer in scores.layer.tolist()])
         if not bool(free.any()):

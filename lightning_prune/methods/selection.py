@@ -19,18 +19,19 @@ class Budget:
 
     ``overhead[layer, block]`` counts the parameters (norms, output bias) that leave with the whole block, so the
     achieved ratio never exceeds the requested one by them. ``round_to``: every layer keeps a multiple of this
-    many channels.
+    many channels. ``added``: parameters that pruning brings along, which leave beside the ratio; costs count them.
     """
 
     total_parameters: int
     pruning_ratio: float
     overhead: dict[tuple[int, int], int]
     round_to: int = 1
+    added: int = 0
 
     @property
     def parameters(self) -> int:
         """pruning_ratio × all parameters, rounded down; exact, since 0.29 × 100 is 28.999… in floating point."""
-        return math.floor(Fraction(str(self.pruning_ratio)) * self.total_parameters)
+        return math.floor(Fraction(str(self.pruning_ratio)) * self.total_parameters) + self.added
 
 
 def ranking(scores: Scores) -> Tensor:
@@ -189,7 +190,7 @@ def _rounded_down(drop: int, channels: int, round_to: int) -> int:
 
 
 def _unreachable(reachable: int, budget: Budget) -> UserError:
-    largest = int(reachable / budget.total_parameters * 1e4) / 1e4
+    largest = int((reachable - budget.added) / budget.total_parameters * 1e4) / 1e4
     return UserError(
         f"--model.pruning_ratio: {budget.pruning_ratio:g} cannot be reached with these options. The largest reachable "
         f"ratio is {largest:.4f} of all {budget.total_parameters:,} parameters (embeddings, head and frozen layers "

@@ -1,12 +1,14 @@
 """Where a decoder keeps its prunable weights: its family's record (``models.records``) read into one view per layer."""
 
+import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_prune.errors import UserError
-from lightning_prune.models.records import FAMILIES, GUIDE, ROLES, Family
+from lightning_prune.models.records import COLUMN_ROLES, FAMILIES, GUIDE, ROLES, Family
 from lightning_prune.models.refusals import refusal_of
 
 
@@ -231,18 +233,18 @@ def _projection(family: Family, config: Any, role: str, module: nn.Linear) -> Pr
 
 def _check_shapes(found: LayerAnatomy, family: Family, config: Any) -> None:
     hidden, rows = config.hidden_size, rows_of(config)
-    expected: dict[str, tuple[int, int, bool | str]] = {
-        "query": (rows["query"], hidden, family.qkv_bias),
-        "key": (rows["key"], hidden, family.qkv_bias),
-        "value": (rows["value"], hidden, family.qkv_bias),
-        "output": (hidden, rows["query"], family.o_bias),
-        "gate": (rows["gate"], hidden, family.mlp_bias),
-        "up": (rows["up"], hidden, family.mlp_bias),
-        "down": (hidden, rows["gate"], family.mlp_bias),
+    expected: dict[str, tuple[int, int]] = {
+        "query": (rows["query"], hidden),
+        "key": (rows["key"], hidden),
+        "value": (rows["value"], hidden),
+        "output": (hidden, rows["query"]),
+        "gate": (rows["gate"], hidden),
+        "up": (rows["up"], hidden),
+        "down": (hidden, rows["gate"]),
     }
-    for role, (height, width, bias) in expected.items():
+    for role, (height, width) in expected.items():
         linear = found.linears[role]
-        has_bias = _switch(config, bias)
+        has_bias = _switch(config, family.bias_of(role))
         actual = (tuple(linear.weight.shape), linear.bias is not None)
         if actual != ((height, width), has_bias):
             raise UserError(
@@ -254,7 +256,23 @@ def _check_shapes(found: LayerAnatomy, family: Family, config: Any) -> None:
 def projection_biases(config: Any) -> bool:
     """Whether any of the seven projections of ``config``'s family carries a bias."""
     family = family_of(config)
-    return any(_switch(config, bias) for bias in (family.qkv_bias, family.o_bias, family.mlp_bias))
+    return any(_switch(config, family.bias_of(role)) for role in ROLES)
+
+
+def missing_biases(config: Any) -> dict[str, str | None]:
+    """Those of the output and the down projection that have no bias → the key that gives them one in a config of the
+    family (and others with them: query, key and value, or gate and up); None where there is no such key."""
+    family = family_of(config)
+    found = {role: family.bias_of(role) for role in COLUMN_ROLES if not _switch(config, family.bias_of(role))}
+    return {role: key if isinstance(key, str) else None for role, key in found.items()}
+
+
+def with_biases(config: Any, keys: Iterable[str]) -> Any:
+    """A copy of ``config`` with ``keys`` switched on."""
+    found = copy.deepcopy(config)
+    for key in keys:
+        setattr(found, key, True)
+    return found
 
 
 def _switch(config: Any, bias: bool | str) -> bool:

@@ -103,7 +103,12 @@ class LayeredModel:
     def leave(self, index: int, changed: bool = False) -> None:
         """Drop layer ``index``, unless layers are kept here; a ``changed`` one is dropped all the same."""
         if index in self._present and (self.onload == "layer" or changed):
-            for name, parameter in self._meta.pop(index).items():
+            meta = self._meta.pop(index)
+            for name in (
+                dict(self.layers[index].named_parameters()).keys() - meta.keys()
+            ):  # a bias that came by a change
+                _set_parameter(self.layers[index], name, None)
+            for name, parameter in meta.items():
                 _set_parameter(self.layers[index], name, parameter)
             self._present.remove(index)
             give_back_freed_memory()
@@ -313,7 +318,7 @@ def _prefix_of(net: nn.Module, layers: nn.Module) -> str:
     return str(next(name for name, module in net.named_modules() if module is layers))
 
 
-def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
     owner, _, leaf = name.rpartition(".")
     module.get_submodule(owner)._parameters[leaf] = parameter
 

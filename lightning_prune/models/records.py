@@ -60,6 +60,12 @@ class Family:
         """The projection that holds ``role``, below the layer."""
         return f"{self.attention if role in ATTENTION_ROLES else self.mlp}.{getattr(self, role)}"
 
+    def bias_of(self, role: str) -> bool | str:
+        """Whether the projection that holds ``role`` has a bias, or the config key that decides."""
+        if role in MLP_ROLES:
+            return self.mlp_bias
+        return self.o_bias if role == "output" else self.qkv_bias
+
     def roles_at(self, path: str) -> list[str]:
         """The roles that the projection ``path`` below the layer holds, in the order of its rows; none for others."""
         return [role for role in ROLES if self.path_of(role) == path]

@@ -8,7 +8,15 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING
 
 from lightning_prune.errors import UserError
-from lightning_prune.models.families import LayerAnatomy, family_of, head_dim_of, projection_biases, rows_of
+from lightning_prune.models.families import (
+    LayerAnatomy,
+    family_of,
+    head_dim_of,
+    missing_biases,
+    projection_biases,
+    rows_of,
+    with_biases,
+)
 from lightning_prune.models.loading import quiet_transformers
 from lightning_prune.models.modeling_pruned import BLOCK_NORMS
 from lightning_prune.models.records import ATTENTION_ROLES, COLUMN_ROLES, Family
@@ -54,12 +62,14 @@ def _kept(tensor: Tensor, dim: int, units: int, kept: list[int]) -> Tensor:
     return parts.index_select(dim, index).flatten(dim, dim + 1)
 
 
-def check_plan(layers: list[LayerAnatomy], plan: PruningPlan) -> None:
-    """Check ``plan`` against the dense model's layers (those of a model on the meta device will do).
+def check_plan(layers: list[LayerAnatomy], plan: PruningPlan, config: Any) -> None:
+    """Check ``plan`` against the dense model's layers (those of a model on the meta device will do) and config.
 
     Raises:
-        UserError: another number of layers, indices that are not ascending or not there, or nothing left.
+        UserError: another number of layers, indices that are not ascending or not there, nothing left, or biases that
+            the family's config cannot say.
     """
+    missing = missing_biases(config)
     listed = [layer.layer for layer in plan.layers]
     if listed != list(range(len(layers))):
         raise UserError(
@@ -69,6 +79,11 @@ def check_plan(layers: list[LayerAnatomy], plan: PruningPlan) -> None:
     for dense, kept in zip(layers, plan.layers, strict=True):
         _check_indices(kept.kept_kv_heads, dense.num_kv_heads, "kept_kv_heads", kept.layer, plan)
         _check_indices(kept.kept_channels, dense.num_channels, "kept_channels", kept.layer, plan)
+    if unknown := sorted(set(plan.biases) - {key for key in missing.values() if key}):
+        raise UserError(
+            f"--plan: biases {unknown} are no config keys that give this model a bias which it lacks. Use the model "
+            f"the plan was made for: '{plan.base_model}'."
+        )
     if len(plan.removed_layers) == len(layers):
         raise UserError(
             f"--plan: the plan removes all {len(layers)} layers; at least one must stay. Lower the pruning ratio."
@@ -94,7 +109,7 @@ def pruned_config(config: Any, plan: PruningPlan) -> Any:
     """
     family = family_of(config)
     left = [layer for layer in plan.layers if layer.kept_kv_heads or layer.kept_channels]
-    pruned = copy.deepcopy(config)
+    pruned = with_biases(config, plan.biases)
     for name in ("auto_map", "how_to_load", "block_norms", "logit_scale"):  # of one that was per layer
         pruned.__dict__.pop(name, None)
     pruned.head_dim = head_dim_of(config)
@@ -112,7 +127,7 @@ def pruned_config(config: Any, plan: PruningPlan) -> Any:
         uniform.intermediate_size = channels
         if _can_be_read(uniform):
             return uniform
-        if family.stock_alias is not None and not projection_biases(config):
+        if family.stock_alias is not None and not projection_biases(pruned):
             return _as_alias(uniform, family.stock_alias)
 
     pruned.per_layer_config = dict(enumerate(_overrides(layer, config, queries_per_kv_head) for layer in left))

@@ -17,7 +17,7 @@ class Overlay:
 
     Args:
         kept: of every layer.
-        new_weights: dense layer → what was made of its weights, by role and of the dense shape.
+        new_weights: dense layer → what was made of its weights, by role and of the dense shape, and ``<role>.bias``.
     """
 
     def __init__(self, kept: Sequence[LayerPlan], new_weights: Callable[[int], dict[str, Tensor]]) -> None:
@@ -37,8 +37,10 @@ class Overlay:
             stays[units] = True
             columns = stays.repeat_interleave(projection.in_features // count).to(weight.device)
             projection.weight = torch.where(columns, weight, torch.zeros_like(weight))
-            if not units and projection.bias is not None:
-                projection.module.bias = nn.Parameter(torch.zeros_like(projection.bias), requires_grad=False)
-        for role in new.keys() - {"output", "down"}:
+            bias = new.get(f"{role}.bias", projection.bias)
+            if bias is not None:
+                bias = bias if units else torch.zeros_like(bias)
+                projection.module.bias = nn.Parameter(bias.to(projection.weight), requires_grad=False)
+        for role in new.keys() & view.linears.keys() - {"output", "down"}:
             projection = view.linears[role]
             projection.weight = new[role].to(projection.weight)

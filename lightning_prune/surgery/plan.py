@@ -1,7 +1,7 @@
 """PruningPlan: what is kept of every layer, as a file that can be applied again and compared."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -38,6 +38,8 @@ class PruningPlan:
     ``parameters`` counts unique elements (tied weights once) before and after. ``dtype`` is the dtype of the
     weights the plan was made for and applied to. ``weights_updated`` says that the method also changed the
     weights it keeps (SlimGPT's compensation, masks), so the plan alone cannot re-create the checkpoint.
+    ``biases`` are config keys that are on in the pruned model and off in the dense one (FLAP's compensation): biases
+    they bring along are zero where the method made none.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -51,6 +53,7 @@ class PruningPlan:
     layers: list[LayerPlan]
     dtype: str = "float32"
     weights_updated: bool = False
+    biases: list[str] = field(default_factory=list)
 
     @property
     def removed_layers(self) -> list[int]:

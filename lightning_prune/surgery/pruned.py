@@ -11,7 +11,7 @@ from lightning_prune.models.checkpoint_files import open_checkpoint
 from lightning_prune.models.families import anatomy, family_of, rows_of
 from lightning_prune.models.layered import LayeredModel, open_weights, skeleton
 from lightning_prune.models.loading import resolve
-from lightning_prune.models.records import Family
+from lightning_prune.models.records import COLUMN_ROLES, ROLES, Family
 from lightning_prune.models.sources import Source
 from lightning_prune.surgery.cut import check_plan, kept_part, pruned_config
 from lightning_prune.surgery.plan import PruningPlan
@@ -26,12 +26,13 @@ class PrunedSource:
         dense: gives the dense parameters.
         config: of the dense model.
         plan: what is kept.
-        new_weights: what the method made of the weights it keeps.
+        new_weights: what the method made of the weights it keeps: by role the weight, and ``<role>.bias``.
     """
 
     def __init__(self, dense: Source, config: Any, plan: PruningPlan, new_weights: NewWeights) -> None:
         self.dense, self.config, self.new_weights = dense, config, new_weights
         self.family: Family = family_of(config)
+        self.added = {role for role in ROLES if self.family.bias_of(role) in plan.biases}
         self.left = [layer for layer in plan.layers if layer.kept_kv_heads or layer.kept_channels]
 
     def read(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
@@ -59,13 +60,17 @@ class PrunedSource:
         """The parameter ``name`` of a layer, whole, with the parts in it that the method made anew; ``read`` gives the
         dense one."""
         path, _, kind = name.rpartition(".")
-        roles = self.family.roles_at(path) if kind == "weight" else []
-        if not new.keys() & set(roles):
-            return read()
-        if len(roles) == 1:
+        roles = self.family.roles_at(path)
+        if kind == "bias":
+            new = {role: new[f"{role}.bias"] for role in roles if f"{role}.bias" in new}
+        if len(roles) == 1 and roles[0] in new:
             return new[roles[0]]
-        rows = rows_of(self.config)
-        parts: tuple[Tensor, ...] = read().split([rows[role] for role in roles])  # type: ignore[no-untyped-call]
+        rows = {**rows_of(self.config), **dict.fromkeys(COLUMN_ROLES, self.config.hidden_size)}
+        absent = kind == "bias" and bool(self.added & set(roles))
+        dense = torch.zeros(sum(rows[role] for role in roles)) if absent else read()
+        if not new.keys() & set(roles):
+            return dense
+        parts: tuple[Tensor, ...] = dense.split([rows[role] for role in roles])  # type: ignore[no-untyped-call]
         return torch.cat([new[role].to(part) if role in new else part for role, part in zip(roles, parts, strict=True)])
 
 
@@ -76,8 +81,8 @@ def open_pruned(pretrained: str, plan: PruningPlan, new_weights: NewWeights = la
         UserError: the plan does not fit the model, or the model cannot be opened.
     """
     dense, source = open_weights(pretrained)
-    check_plan(anatomy(dense), plan)
     config = dense.config
+    check_plan(anatomy(dense), plan, config)
     net = skeleton(pruned_config(config, plan))
     dtype = getattr(torch, plan.dtype)
     return LayeredModel(net, PrunedSource(source, config, plan, new_weights), dtype, torch.device("cpu"), "layer")

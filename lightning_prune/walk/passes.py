@@ -22,7 +22,8 @@ from lightning_prune.walk.residuals import ResidualStore
 Finding = dict[str, Tensor]  # what is left of a finished layer
 # The projections of the block that the output or the down projection closes.
 BLOCK_ROLES = {"output": ("query", "key", "value", "output"), "down": ("gate", "up", "down")}
-WEIGHT = "weight."  # in a Finding: the new weight of that role, of the dense shape
+# In a Finding: the new weight of that role, of the dense shape; or ``weight.<role>.bias``, which no pass puts in place.
+WEIGHT = "weight."
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,8 @@ class Walk:
             finding = one.finish(step)
             self.setting.model.overflow.raise_if_any()  # after what knows more exactly where
             finding = _from_first_process(finding)
-            self._put_weights(step, {n.removeprefix(WEIGHT): t for n, t in finding.items() if n.startswith(WEIGHT)})
+            if one.changes(step):
+                self._put_weights(step, {n.removeprefix(WEIGHT): t for n, t in finding.items() if n.startswith(WEIGHT)})
             self.findings.add(number, finding)
         elif one.changes(step):
             self._put_weights(step, self.findings.weights(number))
@@ -97,10 +98,10 @@ class Walk:
         return [(step, self.findings.of(number)) for number, (one, step) in enumerate(self.steps) if one.name == name]
 
     def weights_of(self, layer: int) -> Finding:
-        """New weights of a layer by role, of the dense shape; empty where nothing was changed."""
+        """New weights of a layer by role, of the dense shape, and ``<role>.bias``; empty where nothing was changed."""
         found: Finding = {}
-        for number, (one, step) in enumerate(self.steps):
-            if step.layer == layer and one.changes(step):
+        for number, (_, step) in enumerate(self.steps):
+            if step.layer == layer:
                 found |= self.findings.weights(number)
         return found
 

@@ -168,7 +168,7 @@ def test_llama_heads_that_do_not_divide_become_a_mistral_config() -> None:
 def test_plan_that_does_not_fit_is_refused(kept: Any, message: str) -> None:
     dense = make_tiny()
     with pytest.raises(UserError, match=message) as error:
-        check_plan(anatomy(dense), tiny_plan(dense, kept))
+        check_plan(anatomy(dense), tiny_plan(dense, kept), dense.config)
     assert str(error.value).startswith("--plan: ")
 
 

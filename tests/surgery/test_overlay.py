@@ -37,3 +37,24 @@ def test_what_is_laid_over_the_model_can_be_taken_off(onload) -> None:
     over.change_layers(None)
     assert torch.equal(over.enter(0).mlp.down_proj.weight, dense)
     assert torch.equal(over.enter(1).mlp.down_proj.weight, model.model.layers[1].mlp.down_proj.weight)
+
+
+@torch.no_grad()
+def test_biases_that_the_dense_model_lacks_come_and_go_with_it() -> None:
+    model, tokens = make_tiny(), tiny_tokens()
+    plan = mixed_plan(model, biases=["attention_bias", "mlp_bias"])
+    generator = torch.Generator().manual_seed(3)
+    new = {1: {f"{role}.bias": torch.randn(32, generator=generator) for role in ("output", "down")}}
+    expected = cut(model, plan, lambda layer: new.get(layer, {}))(input_ids=tokens, use_cache=False).logits
+    without = cut(model, mixed_plan(model))(input_ids=tokens, use_cache=False).logits
+    assert not torch.allclose(expected, without, atol=1e-2)
+    over = layered(model, onload="model")
+    over.change_layers(Overlay(plan.layers, lambda layer: new.get(layer, {})))
+    hidden = over.embed(tokens)
+    for index in range(over.num_layers):
+        over.enter(index)
+        hidden = over.run(index, hidden)
+    torch.testing.assert_close(over.head(hidden), expected, rtol=1e-4, atol=1e-4)
+    over.change_layers(None)
+    assert over.enter(1).mlp.down_proj.bias is None
+    assert over.layers[1].self_attn.o_proj.bias is None

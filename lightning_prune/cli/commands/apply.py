@@ -50,7 +50,7 @@ def main(argv: list[str]) -> int:
             f"--model: '{arguments.model}' has {found:,} parameters, the plan was made for a model with "
             f"{expected:,} ('{plan.base_model}'). Give that model."
         )
-    check_plan(anatomy(dense), plan)
+    check_plan(anatomy(dense), plan, dense.config)
 
     pruned = open_pruned(arguments.model, plan)
     card = model_card(plan, layout_of(pruned.config), pretrained=arguments.model)

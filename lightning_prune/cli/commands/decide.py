@@ -115,13 +115,13 @@ def _check_base_model(pretrained: str, run: FinishedRun) -> None:
 
 
 def _check_calibration(cli: "PruneCLI", run: FinishedRun) -> None:
-    """What is refitted must see the text that was scored."""
+    """A refit, and biases that take over means, must see the text that was scored."""
     before = run.calibration.fingerprint if run.calibration is not None else None
     if not cli.model.needs_calibration or before is None:
         return
     if (found := cli.datamodule.calibration.manifest.fingerprint) != before:
         raise UserError(
-            f"--model.refit: the calibration set is not the one that '{run.path}' measured with (its fingerprint was "
+            f"--run: the calibration set is not the one that '{run.path}' measured with (its fingerprint was "
             f"{before}, now it is {found}). Put the text back, or run fit again."
         )
 
@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         "in that run. May change: --model.pruning_ratio and --model.label of every method; allocation, round_to, "
         "freeze_first_n_layers, freeze_last_n_layers and min_groups_per_layer where groups are ranked; H-GSP's tau, "
         "temperature, collapse_epsilon and score_norm; ShortGPT's n_remove_layers and at_most; refit and "
-        "refit_damping, which read the calibration set again; the "
+        "refit_damping, and FLAP's bias_compensation, which read the calibration set again; the "
         "evaluation sets. "
         "What the scores were measured with (model, importance, prior, calibration set, precision) may not.",
         epilog="example: lightning-prune decide --run logs/hgsp_taylor/version_0 --model.pruning_ratio 0.3 "

@@ -1,0 +1,121 @@
+"""Biases that take over what the removed columns of o_proj and down_proj put out, and who can carry them (FLAP).
+
+With P the columns that leave and x̄ the dense model's mean input over the calibration tokens,
+
+    b' = b + W_P · x̄_P
+
+so each of these projections keeps the mean of what it puts out on the dense model's inputs. A block that leaves whole
+has no projection left that could carry one.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lightning_prune.methods.slimgpt_math import columns_of
+from lightning_prune.models.families import (
+    LayerAnatomy,
+    anatomy,
+    count_parameters,
+    family_of,
+    missing_biases,
+    with_biases,
+)
+from lightning_prune.models.layered import skeleton
+from lightning_prune.models.records import COLUMN_ROLES
+from lightning_prune.statistics.hooks import Hooks
+from lightning_prune.statistics.input_moments import InputMoments
+from lightning_prune.statistics.token_statistic import full_precision
+from lightning_prune.surgery.plan import LayerPlan
+from lightning_prune.walk.passes import WEIGHT, Finding, ForwardPass
+
+
+@dataclass(frozen=True)
+class Carriers:
+    """What can take over a mean in a model.
+
+    Attributes:
+        roles: those of output and down.
+        keys: of the config, to switch on for them; none where the model has these biases already.
+        views, parameters: of the dense model with the biases that the keys give it.
+    """
+
+    roles: list[str]
+    keys: list[str]
+    views: list[LayerAnatomy]
+    parameters: int
+
+
+def carriers(config: Any) -> Carriers:
+    """What the family of ``config`` offers."""
+    missing = missing_biases(config)
+    roles = [role for role in _losing(config) if missing.get(role, "") is not None]
+    keys = sorted({key for role in roles if (key := missing.get(role)) is not None})
+    net = skeleton(with_biases(config, keys))
+    return Carriers(roles, keys, anatomy(net), count_parameters(net))
+
+
+def without_carrier(config: Any) -> list[str]:
+    """Those of output and down whose columns may leave and whose family has no bias for them."""
+    missing = missing_biases(config)
+    return [role for role in _losing(config) if missing.get(role, "") is None]
+
+
+def _losing(config: Any) -> list[str]:
+    """Those of output and down that can lose some of their columns."""
+    return [role for role in COLUMN_ROLES if role == "down" or family_of(config).whole_attention is None]
+
+
+class BiasPass(ForwardPass):
+    """New biases for what a plan keeps, from the dense model's inputs.
+
+    Args:
+        kept: of every layer.
+        roles: which of output and down can carry a bias.
+    """
+
+    name = "bias"
+
+    def __init__(self, kept: Sequence[LayerPlan], roles: Collection[str]) -> None:
+        self.kept, self.roles = kept, roles
+
+    def observe(self, view: LayerAnatomy, hooks: Hooks) -> None:
+        """Watch the inputs of the projections that stay."""
+        self.moments: dict[str, InputMoments] = {}
+        for role in self.roles:
+            if self._units(view, role)[0]:
+                linear = view.linears[role]
+                self.moments[role] = InputMoments(linear.in_features).to(linear.weight.device)
+                hooks.on_input(f"layer {view.index}, input of {role}", linear.module, self.moments[role].update)
+
+    def conclude(self, view: LayerAnatomy) -> Finding:
+        """``weight.<role>.bias``, fp32 ``[D]``; nothing for a block that is gone.
+
+        Raises:
+            FloatingPointError: a mean or a bias is not finite, or does not fit into the model's dtype.
+        """
+        found: Finding = {}
+        for role, moments in self.moments.items():
+            where, linear = f"layer {view.index}, input of {role}", view.linears[role]
+            moments.raise_if_not_finite(where)
+            leaving = moments.reduced().reshape(2, -1)[0].clone()
+            units, count = self._units(view, role)
+            kept = torch.tensor(units, dtype=torch.int64, device=leaving.device)
+            leaving[columns_of(kept, linear.in_features // count)] = 0
+            with full_precision(linear.weight.device):
+                bias = torch.mv(linear.weight.float(), leaving.float())
+            if linear.bias is not None:
+                bias += linear.bias.float()
+            if not bool(torch.isfinite(bias.to(linear.weight.dtype)).all()):
+                raise FloatingPointError(f"layer {view.index}, {role} projection: the new bias is NaN or infinite.")
+            found[f"{WEIGHT}{role}.bias"] = bias
+        return found
+
+    def _units(self, view: LayerAnatomy, role: str) -> tuple[list[int], int]:
+        """The units of the block that stay, and how many there are."""
+        plan = self.kept[view.index]
+        if role == "output":
+            return plan.kept_kv_heads, view.num_kv_heads
+        return plan.kept_channels, view.num_channels
