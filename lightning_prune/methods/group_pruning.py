@@ -35,6 +35,8 @@ class GroupPruning(RefittingMethod):
         freeze_last_n_layers: Leave this many layers at the output side untouched.
         min_groups_per_layer: Keep at least this many GQA groups and MLP channels in every layer. 0 lets whole
             blocks and layers go.
+        block_weights: Per layer, factors for the scores of its attention and its MLP before all are ranked together:
+            above 1 the block loses less. ``tune --shifts`` finds them. Default: 1 everywhere.
         steps: Prune in this many equal shares; importance and priors are measured again on what is left, refitted if
             ``refit`` says so. What is pruned at every step stands in the run folder as ``steps/<ratio>``.
         run_options: Options of every method.
@@ -47,6 +49,7 @@ class GroupPruning(RefittingMethod):
         "freeze_first_n_layers",
         "freeze_last_n_layers",
         "min_groups_per_layer",
+        "block_weights",
     )
 
     def __init__(
@@ -58,6 +61,7 @@ class GroupPruning(RefittingMethod):
         freeze_first_n_layers: int = 0,
         freeze_last_n_layers: int = 0,
         min_groups_per_layer: int = 0,
+        block_weights: list[list[float]] | None = None,
         steps: int = 1,
         **run_options: Any,
     ) -> None:
@@ -71,6 +75,16 @@ class GroupPruning(RefittingMethod):
         ):
             if value < smallest:
                 raise UserError(f"--model.{name}: found {value}; it must be {smallest} or more.")
+        if block_weights is not None and not all(
+            len(pair) == 2 and all(0 < weight < float("inf") for weight in pair) for pair in block_weights
+        ):
+            raise UserError("--model.block_weights: give two numbers above 0 per layer, for attention and for the MLP.")
+        if block_weights is not None and allocation != "global":
+            raise UserError(
+                f"--model.block_weights weigh what is ranked together; --model.allocation {allocation} takes the same "
+                "share of every layer. Leave one of them out."
+            )
+        self.block_weights = block_weights
         self.allocation = allocation
         self.round_to = round_to
         self.freeze_first_n_layers = freeze_first_n_layers
@@ -120,7 +134,7 @@ class GroupPruning(RefittingMethod):
             measured = group_scores(self.layers, attention, mlp)
         else:
             measured = self.saved.scores
-        scores = self.score(measured)
+        scores = self._weighed(self.score(measured))
         ranked = scores
         if self.steps > 1 and self._step > 1:
             scores = _with_gone(scores, self.scores)
@@ -128,6 +142,18 @@ class GroupPruning(RefittingMethod):
         self.scores = scores.with_pruned(self.select(ranked, self.layers, self.dense_parameters))
         kept = kept_units(self.scores, len(self.layers))
         self.plan = self.make_plan(kept, parameters_after(self.layers, self.dense_parameters, kept))
+
+    def _weighed(self, scores: Scores) -> Scores:
+        """Scores times the weight of their block."""
+        if self.block_weights is None:
+            return scores
+        if bool((scores.score < 0).any()):
+            raise UserError(
+                f"--model.block_weights: {self.method} ranks by scores below 0 too, which a factor does not order. "
+                "Leave it out."
+            )
+        weights = torch.tensor(self.block_weights, dtype=torch.float64)
+        return replace(scores, score=scores.score * weights[scores.layer, scores.block])
 
     def budget(self, layers: list[LayerAnatomy], total_parameters: int) -> Budget:
         """What may go."""
@@ -168,12 +194,18 @@ class GroupPruning(RefittingMethod):
             "freeze_first_n_layers": self.freeze_first_n_layers,
             "freeze_last_n_layers": self.freeze_last_n_layers,
             "min_groups_per_layer": self.min_groups_per_layer,
+            "block_weights": self.block_weights,
             "steps": self.steps,
             **super().details(),
         }
 
     def check_ratio(self, layers: list[LayerAnatomy], total_parameters: int) -> None:
         """Reachability depends on shapes alone, so constant importances tell."""
+        if self.block_weights is not None and len(self.block_weights) != len(layers):
+            raise UserError(
+                f"--model.block_weights: found weights for {len(self.block_weights)} layers; the model has "
+                f"{len(layers)}."
+            )
         attention = [torch.ones(view.num_kv_heads) for view in layers]
         mlp = [torch.ones(view.num_channels) for view in layers]
         self.select(group_scores(layers, attention, mlp), layers, total_parameters)

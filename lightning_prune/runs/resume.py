@@ -43,23 +43,23 @@ def unfinished_run(root: Path, label: str, facts: Facts) -> Path:
     Raises:
         UserError: there is none, and what the others differ in; or the only one is still under way.
     """
-    differences, alive = [], None
+    others, alive = [], None
     for path in reversed(runs_below(root / label)):
         before = _facts(path)
         if before is None or is_finished(path) or not (path / UNFINISHED).exists():
             continue
         # As JSON both, since that is how the facts were kept.
-        different = _differences(before, json.loads(json.dumps(finite(facts))))
+        different = differences(before, json.loads(json.dumps(finite(facts))))
         if not different and (lock := Lock.take(path / UNFINISHED)) is not None:
             lock.release()
             return path
         if not different:
             alive = path
             continue
-        differences.append(f"{path.name} differs in {'; '.join(different)}")
+        others.append(f"{path.name} differs in {'; '.join(different)}")
     if alive is not None:
         raise UserError(f"--resume: the run in '{alive}' is still under way. Wait for it, or leave --resume out.")
-    found = " ".join(f"{difference}." for difference in differences)
+    found = " ".join(f"{difference}." for difference in others)
     raise UserError(
         f"--resume: no unfinished run of this configuration below '{root / label}'. {found or 'There is none at all.'} "
         "Leave --resume out to begin anew."
@@ -92,7 +92,8 @@ def _facts(path: Path) -> Facts | None:
     return found if isinstance(found, dict) else None
 
 
-def _differences(before: Facts, now: Facts) -> list[str]:
+def differences(before: Facts, now: Facts) -> list[str]:
+    """What does not agree, each with both values."""
     return [
         f"{name}: {before.get(name)} then, {now.get(name)} now"
         for name in dict.fromkeys([*before, *now])

@@ -1,8 +1,9 @@
 """Options chosen by the loss on calibration samples that no measurement saw: one calibration, then decisions alone.
 
 An eighth of the shared set is held out. The method measures on the rest once; every trial decides (and refits) from
-those scores and is laid over the dense model, so nothing is written. The search goes along one option at a time and
-keeps what lowers the loss, until a whole round changes nothing or the trials are used up.
+those scores and is laid over the dense model, so no checkpoint is written. The search goes along one option at a time
+and keeps what lowers the loss, until a whole round changes nothing or the trials are used up. Then budget is shifted
+between the blocks of layers (``shifts.py``), where that is asked for.
 """
 
 import copy
@@ -22,9 +23,16 @@ from lightning_prune.data.sampling import held_out_samples
 from lightning_prune.errors import UserError
 from lightning_prune.methods.base import PruningMethod, SavedMeasurement
 from lightning_prune.methods.group_pruning import GroupPruning
+from lightning_prune.models.families import family_of
+from lightning_prune.models.fingerprint import base_model_sha256
+from lightning_prune.models.loading import load_config
 from lightning_prune.preflight.place import place
 from lightning_prune.progress import Progress
 from lightning_prune.runs.planned import Build, BuiltRun
+from lightning_prune.runs.resume import facts_of
+from lightning_prune.runs.shifts import Floats, directions, factors, search_shifts
+from lightning_prune.runs.tensorboard import kept_fraction
+from lightning_prune.runs.trials import Trial, Trials, read_trials
 
 Options = Mapping[str, Any]
 # In this order: the other options rank differently with a refit behind them.
@@ -40,12 +48,11 @@ AXES: tuple[tuple[str, tuple[Any, ...]], ...] = (
 
 
 @dataclass(frozen=True)
-class Trial:
-    """Options that were tried, the mean token loss in nats on the held-out samples, and what that took."""
+class Limits:
+    """How many options are tried, the first included, and then how many shifts of budget."""
 
-    options: dict[str, Any]
-    loss: float
-    seconds: float
+    options: int
+    shifts: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,8 +71,8 @@ class Tuned:
 
 def search(
     start: Options, axes: tuple[tuple[str, tuple[Any, ...]], ...], loss: Callable[[dict[str, Any]], float], limit: int
-) -> Iterator[tuple[dict[str, Any], float, float]]:
-    """Coordinate descent from ``start``; yields options, their loss and seconds, every setting once.
+) -> Iterator[tuple[dict[str, Any], float]]:
+    """Coordinate descent from ``start``; yields options and their loss, every setting once.
 
     Args:
         start: tried first; an axis whose option it lacks is not searched.
@@ -86,9 +93,8 @@ def search(
                     continue
                 if len(known) == limit:
                     return
-                started = time.perf_counter()
                 known[key] = loss(options)
-                yield dict(options), known[key], time.perf_counter() - started
+                yield dict(options), known[key]
                 if known[key] < best:
                     current, best, changed = options, known[key], True
         settings = [(name, values) for name, values in axes if name in start]
@@ -99,21 +105,25 @@ def tune(
     build: Build,
     data: CalibrationDataModule,
     folder: Path,
-    limit: int,
+    limits: Limits,
+    kept: Path,
+    resume: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[Tuned]:
-    """Try options of one method, and yield what is known after every trial.
+    """Try options of one method, then shifts of budget, and yield what is known after every trial.
 
     Args:
         configuration: of a run as ``fit`` takes it, with every option.
         build: makes trainer, method and data of a configuration.
         data: its calibration set is the one to tune on; what it evaluates on is not read.
         folder: for the two parts of the calibration set, on this machine.
-        limit: trials.
+        limits: how many trials.
+        kept: file that holds all trials after every one of them.
+        resume: begin with the trials in ``kept``, which are not made again.
         progress: shows how far calibrating is; None: nothing does.
 
     Raises:
-        UserError: too few samples.
+        UserError: too few samples, or nothing to go on with.
         FloatingPointError: NaN or infinite values.
     """
     data.eval_datasets = []
@@ -130,31 +140,62 @@ def tune(
     for option in ("num_samples", "seq_len", "sampling", "stride"):  # the rows of an array are the windows
         base["data"].pop(option, None)
     base["trainer"] |= {"logger": False, "enable_progress_bar": False, "default_root_dir": str(folder)}
+    given = base["model"]["init_args"]
+    pretrained = str(given["pretrained"])
+    facts = facts_of(
+        yaml.safe_dump(configuration), base_model_sha256(pretrained), data.calibration.manifest.fingerprint, processes=1
+    )
+    record = read_trials(kept, facts) if resume else Trials(facts)
+    record.samples = int(chosen.sum())
+    trials: list[Trial] = []
+    measured: list[SavedMeasurement] = []
 
     def made(options: Options) -> BuiltRun:
         one = copy.deepcopy(base)
         one["model"]["init_args"] |= options
         return build("tune", one)
 
-    first = made({"refit": "none"})
-    first.model.writes = False
-    first.model.progress = progress or first.model.progress
-    with closing(first.model.progress):
-        dense = _perplexity(first)  # before anything is laid over it
-        saved = _measure(first)
-    start = {name: base["model"]["init_args"][name] for name, _ in AXES if name in base["model"]["init_args"]}
+    def measure() -> SavedMeasurement:
+        first = made({"refit": "none", "block_weights": None})
+        first.model.progress = progress or first.model.progress
+        with closing(first.model.progress):
+            if record.dense_loss is None:
+                record.dense_loss = _perplexity(first)  # before anything is laid over it
+            return _measure(first)
+
+    def loss(options: dict[str, Any], move: str = "") -> float:
+        trial = record.known(options)
+        if trial is None:
+            measured[:] = measured or [measure()]
+            started, run = time.perf_counter(), made(options)
+            run.model.reuse(measured[0])
+            _fit(run)
+            blocks, fractions = kept_fraction(run.model.scores)
+            shares = dict(zip(blocks, fractions.tolist(), strict=True))
+            trial = Trial(options, _perplexity(run), time.perf_counter() - started, shares, move)
+            record.trials.append(trial)
+            record.write(kept)
+        trials.append(trial)
+        return trial.loss
+
+    def found() -> Tuned:
+        assert record.dense_loss is not None
+        return Tuned(trials, record.dense_loss, record.samples)
+
+    start = {name: given[name] for name, _ in AXES if name in given}
     axes = AXES if start.get("temperature") else tuple(axis for axis in AXES if axis[0] not in ("temperature", "tau"))
+    for _ in search(start, axes, loss, limits.options):
+        yield found()
+    best = found().best
+    if limits.shifts and best.options["allocation"] == "global":
+        ways = directions(len(best.kept["mlp"]), family_of(load_config(pretrained)).whole_attention is None)
+        known = np.log2(given["block_weights"]) if given.get("block_weights") else 0.0
 
-    def loss(options: dict[str, Any]) -> float:
-        run = made(options)
-        run.model.reuse(saved)
-        _fit(run)
-        return _perplexity(run)
+        def shifted(move: str, x: Floats) -> float:
+            return loss({**best.options, "block_weights": factors(x + known)}, move)
 
-    trials: list[Trial] = []
-    for options, value, seconds in search(start, axes, loss, limit):
-        trials.append(Trial(options, value, seconds))
-        yield Tuned(trials, dense, int(chosen.sum()))
+        for _ in search_shifts(ways, shifted, best.loss, limits.shifts):
+            yield found()
 
 
 def check_tunable(method: PruningMethod) -> None:

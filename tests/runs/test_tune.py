@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_prune.cli import main
 from lightning_prune.data.sampling import held_out_samples
+from lightning_prune.runs import tune
 from lightning_prune.runs.tune import search
 from tests.methods.running import save_base
 from tests.tiny import make_tiny, tiny_tokens
@@ -86,6 +88,70 @@ def test_the_loss_of_a_trial_is_that_of_the_run_with_its_options(place: Path, ca
     assert f"{math.log(found['dense']):.4f}" in shown.out
 
 
+def test_shifts_keep_the_size_lower_the_loss_and_are_what_fit_does(place: Path, capsys: pytest.CaptureFixture) -> None:
+    words = ["--model.temperature", "0", "--trials", "1", "--shifts", "9"]
+    assert main(arguments(place, *words)) == 0
+    kept = json.loads((place / "tuned.json").read_text())
+    first, best = kept["trials"][0], min(kept["trials"], key=lambda trial: trial["loss"])
+    assert best["loss"] < first["loss"]
+    assert best["move"]
+    assert len(kept["trials"]) == 10
+    tuned = yaml.safe_load((place / "tuned.yaml").read_text())["model"]["init_args"]
+    assert tuned["block_weights"] == best["options"]["block_weights"]
+    events = EventAccumulator(str(place / "tuned.tensorboard")).Reload()
+    assert [round(point.value, 4) for point in events.Scalars("held-out loss/trial")] == [
+        round(trial["loss"], 4) for trial in kept["trials"]
+    ]
+    shares = EventAccumulator(str(place / "tuned.tensorboard" / "best")).Reload().Scalars("kept fraction/mlp")
+    assert [point.value for point in shares] == pytest.approx(best["kept"]["mlp"])
+
+    tokens = tiny_tokens(24, 16)
+    held = held_out_samples(tokens)
+    np.save(place / "seven_eighths.npy", tokens[~held].numpy())
+    np.save(place / "an_eighth.npy", tokens[held].numpy())
+    ratios = []
+    for more in ([], ["--model.block_weights", "null"]):
+        root = place / f"logs{len(more)}"
+        line = ["fit", "--config", str(place / "tuned.yaml"), "--model.pretrained", str(place / "base"), *more]
+        line += ["--data.dataset", str(place / "seven_eighths.npy"), "--trainer.accelerator", "cpu"]
+        line += ["--data.eval_datasets", json.dumps([str(place / "an_eighth.npy")])]
+        assert main([*line, "--trainer.default_root_dir", str(root)]) == 0
+        (metrics,) = root.rglob("metrics.json")
+        (found,) = json.loads(metrics.read_text())["perplexity"].values()
+        trial = first if more else best
+        assert math.log(found["pruned"]) == pytest.approx(trial["loss"], abs=2e-4)
+        plan = json.loads((metrics.parent / "plan.json").read_text())
+        assert [len(layer["kept_channels"]) / 40 for layer in plan["layers"]] == pytest.approx(trial["kept"]["mlp"])
+        ratios.append(plan["parameters"]["pruned"])
+    assert abs(ratios[0] - ratios[1]) < 2 * 3 * 32 * 8  # a GQA group is the largest unit
+
+
+def test_a_search_that_was_killed_goes_on_and_one_of_something_else_does_not(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["--model.temperature", "0", "--trials", "2", "--shifts", "5"]
+    assert main(arguments(place, *words)) == 0
+    expected = {name: (place / name).read_text() for name in ("tuned.yaml", "tuned.json")}
+    whole = json.loads(expected["tuned.json"])
+    (place / "tuned.yaml").unlink()
+    (place / "tuned.json").write_text(json.dumps(whole | {"trials": whole["trials"][:4]}))  # as if killed then
+    capsys.readouterr()
+    assert main(arguments(place, *words)) == 2
+    assert "go on with its trials: --resume" in capsys.readouterr().err
+    made = []
+    real = tune._perplexity
+    monkeypatch.setattr(tune, "_perplexity", lambda run: made.append(run) or real(run))
+    assert main(arguments(place, *words, "--resume")) == 0
+    assert len(made) == 3
+    assert (place / "tuned.yaml").read_text() == expected["tuned.yaml"]
+    again = json.loads((place / "tuned.json").read_text())
+    for mine, other in zip(again["trials"], whole["trials"], strict=True):
+        assert {**mine, "seconds": 0} == {**other, "seconds": 0}
+    capsys.readouterr()
+    assert main(arguments(place, *words, "--resume", "--model.pruning_ratio", "0.3")) == 2
+    assert "model.pruning_ratio: 0.25 then, 0.3 now" in capsys.readouterr().err
+
+
 def test_options_that_are_tried_make_a_difference(place: Path) -> None:
     assert main(arguments(place, "--model.temperature", "0", "--trials", "9")) == 0
     with (place / "tuned.csv").open() as file:
@@ -99,6 +165,8 @@ def test_options_that_are_tried_make_a_difference(place: Path) -> None:
     ("more", "says"),
     [
         (["--trials", "0"], "--trials: found '0'"),
+        (["--shifts", "-1"], "--shifts: found '-1'"),
+        (["--resume"], "no trials in"),
         (["--data.num_samples", "7"], "7 samples leave none to hold out"),
         (["--model", "lightning_prune.methods.SlimGPT"], "cannot be tuned"),
         (["--output", "{place}/tokens.npy"], "ends in .yaml"),

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import io
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from lightning_prune.cli.lightning_cli import PruneCLI
 from lightning_prune.errors import UserError
 from lightning_prune.files import check_writable, writable, write_text
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.runs.tune import Tuned, check_tunable, tune, tuned_config
+from lightning_prune.runs.tune import Limits, Tuned, check_tunable, tune, tuned_config
+from lightning_prune.runs.tune_events import log_kept, log_trial
 
 
 def main(argv: list[str]) -> int:
@@ -24,44 +26,53 @@ def main(argv: list[str]) -> int:
     output: Path = own.output.expanduser()
     if output.suffix not in (".yaml", ".yml"):
         raise UserError(f"--output: found '{output}'; a configuration's name ends in .yaml.")
-    table = output.with_suffix(".csv")
-    for file in (output, table):
-        if file.exists() and not own.overwrite:
-            raise UserError(f"--output: '{file}' exists. Choose another name, or give --overwrite.")
+    table, kept, events = output.with_suffix(".csv"), output.with_suffix(".json"), output.with_suffix(".tensorboard")
+    for file in (output, table, kept):
+        if file.exists() and not own.overwrite and not own.resume:
+            raise UserError(
+                f"--output: '{file}' exists. Choose another name, give --overwrite, or go on with its trials: --resume."
+            )
     check_writable(output.parent, "--output")
     configuration = yaml.safe_load(cli.resolved_config)
     found: Tuned | None = None
-    with tempfile.TemporaryDirectory() as folder:
-        for found in tune(configuration, build, cli.datamodule, Path(folder), own.trials, cli.model.progress):
+    limits = Limits(own.trials, own.shifts)
+    with tempfile.TemporaryDirectory() as folder, writable(output.parent, "--output"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(events, ignore_errors=True)
+        for found in tune(
+            configuration, build, cli.datamodule, Path(folder), limits, kept, own.resume, cli.model.progress
+        ):
+            log_trial(events, found)
             if len(found.trials) == 1:
                 print(f"dense model: loss {found.dense_loss:.4f} on {found.samples} held-out calibration samples")
             last = found.trials[-1]
             mark = "  best so far" if found.best is last else ""
-            print(
-                f"{len(found.trials):3}  loss {last.loss:.4f}  {last.seconds:6.1f} s  {_text(last.options)}{mark}",
-                flush=True,
-            )
+            what = last.move or _text(last.options)
+            print(f"{len(found.trials):3}  loss {last.loss:.4f}  {last.seconds:6.1f} s  {what}{mark}", flush=True)
     assert found is not None
     with writable(output.parent, "--output"):
-        output.parent.mkdir(parents=True, exist_ok=True)
+        log_kept(events, found)
         write_text(table, _table(found))
         write_text(output, tuned_config(configuration, found))
     print(f"\nbest: loss {found.best.loss:.4f} with {_text(found.best.options)}")
-    print(f"configuration: {output}   trials: {table}")
+    print(f"configuration: {output}   trials: {table}, {kept}   TensorBoard: {events}")
     return 0
 
 
 def _text(options: dict[str, object]) -> str:
-    return ", ".join(f"{name} {'auto' if value is None else value}" for name, value in options.items())
+    shown = {name: value for name, value in options.items() if name != "block_weights"}
+    words = [f"{name} {'auto' if value is None else value}" for name, value in shown.items()]
+    return ", ".join([*words, *(["block_weights"] if options.get("block_weights") else [])])
 
 
 def _table(found: Tuned) -> str:
     names = list(found.trials[0].options)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", *names, "held_out_loss", "seconds"])
+    writer.writerow(["trial", *names, "shift", "held_out_loss", "seconds"])
     for number, trial in enumerate(found.trials, 1):
-        writer.writerow([number, *(trial.options[name] for name in names), trial.loss, round(trial.seconds, 1)])
+        values = [trial.options[name] for name in names]
+        writer.writerow([number, *values, trial.move, trial.loss, round(trial.seconds, 1)])
     return text.getvalue()
 
 
@@ -69,11 +80,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=Path("tuned.yaml"))
     parser.add_argument("--trials", type=_trials, default=24)
+    parser.add_argument("--shifts", type=_shifts, default=0)
+    parser.add_argument("--resume", action="store_true")
     parser.add_argument("--overwrite", action="store_true")
     return parser
 
 
 def _trials(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 10_000:
-        raise UserError(f"--trials: found '{text}'; give a whole number from 1 to 10000.")
+    return _count(text, "--trials", 1)
+
+
+def _shifts(text: str) -> int:
+    return _count(text, "--shifts", 0)
+
+
+def _count(text: str, option: str, least: int) -> int:
+    if not text.isdecimal() or not least <= int(text) <= 10_000:
+        raise UserError(f"{option}: found '{text}'; give a whole number from {least} to 10000.")
     return int(text)
