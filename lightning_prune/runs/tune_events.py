@@ -7,11 +7,11 @@ from torch.utils.tensorboard import SummaryWriter
 from lightning_prune.runs.tune import Tuned
 
 
-def log_trial(folder: Path, found: Tuned) -> None:
-    """The newest trial, and the best so far; the step is the trial's number."""
-    with SummaryWriter(str(folder)) as writer:
-        writer.add_scalar("held-out loss/trial", found.trials[-1].loss, len(found.trials))
-        writer.add_scalar("held-out loss/best so far", found.best.loss, len(found.trials))
+def log_trial(writer: SummaryWriter, found: Tuned) -> None:
+    """The newest trial, and the best so far, to be seen at once; the step is the trial's number."""
+    writer.add_scalar("held-out loss/trial", found.trials[-1].loss, len(found.trials))
+    writer.add_scalar("held-out loss/best so far", found.best.loss, len(found.trials))
+    writer.flush()
 
 
 def log_kept(folder: Path, found: Tuned) -> None:

@@ -5,9 +5,11 @@ import csv
 import io
 import shutil
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import yaml
+from torch.utils.tensorboard import SummaryWriter
 
 from lightning_prune.cli.experiment import build
 from lightning_prune.cli.lightning_cli import PruneCLI
@@ -36,13 +38,17 @@ def main(argv: list[str]) -> int:
     configuration = yaml.safe_load(cli.resolved_config)
     found: Tuned | None = None
     limits = Limits(own.trials, own.shifts)
-    with tempfile.TemporaryDirectory() as folder, writable(output.parent, "--output"):
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(writable(output.parent, "--output"))
         output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(events, ignore_errors=True)
         for found in tune(
             configuration, build, cli.datamodule, Path(folder), limits, kept, own.resume, cli.model.progress
         ):
-            log_trial(events, found)
+            if len(found.trials) == 1:  # what an earlier search left stays until there is something to show
+                shutil.rmtree(events, ignore_errors=True)
+                writer = stack.enter_context(SummaryWriter(str(events)))
+            log_trial(writer, found)
             if len(found.trials) == 1:
                 print(f"dense model: loss {found.dense_loss:.4f} on {found.samples} held-out calibration samples")
             last = found.trials[-1]
