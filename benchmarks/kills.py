@@ -362,7 +362,7 @@ class Bench:
             self.check(same, f"{name}: {path} is mixed: {ratio}, {run.plan.pruning_ratio}")
             counted = parameters_in(path / "pruned")
             self.check(counted == run.plan.parameters["pruned"], f"{name}: {path}: {counted} parameters")
-            processes = {file.name.split(".")[5] for file in path.glob("events*")}
+            processes = {file.name.split(".")[5] for file in path.rglob("events*")}
             self.check(len(processes) == 1, f"{name}: {path}: events of {processes}")
             left = [entry for entry in path.rglob("*") if entry.name.startswith(".") or entry.name in LEFT]
             self.check(not left, f"{name}: {left}")
