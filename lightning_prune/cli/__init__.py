@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 
-from lightning_prune.cli.surroundings import check_surroundings
+from lightning_prune.cli.surroundings import check_surroundings, keep_few_kernels
 from lightning_prune.errors import CheckpointError, UserError
 from lightning_prune.files import FULL
 from lightning_prune.signals import stoppable
@@ -96,6 +96,7 @@ def _run(arguments: list[str]) -> int:
     try:
         command, rest = _command(arguments[0]), arguments[1:]
         check_surroundings(os.environ)
+        keep_few_kernels(os.environ)
         if command in HELPED and any(word in ("-h", "--help") for word in rest):
             from lightning_prune.cli.help import help_of
 

@@ -1,13 +1,23 @@
 """What a process finds around it, looked at before libraries are imported that would stumble over it."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 from lightning_prune.errors import UserError
 
 # Lightning reads them as numbers, some when it is imported.
 NUMBERS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 SCHEDULER = ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_NUM_TASKS")
+
+# How many compiled matrix products oneDNN and torch's own layer above it keep. Both keep 1024, one for every shape they
+# met, and layers of a pruned model differ in shape: 5 MB a layer that are never used again.
+KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
+
+
+def keep_few_kernels(environment: MutableMapping[str, str]) -> None:
+    """Let the libraries forget compiled kernels of layers that are done; what is set already stays."""
+    for name, value in KERNEL_CACHES.items():
+        environment.setdefault(name, value)
 
 
 def check_surroundings(environment: Mapping[str, str]) -> None:

@@ -1,6 +1,7 @@
 """From dry runs on a few layers to what the whole run takes, and whether that fits."""
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -19,9 +20,9 @@ from lightning_prune.walk.residuals import SHARE
 # What no tensor shows. GPU: context, kernels, cuBLAS workspaces; host: heaps, threads, packed operands.
 DEVICE_OVERHEAD = 700 * 2**20
 HOST_OVERHEAD = 60 * 2**20
-# On a CPU in half precision oneDNN keeps a compiled kernel for every shape it met, at most 1024 of them. Reading a
-# checkpoint back meets many: seven projections in every layer, each with a width of its own, at every length.
-KERNELS, KERNELS_PER_LAYER, KERNEL_BYTES = 1024, 64, 195_000
+# On a CPU in half precision oneDNN keeps a compiled kernel for every shape it met, at most what the variable says.
+# Reading a checkpoint back meets many: seven projections in every layer, each with a width of its own, at every length.
+KERNELS, KERNELS_PER_LAYER, KERNEL_BYTES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", 1024), 64, 195_000
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def estimate(
     for phase in runs[-1].phases:
         use = _at(runs, phase, layers)
         if phase == "evaluate" and not shapes.gpu and shapes.dtype.itemsize == 2:  # of the pruned model
-            use.host += min(KERNELS, KERNELS_PER_LAYER * (layers if method.uneven else 1)) * KERNEL_BYTES
+            use.host += min(_kernels(), KERNELS_PER_LAYER * (layers if method.uneven else 1)) * KERNEL_BYTES
         peaks.append((phase, *_placed(use, shapes.gpu and phase != "save", limits, held)))
     pruned = int(method.dense_parameters * (1 - (method.requested_ratio or 0.0))) * shapes.saved.itemsize
     device = max(peaks, key=lambda peak: peak[1])
@@ -214,3 +215,9 @@ def advice(found: Estimate, other: Estimate | None, method: PruningMethod, load:
     if load.samples > 32 and not isinstance(method, SlimGPT):
         words.append("a lower --data.num_samples shortens the residual streams")
     return "; ".join(words) + "." if words else "Use a device with more memory, or a shorter --data.seq_len."
+
+
+def _kernels() -> int:
+    name, default = KERNELS
+    value = os.environ.get(name, "")
+    return int(value) if value.isascii() and value.isdecimal() else default

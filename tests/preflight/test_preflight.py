@@ -126,8 +126,9 @@ def test_a_few_layers_tell_about_many() -> None:
 
 
 def test_half_precision_kernels_count_once_where_all_layers_are_alike(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")  # its own default, with which it keeps them all
     tiny_config(layers=LAYERS).save_pretrained(tmp_path)
     np.save(tmp_path / "tokens.npy", np.zeros((SAMPLES, LENGTH), dtype=np.int64))
     words = ["--model.pretrained", str(tmp_path), "--data.dataset", str(tmp_path / "tokens.npy"), "--json"]
