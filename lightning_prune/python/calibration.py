@@ -1,6 +1,7 @@
 """Text or token ids of one's own as the calibration set of a run."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_prune.data.corpora import load_corpus
 from lightning_prune.data.sampling import random_windows
 from lightning_prune.data.tokenization import load_tokenizer
 from lightning_prune.errors import UserError
@@ -24,8 +26,9 @@ def calibration_set(
     """Token ids int64 ``[num_samples, seq_len]``, drawn as the command line draws them.
 
     Args:
-        data: a text, a list of texts, a ``datasets.Dataset`` with a text column, or token ids: ``[T]`` to draw windows
-            from, or ``[N, L]``, whose rows are taken as they are.
+        data: a text, a list of texts, a ``Path`` (a file as ``--data.dataset`` takes it, whole), a ``datasets.Dataset``
+            with a text column, or token ids: ``[T]`` to draw windows from, or ``[N, L]``, whose rows are taken as they
+            are.
         tokenizer: of the model, or its folder or hub id; only token ids need none.
         num_samples: N; this and the next two are the unified setting by default, and not read for ``[N, L]``.
         seq_len: L.
@@ -33,7 +36,7 @@ def calibration_set(
         column: of a dataset.
 
     Raises:
-        UserError: too little text, no tokenizer, or data of another kind.
+        UserError: too little text, no tokenizer, the name of a file as a str, or data of another kind.
     """
     ids = _token_ids(data)
     if ids is not None and ids.dim() == 2:
@@ -42,7 +45,9 @@ def calibration_set(
         if tokenizer is None:
             raise UserError("tokenizer: none given; texts need that of the model (the object, its folder or hub id).")
         found = load_tokenizer(str(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
-        ids = torch.tensor(found("\n\n".join(_texts(data, column)), add_special_tokens=False)["input_ids"])
+        ids = torch.tensor(
+            found("\n\n".join(_texts(data, column)), add_special_tokens=False, verbose=False)["input_ids"]
+        )
     return random_windows(ids, num_samples, seq_len, seed)
 
 
@@ -76,7 +81,14 @@ def _token_ids(data: Any) -> Tensor | None:
 
 
 def _texts(data: Any, column: str) -> list[str]:
+    if isinstance(data, Path):
+        return [load_corpus(str(data), "all").text]
     if isinstance(data, str):
+        is_file = False
+        with suppress(OSError, ValueError):  # what a text gives as the name of a file
+            is_file = Path(data).is_file()
+        if is_file:
+            raise UserError(f"calibration data: '{data}' is a file; pathlib.Path('{data}') is read, a str is text.")
         return [data]
     if hasattr(data, "column_names"):
         if column not in data.column_names:
@@ -87,5 +99,5 @@ def _texts(data: Any, column: str) -> list[str]:
         if texts and all(isinstance(text, str) for text in texts):
             return texts
     raise UserError(
-        f"calibration data: give text, a list of texts, a Dataset or token ids; found {type(data).__name__}."
+        f"calibration data: give text, a list of texts, a Path, a Dataset or token ids; found {type(data).__name__}."
     )

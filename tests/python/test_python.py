@@ -105,13 +105,18 @@ def test_apply_makes_the_checkpoint_of_a_plan_again(base: str, tmp_path: Path) -
     assert (folder / "model.safetensors").read_bytes() == expected
 
 
-def test_calibration_sets_from_text_a_dataset_and_token_ids(base: str) -> None:
+def test_calibration_sets_from_text_a_file_a_dataset_and_token_ids(base: str, tmp_path: Path) -> None:
     texts = [" ".join(f"w{2 + (7 * i + j) % 90}" for j in range(50)) for i in range(6)]
     one = lp.calibration_set("\n\n".join(texts), tiny_tokenizer(), num_samples=5, seq_len=16, seed=3)
     assert one.shape == (5, 16)
     assert torch.equal(lp.calibration_set(texts, base, 5, 16, seed=3), one)
     rows = datasets.Dataset.from_dict({"text": texts})
     assert torch.equal(lp.calibration_set(rows, base, 5, 16, seed=3), one)
+    file = tmp_path / "my_text.txt"
+    file.write_text("\n\n".join(texts), encoding="utf-8")
+    assert torch.equal(lp.calibration_set(file, base, 5, 16, seed=3), one)
+    with pytest.raises(lp.UserError, match="is a file; pathlib"):
+        lp.calibration_set(str(file), base, 5, 16)
     stream = torch.tensor(tiny_tokenizer()("\n\n".join(texts))["input_ids"])
     assert torch.equal(lp.calibration_set(stream, num_samples=5, seq_len=16, seed=3), one)
     assert torch.equal(lp.calibration_set(tiny_tokens(4, 9).numpy()), tiny_tokens(4, 9))
