@@ -20,9 +20,10 @@ from lightning_prune.walk.residuals import SHARE
 # What no tensor shows. GPU: context, kernels, cuBLAS workspaces; host: heaps, threads, packed operands.
 DEVICE_OVERHEAD = 700 * 2**20
 HOST_OVERHEAD = 60 * 2**20
-# On a CPU in half precision oneDNN keeps a compiled kernel for every shape it met, at most what the variable says.
-# Reading a checkpoint back meets many: seven projections in every layer, each with a width of its own, at every length.
-KERNELS, KERNELS_PER_LAYER, KERNEL_BYTES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", 1024), 64, 195_000
+# On a CPU in half precision oneDNN keeps a compiled kernel for every shape it met, at most what the variable says;
+# layers of a pruned model have shapes of their own.
+KERNELS, KERNELS_PER_LAYER, KERNEL_BYTES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", 1024), 16, 800_000
+UNIT_BYTES = 400  # scores, decision and plan of one unit, and what writing them takes
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,9 @@ def estimate(
     peaks = []
     for phase in runs[-1].phases:
         use = _at(runs, phase, layers)
-        if phase == "evaluate" and not shapes.gpu and shapes.dtype.itemsize == 2:  # of the pruned model
+        if phase == "evaluate" and method.uneven:  # of the pruned model
+            use.host += UNIT_BYTES * sum(view.num_kv_heads + view.num_channels for view in method.layers)
+        if phase == "evaluate" and not shapes.gpu and shapes.dtype.itemsize == 2:
             use.host += min(_kernels(), KERNELS_PER_LAYER * (layers if method.uneven else 1)) * KERNEL_BYTES
         peaks.append((phase, *_placed(use, shapes.gpu and phase != "save", limits, held)))
     pruned = int(method.dense_parameters * (1 - (method.requested_ratio or 0.0))) * shapes.saved.itemsize
