@@ -44,11 +44,11 @@ def _other_sets(group: Group, sets: Sequence[str], short: dict[str, str]) -> lis
     based, told = _best(group, sets[0]), []
     for name in sets[1:]:
         here = _best(group, name)
-        other = [
-            f"{' and '.join(here[ratio]) or 'nothing usable'} at {percent(ratio)}"
-            for ratio in here
-            if set(here[ratio]) != set(based.get(ratio, []))
-        ]
+        differ: dict[str, list[str]] = {}  # ratios by what leads there
+        for ratio in here:
+            if set(here[ratio]) != set(based.get(ratio, [])):
+                differ.setdefault(" and ".join(here[ratio]) or "nothing usable", []).append(percent(ratio))
+        other = [f"{systems} at {' and '.join(where)}" for systems, where in differ.items()]
         told.append(f"on {short[name]} {'it is ' + ', '.join(other) if other else 'the same systems lead'}")
     return [f"This is about {short[sets[0]]}, the first of {len(sets)} evaluation sets; {'; '.join(told)}."]
 

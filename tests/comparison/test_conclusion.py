@@ -39,6 +39,11 @@ def test_set_that_the_answer_is_about_is_named_and_where_others_disagree(tmp_pat
     told = conclusion(audit(runs))
     assert told[0].startswith("By perplexity on demo (dense 10.000), wanda is best")
     assert told[3] == "This is about demo, the first of 2 evaluation sets; on ptb it is taylor at 20 %."
+    more = [
+        second_set(write_run(tmp_path, "wanda", 0.3, perplexity=14.0, version=1), 28.0),
+        second_set(write_run(tmp_path, "taylor", 0.3, perplexity=15.0, version=1), 27.0),
+    ]
+    assert conclusion(audit([*runs, *more]))[3].endswith("on ptb it is taylor at 20 % and 30 %.")
     runs = [second_set(run.folder, value) for run, value in zip(runs, (24.0, 25.0), strict=True)]
     assert conclusion(audit(runs))[3].endswith("on ptb the same systems lead.")
 
