@@ -25,6 +25,13 @@ from tests.tiny import make_tiny, tiny_tokens
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 YOURS = {  # what stands for something of the reader's, or would take minutes
+    "../shared/models/llama-4m": "demo",
+    "../shared/data/wikitext2/validation.txt": "my_text.txt",
+    "../shared/data/wikitext2/test.txt": "my_text.txt",
+    "../shared/data/ptb/validation.txt": "my_text.txt",
+    "../shared/data/ptb/test.txt": "my_text.txt",
+    "--config targets/smollm2-135m": "--model.pretrained demo",
+    "/tmp/": "",
     "path/or/hub-id": "demo",
     "path/to/model": "demo",
     "path/to/llama": "demo",
@@ -47,7 +54,6 @@ ELSEWHERE = {  # commands that are not run here, and why
     "--resume": "tests/runs kills a run first",
     "evaluate --model logs/wanda/version_0 --dense demo --efficiency --engine llamacpp": "tests/engines",
 }
-MEASURED = ("../shared", "/tmp/reference")  # commands that made a number took minutes, on what is not in the repository
 BEFORE = {  # runs that a page takes for granted
     "python.md": ("wanda",),
     "quality.md": ("hgsp_taylor",),
@@ -95,7 +101,8 @@ def with_demo(text: str) -> str:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     np.save("windows.npy", lp.calibration_set(demo_text("test"), "demo", num_samples=8).numpy())
-    (tmp_path / "my_text.txt").write_text(demo_text("train")[:100_000], encoding="utf-8")
+    for name in ("my_text.txt", "part.txt", "ptb_part.txt"):
+        (tmp_path / name).write_text(demo_text("train")[:100_000], encoding="utf-8")
     return tmp_path
 
 
@@ -105,6 +112,7 @@ def run(command: str) -> None:
         added: list[str] = []
     else:
         added = ADDED.get(words[0], "").format(windows="windows.npy").split()
+        added += ["--ratios", "0.2"] if words[0] == "compare" and "--ratios" not in words else []
     assert main(words + added) == 0, command
 
 
@@ -115,7 +123,7 @@ def test_commands_and_snippets_of_a_page_run_in_their_order(page: Path, folder: 
     for config in BEFORE.get(page.name, ()):
         run(f"fit --config {config}")
     for command in dict.fromkeys(found):
-        if command not in ELSEWHERE and not any(word in command for word in MEASURED):
+        if command not in ELSEWHERE:
             run(with_demo(command))
     names: dict[str, Any] = {}
     for snippet in blocks(page, "python"):
