@@ -87,14 +87,14 @@ def _quality(fields: Sequence[Sequence[Entry]], dense: float | None, on: str) ->
         elif len(field) == 1:
             says = f"only {best[0].system} was run"
         elif len(best) > 1:
-            says = f"{_list([entry.system for entry in best])} tie for the best"
+            says = f"{listed([entry.system for entry in best])} tie for the best"
         else:
             says = f"{best[0].system} is best"
         worth = "; ".join(_worth(entry, dense) for entry in best)
         told.setdefault(says, []).append(f"{where} ({worth})")
     known = f"dense {_number(dense)}" if dense is not None else "the dense perplexity is not finite"
     alone = f"there is only {next(iter(systems))} to judge: " if len(systems) == 1 else ""
-    parts = [f"{says} at {_list(where)}" for says, where in told.items()]
+    parts = [f"{says} at {listed(where)}" for says, where in told.items()]
     return f"By perplexity on {on} ({known}), {alone}{'; '.join(parts)}."
 
 
@@ -104,7 +104,7 @@ def _cost(fields: Sequence[Sequence[Entry]]) -> str:
         best = leaders(field)
         if not best:
             continue
-        took = _list([f"{entry.system} {_seconds(entry.seconds)}" for entry in best])
+        took = listed([f"{entry.system} {_seconds(entry.seconds)}" for entry in best])
         known = [entry for entry in field if entry.seconds is not None and entry.verdict != UNUSABLE]
         cheap = min(known, key=lambda entry: entry.seconds or 0.0, default=None)
         if cheap is None or cheap in best or len(field) == 1:
@@ -131,7 +131,7 @@ def _noise(fields: Sequence[Sequence[Entry]]) -> str:
     for field in fields:
         found, where = tiers(field), percent(field[0].ratio)
         ties += [
-            f"the order of {_list([one.system for one in tier])} at {where} is a tie ({_within(tier)})"
+            f"the order of {listed([one.system for one in tier])} at {where} is a tie ({_within(tier)})"
             for tier in found
             if len(tier) > 1
         ]
@@ -143,9 +143,9 @@ def _noise(fields: Sequence[Sequence[Entry]]) -> str:
             rest.append(where)
     parts = ties + alone
     if rest:
-        parts.append(f"the lead at {_list(rest)} is larger than the spread")
+        parts.append(f"the lead at {listed(rest)} is larger than the spread")
     if lost:
-        parts.append(f"at {_list(lost)} there is no usable system to compare")
+        parts.append(f"at {listed(lost)} there is no usable system to compare")
     return f"{over}, {'; '.join(parts)}."
 
 
@@ -193,5 +193,6 @@ def _small(value: float) -> str:
     return "0" if value == 0 else f"{value:.3f}" if value >= 0.0095 else f"{value:.1g}"
 
 
-def _list(words: Sequence[str]) -> str:
+def listed(words: Sequence[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lightning_prune.comparison.answer import Entry, answer, leaders, percent
+from lightning_prune.comparison.answer import Entry, answer, leaders, listed, percent
 from lightning_prune.comparison.audit import Audit, Group
 from lightning_prune.comparison.names import short_names
 from lightning_prune.comparison.repeats import Repeats, repeats
@@ -47,8 +47,8 @@ def _other_sets(group: Group, sets: Sequence[str], short: dict[str, str]) -> lis
         differ: dict[str, list[str]] = {}  # ratios by what leads there
         for ratio in here:
             if set(here[ratio]) != set(based.get(ratio, [])):
-                differ.setdefault(" and ".join(here[ratio]) or "nothing usable", []).append(percent(ratio))
-        other = [f"{systems} at {' and '.join(where)}" for systems, where in differ.items()]
+                differ.setdefault(listed(here[ratio] or ["nothing usable"]), []).append(percent(ratio))
+        other = [f"{systems} at {listed(where)}" for systems, where in differ.items()]
         told.append(f"on {short[name]} {'it is ' + ', '.join(other) if other else 'the same systems lead'}")
     return [f"This is about {short[sets[0]]}, the first of {len(sets)} evaluation sets; {'; '.join(told)}."]
 

@@ -48,9 +48,8 @@ def main(argv: list[str]) -> int:
             if len(found.trials) == 1:  # what an earlier search left stays until there is something to show
                 shutil.rmtree(events, ignore_errors=True)
                 writer = stack.enter_context(SummaryWriter(str(events)))
-            log_trial(writer, found)
-            if len(found.trials) == 1:
                 print(f"dense model: loss {found.dense_loss:.4f} on {found.samples} held-out calibration samples")
+            log_trial(writer, found)
             last = found.trials[-1]
             mark = "  best so far" if found.best is last else ""
             what = last.move or _text(last.options)
