@@ -4,8 +4,8 @@ Every group G of every layer gets one final score, and all groups are ranked tog
 
     final(G) = S(G) · B(G)^T,   S(G) = I(G) / cost(G)
 
-I is the importance (``taylor``, ``taylor_2nd``, ``fisher``, ``wanda``, ``magnitude``), cost the parameters that
-leave with G. B is the depth prior: how much the loss grows without G's whole layer, or without its block where the
+I is the importance (``taylor``, ``taylor_2nd``, ``fisher``, ``kfac``, ``wanda``, ``magnitude``), cost the parameters
+that leave with G. B is the depth prior: how much the loss grows without G's whole layer, or without its block where the
 layer matters (gate τ).
 """
 
@@ -23,6 +23,7 @@ from lightning_prune.methods.base import SavedMeasurement
 from lightning_prune.methods.blocks import block_index
 from lightning_prune.methods.fisher import FisherPass
 from lightning_prune.methods.group_pruning import GroupPruning
+from lightning_prune.methods.kfac import KFACPass
 from lightning_prune.methods.magnitude import MagnitudePass
 from lightning_prune.methods.scores import Scores
 from lightning_prune.methods.taylor import TaylorPass
@@ -31,8 +32,8 @@ from lightning_prune.models.families import LayerAnatomy
 from lightning_prune.walk.passes import Pass
 from lightning_prune.walk.wavefront import PIECES, RemovalPass, SimilarityPass
 
-Importance = Literal["taylor", "taylor_2nd", "fisher", "wanda", "magnitude"]
-GRADIENTS = ("taylor", "taylor_2nd", "fisher")  # importances that differentiate the loss
+Importance = Literal["taylor", "taylor_2nd", "fisher", "kfac", "wanda", "magnitude"]
+GRADIENTS = ("taylor", "taylor_2nd", "fisher", "kfac")  # importances that differentiate the loss
 ScoreNorm = Literal["none", "kind", "block"]
 
 
@@ -80,9 +81,10 @@ class HGSP(GroupPruning):
         pretrained: Model folder or hub id to prune. ``demo`` is the small model inside the package.
         pruning_ratio: Share of all parameters (embeddings and head included) to remove, between 0 and 1.
         importance: What a group is worth: taylor (sum of |w·g|), taylor_2nd (adds ½·w²·h), fisher (mean square, over
-            tokens, of the loss's slope along the group), wanda (sum of |w|·‖x‖) or magnitude (sum of |w|).
+            tokens, of the loss's slope along the group), kfac (what the loss feels once the other groups of the block
+            make up for it), wanda (sum of |w|·‖x‖) or magnitude (sum of |w|).
         prior: How layers and blocks are weighed: removal (loss increase without them), gradient (an estimate of it that
-            the pass of taylor or fisher gives, at no extra evaluation) or similarity (1 − cosine between what enters
+            the pass of taylor, fisher or kfac gives, at no extra evaluation) or similarity (1 − cosine between what enters
             and what leaves, cheap).
         prior_num_samples: Calibration samples for the prior, taken from the front of the shared set. Default: all;
             50 is the original setting.
@@ -121,7 +123,7 @@ class HGSP(GroupPruning):
         if prior == "gradient" and importance not in GRADIENTS:
             raise UserError(
                 f"--model.prior gradient comes out of a backward pass; importance {importance} makes none. Use "
-                "--model.importance taylor or fisher, or --model.prior removal or similarity."
+                "--model.importance taylor, fisher or kfac, or --model.prior removal or similarity."
             )
         if prior == "gradient" and prior_num_samples is not None:
             raise UserError(
@@ -151,6 +153,7 @@ class HGSP(GroupPruning):
             "taylor": partial(TaylorPass, priors=slopes),
             "taylor_2nd": partial(TaylorPass, second_order=True, priors=slopes),
             "fisher": partial(FisherPass, priors=slopes),
+            "kfac": partial(KFACPass, priors=slopes),
             "wanda": WandaPass,
             "magnitude": MagnitudePass,
         }

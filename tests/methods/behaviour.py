@@ -48,6 +48,7 @@ SYSTEMS: dict[str, System] = {
     "hgsp_wanda": System(partial(HGSP, importance="wanda")),
     # By block: a gate between layer and block would turn the rounding of one number into many decisions.
     "hgsp_fisher": System(partial(HGSP, importance="fisher", prior="gradient", tau=0)),
+    "hgsp_kfac": System(partial(HGSP, importance="kfac", temperature=0)),
     "hgsp_taylor_2nd": System(partial(HGSP, importance="taylor_2nd", prior="similarity")),
     "hgsp_taylor_refit": System(partial(HGSP, importance="taylor", temperature=0, refit="residual")),
     "slimgpt": System(SlimGPT, shares="own rule"),

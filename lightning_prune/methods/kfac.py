@@ -1,0 +1,150 @@
+"""K-FAC importance: what the loss feels of a unit once the units that stay make up for it.
+
+Symbols: W ``[d, n]`` the weight of o_proj or down_proj, x its input and g = ∂L/∂y the gradient at its output, L the summed
+token loss. The curvature of L along W is taken for the Kronecker product of A = mean over tokens of x·xᵀ and F = mean of
+g·gᵀ (Martens and Grosse 2015, K-FAC). When the columns b of W go, and those that stay become what the curvature wants,
+L grows by
+
+    I = tr(F · W_b · [(A⁻¹)_bb]⁻¹ · W_bᵀ)      times ½, which changes no ranking
+
+(optimal brain surgeon with these factors: van der Ouderaa et al. 2024, "The LLM Surgeon"). With F = C·Cᵀ that is SlimGPT's
+error of Cᵀ·W, so its solver does the work: units leave one after the other until none is left, the others make up for
+them every time, and I is what a unit cost when it left. F makes costs of different layers comparable, which SlimGPT's own,
+in each layer's units of output, are not.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_prune.memory import free_bytes
+from lightning_prune.methods.slimgpt_math import (
+    NotPositiveDefiniteError,
+    choose_dtype,
+    inverse_hessian,
+    prune_channels,
+    prune_heads,
+)
+from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.statistics.hessian import InputGram
+from lightning_prune.statistics.token_statistic import full_precision
+from lightning_prune.walk.backward import BackwardPass
+from lightning_prune.walk.passes import Finding, Step
+
+DAMPING = 0.01  # of A and of F, times the mean of the diagonal
+ROUNDS = 32  # in which MLP channels leave; on the reference Llama 512 rounds, one channel each, chose no better
+
+
+def compensated_costs(
+    weight: Tensor, xtx: Tensor, gtg: Tensor, tokens: int, width: int, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """I of every unit as above, ``[n / width]``.
+
+    Args:
+        weight: W ``[d, n]``, any floating dtype.
+        xtx: Σ x·xᵀ ``[n, n]`` over the tokens.
+        gtg: Σ g·gᵀ ``[d, d]`` over the same tokens.
+        tokens: how many.
+        width: columns of one unit; those of width 1 leave in ``ROUNDS`` rounds, others one by one.
+        dtype: of the computation, fp32 or float64.
+
+    Raises:
+        FloatingPointError: a factor holds NaN or infinite values.
+        NotPositiveDefiniteError: A has no inverse.
+    """
+    units = weight.shape[1] // width
+    curvature = gtg.to(dtype, copy=True).div_(tokens)
+    mean = curvature.diagonal().mean()
+    if not bool(torch.isfinite(curvature).all()):
+        raise FloatingPointError("the gradients' second moment holds NaN or infinite values.")
+    if not bool(mean > 0):  # nothing behind it reaches the loss
+        return weight.new_zeros(units, dtype=dtype)
+    curvature.diagonal().add_(DAMPING * mean)
+    with full_precision(weight.device):
+        felt = torch.linalg.cholesky(curvature).T @ weight.to(dtype)
+    del curvature
+    hessian = inverse_hessian(xtx, 2 * tokens, DAMPING, dtype)
+    if width > 1:
+        return prune_heads(felt, hessian, units, width, "exact").errors
+    each = -(-units // ROUNDS)
+    return prune_channels(felt, hessian, [min(each, units - gone) for gone in range(0, units, each)]).errors
+
+
+class KFACPass(BackwardPass):
+    """I per GQA group and MLP channel. No weight takes a gradient."""
+
+    name = "importance"
+    free_bytes = staticmethod(free_bytes)
+
+    def __init__(self, priors: bool = False) -> None:
+        self.priors = priors
+
+    def watch(self, view: LayerAnatomy) -> None:
+        """Both factors of the two projections that write to the residual stream."""
+        self.factors: dict[str, tuple[InputGram, InputGram]] = {}
+        self._handles: list[RemovableHandle] = []
+        for role in ("output", "down"):
+            module = view.linears[role].module
+            d, n = view.linears[role].weight.shape
+            inputs, gradients = (InputGram(size).to(self.model.device) for size in (n, d))
+            self.factors[role] = inputs, gradients
+            self._handles.append(module.register_forward_pre_hook(_listen_to_inputs(inputs)))
+            self._handles.append(module.register_forward_hook(_listen_to_gradients(gradients)))
+
+    def expect(self, samples: int, tokens: int) -> None:
+        """Nothing: the factors count for themselves."""
+
+    def conclude(self, view: LayerAnatomy) -> Finding:
+        """Importance per unit."""
+        while self._handles:
+            self._handles.pop().remove()
+        return {"attention": self._costs(view, "output"), "mlp": self._costs(view, "down")}
+
+    def cost(self, view: LayerAnatomy, step: Step) -> float:
+        """Backward: run again, gradients of what passes, and both factors."""
+        if step.phase == "forward":
+            return 1.0
+        linears = view.linears
+        shapes = [linears[role].weight.shape for role in ("output", "down")]
+        whole = sum(linear.weight.numel() for linear in linears.values())
+        return 2.0 + sum(d * d + n * n for d, n in shapes) / 2 / whole
+
+    def cost_to_finish(self, view: LayerAnatomy, step: Step) -> float:
+        """About 2·n³ operations for A⁻¹ and what leaves, beside two for every weight of the layer and token."""
+        if step.phase == "forward":
+            return 0.0
+        inner = sum(view.linears[role].in_features ** 3 for role in ("output", "down"))
+        return inner / sum(linear.weight.numel() for linear in view.linears.values())
+
+    def _costs(self, view: LayerAnatomy, role: str) -> Tensor:
+        """float64 on the host, so that scores of both solver precisions look alike."""
+        linear = view.linears[role]
+        inputs, gradients = self.factors.pop(role)
+        units = view.num_kv_heads if role == "output" else view.num_channels
+        xtx, gtg, tokens = inputs.matrix(), gradients.matrix(), int(inputs.tokens)
+        dtype = choose_dtype(len(xtx), self.free_bytes(xtx.device))
+        try:
+            return compensated_costs(linear.weight, xtx, gtg, tokens, linear.in_features // units, dtype).double()
+        except (NotPositiveDefiniteError, FloatingPointError) as error:
+            raise FloatingPointError(f"layer {view.index}, {role} projection: {error}") from None
+        finally:
+            inputs.give_up()
+            gradients.give_up()
+
+
+def _listen_to_inputs(factor: InputGram) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def listen(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        factor.update(args[0])
+
+    return listen
+
+
+def _listen_to_gradients(factor: InputGram) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def listen(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if not output.requires_grad:  # in layer 0 nothing before it does
+            output.requires_grad_(True)
+        output.register_hook(factor.update)
+
+    return listen
