@@ -21,8 +21,8 @@ class RefittingMethod(PruningMethod):
         refit: Refit what stays of o_proj and down_proj in every layer, by least squares on the calibration set.
             ``residual`` fits the residual stream to the dense model's, ``output`` each projection to its own output on
             the pruned model's inputs. The papers of these methods do not refit, so ``none`` is the default.
-        refit_damping: λ, the pull towards the old weight, in means of the diagonal of XᵀX. ``auto`` tries 0.001 to 1
-            for every projection on an eighth of the samples that it did not see.
+        refit_damping: λ, the pull of every column towards the old weight, times ‖x‖² of its input over the tokens.
+            ``auto`` tries 0.001 to 1 for every projection on an eighth of the samples that it did not see.
         run_options: Options of every method.
     """
 

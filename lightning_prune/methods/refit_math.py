@@ -2,10 +2,12 @@
 
 For inputs X ``[T, n]`` of the kept columns and targets Y ``[T, d]``:
 
-    W = argmin ‖X·Wᵀ − Y‖² + λ·m·‖W − W₀‖²  =  W₀ + (YᵀX − W₀·G)·(G + λ·m·I)⁻¹,   G = XᵀX,   m = mean of G's diagonal
+    W = argmin ‖X·Wᵀ − Y‖² + λ·Σ_j G_jj·‖W_j − W₀_j‖²  =  W₀ + (YᵀX − W₀·G)·(G + λ·diag(G))⁻¹,   G = XᵀX
 
 Least squares on what a pruned layer reads is SlimGPT's refit (Ling et al. 2024, "SlimGPT: Layer-wise Structured Pruning
-for Large Language Models", eq. 2–4) for any selection; λ is the damping of its Hessian, here with W₀ as its centre.
+for Large Language Models", eq. 2–4) for any selection; λ is the damping of its Hessian, with W₀ as its centre and every
+column pulled in proportion to its own input's size: with one pull for all, the mean of the diagonal, the few inputs of
+a trained model that are thousands of times larger than the others would keep those from moving at all.
 """
 
 from dataclasses import dataclass
@@ -15,7 +17,15 @@ from torch import Tensor
 
 from lightning_prune.statistics.gram import add_gram_, mirror_upper_
 
-DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)  # that ``auto`` chooses from, beside leaving the projection as it is
+DAMPINGS = (
+    1e-3,
+    3e-3,
+    1e-2,
+    3e-2,
+    1e-1,
+    3e-1,
+    1.0,
+)  # that ``auto`` chooses from, beside leaving the projection as it is
 DEFAULT_DAMPING = 1e-2  # where too few samples are there to hold some out
 
 
@@ -59,15 +69,15 @@ def ridge(equations: NormalEquations, old: Tensor, damping: float) -> Tensor:
         damping: λ > 0. Inputs that never move have a zero row in G, and keep their column of W₀.
 
     Raises:
-        FloatingPointError: G or C holds NaN or infinite values, or G + λ·m·I is not positive definite, as with inputs
-            that are all zero.
+        FloatingPointError: G or C holds NaN or infinite values, or G + λ·diag(G) is not positive definite.
     """
     gram, cross = equations.gram, equations.cross
     if not bool(torch.isfinite(gram).all() and torch.isfinite(cross).all()):
         raise FloatingPointError("the normal equations hold NaN or infinite values.")
     old = old.to(gram.dtype)
     damped = gram.clone()
-    damped.diagonal().add_(damping * gram.diagonal().mean())
+    pull = gram.diagonal()
+    damped.diagonal().add_(torch.where(pull == 0, 1.0, damping * pull))
     factor, failed = torch.linalg.cholesky_ex(damped)
     if int(failed):
         raise FloatingPointError("XᵀX is not positive definite; use more calibration tokens or a larger damping.")

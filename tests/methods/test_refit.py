@@ -49,9 +49,10 @@ def inputs_of(model: PreTrainedModel, linear: nn.Linear, tokens: Tensor) -> Tens
 
 def solution(x: Tensor, y: Tensor, old: Tensor, damping: float) -> Tensor:
     """Ridge regression as ordinary least squares on stacked rows: no normal equations."""
-    pull = (damping * x.square().sum(0).mean()).sqrt()
-    rows = torch.cat([x, pull * torch.eye(x.shape[1], dtype=x.dtype)])
-    return torch.linalg.lstsq(rows, torch.cat([y, pull * old.T])).solution.T
+    pull = (damping * x.square().sum(0)).sqrt()
+    pull[pull == 0] = 1
+    rows = torch.cat([x, pull.diag()])
+    return torch.linalg.lstsq(rows, torch.cat([y, pull[:, None] * old.T])).solution.T
 
 
 def reference(
@@ -133,6 +134,7 @@ def test_ridge_equals_least_squares_on_stacked_rows() -> None:
     x, y = (torch.randn(200, n, generator=generator, dtype=torch.float64) for n in (24, 7))
     x[:, 5] = x[:, 4] + 1e-4 * x[:, 5]  # nearly dependent
     x[:, 9] = 0  # never moves
+    x[:, 11] *= 1e4  # what a massive activation is beside others
     old = torch.randn(7, 24, generator=generator, dtype=torch.float64)
     equations = NormalEquations.zeros(24, 7, torch.float64, torch.device("cpu"))
     for rows in (slice(0, 90), slice(90, 200)):
@@ -146,8 +148,23 @@ def test_ridge_equals_least_squares_on_stacked_rows() -> None:
         assert float(squared_error(x, y, found)) == pytest.approx(float((x @ want.T - y).square().sum()), rel=1e-6)
 
 
+def test_a_large_input_does_not_hold_the_others_back() -> None:
+    generator = torch.Generator().manual_seed(4)
+    x, y = (torch.randn(200, n, generator=generator, dtype=torch.float64) for n in (6, 3))
+    found = []
+    for size in (1.0, 1e5):
+        equations = NormalEquations.zeros(6, 3, torch.float64, torch.device("cpu"))
+        scaled = x * torch.tensor([size, 1, 1, 1, 1, 1], dtype=torch.float64)
+        equations.add(scaled, y)
+        equations.complete()
+        found.append(scaled @ ridge(equations, torch.zeros(3, 6), 0.1).T)
+    assert close(found[1], found[0]) < 1e-6
+
+
 def test_ridge_says_what_is_wrong_with_its_sums() -> None:
     equations = NormalEquations.zeros(3, 2, torch.float64, torch.device("cpu"))
+    equations.gram += 1  # of no inputs at all: larger beside its diagonal than on it
+    equations.gram[0, 1] = equations.gram[1, 0] = 2
     with pytest.raises(FloatingPointError, match="not positive definite"):
         ridge(equations, torch.ones(2, 3), 0.1)
     equations.gram[0, 0] = float("nan")
