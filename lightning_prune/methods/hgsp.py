@@ -84,8 +84,8 @@ class HGSP(GroupPruning):
             tokens, of the loss's slope along the group), kfac (what the loss feels once the other groups of the block
             make up for it), wanda (sum of |w|·‖x‖) or magnitude (sum of |w|).
         prior: How layers and blocks are weighed: removal (loss increase without them), gradient (an estimate of it that
-            the pass of taylor, fisher or kfac gives, at no extra evaluation) or similarity (1 − cosine between what enters
-            and what leaves, cheap).
+            the pass of taylor, fisher or kfac gives, at no extra evaluation) or similarity (1 − cosine between what
+            enters and what leaves, cheap).
         prior_num_samples: Calibration samples for the prior, taken from the front of the shared set. Default: all;
             50 is the original setting.
         tau: Gate τ in nats. Layers whose removal costs less are weighed as a whole, others block by block. Default:

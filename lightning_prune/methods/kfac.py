@@ -1,16 +1,16 @@
 """K-FAC importance: what the loss feels of a unit once the units that stay make up for it.
 
-Symbols: W ``[d, n]`` the weight of o_proj or down_proj, x its input and g = ∂L/∂y the gradient at its output, L the summed
-token loss. The curvature of L along W is taken for the Kronecker product of A = mean over tokens of x·xᵀ and F = mean of
-g·gᵀ (Martens and Grosse 2015, K-FAC). When the columns b of W go, and those that stay become what the curvature wants,
-L grows by
+Symbols: W ``[d, n]`` the weight of o_proj or down_proj, x its input and g = ∂L/∂y the gradient at its output, L the
+summed token loss. The curvature of L along W is taken for the Kronecker product of A = mean over tokens of x·xᵀ and F =
+mean of g·gᵀ (Martens and Grosse 2015, K-FAC). When the columns b of W go, and those that stay become what the curvature
+wants, L grows by
 
     I = tr(F · W_b · [(A⁻¹)_bb]⁻¹ · W_bᵀ)      times ½, which changes no ranking
 
-(optimal brain surgeon with these factors: van der Ouderaa et al. 2024, "The LLM Surgeon"). With F = C·Cᵀ that is SlimGPT's
-error of Cᵀ·W, so its solver does the work: units leave one after the other until none is left, the others make up for
-them every time, and I is what a unit cost when it left. F makes costs of different layers comparable, which SlimGPT's own,
-in each layer's units of output, are not.
+(optimal brain surgeon with these factors: van der Ouderaa et al. 2024, "The LLM Surgeon"). With F = C·Cᵀ that is
+SlimGPT's error of Cᵀ·W, so its solver does the work: units leave one after the other until none is left, the others make
+up for them every time, and I is what a unit cost when it left. F makes costs of different layers comparable, which
+SlimGPT's own, in each layer's units of output, are not.
 """
 
 from collections.abc import Callable

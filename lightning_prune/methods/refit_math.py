@@ -25,7 +25,7 @@ DAMPINGS = (
     1e-1,
     3e-1,
     1.0,
-)  # that ``auto`` chooses from, beside leaving the projection as it is
+)  # that ``auto`` chooses from; another choice is the old weight
 DEFAULT_DAMPING = 1e-2  # where too few samples are there to hold some out
 
 
