@@ -8,8 +8,8 @@ wants, L grows by
     I = tr(F · W_b · [(A⁻¹)_bb]⁻¹ · W_bᵀ)      times ½, which changes no ranking
 
 (optimal brain surgeon with these factors: van der Ouderaa et al. 2024, "The LLM Surgeon"). With F = C·Cᵀ that is
-SlimGPT's error of Cᵀ·W, so its solver does the work: units leave one after the other until none is left, the others make
-up for them every time, and I is what a unit cost when it left. F makes costs of different layers comparable, which
+SlimGPT's error of Cᵀ·W, so its solver does the work: units leave one after the other until none is left, the others
+make up for them every time, and I is what a unit cost when it left. F makes costs of different layers comparable, which
 SlimGPT's own, in each layer's units of output, are not.
 """
 
