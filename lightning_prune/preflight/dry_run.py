@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lightning_prune.methods import slimgpt_math
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.methods.kfac import KFACPass
 from lightning_prune.methods.slimgpt import SlimGPTPass
 from lightning_prune.methods.slimgpt_math import choose_dtype
 from lightning_prune.models.families import LayerAnatomy, family_of
@@ -375,6 +376,8 @@ def _calibrate(
     for one in passes:
         if isinstance(one, SlimGPTPass):
             solves.apply(one, books, free)
+        elif isinstance(one, KFACPass):
+            one.free_bytes = lambda device: free - books.held  # type: ignore[method-assign, assignment]
     walk = Walk(passes, setting, findings)
     tokens, index = torch.zeros(fed, load.seq_len, dtype=torch.int64), torch.arange(fed)
     batches = [Batch(tokens[rows], torch.ones(fed)[rows], index[rows], rows) for rows in setting.batches()]

@@ -11,11 +11,14 @@ import torch
 
 from lightning_prune import methods
 from lightning_prune.cli import main
+from lightning_prune.methods.kfac import KFACPass
+from lightning_prune.models.families import LayerAnatomy
 from lightning_prune.preflight import place as place_module
 from lightning_prune.preflight.dry_run import DryRun, PhaseUse, Shapes, Solves, dry_run
 from lightning_prune.preflight.estimate import KERNEL_BYTES, KERNELS_PER_LAYER, Estimate, _at, _polynomial
 from lightning_prune.preflight.ledger import Ledger
 from lightning_prune.preflight.workload import Workload
+from lightning_prune.walk.passes import Finding
 from tests.tiny import tiny_config
 
 LAYERS, SAMPLES, LENGTH, BATCH, HIDDEN = 5, 12, 16, 4, 32
@@ -33,13 +36,15 @@ class _Trainer:
         self.fit_loop = self
 
 
-def _dry(method: methods.HGSP | methods.Wanda | methods.SlimGPT, layers: int, family: str = "llama") -> DryRun:
+def _dry(
+    method: methods.HGSP | methods.Wanda | methods.SlimGPT, layers: int, family: str = "llama", free: int = 10**12
+) -> DryRun:
     config = tiny_config(family, layers=LAYERS)
     method._trainer = _Trainer()  # type: ignore[assignment]
     method._fabric = None
     method.check_before_loading(config)
     wanted = Shapes(config, torch.float32, torch.float32, torch.float32, False, "layer")
-    return dry_run(method, wanted, LOAD, layers, 10**12, contextlib.nullcontext, Solves())
+    return dry_run(method, wanted, LOAD, layers, free, contextlib.nullcontext, Solves())
 
 
 def test_live_bytes_are_those_of_the_tensors_that_are_alive() -> None:
@@ -100,6 +105,31 @@ def test_taylor_keeps_a_boundary_per_layer_and_one_gradient() -> None:
     assert run.phases["importance, backward, last layer"].stores == {store: 4 + 1}
     assert run.evaluations == 2 * 4 * SAMPLES // BATCH
     assert run.flops > 0
+
+
+def test_kfac_solves_in_the_precision_that_the_device_in_question_has_room_for() -> None:
+    asked: list[int] = []
+    method = methods.HGSP(importance="kfac", temperature=0)
+    passes = method.passes
+
+    def watched() -> list[KFACPass]:
+        (one,) = passes()
+        assert isinstance(one, KFACPass)
+        conclude = one.conclude
+
+        def ask(view: LayerAnatomy) -> Finding:
+            asked.append(one.free_bytes(torch.device("cpu")))
+            return conclude(view)
+
+        one.conclude = ask  # type: ignore[method-assign]
+        return [one]
+
+    method.passes = watched  # type: ignore[method-assign, assignment]
+    for free in (10**12, 10**6):
+        _dry(method, 3, free=free)
+    assert all(0.9e12 < found < 10**12 for found in asked[:3])
+    assert all(found < 10**6 for found in asked[3:])
+    assert len(asked) == 6
 
 
 def test_refitted_weights_of_every_layer_are_on_disk() -> None:

@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
                 print(f"  {name:<{width}}  {text}")
     print(
         "\nMagnitude reads no data; Wanda, FLAP, ShortGPT and SlimGPT take one or two forwards of the calibration set, "
-        "Taylor and Fisher a backward,\nGISP one per step, removal priors about 3·L²/2 layer evaluations. "
+        "Taylor, Fisher and K-FAC a backward,\nGISP one per step, removal priors about 3·L²/2 layer evaluations. "
         "`lightning-prune check --method NAME` says what a run takes, and\n"
         "`lightning-prune fit --method NAME --help` lists its options."
     )
