@@ -65,7 +65,7 @@ def compensated_costs(
     with full_precision(weight.device):
         felt = torch.linalg.cholesky(curvature).T @ weight.to(dtype)
     del curvature
-    hessian = inverse_hessian(xtx, 2 * tokens, DAMPING, dtype)
+    hessian = inverse_hessian(xtx, 2 * tokens, DAMPING, dtype)  # its (2/N)·XᵀX is A for this N
     if width > 1:
         return prune_heads(felt, hessian, units, width, "exact").errors
     each = -(-units // ROUNDS)
