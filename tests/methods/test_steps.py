@@ -24,11 +24,11 @@ def test_every_step_prunes_more_of_what_the_one_before_left(refit: str, tmp_path
     method = run_method(HGSP(base, 0.3, **options(refit=refit)), tiny_tokens(16, 16), tmp_path / "run")
     plans = [PruningPlan.load(tmp_path / "run" / "steps" / name / "plan.json") for name in ("0.1", "0.2")]
     plans.append(method.plan)
-    group = max(view.attention_unit_cost for view in method.layers)
+    dearest = max(view.attention_unit_cost for view in method.layers) + 32  # a block's last unit takes its norm along
     assert [plan.pruning_ratio for plan in plans] == pytest.approx([0.1, 0.2, 0.3])
     for plan in plans:
         assert plan.achieved_ratio <= plan.pruning_ratio
-        assert plan.achieved_ratio > plan.pruning_ratio - group / plan.parameters["dense"]
+        assert plan.achieved_ratio > plan.pruning_ratio - dearest / plan.parameters["dense"]
         assert plan.weights_updated == (refit != "none")
     for before, after in itertools.pairwise(plans):
         for earlier, later in zip(before.layers, after.layers, strict=True):
