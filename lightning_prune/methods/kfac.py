@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_prune.memory import free_bytes
 from lightning_prune.methods.slimgpt_math import (
     NotPositiveDefiniteError,
     choose_dtype,
@@ -76,7 +75,6 @@ class KFACPass(BackwardPass):
     """I per GQA group and MLP channel. No weight takes a gradient."""
 
     name = "importance"
-    free_bytes = staticmethod(free_bytes)
 
     def __init__(self, priors: bool = False) -> None:
         self.priors = priors
@@ -124,7 +122,7 @@ class KFACPass(BackwardPass):
         inputs, gradients = self.factors.pop(role)
         units = view.num_kv_heads if role == "output" else view.num_channels
         xtx, gtg, tokens = inputs.matrix(), gradients.matrix(), int(inputs.tokens)
-        dtype = choose_dtype(len(xtx), self.free_bytes(xtx.device))
+        dtype = choose_dtype(len(xtx), self.setting.free_bytes(xtx.device))
         try:
             return compensated_costs(linear.weight, xtx, gtg, tokens, linear.in_features // units, dtype).double()
         except (NotPositiveDefiniteError, FloatingPointError) as error:

@@ -17,15 +17,8 @@ from torch import Tensor
 
 from lightning_prune.statistics.gram import add_gram_, mirror_upper_
 
-DAMPINGS = (
-    1e-3,
-    3e-3,
-    1e-2,
-    3e-2,
-    1e-1,
-    3e-1,
-    1.0,
-)  # that ``auto`` chooses from; another choice is the old weight
+# ``auto`` chooses from these, beside leaving the projection as it is.
+DAMPINGS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 DEFAULT_DAMPING = 1e-2  # where too few samples are there to hold some out
 
 

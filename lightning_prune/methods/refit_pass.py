@@ -15,7 +15,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_prune.memory import free_bytes
 from lightning_prune.methods.refit_math import (
     DAMPINGS,
     DEFAULT_DAMPING,
@@ -71,7 +70,7 @@ class RefitPass(BlockPass):
         self.held: list[tuple[Tensor, Tensor]] = []  # inputs and targets of held-out samples, on the host
         self.tokens = 0
         n, d = len(self.columns), linear.weight.shape[0]
-        enough = equation_bytes(n, d, torch.float64) <= free_bytes(self.model.device)
+        enough = equation_bytes(n, d, torch.float64) <= self.setting.free_bytes(self.model.device)
         dtype = torch.float64 if enough else torch.float32
         self.equations = NormalEquations.zeros(n, d, dtype, self.model.device)
 

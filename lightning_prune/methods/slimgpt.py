@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from lightning_prune.errors import UserError
-from lightning_prune.memory import free_bytes
 from lightning_prune.methods.refit import RefittingMethod
 from lightning_prune.methods.scores import group_scores, groups_that_stay
 from lightning_prune.methods.slimgpt_math import (
@@ -50,7 +49,6 @@ class SlimGPTPass(BlockPass):
     """
 
     name = "slimgpt"
-    free_bytes = staticmethod(free_bytes)
 
     def __init__(
         self,
@@ -83,7 +81,7 @@ class SlimGPTPass(BlockPass):
             samples = max(1, int(gram.tokens) // self.setting.seq_len)
             gram.give_up()
             del gram
-            dtype = choose_dtype(len(xtx), self.free_bytes(xtx.device))
+            dtype = choose_dtype(len(xtx), self.setting.free_bytes(xtx.device))
             hessian = inverse_hessian(xtx, samples, self.damping, dtype)
             del xtx
             result = self._prune(view, role, hessian)

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from lightning_prune.methods import slimgpt_math
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.methods.kfac import KFACPass
 from lightning_prune.methods.slimgpt import SlimGPTPass
 from lightning_prune.methods.slimgpt_math import choose_dtype
 from lightning_prune.models.families import LayerAnatomy, family_of
@@ -99,7 +98,7 @@ def dry_run(
     """Run evaluation, passes and cut of ``method`` on the first ``layers`` layers of the model.
 
     ``method`` has seen the config (``check_before_loading``). ``free``: bytes that the whole model leaves where layers
-    run, before anything was loaded; SlimGPT's solver chooses its precision by it.
+    run, before anything was loaded; solvers choose their precision by it.
     """
     config = shortened(shapes.config, layers)
     plan = _nearly_everything(config)
@@ -223,15 +222,21 @@ class DryStore(ResidualStore):
 
 @dataclass(frozen=True)
 class DrySetting(Setting):
-    """Stores of the real size, and the first batches alone."""
+    """Stores of the real size, the first batches alone, and a device with ``free`` bytes for everything."""
 
     books: Books | None = None
     fed: int = 0
+    free: int = 0
 
     def store(self) -> ResidualStore:
         """A new store."""
         assert self.books is not None
         return DryStore(self.books, self.rows)
+
+    def free_bytes(self, device: torch.device) -> int:
+        """Of the device in question, not of the one that this runs on."""
+        assert self.books is not None
+        return self.free - self.books.held
 
     def batches(self) -> Iterator[slice]:
         """Those that run."""
@@ -275,15 +280,14 @@ class Solves:
     def __init__(self) -> None:
         self._known: dict[tuple[str, torch.dtype], tuple[int, dict[str, tuple[torch.Size, torch.dtype]]]] = {}
 
-    def apply(self, one: SlimGPTPass, books: Books, free: int) -> None:
-        """Let the pass solve as described, on a device with ``free`` bytes for everything."""
+    def apply(self, one: SlimGPTPass, books: Books) -> None:
+        """Let the pass solve as described."""
         conclude, ledger = one.conclude, books.ledger
         one.counts = [max(one.counts)] * len(one.counts)
-        one.free_bytes = lambda device: free - books.held  # type: ignore[method-assign, assignment]
 
         def once(view: LayerAnatomy, role: str) -> Finding:
             before = books.held
-            key = (role, choose_dtype(view.linears[role].in_features, free - before))
+            key = (role, choose_dtype(view.linears[role].in_features, one.setting.free_bytes(one.model.device)))
             if key not in self._known:
                 outside, ledger.peak = ledger.peak, Counter(ledger.live)
                 with _coarse_chunks(view.linears[role].in_features):
@@ -369,15 +373,14 @@ def _calibrate(
         context=context,
         books=books,
         fed=fed,
+        free=free,
     )
     # One walk where a run makes two: a pass of the second does not care what the first one found.
     passes = [] if method.saved is not None else method.passes()
     passes += method.passes_behind(plan.layers, lambda: torch.arange(load.samples) % 2 == 1)
     for one in passes:
         if isinstance(one, SlimGPTPass):
-            solves.apply(one, books, free)
-        elif isinstance(one, KFACPass):
-            one.free_bytes = lambda device: free - books.held  # type: ignore[method-assign, assignment]
+            solves.apply(one, books)
     walk = Walk(passes, setting, findings)
     tokens, index = torch.zeros(fed, load.seq_len, dtype=torch.int64), torch.arange(fed)
     batches = [Batch(tokens[rows], torch.ones(fed)[rows], index[rows], rows) for rows in setting.batches()]

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_prune.memory import free_bytes
 from lightning_prune.models.families import LayerAnatomy
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.statistics.hooks import Hooks
@@ -55,6 +56,10 @@ class Setting:
     def store(self) -> ResidualStore:
         """A new residual store."""
         return ResidualStore(self.rows, self.scratch)
+
+    def free_bytes(self, device: torch.device) -> int:
+        """Memory that is left on a device; solvers choose their precision by it."""
+        return free_bytes(device)
 
     def batches(self) -> Iterator[slice]:
         """The batches of the loader as rows of a store."""

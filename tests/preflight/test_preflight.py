@@ -118,7 +118,7 @@ def test_kfac_solves_in_the_precision_that_the_device_in_question_has_room_for()
         conclude = one.conclude
 
         def ask(view: LayerAnatomy) -> Finding:
-            asked.append(one.free_bytes(torch.device("cpu")))
+            asked.append(one.setting.free_bytes(torch.device("cpu")))
             return conclude(view)
 
         one.conclude = ask  # type: ignore[method-assign]
