@@ -40,6 +40,9 @@ YOURS = {  # what stands for something of the reader's, or would take minutes
     "path/to/llama": "demo",
     "wikitext2": "demo",
     "00:00:10:00": "00:00:00:01",
+    "--shifts 60": "--shifts 3",
+    "--shifts 40": "--shifts 3",
+    "flap flap_refit gisp": "flap flap_refit",  # docs/methods/gisp.md runs it
     'tokenizer="demo"': 'tokenizer="demo", num_samples=16',
 }
 ELSEWHERE = {  # commands that are not run here, and why
