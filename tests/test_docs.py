@@ -42,6 +42,7 @@ YOURS = {  # what stands for something of the reader's, or would take minutes
     "00:00:10:00": "00:00:00:01",
     "--shifts 60": "--shifts 3",
     "--shifts 40": "--shifts 3",
+    "--ratios 0.2 0.3 0.5 --seeds 0 1 2": "--ratios 0.2 --seeds 0 1",
     "flap flap_refit gisp": "flap flap_refit",  # docs/methods/gisp.md runs it
     'tokenizer="demo"': 'tokenizer="demo", num_samples=16',
 }
