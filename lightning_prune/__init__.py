@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from lightning_prune.errors import UserError
     from lightning_prune.python.calibration import calibration_set
     from lightning_prune.python.commands import apply, compare, evaluate, prune
     from lightning_prune.python.pruned import PrunedModel
+    from lightning_prune.support.errors import UserError
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
 
 _HOME = {  # imported when they are asked for: torch, transformers and Lightning take seconds
     "PrunedModel": "python.pruned",
-    "UserError": "errors",
+    "UserError": "support.errors",
     "apply": "python.commands",
     "calibration_set": "python.calibration",
     "compare": "python.commands",
@@ -47,7 +47,7 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
         dtype: of the weights; None keeps the checkpoint's.
 
     Raises:
-        lightning_prune.errors.UserError: nothing to load there, or not a supported model.
+        lightning_prune.support.errors.UserError: nothing to load there, or not a supported model.
     """
     from lightning_prune.models.loading import load_model  # torch and transformers take seconds to import
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_prune.checkpoint.cut import check_plan, pruned_config
+from lightning_prune.checkpoint.plan import PruningPlan
+from lightning_prune.checkpoint.pruned import NewWeights, PrunedSource
 from lightning_prune.models.families import anatomy
 from lightning_prune.models.layered import LayeredModel, skeleton
-from lightning_prune.surgery.cut import check_plan, pruned_config
-from lightning_prune.surgery.plan import PruningPlan
-from lightning_prune.surgery.pruned import NewWeights, PrunedSource
 
 CPU = torch.device("cpu")
 

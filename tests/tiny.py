@@ -14,7 +14,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lightning_prune.surgery.plan import LayerPlan, PruningPlan
+from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 
 FAMILIES = (
     "llama",

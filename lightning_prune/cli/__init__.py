@@ -9,9 +9,9 @@ import signal
 import sys
 
 from lightning_prune.cli.surroundings import check_surroundings, keep_few_kernels
-from lightning_prune.errors import CheckpointError, UserError
-from lightning_prune.files import FULL
-from lightning_prune.signals import stoppable
+from lightning_prune.support.errors import CheckpointError, UserError
+from lightning_prune.support.files import FULL
+from lightning_prune.support.signals import stoppable
 
 COMMANDS = {
     "methods": "the methods there are, and the configuration to start each from",

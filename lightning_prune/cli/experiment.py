@@ -3,8 +3,8 @@
 from typing import Any
 
 from lightning_prune.cli.lightning_cli import PruneCLI
-from lightning_prune.errors import UserError
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.support.errors import UserError
 
 
 def build(label: str, configuration: dict[str, Any]) -> PruneCLI:

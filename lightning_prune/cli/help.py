@@ -15,14 +15,14 @@ import yaml
 
 from lightning_prune.cli.descriptions import DESCRIPTION, EXAMPLES, OWN, TRAINER
 from lightning_prune.cli.signatures import Option, names_of, options_of
-from lightning_prune.config_files import check_file
-from lightning_prune.errors import UserError
-from lightning_prune.shipped_configs import described, with_config_files
+from lightning_prune.runs.config_files import check_file
+from lightning_prune.runs.shipped_configs import described, with_config_files
+from lightning_prune.support.errors import UserError
 
 HELP = ("-h", "--help")
 METHODS = "lightning_prune.methods"
 BASE = "lightning_prune.methods.base.PruningMethod"
-MODEL = {"test": "lightning_prune.walk.module.LayeredModule", "recover": "lightning_prune.recovery.Recovery"}
+MODEL = {"test": "lightning_prune.calibration.module.LayeredModule", "recover": "lightning_prune.recovery.Recovery"}
 DATA = {"recover": "lightning_prune.recovery.RecoveryDataModule"}
 CALIBRATION = "lightning_prune.data.datamodule.CalibrationDataModule"
 LINKED = ("tokenizer",)  # follows the model

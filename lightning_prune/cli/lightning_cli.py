@@ -18,18 +18,18 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_prune import methods
+from lightning_prune.calibration.module import LayeredModule
 from lightning_prune.cli.descriptions import DESCRIPTION
 from lightning_prune.cli.messages import plain, unusable_value
 from lightning_prune.cli.strategy import cpu_processes, trainer_for_calibration
 from lightning_prune.cli.trainer_options import check_callbacks, check_fixed
 from lightning_prune.cli.values import check_values, refuse_nulls
-from lightning_prune.config_files import check_command_line
 from lightning_prune.data.datamodule import CalibrationDataModule
-from lightning_prune.errors import UserError
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.progress import Progress
-from lightning_prune.shipped_configs import with_config_files
-from lightning_prune.walk.module import LayeredModule
+from lightning_prune.runs.config_files import check_command_line
+from lightning_prune.runs.shipped_configs import with_config_files
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.progress import Progress
 
 DEFAULT_ROOT = "logs"
 RESUMABLE = ("fit", "recover")

@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Sequence
 
-from lightning_prune.shipped_configs import shipped_names
+from lightning_prune.runs.shipped_configs import shipped_names
 
 GROUPS = ("model", "data", "trainer")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_prune.files import finite
+from lightning_prune.support.files import finite
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import argparse
 from typing import NoReturn
 
-from lightning_prune.errors import UserError
+from lightning_prune.support.errors import UserError
 
 
 class PlainParser(argparse.ArgumentParser):

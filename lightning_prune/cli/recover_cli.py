@@ -7,11 +7,11 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_prune.cli.lightning_cli import PruneCLI
 from lightning_prune.cli.trainer_options import Fixed, check_fixed
-from lightning_prune.errors import UserError
 from lightning_prune.recovery import Recovery, RecoveryDataModule
 from lightning_prune.recovery.module import HELD_OUT
 from lightning_prune.runs.folder import FinishedRun, check_label
 from lightning_prune.runs.recover import parent_run
+from lightning_prune.support.errors import UserError
 
 _FIXED: Fixed = {
     "fast_dev_run": ((False, 0), "a run ends with a checkpoint. --trainer.max_steps makes it short."),

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, MutableMapping
 
-from lightning_prune.errors import UserError
+from lightning_prune.support.errors import UserError
 
 # Lightning reads them as numbers, some when it is imported.
 NUMBERS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")

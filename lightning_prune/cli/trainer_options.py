@@ -4,7 +4,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback, DeviceStatsMonitor, LambdaCallback, ModelSummary, ProgressBar
 
-from lightning_prune.errors import UserError
+from lightning_prune.support.errors import UserError
 
 _WHOLE_SETS = (
     "every run reads the whole calibration and evaluation sets as often as its method needs, so that runs can be "

@@ -8,8 +8,8 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from lightning_prune.config_files import check_text
-from lightning_prune.errors import UserError
+from lightning_prune.runs.config_files import check_text
+from lightning_prune.support.errors import UserError
 
 LARGEST = 2**63 - 1
 LARGEST_SEED = 2**32 - 1  # numpy's

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lightning_prune.escape import plain
+from lightning_prune.support.escape import plain
 
 if TYPE_CHECKING:
     from lightning_prune.comparison.audit import Audit

@@ -6,8 +6,8 @@ from typing import Any
 
 from lightning_prune.comparison.audit import Audit
 from lightning_prune.comparison.run import Run
-from lightning_prune.escape import markdown, markdown_code, markdown_table, public_name
 from lightning_prune.runs.verdict import LEGEND
+from lightning_prune.support.escape import markdown, markdown_code, markdown_table, public_name
 
 CALIBRATION_ROWS = (
     ("Dataset", "dataset"),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_prune.comparison.run import Run, load_run
-from lightning_prune.errors import UserError
+from lightning_prune.support.errors import UserError
 
 CALIBRATE = ("calibrate",)
 EVALUATE = ("evaluate pruned",)

@@ -17,7 +17,7 @@ from lightning_prune.comparison.run import Run
 from lightning_prune.comparison.speed import speeds
 from lightning_prune.comparison.style import Styles, line_styles
 from lightning_prune.comparison.tables import display_names, evaluation_sets
-from lightning_prune.escape import plain, public_name
+from lightning_prune.support.escape import plain, public_name
 
 APART = " †"
 EDGE = "What lies beyond the scale stands on its upper edge."

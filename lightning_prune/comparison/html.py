@@ -10,8 +10,8 @@ from lightning_prune.comparison.figures import Plot
 from lightning_prune.comparison.sections import Section
 from lightning_prune.comparison.style import svg
 from lightning_prune.comparison.tables import Row
-from lightning_prune.escape import html as escape
 from lightning_prune.runs.verdict import UNUSABLE
+from lightning_prune.support.escape import html as escape
 
 WORDS = ("verdict", "error")  # columns of text
 # Columns by the names they have in every format: what a page calls them, and which ones a phone leaves out at first.

@@ -7,9 +7,9 @@ from lightning_prune.comparison.audit import Audit, Group
 from lightning_prune.comparison.repeats import Repeats, repeats, seeds
 from lightning_prune.comparison.run import Run
 from lightning_prune.comparison.tables import display_names, evaluation_sets, number
-from lightning_prune.escape import latex as escape
-from lightning_prune.escape import public_name
 from lightning_prune.runs.verdict import UNUSABLE
+from lightning_prune.support.escape import latex as escape
+from lightning_prune.support.escape import public_name
 
 
 def latex(audit: Audit) -> str:

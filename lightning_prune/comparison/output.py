@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lightning_prune.errors import UserError
-from lightning_prune.files import cannot_write, check_writable, new_folder
 from lightning_prune.runs.folder import REPORTS, RunFolder
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.files import cannot_write, check_writable, new_folder
 
 NAMES = {"report.html", "report.md", "results.csv", "results.tex", "calibration_appendix.md"}
 OTHERS = {"precision.csv", "zero_shot.csv", "tensorboard"}  # not in every report

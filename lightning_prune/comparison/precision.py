@@ -11,7 +11,7 @@ from lightning_prune.comparison.agreement import jaccard
 from lightning_prune.comparison.repeats import NOT_OF_THE_DECISION
 from lightning_prune.comparison.run import Run
 from lightning_prune.comparison.tables import Row, display_names, evaluation_sets, number
-from lightning_prune.escape import plain
+from lightning_prune.support.escape import plain
 
 FULL = "32-true"
 

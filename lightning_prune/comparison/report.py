@@ -14,8 +14,8 @@ from lightning_prune.comparison.precision import pairs
 from lightning_prune.comparison.sections import Section, markdown, sections
 from lightning_prune.comparison.tables import csv_text
 from lightning_prune.comparison.tensorboard import log_comparison
-from lightning_prune.files import write_text
 from lightning_prune.runs.failure import Failure
+from lightning_prune.support.files import write_text
 
 TITLE = "Pruning methods compared"
 

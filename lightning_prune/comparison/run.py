@@ -7,11 +7,11 @@ from typing import Any
 import yaml
 
 from lightning_prune.comparison.accuracy import Accuracy
-from lightning_prune.errors import UserError
 from lightning_prune.runs.folder import RunFolder
 from lightning_prune.runs.records import as_dict
 from lightning_prune.runs.score_table import ScoreTable
 from lightning_prune.runs.verdict import verdict_word
+from lightning_prune.support.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from lightning_prune.comparison.tables import (
     text_table,
     title,
 )
-from lightning_prune.escape import markdown as escaped
-from lightning_prune.escape import plain
 from lightning_prune.runs import verdict
 from lightning_prune.runs.failure import Failure
+from lightning_prune.support.escape import markdown as escaped
+from lightning_prune.support.escape import plain
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from lightning_prune.comparison.run import Run
-from lightning_prune.validation import read_json
+from lightning_prune.support.validation import read_json
 
 FILE = "efficiency.json"
 

@@ -14,8 +14,8 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lightning_prune.escape import figure as figure_text
-from lightning_prune.escape import plain
+from lightning_prune.support.escape import figure as figure_text
+from lightning_prune.support.escape import plain
 
 # Okabe & Ito's palette, told apart with every common colour blindness; yellow is left out, too pale on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")

@@ -10,9 +10,9 @@ from lightning_prune.comparison.names import short_names
 from lightning_prune.comparison.recovery import before
 from lightning_prune.comparison.repeats import Repeats, Spread, repeats, seed, seeds
 from lightning_prune.comparison.run import Run
-from lightning_prune.escape import markdown, plain, public_name
-from lightning_prune.escape import markdown_table as pipe_table
 from lightning_prune.runs.failure import Failure
+from lightning_prune.support.escape import markdown, plain, public_name
+from lightning_prune.support.escape import markdown_table as pipe_table
 
 Row = tuple[str, ...]
 SEVERAL = " / "  # between verdicts on evaluation sets

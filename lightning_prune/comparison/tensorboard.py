@@ -23,7 +23,7 @@ from lightning_prune.comparison.plots import importance_share
 from lightning_prune.comparison.run import Run
 from lightning_prune.comparison.style import png
 from lightning_prune.comparison.tables import display_names
-from lightning_prune.escape import plain
+from lightning_prune.support.escape import plain
 
 FOLDER = "tensorboard"
 IMPORTANCE, KEPT = "share of importance", "kept fraction"

@@ -11,10 +11,10 @@ from typing import Any
 from lightning_prune import __version__
 from lightning_prune.comparison.accuracy import Accuracy, Score
 from lightning_prune.comparison.run import Run
-from lightning_prune.errors import UserError
-from lightning_prune.files import writable, write_json
 from lightning_prune.runs.folder import REPORTS
-from lightning_prune.validation import read_json
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.files import writable, write_json
+from lightning_prune.support.validation import read_json
 
 FOLDER = "zero_shot"
 BATCH = 16  # sequences per forward pass
@@ -90,9 +90,9 @@ class ZeroShot:
         return {task: scores for task, scores in known.items() if scores is not None}
 
     def _evaluate(self, model: _Model, tasks: list[str]) -> Iterable[tuple[str, dict[str, Score]]]:
+        from lightning_prune.calibration.module import DTYPES
         from lightning_prune.evaluation.zero_shot import zero_shot
         from lightning_prune.models.loading import load_model, load_tokenizer
-        from lightning_prune.walk.module import DTYPES
 
         self._open()
         tokenizer = load_tokenizer(model.path)

@@ -18,8 +18,8 @@ from typing import Any
 import datasets
 
 from lightning_prune.data.local_files import FILE_KINDS, local_splits, read_local
-from lightning_prune.errors import UserError
-from lightning_prune.regular_files import exists
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.regular_files import exists
 
 # English has 3 to 5 characters per token, so 16 leave random sampling about four windows to choose each one from.
 CHARACTERS_PER_TOKEN = 16

@@ -20,8 +20,8 @@ from lightning_prune.data.streams import StreamReader
 from lightning_prune.data.token_arrays import first_part, is_token_array, load_token_array
 from lightning_prune.data.tokenization import default_cache_dir
 from lightning_prune.demo import demo_model_path
-from lightning_prune.errors import UserError
-from lightning_prune.regular_files import expanded, from_home
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.regular_files import expanded, from_home
 
 Batch = tuple[Tensor, Tensor, Tensor]
 WINDOWS, WINDOW_LENGTH = 128, 128  # the setting that pruning papers share

@@ -14,8 +14,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from lightning_prune.errors import UserError
-from lightning_prune.regular_files import is_special, require_regular
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.regular_files import is_special, require_regular
 
 FILE_KINDS = (
     ".txt, .jsonl, .json.gz or .parquet file, folder saved by datasets.save_to_disk, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_prune.errors import UserError
+from lightning_prune.support.errors import UserError
 
 
 def random_windows(stream: Tensor, num_samples: int, seq_len: int, seed: int) -> Tensor:

@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightning_prune.errors import UserError
-from lightning_prune.regular_files import exists, require_regular
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.regular_files import exists, require_regular
 
 _HEADER_ERRORS = (SyntaxError, TokenError)  # numpy reads the header as a Python literal
 

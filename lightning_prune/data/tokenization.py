@@ -24,11 +24,11 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from lightning_prune.data.calibration import fingerprint
-from lightning_prune.errors import UserError
-from lightning_prune.files import new_folder, write_json
 from lightning_prune.models.loading import quiet_transformers
-from lightning_prune.progress import Progress
-from lightning_prune.regular_files import from_home
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.files import new_folder, write_json
+from lightning_prune.support.progress import Progress
+from lightning_prune.support.regular_files import from_home
 
 TOKENISING = "tokenising"
 PROTOCOL = 1  # part of the cache key: raise it when the stream of a text changes

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 from lightning_prune.demo.grammar import ROLES, RULES, STORIES
 from lightning_prune.demo.lexicon import NUMBERS, TABLES, WORDS
-from lightning_prune.errors import UserError
+from lightning_prune.support.errors import UserError
 
 Split = Literal["train", "validation", "test"]
 T = TypeVar("T")

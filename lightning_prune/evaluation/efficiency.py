@@ -17,10 +17,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from lightning_prune.errors import UserError
 from lightning_prune.models.families import count_parameters, family_of, layers_of
 from lightning_prune.models.loading import load_config, resolve
-from lightning_prune.progress import Progress
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.progress import Progress
 
 WARM_UP = 2  # runs before the measured ones: lazy initialisation, autotuning, cold caches
 

@@ -19,10 +19,10 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from lightning_prune.errors import UserError
 from lightning_prune.evaluation.efficiency import WARM_UP, Efficiency, Setting, Speed, check_setting, count, timing
 from lightning_prune.export.gguf_file import gguf_package, write_gguf
 from lightning_prune.models.loading import load_config, meta_model, resolve
+from lightning_prune.support.errors import UserError
 
 EngineName = Literal["vllm", "llamacpp"]
 MODULES = {"vllm": "vllm", "llamacpp": "xllamacpp"}

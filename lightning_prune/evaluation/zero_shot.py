@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lightning_prune.errors import UserError
-from lightning_prune.escape import plain
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.escape import plain
 
 # Shares of right answers. Everything else the harness knows (perplexity, bits_per_byte, likelihoods, brier_score, mcc,
 # bleu, …) is no share, or comes in percent already.

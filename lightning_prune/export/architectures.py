@@ -8,7 +8,7 @@ have the same widths go under the name of their own family.
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_prune.errors import UserError
+from lightning_prune.support.errors import UserError
 
 OWN = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 PER_LAYER = {"llama": "deci", "mistral": "deci", "qwen2": "deci", "qwen3": "openelm"}

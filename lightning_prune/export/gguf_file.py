@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.errors import UserError
 from lightning_prune.export.architectures import Architecture, architecture_of, rope_of, window_of
 from lightning_prune.export.gguf_tensors import Entry, entries, widths
 from lightning_prune.export.vocabulary import Vocabulary, read_vocabulary
-from lightning_prune.files import temporary
 from lightning_prune.models.families import head_dim_of, layers_of
 from lightning_prune.models.layered import open_weights
 from lightning_prune.models.loading import generation_config
 from lightning_prune.models.sources import CheckpointSource
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.files import temporary
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 QUANTISED = "q8_0"

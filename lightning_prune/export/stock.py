@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.errors import UserError
+from lightning_prune.checkpoint.cut import pruned_config
+from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
+from lightning_prune.checkpoint.pruned import stored_dtype
+from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.models.families import count_parameters, family_of, rows_of
 from lightning_prune.models.layered import LayeredModel, open_weights, skeleton
 from lightning_prune.models.loading import meta_model
 from lightning_prune.models.sources import Source
-from lightning_prune.surgery.cut import pruned_config
-from lightning_prune.surgery.plan import LayerPlan, PruningPlan
-from lightning_prune.surgery.pruned import stored_dtype
-from lightning_prune.surgery.write import write_checkpoint
+from lightning_prune.support.errors import UserError
 
 
 @dataclass(frozen=True)

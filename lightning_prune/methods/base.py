@@ -12,24 +12,24 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lightning_prune.calibration.loop import Walk
+from lightning_prune.calibration.module import LayeredModule
+from lightning_prune.calibration.passes import Batch, Finding, Pass, Setting
+from lightning_prune.calibration.results import Findings
+from lightning_prune.calibration.stream_checkpoints import Waypoints
+from lightning_prune.checkpoint.cut import layout_of
+from lightning_prune.checkpoint.family_check import prove
+from lightning_prune.checkpoint.in_memory_plan import Overlay
+from lightning_prune.checkpoint.model_card import model_card
+from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
+from lightning_prune.checkpoint.pruned import open_pruned, stored_dtype
+from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.data.sampling import held_out_samples
-from lightning_prune.errors import UserError
 from lightning_prune.methods.scores import Scores
 from lightning_prune.models.families import LayerAnatomy, anatomy, count_parameters
 from lightning_prune.models.layered import skeleton
 from lightning_prune.models.loading import check_model, load_config
-from lightning_prune.surgery.cut import layout_of
-from lightning_prune.surgery.model_card import model_card
-from lightning_prune.surgery.overlay import Overlay
-from lightning_prune.surgery.plan import LayerPlan, PruningPlan
-from lightning_prune.surgery.proof import prove
-from lightning_prune.surgery.pruned import open_pruned, stored_dtype
-from lightning_prune.surgery.write import write_checkpoint
-from lightning_prune.walk.findings import Findings
-from lightning_prune.walk.module import LayeredModule
-from lightning_prune.walk.passes import Batch, Finding, Pass, Setting
-from lightning_prune.walk.walk import Walk
-from lightning_prune.walk.waypoints import Waypoints
+from lightning_prune.support.errors import UserError
 
 FINDINGS = "findings"
 CALIBRATING, REFITTING, WRITING = "calibrating", "refitting", "writing the pruned model"

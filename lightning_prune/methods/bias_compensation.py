@@ -14,6 +14,11 @@ from typing import Any
 
 import torch
 
+from lightning_prune.calibration.hooks import Hooks
+from lightning_prune.calibration.passes import WEIGHT, Finding, ForwardPass
+from lightning_prune.calibration.statistics.input_moments import InputMoments
+from lightning_prune.calibration.statistics.token_statistic import full_precision
+from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.methods.slimgpt_math import columns_of
 from lightning_prune.models.families import (
     LayerAnatomy,
@@ -25,11 +30,6 @@ from lightning_prune.models.families import (
 )
 from lightning_prune.models.layered import skeleton
 from lightning_prune.models.records import COLUMN_ROLES
-from lightning_prune.statistics.hooks import Hooks
-from lightning_prune.statistics.input_moments import InputMoments
-from lightning_prune.statistics.token_statistic import full_precision
-from lightning_prune.surgery.plan import LayerPlan
-from lightning_prune.walk.passes import WEIGHT, Finding, ForwardPass
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_prune.calibration.backward import BackwardPass
+from lightning_prune.calibration.passes import Finding
+from lightning_prune.calibration.statistics.token_statistic import TokenStatistic
 from lightning_prune.models.families import LayerAnatomy
-from lightning_prune.statistics.token_statistic import TokenStatistic
-from lightning_prune.walk.backward import BackwardPass
-from lightning_prune.walk.passes import Finding
 
 
 class MaskFisher(TokenStatistic):

@@ -24,6 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_prune.calibration.hooks import Hooks
+from lightning_prune.calibration.passes import Finding, ForwardPass, Pass
+from lightning_prune.calibration.statistics.input_moments import InputMoments
+from lightning_prune.checkpoint.cut import parameters_after
+from lightning_prune.checkpoint.family_check import prove
+from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.methods.base import SavedMeasurement
 from lightning_prune.methods.bias_compensation import BiasPass, Carriers, carriers, without_carrier
 from lightning_prune.methods.blocks import block_index
@@ -32,12 +38,6 @@ from lightning_prune.methods.scores import Scores, group_scores
 from lightning_prune.methods.selection import Budget
 from lightning_prune.models.families import LayerAnatomy, with_biases
 from lightning_prune.models.loading import load_config
-from lightning_prune.statistics.hooks import Hooks
-from lightning_prune.statistics.input_moments import InputMoments
-from lightning_prune.surgery.cut import parameters_after
-from lightning_prune.surgery.plan import LayerPlan
-from lightning_prune.surgery.proof import prove
-from lightning_prune.walk.passes import Finding, ForwardPass, Pass
 
 
 def weighted_fluctuation(weight: Tensor, variance: Tensor) -> Tensor:

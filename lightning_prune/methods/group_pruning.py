@@ -8,16 +8,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_prune.errors import UserError
+from lightning_prune.calibration.passes import Pass
+from lightning_prune.checkpoint.cut import parameters_after
+from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.methods.base import CALIBRATING
 from lightning_prune.methods.blocks import block_index
 from lightning_prune.methods.refit import RefittingMethod
 from lightning_prune.methods.scores import BLOCKS, Scores, group_scores, groups_that_stay
 from lightning_prune.methods.selection import Budget, protect_best, select_global, select_uniform
 from lightning_prune.models.families import LayerAnatomy
-from lightning_prune.surgery.cut import parameters_after
-from lightning_prune.surgery.plan import LayerPlan
-from lightning_prune.walk.passes import Pass
+from lightning_prune.support.errors import UserError
 
 Allocation = Literal["global", "uniform"]
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_prune.errors import UserError
+from lightning_prune.calibration.passes import Pass
+from lightning_prune.calibration.wavefront import PIECES, RemovalPass, SimilarityPass
 from lightning_prune.methods.base import SavedMeasurement
 from lightning_prune.methods.blocks import block_index
 from lightning_prune.methods.fisher import FisherPass
@@ -29,8 +30,7 @@ from lightning_prune.methods.scores import Scores
 from lightning_prune.methods.taylor import TaylorPass
 from lightning_prune.methods.wanda import WandaPass
 from lightning_prune.models.families import LayerAnatomy
-from lightning_prune.walk.passes import Pass
-from lightning_prune.walk.wavefront import PIECES, RemovalPass, SimilarityPass
+from lightning_prune.support.errors import UserError
 
 Importance = Literal["taylor", "taylor_2nd", "fisher", "kfac", "wanda", "magnitude"]
 GRADIENTS = ("taylor", "taylor_2nd", "fisher", "kfac")  # importances that differentiate the loss

@@ -19,6 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_prune.calibration.backward import BackwardPass
+from lightning_prune.calibration.passes import Finding, Step
+from lightning_prune.calibration.statistics.hessian import InputGram
+from lightning_prune.calibration.statistics.token_statistic import full_precision
 from lightning_prune.methods.slimgpt_math import (
     NotPositiveDefiniteError,
     choose_dtype,
@@ -27,10 +31,6 @@ from lightning_prune.methods.slimgpt_math import (
     prune_heads,
 )
 from lightning_prune.models.families import LayerAnatomy
-from lightning_prune.statistics.hessian import InputGram
-from lightning_prune.statistics.token_statistic import full_precision
-from lightning_prune.walk.backward import BackwardPass
-from lightning_prune.walk.passes import Finding, Step
 
 DAMPING = 0.01  # of A and of F, times the mean of the diagonal
 ROUNDS = 32  # in which MLP channels leave; on the reference Llama 512 rounds, one channel each, chose no better

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
+from lightning_prune.calibration.passes import Finding, Pass, WeightsPass
+from lightning_prune.calibration.statistics.groups import group_importance
 from lightning_prune.methods.mask_pruning import GroupOrMaskPruning, MaskRule, mask_layer
 from lightning_prune.models.families import LayerAnatomy
-from lightning_prune.statistics.groups import group_importance
-from lightning_prune.walk.passes import Finding, Pass, WeightsPass
 
 
 def magnitude_scores(weight: Tensor) -> Tensor:

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.errors import UserError
+from lightning_prune.calibration.passes import WEIGHT, Finding
+from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.masks import Structure, keep_n_of_m_mask, parse_structure, row_mask, tensor_mask
 from lightning_prune.methods.scores import group_scores
 from lightning_prune.models.families import LayerAnatomy
-from lightning_prune.surgery.plan import LayerPlan
-from lightning_prune.walk.passes import WEIGHT, Finding
+from lightning_prune.support.errors import UserError
 
 
 @dataclass(frozen=True)

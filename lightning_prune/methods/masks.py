@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_prune.errors import UserError
+from lightning_prune.support.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_prune.errors import UserError
+from lightning_prune.calibration.passes import Pass
+from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.methods.base import PruningMethod, SavedMeasurement
 from lightning_prune.methods.refit_pass import TARGETS, RefitPass
-from lightning_prune.surgery.plan import LayerPlan
-from lightning_prune.walk.passes import Pass
+from lightning_prune.support.errors import UserError
 
 
 class RefittingMethod(PruningMethod):

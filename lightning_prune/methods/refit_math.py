@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_prune.statistics.gram import add_gram_, mirror_upper_
+from lightning_prune.calibration.statistics.gram import add_gram_, mirror_upper_
 
 # ``auto`` chooses from these, beside leaving the projection as it is.
 DAMPINGS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)

@@ -15,6 +15,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_prune.calibration.hooks import Hooks
+from lightning_prune.calibration.passes import BLOCK_ROLES, WEIGHT, Batch, BlockPass, Finding, Setting, Step
+from lightning_prune.calibration.residuals import ResidualStore
+from lightning_prune.calibration.statistics.token_statistic import full_precision
+from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.methods.refit_math import (
     DAMPINGS,
     DEFAULT_DAMPING,
@@ -25,11 +30,6 @@ from lightning_prune.methods.refit_math import (
 )
 from lightning_prune.methods.slimgpt_math import columns_of
 from lightning_prune.models.families import LayerAnatomy
-from lightning_prune.statistics.hooks import Hooks
-from lightning_prune.statistics.token_statistic import full_precision
-from lightning_prune.surgery.plan import LayerPlan
-from lightning_prune.walk.passes import BLOCK_ROLES, WEIGHT, Batch, BlockPass, Finding, Setting, Step
-from lightning_prune.walk.residuals import ResidualStore
 
 Target = Literal["residual", "output"]
 TARGETS: tuple[Target, ...] = ("residual", "output")

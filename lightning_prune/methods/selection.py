@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_prune.errors import UserError
 from lightning_prune.methods.blocks import BlockIndex, block_index
 from lightning_prune.methods.scores import Scores
+from lightning_prune.support.errors import UserError
 
 
 @dataclass(frozen=True)

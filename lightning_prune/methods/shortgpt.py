@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.errors import UserError
+from lightning_prune.calibration.hooks import Hooks
+from lightning_prune.calibration.passes import Finding, ForwardPass, Pass
+from lightning_prune.calibration.statistics.block_influence import BlockInfluence
+from lightning_prune.checkpoint.cut import parameters_after
+from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.methods.refit import RefittingMethod
 from lightning_prune.methods.scores import layer_scores
 from lightning_prune.models.families import LayerAnatomy
-from lightning_prune.statistics.block_influence import BlockInfluence
-from lightning_prune.statistics.hooks import Hooks
-from lightning_prune.surgery.cut import parameters_after
-from lightning_prune.surgery.plan import LayerPlan
-from lightning_prune.walk.passes import Finding, ForwardPass, Pass
+from lightning_prune.support.errors import UserError
 
 
 def layers_to_remove(influence: Tensor, count: int) -> list[int]:

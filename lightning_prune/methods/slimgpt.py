@@ -13,7 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_prune.errors import UserError
+from lightning_prune.calibration.hooks import Hooks
+from lightning_prune.calibration.passes import BLOCK_ROLES, WEIGHT, BlockPass, Finding, Pass, Step
+from lightning_prune.calibration.statistics.hessian import InputGram
+from lightning_prune.checkpoint.cut import parameters_after
+from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.methods.refit import RefittingMethod
 from lightning_prune.methods.scores import group_scores, groups_that_stay
 from lightning_prune.methods.slimgpt_math import (
@@ -30,11 +34,7 @@ from lightning_prune.methods.slimgpt_math import (
 )
 from lightning_prune.methods.slimgpt_ratios import layer_ratios, unit_counts
 from lightning_prune.models.families import LayerAnatomy
-from lightning_prune.statistics.hessian import InputGram
-from lightning_prune.statistics.hooks import Hooks
-from lightning_prune.surgery.cut import parameters_after
-from lightning_prune.surgery.plan import LayerPlan
-from lightning_prune.walk.passes import BLOCK_ROLES, WEIGHT, BlockPass, Finding, Pass, Step
+from lightning_prune.support.errors import UserError
 
 SOLVER_DTYPES = ("float64", "float32")
 

@@ -17,8 +17,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_prune.statistics.gram import mirror_upper_
-from lightning_prune.statistics.token_statistic import full_precision
+from lightning_prune.calibration.statistics.gram import mirror_upper_
+from lightning_prune.calibration.statistics.token_statistic import full_precision
 
 HeadError = Literal["slimgpt", "exact"]
 OnRound = Callable[[int, int], None]

@@ -7,11 +7,11 @@ absolute value is taken once, at the end.
 
 from torch import Tensor
 
+from lightning_prune.calibration.backward import BackwardPass
+from lightning_prune.calibration.passes import Finding
+from lightning_prune.calibration.statistics.gradients import LayerGradients
+from lightning_prune.calibration.statistics.groups import group_importance
 from lightning_prune.models.families import LayerAnatomy
-from lightning_prune.statistics.gradients import LayerGradients
-from lightning_prune.statistics.groups import group_importance
-from lightning_prune.walk.backward import BackwardPass
-from lightning_prune.walk.passes import Finding
 
 
 def weight_scores(weight: Tensor, gradient: Tensor) -> Tensor:

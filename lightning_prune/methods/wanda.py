@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_prune.calibration.hooks import Hooks
+from lightning_prune.calibration.passes import Finding, ForwardPass, Pass, Step
+from lightning_prune.calibration.statistics.groups import group_importance
+from lightning_prune.calibration.statistics.input_norms import SumOfSquares
 from lightning_prune.methods.mask_pruning import GroupOrMaskPruning, MaskRule, mask_layer
 from lightning_prune.models.families import LayerAnatomy
-from lightning_prune.statistics.groups import group_importance
-from lightning_prune.statistics.hooks import Hooks
-from lightning_prune.statistics.input_norms import SumOfSquares
-from lightning_prune.walk.passes import Finding, ForwardPass, Pass, Step
 
 # Projections that read the same activation share one statistic, collected at the first of them.
 INPUT_OF = {

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from lightning_prune.errors import UserError
 from lightning_prune.models.safetensors_header import (
     HEADER_LIMIT,
     OPTION,
@@ -19,7 +18,8 @@ from lightning_prune.models.safetensors_header import (
     no_duplicates,
     read_header,
 )
-from lightning_prune.regular_files import require_regular
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.regular_files import require_regular
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Old Llama checkpoints store the rotary table of every layer; it is computed from the config.

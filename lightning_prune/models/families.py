@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_prune.errors import UserError
 from lightning_prune.models.records import COLUMN_ROLES, FAMILIES, GUIDE, ROLES, Family
 from lightning_prune.models.refusals import refusal_of
+from lightning_prune.support.errors import UserError
 
 
 class Projection:

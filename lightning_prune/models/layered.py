@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from lightning_prune.memory import give_back_freed_memory, keep_heaps_small
 from lightning_prune.models.checkpoint_files import open_checkpoint
 from lightning_prune.models.families import LayerAnatomy, anatomy, final_norm_of, layers_of
 from lightning_prune.models.head import loss_gradient, token_losses
 from lightning_prune.models.loading import load_config, meta_model, quiet_transformers, resolve
 from lightning_prune.models.overflow import Overflow
 from lightning_prune.models.sources import CheckpointSource, Prefetching, Source
+from lightning_prune.support.memory import give_back_freed_memory, keep_heaps_small
 
 Onload = Literal["model", "layer"]
 Call = tuple[tuple[Any, ...], dict[str, Any]]

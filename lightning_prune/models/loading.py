@@ -18,7 +18,6 @@ from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from lightning_prune.errors import UserError
 from lightning_prune.models.checkpoint_files import open_checkpoint
 from lightning_prune.models.families import family_of
 from lightning_prune.models.modeling_pruned import classes_of, pruned_class
@@ -26,7 +25,8 @@ from lightning_prune.models.records import TEXT_PARTS
 from lightning_prune.models.safetensors_header import OPTION as OPTION
 from lightning_prune.models.safetensors_header import first_line
 from lightning_prune.models.sources import CheckpointSource
-from lightning_prune.regular_files import exists, expanded, is_special, require_regular
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.regular_files import exists, expanded, is_special, require_regular
 
 CONFIG_LIMIT = 10_000_000  # bytes
 TOKENIZER_FILES = (

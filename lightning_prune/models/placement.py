@@ -4,10 +4,10 @@ from typing import get_args
 
 import torch
 
-from lightning_prune.memory import free_bytes
 from lightning_prune.models.checkpoint_files import open_checkpoint
 from lightning_prune.models.layered import Onload
 from lightning_prune.models.loading import resolve
+from lightning_prune.support.memory import free_bytes
 
 SHARE = 0.5  # of a device's free memory that the weights may take; calibration needs the rest
 

@@ -8,8 +8,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from lightning_prune.errors import UserError
-from lightning_prune.regular_files import require_regular
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.regular_files import require_regular
 
 OPTION = "--model.pretrained"
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors library refuses more

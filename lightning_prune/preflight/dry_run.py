@@ -18,6 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.calibration.loop import Walk
+from lightning_prune.calibration.module import STEP_BYTES, LayeredModule
+from lightning_prune.calibration.passes import WEIGHT, Batch, Finding, Setting
+from lightning_prune.calibration.residuals import ResidualStore
+from lightning_prune.calibration.results import Findings
+from lightning_prune.calibration.statistics.perplexity import Perplexity
+from lightning_prune.checkpoint.cut import pruned_config
+from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
+from lightning_prune.checkpoint.pruned import PrunedSource
+from lightning_prune.checkpoint.write import write_weights
 from lightning_prune.methods import slimgpt_math
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.slimgpt import SlimGPTPass
@@ -27,17 +37,7 @@ from lightning_prune.models.layered import LayeredModel, Onload, skeleton
 from lightning_prune.models.sources import Prefetching, Source
 from lightning_prune.preflight.ledger import Ledger
 from lightning_prune.preflight.workload import Workload
-from lightning_prune.progress import Progress
-from lightning_prune.statistics.perplexity import Perplexity
-from lightning_prune.surgery.cut import pruned_config
-from lightning_prune.surgery.plan import LayerPlan, PruningPlan
-from lightning_prune.surgery.pruned import PrunedSource
-from lightning_prune.surgery.write import write_weights
-from lightning_prune.walk.findings import Findings
-from lightning_prune.walk.module import STEP_BYTES, LayeredModule
-from lightning_prune.walk.passes import WEIGHT, Batch, Finding, Setting
-from lightning_prune.walk.residuals import ResidualStore
-from lightning_prune.walk.walk import Walk
+from lightning_prune.support.progress import Progress
 
 BATCHES = 2  # the second one meets everything that the first one left
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_prune.errors import UserError
+from lightning_prune.calibration.residuals import SHARE
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.hgsp import HGSP
 from lightning_prune.methods.slimgpt import SlimGPT
 from lightning_prune.preflight.dry_run import DryRun, PhaseUse, Shapes, Solves, dry_run
 from lightning_prune.preflight.workload import Workload
-from lightning_prune.walk.residuals import SHARE
+from lightning_prune.support.errors import UserError
 
 # What no tensor shows. GPU: context, kernels, cuBLAS workspaces; host: heaps, threads, packed operands.
 DEVICE_OVERHEAD = 700 * 2**20

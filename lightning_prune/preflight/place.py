@@ -7,16 +7,16 @@ from typing import Any
 import lightning as L
 import torch
 
+from lightning_prune.checkpoint.pruned import stored_dtype
 from lightning_prune.data.datamodule import CalibrationDataModule
-from lightning_prune.errors import UserError
-from lightning_prune.memory import anonymous_bytes, free_bytes, free_host_bytes
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.layered import Onload
 from lightning_prune.models.loading import config_alone
 from lightning_prune.preflight.dry_run import Shapes, Solves
 from lightning_prune.preflight.estimate import Estimate, Memory, advice, estimate
 from lightning_prune.preflight.workload import Workload
-from lightning_prune.surgery.pruned import stored_dtype
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.memory import anonymous_bytes, free_bytes, free_host_bytes
 
 ROOM = 0.9  # of the memory that ``auto`` fills with a whole model: an estimate is no measurement
 FIXED = 4 * 2**30  # bytes beside weights and residual streams that no small model needs

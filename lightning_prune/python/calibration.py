@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_prune.data.corpora import load_corpus
 from lightning_prune.data.sampling import random_windows
 from lightning_prune.data.tokenization import load_tokenizer
-from lightning_prune.errors import UserError
+from lightning_prune.support.errors import UserError
 
 
 def calibration_set(

@@ -12,6 +12,8 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
+from lightning_prune.calibration.module import LayeredModule
+from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.cli.experiment import build
 from lightning_prune.cli.lightning_cli import PruneCLI
 from lightning_prune.comparison import accuracy, costs
@@ -19,14 +21,12 @@ from lightning_prune.comparison.audit import audit
 from lightning_prune.comparison.repeats import repeats
 from lightning_prune.comparison.run import Run, load_run
 from lightning_prune.comparison.zero_shot import ZeroShot
-from lightning_prune.errors import UserError
 from lightning_prune.models.loading import quiet_transformers
 from lightning_prune.python.calibration import as_dataset
 from lightning_prune.python.pruned import PrunedModel
 from lightning_prune.runs.run import prune_and_record
-from lightning_prune.shipped_configs import config_file
-from lightning_prune.surgery.plan import PruningPlan
-from lightning_prune.walk.module import LayeredModule
+from lightning_prune.runs.shipped_configs import config_file
+from lightning_prune.support.errors import UserError
 
 HALF = {torch.bfloat16: "bf16-true", torch.float16: "16-true"}  # precisions of a model that is loaded in them
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
-from lightning_prune.errors import UserError
 from lightning_prune.models.loading import load_model
 from lightning_prune.runs.folder import FinishedRun, RunFolder
 from lightning_prune.runs.records import as_dict
+from lightning_prune.support.errors import UserError
 
 if TYPE_CHECKING:
-    from lightning_prune.surgery.plan import PruningPlan
+    from lightning_prune.checkpoint.plan import PruningPlan
 
 
 class PrunedModel:

@@ -16,10 +16,10 @@ from lightning_prune.data.sampling import aligned_windows
 from lightning_prune.data.streams import StreamReader
 from lightning_prune.data.token_arrays import first_part, is_token_array, load_token_array
 from lightning_prune.data.tokenization import default_cache_dir
-from lightning_prune.errors import UserError
 from lightning_prune.recovery.overlap import refuse_overlap
 from lightning_prune.recovery.stream import ShuffledWindows
-from lightning_prune.regular_files import expanded, from_home
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.regular_files import expanded, from_home
 
 _UNKNOWN = dict.fromkeys(("configuration", "revision", "text_sha256", "tokenizer_sha256"))  # of a token array
 

@@ -12,15 +12,15 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMon
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_prune.errors import UserError
+from lightning_prune.calibration.module import DTYPES
 from lightning_prune.models.loading import OPTION, load_model
-from lightning_prune.progress import Progress
 from lightning_prune.recovery import lora
 from lightning_prune.recovery.distillation import hidden_distillation, logit_distillation, matching_states
 from lightning_prune.recovery.schedule import cosine_with_warmup, progress_of
 from lightning_prune.recovery.zeros import check_zeros, hold_zeros, kept_weights
-from lightning_prune.timing import Timed
-from lightning_prune.walk.module import DTYPES
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.progress import Progress
+from lightning_prune.support.timing import Timed
 
 HELD_OUT = "held_out/loss"
 BEST, LAST = "best", "last"

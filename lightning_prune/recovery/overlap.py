@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_prune.errors import UserError
+from lightning_prune.support.errors import UserError
 
 RUN = 64  # equal tokens in a row that are no coincidence; shorter windows are compared whole
 SHARE = 0.01  # of the evaluation windows that may begin with words of the training text: licences, boilerplate

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.models.layered import LayeredModel, skeleton
 from lightning_prune.models.loading import load_config
-from lightning_prune.surgery.write import write_checkpoint
 
 
 class StateSource:

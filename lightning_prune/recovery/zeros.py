@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.errors import CheckpointError
 from lightning_prune.models.families import layers_of
+from lightning_prune.support.errors import CheckpointError
 
 
 def linears_of(net: nn.Module) -> dict[str, nn.Linear]:

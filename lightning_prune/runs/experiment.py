@@ -8,10 +8,8 @@ from pathlib import Path
 
 import torch
 
-from lightning_prune.errors import UserError
-from lightning_prune.files import Lock, cannot_write, nearest_existing, remove_empty_parents
+from lightning_prune.calibration.module import PerplexityResult
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.progress import Progress
 from lightning_prune.runs.failure import Failure
 from lightning_prune.runs.folder import RunFolder
 from lightning_prune.runs.planned import Build, Planned, plan_runs
@@ -19,7 +17,9 @@ from lightning_prune.runs.reuse import known_perplexities, reuse
 from lightning_prune.runs.run import prune_and_record
 from lightning_prune.runs.settings import Settings
 from lightning_prune.runs.tidy import sweep_runs
-from lightning_prune.walk.module import PerplexityResult
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.files import Lock, cannot_write, nearest_existing, remove_empty_parents
+from lightning_prune.support.progress import Progress
 
 LOCK = ".compare.tmp"  # as a temporary file it is swept when its process is gone
 

@@ -18,19 +18,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from lightning_prune.errors import UserError
-from lightning_prune.files import (
-    Lock,
-    cannot_write,
-    finite,
-    nearest_existing,
-    read_file,
-    remove_empty_parents,
-    sweep,
-    writable,
-    write_json,
-    write_text,
-)
+from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.runs.records import (
     Calibration,
     Environment,
@@ -54,8 +42,20 @@ from lightning_prune.runs.tidy import (
     sweep_runs,
     version,
 )
-from lightning_prune.surgery.plan import PruningPlan
-from lightning_prune.validation import parse_json, read_json
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.files import (
+    Lock,
+    cannot_write,
+    finite,
+    nearest_existing,
+    read_file,
+    remove_empty_parents,
+    sweep,
+    writable,
+    write_json,
+    write_text,
+)
+from lightning_prune.support.validation import parse_json, read_json
 
 ROOT_OPTION = "--trainer.default_root_dir"
 PRUNED = "pruned"

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import lightning as L
 import torch
 
+from lightning_prune.calibration.module import LayeredModule
 from lightning_prune.models.layered import LayeredModel, open_layered
-from lightning_prune.walk.module import LayeredModule
 
 
 @contextmanager

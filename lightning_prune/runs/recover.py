@@ -12,9 +12,11 @@ import yaml
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lightning_prune.calibration.module import DTYPES, LayeredModule, PerplexityResult
+from lightning_prune.checkpoint.cut import layout_of
+from lightning_prune.checkpoint.model_card import model_card
+from lightning_prune.checkpoint.pruned import stored_dtype
 from lightning_prune.data.datamodule import CalibrationDataModule
-from lightning_prune.errors import UserError
-from lightning_prune.escape import markdown, markdown_table, plain, public_name
 from lightning_prune.evaluation.unigram import unigram_perplexity
 from lightning_prune.models.fingerprint import base_model_sha256
 from lightning_prune.models.loading import load_config, quiet_transformers
@@ -30,10 +32,8 @@ from lightning_prune.runs.reuse import known_perplexities
 from lightning_prune.runs.run import claimed
 from lightning_prune.runs.summary import RunRecord, run_metrics
 from lightning_prune.runs.verdict import evaluation_section
-from lightning_prune.surgery.cut import layout_of
-from lightning_prune.surgery.model_card import model_card
-from lightning_prune.surgery.pruned import stored_dtype
-from lightning_prune.walk.module import DTYPES, LayeredModule, PerplexityResult
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.escape import markdown, markdown_table, plain, public_name
 
 OPTION = "--model.pretrained"
 FREE = ("model.label", "model.pretrained", "data.cache_dir", "data.eval_datasets", "data.tokenizer")

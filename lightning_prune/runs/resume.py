@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-from lightning_prune.errors import UserError
-from lightning_prune.files import Lock, finite, write_json
 from lightning_prune.runs.folder import RunFolder
 from lightning_prune.runs.tidy import FINDINGS, STARTED, UNFINISHED, is_finished, runs_below
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.files import Lock, finite, write_json
 
 DENSE = "dense.json"
 Facts = dict[str, Any]

@@ -5,8 +5,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from lightning_prune.calibration.module import PerplexityResult
 from lightning_prune.data.datamodule import CalibrationDataModule
-from lightning_prune.errors import UserError
 from lightning_prune.methods.base import PruningMethod, SavedMeasurement
 from lightning_prune.methods.scores import Scores, group_scores, layer_scores
 from lightning_prune.models.families import anatomy
@@ -14,7 +14,7 @@ from lightning_prune.models.loading import load_config, meta_model
 from lightning_prune.runs.folder import FinishedRun
 from lightning_prune.runs.records import as_dict
 from lightning_prune.runs.score_table import ScoreTable
-from lightning_prune.walk.module import PerplexityResult
+from lightning_prune.support.errors import UserError
 
 MEASURING = ("calibrate", "finish layers")  # phases that reading the scores saves
 

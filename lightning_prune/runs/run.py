@@ -10,10 +10,9 @@ import lightning as L
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lightning_prune.calibration.module import LayeredModule, PerplexityResult
 from lightning_prune.data.datamodule import CalibrationDataModule
-from lightning_prune.errors import UserError
 from lightning_prune.evaluation.unigram import unigram_perplexity
-from lightning_prune.files import FULL
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.fingerprint import base_model_sha256
 from lightning_prune.preflight.place import place
@@ -26,7 +25,8 @@ from lightning_prune.runs.summary import RunRecord, run_metrics
 from lightning_prune.runs.tensorboard import hparams, log_importance
 from lightning_prune.runs.tidy import events_folder
 from lightning_prune.runs.verdict import evaluation_section
-from lightning_prune.walk.module import LayeredModule, PerplexityResult
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.files import FULL
 
 
 def prune_and_record(

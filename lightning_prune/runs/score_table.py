@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.csv
 from numpy.typing import NDArray
 
-from lightning_prune.errors import UserError
-from lightning_prune.files import read_file, write_bytes
-from lightning_prune.surgery.plan import PruningPlan
+from lightning_prune.checkpoint.plan import PruningPlan
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.files import read_file, write_bytes
 
 BLOCKS = ("attention", "mlp", "layer")
 LIMIT = 2 * 2**30  # bytes; the table of an 8B model has some 40 MB

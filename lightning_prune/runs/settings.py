@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
-from lightning_prune.config_files import check_file
-from lightning_prune.errors import UserError
+from lightning_prune.runs.config_files import check_file
 from lightning_prune.runs.folder import REPORTS, check_label
-from lightning_prune.shipped_configs import config_file
+from lightning_prune.runs.shipped_configs import config_file
+from lightning_prune.support.errors import UserError
 
 ALLOWED = ("pretrained", "ratios", "seeds", "systems", "data", "trainer", "root")
 DEFAULT_RATIOS = (0.2, 0.3, 0.5)

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_prune.calibration.module import PerplexityResult
+from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.runs.verdict import verdict
-from lightning_prune.surgery.plan import PruningPlan
-from lightning_prune.walk.module import PerplexityResult
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_prune.escape import plain
 from lightning_prune.methods.scores import BLOCKS, Block, Scores
+from lightning_prune.support.escape import plain
 
 
 def log_importance(writer: SummaryWriter, scores: Scores) -> None:

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_prune.files import Lock, sweep
+from lightning_prune.support.files import Lock, sweep
 
 UNFINISHED = "unfinished"
 STARTED = "started.json"  # what the findings of an unfinished run are made from

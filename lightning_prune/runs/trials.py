@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lightning_prune.errors import UserError
-from lightning_prune.files import finite, write_json
 from lightning_prune.runs.resume import Facts, differences
-from lightning_prune.validation import read_json
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.files import finite, write_json
+from lightning_prune.support.validation import read_json
 
 
 @dataclass(frozen=True)

@@ -20,19 +20,19 @@ import yaml
 
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.data.sampling import held_out_samples
-from lightning_prune.errors import UserError
 from lightning_prune.methods.base import PruningMethod, SavedMeasurement
 from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.models.families import family_of
 from lightning_prune.models.fingerprint import base_model_sha256
 from lightning_prune.models.loading import load_config
 from lightning_prune.preflight.place import place
-from lightning_prune.progress import Progress
 from lightning_prune.runs.planned import Build, BuiltRun
 from lightning_prune.runs.resume import facts_of
 from lightning_prune.runs.shifts import Floats, directions, factors, search_shifts
 from lightning_prune.runs.tensorboard import kept_fraction
 from lightning_prune.runs.trials import Trial, Trials, read_trials
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.progress import Progress
 
 Options = Mapping[str, Any]
 # In this order: the other options rank differently with a refit behind them.

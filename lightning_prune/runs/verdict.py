@@ -3,7 +3,7 @@
 import math
 from typing import Any, TypeGuard
 
-from lightning_prune.escape import markdown, markdown_table, public_name
+from lightning_prune.support.escape import markdown, markdown_table, public_name
 
 NEAR_DENSE, DEGRADED, BADLY_DEGRADED, UNUSABLE = "near dense", "degraded", "badly degraded", "unusable"
 UNKNOWN = "not comparable"  # the dense perplexity is missing, and the pruned one is better than token frequencies

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from lightning_prune import methods
+from lightning_prune.calibration.module import LayeredModule
 from lightning_prune.cli import main
 from lightning_prune.cli.signatures import options_of
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.recovery import Recovery, RecoveryDataModule
-from lightning_prune.walk.module import LayeredModule
 
 COMMANDS = ("fit", "check", "tune", "test", "recover")
 

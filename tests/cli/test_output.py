@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_prune import progress
 from lightning_prune.cli import main
-from lightning_prune.progress_display import Lines, Status
+from lightning_prune.support import progress
+from lightning_prune.support.progress_display import Lines, Status
 from tests.methods.running import save_base
 from tests.tiny import make_tiny, tiny_tokens
 

@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 
 from lightning_prune.cli import main
 from lightning_prune.cli.strategy import CalibrationDDP, cpu_processes, trainer_for_calibration
-from lightning_prune.errors import UserError
+from lightning_prune.support.errors import UserError
 from tests.methods.running import save_base
 from tests.tiny import make_tiny, tiny_tokens
 

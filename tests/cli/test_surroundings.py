@@ -15,7 +15,7 @@ from lightning_prune.cli.surroundings import keep_few_kernels
 if sys.argv[1] == "few":
     keep_few_kernels(os.environ)
 import torch
-from lightning_prune.memory import anonymous_bytes
+from lightning_prune.support.memory import anonymous_bytes
 
 x = torch.ones(256, 64, dtype=torch.bfloat16)
 w = torch.ones(2048, 64, dtype=torch.bfloat16)

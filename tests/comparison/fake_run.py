@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_prune.surgery.plan import LayerPlan, PruningPlan
+from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 
 CALIBRATION = {
     "dataset": "demo",

@@ -5,8 +5,8 @@ import pytest
 
 from lightning_prune.cli import main
 from lightning_prune.comparison.output import NAMES
-from lightning_prune.errors import UserError
 from lightning_prune.runs.experiment import LOCK, _only_one
+from lightning_prune.support.errors import UserError
 from tests.comparison.fake_run import write_run
 
 

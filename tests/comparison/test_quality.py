@@ -8,7 +8,7 @@ from lightning_prune.comparison.quality import cost_figure, size_figure, speed_f
 from lightning_prune.comparison.run import Run, load_run
 from lightning_prune.comparison.speed import speeds
 from lightning_prune.comparison.style import TIP, line_styles
-from lightning_prune.errors import UserError
+from lightning_prune.support.errors import UserError
 from tests.comparison.fake_run import write_run
 
 

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 import lightning_prune as lp
+from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.cli.commands.compare import main
 from lightning_prune.comparison import accuracy
 from lightning_prune.comparison.accuracy import Accuracy, Score
@@ -14,10 +15,9 @@ from lightning_prune.comparison.audit import audit
 from lightning_prune.comparison.latex import latex
 from lightning_prune.comparison.run import load_run
 from lightning_prune.comparison.sections import sections, terminal
-from lightning_prune.errors import UserError
 from lightning_prune.evaluation import zero_shot
 from lightning_prune.models.fingerprint import base_model_sha256
-from lightning_prune.surgery.write import write_checkpoint
+from lightning_prune.support.errors import UserError
 from tests.comparison.fake_run import write_run
 from tests.cutting import layered_cut
 from tests.evaluation.test_zero_shot import task_folder

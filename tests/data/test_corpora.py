@@ -5,7 +5,7 @@ import pytest
 
 from lightning_prune.data import corpora
 from lightning_prune.data.corpora import calibration_split, held_out_split, load_corpus, split_spec
-from lightning_prune.errors import UserError
+from lightning_prune.support.errors import UserError
 
 COMMIT = "b08601e04326c79dfdd32d625aee71d232d685c3"
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from lightning_prune.data import datamodule, streams, tokenization
 from lightning_prune.data.calibration import fingerprint
 from lightning_prune.data.datamodule import CalibrationDataModule
-from lightning_prune.errors import UserError
+from lightning_prune.support.errors import UserError
 from tests.data.conftest import make_text
 
 

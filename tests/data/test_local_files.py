@@ -8,7 +8,7 @@ import pytest
 
 from lightning_prune.data.corpora import calibration_split, held_out_split, load_corpus
 from lightning_prune.data.local_files import local_splits, read_local
-from lightning_prune.errors import UserError
+from lightning_prune.support.errors import UserError
 
 DOCUMENTS = ["Grüße, one.", "two\nlines", "three"]
 JOINED = "Grüße, one.\n\ntwo\nlines\n\nthree"

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from lightning_prune.data.sampling import aligned_windows, random_windows, sequential_windows, sliding_windows
-from lightning_prune.errors import UserError
+from lightning_prune.support.errors import UserError
 
 STREAM = torch.arange(103)
 

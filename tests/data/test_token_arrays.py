@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from lightning_prune.data.token_arrays import is_token_array, load_token_array
-from lightning_prune.errors import UserError
+from lightning_prune.support.errors import UserError
 
 TOKENS = torch.arange(12).view(3, 4)
 

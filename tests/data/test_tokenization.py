@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lightning_prune.data import tokenization
 from lightning_prune.data.tokenization import cached_stream, load_tokenizer, tokenize, tokenizer_sha256
-from lightning_prune.errors import UserError
+from lightning_prune.support.errors import UserError
 from tests.data.conftest import make_text
 
 

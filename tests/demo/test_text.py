@@ -11,7 +11,7 @@ import pytest
 
 from lightning_prune.demo import demo_text
 from lightning_prune.demo.grammar import RULES, STORIES
-from lightning_prune.errors import UserError
+from lightning_prune.support.errors import UserError
 
 
 def test_text_is_the_one_the_shipped_model_was_trained_on():

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from lightning_prune.checkpoint.model_card import usage
 from lightning_prune.cli import main
-from lightning_prune.surgery.model_card import usage
 from tests.engines.asking import interpreter, needs
 from tests.export.checkpoints import save
 from tests.tiny import mixed_plan

@@ -9,9 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, PreTrainedModel
 
-from lightning_prune.errors import UserError
 from lightning_prune.evaluation import efficiency
 from lightning_prune.evaluation.efficiency import Efficiency, EfficiencyReport, Setting, Speed, measure
+from lightning_prune.support.errors import UserError
 from tests.cutting import cut
 from tests.tiny import make_tiny, mixed_plan, tiny_tokens, uniform_plan
 

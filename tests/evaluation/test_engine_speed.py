@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lightning_prune.cli import main
-from lightning_prune.errors import UserError
 from lightning_prune.evaluation import engine_speed
 from lightning_prune.evaluation.efficiency import WARM_UP, Setting, measure
 from lightning_prune.evaluation.engine_speed import measure_in_engine
+from lightning_prune.support.errors import UserError
 from tests.cutting import cut
 from tests.tiny import make_tiny, mixed_plan
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_prune.errors import UserError
 from lightning_prune.evaluation import zero_shot
 from lightning_prune.evaluation.zero_shot import Metric, ZeroShotResult, check_tasks
+from lightning_prune.support.errors import UserError
 from tests.cutting import cut
 from tests.tiny import make_tiny, mixed_plan, tiny_tokenizer
 

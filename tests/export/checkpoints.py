@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.demo import demo_model_path
-from lightning_prune.surgery.plan import PruningPlan
 from tests.cutting import cut
 from tests.tiny import WHOLE_ATTENTION, tiny_config, tiny_plan
 

@@ -6,10 +6,10 @@ import torch
 from transformers import AutoModelForCausalLM, MistralForCausalLM
 
 from lightning_prune.cli import main
-from lightning_prune.errors import UserError
 from lightning_prune.export.stock import PaddedSource, stock_config
 from lightning_prune.models.layered import open_weights, skeleton
 from lightning_prune.models.sources import CheckpointSource
+from lightning_prune.support.errors import UserError
 from tests.export.checkpoints import FULL, Plan, gone, save
 from tests.tiny import EVERY_FAMILY, mixed_plan, tiny_plan, tiny_tokens
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from lightning_prune.errors import UserError
 from lightning_prune.export.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED, Vocabulary, read_vocabulary
 from lightning_prune.models.loading import load_tokenizer
+from lightning_prune.support.errors import UserError
 from tests.export.checkpoints import TOKENS, save
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import lightning_prune
 from lightning_prune.cli import main
-from lightning_prune.errors import UserError
+from lightning_prune.support.errors import UserError
 from tests.hostile.harness import CONFIGS, Bench, Case
 
 Change = Callable[[Path], object]  # of a file, or of the run folder

@@ -12,16 +12,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import lightning_prune
+from lightning_prune.checkpoint.cut import check_plan
+from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.cli import main
 from lightning_prune.comparison.audit import audit
 from lightning_prune.comparison.run import load_run
-from lightning_prune.errors import UserError
 from lightning_prune.export.stock import write_stock
 from lightning_prune.methods import FLAP
 from lightning_prune.methods.bias_compensation import carriers, without_carrier
 from lightning_prune.models.families import anatomy
-from lightning_prune.surgery.cut import check_plan
-from lightning_prune.surgery.plan import PruningPlan
+from lightning_prune.support.errors import UserError
 from tests.methods.behaviour import Run, logits, prune, save_model, save_tokens
 from tests.methods.running import projections
 from tests.tiny import EVERY_FAMILY, make_tiny, tiny_config, tiny_plan, tiny_tokens

@@ -16,11 +16,11 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 import lightning_prune
+from lightning_prune.checkpoint import write
 from lightning_prune.data.calibration import fingerprint
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.families import LayerAnatomy, anatomy, count_parameters
 from lightning_prune.models.layered import LayeredModel
-from lightning_prune.surgery import write
 from tests.methods.behaviour import SYSTEMS, Run, logits, prune, save_model, save_tokens, temporary_files
 from tests.tiny import EVERY_FAMILY, FAMILIES, WHOLE_ATTENTION, tiny_tokens
 

@@ -9,11 +9,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import lightning_prune
-from lightning_prune.errors import UserError
+from lightning_prune.calibration.passes import BlockPass
+from lightning_prune.checkpoint import family_check as proof
 from lightning_prune.methods import HGSP, ShortGPT, SlimGPT, Wanda
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.surgery import proof
-from lightning_prune.walk.passes import BlockPass
+from lightning_prune.support.errors import UserError
 from tests.methods.behaviour import SYSTEMS, Run, prune, save_tokens
 from tests.methods.running import pruned_by, run_method, save_base
 from tests.tiny import WHOLE_ATTENTION, make_tiny, tiny_tokens

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_prune.calibration.statistics.input_moments import InputMoments
 from lightning_prune.methods import FLAP
 from lightning_prune.methods.flap import in_deviations
-from lightning_prune.statistics.input_moments import InputMoments
 from tests.methods.behaviour import prune, save_tokens
 from tests.methods.running import projections
 from tests.tiny import make_tiny, tiny_tokens

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_prune.errors import UserError
 from lightning_prune.methods import HGSP
+from lightning_prune.support.errors import UserError
 from tests.methods.running import run_method, save_base
 from tests.tiny import make_tiny, tiny_tokens
 

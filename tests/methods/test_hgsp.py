@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_prune.errors import UserError
 from lightning_prune.methods import HGSP
 from lightning_prune.methods.hgsp import collapse, depth_prior, final_scores, gate_threshold, normalised
 from lightning_prune.methods.scores import group_scores
 from lightning_prune.models.families import anatomy
+from lightning_prune.support.errors import UserError
 from tests.methods.running import mean_token_loss, projections, pruned_by, reference_groups, run_method, save_base
 from tests.tiny import make_tiny, tiny_tokens
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_prune.errors import UserError
+from lightning_prune.checkpoint.cut import layout_of
 from lightning_prune.methods import Magnitude, Wanda
-from lightning_prune.surgery.cut import layout_of
+from lightning_prune.support.errors import UserError
 from tests.methods.running import projections, pruned_by, run_method, save_base
 from tests.methods.test_slimgpt import inputs_of
 from tests.tiny import make_tiny, tiny_tokens

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_prune.errors import UserError
 from lightning_prune.methods.masks import Structure, keep_n_of_m_mask, parse_structure, row_mask, tensor_mask
+from lightning_prune.support.errors import UserError
 
 
 def random_scores(rows: int = 6, columns: int = 24) -> Tensor:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_prune.calibration.passes import BlockPass, ForwardPass
 from lightning_prune.models.head import loss_gradient
-from lightning_prune.walk.passes import BlockPass, ForwardPass
 from tests.methods.behaviour import SYSTEMS, Run, prune, save_model, save_tokens
 from tests.tiny import make_tiny, tiny_tokens
 

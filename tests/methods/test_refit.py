@@ -9,12 +9,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.data.sampling import held_out_samples
-from lightning_prune.errors import UserError
 from lightning_prune.methods import HGSP, Magnitude, ShortGPT, SlimGPT, Wanda
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.refit_math import NormalEquations, ridge, squared_error
-from lightning_prune.surgery.plan import LayerPlan
+from lightning_prune.support.errors import UserError
 from tests.methods.running import pruned_by, run_method, save_base
 from tests.tiny import make_tiny, tiny_tokens
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lightning_prune.errors import UserError
 from lightning_prune.methods.scores import Scores
 from lightning_prune.methods.selection import Budget, protect_best, ranking, select_global, select_uniform
+from lightning_prune.support.errors import UserError
 from tests.methods.reference import Unit, cost_of, greedy
 
 LAYERS, GROUPS, CHANNELS = 3, 3, 12

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_prune.errors import UserError
 from lightning_prune.methods.scores import Scores
 from lightning_prune.methods.selection import Budget, protect_best, ranking, select_global, select_uniform
+from lightning_prune.support.errors import UserError
 from tests.methods.naive_selection import Row, UnreachableError, lowest_of_each, prefix, ranked, unprotected
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_prune.errors import UserError
+from lightning_prune.checkpoint.cut import layout_of
 from lightning_prune.methods import ShortGPT
 from lightning_prune.methods.shortgpt import layers_to_remove, nearest_layer_count
-from lightning_prune.surgery.cut import layout_of
+from lightning_prune.support.errors import UserError
 from tests.methods.running import pruned_by, run_method, save_base
 from tests.tiny import make_tiny, tiny_tokens
 

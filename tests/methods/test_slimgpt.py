@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_prune.errors import UserError
 from lightning_prune.methods import SlimGPT
+from lightning_prune.support.errors import UserError
 from tests.methods.running import projections, pruned_by, run_method, save_base
 from tests.tiny import make_tiny, tiny_tokens
 

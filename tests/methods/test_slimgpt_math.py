@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_prune.calibration.statistics import gram
 from lightning_prune.methods import slimgpt_math
 from lightning_prune.methods.slimgpt_math import (
     HeadError,
@@ -24,7 +25,6 @@ from lightning_prune.methods.slimgpt_math import (
     prune_heads,
     solver_bytes,
 )
-from lightning_prune.statistics import gram
 from tests.live_bytes import LiveBytes
 
 Array = npt.NDArray[np.float64]

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import lightning_prune
-from lightning_prune.errors import UserError
+from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.methods import HGSP, Wanda
-from lightning_prune.surgery.plan import PruningPlan
+from lightning_prune.support.errors import UserError
 from tests.methods.running import mean_token_loss, projections, run_method, save_base
 from tests.tiny import make_tiny, tiny_tokens
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_prune.errors import UserError
 from lightning_prune.models.checkpoint_files import open_checkpoint
 from lightning_prune.models.loading import load_config, load_model, meta_model
 from lightning_prune.models.safetensors_header import read_header
+from lightning_prune.support.errors import UserError
 from tests.cutting import cut
 from tests.tiny import EVERY_FAMILY, make_tiny, mixed_plan, uniform_plan
 

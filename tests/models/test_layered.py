@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import lightning_prune
+from lightning_prune.checkpoint import write
+from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.models.families import anatomy
 from lightning_prune.models.layered import LayeredModel, Onload, open_layered
-from lightning_prune.surgery import write
-from lightning_prune.surgery.write import write_checkpoint
 from tests.cutting import CPU, MemorySource, layered, layered_cut
 from tests.tiny import EVERY_FAMILY, make_tiny, mixed_plan, tiny_tokens, uniform_plan
 

@@ -11,8 +11,8 @@ from transformers import BertConfig
 from transformers.utils import logging as transformers_logging
 
 import lightning_prune
-from lightning_prune.errors import UserError
 from lightning_prune.models.loading import load_config, load_model, load_tokenizer, meta_model
+from lightning_prune.support.errors import UserError
 from tests.cutting import cut
 from tests.tiny import EVERY_FAMILY, make_tiny, mixed_plan, tiny_tokenizer, tiny_tokens
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import lightning_prune
-from lightning_prune.errors import UserError
 from lightning_prune.methods import HGSP
 from lightning_prune.models.layered import open_layered
 from lightning_prune.models.loading import check_model, load_config
+from lightning_prune.support.errors import UserError
 from tests.cutting import CPU
 from tests.methods.running import pruned_by, run_method
 from tests.tiny import tiny_config, tiny_tokens

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lightning_prune import methods
+from lightning_prune.calibration.passes import Finding
 from lightning_prune.cli import main
 from lightning_prune.methods.kfac import KFACPass
 from lightning_prune.models.families import LayerAnatomy
@@ -18,7 +19,6 @@ from lightning_prune.preflight.dry_run import DryRun, PhaseUse, Shapes, Solves, 
 from lightning_prune.preflight.estimate import KERNEL_BYTES, KERNELS_PER_LAYER, Estimate, _at, _polynomial
 from lightning_prune.preflight.ledger import Ledger
 from lightning_prune.preflight.workload import Workload
-from lightning_prune.walk.passes import Finding
 from tests.tiny import tiny_config
 
 LAYERS, SAMPLES, LENGTH, BATCH, HIDDEN = 5, 12, 16, 4, 32

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune.errors import CheckpointError
 from lightning_prune.models.loading import load_model
 from lightning_prune.recovery import lora
 from lightning_prune.recovery.zeros import check_zeros, hold_zeros, kept_weights, linears_of
+from lightning_prune.support.errors import CheckpointError
 from tests.tiny import make_tiny, tiny_tokens
 
 TOKENS = tiny_tokens()

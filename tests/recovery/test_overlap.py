@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_prune.errors import UserError
 from lightning_prune.recovery.overlap import refuse_overlap, shared_windows
+from lightning_prune.support.errors import UserError
 from tests.tiny import tiny_tokens
 
 

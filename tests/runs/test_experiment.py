@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import yaml
 
-from lightning_prune import progress_display
 from lightning_prune.cli.commands.compare import main as compare
 from lightning_prune.cli.commands.fit import main as fit
 from lightning_prune.cli.experiment import build
-from lightning_prune.errors import UserError
 from lightning_prune.runs.experiment import run_experiment
 from lightning_prune.runs.planned import plan_runs
 from lightning_prune.runs.settings import read_settings
+from lightning_prune.support import progress_display
+from lightning_prune.support.errors import UserError
 from tests.killing import Forks, Kill
 from tests.tiny import make_tiny, tiny_tokenizer, tiny_tokens
 

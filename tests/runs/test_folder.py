@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from lightning_prune import files
-from lightning_prune.errors import UserError
-from lightning_prune.files import Lock
 from lightning_prune.runs.folder import RunFolder, check_label
 from lightning_prune.runs.records import Environment, RunMetrics, as_dict
 from lightning_prune.runs.tidy import UNFINISHED, sweep_runs
+from lightning_prune.support import files
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.files import Lock
 from tests.cli.test_main import importable
 from tests.comparison.fake_run import ENVIRONMENT, EVALUATION, write_run
 

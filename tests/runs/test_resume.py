@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from lightning_prune.files import Lock
+from lightning_prune.calibration import waypoints
 from lightning_prune.runs.folder import RunFolder
-from lightning_prune.walk import waypoints
+from lightning_prune.support.files import Lock
 from tests.killing import Ended, Forks, Kill
 from tests.methods.behaviour import save_model, save_tokens
 from tests.tiny import tiny_tokens
@@ -22,15 +22,15 @@ OPTIONS: dict[str, list[str]] = {
     "wanda_2to4": ["--config", "wanda", "--model.structure", "2:4", "--model.label", "wanda_2to4"],
 }
 # Calls before which the process is killed, one after the other: the second and later ones kill a resumed run.
-PRIOR = Kill("lightning_prune.walk.wavefront:RemovalPass.batch", 8)
-BACKWARD = Kill("lightning_prune.walk.backward:BackwardPass._differentiate", 5)
-MLP = Kill("lightning_prune.walk.walk:Walk.finish", 4)
-KEEPING = Kill("lightning_prune.walk.findings:Findings.add", 3)
+PRIOR = Kill("lightning_prune.calibration.wavefront:RemovalPass.batch", 8)
+BACKWARD = Kill("lightning_prune.calibration.backward:BackwardPass._differentiate", 5)
+MLP = Kill("lightning_prune.calibration.loop:Walk.finish", 4)
+KEEPING = Kill("lightning_prune.calibration.results:Findings.add", 3)
 DECISION = Kill("lightning_prune.runs.folder:RunFolder.write_decision")
-SHARDS = Kill("lightning_prune.surgery.write:_Shards.write", 20)
-STREAMS = Kill("lightning_prune.walk.waypoints:Waypoints.offer")
-CHECK = Kill("lightning_prune.surgery.write:_check")
-EVALUATION = Kill("lightning_prune.walk.module:LayeredModule.on_test_epoch_end")
+SHARDS = Kill("lightning_prune.checkpoint.write:_Shards.write", 20)
+STREAMS = Kill("lightning_prune.calibration.stream_checkpoints:Waypoints.offer")
+CHECK = Kill("lightning_prune.checkpoint.write:_check")
+EVALUATION = Kill("lightning_prune.calibration.module:LayeredModule.on_test_epoch_end")
 RECORD = Kill("lightning_prune.runs.folder:RunFolder.write_results")
 
 
@@ -107,7 +107,7 @@ def test_a_run_that_was_killed_again_and_again_ends_with_the_bytes_of_an_undistu
 @pytest.fixture(scope="module")
 def interrupted(fit: Fit) -> Path:
     """The folder of a run that was interrupted behind its second layer; says how to go on."""
-    kill = Kill("lightning_prune.walk.findings:Findings.add", 3, signal=signal.SIGTERM)
+    kill = Kill("lightning_prune.calibration.results:Findings.add", 3, signal=signal.SIGTERM)
     ended = fit("wanda_2to4", "interrupted", kill=kill)
     folder = fit.folder / "interrupted" / "wanda_2to4" / "version_0"
     assert ended.status == 143
@@ -185,7 +185,7 @@ def test_only_fit_takes_the_option_and_its_help_says_so(forks: Forks, capsys: An
 def test_a_temporary_file_among_the_findings_of_a_dead_run_goes_with_the_next_run(fit: Fit) -> None:
     root = fit.folder / "other-ratio"
     shutil.rmtree(root, ignore_errors=True)
-    kill = Kill("lightning_prune.walk.findings:Findings.add", 3)
+    kill = Kill("lightning_prune.calibration.results:Findings.add", 3)
     assert fit("wanda_2to4", "other-ratio", kill=kill).status == -signal.SIGKILL
     dead = root / "wanda_2to4" / "version_0" / "findings"
     (dead / ".step_00002.safetensors.0123abcd.tmp").write_bytes(b"half")

@@ -17,9 +17,9 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from lightning_prune.cli import main
 from lightning_prune.comparison.costs import calibration, pruning
 from lightning_prune.comparison.run import load_run
-from lightning_prune.errors import UserError
 from lightning_prune.methods import Magnitude, ShortGPT, Wanda
 from lightning_prune.runs.folder import RunFolder
+from lightning_prune.support.errors import UserError
 from tests.killing import Forks
 from tests.methods.behaviour import prune, save_model, save_tokens
 from tests.tiny import make_tiny, tiny_tokens

@@ -4,9 +4,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_prune.errors import UserError
+from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.runs.score_table import COLUMNS, ScoreTable
-from lightning_prune.surgery.plan import LayerPlan, PruningPlan
+from lightning_prune.support.errors import UserError
 
 HEADER = "layer,block,unit,importance,cost,prior,score,pruned"
 

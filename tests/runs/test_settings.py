@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_prune.errors import UserError
 from lightning_prune.runs.settings import read_settings
+from lightning_prune.support.errors import UserError
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "compare.yaml"
 

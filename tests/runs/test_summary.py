@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_prune.calibration.module import PerplexityResult
+from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.runs.environment import PACKAGES, environment, peak_memory_bytes
 from lightning_prune.runs.summary import run_metrics, summary_table
-from lightning_prune.surgery.plan import LayerPlan, PruningPlan
-from lightning_prune.walk.module import PerplexityResult
 
 PLAN = PruningPlan(
     "wanda", 0.2, 0.1998, {"dense": 1_234_567, "pruned": 987_900}, None, "demo", [LayerPlan(0, [0], [1])]

@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 from lightning_prune.cli.parser import PlainParser
-from lightning_prune.errors import UserError
-from lightning_prune.files import cannot_write, check_writable
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.files import cannot_write, check_writable
 
 
 def main(argv: list[str]) -> int:
@@ -23,13 +23,13 @@ def main(argv: list[str]) -> int:
     # After the arguments, so that --help does not wait for torch.
     import torch
 
+    from lightning_prune.checkpoint.cut import check_plan, layout_of
+    from lightning_prune.checkpoint.model_card import model_card
+    from lightning_prune.checkpoint.plan import PruningPlan
+    from lightning_prune.checkpoint.pruned import open_pruned
+    from lightning_prune.checkpoint.write import write_checkpoint
     from lightning_prune.models.families import anatomy, count_parameters
     from lightning_prune.models.loading import load_config, meta_model
-    from lightning_prune.surgery.cut import check_plan, layout_of
-    from lightning_prune.surgery.model_card import model_card
-    from lightning_prune.surgery.plan import PruningPlan
-    from lightning_prune.surgery.pruned import open_pruned
-    from lightning_prune.surgery.write import write_checkpoint
 
     plan = PruningPlan.load(arguments.plan)
     if plan.weights_updated:

@@ -5,10 +5,10 @@ import re
 from typing import Any
 
 from lightning_prune.cli.lightning_cli import PruneCLI
-from lightning_prune.errors import UserError
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.preflight.estimate import Estimate, advice, largest_ratio
 from lightning_prune.preflight.place import Preflight
+from lightning_prune.support.errors import UserError
 
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 UNITS |= {"TB": 10**12}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lightning_prune.cli.commands.evaluate import TASKS
 from lightning_prune.cli.parser import PlainParser
-from lightning_prune.errors import UserError
+from lightning_prune.support.errors import UserError
 
 if TYPE_CHECKING:
     from lightning_prune.comparison.zero_shot import ZeroShot

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_prune.cli.output import Output
 from lightning_prune.cli.parser import PlainParser
-from lightning_prune.errors import UserError
 from lightning_prune.runs.folder import FinishedRun, RunFolder, check_label
+from lightning_prune.support.errors import UserError
 
 if TYPE_CHECKING:
     from lightning_prune.cli.lightning_cli import PruneCLI

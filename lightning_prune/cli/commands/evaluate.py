@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_prune.cli.parser import PlainParser
-from lightning_prune.errors import UserError
+from lightning_prune.support.errors import UserError
 
 if TYPE_CHECKING:
     from lightning_prune.evaluation.efficiency import Efficiency
@@ -29,12 +29,12 @@ def main(argv: list[str]) -> int:
     # After the arguments, so that --help does not wait for torch.
     import torch
 
+    from lightning_prune.calibration.module import DTYPES
     from lightning_prune.evaluation import efficiency, zero_shot
     from lightning_prune.evaluation.engine_speed import engine_version, measure_in_engine
-    from lightning_prune.files import check_writable, write_json
     from lightning_prune.models.loading import OPTION, load_config, load_model, load_tokenizer
     from lightning_prune.runs.environment import environment
-    from lightning_prune.walk.module import DTYPES
+    from lightning_prune.support.files import check_writable, write_json
 
     check_writable(output, "--output")
     device = _device(arguments.device)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_prune.cli.parser import PlainParser
-from lightning_prune.errors import UserError
-from lightning_prune.files import check_writable, read_file, writable
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.files import check_writable, read_file, writable
 
 OPTION = "--output"
 CARD_LIMIT = 10_000_000  # bytes of a README.md, which has a few thousand
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
 
     # After the arguments, so that --help does not wait for torch.
     from lightning_prune.models.safetensors_header import OPTION as PRETRAINED
-    from lightning_prune.progress import Progress
+    from lightning_prune.support.progress import Progress
 
     progress = Progress()
     export = _gguf if arguments.format == "gguf" else _stock
@@ -42,9 +42,9 @@ def main(argv: list[str]) -> int:
 
 
 def _gguf(model: str, output: Path, dtype: str | None, progress: Any) -> None:
+    from lightning_prune.checkpoint.pruned import stored_dtype
     from lightning_prune.export.gguf_file import gguf_package, write_gguf
     from lightning_prune.models.loading import load_config
-    from lightning_prune.surgery.pruned import stored_dtype
 
     gguf_package()
     config = load_config(model)
@@ -72,8 +72,8 @@ def _gguf(model: str, output: Path, dtype: str | None, progress: Any) -> None:
 
 
 def _stock(model: str, output: Path, _: str | None, progress: Any) -> None:
+    from lightning_prune.checkpoint.model_card import stock_card
     from lightning_prune.export.stock import write_stock
-    from lightning_prune.surgery.model_card import stock_card
 
     def show(layer: int, total: int) -> None:
         progress.expect("padding", total)

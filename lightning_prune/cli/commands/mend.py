@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_prune.cli.parser import PlainParser
-from lightning_prune.errors import UserError
-from lightning_prune.files import read_file
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.files import read_file
 
 LIMIT = 10_000_000  # bytes of config.json and of the modeling file, which have a few thousand
 
@@ -25,8 +25,8 @@ def main(argv: list[str]) -> int:
     config = _read_config(folder)
 
     # After the arguments, so that --help does not wait for transformers.
-    from lightning_prune.files import write_text
     from lightning_prune.models import modeling_pruned
+    from lightning_prune.support.files import write_text
 
     source = Path(modeling_pruned.__file__)
     _refuse_foreign(folder, config, source.name)

@@ -1,7 +1,7 @@
 """``lightning-prune methods``: what there is to prune with."""
 
 from lightning_prune.cli.parser import PlainParser
-from lightning_prune.shipped_configs import described
+from lightning_prune.runs.shipped_configs import described
 
 TITLE = "Methods, by the name that `lightning-prune fit --method NAME` takes:"
 PLAIN, REFITTED = "as their papers have them", "with what is kept refitted (docs/quality.md)"

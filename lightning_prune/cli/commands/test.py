@@ -1,9 +1,9 @@
 """``lightning-prune test``: perplexity of any model, dense or pruned."""
 
+from lightning_prune.calibration.module import LayeredModule
 from lightning_prune.cli.lightning_cli import PruneCLI
 from lightning_prune.cli.output import Output
 from lightning_prune.runs.run import evaluate_and_record
-from lightning_prune.walk.module import LayeredModule
 
 
 def main(argv: list[str]) -> int:

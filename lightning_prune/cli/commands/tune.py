@@ -13,11 +13,11 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_prune.cli.experiment import build
 from lightning_prune.cli.lightning_cli import PruneCLI
-from lightning_prune.errors import UserError
-from lightning_prune.files import check_writable, writable, write_text
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.runs.tune import Limits, Tuned, check_tunable, tune, tuned_config
 from lightning_prune.runs.tune_events import log_kept, log_trial
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.files import check_writable, writable, write_text
 
 
 def main(argv: list[str]) -> int:

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import lightning_prune
+from lightning_prune.checkpoint.plan import PruningPlan
+from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.cli import main as command
 from lightning_prune.cli.commands.apply import main
-from lightning_prune.errors import UserError
 from lightning_prune.models.loading import load_model
-from lightning_prune.surgery.plan import PruningPlan
-from lightning_prune.surgery.write import write_checkpoint
+from lightning_prune.support.errors import UserError
 from tests.cutting import cut, layered_cut
 from tests.tiny import make_tiny, mixed_plan, tiny_tokenizer, tiny_tokens, uniform_plan
 

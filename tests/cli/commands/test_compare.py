@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lightning_prune.cli.commands.compare import main
-from lightning_prune.errors import UserError
+from lightning_prune.support.errors import UserError
 from tests.comparison.fake_run import write_run
 
 HEAVY = ("torch", "lightning", "transformers", "datasets")

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.cli.commands.decide import main as decide
 from lightning_prune.cli.commands.fit import main as fit
-from lightning_prune.errors import UserError
-from lightning_prune.surgery.plan import PruningPlan
+from lightning_prune.support.errors import UserError
 from tests.tiny import make_tiny, tiny_tokenizer, tiny_tokens
 
 Fit = Callable[..., Path]

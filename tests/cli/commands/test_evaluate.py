@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.cli.commands.evaluate import main
-from lightning_prune.errors import UserError
-from lightning_prune.surgery.write import write_checkpoint
+from lightning_prune.support.errors import UserError
 from tests.cutting import layered_cut
 from tests.evaluation.test_zero_shot import own_tasks_only
 from tests.tiny import make_tiny, mixed_plan, tiny_tokenizer

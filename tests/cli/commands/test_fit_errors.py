@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lightning_prune.checkpoint import write
 from lightning_prune.cli import main
-from lightning_prune.surgery import write
 from tests.tiny import make_tiny, tiny_tokens
 
 WANDA = str(Path(__file__).parents[3] / "configs" / "wanda.yaml")
@@ -238,7 +238,7 @@ def test_full_disk_leaves_no_checkpoint(
 def test_full_disk_before_anything_is_saved_leaves_nothing(
     fit: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_prune.files.Path.touch", full_disk)
+    monkeypatch.setattr("lightning_prune.support.files.Path.touch", full_disk)
     message = fit()
     assert "No space left on device" in message
     assert "--trainer.default_root_dir" in message

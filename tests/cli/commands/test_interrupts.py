@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lightning_prune.checkpoint import write
 from lightning_prune.cli import main
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.runs.folder import RunFolder
-from lightning_prune.surgery import write
 from tests.tiny import make_tiny, tiny_tokens
 
 CONFIGS = Path(__file__).parents[3] / "configs"

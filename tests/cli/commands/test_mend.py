@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lightning_prune
+from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.cli import main
 from lightning_prune.models import modeling_pruned
-from lightning_prune.surgery.write import write_checkpoint
 from tests.cutting import layered_cut
 from tests.tiny import FAMILIES, make_tiny, mixed_plan, tiny_tokens, uniform_plan
 
@@ -169,6 +169,6 @@ def test_a_full_disk_is_a_message(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("lightning_prune.files.write_text", full)
+    monkeypatch.setattr("lightning_prune.support.files.write_text", full)
     assert main(["mend", "--model", str(folder)]) == 2
     assert "No space left on device" in capsys.readouterr().err

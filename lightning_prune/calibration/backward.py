@@ -1,0 +1,158 @@
+"""The backward order: gradients of the loss without the whole model or its gradients in memory.
+
+The residual stream is kept at every layer boundary on the way forward. From the last layer to the first, the layer is
+run again and differentiated with the gradient of its output; that of its input is kept for the layer before it. This is
+the chain rule cut at layer boundaries, so the gradients are those of the whole model; it costs one more forward.
+"""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from lightning_prune.calibration.passes import Batch, Finding, Pass, Setting, Step
+from lightning_prune.calibration.residuals import ResidualStore
+from lightning_prune.calibration.statistics.removal_slopes import RemovalSlopes
+from lightning_prune.models.families import LayerAnatomy
+
+
+class BackwardPass(Pass):
+    """Forward once, backward layer by layer.
+
+    Attributes:
+        per_sample: differentiate one sample at a time, for statistics of single samples' gradients.
+        priors: also leave what the loss would gain without the layer and its blocks, as ``delta`` ``[3]``.
+    """
+
+    per_sample = False
+    priors = False
+
+    def steps(self, num_layers: int) -> list[Step]:
+        """Two steps per layer: forward in order, backward in reverse."""
+        forward = [Step(layer, "forward") for layer in range(num_layers)]
+        return forward + [Step(layer, "backward") for layer in reversed(range(num_layers))]
+
+    def begin(self, setting: Setting) -> None:
+        """Make room for the residual stream at every boundary and for one gradient."""
+        super().begin(setting)
+        self.boundaries: list[ResidualStore] = [setting.store() for _ in range(setting.model.num_layers)]
+        self.cotangent = setting.store()
+
+    @abstractmethod
+    def watch(self, view: LayerAnatomy) -> None:
+        """Let the layer's weights take gradients; the loss is a sum over tokens."""
+
+    @abstractmethod
+    def expect(self, samples: int, tokens: int) -> None:
+        """Say what the next backward's summed loss is taken over."""
+
+    @abstractmethod
+    def conclude(self, view: LayerAnatomy) -> Finding:
+        """What is left of a layer, from the sums over all processes; its weights take no more gradients."""
+
+    def start(self, step: Step) -> None:
+        """Backward: gradients on."""
+        self.seen = 0
+        if step.phase == "backward":
+            self.watch(self.view(step))
+            self.slopes = RemovalSlopes().to(self.model.device) if self.priors else None
+
+    def batch(self, step: Step, batch: Batch) -> None:
+        """Forward: keep the output. Backward: differentiate."""
+        self.seen += int((batch.weight > 0).sum())
+        if step.phase == "forward":
+            self._forward(step, batch)
+        else:
+            self._backward(step, batch)
+
+    def skip(self, step: Step, batch: Batch) -> None:
+        """Forward: as ever. Backward: the gradient of the input alone."""
+        if step.phase == "forward":
+            self._forward(step, batch)
+        else:
+            self._backward(step, batch, watched=False)
+
+    def finish(self, step: Step) -> Finding:
+        """Every sample must have been there."""
+        if self.seen != self.setting.samples:
+            raise RuntimeError(
+                f"layer {step.layer}, {step.phase}: {self.seen} samples passed, expected {self.setting.samples}."
+            )
+        if step.phase == "forward":
+            return {}
+        with torch.no_grad():
+            found = self.conclude(self.view(step))
+            if self.slopes is not None:
+                self.slopes.raise_if_not_finite(f"layer {step.layer}, loss increase without its pieces")
+                found["delta"] = self.slopes.reduced().cpu()
+        return found
+
+    def advance(self, step: Step) -> None:
+        """The layer's boundary is not needed any more."""
+        if step.phase == "backward":
+            self.boundaries[step.layer].close()
+
+    def cost(self, view: LayerAnatomy, step: Step) -> float:
+        """Backward: run again, gradients of inputs and of weights."""
+        return 3.0 if step.phase == "backward" else 1.0
+
+    def stores(self) -> dict[str, ResidualStore]:
+        """The boundaries that are open, and the gradient."""
+        return {f"boundary {layer}": store for layer, store in enumerate(self.boundaries)} | {
+            "cotangent": self.cotangent
+        }
+
+    def end(self) -> None:
+        """The stores go."""
+        for store in self.stores().values():
+            store.close()
+
+    def _forward(self, step: Step, batch: Batch) -> None:
+        device = self.model.device
+        with torch.no_grad():
+            if step.layer == 0:
+                self.boundaries[0].put(batch.rows, self.model.embed(batch.tokens))
+            output = self.model.run(step.layer, self.boundaries[step.layer].get(batch.rows, device))
+            if step.layer + 1 < self.model.num_layers:
+                self.boundaries[step.layer + 1].put(batch.rows, output)
+            else:
+                self.cotangent.put(batch.rows, self.model.loss_gradient(output, batch.tokens, batch.weight))
+
+    def _backward(self, step: Step, batch: Batch, watched: bool = True) -> None:
+        counted = [row for row, weight in enumerate(batch.weight.tolist()) if weight > 0]
+        parts = [slice(row, row + 1) for row in counted] if self.per_sample else [slice(0, len(counted))]
+        for part in parts:
+            if part.stop == part.start:
+                continue
+            rows = slice(batch.rows.start + part.start, batch.rows.start + part.stop)
+            samples = part.stop - part.start
+            if watched:
+                self.expect(samples, samples * (self.setting.seq_len - 1))
+            hidden = self.boundaries[step.layer].get(rows, self.model.device).detach()
+            slopes = self.slopes if watched else None
+            gradient = self._differentiate(step.layer, hidden, self.cotangent.get(rows, self.model.device), slopes)
+            if gradient is not None:
+                self.cotangent.put(rows, gradient)
+
+    def _differentiate(
+        self, layer: int, hidden: Tensor, cotangent: Tensor, slopes: RemovalSlopes | None
+    ) -> Tensor | None:
+        """The gradient of the layer's input; nobody asks for that of the first layer."""
+        hidden.requires_grad_(layer > 0)
+        with torch.enable_grad():
+            if slopes is None:
+                output = self.model.run(layer, hidden)
+            else:
+                middle, output = self.model.split(layer, hidden)
+                middle.retain_grad()
+        if output.requires_grad:  # not the first layer's, when its weights are not watched
+            torch.autograd.backward(output, cotangent.to(output.dtype))
+        if slopes is not None:
+            at_middle = middle.grad
+            assert at_middle is not None
+            before, middle, after = hidden.detach(), middle.detach(), output.detach()
+            pieces = [(cotangent, after - before), (at_middle, middle - before), (cotangent, after - middle)]
+            slopes.update(pieces, len(hidden) * (self.setting.seq_len - 1))
+        if hidden.grad is not None:
+            self.model.overflow.watch(f"layer {layer}, gradient of its input", hidden.grad)
+        return hidden.grad

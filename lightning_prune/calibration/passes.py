@@ -1,0 +1,353 @@
+"""A pass over the decoder for one purpose, as a sequence of steps: in Lightning's terms one epoch each.
+
+A pass owns the order of layers and the residual stream; what is observed in a layer, and what is left when the layer is
+finished (one value per unit, not a matrix), is up to the subclass. This file holds the forward order.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_prune.calibration.hooks import Hooks
+from lightning_prune.calibration.residuals import ResidualStore
+from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.layered import LayeredModel
+from lightning_prune.support.memory import free_bytes
+
+Finding = dict[str, Tensor]  # what is left of a finished layer
+# The projections of the block that the output or the down projection closes.
+BLOCK_ROLES = {"output": ("query", "key", "value", "output"), "down": ("gate", "up", "down")}
+# In a Finding: the new weight of that role, of the dense shape; or ``weight.<role>.bias``, which no pass puts in place.
+WEIGHT = "weight."
+
+
+@dataclass(frozen=True)
+class Step:
+    """One epoch: what is done with one layer."""
+
+    layer: int
+    phase: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a pass needs to know about the run.
+
+    ``rows``: samples of this process, those of weight 0 included; ``samples`` without them.
+    ``context``: the trainer's precision, for work outside the training step. ``finished``: told what share of a step's
+    ``finish`` has been done since it was told last.
+    """
+
+    model: LayeredModel
+    rows: int
+    samples: int
+    batch_size: int
+    seq_len: int
+    scratch: Path
+    context: Callable[[], AbstractContextManager[object]]
+    finished: Callable[[float], None] = lambda share: None
+
+    def store(self) -> ResidualStore:
+        """A new residual store."""
+        return ResidualStore(self.rows, self.scratch)
+
+    def free_bytes(self, device: torch.device) -> int:
+        """Memory that is left on a device; solvers choose their precision by it."""
+        return free_bytes(device)
+
+    def batches(self) -> Iterator[slice]:
+        """The batches of the loader as rows of a store."""
+        for start in range(0, self.rows, self.batch_size):
+            yield slice(start, min(start + self.batch_size, self.rows))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens ``[B, L]``, sample weights ``[B]`` (0 for samples that only give every process equally many), their
+    indices ``[B]`` in the calibration set, and the rows that they take in residual stores."""
+
+    tokens: Tensor
+    weight: Tensor
+    index: Tensor
+    rows: slice
+
+
+class Pass(ABC):
+    """``begin`` once, then for every step ``start``, ``batch`` for every batch, ``finish``; at last ``end``.
+
+    Attributes:
+        reads: whether steps need the calibration batches at all.
+    """
+
+    name: str
+    reads = True
+    setting: Setting
+
+    @abstractmethod
+    def steps(self, num_layers: int) -> list[Step]:
+        """All steps, in order."""
+
+    def begin(self, setting: Setting) -> None:
+        """Before the first step."""
+        self.setting = setting
+
+    @abstractmethod
+    def start(self, step: Step) -> None:
+        """The layer of ``step`` is in place."""
+
+    @abstractmethod
+    def batch(self, step: Step, batch: Batch) -> None:
+        """One batch of this step."""
+
+    @abstractmethod
+    def finish(self, step: Step) -> Finding:
+        """Every batch has passed: what is left of the step. Sums are reduced over processes here."""
+
+    def skip(self, step: Step, batch: Batch) -> None:
+        """As ``batch`` for a step whose finding is known: only what later steps need."""
+        self.batch(step, batch)
+
+    def advance(self, step: Step) -> None:  # noqa: B027 - most passes need nothing
+        """The step's finding is known and its new weights are in place: make ready for the next step."""
+
+    def changes(self, step: Step) -> bool:
+        """Whether the step leaves the layer with other weights."""
+        return False
+
+    def stores(self) -> dict[str, ResidualStore]:
+        """Everything that later steps need beside findings, between two steps."""
+        return {}
+
+    def put_back(self, name: str, values: Tensor) -> None:
+        """What the store ``name`` held when an earlier process stood between two steps: ``[rows, L, D]``."""
+        self.stores()[name].put(slice(0, len(values)), values)
+
+    def cost(self, view: LayerAnatomy, step: Step) -> float:
+        """Work per token of this step, in plain evaluations of a layer; an estimate for the progress bar."""
+        return 1.0
+
+    def cost_to_finish(self, view: LayerAnatomy, step: Step) -> float:
+        """Work of ``finish``, in tokens through the layer; an estimate for the progress bar."""
+        return 0.0
+
+    def end(self) -> None:  # noqa: B027 - most passes need nothing
+        """Give everything back."""
+
+    @property
+    def model(self) -> LayeredModel:
+        """The decoder."""
+        return self.setting.model
+
+    def view(self, step: Step) -> LayerAnatomy:
+        """The parts of the step's layer."""
+        return self.model.views[step.layer]
+
+
+class WeightsPass(Pass):
+    """Looks at every layer's weights; no batch is read."""
+
+    reads = False
+
+    def steps(self, num_layers: int) -> list[Step]:
+        """A step per layer."""
+        return [Step(layer, "weights") for layer in range(num_layers)]
+
+    def start(self, step: Step) -> None:
+        """Nothing to prepare."""
+
+    def batch(self, step: Step, batch: Batch) -> None:
+        """Never called."""
+        raise AssertionError("this pass reads no batches")
+
+    @abstractmethod
+    def conclude(self, view: LayerAnatomy) -> Finding:
+        """What is left of a layer."""
+
+    def finish(self, step: Step) -> Finding:
+        """Ask ``conclude``."""
+        return self.conclude(self.view(step))
+
+
+class ForwardPass(Pass):
+    """From the first layer to the last: one evaluation per layer, a second one only where the layer was changed.
+
+    Attributes:
+        rewrites: whether ``conclude`` changes the layer's weights, so that the next layer sees what is left of it.
+    """
+
+    rewrites = False
+
+    def steps(self, num_layers: int) -> list[Step]:
+        """A step per layer."""
+        return [Step(layer, "forward") for layer in range(num_layers)]
+
+    def begin(self, setting: Setting) -> None:
+        """Make room for the residual stream."""
+        super().begin(setting)
+        self.stream = setting.store()
+        self.hooks = Hooks()
+
+    @abstractmethod
+    def observe(self, view: LayerAnatomy, hooks: Hooks) -> None:
+        """Register this layer's hooks."""
+
+    @abstractmethod
+    def conclude(self, view: LayerAnatomy) -> Finding:
+        """What is left of a layer, from the sums over all processes. New weights go by the name ``weight.<role>``."""
+
+    def start(self, step: Step) -> None:
+        """Hooks on."""
+        self.hooks = Hooks()
+        self.observe(self.view(step), self.hooks)
+
+    def batch(self, step: Step, batch: Batch) -> None:
+        """Run the layer; the hooks watch."""
+        with torch.no_grad():
+            self.hooks.set_weight(batch.weight)
+            hidden = self._entering(step, batch)
+            output = self.model.run(step.layer, hidden)
+            if not self.rewrites:
+                self._keep(step, batch.rows, output)
+
+    def finish(self, step: Step) -> Finding:
+        """Hooks off; every hooked module must have seen every token once."""
+        self.hooks.remove()
+        self.hooks.assert_tokens(self.setting.samples * self.setting.seq_len)
+        with torch.no_grad():
+            return self.conclude(self.view(step))
+
+    def skip(self, step: Step, batch: Batch) -> None:
+        """Without hooks."""
+        with torch.no_grad():
+            hidden = self._entering(step, batch)
+            if not self.rewrites:
+                self._keep(step, batch.rows, self.model.run(step.layer, hidden))
+
+    def advance(self, step: Step) -> None:
+        """Once the changed weights are in place: what this layer now hands on."""
+        if self.rewrites and step.layer + 1 < self.model.num_layers:
+            with torch.no_grad(), self.setting.context():
+                for rows in self.setting.batches():
+                    self.stream.put(rows, self.model.run(step.layer, self.stream.get(rows, self.model.device)))
+
+    def changes(self, step: Step) -> bool:
+        """Where ``conclude`` rewrites."""
+        return self.rewrites
+
+    def stores(self) -> dict[str, ResidualStore]:
+        """The residual stream."""
+        return {"stream": self.stream}
+
+    def end(self) -> None:
+        """The stream goes."""
+        self.hooks.remove()
+        self.stream.close()
+
+    def _entering(self, step: Step, batch: Batch) -> Tensor:
+        if step.layer > 0:
+            return self.stream.get(batch.rows, self.model.device)
+        hidden = self.model.embed(batch.tokens)
+        if self.rewrites:
+            self.stream.put(batch.rows, hidden)
+        return hidden
+
+    def _keep(self, step: Step, rows: slice, output: Tensor) -> None:
+        if step.layer + 1 < self.model.num_layers:
+            self.stream.put(rows, output)
+
+
+class BlockPass(Pass):
+    """Forward, attention before the MLP of every layer, each rewritten from what the rewritten part before it puts out.
+
+    The inputs of the two projections that write to the residual stream are kept while their block is open, so that the
+    second evaluation of a rewritten block is that projection alone.
+    """
+
+    def steps(self, num_layers: int) -> list[Step]:
+        """Two steps per layer."""
+        return [Step(layer, phase) for layer in range(num_layers) for phase in ("attention", "mlp")]
+
+    def begin(self, setting: Setting) -> None:
+        """Make room for the residual stream and for the inputs of one projection."""
+        super().begin(setting)
+        self.stream, self.inner = setting.store(), setting.store()
+        self.hooks = Hooks()
+
+    @abstractmethod
+    def observe(self, view: LayerAnatomy, role: str, hooks: Hooks) -> None:
+        """Register this block's hooks; ``role`` is the projection in question, output or down."""
+
+    @abstractmethod
+    def conclude(self, view: LayerAnatomy, role: str) -> Finding:
+        """What is left of a block; new weights go by the name ``weight.<role>``."""
+
+    def role(self, step: Step) -> str:
+        """The projection that this step rewrites."""
+        return "output" if step.phase == "attention" else "down"
+
+    def start(self, step: Step) -> None:
+        """Hooks on."""
+        self.hooks = Hooks()
+        self.observe(self.view(step), self.role(step), self.hooks)
+
+    def batch(self, step: Step, batch: Batch) -> None:
+        """Run the block; the hooks watch."""
+        self.hooks.set_weight(batch.weight)
+        self.skip(step, batch)
+
+    @torch.no_grad()
+    def skip(self, step: Step, batch: Batch) -> None:
+        """Run the block and keep what its projection reads."""
+        if step.layer == 0 and step.phase == "attention":
+            self.stream.put(batch.rows, self.model.embed(batch.tokens))
+        self.catch(step, batch)
+
+    def catch(self, step: Step, batch: Batch) -> None:
+        """What the block's projection reads of the stream, of all columns, goes to the store."""
+        projection = self.view(step).linears[self.role(step)].module
+        handle = projection.register_forward_pre_hook(lambda _, args: self.inner.put(batch.rows, args[0]))
+        run = self.model.attend if step.phase == "attention" else self.model.feed
+        try:
+            run(step.layer, self.stream.get(batch.rows, self.model.device))
+        finally:
+            handle.remove()
+
+    def finish(self, step: Step) -> Finding:
+        """Hooks off; every hooked module must have seen every token once."""
+        self.hooks.remove()
+        self.hooks.assert_tokens(self.setting.samples * self.setting.seq_len)
+        with torch.no_grad():
+            return self.conclude(self.view(step), self.role(step))
+
+    def advance(self, step: Step) -> None:
+        """Once the rewritten projection is in place: add what it now puts out to the residual stream."""
+        if step.phase == "mlp" and step.layer + 1 == self.model.num_layers:
+            return
+        projection = self.view(step).linears[self.role(step)].module
+        block: Literal["attention", "mlp"] = "attention" if step.phase == "attention" else "mlp"
+        with torch.no_grad(), self.setting.context():
+            for rows in self.setting.batches():
+                hidden = self.stream.get(rows, self.model.device)
+                output = projection(self.inner.get(rows, self.model.device))
+                self.stream.put(rows, self.model.add(step.layer, hidden, block, output))
+        self.inner.close()
+
+    def changes(self, step: Step) -> bool:
+        """Always."""
+        return True
+
+    def stores(self) -> dict[str, ResidualStore]:
+        """The residual stream; the inputs of a projection are used up by then."""
+        return {"stream": self.stream}
+
+    def end(self) -> None:
+        """The stores go."""
+        self.hooks.remove()
+        self.stream.close()
+        self.inner.close()

@@ -1,0 +1,34 @@
+"""Block influence: how much a decoder layer turns the residual stream (ShortGPT)."""
+
+import torch
+from torch import Tensor
+
+from lightning_prune.calibration.statistics.token_statistic import TokenStatistic, counted_tokens
+
+
+class BlockInfluence(TokenStatistic):
+    """BI = 1 − mean_t cos(h_in,t, h_out,t), between 0 (the layer only rescales) and 2 (Men et al., 2024).
+
+    The cosine with a zero vector counts as 0.5, as in the released code. Feed it by a hook on the decoder layer:
+    the last of ``output_hidden_states`` is taken after the final norm and would be wrong for the last layer.
+    """
+
+    distance: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("distance", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, x_in: Tensor, x_out: Tensor, weight: Tensor | None = None) -> None:
+        """Add the residual stream before and after the layer, ``[B, ..., D]`` each; weight ``[B]`` 0 drops."""
+        before, after = counted_tokens(x_in, weight).float(), counted_tokens(x_out, weight).float()
+        dot = (before * after).sum(-1).double()
+        # One root over the product in float64 is exact for x_out = x_in, so an identity layer gets BI = 0.
+        norm = (before.square().sum(-1).double() * after.square().sum(-1).double()).sqrt()
+        cosine = torch.where(norm == 0, 0.5, dot / norm)
+        self.distance += (1 - cosine).sum()
+        self.tokens += len(before)
+
+    def compute(self) -> Tensor:
+        """BI, float64 scalar, over all processes; NaN before the first token."""
+        return self.distance / self.tokens

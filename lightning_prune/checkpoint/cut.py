@@ -1,0 +1,195 @@
+"""A PruningPlan as shapes: the config of what it leaves, its parameter count, and what is left of every tensor."""
+
+import copy
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING
+
+from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
+from lightning_prune.models.families import (
+    LayerAnatomy,
+    family_of,
+    head_dim_of,
+    missing_biases,
+    projection_biases,
+    rows_of,
+    with_biases,
+)
+from lightning_prune.models.loading import quiet_transformers
+from lightning_prune.models.modeling_pruned import BLOCK_NORMS
+from lightning_prune.models.records import ATTENTION_ROLES, COLUMN_ROLES, Family
+from lightning_prune.support.errors import UserError
+
+
+def layout_of(config: Any) -> Literal["stock", "per-layer"]:
+    """Whether stock tools load a checkpoint with this config as it is, or need the modeling file in its folder."""
+    return "per-layer" if config.is_heterogeneous else "stock"
+
+
+def kept_part(family: Family, config: Any, kept: LayerPlan, name: str, tensor: Tensor) -> Tensor:
+    """What is left of one parameter of a decoder layer.
+
+    Args:
+        family, config: of the dense model.
+        kept: what the layer keeps; a block that keeps nothing must not be asked for.
+        name: of the parameter below the layer, such as ``self_attn.q_proj.weight``.
+        tensor: the parameter, whole.
+    """
+    path, _, kind = name.rpartition(".")
+    roles = family.roles_at(path)
+    if not roles:
+        return tensor
+    attention = roles[0] in ATTENTION_ROLES
+    units = config.num_key_value_heads if attention else config.intermediate_size
+    left = kept.kept_kv_heads if attention else kept.kept_channels
+    if roles[0] in COLUMN_ROLES:
+        return _kept(tensor, 1, units, left) if kind == "weight" else tensor
+    if len(roles) == 1:
+        return _kept(tensor, 0, units, left)
+    rows = rows_of(config)
+    parts: tuple[Tensor, ...] = tensor.split([rows[role] for role in roles])  # type: ignore[no-untyped-call]
+    return torch.cat([_kept(part, 0, units, left) for part in parts])
+
+
+def _kept(tensor: Tensor, dim: int, units: int, kept: list[int]) -> Tensor:
+    """The slices of units ``kept`` along ``dim``, which ``units`` equal slices divide."""
+    if len(kept) == units:
+        return tensor
+    index = torch.tensor(kept, device=tensor.device)
+    parts: Tensor = tensor.unflatten(dim, (units, -1))  # type: ignore[no-untyped-call]
+    return parts.index_select(dim, index).flatten(dim, dim + 1)
+
+
+def check_plan(layers: list[LayerAnatomy], plan: PruningPlan, config: Any) -> None:
+    """Check ``plan`` against the dense model's layers (those of a model on the meta device will do) and config.
+
+    Raises:
+        UserError: another number of layers, indices that are not ascending or not there, nothing left, or biases that
+            the family's config cannot say.
+    """
+    missing = missing_biases(config)
+    listed = [layer.layer for layer in plan.layers]
+    if listed != list(range(len(layers))):
+        raise UserError(
+            f"--plan: the plan lists {len(listed)} layers ({_short(listed)}), the model has {len(layers)}, "
+            f"numbered from 0. Use the model the plan was made for: '{plan.base_model}'."
+        )
+    for dense, kept in zip(layers, plan.layers, strict=True):
+        _check_indices(kept.kept_kv_heads, dense.num_kv_heads, "kept_kv_heads", kept.layer, plan)
+        _check_indices(kept.kept_channels, dense.num_channels, "kept_channels", kept.layer, plan)
+    if unknown := sorted(set(plan.biases) - {key for key in missing.values() if key}):
+        raise UserError(
+            f"--plan: biases {unknown} are no config keys that give this model a bias which it lacks. Use the model "
+            f"the plan was made for: '{plan.base_model}'."
+        )
+    if len(plan.removed_layers) == len(layers):
+        raise UserError(
+            f"--plan: the plan removes all {len(layers)} layers; at least one must stay. Lower the pruning ratio."
+        )
+
+
+def parameters_after(layers: list[LayerAnatomy], dense: int, kept: list[LayerPlan]) -> int:
+    """Unique parameters left of ``dense`` once ``kept`` is cut: units, and norms and biases of skipped blocks."""
+    removed = 0
+    for layer, plan in zip(layers, kept, strict=True):
+        lost_groups = layer.num_kv_heads - len(plan.kept_kv_heads)
+        lost_channels = layer.num_channels - len(plan.kept_channels)
+        removed += lost_groups * layer.attention_unit_cost if plan.kept_kv_heads else layer.attention_block_cost
+        removed += lost_channels * layer.mlp_unit_cost if plan.kept_channels else layer.mlp_block_cost
+    return dense - removed
+
+
+def pruned_config(config: Any, plan: PruningPlan) -> Any:
+    """The config of what ``plan`` leaves of a model with ``config``, which is not changed.
+
+    Stock where all layers left have the same widths and the family's config can say them, else with
+    ``per_layer_config``.
+    """
+    family = family_of(config)
+    left = [layer for layer in plan.layers if layer.kept_kv_heads or layer.kept_channels]
+    pruned = with_biases(config, plan.biases)
+    for name in ("auto_map", "how_to_load", "block_norms", "logit_scale"):  # of one that was per layer
+        pruned.__dict__.pop(name, None)
+    pruned.head_dim = head_dim_of(config)
+    pruned.num_hidden_layers = len(left)
+    for name in family.per_layer_lists:
+        if getattr(config, name, None) is not None:
+            setattr(pruned, name, [getattr(config, name)[layer.layer] for layer in left])
+
+    widths = {(len(layer.kept_kv_heads), len(layer.kept_channels)) for layer in left}
+    queries_per_kv_head = config.num_attention_heads // config.num_key_value_heads
+    if len(widths) == 1 and 0 not in (kv_channels := next(iter(widths))):
+        kv_heads, channels = kv_channels
+        uniform = copy.deepcopy(pruned)
+        uniform.num_attention_heads, uniform.num_key_value_heads = kv_heads * queries_per_kv_head, kv_heads
+        uniform.intermediate_size = channels
+        if _can_be_read(uniform):
+            return uniform
+        if family.stock_alias is not None and not projection_biases(pruned):
+            return _as_alias(uniform, family.stock_alias)
+
+    pruned.per_layer_config = dict(enumerate(_overrides(layer, config, queries_per_kv_head) for layer in left))
+    norms = {
+        block: [name for name in pair if name]
+        for block, pair in (("attention", family.attention_norms), ("mlp", family.mlp_norms))
+    }
+    if norms != BLOCK_NORMS:
+        pruned.block_norms = norms
+    if getattr(config, "logits_scaling", None):
+        pruned.logit_scale = 1 / config.logits_scaling  # the name under which vLLM's transformers backend looks for it
+    # A config that checks its heads against other sizes must be allowed to read the global number. Only then: without
+    # the leave, stock loaders refuse the checkpoint at once.
+    if not _can_be_read(pruned):
+        pruned.allow_global_per_layer_attribute_access = True
+    return pruned
+
+
+def _can_be_read(config: Any) -> bool:
+    """Whether the config's own class takes what it wrote."""
+    with quiet_transformers():
+        try:
+            type(config).from_dict(config.to_dict())
+        except Exception:  # ValueError, errors of strict dataclasses and of per-layer attributes have no common base
+            return False
+    return True
+
+
+def _overrides(layer: LayerPlan, config: Any, queries_per_kv_head: int) -> dict[str, Any]:
+    found: dict[str, Any] = {"skip": []}
+    if layer.kept_kv_heads:
+        found["num_key_value_heads"] = len(layer.kept_kv_heads)
+        found["num_attention_heads"] = len(layer.kept_kv_heads) * queries_per_kv_head
+    else:
+        found["skip"].append("attention")
+        # Loaders that ignore ``skip`` would start this block at random; a size of its own makes them refuse.
+        found["num_key_value_heads"] = 1 if config.num_key_value_heads != 1 else 2
+    if layer.kept_channels:
+        found["intermediate_size"] = len(layer.kept_channels)
+    else:
+        found["skip"].append("mlp")
+        found["intermediate_size"] = 64 if config.intermediate_size != 64 else 128
+    return found
+
+
+def _as_alias(config: Any, model_type: str | None) -> Any:
+    """``config`` in the words of the family that has the same arithmetic."""
+    own = ("model_type", "attention_bias", "mlp_bias", "pretraining_tp", "architectures", "transformers_version")
+    values = {key: value for key, value in config.to_dict().items() if key not in own}
+    alias = CONFIG_MAPPING[model_type](**values | {"sliding_window": None})
+    alias._attn_implementation_internal = config._attn_implementation
+    alias.name_or_path = config.name_or_path
+    return alias
+
+
+def _check_indices(indices: list[int], size: int, field: str, layer: int, plan: PruningPlan) -> None:
+    if indices != sorted(set(indices)) or (indices and not 0 <= indices[0] <= indices[-1] < size):
+        raise UserError(
+            f"--plan: layer {layer} has {field} {_short(indices)}; allowed are ascending numbers from 0 to "
+            f"{size - 1}, each at most once. Use the model the plan was made for: '{plan.base_model}'."
+        )
+
+
+def _short(values: list[int]) -> str:
+    return str(values) if len(values) <= 8 else f"[{values[0]}, {values[1]}, …, {values[-1]}]"

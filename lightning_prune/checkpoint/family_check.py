@@ -1,0 +1,271 @@
+"""Proof before use: a tiny model of the same class and switches must behave as its family's record says.
+
+A record that looks right, or a release of transformers that moved something, would prune wrongly without a word. So
+before a model is calibrated, a random model of a few narrow layers of its kind is run by parts and whole, cut and
+masked, written and read back.
+"""
+
+import copy
+import json
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from lightning_prune.checkpoint.cut import parameters_after
+from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
+from lightning_prune.checkpoint.pruned import open_pruned
+from lightning_prune.checkpoint.write import write_checkpoint
+from lightning_prune.models.families import anatomy, count_parameters, family_of, head_dim_of
+from lightning_prune.models.layered import LayeredModel, open_layered
+from lightning_prune.models.loading import quiet_transformers
+from lightning_prune.models.records import GUIDE, Family
+from lightning_prune.support.errors import CheckpointError, UserError
+
+LAYERS, CHANNELS, HEAD_DIM, VOCABULARY, WINDOW = 4, 12, 8, 64, 5
+TOLERANCE = 1e-4  # of the largest logit: cutting changes the order of fp32 sums, a mistake changes logits by their size
+
+
+class DiffersError(Exception):
+    """What the tiny model did that the record does not say."""
+
+
+def prove(config: Any) -> None:
+    """Try the family's record on a tiny random model with the switches of ``config``; once per kind and process.
+
+    Raises:
+        UserError: unknown family, or one that does something else than its record says; names what differs. Or there
+            is no place for temporary files.
+    """
+    family = family_of(config)
+    with quiet_transformers():
+        tiny = json.dumps(shrunk(config).to_dict(), sort_keys=True, default=str)
+    try:
+        differs = _tried(family, tiny)
+    except OSError as error:
+        raise UserError(
+            f"A model of a few layers, on which family '{config.model_type}' is tried, cannot be written ({error}). "
+            f"Free space where temporary files go, or choose another place with the variable TMPDIR."
+        ) from error
+    if differs is not None:
+        raise UserError(
+            f"--model.pretrained: with transformers {transformers.__version__}, models of family '{config.model_type}' "
+            f"with this config do not behave as their record says: {differs}. They would be pruned wrongly, so they "
+            f"are refused. Use another release of transformers; {GUIDE} says what a record must state."
+        )
+
+
+@lru_cache(maxsize=64)
+def _tried(family: Family, values: str) -> str | None:
+    with tempfile.TemporaryDirectory(prefix="lightning-prune-") as folder, torch.inference_mode(False), torch.no_grad():
+        try:
+            with quiet_transformers():
+                _try(CONFIG_MAPPING[family.model_type].from_dict(json.loads(values)), Path(folder))
+        except (MemoryError, OSError):
+            raise
+        except SafetensorError as error:  # its word for a full disk, among others; the tensors are our own
+            raise OSError(str(error)) from error
+        except UserError as error:
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None
+            return str(error).removeprefix("--model.pretrained: ").rstrip(".")
+        except (DiffersError, CheckpointError, FloatingPointError) as found:
+            return str(found)
+        except Exception as error:  # of a model that is not what was expected: whatever its code raises
+            return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return None
+
+
+def shrunk(config: Any) -> Any:
+    """A config of the same kind with a few narrow layers: one of each sort the model has, two heads per group where
+    groups have more than one."""
+    tiny, family = copy.deepcopy(config), family_of(config)
+    kv_heads = min(2, config.num_key_value_heads)
+    ratio = config.num_attention_heads // config.num_key_value_heads
+    tiny.num_attention_heads, tiny.num_key_value_heads = kv_heads * min(2, ratio), kv_heads
+    square = config.hidden_size == config.num_attention_heads * head_dim_of(config)
+    tiny.hidden_size = tiny.num_attention_heads * HEAD_DIM + (0 if square else 2 * HEAD_DIM)
+    tiny.intermediate_size, tiny.vocab_size = CHANNELS, VOCABULARY
+    if getattr(config, "head_dim", None) or not square:
+        tiny.head_dim = HEAD_DIM
+    layers = _representative(config, family.per_layer_lists)
+    tiny.num_hidden_layers = len(layers)
+    for name in family.per_layer_lists:
+        if getattr(config, name, None):
+            setattr(tiny, name, [getattr(config, name)[layer] for layer in layers])
+    if getattr(config, "sliding_window", None):
+        tiny.sliding_window = WINDOW
+    for name, token in (("bos_token_id", 0), ("eos_token_id", 1), ("pad_token_id", None)):
+        setattr(tiny, name, token)
+    for entry in _rotary(getattr(tiny, "rope_parameters", None)):
+        for name in ("short_factor", "long_factor"):  # a factor per frequency
+            if entry.get(name):
+                rotated = int(HEAD_DIM * entry.get("partial_rotary_factor", 1.0))
+                entry[name] = [float(entry[name][0])] * (rotated // 2)
+    for name in (
+        "auto_map",
+        "how_to_load",
+        "name_or_path",
+        "_name_or_path",
+        "architectures",
+        "transformers_version",
+        "dtype",
+    ):
+        vars(tiny).pop(name, None)
+    return tiny
+
+
+def _representative(config: Any, lists: Sequence[str]) -> list[int]:
+    """Layers that show every combination of per-layer entries, in order; ``LAYERS`` of them where there are as many."""
+    values = [getattr(config, name, None) for name in lists]
+    kinds: dict[tuple[Any, ...], int] = {}
+    for layer in range(config.num_hidden_layers):
+        kinds.setdefault(tuple(str(entry[layer]) for entry in values if entry), layer)
+    chosen = list(kinds.values())
+    more = [layer for layer in range(config.num_hidden_layers) if layer not in chosen]
+    found = sorted(chosen + more[: max(0, LAYERS - len(chosen))])
+    return found + [found[-1]] * (LAYERS - len(found))  # a model of fewer layers
+
+
+def _rotary(parameters: Any) -> list[dict[str, Any]]:
+    """The dictionaries of rotary parameters: one, or one per layer type."""
+    if not isinstance(parameters, dict):
+        return []
+    nested = [entry for entry in parameters.values() if isinstance(entry, dict)]
+    return nested or [parameters]
+
+
+def _try(config: Any, folder: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        for parameter in model.parameters():  # zeros and ones, as norms and biases start, would hide that one is lost
+            new = 0.1 * torch.randn_like(parameter)
+            parameter.copy_(parameter + new if parameter.dim() == 1 else 2 * new)
+    model.save_pretrained(folder / "dense")
+    tokens = (torch.arange(2 * 3 * WINDOW).view(2, -1) * 31 + 7) % VOCABULARY
+    _run_by_parts(model, str(folder / "dense"), tokens)
+    for name, plan in _plans(model, str(folder / "dense")).items():
+        _cut_and_mask(model, plan, tokens, folder / name)
+
+
+def _run_by_parts(model: PreTrainedModel, path: str, tokens: Tensor) -> None:
+    layered = open_layered(path, None, torch.device("cpu"))
+    seen: list[Tensor] = []
+    handles = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for layer in layered.layers]
+    whole = model(input_ids=tokens, use_cache=False).logits
+    for handle in handles:
+        handle.remove()
+    hidden = layered.embed(tokens)
+    for index, view in enumerate(layered.views):
+        over = count_parameters(view.layer) - view.attention_block_cost - view.mlp_block_cost
+        if over:
+            raise DiffersError(f"layer {index} has {over} parameters that belong to neither block")
+        with layered.layer(index):
+            after = layered.run(index, hidden)
+            middle, split = layered.split(index, hidden)
+            attended = layered.attend(index, hidden)
+            pieces = {
+                "the residual stream between attention and MLP": (middle, attended),
+                "attention, then MLP": (layered.feed(index, attended), after),
+                "the whole layer, watched": (split, after),
+                **_with_outputs(layered, index, hidden, middle, after),
+            }
+            for name, (found, expected) in pieces.items():
+                _same(f"{name} of layer {index}", found, expected)
+            hidden = after
+    _same("embedding, layers and head one by one", layered.head(hidden), whole)
+    _same("the head on single rows", layered.head(hidden[0, :3]), layered.head(hidden[:1, :3])[0])
+    layered.close()
+
+
+def _with_outputs(
+    layered: LayeredModel, index: int, hidden: Tensor, middle: Tensor, after: Tensor
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """The residual streams again, put together from what the projections output and down put out."""
+    view = layered.views[index]
+    seen: dict[str, Tensor] = {}
+    handles = [
+        view.linears[role].module.register_forward_hook(lambda _, __, output, role=role: seen.update({role: output}))
+        for role in ("output", "down")
+    ]
+    layered.run(index, hidden)
+    for handle in handles:
+        handle.remove()
+    return {
+        "the output projection, added,": (layered.add(index, hidden, "attention", seen["output"]), middle),
+        "the down projection, added,": (layered.add(index, middle, "mlp", seen["down"]), after),
+    }
+
+
+def _same(what: str, found: Tensor, expected: Tensor) -> None:
+    if found.shape != expected.shape or not torch.equal(found, expected):
+        apart = float((found - expected).abs().max()) if found.shape == expected.shape else float("inf")
+        raise DiffersError(f"{what}: differs from the model as transformers runs it (by {apart:.2g})")
+
+
+def _plans(model: PreTrainedModel, path: str) -> dict[str, PruningPlan]:
+    """Layers of one width each, with a group less where groups leave; and uneven ones without attention, without MLP,
+    and one that is gone."""
+    views = anatomy(model)
+    groups, channels = list(range(views[0].num_kv_heads)), list(range(CHANNELS))
+    fewer = groups if views[0].whole_attention else groups[1:] or groups
+    uniform = [(fewer, channels[1::2])] * len(views)
+    uneven = [([], channels[3:]), (fewer, channels[::2]), (groups, []), *[([], [])] * (len(views) - 3)]
+    dense = count_parameters(model)
+
+    def plan(kept: Sequence[tuple[list[int], list[int]]]) -> PruningPlan:
+        layers = [LayerPlan(index, *units) for index, units in enumerate(kept)]
+        counts = {"dense": dense, "pruned": parameters_after(views, dense, layers)}
+        return PruningPlan("proof", None, 0.0, counts, None, path, layers, dtype="float32")
+
+    return {"uniform": plan(uniform), "uneven": plan(uneven)}
+
+
+def _cut_and_mask(model: PreTrainedModel, plan: PruningPlan, tokens: Tensor, folder: Path) -> None:
+    expected = _masked(model, plan)(input_ids=tokens, use_cache=False).logits
+    pruned = open_pruned(plan.base_model, plan)
+    left = count_parameters(pruned.net)
+    if left != plan.parameters["pruned"]:
+        raise DiffersError(
+            f"cutting leaves {left} parameters where the costs of its units say {plan.parameters['pruned']}"
+        )
+    write_checkpoint(pruned, folder, tokenizer_from=None, card="")
+    found = _logits_by_layers(pruned, tokens)
+    apart, scale = float((found - expected).abs().max()), float(expected.abs().max())
+    if not apart <= TOLERANCE * scale:
+        raise DiffersError(
+            f"cutting groups, channels and blocks is not the same as masking them ({folder.name} widths: logits of up "
+            f"to {scale:.2g} differ by {apart:.2g})"
+        )
+    pruned.close()
+
+
+def _logits_by_layers(model: LayeredModel, tokens: Tensor) -> Tensor:
+    hidden = model.embed(tokens)
+    for index in range(model.num_layers):
+        with model.layer(index):
+            hidden = model.run(index, hidden)
+    return model.head(hidden)
+
+
+def _masked(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
+    """The dense model in which what ``plan`` removes puts out zero."""
+    masked = copy.deepcopy(model)
+    for view, kept in zip(anatomy(masked), plan.layers, strict=True):
+        for linear, units, left in (
+            (view.output, view.num_kv_heads, kept.kept_kv_heads),
+            (view.down, view.num_channels, kept.kept_channels),
+        ):
+            gone = [unit for unit in range(units) if unit not in left]
+            linear.module.weight.unflatten(1, (units, -1))[:, gone] = 0  # type: ignore[no-untyped-call]
+            if not left and linear.module.bias is not None:
+                linear.module.bias.zero_()
+    return masked

@@ -1,0 +1,96 @@
+"""The pruned model as a layered model of its own: parameters are cut from the dense ones when they are asked for."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_prune.checkpoint.cut import check_plan, kept_part, pruned_config
+from lightning_prune.checkpoint.plan import PruningPlan
+from lightning_prune.models.checkpoint_files import open_checkpoint
+from lightning_prune.models.families import anatomy, family_of, rows_of
+from lightning_prune.models.layered import LayeredModel, open_weights, skeleton
+from lightning_prune.models.loading import resolve
+from lightning_prune.models.records import COLUMN_ROLES, ROLES, Family
+from lightning_prune.models.sources import Source
+
+NewWeights = Callable[[int], dict[str, Tensor]]  # dense layer → new weights by role, of the dense shape
+
+
+class PrunedSource:
+    """Gives the parameters of the pruned model from those of the dense one.
+
+    Args:
+        dense: gives the dense parameters.
+        config: of the dense model.
+        plan: what is kept.
+        new_weights: what the method made of the weights it keeps: by role the weight, and ``<role>.bias``.
+    """
+
+    def __init__(self, dense: Source, config: Any, plan: PruningPlan, new_weights: NewWeights) -> None:
+        self.dense, self.config, self.new_weights = dense, config, new_weights
+        self.family: Family = family_of(config)
+        self.added = {role for role in ROLES if self.family.bias_of(role) in plan.biases}
+        self.left = [layer for layer in plan.layers if layer.kept_kv_heads or layer.kept_channels]
+
+    def read(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
+        """See ``models.sources.Source``; names and layer numbers are those of the pruned model."""
+        found: dict[str, Tensor] = {}
+        new: tuple[int, dict[str, Tensor]] = (-1, {})
+        prefix = f"{self.family.layers}."
+        for name in names:
+            if not name.startswith(prefix):
+                found |= self.dense.read([name], dtype, device)
+                continue
+            number, _, inside = name.removeprefix(prefix).partition(".")
+            kept = self.left[int(number)]
+            if new[0] != kept.layer:
+                new = (kept.layer, self.new_weights(kept.layer))
+            read = partial(self._dense, f"{prefix}{kept.layer}.{inside}", dtype, device)
+            tensor = self._rewritten(inside, new[1], read)
+            found[name] = kept_part(self.family, self.config, kept, inside, tensor.to(device=device, dtype=dtype))
+        return found
+
+    def _dense(self, name: str, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+        return self.dense.read([name], dtype, device)[name]
+
+    def _rewritten(self, name: str, new: dict[str, Tensor], read: Callable[[], Tensor]) -> Tensor:
+        """The parameter ``name`` of a layer, whole, with the parts in it that the method made anew; ``read`` gives the
+        dense one."""
+        path, _, kind = name.rpartition(".")
+        roles = self.family.roles_at(path)
+        if kind == "bias":
+            new = {role: new[f"{role}.bias"] for role in roles if f"{role}.bias" in new}
+        if len(roles) == 1 and roles[0] in new:
+            return new[roles[0]]
+        rows = {**rows_of(self.config), **dict.fromkeys(COLUMN_ROLES, self.config.hidden_size)}
+        absent = kind == "bias" and bool(self.added & set(roles))
+        dense = torch.zeros(sum(rows[role] for role in roles)) if absent else read()
+        if not new.keys() & set(roles):
+            return dense
+        parts: tuple[Tensor, ...] = dense.split([rows[role] for role in roles])  # type: ignore[no-untyped-call]
+        return torch.cat([new[role].to(part) if role in new else part for role, part in zip(roles, parts, strict=True)])
+
+
+def open_pruned(pretrained: str, plan: PruningPlan, new_weights: NewWeights = lambda layer: {}) -> LayeredModel:
+    """What ``plan`` leaves of a dense checkpoint, on the CPU in the plan's dtype, one layer in memory at a time.
+
+    Raises:
+        UserError: the plan does not fit the model, or the model cannot be opened.
+    """
+    dense, source = open_weights(pretrained)
+    config = dense.config
+    check_plan(anatomy(dense), plan, config)
+    net = skeleton(pruned_config(config, plan))
+    dtype = getattr(torch, plan.dtype)
+    return LayeredModel(net, PrunedSource(source, config, plan, new_weights), dtype, torch.device("cpu"), "layer")
+
+
+def stored_dtype(pretrained: str) -> torch.dtype:
+    """The dtype most of a checkpoint's numbers are stored in."""
+    count: dict[torch.dtype, int] = {}
+    for entry in open_checkpoint(resolve(pretrained)).tensors.values():
+        count[entry.dtype] = count.get(entry.dtype, 0) + entry.end - entry.start
+    return max(count, key=lambda dtype: count[dtype])

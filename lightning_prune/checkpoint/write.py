@@ -1,0 +1,202 @@
+"""A layered model as a Hugging Face folder, whole or not at all, one layer in memory at a time."""
+
+import gc
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from lightning_prune.checkpoint.self_check import check_checkpoint, compare_logits, probe_tokens
+from lightning_prune.models import modeling_pruned
+from lightning_prune.models.layered import LayeredModel, open_layered
+from lightning_prune.models.loading import generation_config, quiet_transformers, tokenizer_files
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.files import new_folder, write_json, write_text
+from lightning_prune.support.memory import free_host_bytes, give_back_freed_memory
+
+LARGE = 64 * 2**20  # bytes of a checkpoint from which on collecting garbage is worth its time
+WHOLE_SHARE = 0.5  # of free host memory that a model may take to be checked whole
+SHARD_BYTES = 5 * 10**9
+SAFETENSORS_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+
+
+def write_checkpoint(
+    model: LayeredModel,
+    folder: Path,
+    *,
+    tokenizer_from: str | None,
+    card: str,
+    progress: Callable[[int], None] = lambda layer: None,
+) -> dict[str, Any]:
+    """Write config, generation config, safetensors, tokenizer files, ``README.md`` and, for the per-layer layout,
+    ``modeling_pruned.py``. The same model gives the same bytes.
+
+    Args:
+        model: gives every layer in the dtype to write.
+        folder: takes its name only when everything is written; what stood there is replaced then.
+        tokenizer_from: folder, hub id or ``demo`` whose tokenizer files and generation config are taken, if it has any.
+        card: text of ``README.md``.
+        progress: told the number of every layer that has been written.
+
+    Returns:
+        What the self-check compared, before the folder took its name.
+
+    Raises:
+        CheckpointError, FloatingPointError: see ``surgery.self_check``; nothing is left behind.
+        UserError: the folder cannot be written or the disk is full; nothing is left behind.
+    """
+    files = tokenizer_files(tokenizer_from) if tokenizer_from is not None else []
+    try:
+        with new_folder(folder) as temporary:
+            _write_config(model, temporary)
+            if tokenizer_from is not None and (generation := generation_config(tokenizer_from)) is not None:
+                # Not save_pretrained, which refuses settings that several published models have.
+                generation.to_json_file(temporary / "generation_config.json", use_diff=True)
+            expected = write_weights(model, temporary, progress)
+            for file in files:
+                shutil.copyfile(file, temporary / file.name)
+            write_text(temporary / "README.md", card)
+            return _check(model, temporary, expected)
+    except OSError as error:
+        raise UserError(
+            f"The checkpoint cannot be written to '{folder}' ({error}). Free space there, or choose another "
+            f"place with --trainer.default_root_dir (fit) or --output (apply)."
+        ) from error
+
+
+def _write_config(model: LayeredModel, folder: Path) -> None:
+    config = model.config
+    config.architectures = [type(model.net).__name__]
+    config.dtype = model.dtype
+    if config.is_heterogeneous:
+        for key, value in modeling_pruned.identity(type(model.net).__name__).items():
+            setattr(config, key, value)
+        shutil.copyfile(modeling_pruned.__file__, folder / "modeling_pruned.py")
+    with quiet_transformers():
+        config.save_pretrained(folder)
+
+
+def _check(model: LayeredModel, folder: Path, expected: Tensor) -> dict[str, Any]:
+    """Through transformers where the model fits into memory, else layer by layer, and then without decoding."""
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    if size <= WHOLE_SHARE * free_host_bytes():
+        try:
+            return check_checkpoint(folder, expected)
+        finally:
+            if size > LARGE:  # what was read back refers to itself, and would be there when perplexity is measured
+                gc.collect()
+                give_back_freed_memory()
+    read_back = open_layered(str(folder), model.dtype, expected.device)
+    with torch.no_grad():
+        hidden = read_back.embed(probe_tokens(model.config.vocab_size))
+        for index in range(read_back.num_layers):
+            with read_back.layer(index):
+                read_back.announce(index + 1)
+                hidden = read_back.run(index, hidden)
+        return compare_logits(read_back.head(hidden), expected)
+
+
+@torch.no_grad()
+def write_weights(
+    model: LayeredModel, folder: Path, progress: Callable[[int], None], open_shards: Any = None
+) -> Tensor:
+    """Write every parameter, and run the probe through the layers as they pass: its logits ``[2, 12, V]``.
+
+    ``open_shards`` takes the place of ``_Shards`` where nothing is to be written.
+    """
+    parameters = dict(model.net.named_parameters())
+    dtype = model.dtype or next(iter(parameters.values())).dtype
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    first = next(iter(model.outside), None)
+    inside = {name for names in model.layer_names for name in names.values()}
+    before = [name for name in shapes if name not in inside and name == first]
+    after = [name for name in shapes if name not in inside and name != first]
+    order = [*before, *(name for names in model.layer_names for name in names.values()), *after]
+    hidden = model.embed(probe_tokens(model.config.vocab_size))
+    with (open_shards or _Shards)(folder, [(name, shapes[name]) for name in order], dtype) as shards:
+        for name in before:
+            shards.write(name, parameters[name])
+        for index, names in enumerate(model.layer_names):
+            with model.layer(index) as layer:
+                model.announce(index + 1)
+                for inner, name in names.items():
+                    shards.write(name, layer.get_parameter(inner))
+                hidden = model.run(index, hidden)
+            progress(index)
+        for name in after:
+            shards.write(name, parameters[name])
+    return model.head(hidden)
+
+
+class _Shards:
+    """Safetensors files that are written in order: shapes are known beforehand, so the header can come first."""
+
+    def __init__(self, folder: Path, tensors: Sequence[tuple[str, tuple[int, ...]]], dtype: torch.dtype) -> None:
+        self.folder, self.dtype = folder, dtype
+        self.shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+        taken = 0
+        for name, shape in tensors:
+            size = torch.Size(shape).numel() * dtype.itemsize
+            if taken + size > SHARD_BYTES and self.shards[-1]:
+                self.shards.append([])
+                taken = 0
+            self.shards[-1].append((name, shape))
+            taken += size
+        self._file: BinaryIO | None = None
+        self._waiting: list[tuple[str, tuple[int, ...]]] = []
+        self._number = 0
+
+    def __enter__(self) -> "_Shards":
+        return self
+
+    def __exit__(self, kind: object, *error: object) -> None:
+        if self._file is not None:
+            self._file.close()
+        if kind is None and len(self.shards) > 1:
+            self._write_index()
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """The next tensor."""
+        if not self._waiting:
+            self._open_next()
+        expected = self._waiting.pop(0)
+        if (name, tuple(tensor.shape)) != expected:
+            raise RuntimeError(f"{name} {tuple(tensor.shape)} comes where {expected} is announced.")
+        values = tensor.detach().to(device="cpu", dtype=self.dtype).contiguous()
+        assert self._file is not None
+        self._file.write(values.view(torch.uint8).flatten().numpy().data)
+
+    def _open_next(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._waiting = list(self.shards[self._number])
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        start = 0
+        for name, shape in self._waiting:
+            end = start + torch.Size(shape).numel() * self.dtype.itemsize
+            header[name] = {"dtype": SAFETENSORS_NAMES[self.dtype], "shape": list(shape), "data_offsets": [start, end]}
+            start = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._file = (self.folder / self._name(self._number)).open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._number += 1
+
+    def _name(self, number: int) -> str:
+        count = len(self.shards)
+        return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+    def _write_index(self) -> None:
+        elements = sum(torch.Size(shape).numel() for shard in self.shards for _, shape in shard)
+        weight_map = {name: self._name(number) for number, shard in enumerate(self.shards) for name, _ in shard}
+        metadata = {"total_parameters": elements, "total_size": elements * self.dtype.itemsize}
+        write_json(self.folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})

@@ -1,0 +1,116 @@
+"""Gradients: right sums, one copy in memory, and nothing left behind."""
+
+import pytest
+import torch
+from torch import nn
+from torchmetrics import Metric
+
+from lightning_prune.calibration.statistics.gradients import LayerGradients
+from lightning_prune.models.families import anatomy
+from tests.tiny import make_tiny, tiny_tokens
+
+
+def backward(model: nn.Module, layers: list[LayerGradients], tokens: torch.Tensor) -> None:
+    """Backward of the summed loss through the whole model."""
+    logits = model(input_ids=tokens, use_cache=False).logits
+    losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    for layer in layers:
+        layer.expect(len(tokens), losses.numel())
+    losses.sum().backward()
+
+
+def held_elements(layers: list[LayerGradients]) -> int:
+    """Elements of every tensor the statistics keep: states, torchmetrics' defaults and cached results."""
+    storages = {}
+    for metric in (module for layer in layers for module in layer.modules()):
+        if isinstance(metric, Metric):
+            kept = [getattr(metric, name) for name in metric._defaults] + list(metric._defaults.values())
+            kept += [metric._computed] if isinstance(metric._computed, torch.Tensor) else []
+            storages |= {tensor.data_ptr(): tensor.numel() for tensor in kept}
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_gradients_take_one_copy_of_the_prunable_weights_and_nothing_else(tied: bool) -> None:
+    model = make_tiny(tied=tied).requires_grad_(False)
+    views = anatomy(model)
+    layers = [LayerGradients(view) for view in views]
+    for sample in tiny_tokens(4, 8):
+        backward(model, layers, sample[None])
+        assert [name for name, parameter in model.named_parameters() if parameter.grad is not None] == []
+    assert model.get_input_embeddings().weight.requires_grad is False
+    assert model.get_output_embeddings().weight.requires_grad is False
+    prunable = sum(linear.weight.numel() for view in views for linear in view.linears.values())
+    counters = 8 * sum(len(layer.sums) for layer in layers)
+    assert prunable <= held_elements(layers) <= prunable + counters
+    for layer in layers:
+        layer.remove()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+
+
+def test_a_gradient_is_given_up_when_it_is_taken() -> None:
+    model = make_tiny().requires_grad_(False)
+    layer = LayerGradients(anatomy(model)[2])
+    backward(model, [layer], tiny_tokens(2, 8))
+    layer.remove()
+    before = held_elements([layer])
+    view = layer.view
+    for role, linear in view.linears.items():
+        taken = layer.take(role)
+        assert taken.dtype == torch.float32
+        assert taken.shape == linear.weight.shape
+        before -= linear.weight.numel()
+        assert held_elements([layer]) <= before
+        with pytest.raises(KeyError):
+            layer.take(role)
+
+
+def test_unequal_batches_sum_to_the_gradient_of_the_token_mean() -> None:
+    model = make_tiny().requires_grad_(False)
+    tokens = tiny_tokens(5, 8)
+    layer = LayerGradients(anatomy(model)[1])
+    for batch in tokens.split([3, 2]):
+        backward(model, [layer], batch)
+    got = layer.take("down")
+    layer.remove()
+
+    reference = make_tiny().double()
+    logits = reference(input_ids=tokens, use_cache=False).logits
+    total = torch.zeros((), dtype=torch.float64)
+    for sample, row in zip(tokens, logits, strict=True):
+        for position in range(7):
+            total = total - torch.log_softmax(row[position], 0)[sample[position + 1]]
+    (total / 35).backward()
+    expected = reference.model.layers[1].mlp.down_proj.weight.grad
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_sample_terms_are_means_of_a_function_of_each_samples_mean_gradient() -> None:
+    model = make_tiny().requires_grad_(False)
+    tokens = tiny_tokens(3, 8)
+    layer = LayerGradients(anatomy(model)[1], lambda weight, gradient: (weight * gradient).square())
+    for sample in tokens:
+        backward(model, [layer], sample[None])
+    layer.remove()
+
+    expected = torch.zeros(40, dtype=torch.float64)
+    for sample in tokens:
+        reference = make_tiny().double()
+        logits = reference(input_ids=sample[None], use_cache=False).logits[0]
+        nn.functional.cross_entropy(logits[:-1], sample[1:]).backward()
+        linear = reference.model.layers[1].mlp.down_proj
+        weight, gradient = linear.weight.detach(), linear.weight.grad
+        for channel in range(40):
+            expected[channel] += float((weight[:, channel] * gradient[:, channel]).square().sum()) / 3
+    torch.testing.assert_close(layer.terms_of("down"), expected, rtol=1e-4, atol=1e-12)
+
+
+def test_gradients_that_are_not_finite_name_layer_and_projection() -> None:
+    model = make_tiny().requires_grad_(False)
+    layer = LayerGradients(anatomy(model)[1])
+    backward(model, [layer], tiny_tokens(1, 8))
+    layer.sums["gate"].gradient[3, 4] = torch.inf  # type: ignore[union-attr, index, operator]
+    with pytest.raises(FloatingPointError, match="layer 1, gate projection: 1 "):
+        layer.take("gate")
+    layer.take("up")

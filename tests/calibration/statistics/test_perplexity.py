@@ -1,0 +1,104 @@
+import copy
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_prune.calibration import module
+from lightning_prune.calibration.module import LayeredModule
+from lightning_prune.calibration.statistics.perplexity import Perplexity
+from lightning_prune.data.datamodule import CalibrationDataModule
+from lightning_prune.models.head import token_losses
+from tests.methods.behaviour import save_model, save_tokens, trainer_for
+from tests.naive_losses import naive_losses
+from tests.tiny import make_tiny, tiny_tokens
+
+
+def random_logits(batch: int, length: int) -> torch.Tensor:
+    return 5 * torch.randn(batch, length, 96, generator=torch.Generator().manual_seed(1))
+
+
+def losses_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return token_losses(lambda rows: rows, logits, tokens, 96)
+
+
+@pytest.mark.parametrize("batches", [[8], [1] * 8, [3, 5], [4, 4]])
+def test_batching_does_not_change_the_value(batches: list[int]) -> None:
+    logits, tokens = random_logits(8, 9), tiny_tokens(8, 9)
+    metric = Perplexity()
+    for some_logits, some_tokens in zip(logits.split(batches), tokens.split(batches), strict=True):
+        metric.update(losses_of(some_logits, some_tokens), torch.ones(len(some_tokens)))
+    expected = math.exp(np.mean(naive_losses(logits.numpy(), tokens.numpy())))
+    assert float(metric.compute()) == pytest.approx(expected, rel=1e-6)
+    assert int(metric.tokens) == 8 * 8
+
+
+def test_padding_samples_do_not_count() -> None:
+    logits, tokens = random_logits(4, 6), tiny_tokens(4, 6)
+    logits[2:] = torch.nan
+    metric = Perplexity()
+    metric.update(losses_of(logits, tokens), torch.tensor([1.0, 1.0, 0.0, 0.0]))
+    expected = math.exp(np.mean(naive_losses(logits[:2].numpy(), tokens[:2].numpy())))
+    assert float(metric.compute()) == pytest.approx(expected, rel=1e-6)
+    assert int(metric.tokens) == 2 * 5
+
+
+def test_model_that_knows_nothing_has_the_perplexity_of_the_vocabulary() -> None:
+    metric = Perplexity()
+    metric.update(losses_of(torch.zeros(2, 10, 96), tiny_tokens(2, 10)), torch.ones(2))
+    assert float(metric.compute()) == pytest.approx(96, rel=1e-6)
+
+
+def test_nothing_seen_is_not_a_number() -> None:
+    with pytest.warns(UserWarning, match="compute"):
+        assert math.isnan(float(Perplexity().compute()))
+
+
+def measure(
+    folder: Path, tokens: torch.Tensor, batch_size: int, onload: str, precision: str = "32-true"
+) -> LayeredModule:
+    if not (folder / "model").exists():
+        save_model(folder / "model")
+    data = CalibrationDataModule(
+        eval_datasets=[str(save_tokens(folder / "one.npy", tokens)), str(save_tokens(folder / "two.npy"))],
+        eval_batch_size=batch_size,
+        tokenizer=str(folder / "model"),
+    )
+    data.needs_calibration = False
+    measured = LayeredModule(str(folder / "model"), onload)
+    measured.label = "test"  # type: ignore[assignment]
+    trainer_for(measured, folder / "logs", precision).test(measured, data, verbose=False)  # type: ignore[arg-type]
+    return measured
+
+
+@pytest.mark.parametrize("onload", ["model", "layer"])
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_a_trainer_measures_what_the_reference_does(tmp_path: Path, batch_size: int, onload: str) -> None:
+    tokens = tiny_tokens(7, 16, seed=4)
+    measured = measure(tmp_path, tokens, batch_size, onload)
+    with torch.no_grad():
+        logits = copy.deepcopy(make_tiny()).double()(input_ids=tokens).logits
+    expected = math.exp(np.mean(naive_losses(logits.numpy(), tokens.numpy())))
+    assert list(measured.perplexity) == ["one.npy", "two.npy"]
+    assert measured.perplexity["one.npy"].perplexity == pytest.approx(expected, rel=1e-5)
+    assert measured.perplexity["one.npy"].tokens == 7 * 15
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+def test_where_the_weights_are_does_not_change_the_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    tokens = tiny_tokens(7, 16, seed=4)
+    model = measure(tmp_path, tokens, 2, "model", precision)
+    layer = measure(tmp_path, tokens, 2, "layer", precision)
+    monkeypatch.setattr(module, "STEP_BYTES", 1)  # every batch crosses the layers on its own
+    singly = measure(tmp_path, tokens, 2, "layer", precision)
+    assert layer.perplexity == model.perplexity
+    assert singly.perplexity == model.perplexity
+    # Windows cross together, so each layer was read once per evaluation set; singly, once per batch.
+    weights = sum(p.numel() * p.element_size() for p in make_tiny().to(model.load_dtype).model.layers.parameters())
+    others = layer.model.bytes_read - 2 * weights
+    assert model.model.bytes_read == weights + others
+    assert singly.model.bytes_read == (4 + 5) * weights + others

@@ -1,0 +1,137 @@
+"""Removal priors: the numbers of whole forwards for half the layer evaluations, each layer brought in once."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_prune.calibration.wavefront import RemovalPass, SimilarityPass
+from lightning_prune.models.layered import LayeredModel
+from tests.calibration.driving import drive
+from tests.cutting import MemorySource, layered
+from tests.methods.test_hgsp import reference_priors
+from tests.tiny import EVERY_FAMILY, make_tiny, tiny_tokens
+
+
+def reads_of(model: LayeredModel, layer: int) -> int:
+    """How often the layer's weights were read."""
+    source: MemorySource = model._reader.source  # type: ignore[assignment]
+    return source.asked.count(f"model.layers.{layer}.mlp.up_proj.weight")
+
+
+@pytest.mark.parametrize("layers", [1, 2, 8])
+def test_priors_are_those_of_whole_forwards_for_the_stated_number_of_evaluations(tmp_path: Path, layers: int) -> None:
+    dense = make_tiny(layers=layers)
+    tokens = tiny_tokens(3, 10)
+    model = layered(dense)
+    walk = drive([RemovalPass()], model, tokens, tmp_path, batch_size=2)
+    delta = walk.findings_of("prior")[-1][1]["delta"]
+    torch.testing.assert_close(delta, reference_priors(dense, tokens), rtol=1e-3, atol=2e-6)
+    batches = 2
+    assert model.evaluations == batches * (layers + layers + 3 * layers * (layers - 1) // 2)
+    assert [reads_of(model, layer) for layer in range(layers)] == [1] * layers
+    if layers == 8:
+        assert model.evaluations <= 0.55 * batches * (3 * layers + 1) * layers  # of whole forwards
+
+
+def test_whole_layers_alone_are_cheaper_and_the_same(tmp_path: Path) -> None:
+    dense, tokens, layers = make_tiny(layers=5), tiny_tokens(3, 10), 5
+    model = layered(dense)
+    walk = drive([RemovalPass(blocks=False)], model, tokens, tmp_path, batch_size=3)
+    delta = walk.findings_of("prior")[-1][1]["delta"]
+    torch.testing.assert_close(delta[0], reference_priors(dense, tokens)[0], rtol=1e-3, atol=2e-6)
+    assert bool(delta[1:].isnan().all())
+    assert model.evaluations == layers + layers * (layers - 1) // 2
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_restarting_behind_a_piece_is_bit_identical_to_a_whole_forward(
+    tmp_path: Path, family: str, dtype: torch.dtype
+) -> None:
+    model = make_tiny(family, layers=3)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model = model.to(dtype)
+    for name, buffer in buffers.items():  # rotary tables and the like, which transformers keeps in fp32
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = buffer
+    tokens = tiny_tokens(2, 10)
+    one = RemovalPass()
+    drive([one], layered(model), tokens, tmp_path, batch_size=2)
+
+    def loss() -> float:
+        with torch.no_grad():
+            logits = model(input_ids=tokens, use_cache=False).logits.float()
+        losses = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
+        )
+        return float(losses.double().sum())
+
+    assert float(one.losses.dense) == loss()
+    for index, layer in enumerate(model.model.layers):
+        layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
+        assert float(one.losses.removed[0, index]) == loss()
+        del layer.forward
+        layer.self_attn.forward = lambda hidden_states, **kwargs: (torch.zeros_like(hidden_states), None)
+        assert float(one.losses.removed[1, index]) == loss()
+        del layer.self_attn.forward
+        layer.mlp.forward = torch.zeros_like
+        assert float(one.losses.removed[2, index]) == loss()
+        del layer.mlp.forward
+
+
+@pytest.mark.parametrize("make", [RemovalPass, SimilarityPass])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
+def test_samples_that_only_fill_up_and_those_beyond_the_prefix_do_not_count(
+    tmp_path: Path, make: type[RemovalPass | SimilarityPass], batch_size: int
+) -> None:
+    dense, tokens = make_tiny(layers=3), tiny_tokens(7, 9)
+
+    def deltas(walk_of: object) -> torch.Tensor:
+        found = [finding["delta"] for _, finding in walk_of.findings_of("prior") if finding]  # type: ignore[attr-defined]
+        return torch.stack(found)
+
+    expected = deltas(drive([make()], layered(dense), tokens[:5], tmp_path, batch_size=5))
+    padded = drive([make()], layered(dense), tokens[:5], tmp_path, batch_size=batch_size, padding=3)
+    prefix = drive([make(5)], layered(dense), tokens, tmp_path, batch_size=batch_size, padding=1)
+    for walk in (padded, prefix):
+        torch.testing.assert_close(deltas(walk), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_similarity_prior_is_one_minus_the_mean_cosine_of_each_step(tmp_path: Path) -> None:
+    model = make_tiny(layers=3)
+    tokens = tiny_tokens(3, 9)
+    states: dict[str, torch.Tensor] = {}
+    hooks = []
+    for index, layer in enumerate(model.model.layers):
+
+        def keep(module, args, kwargs, output, index=index) -> None:
+            states[f"in{index}"] = (args[0] if args else kwargs["hidden_states"]).double()
+            states[f"out{index}"] = (output[0] if isinstance(output, tuple) else output).double()
+
+        def keep_attention(module, args, kwargs, output, index=index) -> None:
+            states[f"step{index}"] = output[0].double()
+
+        hooks.append(layer.register_forward_hook(keep, with_kwargs=True))
+        hooks.append(layer.self_attn.register_forward_hook(keep_attention, with_kwargs=True))
+    with torch.no_grad():
+        model(input_ids=tokens, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+
+    def distance(before: torch.Tensor, after: torch.Tensor) -> float:
+        total = 0.0
+        for a, b in zip(before.reshape(-1, 32), after.reshape(-1, 32), strict=True):
+            total += 1 - float((a * b).sum() / (a.norm() * b.norm()))
+        return total / before[..., 0].numel()
+
+    expected = torch.zeros(3, 3, dtype=torch.float64)
+    for index in range(3):
+        before, after = states[f"in{index}"], states[f"out{index}"]
+        middle = before + states[f"step{index}"]
+        expected[:, index] = torch.tensor([distance(before, after), distance(before, middle), distance(middle, after)])
+    walked = layered(model)
+    walk = drive([SimilarityPass()], walked, tokens, tmp_path, batch_size=1)
+    found = torch.stack([finding["delta"] for _, finding in walk.findings_of("prior")], dim=1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    assert walked.evaluations == 3 * 3  # one dense forward of every sample

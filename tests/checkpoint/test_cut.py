@@ -1,0 +1,178 @@
+import copy
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from lightning_prune.checkpoint.cut import check_plan, layout_of, parameters_after, pruned_config
+from lightning_prune.checkpoint.plan import PruningPlan
+from lightning_prune.models.families import anatomy, count_parameters
+from lightning_prune.models.layered import skeleton
+from lightning_prune.models.loading import meta_model
+from lightning_prune.support.errors import UserError
+from tests.cutting import cut
+from tests.tiny import (
+    CUTTABLE,
+    FAMILIES,
+    WHOLE_ATTENTION,
+    make_tiny,
+    mixed_plan,
+    tiny_config,
+    tiny_plan,
+    tiny_tokens,
+    uniform_plan,
+)
+
+KINDS = [
+    *((family, kv_heads, {}) for family in FAMILIES for kv_heads in (4, 2, 1)),
+    ("llama", 2, {"attention_bias": True, "mlp_bias": True}),
+    ("llama", 4, {"attention_bias": True}),
+    ("llama", 2, {"head_dim": 16, "hidden": 48}),
+    ("qwen3", 2, {"attention_bias": True}),
+    ("mistral", 2, {"sliding_window": 5}),
+    ("qwen2", 2, {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+]
+KINDS += [(family, kv_heads, {}) for family in CUTTABLE if family not in FAMILIES for kv_heads in (4, 2)]
+KINDS += [(family, 2, {}) for family in WHOLE_ATTENTION]
+CHECK_THEIR_HEADS = ("gemma2", "gemma3_text")  # configs that refuse 3 heads for a hidden size of 32, and have no alias
+PLANS = {"mixed": mixed_plan, "uniform": uniform_plan}
+FULL = list(range(40))
+
+
+def zeroed(dense: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
+    """The dense model with the removed units' outputs set to zero, weight by weight."""
+    model = copy.deepcopy(dense)
+    d, r = model.config.head_dim, model.config.num_attention_heads // model.config.num_key_value_heads
+    with torch.no_grad():
+        for layer, kept in zip(model.model.layers, plan.layers, strict=True):
+            for j in range(model.config.num_key_value_heads):
+                if j not in kept.kept_kv_heads:
+                    layer.self_attn.o_proj.weight[:, j * r * d : (j + 1) * r * d] = 0
+            for c in range(model.config.intermediate_size):
+                if c not in kept.kept_channels:
+                    layer.mlp.down_proj.weight[:, c] = 0
+            for linear, left in (
+                (layer.self_attn.o_proj, kept.kept_kv_heads),
+                (layer.mlp.down_proj, kept.kept_channels),
+            ):
+                if linear.bias is not None and not left:
+                    linear.bias.zero_()
+    return model
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("plan_name", PLANS)
+@pytest.mark.parametrize(("family", "kv_heads", "extra"), KINDS)
+def test_cutting_equals_zeroing(family: str, kv_heads: int, extra: dict[str, Any], plan_name: str, tied: bool) -> None:
+    dense = make_tiny(family, kv_heads=kv_heads, tied=tied, **extra)
+    plan = PLANS[plan_name](dense)
+    tokens = tiny_tokens()
+    expected = zeroed(dense, plan)(tokens).logits
+    predicted = parameters_after(anatomy(dense), count_parameters(dense), plan.layers)
+    pruned = cut(dense, plan)
+    torch.testing.assert_close(pruned(tokens).logits, expected, rtol=1e-5, atol=1e-5)
+    assert count_parameters(pruned) == predicted
+    assert layout_of(pruned.config) == (
+        "per-layer"
+        if plan_name == "mixed" or (kv_heads == 4 and ("attention_bias" in extra or family in CHECK_THEIR_HEADS))
+        else "stock"
+    )
+
+
+@pytest.mark.parametrize("family", CUTTABLE)
+def test_removed_parameters_are_the_costs_of_the_removed_units(family: str) -> None:
+    dense = make_tiny(family, kv_heads=4)
+    layer, before = anatomy(dense)[0], count_parameters(dense)
+    plan = tiny_plan(dense, [([0, 3], FULL[:30]), ([1], FULL), ([0, 1, 2, 3], FULL[5:]), ([0, 1, 2, 3], FULL)])
+    removed = 5 * layer.attention_unit_cost + 15 * layer.mlp_unit_cost
+    assert before - count_parameters(cut(dense, plan)) == removed
+
+
+def test_plan_that_keeps_everything_changes_nothing() -> None:
+    dense = make_tiny()
+    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    pruned = cut(dense, tiny_plan(dense, [([0, 1], FULL)] * 4))
+    assert type(pruned) is type(dense)
+    assert pruned.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in pruned.state_dict().items())
+
+
+def test_layers_are_renumbered_and_their_types_follow() -> None:
+    dense = make_tiny("qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=2)
+    assert dense.config.layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
+    pruned = cut(dense, tiny_plan(dense, [([], []), ([0, 1], FULL), ([], []), ([0, 1], FULL)]))
+    assert [layer.self_attn.layer_idx for layer in pruned.model.layers] == [0, 1]
+    assert pruned.config.layer_types == ["full_attention", "sliding_attention"]
+    assert pruned.model.layers[1].self_attn.sliding_window == 5
+
+
+def test_dense_model_and_its_config_are_not_touched() -> None:
+    dense = make_tiny("qwen2")
+    config, before = dense.config, dense.config.to_dict()
+    weights = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    pruned = cut(dense, mixed_plan(dense))
+    assert config.to_dict() == before
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in dense.state_dict().items())
+    assert pruned.config.rope_parameters is not config.rope_parameters
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_keep_their_dtype_and_rotary_tables_stay_float32(dtype: torch.dtype) -> None:
+    for make_plan in PLANS.values():
+        dense = make_tiny().to(dtype)  # .to() casts the rotary tables as well
+        pruned = cut(dense, make_plan(dense))
+        assert {parameter.dtype for parameter in pruned.parameters()} == {dtype}
+        assert {buffer.dtype for buffer in pruned.buffers()} == {torch.float32}
+
+
+def test_attention_implementation_and_tied_heads_stay() -> None:
+    for make_plan in PLANS.values():
+        dense = make_tiny()
+        dense.set_attn_implementation("eager")
+        pruned = cut(dense.train(), make_plan(dense))
+        assert not pruned.training
+        assert pruned.lm_head.weight is pruned.model.embed_tokens.weight
+        assert all(m.config._attn_implementation == "eager" for m in pruned.modules() if hasattr(m, "config"))
+
+
+def test_result_is_known_before_weights_are_read() -> None:
+    dense = meta_model(tiny_config())
+    plan = mixed_plan(dense)
+    predicted = parameters_after(anatomy(dense), count_parameters(dense), plan.layers)
+    pruned = skeleton(pruned_config(dense.config, plan))
+    assert all(parameter.is_meta for parameter in pruned.parameters())
+    assert count_parameters(pruned) == predicted
+
+
+def test_llama_heads_that_do_not_divide_become_a_mistral_config() -> None:
+    dense = make_tiny(kv_heads=4)
+    pruned = cut(dense, uniform_plan(dense))
+    assert (pruned.config.model_type, type(pruned).__name__) == ("mistral", "MistralForCausalLM")
+    assert pruned.config.sliding_window is None
+    assert (pruned.config.num_attention_heads, pruned.config.head_dim) == (3, 8)
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ([([0, 1], FULL)] * 3, "lists 3 layers"),
+        ([([0, 2], FULL)] * 4, r"kept_kv_heads \[0, 2\].*0 to 1"),
+        ([([-1, 0], FULL)] * 4, "kept_kv_heads"),
+        ([([1, 0], FULL)] * 4, "ascending"),
+        ([([0, 0], FULL)] * 4, "at most once"),
+        ([([0, 1], [40])] * 4, r"kept_channels \[40\].*0 to 39"),
+        ([([], [])] * 4, "removes all 4 layers"),
+    ],
+)
+def test_plan_that_does_not_fit_is_refused(kept: Any, message: str) -> None:
+    dense = make_tiny()
+    with pytest.raises(UserError, match=message) as error:
+        check_plan(anatomy(dense), tiny_plan(dense, kept), dense.config)
+    assert str(error.value).startswith("--plan: ")
+
+
+def test_a_per_layer_granite_says_its_scale_under_the_name_that_serving_engines_read() -> None:
+    model = make_tiny("granite")
+    assert pruned_config(model.config, mixed_plan(model)).logit_scale == 1 / model.config.logits_scaling
+    assert not hasattr(pruned_config(model.config, uniform_plan(model)), "logit_scale")

@@ -1,0 +1,188 @@
+"""A family is tried before it is pruned: what behaves as its record says passes, everything else is refused."""
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.granite.modeling_granite import GraniteDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM, LlamaMLP
+
+from lightning_prune.checkpoint import proof, write
+from lightning_prune.checkpoint.family_check import prove, shrunk
+from lightning_prune.models.records import BEFORE_ATTENTION, FAMILIES, Norms
+from lightning_prune.support.errors import UserError
+from tests.tiny import CUTTABLE, EVERY_FAMILY, WHOLE_ATTENTION, tiny_config
+
+LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Any:
+    proof._tried.cache_clear()
+    yield
+    proof._tried.cache_clear()
+
+
+def test_every_record_is_tried_here() -> None:
+    assert set(EVERY_FAMILY) == set(FAMILIES)
+
+
+@pytest.mark.parametrize(("kv_heads", "tied"), [(2, True), (1, False)])
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_a_family_does_what_its_record_says(family: str, kv_heads: int, tied: bool) -> None:
+    prove(tiny_config(family, kv_heads=kv_heads, tied=tied))
+
+
+@pytest.mark.parametrize(
+    ("family", "switches"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+        ("mistral", {"sliding_window": 7}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}),
+        ("qwen3", {"attention_bias": True}),
+        ("gemma2", {"attention_bias": True}),
+        ("gemma3_text", {"attention_bias": True, "final_logit_softcapping": 2.0}),
+        ("phi3", {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 8}),
+        ("granite", {"attention_bias": True, "mlp_bias": True}),
+        ("smollm3", {"attention_bias": True, "mlp_bias": True, "use_sliding_window": True, "sliding_window": 6}),
+        ("olmo", {"attention_bias": True}),
+        ("olmo2", {"attention_bias": True}),
+        ("ernie4_5", {"use_bias": True}),
+        ("seed_oss", {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True}),
+        ("helium", {"attention_bias": True, "mlp_bias": True}),
+        ("stablelm", {"use_qkv_bias": True, "qk_layernorm": True}),
+    ],
+)
+def test_and_so_with_its_switches(family: str, switches: dict[str, Any]) -> None:
+    prove(tiny_config(family, **switches))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "olmo2"])
+def test_a_large_model_is_tried_in_seconds_and_once_per_kind(family: str) -> None:
+    large = AutoConfig.for_model(family)  # as wide and deep as the class has it
+    start = time.perf_counter()
+    prove(large)
+    assert time.perf_counter() - start < 10
+    prove(AutoConfig.for_model(family, hidden_size=2 * large.hidden_size, intermediate_size=77))
+    assert (proof._tried.cache_info().misses, proof._tried.cache_info().hits) == (1, 1)
+
+
+def test_the_small_model_has_every_sort_of_layer_of_the_large_one() -> None:
+    config = AutoConfig.for_model("gemma3_text", num_hidden_layers=12)
+    small = shrunk(config)
+    assert config.layer_types.index("full_attention") == 5
+    assert small.layer_types == ["sliding_attention"] * 3 + ["full_attention"]
+    assert (small.num_hidden_layers, small.hidden_size, small.num_key_value_heads) == (4, 48, 2)
+    assert config.num_hidden_layers == 12
+    assert shrunk(AutoConfig.for_model("smollm3")).no_rope_layers == [1, 1, 1, 0]
+    assert shrunk(AutoConfig.for_model("llama", num_hidden_layers=1)).num_hidden_layers == 4
+
+
+def test_norms_at_the_wrong_places_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = FAMILIES["gemma2"]
+    swapped = replace(
+        right,
+        attention_norms=Norms("input_layernorm", "pre_feedforward_layernorm"),
+        mlp_norms=Norms("post_attention_layernorm", "post_feedforward_layernorm"),
+    )
+    assert_refused(monkeypatch, swapped, "between attention and MLP of layer 0: differs")
+    lost = replace(right, attention_norms=BEFORE_ATTENTION)  # it would stay behind, and change nothing
+    assert_refused(monkeypatch, lost, "layer 0 has 32 parameters that belong to neither block")
+
+
+def test_groups_that_cannot_leave_alone_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    for family in WHOLE_ATTENTION:
+        assert_refused(
+            monkeypatch,
+            replace(FAMILIES[family], whole_attention=None),
+            r"costs of its units|is not the same as masking|Error: ",
+        )
+
+
+def test_lists_with_an_entry_per_layer_that_nobody_cuts_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config("smollm3", no_rope_layers=[1, 0, 0, 1])
+    cut_by_length = replace(FAMILIES["smollm3"], per_layer_lists=())
+    monkeypatch.setitem(FAMILIES, "smollm3", cut_by_length)
+    with pytest.raises(UserError, match="family 'smollm3'"):
+        prove(config)
+
+
+def assert_refused(monkeypatch: pytest.MonkeyPatch, record: Any, message: str) -> None:
+    monkeypatch.setitem(FAMILIES, record.model_type, record)
+    with pytest.raises(UserError, match=message) as error:
+        prove(tiny_config(record.model_type))
+    assert str(error.value).startswith("--model.pretrained: with transformers ")
+    assert "docs/add_a_model_family.md" in str(error.value)
+
+
+def test_another_arithmetic_of_a_release_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a way in which a decoder could do more than its parts."""
+
+    def interleaved(self: LlamaAttention, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output, weights = attention(self, hidden_states, *args, **kwargs)
+        return output + 0.1 * hidden_states.mean(), weights  # of what enters, not of what the groups put out
+
+    attention, mlp, head = LlamaAttention.forward, LlamaMLP.forward, LlamaForCausalLM.forward
+    for where, name, changed in (
+        (LlamaAttention, "forward", interleaved),
+        (LlamaMLP, "forward", lambda self, x: mlp(self, x) + 0.1 * self.gate_proj(x).mean()),
+        (LlamaForCausalLM, "forward", lambda self, input_ids=None, **kwargs: _shifted(head, self, input_ids, kwargs)),
+    ):
+        proof._tried.cache_clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, changed)
+            with pytest.raises(UserError, match="do not behave as their record says"):
+                prove(tiny_config("llama"))
+    proof._tried.cache_clear()
+    prove(tiny_config("llama"))
+
+
+def _shifted(head: Any, model: Any, tokens: Tensor | None, kwargs: Any) -> Any:
+    output = head(model, input_ids=tokens, **kwargs)
+    if tokens is not None:
+        output.logits = output.logits + tokens[..., None] * 1e-3
+    return output
+
+
+def test_parallel_blocks_are_found() -> None:
+    with pytest.raises(UserError, match="layer 0 has no 'post_attention_layernorm'"):
+        prove(tiny_config("stablelm", use_parallel_residual=True))
+
+
+def test_a_block_that_adds_when_it_puts_out_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = GraniteDecoderLayer.forward
+    monkeypatch.setattr(GraniteDecoderLayer, "forward", lambda self, *a, **k: forward(self, *a, **k) + 1)
+    with pytest.raises(UserError, match="between attention and MLP of layer 0: differs"):
+        prove(tiny_config("granite"))
+
+
+def test_errors_of_the_machine_are_not_blamed_on_the_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    for name in ("write_weights", "_write_config"):
+        with monkeypatch.context() as patch:
+            patch.setattr(write, name, full)
+            with pytest.raises(UserError, match=r"cannot be written \(.*No space left.*\)\. .* TMPDIR") as error:
+                prove(tiny_config("llama"))
+            assert "do not behave" not in str(error.value)
+    prove(tiny_config("llama"))  # nothing of it is remembered
+
+
+def test_the_random_numbers_of_the_run_are_not_touched() -> None:
+    before = torch.random.get_rng_state()
+    prove(tiny_config("llama"))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_config_is_not_touched() -> None:
+    for family in CUTTABLE:
+        config: PretrainedConfig = tiny_config(family)
+        before = config.to_dict()
+        shrunk(config)
+        assert config.to_dict() == before, family

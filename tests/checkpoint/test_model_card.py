@@ -1,0 +1,250 @@
+import json
+import os
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lightning_prune.checkpoint.cut import layout_of
+from lightning_prune.checkpoint.model_card import model_card, stock_card
+from lightning_prune.checkpoint.write import write_checkpoint
+from lightning_prune.cli import main
+from lightning_prune.models.loading import load_config, load_model
+from tests.cutting import layered_cut
+from tests.export.checkpoints import Plan, save
+from tests.tiny import make_tiny, mixed_plan, tiny_tokens, uniform_plan
+
+
+def card(layout: Any = "per-layer", calibration: dict[str, Any] | None = None, **fields: Any) -> str:
+    return model_card(mixed_plan(make_tiny(), **fields), layout, calibration)
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    _, matter, _ = text.split("---\n", 2)
+    return yaml.safe_load(matter)
+
+
+def test_front_matter_is_what_the_hub_reads() -> None:
+    matter = front_matter(card(base_model="meta-llama/Llama-3.1-8B", method="hgsp"))
+    assert matter["base_model"] == "meta-llama/Llama-3.1-8B"
+    assert matter["library_name"] == "transformers"
+    assert set(matter["tags"]) == {"pruning", "lightning-prune", "hgsp"}
+
+
+@pytest.mark.parametrize(
+    ("base_model", "shown"),
+    [("demo", "`demo`"), ("/data/models/llama", "`llama`"), ("./llama", "`llama`"), ("a: [b", r"a: \[b")],
+)
+def test_base_model_that_is_no_hub_id_stays_out_of_the_front_matter(base_model: str, shown: str) -> None:
+    text = card(base_model=base_model)
+    assert "base_model" not in front_matter(text)
+    assert f"| Base model | {shown} |" in text
+
+
+def test_facts_of_the_run_are_stated() -> None:
+    text = card(
+        parameters={"dense": 1234567, "pruned": 1000000},
+        pruning_ratio=0.25,
+        achieved_ratio=0.2468,
+        calibration_fingerprint="abc123",
+        calibration={"dataset": "wikitext2", "num_samples": 128},
+    )
+    for fact in ("1,234,567", "1,000,000", "0.2500", "0.2468", "abc123", "wikitext2", "num_samples | 128"):
+        assert fact in text
+    assert "| 0 | skipped | 40 |" in text
+    assert "| 2 | 2 | skipped |" in text
+    assert "| 3 | layer removed | layer removed |" in text
+
+
+def test_remote_code_is_asked_for_only_where_it_is_needed() -> None:
+    assert "trust_remote_code=True" in card("per-layer")
+    assert "trust_remote_code" not in card("stock")
+    assert "lightning_prune.load(" in card("stock")
+
+
+HOSTILE = [
+    "a: b",
+    "- a",
+    "---\nlicense: mit",
+    "'\"",
+    "#x",
+    "!!python/object/apply:os.system [id]",
+    "*a",
+    "{a",
+    "\x1b[31m",
+    "\udc80",
+    "a\u2028b",
+    "<script>|`$",
+    "null",
+    "1",
+    "",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_front_matter_and_tables_survive_any_name(name: str) -> None:
+    text = card(method=name, base_model=f"/models/{name}", calibration={"dataset": f"/data/{name}", name: name})
+    matter = front_matter(text)
+    assert list(matter) == ["library_name", "pipeline_tag", "tags"]
+    assert matter["tags"][:2] == ["pruning", "lightning-prune"]
+    assert all(isinstance(tag, str) for tag in matter["tags"])
+    text.encode("utf-8")
+    assert "<script>" not in text
+    assert "\x1b" not in text
+    body = text.split("---\n", 2)[2]
+    rows = [line for line in body.splitlines() if line.startswith("|")]
+    assert {line.replace("\\|", "").count("|") for line in rows} == {3, 4}  # two columns above, three below
+    assert sum(line.startswith("# ") for line in body.splitlines()) == 1
+
+
+def test_card_names_no_folder_of_this_machine_and_no_fact_twice() -> None:
+    calibration = {
+        "dataset": "/home/me/secret/validation.txt",
+        "configuration": None,
+        "revision": None,
+        "seed": 0,
+        "fingerprint": "abc123",
+    }
+    text = card(base_model="/home/me/models/llama", calibration=calibration, calibration_fingerprint="abc123")
+    assert "/home" not in text
+    assert "# llama pruned with" in text
+    assert "| Calibration: dataset | validation.txt |" in text
+    assert "| Calibration: seed | 0 |" in text
+    assert "None" not in text
+    assert text.count("abc123") == 1
+
+
+def base_folder(folder: Path, readme: str | None = None, **config: Any) -> str:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"} | config), encoding="utf-8")
+    if readme is not None:
+        (folder / "README.md").write_text(readme, encoding="utf-8")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("readme", "config", "expected"),
+    [
+        (None, {}, {}),
+        ("# no front matter\nlicense: mit\n", {}, {}),
+        ("---\nlicense: apache-2.0\n---\n# A model\n", {}, {"license": "apache-2.0"}),
+        ("---\r\nlicense: mit\r\n---\r\n", {}, {"license": "mit"}),
+        ("---\nlicense: [mit, apache-2.0]\n---\n", {}, {"license": ["mit", "apache-2.0"]}),
+        (None, {"license": "gemma"}, {"license": "gemma"}),
+        (None, {"_name_or_path": "org/llama"}, {"base_model": "org/llama"}),
+        (None, {"_name_or_path": "/home/me/llama"}, {}),
+        ("---\nbase_model: org/first\n---\n", {}, {"base_model": "org/first"}),
+        ("---\nbase_model: [org/a, org/b]\n---\n", {}, {"base_model": ["org/a", "org/b"]}),
+        ("---\nbase_model: /home/me/llama\n---\n", {}, {}),
+        (
+            "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\nbase_model: org/x\n---\n",
+            {},
+            {
+                "license": "other",
+                "license_name": "own",
+                "license_link": "https://huggingface.co/org/x/blob/main/LICENSE",
+                "base_model": "org/x",
+            },
+        ),
+        ("---\nlicense: other\nlicense_link: /home/me/LICENSE\n---\n", {}, {"license": "other"}),
+        ("---\nlicense: {a: 1}\nbase_model: 3\n---\n", {}, {}),
+        ("---\nlicense: 'a: b'\n---\n", {}, {}),
+        ("---\n[broken\n---\n", {"license": 7}, {}),
+        ("---\n- a list\n---\n", {}, {}),
+        ("---\n" + "[" * 5000 + "\n---\n", {}, {}),
+    ],
+)
+def test_licence_and_origin_are_what_the_base_model_says(
+    tmp_path: Path, readme: str | None, config: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    matter = front_matter(card(base_model=base_folder(tmp_path / "base", readme, **config)))
+    assert {key: matter[key] for key in matter if key not in ("library_name", "pipeline_tag", "tags")} == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("    Apache License\n  Version 2.0, January 2004\n", "apache-2.0"),
+        ("MIT License\n\nCopyright (c)", "mit"),
+        ("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n", None),
+    ],
+)
+def test_licence_file_that_names_itself_is_enough(tmp_path: Path, text: str, expected: str | None) -> None:
+    base = base_folder(tmp_path / "base")
+    (tmp_path / "base" / "LICENSE").write_text(text)
+    assert front_matter(card(base_model=base)).get("license") == expected
+
+
+def test_licence_is_read_where_the_model_is_now(tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base", "---\nlicense: mit\n---\n")
+    plan = mixed_plan(make_tiny(), base_model="/where/it/was/made")
+    assert front_matter(model_card(plan, "stock", pretrained=base))["license"] == "mit"
+    assert "license" not in front_matter(model_card(plan, "stock"))
+
+
+def test_readme_that_is_no_file_is_not_opened(tmp_path: Path) -> None:
+    base = base_folder(tmp_path / "base")
+    os.mkfifo(tmp_path / "base" / "README.md")  # opening it would wait for a writer
+    assert "license" not in front_matter(card(base_model=base))
+
+
+@pytest.mark.parametrize("plan_of", [mixed_plan, uniform_plan])
+def test_no_file_of_a_checkpoint_names_the_folder_of_the_base_model(tmp_path: Path, plan_of: Any) -> None:
+    base = tmp_path / "base"
+    make_tiny().save_pretrained(base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"_name_or_path": str(base)}))
+    model = load_model(str(base), None)
+    plan = plan_of(model, base_model=str(base))
+    pruned = layered_cut(model, plan)
+    facts = {"dataset": str(tmp_path / "text.txt")}
+    card = model_card(plan, layout_of(pruned.config), facts)
+    write_checkpoint(pruned, tmp_path / "out", tokenizer_from=None, card=card)
+    for file in (tmp_path / "out").iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes(), file.name
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("plan_of", [mixed_plan, uniform_plan])
+def test_commands_of_the_card_run(
+    plan_of: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All but the server's, which ``tests/engines`` starts."""
+    pytest.importorskip("gguf")
+    monkeypatch.chdir(tmp_path)
+    expected = save(tmp_path / "path" / "to" / "this" / "folder", plan=plan_of)(tiny_tokens()).logits
+    layout = layout_of(load_config("path/to/this/folder"))
+    text = card(layout)
+    for block in blocks(text, "python"):
+        found: dict[str, Any] = {}
+        exec(block, found)
+        if "Classification" in block:
+            assert found["model"](tiny_tokens(batch=1)).logits.shape == (1, 2)
+        else:
+            assert torch.equal(found["model"](tiny_tokens()).logits, expected)
+    commands = [shlex.split(line) for block in blocks(text, "bash") for line in block.splitlines()]
+    mine = [command for command in commands if command[0] == "lightning-prune"]
+    assert [command[5] for command in mine] == (["gguf"] if layout == "stock" else ["gguf", "stock"])
+    for command in mine:
+        assert main(command[1:]) == 0, capsys.readouterr().err
+        assert Path(command[-1]).exists()
+    assert [command[:2] for command in commands if command not in mine] == [["vllm", "serve"]]
+
+
+def test_card_of_a_padded_checkpoint_says_how_to_load_that_one() -> None:
+    text = stock_card(card("per-layer", method="hgsp"))
+    assert front_matter(text) == front_matter(card("per-layer", method="hgsp"))
+    assert "trust_remote_code" not in text
+    assert "--format stock" not in text
+    assert "padded with zeros" in text
+    assert text.count("## Loading") == 1
+    assert "| 3 | layer removed | layer removed |" in text
+    assert "## Loading" in stock_card("")
+    assert stock_card("# Own words").startswith("# Own words\n\n")

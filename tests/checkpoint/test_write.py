@@ -1,0 +1,330 @@
+"""Folders that a fresh process without this package loads, bit for bit the model in memory."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import lightning_prune
+from lightning_prune.checkpoint import write
+from lightning_prune.checkpoint.cut import layout_of
+from lightning_prune.checkpoint.plan import PruningPlan
+from lightning_prune.checkpoint.write import write_checkpoint
+from lightning_prune.models.loading import load_tokenizer
+from lightning_prune.support.errors import UserError
+from tests.cutting import cut, layered, layered_cut
+from tests.tiny import (
+    CUTTABLE,
+    FAMILIES,
+    WHOLE_ATTENTION,
+    make_tiny,
+    mixed_plan,
+    tiny_plan,
+    tiny_tokenizer,
+    tiny_tokens,
+    uniform_plan,
+)
+
+FULL = list(range(40))
+
+
+def no_attention(model: PreTrainedModel) -> PruningPlan:
+    heads = list(range(model.config.num_key_value_heads))
+    return tiny_plan(model, [([], FULL), *[(heads, FULL)] * 3])
+
+
+def no_mlp(model: PreTrainedModel) -> PruningPlan:
+    heads = list(range(model.config.num_key_value_heads))
+    return tiny_plan(model, [*[(heads, FULL)] * 3, (heads, [])])
+
+
+# In the last two nothing but ``skip`` differs from the dense model: what stock loaders could miss.
+PLANS = {"mixed": mixed_plan, "uniform": uniform_plan, "no_attention": no_attention, "no_mlp": no_mlp}
+KINDS = [
+    (family, kv_heads, tied, plan)
+    for family in FAMILIES
+    for kv_heads, tied, plans in (
+        (4, "tied", ("mixed", "uniform")),
+        (2, "tied", tuple(PLANS)),
+        (1, "tied", tuple(PLANS)),
+        (2, "untied", ("mixed", "uniform")),
+        (4, "untied", ("mixed",)),
+    )
+    for plan in plans
+]
+OTHERS = [family for family in (*CUTTABLE, *WHOLE_ATTENTION) if family not in FAMILIES]
+KINDS += [(family, 2, "tied", plan) for family in OTHERS for plan in ("mixed", "uniform")]
+KINDS += [(family, 2, "untied", plan) for family in ("gemma2", "phi3", "olmo2") for plan in ("no_attention", "no_mlp")]
+
+# Runs where lightning_prune cannot be imported, installed or not.
+FRESH_PROCESS = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "lightning_prune":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocker())
+import json, pathlib, torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+torch.set_num_threads(1)
+report = {}
+for folder in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    known = load_file(folder / "expected.safetensors")
+    remote = (folder / "modeling_pruned.py").exists()
+    model = AutoModelForCausalLM.from_pretrained(folder, **({"trust_remote_code": True} if remote else {}))
+    logits = model(known["tokens"]).logits
+    report[folder.name] = [remote, bool(torch.equal(logits, known["logits"])), type(model).__name__, str(model.dtype)]
+    if (folder / "tokenizer.json").exists():
+        generate = pipeline("text-generation", str(folder), trust_remote_code=remote)
+        text = generate("w5 w6 w7", max_new_tokens=4, min_new_tokens=4, do_sample=False)[0]["generated_text"]
+        report[folder.name].append(text.count("w"))
+print(json.dumps(report))
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One folder per kind of model and plan, with ``expected.safetensors`` (tokens, logits in memory)."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    tokenizer = tmp_path_factory.mktemp("tokenizer")
+    make_tiny().save_pretrained(tokenizer)
+    tiny_tokenizer().save_pretrained(tokenizer)
+    folders = {}
+    for family, kv_heads, tied, plan in KINDS:
+        name = f"{family}-{kv_heads}-{tied}-{plan}"
+        dense = make_tiny(family, kv_heads=kv_heads, tied=tied == "tied")
+        if kv_heads == 1:
+            dense = dense.to(torch.bfloat16)
+        source = str(tokenizer) if (kv_heads, tied) == (4, "tied") else None
+        write_checkpoint(layered_cut(dense, PLANS[plan](dense)), root / name, tokenizer_from=source, card="# card\n")
+        tokens = tiny_tokens()
+        known = {"tokens": tokens, "logits": cut(dense, PLANS[plan](dense))(tokens).logits.detach()}
+        save_file(known, root / name / "expected.safetensors")
+        folders[name] = root / name
+    return folders
+
+
+def test_a_process_without_this_package_gets_the_same_logits(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-I", "-c", FRESH_PROCESS, str(next(iter(checkpoints.values())).parent)],
+        cwd=tmp_path,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report.keys() == checkpoints.keys()
+    for name, (remote, equal, class_name, dtype, *words) in report.items():
+        family, kv_heads, _, plan = name.split("-", 3)
+        assert equal, f"{name}: logits differ"
+        assert remote == (plan != "uniform"), name
+        alias = name.startswith("llama-4") and plan == "uniform"
+        assert class_name == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["mistral" if alias else family], name
+        assert dtype == ("torch.bfloat16" if kv_heads == "1" else "torch.float32"), name
+        assert words == ([7] if "-4-tied" in name else []), name
+
+
+def test_this_package_gets_the_same_logits_without_remote_code(checkpoints: dict[str, Path]) -> None:
+    for name, folder in checkpoints.items():
+        known = load_file(folder / "expected.safetensors")
+        model = lightning_prune.load(folder)
+        assert not model.training
+        assert torch.equal(model(known["tokens"]).logits, known["logits"]), name
+        assert layout_of(model.config) == ("stock" if "uniform" in name else "per-layer")
+        assert not type(model).__module__.startswith("transformers_modules")
+
+
+def test_stock_loaders_refuse_the_per_layer_layout_instead_of_starting_blocks_at_random(
+    checkpoints: dict[str, Path],
+) -> None:
+    for folder in (folder for name, folder in checkpoints.items() if "uniform" not in name):
+        with pytest.raises(RuntimeError, match=r"per-layer attribute|size mismatch|ignore_mismatched_sizes"):
+            AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+
+
+def test_leave_to_read_global_widths_is_given_only_where_the_config_checks_them(
+    checkpoints: dict[str, Path],
+) -> None:
+    given = set()
+    for name, folder in checkpoints.items():
+        if json.loads((folder / "config.json").read_text()).get("allow_global_per_layer_attribute_access"):
+            given.add(name)
+    # MQA cannot lose a head without losing attention, so its heads never vary.
+    others = {f"{family}-2-tied-mixed" for family in ("gemma2", "gemma3_text", "phi3")}
+    assert given == others | {f"llama-{kv}-{tied}-mixed" for kv in (4, 2) for tied in ("tied", "untied")}
+
+
+def test_folder_holds_no_pickle_and_the_modeling_file_only_where_needed(checkpoints: dict[str, Path]) -> None:
+    always = {"README.md", "config.json", "model.safetensors", "expected.safetensors"}
+    for name, folder in checkpoints.items():
+        wanted = always | ({"modeling_pruned.py"} if "uniform" not in name else set())
+        if "-4-tied" in name:
+            wanted |= {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+        assert {file.name for file in folder.iterdir()} == wanted, name
+        config = json.loads((folder / "config.json").read_text())
+        assert config["head_dim"] == 8
+        assert ("auto_map" in config) == ("uniform" not in name)
+
+
+def test_tokenizer_is_the_same_also_under_another_model_type(checkpoints: dict[str, Path]) -> None:
+    text = "w9 w95 nothing w0"
+    expected = tiny_tokenizer()(text).input_ids
+    for name in ("llama-4-tied-uniform", "llama-4-tied-mixed", "qwen3-4-tied-mixed"):
+        tokenizer = load_tokenizer(str(checkpoints[name]))
+        assert tokenizer is not None
+        assert tokenizer(text).input_ids == expected
+        assert AutoTokenizer.from_pretrained(checkpoints[name])(text).input_ids == expected
+
+
+@pytest.mark.parametrize("name", ["llama-2-tied-mixed", "qwen2-4-untied-mixed", "llama-4-tied-uniform"])
+def test_the_same_model_gives_the_same_bytes_also_after_loading(
+    checkpoints: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    first = checkpoints[name]
+    loaded = lightning_prune.load(first)
+    write_checkpoint(layered(loaded), tmp_path / "again", tokenizer_from=None, card="# card\n")
+    lightning_prune.load(first).save_pretrained(tmp_path / "plain")
+    for file in (tmp_path / "again").iterdir():
+        assert file.read_bytes() == (first / file.name).read_bytes(), file.name
+        if file.name not in ("README.md", "model.safetensors"):
+            assert file.read_bytes() == (tmp_path / "plain" / file.name).read_bytes(), file.name
+    # The order of tensors in the file is ours (that of the layers), what is in them is not.
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (first, tmp_path / "plain"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+
+
+@pytest.mark.parametrize("plan", [mixed_plan, uniform_plan])
+@pytest.mark.parametrize("tied", [True, False])
+def test_shards_hold_what_one_file_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: Callable[[PreTrainedModel], PruningPlan], tied: bool
+) -> None:
+    dense = make_tiny("qwen3", tied=tied)
+    write_checkpoint(layered_cut(dense, plan(dense)), tmp_path / "one", tokenizer_from=None, card="")
+    one = load_file(tmp_path / "one" / "model.safetensors")
+    limit = 12_000  # smaller than the embedding's 96 × 32 × 4 bytes with anything beside it
+    monkeypatch.setattr(write, "SHARD_BYTES", limit)
+    for name in ("shards", "again"):
+        write_checkpoint(layered_cut(dense, plan(dense)), tmp_path / name, tokenizer_from=None, card="")
+
+    names = sorted(file.name for file in (tmp_path / "shards").glob("*.safetensors"))
+    assert names == [f"model-{i + 1:05d}-of-{len(names):05d}.safetensors" for i in range(len(names))]
+    assert len(names) > 2
+    index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
+    shards = {name: load_file(tmp_path / "shards" / name) for name in names}
+    assert index["weight_map"] == {key: name for name, shard in shards.items() for key in shard}
+    sizes = {name: [t.numel() * t.element_size() for t in shard.values()] for name, shard in shards.items()}
+    assert all(sum(size) <= limit or len(size) == 1 for size in sizes.values()), sizes
+    assert index["metadata"]["total_size"] == sum(map(sum, sizes.values()))
+    assert index["metadata"]["total_parameters"] == sum(tensor.numel() for tensor in one.values())
+    together = {key: tensor for shard in shards.values() for key, tensor in shard.items()}
+    assert together.keys() == one.keys()
+    assert all(torch.equal(tensor, one[key]) for key, tensor in together.items())
+    for file in (tmp_path / "shards").iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
+
+    expected = cut(dense, plan(dense))(tiny_tokens()).logits
+    assert torch.equal(lightning_prune.load(tmp_path / "shards")(tiny_tokens()).logits, expected)
+    if plan is uniform_plan:
+        stock = AutoModelForCausalLM.from_pretrained(tmp_path / "shards", trust_remote_code=False)
+        assert torch.equal(stock(tiny_tokens()).logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_weights_are_written_in_the_dtype_of_the_layered_model(tmp_path: Path, dtype: torch.dtype) -> None:
+    dense = make_tiny()
+    write_checkpoint(layered(dense, dtype), tmp_path / "pruned", tokenizer_from=None, card="")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "pruned" / "model.safetensors").values()} == {dtype}
+    config = json.loads((tmp_path / "pruned" / "config.json").read_text())
+    assert config["dtype"] == str(dtype).removeprefix("torch.")
+    loaded = lightning_prune.load(tmp_path / "pruned")
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, dense.get_parameter(name).to(dtype)), name
+
+
+def test_one_layer_is_in_memory_at_a_time_and_each_is_told(tmp_path: Path) -> None:
+    model = layered(make_tiny())
+    written, present = [], []
+
+    def progress(layer: int) -> None:
+        written.append(layer)
+        present.append([not parameter.is_meta for block in model.layers for parameter in block.parameters()])
+
+    write_checkpoint(model, tmp_path / "pruned", tokenizer_from=None, card="", progress=progress)
+    assert written == [0, 1, 2, 3]
+    assert not any(any(layers) for layers in present)
+
+
+@pytest.mark.parametrize("exception", [RuntimeError("stop"), KeyboardInterrupt()])
+@pytest.mark.parametrize("place", ["config", "shard", "card"])
+def test_interrupted_write_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exception: BaseException, place: str
+) -> None:
+    def interrupted(*args: object, **options: object) -> None:
+        raise exception
+
+    def after_a_layer(layer: int) -> None:
+        if place == "shard" and layer == 1:
+            assert [file for file in tmp_path.rglob("model.safetensors") if file.stat().st_size]
+            raise exception
+
+    if place == "config":
+        monkeypatch.setattr(PretrainedConfig, "save_pretrained", interrupted)
+    if place == "card":
+        monkeypatch.setattr(write, "write_text", interrupted)
+    with pytest.raises(type(exception)):
+        write_checkpoint(
+            layered(make_tiny()), tmp_path / "pruned", tokenizer_from=None, card="", progress=after_a_layer
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_is_a_message_and_leaves_the_old_checkpoint(
+    tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_checkpoint()
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    tokenizer = folder.parent / "tokenizer"
+    make_tiny().save_pretrained(tokenizer)
+    tiny_tokenizer().save_pretrained(tokenizer)
+    with pytest.raises(UserError, match=r"No space left.*--trainer\.default_root_dir.*--output") as error:
+        write_checkpoint(layered(make_tiny(seed=1)), folder, tokenizer_from=str(tokenizer), card="")
+    assert str(folder) in str(error.value)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert sorted(path.name for path in folder.parent.iterdir()) == sorted([folder.name, "tokenizer"])
+
+
+def test_place_that_cannot_be_written_is_a_message(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be written"):
+        write_checkpoint(layered(make_tiny()), tmp_path / "file" / "pruned", tokenizer_from=None, card="")
+
+
+def test_generation_settings_that_transformers_only_warns_about_do_not_stop_the_write(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = tiny_checkpoint()
+    file = base / "generation_config.json"  # as several published models have it
+    file.write_text(json.dumps({**json.loads(file.read_text()), "do_sample": False, "temperature": 0.6}))
+    model = lightning_prune.load(base)
+    pruned = layered_cut(model, mixed_plan(model))
+    write_checkpoint(pruned, tmp_path / "pruned", tokenizer_from=str(base), card="")
+    saved = json.loads((tmp_path / "pruned" / "generation_config.json").read_text())
+    assert saved["temperature"] == 0.6

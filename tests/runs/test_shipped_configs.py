@@ -1,0 +1,105 @@
+"""``--config wanda`` works wherever the package is installed, and a path still means that file."""
+
+from pathlib import Path
+
+import pytest
+
+from lightning_prune.cli import main
+from lightning_prune.cli.experiment import build
+from lightning_prune.runs import shipped_configs
+from lightning_prune.runs.settings import read_settings
+from lightning_prune.runs.shipped_configs import config_file, shipped_folder, shipped_names, with_config_files
+from lightning_prune.support.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_file_in_configs_goes_by_its_name() -> None:
+    files = {file.resolve() for file in (ROOT / "configs").rglob("*.yaml")}
+    assert {config_file(name).resolve() for name in shipped_names()} == files
+    assert len(shipped_names()) == len(files)
+    assert config_file("targets/llama-3.1-8b").is_file()
+
+
+def test_configs_inside_an_installed_package_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = tmp_path / "site-packages" / "lightning_prune"
+    (installed / "configs").mkdir(parents=True)
+    (installed / "configs" / "mine.yaml").touch()
+    monkeypatch.setattr(shipped_configs, "__file__", str(installed / "runs" / "shipped_configs.py"))
+    assert shipped_folder() == installed / "configs"
+    assert config_file("mine") == installed / "configs" / "mine.yaml"
+
+
+def test_a_file_wins_over_a_shipped_name_and_a_folder_does_not(tmp_path: Path) -> None:
+    (tmp_path / "wanda").mkdir()
+    assert config_file("wanda").samefile(ROOT / "configs" / "wanda.yaml")
+    (tmp_path / "slimgpt").write_text("own")
+    assert config_file("slimgpt").read_text() == "own"
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "hgsp_wanda").write_text("own")
+    assert config_file("hgsp_wanda", tmp_path / "deep").read_text() == "own"
+
+
+@pytest.mark.parametrize("path", ["configs/wanda.yaml", "wanda.yaml", "some/where", "x.yml", "x.json", "/abs/path"])
+def test_a_path_is_left_to_its_reader(path: str) -> None:
+    assert config_file(path) == Path(path)
+
+
+def test_an_unknown_name_lists_what_is_shipped(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=r"--config: no file and no shipped configuration 'wanad'.*hgsp_taylor.*wanda"):
+        config_file("wanad")
+    for arguments in (["fit", "--config", "wanad"], ["fit", "--config=wanad"], ["compare", "--config", "wanad"]):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert "no shipped configuration 'wanad'" in error
+        assert len(error.splitlines()) == 1
+
+
+def test_only_config_options_are_touched() -> None:
+    arguments = ["--model.label", "wanda", "--config", "wanda", "--config=slimgpt", "--data.seq_len", "8"]
+    found = with_config_files(arguments)
+    assert [found[i] for i in (0, 1, 2, 5, 6)] == [arguments[i] for i in (0, 1, 2, 5, 6)]
+    assert Path(found[3]).samefile(ROOT / "configs" / "wanda.yaml")
+    assert Path(found[4].removeprefix("--config=")).samefile(ROOT / "configs" / "slimgpt.yaml")
+    assert with_config_files(["fit", "--config"]) == ["fit", "--config"]
+
+
+def test_the_shipped_experiment_goes_by_name_and_own_ones_may_name_shipped_systems(tmp_path: Path) -> None:
+    shipped = read_settings(Path("compare"))
+    assert shipped == read_settings(ROOT / "configs" / "compare.yaml")
+    (tmp_path / "mine.yaml").write_text("systems: {a: wanda, b: {config: hgsp_taylor}}")
+    mine = read_settings(tmp_path / "mine.yaml")
+    assert mine.systems["b"]["model"]["class_path"] == shipped.systems["hgsp_taylor"]["model"]["class_path"]
+    (tmp_path / "mine.yaml").write_text("systems: {a: nothing}")
+    with pytest.raises(UserError, match=r"systems\.a: no file and no shipped configuration 'nothing'"):
+        read_settings(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize("name", sorted(name for name in shipped_names() if name.startswith("compare")))
+def test_every_system_of_a_shipped_experiment_builds_its_method(name: str) -> None:
+    settings = read_settings(Path(name))
+    for label in settings.systems:
+        method = build(label, settings.configuration(label, settings.ratios[0])).model
+        assert (method.label, method.pruning_ratio) == (label, settings.ratios[0])
+
+
+def test_method_is_another_word_for_config() -> None:
+    for words in (["--method", "wanda"], ["--method=wanda"]):
+        (*_, last) = with_config_files(words)
+        assert Path(last.removeprefix("--config=")).samefile(ROOT / "configs" / "wanda.yaml")
+    assert with_config_files(["--method", "wanda"])[0] == "--config"
+
+
+def test_methods_lists_every_shipped_method_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    own = [file.stem for file in (ROOT / "configs").glob("*.yaml") if "lightning_prune.methods." in file.read_text()]
+    own = [name for name in own if not name.startswith("compare")]
+    for name in own:
+        assert sum(line.split()[:1] == [name] for line in lines) == 1, name

@@ -1,0 +1,181 @@
+import re
+import unicodedata
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+from lightning_prune.support import escape
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "![image](http://example.com/a.png) [link](http://example.com) [a][b]",
+    "https://example.com www.example.com <https://example.com> &lt; &amp;",
+    "a|b\\|c\\",
+    "`code` ``x`` *em* **strong** _em_ __strong__ a_b_c ~~gone~~ $x^2$ $$y$$",
+    "two\nlines\r\nand\u2028three\x0bfour",
+    "\x1b[2J\x1b]0;title\x07\x9b31m\u202e\udc80\ufeff",
+    "# heading",
+    "1. item",
+    "2) item",
+    "- item",
+    "+",
+    "---",
+    "===",
+    "> quote",
+    "    code",
+    "***",
+    "% & # { } ~ ^ \\ -- [x] *",
+    "\\input{/etc/passwd} \\\\ [1cm] \\$",
+    "100 $ and 5 $",
+]
+
+
+class Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def rendered(markdown: str) -> Page:
+    """As a renderer shows it that lets raw HTML through."""
+    parser = pytest.importorskip("markdown_it").MarkdownIt("commonmark", {"html": True})
+    page = Page()
+    page.feed(parser.enable(["table", "strikethrough"]).render(markdown))
+    return page
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_plain_text_is_one_visible_line(text: str) -> None:
+    line = escape.plain(text)
+    assert line == line.strip()
+    assert len(line.splitlines()) == 1
+    assert not {unicodedata.category(character) for character in line} & {"Cc", "Cf", "Cs", "Zl", "Zp"}
+    line.encode("utf-8")
+
+
+def test_plain_text_keeps_what_people_write() -> None:
+    for text in ("hgsp_taylor", "naïve 模型 модель", "a\u200db", "50 % – 3 × 4"):
+        assert escape.plain(text) == text
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_markdown_shows_the_text_and_nothing_else(text: str) -> None:
+    for markdown, tags in (
+        (escape.markdown(text), ["p"]),
+        (f"- {escape.markdown(text)}", ["ul", "li"]),
+        (f"## {escape.markdown(text)}", ["h2"]),
+        (f"**{escape.markdown(text)}**", ["p", "strong"]),
+    ):
+        page = rendered(markdown)
+        assert page.tags == tags, markdown
+        assert page.text.strip() == escape.plain(text)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_markdown_table_keeps_its_columns(text: str) -> None:
+    page = rendered(escape.markdown_table(("a", "b"), [(escape.markdown(text), escape.markdown_code(text))]))
+    assert [tag for tag in page.tags if tag != "code"] == [
+        "table",
+        "thead",
+        "tr",
+        "th",
+        "th",
+        "tbody",
+        "tr",
+        "td",
+        "td",
+    ]
+    assert page.text.split() == ["a", "b", *escape.plain(text).split(), *escape.plain(text).split()]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_markdown_source_has_no_formula_address_or_tag(text: str) -> None:
+    source = re.sub(r"\\[!-/:-@\[-`{-~]", "", escape.markdown(text))  # without what a backslash covers
+    assert not re.search(r"[$<>`|\[\]*~]|://|www\.", source)
+
+
+def test_names_stay_readable_in_the_source() -> None:
+    for name in ("hgsp_taylor", "2.13.0", "-0.5", "llama-3.1-8b", "a/b"):
+        assert escape.markdown(name) == name
+    assert escape.markdown_code("a/b_c") == "`a/b_c`"
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_html_is_text_and_attribute(text: str) -> None:
+    page = Page()
+    page.feed(f'<p title="{escape.html(text)}">{escape.html(text)}</p>')
+    assert page.tags == ["p"]
+    assert page.text == escape.plain(text)
+    assert '"' not in escape.html(text)
+
+
+def read_latex(source: str) -> str:
+    """What LaTeX prints, for the few commands that the escaping uses; anything else active fails."""
+    names = {"textbackslash": "\\", "textasciitilde": "~", "textasciicircum": "^"}
+    names |= {"textless": "<", "textgreater": ">", "textbar": "|"}
+    found, at = "", 0
+    while at < len(source):
+        command = re.match(r"\\([a-z]+)\{\}|\\([&%$#_{}])|\{([\[\]*])\}|(-)\{\}", source[at:])
+        if command:
+            found += names[command.group(1)] if command.group(1) else command.group(2) or command.group(3) or "-"
+            at += command.end()
+        else:
+            assert source[at] not in "\\&%$#_{}~^<>|[]*\n", source[at:]
+            assert source[at : at + 2] != "--"
+            found += source[at]
+            at += 1
+    return found
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_latex_prints_the_text(text: str) -> None:
+    assert read_latex(escape.latex(text)) == escape.plain(text)
+
+
+@pytest.mark.parametrize("text", [*HOSTILE, "_hidden"])
+def test_figures_show_the_text_without_formulas(text: str) -> None:
+    figure = Figure()
+    axes = figure.subplots()
+    (line,) = axes.plot([0, 1], label=escape.figure(text))
+    assert axes.get_legend_handles_labels()[0] == [line]  # a leading underscore hides a line from the legend
+    # The very call that decides between text and formula when the figure is drawn.
+    text_shown, math = axes.set_title(escape.figure(text))._preprocess_math(escape.figure(text))
+    assert math is False
+    assert text_shown.strip() == escape.plain(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [
+        ("/home/me/models/llama", "llama"),
+        ("/home/me/models/llama/", "llama"),
+        ("../data/validation.txt", "validation.txt"),
+        ("data/train.jsonl", "train.jsonl"),
+        ("~/corpus.npy", "corpus.npy"),
+        ("C:\\Users\\me\\text.txt", "text.txt"),
+        ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B"),
+        ("wikitext2", "wikitext2"),
+        ("", ""),
+    ],
+)
+def test_folders_of_this_machine_are_not_published(name: str, public: str) -> None:
+    assert escape.public_name(name) == public
+
+
+def test_a_folder_that_is_here_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert escape.is_hub_id("models/llama")
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    assert not escape.is_hub_id("models/llama")
+    assert escape.public_name("models/llama") == "llama"
+    assert escape.public_name(".") == tmp_path.name

@@ -1,0 +1,152 @@
+"""A signal ends the block, wherever it strikes."""
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lightning_prune.cli import main
+from lightning_prune.cli.commands import apply
+from lightning_prune.support.signals import SIGNALS, Stopped, stoppable
+from tests.cli.test_main import importable
+
+
+def kill(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+class Finalized:
+    """Sends the signal from ``__del__``, where an exception is printed and forgotten."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __del__(self) -> None:
+        kill(self.number)
+        time.sleep(0.01)  # so that the handler runs in here
+
+
+def in_finalizer(number: int) -> None:
+    Finalized(number)
+
+
+def in_garbage_collection(number: int) -> None:
+    one = Finalized(number)
+    one.itself = one  # type: ignore[attr-defined]
+    del one
+    gc.collect()
+
+
+def in_weak_reference_callback(number: int) -> None:
+    target = type("Target", (), {})()
+    reference = weakref.ref(target, lambda _: (kill(number), time.sleep(0.01)))
+    del target
+    assert reference() is None
+
+
+def in_except_that_swallows_everything(number: int) -> None:
+    try:
+        kill(number)
+        time.sleep(5)
+    except BaseException:
+        pass
+
+
+def between(number: int) -> None:
+    kill(number)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(
+    "strike",
+    [between, in_finalizer, in_garbage_collection, in_weak_reference_callback, in_except_that_swallows_everything],
+)
+def test_command_ends_although_the_exception_is_lost(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], strike: Callable[[int], None], number: int
+) -> None:
+    def command(argv: list[str]) -> int:
+        strike(number)
+        end = time.monotonic() + 30
+        while time.monotonic() < end:  # the work that went on
+            time.sleep(0.01)
+        return 0
+
+    before = {one: signal.getsignal(one) for one in SIGNALS}
+    monkeypatch.setattr(apply, "main", command)
+    started = time.monotonic()
+    assert main(["apply"]) == 128 + number
+    assert time.monotonic() - started < 5
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[-1] == f"interrupted by {signal.Signals(number).name}; nothing half-written is left"
+    assert {one: signal.getsignal(one) for one in SIGNALS} == before
+
+
+def test_clean_up_is_not_interrupted_by_further_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+
+    def command(argv: list[str]) -> int:
+        try:
+            kill(signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            for number in SIGNALS:
+                kill(number)
+            time.sleep(1)  # longer than a lost exception is waited for
+            done.append(True)
+        return 0
+
+    monkeypatch.setattr(apply, "main", command)
+    assert main(["apply"]) == 143
+    assert done == [True]
+
+
+def test_signal_at_the_last_moment_is_not_hidden() -> None:
+    with stoppable() as stop:
+        stop.over = True
+        kill(signal.SIGTERM)
+        time.sleep(0.01)
+    assert stop.number == signal.SIGTERM
+
+
+def wait_for_a_signal() -> None:
+    with stoppable():
+        kill(signal.SIGINT)
+        time.sleep(5)
+
+
+def test_without_a_command_the_exception_is_seen() -> None:
+    with pytest.raises(Stopped):
+        wait_for_a_signal()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", SIGNALS)
+def test_process_that_does_not_come_back_to_python_is_ended(number: int) -> None:
+    code = (
+        "import sys, time\nfrom lightning_prune import cli\nfrom lightning_prune.cli.commands import apply\n"
+        "def stuck(argv):\n    print('ready', flush=True)\n"
+        "    import ctypes\n    libc = ctypes.CDLL(None)\n"
+        "    while libc.usleep(500_000) in (0, -1):\n        pass\n"
+        "def never(argv):\n"
+        "    while True:\n        try:\n            stuck(argv)\n        except BaseException as error:\n"
+        "            kept.append(error)\n"  # as if somebody were unwinding, for ever
+        "kept = []\napply.main = never\nsys.exit(cli.main(['apply']))"
+    )
+    process: Any = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=importable()
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    try:
+        _, shown = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number
+    assert "did not end within 10 seconds and was killed" in shown
