@@ -12,7 +12,7 @@ from lightning_prune.calibration.residuals import ResidualStore
 from lightning_prune.calibration.results import Findings
 from lightning_prune.calibration.stream_checkpoints import Waypoints
 from tests.calibration.driving import drive
-from tests.calibration.test_findings import passes_of
+from tests.calibration.test_results import passes_of
 from tests.cutting import layered
 from tests.methods.behaviour import SYSTEMS
 from tests.tiny import make_tiny, tiny_tokens

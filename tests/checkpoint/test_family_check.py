@@ -11,7 +11,8 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.granite.modeling_granite import GraniteDecoderLayer
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM, LlamaMLP
 
-from lightning_prune.checkpoint import proof, write
+from lightning_prune.checkpoint import family_check as proof
+from lightning_prune.checkpoint import write
 from lightning_prune.checkpoint.family_check import prove, shrunk
 from lightning_prune.models.records import BEFORE_ATTENTION, FAMILIES, Norms
 from lightning_prune.support.errors import UserError

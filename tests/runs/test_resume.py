@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lightning_prune.calibration import waypoints
+from lightning_prune.calibration import stream_checkpoints as waypoints
 from lightning_prune.runs.folder import RunFolder
 from lightning_prune.support.files import Lock
 from tests.killing import Ended, Forks, Kill

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_prune import progress as module
-from lightning_prune import progress_display as display
+from lightning_prune.support import progress as module
+from lightning_prune.support import progress_display as display
 from lightning_prune.support.progress import Progress
 from lightning_prune.support.progress_display import Lines, Status, clock, ending
 
