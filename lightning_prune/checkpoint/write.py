@@ -51,7 +51,7 @@ def write_checkpoint(
         What the self-check compared, before the folder took its name.
 
     Raises:
-        CheckpointError, FloatingPointError: see ``surgery.self_check``; nothing is left behind.
+        CheckpointError, FloatingPointError: see ``checkpoint.self_check``; nothing is left behind.
         UserError: the folder cannot be written or the disk is full; nothing is left behind.
     """
     files = tokenizer_files(tokenizer_from) if tokenizer_from is not None else []

@@ -39,7 +39,7 @@ def write_recovered(
         What the self-check compared.
 
     Raises:
-        CheckpointError, FloatingPointError, UserError: see ``surgery.write``; nothing is left behind.
+        CheckpointError, FloatingPointError, UserError: see ``checkpoint.write``; nothing is left behind.
     """
     net = skeleton(load_config(pretrained))
     model = LayeredModel(net, StateSource(state), dtype, torch.device("cpu"), "layer")
