@@ -19,4 +19,12 @@ ROLES = (*ROLES_OF[Block.ATTENTION], *ROLES_OF[Block.MLP])
 # The projection of a block that writes to the residual stream: its units are columns, those of the others are rows.
 OUTPUT_ROLE = {Block.ATTENTION: "output", Block.MLP: "down"}
 # Projections that read the same activation → the first of them, where it is observed.
-INPUT_OF = {"query": "query", "key": "query", "value": "query", "output": "output", "gate": "gate", "up": "gate", "down": "down"}  # fmt: skip
+INPUT_OF = {
+    "query": "query",
+    "key": "query",
+    "value": "query",
+    "output": "output",
+    "gate": "gate",
+    "up": "gate",
+    "down": "down",
+}
