@@ -22,7 +22,7 @@ from lightning_prune.support.errors import UserError
 HELP = ("-h", "--help")
 METHODS = "lightning_prune.methods"
 BASE = "lightning_prune.methods.base.PruningMethod"
-MODEL = {"test": "lightning_prune.calibration.module.LayeredModule", "recover": "lightning_prune.recovery.Recovery"}
+MODEL = {"test": "lightning_prune.evaluation.perplexity.Evaluation", "recover": "lightning_prune.recovery.Recovery"}
 DATA = {"recover": "lightning_prune.recovery.RecoveryDataModule"}
 CALIBRATION = "lightning_prune.data.datamodule.CalibrationDataModule"
 LINKED = ("tokenizer",)  # follows the model

@@ -90,9 +90,9 @@ class ZeroShot:
         return {task: scores for task, scores in known.items() if scores is not None}
 
     def _evaluate(self, model: _Model, tasks: list[str]) -> Iterable[tuple[str, dict[str, Score]]]:
-        from lightning_prune.calibration.module import DTYPES
         from lightning_prune.evaluation.zero_shot import zero_shot
         from lightning_prune.models.loading import load_model, load_tokenizer
+        from lightning_prune.models.model_slot import DTYPES
 
         self._open()
         tokenizer = load_tokenizer(model.path)

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from lightning_prune.calibration.hooks import Hooks
-from lightning_prune.calibration.passes import Finding, ForwardPass, Pass
+from lightning_prune.calibration.layer_result import LayerResult
+from lightning_prune.calibration.passes import ForwardPass, Pass
 from lightning_prune.calibration.statistics.block_influence import BlockInfluence
 from lightning_prune.checkpoint.cut import parameters_after
 from lightning_prune.checkpoint.plan import LayerPlan
-from lightning_prune.methods.refit import RefittingMethod
+from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.scores import layer_scores
 from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 
 
@@ -50,13 +52,13 @@ class BlockInfluencePass(ForwardPass):
         self.influence = BlockInfluence().to(self.model.device)
         hooks.on_input_and_output(f"layer {view.index}", view.layer, self.influence.update)
 
-    def conclude(self, view: LayerAnatomy) -> Finding:
+    def conclude(self, view: LayerAnatomy) -> LayerResult:
         """One number."""
         self.influence.raise_if_not_finite(f"layer {view.index}")
-        return {"influence": self.influence.reduced()}
+        return LayerResult({Block.LAYER: self.influence.reduced().reshape(1)})
 
 
-class ShortGPT(RefittingMethod):
+class ShortGPT(PruningMethod):
     """ShortGPT: removes whole decoder layers that turn the residual stream least (block influence).
 
     Args:
@@ -68,7 +70,7 @@ class ShortGPT(RefittingMethod):
         run_options: Options of every method.
     """
 
-    decision_options = (*RefittingMethod.decision_options, "n_remove_layers", "at_most")
+    decision_options = (*PruningMethod.decision_options, "n_remove_layers", "at_most")
 
     def __init__(
         self,
@@ -132,7 +134,7 @@ class ShortGPT(RefittingMethod):
     def decide(self) -> None:
         """Score every layer by BI and drop the lowest."""
         if self.saved is None:
-            influence = torch.stack([finding["influence"] for finding in self.found("influence")])
+            influence = torch.cat([result.importance[Block.LAYER] for result in self.results("influence")])
         else:
             influence = self.saved.scores.importance
         cost = [view.attention_block_cost + view.mlp_block_cost for view in self.layers]

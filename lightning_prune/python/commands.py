@@ -12,7 +12,6 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
-from lightning_prune.calibration.module import LayeredModule
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.cli.experiment import build
 from lightning_prune.cli.lightning_cli import PruneCLI
@@ -21,6 +20,7 @@ from lightning_prune.comparison.audit import audit
 from lightning_prune.comparison.repeats import repeats
 from lightning_prune.comparison.run import Run, load_run
 from lightning_prune.comparison.zero_shot import ZeroShot
+from lightning_prune.evaluation.perplexity import Evaluation
 from lightning_prune.models.loading import quiet_transformers
 from lightning_prune.python.calibration import as_dataset
 from lightning_prune.python.pruned import PrunedModel
@@ -153,7 +153,7 @@ def evaluate(
                 "default_root_dir": work,
             },
         }
-        cli = PruneCLI(configuration, LayeredModule, subclasses=False, command="test")
+        cli = PruneCLI(configuration, Evaluation, subclasses=False, command="test")
         cli.model.check_model()
         cli.datamodule.needs_calibration = False
         cli.datamodule.setup("test")

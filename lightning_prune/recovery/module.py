@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMon
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_prune.calibration.module import DTYPES
 from lightning_prune.models.loading import OPTION, load_model
+from lightning_prune.models.model_slot import DTYPES
 from lightning_prune.recovery import lora
 from lightning_prune.recovery.distillation import hidden_distillation, logit_distillation, matching_states
 from lightning_prune.recovery.schedule import cosine_with_warmup, progress_of

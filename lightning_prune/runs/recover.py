@@ -12,14 +12,15 @@ import yaml
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lightning_prune.calibration.module import DTYPES, LayeredModule, PerplexityResult
 from lightning_prune.checkpoint.cut import layout_of
 from lightning_prune.checkpoint.model_card import model_card
 from lightning_prune.checkpoint.pruned import stored_dtype
 from lightning_prune.data.datamodule import CalibrationDataModule
+from lightning_prune.evaluation.perplexity import Evaluation, PerplexityResult
 from lightning_prune.evaluation.unigram import unigram_perplexity
 from lightning_prune.models.fingerprint import base_model_sha256
 from lightning_prune.models.loading import load_config, quiet_transformers
+from lightning_prune.models.model_slot import DTYPES
 from lightning_prune.recovery.data import RecoveryDataModule, default_dataset
 from lightning_prune.recovery.module import HELD_OUT, LAST, Recovery
 from lightning_prune.recovery.schedule import timer_of
@@ -289,10 +290,10 @@ def _measure(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    measured = LayeredModule(folder)
-    measured.progress, measured.known_as = module.progress, which
+    measured = Evaluation(folder)
+    measured.progress, measured.name = module.progress, which
     measuring.test(measured, evaluation, verbose=False)
-    measured.close_model()
+    measured.slot.close()
     phase = "evaluate recovered"
     module.seconds[phase] = module.seconds.get(phase, 0.0) + measured.seconds.get("evaluate", 0.0)
     return measured.perplexity

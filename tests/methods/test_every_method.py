@@ -420,7 +420,7 @@ def test_where_the_weights_are_does_not_change_a_bit(shared: Any, tmp_path: Path
         held_out = save_tokens(tmp_path / "e.npy", tiny_tokens(6, 16, 1))
         tokens = save_tokens(tmp_path / "c.npy")
         runs[onload] = prune(method, tokens, tmp_path / onload, precision, batch_size=3, evaluate_on=[held_out])
-        assert method.placement == onload
+        assert method.slot.placement == onload
         assert json.loads((runs[onload].folder / "method.json").read_text())["onload"] == onload
     for name in ("scores.csv", "plan.json", "calibration.json", "pruned/model.safetensors", "pruned/config.json"):
         assert (runs["model"].folder / name).read_bytes() == (runs["layer"].folder / name).read_bytes(), name

@@ -29,10 +29,10 @@ def main(argv: list[str]) -> int:
     # After the arguments, so that --help does not wait for torch.
     import torch
 
-    from lightning_prune.calibration.module import DTYPES
     from lightning_prune.evaluation import efficiency, zero_shot
     from lightning_prune.evaluation.engine_speed import engine_version, measure_in_engine
     from lightning_prune.models.loading import OPTION, load_config, load_model, load_tokenizer
+    from lightning_prune.models.model_slot import DTYPES
     from lightning_prune.runs.environment import environment
     from lightning_prune.support.files import check_writable, write_json
 
