@@ -1,22 +1,18 @@
 """The life of every pruning method: check, calibrate, decide, refit, cut, save."""
 
-import tempfile
-import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from lightning_prune.calibration.driver import CALIBRATING, REFITTING, CalibrationDriver, Stage
 from lightning_prune.calibration.layer_result import LayerResult
-from lightning_prune.calibration.loop import CalibrationLoop
-from lightning_prune.calibration.passes import Batch, Pass, Setting
-from lightning_prune.calibration.results import Results
-from lightning_prune.calibration.stream_checkpoints import StreamCheckpoints
+from lightning_prune.calibration.passes import Pass
 from lightning_prune.checkpoint.family_check import prove
 from lightning_prune.checkpoint.in_memory_plan import Overlay
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
@@ -24,6 +20,7 @@ from lightning_prune.checkpoint.pruned import stored_dtype
 from lightning_prune.checkpoint.write import write_pruned
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.data.sampling import held_out_samples
+from lightning_prune.methods.measurement import DecisionFolder, SavedMeasurement
 from lightning_prune.methods.refit import Refit
 from lightning_prune.methods.scores import Scores
 from lightning_prune.models.families import LayerAnatomy, anatomy, count_parameters
@@ -35,43 +32,10 @@ from lightning_prune.support.errors import UserError
 from lightning_prune.support.progress import Progress
 from lightning_prune.support.timing import Seconds
 
-FINDINGS = "findings"
-CALIBRATING, REFITTING, WRITING = "calibrating", "refitting", "writing the pruned model"
-PHASE_SECONDS = {CALIBRATING: "calibrate", REFITTING: "refit"}  # their names in metrics.json
+WRITING = "writing the pruned model"
 LAYER_TO_WRITE = 1000.0  # about what cutting and writing a layer costs, in tokens through it
 FEW_PASSES = 3  # forwards that calibrating may cost, as long as the passes are not known
 SAVE_DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class SavedMeasurement:
-    """What an earlier run measured, so that another decision needs no calibration.
-
-    ``details`` is its ``method.json``, ``calibration`` its ``calibration.json`` (None for methods without data),
-    ``run`` its folder, which the new record names, ``seconds`` what measuring cost by phase.
-    """
-
-    scores: Scores
-    details: dict[str, Any]
-    calibration: dict[str, Any] | None
-    run: str | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
-class DecisionFolder(Protocol):
-    """Where a run's results go."""
-
-    path: Path
-
-    @property
-    def pruned(self) -> Path:
-        """The checkpoint's folder, which does not exist yet."""
-
-    def write_decision(self, scores: Scores, plan: PruningPlan, details: dict[str, Any]) -> None:
-        """Keep what was measured and decided, each file whole or not at all."""
-
-    def write_step(self, plan: PruningPlan, write: Callable[[Path], None]) -> None:
-        """Keep a decision that is not the last one: its plan, and the checkpoint that ``write`` makes of a folder."""
 
 
 class PruningMethod(L.LightningModule):
@@ -203,7 +167,7 @@ class PruningMethod(L.LightningModule):
             if block is Block.MLP or not view.whole_attention
         )
         return {
-            "refit": None if self.refit is None else self.refit.facts(self.loop.results_of("refit")),
+            "refit": None if self.refit is None else self.refit.facts(self.driver.loop.results_of("refit")),
             "prunable_fraction": prunable / self.dense_parameters,
             "onload": self.slot.placement,
         }
@@ -216,11 +180,11 @@ class PruningMethod(L.LightningModule):
 
     def results(self, name: str, block: Block | None = None) -> list[LayerResult]:
         """Results of the pass ``name`` in the order of the layers; of one ``block`` where its steps are blocks."""
-        return [result for _, result in self.loop.results_of(name, block) if result.importance or result.facts]
+        return [result for _, result in self.driver.loop.results_of(name, block) if result.importance or result.facts]
 
     def in_memory_plan(self) -> Overlay:
         """The plan so far, to be applied to the open dense model."""
-        return Overlay(self.plan.layers, self.loop.new_parameters_of)
+        return Overlay(self.plan.layers, self.driver.loop.new_parameters_of)
 
     def calibration_facts(self) -> dict[str, Any] | None:
         """The manifest of the calibration set, None for methods without data."""
@@ -252,11 +216,6 @@ class PruningMethod(L.LightningModule):
     def model(self) -> LayeredModel:
         """The open model."""
         return self.slot.model
-
-    @property
-    def evaluation_work(self) -> float:
-        """Work of one evaluation of the dense model, in tokens through a layer."""
-        return float(len(self.layers) * sum(item.tokens.numel() for item in self.datamodule.evaluation))
 
     def expect_roughly(self, data: CalibrationDataModule) -> None:
         """Tell the progress bar what follows the evaluation of the dense model, before the passes are known."""
@@ -298,40 +257,28 @@ class PruningMethod(L.LightningModule):
         """No optimizer: pruning reads the weights, it does not train them."""
 
     def on_fit_start(self) -> None:
-        """Open the model; work that needs no batch is done before the first one."""
+        """Open the model and begin the first stage."""
         here = "" if self.run_folder is None else str(self.run_folder.path)
         shared = self.trainer.strategy.broadcast(here)
         self._folder = Path(shared) if shared else None
         model = self.slot.open(self.pretrained, load_dtype(str(self.trainer.precision)), self.device)
         self.layers = model.views
-        tokens = self.datamodule.calibration.tokens if self.needs_calibration else torch.empty(0, 1)
-        world, batch_size = self.trainer.world_size, self.datamodule.batch_size
-        padded = len(tokens) if world == 1 else -(-len(tokens) // (world * batch_size)) * world * batch_size
-        self._setting = Setting(
-            model=model,
-            rows=padded // world,
-            samples=len(range(self.trainer.global_rank, len(tokens), world)),
-            batch_size=batch_size,
-            seq_len=tokens.shape[1],
-            scratch=self._folder or Path(tempfile.gettempdir()),
-            context=self.trainer.precision_plugin.forward_context,
-            finished=lambda share: self.loop.advance_finish(share),
+        data = self.datamodule
+        tokens = data.calibration.tokens if self.needs_calibration else torch.empty(0, 1)
+        self.driver = CalibrationDriver(
+            self.trainer, model, tokens, data.batch_size, self._folder, self.progress, self.seconds
         )
-        self.loop = CalibrationLoop([], self._setting, Results())
-        self.trainer.fit_loop.max_epochs = 0
-        self._stages = enumerate(self.stages())
-        self._next_stage()
+        self.driver.begin(self.stages())
 
-    def stages(self) -> Iterator[tuple[str, list[Pass]]]:
+    def stages(self) -> Iterator[Stage]:
         """What is calibrated, stage by stage: the name of each and its passes; decisions fall between two of them."""
         for step in range(1, self.steps + 1):
             self.begin_step(step)
-            if self.saved is None:
-                passes = self.passes()
-                self._expect_work(passes, first=step == 1)
+            passes = [] if self.saved is not None else self.passes()
+            if step == 1:
+                self._expect_work(passes)
+            if passes:
                 yield CALIBRATING, passes
-            else:
-                self._expect_work([], first=True)
             with self.seconds.measure("decide"), torch.no_grad():
                 self.decide()
             refits = self.refit_passes(self.plan.layers, lambda: held_out_samples(self.datamodule.calibration.tokens))
@@ -342,78 +289,37 @@ class PruningMethod(L.LightningModule):
             if step < self.steps:
                 self._write_step()
                 self.model.change_layers(self.in_memory_plan())
+        with torch.no_grad():
+            self._details = self.details()
 
     def begin_step(self, step: int) -> None:
         """Measuring and deciding for the ``step``-th time, from 1 on."""
 
-    def _next_stage(self) -> None:
-        """Calibrate with the next stage's passes; after the last one everything is decided."""
-        following = next(self._stages, None)
-        if following is None:
-            with torch.no_grad():
-                self._details = self.details()
-            return
-        number, (self._phase, passes) = following
-        self._stage_started, self._finish_before = time.perf_counter(), self.seconds.get("finish layers", 0.0)
-        folder = self._folder / FINDINGS if self._folder is not None else None
-        folder = folder / f"stage_{number}" if folder is not None and number else folder
-        results = Results(folder, self.trainer.is_global_zero)
-        # Several processes would have to stop at the same layer: they run a pass from its beginning.
-        streams = StreamCheckpoints(folder if self.trainer.world_size == 1 else None)
-        phase = self._phase
-        advance = lambda work, where: self.progress.advance(phase, work, where)  # noqa: E731
-        self.loop = CalibrationLoop(passes, self._setting, results, streams, advance)
-        self.trainer.strategy.barrier()  # all have read what is known before one writes more
-        self.trainer.fit_loop.max_epochs += self.loop.epochs  # type: ignore[operator]
-        self._take_steps_without_batches()
-
     def on_train_epoch_start(self) -> None:
-        """An epoch is a step: this one's layer comes in, hooks live while its batches run."""
-        self.loop.start()
+        """An epoch is a layer of a pass."""
+        self.driver.start_epoch()
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         """The calibration step of one layer: tokens ``[B, L]``, sample weights ``[B]`` and indices ``[B]``."""
-        tokens, weight, index = batch
-        start = batch_idx * self.datamodule.batch_size
-        self.loop.batch(Batch(tokens, weight, index, slice(start, start + len(tokens))))
+        self.driver.batch(batch, batch_idx)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After the last batch the strategy is still up, so sums are reduced over processes: finish the layer."""
         if self.trainer.is_last_batch:
-            with self.seconds.measure("finish layers"):
-                self.loop.finish()
-            self._take_steps_without_batches()
+            self.driver.end_epoch()
 
-    def _take_steps_without_batches(self) -> None:
-        while self.loop.remaining and not self.loop.reads:
-            with self.seconds.measure("finish layers"):
-                self.loop.start()
-                self.loop.finish()
-        if not self.loop.remaining:
-            self._end_stage()
-
-    def _end_stage(self) -> None:
-        self.loop.close()
-        self.progress.finish(self._phase)
-        if any(current.reads for current in self.loop.passes):
-            finishing = self.seconds.get("finish layers", 0.0) - self._finish_before
-            self.seconds.add(PHASE_SECONDS[self._phase], time.perf_counter() - self._stage_started - finishing)
-        self._next_stage()
-
-    def _expect_work(self, passes: list[Pass], first: bool) -> None:
+    def _expect_work(self, passes: list[Pass]) -> None:
         """Tell the progress bar all that is to do, as far as the shapes tell."""
-        if not first or not self.progress.shown:
+        if not self.progress.shown:
             return
-        tokens = self._setting.rows * self._setting.seq_len
         everything = [LayerPlan(v.index, list(range(v.num_kv_heads)), list(range(v.num_channels))) for v in self.layers]
         for phase, of in ((CALIBRATING, passes), (REFITTING, self.refit_passes(everything, lambda: torch.zeros(0)))):
             if of:
-                loop = CalibrationLoop(of, self._setting, Results())
-                work = sum(sum(loop.work(number, tokens)) for number in range(len(loop.steps)))
-                self.progress.expect(phase, self.steps * work)
+                self.progress.expect(phase, self.steps * self.driver.work(of))
         if self.writes:
+            work = len(self.layers) * sum(item.tokens.numel() for item in self.datamodule.evaluation)
             self.progress.expect(WRITING, LAYER_TO_WRITE * len(self.layers))
-            self.progress.expect("perplexity of the pruned model", self.evaluation_work * (1 - self.pruning_ratio))
+            self.progress.expect("perplexity of the pruned model", work * (1 - self.pruning_ratio))
 
     def on_fit_end(self) -> None:
         """Prune: the strategy is torn down. Rank 0 cuts layer by layer, and writes."""
@@ -446,7 +352,7 @@ class PruningMethod(L.LightningModule):
         self.self_check = write_pruned(
             self.pretrained,
             self.plan,
-            self.loop.new_parameters_of,
+            self.driver.loop.new_parameters_of,
             folder,
             calibration=self.calibration_facts(),
             note=self.note,

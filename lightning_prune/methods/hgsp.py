@@ -20,12 +20,12 @@ from torch import Tensor
 
 from lightning_prune.calibration.passes import Pass
 from lightning_prune.calibration.wavefront import PIECES, RemovalPass
-from lightning_prune.methods.base import SavedMeasurement
 from lightning_prune.methods.blocks import block_index
 from lightning_prune.methods.fisher import FisherPass
 from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.kfac import KFACPass
 from lightning_prune.methods.magnitude import MagnitudePass
+from lightning_prune.methods.measurement import SavedMeasurement
 from lightning_prune.methods.scores import Scores
 from lightning_prune.methods.taylor import TaylorPass
 from lightning_prune.methods.wanda import WandaPass

@@ -21,8 +21,9 @@ import yaml
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.data.sampling import held_out_samples
 from lightning_prune.evaluation.perplexity import measure_perplexity
-from lightning_prune.methods.base import PruningMethod, SavedMeasurement
+from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.group_pruning import GroupPruning
+from lightning_prune.methods.measurement import SavedMeasurement
 from lightning_prune.models.families import family_of
 from lightning_prune.models.fingerprint import base_model_sha256
 from lightning_prune.models.loading import load_config

@@ -127,7 +127,7 @@ def prune(
     write = method._write_pruned
 
     def keep_new_weights(folder: Path) -> None:
-        found.extend(method.loop.new_parameters_of(layer) for layer in range(len(method.layers)))
+        found.extend(method.driver.loop.new_parameters_of(layer) for layer in range(len(method.layers)))
         write(folder)
 
     method._write_pruned = keep_new_weights  # type: ignore[method-assign]

@@ -157,7 +157,7 @@ def test_temperature_zero_computes_no_prior_and_equals_the_base_score(tmp_path: 
     base = save_base(make_tiny(), tmp_path / "base")
     method = run_method(HGSP(base, 0.2, importance="wanda", temperature=0), tiny_tokens(4, 8), tmp_path / "run")
     assert method.priors is None
-    assert [current.name for current, _ in method.loop.steps] == ["importance"] * 4
+    assert [current.name for current, _ in method.driver.loop.steps] == ["importance"] * 4
     assert torch.equal(method.scores.score, method.scores.importance / method.scores.cost)
 
 
@@ -178,7 +178,7 @@ def test_tau_infinity_measures_no_blocks(tmp_path: Path) -> None:
     method = run_method(HGSP(base, 0.2, importance="magnitude", tau=math.inf), tiny_tokens(4, 8), tmp_path / "run")
     layers = 4
     batches = 1
-    assert method.loop.setting.model.evaluations == batches * (layers + layers * (layers - 1) // 2)
+    assert method.driver.loop.setting.model.evaluations == batches * (layers + layers * (layers - 1) // 2)
     for layer in range(layers):
         rows = method.scores.layer == layer
         assert len(set(method.scores.prior[rows].tolist())) == 1
