@@ -28,7 +28,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_run_folder_beside_its_parent_with_the_same_layout(
     train: str, pruned: Path, recover: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--model.train", train, "--model.learning_rate", "0.01", "--model.hidden_states", "0.1"]
+    options = ["--model.train", train, "--model.learning_rate", "0.01"]
     assert recover(pruned, *options) == 0
     folder = tmp_path / "logs" / f"wanda_{'lora' if train == 'lora' else 'full'}" / "version_0"
     assert capsys.readouterr().out.splitlines()[-1] == f"pruned model: {folder}/pruned"
@@ -138,19 +138,35 @@ def test_zeroed_weights_of_mask_pruning_stay_zero(tmp_path: Path, recover: Comma
         assert facts["zeroed_weights"] == sum(int((before[name] == 0).sum()) for name in projections) > 0
 
 
-def test_training_ends_when_the_time_is_over_and_when_the_held_out_loss_rises(
-    pruned: Path, recover: Command, tmp_path: Path
-) -> None:
+def test_training_ends_when_the_time_is_over(pruned: Path, recover: Command, tmp_path: Path) -> None:
     endless = ["--trainer.max_epochs", "-1", "--model.patience", "1000000"]
     assert recover(pruned, *endless, "--trainer.max_time", "00:00:00:01") == 0
+    facts = json.loads((tmp_path / "logs" / "wanda_lora" / "version_0" / "recovery.json").read_text())
+    assert facts["stopped_by"] == "time"
+    assert 1 <= facts["seconds"] < 60
+
+
+def test_training_ends_when_the_held_out_loss_rises_and_the_best_state_is_written(
+    pruned: Path, recover: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[float] = []
+
+    def note(self: Recovery) -> None:
+        measured.append(float(self.trainer.callback_metrics["held_out/loss"]))
+
+    monkeypatch.setattr(Recovery, "on_validation_end", note)
     assert recover(pruned, "--model.learning_rate", "0.5", "--model.patience", "1", "--trainer.max_epochs", "50") == 0
-    facts = [
-        json.loads((tmp_path / "logs" / "wanda_lora" / name / "recovery.json").read_text())
-        for name in ("version_0", "version_1")
-    ]
-    assert [one["stopped_by"] for one in facts] == ["time", "held-out loss"]
-    assert facts[1]["steps"] < 250
-    assert 1 <= facts[0]["seconds"] < 60
+    folder = tmp_path / "logs" / "wanda_lora" / "version_0"
+    facts = json.loads((folder / "recovery.json").read_text())
+    assert facts["stopped_by"] == "held-out loss"
+    assert facts["steps"] < 250
+    before, *losses, last = measured
+    assert last > min(losses)  # so that the last state is not the best one
+    assert facts["held_out_loss"] == {"before": before, "after": min(losses)}
+    held_out = torch.from_numpy(np.load(pruned.parents[3] / "training.npy"))[-2:]
+    with torch.no_grad():
+        loss = lightning_prune.load(folder / "pruned")(held_out, labels=held_out).loss
+    assert float(loss) == pytest.approx(min(losses), rel=1e-4)
 
 
 def test_bf16_trains_adapters_in_fp32_and_gradients_accumulate(pruned: Path, recover: Command, tmp_path: Path) -> None:
@@ -160,9 +176,9 @@ def test_bf16_trains_adapters_in_fp32_and_gradients_accumulate(pruned: Path, rec
     assert (facts["precision"], facts["steps"]) == ("bf16-true", 2 * 2)  # three batches and two, twice
 
 
-def test_whole_layers_that_are_gone_leave_the_others_their_teachers(tmp_path: Path, recover: Command) -> None:
+def test_a_model_without_whole_layers_keeps_its_stock_layout(tmp_path: Path, recover: Command) -> None:
     short = prune(tmp_path, "shortgpt")
-    assert recover(short, "--model.hidden_states", "1", "--model.learning_rate", "0.01") == 0
+    assert recover(short, "--model.learning_rate", "0.01") == 0
     folder = tmp_path / "logs" / "shortgpt_lora" / "version_0" / "pruned"
     assert not (folder / "modeling_pruned.py").exists()  # the stock layout that it was
     assert {name: one.shape for name, one in weights(folder).items()} == {
@@ -191,16 +207,17 @@ def test_a_state_that_cannot_be_read_is_refused(
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
-    "no model": (["--model.pretrained", ""], "--model.pretrained: nothing is given"),
-    "the run instead of its pruned folder": (["--model.pretrained", "RUN"], "Give 'RUN/pruned'"),
-    "a model that no run pruned": (["--model.pretrained", "DENSE"], "not the pruned folder of a finished run"),
-    "the evaluation text": (["--data.dataset", "EVALUATION"], "has the name and the split of the evaluation set"),
-    "its tokens under another name": (["--data.dataset", "COPY"], "same tokens"),
+    "no model": (["--model.pretrained", ""], "--model.pretrained"),
+    "the run instead of its pruned folder": (["--model.pretrained", "RUN"], "--model.pretrained"),
+    "a model that no run pruned": (["--model.pretrained", "DENSE"], "--model.pretrained"),
+    "the evaluation text": (["--data.dataset", "EVALUATION"], "--data.eval_datasets"),
+    "its tokens under another name": (["--data.dataset", "COPY"], "--data.eval_datasets"),
     "nothing held out": (["--data.held_out", "0"], "--data.held_out"),
     "all held out": (["--data.held_out", "0.999"], "--data.held_out"),
     "no such text": (["--data.dataset", "nothing.npy"], "nothing.npy"),
     "half of an adapter": (["--model.lora_rank", "0"], "--model.lora_rank"),
     "a share above one": (["--model.distillation", "1.5"], "--model.distillation"),
+    "another precision": (["--trainer.precision", "64-true"], "--trainer.precision"),
     "a negative rate": (["--model.learning_rate", "-1"], "--model.learning_rate"),
     "an unknown kind": (["--model.train", "some"], "--model.train"),
     "an option that does not exist": (["--model.lora_rnk", "3"], "Did you mean --model.lora_rank?"),
@@ -213,7 +230,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "nothing to resume": (["--resume"], "--resume"),
     "an early stop by another name": (
         ["--trainer.callbacks", "{class_path: EarlyStopping, init_args: {monitor: val_loss}}"],
-        "held_out/loss",
+        "--model.patience",
     ),
     "states of one's own": (["--trainer.callbacks", "ModelCheckpoint"], "ModelCheckpoint"),
     "a dataset twice": (["--data.eval_datasets", "[EVALUATION, EVALUATION]"], "--data.eval_datasets"),
