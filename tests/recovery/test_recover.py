@@ -93,29 +93,35 @@ def test_training_lowers_the_loss_it_trains(pruned: Path, recover: Command, tmp_
     assert divergence(tmp_path / "logs" / "wanda_full" / "version_0" / "pruned") < 0.9 * divergence(pruned)
 
 
-@pytest.mark.parametrize("config", ["recover_lora", "recover_full"])
-def test_a_run_that_was_interrupted_ends_with_the_weights_of_an_undisturbed_one(
-    config: str, pruned: Path, recover: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = ["--trainer.max_epochs", "3", "--trainer.val_check_interval", "2", "--model.patience", "99"]
-    assert recover(pruned, *options, config=config) == 0
-    root = tmp_path / "logs" / ("wanda_lora" if config == "recover_lora" else "wanda_full")
+@pytest.fixture
+def power_cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """The ninth step fails; calling it brings the power back."""
     step, seen = Recovery.training_step, 0
 
     def interrupted(self: Recovery, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         nonlocal seen
         seen += 1
-        if seen == 9:  # five batches are an epoch: in the middle of the second, behind a state after eight
+        if seen == 9:  # five batches are an epoch: in the middle of the second, after a state that was kept
             raise RuntimeError("the power fails")
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(Recovery, "training_step", interrupted)
+    return lambda: monkeypatch.setattr(Recovery, "training_step", step)
+
+
+@pytest.mark.parametrize("config", ["recover_lora", "recover_full"])
+def test_a_run_that_was_interrupted_ends_with_the_weights_of_an_undisturbed_one(
+    config: str, pruned: Path, recover: Command, tmp_path: Path, power_cut: Callable[[], None]
+) -> None:
+    options = ["--trainer.max_epochs", "3", "--trainer.val_check_interval", "2", "--model.patience", "99"]
+    root = tmp_path / "logs" / ("wanda_lora" if config == "recover_lora" else "wanda_full")
     with pytest.raises(RuntimeError, match="the power fails") as failure:
         recover(pruned, *options, config=config)
     assert any("lightning-prune recover --config" in note for note in failure.value.__notes__)
-    assert (root / "version_1" / "training" / "last.ckpt").is_file()
-    monkeypatch.setattr(Recovery, "training_step", step)
+    assert (root / "version_0" / "training" / "last.ckpt").is_file()
+    power_cut()
     assert recover(pruned, *options, "--resume", config=config) == 0
+    assert recover(pruned, *options, config=config) == 0
     assert sorted(entry.name for entry in root.iterdir()) == ["version_0", "version_1"]
     first, second = (weights(root / name / "pruned") for name in ("version_0", "version_1"))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -186,17 +192,10 @@ def test_a_model_without_whole_layers_keeps_its_stock_layout(tmp_path: Path, rec
     }
 
 
+@pytest.mark.usefixtures("power_cut")
 def test_a_state_that_cannot_be_read_is_refused(
-    pruned: Path, recover: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pruned: Path, recover: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    step = Recovery.training_step
-
-    def interrupted(self: Recovery, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        if self.current_epoch == 1:
-            raise RuntimeError("the power fails")
-        return step(self, batch, batch_idx)
-
-    monkeypatch.setattr(Recovery, "training_step", interrupted)
     with pytest.raises(RuntimeError):
         recover(pruned)
     (last,) = tmp_path.rglob("last.ckpt")
