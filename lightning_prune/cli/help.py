@@ -26,7 +26,10 @@ MODEL = {"test": "lightning_prune.evaluation.perplexity.Evaluation", "recover": 
 DATA = {"recover": "lightning_prune.recovery.RecoveryDataModule"}
 CALIBRATION = "lightning_prune.data.datamodule.CalibrationDataModule"
 LINKED = ("tokenizer",)  # follows the model
-UNREAD = {"test": ("dataset", "num_samples", "seq_len", "batch_size", "sampling", "stride", "seed")}
+UNREAD = {
+    "test": ("dataset", "num_samples", "seq_len", "batch_size", "sampling", "stride", "seed"),
+    "recover": ("sampling", "stride", "eval_seq_len"),
+}
 WIDEST, MOST_LINES = 120, 2
 BREAK = 12  # characters that a line may lose where it ends with a whole word
 

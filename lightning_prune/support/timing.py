@@ -20,18 +20,3 @@ class Seconds(dict[str, float]):
     def add(self, phase: str, seconds: float) -> None:
         """Add to ``phase``."""
         self[phase] = self.get(phase, 0.0) + seconds
-
-
-class Timed:
-    """Keeps ``seconds`` by phase."""
-
-    seconds: dict[str, float]
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add the wall-clock seconds of the block to ``self.seconds[phase]``."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
