@@ -173,12 +173,11 @@ def _joined(runs: Sequence[Run]) -> dict[Run, dict[str, Any]]:
     for draws in families.values():
         clusters: list[list[Drawn]] = []
         for drawn in sorted(draws, key=lambda drawn: (-len(draws[drawn]), drawn[0])):
-            fits = (one for one in clusters if all(_may_join(drawn, other, draws) for other in one))
-            home = next(fits, None)
-            if home is None:
+            fits = [one for one in clusters if all(_may_join(drawn, other, draws) for other in one)]
+            if not fits:
                 clusters.append([drawn])
             else:
-                home.append(drawn)
+                fits[0].append(drawn)
         for cluster in clusters:
             if len(cluster) > 1:
                 cluster.sort(key=lambda drawn: int(drawn[0]))
@@ -240,19 +239,16 @@ def _groups(runs: Sequence[Run], off: Sequence[Run], facts: Facts) -> list[Group
     # A method without data joins the largest group that shares everything else; else its own kind.
     for run in runs:
         if run.calibration is None:
-            same = (group for group in ordered if protocol(group[0]) == protocol(run))
-            home = next(same, None)
-            if home is None:
-                ordered.append([run])
+            same = [group for group in ordered if protocol(group[0]) == protocol(run)]
+            if same:
+                same[0].append(run)
             else:
-                home.append(run)
+                ordered.append([run])
     position = {run: index for index, run in enumerate(runs)}
     groups: list[Group] = []
     for members in ordered:
         members.sort(key=position.__getitem__)
-        near = [run for run in members if run not in off]
-        apart = [run for run in members if run in off]
-        groups.append(Group(near, apart))
+        groups.append(Group([run for run in members if run not in off], [run for run in members if run in off]))
     return groups
 
 

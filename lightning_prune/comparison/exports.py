@@ -90,7 +90,9 @@ def accuracy_csv(audit: Audit) -> str:
     rows: list[dict[str, Any]] = []
     for index, group in enumerate(audit.groups, start=1):
         measured = [(run, run.accuracy) for run in group.all if run.accuracy is not None]
-        models = [("dense", 0, one.dense, one.harness, run.metrics.method.base_model) for run, one in measured[:1]]
+        models: list[tuple[Any, ...]] = [
+            ("dense", 0, one.dense, one.harness, run.metrics.method.base_model) for run, one in measured[:1]
+        ]
         models += [(run.label, run.requested, one.pruned, one.harness, str(run.folder)) for run, one in measured]
         for label, ratio, tasks, harness, where in models:
             for task, metrics in tasks.items():

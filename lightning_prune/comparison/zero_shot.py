@@ -117,7 +117,9 @@ class ZeroShot:
         content = []
         if self.include_path is not None:
             for path in sorted(path for path in self.include_path.rglob("*") if path.is_file()):
-                content.append((str(path.relative_to(self.include_path)), _hash(path.read_bytes().hex())))
+                content.append(
+                    (str(path.relative_to(self.include_path)), hashlib.sha256(path.read_bytes()).hexdigest())
+                )
         facts = [task, _version("lm_eval"), _version("transformers"), __version__, content]
         return self.root / REPORTS / "zero_shot" / _hash(facts)
 

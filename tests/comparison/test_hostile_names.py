@@ -4,7 +4,6 @@ import csv
 import unicodedata
 import warnings
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -21,17 +20,6 @@ from tests.comparison.fake_run import write_run
 HOSTILE = "<script>alert(1)</script>|x\n\n# head `$x^{$ ![i](http://e.com/i) \x1b[2J\x9b1m\u202e\udc80 \\\\ & % \"'"
 IN_A_FILE = HOSTILE.replace("\udc80", "")  # which no JSON file can hold
 FILES = ("report.html", "report.md", "results.csv", "results.tex", "calibration_appendix.md")
-
-
-class Tags(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: set[str] = set()
-        self.attributes: set[str] = set()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.add(tag)
-        self.attributes |= {name for name, _ in attrs}
 
 
 def poisoned(run: Run) -> Run:
@@ -96,17 +84,6 @@ def test_no_tag_and_no_image_survive(report: Path, name: str) -> None:
     text = (report / name).read_text(encoding="utf-8")
     assert text.count("<script") == (1 if name == "report.html" else 0)  # the page's own, which sorts tables
     assert name == "report.html" or "![i](" not in text
-
-
-def test_page_has_the_elements_of_a_harmless_report_only(report: Path, tmp_path: Path) -> None:
-    write_report(
-        audit([load_run(write_run(tmp_path, label, seed=len(label))) for label in ("a", "bb")]), [], tmp_path / "r"
-    )
-    hostile, harmless = Tags(), Tags()
-    hostile.feed((report / "report.html").read_text(encoding="utf-8"))
-    harmless.feed((tmp_path / "r" / "report.html").read_text(encoding="utf-8"))
-    assert hostile.found <= harmless.found
-    assert not {name for name in hostile.attributes if name.startswith("on")}
 
 
 @pytest.mark.parametrize("name", ["report.md", "calibration_appendix.md"])
