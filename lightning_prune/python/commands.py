@@ -17,8 +17,9 @@ from lightning_prune.cli.experiment import build
 from lightning_prune.cli.lightning_cli import PruneCLI
 from lightning_prune.comparison import accuracy, costs
 from lightning_prune.comparison.audit import audit
+from lightning_prune.comparison.records import Run
 from lightning_prune.comparison.repeats import repeats
-from lightning_prune.comparison.run import Run, load_run
+from lightning_prune.comparison.run import load_run
 from lightning_prune.comparison.zero_shot import ZeroShot
 from lightning_prune.evaluation.perplexity import Evaluation
 from lightning_prune.models.loading import quiet_transformers
@@ -217,7 +218,7 @@ def compare(
     table = table.sort_values(["ratio", *quality[:1]], ignore_index=True)
     table.attrs["differences"] = [str(one) for one in result.differences]
     if zero_shot:
-        table.attrs["dense"] = {run.base_model: _accuracies([run], found, dense=True) for run in found}
+        table.attrs["dense"] = {run.metrics.method.base_model: _accuracies([run], found, dense=True) for run in found}
     return table
 
 
