@@ -50,14 +50,12 @@ class BackwardPass(Pass):
         """What is left of a layer, from the sums over all processes; its weights take no more gradients."""
 
     def start(self, step: Step) -> None:
-        """Backward: gradients on."""
         self.seen = 0
         if step.phase == "backward":
             self.watch(self.view(step))
             self.slopes = RemovalSlopes().to(self.model.device) if self.priors else None
 
     def batch(self, step: Step, batch: Batch) -> None:
-        """Forward: keep the output. Backward: differentiate."""
         self.seen += int((batch.weight > 0).sum())
         if step.phase == "forward":
             self._forward(step, batch)
@@ -72,7 +70,6 @@ class BackwardPass(Pass):
             self._backward(step, batch, watched=False)
 
     def finish(self, step: Step) -> LayerResult:
-        """Every sample must have been there."""
         if self.seen != self.setting.samples:
             raise RuntimeError(
                 f"layer {step.layer}, {step.phase}: {self.seen} samples passed, expected {self.setting.samples}."
@@ -87,22 +84,18 @@ class BackwardPass(Pass):
         return result
 
     def advance(self, step: Step) -> None:
-        """The layer's boundary is not needed any more."""
         if step.phase == "backward":
             self.boundaries[step.layer].close()
 
     def cost(self, view: LayerAnatomy, step: Step) -> float:
-        """Backward: run again, gradients of inputs and of weights."""
         return 3.0 if step.phase == "backward" else 1.0
 
     def stores(self) -> dict[str, ResidualStore]:
-        """The boundaries that are open, and the gradient."""
         return {f"boundary {layer}": store for layer, store in enumerate(self.boundaries)} | {
             "cotangent": self.cotangent
         }
 
     def end(self) -> None:
-        """The stores go."""
         for store in self.stores().values():
             store.close()
 

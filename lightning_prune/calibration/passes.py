@@ -150,14 +150,12 @@ class WeightsPass(Pass):
     reads = False
 
     def steps(self, num_layers: int) -> list[Step]:
-        """A step per layer."""
         return [Step(layer, "weights") for layer in range(num_layers)]
 
     def start(self, step: Step) -> None:
         """Nothing to prepare."""
 
     def batch(self, step: Step, batch: Batch) -> None:
-        """Never called."""
         raise AssertionError("this pass reads no batches")
 
     @abstractmethod
@@ -165,7 +163,6 @@ class WeightsPass(Pass):
         """What is left of a layer."""
 
     def finish(self, step: Step) -> LayerResult:
-        """Ask ``conclude``."""
         return self.conclude(self.view(step))
 
 
@@ -179,11 +176,9 @@ class ForwardPass(Pass):
     rewrites = False
 
     def steps(self, num_layers: int) -> list[Step]:
-        """A step per layer."""
         return [Step(layer, "forward") for layer in range(num_layers)]
 
     def begin(self, setting: Setting) -> None:
-        """Make room for the residual stream."""
         super().begin(setting)
         self.stream = setting.store()
         self.hooks = Hooks()
@@ -197,12 +192,10 @@ class ForwardPass(Pass):
         """What is left of a layer, from the sums over all processes."""
 
     def start(self, step: Step) -> None:
-        """Hooks on."""
         self.hooks = Hooks()
         self.observe(self.view(step), self.hooks)
 
     def batch(self, step: Step, batch: Batch) -> None:
-        """Run the layer; the hooks watch."""
         with torch.no_grad():
             self.hooks.set_weight(batch.weight)
             hidden = self._entering(step, batch)
@@ -218,7 +211,6 @@ class ForwardPass(Pass):
             return self.conclude(self.view(step))
 
     def skip(self, step: Step, batch: Batch) -> None:
-        """Without hooks."""
         with torch.no_grad():
             hidden = self._entering(step, batch)
             if not self.rewrites:
@@ -232,15 +224,12 @@ class ForwardPass(Pass):
                     self.stream.put(rows, self.model.run(step.layer, self.stream.get(rows, self.model.device)))
 
     def changes(self, step: Step) -> bool:
-        """Where ``conclude`` rewrites."""
         return self.rewrites
 
     def stores(self) -> dict[str, ResidualStore]:
-        """The residual stream."""
         return {"stream": self.stream}
 
     def end(self) -> None:
-        """The stream goes."""
         self.hooks.remove()
         self.stream.close()
 
@@ -265,7 +254,6 @@ class BlockPass(Pass):
     """
 
     def steps(self, num_layers: int) -> list[Step]:
-        """Two steps per layer."""
         return [Step(layer, block) for layer in range(num_layers) for block in (Block.ATTENTION, Block.MLP)]
 
     def begin(self, setting: Setting) -> None:
@@ -291,18 +279,15 @@ class BlockPass(Pass):
         return self.view(step).linears[OUTPUT_ROLE[self.block(step)]]
 
     def start(self, step: Step) -> None:
-        """Hooks on."""
         self.hooks = Hooks()
         self.observe(self.view(step), self.block(step), self.hooks)
 
     def batch(self, step: Step, batch: Batch) -> None:
-        """Run the block; the hooks watch."""
         self.hooks.set_weight(batch.weight)
         self.skip(step, batch)
 
     @torch.no_grad()
     def skip(self, step: Step, batch: Batch) -> None:
-        """Run the block and keep what its projection reads."""
         if step.layer == 0 and self.block(step) is Block.ATTENTION:
             self.stream.put(batch.rows, self.model.embed(batch.tokens))
         self.catch(step, batch)
@@ -338,7 +323,6 @@ class BlockPass(Pass):
         self.inner.close()
 
     def changes(self, step: Step) -> bool:
-        """Always."""
         return True
 
     def stores(self) -> dict[str, ResidualStore]:
@@ -346,7 +330,6 @@ class BlockPass(Pass):
         return {"stream": self.stream}
 
     def end(self) -> None:
-        """The stores go."""
         self.hooks.remove()
         self.stream.close()
         self.inner.close()

@@ -31,7 +31,6 @@ class RemovalLosses(Metric):
     tokens: Tensor
 
     def __init__(self, num_layers: int, blocks: bool = True) -> None:
-        """``blocks=False``: whole layers only."""
         super().__init__()
         self.blocks = blocks
         self.add_state("dense", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
@@ -68,11 +67,9 @@ class RemovalPass(Pass):
         self.num_samples, self.blocks = num_samples, blocks
 
     def steps(self, num_layers: int) -> list[Step]:
-        """A step per layer."""
         return [Step(layer, "removal") for layer in range(num_layers)]
 
     def begin(self, setting: Setting) -> None:
-        """The dense state; variants come as their pieces go."""
         super().begin(setting)
         self.states: dict[tuple[Block, int] | None, ResidualStore] = {None: setting.store()}
         self.losses = RemovalLosses(setting.model.num_layers, self.blocks).to(setting.model.device)
@@ -101,7 +98,6 @@ class RemovalPass(Pass):
             self._put(None, rows, after, tokens, last)
 
     def finish(self, step: Step) -> LayerResult:
-        """Behind the last layer all losses are known."""
         if step.layer + 1 < self.model.num_layers:
             return LayerResult()
         samples = self.num_samples or self.setting.samples
@@ -115,21 +111,17 @@ class RemovalPass(Pass):
         return LayerResult(facts={"delta": delta.tolist()})
 
     def cost(self, view: LayerAnatomy, step: Step) -> float:
-        """Every state that crosses, and the MLP alone."""
         return 2.0 + 3 * step.layer if self.blocks else 1.0 + step.layer
 
     def stores(self) -> dict[str, ResidualStore]:
-        """Every state, by its piece."""
         return {" ".join(map(str, piece or ("dense",))): store for piece, store in self.states.items()}
 
     def put_back(self, name: str, values: Tensor) -> None:
-        """A state, which begins with it."""
         kind, _, layer = name.partition(" ")
         piece = next(((one, int(layer)) for one in PIECES if one == kind), None)
         self.states.setdefault(piece, self.setting.store()).put(slice(0, len(values)), values)
 
     def end(self) -> None:
-        """The states go."""
         for store in self.states.values():
             store.close()
 

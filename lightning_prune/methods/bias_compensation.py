@@ -84,7 +84,6 @@ class BiasPass(ForwardPass):
         self.kept, self.roles = kept, roles
 
     def observe(self, view: LayerAnatomy, hooks: Hooks) -> None:
-        """Watch the inputs of the projections that stay."""
         self.moments: dict[str, InputMoments] = {}
         for block, role in OUTPUT_ROLE.items():
             if role in self.roles and self.kept[view.index].kept(block):

@@ -58,7 +58,6 @@ class FisherPass(BackwardPass):
             self._handles.append(module.register_forward_pre_hook(self._listener(self.fisher[block])))
 
     def conclude(self, view: LayerAnatomy) -> LayerResult:
-        """Importance per unit."""
         while self._handles:
             self._handles.pop().remove()
         for block, statistic in self.fisher.items():

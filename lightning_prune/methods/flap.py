@@ -73,7 +73,6 @@ class FLAPPass(ForwardPass):
     name = "importance"
 
     def observe(self, view: LayerAnatomy, hooks: Hooks) -> None:
-        """Watch the two inputs."""
         self.moments: dict[Block, InputMoments] = {}
         for block, role in OUTPUT_ROLE.items():
             linear = view.linears[role]
@@ -123,11 +122,9 @@ class FLAP(GroupPruning):
 
     @property
     def label(self) -> str:
-        """The selection alone is another system."""
         return self._label or (super().label if self.bias_compensation or self.refit is not None else "flap_selection")
 
     def passes(self) -> list[Pass]:
-        """One forward over the decoder."""
         return [FLAPPass()]
 
     @property
@@ -136,7 +133,6 @@ class FLAP(GroupPruning):
         return super().needs_calibration or self.carriers is not None
 
     def refit_passes(self, kept: list[LayerPlan], held_out: Callable[[], Tensor]) -> list[Pass]:
-        """A second forward for the biases, or the refit."""
         if self.carriers is None:
             return super().refit_passes(kept, held_out)
         return [BiasPass(kept, self.carriers.roles)]
@@ -163,7 +159,6 @@ class FLAP(GroupPruning):
         return self.selection.select(scores, views, total_parameters, self.requested_ratio or 0.0, added)
 
     def decide(self) -> None:
-        """As in the base class, with biases counted."""
         super().decide()
         if self.carriers is not None:
             kept = self.plan.layers

@@ -68,7 +68,6 @@ class GroupPruning(PruningMethod):
 
     @property
     def uneven(self) -> bool:
-        """Unless every layer loses the same share."""
         return self.selection.allocation == "global"
 
     @property
@@ -110,11 +109,9 @@ class GroupPruning(PruningMethod):
         return self.selection.select(scores, layers, total_parameters, self.requested_ratio or 0.0)
 
     def details(self) -> dict[str, Any]:
-        """The options that shaped the selection."""
         return {**self.selection.facts(), "steps": self.steps, **super().details()}
 
     def check_ratio(self, layers: list[LayerAnatomy], total_parameters: int) -> None:
-        """Reachability depends on shapes alone, so constant importances tell."""
         attention = [torch.ones(view.num_kv_heads) for view in layers]
         mlp = [torch.ones(view.num_channels) for view in layers]
         self.select(group_scores(layers, attention, mlp), layers, total_parameters)

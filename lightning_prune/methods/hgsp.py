@@ -141,12 +141,10 @@ class HGSP(GroupPruning):
 
     @property
     def measures_text(self) -> bool:
-        """Unless weights alone are ranked, without a prior."""
         return self.temperature > 0 or self.importance != "magnitude"
 
     @property
     def method(self) -> str:
-        """hgsp_<importance>: the importance decides what the system is."""
         return f"hgsp_{self.importance}"
 
     def passes(self) -> list[Pass]:
@@ -165,12 +163,10 @@ class HGSP(GroupPruning):
         return passes
 
     def reuse(self, saved: SavedMeasurement) -> None:
-        """Refuse at once what the saved priors cannot answer."""
         super().reuse(saved)
         self.priors = saved_priors(saved.details, self.temperature, self.tau)
 
     def score(self, scores: Scores) -> Scores:
-        """final = S · B^T."""
         if self.saved is None and self.temperature > 0:
             results = self.results("importance" if self.prior == "gradient" else "prior")
             delta = torch.tensor([result.facts["delta"] for result in results], dtype=torch.float64)

@@ -91,7 +91,6 @@ class KFACPass(BackwardPass):
             self._handles.append(module.register_forward_hook(_listen_to_gradients(gradients)))
 
     def conclude(self, view: LayerAnatomy) -> LayerResult:
-        """Importance per unit."""
         while self._handles:
             self._handles.pop().remove()
         return LayerResult({block: self._costs(view, block) for block in OUTPUT_ROLE})

@@ -20,7 +20,6 @@ class MagnitudePass(WeightsPass):
     name = "importance"
 
     def conclude(self, view: LayerAnatomy) -> LayerResult:
-        """Importance per unit."""
         return LayerResult(group_importance(view, lambda role: magnitude_scores(view.linears[role].weight)))
 
 
@@ -33,11 +32,9 @@ class MagnitudeMaskPass(WeightsPass):
         self.rule = rule
 
     def conclude(self, view: LayerAnatomy) -> LayerResult:
-        """The masked weights, and what was zeroed."""
         return mask_layer(view, self.rule, lambda role: magnitude_scores(view.linears[role].weight))
 
     def changes(self, step: object) -> bool:
-        """Always."""
         return True
 
 
@@ -48,9 +45,7 @@ class Magnitude(GroupOrMaskPruning):
 
     @property
     def measures_text(self) -> bool:
-        """Weights alone are measured."""
         return False
 
     def passes(self) -> list[Pass]:
-        """One look at every layer."""
         return [MagnitudePass()] if self.masks is None else [MagnitudeMaskPass(self.mask_rule(self.masks))]

@@ -135,7 +135,6 @@ class GroupOrMaskPruning(GroupPruning):
         self.plan = replace(plan, achieved_ratio=self.zeroed / weights)
 
     def check_ratio(self, layers: list[LayerAnatomy], total_parameters: int) -> None:
-        """Masks need widths that their pattern divides."""
         if self.masks is None:
             super().check_ratio(layers, total_parameters)
         elif self.masks.kind == "n:m":
@@ -153,6 +152,5 @@ class GroupOrMaskPruning(GroupPruning):
         )
 
     def details(self) -> dict[str, Any]:
-        """How many weights were zeroed."""
         masked = {} if self.masks is None else {"zeroed_weights": self.zeroed, "note": self.note}
         return {"structure": self.structure, **masked, **super().details()}

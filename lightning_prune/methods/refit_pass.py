@@ -55,7 +55,6 @@ class RefitPass(BlockPass):
         self.held_out = held_out
 
     def begin(self, setting: Setting) -> None:
-        """Room for the dense model's residual stream too."""
         super().begin(setting)
         self.dense = setting.store()
 
@@ -63,7 +62,6 @@ class RefitPass(BlockPass):
         """Nothing: targets need both streams, so the batch sums."""
 
     def start(self, step: Step) -> None:
-        """Fresh sums for the columns that stay."""
         super().start(step)
         self.columns = self._columns(step)
         linear = self.projection(step)
@@ -96,7 +94,6 @@ class RefitPass(BlockPass):
 
     @torch.no_grad()
     def skip(self, step: Step, batch: Batch) -> None:
-        """Both streams cross; nothing is summed."""
         self.columns = self._columns(step)
         self._entering(step, batch)
         if self.target == "residual":
@@ -105,7 +102,6 @@ class RefitPass(BlockPass):
             self.catch(step, batch)
 
     def finish(self, step: Step) -> LayerResult:
-        """Choose the damping, solve with all samples."""
         if self.tokens != self.setting.samples * self.setting.seq_len:
             raise RuntimeError(
                 f"the refit saw {self.tokens:,} tokens of {self.setting.samples * self.setting.seq_len:,}."
@@ -152,16 +148,13 @@ class RefitPass(BlockPass):
             super().advance(step)
 
     def stores(self) -> dict[str, ResidualStore]:
-        """Both residual streams."""
         return {"stream": self.stream, "dense": self.dense}
 
     def end(self) -> None:
-        """The stores go."""
         super().end()
         self.dense.close()
 
     def cost(self, view: LayerAnatomy, step: Step) -> float:
-        """The block once per stream, XᵀX and YᵀX."""
         linears, projection = view.linears, self.projection(step)
         inner, outer = projection.in_features, projection.weight.shape[0]
         block = sum(linears[role].weight.numel() for role in ROLES_OF[self.block(step)])

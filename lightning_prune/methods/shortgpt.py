@@ -48,12 +48,10 @@ class BlockInfluencePass(ForwardPass):
     name = "influence"
 
     def observe(self, view: LayerAnatomy, hooks: Hooks) -> None:
-        """Watch the residual stream around the layer."""
         self.influence = BlockInfluence().to(self.model.device)
         hooks.on_input_and_output(f"layer {view.index}", view.layer, self.influence.update)
 
     def conclude(self, view: LayerAnatomy) -> LayerResult:
-        """One number."""
         self.influence.raise_if_not_finite(f"layer {view.index}")
         return LayerResult({Block.LAYER: self.influence.reduced().reshape(1)})
 
@@ -90,12 +88,10 @@ class ShortGPT(PruningMethod):
 
     @property
     def uneven(self) -> bool:
-        """Layers go whole."""
         return False
 
     @property
     def requested_ratio(self) -> float | None:
-        """None where a number of layers was asked for."""
         return self.pruning_ratio if self.n_remove_layers is None else None
 
     def layer_count(self, layers: Sequence[LayerAnatomy], total_parameters: int) -> int:
@@ -128,11 +124,9 @@ class ShortGPT(PruningMethod):
         self.layer_count(layers, total_parameters)
 
     def passes(self) -> list[Pass]:
-        """One forward over the decoder."""
         return [BlockInfluencePass()]
 
     def decide(self) -> None:
-        """Score every layer by BI and drop the lowest."""
         if self.saved is None:
             influence = torch.cat([result.importance[Block.LAYER] for result in self.results("influence")])
         else:
@@ -150,6 +144,5 @@ class ShortGPT(PruningMethod):
         self.plan = self.make_plan(kept, parameters_after(self.layers, self.dense_parameters, kept))
 
     def details(self) -> dict[str, Any]:
-        """Which layers went, and what was asked for."""
         asked = {"n_remove_layers": self.n_remove_layers, "at_most": self.at_most}
         return {"removed_layers": self.plan.removed_layers, **asked, **super().details()}

@@ -65,7 +65,6 @@ class SlimGPTPass(BlockPass):
         self.max_tokens = max_tokens
 
     def observe(self, view: LayerAnatomy, block: Block, hooks: Hooks) -> None:
-        """One Hessian at a time."""
         role, linear = OUTPUT_ROLE[block], view.projection(block)
         self.gram = InputGram(linear.in_features, self.max_tokens).to(self.model.device)
         hooks.on_input(f"layer {view.index}, input of {role}", linear.module, self.gram.update)
@@ -204,11 +203,9 @@ class SlimGPT(PruningMethod):
         return ratios, counts
 
     def check_ratio(self, layers: list[LayerAnatomy], total_parameters: int) -> None:
-        """The counts depend on shapes alone."""
         self.layer_counts(layers, total_parameters)
 
     def passes(self) -> list[Pass]:
-        """One over the decoder, block by block."""
         self.ratios, self.counts = self.layer_counts(self.layers, self.dense_parameters)
         tokens = self.max_tokens // self.trainer.world_size
         return [SlimGPTPass(self.counts, self.head_score, self.ffn_group_size, self.damping, tokens)]

@@ -24,11 +24,9 @@ class TaylorPass(BackwardPass):
     name = "importance"
 
     def watch(self, view: LayerAnatomy) -> None:
-        """One layer's accumulators."""
         self.gradients = LayerGradients(view)
 
     def expect(self, tokens: int) -> None:
-        """Tell the accumulators."""
         self.gradients.expect(tokens)
 
     def conclude(self, view: LayerAnatomy) -> LayerResult:

@@ -75,11 +75,9 @@ class WandaPass(ForwardPass):
     name = "importance"
 
     def observe(self, view: LayerAnatomy, hooks: Hooks) -> None:
-        """Watch the layer's inputs."""
         self.inputs = InputNorms(view, hooks)
 
     def conclude(self, view: LayerAnatomy) -> LayerResult:
-        """Importance per unit."""
         return LayerResult(wanda_importance(view, self.inputs.norms()))
 
 
@@ -98,7 +96,6 @@ class WandaMaskPass(WandaPass):
         self.rule, self.rewrites = rule, sequential
 
     def conclude(self, view: LayerAnatomy) -> LayerResult:
-        """The masked weights, and what was zeroed."""
         norms = self.inputs.norms()
         return mask_layer(view, self.rule, lambda role: weight_scores(view.linears[role].weight, norms[INPUT_OF[role]]))
 
@@ -123,9 +120,7 @@ class Wanda(GroupOrMaskPruning):
         self.sequential = sequential
 
     def passes(self) -> list[Pass]:
-        """One forward over the decoder."""
         return [WandaPass()] if self.masks is None else [WandaMaskPass(self.mask_rule(self.masks), self.sequential)]
 
     def details(self) -> dict[str, Any]:
-        """Where the masks' norms come from."""
         return {**super().details(), **({} if self.masks is None else {"sequential": self.sequential})}
