@@ -44,6 +44,7 @@ class ZeroShot:
     include_path: Path | None
     root: Path
     _manager: Any = field(default=None, init=False)
+    verbose: bool = True
     _fingerprints: dict[str, str | None] = field(default_factory=dict, init=False)
     _unkept: dict[tuple[str, _Model], dict[str, Score]] = field(default_factory=dict, init=False)
 
@@ -98,7 +99,8 @@ class ZeroShot:
         tokenizer = load_tokenizer(model.path)
         if tokenizer is None:
             raise UserError(f"{OPTION}: '{model.path}' holds no tokenizer. Save the model's tokenizer files there.")
-        print(f"zero-shot: {', '.join(tasks)} with '{model.path}'")
+        if self.verbose:
+            print(f"zero-shot: {', '.join(tasks)} with '{model.path}'")
         loaded: Any = load_model(model.path, DTYPES[model.precision])
         found = zero_shot(loaded.to(_device()), tokenizer, tasks, self._manager, BATCH)
         for task, metrics in found.tasks.items():

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-
 from lightning_prune.cli.surroundings import KERNEL_CACHES, keep_few_kernels
 
 SHAPES = """

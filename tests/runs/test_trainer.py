@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
+from lightning_prune.cli.strategy import CalibrationDDP, cpu_processes, trainer_for_calibration
 
 from lightning_prune.cli import main
-from lightning_prune.cli.strategy import CalibrationDDP, cpu_processes, trainer_for_calibration
 from lightning_prune.support.errors import UserError
 from tests.methods.running import save_base
 from tests.tiny import make_tiny, tiny_tokens
