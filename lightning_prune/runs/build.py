@@ -7,6 +7,7 @@ import importlib
 import inspect
 import logging
 import os
+import traceback
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -115,7 +116,9 @@ class RunBuilder(LightningCLI):
         except (TypeError, ValueError) as error:  # jsonargparse's own, or what a constructor raises wrapped in one
             if (known := _user_error_in(error)) is not None:
                 raise known from None
-            raise
+            if "jsonargparse" not in traceback.extract_tb(error.__traceback__)[-1].filename:
+                raise
+            raise UserError(f"an option's value cannot be used: {plain(str(error), (), methods.__all__)}") from None
         if chosen and any(getattr(value, "__isabstractmethod__", False) for value in _attributes(type(self.model))):
             raise UserError(
                 f"--model: '{type(self.model).__name__}' is not a method. Methods: {', '.join(methods.__all__)}."

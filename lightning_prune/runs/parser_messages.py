@@ -30,8 +30,11 @@ def plain(message: str, options: Sequence[str], methods: Sequence[str]) -> str:
         return f"--{linked[1]}: it follows --{linked[2].replace('init_args.', '')}. Leave it out."
     found = re.search(r"(?:Given|Got) value: (?:NestedArg\(key='[\w.]+', val=)?(.*?)\)?$", message, re.MULTILINE)
     if "required: model" in message or key == "model":
-        start = f"unknown method '{found[1][:200]}'" if found and found[1] else "no method is chosen"
+        value = re.sub(r"^\{'class_path': '?([^',}]*).*", r"\1", found[1]) if found else ""
+        start = f"unknown method '{value[:200]}'" if value else "no method is chosen"
         return f"--model: {start}. Methods: {', '.join(methods)}; or by configuration: --config wanda."
+    if key and (needed := re.search(r"arguments are required: ([\w, ]+)", message)):
+        return f"--{key}: {needed[1]} must be given too, as {{class_path: …, init_args: {{…}}}}."
     allowed: list[str] = []
     for kind, literals in re.findall(r"Expected an? (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\])", message):
         allowed += [one.strip(" '") for one in literals.split(",")] if literals else [_WORDS.get(kind, kind)]
