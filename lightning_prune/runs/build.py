@@ -7,6 +7,7 @@ import importlib
 import inspect
 import logging
 import os
+import re
 import traceback
 import typing
 import warnings
@@ -118,7 +119,9 @@ class RunBuilder(LightningCLI):
                 raise known from None
             if "jsonargparse" not in traceback.extract_tb(error.__traceback__)[-1].filename:
                 raise
-            raise UserError(f"an option's value cannot be used: {plain(str(error), (), methods.__all__)}") from None
+            given = re.search(r"Given value: (.+)", str(error))  # the innermost comes first
+            value = given[1] if given else str(error).partition("\n")[0]
+            raise UserError(f"an option's value cannot be used: {value[:200]}. See --help.") from None
         if chosen and any(getattr(value, "__isabstractmethod__", False) for value in _attributes(type(self.model))):
             raise UserError(
                 f"--model: '{type(self.model).__name__}' is not a method. Methods: {', '.join(methods.__all__)}."

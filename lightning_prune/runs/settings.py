@@ -130,7 +130,11 @@ def _system(label: str, given: str | Options, folder: Path) -> Options:
 
 
 def _validated(given: Options, kind: type[Kind], subject: str) -> Kind:
-    return parse_json(json.dumps(given, default=str).encode(), kind, subject)
+    try:
+        text = json.dumps(given, default=str)
+    except TypeError as error:  # a date as a key
+        raise UserError(f"{subject} is not valid: {error}.") from None
+    return parse_json(text.encode(), kind, subject)
 
 
 def _nested(name: str, text: str) -> Options:
