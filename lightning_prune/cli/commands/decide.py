@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lightning_prune.cli.parser import OUTPUT, PlainParser, tell
+from lightning_prune.runs.config_files import read_config
 from lightning_prune.runs.folder import FinishedRun, RunFolder, check_label
 from lightning_prune.support.errors import UserError
 
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> int:
         raise UserError(
             f"--run: '{run.path}' trained what another run had pruned. Decide from that one: '{run.recovery.parent}'."
         )
-    config = yaml.safe_load(RunFolder.read_config(run.path, "--run"))
+    config = read_config(run.path / "config.yaml", "--run")
     _ = run.scores  # a damaged table does not wait for torch either
 
     # After the first look, so that --help and a wrong folder do not wait for torch.
@@ -69,7 +70,7 @@ def _built(config: dict[str, Any], options: list[str], run: Path) -> "RunBuilder
 
     # Of the trainer what it still has; a run that was made silently, or by compare, says so in its configuration.
     known = inspect.signature(calibration_trainer).parameters.keys() - {"enable_progress_bar"}
-    trainer = {name: value for name, value in config["trainer"].items() if name in known and value is not None}
+    trainer = {name: value for name, value in (config.get("trainer") or {}).items() if name in known and value is not None}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
         file.write_text(yaml.safe_dump(config | {"trainer": trainer}, allow_unicode=True), encoding="utf-8")
