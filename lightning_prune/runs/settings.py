@@ -92,7 +92,8 @@ def read_settings(
     path = config_file(path)
     given = {"root": root and str(root), "pretrained": pretrained, "ratios": ratios, "seeds": seeds}
     overrules = {name: value for name, value in given.items() if value is not None}
-    file = _validated(read_config(path, "--config") | overrules, _Experiment, f"--config: '{path}'")
+    subject = f"--config: '{path}'{''.join(f' --{name}' for name in overrules)}"
+    file = _validated(read_config(path, "--config") | overrules, _Experiment, subject)
     for label in file.systems:
         check_label(label, f"--config: systems in '{path}'")
         if label == REPORTS:

@@ -70,7 +70,9 @@ def _built(config: dict[str, Any], options: list[str], run: Path) -> "RunBuilder
 
     # Of the trainer what it still has; a run that was made silently, or by compare, says so in its configuration.
     known = inspect.signature(calibration_trainer).parameters.keys() - {"enable_progress_bar"}
-    trainer = {name: value for name, value in (config.get("trainer") or {}).items() if name in known and value is not None}
+    trainer = {
+        name: value for name, value in (config.get("trainer") or {}).items() if name in known and value is not None
+    }
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
         file.write_text(yaml.safe_dump(config | {"trainer": trainer}, allow_unicode=True), encoding="utf-8")
