@@ -4,10 +4,11 @@ import json
 import re
 from typing import Any
 
-from lightning_prune.cli.lightning_cli import PruneCLI
+from lightning_prune.cli.parser import with_method_help
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.preflight.estimate import Estimate, advice, largest_ratio
 from lightning_prune.preflight.place import Preflight
+from lightning_prune.runs.build import RunBuilder
 from lightning_prune.support.errors import UserError
 
 UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -17,7 +18,7 @@ UNITS |= {"TB": 10**12}
 def main(argv: list[str]) -> int:
     """Print what every placement takes; 0 where the wished one (or any, for auto) fits, else 1."""
     words, own = _own_options(argv)
-    cli = PruneCLI(words, PruningMethod, subclasses=True, command="check")
+    cli = RunBuilder(with_method_help(words), command="check")
     method, trainer = cli.model, cli.trainer
     preflight = Preflight.of(trainer, method, cli.datamodule, own["memory"], own["host_memory"])
     found = [preflight.estimate("layer"), preflight.estimate("model")]
