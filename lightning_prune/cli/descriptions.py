@@ -85,7 +85,6 @@ OWN = {
             "output FILE", "tuned.yaml", "the best configuration; all trials go beside it (.csv, .json, .tensorboard)"
         ),
         Option("trials N", "24", "options to try"),
-        Option("shifts N", "0", "shifts of budget between layers and blocks to try after that"),
         Option("resume", "", "go on with the trials that stand beside --output, after a kill or with higher numbers"),
         Option("overwrite", "", "replace what stands at --output"),
         _SEED,

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_prune.checkpoint.scores import Scores
 from lightning_prune.comparison.run import Run
 from lightning_prune.comparison.tables import display_names
-from lightning_prune.runs.score_table import ScoreTable
 
 Floats = NDArray[np.float64]
 
@@ -89,26 +89,22 @@ class _Column:
     cost: NDArray[np.int64]
 
 
-def _units(table: ScoreTable) -> _Column:
-    key, order = _key(table)
-    return _Column(_standard_ranks(table.score[order]), table.kept[order], key, table.cost[order])
+def _units(table: Scores) -> _Column:
+    return _Column(_standard_ranks(table.score), table.kept, _key(table), table.cost)
 
 
-def _layers(table: ScoreTable) -> _Column:
+def _layers(table: Scores) -> _Column:
     # As shares of the layer: a method that removes whole layers also counts norms as cost.
     kept = table.per_layer(table.cost * table.kept) / table.per_layer(table.cost)
     if table.whole_layers:
         nothing = np.empty(0, np.int64)
         return _Column(_standard_ranks(kept), kept, nothing, nothing)
-    key, order = _key(table)
-    return _Column(_standard_ranks(kept), kept, key, table.cost[order])
+    return _Column(_standard_ranks(kept), kept, _key(table), table.cost)
 
 
-def _key(table: ScoreTable) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """One number per unit, ascending by layer, block and unit, and the rows in that order."""
-    key = (table.layer * 3 + table.codes << 40) + table.unit
-    order = np.argsort(key, kind="stable")  # files are in this order, which a stable sort finds in one pass
-    return key[order], order
+def _key(table: Scores) -> NDArray[np.int64]:
+    """Which units the rows are; a table that was read is sorted by them."""
+    return np.stack([table.layer, table.code, table.unit])
 
 
 def _standard_ranks(values: Floats) -> Floats:

@@ -11,14 +11,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from lightning_prune.checkpoint.scores import Scores
 from lightning_prune.comparison.agreement import Floats
 from lightning_prune.comparison.run import Run
 from lightning_prune.comparison.style import DARK, WIDTH, new_figure, shown, tip
 from lightning_prune.comparison.tables import display_names
-from lightning_prune.runs.score_table import ScoreTable
+from lightning_prune.models.vocabulary import Block
 
 COLOURS = matplotlib.colormaps["cividis"]
-BLOCKS = ("attention", "mlp")
+BLOCKS = (Block.ATTENTION, Block.MLP)
 
 
 def kept_figure(runs: Sequence[Run]) -> Figure:
@@ -41,12 +42,9 @@ def kept_figure(runs: Sequence[Run]) -> Figure:
     return figure
 
 
-def kept_fraction(table: ScoreTable, block: str) -> Floats:
+def kept_fraction(table: Scores, block: Block) -> Floats:
     """Share of a block's units that stay ``[L]``; a layer unit counts as both blocks. NaN where there are none."""
-    rows = None if table.whole_layers else block
-    count = table.per_layer(np.ones(len(table.layer)), rows)
-    kept = table.per_layer(table.kept.astype(np.float64), rows)
-    return np.divide(kept, count, out=np.full_like(kept, np.nan), where=count > 0)
+    return table.kept_fraction(Block.LAYER if table.whole_layers else block)
 
 
 def matrix_figure(labels: Sequence[str], values: Floats, title: str, low: float) -> Figure:

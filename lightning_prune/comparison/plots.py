@@ -7,12 +7,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from lightning_prune.checkpoint.scores import Scores
 from lightning_prune.comparison import costs
 from lightning_prune.comparison.agreement import Floats
 from lightning_prune.comparison.run import Run
 from lightning_prune.comparison.style import PALETTE, SOFT, Styles, legend, new_figure, shown, tip
 from lightning_prune.comparison.tables import display_names
-from lightning_prune.runs.score_table import ScoreTable
 
 
 def importance_figure(runs: Sequence[Run], styles: Styles) -> Figure:
@@ -33,7 +33,7 @@ def importance_figure(runs: Sequence[Run], styles: Styles) -> Figure:
     return figure
 
 
-def importance_share(table: ScoreTable) -> Floats:
+def importance_share(table: Scores) -> Floats:
     """Each layer's share of the model's whole importance ``[L]``; zeros where there is none."""
     return table.per_layer(table.importance) / (table.importance.sum() or 1.0)
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import yaml
 
+from lightning_prune.checkpoint.scores import Scores
 from lightning_prune.comparison.accuracy import Accuracy
 from lightning_prune.runs.folder import RunFolder
 from lightning_prune.runs.records import as_dict
-from lightning_prune.runs.score_table import ScoreTable
 from lightning_prune.runs.verdict import verdict_word
 from lightning_prune.support.errors import UserError
 
@@ -24,7 +24,7 @@ class Run:
     calibration: dict[str, Any] | None
     environment: dict[str, Any]
     details: dict[str, Any]
-    units: ScoreTable
+    units: Scores
     options: dict[str, Any] = field(default_factory=dict)  # the method's, as in config.yaml
     recovery: dict[str, Any] | None = None  # of a run that trained what another one had pruned
     accuracy: Accuracy | None = None  # where zero-shot tasks were measured

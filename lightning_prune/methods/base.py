@@ -23,15 +23,15 @@ from lightning_prune.checkpoint.in_memory_plan import Overlay
 from lightning_prune.checkpoint.model_card import model_card
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.checkpoint.pruned import open_pruned, stored_dtype
+from lightning_prune.checkpoint.scores import Scores
 from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.data.sampling import held_out_samples
-from lightning_prune.methods.scores import Scores
 from lightning_prune.models.families import LayerAnatomy, anatomy, count_parameters
 from lightning_prune.models.layered import skeleton
 from lightning_prune.models.loading import check_model, load_config
 from lightning_prune.support.errors import UserError
+from lightning_prune.support.names import FINDINGS, PRUNED
 
-FINDINGS = "findings"
 CALIBRATING, REFITTING, WRITING = "calibrating", "refitting", "writing the pruned model"
 PHASE_SECONDS = {CALIBRATING: "calibrate", REFITTING: "refit"}  # as they stand in metrics.json
 LAYER_TO_WRITE = 1000.0  # about what cutting and writing a layer costs, in tokens through it
@@ -378,7 +378,7 @@ class PruningMethod(LayeredModule):
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # the others evaluate what this one writes
         if self._folder is not None:
-            self.pruned_folder = self._folder / "pruned"
+            self.pruned_folder = self._folder / PRUNED
             self.evaluated = str(self.pruned_folder)
 
     def write_step(self) -> None:

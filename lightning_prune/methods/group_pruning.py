@@ -5,18 +5,20 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_prune.calibration.passes import Pass
 from lightning_prune.checkpoint.cut import parameters_after
 from lightning_prune.checkpoint.plan import LayerPlan
+from lightning_prune.checkpoint.scores import Flags, Scores
 from lightning_prune.methods.base import CALIBRATING
-from lightning_prune.methods.blocks import block_index
 from lightning_prune.methods.refit import RefittingMethod
-from lightning_prune.methods.scores import BLOCKS, Scores, group_scores, groups_that_stay
+from lightning_prune.methods.scores import group_scores, groups_that_stay
 from lightning_prune.methods.selection import Budget, protect_best, select_global, select_uniform
 from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 
 Allocation = Literal["global", "uniform"]
@@ -35,8 +37,6 @@ class GroupPruning(RefittingMethod):
         freeze_last_n_layers: Leave this many layers at the output side untouched.
         min_groups_per_layer: Keep at least this many GQA groups and MLP channels in every layer. 0 lets whole
             blocks and layers go.
-        block_weights: Per layer, factors for the scores of its attention and its MLP before all are ranked together:
-            above 1 the block loses less. ``tune --shifts`` finds them. Default: 1 everywhere.
         steps: Prune in this many equal shares; importance and priors are measured again on what is left, refitted if
             ``refit`` says so. What is pruned at every step stands in the run folder as ``steps/<ratio>``.
         run_options: Options of every method.
@@ -49,7 +49,6 @@ class GroupPruning(RefittingMethod):
         "freeze_first_n_layers",
         "freeze_last_n_layers",
         "min_groups_per_layer",
-        "block_weights",
     )
 
     def __init__(
@@ -61,7 +60,6 @@ class GroupPruning(RefittingMethod):
         freeze_first_n_layers: int = 0,
         freeze_last_n_layers: int = 0,
         min_groups_per_layer: int = 0,
-        block_weights: list[list[float]] | None = None,
         steps: int = 1,
         **run_options: Any,
     ) -> None:
@@ -75,16 +73,6 @@ class GroupPruning(RefittingMethod):
         ):
             if value < smallest:
                 raise UserError(f"--model.{name}: found {value}; it must be {smallest} or more.")
-        if block_weights is not None and not all(
-            len(pair) == 2 and all(0 < weight < float("inf") for weight in pair) for pair in block_weights
-        ):
-            raise UserError("--model.block_weights: give two numbers above 0 per layer, for attention and for the MLP.")
-        if block_weights is not None and allocation != "global":
-            raise UserError(
-                f"--model.block_weights weigh what is ranked together; --model.allocation {allocation} takes the same "
-                "share of every layer. Leave one of them out."
-            )
-        self.block_weights = block_weights
         self.allocation = allocation
         self.round_to = round_to
         self.freeze_first_n_layers = freeze_first_n_layers
@@ -134,47 +122,38 @@ class GroupPruning(RefittingMethod):
             measured = group_scores(self.layers, attention, mlp)
         else:
             measured = self.saved.scores
-        scores = self._weighed(self.score(measured))
+        scores = self.score(measured)
         ranked = scores
         if self.steps > 1 and self._step > 1:
             scores = _with_gone(scores, self.scores)
-            ranked = replace(scores, score=scores.score.masked_fill(scores.pruned, -torch.inf))
-        self.scores = scores.with_pruned(self.select(ranked, self.layers, self.dense_parameters))
+            ranked = replace(scores, score=np.where(scores.pruned, -np.inf, scores.score))
+        self.scores = replace(scores, pruned=self.select(ranked, self.layers, self.dense_parameters))
         kept = kept_units(self.scores, len(self.layers))
         self.plan = self.make_plan(kept, parameters_after(self.layers, self.dense_parameters, kept))
-
-    def _weighed(self, scores: Scores) -> Scores:
-        """Scores times the weight of their block."""
-        if self.block_weights is None:
-            return scores
-        if bool((scores.score < 0).any()):
-            raise UserError(
-                f"--model.block_weights: {self.method} ranks by scores below 0 too, which a factor does not order. "
-                "Leave it out."
-            )
-        weights = torch.tensor(self.block_weights, dtype=torch.float64)
-        return replace(scores, score=scores.score * weights[scores.layer, scores.block])
 
     def budget(self, layers: list[LayerAnatomy], total_parameters: int) -> Budget:
         """What may go."""
         overhead = {}
         for view in layers:
-            overhead[view.index, 0] = view.attention_block_cost - view.num_kv_heads * view.attention_unit_cost
-            overhead[view.index, 1] = view.mlp_block_cost - view.num_channels * view.mlp_unit_cost
+            overhead[view.index, Block.ATTENTION] = (
+                view.attention_block_cost - view.num_kv_heads * view.attention_unit_cost
+            )
+            overhead[view.index, Block.MLP] = view.mlp_block_cost - view.num_channels * view.mlp_unit_cost
         return Budget(total_parameters, self.requested_ratio or 0.0, overhead, self.round_to)
 
-    def select(self, scores: Scores, layers: list[LayerAnatomy], total_parameters: int) -> Tensor:
+    def select(self, scores: Scores, layers: list[LayerAnatomy], total_parameters: int) -> Flags:
         """Which units go, bool ``[U]``."""
         budget = self.budget(layers, total_parameters)
         frozen = self.frozen_layers(len(layers))
-        free = torch.tensor([layer not in frozen for layer in scores.layer.tolist()])
-        if not bool(free.any()):
+        free = ~np.isin(scores.layer, list(frozen))
+        if not free.any():
             raise UserError(
                 f"--model.freeze_first_n_layers {self.freeze_first_n_layers} and --model.freeze_last_n_layers "
                 f"{self.freeze_last_n_layers} leave none of the {len(layers)} layers to prune."
             )
         free &= protect_best(scores, self.min_groups_per_layer)
-        free &= (scores.block != BLOCKS.index("attention")) | (layers[0].whole_attention is None)
+        if layers[0].whole_attention is not None:
+            free &= ~scores.of_kind(Block.ATTENTION)
         choose = select_global if self.allocation == "global" else select_uniform
         try:
             return choose(scores, free, budget)
@@ -194,18 +173,12 @@ class GroupPruning(RefittingMethod):
             "freeze_first_n_layers": self.freeze_first_n_layers,
             "freeze_last_n_layers": self.freeze_last_n_layers,
             "min_groups_per_layer": self.min_groups_per_layer,
-            "block_weights": self.block_weights,
             "steps": self.steps,
             **super().details(),
         }
 
     def check_ratio(self, layers: list[LayerAnatomy], total_parameters: int) -> None:
         """Reachability depends on shapes alone, so constant importances tell."""
-        if self.block_weights is not None and len(self.block_weights) != len(layers):
-            raise UserError(
-                f"--model.block_weights: found weights for {len(self.block_weights)} layers; the model has "
-                f"{len(layers)}."
-            )
         attention = [torch.ones(view.num_kv_heads) for view in layers]
         mlp = [torch.ones(view.num_channels) for view in layers]
         self.select(group_scores(layers, attention, mlp), layers, total_parameters)
@@ -218,7 +191,7 @@ def _with_gone(scores: Scores, before: Scores) -> Scores:
         scores,
         pruned=gone,
         **{
-            name: torch.where(gone, getattr(before, name), getattr(scores, name))
+            name: np.where(gone, getattr(before, name), getattr(scores, name))
             for name in ("importance", "prior", "score", "base")
         },
     )
@@ -226,6 +199,5 @@ def _with_gone(scores: Scores, before: Scores) -> Scores:
 
 def kept_units(scores: Scores, num_layers: int) -> list[LayerPlan]:
     """What every layer keeps, from the ``pruned`` column."""
-    kept = ~scores.pruned
-    units = {block: scores.unit[rows[kept[rows]]].tolist() for block, rows in block_index(scores).rows().items()}
-    return [LayerPlan(layer, units[layer, 0], units[layer, 1]) for layer in range(num_layers)]
+    units = {key: scores.unit[rows[scores.kept[rows]]].tolist() for key, rows in scores.blocks.rows().items()}
+    return [LayerPlan(layer, units[layer, Block.ATTENTION], units[layer, Block.MLP]) for layer in range(num_layers)]

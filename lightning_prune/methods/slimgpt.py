@@ -227,7 +227,7 @@ class SlimGPT(RefittingMethod):
         errors = [[pair[block]["errors"] for pair in blocks] for block in (0, 1)]
         scores = group_scores(self.layers, *errors)
         removed = torch.cat([_removed(one) for pair in blocks for one in pair])
-        self.scores = replace(scores, score=scores.importance, base=scores.importance, pruned=removed)
+        self.scores = replace(scores, score=scores.importance, base=scores.importance, pruned=removed.numpy())
         left = parameters_after(self.layers, self.dense_parameters, kept)
         self.plan = self.make_plan(kept, left, weights_updated=True)
 

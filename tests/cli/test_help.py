@@ -81,7 +81,7 @@ def test_everything_on_the_page_is_an_option_of_the_command(
     full = capsys.readouterr().out
     assert len(full.splitlines()) > 150  # Lightning's
     # taken before the parser
-    own = {"memory", "host-memory", "json", "output", "trials", "shifts", "resume", "overwrite", "quiet"}
+    own = {"memory", "host-memory", "json", "output", "trials", "resume", "overwrite", "quiet"}
     for name in re.findall(r"^  --([\w.-]+)", short, re.MULTILINE):
         described_by_the_method = name.startswith("model.") and command in ("fit", "check", "tune")
         assert f"--{name}" in full or name in own or described_by_the_method, name

@@ -14,8 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from lightning_prune.cli.experiment import build
 from lightning_prune.cli.lightning_cli import PruneCLI
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.runs.tune import Limits, Tuned, check_tunable, tune, tuned_config
-from lightning_prune.runs.tune_events import log_kept, log_trial
+from lightning_prune.runs.tune import Tuned, check_tunable, log_kept, log_trial, tune, tuned_config
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import check_writable, writable, write_text
 
@@ -37,13 +36,12 @@ def main(argv: list[str]) -> int:
     check_writable(output.parent, "--output")
     configuration = yaml.safe_load(cli.resolved_config)
     found: Tuned | None = None
-    limits = Limits(own.trials, own.shifts)
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(writable(output.parent, "--output"))
         output.parent.mkdir(parents=True, exist_ok=True)
         for found in tune(
-            configuration, build, cli.datamodule, Path(folder), limits, kept, own.resume, cli.model.progress
+            configuration, build, cli.datamodule, Path(folder), own.trials, kept, own.resume, cli.model.progress
         ):
             if len(found.trials) == 1:  # what an earlier search left stays until there is something to show
                 shutil.rmtree(events, ignore_errors=True)
@@ -52,7 +50,7 @@ def main(argv: list[str]) -> int:
             log_trial(writer, found)
             last = found.trials[-1]
             mark = "  best so far" if found.best is last else ""
-            what = last.move or _text(last.options)
+            what = _text(last.options)
             print(f"{len(found.trials):3}  loss {last.loss:.4f}  {last.seconds:6.1f} s  {what}{mark}", flush=True)
     assert found is not None
     with writable(output.parent, "--output"):
@@ -65,19 +63,17 @@ def main(argv: list[str]) -> int:
 
 
 def _text(options: dict[str, object]) -> str:
-    shown = {name: value for name, value in options.items() if name != "block_weights"}
-    words = [f"{name} {'auto' if value is None else value}" for name, value in shown.items()]
-    return ", ".join([*words, *(["block_weights"] if options.get("block_weights") else [])])
+    return ", ".join(f"{name} {'auto' if value is None else value}" for name, value in options.items())
 
 
 def _table(found: Tuned) -> str:
     names = list(found.trials[0].options)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", *names, "shift", "held_out_loss", "seconds"])
+    writer.writerow(["trial", *names, "held_out_loss", "seconds"])
     for number, trial in enumerate(found.trials, 1):
         values = [trial.options[name] for name in names]
-        writer.writerow([number, *values, trial.move, trial.loss, round(trial.seconds, 1)])
+        writer.writerow([number, *values, trial.loss, round(trial.seconds, 1)])
     return text.getvalue()
 
 
@@ -85,21 +81,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--output", type=Path, default=Path("tuned.yaml"))
     parser.add_argument("--trials", type=_trials, default=24)
-    parser.add_argument("--shifts", type=_shifts, default=0)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--overwrite", action="store_true")
     return parser
 
 
 def _trials(text: str) -> int:
-    return _count(text, "--trials", 1)
-
-
-def _shifts(text: str) -> int:
-    return _count(text, "--shifts", 0)
-
-
-def _count(text: str, option: str, least: int) -> int:
-    if not text.isdecimal() or not least <= int(text) <= 10_000:
-        raise UserError(f"{option}: found '{text}'; give a whole number from {least} to 10000.")
+    if not text.isdecimal() or not 1 <= int(text) <= 10_000:
+        raise UserError(f"--trials: found '{text}'; give a whole number from 1 to 10000.")
     return int(text)
