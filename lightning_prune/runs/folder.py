@@ -161,8 +161,8 @@ class RunFolder:
             parent.mkdir(parents=True, exist_ok=True)
             sweep(parent.parent)
             sweep_runs(parent)
-            path = parent / f"version_{1 + max(map(version, os.listdir(parent)), default=-1)}"
             with suppress(FileExistsError, FileNotFoundError):
+                path = parent / f"version_{1 + max(map(version, os.listdir(parent)), default=-1)}"
                 path.mkdir()
                 lock = None
                 try:

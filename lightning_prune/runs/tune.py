@@ -62,7 +62,7 @@ class Trial:
 class Tuned:
     """All trials so far, in order: the file that is left after every one of them, so that a killed search goes on.
 
-    ``facts`` are what a search that goes on must share. ``dense_loss``: of the dense model, on the ``samples`` held out.
+    ``facts`` are what a search that goes on must share; ``dense_loss`` is the dense model's on the held-out samples.
     """
 
     facts: Facts

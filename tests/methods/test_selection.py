@@ -207,13 +207,6 @@ def test_selection_by_hand(
     assert np.flatnonzero(pruned).tolist() == expected
 
 
-def test_no_candidates_leave_everything_or_refuse() -> None:
-    scores, none = table(units(0)), np.zeros(45, dtype=bool)
-    assert not select_global(scores, none, Budget(1000, 0.0, {})).any()
-    with pytest.raises(UserError, match=r"largest reachable ratio is 0\.0000"):
-        select_global(scores, none, Budget(1000, 0.5, {}))
-
-
 @pytest.mark.parametrize("round_to", [1, 64])
 def test_the_units_of_an_8b_model_are_decided_in_seconds(round_to: int) -> None:
     """459,008 units take half a second on two idle cores; a loop over them takes far more than the limit."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lightning_prune.runs.folder import RunFolder, check_label
-from lightning_prune.runs.records import Environment, RunMetrics, as_dict
+from lightning_prune.runs.records import as_dict
 from lightning_prune.runs.tidy import UNFINISHED, sweep_runs
 from lightning_prune.support import files
 from lightning_prune.support.errors import UserError
@@ -135,6 +135,8 @@ def test_run_that_fails_late_keeps_what_is_of_use_and_says_so(
 def test_next_run_tidies_up_after_killed_ones(tmp_path: Path) -> None:
     useless = killed(tmp_path, "version_0", "7.5%", ".pruned.ab12.tmp", "report.md", "results.csv", "tensorboard")
     scored = killed(tmp_path, "version_1", "scores.csv", ".scores.csv.ab12.tmp", config="b: 2\n")
+    (scored / "findings").mkdir()
+    (scored / "findings" / ".step_00002.safetensors.ab12.tmp").touch()
     finished = finish(tmp_path, config="c: 3\n")
     (finished / ".metrics.json.ab12.tmp").touch()
     (finished / UNFINISHED).touch()  # killed after the last file and before the mark was taken away
@@ -144,7 +146,7 @@ def test_next_run_tidies_up_after_killed_ones(tmp_path: Path) -> None:
     newest = finish(tmp_path, config="d: 4\n")
     assert [path.name for path in tmp_path.rglob(".*")] == []
     assert {path.name for path in (tmp_path / "wanda").iterdir()} == {scored.name, finished.name, newest.name}
-    assert {path.name for path in scored.iterdir()} == {UNFINISHED, "config.yaml", "scores.csv"}
+    assert {path.name for path in scored.iterdir()} == {UNFINISHED, "config.yaml", "findings", "scores.csv"}
     assert not (finished / UNFINISHED).exists()
     # A finished run of the same configuration takes the place of the killed one.
     finish(tmp_path, config="b: 2\n")
@@ -256,11 +258,8 @@ def test_full_disk_at_any_write_is_one_message(tmp_path: Path, monkeypatch: pyte
 def test_finished_run_is_read_as_types(tmp_path: Path) -> None:
     folder = write_run(tmp_path)
     run = RunFolder.open(folder, "--run")
-    assert isinstance(run.metrics, RunMetrics)
-    assert isinstance(run.environment, Environment)
-    assert as_dict(run.metrics) == json.loads((folder / "metrics.json").read_text())
-    assert as_dict(run.environment) == ENVIRONMENT
-    assert as_dict(run.details) == json.loads((folder / "method.json").read_text())
+    for record, name in ((run.metrics, "metrics"), (run.environment, "environment"), (run.details, "method")):
+        assert as_dict(record) == json.loads((folder / f"{name}.json").read_text())
     assert run.calibration is not None
     assert run.scores.num_layers == len(run.plan.layers)
     assert RunFolder.open(write_run(tmp_path, "free", no_data=True), "--run").calibration is None

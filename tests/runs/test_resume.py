@@ -1,7 +1,6 @@
 """``fit --resume``: the bytes of an undisturbed run wherever the process died, and a refusal that says why."""
 
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,16 +171,3 @@ def test_dense_perplexities_are_only_known_for_the_same_text(tmp_path: Path) -> 
     keep_dense(folder, {"demo": "abc"}, {"demo": (12.5, 100)})
     assert known_dense(folder, {"demo": "abc"}) == {"demo": (12.5, 100)}
     assert known_dense(folder, {"demo": "other"}) is None
-
-
-@pytest.mark.slow
-def test_a_temporary_file_among_the_findings_of_a_dead_run_goes_with_the_next_run(fit: Fit) -> None:
-    root = fit.folder / "other-ratio"
-    shutil.rmtree(root, ignore_errors=True)
-    kill = Kill("lightning_prune.calibration.results:Findings.add", 3)
-    assert fit("wanda_2to4", "other-ratio", kill=kill).status == -signal.SIGKILL
-    dead = root / "wanda_2to4" / "version_0" / "findings"
-    (dead / ".step_00002.safetensors.0123abcd.tmp").write_bytes(b"half")
-    assert fit("wanda_2to4", "other-ratio", "--model.pruning_ratio", "0.3").status == 0
-    assert not [path for path in root.rglob("*") if path.name.startswith(".")]
-    assert (dead / "step_00001.safetensors").is_file()  # of use for --resume, and of another configuration
