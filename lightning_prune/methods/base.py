@@ -17,18 +17,19 @@ from lightning_prune.checkpoint.family_check import prove
 from lightning_prune.checkpoint.in_memory_plan import Overlay
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.checkpoint.pruned import stored_dtype
+from lightning_prune.checkpoint.scores import Scores
 from lightning_prune.checkpoint.write import write_pruned
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.data.sampling import held_out_samples
 from lightning_prune.methods.measurement import DecisionFolder, SavedMeasurement
 from lightning_prune.methods.refit import Refit
-from lightning_prune.methods.scores import Scores
 from lightning_prune.models.families import LayerAnatomy, anatomy, count_parameters
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.loading import check_model
 from lightning_prune.models.model_slot import ModelSlot, load_dtype
 from lightning_prune.models.vocabulary import ROLES_OF, Block
 from lightning_prune.support.errors import UserError
+from lightning_prune.support.names import PRUNED
 from lightning_prune.support.progress import Progress
 from lightning_prune.support.timing import Seconds
 
@@ -338,7 +339,7 @@ class PruningMethod(L.LightningModule):
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # the others evaluate what this one writes
         if self._folder is not None:
-            self.pruned_folder = self._folder / "pruned"
+            self.pruned_folder = self._folder / PRUNED
 
     def _write_step(self) -> None:
         """Leave the plan and the checkpoint of a step that is not the last one in the run folder."""

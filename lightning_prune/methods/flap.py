@@ -31,10 +31,10 @@ from lightning_prune.calibration.statistics.input_moments import InputMoments
 from lightning_prune.checkpoint.cut import parameters_after
 from lightning_prune.checkpoint.family_check import prove
 from lightning_prune.checkpoint.plan import LayerPlan
+from lightning_prune.checkpoint.scores import Flags, Scores
 from lightning_prune.methods.bias_compensation import BiasPass, Carriers, carriers, without_carrier
-from lightning_prune.methods.blocks import block_index
 from lightning_prune.methods.group_pruning import GroupPruning
-from lightning_prune.methods.scores import Scores, group_scores
+from lightning_prune.methods.scores import group_scores
 from lightning_prune.models.families import LayerAnatomy, with_biases
 from lightning_prune.models.loading import load_config
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
@@ -61,8 +61,8 @@ def in_deviations(metric: Tensor, units: int) -> Tensor:
 
 def standardised(scores: Scores) -> Tensor:
     """z ``[U]``: importance less its mean over the units of the same block of the same layer."""
-    z = scores.importance.clone()
-    for rows in block_index(scores).rows().values():
+    z = torch.tensor(scores.importance)
+    for rows in scores.blocks.rows().values():
         z[rows] -= z[rows].mean()
     return z
 
@@ -145,10 +145,10 @@ class FLAP(GroupPruning):
 
     def score(self, scores: Scores) -> Scores:
         """z itself, not z per parameter; the number of parameters only counts for the ratio."""
-        z = standardised(scores)
+        z = standardised(scores).numpy()
         return replace(scores, base=z, score=z)
 
-    def select(self, scores: Scores, layers: list[LayerAnatomy], total_parameters: int) -> Tensor:
+    def select(self, scores: Scores, layers: list[LayerAnatomy], total_parameters: int) -> Flags:
         """By what units cost with their biases; as many parameters more are pruned as the biases add."""
         if self.carriers is None:
             return super().select(scores, layers, total_parameters)

@@ -5,9 +5,11 @@ enters layer l. The layers with the smallest BI are removed in one shot; scores 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -130,11 +132,11 @@ class ShortGPT(PruningMethod):
         if self.saved is None:
             influence = torch.cat([result.importance[Block.LAYER] for result in self.results("influence")])
         else:
-            influence = self.saved.scores.importance
+            influence = torch.from_numpy(self.saved.scores.importance)
         cost = [view.attention_block_cost + view.mlp_block_cost for view in self.layers]
         removed = layers_to_remove(influence, self.layer_count(self.layers, self.dense_parameters))
         scores = layer_scores(influence, cost)
-        self.scores = scores.with_pruned(torch.tensor([layer in removed for layer in range(len(self.layers))]))
+        self.scores = replace(scores, pruned=np.isin(scores.layer, list(removed)))
         kept = [
             LayerPlan(view.index, [], [])
             if view.index in removed

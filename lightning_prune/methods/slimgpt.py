@@ -224,7 +224,7 @@ class SlimGPT(PruningMethod):
         errors = {block: [result.importance[block] for result in of] for block, of in results.items()}
         scores = group_scores(self.layers, errors[Block.ATTENTION], errors[Block.MLP])
         removed = torch.cat([_removed(self.layers, plan, block) for plan in kept for block in OUTPUT_ROLE])
-        self.scores = replace(scores, score=scores.importance, base=scores.importance, pruned=removed)
+        self.scores = replace(scores, score=scores.importance, base=scores.importance, pruned=removed.numpy())
         left = parameters_after(self.layers, self.dense_parameters, kept)
         self.plan = self.make_plan(kept, left, weights_updated=True)
 

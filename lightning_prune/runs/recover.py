@@ -21,7 +21,7 @@ from lightning_prune.recovery import Recovery, RecoveryDataModule
 from lightning_prune.recovery.train import train
 from lightning_prune.recovery.write import write_recovered
 from lightning_prune.runs.environment import environment, peak_memory_bytes
-from lightning_prune.runs.folder import PRUNED, FinishedRun, RunFolder
+from lightning_prune.runs.folder import FinishedRun, RunFolder
 from lightning_prune.runs.records import as_dict
 from lightning_prune.runs.recovered import card_section
 from lightning_prune.runs.resume import Facts, unfinished_run, write_facts
@@ -29,9 +29,9 @@ from lightning_prune.runs.reuse import known_perplexities
 from lightning_prune.runs.run import claimed
 from lightning_prune.runs.summary import RunRecord, run_metrics
 from lightning_prune.runs.tensorboard import hparams
-from lightning_prune.runs.tidy import TRAINING
 from lightning_prune.runs.verdict import evaluation_section
 from lightning_prune.support.errors import UserError
+from lightning_prune.support.names import PRUNED, TRAINING
 from lightning_prune.support.timing import Seconds
 
 OPTION = "--model.pretrained"

@@ -146,7 +146,7 @@ def test_the_second_of_two_steps_measures_with_the_biases_of_the_first(tmp_path:
         if kept.kept_channels:
             down = projections(first, position)["down_proj"]
             metric = inputs(first, down).var(0) * down.weight.square().sum(0)
-            found = method.scores.importance[method.scores.of(kept.layer, "mlp")][kept.kept_channels]
+            found = torch.from_numpy(method.scores.importance[method.scores.of(kept.layer, "mlp")][kept.kept_channels])
             # All channels of the step share one divisor.
             torch.testing.assert_close(found / found.sum(), (metric / metric.sum()).detach(), rtol=1e-3, atol=1e-6)
 
