@@ -107,7 +107,7 @@ def load_corpus(dataset: str, split: str, tokens_wanted: int | None = None) -> C
 
     Args:
         dataset: one of `NAMES` or a local path.
-        split: see `calibration_split` and `held_out_split`.
+        split: one of its splits, or `all` where there are none.
         tokens_wanted: c4 calibration is streamed only until its text has 16 characters for each of these.
 
     Raises:
@@ -130,18 +130,16 @@ def _splits(dataset: str) -> list[str]:
         return list(SPLITS)
     if dataset in HUB:
         return list(HUB[dataset].splits)
-    if not exists(Path(dataset)):
-        raise UserError(_not_found(dataset))
-    return local_splits(Path(dataset))
-
-
-def _not_found(dataset: str) -> str:
+    if exists(Path(dataset)):
+        return local_splits(Path(dataset))
     if "/" in dataset or Path(dataset).suffix:
         problem = f"{dataset!r} is neither a named dataset nor a file or folder that exists"
     else:
         near = difflib.get_close_matches(dataset.lower(), NAMES, n=1)
         problem = f"unknown dataset {dataset!r}" + (f" (did you mean {near[0]}?)" if near else "")
-    return f"{problem}; --data.dataset and --data.eval_datasets take {', '.join(NAMES)}, or a local {FILE_KINDS}"
+    raise UserError(
+        f"{problem}; --data.dataset and --data.eval_datasets take {', '.join(NAMES)}, or a local {FILE_KINDS}"
+    )
 
 
 def _from_hub(dataset: str, split: str, tokens_wanted: int | None) -> Corpus:

@@ -13,9 +13,8 @@ from lightning_prune.data.calibration import EvaluationSet, fingerprint
 from lightning_prune.data.corpora import calibration_split, split_spec
 from lightning_prune.data.datamodule import WINDOW_LENGTH
 from lightning_prune.data.sampling import aligned_windows
-from lightning_prune.data.streams import StreamReader
+from lightning_prune.data.streams import StreamReader, default_cache_dir
 from lightning_prune.data.token_arrays import first_part, is_token_array, load_token_array
-from lightning_prune.data.tokenization import default_cache_dir
 from lightning_prune.recovery.overlap import refuse_overlap
 from lightning_prune.recovery.stream import ShuffledWindows
 from lightning_prune.support.errors import UserError
