@@ -34,10 +34,10 @@ class CalibrationDataModule(LightningDataModule):
     whole, without special tokens, into one stream that is cut into windows of full length: nothing is padded.
 
     Args:
-        dataset: calibration corpus: demo, wikitext2, ptb, c4, or a local .txt, .jsonl, .json, .csv or .parquet
-            file, also compressed, a folder of such files or one saved by datasets.save_to_disk, or a token array
-            (.npy or .safetensors, int64 [N, L], used as it is). `name:split` reads another split than train. By
-            default demo for the demo model, else wikitext2.
+        dataset: calibration corpus: demo, wikitext2, ptb, c4, or a local .txt, .jsonl, .json.gz, .json, .csv or
+            .parquet file, a folder of such files or saved by datasets.save_to_disk, or a token array (.npy or
+            .safetensors, int64 [N, L], used as it is). `name:split` reads another split than train. By default demo
+            for the demo model, else wikitext2.
         num_samples: calibration windows. More of them make the importance estimate steadier and the run longer. By
             default 128; of a token array all rows, or the first num_samples.
         seq_len: tokens per calibration window. By default 128; of a token array whole rows, or their first seq_len

@@ -1,24 +1,38 @@
-"""Text in local files and folders, as far as `datasets` can load them."""
+"""Text in local files and folders, as `datasets` loads it; JSON lines and parquet in a way that bounds memory."""
 
 from __future__ import annotations
 
 import glob
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.quiet import quiet_datasets
 from lightning_prune.support.regular_files import is_special, require_regular
 
 FILE_KINDS = (
-    ".txt, .jsonl, .json, .csv or .parquet file (also compressed, such as .json.gz), folder of such files or saved "
-    "by datasets.save_to_disk, or token array (.npy, .safetensors)"
+    ".txt, .jsonl, .json.gz, .json, .csv or .parquet file, folder of such files or saved by datasets.save_to_disk, "
+    "or token array (.npy, .safetensors)"
 )
-LOADERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+# Ending → loader of `datasets` and its options.
+LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".txt": ("text", {"sample_by": "document"}),
+    ".json": ("json", {}),
+    ".csv": ("csv", {}),
+}
+JSON_LINES = (".jsonl", ".json.gz", ".jsonl.gz")
 JOINER = "\n\n"  # documents of a local file are joined by a blank line
+SIZE_LIMIT = 1 << 32  # bytes and characters: far more than calibration reads, less than it takes to fill a machine
 _OPTIONS = "--data.dataset and --data.eval_datasets"
 
 
@@ -42,15 +56,18 @@ def read_local(path: Path, split: str) -> tuple[str, str | None]:
     Raises:
         UserError: unknown kind, broken content, or no column that is clearly the text.
     """
+    name = path.name.lower()
+    if name.endswith((*JSON_LINES, ".parquet")) and not path.is_dir():
+        _check_size(path, require_regular(path, _OPTIONS))
+        return _joined(path, _parquet(path) if name.endswith(".parquet") else _json_lines(path)), None
     tables = _open(path)
     rows = tables[split] if isinstance(tables, dict) else tables
     try:
         with quiet_datasets():
             rows = rows if rows.features else rows._resolve_features()
             kinds = {name: getattr(kind, "dtype", "") for name, kind in rows.features.items()}
-            column = _text_column(path, kinds)
-            documents = (row[column] for row in rows.select_columns(column))
-            text = JOINER.join(document for document in documents if document is not None)
+            column = _text_column(path, kinds, {name for name, kind in kinds.items() if "string" in kind})
+            text = _joined(path, (row[column] for row in rows.select_columns(column)))
     except UserError:
         raise
     except Exception as error:  # arrow, zlib, json, pandas and datasets have no common base
@@ -63,36 +80,105 @@ def _open(path: Path) -> Any:
     for part in [path, *path.rglob("*")] if path.is_dir() else [path]:
         if is_special(part):
             require_regular(part, _OPTIONS)
-    kinds = [suffix for suffix in map(str.lower, path.suffixes) if suffix not in COMPRESSED]
-    kind = LOADERS.get(kinds[-1]) if kinds else None
     try:
         with quiet_datasets():
-            if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            if any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json")):
                 return datasets.load_from_disk(str(path))
             if path.is_dir():
                 return datasets.load_dataset(str(path), streaming=True)
-            if kind is not None:
-                options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
-                files = glob.escape(str(path.absolute()))
-                return datasets.load_dataset(kind, data_files=files, split="train", streaming=True, **options)
+            _check_size(path, path.stat().st_size)
+            if path.suffix.lower() in LOADERS:
+                kind, options = LOADERS[path.suffix.lower()]
+                file = glob.escape(str(path.absolute()))
+                return datasets.load_dataset(kind, data_files=file, split="train", streaming=True, **options)
+    except UserError:
+        raise
     except Exception as error:  # as above
         raise _unreadable(path, error) from error
     raise UserError(f"{path} is of an unknown kind; {_OPTIONS} take a {FILE_KINDS}")
 
 
-def _text_column(path: Path, kinds: dict[str, str]) -> str:
+def _json_lines(path: Path) -> list[str | None]:
+    """The text column. Not through `datasets`: pyarrow ends the process at a line that says null, takes texts that look
+    like dates for dates, and expects the types of the first 10 MB in all others."""
+    rows: list[dict[str, Any]] = []
+    number = size = 0  # the line, for messages
+    try:
+        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            for line in iter(partial(file.readline, SIZE_LIMIT), ""):
+                number += 1
+                size += len(line)
+                _check_size(path, size)
+                if line.strip():
+                    rows.append(json.loads(line))
+                    rows[-1].items()
+    except (ValueError, RecursionError, AttributeError) as error:  # a number of 5000 digits is a plain ValueError
+        if isinstance(error, UnicodeDecodeError):
+            raise _unreadable(path, error) from error
+        raise UserError(f"{path}, line {number}: not a JSON object; {_OPTIONS} take one JSON object a line") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise _unreadable(path, error) from error
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    strings = {name for name in names if all(isinstance(row.get(name), str | None) for row in rows)}
+    column = _text_column(path, names, strings)
+    return [row.get(column) for row in rows]
+
+
+def _parquet(path: Path) -> Iterator[str | None]:
+    """The text column. Not through `datasets`, which unpacks a row group at once, and a small file can stand for 40 GB.
+    As a dictionary, repeated texts stay one until all are counted."""
+    try:
+        schema = pq.read_schema(path)
+        column = _text_column(path, schema.names, {field.name for field in schema if "string" in str(field.type)})
+        with pq.ParquetFile(path, read_dictionary=[column]) as file:
+            size, parts = 0, []
+            for batch in file.iter_batches(batch_size=32, columns=[column]):
+                parts.append(batch.column(0))
+                lengths = pc.binary_length(parts[-1].dictionary).take(parts[-1].indices)
+                size += pc.sum(lengths).as_py() or 0
+                _check_size(path, size)
+        for part in parts:
+            yield from part.to_pylist()
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _text_column(path: Path, names: Iterable[str], strings: set[str]) -> str:
     """`text`, else `sentence`, else the only column of strings."""
-    strings = [name for name, kind in kinds.items() if kind in ("string", "large_string", "string_view")]
     for name in ("text", "sentence"):
         if name in strings:
             return name
     if len(strings) == 1:
-        return strings[0]
-    columns = ", ".join(f"{name} (text)" if name in strings else name for name in kinds) or "none"
+        return next(iter(strings))
+    columns = ", ".join(f"{name} (text)" if name in strings else name for name in names) or "none"
     raise UserError(
         f"cannot tell which column of {path} is the text; found: {columns}. Name it text or sentence, or choose "
         f"another file with {_OPTIONS}"
     )
+
+
+def _joined(path: Path, documents: Iterable[str | None]) -> str:
+    parts: list[str] = []
+    size = 0
+    for document in documents:
+        if document is not None:
+            parts.append(document)
+            size += len(document) + len(JOINER)
+            _check_size(path, size)
+    text = JOINER.join(parts)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{path} holds {text[error.start]!a}, half of a character (a lone surrogate), which no tokenizer takes. "
+            f"Repair the text, or choose another with {_OPTIONS}"
+        ) from None
+    return text
+
+
+def _check_size(path: Path, size: int) -> None:
+    if size > SIZE_LIMIT:
+        raise UserError(f"{path} holds more than {SIZE_LIMIT} characters, the most that is read; {_OPTIONS}")
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

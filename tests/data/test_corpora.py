@@ -150,10 +150,9 @@ def write(path: Path, rows: dict[str, list[Any]]) -> Path:
 KINDS = ["a.jsonl", "a.json", "a.json.gz", "a.csv", "a.parquet", "a_folder"]
 
 
-@pytest.mark.parametrize("name", ["a.txt", "we[i]rd*.TXT", ".hidden.txt", "a.txt.gz"])
+@pytest.mark.parametrize("name", ["a.txt", "we[i]rd*.TXT", ".hidden.txt"])
 def test_text_file_is_read_as_it_is(tmp_path: Path, name: str) -> None:
-    content = (JOINED + "\n").encode()
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    (tmp_path / name).write_bytes((JOINED + "\n").encode())
     assert read(tmp_path / name) == JOINED + "\n"
     assert calibration_split(str(tmp_path / name)) == "all"
     assert held_out_split(str(tmp_path / name)) is None
@@ -182,7 +181,7 @@ def test_rows_of_a_file_may_differ(tmp_path: Path) -> None:
         {"y": [1, {"z": 2}], "text": "c"},
         {"y": []},
     ]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
     assert read(tmp_path / "a.jsonl") == "a\n\nb\n\nc"
 
 
@@ -211,9 +210,10 @@ def test_a_folder_laid_out_as_on_the_hub_has_its_splits(tmp_path: Path) -> None:
 
 
 BROKEN = {
-    "a.jsonl": (b'{"text": "x"}\n{oops\n', "cannot read.*JSON"),
-    "surrogate.jsonl": (b'{"text": "a\\ud83db"}\n', "cannot read.*surrogate"),
-    "empty.jsonl": (b"", "cannot read.*holds nothing"),
+    "a.jsonl": (b'{"text": "x"}\n{oops\n', "line 2"),
+    "null.jsonl": (b"null\n", "line 1"),
+    "surrogate.jsonl": (b'{"text": "a\\ud83db"}\n', "surrogate"),
+    "empty.jsonl": (b"", "cannot tell"),
     "a.json.gz": (b"not gzip", "cannot read.*a.json.gz"),
     "half.json.gz": (gzip.compress(b'{"text": "x"}\n' * 1000)[:-30], "cannot read"),
     "a.parquet": (b"not parquet", "cannot read.*a.parquet"),
