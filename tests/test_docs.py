@@ -18,7 +18,7 @@ import yaml
 
 import lightning_prune as lp
 from lightning_prune.cli import main
-from lightning_prune.demo.text import demo_text
+from lightning_prune.demo import demo_text
 from tests.methods.running import run_method, save_base
 from tests.tiny import make_tiny, tiny_tokens
 

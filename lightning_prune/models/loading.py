@@ -16,7 +16,6 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
 
 from lightning_prune.models.checkpoint_files import open_checkpoint
 from lightning_prune.models.families import family_of
@@ -26,6 +25,7 @@ from lightning_prune.models.safetensors_header import OPTION as OPTION
 from lightning_prune.models.safetensors_header import first_line
 from lightning_prune.models.sources import CheckpointSource
 from lightning_prune.support.errors import UserError
+from lightning_prune.support.quiet import quiet_transformers as quiet_transformers
 from lightning_prune.support.regular_files import exists, expanded, is_special, require_regular
 
 CONFIG_LIMIT = 10_000_000  # bytes
@@ -252,17 +252,3 @@ def _user_error(pretrained: str, what: str) -> Iterator[None]:
             f"{OPTION}: {what} from '{pretrained}' ({reason}). "
             f"Give a Hugging Face model folder, a hub id that can be reached, or 'demo'."
         ) from error
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """transformers without warnings and bars: what matters is raised as an error instead."""
-    verbosity, shown = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if shown:
-            transformers_logging.enable_progress_bar()
