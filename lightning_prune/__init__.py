@@ -49,9 +49,9 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     Raises:
         lightning_prune.support.errors.UserError: nothing to load there, or not a supported model.
     """
-    from lightning_prune.models.loading import load_model  # torch and transformers take seconds to import
+    from lightning_prune.models.checkpoint import Checkpoint  # torch and transformers take seconds to import
 
-    return load_model(str(path), dtype)
+    return Checkpoint.open(str(path)).load(dtype)
 
 
 def __getattr__(name: str) -> Any:

@@ -10,10 +10,8 @@ from torch import Tensor, nn
 
 from lightning_prune.calibration.statistics.perplexity import Perplexity
 from lightning_prune.data.datamodule import CalibrationDataModule
-from lightning_prune.models.families import family_of
-from lightning_prune.models.layered import LayeredModel, Onload, open_layered
-from lightning_prune.models.loading import check_model, load_config
-from lightning_prune.models.placement import choose_onload
+from lightning_prune.models.checkpoint import Checkpoint
+from lightning_prune.models.layered import LayeredModel, Onload, choose_onload, open_layered
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.progress import Progress
 from lightning_prune.support.timing import Timed
@@ -60,9 +58,25 @@ class LayeredModule(Timed, L.LightningModule):
         self.perplexity: dict[str, PerplexityResult] = {}
         self.placement: Onload | None = None
         self._model: LayeredModel | None = None
+        self._checkpoints: dict[str, Checkpoint] = {}
         self._opened: str | None = None
         self.progress = Progress(shown=False)
         self._perplexities = nn.ModuleList()
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """What is at ``pretrained``, opened once."""
+        return self.checkpoint_of(self.pretrained)
+
+    def checkpoint_of(self, pretrained: str) -> Checkpoint:
+        """What is at ``pretrained``: the dense model, or the one that ``test`` measures. Weights need not be there yet.
+
+        Raises:
+            UserError: see ``Checkpoint.open``.
+        """
+        if pretrained not in self._checkpoints:
+            self._checkpoints[pretrained] = Checkpoint.open(pretrained, weights=False)
+        return self._checkpoints[pretrained]
 
     @property
     def model(self) -> LayeredModel:
@@ -97,10 +111,11 @@ class LayeredModule(Timed, L.LightningModule):
         if self._opened != pretrained:
             self.close_model()
             with self.timed("load"):
-                placement = choose_onload(self.onload, pretrained, self.load_dtype, self.device)
+                checkpoint = self.checkpoint_of(pretrained)
+                placement = choose_onload(self.onload, checkpoint, self.load_dtype, self.device)
                 if self.placement is None:
                     self.placement = placement
-                self._model = open_layered(pretrained, self.load_dtype, self.device, placement)
+                self._model = open_layered(checkpoint, self.load_dtype, self.device, placement)
                 if placement == "model":
                     self._model.load_all()
             self._opened = pretrained
@@ -120,8 +135,9 @@ class LayeredModule(Timed, L.LightningModule):
         Raises:
             UserError: no model at ``pretrained``, unknown family, tokens that do not fit the model.
         """
-        config = load_config(self.evaluated if stage == "test" else self.pretrained)
-        family_of(config)
+        checkpoint = self.checkpoint_of(self.evaluated if stage == "test" else self.pretrained)
+        _ = checkpoint.tensors  # nothing of a size is built that the config alone claims
+        config: Any = checkpoint.config
         if stage == "fit":
             self.check_before_loading(config)
         self.datamodule.check_against_model(config.vocab_size, getattr(config, "max_position_embeddings", None))
@@ -133,9 +149,9 @@ class LayeredModule(Timed, L.LightningModule):
         """Refuse a model that cannot be opened before any text is read for it.
 
         Raises:
-            UserError: as ``models.loading.check_model``.
+            UserError: as ``Checkpoint.open`` and ``Checkpoint.check``.
         """
-        check_model(self.pretrained)
+        self.checkpoint.check()
 
     def check_before_loading(self, config: Any) -> None:
         """Hook for further checks that need only the config."""
@@ -186,7 +202,8 @@ class LayeredModule(Timed, L.LightningModule):
 
     def _batches_per_step(self, config: Any) -> int:
         """All at once is fastest where layers are brought in anew for every step; the residual stream is the limit."""
-        if choose_onload(self.onload, self.evaluated, self.load_dtype, self.trainer.strategy.root_device) == "model":
+        device = self.trainer.strategy.root_device
+        if choose_onload(self.onload, self.checkpoint_of(self.evaluated), self.load_dtype, device) == "model":
             return 1
         data = self.datamodule
         longest = max((item.tokens.shape[1] for item in data.evaluation), default=1)

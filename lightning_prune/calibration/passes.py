@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from lightning_prune.calibration.hooks import Hooks
 from lightning_prune.calibration.residuals import ResidualStore
 from lightning_prune.models.families import LayerAnatomy
 from lightning_prune.models.layered import LayeredModel
+from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.memory import free_bytes
 
 Finding = dict[str, Tensor]  # what is left of a finished layer
@@ -330,7 +330,7 @@ class BlockPass(Pass):
         if step.phase == "mlp" and step.layer + 1 == self.model.num_layers:
             return
         projection = self.view(step).linears[self.role(step)].module
-        block: Literal["attention", "mlp"] = "attention" if step.phase == "attention" else "mlp"
+        block = Block.ATTENTION if step.phase == "attention" else Block.MLP
         with torch.no_grad(), self.setting.context():
             for rows in self.setting.batches():
                 hidden = self.stream.get(rows, self.model.device)

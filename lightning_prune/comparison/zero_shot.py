@@ -92,14 +92,15 @@ class ZeroShot:
     def _evaluate(self, model: _Model, tasks: list[str]) -> Iterable[tuple[str, dict[str, Score]]]:
         from lightning_prune.calibration.module import DTYPES
         from lightning_prune.evaluation.zero_shot import zero_shot
-        from lightning_prune.models.loading import load_model, load_tokenizer
+        from lightning_prune.models.checkpoint import Checkpoint
 
         self._open()
-        tokenizer = load_tokenizer(model.path)
+        checkpoint = Checkpoint.open(model.path)
+        tokenizer = checkpoint.tokenizer
         if tokenizer is None:
             raise UserError(f"{OPTION}: '{model.path}' holds no tokenizer. Save the model's tokenizer files there.")
         print(f"zero-shot: {', '.join(tasks)} with '{model.path}'")
-        loaded: Any = load_model(model.path, DTYPES[model.precision])
+        loaded: Any = checkpoint.load(DTYPES[model.precision])
         found = zero_shot(loaded.to(_device()), tokenizer, tasks, self._manager, BATCH)
         for task, metrics in found.tasks.items():
             yield task, {name: Score(metric.value, metric.stderr) for name, metric in metrics.items()}
@@ -142,10 +143,10 @@ class ZeroShot:
         return self.root / REPORTS / FOLDER / _hash(facts)
 
     def _fingerprint(self, model: str) -> str | None:
-        from lightning_prune.models.fingerprint import base_model_sha256
+        from lightning_prune.models.checkpoint import Checkpoint
 
         if model not in self._fingerprints:
-            self._fingerprints[model] = base_model_sha256(model)
+            self._fingerprints[model] = Checkpoint.open(model).fingerprint
         return self._fingerprints[model]
 
 

@@ -24,10 +24,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from lightning_prune.data.calibration import fingerprint
-from lightning_prune.models.loading import quiet_transformers
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import new_folder, write_json
 from lightning_prune.support.progress import Progress
+from lightning_prune.support.quiet import quiet_transformers
 from lightning_prune.support.regular_files import from_home
 
 TOKENISING = "tokenising"

@@ -14,9 +14,8 @@ from torch import Tensor
 from lightning_prune.export.architectures import Architecture, architecture_of, rope_of, window_of
 from lightning_prune.export.gguf_tensors import Entry, entries, widths
 from lightning_prune.export.vocabulary import Vocabulary, read_vocabulary
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import head_dim_of, layers_of
-from lightning_prune.models.layered import open_weights
-from lightning_prune.models.loading import generation_config
 from lightning_prune.models.sources import CheckpointSource
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import temporary
@@ -38,12 +37,12 @@ class Written:
 
 
 def write_gguf(
-    pretrained: str, output: Path, dtype: str, progress: Callable[[str, int, int], None] = lambda *_: None
+    checkpoint: Checkpoint, output: Path, dtype: str, progress: Callable[[str, int, int], None] = lambda *_: None
 ) -> Written:
     """Write a dense or pruned checkpoint as a GGUF file, one tensor in memory at a time.
 
     Args:
-        pretrained: folder, hub id or ``demo``.
+        checkpoint: a dense or pruned model.
         output: the file; it takes its name when it is complete, and what stood there is replaced then.
         dtype: of the matrices: ``f32``, ``f16``, ``bf16`` or ``q8_0``; vectors are always fp32.
         progress: told the name of every tensor that has been written, and the bytes so far and in all.
@@ -54,19 +53,19 @@ def write_gguf(
         OSError: the file cannot be written; nothing is left behind.
     """
     gguf = gguf_package()
-    net, source = open_weights(pretrained)
+    net, source = checkpoint.skeleton(), checkpoint.source()
     config: Any = net.config
     biases = {name.split(".")[-2] for name, _ in layers_of(net).named_parameters() if name.endswith(".bias")}
     architecture = architecture_of(config, biases)
-    ends = getattr(generation_config(pretrained), "eos_token_id", None)
+    ends = getattr(checkpoint.generation_config, "eos_token_id", None)
     vocabulary = read_vocabulary(
-        pretrained, config.vocab_size, ends if isinstance(ends, list) else [] if ends is None else [ends]
+        checkpoint, config.vocab_size, ends if isinstance(ends, list) else [] if ends is None else [ends]
     )
     tensors = list(entries(net, architecture))
     types = [_type(gguf, entry, dtype) for entry in tensors]
 
     writer = gguf.GGUFWriter(None, architecture.name)
-    _describe(gguf, writer, config, architecture, pretrained, dtype)
+    _describe(gguf, writer, config, architecture, checkpoint.pretrained, dtype)
     _speak(gguf, writer, vocabulary)
     sizes = [_bytes(gguf, entry, kind) for entry, kind in zip(tensors, types, strict=True)]
     for entry, kind, size in zip(tensors, types, sizes, strict=True):

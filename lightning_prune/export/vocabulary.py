@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_prune.models.loading import load_tokenizer, tokenizer_files
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.support.errors import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -48,22 +48,22 @@ class Vocabulary:
     chat_template: str | list[dict[str, str]] | None = None
 
 
-def read_vocabulary(pretrained: str, rows: int, ends: list[int]) -> Vocabulary:
+def read_vocabulary(checkpoint: Checkpoint, rows: int, ends: list[int]) -> Vocabulary:
     """The vocabulary of the tokenizer that stands beside a model.
 
     Args:
-        pretrained: folder or hub id.
+        checkpoint: the model.
         rows: of the embedding; rows without a token are named ``[PAD…]``.
         ends: tokens at which generation ends, as the generation config says; one that is not ``eos`` becomes ``eot``.
 
     Raises:
         UserError: no ``tokenizer.json``, or one that llama.cpp would read otherwise.
     """
-    file = next((path for path in tokenizer_files(pretrained) if path.name == "tokenizer.json"), None)
-    tokenizer: Any = load_tokenizer(pretrained)
+    file = next((path for path in checkpoint.tokenizer_files if path.name == "tokenizer.json"), None)
+    tokenizer: Any = checkpoint.tokenizer
     if file is None or tokenizer is None:
         raise UserError(
-            f"--model: '{pretrained}' holds no tokenizer.json, and a GGUF file carries its tokenizer. "
+            f"--model: '{checkpoint.pretrained}' holds no tokenizer.json, and a GGUF file carries its tokenizer. "
             "Copy the tokenizer files of the dense model there."
         )
     content = json.loads(file.read_text(encoding="utf-8"))

@@ -22,13 +22,12 @@ from lightning_prune.checkpoint.family_check import prove
 from lightning_prune.checkpoint.in_memory_plan import Overlay
 from lightning_prune.checkpoint.model_card import model_card
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
-from lightning_prune.checkpoint.pruned import open_pruned, stored_dtype
+from lightning_prune.checkpoint.pruned import open_pruned
 from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.data.sampling import held_out_samples
 from lightning_prune.methods.scores import Scores
+from lightning_prune.models.checkpoint import skeleton
 from lightning_prune.models.families import LayerAnatomy, anatomy, count_parameters
-from lightning_prune.models.layered import skeleton
-from lightning_prune.models.loading import check_model, load_config
 from lightning_prune.support.errors import UserError
 
 FINDINGS = "findings"
@@ -215,7 +214,8 @@ class PruningMethod(LayeredModule):
 
     def check_model(self) -> None:
         """As in the base class; and the ratio can be reached, and the family does what its record says."""
-        net = check_model(self.pretrained)
+        super().check_model()
+        net = self.checkpoint.meta
         self.check_ratio(anatomy(net), count_parameters(net))
         prove(net.config)
 
@@ -224,7 +224,7 @@ class PruningMethod(LayeredModule):
         self.known_as = "dense" if self.evaluated == self.pretrained else "pruned"
         super().setup(stage)
         if stage == "test" and self.progress.shown and self.evaluated == self.pretrained:
-            layers = load_config(self.pretrained).num_hidden_layers
+            layers = self.checkpoint.config.num_hidden_layers
             if self.needs_calibration:
                 tokens = self.datamodule.num_samples * self.datamodule.seq_len
                 self.progress.expect(CALIBRATING, float(FEW_PASSES * layers * tokens))
@@ -389,13 +389,13 @@ class PruningMethod(LayeredModule):
         self.trainer.strategy.barrier()
 
     def _write_pruned(self, folder: Path) -> None:
-        pruned = open_pruned(self.pretrained, self.plan, self.walk.weights_of)
-        card = model_card(self.plan, layout_of(pruned.config), self.calibration_facts(), pretrained=self.pretrained)
+        pruned = open_pruned(self.checkpoint, self.plan, self.walk.weights_of)
+        card = model_card(self.plan, layout_of(pruned.config), self.calibration_facts(), self.checkpoint)
         card += f"\n{self.note}\n" if self.note else ""
         self.self_check = write_checkpoint(
             pruned,
             folder,
-            tokenizer_from=self.pretrained,
+            beside=self.checkpoint,
             card=card,
             progress=lambda layer: self.progress.advance(
                 WRITING, LAYER_TO_WRITE, f"layer {layer + 1} of {len(self.layers)}"
@@ -416,7 +416,7 @@ class PruningMethod(LayeredModule):
 
     def make_plan(self, kept: list[LayerPlan], pruned_parameters: int, weights_updated: bool = False) -> PruningPlan:
         """A plan with this run's facts filled in; ``pruned_parameters`` counts what is left."""
-        dtype = stored_dtype(self.pretrained) if self.save_dtype == "auto" else getattr(torch, self.save_dtype)
+        dtype = self.checkpoint.stored_dtype if self.save_dtype == "auto" else getattr(torch, self.save_dtype)
         return PruningPlan(
             method=self.method,
             pruning_ratio=self.requested_ratio,

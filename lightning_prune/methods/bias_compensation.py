@@ -20,6 +20,7 @@ from lightning_prune.calibration.statistics.input_moments import InputMoments
 from lightning_prune.calibration.statistics.token_statistic import full_precision
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.methods.slimgpt_math import columns_of
+from lightning_prune.models.checkpoint import skeleton
 from lightning_prune.models.families import (
     LayerAnatomy,
     anatomy,
@@ -28,8 +29,7 @@ from lightning_prune.models.families import (
     missing_biases,
     with_biases,
 )
-from lightning_prune.models.layered import skeleton
-from lightning_prune.models.records import COLUMN_ROLES
+from lightning_prune.models.vocabulary import OUTPUT_ROLE
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def without_carrier(config: Any) -> list[str]:
 
 def _losing(config: Any) -> list[str]:
     """Those of output and down that can lose some of their columns."""
-    return [role for role in COLUMN_ROLES if role == "down" or family_of(config).whole_attention is None]
+    return [role for role in OUTPUT_ROLE.values() if role == "down" or family_of(config).whole_attention is None]
 
 
 class BiasPass(ForwardPass):

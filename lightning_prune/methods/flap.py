@@ -37,7 +37,6 @@ from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.scores import Scores, group_scores
 from lightning_prune.methods.selection import Budget
 from lightning_prune.models.families import LayerAnatomy, with_biases
-from lightning_prune.models.loading import load_config
 
 
 def weighted_fluctuation(weight: Tensor, variance: Tensor) -> Tensor:
@@ -119,7 +118,7 @@ class FLAP(GroupPruning):
         """What takes over means; None where nothing does."""
         if not self.bias_compensation or self.refit != "none":
             return None
-        found = carriers(load_config(self.pretrained))
+        found = carriers(self.checkpoint.config)
         return found if found.roles else None
 
     @property
@@ -186,7 +185,7 @@ class FLAP(GroupPruning):
         """Why nothing takes over a mean that is lost; None where none is."""
         if self.refit != "none" or not self.bias_compensation:
             return "what is kept is refitted" if self.refit != "none" else "switched off"
-        config = load_config(self.pretrained)
+        config = self.checkpoint.config
         lost = [f"{'o' if role == 'output' else role}_proj" for role in without_carrier(config)]
         return f"family '{config.model_type}' has no bias for {' and '.join(lost)}" if lost else None
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_prune.models.records import COLUMN_ROLES, FAMILIES, GUIDE, ROLES, Family
+from lightning_prune.models.records import FAMILIES, GUIDE, Family
 from lightning_prune.models.refusals import refusal_of
+from lightning_prune.models.vocabulary import OUTPUT_ROLE, ROLES
 from lightning_prune.support.errors import UserError
 
 
@@ -263,7 +264,7 @@ def missing_biases(config: Any) -> dict[str, str | None]:
     """Those of the output and the down projection that have no bias → the key that gives them one in a config of the
     family (and others with them: query, key and value, or gate and up); None where there is no such key."""
     family = family_of(config)
-    found = {role: family.bias_of(role) for role in COLUMN_ROLES if not _switch(config, family.bias_of(role))}
+    found = {role: family.bias_of(role) for role in OUTPUT_ROLE.values() if not _switch(config, family.bias_of(role))}
     return {role: key if isinstance(key, str) else None for role, key in found.items()}
 
 

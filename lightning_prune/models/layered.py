@@ -3,22 +3,23 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from lightning_prune.models.checkpoint_files import open_checkpoint
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import LayerAnatomy, anatomy, final_norm_of, layers_of
 from lightning_prune.models.head import loss_gradient, token_losses
-from lightning_prune.models.loading import load_config, meta_model, quiet_transformers, resolve
 from lightning_prune.models.overflow import Overflow
-from lightning_prune.models.sources import CheckpointSource, Prefetching, Source
-from lightning_prune.support.memory import give_back_freed_memory, keep_heaps_small
+from lightning_prune.models.sources import Prefetching, Source
+from lightning_prune.models.vocabulary import Block
+from lightning_prune.support.memory import free_bytes, give_back_freed_memory, keep_heaps_small
 
 Onload = Literal["model", "layer"]
+SHARE = 0.5  # of a device's free memory that the weights may take; calibration needs the rest
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -186,11 +187,11 @@ class LayeredModel:
         with _replaced_forward({self.views[index].attention: _no_attention}):
             return self.run(index, middle)
 
-    def add(self, index: int, hidden: Tensor, block: Literal["attention", "mlp"], output: Tensor) -> Tensor:
+    def add(self, index: int, hidden: Tensor, block: Block, output: Tensor) -> Tensor:
         """The residual stream behind a block that was entered with ``hidden`` and puts out ``output``, ``[B, L, D]``
         each: norms and multipliers on the way are the layer's own. No evaluation, since nothing is computed."""
         view = self.views[index]
-        if block == "attention":
+        if block == Block.ATTENTION:
             stubs: dict[nn.Module, Any] = {view.attention: lambda *_, **__: (output, None), view.mlp: _nothing}
         else:
             stubs = {view.attention: _no_attention, view.mlp: lambda *_, **__: output}
@@ -251,27 +252,23 @@ class LayeredModel:
 
 
 def open_layered(
-    pretrained: str, dtype: torch.dtype | None, device: torch.device, onload: Onload = "layer"
+    checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device, onload: Onload = "layer"
 ) -> LayeredModel:
     """A dense or pruned checkpoint as a ``LayeredModel``; no layer is read yet.
 
     Raises:
-        UserError: nothing there, damaged, or weights that do not fit the config.
+        UserError: weights that are damaged or do not fit the config.
     """
     keep_heaps_small()
-    net, source = open_weights(pretrained)
-    return LayeredModel(net, source, dtype, device, onload)
+    return LayeredModel(checkpoint.skeleton(), checkpoint.source(), dtype, device, onload)
 
 
-def open_weights(pretrained: str) -> tuple[PreTrainedModel, CheckpointSource]:
-    """A checkpoint's model without weights (``skeleton``), and where its weights are, held against each other.
-
-    Raises:
-        UserError: as ``open_layered``.
-    """
-    net = skeleton(load_config(pretrained))
-    files = open_checkpoint(resolve(pretrained))
-    return net, CheckpointSource(files, files.check_against(net))
+def choose_onload(wish: str, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Onload:
+    """``auto`` becomes ``model`` where the weights take at most half of the free memory, ``layer`` elsewhere."""
+    if wish in get_args(Onload):
+        return wish  # type: ignore[return-value]
+    elements = sum(torch.Size(entry.shape).numel() for entry in checkpoint.tensors.values())
+    return "model" if elements * dtype.itemsize <= SHARE * free_bytes(device) else "layer"
 
 
 class _Stub(nn.Module):
@@ -291,27 +288,6 @@ class _Stub(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._seen.append((hidden_states, (args, kwargs)))
         return hidden_states
-
-
-def skeleton(config: Any) -> PreTrainedModel:
-    """The model of ``config`` in eval mode: parameters on the meta device, buffers (rotary tables) real and fp32."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)  # half precisions set another one, which rotary tables must not take
-    try:
-        with quiet_transformers(), torch.device("cpu"):
-            net = meta_model(config, torch.device("cpu"))
-    finally:
-        torch.set_default_dtype(default)
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-    return net.eval().requires_grad_(False)
 
 
 def _prefix_of(net: nn.Module, layers: nn.Module) -> str:

@@ -21,12 +21,12 @@ from lightning_prune.comparison.audit import audit
 from lightning_prune.comparison.repeats import repeats
 from lightning_prune.comparison.run import Run, load_run
 from lightning_prune.comparison.zero_shot import ZeroShot
-from lightning_prune.models.loading import quiet_transformers
 from lightning_prune.python.calibration import as_dataset
 from lightning_prune.python.pruned import PrunedModel
 from lightning_prune.runs.run import prune_and_record
 from lightning_prune.runs.shipped_configs import config_file
 from lightning_prune.support.errors import UserError
+from lightning_prune.support.quiet import quiet_transformers
 
 HALF = {torch.bfloat16: "bf16-true", torch.float16: "16-true"}  # precisions of a model that is loaded in them
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_prune.models.loading import quiet_transformers
 from lightning_prune.recovery.zeros import linears_of
 from lightning_prune.support.errors import UserError
+from lightning_prune.support.quiet import quiet_transformers
 
 
 def attach(net: Any, rank: int, alpha: float, kept: Mapping[str, Tensor] | None = None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_prune.calibration.module import DTYPES
-from lightning_prune.models.loading import OPTION, load_model
+from lightning_prune.models.checkpoint import Checkpoint
+from lightning_prune.models.weights import OPTION
 from lightning_prune.recovery import lora
 from lightning_prune.recovery.distillation import hidden_distillation, logit_distillation, matching_states
 from lightning_prune.recovery.schedule import cosine_with_warmup, progress_of
@@ -50,6 +52,11 @@ class Recovery(Timed, L.LightningModule):
         label: Name of this system in run folders, TensorBoard and tables. Default: the pruning run's with _lora or
             _full.
     """
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The pruned model."""
+        return Checkpoint.open(self.pretrained)
 
     def __init__(
         self,
@@ -135,7 +142,7 @@ class Recovery(Timed, L.LightningModule):
             )
         dtype = DTYPES[precision]
         with self.timed("load"):
-            net: Any = load_model(self.pretrained, dtype)
+            net: Any = self.checkpoint.load(dtype)
             self._kept = kept_weights(net) if masked else None
             if self.train_what == "lora":
                 self._net = lora.attach(net, self.lora_rank, self.lora_alpha, self._kept)
@@ -149,7 +156,7 @@ class Recovery(Timed, L.LightningModule):
 
     def _load_teacher(self, name: str, dtype: torch.dtype, vocab_size: int) -> nn.Module:
         try:
-            teacher: nn.Module = load_model(name, dtype)
+            teacher: nn.Module = Checkpoint.open(name).load(dtype)
         except UserError as error:
             raise UserError(
                 str(error).replace(OPTION, "--model.teacher") + " Or train without it: --model.distillation 0."

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_prune.checkpoint.write import write_checkpoint
-from lightning_prune.models.layered import LayeredModel, skeleton
-from lightning_prune.models.loading import load_config
+from lightning_prune.models.checkpoint import Checkpoint
+from lightning_prune.models.layered import LayeredModel
 
 
 class StateSource:
@@ -24,13 +24,13 @@ class StateSource:
 
 
 def write_recovered(
-    state: Mapping[str, Tensor], pretrained: str, folder: Path, dtype: torch.dtype, card: str
+    state: Mapping[str, Tensor], pruned: Checkpoint, folder: Path, dtype: torch.dtype, card: str
 ) -> dict[str, Any]:
-    """Write ``state`` with the config, tokenizer and modeling file of the pruned model at ``pretrained``.
+    """Write ``state`` with the config, tokenizer and modeling file of the ``pruned`` model.
 
     Args:
         state: every parameter by its name in the model.
-        pretrained: the pruned model that was trained.
+        pruned: the model that was trained.
         folder: where to.
         dtype: of the weights on disk.
         card: ``README.md``.
@@ -41,9 +41,8 @@ def write_recovered(
     Raises:
         CheckpointError, FloatingPointError, UserError: see ``checkpoint.write``; nothing is left behind.
     """
-    net = skeleton(load_config(pretrained))
-    model = LayeredModel(net, StateSource(state), dtype, torch.device("cpu"), "layer")
+    model = LayeredModel(pruned.skeleton(), StateSource(state), dtype, torch.device("cpu"), "layer")
     try:
-        return write_checkpoint(model, folder, tokenizer_from=pretrained, card=card)
+        return write_checkpoint(model, folder, beside=pruned, card=card)
     finally:
         model.close()

@@ -40,7 +40,7 @@ def _advice(precision: str, model: LayeredModule) -> str:
 
 def _bad_weight(model: LayeredModule) -> str | None:
     """The first parameter of the checkpoint that is not finite."""
-    opened = open_layered(model.pretrained, None, torch.device("cpu"))
+    opened = open_layered(model.checkpoint, None, torch.device("cpu"))
     try:
         for name, weight in _parameters(opened):
             if not bool(torch.isfinite(weight).all()):

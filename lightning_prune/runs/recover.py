@@ -15,11 +15,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_prune.calibration.module import DTYPES, LayeredModule, PerplexityResult
 from lightning_prune.checkpoint.cut import layout_of
 from lightning_prune.checkpoint.model_card import model_card
-from lightning_prune.checkpoint.pruned import stored_dtype
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.evaluation.unigram import unigram_perplexity
-from lightning_prune.models.fingerprint import base_model_sha256
-from lightning_prune.models.loading import load_config, quiet_transformers
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.recovery.data import RecoveryDataModule, default_dataset
 from lightning_prune.recovery.module import HELD_OUT, LAST, Recovery
 from lightning_prune.recovery.schedule import timer_of
@@ -34,6 +32,7 @@ from lightning_prune.runs.summary import RunRecord, run_metrics
 from lightning_prune.runs.verdict import evaluation_section
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.escape import markdown, markdown_table, plain, public_name
+from lightning_prune.support.quiet import quiet_transformers
 
 OPTION = "--model.pretrained"
 FREE = ("model.label", "model.pretrained", "data.cache_dir", "data.eval_datasets", "data.tokenizer")
@@ -96,7 +95,7 @@ def recover_and_record(
         data.setup("fit")
         evaluation.setup("test")
     data.refuse_evaluation_text(evaluation.evaluation)
-    net = load_config(module.pretrained)
+    net: Any = module.checkpoint.config
     data.check_against_model(net.vocab_size, getattr(net, "max_position_embeddings", None))
     evaluation.check_against_model(net.vocab_size, getattr(net, "max_position_embeddings", None))
     _check_teacher(module, run)
@@ -137,9 +136,9 @@ def recover_and_record(
             }
             folder.write_decision(run.scores, plan, details)
             facts_of_text = None if run.calibration is None else as_dict(run.calibration)
-            card = model_card(plan, layout_of(net), facts_of_text, pretrained=plan.base_model)
-            dtype = stored_dtype(module.pretrained)
-            self_check = write_recovered(state, module.pretrained, folder.pruned, dtype, card)
+            card = model_card(plan, layout_of(net), facts_of_text)
+            dtype = module.checkpoint.stored_dtype
+            self_check = write_recovered(state, module.checkpoint, folder.pruned, dtype, card)
             del state
         recovered = _measure(str(folder.pruned), "recovered", evaluation, module, trainer, run)
         module.seconds["evaluate pruned"] = module.seconds.pop("evaluate recovered")
@@ -246,7 +245,7 @@ def _check_teacher(module: Recovery, run: FinishedRun) -> None:
     if not module.needs_teacher or module.teacher is not None or recorded is None:
         return
     try:
-        found = base_model_sha256(run.plan.base_model)
+        found = Checkpoint.open(run.plan.base_model).fingerprint
     except UserError:
         found = None
     if found != recorded:
@@ -306,7 +305,7 @@ def _facts(module: Recovery, data: RecoveryDataModule, config: str) -> Facts:
     return {
         **{name: value for name, value in options.items() if name not in FREE},
         **{f"trainer.{name}": parsed["trainer"].get(name) for name in trainer},
-        "weights of the model (SHA-256)": base_model_sha256(module.pretrained),
+        "weights of the model (SHA-256)": module.checkpoint.fingerprint,
         "training tokens (SHA-256)": data.manifest["fingerprint"],
     }
 

@@ -9,8 +9,8 @@ from lightning_prune.calibration.module import PerplexityResult
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.methods.base import PruningMethod, SavedMeasurement
 from lightning_prune.methods.scores import Scores, group_scores, layer_scores
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import anatomy
-from lightning_prune.models.loading import load_config, meta_model
 from lightning_prune.runs.folder import FinishedRun
 from lightning_prune.runs.records import as_dict
 from lightning_prune.runs.score_table import ScoreTable
@@ -67,7 +67,7 @@ def known_perplexities(
 
 def _check_units(table: ScoreTable, pretrained: str) -> None:
     """Raise ValueError unless the table lists every unit of the model with its cost."""
-    layers = anatomy(meta_model(load_config(pretrained)))
+    layers = anatomy(Checkpoint.open(pretrained).meta)
     if table.whole_layers:
         cost = [view.attention_block_cost + view.mlp_block_cost for view in layers]
         expected = layer_scores(torch.ones(len(layers)), cost)

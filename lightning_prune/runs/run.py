@@ -14,7 +14,6 @@ from lightning_prune.calibration.module import LayeredModule, PerplexityResult
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.evaluation.unigram import unigram_perplexity
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.models.fingerprint import base_model_sha256
 from lightning_prune.preflight.place import place
 from lightning_prune.runs.configuration import configuration_sha256
 from lightning_prune.runs.environment import environment, peak_memory_bytes
@@ -90,7 +89,7 @@ def _facts(trainer: L.Trainer, method: PruningMethod, data: CalibrationDataModul
     with method.timed("tokenise"):
         data.setup("fit")
     calibration = data.calibration.manifest.fingerprint if method.needs_calibration else None
-    return facts_of(config, base_model_sha256(method.pretrained), calibration, trainer.world_size)
+    return facts_of(config, method.checkpoint.fingerprint, calibration, trainer.world_size)
 
 
 def _dense(
@@ -220,7 +219,7 @@ def _record(
         item.name: {**item.manifest, "unigram_perplexity": unigram_perplexity(item.tokens)} for item in data.evaluation
     }
     metrics = run_metrics(method.plan, dense, method.perplexity, evaluation, method.seconds, peak_memory_bytes())
-    weights = base_model_sha256(method.pretrained)
+    weights = method.checkpoint.fingerprint
     metrics["method"] = {
         "name": method.method,
         "label": method.label,

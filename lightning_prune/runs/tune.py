@@ -22,9 +22,7 @@ from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.data.sampling import held_out_samples
 from lightning_prune.methods.base import PruningMethod, SavedMeasurement
 from lightning_prune.methods.group_pruning import GroupPruning
-from lightning_prune.models.families import family_of
-from lightning_prune.models.fingerprint import base_model_sha256
-from lightning_prune.models.loading import load_config
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.preflight.place import place
 from lightning_prune.runs.planned import Build, BuiltRun
 from lightning_prune.runs.resume import facts_of
@@ -142,8 +140,9 @@ def tune(
     base["trainer"] |= {"logger": False, "enable_progress_bar": False, "default_root_dir": str(folder)}
     given = base["model"]["init_args"]
     pretrained = str(given["pretrained"])
+    checkpoint = Checkpoint.open(pretrained)
     facts = facts_of(
-        yaml.safe_dump(configuration), base_model_sha256(pretrained), data.calibration.manifest.fingerprint, processes=1
+        yaml.safe_dump(configuration), checkpoint.fingerprint, data.calibration.manifest.fingerprint, processes=1
     )
     record = read_trials(kept, facts) if resume else Trials(facts)
     record.samples = int(chosen.sum())
@@ -188,7 +187,7 @@ def tune(
         yield found()
     best = found().best
     if limits.shifts and best.options["allocation"] == "global":
-        ways = directions(len(best.kept["mlp"]), family_of(load_config(pretrained)).whole_attention is None)
+        ways = directions(len(best.kept["mlp"]), checkpoint.family.whole_attention is None)
         known = np.log2(given["block_weights"]) if given.get("block_weights") else 0.0
 
         def shifted(move: str, x: Floats) -> float:

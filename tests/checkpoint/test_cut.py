@@ -7,9 +7,8 @@ from transformers import PreTrainedModel
 
 from lightning_prune.checkpoint.cut import check_plan, layout_of, parameters_after, pruned_config
 from lightning_prune.checkpoint.plan import PruningPlan
+from lightning_prune.models.checkpoint import meta_model, skeleton
 from lightning_prune.models.families import anatomy, count_parameters
-from lightning_prune.models.layered import skeleton
-from lightning_prune.models.loading import meta_model
 from lightning_prune.support.errors import UserError
 from tests.cutting import cut
 from tests.tiny import (

@@ -16,7 +16,7 @@ from lightning_prune.comparison.latex import latex
 from lightning_prune.comparison.run import load_run
 from lightning_prune.comparison.sections import sections, terminal
 from lightning_prune.evaluation import zero_shot
-from lightning_prune.models.fingerprint import base_model_sha256
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.support.errors import UserError
 from tests.comparison.fake_run import write_run
 from tests.cutting import layered_cut
@@ -35,10 +35,10 @@ def folders(tmp_path: Path) -> list[Path]:
     tiny_tokenizer().save_pretrained(base)
     found = []
     for label in ("wanda", "taylor"):
-        folder = write_run(tmp_path, label, base_model=str(base), weights=base_model_sha256(str(base)))
+        folder = write_run(tmp_path, label, base_model=str(base), weights=Checkpoint.open(str(base)).fingerprint)
         model = make_tiny(seed=len(found) + 1)
         pruned = layered_cut(model, mixed_plan(model))
-        write_checkpoint(pruned, folder / "pruned", tokenizer_from=str(base), card="")
+        write_checkpoint(pruned, folder / "pruned", beside=Checkpoint.open(str(base)), card="")
         found.append(folder)
     return found
 

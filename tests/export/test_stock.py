@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, MistralForCausalLM
 
 from lightning_prune.cli import main
 from lightning_prune.export.stock import PaddedSource, stock_config
-from lightning_prune.models.layered import open_weights, skeleton
+from lightning_prune.models.checkpoint import Checkpoint, skeleton
 from lightning_prune.models.sources import CheckpointSource
 from lightning_prune.support.errors import UserError
 from tests.export.checkpoints import FULL, Plan, gone, save
@@ -82,7 +82,8 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_norm_that_sees_all_heads_is_not_padded(tmp_path: Path) -> None:
     save(tmp_path / "model", plan=mixed_plan)
-    net, source = open_weights(str(tmp_path / "model"))
+    checkpoint = Checkpoint.open(str(tmp_path / "model"))
+    net, source = checkpoint.skeleton(), checkpoint.source()
     wide = skeleton(stock_config(net.config))
     for model, size in ((net, 8), (wide, 16)):
         model.model.layers[1].self_attn.register_module("k_norm", torch.nn.RMSNorm(size))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lightning_prune.export.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED, Vocabulary, read_vocabulary
-from lightning_prune.models.loading import load_tokenizer
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.support.errors import UserError
 from tests.export.checkpoints import TOKENS, save
 
@@ -19,7 +19,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def read(folder: Path, rows: int = TOKENS, ends: list[int] | None = None) -> Vocabulary:
-    return read_vocabulary(str(folder), rows, ends or [])
+    return read_vocabulary(Checkpoint.open(str(folder)), rows, ends or [])
 
 
 def edit(file: Path, change: Callable[[Any], Any]) -> None:
@@ -29,7 +29,7 @@ def edit(file: Path, change: Callable[[Any], Any]) -> None:
 
 
 def test_every_row_of_the_embedding_has_its_token(folder: Path) -> None:
-    tokenizer: Any = load_tokenizer(str(folder))
+    tokenizer: Any = Checkpoint.open(str(folder)).tokenizer
     tokenizer.add_tokens(["<tool>"])
     tokenizer.save_pretrained(folder)
     found = read(folder, rows=1030)

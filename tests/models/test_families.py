@@ -9,8 +9,8 @@ from torch import nn
 from transformers import AutoConfig, BertConfig, GPT2Config
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from lightning_prune.models.checkpoint import meta_model
 from lightning_prune.models.families import anatomy, count_parameters, family_of
-from lightning_prune.models.loading import meta_model
 from lightning_prune.models.records import FAMILIES as FAMILIES_OF_RECORD
 from lightning_prune.models.records import GUIDE, TEXT_PARTS
 from lightning_prune.models.refusals import ENCODER_DECODER, FAMILIES_BY_REASON, REFUSED, SEVERAL_MODELS

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune.models.loading import load_model
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.recovery import lora
 from lightning_prune.recovery.zeros import check_zeros, hold_zeros, kept_weights, linears_of
 from lightning_prune.support.errors import CheckpointError
@@ -26,7 +26,7 @@ def shake(net: nn.Module) -> None:
 
 
 def test_merged_weights_give_the_logits_of_the_adapters_at_uneven_widths(pruned: Path) -> None:
-    net: Any = load_model(str(pruned), torch.float32)
+    net: Any = Checkpoint.open(str(pruned)).load(torch.float32)
     assert len({linear.weight.shape for linear in linears_of(net).values()}) > 4
     names, before = [name for name, _ in net.named_parameters()], net(TOKENS).logits.detach()
     adapted = lora.attach(net, rank=3, alpha=6.0)

@@ -23,13 +23,13 @@ def main(argv: list[str]) -> int:
     # After the arguments, so that --help does not wait for torch.
     import torch
 
-    from lightning_prune.checkpoint.cut import check_plan, layout_of
+    from lightning_prune.checkpoint.cut import layout_of
     from lightning_prune.checkpoint.model_card import model_card
     from lightning_prune.checkpoint.plan import PruningPlan
     from lightning_prune.checkpoint.pruned import open_pruned
     from lightning_prune.checkpoint.write import write_checkpoint
-    from lightning_prune.models.families import anatomy, count_parameters
-    from lightning_prune.models.loading import load_config, meta_model
+    from lightning_prune.models.checkpoint import Checkpoint
+    from lightning_prune.models.families import count_parameters
 
     plan = PruningPlan.load(arguments.plan)
     if plan.weights_updated:
@@ -43,18 +43,16 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--plan: dtype '{plan.dtype}' is not known. Allowed: float32, bfloat16, float16.")
 
     # Everything that can be wrong is found before the weights are read.
-    dense = meta_model(load_config(arguments.model))
-    found, expected = count_parameters(dense), plan.parameters["dense"]
+    dense = Checkpoint.open(arguments.model)
+    found, expected = count_parameters(dense.meta), plan.parameters["dense"]
     if found != expected:
         raise UserError(
             f"--model: '{arguments.model}' has {found:,} parameters, the plan was made for a model with "
             f"{expected:,} ('{plan.base_model}'). Give that model."
         )
-    check_plan(anatomy(dense), plan, dense.config)
-
-    pruned = open_pruned(arguments.model, plan)
-    card = model_card(plan, layout_of(pruned.config), pretrained=arguments.model)
-    write_checkpoint(pruned, arguments.output, tokenizer_from=arguments.model, card=card)
+    pruned = open_pruned(dense, plan)
+    card = model_card(plan, layout_of(pruned.config), base=dense)
+    write_checkpoint(pruned, arguments.output, beside=dense, card=card)
     print(f"pruned model: {arguments.output}")
     return 0
 

@@ -32,7 +32,8 @@ def main(argv: list[str]) -> int:
     from lightning_prune.calibration.module import DTYPES
     from lightning_prune.evaluation import efficiency, zero_shot
     from lightning_prune.evaluation.engine_speed import engine_version, measure_in_engine
-    from lightning_prune.models.loading import OPTION, load_config, load_model, load_tokenizer
+    from lightning_prune.models.checkpoint import Checkpoint
+    from lightning_prune.models.weights import OPTION
     from lightning_prune.runs.environment import environment
     from lightning_prune.support.files import check_writable, write_json
 
@@ -40,13 +41,14 @@ def main(argv: list[str]) -> int:
     device = _device(arguments.device)
     models = {"dense": arguments.dense} if arguments.dense else {}
     models["pruned"] = model_folder
+    opened = {}
     for name, path in models.items():
         try:
-            load_config(path)
+            opened[name] = Checkpoint.open(path)
         except UserError as error:
             raise UserError(str(error).replace(OPTION, "--model" if name == "pruned" else "--dense")) from None
     # One dtype for both: a dense bf16 folder beside a pruned fp32 one would compare formats, not models.
-    dtype = DTYPES[arguments.precision] if arguments.precision else efficiency.stored_dtype(model_folder)
+    dtype = DTYPES[arguments.precision] if arguments.precision else efficiency.stored_dtype(opened["pruned"])
     manager = zero_shot.check_tasks(arguments.tasks, arguments.include_path) if arguments.zero_shot else None
     setting = efficiency.Setting(
         prompt_length=arguments.prompt_length,
@@ -61,16 +63,16 @@ def main(argv: list[str]) -> int:
     costs: dict[str, Efficiency] = {}
     knowledge: dict[str, ZeroShotResult] = {}
     for name, path in models.items():
-        tokenizer = load_tokenizer(path) if arguments.zero_shot else None
+        tokenizer = opened[name].tokenizer if arguments.zero_shot else None
         if arguments.zero_shot and tokenizer is None:
             raise UserError(f"--zero-shot: '{path}' holds no tokenizer. Save the model's tokenizer files there.")
         if arguments.efficiency and arguments.engine != "transformers":
-            costs[name] = measure_in_engine(arguments.engine, path, setting, dtype, device, name)
+            costs[name] = measure_in_engine(arguments.engine, opened[name], setting, dtype, device, name)
             if not arguments.zero_shot:
                 continue
-        model: Any = load_model(path, dtype).to(device)  # type: ignore[arg-type]
+        model: Any = opened[name].load(dtype).to(device)  # type: ignore[arg-type]
         if arguments.efficiency and arguments.engine == "transformers":
-            costs[name] = efficiency.measure(model, path, setting, name)
+            costs[name] = efficiency.measure(model, opened[name], setting, name)
         if arguments.zero_shot:
             batch_size = arguments.eval_batch_size
             knowledge[name] = zero_shot.zero_shot(model, tokenizer, arguments.tasks, manager, batch_size)

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     _check_output(output, arguments.format == "stock", arguments.overwrite)
 
     # After the arguments, so that --help does not wait for torch.
-    from lightning_prune.models.safetensors_header import OPTION as PRETRAINED
+    from lightning_prune.models.weights import OPTION as PRETRAINED
     from lightning_prune.support.progress import Progress
 
     progress = Progress()
@@ -42,14 +42,14 @@ def main(argv: list[str]) -> int:
 
 
 def _gguf(model: str, output: Path, dtype: str | None, progress: Any) -> None:
-    from lightning_prune.checkpoint.pruned import stored_dtype
     from lightning_prune.export.gguf_file import gguf_package, write_gguf
-    from lightning_prune.models.loading import load_config
+    from lightning_prune.models.checkpoint import Checkpoint
 
     gguf_package()
-    config = load_config(model)
+    checkpoint = Checkpoint.open(model)
+    config: Any = checkpoint.config
     names = {"float16": "f16", "bfloat16": "bf16"}
-    chosen = dtype or names.get(str(stored_dtype(model)).removeprefix("torch."), "f32")
+    chosen = dtype or names.get(str(checkpoint.stored_dtype).removeprefix("torch."), "f32")
     phase, last = f"writing {output.name}", 0
 
     def show(_: str, done: int, total: int) -> None:
@@ -58,7 +58,7 @@ def _gguf(model: str, output: Path, dtype: str | None, progress: Any) -> None:
         progress.advance(phase, done - last)
         last = done
 
-    written = write_gguf(model, output, chosen, show)
+    written = write_gguf(checkpoint, output, chosen, show)
     progress.finish(phase)
     progress.close()
     if written.left_in_f16:
@@ -74,6 +74,7 @@ def _gguf(model: str, output: Path, dtype: str | None, progress: Any) -> None:
 def _stock(model: str, output: Path, _: str | None, progress: Any) -> None:
     from lightning_prune.checkpoint.model_card import stock_card
     from lightning_prune.export.stock import write_stock
+    from lightning_prune.models.checkpoint import Checkpoint
 
     def show(layer: int, total: int) -> None:
         progress.expect("padding", total)
@@ -81,7 +82,7 @@ def _stock(model: str, output: Path, _: str | None, progress: Any) -> None:
 
     readme = Path(model) / "README.md"
     card = read_file(readme, CARD_LIMIT, "--model").decode("utf-8", errors="replace") if readme.is_file() else ""
-    padded = write_stock(model, output, stock_card(card), show)
+    padded = write_stock(Checkpoint.open(model), output, stock_card(card), show)
     progress.finish("padding")
     progress.close()
     print(padded.sentence())

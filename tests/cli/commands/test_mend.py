@@ -25,7 +25,7 @@ BROKEN = SOURCE.replace(FINDS_THE_CACHE, "None")
 
 def new_checkpoint(folder: Path, family: str = "llama", plan: Any = mixed_plan) -> Path:
     model = make_tiny(family)
-    write_checkpoint(layered_cut(model, plan(model)), folder, tokenizer_from=None, card="")
+    write_checkpoint(layered_cut(model, plan(model)), folder, beside=None, card="")
     return folder
 
 
