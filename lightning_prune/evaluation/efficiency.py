@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import count_parameters, family_of, layers_of
-from lightning_prune.models.loading import load_config, resolve
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.progress import Progress
 
@@ -135,23 +134,22 @@ def _head_widths(model: PreTrainedModel) -> list[tuple[int, int]]:
     return [(width, width // block.num_key_value_groups) for width, block in queries]
 
 
-def weight_file_bytes(pretrained: str) -> int:
-    """Size of all ``*.safetensors`` of a model folder, ``demo``, or a hub id that has been loaded before."""
-    config = cached_file(resolve(pretrained), "config.json")
-    return sum(file.stat().st_size for file in Path(config).parent.glob("*.safetensors"))
+def weight_file_bytes(checkpoint: Checkpoint) -> int:
+    """Size of all its weight files."""
+    return sum(file.stat().st_size for file in checkpoint.weight_files)
 
 
-def stored_dtype(pretrained: str) -> torch.dtype:
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype of a checkpoint's weights, fp32 where its config does not say."""
-    return load_config(pretrained).dtype or torch.float32
+    return checkpoint.config.dtype or torch.float32
 
 
-def measure(model: PreTrainedModel, pretrained: str, setting: Setting, name: str = "model") -> Efficiency:
+def measure(model: PreTrainedModel, checkpoint: Checkpoint, setting: Setting, name: str = "model") -> Efficiency:
     """Count and time one model where it stands (device and dtype).
 
     Args:
         model: a causal LM, dense or pruned.
-        pretrained: the folder, hub id or ``demo`` it was loaded from.
+        checkpoint: what it was loaded from.
         setting: lengths, batch sizes and repeats.
         name: shown while it is timed.
 
@@ -163,7 +161,7 @@ def measure(model: PreTrainedModel, pretrained: str, setting: Setting, name: str
     model.eval()
     with timing(name, setting) as done:
         speed = [_speed(model, batch_size, setting, done) for batch_size in setting.batch_sizes]
-    return count(model, pretrained, setting, speed)
+    return count(model, checkpoint, setting, speed)
 
 
 @contextmanager
@@ -176,14 +174,14 @@ def timing(name: str, setting: Setting) -> Iterator[Callable[[], None]]:
         progress.finish(phase)
 
 
-def count(model: PreTrainedModel, pretrained: str, setting: Setting, speed: list[Speed]) -> Efficiency:
+def count(model: PreTrainedModel, checkpoint: Checkpoint, setting: Setting, speed: list[Speed]) -> Efficiency:
     """What follows from the shapes of ``model``, on the meta device too, and from its files, beside its speed."""
     return Efficiency(
         parameters=count_parameters(model),
         macs_per_token=macs_per_token(model, setting.context_length),
         kv_cache_bytes_per_token=kv_cache_bytes_per_token(model),
-        weight_file_bytes=weight_file_bytes(pretrained),
-        weight_file_dtype=str(stored_dtype(pretrained)).removeprefix("torch."),
+        weight_file_bytes=weight_file_bytes(checkpoint),
+        weight_file_dtype=str(stored_dtype(checkpoint)).removeprefix("torch."),
         speed=speed,
     )
 

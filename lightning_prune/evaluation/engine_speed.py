@@ -1,5 +1,6 @@
 """Tokens per second of a checkpoint in a serving engine that is installed beside this package."""
 
+import copy
 import importlib
 import importlib.metadata
 import importlib.util
@@ -21,7 +22,7 @@ import torch
 
 from lightning_prune.evaluation.efficiency import WARM_UP, Efficiency, Setting, Speed, check_setting, count, timing
 from lightning_prune.export.gguf_file import gguf_package, write_gguf
-from lightning_prune.models.loading import load_config, meta_model, resolve
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.support.errors import UserError
 
 EngineName = Literal["vllm", "llamacpp"]
@@ -54,7 +55,12 @@ def engine_version(name: EngineName) -> str:
 
 
 def measure_in_engine(
-    engine: EngineName, pretrained: str, setting: Setting, dtype: torch.dtype, device: torch.device, name: str = "model"
+    engine: EngineName,
+    checkpoint: Checkpoint,
+    setting: Setting,
+    dtype: torch.dtype,
+    device: torch.device,
+    name: str = "model",
 ) -> Efficiency:
     """Count one model, and time it in an engine.
 
@@ -63,7 +69,7 @@ def measure_in_engine(
 
     Args:
         engine: which.
-        pretrained: folder, hub id or ``demo``.
+        checkpoint: a dense or pruned model.
         setting: lengths, batch sizes and repeats.
         dtype: to run in.
         device: GPU or CPU.
@@ -73,15 +79,15 @@ def measure_in_engine(
         UserError: the engine is not installed or refuses the model, or a length does not fit.
     """
     engine_version(engine)
-    config: Any = load_config(pretrained)
+    config: Any = checkpoint.config
     check_setting(config, setting)
-    model = meta_model(config).to(dtype)
+    model = copy.deepcopy(checkpoint.meta).to(dtype)
     opened = _vllm if engine == "vllm" else _llamacpp
     speed = []
-    with timing(name, setting) as done, opened(resolve(pretrained), setting, dtype, device) as running:
+    with timing(name, setting) as done, opened(checkpoint.path, setting, dtype, device) as running:
         for batch_size in setting.batch_sizes:
             speed.append(_speed(running, config.vocab_size, batch_size, setting, done))
-    return count(model, pretrained, setting, speed)
+    return count(model, checkpoint, setting, speed)
 
 
 def _speed(engine: Engine, vocabulary: int, batch_size: int, setting: Setting, done: Callable[[], None]) -> Speed:
@@ -146,7 +152,7 @@ def _llamacpp(folder: str, setting: Setting, dtype: torch.dtype, device: torch.d
     batch_size = max(setting.batch_sizes)
     with tempfile.TemporaryDirectory(prefix="lightning-prune-") as place, ThreadPoolExecutor(batch_size) as threads:
         file = Path(place) / "model.gguf"
-        write_gguf(folder, file, GGUF_DTYPES[dtype])
+        write_gguf(Checkpoint.open(folder), file, GGUF_DTYPES[dtype])
         params = xllamacpp.CommonParams()
         params.model.path = str(file)
         params.n_parallel = batch_size

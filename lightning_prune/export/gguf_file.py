@@ -14,9 +14,8 @@ import torch
 from lightning_prune.export.architectures import Architecture, architecture_of
 from lightning_prune.export.gguf_tensors import Entry, entries, filled_config
 from lightning_prune.export.vocabulary import add_vocabulary
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import head_dim_of, layers_of
-from lightning_prune.models.layered import open_weights
-from lightning_prune.models.loading import generation_config
 from lightning_prune.models.sources import CheckpointSource
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import temporary
@@ -36,12 +35,12 @@ class Written:
 
 
 def write_gguf(
-    pretrained: str, output: Path, dtype: str, progress: Callable[[str, int, int], None] = lambda *_: None
+    checkpoint: Checkpoint, output: Path, dtype: str, progress: Callable[[str, int, int], None] = lambda *_: None
 ) -> Written:
     """Write a dense or pruned checkpoint as a GGUF file, one tensor in memory at a time.
 
     Args:
-        pretrained: folder, hub id or ``demo``.
+        checkpoint: a dense or pruned model.
         output: the file; it takes its name when it is complete, and replaces what was there then.
         dtype: of the matrices: ``f32``, ``f16``, ``bf16`` or ``q8_0``; vectors are always fp32.
         progress: told the name of every tensor that has been written, and the bytes so far and in all.
@@ -52,7 +51,7 @@ def write_gguf(
         OSError: the file cannot be written; nothing is left of it.
     """
     gguf = gguf_package()
-    net, source = open_weights(pretrained)
+    net, source = checkpoint.skeleton(), checkpoint.source()
     config: Any = net.config
     biases = {name.split(".")[-2] for name, _ in layers_of(net).named_parameters() if name.endswith(".bias")}
     architecture = architecture_of(config, biases)
@@ -60,11 +59,11 @@ def write_gguf(
     writer = gguf.GGUFWriter(None, architecture.name)
     window = _window_of(config)
     _describe(gguf, writer, filled, architecture, window)
-    writer.add_name(Path(pretrained).resolve().name)
+    writer.add_name(Path(checkpoint.pretrained).resolve().name)
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[dtype]])
-    ends = getattr(generation_config(pretrained), "eos_token_id", None)
+    ends = getattr(checkpoint.generation_config, "eos_token_id", None)
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    add_vocabulary(gguf, writer, pretrained, config.vocab_size, ends)
+    add_vocabulary(gguf, writer, checkpoint, config.vocab_size, ends)
 
     tensors = [(entry, _type(gguf, entry, dtype)) for entry in entries(gguf, net, filled, architecture)]
     sizes = []

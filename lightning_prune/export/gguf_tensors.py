@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_prune.export.architectures import DECI, Architecture
+from lightning_prune.models.checkpoint import meta_model
 from lightning_prune.models.families import head_dim_of
-from lightning_prune.models.loading import meta_model
 
 ZERO_CHANNELS = 32  # of an MLP that is not there; a block of the quantised formats
 

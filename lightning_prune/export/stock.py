@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from lightning_prune.checkpoint.cut import pruned_config
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
-from lightning_prune.checkpoint.pruned import stored_dtype
 from lightning_prune.checkpoint.write import write_checkpoint
+from lightning_prune.models.checkpoint import Checkpoint, meta_model, skeleton
 from lightning_prune.models.families import count_parameters, family_of, rows_of
-from lightning_prune.models.layered import LayeredModel, open_weights, skeleton
-from lightning_prune.models.loading import meta_model
+from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.sources import Source
 from lightning_prune.support.errors import UserError
 
@@ -39,12 +38,12 @@ class Padded:
 
 
 def write_stock(
-    pretrained: str, folder: Path, card: str, progress: Callable[[int, int], None] = lambda *_: None
+    checkpoint: Checkpoint, folder: Path, card: str, progress: Callable[[int, int], None] = lambda *_: None
 ) -> Padded:
     """Write the model as a stock checkpoint with the same logits, one layer in memory at a time.
 
     Args:
-        pretrained: a per-layer checkpoint: folder or hub id.
+        checkpoint: with a width per layer.
         folder: takes its name when it is complete, and replaces what was there then.
         card: text of ``README.md``.
         progress: told the number of every layer that has been written, and how many there are.
@@ -53,21 +52,21 @@ def write_stock(
         UserError: the model is stock already; or the folder cannot be written.
         CheckpointError: what was written, read back, is not what was meant.
     """
-    net, source = open_weights(pretrained)
+    net, source = checkpoint.skeleton(), checkpoint.source()
     config: Any = net.config
     if not config.is_heterogeneous:
         raise UserError(
-            f"--format stock: every layer of '{pretrained}' has the same widths, so it is a stock checkpoint already. "
-            "Use the folder as it is."
+            f"--format stock: every layer of '{checkpoint.pretrained}' has the same widths, so it is a stock "
+            "checkpoint already. Use the folder as it is."
         )
     wide = skeleton(stock_config(config))
     try:
         padded = PaddedSource(source, net, wide)
-        model = LayeredModel(wide, padded, stored_dtype(pretrained), torch.device("cpu"), "layer")
+        model = LayeredModel(wide, padded, checkpoint.stored_dtype, torch.device("cpu"), "layer")
         write_checkpoint(
             model,
             folder,
-            tokenizer_from=pretrained,
+            beside=checkpoint,
             card=card,
             progress=lambda layer: progress(layer, model.num_layers),
         )

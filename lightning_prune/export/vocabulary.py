@@ -5,7 +5,7 @@ import logging
 from types import ModuleType
 from typing import Any
 
-from lightning_prune.models.loading import load_tokenizer, tokenizer_files
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.support.errors import UserError
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -21,24 +21,24 @@ SPLITS = {
 SPECIAL = ("bos", "eos", "unk", "sep", "pad")
 
 
-def add_vocabulary(gguf: ModuleType, writer: Any, pretrained: str, rows: int, ends: list[int]) -> None:
+def add_vocabulary(gguf: ModuleType, writer: Any, checkpoint: Checkpoint, rows: int, ends: list[int]) -> None:
     """Describe the tokenizer beside a model: tokens, how they merge, what is put around a text, the chat template.
 
     Args:
         gguf: the package.
         writer: its ``GGUFWriter``.
-        pretrained: folder or hub id.
+        checkpoint: the model.
         rows: of the embedding; rows without a token are named ``[PAD…]``.
         ends: tokens at which generation ends, as the generation config says; one that is not ``eos`` becomes ``eot``.
 
     Raises:
         UserError: no ``tokenizer.json``, or one that llama.cpp would read otherwise.
     """
-    file = next((path for path in tokenizer_files(pretrained) if path.name == "tokenizer.json"), None)
-    tokenizer: Any = load_tokenizer(pretrained)
+    file = next((path for path in checkpoint.tokenizer_files if path.name == "tokenizer.json"), None)
+    tokenizer: Any = checkpoint.tokenizer
     if file is None or tokenizer is None:
         raise UserError(
-            f"--model: '{pretrained}' holds no tokenizer.json, and a GGUF file carries its tokenizer. "
+            f"--model: '{checkpoint.pretrained}' holds no tokenizer.json, and a GGUF file carries its tokenizer. "
             "Copy the tokenizer files of the dense model there."
         )
     content = json.loads(file.read_text(encoding="utf-8"))

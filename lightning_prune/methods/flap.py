@@ -36,7 +36,6 @@ from lightning_prune.methods.bias_compensation import BiasPass, Carriers, carrie
 from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.scores import group_scores
 from lightning_prune.models.families import LayerAnatomy, with_biases
-from lightning_prune.models.loading import load_config
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 
 
@@ -117,7 +116,7 @@ class FLAP(GroupPruning):
         """What takes over means; None where nothing does."""
         if not self.bias_compensation or self.refit is not None:
             return None
-        found = carriers(load_config(self.pretrained))
+        found = carriers(self.checkpoint.config)
         return found if found.roles else None
 
     @property
@@ -141,7 +140,7 @@ class FLAP(GroupPruning):
         """As in the base class; and the family with these biases does what its record says."""
         super().check_model()
         if self.carriers is not None and self.carriers.keys:
-            prove(with_biases(self.config, self.carriers.keys))
+            prove(with_biases(self.checkpoint.config, self.carriers.keys))
 
     def score(self, scores: Scores) -> Scores:
         """z itself, not z per parameter; the number of parameters only counts for the ratio."""
@@ -175,7 +174,7 @@ class FLAP(GroupPruning):
         """Why nothing takes over a mean that is lost; None where none is."""
         if self.refit is not None or not self.bias_compensation:
             return "what is kept is refitted" if self.refit is not None else "switched off"
-        config = load_config(self.pretrained)
+        config = self.checkpoint.config
         lost = [f"{'o' if role == 'output' else role}_proj" for role in without_carrier(config)]
         return f"family '{config.model_type}' has no bias for {' and '.join(lost)}" if lost else None
 

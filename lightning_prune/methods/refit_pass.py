@@ -155,7 +155,7 @@ class RefitPass(BlockPass):
         self.dense.close()
 
     def cost(self, view: LayerAnatomy, step: Step) -> float:
-        linears, projection = view.linears, self.projection(step)
+        linears, projection = view.linears, view.projection(self.block(step))
         inner, outer = projection.in_features, projection.weight.shape[0]
         block = sum(linears[role].weight.numel() for role in ROLES_OF[self.block(step)])
         streams = 2 if self.target == "residual" else 1
@@ -164,7 +164,7 @@ class RefitPass(BlockPass):
 
     def cost_to_finish(self, view: LayerAnatomy, step: Step) -> float:
         """A factorisation and two triangular solves per damping, beside two operations per weight and token."""
-        linear = self.projection(step)
+        linear = view.projection(self.block(step))
         inner, outer = linear.in_features, linear.weight.shape[0]
         solves = 1 + len(DAMPINGS) if self.damping is None else 2
         one = inner**3 / 3 + 2 * inner * inner * outer

@@ -25,8 +25,8 @@ def group_scores(layers: Sequence[LayerAnatomy], attention: Sequence[Tensor], ml
     """
     parts: list[tuple[int, Block, Tensor, int]] = []
     for view, groups, channels in zip(layers, attention, mlp, strict=True):
-        parts.append((view.index, Block.ATTENTION, groups, view.attention_unit_cost))
-        parts.append((view.index, Block.MLP, channels, view.mlp_unit_cost))
+        parts.append((view.index, Block.ATTENTION, groups, view.unit_cost(Block.ATTENTION)))
+        parts.append((view.index, Block.MLP, channels, view.unit_cost(Block.MLP)))
     for layer, block, values, _ in parts:
         if bad := int((~torch.isfinite(values)).sum()):
             raise FloatingPointError(f"layer {layer}, {block}: {bad} importances are NaN or infinite.")

@@ -102,7 +102,7 @@ class ShortGPT(PruningMethod):
         Raises:
             UserError: none or all of them.
         """
-        cost = [view.attention_block_cost + view.mlp_block_cost for view in layers]
+        cost = [view.block_cost(Block.ATTENTION) + view.block_cost(Block.MLP) for view in layers]
         count = self.n_remove_layers or nearest_layer_count(
             cost, Fraction(str(self.pruning_ratio)) * total_parameters, self.at_most
         )
@@ -133,7 +133,7 @@ class ShortGPT(PruningMethod):
             influence = torch.cat([result.importance[Block.LAYER] for result in self.results("influence")])
         else:
             influence = torch.from_numpy(self.saved.scores.importance)
-        cost = [view.attention_block_cost + view.mlp_block_cost for view in self.layers]
+        cost = [view.block_cost(Block.ATTENTION) + view.block_cost(Block.MLP) for view in self.layers]
         removed = layers_to_remove(influence, self.layer_count(self.layers, self.dense_parameters))
         scores = layer_scores(influence, cost)
         self.scores = replace(scores, pruned=np.isin(scores.layer, list(removed)))

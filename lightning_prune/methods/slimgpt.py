@@ -102,13 +102,13 @@ class SlimGPTPass(BlockPass):
     def cost(self, view: LayerAnatomy, step: Step) -> float:
         """A block, and the square of its inner width for XᵀX."""
         linears = view.linears
-        inner = self.projection(step).in_features
+        inner = view.projection(self.block(step)).in_features
         block = sum(linears[role].weight.numel() for role in ROLES_OF[self.block(step)])
         return (block + inner * inner / 2) / sum(linear.weight.numel() for linear in linears.values())
 
     def cost_to_finish(self, view: LayerAnatomy, step: Step) -> float:
         """n³ operations for H⁻¹, beside two for every weight of the layer and token."""
-        inner = self.projection(step).in_features
+        inner = view.projection(self.block(step)).in_features
         return inner**3 / (2 * sum(linear.weight.numel() for linear in view.linears.values()))
 
     def _prune(self, view: LayerAnatomy, block: Block, hessian: InverseHessian) -> PrunedLinear:
@@ -187,13 +187,13 @@ class SlimGPT(PruningMethod):
         """
         view = layers[0]
         budget = math.floor(Fraction(str(self.pruning_ratio)) * total_parameters)
-        heads, head_cost = (1, 0) if view.whole_attention else (view.num_kv_heads, view.attention_unit_cost)
-        groups, channels = heads * head_cost, view.num_channels * view.mlp_unit_cost
-        least = head_cost + view.mlp_unit_cost
+        heads, head_cost = (1, 0) if view.whole_attention else (view.num_kv_heads, view.unit_cost(Block.ATTENTION))
+        groups, channels = heads * head_cost, view.num_channels * view.unit_cost(Block.MLP)
+        least = head_cost + view.unit_cost(Block.MLP)
         largest = len(layers) * (groups + channels - least) / total_parameters
         try:
             ratios = layer_ratios(len(layers), budget / (len(layers) * (groups + channels)), self.first_ratio)
-            counts = unit_counts(ratios, heads, view.num_channels, head_cost, view.mlp_unit_cost, budget)
+            counts = unit_counts(ratios, heads, view.num_channels, head_cost, view.unit_cost(Block.MLP), budget)
         except ValueError as error:
             raise UserError(
                 f"--model.pruning_ratio: {self.pruning_ratio:g} cannot be reached ({error}) The largest reachable "

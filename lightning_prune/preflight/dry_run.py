@@ -32,8 +32,9 @@ from lightning_prune.methods import slimgpt_math
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.slimgpt import SlimGPTPass
 from lightning_prune.methods.slimgpt_math import choose_dtype
+from lightning_prune.models.checkpoint import skeleton
 from lightning_prune.models.families import LayerAnatomy, family_of
-from lightning_prune.models.layered import LayeredModel, Onload, skeleton
+from lightning_prune.models.layered import LayeredModel, Onload
 from lightning_prune.models.sources import Prefetching, Source
 from lightning_prune.preflight.ledger import Ledger
 from lightning_prune.preflight.workload import Workload

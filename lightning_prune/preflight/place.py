@@ -7,11 +7,10 @@ from typing import Any
 import lightning as L
 import torch
 
-from lightning_prune.checkpoint.pruned import stored_dtype
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.layered import Onload
-from lightning_prune.models.loading import config_alone
 from lightning_prune.preflight.dry_run import Shapes, Solves
 from lightning_prune.preflight.estimate import Estimate, Memory, advice, estimate
 from lightning_prune.preflight.workload import Workload
@@ -54,7 +53,8 @@ class Preflight:
             UserError: what shapes and options alone can tell.
         """
         method.trainer = trainer
-        config = config_alone(method.pretrained)
+        checkpoint = method.checkpoint
+        config = checkpoint.config
         method.check_before_loading(config)
         device, held = trainer.strategy.root_device, anonymous_bytes()
         gpu = device_memory is not None or device.type == "cuda"
@@ -63,7 +63,7 @@ class Preflight:
             device=(device_memory or free_bytes(device)) if gpu else None,
         )
         load = Workload.of(data, method.needs_calibration, trainer.world_size)
-        return cls(method, config, _dtype_on_disk(method.pretrained, config), load, limits, held, Solves())
+        return cls(method, config, _dtype_on_disk(checkpoint), load, limits, held, Solves())
 
     def estimate(self, onload: Onload) -> Estimate:
         """What the run takes with its weights there."""
@@ -112,10 +112,10 @@ def place(trainer: L.Trainer, method: PruningMethod, data: CalibrationDataModule
     raise UserError(f"--model.{least.shortage} {advice(least, other, method, preflight.load)}")
 
 
-def _dtype_on_disk(pretrained: str, config: Any) -> torch.dtype:
+def _dtype_on_disk(checkpoint: Checkpoint) -> torch.dtype:
     """Of the weights; where there is a config alone, what it says."""
     try:
-        return stored_dtype(pretrained)
+        return checkpoint.stored_dtype
     except UserError:
-        named = getattr(config, "dtype", None)
+        named = getattr(checkpoint.config, "dtype", None)
         return named if isinstance(named, torch.dtype) else torch.bfloat16

@@ -7,6 +7,7 @@ import lightning as L
 import torch
 
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.layered import open_layered
 
 
@@ -24,7 +25,7 @@ def numerical_advice(trainer: L.Trainer, model: PruningMethod) -> Iterator[None]
 
 
 def _advice(precision: str, model: PruningMethod) -> str:
-    if bad := _bad_weight(model.pretrained):
+    if bad := _bad_weight(model.checkpoint):
         return (
             f"The weights of '{model.pretrained}' themselves hold NaN or infinite values, first in {bad}: give others."
         )
@@ -37,9 +38,9 @@ def _advice(precision: str, model: PruningMethod) -> str:
     )
 
 
-def _bad_weight(pretrained: str) -> str | None:
+def _bad_weight(checkpoint: Checkpoint) -> str | None:
     """The first parameter of the checkpoint that is not finite."""
-    with closing(open_layered(pretrained, None, torch.device("cpu"))) as model:
+    with closing(open_layered(checkpoint, None, torch.device("cpu"))) as model:
         named = dict(model.net.named_parameters())
         for name in model.outside:
             if not bool(torch.isfinite(named[name]).all()):

@@ -11,8 +11,9 @@ from lightning_prune.evaluation.perplexity import PerplexityResult
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.measurement import SavedMeasurement
 from lightning_prune.methods.scores import group_scores, layer_scores
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import anatomy
-from lightning_prune.models.loading import load_config, meta_model
+from lightning_prune.models.vocabulary import Block
 from lightning_prune.runs.folder import FinishedRun
 from lightning_prune.runs.records import as_dict
 from lightning_prune.support.errors import UserError
@@ -28,7 +29,7 @@ def reuse(method: PruningMethod, run: FinishedRun) -> None:
     """
     path = run.path / "scores.csv"
     try:
-        _check_units(run.scores, method.pretrained)
+        _check_units(run.scores, method.checkpoint)
     except ValueError as error:
         raise UserError(
             f"{run.option}: '{path}' {error} '{method.pretrained}' now is another model, or the file was changed. "
@@ -66,11 +67,11 @@ def known_perplexities(
     return found if found.keys() == before.keys() else None
 
 
-def _check_units(found: Scores, pretrained: str) -> None:
+def _check_units(found: Scores, checkpoint: Checkpoint) -> None:
     """Raise ValueError unless the table lists every unit of the model with its cost."""
-    layers = anatomy(meta_model(load_config(pretrained)))
+    layers = anatomy(checkpoint.meta)
     if found.whole_layers:
-        cost = [view.attention_block_cost + view.mlp_block_cost for view in layers]
+        cost = [view.block_cost(Block.ATTENTION) + view.block_cost(Block.MLP) for view in layers]
         expected = layer_scores(torch.ones(len(layers)), cost)
     else:
         attention = [torch.ones(view.num_kv_heads) for view in layers]

@@ -14,7 +14,7 @@ from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.evaluation.perplexity import Evaluation, PerplexityResult, measure_perplexity
 from lightning_prune.evaluation.unigram import unigram_perplexity
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.models.fingerprint import base_model_sha256
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.runs.configuration import configuration_sha256
 from lightning_prune.runs.environment import environment, peak_memory_bytes
 from lightning_prune.runs.folder import RunFolder, check_label
@@ -61,7 +61,7 @@ def prune_and_record(
     with method.seconds.measure("tokenise"):
         data.setup("fit")
     calibration = data.calibration.manifest.fingerprint if method.needs_calibration else None
-    facts = facts_of(config, base_model_sha256(method.pretrained), calibration, trainer.world_size)
+    facts = facts_of(config, method.checkpoint.fingerprint, calibration, trainer.world_size)
     again = None
     if resume and trainer.is_global_zero:
         again = unfinished_run(Path(trainer.default_root_dir), method.label, facts)
@@ -73,7 +73,9 @@ def prune_and_record(
         if dense is None:
             dense = _dense(trainer, method, data, folder)
         trainer.fit(method, data)
-        pruned = measure_perplexity(trainer, data, str(method.pruned_folder), "pruned", method.slot, method.progress)
+        pruned = measure_perplexity(
+            trainer, data, Checkpoint.open(str(method.pruned_folder)), "pruned", method.slot, method.progress
+        )
         method.seconds["total"] = time.perf_counter() - started
 
         record = _record(trainer, method, data, config, dense, pruned)
@@ -100,7 +102,7 @@ def _dense(
     if known is not None:
         return {name: PerplexityResult(*pair) for name, pair in known.items()}
     method.expect_roughly(data)
-    measured = measure_perplexity(trainer, data, method.pretrained, "dense", method.slot, method.progress)
+    measured = measure_perplexity(trainer, data, method.checkpoint, "dense", method.slot, method.progress)
     if folder is not None and measured and method.saved is None:
         values = {name: (result.perplexity, result.tokens) for name, result in measured.items()}
         keep_dense(folder, fingerprints, values)
@@ -209,7 +211,7 @@ def _record(
         item.name: {**item.manifest, "unigram_perplexity": unigram_perplexity(item.tokens)} for item in data.evaluation
     }
     calibration = method.calibration_facts() or {"dataset": None, "note": "this method reads no data"}
-    weights = base_model_sha256(method.pretrained)
+    weights = method.checkpoint.fingerprint
     metrics = run_metrics(method.plan, dense, pruned, evaluation, method.seconds, peak_memory_bytes())
     metrics["method"] = {
         "name": method.method,

@@ -26,7 +26,7 @@ from lightning_prune.evaluation.perplexity import measure_perplexity
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.measurement import SavedMeasurement
-from lightning_prune.models.fingerprint import base_model_sha256
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.runs.build import Build, BuiltRun
 from lightning_prune.runs.resume import Facts, differences, facts_of
 from lightning_prune.support.errors import UserError
@@ -131,7 +131,7 @@ def tune(
     for name, part in (("measured", ~held_out), ("held_out", held_out)):
         np.save(folder / f"{name}.npy", data.calibration.tokens[part].numpy())
     given = configuration["model"]["init_args"]
-    weights, fingerprint = base_model_sha256(given["pretrained"]), data.calibration.manifest.fingerprint
+    weights, fingerprint = Checkpoint.open(given["pretrained"]).fingerprint, data.calibration.manifest.fingerprint
     facts = facts_of(yaml.safe_dump(configuration), weights, fingerprint, processes=1)
     before = _read(file, facts) if resume else None
     trials = _Trials(configuration, build, folder, progress)
@@ -195,7 +195,7 @@ def _fit(run: BuiltRun) -> None:
 def _loss(run: BuiltRun) -> float:
     """Mean token loss in nats on the held-out samples, of what was decided, or of the dense model before that."""
     method = run.model
-    results = measure_perplexity(run.trainer, run.datamodule, method.pretrained, "", method.slot, method.progress)
+    results = measure_perplexity(run.trainer, run.datamodule, method.checkpoint, "", method.slot, method.progress)
     (result,) = results.values()
     return math.log(result.perplexity)
 

@@ -12,6 +12,7 @@ from lightning_prune.cli import main
 from lightning_prune.evaluation import engine_speed
 from lightning_prune.evaluation.efficiency import WARM_UP, Setting, measure
 from lightning_prune.evaluation.engine_speed import measure_in_engine
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.support.errors import UserError
 from tests.cutting import cut
 from tests.tiny import make_tiny, mixed_plan
@@ -48,7 +49,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def test_decoding_is_what_more_tokens_take_beyond_the_first(clock: Clock, tmp_path: Path) -> None:
     make_tiny().save_pretrained(tmp_path)
     setting = Setting(prompt_length=10, decode_length=6, context_length=16, batch_sizes=(3,), repeats=2)
-    found = measure_in_engine("vllm", str(tmp_path), setting, torch.float32, CPU)
+    found = measure_in_engine("vllm", Checkpoint.open(str(tmp_path)), setting, torch.float32, CPU)
     (speed,) = found.speed
     assert speed.prefill_tokens_per_second == 3 * 10 / 2
     assert speed.decode_tokens_per_second == 3 * 6 / 3
@@ -62,8 +63,8 @@ def test_counts_are_those_of_the_loaded_model(clock: Clock, dtype: torch.dtype, 
     model = cut(make_tiny(), mixed_plan(make_tiny())).to(dtype)
     model.save_pretrained(tmp_path)
     setting = Setting(prompt_length=4, decode_length=2, context_length=6, batch_sizes=(1,), repeats=1)
-    expected = measure(model, str(tmp_path), setting)
-    found = measure_in_engine("vllm", str(tmp_path), setting, dtype, CPU)
+    expected = measure(model, Checkpoint.open(str(tmp_path)), setting)
+    found = measure_in_engine("vllm", Checkpoint.open(str(tmp_path)), setting, dtype, CPU)
     for name in ("parameters", "macs_per_token", "kv_cache_bytes_per_token", "weight_file_bytes", "weight_file_dtype"):
         assert getattr(found, name) == getattr(expected, name), name
 

@@ -11,6 +11,7 @@ import torch
 from lightning_prune.cli import main
 from lightning_prune.export.gguf_file import write_gguf
 from lightning_prune.export.gguf_tensors import interleaved
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.sources import CheckpointSource
 from tests.export.checkpoints import FAMILIES, gone, save
 from tests.tiny import EVERY_FAMILY, mixed_plan
@@ -141,7 +142,7 @@ def test_tensors_are_read_one_at_a_time(tmp_path: Path, monkeypatch: pytest.Monk
         "read",
         lambda self, names, *rest: (asked.append(len(names)), read_names(self, names, *rest))[1],
     )
-    write_gguf(str(tmp_path / "model"), tmp_path / "m.gguf", "f32")
+    write_gguf(Checkpoint.open(str(tmp_path / "model")), tmp_path / "m.gguf", "f32")
     assert max(asked) == 3  # query, key and value are one tensor there
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lightning_prune.export.vocabulary import add_vocabulary
-from lightning_prune.models.loading import load_tokenizer
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.support.errors import UserError
 from tests.export.checkpoints import TOKENS, save
 
@@ -23,12 +23,12 @@ def folder(tmp_path: Path) -> Path:
 def read(folder: Path, rows: int = TOKENS, ends: list[int] | None = None) -> dict[str, Any]:
     """What the file says of the tokenizer, by its key without ``tokenizer.``."""
     writer = gguf.GGUFWriter(None, "llama")
-    add_vocabulary(gguf, writer, str(folder), rows, ends or [])
+    add_vocabulary(gguf, writer, Checkpoint.open(str(folder)), rows, ends or [])
     return {name.removeprefix("tokenizer."): value.value for name, value in writer.kv_data[0].items()}
 
 
 def test_every_row_of_the_embedding_has_its_token(folder: Path) -> None:
-    tokenizer: Any = load_tokenizer(str(folder))
+    tokenizer: Any = Checkpoint.open(str(folder)).tokenizer
     tokenizer.add_tokens(["<tool>"])
     tokenizer.save_pretrained(folder)
     said = read(folder, rows=1030)

@@ -88,7 +88,7 @@ def expected_pruned(model, importance, delta: Tensor, ratio: float, temperature:
     rows = []
     for layer, blocks in enumerate(importance):
         for block, (values, cost) in enumerate(
-            zip(blocks, (views[layer].attention_unit_cost, views[layer].mlp_unit_cost), strict=True)
+            zip(blocks, (views[layer].unit_cost(Block.ATTENTION), views[layer].unit_cost(Block.MLP)), strict=True)
         ):
             effect = delta[0, layer] if delta[0, layer] < threshold else delta[1 + block, layer]
             prior = math.log(1 + max(float(effect), 0.0)) ** temperature

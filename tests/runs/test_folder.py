@@ -343,7 +343,7 @@ def test_run_without_a_file_names_it_and_a_pipe_is_not_waited_for(tmp_path: Path
     os.mkfifo(folder / "scores.csv")
     with pytest.raises(UserError, match=r"no finished pruning run: it has no scores\.csv"):
         RunFolder.open(folder, "--run")
-    with pytest.raises(UserError, match="no regular file"):
+    with pytest.raises(UserError, match="regular file"):
         files.read_file(folder / "scores.csv", 10, "--run")
     with pytest.raises(UserError, match="at most 10 are read"):
         files.read_file(folder / "metrics.json", 10, "--run")
