@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class ZeroShot:
     root: Path
     verbose: bool = True
     _manager: Any = field(default=None, init=False)
-    _fingerprints: dict[str, str | None] = field(default_factory=dict, init=False)
+    _fingerprint: Callable[[str], str | None] = field(default_factory=lambda: cache(base_model_sha256), init=False)
     _measured: dict[Path, Scores] = field(default_factory=dict, init=False)
 
     def check(self) -> None:
@@ -117,18 +118,11 @@ class ZeroShot:
 
     def _place(self, task: str) -> Path:
         content = []
-        if self.include_path is not None:
-            for path in sorted(path for path in self.include_path.rglob("*") if path.is_file()):
-                content.append(
-                    (str(path.relative_to(self.include_path)), hashlib.sha256(path.read_bytes()).hexdigest())
-                )
+        if (below := self.include_path) is not None:
+            files = sorted(path for path in below.rglob("*") if path.is_file())
+            content = [(str(path.relative_to(below)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
         facts = [task, _version("lm_eval"), _version("transformers"), __version__, content]
         return self.root / REPORTS / "zero_shot" / _hash(facts)
-
-    def _fingerprint(self, model: str) -> str | None:
-        if model not in self._fingerprints:
-            self._fingerprints[model] = base_model_sha256(model)
-        return self._fingerprints[model]
 
 
 def _hash(facts: object) -> str:

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from lightning_prune.comparison.audit import audit
-from lightning_prune.comparison.run import load_run
+from lightning_prune.comparison.records import load_run
 from tests.comparison.fake_run import write_run
 
 OTHER = "9" * 64

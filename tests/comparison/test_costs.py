@@ -9,9 +9,8 @@ import pytest
 from lightning_prune.comparison import costs
 from lightning_prune.comparison.audit import audit
 from lightning_prune.comparison.exports import results_csv
-from lightning_prune.comparison.records import Run
+from lightning_prune.comparison.records import Run, load_run
 from lightning_prune.comparison.repeats import repeats
-from lightning_prune.comparison.run import load_run
 from lightning_prune.comparison.sections import sections, terminal
 from lightning_prune.comparison.tables import results
 from tests.comparison.fake_run import write_run

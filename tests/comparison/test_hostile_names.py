@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from lightning_prune.comparison.audit import Audit, audit
-from lightning_prune.comparison.records import Run
+from lightning_prune.comparison.records import Run, load_run
 from lightning_prune.comparison.report import write_report
-from lightning_prune.comparison.run import load_run
 from lightning_prune.comparison.sections import sections, terminal
 from lightning_prune.runs.failure import Failure
 from lightning_prune.runs.records import MethodDetails

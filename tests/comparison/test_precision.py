@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_prune.comparison.precision import precision_rows
-from lightning_prune.comparison.run import load_run
+from lightning_prune.comparison.records import load_run
+from lightning_prune.comparison.selection import precision_rows
 from lightning_prune.runs.settings import read_settings
 from tests.comparison.fake_run import write_run
 

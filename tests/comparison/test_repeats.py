@@ -5,8 +5,8 @@ import pytest
 
 from lightning_prune.comparison.audit import Audit, audit
 from lightning_prune.comparison.exports import latex, results_csv
+from lightning_prune.comparison.records import load_run
 from lightning_prune.comparison.repeats import Spread, repeats
-from lightning_prune.comparison.run import load_run
 from lightning_prune.comparison.sections import sections, terminal
 from tests.comparison.fake_run import write_run
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lightning_prune.comparison.run import load_run
+from lightning_prune.comparison.records import load_run
 from lightning_prune.comparison.selection import agreement, kept_fraction
 from lightning_prune.models.vocabulary import Block
 from tests.comparison.fake_run import LAYERS, write_run

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from lightning_prune.comparison.audit import audit
+from lightning_prune.comparison.records import load_run
 from lightning_prune.comparison.repeats import repeats
-from lightning_prune.comparison.run import load_run
 from lightning_prune.comparison.sections import leaders, sections
 from lightning_prune.comparison.tables import evaluation_sets, results
 from tests.comparison.fake_run import write_run

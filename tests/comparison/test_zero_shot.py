@@ -12,8 +12,7 @@ from lightning_prune.cli.commands.compare import main
 from lightning_prune.comparison import accuracy, zero_shot
 from lightning_prune.comparison.audit import audit
 from lightning_prune.comparison.exports import accuracy_csv, latex
-from lightning_prune.comparison.records import Accuracy, Score
-from lightning_prune.comparison.run import load_run
+from lightning_prune.comparison.records import Accuracy, Score, load_run
 from lightning_prune.comparison.sections import sections, terminal
 from lightning_prune.comparison.zero_shot import ZeroShot
 from lightning_prune.evaluation.zero_shot import Metric, ZeroShotResult
