@@ -13,9 +13,8 @@ from transformers import PreTrainedModel
 from lightning_prune.checkpoint.apply import apply
 from lightning_prune.comparison import accuracy, costs
 from lightning_prune.comparison.audit import audit
-from lightning_prune.comparison.records import Run
+from lightning_prune.comparison.records import Run, load_run
 from lightning_prune.comparison.repeats import repeats
-from lightning_prune.comparison.run import load_run
 from lightning_prune.comparison.zero_shot import ZeroShot
 from lightning_prune.data.in_memory import as_dataset, calibration_set
 from lightning_prune.evaluation.perplexity import Evaluation

@@ -14,7 +14,6 @@ LEGEND = (
 
 
 def shown_tasks(runs: Sequence[Run]) -> dict[str, str]:
-    """The metric shown, by task."""
     shown: dict[str, str] = {}
     for run in runs:
         for task, metrics in ({} if run.accuracy is None else run.accuracy.pruned).items():
@@ -35,13 +34,8 @@ def mean(runs: Sequence[Run], task: str, metric: str, dense: bool = False) -> Sc
 
 
 def cells(runs: Sequence[Run], among: Sequence[Run], dense: bool = False) -> dict[str, str]:
-    """Cells of one line by column: one per task of ``among``, then the mean of the tasks that have an accuracy.
-
-    Args:
-        runs: runs that differ in their seed only.
-        among: all runs of the table.
-        dense: of the base model instead.
-    """
+    """Cells of one line by column: one per task of ``among`` (all runs of the table), then the mean of the tasks that
+    have an accuracy. ``runs`` differ in their seed only; ``dense`` is of their base model instead."""
     tasks = shown_tasks(among)
     row: dict[str, str] = {}
     accuracies: list[float] = []

@@ -68,7 +68,6 @@ class Group:
 
     @property
     def all(self) -> list[Run]:
-        """Both kinds."""
         return self.runs + self.other_ratio
 
     @property
@@ -87,12 +86,10 @@ class Audit:
 
     @property
     def fair(self) -> bool:
-        """Whether all runs may be in one table."""
         return not self.differences
 
     @property
     def runs(self) -> list[Run]:
-        """Those of all groups."""
         return [run for group in self.groups for run in group.all]
 
 
@@ -108,10 +105,22 @@ def audit(runs: Sequence[Run], tolerance: float = RATIO_TOLERANCE) -> Audit:
     def of(run: Run) -> dict[str, Any]:
         return facts(run) | repeated.get(run, {})
 
-    differences = _differences(runs, of)
+    by_fact: dict[str, dict[str, list[Run]]] = {}
+    for run in runs:
+        for what, value in of(run).items():
+            by_fact.setdefault(what, {}).setdefault(str(value), []).append(run)
+    names = ", ".join(f"'{name}'" for name in sorted({run.metrics.method.base_model for run in runs}))
+    remarks = {"base model": f"weight fingerprints or names; called {names}"}
+    differing = {what: values for what, values in by_fact.items() if len(values) > 1}
+    differences = [Difference(what, values, remarks.get(what, "")) for what, values in differing.items()]
     off = [run for run in runs if abs(run.achieved - run.requested) > tolerance]
     if off:
-        differences.append(_ratio_difference(off, tolerance))
+        remark = f"more than {tolerance:g} apart"
+        if layered := [run for run in off if removes_layers(run)]:
+            labels = ", ".join(sorted({run.label for run in layered}))
+            remark += f"; {labels}: removes whole layers, one layer is {largest_unit(layered[0]):.4f} of the model"
+        values = _by_value(off, lambda run: f"{run.achieved:.4f} instead of {run.requested:g}")
+        differences.append(Difference("achieved ratio", values, remark))
         # A system that missed the ratio with one seed is kept apart with all of them.
         missed = {(run.label, run.requested) for run in off}
         off += [run for run in repeated if run not in off and (run.label, run.requested) in missed]
@@ -124,8 +133,7 @@ def audit(runs: Sequence[Run], tolerance: float = RATIO_TOLERANCE) -> Audit:
 
 
 def facts(run: Run) -> dict[str, Any]:
-    """Everything that must agree before two perplexities may be compared; calibration only where there was one.
-    Several seeds that are meant as repetitions are joined by ``audit``."""
+    """Everything that must agree before two perplexities may be compared; calibration only where there was one."""
     found = protocol(run)
     if run.calibration is not None:
         # Of token ids that were given, the fingerprint says all; the file they came in may be a temporary one.
@@ -156,12 +164,10 @@ def protocol(run: Run) -> dict[str, Any]:
 
 
 def _joined(runs: Sequence[Run]) -> dict[Run, dict[str, Any]]:
-    """The two facts ``SEED`` and ``TOKENS`` of every run whose seed was joined with others, as repetitions that are
-    meant.
+    """The facts ``SEED`` and ``TOKENS`` of every run whose seed was joined with others, as repetitions that are meant.
 
-    Seeds are joined where everything else agrees, and where at every ratio that both have the same systems ran: so
-    means are over the same seeds for all, and within a seed all had the same tokens. A seed that some system lacks
-    stays apart.
+    Seeds are joined where everything else agrees and the same systems ran at every ratio that both have, so that means
+    are over the same seeds for all. A seed that some system lacks stays apart.
     """
     families: dict[str, dict[Drawn, list[Run]]] = {}
     for run in runs:
@@ -174,31 +180,24 @@ def _joined(runs: Sequence[Run]) -> dict[Run, dict[str, Any]]:
         clusters: list[list[Drawn]] = []
         for drawn in sorted(draws, key=lambda drawn: (-len(draws[drawn]), drawn[0])):
             fits = [one for one in clusters if all(_may_join(drawn, other, draws) for other in one)]
-            if not fits:
-                clusters.append([drawn])
-            else:
+            if fits:
                 fits[0].append(drawn)
+            else:
+                clusters.append([drawn])
         for cluster in clusters:
             if len(cluster) > 1:
                 cluster.sort(key=lambda drawn: int(drawn[0]))
-                fact = {SEED: ", ".join(str(seed) for seed, _ in cluster), TOKENS: ", ".join(t for _, t in cluster)}
-                told |= {run: fact for drawn in cluster for run in draws[drawn]}
+                drawn_seeds, tokens = (", ".join(map(str, values)) for values in zip(*cluster, strict=True))
+                told |= {run: {SEED: drawn_seeds, TOKENS: tokens} for drawn in cluster for run in draws[drawn]}
     return told
 
 
 def _may_join(one: Drawn, other: Drawn, draws: dict[Drawn, list[Run]]) -> bool:
     if one[0] == other[0] or one[1] == other[1]:
         return False
-    left, right = _systems(draws[one]), _systems(draws[other])
-    common = left.keys() & right.keys()
-    return bool(common) and all(left[ratio] == right[ratio] for ratio in common)
-
-
-def _systems(runs: Sequence[Run]) -> dict[float, set[str]]:
-    systems: dict[float, set[str]] = {}
-    for run in runs:
-        systems.setdefault(run.requested, set()).add(run.label)
-    return systems
+    left, right = ({(run.requested, run.label) for run in draws[drawn]} for drawn in (one, other))
+    common = {ratio for ratio, _ in left} & {ratio for ratio, _ in right}
+    return bool(common) and all(ratio not in common for ratio, _ in left ^ right)
 
 
 def run_names(runs: Sequence[Run]) -> str:
@@ -213,26 +212,6 @@ def _by_value(runs: Sequence[Run], read: Callable[[Run], Any]) -> dict[str, list
     return values
 
 
-def _differences(runs: Sequence[Run], facts: Facts) -> list[Difference]:
-    by_fact: dict[str, dict[str, list[Run]]] = {}
-    for run in runs:
-        for what, value in facts(run).items():
-            by_fact.setdefault(what, {}).setdefault(str(value), []).append(run)
-    names = ", ".join(f"'{name}'" for name in sorted({run.metrics.method.base_model for run in runs}))
-    remarks = {"base model": f"weight fingerprints or names; called {names}"}
-    return [Difference(what, values, remarks.get(what, "")) for what, values in by_fact.items() if len(values) > 1]
-
-
-def _ratio_difference(off: Sequence[Run], tolerance: float) -> Difference:
-    remark = f"more than {tolerance:g} apart"
-    layered = [run for run in off if removes_layers(run)]
-    if layered:
-        labels = ", ".join(sorted({run.label for run in layered}))
-        remark += f"; {labels}: removes whole layers, one layer is {largest_unit(layered[0]):.4f} of the model"
-    values = _by_value(off, lambda run: f"{run.achieved:.4f} instead of {run.requested:g}")
-    return Difference("achieved ratio", values, remark)
-
-
 def _groups(runs: Sequence[Run], off: Sequence[Run], facts: Facts) -> list[Group]:
     keyed = _by_value([run for run in runs if run.calibration is not None], lambda run: repr(facts(run)))
     ordered = sorted(keyed.values(), key=len, reverse=True)
@@ -244,12 +223,10 @@ def _groups(runs: Sequence[Run], off: Sequence[Run], facts: Facts) -> list[Group
                 same[0].append(run)
             else:
                 ordered.append([run])
-    position = {run: index for index, run in enumerate(runs)}
-    groups: list[Group] = []
-    for members in ordered:
-        members.sort(key=position.__getitem__)
-        groups.append(Group([run for run in members if run not in off], [run for run in members if run in off]))
-    return groups
+    inside = [[run for run in runs if run in members] for members in ordered]  # in the order given
+    return [
+        Group([run for run in members if run not in off], [run for run in members if run in off]) for members in inside
+    ]
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:

@@ -35,8 +35,7 @@ def pruning(run: Run) -> float | None:
 
 
 def to_prune(run: Run) -> float | None:
-    """Seconds of calibrating and pruning, a reused calibration in full; None where it is not known what calibrating
-    took."""
+    """Seconds of calibrating and pruning, a reused calibration in full; None where that one's are not known."""
     calibrated = calibration(run)
     if calibrated is None and run.calibration is not None:
         return None

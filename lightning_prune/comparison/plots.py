@@ -13,13 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from lightning_prune.comparison.audit import Audit
 from lightning_prune.comparison.costs import to_prune
 from lightning_prune.comparison.repeats import Repeats, repeats
-from lightning_prune.comparison.selection import (
-    BLOCKS,
-    Floats,
-    agreement,
-    kept_fraction,
-    removes_layers,
-)
+from lightning_prune.comparison.selection import BLOCKS, Floats, agreement, kept_fraction, removes_layers
 from lightning_prune.comparison.tables import evaluation_sets
 from lightning_prune.support.escape import figure as escape
 from lightning_prune.support.escape import plain
@@ -79,10 +73,8 @@ def plots(audit: Audit) -> Iterator[Plot]:
             yield Plot(heading, f"{key}/kept fraction", caption, kept_figure(here))
             ranking = [line for line in here if not removes_layers(line.first)]
             if len(ranking) > 1:
-                labels, (spearman, overlap) = (
-                    [line.name for line in ranking],
-                    agreement([line.first for line in ranking]),
-                )
+                labels = [line.name for line in ranking]
+                spearman, overlap = agreement([line.first for line in ranking])
                 caption = "Spearman's rank correlation of scores; – where two methods do not rank the same units."
                 yield Plot(heading, f"{key}/agreement/scores", caption, matrix_figure(labels, spearman, "scores", -1))
                 caption = "Jaccard index of the kept units: the share of what either keeps that both keep."

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_prune.checkpoint.scores import Scores
+from lightning_prune.runs.config_files import read_config
+from lightning_prune.runs.folder import RunFolder
 from lightning_prune.runs.records import Calibration, Environment, MethodDetails, Recovered, RunMetrics
 from lightning_prune.runs.verdict import unusable_limit, verdict_word
 
@@ -95,3 +97,16 @@ class Run:
     def verdict(self, name: str, perplexity: float | None) -> str:
         """The word for ``perplexity`` on one evaluation set."""
         return verdict_word(perplexity, self.dense(name), self.metrics.evaluation[name].unigram_perplexity)
+
+
+def load_run(folder: Path) -> Run:
+    """Read one run folder, its score table too.
+
+    Raises:
+        UserError: not the folder of a finished pruning run, or a file in it is not what it should be.
+    """
+    run = RunFolder.open(folder, "--runs")
+    model = read_config(folder / "config.yaml", "--runs").get("model")
+    given = model.get("init_args") if isinstance(model, dict) else None
+    options = given if isinstance(given, dict) else {}
+    return Run(folder, run.metrics, run.calibration, run.environment, run.details, run.scores, options, run.recovery)

@@ -41,7 +41,6 @@ class Repeats:
 
     @property
     def ratio(self) -> float:
-        """The pruning ratio requested."""
         return self.first.requested
 
     @property
@@ -54,7 +53,6 @@ class Repeats:
         return Spread.of([run.perplexity(name) for run in self.runs])
 
     def verdict(self, name: str) -> str:
-        """The word for the mean perplexity."""
         return self.first.verdict(name, self.perplexity(name).mean)
 
     def average(self, read: Callable[[Run], float | None]) -> float | None:
@@ -89,10 +87,8 @@ def repeats(runs: Sequence[Run]) -> list[Repeats]:
         lines.setdefault((*key, copy), []).append(run)
     members = [sorted(line, key=lambda run: run.seed or 0) for line in lines.values()]
     counts = Counter((line[0].label, line[0].requested) for line in members)
-    return [
-        Repeats(
-            first.label if counts[first.label, first.requested] == 1 else f"{first.label}/{first.folder.name}", line
-        )
-        for line in members
-        for first in line[:1]
-    ]
+    found = []
+    for line in members:
+        unique = counts[line[0].label, line[0].requested] == 1
+        found.append(Repeats(line[0].label if unique else f"{line[0].label}/{line[0].folder.name}", line))
+    return found

@@ -9,15 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from lightning_prune.comparison.appendix import appendix
 from lightning_prune.comparison.audit import Audit
 from lightning_prune.comparison.exports import accuracy_csv, csv_text, latex, results_csv
 from lightning_prune.comparison.plots import plots
-from lightning_prune.comparison.precision import precision_rows
 from lightning_prune.comparison.sections import Section, markdown, sections
+from lightning_prune.comparison.selection import precision_rows
 from lightning_prune.comparison.tables import numeric_column
 from lightning_prune.comparison.tensorboard import log_comparison
 from lightning_prune.runs.failure import Failure
@@ -32,11 +31,8 @@ OTHERS = {"precision.csv", "zero_shot.csv", "tensorboard"}  # not in every repor
 
 
 def write_report(audit: Audit, failures: Sequence[Failure], folder: Path) -> list[Section]:
-    """Write the report into ``folder``, which exists: ``NAMES``, and ``OTHERS`` where there is something to say.
-
-    Returns:
-        The sections, for the terminal.
-    """
+    """Write the report into ``folder``, which exists: ``NAMES``, and ``OTHERS`` where there is something to
+    say. Returns its sections, for the terminal."""
     parts, figures = sections(audit, failures), list(plots(audit))
     write_text(folder / "report.md", markdown(TITLE, parts))
     write_text(folder / "results.csv", results_csv(audit, failures))
@@ -51,7 +47,7 @@ def write_report(audit: Audit, failures: Sequence[Failure], folder: Path) -> lis
         loader=PackageLoader("lightning_prune.comparison", "."),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=lambda value: value if isinstance(value, Markup) else plain(value),
+        finalize=lambda value: value if hasattr(value, "__html__") else plain(value),
     )
     environment.filters |= {"image": _image, "sha256": _sha256, "numeric_column": numeric_column}
     page = environment.get_template("report.html.jinja").render(title=TITLE, sections=parts, plots=figures)
@@ -60,7 +56,6 @@ def write_report(audit: Audit, failures: Sequence[Failure], folder: Path) -> lis
 
 
 def _image(figure: Figure) -> str:
-    """The figure as an SVG image inside the page."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -8,9 +8,9 @@ import pandas as pd  # type: ignore[import-untyped]
 
 from lightning_prune.comparison import accuracy, costs
 from lightning_prune.comparison.audit import Audit, Group, run_names
-from lightning_prune.comparison.precision import FULL, precision_rows
 from lightning_prune.comparison.records import Run
 from lightning_prune.comparison.repeats import Repeats, repeats
+from lightning_prune.comparison.selection import FULL, precision_rows
 from lightning_prune.comparison.tables import (
     evaluation_sets,
     markdown_table,
@@ -62,10 +62,18 @@ def sections(audit: Audit, failures: Sequence[Failure]) -> list[Section]:
         parts.append(Section("Audit: no differences", [text], bullets=audit.notes))
     else:
         text = "Runs that differ in these facts are in different tables, or apart within one:"
-        parts.append(Section("Audit: differences", [text], [("", _differences(audit))], audit.notes))
-    recovered = _recovery(runs)
-    if len(recovered):
-        parts.append(Section("Recovery", [RECOVERY], [("", recovered)]))
+        rows = [
+            {
+                "fact": f"{one.what} ({one.remark})" if one.remark else one.what,
+                "value": value,
+                "runs": run_names(having),
+            }
+            for one in audit.differences
+            for value, having in one.values.items()
+        ]
+        parts.append(Section("Audit: differences", [text], [("", table(rows))], audit.notes))
+    if recovered := _recovery(runs):
+        parts.append(Section("Recovery", [RECOVERY], [("", table(recovered))]))
     if half := precision_rows(runs):
         text = f"Runs and the run in {FULL} with the same method, options, ratio, base model and calibration tokens."
         rows = [
@@ -88,18 +96,14 @@ def leaders(lines: Sequence[Repeats], name: str) -> list[Repeats]:
     Two tie whose means are equal, or apart by no more than √(a² + b²), a and b their deviations; an unknown deviation
     counts as 0.
     """
-    usable = [line for line in lines if name in line.sets and line.verdict(name) != verdict.UNUSABLE]
-    if not usable:
-        return []
-    usable.sort(key=lambda line: line.perplexity(name).mean or 0.0)  # a perplexity that is not finite is unusable
-    best = usable[0].perplexity(name)
-
-    def tied(line: Repeats) -> bool:
-        other = line.perplexity(name)
-        reach = math.hypot(best.deviation or 0.0, other.deviation or 0.0)
-        return (other.mean or 0.0) - (best.mean or 0.0) <= reach
-
-    return [line for line in usable if tied(line)]
+    usable = [
+        (spread.mean, spread.deviation or 0.0, line)
+        for line in lines
+        if name in line.sets and line.verdict(name) != verdict.UNUSABLE
+        if (spread := line.perplexity(name)).mean is not None  # as every usable one's is
+    ]
+    usable.sort(key=lambda one: one[0])
+    return [line for mean, deviation, line in usable if mean - usable[0][0] <= math.hypot(usable[0][1], deviation)]
 
 
 def _best(group: Group) -> Section:
@@ -146,17 +150,7 @@ def _results(index: int, group: Group) -> Section:
     return Section(title, [setting(group), *apart_from], tables)
 
 
-def _differences(audit: Audit) -> pd.DataFrame:
-    """A line per fact and value, with the systems that have it."""
-    rows = []
-    for difference in audit.differences:
-        what = difference.what + (f" ({difference.remark})" if difference.remark else "")
-        for value, runs in difference.values.items():
-            rows.append({"fact": what, "value": value, "runs": run_names(runs)})
-    return table(rows)
-
-
-def _recovery(runs: Sequence[Run]) -> pd.DataFrame:
+def _recovery(runs: Sequence[Run]) -> list[dict[str, str]]:
     """A row per run that trained what another run had pruned, and evaluation set."""
     rows = []
     for run in runs:
@@ -169,7 +163,7 @@ def _recovery(runs: Sequence[Run]) -> pd.DataFrame:
             row |= {"recovered": number(after), "regained": share(regained(dense, before, after))}
             row |= {"tokens seen": f"{run.recovery.tokens_seen:,}", "train s": f"{run.recovery.seconds:,.0f}"}
             rows.append(row)
-    return table(rows)
+    return rows
 
 
 def terminal(parts: Sequence[Section]) -> str:

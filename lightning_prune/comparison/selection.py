@@ -2,16 +2,19 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from lightning_prune.comparison.records import Run
+from lightning_prune.comparison.repeats import decision
 from lightning_prune.models.vocabulary import Block
 
 Floats = NDArray[np.float64]
 BLOCKS = (Block.ATTENTION, Block.MLP)
+FULL = "32-true"
 
 
 def removes_layers(run: Run) -> bool:
@@ -36,13 +39,6 @@ def kept_fraction(run: Run, block: Block) -> Floats:
 def importance_share(run: Run) -> Floats:
     """Each layer's share of the model's whole importance ``[L]``; zeros where there is none."""
     return run.units.per_layer(run.units.importance) / (run.units.importance.sum() or 1.0)
-
-
-def changed_units(run: Run, other: Run) -> tuple[int, int, float] | None:
-    """How many units two runs decide differently, of how many, and the Jaccard index of the kept ones; None where they
-    do not have the same units."""
-    left, right = run.units.kept, other.units.kept
-    return None if len(left) != len(right) else (int(np.sum(left != right)), len(left), jaccard(left, right))
 
 
 def agreement(runs: Sequence[Run]) -> tuple[Floats, Floats]:
@@ -72,3 +68,37 @@ def _standard_ranks(values: Floats) -> Floats:
     ranks = ranks - ranks.mean()
     length = float(np.linalg.norm(ranks))
     return ranks / length if length > 0 else np.full_like(ranks, np.nan)
+
+
+def precision_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """A row per evaluation set and run in another precision, with the run in 32-true whose method, options, ratio, base
+    model and calibration tokens are the same, by ratio; of U ``units`` some are ``decided_differently``."""
+
+    def key(run: Run) -> str:
+        tokens = None if run.calibration is None else run.calibration.fingerprint
+        return repr((run.metrics.method.name, decision(run), run.requested, run.base, tokens))
+
+    full = {key(run): run for run in reversed(runs) if run.environment.precision == FULL}  # the first one is kept
+    rows = []
+    for run in sorted(runs, key=lambda run: run.requested):
+        other = full.get(key(run))
+        if other is None or run.environment.precision == FULL or len(run.units.kept) != len(other.units.kept):
+            continue
+        left, right = run.units.kept, other.units.kept
+        for name in run.sets:
+            rows.append(
+                {
+                    "system": run.label,
+                    "requested_ratio": run.requested,
+                    "precision": run.environment.precision,
+                    "units": len(left),
+                    "decided_differently": int(np.sum(left != right)),
+                    "jaccard_kept": jaccard(left, right),
+                    "evaluation_set": name,
+                    "perplexity": run.shown_perplexity(name),
+                    "perplexity_32_true": other.shown_perplexity(name) if name in other.sets else "",
+                    "folder": run.folder,
+                    "folder_32_true": other.folder,
+                }
+            )
+    return rows

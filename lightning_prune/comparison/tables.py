@@ -34,10 +34,7 @@ def table(rows: Sequence[Mapping[str, object]]) -> pd.DataFrame:
 
 
 def results(lines: Sequence[Repeats], group: Group, dense: bool = True) -> pd.DataFrame:
-    """Lines of one group by ratio and then in the order given, as text; the dense model first.
-
-    What a reader came for comes first: perplexities, where seeds were repeated their number, the verdict.
-    """
+    """Lines of one group by ratio and then in the order given, as text; the dense model first."""
     sets = evaluation_sets(group.all)
     rows = [_dense_row(group, sets)] if dense else []
     for line in sorted(lines, key=lambda line: line.ratio):
@@ -59,7 +56,6 @@ def results(lines: Sequence[Repeats], group: Group, dense: bool = True) -> pd.Da
 
 
 def repeated(group: Group) -> bool:
-    """Whether any line is of several seeds."""
     return any(len(line.runs) > 1 for line in repeats(group.all))
 
 
@@ -71,11 +67,9 @@ def _dense_row(group: Group, sets: Mapping[str, str]) -> dict[str, str]:
     row |= {"n": ""} if repeated(group) else {}
     row |= {"verdict": "", **accuracy.cells([first], group.all, dense=True)}
     row |= {"achieved": "0.0000", "parameters": f"{first.metrics.parameters.dense:,}"}
-    measured = [
-        run.metrics.seconds[costs.EVALUATE_DENSE] for run in group.all if costs.EVALUATE_DENSE in run.metrics.seconds
-    ]
-    row |= {"calibrate s": "", "prune s": "", "evaluate s": seconds(measured[0]) if measured else "", "memory MiB": ""}
-    return row
+    measured = next((run.metrics.seconds for run in group.all if costs.EVALUATE_DENSE in run.metrics.seconds), None)
+    evaluated = "" if measured is None else seconds(measured[costs.EVALUATE_DENSE])
+    return row | {"calibrate s": "", "prune s": "", "evaluate s": evaluated, "memory MiB": ""}
 
 
 def setting(group: Group) -> str:
@@ -85,15 +79,11 @@ def setting(group: Group) -> str:
     if calibration is None:
         parts.append("No calibration")
     else:
-        prints = dict.fromkeys(
-            run.calibration.fingerprint[:12]
-            for run in sorted(group.all, key=lambda run: run.seed or 0)
-            if run.calibration is not None
-        )
+        ordered = sorted(group.all, key=lambda run: run.seed or 0)
+        prints = dict.fromkeys(run.calibration.fingerprint[:12] for run in ordered if run.calibration is not None)
         size = f"{calibration.num_samples} × {calibration.seq_len} tokens, {calibration.sampling}"
         seed = f", seed{'s' if len(drawn) > 1 else ''} {', '.join(map(str, drawn))}" if drawn else ""
-        prints_text = ", ".join(prints)
-        parts.append(f"Calibration: {public_name(calibration.dataset)}, {size}{seed}, fingerprint {prints_text}")
+        parts.append(f"Calibration: {public_name(calibration.dataset)}, {size}{seed}, fingerprint {', '.join(prints)}")
     for name, short in evaluation_sets(group.all).items():
         metrics = next(run for run in group.all if name in run.sets).metrics
         called = "" if short == name else f"{short} is "
@@ -121,7 +111,6 @@ def number(value: float | None) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """Seconds as a table's cell."""
     return "–" if value is None else f"{value:.1f}"
 
 

@@ -1,7 +1,6 @@
 """The comparison in TensorBoard: the report's figures, and curves over layers.
 
-``tensorboard/`` in the report folder has the figures and a layout of custom scalars with a category per ratio; below it
-is a run per system. Tags name the ratio, so a system keeps its colour and a chart holds all systems at one ratio.
+``tensorboard/`` has the figures and a layout of custom scalars with a category per ratio; below it is a run per system.
 """
 
 import re

@@ -313,18 +313,6 @@ class RunFolder:
         return run
 
     @classmethod
-    def read_config(cls, path: Path, option: str) -> str:
-        """The text of ``config.yaml``.
-
-        Raises:
-            UserError: no such file, or not UTF-8.
-        """
-        try:
-            return read_file(path / "config.yaml", CONFIG_LIMIT, option).decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{option}: '{path / 'config.yaml'}' is not UTF-8 ({error}).") from None
-
-    @classmethod
     def finished_below(cls, parent: Path) -> list["RunFolder"]:
         """Finished runs of one system, by number."""
         found = [cls(entry) for entry in runs_below(parent)]

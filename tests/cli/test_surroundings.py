@@ -33,6 +33,7 @@ def grown(which: str) -> int:
     return int(subprocess.run(words, capture_output=True, text=True, check=True, env=clean).stdout)
 
 
+@pytest.mark.slow
 def test_kernels_of_layers_that_are_done_are_forgotten() -> None:
     all_of_them = grown("all")
     if all_of_them < 20 * 2**20:

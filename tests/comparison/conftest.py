@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from lightning_prune.comparison.audit import Audit, audit
+from lightning_prune.comparison.records import load_run
 from lightning_prune.comparison.report import write_report
-from lightning_prune.comparison.run import load_run
 from lightning_prune.runs.failure import Failure
 from tests.comparison.fake_run import write_run
 

@@ -9,25 +9,14 @@ import pytest
 from lightning_prune.comparison import costs
 from lightning_prune.comparison.audit import audit
 from lightning_prune.comparison.exports import results_csv
-from lightning_prune.comparison.records import Run
+from lightning_prune.comparison.records import Run, load_run
 from lightning_prune.comparison.repeats import repeats
-from lightning_prune.comparison.run import load_run
 from lightning_prune.comparison.sections import sections, terminal
 from lightning_prune.comparison.tables import results
 from tests.comparison.fake_run import write_run
 
-SECONDS = {
-    "load": 10.0,
-    "tokenise": 20.0,
-    "evaluate dense": 30.0,
-    "calibrate": 4.0,
-    "prune layers": 0.5,
-    "decide": 0.25,
-    "prune": 1.0,
-    "save": 2.0,
-    "evaluate pruned": 3.0,
-    "total": 80.0,
-}
+SECONDS = {"load": 10.0, "tokenise": 20.0, "evaluate dense": 30.0, "calibrate": 4.0, "prune layers": 0.5}
+SECONDS |= {"decide": 0.25, "prune": 1.0, "save": 2.0, "evaluate pruned": 3.0, "total": 80.0}
 
 
 def timed(root: Path, seconds: dict[str, float], measured_by: Path | None = None, **options: Any) -> Path:
@@ -57,10 +46,7 @@ def table(runs: list[Run]) -> list[dict[str, str]]:
 def pair(tmp_path: Path) -> list[Path]:
     """A run that calibrated, and one at another ratio that did not."""
     first = timed(tmp_path / "root", SECONDS, ratio=0.2)
-    return [
-        first,
-        timed(tmp_path / "root", without("calibrate", "evaluate dense"), first, ratio=0.5, version=1),
-    ]
+    return [first, timed(tmp_path / "root", without("calibrate", "evaluate dense"), first, ratio=0.5, version=1)]
 
 
 def test_every_second_is_counted_once_and_evaluation_apart(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from matplotlib.collections import LineCollection
 
 from lightning_prune.comparison.audit import Audit, audit
 from lightning_prune.comparison.plots import kept_figure, matrix_figure, plots, quality_figure
+from lightning_prune.comparison.records import load_run
 from lightning_prune.comparison.repeats import Repeats, repeats
-from lightning_prune.comparison.run import load_run
 from tests.comparison.fake_run import LAYERS, write_run
 
 

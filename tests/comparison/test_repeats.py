@@ -5,8 +5,8 @@ import pytest
 
 from lightning_prune.comparison.audit import Audit, audit
 from lightning_prune.comparison.exports import latex, results_csv
+from lightning_prune.comparison.records import load_run
 from lightning_prune.comparison.repeats import Spread, repeats
-from lightning_prune.comparison.run import load_run
 from lightning_prune.comparison.sections import sections, terminal
 from tests.comparison.fake_run import write_run
 
@@ -17,18 +17,11 @@ def drawn(seed: int, tokens: str = "") -> dict[str, object]:
 
 def runs_of(tmp_path: Path, values: dict[str, dict[int, float | None]], ratio: float = 0.2) -> list[Path]:
     """A folder per system and seed; ``values`` are perplexities by system and seed."""
+    first = round(100 * ratio)
     return [
-        write_run(
-            tmp_path,
-            label,
-            ratio,
-            perplexity=value,
-            calibration=drawn(seed),
-            version=seed + round(100 * ratio),
-            seed=seed,
-        )
+        write_run(tmp_path, label, ratio, perplexity=y, calibration=drawn(seed), version=first + seed, seed=seed)
         for label, found in values.items()
-        for seed, value in found.items()
+        for seed, y in found.items()
     ]
 
 
@@ -54,25 +47,18 @@ def test_mean_deviation_and_number_stand_in_every_format(repeated: Audit) -> Non
     text = terminal(sections(repeated, []))
     line = next(line for line in text.splitlines() if line.startswith("wanda"))
     assert line.split()[1:6] == ["0.2", "13.000", "±", "1.000", "3"]
-    assert next(line for line in text.splitlines() if line.startswith("magnitude ")).split()[1:4] == [
-        "0.2",
-        "20.000",
-        "1",
-    ]
+    line = next(line for line in text.splitlines() if line.startswith("magnitude "))
+    assert line.split()[1:4] == ["0.2", "20.000", "1"]
     assert "seeds 0, 1, 2" in text
     assert r"wanda & 13.000 $\pm$ 1.000 \\" in latex(repeated)
     rows = [row for row in csv.DictReader(results_csv(repeated, []).splitlines()) if row["system"] == "wanda"]
-    assert [(row["calibration_seed"], row["perplexity"]) for row in rows] == [
-        ("0", "12.0"),
-        ("1", "13.0"),
-        ("2", "14.0"),
-    ]
+    assert {row["calibration_seed"]: row["perplexity"] for row in rows} == {"0": "12.0", "1": "13.0", "2": "14.0"}
     assert {(row["n"], row["perplexity_mean"], row["perplexity_sd"]) for row in rows} == {("3", "13.0", "1.0")}
 
 
-@pytest.mark.parametrize("values", [(1.0,), (1.0, None), (None,), (float("inf"), 2.0)])
-def test_deviation_needs_two_finite_values(values: tuple[float | None, ...]) -> None:
-    assert Spread.of(values).deviation is None
+def test_deviation_needs_two_finite_values() -> None:
+    for values in ((1.0,), (1.0, None), (None,), (float("inf"), 2.0)):
+        assert Spread.of(values).deviation is None
 
 
 def test_seed_that_a_system_lacks_stays_apart(tmp_path: Path) -> None:

@@ -1,14 +1,14 @@
 import itertools
 import math
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lightning_prune.comparison.run import load_run
-from lightning_prune.comparison.selection import agreement, kept_fraction
+from lightning_prune.comparison.records import load_run
+from lightning_prune.comparison.selection import agreement, kept_fraction, precision_rows
 from lightning_prune.models.vocabulary import Block
+from lightning_prune.runs.settings import read_settings
 from tests.comparison.fake_run import LAYERS, write_run
 
 NAMES = ("layer", "block", "unit", "score", "kept")
@@ -40,20 +40,14 @@ def test_matrices_equal_loops_over_units_with_and_without_ties(tmp_path: Path, l
         assert overlap[a, b] == pytest.approx(len(kept[0] & kept[1]) / len(kept[0] | kept[1]))
 
 
-def test_constant_scores_have_no_rank_correlation(tmp_path: Path) -> None:
-    runs = [load_run(write_run(tmp_path, f"run{seed}", seed=seed)) for seed in range(2)]
-    runs[0].units.score[:] = 1.0
-    assert math.isnan(agreement(runs)[0][0, 1])
-
-
-def test_runs_with_other_units_are_not_compared(tmp_path: Path) -> None:
-    folders = [write_run(tmp_path, "wanda", 0.5, seed=1), write_run(tmp_path, "other", 0.5, seed=2)]
-    scores = folders[1] / "scores.csv"
-    # The same number of units at another cost: another model.
-    scores.write_text(re.sub(r",10,1\.0,", ",20,1.0,", scores.read_text()))
-    for matrix in agreement([load_run(folder) for folder in folders]):
+def test_other_units_are_not_compared_and_constant_scores_have_no_rank_correlation(tmp_path: Path) -> None:
+    runs = [load_run(write_run(tmp_path, f"run{seed}", 0.5, seed=seed)) for seed in range(3)]
+    runs[1].units.cost[:] = 20  # the same number of units at another cost: another model
+    runs[2].units.score[:] = 1.0
+    for matrix in agreement(runs):
         assert math.isnan(matrix[0, 1])
         assert matrix[0, 0] == pytest.approx(1.0)
+    assert math.isnan(agreement(runs)[0][0, 2])
 
 
 def test_kept_fraction_is_counted_by_layer_and_block(tmp_path: Path) -> None:
@@ -66,3 +60,34 @@ def test_kept_fraction_is_counted_by_layer_and_block(tmp_path: Path) -> None:
             assert len(rows) == count
             assert found[layer] == pytest.approx(sum(not units.pruned[i] for i in rows) / count)
         assert kept_fraction(layers, block).tolist() == [float(kept) for kept in layers.units.kept]
+
+
+def test_only_runs_that_differ_in_nothing_else_are_paired(tmp_path: Path) -> None:
+    half = {"environment": {"precision": "bf16-true"}}
+    write = [
+        write_run(tmp_path, "wanda", 0.2, seed=1),
+        write_run(tmp_path, "wanda", 0.2, seed=2, version=1, **half),  # the only one with a partner
+        write_run(tmp_path, "wanda", 0.3, seed=2, version=2, **half),
+        write_run(tmp_path, "wanda", 0.2, seed=2, version=3, weights="9" * 64, **half),
+        write_run(tmp_path, "wanda", 0.2, seed=2, version=4, calibration={"fingerprint": "8" * 64}, **half),
+        write_run(tmp_path, "magnitude", 0.2, seed=2, **half),
+        write_run(tmp_path, "wanda", 0.2, seed=2, version=5, **half),
+    ]
+    (write[-1] / "config.yaml").write_text("model: {init_args: {round_to: 8}}\n")
+    found = precision_rows([load_run(folder) for folder in write])
+    assert [(row["folder"], row["folder_32_true"]) for row in found] == [(write[1], write[0])]
+    units = [load_run(folder).units for folder in write[:2]]
+    kept = [{i for i, pruned in enumerate(table.pruned) if not pruned} for table in units]
+    assert (found[0]["units"], found[0]["decided_differently"]) == (len(units[0].pruned), len(kept[0] ^ kept[1]))
+    assert found[0]["jaccard_kept"] == pytest.approx(len(kept[0] & kept[1]) / len(kept[0] | kept[1]))
+    assert (found[0]["perplexity"], found[0]["perplexity_32_true"]) == (12.5, 12.5)
+
+
+def test_shipped_experiment_compares_three_systems_in_two_precisions() -> None:
+    settings = read_settings(Path("compare_precision"))
+    found = {label: settings.configuration(label, 0.2) for label in settings.systems}
+    assert settings.ratios == [0.2]
+    assert {label: one["trainer"]["precision"] for label, one in found.items()} == {
+        **dict.fromkeys(("hgsp_taylor", "wanda", "slimgpt"), "32-true"),
+        **dict.fromkeys(("hgsp_taylor_bf16", "wanda_bf16", "slimgpt_bf16"), "bf16-true"),
+    }

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 
 from lightning_prune.comparison.audit import audit
+from lightning_prune.comparison.records import load_run
 from lightning_prune.comparison.repeats import repeats
-from lightning_prune.comparison.run import load_run
 from lightning_prune.comparison.sections import leaders, sections
 from lightning_prune.comparison.tables import evaluation_sets, results
 from tests.comparison.fake_run import write_run
@@ -51,14 +51,13 @@ def test_answer_names_best_and_next_of_what_is_usable_and_reached_its_ratio(tmp_
 
 def test_lead_inside_the_spread_is_a_tie_and_outside_is_not(tmp_path: Path) -> None:
     values = {"wanda": (12.0, 13.0, 14.0), "taylor": (11.0, 12.0, 13.0), "far": (14.0, 15.0, 16.0)}
-    folders = [
-        write_run(
-            tmp_path, name, perplexity=value, version=seed, calibration={"seed": seed, "fingerprint": str(seed) * 64}
-        )
+    drawn = [{"seed": seed, "fingerprint": str(seed) * 64} for seed in range(3)]
+    runs = [
+        load_run(write_run(tmp_path, name, perplexity=found[seed], version=seed, calibration=drawn[seed]))
         for name, found in values.items()
-        for seed, value in enumerate(found)
+        for seed in range(3)
     ]
-    (group,) = audit([load_run(folder) for folder in folders]).groups
+    (group,) = audit(runs).groups
     lines = repeats(group.all)
     # Deviations are 1 and 1: √2 is more than 13 − 12, and less than 15 − 12.
     assert [line.name for line in leaders(lines, "demo")] == ["taylor", "wanda"]

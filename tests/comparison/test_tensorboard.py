@@ -13,14 +13,6 @@ def read(folder: Path) -> EventAccumulator:
     return events
 
 
-def layout(report: Path) -> Layout:
-    found = Layout()
-    found.ParseFromString(
-        read(report / "tensorboard").Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
-    )
-    return found
-
-
 def test_figures_of_the_comparison_come_before_those_of_runs(report: Path) -> None:
     events = read(report / "tensorboard")
     tags = events.Tags()["images"]
@@ -41,12 +33,10 @@ def test_every_system_is_a_run_and_its_tags_name_the_ratio(report: Path, result:
 
 
 def test_layout_has_a_category_per_ratio_whose_charts_are_not_smoothed(report: Path) -> None:
-    categories = layout(report).category
-    assert [category.title for category in categories] == [
-        "comparison 20 %",
-        "comparison 50 %",
-        "comparison table 2 20 %",
-    ]
+    stored = read(report / "tensorboard").Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+    categories = Layout.FromString(stored).category
+    titles = ["comparison 20 %", "comparison 50 %", "comparison table 2 20 %"]
+    assert [category.title for category in categories] == titles
     written = set(read(report / "tensorboard" / "hgsp_taylor").Tags()["scalars"])
     for category in categories[:2]:
         series = [series for chart in category.chart for series in chart.margin.series]

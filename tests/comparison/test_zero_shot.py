@@ -12,8 +12,7 @@ from lightning_prune.cli.commands.compare import main
 from lightning_prune.comparison import accuracy, zero_shot
 from lightning_prune.comparison.audit import audit
 from lightning_prune.comparison.exports import accuracy_csv, latex
-from lightning_prune.comparison.records import Accuracy, Score
-from lightning_prune.comparison.run import load_run
+from lightning_prune.comparison.records import Accuracy, Score, load_run
 from lightning_prune.comparison.sections import sections, terminal
 from lightning_prune.comparison.zero_shot import ZeroShot
 from lightning_prune.evaluation.zero_shot import Metric, ZeroShotResult
@@ -112,12 +111,8 @@ def test_accuracies_stand_in_the_table_and_every_metric_in_a_file(tmp_path: Path
         for seed, tokens in drawn.items()
     ]
     better = pruned | {"piqa": {"acc": Score(0.6, 0.03)}}
-    found = audit(
-        [
-            replace(run, accuracy=Accuracy(mine, dense, "0.4"))
-            for run, mine in zip(loaded, (pruned, better), strict=True)
-        ]
-    )
+    both = zip(loaded, (pruned, better), strict=True)
+    found = audit([replace(run, accuracy=Accuracy(mine, dense, "0.4")) for run, mine in both])
     lines = terminal(sections(found, [])).splitlines()
     cells = {line.split()[0]: line for line in lines if line.startswith(("system", "dense", "wanda"))}
     assert "acc piqa" in cells["system"]

@@ -16,7 +16,7 @@ from lightning_prune.checkpoint.cut import check_plan
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.cli import main
 from lightning_prune.comparison.audit import audit
-from lightning_prune.comparison.run import load_run
+from lightning_prune.comparison.records import load_run
 from lightning_prune.export.stock import write_stock
 from lightning_prune.methods import FLAP
 from lightning_prune.methods.bias_compensation import carriers, without_carrier

@@ -15,7 +15,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from lightning_prune.cli import main
 from lightning_prune.comparison.costs import calibration, pruning
-from lightning_prune.comparison.run import load_run
+from lightning_prune.comparison.records import load_run
 from lightning_prune.methods import Magnitude, ShortGPT, Wanda
 from lightning_prune.runs.folder import RunFolder
 from lightning_prune.support.errors import UserError

@@ -9,6 +9,7 @@ import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    BitsAndBytesConfig,
     ContinuousBatchingConfig,
     GenerationConfig,
     Trainer,
@@ -69,6 +71,11 @@ def close_logits(bench: Bench, other: Any, within: float) -> None:
     assert 0 < error < within, error
 
 
+def again(bench: Bench, auto: Any = AutoModelForCausalLM) -> Any:
+    """What was saved in the room."""
+    return auto.from_pretrained(bench.room, trust_remote_code=True).eval()
+
+
 def falls(losses: list[float]) -> None:
     assert losses[-1] < 0.9 * losses[0], losses
 
@@ -105,8 +112,7 @@ def trainer(bench: Bench) -> None:
     made.train()
     falls([entry["loss"] for entry in made.state.log_history if "loss" in entry])
     made.save_model()
-    again = AutoModelForCausalLM.from_pretrained(bench.room, trust_remote_code=True).eval()
-    torch.testing.assert_close(again(tiny_tokens()).logits, made.model.eval()(tiny_tokens()).logits)
+    torch.testing.assert_close(again(bench)(tiny_tokens()).logits, made.model.eval()(tiny_tokens()).logits)
 
 
 def lora(bench: Bench) -> None:
@@ -115,24 +121,23 @@ def lora(bench: Bench) -> None:
 
     torch.manual_seed(0)
     adapted = peft.get_peft_model(bench.load(), peft.LoraConfig(r=4, lora_alpha=16, task_type="CAUSAL_LM"))
-    falls(_train(adapted, tiny_tokens(batch=4)))
+    falls(train(adapted, tiny_tokens(batch=4)))
     expected = adapted.eval()(input_ids=tiny_tokens()).logits
     merged = adapted.merge_and_unload()
     merged.save_pretrained(bench.room)
-    again = AutoModelForCausalLM.from_pretrained(bench.room, trust_remote_code=True).eval()
-    torch.testing.assert_close(again(tiny_tokens()).logits, expected, rtol=1e-4, atol=1e-4)
-    assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in bench.load().named_parameters()}
+    saved = again(bench)
+    torch.testing.assert_close(saved(tiny_tokens()).logits, expected, rtol=1e-4, atol=1e-4)
+    assert {n: p.shape for n, p in saved.named_parameters()} == {n: p.shape for n, p in bench.load().named_parameters()}
 
 
-def save_and_reload(bench: Bench) -> None:
-    bench.load().save_pretrained(bench.room)
-    same_logits(bench, AutoModelForCausalLM.from_pretrained(bench.room, trust_remote_code=True).eval(), 0)
+def save_and_reload(bench: Bench, **options: Any) -> None:
+    bench.load().save_pretrained(bench.room, **options)
+    same_logits(bench, again(bench), 0)
 
 
 def sharded_saving(bench: Bench) -> None:
-    bench.load().save_pretrained(bench.room, max_shard_size="10kB")
+    save_and_reload(bench, max_shard_size="10kB")
     assert len(list(bench.room.glob("*.safetensors"))) > 1
-    same_logits(bench, AutoModelForCausalLM.from_pretrained(bench.room, trust_remote_code=True).eval(), 0)
 
 
 def device_map_and_disk_offload(bench: Bench) -> None:
@@ -173,14 +178,6 @@ def resized_embeddings(bench: Bench) -> None:
 def decoder_without_head(bench: Bench) -> None:
     expected = bench.load()(tiny_tokens(), output_hidden_states=True).hidden_states[-1]
     assert torch.equal(bench.load(AutoModel)(tiny_tokens()).last_hidden_state, expected)
-
-
-def classifier_of_texts(bench: Bench) -> None:
-    _classifier(bench, AutoModelForSequenceClassification, torch.tensor([0, 1, 2, 1]))
-
-
-def classifier_of_tokens(bench: Bench) -> None:
-    _classifier(bench, AutoModelForTokenClassification, tiny_tokens(batch=4) % 3)
 
 
 def evaluation_harness(bench: Bench) -> None:
@@ -241,17 +238,9 @@ def torchao_int8(bench: Bench) -> None:
     close_logits(bench, model, 0.05)
 
 
-def bitsandbytes_8_bit(bench: Bench) -> None:
-    from transformers import BitsAndBytesConfig
-
-    close_logits(bench, bench.load(quantization_config=BitsAndBytesConfig(load_in_8bit=True)), 0.05)
-
-
-def bitsandbytes_4_bit(bench: Bench) -> None:
-    from transformers import BitsAndBytesConfig
-
-    wanted = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
-    close_logits(bench, bench.load(quantization_config=wanted), 0.65)  # what it does to a dense model of this size
+def bitsandbytes(bench: Bench, bits: int, within: float) -> None:
+    wanted = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, bnb_4bit_compute_dtype=torch.float32)
+    close_logits(bench, bench.load(quantization_config=wanted), within)
 
 
 def continuous_batching(bench: Bench) -> None:
@@ -266,6 +255,30 @@ def continuous_batching(bench: Bench) -> None:
     found = equal.generate_batch(inputs=tiny_tokens().tolist(), **options)
     expected = equal.generate(tiny_tokens(), **GREEDY)[:, -6:].tolist()
     assert [found[name].generated_tokens for name in sorted(found)] == expected
+
+
+def train(model: Any, tokens: Tensor, labels: Tensor | None = None) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
+    losses = []
+    for _ in range(12):
+        loss = model(input_ids=tokens, labels=tokens if labels is None else labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def classifier(bench: Bench, auto: Any, labels: Tensor) -> None:
+    """Reads what the decoder puts out, learns, and is loaded again with its head."""
+    torch.manual_seed(0)
+    model = bench.load(auto, num_labels=3)
+    expected = bench.load(AutoModel)(tiny_tokens()).last_hidden_state
+    assert torch.equal(copy.deepcopy(model).base_model(tiny_tokens()).last_hidden_state, expected)
+    model.config.pad_token_id = 0
+    falls(train(model.train(), tiny_tokens(batch=4), labels))
+    model.eval().save_pretrained(bench.room)
+    assert torch.equal(again(bench, auto)(tiny_tokens()).logits, model(tiny_tokens()).logits)
 
 
 Check = Callable[[Bench], None]
@@ -283,21 +296,30 @@ TOOLS: dict[str, tuple[Check, tuple[str, ...]]] = {
     "hidden states and attentions": (hidden_states_and_attentions, ()),
     "resized embeddings": (resized_embeddings, ()),
     "`AutoModel`": (decoder_without_head, ()),
-    "`AutoModelForSequenceClassification`": (classifier_of_texts, ()),
-    "`AutoModelForTokenClassification`": (classifier_of_tokens, ()),
+    "`AutoModelForSequenceClassification`": (
+        partial(classifier, auto=AutoModelForSequenceClassification, labels=torch.tensor([0, 1, 2, 1])),
+        (),
+    ),
+    "`AutoModelForTokenClassification`": (
+        partial(classifier, auto=AutoModelForTokenClassification, labels=tiny_tokens(batch=4) % 3),
+        (),
+    ),
     "lm-evaluation-harness": (evaluation_harness, ("lm_eval",)),
     "`torch.compile`": (compiled, ()),
     "`torch.export`": (exported, ()),
     "ONNX": (onnx, ("onnxscript", "onnxruntime")),
     "ExecuTorch": (executorch, ("executorch",)),
     "torchao int8": (torchao_int8, ("torchao",)),
-    "bitsandbytes 8 bit": (bitsandbytes_8_bit, ("bitsandbytes", "accelerate")),
-    "bitsandbytes 4 bit": (bitsandbytes_4_bit, ("bitsandbytes", "accelerate")),
+    "bitsandbytes 8 bit": (partial(bitsandbytes, bits=8, within=0.05), ("bitsandbytes", "accelerate")),
+    "bitsandbytes 4 bit": (partial(bitsandbytes, bits=4, within=0.65), ("bitsandbytes", "accelerate")),
     "continuous batching of transformers": (continuous_batching, ()),
 }
 
 
-@pytest.mark.parametrize("name", TOOLS)
+SLOW = ("`torch.compile`", "`torch.export`")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in TOOLS])
 def test_tool(name: str, folder: Path, tmp_path: Path) -> None:
     check, needs = TOOLS[name]
     if absent := [module for module in needs if importlib.util.find_spec(module) is None]:
@@ -308,28 +330,3 @@ def test_tool(name: str, folder: Path, tmp_path: Path) -> None:
 def test_page_lists_every_tool_and_no_other() -> None:
     listed = re.findall(r"^\| (?!tool \||---)(.+?) \|", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
     assert listed == list(TOOLS)
-
-
-def _train(model: Any, tokens: Tensor, labels: Tensor | None = None) -> list[float]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
-    losses = []
-    for _ in range(12):
-        loss = model(input_ids=tokens, labels=tokens if labels is None else labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
-def _classifier(bench: Bench, auto: Any, labels: Tensor) -> None:
-    """Reads what the decoder puts out, learns, and is loaded again with its head."""
-    torch.manual_seed(0)
-    model = bench.load(auto, num_labels=3)
-    expected = bench.load(AutoModel)(tiny_tokens()).last_hidden_state
-    assert torch.equal(copy.deepcopy(model).base_model(tiny_tokens()).last_hidden_state, expected)
-    model.config.pad_token_id = 0
-    falls(_train(model.train(), tiny_tokens(batch=4), labels))
-    model.eval().save_pretrained(bench.room)
-    again = auto.from_pretrained(bench.room, trust_remote_code=True).eval()
-    assert torch.equal(again(tiny_tokens()).logits, model(tiny_tokens()).logits)

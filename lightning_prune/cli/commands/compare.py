@@ -31,8 +31,8 @@ def main(argv: list[str]) -> int:
 
     # After the arguments, so that --help does not wait for torch and matplotlib.
     from lightning_prune.comparison.audit import audit
+    from lightning_prune.comparison.records import load_run
     from lightning_prune.comparison.report import check_output, report_folder, write_report
-    from lightning_prune.comparison.run import load_run
     from lightning_prune.comparison.sections import terminal
     from lightning_prune.runs.failure import Failure
 
@@ -42,25 +42,20 @@ def main(argv: list[str]) -> int:
         raise UserError("--overwrite belongs to --output, which is not given.")
     failures: list[Failure] = []
     if arguments.config is None:
-        for option in ("pretrained", "ratios", "seeds", "systems"):
-            if getattr(arguments, option) is not None:
-                raise UserError(f"--{option} has no meaning with --runs: those runs are made. Leave it out.")
-        if options:
-            raise UserError(f"--{next(iter(options))} has no meaning with --runs: those runs are made. Leave it out.")
+        of_runs = [
+            name for name in ("pretrained", "ratios", "seeds", "systems") if getattr(arguments, name) is not None
+        ]
+        for option in (*of_runs, *options):
+            raise UserError(f"--{option} has no meaning with --runs: those runs are made. Leave it out.")
         folders, root = _finished(arguments.runs), arguments.root or DEFAULT_ROOT
         tasks = _tasks(arguments, root)
     else:
         from lightning_prune.runs.experiment import run_experiment
         from lightning_prune.runs.settings import read_settings
 
+        given = arguments
         settings = read_settings(
-            arguments.config,
-            arguments.root,
-            arguments.pretrained,
-            arguments.ratios,
-            arguments.systems,
-            options,
-            arguments.seeds,
+            given.config, given.root, given.pretrained, given.ratios, given.systems, options, given.seeds
         )
         root = settings.root
         tasks = _tasks(arguments, root)

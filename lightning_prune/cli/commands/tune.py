@@ -1,7 +1,5 @@
 """``lightning-prune tune``: choose a method's options on held-out calibration samples."""
 
-import csv
-import io
 import shutil
 import tempfile
 from contextlib import ExitStack
@@ -13,6 +11,7 @@ from jsonargparse.typing import PositiveInt
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_prune.cli.parser import with_method_help
+from lightning_prune.comparison.exports import csv_text
 from lightning_prune.runs.build import RunBuilder, build
 from lightning_prune.runs.tune import Tuned, check_tunable, log_kept, log_trial, tune, tuned_config
 from lightning_prune.support.errors import UserError
@@ -55,16 +54,8 @@ def main(argv: list[str]) -> int:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(writable(output.parent, "--output"))
         output.parent.mkdir(parents=True, exist_ok=True)
-        for found in tune(
-            configuration,
-            build,
-            cli.datamodule,
-            Path(folder),
-            cli.option("trials"),
-            kept,
-            cli.option("resume"),
-            cli.model.progress,
-        ):
+        trials, again, progress = cli.option("trials"), cli.option("resume"), cli.model.progress
+        for found in tune(configuration, build, cli.datamodule, Path(folder), trials, kept, again, progress):
             if len(found.trials) == 1:  # what an earlier search left stays until there is something to show
                 shutil.rmtree(events, ignore_errors=True)
                 writer = stack.enter_context(SummaryWriter(str(events)))
@@ -77,7 +68,8 @@ def main(argv: list[str]) -> int:
     assert found is not None
     with writable(output.parent, "--output"):
         log_kept(events, found)
-        write_text(table, _table(found))
+        rows = [one.options | {"held_out_loss": one.loss, "seconds": round(one.seconds, 1)} for one in found.trials]
+        write_text(table, csv_text([{"trial": number} | row for number, row in enumerate(rows, start=1)]))
         write_text(output, tuned_config(configuration, found))
     print(f"\nbest: loss {found.best.loss:.4f} with {_text(found.best.options)}")
     print(f"configuration: {output}   trials: {table}, {kept}   TensorBoard: {events}")
@@ -86,14 +78,3 @@ def main(argv: list[str]) -> int:
 
 def _text(options: dict[str, object]) -> str:
     return ", ".join(f"{name} {'auto' if value is None else value}" for name, value in options.items())
-
-
-def _table(found: Tuned) -> str:
-    names = list(found.trials[0].options)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", *names, "held_out_loss", "seconds"])
-    for number, trial in enumerate(found.trials, 1):
-        values = [trial.options[name] for name in names]
-        writer.writerow([number, *values, trial.loss, round(trial.seconds, 1)])
-    return text.getvalue()

@@ -70,17 +70,5 @@ def test_help_waits_for_nothing_and_names_every_option() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "heavy: []"
-    options = (
-        "--config",
-        "--runs",
-        "--root",
-        "--output",
-        "--pretrained",
-        "--ratios",
-        "--systems",
-        "--seeds",
-        "--zero-shot",
-        "--strict",
-        "--data.",
-    )
-    assert all(option in done.stdout for option in options)
+    options = "--config --runs --root --output --pretrained --ratios --systems --seeds --zero-shot --strict --data."
+    assert all(option in done.stdout for option in options.split())

@@ -44,16 +44,21 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def fit(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def good(inputs: Path) -> list[str]:
+    """Words of a command that is right."""
+    model = ["--config", WANDA, "--model.pretrained", f"{inputs}/model", "--trainer.accelerator", "cpu"]
+    return [*model, "--data.dataset", f"{inputs}/good.npy", "--data.eval_datasets", "[]"]
+
+
+@pytest.fixture
+def fit(inputs: Path, good: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """``fit(options…)`` runs the command on good inputs but for the options; returns the message of its failure."""
 
     def run(*options: str, config: str = WANDA) -> str:
         root = tmp_path / "logs"
-        good = ["--config", config, "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(root)]
-        if config == WANDA:
-            good += ["--model.pretrained", f"{inputs}/model", "--data.dataset", f"{inputs}/good.npy"]
-            good += ["--data.eval_datasets", "[]"]
-        status = main(["fit", *good, *[option.replace("INPUTS", str(inputs)) for option in options]])
+        words = good if config == WANDA else ["--config", config]
+        given = [option.replace("INPUTS", str(inputs)) for option in options]
+        status = main(["fit", *words, "--trainer.default_root_dir", str(root), *given])
         printed = capsys.readouterr()
         assert status == 2, printed
         assert not root.exists(), list(root.rglob("*"))
@@ -134,20 +139,12 @@ def test_text_that_is_too_short_says_how_short(fit: Callable[..., str], tmp_path
 
 
 def test_the_ratio_that_the_refusal_names_can_be_reached(
-    fit: Callable[..., str], inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fit: Callable[..., str], good: list[str], tmp_path: Path
 ) -> None:
     message = fit("--model.pruning_ratio", "0.95")
     ratio = message.partition("largest reachable ratio is ")[2].split()[0]
-    options = [
-        "--model.pretrained",
-        f"{inputs}/model",
-        "--data.dataset",
-        f"{inputs}/good.npy",
-        "--data.eval_datasets",
-        "[]",
-    ]
-    options += ["--trainer.default_root_dir", str(tmp_path / "reached"), "--trainer.accelerator", "cpu"]
-    assert main(["fit", "--config", WANDA, *options, "--model.pruning_ratio", ratio]) == 0
+    root = ["--trainer.default_root_dir", str(tmp_path / "reached")]
+    assert main(["fit", *good, *root, "--model.pruning_ratio", ratio]) == 0
     metrics = json.loads((tmp_path / "reached" / "wanda" / "version_0" / "metrics.json").read_text())
     assert float(ratio) - 0.05 < metrics["pruning_ratio"]["achieved"] <= float(ratio)
 
@@ -164,20 +161,11 @@ def full_disk(*args: object, **options: object) -> None:
 
 
 def test_full_disk_leaves_no_checkpoint(
-    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    good: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The decision was made and is small; it stays. Of the checkpoint nothing does."""
     monkeypatch.setattr(write._Shards, "write", full_disk)
-    options = [
-        "--model.pretrained",
-        f"{inputs}/model",
-        "--data.dataset",
-        f"{inputs}/good.npy",
-        "--data.eval_datasets",
-        "[]",
-    ]
-    options += ["--trainer.default_root_dir", str(tmp_path), "--trainer.accelerator", "cpu"]
-    assert main(["fit", "--config", WANDA, *options]) == 2
+    assert main(["fit", *good, "--trainer.default_root_dir", str(tmp_path)]) == 2
     message = capsys.readouterr().err
     assert "No space left on device" in message
     assert "--trainer.default_root_dir" in message

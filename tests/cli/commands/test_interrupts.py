@@ -52,7 +52,7 @@ def kill_before(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, number: 
 
 
 @both_signals
-@pytest.mark.parametrize("config", ["wanda.yaml", "hgsp_taylor.yaml", "shortgpt.yaml"])
+@pytest.mark.parametrize("config", ["hgsp_taylor.yaml", "shortgpt.yaml"])
 def test_signal_while_calibrating_leaves_nothing(
     fit: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, number: int, config: str
 ) -> None:
@@ -84,10 +84,8 @@ def test_signal_after_saving_names_the_folder_and_what_it_holds(
     assert fit() == STATUS[number]
     folder = tmp_path / "root" / "wanda" / "version_0"
     message, stays, held, resume = capsys.readouterr().err.splitlines()[-1].split("; ")
-    assert (message, stays) == (
-        f"interrupted by {signal.Signals(number).name}",
-        f"'{folder}' stays and is not finished",
-    )
+    assert message == f"interrupted by {signal.Signals(number).name}"
+    assert stays == f"'{folder}' stays and is not finished"
     assert resume == f"'lightning-prune fit --config {folder}/config.yaml --resume' goes on from there"
     assert set(held.removeprefix("it holds ").split(", ")) == {path.name for path in folder.iterdir()}
     assert {"pruned", "scores.csv", "plan.json", "unfinished"} <= {path.name for path in folder.iterdir()}
