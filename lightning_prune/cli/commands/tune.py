@@ -13,7 +13,7 @@ from jsonargparse.typing import PositiveInt
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_prune.cli.parser import with_method_help
-from lightning_prune.runs.build import RunBuilder, build
+from lightning_prune.runs.build import RunBuilder
 from lightning_prune.runs.tune import Tuned, check_tunable, log_kept, log_trial, tune, tuned_config
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import check_writable, writable, write_text
@@ -57,7 +57,6 @@ def main(argv: list[str]) -> int:
         output.parent.mkdir(parents=True, exist_ok=True)
         for found in tune(
             configuration,
-            build,
             cli.datamodule,
             Path(folder),
             cli.option("trials"),
