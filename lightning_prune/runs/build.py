@@ -11,8 +11,8 @@ import re
 import traceback
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NoReturn, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NoReturn
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
@@ -34,20 +34,6 @@ LARGEST = 2**63 - 1
 LARGEST_SEED = 2**32 - 1  # numpy's
 
 
-class BuiltRun(Protocol):
-    """A configuration as objects; ``resolved_config`` is all of it as YAML."""
-
-    trainer: L.Trainer
-    model: PruningMethod
-    datamodule: CalibrationDataModule
-
-    @property
-    def resolved_config(self) -> str: ...
-
-
-Build = Callable[[str, Mapping[str, Any]], BuiltRun]  # from a system's label and its configuration
-
-
 class Parser(LightningArgumentParser):
     """Ends a mistake in one message that names the nearest valid option, instead of pages of usage."""
 
@@ -55,17 +41,15 @@ class Parser(LightningArgumentParser):
         """Raise UserError: the method's or datamodule's own where that is the cause, else a plain one."""
         if not self.exit_on_error:  # a parser within the parser, for one class: the outer one reports
             super().error(message, ex)
-        raise _user_error_in(ex) or UserError(plain(message, self._option_names(), methods.__all__)) from None
-
-    def _option_names(self) -> list[str]:
-        classes = [base for name in methods.__all__ for base in getattr(methods, name).__mro__]
-        own = {base for base in classes if base.__module__.startswith("lightning_prune.")}
+        classes = {base for name in methods.__all__ for base in getattr(methods, name).__mro__}
+        own = [base for base in classes if base.__module__.startswith("lightning_prune.")]
         options = {f"model.{name}" for base in own for name in inspect.signature(base).parameters}
-        return sorted({option.lstrip("-") for option in self._option_string_actions} | options)
+        options |= {option.lstrip("-") for option in self._option_string_actions}
+        raise _user_error_in(ex) or UserError(plain(message, sorted(options), methods.__all__)) from None
 
 
 class RunBuilder(LightningCLI):
-    """Parses and builds trainer, model and data; whoever made it runs them.
+    """Parses a command line or a configuration and builds ``trainer``, ``model`` and ``datamodule``.
 
     Args:
         arguments: the words of a command line, or a configuration as a mapping.
@@ -122,10 +106,9 @@ class RunBuilder(LightningCLI):
             given = re.search(r"Given value: (.+)", str(error))  # the innermost comes first
             value = given[1] if given else str(error).partition("\n")[0]
             raise UserError(f"an option's value cannot be used: {value[:200]}. See --help.") from None
-        if chosen and any(getattr(value, "__isabstractmethod__", False) for value in _attributes(type(self.model))):
-            raise UserError(
-                f"--model: '{type(self.model).__name__}' is not a method. Methods: {', '.join(methods.__all__)}."
-            )
+        kind = type(self.model)
+        if chosen and any(getattr(getattr(kind, name, None), "__isabstractmethod__", False) for name in dir(kind)):
+            raise UserError(f"--model: '{kind.__name__}' is not a method. Methods: {', '.join(methods.__all__)}.")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The tokenizer is the model's."""
@@ -134,11 +117,7 @@ class RunBuilder(LightningCLI):
             parser.add_argument(f"--{name}", **how)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, and refuse what the parser lets through.
-
-        Raises:
-            UserError: text that is not UTF-8, numbers that are too large, or null where a value is needed.
-        """
+        """Refuse what the parser lets through: text that is not UTF-8, numbers too large, null for a value."""
         super().parse_arguments(parser, args)
         model = self.config.get("model")
         if self.subclass_mode_model and model is not None:
@@ -159,11 +138,11 @@ class RunBuilder(LightningCLI):
         """The trainer of the user's options, with what the run itself brings: progress, and TensorBoard below
         ``<root>/<label>`` unless another logger or none is given."""
         options = dict(self._get(self.config_init, "trainer"))
-        self.show_progress(options)
-        label = self.label()
+        self._show_progress(options)
         if options["logger"] in (None, True):
-            root = options["default_root_dir"]
-            options["logger"] = TensorBoardLogger(root, name=label, default_hp_metric=False)
+            options["logger"] = TensorBoardLogger(
+                options["default_root_dir"], name=self.label(), default_hp_metric=False
+            )
         trainer: L.Trainer = self.trainer_maker(**options)
         return trainer
 
@@ -171,7 +150,7 @@ class RunBuilder(LightningCLI):
         """Name of the folder that run folders of this system go to."""
         return str(self.model.label) if isinstance(self.model, PruningMethod) else "test"
 
-    def show_progress(self, options: dict[str, Any]) -> None:
+    def _show_progress(self, options: dict[str, Any]) -> None:
         """Let model and data say how far they are, unless the trainer's ``options`` forbid it or bring a bar."""
         callbacks = options["callbacks"] if isinstance(options["callbacks"], list) else [options["callbacks"]]
         silent = options["enable_progress_bar"] is False or self.option("quiet")
@@ -193,7 +172,7 @@ class RunBuilder(LightningCLI):
         return str(self.parser.dump(config, skip_none=False))
 
 
-def build(label: str, configuration: Mapping[str, Any]) -> BuiltRun:
+def build(label: str, configuration: Mapping[str, Any]) -> RunBuilder:
     """Trainer, method and data of one run of an experiment.
 
     Raises:
@@ -237,14 +216,9 @@ def quiet() -> None:
 
 
 def _user_error_in(error: BaseException | None) -> UserError | None:
-    """The UserError that ``error`` is or was caused by, if any."""
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__
     return error
-
-
-def _attributes(owner: type) -> Iterator[Any]:
-    return (getattr(owner, name, None) for name in dir(owner))
 
 
 def _refuse_nulls(owner: type, options: Mapping[str, Any]) -> None:

@@ -20,19 +20,16 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
-            if key.value in seen if isinstance(key, yaml.ScalarNode) else True:
-                what = f"'{key.value}' is given twice" if isinstance(key, yaml.ScalarNode) else "a key is not a name"
-                raise yaml.constructor.ConstructorError(None, None, what, key.start_mark)
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key is not a name", key.start_mark)
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is given twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 def read_config(path: Path, option: str) -> dict[str, Any]:
-    """The options in a configuration file.
-
-    Args:
-        path: of the file.
-        option: begins the message of an error.
+    """The options in a configuration file; ``option`` begins the message of an error.
 
     Raises:
         UserError: not a regular file, too large, not UTF-8, not YAML, or not a mapping of options.
@@ -43,10 +40,11 @@ def read_config(path: Path, option: str) -> dict[str, Any]:
     try:
         content = path.read_bytes()
         text = content.decode("utf-8")
-        if not text.isascii() and not sys.flags.utf8_mode and locale.getpreferredencoding(False).lower() != "utf-8":
+        encoding = "utf-8" if sys.flags.utf8_mode else locale.getpreferredencoding(False)
+        if not text.isascii() and encoding.lower() != "utf-8":
             raise UserError(
-                f"{option}: '{path}' has characters that the locale's encoding ({locale.getpreferredencoding(False)}) "
-                "cannot express. Set PYTHONUTF8=1."
+                f"{option}: '{path}' has characters that the locale's encoding ({encoding}) cannot express. "
+                "Set PYTHONUTF8=1."
             )
         found = yaml.load(text, _Loader)
         _check_references(found)

@@ -20,7 +20,6 @@ def configuration_sha256(
     Args:
         method: class name.
         options: all its options, defaults included; the model's path and the label do not count.
-        precision: of the trainer.
         base_model: ``base_model_sha256`` or, without one, the name of the model.
         calibration: fingerprint of the calibration set; None for a method that reads no data.
         evaluation: fingerprint by evaluation set.

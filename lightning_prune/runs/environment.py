@@ -34,11 +34,8 @@ def environment(precision: str, device: torch.device) -> dict[str, Any]:
         "cpu": {"name": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": [
-            {
-                "name": torch.cuda.get_device_name(index),
-                "memory_bytes": torch.cuda.get_device_properties(index).total_memory,
-            }
-            for index in range(torch.cuda.device_count())
+            {"name": gpu.name, "memory_bytes": gpu.total_memory}
+            for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
         ],
         "cuda": torch.version.cuda,
         "device": str(device),

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from lightning_prune.evaluation.perplexity import PerplexityResult
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.runs.build import build
 from lightning_prune.runs.failure import Failure
@@ -66,38 +65,25 @@ def run_experiment(settings: Settings) -> tuple[list[Path], list[Failure]]:
 
 
 def _make(run: Planned, known: Sequence[tuple[Planned, Path]], progress: Progress) -> Path:
-    """One run."""
+    """Make one run; ``known`` are the finished ones, whose measurements it takes over."""
     built = build(run.label, run.configuration)
-    method = built.model
+    method: PruningMethod = built.model
     _reset_peak_memory()
     try:
         method.trainer = built.trainer
         method.progress = progress.part(run.name)
-        if method.reusable:
-            _give_scores(method, run, known)
-        folder, _ = prune_and_record(built.trainer, method, run.data, built.resolved_config, _dense(run, known))
+        # What the same system measured for another ratio.
+        same = (folder for one, folder in known if (one.label, one.measurement) == (run.label, run.measurement))
+        if method.reusable and (scored := next(same, None)) is not None:
+            reuse(method, RunFolder.open(scored, "--root"))
+        measured = (RunFolder.open(folder, "--root") for one, folder in known if one.dense == run.dense)
+        perplexities = (known_perplexities(one, run.data) for one in measured)
+        dense = next((one for one in perplexities if one is not None), None)
+        folder, _ = prune_and_record(built.trainer, method, run.data, built.resolved_config, dense)
     finally:
         del built, method
         gc.collect()
     return folder
-
-
-def _give_scores(method: PruningMethod, run: Planned, known: Sequence[tuple[Planned, Path]]) -> None:
-    """What the same system measured for another ratio, if it did."""
-    for other, folder in known:
-        if other.label == run.label and other.measurement == run.measurement:
-            reuse(method, RunFolder.open(folder, "--root"))
-            return
-
-
-def _dense(run: Planned, known: Sequence[tuple[Planned, Path]]) -> dict[str, PerplexityResult] | None:
-    """The dense model's perplexities, if a finished run measured them on the same evaluation sets."""
-    for other, folder in known:
-        if other.dense == run.dense:
-            found = known_perplexities(RunFolder.open(folder, "--root"), run.data)
-            if found is not None:
-                return found
-    return None
 
 
 @contextmanager

@@ -34,7 +34,6 @@ from lightning_prune.runs.tidy import (
     forget_findings,
     is_finished,
     leftovers,
-    runs_below,
     sweep_runs,
     version,
 )
@@ -133,7 +132,14 @@ class RunFolder:
         there_before, folder = Path(), None
         try:
             there_before = nearest_existing(parent)
-            folder = cls._next(parent, option) if again is None else cls._again(again, option)
+            if again is None:
+                folder = cls._next(parent, option)
+            elif (lock := Lock.take(again / UNFINISHED)) is not None:
+                folder = cls(again, option, lock)
+            else:
+                raise UserError(
+                    f"--resume: the run in '{again}' is still under way. Wait for it, or leave --resume out."
+                )
             with writable(Path(root), option):
                 yield folder
         except BaseException as error:
@@ -145,13 +151,6 @@ class RunFolder:
             raise
         folder._finish()
         sweep_runs(parent)
-
-    @classmethod
-    def _again(cls, path: Path, option: str) -> "RunFolder":
-        lock = Lock.take(path / UNFINISHED)
-        if lock is None:
-            raise UserError(f"--resume: the run in '{path}' is still under way. Wait for it, or leave --resume out.")
-        return cls(path, option, lock)
 
     @classmethod
     def _next(cls, parent: Path, option: str) -> "RunFolder":
@@ -204,21 +203,18 @@ class RunFolder:
             remove_empty_parents(self.path, there_before)
         if self.is_finished:
             self._finish()
-        elif useful and (command := self._resuming()) is not None:
-            error.add_note(f"'lightning-prune {command} --config {self.path}/config.yaml --resume' goes on from there")
+        elif useful and (self.path / STARTED).is_file():
+            commands = {TRAINING: "recover", FINDINGS: "fit"}
+            if command := next((one for name, one in commands.items() if (self.path / name).is_dir()), None):
+                line = f"lightning-prune {command} --config {self.path}/config.yaml --resume"
+                error.add_note(f"'{line}' goes on from there")
         if self._lock is not None:
             self._lock.release()
-
-    def _resuming(self) -> str | None:
-        """The command whose ``--resume`` can take this unfinished run up."""
-        commands = {TRAINING: "recover", FINDINGS: "fit"} if (self.path / STARTED).is_file() else {}
-        return next((command for name, command in commands.items() if (self.path / name).is_dir()), None)
 
     # State
 
     @property
     def pruned(self) -> Path:
-        """The checkpoint's folder."""
         return self.path / PRUNED
 
     @property
@@ -234,11 +230,9 @@ class RunFolder:
     # Writing
 
     def write_config(self, text: str) -> None:
-        """``config.yaml``, the resolved configuration; what a run was told is on disk before it begins."""
         write_text(self.path / "config.yaml", text)
 
     def write_decision(self, scores: Scores, plan: PruningPlan, details: dict[str, Any]) -> None:
-        """``scores.csv``, ``plan.json`` and ``method.json``."""
         scores.write(self.path / "scores.csv")
         plan.save(self.path / "plan.json")
         self._write_json("method.json", details, MethodDetails)
@@ -251,7 +245,6 @@ class RunFolder:
         plan.save(place / "plan.json")
 
     def write_recovery(self, facts: dict[str, Any]) -> None:
-        """``recovery.json``."""
         self._write_json(RECOVERY, facts, Recovered)
 
     def write_results(self, calibration: dict[str, Any], environment: dict[str, Any], metrics: dict[str, Any]) -> None:
@@ -262,12 +255,10 @@ class RunFolder:
         self._write_json(METRICS, metrics, RunMetrics)
 
     def write_evaluation(self, environment: dict[str, Any], metrics: dict[str, Any]) -> None:
-        """The records of an evaluation (``test``)."""
         self._write_json("environment.json", environment, Environment)
         self._write_json(METRICS, metrics, EvaluationMetrics)
 
     def append_to_card(self, text: str) -> None:
-        """Add a section to the checkpoint's model card."""
         card = self.pruned / "README.md"
         write_text(card, card.read_text(encoding="utf-8") + text)
 
@@ -291,10 +282,9 @@ class RunFolder:
                 f"{option}: '{path}' is no finished pruning run: it has no {', '.join(missing)}. Give a folder that "
                 "'lightning-prune fit' has completed, for instance logs/wanda/version_0."
             )
-        hint = "Run fit again."
 
         def read(name: str, kind: Any) -> Any:
-            return read_json(path / name, kind, option, hint)
+            return read_json(path / name, kind, option, "Run fit again.")
 
         reads_data = read("calibration.json", dict[str, Any]).get("dataset", "") is not None
         calibration = read("calibration.json", Calibration if reads_data else NoCalibration)
@@ -309,15 +299,10 @@ class RunFolder:
             recovery=read(RECOVERY, Recovered) if os.path.lexists(path / RECOVERY) else None,
         )
         if run.plan.parameters != run.metrics.parameters.model_dump():
-            raise UserError(f"{option}: plan.json and metrics.json in '{path}' are of different runs. {hint}")
+            raise UserError(f"{option}: plan.json and metrics.json in '{path}' are of different runs. Run fit again.")
         return run
 
     @classmethod
-    def finished_below(cls, parent: Path) -> list["RunFolder"]:
-        """Finished runs of one system, by number."""
-        found = [cls(entry) for entry in runs_below(parent)]
-        return [folder for folder in found if folder.is_finished]
-
     def configuration_sha256(self) -> str | None:
         """The name of this run's result; None where it has none that can be read."""
         try:

@@ -21,21 +21,17 @@ def numerical_advice(trainer: L.Trainer, model: PruningMethod) -> Iterator[None]
     try:
         yield
     except FloatingPointError as error:
-        raise FloatingPointError(f"{error} {_advice(str(trainer.precision), model)}") from error
-
-
-def _advice(precision: str, model: PruningMethod) -> str:
-    if bad := _bad_weight(model.checkpoint):
-        return (
-            f"The weights of '{model.pretrained}' themselves hold NaN or infinite values, first in {bad}: give others."
-        )
-    if precision.startswith("16"):
-        return "Use --trainer.precision bf16-true or 32-true."
-    if precision.startswith("bf16"):
-        return "Use --trainer.precision 32-true."
-    return (
-        f"Precision {precision} is in use already, so the values lie outside its range: look at the model and the text."
-    )
+        precision, name = str(trainer.precision), model.pretrained
+        if bad := _bad_weight(model.checkpoint):
+            advice = f"The weights of '{name}' themselves hold NaN or infinite values, first in {bad}: give others."
+        elif precision.startswith("16"):
+            advice = "Use --trainer.precision bf16-true or 32-true."
+        elif precision.startswith("bf16"):
+            advice = "Use --trainer.precision 32-true."
+        else:
+            advice = f"Precision {precision} is in use already, so the values lie outside its range: look at the "
+            advice += "model and the text."
+        raise FloatingPointError(f"{error} {advice}") from error
 
 
 def _bad_weight(checkpoint: Checkpoint) -> str | None:

@@ -41,8 +41,10 @@ def plain(message: str, options: Sequence[str], methods: Sequence[str]) -> str:
     allowed = [one for one in dict.fromkeys(allowed) if one != "NoneType"]
     if key and found and allowed:
         return f"--{key}: found {found[1][:200] or 'nothing'}; allowed: {', '.join(allowed)}."
-    lines = [line.strip(" -") for line in re.sub(r'Parser key "([\w.]+)":', r"--\1:", message).splitlines()]
-    return " ".join(line for line in lines if line)[:500]
+    if refused := re.search(r"Not of type \w+: (\S+) does not conform to restriction v(.+)", message):
+        return f"--{key}: found '{refused[1]}'; allowed: a number {refused[2]}."
+    lines = " ".join(line.strip(" -") for line in message.splitlines() if line.strip(" -"))
+    return re.sub(r'Parser key "([\w.]+)":', r"--\1:", lines)[:500]
 
 
 def _nearest(name: str, options: Sequence[str]) -> str:

@@ -13,41 +13,32 @@ from lightning_prune.runs.build import build
 from lightning_prune.runs.configuration import configuration_sha256
 from lightning_prune.runs.folder import RunFolder
 from lightning_prune.runs.settings import Settings
+from lightning_prune.runs.tidy import runs_below
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One run to make.
-
-    Attributes:
-        label, ratio: what it is called.
-        seed: of its calibration samples, None where the experiment has no seeds.
-        configuration: what ``fit`` would be given.
-        data: shared by all runs with the same ``data`` section.
-        sha256: names its result, see ``configuration_sha256``.
-        measurement: names what it measures, which is the same at every ratio of a system.
-        dense: names the evaluation of the dense model, the same for most systems.
-    """
+    """One run to make; the three hashes are of ``configuration_sha256``."""
 
     label: str
     ratio: float
-    seed: int | None
-    configuration: dict[str, Any]
-    data: CalibrationDataModule
-    sha256: str
-    measurement: str
-    dense: str
+    seed: int | None  # of its calibration samples, None where the experiment has no seeds
+    configuration: dict[str, Any]  # what ``fit`` would be given
+    data: CalibrationDataModule  # shared by all runs with the same ``data`` section
+    sha256: str  # names its result
+    measurement: str  # names what it measures, which is the same at every ratio of a system
+    dense: str  # names the evaluation of the dense model, the same for most systems
 
     @property
     def name(self) -> str:
-        """What it is called where the run stands beside others."""
         return f"{self.label} {self.ratio:g}{'' if self.seed is None else f' seed {self.seed}'}"
 
     def finished(self, root: Path) -> Path | None:
-        """The folder of a finished run with the same result, made by ``compare``, ``fit`` or ``decide``."""
-        for folder in RunFolder.finished_below(root / self.label):
+        """The folder of a finished run with the same result, whichever command made it."""
+        for path in runs_below(root / self.label):
+            folder = RunFolder(path)
             if folder.is_pruning_run and folder.configuration_sha256() == self.sha256:
-                return folder.path
+                return path
         return None
 
 
@@ -86,16 +77,7 @@ def plan_runs(settings: Settings) -> list[Planned]:
             sha256 = configuration_sha256(name, init, *base, calibration, evaluation)
             if any((run.label, run.sha256) == (label, sha256) for run in found):
                 continue
-            found.append(
-                Planned(
-                    label,
-                    ratio,
-                    seed,
-                    configuration,
-                    data,
-                    sha256=sha256,
-                    measurement=configuration_sha256(name, init | {"pruning_ratio": None}, *base, calibration, {}),
-                    dense=configuration_sha256("dense", {}, *base, None, evaluation),
-                )
-            )
+            measurement = configuration_sha256(name, init | {"pruning_ratio": None}, *base, calibration, {})
+            dense = configuration_sha256("dense", {}, *base, None, evaluation)
+            found.append(Planned(label, ratio, seed, configuration, data, sha256, measurement, dense))
     return found

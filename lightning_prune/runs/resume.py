@@ -44,7 +44,6 @@ def differences(before: Facts, now: Facts) -> list[str]:
 
 
 def write_facts(folder: RunFolder, facts: Facts) -> None:
-    """Say in an unfinished run's folder what its findings are made from."""
     write_json(folder.path / STARTED, facts)
 
 
@@ -83,7 +82,6 @@ def known_dense(folder: RunFolder, fingerprints: Mapping[str, str]) -> dict[str,
 
 
 def keep_dense(folder: RunFolder, fingerprints: Mapping[str, str], perplexity: Mapping[str, tuple[float, int]]) -> None:
-    """Keep them for a run that goes on."""
     (folder.path / FINDINGS).mkdir(exist_ok=True)
     write_json(folder.path / FINDINGS / DENSE, {"evaluation": dict(fingerprints), "perplexity": dict(perplexity)})
 

@@ -59,7 +59,7 @@ class Settings:
     show_progress: bool = True
 
     def configuration(self, label: str, ratio: float, seed: int | None = None) -> Options:
-        """The configuration of one run; ``seed`` of its calibration samples overrules its own."""
+        """The configuration of one run; ``seed`` overrules that of its ``data`` section."""
         found = deepcopy(self.systems[label])
         found["model"]["init_args"]["pruning_ratio"] = ratio
         if seed is not None:
@@ -76,15 +76,13 @@ def read_settings(
     options: Mapping[str, str] | None = None,
     seeds: Sequence[int] | None = None,
 ) -> Settings:
-    """Read the file; what is not None overrules it.
+    """Read the file at ``path``, or the shipped one of that name; what is not None overrules it.
 
     Args:
-        path: the YAML file, or the name of a shipped one.
-        root, pretrained, ratios: overrule the file's.
         systems: only these labels of the file.
         options: ``data.OPTION`` and ``trainer.OPTION`` with values as on the command line. A system's own ``data``
             section (ShortGPT's second setting) still comes last: it is what makes that system.
-        seeds: overrule the file's; they apply to every system.
+        seeds: apply to every system.
 
     Raises:
         UserError: no such file, an unknown key or system, a ratio outside 0 and 1, a seed that is not one.

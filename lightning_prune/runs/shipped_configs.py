@@ -21,21 +21,13 @@ FILE_OPTIONS = ("--config", "--model", "--data", "--trainer")
 
 @dataclass(frozen=True)
 class Method:
-    """A method with its defaults, as its configuration has them.
+    """A method with its defaults, as its configuration has them."""
 
-    Attributes:
-        name: that ``--method`` takes.
-        class_name: in ``lightning_prune.methods``.
-        options: that differ from the defaults of the class.
-        sentence: the first of the configuration's comment.
-        paper: where it is from; empty for what is our own.
-    """
-
-    name: str
-    class_name: str
-    options: dict[str, Any]
-    sentence: str
-    paper: str
+    name: str  # that ``--method`` takes
+    class_name: str  # in ``lightning_prune.methods``
+    options: dict[str, Any]  # that differ from the defaults of the class
+    sentence: str  # the first of the configuration's comment
+    paper: str  # where it is from; empty for what is our own
 
 
 def shipped_folder() -> Path:
@@ -52,7 +44,6 @@ def shipped_names() -> list[str]:
 
 @cache
 def shipped_methods() -> dict[str, Method]:
-    """Every shipped method by name."""
     found = {}
     for name in shipped_names():
         path = shipped_folder() / f"{name}.yaml"

@@ -26,10 +26,7 @@ def run_metrics(
     seconds: dict[str, float],
     peak_memory_bytes: int,
 ) -> dict[str, Any]:
-    """The contents of ``metrics.json``.
-
-    ``dense`` and ``pruned`` are perplexities, ``evaluation`` the protocol, by evaluation set; ``seconds`` by phase.
-    """
+    """The contents of ``metrics.json``; ``evaluation`` is the protocol by evaluation set, ``seconds`` are by phase."""
     return {
         "perplexity": {
             name: {"dense": dense[name].perplexity, "pruned": pruned[name].perplexity, "tokens": dense[name].tokens}
@@ -44,7 +41,6 @@ def run_metrics(
 
 
 def summary_table(label: str, metrics: dict[str, Any]) -> str:
-    """The small table a run ends with."""
     parameters, ratio, seconds = metrics["parameters"], metrics["pruning_ratio"], metrics["seconds"]
     asked = "" if ratio["requested"] is None else f"requested {ratio['requested']:.4f}, "
     rows = [

@@ -27,7 +27,7 @@ from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.measurement import SavedMeasurement
 from lightning_prune.models.checkpoint import Checkpoint
-from lightning_prune.runs.build import Build, BuiltRun
+from lightning_prune.runs.build import RunBuilder, build
 from lightning_prune.runs.resume import Facts, differences, facts_of
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import write_json
@@ -102,7 +102,6 @@ def search(start: Options, axes: Axes, loss: Callable[[dict[str, Any]], float], 
 
 def tune(
     configuration: dict[str, Any],
-    build: Build,
     data: CalibrationDataModule,
     folder: Path,
     limit: int,
@@ -113,7 +112,7 @@ def tune(
     """Try options of one method, and yield what is known after every trial.
 
     Args:
-        configuration: of a run as ``fit`` takes it, with every option; ``build`` makes trainer, method and data of it.
+        configuration: of a run as ``fit`` takes it, with every option.
         data: its calibration set is the one to tune on, whose two parts go to ``folder``; no evaluation text is read.
         limit: how many trials, the first included.
         file: holds all trials after every one of them; with ``resume`` those in it are not made again.
@@ -134,7 +133,7 @@ def tune(
     weights, fingerprint = Checkpoint.open(given["pretrained"]).fingerprint, data.calibration.manifest.fingerprint
     facts = facts_of(yaml.safe_dump(configuration), weights, fingerprint, processes=1)
     before = _read(file, facts) if resume else None
-    trials = _Trials(configuration, build, folder, progress)
+    trials = _Trials(configuration, folder, progress)
     dense_loss = trials.measured[1] if before is None else before.dense_loss
     found = Tuned(facts, dense_loss, int(held_out.sum()), [])
 
@@ -154,8 +153,8 @@ def tune(
 class _Trials:
     """Runs that differ in a few options of the method: measured once on its part of the samples, then decided."""
 
-    def __init__(self, configuration: dict[str, Any], build: Build, folder: Path, progress: Progress | None) -> None:
-        self.base, self.build, self.progress = copy.deepcopy(configuration), build, progress
+    def __init__(self, configuration: dict[str, Any], folder: Path, progress: Progress | None) -> None:
+        self.base, self.progress = copy.deepcopy(configuration), progress
         parts = {"dataset": str(folder / "measured.npy"), "eval_datasets": [str(folder / "held_out.npy")]}
         # The rows of an array are the windows.
         windows = ("num_samples", "seq_len", "sampling", "stride")
@@ -180,19 +179,19 @@ class _Trials:
         kept = {str(block): scores.kept_fraction(block).tolist() for block in BLOCKS if scores.of_kind(block).any()}
         return Trial(options, _loss(run), time.perf_counter() - started, kept)
 
-    def _built(self, options: Options) -> BuiltRun:
+    def _built(self, options: Options) -> RunBuilder:
         configuration = copy.deepcopy(self.base)
         configuration["model"]["init_args"] |= options
-        return self.build("tune", configuration)
+        return build("tune", configuration)
 
 
-def _fit(run: BuiltRun) -> None:
+def _fit(run: RunBuilder) -> None:
     run.model.writes = False
     run.datamodule.needs_calibration = run.model.needs_calibration
     run.trainer.fit(run.model, run.datamodule)
 
 
-def _loss(run: BuiltRun) -> float:
+def _loss(run: RunBuilder) -> float:
     """Mean token loss in nats on the held-out samples, of what was decided, or of the dense model before that."""
     method = run.model
     results = measure_perplexity(run.trainer, run.datamodule, method.checkpoint, "", method.slot, method.progress)
@@ -213,7 +212,7 @@ def _read(file: Path, facts: Facts) -> Tuned:
 
 
 def check_tunable(method: PruningMethod) -> None:
-    """Raise UserError for a method whose decisions cannot be made again from its scores; says which can."""
+    """Raise UserError for a method whose decisions cannot be made again from its scores."""
     if not isinstance(method, GroupPruning) or not method.reusable:
         raise UserError(
             f"--model: '{method.method}' cannot be tuned: a trial decides from saved scores, which methods that rank "

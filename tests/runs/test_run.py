@@ -1,13 +1,10 @@
-"""One run: what it records, what it leaves when it cannot go on, and that many at once do not meet."""
+"""One run: what it records, and what it leaves when it cannot go on."""
 
 import errno
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,7 +16,6 @@ from lightning_prune.comparison.records import load_run
 from lightning_prune.methods import Magnitude, ShortGPT, Wanda
 from lightning_prune.runs.folder import RunFolder
 from lightning_prune.support.errors import UserError
-from tests.killing import Forks
 from tests.methods.behaviour import prune, save_model, save_tokens
 from tests.tiny import make_tiny, tiny_tokens
 
@@ -49,9 +45,8 @@ def entries(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("logger", ["true", "false"])
-def test_folder_is_claimed_with_and_without_a_logger(inputs: Path, logger: str) -> None:
-    for number in range(2):
+def test_folder_is_claimed_with_and_without_a_logger(inputs: Path) -> None:
+    for number, logger in enumerate(["true", "false"]):
         assert main(["fit", *options(inputs), f"--trainer.logger={logger}"]) == 0
         run = RunFolder.open(inputs / "root" / "magnitude" / f"version_{number}", "--run")
         events = list(run.path.glob("20%/*tfevents*"))  # TensorBoard shows the path to them
@@ -170,49 +165,3 @@ def test_advice_never_names_the_precision_in_use(
         prune(Magnitude(str(inputs / "model")), inputs / "tokens.npy", inputs / "logs", precision)
     assert str(error.value).startswith(f"layer 3: values are NaN or infinite. {advice}")
     assert f"Use --trainer.precision {precision}" not in str(error.value)
-
-
-# Many at once
-
-
-def all_of(forks: Forks, commands: list[list[str]]) -> list[str]:
-    """Start all at once; what each printed. Every one must succeed."""
-    ended = forks.together(commands)
-    assert [one.status for one in ended] == [0] * len(ended), [one.printed[-500:] for one in ended]
-    return [one.printed for one in ended]
-
-
-@pytest.mark.slow
-def test_runs_that_start_together_are_whole_and_unmixed(inputs: Path, forks: Forks) -> None:
-    ratios = [0.1, 0.2, 0.3, 0.4]
-    printed = all_of(forks, [["fit", *options(inputs), f"--model.pruning_ratio={ratio}"] for ratio in ratios])
-    folders = [Path(out.splitlines()[-1].removeprefix("pruned model: ")).parent for out in printed]
-    for ratio, folder in zip(ratios, folders, strict=True):
-        run = load_run(folder)
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-        assert config["model"]["init_args"]["pruning_ratio"] == run.requested == ratio
-        assert RunFolder.open(folder, "--run").plan.pruning_ratio == ratio
-        assert f"| Pruning ratio achieved | {run.achieved:.4f} |" in (folder / "pruned" / "README.md").read_text()
-    assert len(set(folders)) == len(entries(inputs / "root" / "magnitude")) == 4
-
-    decided = all_of(forks, [["decide", f"--run={folder}", "--model.label=again"] for folder in folders])
-    for folder, out in zip(folders, decided, strict=True):
-        again = Path(out.splitlines()[-1].removeprefix("pruned model: ")).parent
-        assert (again / "scores.csv").read_bytes() == (folder / "scores.csv").read_bytes()
-        assert json.loads((again / "method.json").read_text())["measured_by"] == str(folder)
-    tests = all_of(forks, [["test", *options(inputs)[1:], "--trainer.logger=false"] for _ in range(4)])
-    assert len({out.splitlines()[-1] for out in tests}) == len(entries(inputs / "root" / "test")) == 4
-    assert not [path for path in (inputs / "root").rglob("*") if path.name.startswith(".") or path.name == "unfinished"]
-
-
-@pytest.mark.slow
-def test_several_ranks_write_one_folder(inputs: Path) -> None:
-    np.save(inputs / "tokens.npy", tiny_tokens(8, 16).numpy())
-    arguments = [*options(inputs), "--trainer.devices=2"]
-    command = [sys.executable, "-m", "lightning_prune", "fit", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-500:]
-    assert done.stdout.splitlines()[-1] == f"pruned model: {inputs / 'root' / 'magnitude' / 'version_0' / 'pruned'}"
-    assert entries(inputs / "root") == ["magnitude"]
-    assert entries(inputs / "root" / "magnitude") == ["version_0"]
-    assert load_run(inputs / "root" / "magnitude" / "version_0").achieved > 0.1

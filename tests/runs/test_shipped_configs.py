@@ -46,9 +46,9 @@ def test_a_file_wins_over_a_shipped_name_and_a_folder_does_not(tmp_path: Path) -
     assert config_file("hgsp_wanda", tmp_path / "deep").read_text() == "own"
 
 
-@pytest.mark.parametrize("path", ["configs/wanda.yaml", "wanda.yaml", "some/where", "x.yml", "x.json", "/abs/path"])
-def test_a_path_is_left_to_its_reader(path: str) -> None:
-    assert config_file(path) == Path(path)
+def test_a_path_is_left_to_its_reader() -> None:
+    for path in ("configs/wanda.yaml", "wanda.yaml", "some/where", "x.yml", "x.json", "/abs/path"):
+        assert config_file(path) == Path(path)
 
 
 def test_an_unknown_name_lists_what_is_shipped(capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,6 +68,10 @@ def test_only_config_options_are_touched() -> None:
     assert Path(found[3]).samefile(ROOT / "configs" / "wanda.yaml")
     assert Path(found[4].removeprefix("--config=")).samefile(ROOT / "configs" / "slimgpt.yaml")
     assert with_config_files(["fit", "--config"]) == ["fit", "--config"]
+    for words in (["--method", "wanda"], ["--method=wanda"]):
+        option, _, path = "=".join(with_config_files(words)).partition("=")
+        assert option == "--config"
+        assert Path(path).samefile(ROOT / "configs" / "wanda.yaml")
 
 
 def test_the_shipped_experiment_goes_by_name_and_own_ones_may_name_shipped_systems(tmp_path: Path) -> None:
@@ -81,7 +85,14 @@ def test_the_shipped_experiment_goes_by_name_and_own_ones_may_name_shipped_syste
         read_settings(tmp_path / "mine.yaml")
 
 
-@pytest.mark.parametrize("name", sorted(name for name in shipped_names() if name.startswith("compare")))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "compare" else pytest.mark.slow)
+        for name in shipped_names()
+        if name.startswith("compare")
+    ],
+)
 def test_every_system_of_a_shipped_experiment_builds_its_method(name: str) -> None:
     settings = read_settings(Path(name))
     for label in settings.systems:
@@ -89,17 +100,9 @@ def test_every_system_of_a_shipped_experiment_builds_its_method(name: str) -> No
         assert (method.label, method.pruning_ratio) == (label, settings.ratios[0])
 
 
-def test_method_is_another_word_for_config() -> None:
-    for words in (["--method", "wanda"], ["--method=wanda"]):
-        (*_, last) = with_config_files(words)
-        assert Path(last.removeprefix("--config=")).samefile(ROOT / "configs" / "wanda.yaml")
-    assert with_config_files(["--method", "wanda"])[0] == "--config"
-
-
 def test_methods_lists_every_shipped_method_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    own = [file.stem for file in (ROOT / "configs").glob("*.yaml") if "lightning_prune.methods." in file.read_text()]
-    own = [name for name in own if not name.startswith("compare")]
-    for name in own:
-        assert sum(line.split()[:1] == [name] for line in lines) == 1, name
+    for file in (ROOT / "configs").glob("*.yaml"):
+        if "lightning_prune.methods." in file.read_text() and not file.stem.startswith("compare"):
+            assert sum(line.split()[:1] == [file.stem] for line in lines) == 1, file.stem

@@ -1,6 +1,5 @@
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,25 +15,17 @@ PLAN = PruningPlan(
 )
 
 
-def metrics() -> dict[str, Any]:
+def test_metrics_hold_the_documented_fields_and_the_summary_says_them() -> None:
     dense = {"wikitext2": PerplexityResult(12.3456, 4242)}
     pruned = {"wikitext2": PerplexityResult(15.0, 4242)}
     manifest = {"wikitext2": {"split": "test", "seq_len": 128}}
-    return run_metrics(PLAN, dense, pruned, manifest, {"calibrate": 1.23456, "total": 20.0}, 3 * 2**20)
-
-
-def test_metrics_hold_the_documented_fields() -> None:
-    found = metrics()
+    found = run_metrics(PLAN, dense, pruned, manifest, {"calibrate": 1.23456, "total": 20.0}, 3 * 2**20)
     assert found["perplexity"] == {"wikitext2": {"dense": 12.3456, "pruned": 15.0, "tokens": 4242}}
     assert found["evaluation"]["wikitext2"] == {"split": "test", "seq_len": 128}
     assert found["parameters"] == {"dense": 1_234_567, "pruned": 987_900}
     assert found["pruning_ratio"] == {"requested": 0.2, "achieved": 0.1998}
     assert found["seconds"] == {"calibrate": 1.235, "total": 20.0}
     assert found["peak_memory_bytes"] == 3 * 2**20
-
-
-def test_summary_says_what_was_requested_and_what_came_out() -> None:
-    found = metrics()
     table = summary_table("my wanda", found)
     words = ["my wanda", "1,234,567 → 987,900", "requested 0.2000, achieved 0.1998", "dense 12.346, pruned 15.000"]
     words += ["(4,242 tokens of the test split in windows of 128)", "calibrate 1.2", "3 MiB"]

@@ -89,35 +89,25 @@ def test_no_rank_is_sent_the_weights_that_it_reads_itself(monkeypatch: pytest.Mo
         assert sent == expected
 
 
-@pytest.mark.parametrize("devices", [2, "2", [0, 1], "[0, 1]", "0,1", "[0,1]"])
-@pytest.mark.parametrize("strategy", ["auto", "ddp"])
-def test_several_processes_never_wrap_the_model(devices: Any, strategy: str) -> None:
-    found = trainer(devices=devices, strategy=strategy)
-    assert type(found.strategy) is CalibrationDDP
-    assert found.world_size == 2
-
-
-@pytest.mark.parametrize("devices", [1, "1", "auto", [0], "[0]"])
-def test_one_process_needs_no_process_group(devices: Any) -> None:
-    assert isinstance(trainer(devices=devices).strategy, SingleDeviceStrategy)
-    assert type(trainer(devices=devices, strategy="ddp").strategy) is CalibrationDDP
+@pytest.mark.parametrize("devices", [2, "2", [0, 1], "[0, 1]", "0,1", 1, "1", "auto", [0], "[0]"])
+def test_only_one_process_needs_no_process_group_and_several_never_wrap_the_model(devices: Any) -> None:
+    found, ddp = trainer(devices=devices), trainer(devices=devices, strategy="ddp")
+    assert type(ddp.strategy) is CalibrationDDP
+    assert found.world_size == ddp.world_size == cpu_processes("cpu", devices)
+    assert isinstance(found.strategy, SingleDeviceStrategy if found.world_size == 1 else CalibrationDDP)
 
 
 @pytest.mark.parametrize("devices", [-1, "-1", 0, [], "", "x", [0, 0], None, 10**6, [1.5, "x"]])
 def test_devices_that_the_processor_cannot_be(devices: Any) -> None:
     with pytest.raises(UserError, match=r"--trainer\.devices: found .* number of processes, from 1 to"):
         cpu_processes("cpu", devices)
+    assert cpu_processes("gpu", devices) == devices  # for Lightning to judge
 
 
-@pytest.mark.parametrize("devices", [-1, [0, 1], "auto", "0,1"])
-def test_devices_of_a_gpu_are_left_to_lightning(devices: Any) -> None:
-    assert cpu_processes("gpu", devices) == devices
-
-
-@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
-def test_processes_whose_result_would_be_lost(strategy: str) -> None:
-    with pytest.raises(UserError, match=r"--trainer\.strategy: DDPStrategy .*lost"):
-        trainer(strategy=strategy, devices=2)
+def test_processes_whose_result_would_be_lost() -> None:
+    for strategy in ("ddp_spawn", "ddp_fork"):
+        with pytest.raises(UserError, match=r"--trainer\.strategy: DDPStrategy .*lost"):
+            trainer(strategy=strategy, devices=2)
 
 
 def test_nodes_without_a_launcher_would_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,6 +173,7 @@ def test_however_processes_are_spelled_one_plan_comes_out(spelling: str, tmp_pat
     printed = [process.communicate(timeout=180)[0] for process in started]
     assert [process.returncode for process in started] == [0] * len(started), printed
     (plan,) = (tmp_path / "logs").rglob("plan.json")
+    assert list((tmp_path / "logs").glob("*/*")) == [plan.parent]
     assert json.loads(plan.read_text())["achieved_ratio"] > 0
     assert sum(line.startswith("pruned model: ") for text in printed for line in text.splitlines()) == 1
 

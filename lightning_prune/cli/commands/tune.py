@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_prune.cli.parser import with_method_help
 from lightning_prune.comparison.exports import csv_text
-from lightning_prune.runs.build import RunBuilder, build
+from lightning_prune.runs.build import RunBuilder
 from lightning_prune.runs.tune import Tuned, check_tunable, log_kept, log_trial, tune, tuned_config
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import check_writable, writable, write_text
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
         stack.enter_context(writable(output.parent, "--output"))
         output.parent.mkdir(parents=True, exist_ok=True)
         trials, again, progress = cli.option("trials"), cli.option("resume"), cli.model.progress
-        for found in tune(configuration, build, cli.datamodule, Path(folder), trials, kept, again, progress):
+        for found in tune(configuration, cli.datamodule, Path(folder), trials, kept, again, progress):
             if len(found.trials) == 1:  # what an earlier search left stays until there is something to show
                 shutil.rmtree(events, ignore_errors=True)
                 writer = stack.enter_context(SummaryWriter(str(events)))
