@@ -302,7 +302,6 @@ class RunFolder:
             raise UserError(f"{option}: plan.json and metrics.json in '{path}' are of different runs. Run fit again.")
         return run
 
-    @classmethod
     def configuration_sha256(self) -> str | None:
         """The name of this run's result; None where it has none that can be read."""
         try:
