@@ -10,7 +10,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from lightning_prune.calibration.passes import Batch, Finding, Pass, Setting, Step
+from lightning_prune.calibration.passes import Batch, Finding, Holding, Load, Pass, Setting, Step
 from lightning_prune.calibration.residuals import ResidualStore
 from lightning_prune.calibration.statistics.removal_slopes import RemovalSlopes
 from lightning_prune.models.families import LayerAnatomy
@@ -95,6 +95,16 @@ class BackwardPass(Pass):
     def cost(self, view: LayerAnatomy, step: Step) -> float:
         """Backward: run again, gradients of inputs and of weights."""
         return 3.0 if step.phase == "backward" else 1.0
+
+    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+        """A stream at every layer boundary and one gradient; what backward keeps of a layer, and its gradients."""
+        tokens = load.seq_len if self.per_sample else load.tokens
+        kept = 8 * load.hidden_size + 10 * load.widest_input
+        return Holding(
+            running=tokens * kept * load.dtype.itemsize,
+            stores=(load.hidden_size,) * (load.num_layers + 1),
+            per_logit=12,
+        )
 
     def stores(self) -> dict[str, ResidualStore]:
         """The boundaries that are open, and the gradient."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_prune.calibration.passes import Batch, Finding, Pass, Setting, Step
+from lightning_prune.calibration.passes import Batch, Finding, Holding, Load, Pass, Setting, Step
 from lightning_prune.calibration.residuals import ResidualStore
 from lightning_prune.calibration.statistics.block_influence import BlockInfluence
 from lightning_prune.models.families import LayerAnatomy
@@ -120,6 +120,12 @@ class RemovalPass(Pass):
         """Every state that crosses, and the MLP alone."""
         return 2.0 + 3 * step.layer if self.blocks else 1.0 + step.layer
 
+    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+        """The dense state, and the variants of every layer but the last, whose losses are taken at once."""
+        states = 1 + (3 if self.blocks else 1) * (load.num_layers - 1)
+        two = 2 * load.tokens * load.hidden_size * load.dtype.itemsize
+        return Holding(running=two, stores=(load.hidden_size,) * states, per_logit=8)
+
     def stores(self) -> dict[str, ResidualStore]:
         """Every state, by its piece."""
         return {" ".join(map(str, piece or ("dense",))): store for piece, store in self.states.items()}
@@ -192,6 +198,10 @@ class SimilarityPass(Pass):
         for piece, metric in zip(PIECES, self.influence, strict=True):
             metric.raise_if_not_finite(f"layer {step.layer}, {piece}")  # type: ignore[operator]
         return {"delta": torch.stack([metric.reduced() for metric in self.influence]).cpu()}  # type: ignore[operator]
+
+    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+        """The residual stream; two states in fp32 and their product."""
+        return Holding(running=12 * load.tokens * load.hidden_size, stores=(load.hidden_size,))
 
     def stores(self) -> dict[str, ResidualStore]:
         """The residual stream."""

@@ -10,13 +10,14 @@ fluctuations that removing a unit causes, and there are as many more of them as 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.calibration.backward import BackwardPass
-from lightning_prune.calibration.passes import Finding
+from lightning_prune.calibration.passes import Finding, Holding, Load
 from lightning_prune.calibration.statistics.token_statistic import TokenStatistic
 from lightning_prune.models.families import LayerAnatomy
 
@@ -61,6 +62,11 @@ class FisherPass(BackwardPass):
 
     def expect(self, samples: int, tokens: int) -> None:
         """Nothing: the statistic counts for itself."""
+
+    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+        """Also a projection's inputs and their gradient in fp32, and the product."""
+        base = super().holds(view, load)
+        return replace(base, running=base.running + 12 * load.tokens * load.widest_input)
 
     def conclude(self, view: LayerAnatomy) -> Finding:
         """Importance per unit."""

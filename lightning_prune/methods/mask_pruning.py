@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.calibration.passes import WEIGHT, Finding
+from lightning_prune.calibration.passes import WEIGHT, Finding, Holding, Load
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.masks import Structure, keep_n_of_m_mask, parse_structure, row_mask, tensor_mask
@@ -57,6 +57,11 @@ def mask_layer(view: LayerAnatomy, rule: MaskRule, weight_score: Callable[[str],
             found[WEIGHT + role] = linear.weight.masked_fill(mask, 0)
             zeroed += mask.sum().cpu()
     return {**found, **sums, "zeroed": zeroed}
+
+
+def mask_holding(base: Holding, load: Load) -> Holding:
+    """Also the ranking of one weight: scores, their order and both sorted; and every weight anew."""
+    return replace(base, finishing=24 * load.largest_weight, new_weights=load.layer_weights)
 
 
 class GroupOrMaskPruning(GroupPruning):

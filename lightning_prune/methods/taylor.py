@@ -5,10 +5,12 @@ estimate of the curvature. L is the mean token loss over the whole calibration s
 absolute value is taken once, at the end.
 """
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from lightning_prune.calibration.backward import BackwardPass
-from lightning_prune.calibration.passes import Finding
+from lightning_prune.calibration.passes import Finding, Holding, Load
 from lightning_prune.calibration.statistics.gradients import LayerGradients
 from lightning_prune.calibration.statistics.groups import group_importance
 from lightning_prune.models.families import LayerAnatomy
@@ -44,6 +46,13 @@ class TaylorPass(BackwardPass):
     def expect(self, samples: int, tokens: int) -> None:
         """Tell the accumulators."""
         self.gradients.expect(samples, tokens)
+
+    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+        """Also an fp32 gradient of every weight of the layer, and the one that backward has just made."""
+        base = super().holds(view, load)
+        sums = 4 * load.layer_weights
+        new = load.largest_weight * (load.dtype.itemsize + (12 if self.second_order else 0))
+        return replace(base, running=base.running + sums + new, finishing=sums + 2 * load.largest_weight)
 
     def conclude(self, view: LayerAnatomy) -> Finding:
         """Importance per unit; the accumulators are freed one projection at a time."""

@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from lightning_prune.calibration.hooks import Hooks
-from lightning_prune.calibration.passes import Finding, ForwardPass, Pass, Step
+from lightning_prune.calibration.passes import Finding, ForwardPass, Holding, Load, Pass, Step
 from lightning_prune.calibration.statistics.groups import group_importance
 from lightning_prune.calibration.statistics.input_norms import SumOfSquares
-from lightning_prune.methods.mask_pruning import GroupOrMaskPruning, MaskRule, mask_layer
+from lightning_prune.methods.mask_pruning import GroupOrMaskPruning, MaskRule, mask_holding, mask_layer
 from lightning_prune.models.families import LayerAnatomy
 
 # Projections that read the same activation share one statistic, collected at the first of them.
@@ -111,6 +111,9 @@ class WandaMaskPass(WandaPass):
         """The masked weights, and what was zeroed."""
         norms = self.inputs.norms()
         return mask_layer(view, self.rule, lambda role: weight_scores(view.linears[role].weight, norms[INPUT_OF[role]]))
+
+    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+        return mask_holding(super().holds(view, load), load)
 
     def changes(self, step: Step) -> bool:
         """Always, though the next layer may be meant not to see it."""

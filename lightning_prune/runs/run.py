@@ -15,10 +15,10 @@ from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.evaluation.unigram import unigram_perplexity
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.fingerprint import base_model_sha256
-from lightning_prune.preflight.place import place
 from lightning_prune.runs.configuration import configuration_sha256
 from lightning_prune.runs.environment import environment, peak_memory_bytes
 from lightning_prune.runs.folder import RunFolder, check_label
+from lightning_prune.runs.memory_estimate import memory_advice, place
 from lightning_prune.runs.numerics import numerical_advice
 from lightning_prune.runs.resume import Facts, facts_of, keep_dense, known_dense, unfinished_run, write_facts
 from lightning_prune.runs.summary import RunRecord, run_metrics
@@ -64,7 +64,12 @@ def prune_and_record(
     if resume and trainer.is_global_zero:
         again = unfinished_run(Path(trainer.default_root_dir), method.label, _facts(trainer, method, data, config))
     claim = claimed(trainer, method.label, config, again, events=events_folder(method.requested_ratio))
-    with claim as folder, numerical_advice(trainer, method), closing(method.progress):
+    with (
+        claim as folder,
+        memory_advice(method, data),
+        numerical_advice(trainer, method),
+        closing(method.progress),
+    ):
         method.run_folder = folder
         facts = _facts(trainer, method, data, config)
         if folder is not None and method.saved is None:  # what is decided from scores is quickly decided again

@@ -25,7 +25,7 @@ from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.models.families import family_of
 from lightning_prune.models.fingerprint import base_model_sha256
 from lightning_prune.models.loading import load_config
-from lightning_prune.preflight.place import place
+from lightning_prune.runs.memory_estimate import place
 from lightning_prune.runs.planned import Build, BuiltRun
 from lightning_prune.runs.resume import facts_of
 from lightning_prune.runs.shifts import Floats, directions, factors, search_shifts
