@@ -6,19 +6,21 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from tabulate import tabulate  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
+from lightning_prune.checkpoint.pruned import stored_dtype
 from lightning_prune.models.families import count_parameters, family_of, layers_of
-from lightning_prune.models.loading import load_config, resolve
+from lightning_prune.models.loading import resolve
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.progress import Progress
 
@@ -75,7 +77,6 @@ class EfficiencyReport:
     threads: int
     pruned: Efficiency
     dense: Efficiency | None
-    engine: str = "transformers"
 
     def to_json(self) -> dict[str, Any]:
         """The report as it stands in ``efficiency.json``."""
@@ -87,24 +88,14 @@ class EfficiencyReport:
         dense = _rows(self.dense, self.setting) if self.dense is not None else {}
         lines = [("", "dense", "pruned", "pruned / dense") if dense else ("", "pruned")]
         for name, value in pruned.items():
-            if not dense:
-                lines.append((name, _number(value)))
-                continue
-            base = dense[name]
+            base = dense.get(name)
             ratio = f"{value / base:.3f}" if value is not None and base else "-"
-            lines.append((name, _number(base), _number(value), ratio))
-        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-        text = [
-            "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(cells))
-            for cells in (list(zip(line, widths, strict=True)) for line in lines)
-        ]
-        stored = {
-            side: model.weight_file_dtype for side, model in (("dense", self.dense), ("pruned", self.pruned)) if model
-        }
-        files = ", ".join(f"{side} {dtype}" for side, dtype in stored.items())
-        return "\n".join(
-            [*text, f"measured in {self.dtype} on {self.device} by {self.engine}; weights on disk: {files}"]
-        )
+            lines.append((name, _number(base), _number(value), ratio) if dense else (name, _number(value)))
+        align = ("left", *["right"] * (len(lines[0]) - 1))
+        text = tabulate(lines, tablefmt="plain", disable_numparse=True, colalign=align)
+        models = {"dense": self.dense, "pruned": self.pruned}
+        files = ", ".join(f"{side} {model.weight_file_dtype}" for side, model in models.items() if model)
+        return f"{text}\nmeasured in {self.dtype} on {self.device}; weights on disk: {files}"
 
 
 def macs_per_token(model: PreTrainedModel, context_length: int) -> int:
@@ -141,11 +132,6 @@ def weight_file_bytes(pretrained: str) -> int:
     return sum(file.stat().st_size for file in Path(config).parent.glob("*.safetensors"))
 
 
-def stored_dtype(pretrained: str) -> torch.dtype:
-    """The dtype of a checkpoint's weights, fp32 where its config does not say."""
-    return load_config(pretrained).dtype or torch.float32
-
-
 def measure(model: PreTrainedModel, pretrained: str, setting: Setting, name: str = "model") -> Efficiency:
     """Count and time one model where it stands (device and dtype).
 
@@ -159,25 +145,13 @@ def measure(model: PreTrainedModel, pretrained: str, setting: Setting, name: str
         UserError: a length or number is below 1, the sequence is longer than the model's positions, or a batch does
             not fit in memory.
     """
-    check_setting(model.config, setting)
+    _check_setting(model.config, setting)
     model.eval()
-    with timing(name, setting) as done:
-        speed = [_speed(model, batch_size, setting, done) for batch_size in setting.batch_sizes]
-    return count(model, pretrained, setting, speed)
-
-
-@contextmanager
-def timing(name: str, setting: Setting) -> Iterator[Callable[[], None]]:
-    """Show how far the timing of a model is; what is given back is called after every timed run."""
-    phase, runs = f"timing {name}", len(setting.batch_sizes) * (WARM_UP + setting.repeats)
+    phase = f"timing {name}"
     with closing(Progress()) as progress:
-        progress.expect(phase, runs)
-        yield lambda: progress.advance(phase, 1)
+        progress.expect(phase, len(setting.batch_sizes) * (WARM_UP + setting.repeats))
+        speed = [_speed(model, size, setting, lambda: progress.advance(phase, 1)) for size in setting.batch_sizes]
         progress.finish(phase)
-
-
-def count(model: PreTrainedModel, pretrained: str, setting: Setting, speed: list[Speed]) -> Efficiency:
-    """What follows from the shapes of ``model``, on the meta device too, and from its files, beside its speed."""
     return Efficiency(
         parameters=count_parameters(model),
         macs_per_token=macs_per_token(model, setting.context_length),
@@ -253,22 +227,14 @@ def _peak_memory_bytes(device: torch.device) -> int | None:
     return int(found.group(1)) * 1024 if found else None
 
 
-def check_setting(config: Any, setting: Setting) -> None:
-    """Refuse what cannot be measured with a model of this config.
-
-    Raises:
-        UserError: a length or number is below 1, or the sequence is longer than the model's positions.
-    """
-    numbers: dict[str, Sequence[int]] = {
-        "prompt-length": [setting.prompt_length],
-        "decode-length": [setting.decode_length],
-        "context-length": [setting.context_length],
-        "repeats": [setting.repeats],
-        "batch-sizes": setting.batch_sizes,
-    }
-    for option, values in numbers.items():
+def _check_setting(config: Any, setting: Setting) -> None:
+    for field, values in asdict(setting).items():
+        values = values if isinstance(values, tuple) else (values,)
         if not values or min(values) < 1:
-            raise UserError(f"--{option}: found {' '.join(map(str, values))}; whole numbers of 1 or more are allowed.")
+            raise UserError(
+                f"--{field.replace('_', '-')}: found {' '.join(map(str, values))}; whole numbers of 1 or more are "
+                "allowed."
+            )
     longest, positions = setting.prompt_length + setting.decode_length, config.max_position_embeddings
     if longest > positions:
         raise UserError(

@@ -31,7 +31,6 @@ def main(argv: list[str]) -> int:
 
     from lightning_prune.calibration.module import DTYPES
     from lightning_prune.evaluation import efficiency, zero_shot
-    from lightning_prune.evaluation.engine_speed import engine_version, measure_in_engine
     from lightning_prune.models.loading import OPTION, load_config, load_model, load_tokenizer
     from lightning_prune.runs.environment import environment
     from lightning_prune.support.files import check_writable, write_json
@@ -56,20 +55,14 @@ def main(argv: list[str]) -> int:
         repeats=arguments.repeats,
     )
 
-    engine = "transformers" if arguments.engine == "transformers" else engine_version(arguments.engine)
-
     costs: dict[str, Efficiency] = {}
     knowledge: dict[str, ZeroShotResult] = {}
     for name, path in models.items():
         tokenizer = load_tokenizer(path) if arguments.zero_shot else None
         if arguments.zero_shot and tokenizer is None:
             raise UserError(f"--zero-shot: '{path}' holds no tokenizer. Save the model's tokenizer files there.")
-        if arguments.efficiency and arguments.engine != "transformers":
-            costs[name] = measure_in_engine(arguments.engine, path, setting, dtype, device, name)
-            if not arguments.zero_shot:
-                continue
         model: Any = load_model(path, dtype).to(device)  # type: ignore[arg-type]
-        if arguments.efficiency and arguments.engine == "transformers":
+        if arguments.efficiency:
             costs[name] = efficiency.measure(model, path, setting, name)
         if arguments.zero_shot:
             batch_size = arguments.eval_batch_size
@@ -80,7 +73,7 @@ def main(argv: list[str]) -> int:
     facts = {"models": models, "environment": environment(used_dtype, device)}
     if arguments.efficiency:
         report = efficiency.EfficiencyReport(
-            setting, str(device), used_dtype, torch.get_num_threads(), costs["pruned"], costs.get("dense"), engine
+            setting, str(device), used_dtype, torch.get_num_threads(), costs["pruned"], costs.get("dense")
         )
         write_json(output / "efficiency.json", report.to_json() | facts)
         print(f"\n{report.table()}\nefficiency: {output / 'efficiency.json'}")
@@ -138,13 +131,6 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="parameters, MACs and KV-cache bytes per token (from the shapes), weights on disk, tokens per second of "
         "prefill and greedy decoding, peak memory (GPU: allocated by torch; CPU: resident set of the process)",
-    )
-    add(
-        "--engine",
-        choices=("transformers", "vllm", "llamacpp"),
-        default="transformers",
-        help="what runs the model when speed is measured: transformers, or vllm or xllamacpp (llama.cpp) where they "
-        "are installed. llamacpp gets a GGUF file, made for the time of the measurement. Default: transformers",
     )
     add("--batch-sizes", type=int, nargs="+", default=[1, 16], metavar="N", help="sequences at a time. Default: 1 16")
     add("--prompt-length", type=int, default=128, metavar="N", help="tokens of the prefill. Default: 128")
