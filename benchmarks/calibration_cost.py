@@ -141,7 +141,7 @@ def _calibration_seconds(method: PruningMethod, folder: Path, batch_size: int) -
 
     def start_watched() -> None:
         start()
-        for one in method.walk.passes:
+        for one in method.driver.loop.passes:
             one.finish = apart(one.finish)  # type: ignore[method-assign]
         method.model.losses = counted(method.model.losses)  # type: ignore[method-assign]
         evaluated.append(method.model)

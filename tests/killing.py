@@ -86,7 +86,13 @@ def serve() -> None:
     """Fork for every line of stdin."""
     for name in ("fit", "decide", "test", "compare", "apply", "evaluate"):
         importlib.import_module(f"lightning_prune.cli.commands.{name}")
-    for name in ("runs.experiment", "comparison.report", "comparison.audit", "checkpoint.write", "evaluation.efficiency"):
+    for name in (
+        "runs.experiment",
+        "comparison.report",
+        "comparison.audit",
+        "checkpoint.write",
+        "evaluation.efficiency",
+    ):
         importlib.import_module(f"lightning_prune.{name}")
     import pandas  # noqa: F401  imported late by others
     import torch.utils.tensorboard  # noqa: F401

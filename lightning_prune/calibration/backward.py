@@ -10,7 +10,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from lightning_prune.calibration.passes import Batch, Finding, Holding, Load, Pass, Setting, Step
+from lightning_prune.calibration.layer_result import LayerResult
+from lightning_prune.calibration.passes import Batch, Holding, Load, Pass, Setting, Step
 from lightning_prune.calibration.residuals import ResidualStore
 from lightning_prune.calibration.statistics.removal_slopes import RemovalSlopes
 from lightning_prune.models.families import LayerAnatomy
@@ -20,12 +21,11 @@ class BackwardPass(Pass):
     """Forward once, backward layer by layer.
 
     Attributes:
-        per_sample: differentiate one sample at a time, for statistics of single samples' gradients.
-        priors: also leave what the loss would gain without the layer and its blocks, as ``delta`` ``[3]``.
+        priors: also estimate the loss increase without the layer and its blocks: the fact ``delta``, three numbers.
     """
 
-    per_sample = False
-    priors = False
+    def __init__(self, priors: bool = False) -> None:
+        self.priors = priors
 
     def steps(self, num_layers: int) -> list[Step]:
         """Two steps per layer: forward in order, backward in reverse."""
@@ -42,23 +42,20 @@ class BackwardPass(Pass):
     def watch(self, view: LayerAnatomy) -> None:
         """Let the layer's weights take gradients; the loss is a sum over tokens."""
 
-    @abstractmethod
-    def expect(self, samples: int, tokens: int) -> None:
-        """Say what the next backward's summed loss is taken over."""
+    def expect(self, tokens: int) -> None:
+        """Say how many tokens the next backward's summed loss is taken over."""
 
     @abstractmethod
-    def conclude(self, view: LayerAnatomy) -> Finding:
+    def conclude(self, view: LayerAnatomy) -> LayerResult:
         """What is left of a layer, from the sums over all processes; its weights take no more gradients."""
 
     def start(self, step: Step) -> None:
-        """Backward: gradients on."""
         self.seen = 0
         if step.phase == "backward":
             self.watch(self.view(step))
             self.slopes = RemovalSlopes().to(self.model.device) if self.priors else None
 
     def batch(self, step: Step, batch: Batch) -> None:
-        """Forward: keep the output. Backward: differentiate."""
         self.seen += int((batch.weight > 0).sum())
         if step.phase == "forward":
             self._forward(step, batch)
@@ -72,48 +69,42 @@ class BackwardPass(Pass):
         else:
             self._backward(step, batch, watched=False)
 
-    def finish(self, step: Step) -> Finding:
-        """Every sample must have been there."""
+    def finish(self, step: Step) -> LayerResult:
         if self.seen != self.setting.samples:
             raise RuntimeError(
                 f"layer {step.layer}, {step.phase}: {self.seen} samples passed, expected {self.setting.samples}."
             )
         if step.phase == "forward":
-            return {}
+            return LayerResult()
         with torch.no_grad():
-            found = self.conclude(self.view(step))
+            result = self.conclude(self.view(step))
             if self.slopes is not None:
                 self.slopes.raise_if_not_finite(f"layer {step.layer}, loss increase without its pieces")
-                found["delta"] = self.slopes.reduced().cpu()
-        return found
+                result.facts["delta"] = self.slopes.reduced().tolist()
+        return result
 
     def advance(self, step: Step) -> None:
-        """The layer's boundary is not needed any more."""
         if step.phase == "backward":
             self.boundaries[step.layer].close()
 
     def cost(self, view: LayerAnatomy, step: Step) -> float:
-        """Backward: run again, gradients of inputs and of weights."""
         return 3.0 if step.phase == "backward" else 1.0
 
     def holds(self, view: LayerAnatomy, load: Load) -> Holding:
         """A stream at every layer boundary and one gradient; what backward keeps of a layer, and its gradients."""
-        tokens = load.seq_len if self.per_sample else load.tokens
         kept = 8 * load.hidden_size + 10 * load.widest_input
         return Holding(
-            running=tokens * kept * load.dtype.itemsize,
+            running=load.tokens * kept * load.dtype.itemsize,
             stores=(load.hidden_size,) * (load.num_layers + 1),
             per_logit=12,
         )
 
     def stores(self) -> dict[str, ResidualStore]:
-        """The boundaries that are open, and the gradient."""
         return {f"boundary {layer}": store for layer, store in enumerate(self.boundaries)} | {
             "cotangent": self.cotangent
         }
 
     def end(self) -> None:
-        """The stores go."""
         for store in self.stores().values():
             store.close()
 
@@ -129,20 +120,17 @@ class BackwardPass(Pass):
                 self.cotangent.put(batch.rows, self.model.loss_gradient(output, batch.tokens, batch.weight))
 
     def _backward(self, step: Step, batch: Batch, watched: bool = True) -> None:
-        counted = [row for row, weight in enumerate(batch.weight.tolist()) if weight > 0]
-        parts = [slice(row, row + 1) for row in counted] if self.per_sample else [slice(0, len(counted))]
-        for part in parts:
-            if part.stop == part.start:
-                continue
-            rows = slice(batch.rows.start + part.start, batch.rows.start + part.stop)
-            samples = part.stop - part.start
-            if watched:
-                self.expect(samples, samples * (self.setting.seq_len - 1))
-            hidden = self.boundaries[step.layer].get(rows, self.model.device).detach()
-            slopes = self.slopes if watched else None
-            gradient = self._differentiate(step.layer, hidden, self.cotangent.get(rows, self.model.device), slopes)
-            if gradient is not None:
-                self.cotangent.put(rows, gradient)
+        samples = int((batch.weight > 0).sum())
+        if samples == 0:
+            return
+        rows = slice(batch.rows.start, batch.rows.start + samples)
+        if watched:
+            self.expect(samples * (self.setting.seq_len - 1))
+        hidden = self.boundaries[step.layer].get(rows, self.model.device).detach()
+        slopes = self.slopes if watched else None
+        gradient = self._differentiate(step.layer, hidden, self.cotangent.get(rows, self.model.device), slopes)
+        if gradient is not None:
+            self.cotangent.put(rows, gradient)
 
     def _differentiate(
         self, layer: int, hidden: Tensor, cotangent: Tensor, slopes: RemovalSlopes | None

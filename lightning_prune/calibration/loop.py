@@ -1,116 +1,145 @@
-"""All passes of a method as one sequence of steps: layers come and go, known findings are not made again."""
+"""The calibration loop: all passes of a stage as one sequence of steps, in Lightning's terms one epoch each.
 
-from collections.abc import Sequence
+Layers come and go; results that are known already are not made again.
+"""
+
+from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
-from lightning_prune.calibration.passes import WEIGHT, Batch, Finding, Pass, Setting, Step
-from lightning_prune.calibration.results import Findings
-from lightning_prune.calibration.stream_checkpoints import Waypoints
+from lightning_prune.calibration.layer_result import LayerResult
+from lightning_prune.calibration.passes import Batch, Pass, Setting, Step
+from lightning_prune.calibration.results import Results
+from lightning_prune.calibration.stream_checkpoints import StreamCheckpoints
+from lightning_prune.models.vocabulary import Block
 
 
-class Walk:
-    """Takes the passes step by step.
+class CalibrationLoop:
+    """Takes the passes step by step: ``start``, ``batch`` for every batch, ``finish``, until none is ``remaining``.
 
     Args:
         passes: in order.
         setting: of the run.
-        findings: what is known already and where the rest goes.
-        waypoints: where residual streams are kept on the way; None: nowhere.
+        results: what is known already, and where the rest is kept.
+        streams: where residual streams are kept on the way; None: nowhere.
+        advance: told the work that was done, in tokens through a layer, and where.
     """
 
     def __init__(
-        self, passes: Sequence[Pass], setting: Setting, findings: Findings, waypoints: Waypoints | None = None
+        self,
+        passes: Sequence[Pass],
+        setting: Setting,
+        results: Results,
+        streams: StreamCheckpoints | None = None,
+        advance: Callable[[float, str], None] = lambda work, where: None,
     ) -> None:
-        self.passes, self.setting, self.findings = passes, setting, findings
-        self.waypoints = waypoints or Waypoints(None)
+        self.passes, self.setting, self.results = passes, setting, results
+        self.streams = streams or StreamCheckpoints(None)
+        self.advance = advance
         layers = setting.model.num_layers
-        self.steps: list[tuple[Pass, Step]] = [(one, step) for one in passes for step in one.steps(layers)]
+        self.steps: list[tuple[Pass, Step]] = [(current, step) for current in passes for step in current.steps(layers)]
+        self.remaining = self._remaining()
         self._open: Pass | None = None
+        self._finish_work = 0.0
 
-    def __len__(self) -> int:
-        return len(self.steps)
+    @property
+    def reads(self) -> bool:
+        """Whether the next step needs the calibration batches."""
+        return self.steps[self.remaining[0]][0].reads
 
-    def open_steps(self) -> list[int]:
-        """The steps to take: those of every pass of which something is not known, behind its waypoint if it has one."""
-        unknown = {id(one) for number, (one, _) in enumerate(self.steps) if number not in self.findings}
-        reached = self.waypoints.step
-        past = {number for number in range(reached + 1) if self.steps[number][0] is self.steps[reached][0]}
-        if not all(number in self.findings for number in past):  # a finding was damaged
-            self.waypoints.clear()
-            past = set()
-        return [number for number, (one, _) in enumerate(self.steps) if id(one) in unknown and number not in past]
+    @property
+    def epochs(self) -> int:
+        """Epochs of the trainer still to come: remaining steps that need batches."""
+        return sum(self.steps[number][0].reads for number in self.remaining)
 
-    def start(self, number: int) -> None:
-        """The layer of this step comes in, the one of the next step is announced."""
-        one, step = self.steps[number]
-        if self._open is not one:
+    def start(self) -> None:
+        """Bring in the layer of the next step, and announce the one after it."""
+        number = self.remaining[0]
+        current, step = self.steps[number]
+        model = self.setting.model
+        if self._open is not current:
             self.close()
-            self._open = one
-            one.begin(self.setting)
-            self.waypoints.begin()
-            if number and number - 1 == self.waypoints.step:
-                for name, values in self.waypoints.load().items():
-                    one.put_back(name, values)
-        if not self.setting.model.is_present(step.layer):
-            self.setting.model.enter(step.layer)
+            self._open = current
+            current.begin(self.setting)
+            self.streams.begin()
+            if number and number - 1 == self.streams.step:
+                for name, values in self.streams.load().items():
+                    current.put_back(name, values)
+        if not model.is_present(step.layer):
+            model.enter(step.layer)
             self._restore(number)
         if number + 1 < len(self.steps):
-            self.setting.model.announce(self.steps[number + 1][1].layer)
-        self.setting.model.overflow.forget()
-        if number not in self.findings:
-            one.start(step)
+            model.announce(self.steps[number + 1][1].layer)
+        model.overflow.forget()
+        if number not in self.results:
+            current.start(step)
 
-    def batch(self, number: int, batch: Batch) -> None:
-        """One batch of this step."""
-        one, step = self.steps[number]
-        (one.skip if number in self.findings else one.batch)(step, batch)
+    def batch(self, batch: Batch) -> None:
+        """Take one batch through the layer of this step."""
+        number = self.remaining[0]
+        current, step = self.steps[number]
+        (current.skip if number in self.results else current.batch)(step, batch)
+        running, self._finish_work = self.work(number, batch.tokens.numel())
+        self.advance(running, self._where(number))
 
-    def finish(self, number: int) -> None:
-        """The step's finding is kept, new weights take their place, the layer goes unless the next step needs it.
+    def finish(self) -> None:
+        """End the step: keep its result, put new weights in place, drop the layer unless the next step needs it.
 
         Raises:
             FloatingPointError: something was NaN or infinite; names the layer. Nothing is kept of it then.
         """
-        one, step = self.steps[number]
-        if number not in self.findings:
-            finding = one.finish(step)
-            self.setting.model.overflow.raise_if_any()  # after what knows more exactly where
-            finding = _from_first_process(finding)
-            if one.changes(step):
-                self._put_weights(step, {n.removeprefix(WEIGHT): t for n, t in finding.items() if n.startswith(WEIGHT)})
-            self.findings.add(number, finding)
-        elif one.changes(step):
-            self._put_weights(step, self.findings.weights(number))
-        one.advance(step)
-        stays = number + 1 < len(self.steps) and self.steps[number + 1][1].layer == step.layer
-        if not stays:
-            self.setting.model.leave(step.layer, changed=one.changes(step))
-        if number + 1 == len(self.steps):
+        number = self.remaining[0]
+        current, step = self.steps[number]
+        model, last = self.setting.model, number + 1 == len(self.steps)
+        if number not in self.results:
+            result = current.finish(step)
+            model.overflow.raise_if_any()  # after what knows more exactly where
+            result = _from_first_process(result)
+            if current.changes(step):
+                self._put_weights(step, result.weights)
+            self.results.add(number, result)
+        elif current.changes(step):
+            self._put_weights(step, self.results.weights(number))
+        current.advance(step)
+        if last or self.steps[number + 1][1].layer != step.layer:
+            model.leave(step.layer, changed=current.changes(step))
+        if last:
             self.close()
-        if number + 1 < len(self.steps) and self.steps[number + 1][0] is one:
-            self.waypoints.offer(number, one.stores())
+        if not last and self.steps[number + 1][0] is current:
+            self.streams.offer(number, current.stores())
         else:
-            self.waypoints.clear()
+            self.streams.clear()
+        self.remaining.pop(0)
 
-    def findings_of(self, name: str) -> list[tuple[Step, Finding]]:
-        """What the steps of the pass called ``name`` left, without new weights."""
-        return [(step, self.findings.of(number)) for number, (one, step) in enumerate(self.steps) if one.name == name]
+    def advance_finish(self, share: float) -> None:
+        """Count a share of this step's work after its last batch as done."""
+        if self.remaining:
+            self.advance(share * self._finish_work, self._where(self.remaining[0]))
 
-    def weights_of(self, layer: int) -> Finding:
+    def results_of(self, name: str, block: Block | None = None) -> list[tuple[Step, LayerResult]]:
+        """Results of the pass ``name`` by layer, without new weights; of one ``block`` where steps are blocks."""
+        found = [
+            (step, self.results.of(number))
+            for number, (current, step) in enumerate(self.steps)
+            if current.name == name and (block is None or step.phase == block)
+        ]
+        return sorted(found, key=lambda pair: pair[0].layer)
+
+    def new_parameters_of(self, layer: int) -> dict[str, Tensor]:
         """New weights of a layer by role, of the dense shape, and ``<role>.bias``; empty where nothing was changed."""
-        found: Finding = {}
+        parameters: dict[str, Tensor] = {}
         for number, (_, step) in enumerate(self.steps):
             if step.layer == layer:
-                found |= self.findings.weights(number)
-        return found
+                parameters |= self.results.new_parameters(number)
+        return parameters
 
-    def cost(self, number: int, tokens: int) -> tuple[float, float]:
+    def work(self, number: int, tokens: int) -> tuple[float, float]:
         """Work of a step with ``tokens`` tokens in tokens through a layer: while batches run, and to finish it."""
-        one, step = self.steps[number]
+        current, step = self.steps[number]
         view = self.setting.model.views[step.layer]
-        running = one.cost(view, step) * tokens if one.reads else 0.0
-        return running, 0.0 if number in self.findings else one.cost_to_finish(view, step)
+        running = current.cost(view, step) * tokens if current.reads else 0.0
+        return running, 0.0 if number in self.results else current.cost_to_finish(view, step)
 
     def close(self) -> None:
         """End the open pass."""
@@ -118,25 +147,39 @@ class Walk:
             self._open.end()
             self._open = None
 
+    def _remaining(self) -> list[int]:
+        """Steps still to run: all steps of unfinished passes, from the last saved residual stream on."""
+        unfinished = {id(current) for number, (current, _) in enumerate(self.steps) if number not in self.results}
+        reached = self.streams.step
+        past = {number for number in range(reached + 1) if self.steps[number][0] is self.steps[reached][0]}
+        if not all(number in self.results for number in past):  # a result was damaged
+            self.streams.clear()
+            past = set()
+        return [number for number, (one, _) in enumerate(self.steps) if id(one) in unfinished and number not in past]
+
+    def _where(self, number: int) -> str:
+        current, step = self.steps[number]
+        return f"{current.name}, layer {step.layer + 1} of {self.setting.model.num_layers}"
+
     def _restore(self, number: int) -> None:
         """New weights that earlier steps of the same layer and pass made, where the layer was out in between."""
-        one, step = self.steps[number]
+        current, step = self.steps[number]
         for earlier in range(number):
             other, past = self.steps[earlier]
-            if other is one and past.layer == step.layer and one.changes(past):
-                self._put_weights(step, self.findings.weights(earlier))
+            if other is current and past.layer == step.layer and current.changes(past):
+                self._put_weights(step, self.results.weights(earlier))
 
-    def _put_weights(self, step: Step, weights: Finding) -> None:
+    def _put_weights(self, step: Step, weights: dict[str, Tensor]) -> None:
         view = self.setting.model.views[step.layer]
         for role, weight in weights.items():
             linear = view.linears[role]
             linear.weight = weight.to(device=linear.weight.device, dtype=linear.weight.dtype)
 
 
-def _from_first_process(finding: Finding) -> Finding:
-    """The first process's finding on every process: all go on from the same numbers, to the last bit."""
+def _from_first_process(result: LayerResult) -> LayerResult:
+    """The first process's result on every process: all continue with the same numbers, to the last bit."""
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return finding
-    box: list[Finding] = [{name: tensor.cpu() for name, tensor in finding.items()}]
+        return result
+    box = [result.on_host()]
     torch.distributed.broadcast_object_list(box, src=0)
     return box[0]

@@ -9,22 +9,17 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_prune.calibration.hooks import Hooks
+from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.residuals import ResidualStore
-from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.families import LayerAnatomy, Projection
 from lightning_prune.models.layered import LayeredModel
+from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 from lightning_prune.support.memory import free_bytes
-
-Finding = dict[str, Tensor]  # what is left of a finished layer
-# The projections of the block that the output or the down projection closes.
-BLOCK_ROLES = {"output": ("query", "key", "value", "output"), "down": ("gate", "up", "down")}
-# In a Finding: the new weight of that role, of the dense shape; or ``weight.<role>.bias``, which no pass puts in place.
-WEIGHT = "weight."
 
 
 @dataclass(frozen=True)
@@ -153,22 +148,22 @@ class Pass(ABC):
         """One batch of this step."""
 
     @abstractmethod
-    def finish(self, step: Step) -> Finding:
+    def finish(self, step: Step) -> LayerResult:
         """Every batch has passed: what is left of the step. Sums are reduced over processes here."""
 
     def skip(self, step: Step, batch: Batch) -> None:
-        """As ``batch`` for a step whose finding is known: only what later steps need."""
+        """As ``batch`` for a step whose result is known: only what later steps need."""
         self.batch(step, batch)
 
     def advance(self, step: Step) -> None:  # noqa: B027 - most passes need nothing
-        """The step's finding is known and its new weights are in place: make ready for the next step."""
+        """Called after the step's result is stored and its weights are updated."""
 
     def changes(self, step: Step) -> bool:
         """Whether the step leaves the layer with other weights."""
         return False
 
     def stores(self) -> dict[str, ResidualStore]:
-        """Everything that later steps need beside findings, between two steps."""
+        """Everything that later steps need beside results, between two steps."""
         return {}
 
     def put_back(self, name: str, values: Tensor) -> None:
@@ -206,22 +201,19 @@ class WeightsPass(Pass):
     reads = False
 
     def steps(self, num_layers: int) -> list[Step]:
-        """A step per layer."""
         return [Step(layer, "weights") for layer in range(num_layers)]
 
     def start(self, step: Step) -> None:
         """Nothing to prepare."""
 
     def batch(self, step: Step, batch: Batch) -> None:
-        """Never called."""
         raise AssertionError("this pass reads no batches")
 
     @abstractmethod
-    def conclude(self, view: LayerAnatomy) -> Finding:
+    def conclude(self, view: LayerAnatomy) -> LayerResult:
         """What is left of a layer."""
 
-    def finish(self, step: Step) -> Finding:
-        """Ask ``conclude``."""
+    def finish(self, step: Step) -> LayerResult:
         return self.conclude(self.view(step))
 
     def holds(self, view: LayerAnatomy, load: Load) -> Holding:
@@ -239,11 +231,9 @@ class ForwardPass(Pass):
     rewrites = False
 
     def steps(self, num_layers: int) -> list[Step]:
-        """A step per layer."""
         return [Step(layer, "forward") for layer in range(num_layers)]
 
     def begin(self, setting: Setting) -> None:
-        """Make room for the residual stream."""
         super().begin(setting)
         self.stream = setting.store()
         self.hooks = Hooks()
@@ -253,16 +243,14 @@ class ForwardPass(Pass):
         """Register this layer's hooks."""
 
     @abstractmethod
-    def conclude(self, view: LayerAnatomy) -> Finding:
-        """What is left of a layer, from the sums over all processes. New weights go by the name ``weight.<role>``."""
+    def conclude(self, view: LayerAnatomy) -> LayerResult:
+        """What is left of a layer, from the sums over all processes."""
 
     def start(self, step: Step) -> None:
-        """Hooks on."""
         self.hooks = Hooks()
         self.observe(self.view(step), self.hooks)
 
     def batch(self, step: Step, batch: Batch) -> None:
-        """Run the layer; the hooks watch."""
         with torch.no_grad():
             self.hooks.set_weight(batch.weight)
             hidden = self._entering(step, batch)
@@ -270,7 +258,7 @@ class ForwardPass(Pass):
             if not self.rewrites:
                 self._keep(step, batch.rows, output)
 
-    def finish(self, step: Step) -> Finding:
+    def finish(self, step: Step) -> LayerResult:
         """Hooks off; every hooked module must have seen every token once."""
         self.hooks.remove()
         self.hooks.assert_tokens(self.setting.samples * self.setting.seq_len)
@@ -278,7 +266,6 @@ class ForwardPass(Pass):
             return self.conclude(self.view(step))
 
     def skip(self, step: Step, batch: Batch) -> None:
-        """Without hooks."""
         with torch.no_grad():
             hidden = self._entering(step, batch)
             if not self.rewrites:
@@ -292,7 +279,6 @@ class ForwardPass(Pass):
                     self.stream.put(rows, self.model.run(step.layer, self.stream.get(rows, self.model.device)))
 
     def changes(self, step: Step) -> bool:
-        """Where ``conclude`` rewrites."""
         return self.rewrites
 
     def holds(self, view: LayerAnatomy, load: Load) -> Holding:
@@ -300,11 +286,9 @@ class ForwardPass(Pass):
         return Holding(8 * load.tokens * load.widest_input, 8 * load.largest_weight, (load.hidden_size,))
 
     def stores(self) -> dict[str, ResidualStore]:
-        """The residual stream."""
         return {"stream": self.stream}
 
     def end(self) -> None:
-        """The stream goes."""
         self.hooks.remove()
         self.stream.close()
 
@@ -329,8 +313,7 @@ class BlockPass(Pass):
     """
 
     def steps(self, num_layers: int) -> list[Step]:
-        """Two steps per layer."""
-        return [Step(layer, phase) for layer in range(num_layers) for phase in ("attention", "mlp")]
+        return [Step(layer, block) for layer in range(num_layers) for block in (Block.ATTENTION, Block.MLP)]
 
     def begin(self, setting: Setting) -> None:
         """Make room for the residual stream and for the inputs of one projection."""
@@ -339,57 +322,58 @@ class BlockPass(Pass):
         self.hooks = Hooks()
 
     @abstractmethod
-    def observe(self, view: LayerAnatomy, role: str, hooks: Hooks) -> None:
-        """Register this block's hooks; ``role`` is the projection in question, output or down."""
+    def observe(self, view: LayerAnatomy, block: Block, hooks: Hooks) -> None:
+        """Register the hooks of one block of the layer."""
 
     @abstractmethod
-    def conclude(self, view: LayerAnatomy, role: str) -> Finding:
-        """What is left of a block; new weights go by the name ``weight.<role>``."""
+    def conclude(self, view: LayerAnatomy, block: Block) -> LayerResult:
+        """What is left of a block, with the new weight of its output projection."""
 
-    def role(self, step: Step) -> str:
-        """The projection that this step rewrites."""
-        return "output" if step.phase == "attention" else "down"
+    def block(self, step: Step) -> Block:
+        """The block of this step."""
+        return Block(step.phase)
+
+    def projection(self, step: Step) -> Projection:
+        """The projection that this step rewrites: the one that writes to the residual stream."""
+        return self.view(step).linears[OUTPUT_ROLE[self.block(step)]]
 
     def start(self, step: Step) -> None:
-        """Hooks on."""
         self.hooks = Hooks()
-        self.observe(self.view(step), self.role(step), self.hooks)
+        self.observe(self.view(step), self.block(step), self.hooks)
 
     def batch(self, step: Step, batch: Batch) -> None:
-        """Run the block; the hooks watch."""
         self.hooks.set_weight(batch.weight)
         self.skip(step, batch)
 
     @torch.no_grad()
     def skip(self, step: Step, batch: Batch) -> None:
-        """Run the block and keep what its projection reads."""
-        if step.layer == 0 and step.phase == "attention":
+        if step.layer == 0 and self.block(step) is Block.ATTENTION:
             self.stream.put(batch.rows, self.model.embed(batch.tokens))
         self.catch(step, batch)
 
     def catch(self, step: Step, batch: Batch) -> None:
         """What the block's projection reads of the stream, of all columns, goes to the store."""
-        projection = self.view(step).linears[self.role(step)].module
+        projection = self.projection(step).module
         handle = projection.register_forward_pre_hook(lambda _, args: self.inner.put(batch.rows, args[0]))
-        run = self.model.attend if step.phase == "attention" else self.model.feed
+        run = self.model.attend if self.block(step) is Block.ATTENTION else self.model.feed
         try:
             run(step.layer, self.stream.get(batch.rows, self.model.device))
         finally:
             handle.remove()
 
-    def finish(self, step: Step) -> Finding:
+    def finish(self, step: Step) -> LayerResult:
         """Hooks off; every hooked module must have seen every token once."""
         self.hooks.remove()
         self.hooks.assert_tokens(self.setting.samples * self.setting.seq_len)
         with torch.no_grad():
-            return self.conclude(self.view(step), self.role(step))
+            return self.conclude(self.view(step), self.block(step))
 
     def advance(self, step: Step) -> None:
         """Once the rewritten projection is in place: add what it now puts out to the residual stream."""
-        if step.phase == "mlp" and step.layer + 1 == self.model.num_layers:
+        block = self.block(step)
+        if block is Block.MLP and step.layer + 1 == self.model.num_layers:
             return
-        projection = self.view(step).linears[self.role(step)].module
-        block: Literal["attention", "mlp"] = "attention" if step.phase == "attention" else "mlp"
+        projection = self.projection(step).module
         with torch.no_grad(), self.setting.context():
             for rows in self.setting.batches():
                 hidden = self.stream.get(rows, self.model.device)
@@ -398,7 +382,6 @@ class BlockPass(Pass):
         self.inner.close()
 
     def changes(self, step: Step) -> bool:
-        """Always."""
         return True
 
     def holds(self, view: LayerAnatomy, load: Load) -> Holding:
@@ -412,7 +395,6 @@ class BlockPass(Pass):
         return {"stream": self.stream}
 
     def end(self) -> None:
-        """The stores go."""
         self.hooks.remove()
         self.stream.close()
         self.inner.close()

@@ -1,18 +1,17 @@
-"""What finished layers left behind, in memory and on disk, so that a killed run goes on where it was."""
+"""The results of all steps, in memory and on disk, so that a killed run continues where it was."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from torch import Tensor
 
-from lightning_prune.calibration.passes import WEIGHT, Finding
+from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.support.files import sweep, write_bytes
 
 
-class Findings:
-    """One ``Finding`` per step. With a folder, each is a safetensors file there as soon as its step has ended.
+class Results:
+    """One ``LayerResult`` per step. With a folder, each is a file there as soon as its step has ended.
 
     New weights stay on disk alone where there is a folder: they are as large as the layer.
 
@@ -23,64 +22,55 @@ class Findings:
 
     def __init__(self, folder: Path | None = None, writes: bool = True) -> None:
         self.folder, self.writes = folder, writes
-        self._found: dict[int, Finding] = {}
-        self._weights: dict[int, Finding] = {}
-        if folder is not None and folder.is_dir():
-            for step, finding in _found_in(folder, writes):
-                self._take(step, finding)
+        self._results: dict[int, LayerResult] = {}
+        if folder is None or not folder.is_dir():
+            return
+        if writes:
+            sweep(folder)
+        for path in sorted(folder.glob("step_*.safetensors")):
+            try:
+                self._results[int(path.stem.removeprefix("step_"))] = LayerResult.from_file(str(path)).without_weights()
+            except (OSError, SafetensorError, KeyError, ValueError):  # a kill left it half-written
+                if writes:
+                    path.unlink(missing_ok=True)
 
     def __contains__(self, step: int) -> bool:
-        return step in self._found
+        return step in self._results
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._results)
 
-    def add(self, step: int, finding: Finding) -> None:
-        """Keep what a step left."""
-        finding = {name: tensor.detach().cpu().contiguous() for name, tensor in finding.items()}
+    def add(self, step: int, result: LayerResult) -> None:
+        """Keep the result of a step."""
+        result = result.on_host()
         if self.folder is not None and self.writes:
-            # Not save_file, which says in a way of its own that the disk is full.
-            write_bytes(self._path(step), save(finding))
-        self._take(step, finding)
+            # Not safetensors' save_file, whose error on a full disk does not say so.
+            write_bytes(self._path(step), result.to_bytes())
+        self._results[step] = result if self.folder is None else result.without_weights()
 
-    def of(self, step: int) -> Finding:
-        """What a step left, without new weights."""
-        return self._found[step]
+    def of(self, step: int) -> LayerResult:
+        """The result of a step; its new weights may be missing (``new_parameters``)."""
+        return self._results[step]
 
-    def weights(self, step: int) -> Finding:
+    def weights(self, step: int) -> dict[str, Tensor]:
         """New weights of a step by role, of the dense shape."""
-        if step in self._weights:
-            return self._weights[step]
-        if self.folder is None or step not in self._found or not self._path(step).is_file():
-            return {}
-        return _weights_of(load_file(self._path(step)))
+        return self._whole(step).weights
+
+    def new_parameters(self, step: int) -> dict[str, Tensor]:
+        """New weights of a step by role, and biases as ``<role>.bias``."""
+        return self._whole(step).new_parameters
 
     def remove(self) -> None:
         """Delete the folder."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _take(self, step: int, finding: Finding) -> None:
-        self._found[step] = {name: tensor for name, tensor in finding.items() if not name.startswith(WEIGHT)}
+    def _whole(self, step: int) -> LayerResult:
         if self.folder is None:
-            self._weights[step] = _weights_of(finding)
+            return self._results.get(step, LayerResult())
+        path = self._path(step)
+        return LayerResult.from_file(str(path)) if step in self._results and path.is_file() else LayerResult()
 
     def _path(self, step: int) -> Path:
         assert self.folder is not None
         return self.folder / f"step_{step:05d}.safetensors"
-
-
-def _weights_of(finding: Finding) -> Finding:
-    return {name.removeprefix(WEIGHT): tensor for name, tensor in finding.items() if name.startswith(WEIGHT)}
-
-
-def _found_in(folder: Path, writes: bool) -> Iterator[tuple[int, Finding]]:
-    """Every step of which a whole file is there; what a kill left half-written is deleted."""
-    if writes:
-        sweep(folder)
-    for path in sorted(folder.glob("step_*.safetensors")):
-        try:
-            yield int(path.stem.removeprefix("step_")), load_file(path)
-        except (OSError, SafetensorError):
-            if writes:
-                path.unlink(missing_ok=True)

@@ -13,17 +13,17 @@ from torch import Tensor
 from lightning_prune.calibration.residuals import ResidualStore
 from lightning_prune.support.files import temporary
 
-WAIT = 10.0  # seconds of work that a waypoint must at least save
+WAIT = 10.0  # seconds of work that one must at least save
 SHARE = 0.1  # of the time of a pass that may be spent on writing them
 DISK_SHARE = 0.25  # of the free disk that one may take; the one before it goes only when it is whole
 SPEED = 200e6  # bytes per second, until the first was written
 
 
-class Waypoints:
-    """The newest waypoint of the open pass: what its residual stores held behind one step.
+class StreamCheckpoints:
+    """The newest stream checkpoint of the open pass: what its residual stores held after one step.
 
     The later layers of a removal prior take hours on a large model, and beginning anew would take them again. Steps
-    before the waypoint are not taken again; findings say what they left.
+    before it are not taken again; their results are known.
 
     Args:
         folder: where the file is; None keeps nothing.
@@ -31,7 +31,7 @@ class Waypoints:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        self.step = -1  # behind which the newest waypoint stands; −1: there is none
+        self.step = -1  # after which the newest one was written; −1: there is none
         self._since, self._speed = time.monotonic(), SPEED
         for path in self._files():  # ascending
             try:
@@ -50,7 +50,7 @@ class Waypoints:
         self._since = time.monotonic()
 
     def offer(self, step: int, stores: Mapping[str, ResidualStore]) -> None:
-        """Write a waypoint behind ``step`` where it is worth its time and there is room for it."""
+        """Write one after ``step`` where it is worth its time and there is room for it."""
         values = {name: store.values for name, store in stores.items() if store.values is not None}
         size = sum(tensor.nbytes for tensor in values.values())
         worked = time.monotonic() - self._since

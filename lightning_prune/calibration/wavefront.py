@@ -5,19 +5,17 @@ state and every variant that lost an earlier piece cross together: L + L + 3·L(
 each layer brought in once, where measuring each removal with a whole forward takes (3L + 1)·L.
 """
 
-from typing import Literal, get_args
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_prune.calibration.passes import Batch, Finding, Holding, Load, Pass, Setting, Step
+from lightning_prune.calibration.layer_result import LayerResult
+from lightning_prune.calibration.passes import Batch, Holding, Load, Pass, Setting, Step
 from lightning_prune.calibration.residuals import ResidualStore
-from lightning_prune.calibration.statistics.block_influence import BlockInfluence
 from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.vocabulary import Block
 
-Piece = Literal["layer", "attention", "mlp"]
-PIECES: tuple[Piece, ...] = get_args(Piece)
+PIECES = (Block.LAYER, Block.ATTENTION, Block.MLP)
 
 
 class RemovalLosses(Metric):
@@ -33,14 +31,13 @@ class RemovalLosses(Metric):
     tokens: Tensor
 
     def __init__(self, num_layers: int, blocks: bool = True) -> None:
-        """``blocks=False``: whole layers only."""
         super().__init__()
         self.blocks = blocks
         self.add_state("dense", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("removed", torch.zeros(3, num_layers, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, piece: tuple[Piece, int] | None, losses: Tensor) -> None:
+    def update(self, piece: tuple[Block, int] | None, losses: Tensor) -> None:
         """Add token losses without a piece, or of the dense model."""
         if piece is None:
             self.dense += losses.double().sum()
@@ -70,13 +67,11 @@ class RemovalPass(Pass):
         self.num_samples, self.blocks = num_samples, blocks
 
     def steps(self, num_layers: int) -> list[Step]:
-        """A step per layer."""
         return [Step(layer, "removal") for layer in range(num_layers)]
 
     def begin(self, setting: Setting) -> None:
-        """The dense state; variants come as their pieces go."""
         super().begin(setting)
-        self.states: dict[tuple[Piece, int] | None, ResidualStore] = {None: setting.store()}
+        self.states: dict[tuple[Block, int] | None, ResidualStore] = {None: setting.store()}
         self.losses = RemovalLosses(setting.model.num_layers, self.blocks).to(setting.model.device)
 
     def start(self, step: Step) -> None:
@@ -96,16 +91,15 @@ class RemovalPass(Pass):
                 if piece is not None and piece[1] < layer:
                     self._put(piece, rows, self.model.run(layer, store.get(rows, device)), tokens, last)
             middle, after = self.model.split(layer, hidden)
-            self._put(("layer", layer), rows, hidden, tokens, last)
+            self._put((Block.LAYER, layer), rows, hidden, tokens, last)
             if self.blocks:
-                self._put(("mlp", layer), rows, middle, tokens, last)
-                self._put(("attention", layer), rows, self.model.feed(layer, hidden), tokens, last)
+                self._put((Block.MLP, layer), rows, middle, tokens, last)
+                self._put((Block.ATTENTION, layer), rows, self.model.feed(layer, hidden), tokens, last)
             self._put(None, rows, after, tokens, last)
 
-    def finish(self, step: Step) -> Finding:
-        """Behind the last layer all losses are known."""
+    def finish(self, step: Step) -> LayerResult:
         if step.layer + 1 < self.model.num_layers:
-            return {}
+            return LayerResult()
         samples = self.num_samples or self.setting.samples
         if not torch.distributed.is_initialized():
             expected = min(samples, self.setting.samples) * (self.setting.seq_len - 1)
@@ -114,10 +108,9 @@ class RemovalPass(Pass):
         measured = delta if self.blocks else delta[:1]
         for piece, layer in (~torch.isfinite(measured)).nonzero().tolist():
             raise FloatingPointError(f"layer {layer}: the loss without its {PIECES[piece]} is NaN or infinite.")
-        return {"delta": delta}
+        return LayerResult(facts={"delta": delta.tolist()})
 
     def cost(self, view: LayerAnatomy, step: Step) -> float:
-        """Every state that crosses, and the MLP alone."""
         return 2.0 + 3 * step.layer if self.blocks else 1.0 + step.layer
 
     def holds(self, view: LayerAnatomy, load: Load) -> Holding:
@@ -127,89 +120,24 @@ class RemovalPass(Pass):
         return Holding(running=two, stores=(load.hidden_size,) * states, per_logit=8)
 
     def stores(self) -> dict[str, ResidualStore]:
-        """Every state, by its piece."""
         return {" ".join(map(str, piece or ("dense",))): store for piece, store in self.states.items()}
 
     def put_back(self, name: str, values: Tensor) -> None:
-        """A state, which begins with it."""
         kind, _, layer = name.partition(" ")
         piece = next(((one, int(layer)) for one in PIECES if one == kind), None)
         self.states.setdefault(piece, self.setting.store()).put(slice(0, len(values)), values)
 
     def end(self) -> None:
-        """The states go."""
         for store in self.states.values():
             store.close()
 
-    def _put(self, piece: tuple[Piece, int] | None, rows: slice, hidden: Tensor, tokens: Tensor, last: bool) -> None:
+    def _put(self, piece: tuple[Block, int] | None, rows: slice, hidden: Tensor, tokens: Tensor, last: bool) -> None:
         if last:
             self.losses.update(piece, self.model.losses(hidden, tokens))
         else:
             if piece not in self.states:
                 self.states[piece] = self.setting.store()
             self.states[piece].put(rows, hidden)
-
-
-class SimilarityPass(Pass):
-    """1 − mean cos(input, output) of every layer and of every block's step along the residual stream: one dense
-    forward, in the same layout as the removal prior."""
-
-    name = "prior"
-
-    def __init__(self, num_samples: int | None = None) -> None:
-        self.num_samples = num_samples
-
-    def steps(self, num_layers: int) -> list[Step]:
-        """A step per layer."""
-        return [Step(layer, "similarity") for layer in range(num_layers)]
-
-    def begin(self, setting: Setting) -> None:
-        """Room for the residual stream."""
-        super().begin(setting)
-        self.stream = setting.store()
-
-    def start(self, step: Step) -> None:
-        """One cosine per piece."""
-        self.influence = nn.ModuleList(BlockInfluence() for _ in PIECES).to(self.model.device)
-
-    def batch(self, step: Step, batch: Batch) -> None:
-        """Compare the states before, in the middle of and behind the layer."""
-        self._cross(step, batch, self.influence)
-
-    def skip(self, step: Step, batch: Batch) -> None:
-        """Run the layer."""
-        self._cross(step, batch, None)
-
-    def _cross(self, step: Step, batch: Batch, influence: nn.ModuleList | None) -> None:
-        tokens = first_samples(batch, self.num_samples)
-        if len(tokens) == 0:
-            return
-        rows = slice(batch.rows.start, batch.rows.start + len(tokens))
-        with torch.no_grad():
-            hidden = self.model.embed(tokens) if step.layer == 0 else self.stream.get(rows, self.model.device)
-            middle, after = self.model.split(step.layer, hidden)
-            pairs = ((hidden, after), (hidden, middle), (middle, after))
-            for metric, (before, behind) in zip(influence or (), pairs, strict=False):
-                metric.update(before, behind)  # type: ignore[operator]
-            self.stream.put(rows, after)
-
-    def finish(self, step: Step) -> Finding:
-        """``delta`` ``[3]`` of this layer."""
-        for piece, metric in zip(PIECES, self.influence, strict=True):
-            metric.raise_if_not_finite(f"layer {step.layer}, {piece}")  # type: ignore[operator]
-        return {"delta": torch.stack([metric.reduced() for metric in self.influence]).cpu()}  # type: ignore[operator]
-
-    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
-        """The residual stream; two states in fp32 and their product."""
-        return Holding(running=12 * load.tokens * load.hidden_size, stores=(load.hidden_size,))
-
-    def stores(self) -> dict[str, ResidualStore]:
-        """The residual stream."""
-        return {"stream": self.stream}
-
-    def end(self) -> None:
-        """The stream goes."""
-        self.stream.close()
 
 
 def first_samples(batch: Batch, num_samples: int | None) -> Tensor:

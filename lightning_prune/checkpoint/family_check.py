@@ -27,6 +27,7 @@ from lightning_prune.models.families import anatomy, count_parameters, family_of
 from lightning_prune.models.layered import LayeredModel, open_layered
 from lightning_prune.models.loading import quiet_transformers
 from lightning_prune.models.records import GUIDE, Family
+from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 from lightning_prune.support.errors import CheckpointError, UserError
 
 LAYERS, CHANNELS, HEAD_DIM, VOCABULARY, WINDOW = 4, 12, 8, 64, 5
@@ -194,14 +195,14 @@ def _with_outputs(
     seen: dict[str, Tensor] = {}
     handles = [
         view.linears[role].module.register_forward_hook(lambda _, __, output, role=role: seen.update({role: output}))
-        for role in ("output", "down")
+        for role in OUTPUT_ROLE.values()
     ]
     layered.run(index, hidden)
     for handle in handles:
         handle.remove()
     return {
-        "the output projection, added,": (layered.add(index, hidden, "attention", seen["output"]), middle),
-        "the down projection, added,": (layered.add(index, middle, "mlp", seen["down"]), after),
+        "the output projection, added,": (layered.add(index, hidden, Block.ATTENTION, seen["output"]), middle),
+        "the down projection, added,": (layered.add(index, middle, Block.MLP, seen["down"]), after),
     }
 
 

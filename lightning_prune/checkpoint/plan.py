@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field
 
+from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import read_file, write_json
 from lightning_prune.support.validation import LIMIT, parse_json
@@ -28,6 +29,10 @@ class LayerPlan:
     layer: Index
     kept_kv_heads: list[Index]
     kept_channels: list[Index]
+
+    def kept(self, block: Block) -> list[int]:
+        """The kept units of one block."""
+        return self.kept_kv_heads if block is Block.ATTENTION else self.kept_channels
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from lightning_prune.checkpoint.cut import layout_of
+from lightning_prune.checkpoint.model_card import model_card
+from lightning_prune.checkpoint.plan import PruningPlan
+from lightning_prune.checkpoint.pruned import NewWeights, open_pruned
 from lightning_prune.checkpoint.self_check import check_checkpoint, compare_logits, probe_tokens
 from lightning_prune.models import modeling_pruned
 from lightning_prune.models.layered import LayeredModel, open_layered
@@ -71,6 +75,35 @@ def write_checkpoint(
             f"The checkpoint cannot be written to '{folder}' ({error}). Free space there, or choose another "
             f"place with --trainer.default_root_dir (fit) or --output (apply)."
         ) from error
+
+
+def write_pruned(
+    pretrained: str,
+    plan: PruningPlan,
+    new_weights: NewWeights,
+    folder: Path,
+    *,
+    calibration: dict[str, Any] | None = None,
+    note: str = "",
+    progress: Callable[[int], None] = lambda layer: None,
+) -> dict[str, Any]:
+    """Cut the plan out of the dense model ``pretrained``, layer by layer, and write the checkpoint with its card.
+
+    Args:
+        pretrained: the dense model.
+        plan: what is kept.
+        new_weights: dense layer → what the method made of its weights.
+        folder: as ``write_checkpoint``, whose result is returned and whose errors are raised.
+        calibration: manifest of the calibration set, for the card.
+        note: a sentence that the card must carry.
+        progress: told the number of every layer that has been written.
+    """
+    pruned = open_pruned(pretrained, plan, new_weights)
+    card = model_card(plan, layout_of(pruned.config), calibration, pretrained=pretrained)
+    card += f"\n{note}\n" if note else ""
+    check = write_checkpoint(pruned, folder, tokenizer_from=pretrained, card=card, progress=progress)
+    pruned.close()
+    return check
 
 
 def _write_config(model: LayeredModel, folder: Path) -> None:

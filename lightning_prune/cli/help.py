@@ -22,11 +22,14 @@ from lightning_prune.support.errors import UserError
 HELP = ("-h", "--help")
 METHODS = "lightning_prune.methods"
 BASE = "lightning_prune.methods.base.PruningMethod"
-MODEL = {"test": "lightning_prune.calibration.module.LayeredModule", "recover": "lightning_prune.recovery.Recovery"}
+MODEL = {"test": "lightning_prune.evaluation.perplexity.Evaluation", "recover": "lightning_prune.recovery.Recovery"}
 DATA = {"recover": "lightning_prune.recovery.RecoveryDataModule"}
 CALIBRATION = "lightning_prune.data.datamodule.CalibrationDataModule"
 LINKED = ("tokenizer",)  # follows the model
-UNREAD = {"test": ("dataset", "num_samples", "seq_len", "batch_size", "sampling", "stride", "seed")}
+UNREAD = {
+    "test": ("dataset", "num_samples", "seq_len", "batch_size", "sampling", "stride", "seed"),
+    "recover": ("sampling", "stride", "eval_seq_len"),
+}
 WIDEST, MOST_LINES = 120, 2
 BREAK = 12  # characters that a line may lose where it ends with a whole word
 

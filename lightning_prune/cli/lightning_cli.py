@@ -18,13 +18,13 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_prune import methods
-from lightning_prune.calibration.module import LayeredModule
 from lightning_prune.cli.descriptions import DESCRIPTION
 from lightning_prune.cli.messages import plain, unusable_value
 from lightning_prune.cli.strategy import cpu_processes, trainer_for_calibration
 from lightning_prune.cli.trainer_options import check_callbacks, check_fixed
 from lightning_prune.cli.values import check_values, refuse_nulls
 from lightning_prune.data.datamodule import CalibrationDataModule
+from lightning_prune.evaluation.perplexity import Evaluation
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.runs.config_files import check_command_line
 from lightning_prune.runs.shipped_configs import with_config_files
@@ -47,7 +47,7 @@ class Parser(LightningArgumentParser):
 
     def _option_names(self) -> list[str]:
         names = [option.lstrip("-") for option in self._option_string_actions]
-        classes = {base for found in (LayeredModule, *known_methods().values()) for base in found.__mro__}
+        classes = {base for found in (Evaluation, *known_methods().values()) for base in found.__mro__}
         own = [base for base in classes if base.__module__.startswith(methods.__name__.split(".")[0])]
         options = {f"model.{name}" for base in own for name in inspect.signature(base).parameters}
         return sorted({*names, *options} - {"model.init_args", "model.options", "model.group_options"})

@@ -1,49 +1,58 @@
-"""May these runs stand in one table? Pure functions over run records: what differs, and which runs are alike."""
+"""May these runs be in one table? Pure functions over run records: what differs, and which runs are alike."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from lightning_prune.comparison.run import Run
-from lightning_prune.comparison.seeds import SEED, TOKENS, joined
+from lightning_prune.comparison.records import Run
+from lightning_prune.comparison.selection import largest_unit, removes_layers
+from lightning_prune.runs.records import Calibration
 
+SEED, TOKENS = "calibration seed", "calibration tokens (fingerprint)"
 RATIO_TOLERANCE = 0.01  # of all parameters; what rounding to whole units cannot exceed in any real model
-RATIO_FACT = "achieved ratio"
+Drawn = tuple[Any, Any]  # a seed and the fingerprint of the tokens it drew
 Facts = Callable[[Run], dict[str, Any]]
-CALIBRATION_FACTS = (
-    ("calibration dataset", "dataset"),
-    ("calibration configuration", "configuration"),
-    ("calibration split", "split"),
-    ("calibration revision", "revision"),
-    ("calibration text", "text_sha256"),
-    ("calibration tokenizer", "tokenizer_sha256"),
-    ("calibration sampling", "sampling"),
-    ("calibration stride", "stride"),
-    (SEED, "seed"),
-    ("calibration samples", "num_samples"),
-    ("calibration sequence length", "seq_len"),
-    (TOKENS, "fingerprint"),
-)
-EVALUATION_FACTS = (
-    ("text", "text_sha256"),
-    ("tokenizer", "tokenizer_sha256"),
-    ("sequence length", "seq_len"),
-    ("stride", "stride"),
-    ("BOS handling", "bos"),
-    ("tokens (fingerprint)", "fingerprint"),
-)
+CALIBRATION_FACTS = {
+    "calibration dataset": "dataset",
+    "calibration configuration": "configuration",
+    "calibration split": "split",
+    "calibration revision": "revision",
+    "calibration text": "text_sha256",
+    "calibration tokenizer": "tokenizer_sha256",
+    "calibration sampling": "sampling",
+    "calibration stride": "stride",
+    SEED: "seed",
+    "calibration samples": "num_samples",
+    "calibration sequence length": "seq_len",
+    TOKENS: "fingerprint",
+}
+EVALUATION_FACTS = {
+    "text": "text_sha256",
+    "tokenizer": "tokenizer_sha256",
+    "sequence length": "seq_len",
+    "stride": "stride",
+    "BOS handling": "bos",
+    "tokens (fingerprint)": "fingerprint",
+}
+# What keeps nobody apart, but is worth a note.
+SOFT_FACTS: dict[str, Callable[[Run], str | None]] = {
+    "device": lambda run: run.environment.device,
+    "torch version": lambda run: run.environment.packages.get("torch"),
+    "transformers version": lambda run: run.environment.packages.get("transformers"),
+    "lightning-prune version": lambda run: run.environment.packages.get("lightning-prune"),
+}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One fact on which runs disagree: the runs behind every value."""
+    """One fact on which runs disagree: the runs by value."""
 
     what: str
     values: dict[str, list[Run]]
     remark: str = ""
 
     def __str__(self) -> str:
-        parts = [f"{value} in {_names(runs)}" for value, runs in self.values.items()]
+        parts = [f"{value} in {run_names(runs)}" for value, runs in self.values.items()]
         return f"{self.what}: " + "; ".join(parts) + (f" ({self.remark})" if self.remark else "")
 
 
@@ -51,13 +60,11 @@ class Difference:
 class Group:
     """Runs that may share a table: same base model, tokenizer, precision, evaluation and calibration tokens.
 
-    ``runs`` reached the ratio they were asked for; ``other_ratio`` did not and stand apart within the group.
-    ``differs`` names what separates the group from the first one.
+    ``runs`` reached the ratio requested; ``other_ratio`` did not and are kept apart within the group.
     """
 
     runs: list[Run]
     other_ratio: list[Run]
-    differs: list[str] = field(default_factory=list)
 
     @property
     def all(self) -> list[Run]:
@@ -65,14 +72,14 @@ class Group:
         return self.runs + self.other_ratio
 
     @property
-    def calibration(self) -> Mapping[str, Any] | None:
+    def calibration(self) -> Calibration | None:
         """The manifest of its calibration set, of the first run that had one; None where none did."""
         return next((run.calibration for run in self.all if run.calibration is not None), None)
 
 
 @dataclass(frozen=True)
 class Audit:
-    """Groups, largest first; every difference between any two runs; remarks that keep nobody apart."""
+    """Groups, largest first; every difference between any two runs; notes that keep nobody apart."""
 
     groups: list[Group]
     differences: list[Difference]
@@ -80,8 +87,13 @@ class Audit:
 
     @property
     def fair(self) -> bool:
-        """Whether all runs may stand in one table."""
+        """Whether all runs may be in one table."""
         return not self.differences
+
+    @property
+    def runs(self) -> list[Run]:
+        """Those of all groups."""
+        return [run for group in self.groups for run in group.all]
 
 
 def audit(runs: Sequence[Run], tolerance: float = RATIO_TOLERANCE) -> Audit:
@@ -89,130 +101,155 @@ def audit(runs: Sequence[Run], tolerance: float = RATIO_TOLERANCE) -> Audit:
 
     Args:
         runs: finished runs; their order is kept inside groups.
-        tolerance: how far, in shares of all parameters, an achieved ratio may lie from the requested one.
+        tolerance: how far, in shares of all parameters, an achieved ratio may be from the requested one.
     """
-    seeds = joined(runs, facts)
+    repeated = _joined(runs)
 
-    def told(run: Run) -> dict[str, Any]:
-        return facts(run) | seeds.get(id(run), {})
+    def of(run: Run) -> dict[str, Any]:
+        return facts(run) | repeated.get(run, {})
 
-    differences = _differences(runs, told)
+    differences = _differences(runs, of)
     off = [run for run in runs if abs(run.achieved - run.requested) > tolerance]
     if off:
         differences.append(_ratio_difference(off, tolerance))
-        # A system that missed the ratio with one seed stands apart with all of them.
+        # A system that missed the ratio with one seed is kept apart with all of them.
         missed = {(run.label, run.requested) for run in off}
-        again = [run for run in runs if id(run) in seeds and (run.label, run.requested) in missed]
-        off += [run for run in again if not any(run is other for other in off)]
+        off += [run for run in repeated if run not in off and (run.label, run.requested) in missed]
     notes = [
         f"Calibration seeds {both}: meant as repetitions, for every system of the table had each of them, and within a "
         "seed all had the same tokens."
-        for both in dict.fromkeys(one[SEED] for one in seeds.values())
+        for both in dict.fromkeys(one[SEED] for one in repeated.values())
     ]
-    return Audit(_groups(runs, off, told), differences, notes + _notes(runs))
-
-
-def run_name(run: Run) -> str:
-    """How a run is called in messages: label, ratio and folder."""
-    return f"{run.label} {run.requested:g} ({run.folder})"
+    return Audit(_groups(runs, off, of), differences, notes + _notes(runs))
 
 
 def facts(run: Run) -> dict[str, Any]:
     """Everything that must agree before two perplexities may be compared; calibration only where there was one.
     Several seeds that are meant as repetitions are joined by ``audit``."""
-    return protocol(run) | calibration_facts(run)
+    found = protocol(run)
+    if run.calibration is not None:
+        # Of token ids that were given, the fingerprint says all; the file they came in may be a temporary one.
+        unsaid = "dataset" if run.calibration.sampling == "given" else None
+        for what, key in CALIBRATION_FACTS.items():
+            if key != unsaid:
+                found[what] = _short(getattr(run.calibration, key))
+    return found
 
 
 def protocol(run: Run) -> dict[str, Any]:
     """The facts of a run but for its calibration."""
-    weights = run.base_model_sha256
+    parameters, weights = run.metrics.parameters, run.metrics.method.base_model_sha256
+    # Masks leave every parameter where it is, so their ratio is not that of a smaller model.
+    removed = abs(1 - parameters.pruned / parameters.dense - run.achieved) < 0.001
     found: dict[str, Any] = {
         # The same weights under another path are the same model; without a fingerprint only the name is left.
-        "base model": _short(weights) if weights else run.base_model,
-        "parameters of the base model": f"{run.dense_parameters:,}",
-        "what the ratio counts": _counted(run),
-        "precision": run.environment.get("precision"),
-        "evaluation sets": ", ".join(sorted(run.evaluation)) or "none",
+        "base model": _short(weights) if weights else run.metrics.method.base_model,
+        "parameters of the base model": f"{parameters.dense:,}",
+        "what the ratio counts": "parameters removed" if removed else "weights set to zero",
+        "precision": run.environment.precision,
+        "evaluation sets": ", ".join(sorted(run.metrics.evaluation)) or "none",
     }
-    for name, manifest in sorted(run.evaluation.items()):
-        for what, key in EVALUATION_FACTS:
-            found[f"evaluation {what} of {name}"] = _short(manifest.get(key))
+    for name, manifest in sorted(run.metrics.evaluation.items()):
+        for what, key in EVALUATION_FACTS.items():
+            found[f"evaluation {what} of {name}"] = _short(getattr(manifest, key))
     return found
 
 
-def calibration_facts(run: Run) -> dict[str, Any]:
-    """The calibration set of a run; empty for methods that read no data."""
-    if run.calibration is None:
-        return {}
-    # Of token ids that were given, the fingerprint says all; the file they came in may be a temporary one.
-    unsaid = "dataset" if run.calibration.get("sampling") == "given" else None
-    return {what: _short(run.calibration.get(key)) for what, key in CALIBRATION_FACTS if key != unsaid}
+def _joined(runs: Sequence[Run]) -> dict[Run, dict[str, Any]]:
+    """The two facts ``SEED`` and ``TOKENS`` of every run whose seed was joined with others, as repetitions that are
+    meant.
+
+    Seeds are joined where everything else agrees, and where at every ratio that both have the same systems ran: so
+    means are over the same seeds for all, and within a seed all had the same tokens. A seed that some system lacks
+    stays apart.
+    """
+    families: dict[str, dict[Drawn, list[Run]]] = {}
+    for run in runs:
+        if run.seed is not None:
+            mine = facts(run)
+            drawn = (mine.pop(SEED), mine.pop(TOKENS))
+            families.setdefault(repr(mine), {}).setdefault(drawn, []).append(run)
+    told: dict[Run, dict[str, Any]] = {}
+    for draws in families.values():
+        clusters: list[list[Drawn]] = []
+        for drawn in sorted(draws, key=lambda drawn: (-len(draws[drawn]), drawn[0])):
+            fits = [one for one in clusters if all(_may_join(drawn, other, draws) for other in one)]
+            if not fits:
+                clusters.append([drawn])
+            else:
+                fits[0].append(drawn)
+        for cluster in clusters:
+            if len(cluster) > 1:
+                cluster.sort(key=lambda drawn: int(drawn[0]))
+                fact = {SEED: ", ".join(str(seed) for seed, _ in cluster), TOKENS: ", ".join(t for _, t in cluster)}
+                told |= {run: fact for drawn in cluster for run in draws[drawn]}
+    return told
+
+
+def _may_join(one: Drawn, other: Drawn, draws: dict[Drawn, list[Run]]) -> bool:
+    if one[0] == other[0] or one[1] == other[1]:
+        return False
+    left, right = _systems(draws[one]), _systems(draws[other])
+    common = left.keys() & right.keys()
+    return bool(common) and all(left[ratio] == right[ratio] for ratio in common)
+
+
+def _systems(runs: Sequence[Run]) -> dict[float, set[str]]:
+    systems: dict[float, set[str]] = {}
+    for run in runs:
+        systems.setdefault(run.requested, set()).add(run.label)
+    return systems
+
+
+def run_names(runs: Sequence[Run]) -> str:
+    """How runs are called in messages: label, folder and ratio."""
+    return ", ".join(f"{run.label}/{run.folder.name} {run.requested:g}" for run in runs)
+
+
+def _by_value(runs: Sequence[Run], read: Callable[[Run], Any]) -> dict[str, list[Run]]:
+    values: dict[str, list[Run]] = {}
+    for run in runs:
+        values.setdefault(str(read(run)), []).append(run)
+    return values
 
 
 def _differences(runs: Sequence[Run], facts: Facts) -> list[Difference]:
-    found: dict[str, dict[str, list[Run]]] = {}
+    by_fact: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
         for what, value in facts(run).items():
-            found.setdefault(what, {}).setdefault(str(value), []).append(run)
-    differences = []
-    for what, values in found.items():
-        if len(values) > 1:
-            remark = ""
-            if what == "base model":
-                names = sorted({run.base_model for group in values.values() for run in group})
-                remark = "weight fingerprints or names; called " + ", ".join(f"'{name}'" for name in names)
-            differences.append(Difference(what, values, remark))
-    return differences
+            by_fact.setdefault(what, {}).setdefault(str(value), []).append(run)
+    names = ", ".join(f"'{name}'" for name in sorted({run.metrics.method.base_model for run in runs}))
+    remarks = {"base model": f"weight fingerprints or names; called {names}"}
+    return [Difference(what, values, remarks.get(what, "")) for what, values in by_fact.items() if len(values) > 1]
 
 
-def _ratio_difference(off: list[Run], tolerance: float) -> Difference:
-    values: dict[str, list[Run]] = {}
-    for run in off:
-        values.setdefault(f"{run.achieved:.4f} instead of {run.requested:g}", []).append(run)
+def _ratio_difference(off: Sequence[Run], tolerance: float) -> Difference:
     remark = f"more than {tolerance:g} apart"
-    layered = [run for run in off if run.units.whole_layers]
+    layered = [run for run in off if removes_layers(run)]
     if layered:
-        share = float(layered[0].units.cost.max()) / layered[0].dense_parameters
         labels = ", ".join(sorted({run.label for run in layered}))
-        remark += f"; {labels}: removes whole layers, one layer is {share:.4f} of the model"
-    return Difference(RATIO_FACT, values, remark)
+        remark += f"; {labels}: removes whole layers, one layer is {largest_unit(layered[0]):.4f} of the model"
+    values = _by_value(off, lambda run: f"{run.achieved:.4f} instead of {run.requested:g}")
+    return Difference("achieved ratio", values, remark)
 
 
-def _groups(runs: Sequence[Run], off: list[Run], facts: Facts) -> list[Group]:
-    keyed: dict[str, list[Run]] = {}
-    free: list[Run] = []
+def _groups(runs: Sequence[Run], off: Sequence[Run], facts: Facts) -> list[Group]:
+    keyed = _by_value([run for run in runs if run.calibration is not None], lambda run: repr(facts(run)))
+    ordered = sorted(keyed.values(), key=len, reverse=True)
+    # A method without data joins the largest group that shares everything else; else its own kind.
     for run in runs:
         if run.calibration is None:
-            free.append(run)
-        else:
-            keyed.setdefault(_key(run, facts), []).append(run)
-    ordered = sorted(keyed.values(), key=len, reverse=True)
-    # A method without data stands with the largest group that shares everything else; else with its own kind.
-    for run in free:
-        same = [group for group in ordered if _key(group[0], protocol) == _key(run, protocol)]
-        if same:
-            same[0].append(run)
-        else:
-            ordered.append([run])
-    position = {id(run): index for index, run in enumerate(runs)}
+            same = [group for group in ordered if protocol(group[0]) == protocol(run)]
+            if same:
+                same[0].append(run)
+            else:
+                ordered.append([run])
+    position = {run: index for index, run in enumerate(runs)}
     groups: list[Group] = []
     for members in ordered:
-        members.sort(key=lambda run: position[id(run)])
-        apart = [run for run in members if any(run is other for other in off)]
-        near = [run for run in members if not any(run is other for other in off)]
-        groups.append(Group(near, apart, [] if not groups else _against(groups[0].all, members, facts)))
+        members.sort(key=position.__getitem__)
+        groups.append(Group([run for run in members if run not in off], [run for run in members if run in off]))
     return groups
-
-
-def _against(first: list[Run], other: list[Run], facts: Facts) -> list[str]:
-    reference = next((run for run in first if run.calibration is not None), first[0])
-    mine = next((run for run in other if run.calibration is not None), other[0])
-    left, right = facts(reference), facts(mine)
-    return [
-        f"{what}: {right.get(what, 'none')} instead of {left.get(what, 'none')}"
-        for what in dict.fromkeys([*left, *right])
-        if left.get(what) != right.get(what) and (what in right or mine.calibration is not None)
-    ]
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
@@ -220,45 +257,17 @@ def _notes(runs: Sequence[Run]) -> list[str]:
     free = sorted({run.label for run in runs if run.calibration is None})
     if free:
         notes.append(f"{', '.join(free)}: needs no calibration, so the calibration set cannot differ.")
-    said = sorted({(run.label, str(run.details["note"])) for run in runs if run.details.get("note")})
-    notes += [f"{label}: {text}" for label, text in said]
-    unknown = [run for run in runs if run.base_model_sha256 is None]
+    extra = [(run.label, (run.details.model_extra or {}).get("note")) for run in runs]
+    notes += [f"{label}: {note}" for label, note in sorted({(label, str(note)) for label, note in extra if note})]
+    unknown = [run for run in runs if run.metrics.method.base_model_sha256 is None]
     if unknown:
-        notes.append(f"No weight fingerprint was recorded in {_names(unknown)}; the base model is known by name only.")
-    for what, read in _SOFT_FACTS.items():
-        values: dict[str, list[Run]] = {}
-        for run in runs:
-            values.setdefault(str(read(run)), []).append(run)
+        names = run_names(unknown)
+        notes.append(f"No weight fingerprint was recorded in {names}; the base model is known by name only.")
+    for what, read in SOFT_FACTS.items():
+        values = _by_value(runs, read)
         if len(values) > 1:
-            notes.append(str(Difference(what, values)) + ". Perplexities may differ in the last digits, seconds do.")
+            notes.append(f"{Difference(what, values)}. Perplexities may differ in the last digits, seconds do.")
     return notes
-
-
-_SOFT_FACTS: dict[str, Callable[[Run], Any]] = {
-    "device": lambda run: run.environment.get("device"),
-    "torch version": lambda run: run.environment.get("packages", {}).get("torch"),
-    "transformers version": lambda run: run.environment.get("packages", {}).get("transformers"),
-    "lightning-prune version": lambda run: run.environment.get("packages", {}).get("lightning-prune"),
-}
-
-
-def _key(run: Run, of: Facts) -> str:
-    return repr(of(run))
-
-
-def _names(runs: list[Run]) -> str:
-    if len(runs) <= 2:
-        return ", ".join(run_name(run) for run in runs)
-    ratios: dict[str, list[str]] = {}
-    for run in runs:
-        ratios.setdefault(run.label, []).append(f"{run.requested:g}")
-    return ", ".join(f"{label} {'/'.join(values)}" for label, values in ratios.items())
-
-
-def _counted(run: Run) -> str:
-    """Masks leave every parameter where it is, so their ratio is not that of a smaller model."""
-    gone = 1 - run.pruned_parameters / run.dense_parameters
-    return "parameters removed" if abs(gone - run.achieved) < 0.001 else "weights set to zero"
 
 
 def _short(value: Any) -> Any:

@@ -1,75 +1,163 @@
-"""Importance by layer and seconds by phase; every function takes runs and returns a matplotlib figure."""
+"""The report's plots: quality against size, cost and speed, what every layer keeps, and how far methods agree."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
-from lightning_prune.comparison import costs
-from lightning_prune.comparison.agreement import Floats
-from lightning_prune.comparison.run import Run
-from lightning_prune.comparison.style import PALETTE, SOFT, Styles, legend, new_figure, shown, tip
-from lightning_prune.comparison.tables import display_names
-from lightning_prune.runs.score_table import ScoreTable
+from lightning_prune.comparison.audit import Audit
+from lightning_prune.comparison.costs import to_prune
+from lightning_prune.comparison.repeats import Repeats, repeats
+from lightning_prune.comparison.selection import (
+    BLOCKS,
+    Floats,
+    agreement,
+    kept_fraction,
+    removes_layers,
+)
+from lightning_prune.comparison.tables import evaluation_sets
+from lightning_prune.support.escape import figure as escape
+from lightning_prune.support.escape import plain
+
+# Okabe & Ito's palette, told apart with every common colour blindness; yellow is left out, too pale on white.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")
+GREY = "#808080"
+LONGEST = 30  # characters of a name in a figure
+WIDTH, HEIGHT = 4.6, 3.9  # inches; at 96 to the inch hardly wider than a phone, so that text keeps its size there
+BEYOND = 2  # times the limit of the unusable: where the perplexity axis ends
+SETTINGS = {"axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "lightning-prune"}
+EDGE = "Lower is better; what is beyond the scale is drawn on its upper edge. A reused calibration counts in full."
+Styles = dict[str, dict[str, Any]]
+
+AGAINST: tuple[tuple[str, str, Callable[[Repeats], float | None]], ...] = (
+    ("size", "achieved pruning ratio", lambda line: line.average(lambda run: run.achieved)),
+    ("seconds", "seconds to calibrate and prune", lambda line: line.average(to_prune)),
+)
 
 
-def importance_figure(runs: Sequence[Run], styles: Styles) -> Figure:
-    """Share of the model's whole importance that lies in each layer, one line per system."""
-    names, (figure, (axes,)) = display_names(runs), new_figure(3.9)
-    for run in sorted(runs, key=lambda run: list(styles).index(names[id(run)])):
-        label, share = names[id(run)], importance_share(run.units)
-        axes.plot(np.arange(len(share)), share, label=shown(label), markersize=4, linewidth=1.4, **styles[label])
-        for layer, value in enumerate(share):
-            mark = axes.plot([layer], [value], markersize=4, **styles[label])[0]
-            mark.set_in_layout(False)
-            tip(mark, f"{label}, layer {layer}: {value:.2%} of its importance")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value * 100:g} %"))
-    axes.set_xlabel("layer")
-    axes.set_ylabel("share of importance")
-    legend(figure, axes)
+@dataclass(frozen=True)
+class Plot:
+    """A figure under a heading; ``tag`` is its name in TensorBoard."""
+
+    heading: str
+    tag: str
+    caption: str
+    figure: Figure
+
+
+def tag(number: int, ratio: float | None = None) -> str:
+    """The group of TensorBoard's tags for a table of the report, at one ratio or at all."""
+    table = f" table {number}" if number > 1 else ""
+    return f"comparison{table}" + ("" if ratio is None else f" {ratio * 100:g} %")
+
+
+def plots(audit: Audit) -> Iterator[Plot]:
+    """Everything the runs allow, table by table. Where seeds were repeated, perplexities are means with their
+    deviation, and everything else is of the lowest seed."""
+    for number, group in enumerate(audit.groups, start=1):
+        lines = repeats(group.all)
+        names = list(dict.fromkeys(line.name for line in lines))
+        styles: Styles = {
+            name: {"color": PALETTE[index % len(PALETTE)], "marker": MARKERS[index % len(MARKERS)]}
+            for index, name in enumerate(names)
+        }
+        where = f" (Table {number})" if len(audit.groups) > 1 else ""
+        for name, short in evaluation_sets(group.all).items():
+            for what, label, x in AGAINST:
+                figure = quality_figure(lines, name, short, styles, x, label)
+                yield Plot(f"Quality{where}", f"{tag(number)}/perplexity and {what}/{name}", EDGE, figure)
+        for ratio in sorted({line.ratio for line in lines}):
+            heading, key = f"At a ratio of {ratio * 100:g} %{where}", tag(number, ratio)
+            here = [line for line in lines if line.ratio == ratio]
+            caption = "Share of attention groups and MLP channels that is kept in every layer."
+            yield Plot(heading, f"{key}/kept fraction", caption, kept_figure(here))
+            ranking = [line for line in here if not removes_layers(line.first)]
+            if len(ranking) > 1:
+                labels, (spearman, overlap) = (
+                    [line.name for line in ranking],
+                    agreement([line.first for line in ranking]),
+                )
+                caption = "Spearman's rank correlation of scores; – where two methods do not rank the same units."
+                yield Plot(heading, f"{key}/agreement/scores", caption, matrix_figure(labels, spearman, "scores", -1))
+                caption = "Jaccard index of the kept units: the share of what either keeps that both keep."
+                yield Plot(heading, f"{key}/agreement/kept", caption, matrix_figure(labels, overlap, "kept units", 0))
+
+
+def quality_figure(
+    lines: Sequence[Repeats], name: str, short: str, styles: Styles, x: Callable[[Repeats], float | None], label: str
+) -> Figure:
+    """Perplexity on evaluation set ``name`` over ``x``, a curve per system, with the dense model and the limit of the
+    unusable. Perplexities that are not finite or far beyond that limit are on the upper edge."""
+    figure, (axes,) = _new(HEIGHT)
+    points = [(at, line) for line in lines if name in line.sets and (at := x(line)) is not None]
+    known = [mean for _, line in points if (mean := line.perplexity(name).mean) is not None]
+    dense = points[0][1].first.dense(name) if points else None
+    limit = points[0][1].first.unusable_limit(name) if points else None
+    top = 1.2 * max(known, default=1.0) if limit is None else min(BEYOND * limit, 1.2 * max(known, default=limit))
+    for system in [system for system in styles if system in {line.name for _, line in points}]:
+        mine = sorted(((at, line) for at, line in points if line.name == system), key=lambda point: point[0])
+        spreads = [line.perplexity(name) for _, line in mine]
+        heights = [top if spread.mean is None else min(spread.mean, top) for spread in spreads]
+        deviations = [spread.deviation or 0.0 for spread in spreads]
+        axes.errorbar([at for at, _ in mine], heights, deviations, label=_shown(system), capsize=4, **styles[system])
+    for value, style, what in ((dense, "--", "dense"), (limit, ":", "unusable from")):
+        if value is not None and value <= top:
+            axes.axhline(value, color=GREY, linewidth=1, linestyle=style, label=f"{what} {value:.4g}")
+    axes.set_ylim(top=1.02 * top)
+    axes.set_xlabel(label)
+    axes.set_ylabel(_shown(f"perplexity on {short}"))
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 3 if max(map(len, labels), default=0) <= 14 else 1
+    # Below the axes, where it covers no data and takes no width.
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False, fontsize=9)
     return figure
 
 
-def importance_share(table: ScoreTable) -> Floats:
-    """Each layer's share of the model's whole importance ``[L]``; zeros where there is none."""
-    return table.per_layer(table.importance) / (table.importance.sum() or 1.0)
-
-
-def seconds_figure(runs: Sequence[Run]) -> Figure:
-    """Wall-clock seconds of calibrating, pruning and evaluating, one stacked bar per run.
-
-    A calibration that another run made is hatched: this run did not wait for it, but could not do without it. The
-    dense model's evaluation, loading and tokenising are no cost of a method and left out.
-    """
-    names = display_names(runs)
-    figure, (axes,) = new_figure(0.24 * len(runs) + 1.4)
-    bars, start = [f"{names[id(run)]} {run.requested:g}" for run in runs], np.zeros(len(runs))
-    reused = [run.reused_scores for run in runs]
-    calibrated = np.array([costs.calibration(run) or 0.0 for run in runs])
-    pruned = np.array([costs.pruning(run) or 0.0 for run in runs])
-    evaluated = np.array([costs.spent(run, costs.EVALUATE) or 0.0 for run in runs])
-    own = np.where(reused, 0.0, calibrated)
-    parts: tuple[tuple[str, Any, dict[str, Any]], ...] = (
-        ("calibrate", own, {"color": PALETTE[0]}),
-        (
-            "calibrate, in an earlier run",
-            calibrated - own,
-            {"facecolor": "none", "edgecolor": PALETTE[0], "hatch": "////"},
-        ),
-        ("prune", pruned, {"color": PALETTE[1]}),
-        ("evaluate", evaluated, {"color": SOFT}),
-    )
-    for label, width, style in parts:
-        if width.any():
-            drawn = axes.barh(np.arange(len(runs)), width, left=start, label=label, height=0.7, **style)
-            for name, bar in zip(bars, drawn, strict=True):
-                tip(bar, f"{name}: {label} {bar.get_width():,.1f} s")
-        start += width
-    axes.set_yticks(np.arange(len(runs)), [shown(bar) for bar in bars], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("seconds")
-    legend(figure, axes)
+def kept_figure(lines: Sequence[Repeats]) -> Figure:
+    """Kept fraction by layer: a map per block, a row per run."""
+    figure, pair = _new(2 * (0.2 * len(lines) + 0.35) + 1.1, rows=2)
+    for axes, block in zip(pair, BLOCKS, strict=True):
+        values = [kept_fraction(line.first, block) for line in lines]
+        cells = np.full((len(lines), max(map(len, values))), np.nan)
+        for row, one in enumerate(values):
+            cells[row, : len(one)] = one
+        image = axes.imshow(cells, cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        axes.set_yticks(range(len(lines)), [_shown(line.name) for line in lines], fontsize=9)
+        axes.set_title(block, fontsize=10, loc="left", pad=3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    pair[-1].set_xlabel("layer")
+    figure.colorbar(image, ax=pair, label="kept fraction", orientation="horizontal", aspect=40, pad=0.02)
     return figure
+
+
+def matrix_figure(labels: Sequence[str], values: Floats, title: str, low: float) -> Figure:
+    """A symmetric matrix ``[R, R]`` between ``low`` and 1 with its numbers; – where two runs cannot be compared."""
+    count, names = len(labels), [_shown(label) for label in labels]
+    figure, (axes,) = _new(min(WIDTH, 0.5 * count + 1.9))
+    axes.imshow(values, cmap="cividis", vmin=low, vmax=1, interpolation="nearest")
+    for (row, column), value in np.ndenumerate(values):
+        color = "white" if (value - low) / (1 - low) < 0.55 else "black"
+        text = "–" if np.isnan(value) else f"{value:.2f}"
+        axes.text(column, row, text, ha="center", va="center", fontsize=min(9.0, 64 / count), color=color)
+    axes.set_yticks(range(count), names, fontsize=9)
+    axes.set_xticks(range(count), names, rotation=45, ha="right", fontsize=9)
+    axes.set_title(title, fontsize=10)
+    return figure
+
+
+def _new(height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    with matplotlib.rc_context(SETTINGS):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        return figure, list(figure.subplots(rows, 1, squeeze=False, sharex=True)[:, 0])
+
+
+def _shown(text: str) -> str:
+    """``text`` for a figure, its middle left out where it would take the place of the axes."""
+    line = plain(text)
+    return escape(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]}…{line[1 - LONGEST // 2 :]}")

@@ -2,56 +2,47 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from lightning_prune.comparison import costs
-from lightning_prune.comparison.run import Run
-from lightning_prune.runs.verdict import verdict_word
+from lightning_prune.comparison.records import Run
 
 NOT_OF_THE_DECISION = ("pretrained", "label", "onload")  # options that change no result
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Values of the same thing, one per seed; ``None`` stands for one that is not finite."""
+class Spread(NamedTuple):
+    """Arithmetic mean and sample standard deviation (n − 1) over seeds; None where a value is not finite, or there is
+    only one to deviate."""
 
-    values: tuple[float | None, ...]
+    mean: float | None = None
+    deviation: float | None = None
 
-    @property
-    def n(self) -> int:
-        """How many there are."""
-        return len(self.values)
-
-    @property
-    def mean(self) -> float | None:
-        """Arithmetic mean; None where one of them is not finite."""
-        known = self._finite
-        return None if known is None else statistics.fmean(known)
-
-    @property
-    def deviation(self) -> float | None:
-        """Sample standard deviation (n − 1); None for a single value, and where one is not finite."""
-        known = self._finite
-        return None if known is None or len(known) < 2 else statistics.stdev(known)
-
-    @property
-    def _finite(self) -> list[float] | None:
-        known = [value for value in self.values if value is not None and math.isfinite(value)]
-        return known if known and len(known) == len(self.values) else None
+    @classmethod
+    def of(cls, values: Sequence[float | None]) -> "Spread":
+        known = [value for value in values if value is not None and math.isfinite(value)]
+        if not known or len(known) < len(values):
+            return cls()
+        return cls(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Repeats:
     """One system at one ratio: its runs by seed, ascending. Without repetitions there is one."""
 
+    name: str
     runs: list[Run]
 
     @property
     def first(self) -> Run:
-        """The run of the lowest seed, which stands for the others in everything that has no mean."""
+        """The run of the lowest seed, which represents the others in everything that has no mean."""
         return self.runs[0]
+
+    @property
+    def ratio(self) -> float:
+        """The pruning ratio requested."""
+        return self.first.requested
 
     @property
     def sets(self) -> list[str]:
@@ -60,67 +51,48 @@ class Repeats:
 
     def perplexity(self, name: str) -> Spread:
         """Of the pruned models, on one evaluation set."""
-        return Spread(tuple(run.perplexity(name) for run in self.runs))
+        return Spread.of([run.perplexity(name) for run in self.runs])
 
     def verdict(self, name: str) -> str:
         """The word for the mean perplexity."""
-        first = self.first
-        return verdict_word(self.perplexity(name).mean, first.perplexity(name, "dense"), first.unigram_perplexity(name))
+        return self.first.verdict(name, self.perplexity(name).mean)
 
     def average(self, read: Callable[[Run], float | None]) -> float | None:
         """The mean of what is known; None where nothing is."""
         known = [value for run in self.runs if (value := read(run)) is not None]
         return statistics.fmean(known) if known else None
 
-    @property
-    def seconds(self) -> float | None:
-        """Calibrating and pruning, a reused calibration in full; None where a calibration is not recorded."""
-        return self.average(to_prune)
-
-    @property
-    def mean_run(self) -> Run:
-        """For plots: the first run with the mean perplexities and their deviations."""
-        if len(self.runs) == 1:
-            return self.first
-        found = dict(self.first.metrics["perplexity"])
-        for name in self.sets:
-            values = self.perplexity(name)
-            found[name] = found[name] | {"pruned": values.mean, "deviation": values.deviation}
-        return replace(self.first, metrics=self.first.metrics | {"perplexity": found})
-
-
-def seed(run: Run) -> int | None:
-    """What drew the calibration samples; None where nothing was drawn."""
-    found = None if run.calibration is None else run.calibration.get("seed")
-    return None if found is None else int(found)
-
 
 def seeds(runs: Sequence[Run]) -> list[int]:
-    """All of them, ascending."""
-    return sorted({found for run in runs if (found := seed(run)) is not None})
+    """All calibration seeds, ascending."""
+    return sorted({run.seed for run in runs if run.seed is not None})
+
+
+def decision(run: Run) -> list[tuple[str, str]]:
+    """The options on which a run's result depends."""
+    return sorted((name, repr(value)) for name, value in run.options.items() if name not in NOT_OF_THE_DECISION)
 
 
 def repeats(runs: Sequence[Run]) -> list[Repeats]:
     """``runs``, which must be of one group of the audit, by system and ratio, in order of appearance.
 
-    Two runs of the same seed repeat nothing, so each starts a line of its own.
+    Two runs of the same seed repeat nothing, so each starts a line of its own. A line is called by its label, with
+    the run folder where a label comes twice at one ratio.
     """
-    found: dict[tuple[Any, ...], list[Run]] = {}
+    lines: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
-        options = sorted((name, repr(value)) for name, value in run.options.items() if name not in NOT_OF_THE_DECISION)
-        parent = None if run.recovery is None else str(run.recovery.get("parent_label"))
-        key = (run.label, run.requested, run.method, tuple(options), parent)
+        parent = None if run.recovery is None else run.recovery.parent_label
+        key = (run.label, run.requested, run.metrics.method.name, tuple(decision(run)), parent)
         copy = 0
-        while any(seed(other) == seed(run) for other in found.get((*key, copy), [])):
+        while any(other.seed == run.seed for other in lines.get((*key, copy), [])):
             copy += 1
-        found.setdefault((*key, copy), []).append(run)
-    return [Repeats(sorted(members, key=lambda run: seed(run) or 0)) for members in found.values()]
-
-
-def to_prune(run: Run) -> float | None:
-    """Seconds of calibrating and pruning; a calibration that another run made counts as this run's, too. None where it
-    is not known what calibrating took."""
-    calibration = costs.calibration(run)
-    if calibration is None and run.calibration is not None:
-        return None
-    return (calibration or 0.0) + (costs.pruning(run) or 0.0)
+        lines.setdefault((*key, copy), []).append(run)
+    members = [sorted(line, key=lambda run: run.seed or 0) for line in lines.values()]
+    counts = Counter((line[0].label, line[0].requested) for line in members)
+    return [
+        Repeats(
+            first.label if counts[first.label, first.requested] == 1 else f"{first.label}/{first.folder.name}", line
+        )
+        for line in members
+        for first in line[:1]
+    ]

@@ -1,44 +1,111 @@
-"""The report folder: HTML, Markdown, CSV, LaTeX and the calibration appendix."""
+"""The report folder: where it goes, and what is in it."""
 
-from collections.abc import Sequence
+import base64
+import hashlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from lightning_prune.comparison import accuracy
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
 from lightning_prune.comparison.appendix import appendix
 from lightning_prune.comparison.audit import Audit
-from lightning_prune.comparison.figures import plots, shared
-from lightning_prune.comparison.html import page
-from lightning_prune.comparison.latex import latex
-from lightning_prune.comparison.precision import csv_text as precision_csv
-from lightning_prune.comparison.precision import pairs
+from lightning_prune.comparison.exports import accuracy_csv, csv_text, latex, results_csv
+from lightning_prune.comparison.plots import plots
+from lightning_prune.comparison.precision import precision_rows
 from lightning_prune.comparison.sections import Section, markdown, sections
-from lightning_prune.comparison.tables import csv_text
+from lightning_prune.comparison.tables import numeric_column
 from lightning_prune.comparison.tensorboard import log_comparison
 from lightning_prune.runs.failure import Failure
-from lightning_prune.support.files import write_text
+from lightning_prune.runs.folder import REPORTS, RunFolder
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.escape import plain
+from lightning_prune.support.files import cannot_write, check_writable, new_folder, write_text
 
 TITLE = "Pruning methods compared"
+NAMES = {"report.html", "report.md", "results.csv", "results.tex", "calibration_appendix.md"}
+OTHERS = {"precision.csv", "zero_shot.csv", "tensorboard"}  # not in every report
 
 
 def write_report(audit: Audit, failures: Sequence[Failure], folder: Path) -> list[Section]:
-    """Write the report into ``folder``, which exists: ``report.html``, ``report.md``, ``results.csv``, ``results.tex``,
-    ``calibration_appendix.md`` and the folder ``tensorboard``; ``precision.csv`` where precisions are compared, and
-    ``zero_shot.csv`` where tasks were measured.
+    """Write the report into ``folder``, which exists: ``NAMES``, and ``OTHERS`` where there is something to say.
 
     Returns:
         The sections, for the terminal.
     """
-    found, together = sections(audit, failures), shared(audit.groups)
-    figures = list(plots(together))
-    write_text(folder / "report.md", markdown(TITLE, found))
-    write_text(folder / "results.csv", csv_text(audit, failures))
-    runs = [run for group in audit.groups for run in group.all]
-    if any(run.accuracy is not None for run in runs):
-        write_text(folder / "zero_shot.csv", accuracy.csv_text(audit))
-    if half := pairs(runs):
-        write_text(folder / "precision.csv", precision_csv(half))
+    parts, figures = sections(audit, failures), list(plots(audit))
+    write_text(folder / "report.md", markdown(TITLE, parts))
+    write_text(folder / "results.csv", results_csv(audit, failures))
+    if any(run.accuracy is not None for run in audit.runs):
+        write_text(folder / "zero_shot.csv", accuracy_csv(audit))
+    if half := precision_rows(audit.runs):
+        write_text(folder / "precision.csv", csv_text(half))
     write_text(folder / "results.tex", latex(audit))
     write_text(folder / "calibration_appendix.md", appendix(audit))
-    log_comparison(figures, together, folder)
-    write_text(folder / "report.html", page(TITLE, found, figures))
-    return found
+    log_comparison(audit, figures, folder)
+    environment = Environment(
+        loader=PackageLoader("lightning_prune.comparison", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: value if isinstance(value, Markup) else plain(value),
+    )
+    environment.filters |= {"image": _image, "sha256": _sha256, "numeric_column": numeric_column}
+    page = environment.get_template("report.html.jinja").render(title=TITLE, sections=parts, plots=figures)
+    write_text(folder / "report.html", page)
+    return parts
+
+
+def _image(figure: Figure) -> str:
+    """The figure as an SVG image inside the page."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Raise UserError unless a report may be written to ``output``: it is new, empty, or a report to overwrite."""
+    option = "--output"
+    try:
+        if not os.path.lexists(output):
+            check_writable(output, option)
+            return
+        names = set(os.listdir(output)) if output.is_dir() and not output.is_symlink() else None
+    except (OSError, ValueError) as error:
+        raise cannot_write(output, option, error) from None
+    if names is None:
+        raise UserError(f"{option}: '{output}' exists and is no folder. Give a new one.")
+    strange = sorted(names - NAMES - OTHERS)
+    if names and (strange or not names >= NAMES):
+        what = f"it holds {strange[0]}" if strange else "files of one are missing"
+        raise UserError(f"{option}: '{output}' exists and is no report of this command ({what}). Give a new folder.")
+    if names and not overwrite:
+        raise UserError(f"{option}: '{output}' holds a report. Give a new folder, or --overwrite to replace that one.")
+    check_writable(output.absolute().parent, option)
+
+
+@contextmanager
+def report_folder(root: Path, output: Path | None, overwrite: bool) -> Iterator[tuple[Path, Path]]:
+    """An empty folder to write the report into, and the name it has afterwards: ``root/comparison/version_N`` unless
+    ``output`` is given.
+
+    Raises:
+        UserError: it cannot be written, or something else has been put at ``output``.
+    """
+    if output is None:
+        with RunFolder.claim(root, REPORTS, "--root") as folder:
+            yield folder.path, folder.path
+        return
+    try:
+        with new_folder(output, replace=overwrite) as temporary:
+            yield temporary, output
+            check_output(output, overwrite)
+    except OSError as error:
+        raise cannot_write(output, "--output", error) from error

@@ -1,169 +1,198 @@
 """The report's text and tables, before any format: the terminal, Markdown and HTML show the same ones."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lightning_prune.comparison import accuracy, costs, precision, priors, recovery
-from lightning_prune.comparison.audit import Audit
-from lightning_prune.comparison.conclusion import conclusion
-from lightning_prune.comparison.differences import summary
-from lightning_prune.comparison.names import short_names
-from lightning_prune.comparison.repeats import repeats, seeds
-from lightning_prune.comparison.run import Run
+import pandas as pd  # type: ignore[import-untyped]
+
+from lightning_prune.comparison import accuracy, costs
+from lightning_prune.comparison.audit import Audit, Group, run_names
+from lightning_prune.comparison.precision import FULL, precision_rows
+from lightning_prune.comparison.records import Run
+from lightning_prune.comparison.repeats import Repeats, repeats
 from lightning_prune.comparison.tables import (
-    Row,
     evaluation_sets,
-    header,
     markdown_table,
-    rows,
+    number,
+    repeated,
+    results,
+    seconds,
     setting,
+    spread,
+    table,
     text_table,
-    title,
 )
 from lightning_prune.runs import verdict
 from lightning_prune.runs.failure import Failure
+from lightning_prune.runs.recovered import regained, share
 from lightning_prune.support.escape import markdown as escaped
-from lightning_prune.support.escape import plain
+from lightning_prune.support.escape import plain, public_name
+
+REPEATED = (
+    "± is the sample standard deviation over n calibration seeds, around their mean; seconds are means, peak memory is "
+    "the largest. What draws no calibration samples runs once."
+)
+RECOVERY = (
+    "These systems trained the pruned model of the run they came from; the others did not train. Regained is the share "
+    "of the lost log-perplexity: (ln pruned − ln recovered) / (ln pruned − ln dense)."
+)
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, paragraphs, bullet points (``fine``: they are no warning), and tables as (name, columns, rows).
-
-    ``hints`` say more about columns by their names; what is ``detail`` stands below the first plots of a page. The
-    ``answer`` leads a page, and in a terminal, which is read from its end, it follows the tables.
-    """
+    """A heading, paragraphs, bullet points, and tables of text with a caption each, which may be empty."""
 
     heading: str
     text: list[str] = field(default_factory=list)
+    tables: list[tuple[str, pd.DataFrame]] = field(default_factory=list)
     bullets: list[str] = field(default_factory=list)
-    tables: list[tuple[str, Sequence[str], Sequence[Row]]] = field(default_factory=list)
-    fine: bool = False
-    hints: dict[str, str] = field(default_factory=dict)
-    detail: bool = False
-    answer: bool = False
 
 
 def sections(audit: Audit, failures: Sequence[Failure]) -> list[Section]:
-    """The answer, failed runs, tables, then what was checked and what differs."""
-    found = [_results(audit, index) for index in range(len(audit.groups))]
-    if unusable := _unusable(audit):
-        text = (
-            "These models have lost at least half of what the dense model gains over token frequencies without "
-            "context, or their perplexity is not finite:"
-        )
-        found.append(Section("Unusable models", [text], unusable, detail=True))
-    runs = [run for group in audit.groups for run in group.all]
-    if trained := recovery.table(runs):
-        found.append(Section("Recovery", [recovery.TEXT], tables=[("", recovery.COLUMNS, trained)], detail=True))
-    if agreeing := priors.table(runs):
-        found.append(Section("Depth priors", [priors.TEXT], tables=[("", priors.COLUMNS, agreeing)], detail=True))
-    if pairs := precision.pairs(runs):
-        text = (
-            f"Runs beside the run in {precision.FULL} with the same method, options, ratio, base model and "
-            "calibration tokens."
-        )
-        found.append(Section("Precision", [text], tables=[("", *precision.table(pairs))], detail=True))
-    if runs:
-        legend = [verdict.LEGEND, *_several(runs), *_repeated(audit), *costs.legend(runs)]
-        legend += [accuracy.LEGEND] if accuracy.columns(runs) else []
-        found.append(Section("How to read the tables", bullets=legend, fine=True, detail=True))
+    """The best per ratio, failed runs, tables, then what was checked and what differs."""
+    runs = audit.runs
+    parts = [_best(audit.groups[0])] if runs else []
     if failures:
-        columns = ("system", "ratio", "error")
-        lines = [(failure.label, f"{failure.requested:g}", failure.message) for failure in failures]
-        found.insert(0, Section("Failed runs", tables=[("", columns, lines)]))
-    if runs:
-        found.insert(0, Section("What to trust", conclusion(audit), answer=True))
+        rows = [{"system": one.label, "ratio": f"{one.requested:g}", "error": one.message} for one in failures]
+        parts.append(Section("Failed runs", tables=[("", table(rows))]))
+    parts += [_results(index, group) for index, group in enumerate(audit.groups, start=1)]
     if audit.fair:
         text = "Base model, tokenizer, precision, evaluation, calibration tokens and ratio reached agree in all runs."
-        found.append(Section("Audit: no differences", [text], audit.notes, fine=True, detail=True))
+        parts.append(Section("Audit: no differences", [text], bullets=audit.notes))
     else:
-        text = "Runs that differ in these facts stand in different tables, or apart within one:"
-        found.append(Section("Audit: differences", [text], summary(audit), detail=True))
-        if audit.notes:
-            found.append(Section("Notes", bullets=audit.notes, fine=True, detail=True))
-    return found
+        text = "Runs that differ in these facts are in different tables, or apart within one:"
+        parts.append(Section("Audit: differences", [text], [("", _differences(audit))], audit.notes))
+    recovered = _recovery(runs)
+    if len(recovered):
+        parts.append(Section("Recovery", [RECOVERY], [("", recovered)]))
+    if half := precision_rows(runs):
+        text = f"Runs and the run in {FULL} with the same method, options, ratio, base model and calibration tokens."
+        rows = [
+            {key.replace("_", " "): f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
+            for row in half
+        ]
+        parts.append(Section("Precision", [text], [("", table(rows).drop(columns=["folder", "folder 32 true"]))]))
+    if runs:
+        legend = [verdict.LEGEND, *costs.legend(runs)]
+        legend += [REPEATED] if any(repeated(group) for group in audit.groups) else []
+        legend += [accuracy.LEGEND] if accuracy.shown_tasks(runs) else []
+        legend += ["Several verdicts on a line are in the order of the perplexity columns."]
+        parts.append(Section("How to read the tables", bullets=legend))
+    return parts
 
 
-def terminal(found: Sequence[Section]) -> str:
+def leaders(lines: Sequence[Repeats], name: str) -> list[Repeats]:
+    """The best usable lines of one ratio on one evaluation set, best first: the lowest mean and what ties with it.
+
+    Two tie whose means are equal, or apart by no more than √(a² + b²), a and b their deviations; an unknown deviation
+    counts as 0.
+    """
+    usable = [line for line in lines if name in line.sets and line.verdict(name) != verdict.UNUSABLE]
+    if not usable:
+        return []
+    usable.sort(key=lambda line: line.perplexity(name).mean or 0.0)  # a perplexity that is not finite is unusable
+    best = usable[0].perplexity(name)
+
+    def tied(line: Repeats) -> bool:
+        other = line.perplexity(name)
+        reach = math.hypot(best.deviation or 0.0, other.deviation or 0.0)
+        return (other.mean or 0.0) - (best.mean or 0.0) <= reach
+
+    return [line for line in usable if tied(line)]
+
+
+def _best(group: Group) -> Section:
+    """The answer: who leads at each ratio, by how much, and whether that is more than noise."""
+    lines, sets, rows = repeats(group.runs), evaluation_sets(group.runs), []
+    for ratio in sorted({line.ratio for line in lines}):
+        for name, short in sets.items():
+            here = [line for line in lines if line.ratio == ratio and name in line.sets]
+            best = leaders(here, name)
+            after = leaders([line for line in here if line not in best], name)
+            dense = here[0].first.dense(name) if here else None
+            row = {"ratio": f"{ratio:g}"} | ({"set": short} if len(sets) > 1 else {})
+            row["best"] = ", ".join(line.name for line in best) or "none is usable"
+            row["perplexity"] = "; ".join(spread(line.perplexity(name)) for line in best) or "–"
+            means = [line.perplexity(name).mean for line in best]
+            row["times dense"] = "; ".join(f"{mean / dense:.2f}" for mean in means if mean and dense) or "–"
+            row["verdict"] = best[0].verdict(name) if best else verdict.UNUSABLE
+            row["seconds to prune"] = "; ".join(seconds(line.average(costs.to_prune)) for line in best) or "–"
+            row["next"] = f"{after[0].name} {spread(after[0].perplexity(name))}" if after else "–"
+            rows.append(row)
+    if not rows:
+        return Section("Best per ratio", ["No run reached its ratio and was evaluated, so nothing is ranked."])
+    noise = (
+        "Systems on one line tie: their means are apart by no more than √(a² + b²), a and b their standard deviations "
+        "over calibration seeds, which are rough themselves with few seeds."
+        if repeated(group)
+        else "Nothing was repeated, so a small lead may be chance: --seeds 0 1 2 measures the spread."
+    )
+    ranked = "Lowest perplexity among the usable runs of Table 1 that reached their ratio; other tables are not ranked."
+    return Section("Best per ratio", [ranked, noise], [("", table(rows))])
+
+
+def _results(index: int, group: Group) -> Section:
+    calibration, lines = group.calibration, repeats(group.all)
+    how = "" if calibration is None else f", calibrated on {calibration.num_samples} × {calibration.seq_len} tokens"
+    title = f"Table {index}: {public_name(group.all[0].metrics.method.base_model)}{how}"
+    near = [line for line in lines if line.first not in group.other_ratio]
+    apart = [line for line in lines if line.first in group.other_ratio]
+    tables = [("", results(near, group))] if near else []
+    if apart:
+        caption = "At another achieved ratio than the one requested; compare with the achieved ratio in mind"
+        tables.append((caption, results(apart, group, dense=not near)))
+    apart_from = ["Not comparable with Table 1: the audit below says in what they differ."] if index > 1 else []
+    return Section(title, [setting(group), *apart_from], tables)
+
+
+def _differences(audit: Audit) -> pd.DataFrame:
+    """A line per fact and value, with the systems that have it."""
+    rows = []
+    for difference in audit.differences:
+        what = difference.what + (f" ({difference.remark})" if difference.remark else "")
+        for value, runs in difference.values.items():
+            rows.append({"fact": what, "value": value, "runs": run_names(runs)})
+    return table(rows)
+
+
+def _recovery(runs: Sequence[Run]) -> pd.DataFrame:
+    """A row per run that trained what another run had pruned, and evaluation set."""
+    rows = []
+    for run in runs:
+        if run.recovery is None:
+            continue
+        for name in run.sets:
+            dense, before, after = run.dense(name), run.recovery.perplexity.get(name), run.perplexity(name)
+            row = {"system": f"{run.label}/{run.folder.name}", "from": run.recovery.parent_label}
+            row |= {"ratio": f"{run.requested:g}", "set": name, "dense": number(dense), "pruned": number(before)}
+            row |= {"recovered": number(after), "regained": share(regained(dense, before, after))}
+            row |= {"tokens seen": f"{run.recovery.tokens_seen:,}", "train s": f"{run.recovery.seconds:,.0f}"}
+            rows.append(row)
+    return table(rows)
+
+
+def terminal(parts: Sequence[Section]) -> str:
     """Plain text with aligned tables."""
     lines: list[str] = []
-    # False sorts before True: tables, the answer, details.
-    for section in sorted(found, key=lambda section: (section.detail, section.answer)):
-        lines += [
-            "",
-            *map(plain, (section.heading, *section.text)),
-            *(f"  - {plain(item)}" for item in section.bullets),
-        ]
-        for name, columns, body in section.tables:
-            lines += [plain(name)] if name else []
-            lines.append(text_table(columns, body))
+    for part in parts:
+        lines += ["", plain(part.heading)]
+        for caption, frame in part.tables:
+            lines += [plain(caption)] if caption else []
+            lines.append(text_table(frame))
+        lines += [*map(plain, part.text), *(f"  - {plain(item)}" for item in part.bullets)]
     return "\n".join(lines[1:])
 
 
-def markdown(report_title: str, found: Sequence[Section]) -> str:
-    """``report.md``."""
-    parts = [f"# {escaped(report_title)}"]
-    for section in found:
-        parts += [f"## {escaped(section.heading)}", *map(escaped, section.text)]
-        if section.bullets:
-            parts.append("\n".join(f"- {escaped(item)}" for item in section.bullets))
-        for name, columns, body in section.tables:
-            parts += [f"**{escaped(name)}**"] if name else []
-            parts.append(markdown_table(columns, body))
-    parts.append(
-        "Plots are in `report.html`, numbers in `results.csv`, the Methods section's facts in "
-        "`calibration_appendix.md`."
-    )
-    return "\n\n".join(parts) + "\n"
-
-
-def _results(audit: Audit, index: int) -> Section:
-    group = audit.groups[index]
-    sets = evaluation_sets(group.all)
-    repeated = any(len(line.runs) > 1 for line in repeats(group.all))
-    columns = header(sets, repeated, accuracy.columns(group.all))
-    warning = ["Not to be compared with Table 1: the audit below says in what they differ."] if group.differs else []
-    hints = {f"perplexity {short}": f"perplexity on {name}" for name, short in short_names(sets).items()}
-    tables: list[tuple[str, Sequence[str], Sequence[Row]]] = []
-    if group.runs:
-        tables.append(("", columns, rows(group.runs, sets, group.all, repeated)))
-    if group.other_ratio:
-        name = "At another achieved ratio than the one asked for; compare with the achieved ratio in mind"
-        apart = rows(group.other_ratio, sets, group.all, repeated)
-        tables.append((name, columns, apart[1:] if group.runs else apart))
-    return Section(title(index + 1, group), [setting(group)], warning, tables, hints=hints)
-
-
-def _several(runs: Sequence[Run]) -> list[str]:
-    """How to read more than one verdict on a line, where there is such a line."""
-    differ = any(len({run.verdict(name) for name in run.sets}) > 1 for run in runs)
-    return ["Several verdicts on a line stand in the order of the perplexity columns."] if differ else []
-
-
-def _repeated(audit: Audit) -> list[str]:
-    """What ± means, where something was repeated."""
-    if all(len(line.runs) == 1 for group in audit.groups for line in repeats(group.all)):
-        return []
-    return [
-        "± is the sample standard deviation over n calibration seeds, around their mean; seconds are means, peak "
-        "memory is the largest. What draws no calibration samples runs once. Two systems tie whose means are apart by "
-        "no more than √(a² + b²), a and b their deviations: with few seeds these are rough themselves."
-    ]
-
-
-def _unusable(audit: Audit) -> list[str]:
-    """A line per system and sets of text on which it is unusable, with the ratios."""
-    runs = [run for group in audit.groups for run in group.all]
-    short = short_names(evaluation_sets(runs))
-    ratios: dict[tuple[str, str], list[str]] = {}
-    for label, ratio in sorted({(run.label, run.requested) for run in runs}):
-        mine = [run for run in runs if (run.label, run.requested) == (label, ratio)]
-        lost = {name for run in mine for name in run.sets if run.verdict(name) == verdict.UNUSABLE}
-        if lost:
-            where = ", ".join(short[name] for name in short if name in lost)
-            several = len(seeds(mine)) > 1
-            bad = [run for run in mine if any(run.verdict(name) == verdict.UNUSABLE for name in run.sets)]
-            with_seeds = f" (seed {', '.join(map(str, seeds(bad)))})" if several and len(bad) < len(mine) else ""
-            ratios.setdefault((label, where), []).append(f"{ratio:g}{with_seeds}")
-    return [f"{label} at {', '.join(found)} on {where}" for (label, where), found in sorted(ratios.items())]
+def markdown(title: str, parts: Sequence[Section]) -> str:
+    """One Markdown page; nothing in a section is taken as Markdown."""
+    blocks = [f"# {escaped(title)}"]
+    for part in parts:
+        blocks.append(f"## {escaped(part.heading)}")
+        for caption, frame in part.tables:
+            blocks += [f"**{escaped(caption)}**"] if caption else []
+            blocks.append(markdown_table(frame))
+        blocks += map(escaped, part.text)
+        if part.bullets:
+            blocks.append("\n".join(f"- {escaped(item)}" for item in part.bullets))
+    return "\n\n".join(blocks) + "\n"

@@ -1,133 +1,116 @@
-"""The result as rows, and the rows as terminal text, Markdown and CSV."""
+"""The results as pandas tables, and any table as terminal text and Markdown."""
 
-import csv
-import io
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+
+import pandas as pd  # type: ignore[import-untyped]
+from tabulate import tabulate  # type: ignore[import-untyped]
 
 from lightning_prune.comparison import accuracy, costs
-from lightning_prune.comparison.audit import Audit, Group
-from lightning_prune.comparison.names import short_names
-from lightning_prune.comparison.recovery import before
-from lightning_prune.comparison.repeats import Repeats, Spread, repeats, seed, seeds
-from lightning_prune.comparison.run import Run
-from lightning_prune.runs.failure import Failure
-from lightning_prune.support.escape import markdown, plain, public_name
-from lightning_prune.support.escape import markdown_table as pipe_table
+from lightning_prune.comparison.audit import Group
+from lightning_prune.comparison.records import Run
+from lightning_prune.comparison.repeats import Repeats, Spread, repeats, seeds
+from lightning_prune.support.escape import markdown as markdown_escape
+from lightning_prune.support.escape import plain, public_name
 
-Row = tuple[str, ...]
-SEVERAL = " / "  # between verdicts on evaluation sets
-
-CSV_COLUMNS = (
-    "table",
-    "status",
-    "system",
-    "method",
-    "requested_ratio",
-    "achieved_ratio",
-    "ratio_reached",
-    "evaluation_set",
-    "dense_perplexity",
-    "perplexity",
-    "unigram_perplexity",
-    "calibration_seed",
-    "n",
-    "perplexity_mean",
-    "perplexity_sd",
-    "verdict",
-    "predicted_tokens",
-    "evaluation_seq_len",
-    "parameters_dense",
-    "parameters_pruned",
-    "base_model",
-    "calibration_fingerprint",
-    "precision",
-    "seconds_calibrate",
-    "scores_measured_by",
-    "seconds_prune",
-    "seconds_evaluate",
-    "seconds_evaluate_dense",
-    "seconds_load",
-    "seconds_tokenise",
-    "seconds_total",
-    "recovered_from",
-    "perplexity_before_recovery",
-    "tokens_seen",
-    "seconds_train",
-    "peak_memory_bytes",
-    "folder",
-    "message",
-)
+SUFFIX = re.compile(r"\.(txt|jsonl?|json\.gz|gz|parquet|npy|safetensors)$", re.IGNORECASE)
+NUMBER = re.compile(r"[+-]?\d|–|not finite|$")
 
 
-def header(sets: Sequence[str], repeated: bool = False, more: Sequence[str] = ()) -> tuple[str, ...]:
-    """Column names; ``sets`` are the evaluation sets. What a reader came for stands first, where seeds were
-    ``repeated`` with their number; ``more`` are columns of zero-shot tasks."""
-    short = short_names(sets)
-    columns = ["system", "ratio", *(f"perplexity {short[name]}" for name in sets), *(["n"] if repeated else [])]
-    columns += ["verdict", *more]
-    return (*columns, "achieved", "parameters", "calibrate s", "prune s", "evaluate s", "memory MiB")
+def evaluation_sets(runs: Sequence[Run]) -> dict[str, str]:
+    """A short name by evaluation set, in order of appearance: without the suffix, and without a last folder that all
+    share, so that ``wikitext2/test.txt`` and ``ptb/test.txt`` become ``wikitext2`` and ``ptb``; full names where two
+    would become the same."""
+    names = list(dict.fromkeys(name for run in runs for name in run.sets))
+    short = [SUFFIX.sub("", name) for name in names]
+    if len(short) > 1 and all("/" in name for name in short) and len({name.rpartition("/")[2] for name in short}) == 1:
+        short = [name.rpartition("/")[0] for name in short]
+    return dict(zip(names, short if len(set(short)) == len(short) else names, strict=True))
 
 
-def evaluation_sets(runs: Sequence[Run]) -> list[str]:
-    """Names of all evaluation sets, in order of appearance."""
-    return list(dict.fromkeys(name for run in runs for name in run.sets))
+def table(rows: Sequence[Mapping[str, object]]) -> pd.DataFrame:
+    """Cells as text on one line; columns in the order of the first row."""
+    return pd.DataFrame([{plain(key): plain(cell) for key, cell in row.items()} for row in rows], dtype=object)
 
 
-def display_names(runs: Sequence[Run]) -> dict[int, str]:
-    """A name for every run by ``id``: the label, with the run folder where a label comes twice at one ratio."""
-    keys = [(run.label, run.requested) for run in runs]
-    return {
-        id(run): run.label if keys.count((run.label, run.requested)) == 1 else f"{run.label}/{run.folder.name}"
-        for run in runs
-    }
+def results(lines: Sequence[Repeats], group: Group, dense: bool = True) -> pd.DataFrame:
+    """Lines of one group by ratio and then in the order given, as text; the dense model first.
 
-
-def rows(runs: Sequence[Run], sets: Sequence[str], group: Sequence[Run], repeated: bool = False) -> list[Row]:
-    """Runs of one ``group``, seeds as one line, by ratio and then in the order given; the dense model leads."""
-    lines = repeats(runs)
-    names = display_names([line.first for line in lines])
-    found: list[Row] = []
-    if runs:
-        dense = [number(runs[0].perplexity(name, "dense")) if name in runs[0].sets else "–" for name in sets]
-        dense += [""] if repeated else []
-        measured = [value for run in runs if (value := costs.spent(run, costs.EVALUATE_DENSE)) is not None]
-        seconds = costs.text(measured[0]) if measured else ""
-        dense += ["", *accuracy.cells(runs[:1], group, dense=True)]
-        found.append(("dense", "0", *dense, "0.0000", f"{runs[0].dense_parameters:,}", "", "", seconds, ""))
-    for line in sorted(lines, key=lambda line: line.first.requested):
-        perplexities = [spread(line.perplexity(name)) if name in line.sets else "–" for name in sets]
+    What a reader came for comes first: perplexities, where seeds were repeated their number, the verdict.
+    """
+    sets = evaluation_sets(group.all)
+    rows = [_dense_row(group, sets)] if dense else []
+    for line in sorted(lines, key=lambda line: line.ratio):
+        row = {"system": line.name, "ratio": f"{line.ratio:g}"}
+        for name, short in sets.items():
+            row[f"perplexity {short}"] = spread(line.perplexity(name)) if name in line.sets else "–"
+        row |= {"n": str(len(line.runs))} if repeated(group) else {}
+        row["verdict"] = _verdict(line, sets)
+        row |= accuracy.cells(line.runs, group.all)
+        row["achieved"] = f"{line.average(lambda run: run.achieved):.4f}"
+        row["parameters"] = f"{line.average(lambda run: run.metrics.parameters.pruned):,.0f}"
         # The first seed's runs measured what the other ratios reuse, and so it is with every seed.
-        mark = costs.mark(line.first)
-        found.append(
-            (
-                names[id(line.first)],
-                f"{line.first.requested:g}",
-                *perplexities,
-                *([str(len(line.runs))] if repeated else []),
-                word(line, sets),
-                *accuracy.cells(line.runs, group),
-                f"{line.average(lambda run: run.achieved):.4f}",
-                f"{line.average(lambda run: run.pruned_parameters):,.0f}",
-                costs.text(line.average(costs.calibration), mark),
-                costs.text(line.average(costs.pruning)),
-                costs.text(line.average(lambda run: costs.spent(run, costs.EVALUATE))),
-                f"{max(run.peak_memory_bytes for run in line.runs) / 2**20:,.0f}",
-            )
+        row["calibrate s"] = seconds(line.average(costs.calibration)) + (" *" if costs.reused(line.first) else "")
+        row["prune s"] = seconds(line.average(costs.pruning))
+        row["evaluate s"] = seconds(line.average(lambda run: run.metrics.seconds.get(costs.EVALUATE)))
+        row["memory MiB"] = f"{max(run.metrics.peak_memory_bytes for run in line.runs) / 2**20:,.0f}"
+        rows.append(row)
+    return table(rows)
+
+
+def repeated(group: Group) -> bool:
+    """Whether any line is of several seeds."""
+    return any(len(line.runs) > 1 for line in repeats(group.all))
+
+
+def _dense_row(group: Group, sets: Mapping[str, str]) -> dict[str, str]:
+    first = group.all[0]
+    row = {"system": "dense", "ratio": "0"}
+    for name, short in sets.items():
+        row[f"perplexity {short}"] = number(first.dense(name)) if name in first.sets else "–"
+    row |= {"n": ""} if repeated(group) else {}
+    row |= {"verdict": "", **accuracy.cells([first], group.all, dense=True)}
+    row |= {"achieved": "0.0000", "parameters": f"{first.metrics.parameters.dense:,}"}
+    measured = [
+        run.metrics.seconds[costs.EVALUATE_DENSE] for run in group.all if costs.EVALUATE_DENSE in run.metrics.seconds
+    ]
+    row |= {"calibrate s": "", "prune s": "", "evaluate s": seconds(measured[0]) if measured else "", "memory MiB": ""}
+    return row
+
+
+def setting(group: Group) -> str:
+    """Base model, calibration and evaluation of a table, with full names and fingerprints."""
+    calibration, drawn = group.calibration, seeds(group.all)
+    parts = [f"Base model: {public_name(group.all[0].metrics.method.base_model)}"]
+    if calibration is None:
+        parts.append("No calibration")
+    else:
+        prints = dict.fromkeys(
+            run.calibration.fingerprint[:12]
+            for run in sorted(group.all, key=lambda run: run.seed or 0)
+            if run.calibration is not None
         )
-    return found
+        size = f"{calibration.num_samples} × {calibration.seq_len} tokens, {calibration.sampling}"
+        seed = f", seed{'s' if len(drawn) > 1 else ''} {', '.join(map(str, drawn))}" if drawn else ""
+        prints_text = ", ".join(prints)
+        parts.append(f"Calibration: {public_name(calibration.dataset)}, {size}{seed}, fingerprint {prints_text}")
+    for name, short in evaluation_sets(group.all).items():
+        metrics = next(run for run in group.all if name in run.sets).metrics
+        called = "" if short == name else f"{short} is "
+        tokens, window = metrics.perplexity[name].tokens, metrics.evaluation[name].seq_len
+        parts.append(f"Perplexity: {called}{name}, {tokens:,} tokens in windows of {window}")
+    return ". ".join(parts) + "."
 
 
-def word(line: Repeats, sets: Sequence[str]) -> str:
+def _verdict(line: Repeats, sets: Mapping[str, str]) -> str:
     """The verdict; where it differs between ``sets``, one after the other in their order."""
     words = [line.verdict(name) for name in sets if name in line.sets]
-    return SEVERAL.join(words if len(set(words)) > 1 else words[:1]) or "not evaluated"
+    return " / ".join(words if len(set(words)) > 1 else words[:1]) or "not evaluated"
 
 
-def spread(found: Spread) -> str:
+def spread(values: Spread) -> str:
     """The mean, with the sample standard deviation where there is one."""
-    if found.deviation is None:
-        return number(found.mean)
-    return f"{number(found.mean)} ± {number(found.deviation)}"
+    return number(values.mean) + ("" if values.deviation is None else f" ± {number(values.deviation)}")
 
 
 def number(value: float | None) -> str:
@@ -137,120 +120,27 @@ def number(value: float | None) -> str:
     return f"{value:.3f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.2e}"
 
 
-def text_table(columns: Sequence[str], lines: Sequence[Row]) -> str:
-    """Aligned columns for a terminal; numbers to the right."""
-    cells = [tuple(plain(cell) for cell in row) for row in (columns, *lines)]
-    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
-    left = {0, list(columns).index("verdict")} if "verdict" in columns else {0}
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if index in left else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    )
+def seconds(value: float | None) -> str:
+    """Seconds as a table's cell."""
+    return "–" if value is None else f"{value:.1f}"
 
 
-def markdown_table(columns: Sequence[str], lines: Sequence[Row]) -> str:
-    """A pipe table of plain cells."""
-    return pipe_table(tuple(map(markdown, columns)), [tuple(map(markdown, row)) for row in lines])
+def numeric_column(cells: Sequence[str]) -> bool:
+    """Whether a column is one of numbers, which are aligned to the right."""
+    return all(NUMBER.match(cell) for cell in cells)
 
 
-def title(index: int, group: Group) -> str:
-    """What the runs of a table share, in words; ``setting`` has the facts."""
-    facts = group.calibration
-    how = "" if facts is None else f", calibrated on {facts['num_samples']} × {facts['seq_len']} tokens"
-    return f"Table {index}: {public_name(group.all[0].base_model)}{how}"
+def text_table(frame: pd.DataFrame) -> str:
+    """Aligned columns for a terminal."""
+    return _tabulate(frame, "plain")
 
 
-def setting(group: Group) -> str:
-    """Base model, calibration and evaluation of a table, with full names and fingerprints."""
-    first, facts = group.all[0], group.calibration
-    parts = [f"Base model: {first.base_model}"]
-    if facts is None:
-        parts.append("No calibration")
-    else:
-        text = f"Calibration: {public_name(str(facts['dataset']))}, {facts['num_samples']} × {facts['seq_len']} tokens"
-        known = {seed(run): str(run.calibration["fingerprint"])[:12] for run in group.all if run.calibration}
-        several = "s" if len(known) > 1 else ""
-        drawn = f", seed{several} {', '.join(map(str, seeds(group.all)))}" if seeds(group.all) else ""
-        prints = ", ".join(known[one] for one in sorted(known, key=lambda one: one or 0))
-        parts.append(f"{text}, {facts['sampling']}{drawn}, fingerprint{several} {prints}")
-    for name, short in short_names(evaluation_sets(group.all)).items():
-        run = next(run for run in group.all if name in run.sets)
-        window = run.evaluation.get(name, {}).get("seq_len")
-        windows = f" in windows of {window}" if window else ""
-        called = "" if short == name else f"{short} is "
-        parts.append(f"Perplexity: {called}{name}, {run.predicted_tokens(name):,} tokens{windows}")
-    return ". ".join(parts) + "."
+def markdown_table(frame: pd.DataFrame) -> str:
+    """A pipe table; cells are plain text, not Markdown."""
+    return _tabulate(frame.rename(columns=markdown_escape).map(markdown_escape), "pipe")
 
 
-def csv_text(audit: Audit, failures: Sequence[Failure]) -> str:
-    """One line per run and evaluation set, full precision; mean and deviation are those of the run's system and ratio
-    over all ``n`` seeds."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, CSV_COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
-    for index, group in enumerate(audit.groups, start=1):
-        lines = {id(run): line for line in repeats(group.all) for run in line.runs}
-        for run in sorted(group.all, key=lambda run: run.requested):
-            for name in run.sets or [""]:
-                writer.writerow(_cells(_csv_row(index, group, run, lines[id(run)], name)))
-    for failure in failures:
-        values = {"status": "failed", "system": failure.label, "requested_ratio": failure.requested}
-        writer.writerow(_cells(values | {"message": failure.message}))
-    return buffer.getvalue()
-
-
-def _csv_row(index: int, group: Group, run: Run, line: Repeats, name: str) -> dict[str, object]:
-    row: dict[str, object] = {
-        "table": index,
-        "status": "finished",
-        "system": run.label,
-        "method": run.method,
-        "requested_ratio": run.requested,
-        "achieved_ratio": run.achieved,
-        "ratio_reached": int(any(run is other for other in group.runs)),
-        "parameters_dense": run.dense_parameters,
-        "parameters_pruned": run.pruned_parameters,
-        "base_model": run.base_model,
-        "calibration_fingerprint": (run.calibration or {}).get("fingerprint", ""),
-        "calibration_seed": seed(run),
-        "n": len(line.runs),
-        "precision": run.environment.get("precision", ""),
-        "seconds_calibrate": costs.calibration(run),
-        "scores_measured_by": (run.measured_by or "unknown") if run.reused_scores else "",
-        "seconds_prune": costs.pruning(run),
-        "seconds_evaluate": costs.spent(run, costs.EVALUATE),
-        "seconds_evaluate_dense": costs.spent(run, costs.EVALUATE_DENSE),
-        "seconds_load": costs.spent(run, ("load",)),
-        "seconds_tokenise": costs.spent(run, ("tokenise",)),
-        "seconds_total": run.seconds.get("total"),
-        "recovered_from": "" if run.recovery is None else run.recovery["parent"],
-        "tokens_seen": None if run.recovery is None else run.recovery["tokens_seen"],
-        "seconds_train": None if run.recovery is None else run.recovery["seconds"],
-        "peak_memory_bytes": run.peak_memory_bytes,
-        "folder": run.folder,
-    }
-    if name:
-        manifest = run.evaluation.get(name, {})
-        row |= {
-            "evaluation_set": name,
-            "dense_perplexity": run.perplexity(name, "dense"),
-            "perplexity": "not finite" if run.perplexity(name) is None else run.perplexity(name),
-            "perplexity_mean": line.perplexity(name).mean if name in line.sets else None,
-            "perplexity_sd": line.perplexity(name).deviation if name in line.sets else None,
-            "unigram_perplexity": run.unigram_perplexity(name),
-            "verdict": run.verdict(name),
-            "predicted_tokens": run.predicted_tokens(name),
-            "evaluation_seq_len": manifest.get("seq_len", ""),
-            "perplexity_before_recovery": before(run, name),
-        }
-    return row
-
-
-def _cells(row: dict[str, object]) -> dict[str, object]:
-    """Strings on one line, numbers with every digit."""
-    return {
-        key: value if value is None or isinstance(value, int | float) else plain(value) for key, value in row.items()
-    }
+def _tabulate(frame: pd.DataFrame, form: str) -> str:
+    align = ["right" if numeric_column(frame[column]) else "left" for column in frame.columns]
+    rows = frame.to_numpy().tolist()
+    return str(tabulate(rows, headers=list(frame.columns), tablefmt=form, disable_numparse=True, colalign=align))

@@ -17,7 +17,7 @@ from lightning_prune.data.calibration import CalibrationManifest, CalibrationSet
 from lightning_prune.data.corpora import calibration_split, held_out_split, split_spec
 from lightning_prune.data.sampling import aligned_windows, random_windows, sequential_windows, sliding_windows
 from lightning_prune.data.streams import StreamReader
-from lightning_prune.data.token_arrays import first_part, is_token_array, load_token_array
+from lightning_prune.data.token_arrays import first_part, is_token_array
 from lightning_prune.data.tokenization import default_cache_dir
 from lightning_prune.demo import demo_model_path
 from lightning_prune.support.errors import UserError
@@ -25,7 +25,6 @@ from lightning_prune.support.regular_files import expanded, from_home
 
 Batch = tuple[Tensor, Tensor, Tensor]
 WINDOWS, WINDOW_LENGTH = 128, 128  # the setting that pruning papers share
-_UNKNOWN = dict.fromkeys(("configuration", "revision", "text_sha256", "tokenizer_sha256"))  # of a token array
 
 
 class CalibrationDataModule(LightningDataModule):
@@ -153,7 +152,7 @@ class CalibrationDataModule(LightningDataModule):
         if self._evaluation is None:
             self._evaluation = self._build_evaluation()
             for held_out in self._evaluation:
-                self._warn_if_seen(held_out)
+                self.check_seen(held_out)
 
     def train_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Calibration batches `(ids [B, seq_len] int64, weight [B] float32, index [B] int64)`: weight 0 for
@@ -182,7 +181,7 @@ class CalibrationDataModule(LightningDataModule):
             (f"evaluation set {one.name}", one.tokens, "eval_seq_len", "eval_datasets") for one in self.evaluation
         ]
         if self._calibration is not None:
-            checks.insert(0, (f"calibration set {self.source}", self._calibration.tokens, "seq_len", "dataset"))
+            checks.insert(0, (f"the text {self.source}", self._calibration.tokens, "seq_len", "dataset"))
         for name, tokens, length_option, dataset_option in checks:
             low, high = int(tokens.min()), int(tokens.max())
             if low < 0 or high >= vocab_size:
@@ -204,15 +203,15 @@ class CalibrationDataModule(LightningDataModule):
                     f"--data.sampling sliding has no meaning for the token array {dataset}, whose rows are the "
                     f"windows: leave it out with --data.stride"
                 )
-            tokens = first_part(self._token_array(dataset, split), dataset, *self._asked_for)
-            return _calibration_set(tokens, dataset=dataset, split="all", sampling="given")
+            tokens, facts = first_part(dataset, split, *self._asked_for)
+            return calibration_set(tokens, sampling="given", **facts)
         stream = self._streams.read(dataset, split or calibration_split(dataset), self._calibration_tokens_wanted())
         draw: dict[str, Callable[[], Tensor]] = {
             "random": lambda: random_windows(stream.tokens, self.num_samples, self.seq_len, self.seed),
             "sequential": lambda: sequential_windows(stream.tokens, self.num_samples, self.seq_len),
             "sliding": lambda: sliding_windows(stream.tokens, self.num_samples, self.seq_len, self.stride or 1),
         }
-        return _calibration_set(
+        return calibration_set(
             draw[self.sampling](),
             sampling=self.sampling,
             stride=self.stride,
@@ -246,9 +245,7 @@ class CalibrationDataModule(LightningDataModule):
         dataset, split = split_spec(spec)
         name = Path(dataset).name
         if is_token_array(dataset):
-            array = self._token_array(dataset, split)
-            tokens = first_part(array, dataset, None, self._eval_length_asked_for, "eval_seq_len")
-            provenance: dict[str, Any] = {**_UNKNOWN, "dataset": dataset, "split": "all"}
+            tokens, provenance = first_part(dataset, split, None, self._eval_length_asked_for, "eval_seq_len")
         else:
             default = held_out_split(dataset) or "all"
             name = name if split in (None, default) else f"{name}:{split}"
@@ -271,18 +268,9 @@ class CalibrationDataModule(LightningDataModule):
         }
         return EvaluationSet(name, tokens, manifest)
 
-    def _token_array(self, path: str, split: str | None) -> Tensor:
-        if split is not None:
-            raise UserError(f"the token array {path} has no splits: leave out :{split}")
-        return load_token_array(path)
-
-    def _warn_if_seen(self, held_out: EvaluationSet) -> None:
-        if self._calibration is None:
-            return
-        seen, manifest = self._calibration.manifest.to_json(), held_out.manifest
-        same_split = all(seen[key] == manifest[key] for key in ("dataset", "split"))
-        same_text = seen["text_sha256"] is not None and seen["text_sha256"] == manifest["text_sha256"]
-        if same_split or same_text or seen["fingerprint"] == manifest["fingerprint"]:
+    def check_seen(self, held_out: EvaluationSet) -> None:
+        """Warn of an evaluation set that is the calibration text."""
+        if self._calibration is not None and same_text(self._calibration.manifest.to_json(), held_out.manifest):
             rank_zero_warn(
                 f"evaluation set {held_out.name} is the text the model was calibrated on: its perplexity is not held "
                 f"out; choose another with --data.eval_datasets"
@@ -314,12 +302,20 @@ def _distinctly_named(one: EvaluationSet, sets: list[EvaluationSet]) -> Evaluati
     return EvaluationSet(name, one.tokens, one.manifest)
 
 
-def _calibration_set(tokens: Tensor, **manifest: Any) -> CalibrationSet:
+def same_text(seen: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two manifests are of one text: by name and split, by its SHA-256, or by the fingerprint of the tokens."""
+    same_split = all(seen[key] == other[key] for key in ("dataset", "split"))
+    known = seen["text_sha256"] is not None and seen["text_sha256"] == other["text_sha256"]
+    return same_split or known or bool(seen["fingerprint"] == other["fingerprint"])
+
+
+def calibration_set(tokens: Tensor, **manifest: Any) -> CalibrationSet:
+    """`tokens` `[N, L]` with what is known of them."""
     num_samples, seq_len = tokens.shape
     return CalibrationSet(
         tokens,
         CalibrationManifest(
-            **{**_UNKNOWN, "stride": None, "seed": None, **manifest},
+            **{"stride": None, "seed": None, **manifest},
             num_samples=num_samples,
             seq_len=seq_len,
             fingerprint=fingerprint(tokens),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from tokenize import TokenError
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,23 +60,26 @@ def load_token_array(path: str) -> Tensor:
 
 
 def first_part(
-    tokens: Tensor, path: str, num_samples: int | None, seq_len: int | None, length_option: str = "seq_len"
-) -> Tensor:
-    """The first rows of an array and their first tokens.
+    path: str, split: str | None, num_samples: int | None, seq_len: int | None, length_option: str = "seq_len"
+) -> tuple[Tensor, dict[str, Any]]:
+    """The first rows of an array and their first tokens, and what a manifest says of where they came from.
 
     Args:
-        tokens: int64 `[N, L]`.
-        path: for the message.
+        path: see `load_token_array`.
+        split: what the user wrote after a colon; an array has none.
         num_samples: rows wanted; None for all.
         seq_len: tokens wanted of each row; None for all.
         length_option: the option that asks for them.
 
     Returns:
-        int64 `[num_samples, seq_len]`.
+        int64 `[num_samples, seq_len]`; the fields of `TokenStream.provenance`, of which it knows dataset and split.
 
     Raises:
-        UserError: more is wanted than is there.
+        UserError: as `load_token_array`; or a split, or more is wanted than is there.
     """
+    if split is not None:
+        raise UserError(f"the token array {path} has no splits: leave out :{split}")
+    tokens = load_token_array(path)
     rows, length = tokens.shape
     for option, wanted, there in (("num_samples", num_samples, rows), (length_option, seq_len, length)):
         if wanted is not None and wanted > there:
@@ -83,7 +87,8 @@ def first_part(
                 f"--data.{option}: found {wanted}, but the token array {path} has {rows} rows of {length} tokens: "
                 f"ask for at most {there}, or leave it out to take all"
             )
-    return tokens[:num_samples, :seq_len].contiguous()
+    unknown = dict.fromkeys(("configuration", "revision", "text_sha256", "tokenizer_sha256"))
+    return tokens[:num_samples, :seq_len].contiguous(), {**unknown, "dataset": path, "split": "all"}
 
 
 def _read_npy(path: str) -> Tensor:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tabulate import tabulate  # type: ignore[import-untyped]
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 

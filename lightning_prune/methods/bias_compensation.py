@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from lightning_prune.calibration.hooks import Hooks
-from lightning_prune.calibration.passes import WEIGHT, Finding, ForwardPass
+from lightning_prune.calibration.layer_result import LayerResult
+from lightning_prune.calibration.passes import ForwardPass
 from lightning_prune.calibration.statistics.input_moments import InputMoments
 from lightning_prune.calibration.statistics.token_statistic import full_precision
 from lightning_prune.checkpoint.plan import LayerPlan
@@ -29,7 +30,7 @@ from lightning_prune.models.families import (
     with_biases,
 )
 from lightning_prune.models.layered import skeleton
-from lightning_prune.models.records import COLUMN_ROLES
+from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ def without_carrier(config: Any) -> list[str]:
 
 def _losing(config: Any) -> list[str]:
     """Those of output and down that can lose some of their columns."""
-    return [role for role in COLUMN_ROLES if role == "down" or family_of(config).whole_attention is None]
+    whole = {Block.ATTENTION} if family_of(config).whole_attention else set()
+    return [role for block, role in OUTPUT_ROLE.items() if block not in whole]
 
 
 class BiasPass(ForwardPass):
@@ -82,40 +84,34 @@ class BiasPass(ForwardPass):
         self.kept, self.roles = kept, roles
 
     def observe(self, view: LayerAnatomy, hooks: Hooks) -> None:
-        """Watch the inputs of the projections that stay."""
         self.moments: dict[str, InputMoments] = {}
-        for role in self.roles:
-            if self._units(view, role)[0]:
+        for block, role in OUTPUT_ROLE.items():
+            if role in self.roles and self.kept[view.index].kept(block):
                 linear = view.linears[role]
                 self.moments[role] = InputMoments(linear.in_features).to(linear.weight.device)
                 hooks.on_input(f"layer {view.index}, input of {role}", linear.module, self.moments[role].update)
 
-    def conclude(self, view: LayerAnatomy) -> Finding:
-        """``weight.<role>.bias``, fp32 ``[D]``; nothing for a block that is gone.
+    def conclude(self, view: LayerAnatomy) -> LayerResult:
+        """New biases fp32 ``[D]``; none for a block that is removed.
 
         Raises:
             FloatingPointError: a mean or a bias is not finite, or does not fit into the model's dtype.
         """
-        found: Finding = {}
-        for role, moments in self.moments.items():
+        biases = {}
+        for block, role in OUTPUT_ROLE.items():
+            if role not in self.moments:
+                continue
+            moments = self.moments[role]
             where, linear = f"layer {view.index}, input of {role}", view.linears[role]
             moments.raise_if_not_finite(where)
             leaving = moments.reduced().reshape(2, -1)[0].clone()
-            units, count = self._units(view, role)
-            kept = torch.tensor(units, dtype=torch.int64, device=leaving.device)
-            leaving[columns_of(kept, linear.in_features // count)] = 0
+            kept = torch.tensor(self.kept[view.index].kept(block), dtype=torch.int64, device=leaving.device)
+            leaving[columns_of(kept, linear.in_features // view.units(block))] = 0
             with full_precision(linear.weight.device):
                 bias = torch.mv(linear.weight.float(), leaving.float())
             if linear.bias is not None:
                 bias += linear.bias.float()
             if not bool(torch.isfinite(bias.to(linear.weight.dtype)).all()):
                 raise FloatingPointError(f"layer {view.index}, {role} projection: the new bias is NaN or infinite.")
-            found[f"{WEIGHT}{role}.bias"] = bias
-        return found
-
-    def _units(self, view: LayerAnatomy, role: str) -> tuple[list[int], int]:
-        """The units of the block that stay, and how many there are."""
-        plan = self.kept[view.index]
-        if role == "output":
-            return plan.kept_kv_heads, view.num_kv_heads
-        return plan.kept_channels, view.num_channels
+            biases[role] = bias
+        return LayerResult(biases=biases)

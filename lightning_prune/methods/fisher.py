@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.calibration.backward import BackwardPass
-from lightning_prune.calibration.passes import Finding, Holding, Load
+from lightning_prune.calibration.layer_result import LayerResult
+from lightning_prune.calibration.passes import Holding, Load
 from lightning_prune.calibration.statistics.token_statistic import TokenStatistic
 from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 
 
 class MaskFisher(TokenStatistic):
@@ -48,34 +50,26 @@ class FisherPass(BackwardPass):
 
     name = "importance"
 
-    def __init__(self, priors: bool = False) -> None:
-        self.priors = priors
-
     def watch(self, view: LayerAnatomy) -> None:
         """One statistic per projection that writes to the residual stream."""
-        self.fisher: dict[str, MaskFisher] = {}
+        self.fisher: dict[Block, MaskFisher] = {}
         self._handles: list[RemovableHandle] = []
-        for role, units in (("output", view.num_kv_heads), ("down", view.num_channels)):
+        for block, role in OUTPUT_ROLE.items():
             module = view.linears[role].module
-            self.fisher[role] = MaskFisher(units).to(module.weight.device)
-            self._handles.append(module.register_forward_pre_hook(self._listener(self.fisher[role])))
-
-    def expect(self, samples: int, tokens: int) -> None:
-        """Nothing: the statistic counts for itself."""
+            self.fisher[block] = MaskFisher(view.units(block)).to(module.weight.device)
+            self._handles.append(module.register_forward_pre_hook(self._listener(self.fisher[block])))
 
     def holds(self, view: LayerAnatomy, load: Load) -> Holding:
         """Also a projection's inputs and their gradient in fp32, and the product."""
         base = super().holds(view, load)
         return replace(base, running=base.running + 12 * load.tokens * load.widest_input)
 
-    def conclude(self, view: LayerAnatomy) -> Finding:
-        """Importance per unit."""
+    def conclude(self, view: LayerAnatomy) -> LayerResult:
         while self._handles:
             self._handles.pop().remove()
-        for role, statistic in self.fisher.items():
-            statistic.raise_if_not_finite(f"layer {view.index}, slopes at the input of {role}")
-        found = {role: statistic.reduced().reshape(-1) for role, statistic in self.fisher.items()}
-        return {"attention": found["output"], "mlp": found["down"]}
+        for block, statistic in self.fisher.items():
+            statistic.raise_if_not_finite(f"layer {view.index}, slopes at the input of {OUTPUT_ROLE[block]}")
+        return LayerResult({block: statistic.reduced().reshape(-1) for block, statistic in self.fisher.items()})
 
     def _listener(self, statistic: MaskFisher) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         def listen(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

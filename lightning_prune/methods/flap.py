@@ -25,19 +25,19 @@ import torch
 from torch import Tensor
 
 from lightning_prune.calibration.hooks import Hooks
-from lightning_prune.calibration.passes import Finding, ForwardPass, Pass
+from lightning_prune.calibration.layer_result import LayerResult
+from lightning_prune.calibration.passes import ForwardPass, Pass
 from lightning_prune.calibration.statistics.input_moments import InputMoments
 from lightning_prune.checkpoint.cut import parameters_after
 from lightning_prune.checkpoint.family_check import prove
 from lightning_prune.checkpoint.plan import LayerPlan
-from lightning_prune.methods.base import SavedMeasurement
 from lightning_prune.methods.bias_compensation import BiasPass, Carriers, carriers, without_carrier
 from lightning_prune.methods.blocks import block_index
 from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.scores import Scores, group_scores
-from lightning_prune.methods.selection import Budget
 from lightning_prune.models.families import LayerAnatomy, with_biases
 from lightning_prune.models.loading import load_config
+from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 
 
 def weighted_fluctuation(weight: Tensor, variance: Tensor) -> Tensor:
@@ -73,22 +73,20 @@ class FLAPPass(ForwardPass):
     name = "importance"
 
     def observe(self, view: LayerAnatomy, hooks: Hooks) -> None:
-        """Watch the two inputs."""
-        self.moments: dict[str, InputMoments] = {}
-        for role in ("output", "down"):
+        self.moments: dict[Block, InputMoments] = {}
+        for block, role in OUTPUT_ROLE.items():
             linear = view.linears[role]
-            self.moments[role] = InputMoments(linear.in_features).to(linear.weight.device)
-            hooks.on_input(f"layer {view.index}, input of {role}", linear.module, self.moments[role].update)
+            self.moments[block] = InputMoments(linear.in_features).to(linear.weight.device)
+            hooks.on_input(f"layer {view.index}, input of {role}", linear.module, self.moments[block].update)
 
-    def conclude(self, view: LayerAnatomy) -> Finding:
+    def conclude(self, view: LayerAnatomy) -> LayerResult:
         """Mean WIFV / std per GQA group and per channel."""
-        found = {}
-        for role, units in (("output", view.num_kv_heads), ("down", view.num_channels)):
-            moments = self.moments[role]
-            moments.raise_if_not_finite(f"layer {view.index}, input of {role}")
-            metric = weighted_fluctuation(view.linears[role].weight, moments.reduced().reshape(2, -1)[1])
-            found[role] = in_deviations(metric, units)
-        return {"attention": found["output"], "mlp": found["down"]}
+        importance = {}
+        for block, moments in self.moments.items():
+            moments.raise_if_not_finite(f"layer {view.index}, input of {OUTPUT_ROLE[block]}")
+            metric = weighted_fluctuation(view.projection(block).weight, moments.reduced().reshape(2, -1)[1])
+            importance[block] = in_deviations(metric, view.units(block))
+        return LayerResult(importance)
 
 
 class FLAP(GroupPruning):
@@ -117,59 +115,50 @@ class FLAP(GroupPruning):
     @cached_property
     def carriers(self) -> Carriers | None:
         """What takes over means; None where nothing does."""
-        if not self.bias_compensation or self.refit != "none":
+        if not self.bias_compensation or self.refit is not None:
             return None
         found = carriers(load_config(self.pretrained))
         return found if found.roles else None
 
     @property
     def label(self) -> str:
-        """The selection alone is another system."""
-        return self._label or (super().label if self.bias_compensation or self.refit != "none" else "flap_selection")
+        return self._label or (super().label if self.bias_compensation or self.refit is not None else "flap_selection")
 
     def passes(self) -> list[Pass]:
-        """One forward over the decoder."""
         return [FLAPPass()]
 
-    def passes_behind(self, kept: list[LayerPlan], held_out: Callable[[], Tensor]) -> list[Pass]:
-        """A second forward for the biases, or the refit."""
+    @property
+    def needs_calibration(self) -> bool:
+        """Means are no part of the scores: they are read off the calibration set again."""
+        return super().needs_calibration or self.carriers is not None
+
+    def refit_passes(self, kept: list[LayerPlan], held_out: Callable[[], Tensor]) -> list[Pass]:
         if self.carriers is None:
-            return super().passes_behind(kept, held_out)
+            return super().refit_passes(kept, held_out)
         return [BiasPass(kept, self.carriers.roles)]
 
-    def reuse(self, saved: SavedMeasurement) -> None:
-        """Means are no part of the scores: they are read off the calibration set again."""
-        super().reuse(saved)
-        self.needs_calibration |= self.carriers is not None
-
-    def check_before_loading(self, config: Any) -> None:
+    def check_model(self) -> None:
         """As in the base class; and the family with these biases does what its record says."""
-        super().check_before_loading(config)
+        super().check_model()
         if self.carriers is not None and self.carriers.keys:
-            prove(with_biases(config, self.carriers.keys))
+            prove(with_biases(self.config, self.carriers.keys))
 
     def score(self, scores: Scores) -> Scores:
         """z itself, not z per parameter; the number of parameters only counts for the ratio."""
         z = standardised(scores)
         return replace(scores, base=z, score=z)
 
-    def budget(self, layers: list[LayerAnatomy], total_parameters: int) -> Budget:
-        """As many parameters more as the biases bring along."""
-        if self.carriers is None:
-            return super().budget(layers, total_parameters)
-        found = super().budget(self.carriers.views, total_parameters)
-        return replace(found, added=self.carriers.parameters - total_parameters)
-
     def select(self, scores: Scores, layers: list[LayerAnatomy], total_parameters: int) -> Tensor:
-        """By what units cost with their biases."""
-        if self.carriers is not None:
-            views = self.carriers.views
-            ones = [torch.ones(view.num_kv_heads) for view in views], [torch.ones(view.num_channels) for view in views]
-            scores = replace(scores, cost=group_scores(views, *ones).cost)
-        return super().select(scores, layers, total_parameters)
+        """By what units cost with their biases; as many parameters more are pruned as the biases add."""
+        if self.carriers is None:
+            return super().select(scores, layers, total_parameters)
+        views = self.carriers.views
+        ones = [torch.ones(view.num_kv_heads) for view in views], [torch.ones(view.num_channels) for view in views]
+        scores = replace(scores, cost=group_scores(views, *ones).cost)
+        added = self.carriers.parameters - total_parameters
+        return self.selection.select(scores, views, total_parameters, self.requested_ratio or 0.0, added)
 
     def decide(self) -> None:
-        """As in the base class, with biases counted."""
         super().decide()
         if self.carriers is not None:
             kept = self.plan.layers
@@ -179,13 +168,13 @@ class FLAP(GroupPruning):
     @property
     def note(self) -> str:
         """Where a mean is lost, the card and a comparison's audit say so."""
-        lost = self._why_not() if self.bias_compensation and self.refit == "none" else None
+        lost = self._why_not() if self.bias_compensation and self.refit is None else None
         return f"FLAP's bias compensation is left out where it cannot be: {lost}." if lost else ""
 
     def _why_not(self) -> str | None:
         """Why nothing takes over a mean that is lost; None where none is."""
-        if self.refit != "none" or not self.bias_compensation:
-            return "what is kept is refitted" if self.refit != "none" else "switched off"
+        if self.refit is not None or not self.bias_compensation:
+            return "what is kept is refitted" if self.refit is not None else "switched off"
         config = load_config(self.pretrained)
         lost = [f"{'o' if role == 'output' else role}_proj" for role in without_carrier(config)]
         return f"family '{config.model_type}' has no bias for {' and '.join(lost)}" if lost else None

@@ -1,28 +1,24 @@
 """Methods that rank GQA groups and MLP channels: importance → score → one ranking → plan."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_prune.calibration.passes import Pass
 from lightning_prune.checkpoint.cut import parameters_after
 from lightning_prune.checkpoint.plan import LayerPlan
-from lightning_prune.methods.base import CALIBRATING
+from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.blocks import block_index
-from lightning_prune.methods.refit import RefittingMethod
-from lightning_prune.methods.scores import BLOCKS, Scores, group_scores, groups_that_stay
-from lightning_prune.methods.selection import Budget, protect_best, select_global, select_uniform
+from lightning_prune.methods.group_selection import Allocation, GroupSelection
+from lightning_prune.methods.scores import Scores, group_scores
 from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 
-Allocation = Literal["global", "uniform"]
 
-
-class GroupPruning(RefittingMethod):
+class GroupPruning(PruningMethod):
     """Removes GQA groups and MLP channels with the lowest score = importance / cost in parameters.
 
     Args:
@@ -33,23 +29,20 @@ class GroupPruning(RefittingMethod):
         round_to: Keep a multiple of this many MLP channels in every layer (64 suits GPU kernels).
         freeze_first_n_layers: Leave this many layers at the input side untouched.
         freeze_last_n_layers: Leave this many layers at the output side untouched.
-        min_groups_per_layer: Keep at least this many GQA groups and MLP channels in every layer. 0 lets whole
-            blocks and layers go.
-        block_weights: Per layer, factors for the scores of its attention and its MLP before all are ranked together:
-            above 1 the block loses less. ``tune --shifts`` finds them. Default: 1 everywhere.
+        min_groups_per_layer: Keep at least this many GQA groups and MLP channels in every layer. 0 allows whole
+            blocks and layers to be removed.
         steps: Prune in this many equal shares; importance and priors are measured again on what is left, refitted if
-            ``refit`` says so. What is pruned at every step stands in the run folder as ``steps/<ratio>``.
+            ``refit`` says so. The result of every step is in the run folder as ``steps/<ratio>``.
         run_options: Options of every method.
     """
 
     decision_options = (
-        *RefittingMethod.decision_options,
+        *PruningMethod.decision_options,
         "allocation",
         "round_to",
         "freeze_first_n_layers",
         "freeze_last_n_layers",
         "min_groups_per_layer",
-        "block_weights",
     )
 
     def __init__(
@@ -61,67 +54,36 @@ class GroupPruning(RefittingMethod):
         freeze_first_n_layers: int = 0,
         freeze_last_n_layers: int = 0,
         min_groups_per_layer: int = 0,
-        block_weights: list[list[float]] | None = None,
         steps: int = 1,
         **run_options: Any,
     ) -> None:
         super().__init__(pretrained, pruning_ratio, **run_options)
-        for name, value, smallest in (
-            ("round_to", round_to, 1),
-            ("freeze_first_n_layers", freeze_first_n_layers, 0),
-            ("freeze_last_n_layers", freeze_last_n_layers, 0),
-            ("min_groups_per_layer", min_groups_per_layer, 0),
-            ("steps", steps, 1),
-        ):
-            if value < smallest:
-                raise UserError(f"--model.{name}: found {value}; it must be {smallest} or more.")
-        if block_weights is not None and not all(
-            len(pair) == 2 and all(0 < weight < float("inf") for weight in pair) for pair in block_weights
-        ):
-            raise UserError("--model.block_weights: give two numbers above 0 per layer, for attention and for the MLP.")
-        if block_weights is not None and allocation != "global":
-            raise UserError(
-                f"--model.block_weights weigh what is ranked together; --model.allocation {allocation} takes the same "
-                "share of every layer. Leave one of them out."
-            )
-        self.block_weights = block_weights
-        self.allocation = allocation
-        self.round_to = round_to
-        self.freeze_first_n_layers = freeze_first_n_layers
-        self.freeze_last_n_layers = freeze_last_n_layers
-        self.min_groups_per_layer = min_groups_per_layer
-        self.steps = steps
+        if steps < 1:
+            raise UserError(f"--model.steps: found {steps}; it must be 1 or more.")
+        self.selection = GroupSelection(
+            allocation, round_to, freeze_first_n_layers, freeze_last_n_layers, min_groups_per_layer
+        )
+        self.steps = self._step = steps
         self.reusable = steps == 1
-        self._step = steps
 
     @property
     def uneven(self) -> bool:
-        """Unless every layer loses the same share."""
-        return self.allocation == "global"
+        return self.selection.allocation == "global"
 
     @property
     def requested_ratio(self) -> float | None:
         """Of the step that is being made; at last the whole."""
         return float(Fraction(str(self.pruning_ratio)) * self._step / self.steps)
 
-    def stages(self) -> Iterator[tuple[str, list[Pass]]]:
-        """Measure, decide and refit once per step, on what the steps before it left."""
-        if self.steps == 1:
-            yield from super().stages()
-            return
-        for step in range(1, self.steps + 1):
-            self._step = step
-            yield CALIBRATING, self._passes if step == 1 else self.passes()
-            yield from self.decide_and_refit()
-            if step < self.steps:
-                self.write_step()
-                self.model.change_layers(self.overlay())
+    def begin_step(self, step: int) -> None:
+        """The ratio of this step is its share of the whole."""
+        self._step = step
 
-    def importances(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Importance per GQA group (L tensors ``[K]``) and per MLP channel (L tensors ``[F]``), fp32 or fp64: what the
-        pass called ``importance`` left of every layer as ``attention`` and ``mlp``."""
-        found = self.found("importance")
-        return [finding["attention"] for finding in found], [finding["mlp"] for finding in found]
+    def importances(self) -> dict[Block, list[Tensor]]:
+        """Importance per GQA group (L tensors ``[K]``) and per MLP channel (L tensors ``[F]``), fp32 or fp64: the
+        results of the pass called ``importance``."""
+        results = self.results("importance")
+        return {block: [result.importance[block] for result in results] for block in (Block.ATTENTION, Block.MLP)}
 
     def score(self, scores: Scores) -> Scores:
         """Turn importance per cost into the final score; plain methods leave it as it is."""
@@ -130,89 +92,33 @@ class GroupPruning(RefittingMethod):
     def decide(self) -> None:
         """Rank all groups and take the lowest until the ratio is met."""
         if self.saved is None:
-            attention, mlp = self.importances()
-            measured = group_scores(self.layers, attention, mlp)
+            importance = self.importances()
+            measured = group_scores(self.layers, importance[Block.ATTENTION], importance[Block.MLP])
         else:
             measured = self.saved.scores
-        scores = self._weighed(self.score(measured))
-        ranked = scores
-        if self.steps > 1 and self._step > 1:
-            scores = _with_gone(scores, self.scores)
+        scores = ranked = self.score(measured)
+        if self._step > 1 and self.steps > 1:
+            scores = _with_earlier_steps(scores, self.scores)
             ranked = replace(scores, score=scores.score.masked_fill(scores.pruned, -torch.inf))
         self.scores = scores.with_pruned(self.select(ranked, self.layers, self.dense_parameters))
         kept = kept_units(self.scores, len(self.layers))
         self.plan = self.make_plan(kept, parameters_after(self.layers, self.dense_parameters, kept))
 
-    def _weighed(self, scores: Scores) -> Scores:
-        """Scores times the weight of their block."""
-        if self.block_weights is None:
-            return scores
-        if bool((scores.score < 0).any()):
-            raise UserError(
-                f"--model.block_weights: {self.method} ranks by scores below 0 too, which a factor does not order. "
-                "Leave it out."
-            )
-        weights = torch.tensor(self.block_weights, dtype=torch.float64)
-        return replace(scores, score=scores.score * weights[scores.layer, scores.block])
-
-    def budget(self, layers: list[LayerAnatomy], total_parameters: int) -> Budget:
-        """What may go."""
-        overhead = {}
-        for view in layers:
-            overhead[view.index, 0] = view.attention_block_cost - view.num_kv_heads * view.attention_unit_cost
-            overhead[view.index, 1] = view.mlp_block_cost - view.num_channels * view.mlp_unit_cost
-        return Budget(total_parameters, self.requested_ratio or 0.0, overhead, self.round_to)
-
     def select(self, scores: Scores, layers: list[LayerAnatomy], total_parameters: int) -> Tensor:
-        """Which units go, bool ``[U]``."""
-        budget = self.budget(layers, total_parameters)
-        frozen = self.frozen_layers(len(layers))
-        free = torch.tensor([layer not in frozen for layer in scores.layer.tolist()])
-        if not bool(free.any()):
-            raise UserError(
-                f"--model.freeze_first_n_layers {self.freeze_first_n_layers} and --model.freeze_last_n_layers "
-                f"{self.freeze_last_n_layers} leave none of the {len(layers)} layers to prune."
-            )
-        free &= protect_best(scores, self.min_groups_per_layer)
-        free &= (scores.block != BLOCKS.index("attention")) | (layers[0].whole_attention is None)
-        choose = select_global if self.allocation == "global" else select_uniform
-        try:
-            return choose(scores, free, budget)
-        except UserError as error:
-            raise UserError(f"{error}{groups_that_stay(layers)}") from None
-
-    def frozen_layers(self, num_layers: int) -> set[int]:
-        """Layers that are never candidates; they are still measured and counted."""
-        last = num_layers - self.freeze_last_n_layers
-        return {layer for layer in range(num_layers) if not self.freeze_first_n_layers <= layer < last}
+        """Which units are pruned, bool ``[U]``."""
+        return self.selection.select(scores, layers, total_parameters, self.requested_ratio or 0.0)
 
     def details(self) -> dict[str, Any]:
-        """The options that shaped the selection."""
-        return {
-            "allocation": self.allocation,
-            "round_to": self.round_to,
-            "freeze_first_n_layers": self.freeze_first_n_layers,
-            "freeze_last_n_layers": self.freeze_last_n_layers,
-            "min_groups_per_layer": self.min_groups_per_layer,
-            "block_weights": self.block_weights,
-            "steps": self.steps,
-            **super().details(),
-        }
+        return {**self.selection.facts(), "steps": self.steps, **super().details()}
 
     def check_ratio(self, layers: list[LayerAnatomy], total_parameters: int) -> None:
-        """Reachability depends on shapes alone, so constant importances tell."""
-        if self.block_weights is not None and len(self.block_weights) != len(layers):
-            raise UserError(
-                f"--model.block_weights: found weights for {len(self.block_weights)} layers; the model has "
-                f"{len(layers)}."
-            )
         attention = [torch.ones(view.num_kv_heads) for view in layers]
         mlp = [torch.ones(view.num_channels) for view in layers]
         self.select(group_scores(layers, attention, mlp), layers, total_parameters)
 
 
-def _with_gone(scores: Scores, before: Scores) -> Scores:
-    """Units that went in an earlier step keep what was measured then: without them there is nothing to measure."""
+def _with_earlier_steps(scores: Scores, before: Scores) -> Scores:
+    """Units pruned in earlier steps keep their old scores."""
     gone = before.pruned
     return replace(
         scores,

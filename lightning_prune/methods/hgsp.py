@@ -4,7 +4,7 @@ Every group G of every layer gets one final score, and all groups are ranked tog
 
     final(G) = S(G) · B(G)^T,   S(G) = I(G) / cost(G)
 
-I is the importance (``taylor``, ``taylor_2nd``, ``fisher``, ``kfac``, ``wanda``, ``magnitude``), cost the parameters
+I is the importance (``taylor``, ``fisher``, ``kfac``, ``wanda``, ``magnitude``), cost the parameters
 that leave with G. B is the depth prior: how much the loss grows without G's whole layer, or without its block where the
 layer matters (gate τ).
 """
@@ -19,21 +19,21 @@ import torch
 from torch import Tensor
 
 from lightning_prune.calibration.passes import Pass
-from lightning_prune.calibration.wavefront import PIECES, RemovalPass, SimilarityPass
-from lightning_prune.methods.base import SavedMeasurement
+from lightning_prune.calibration.wavefront import PIECES, RemovalPass
 from lightning_prune.methods.blocks import block_index
 from lightning_prune.methods.fisher import FisherPass
 from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.kfac import KFACPass
 from lightning_prune.methods.magnitude import MagnitudePass
+from lightning_prune.methods.measurement import SavedMeasurement
 from lightning_prune.methods.scores import Scores
 from lightning_prune.methods.taylor import TaylorPass
 from lightning_prune.methods.wanda import WandaPass
 from lightning_prune.models.families import LayerAnatomy
 from lightning_prune.support.errors import UserError
 
-Importance = Literal["taylor", "taylor_2nd", "fisher", "kfac", "wanda", "magnitude"]
-GRADIENTS = ("taylor", "taylor_2nd", "fisher", "kfac")  # importances that differentiate the loss
+Importance = Literal["taylor", "fisher", "kfac", "wanda", "magnitude"]
+GRADIENTS = ("taylor", "fisher", "kfac")  # importances that differentiate the loss
 ScoreNorm = Literal["none", "kind", "block"]
 
 
@@ -80,12 +80,11 @@ class HGSP(GroupPruning):
     Args:
         pretrained: Model folder or hub id to prune. ``demo`` is the small model inside the package.
         pruning_ratio: Share of all parameters (embeddings and head included) to remove, between 0 and 1.
-        importance: What a group is worth: taylor (sum of |w·g|), taylor_2nd (adds ½·w²·h), fisher (mean square, over
-            tokens, of the loss's slope along the group), kfac (what the loss feels once the other groups of the block
-            make up for it), wanda (sum of |w|·‖x‖) or magnitude (sum of |w|).
-        prior: How layers and blocks are weighed: removal (loss increase without them), gradient (an estimate of it that
-            the pass of taylor, fisher or kfac gives, at no extra evaluation) or similarity (1 − cosine between what
-            enters and what leaves, cheap).
+        importance: What a group is worth: taylor (sum of |w·g|), fisher (mean square, over tokens, of the loss's slope
+            along the group), kfac (loss increase after the block's remaining groups are refitted), wanda (sum of
+            |w|·‖x‖) or magnitude (sum of |w|).
+        prior: How layers and blocks are weighed: removal (loss increase without them) or gradient (an estimate of it
+            that the pass of taylor, fisher or kfac gives, at no extra evaluation).
         prior_num_samples: Calibration samples for the prior, taken from the front of the shared set. Default: all;
             50 is the original setting.
         tau: Gate τ in nats. Layers whose removal costs less are weighed as a whole, others block by block. Default:
@@ -103,7 +102,7 @@ class HGSP(GroupPruning):
         pretrained: str = "demo",
         pruning_ratio: float = 0.2,
         importance: Importance = "taylor",
-        prior: Literal["removal", "gradient", "similarity"] = "removal",
+        prior: Literal["removal", "gradient"] = "removal",
         prior_num_samples: int | None = None,
         tau: float | None = None,
         temperature: float = 1.0,
@@ -123,7 +122,7 @@ class HGSP(GroupPruning):
         if prior == "gradient" and importance not in GRADIENTS:
             raise UserError(
                 f"--model.prior gradient comes out of a backward pass; importance {importance} makes none. Use "
-                "--model.importance taylor, fisher or kfac, or --model.prior removal or similarity."
+                "--model.importance taylor, fisher or kfac, or --model.prior removal."
             )
         if prior == "gradient" and prior_num_samples is not None:
             raise UserError(
@@ -139,11 +138,13 @@ class HGSP(GroupPruning):
         self.score_norm: ScoreNorm = score_norm
         self.priors: Tensor | None = None
         self.tau_used: float | None = None
-        self.needs_calibration = temperature > 0 or importance != "magnitude" or self.refit != "none"
+
+    @property
+    def measures_text(self) -> bool:
+        return self.temperature > 0 or self.importance != "magnitude"
 
     @property
     def method(self) -> str:
-        """hgsp_<importance>: the importance decides what the system is."""
         return f"hgsp_{self.importance}"
 
     def passes(self) -> list[Pass]:
@@ -151,29 +152,25 @@ class HGSP(GroupPruning):
         slopes = self.temperature > 0 and self.prior == "gradient"
         importance: dict[Importance, Callable[[], Pass]] = {
             "taylor": partial(TaylorPass, priors=slopes),
-            "taylor_2nd": partial(TaylorPass, second_order=True, priors=slopes),
             "fisher": partial(FisherPass, priors=slopes),
             "kfac": partial(KFACPass, priors=slopes),
             "wanda": WandaPass,
             "magnitude": MagnitudePass,
         }
-        found = [importance[self.importance]()]
+        passes = [importance[self.importance]()]
         if self.temperature > 0 and self.prior == "removal":
-            found.append(RemovalPass(self.prior_num_samples, blocks=self.tau != float("inf")))
-        elif self.temperature > 0 and self.prior == "similarity":
-            found.append(SimilarityPass(self.prior_num_samples))
-        return found
+            passes.append(RemovalPass(self.prior_num_samples, blocks=self.tau != float("inf")))
+        return passes
 
     def reuse(self, saved: SavedMeasurement) -> None:
-        """Refuse at once what the saved priors cannot answer."""
         super().reuse(saved)
         self.priors = saved_priors(saved.details, self.temperature, self.tau)
 
     def score(self, scores: Scores) -> Scores:
-        """final = S · B^T."""
         if self.saved is None and self.temperature > 0:
-            found = [finding["delta"] for finding in self.found("importance" if self.prior == "gradient" else "prior")]
-            self.priors = found[0] if self.prior == "removal" else torch.stack(found, dim=1)
+            results = self.results("importance" if self.prior == "gradient" else "prior")
+            delta = torch.tensor([result.facts["delta"] for result in results], dtype=torch.float64)
+            self.priors = delta[0] if self.prior == "removal" else delta.T.contiguous()
         if self.temperature > 0:
             assert self.priors is not None
             self.tau_used = gate_threshold(self.priors[0], self.tau)
@@ -182,7 +179,7 @@ class HGSP(GroupPruning):
     def select(self, scores: Scores, layers: list[LayerAnatomy], total_parameters: int) -> Tensor:
         """The ranking's choice, then auto-collapse of layers that are almost empty; nothing is refilled."""
         pruned = super().select(scores, layers, total_parameters)
-        return collapse(scores, pruned, self.collapse_epsilon, self.frozen_layers(len(layers)))
+        return collapse(scores, pruned, self.collapse_epsilon, self.selection.frozen_layers(len(layers)))
 
     def details(self) -> dict[str, Any]:
         """Priors, gate and what was chosen, so that the decision can be made again with other options."""
@@ -191,7 +188,7 @@ class HGSP(GroupPruning):
             "importance": self.importance,
             "prior": {
                 "measure": self.prior,
-                "unit": "1 - cosine" if self.prior == "similarity" else "nats of mean token loss",
+                "unit": "nats of mean token loss",
                 "num_samples": self.prior_num_samples,
                 "delta": measured,
             },

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.calibration.backward import BackwardPass
-from lightning_prune.calibration.passes import Finding, Holding, Load, Step
+from lightning_prune.calibration.layer_result import LayerResult
+from lightning_prune.calibration.passes import Holding, Load, Step
 from lightning_prune.calibration.statistics.hessian import InputGram
 from lightning_prune.calibration.statistics.token_statistic import full_precision
 from lightning_prune.methods.slimgpt_math import (
@@ -33,6 +34,7 @@ from lightning_prune.methods.slimgpt_math import (
     solve_bytes,
 )
 from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 
 DAMPING = 0.01  # of A and of F, times the mean of the diagonal
 ROUNDS = 32  # in which MLP channels leave; on the reference Llama 512 rounds, one channel each, chose no better
@@ -78,23 +80,17 @@ class KFACPass(BackwardPass):
 
     name = "importance"
 
-    def __init__(self, priors: bool = False) -> None:
-        self.priors = priors
-
     def watch(self, view: LayerAnatomy) -> None:
         """Both factors of the two projections that write to the residual stream."""
-        self.factors: dict[str, tuple[InputGram, InputGram]] = {}
+        self.factors: dict[Block, tuple[InputGram, InputGram]] = {}
         self._handles: list[RemovableHandle] = []
-        for role in ("output", "down"):
-            module = view.linears[role].module
-            d, n = view.linears[role].weight.shape
+        for block in OUTPUT_ROLE:
+            module = view.projection(block).module
+            d, n = view.projection(block).weight.shape
             inputs, gradients = (InputGram(size).to(self.model.device) for size in (n, d))
-            self.factors[role] = inputs, gradients
+            self.factors[block] = inputs, gradients
             self._handles.append(module.register_forward_pre_hook(_listen_to_inputs(inputs)))
             self._handles.append(module.register_forward_hook(_listen_to_gradients(gradients)))
-
-    def expect(self, samples: int, tokens: int) -> None:
-        """Nothing: the factors count for themselves."""
 
     def holds(self, view: LayerAnatomy, load: Load) -> Holding:
         """Also both factors of both projections in fp32, a projection's inputs in fp32, and one solve at a time."""
@@ -105,18 +101,17 @@ class KFACPass(BackwardPass):
         running = base.running + factors + 4 * load.tokens * load.widest_input
         return replace(base, running=running, finishing=factors + solve)
 
-    def conclude(self, view: LayerAnatomy) -> Finding:
-        """Importance per unit."""
+    def conclude(self, view: LayerAnatomy) -> LayerResult:
         while self._handles:
             self._handles.pop().remove()
-        return {"attention": self._costs(view, "output"), "mlp": self._costs(view, "down")}
+        return LayerResult({block: self._costs(view, block) for block in OUTPUT_ROLE})
 
     def cost(self, view: LayerAnatomy, step: Step) -> float:
         """Backward: run again, gradients of what passes, and both factors."""
         if step.phase == "forward":
             return 1.0
         linears = view.linears
-        shapes = [linears[role].weight.shape for role in ("output", "down")]
+        shapes = [linears[role].weight.shape for role in OUTPUT_ROLE.values()]
         whole = sum(linear.weight.numel() for linear in linears.values())
         return 2.0 + sum(d * d + n * n for d, n in shapes) / 2 / whole
 
@@ -124,20 +119,19 @@ class KFACPass(BackwardPass):
         """About 2·n³ operations for A⁻¹ and what leaves, beside two for every weight of the layer and token."""
         if step.phase == "forward":
             return 0.0
-        inner = sum(view.linears[role].in_features ** 3 for role in ("output", "down"))
+        inner = sum(view.linears[role].in_features ** 3 for role in OUTPUT_ROLE.values())
         return inner / sum(linear.weight.numel() for linear in view.linears.values())
 
-    def _costs(self, view: LayerAnatomy, role: str) -> Tensor:
-        """float64 on the host, so that scores of both solver precisions look alike."""
-        linear = view.linears[role]
-        inputs, gradients = self.factors.pop(role)
-        units = view.num_kv_heads if role == "output" else view.num_channels
+    def _costs(self, view: LayerAnatomy, block: Block) -> Tensor:
+        """float64, so that scores of both solver precisions look alike."""
+        linear, units = view.projection(block), view.units(block)
+        inputs, gradients = self.factors.pop(block)
         xtx, gtg, tokens = inputs.matrix(), gradients.matrix(), int(inputs.tokens)
         dtype = choose_dtype(len(xtx), self.setting.free_bytes(xtx.device))
         try:
             return compensated_costs(linear.weight, xtx, gtg, tokens, linear.in_features // units, dtype).double()
         except (NotPositiveDefiniteError, FloatingPointError) as error:
-            raise FloatingPointError(f"layer {view.index}, {role} projection: {error}") from None
+            raise FloatingPointError(f"layer {view.index}, {OUTPUT_ROLE[block]} projection: {error}") from None
         finally:
             inputs.give_up()
             gradients.give_up()

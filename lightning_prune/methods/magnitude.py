@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from lightning_prune.calibration.passes import Finding, Holding, Load, Pass, WeightsPass
+from lightning_prune.calibration.layer_result import LayerResult
+from lightning_prune.calibration.passes import Holding, Load, Pass, WeightsPass
 from lightning_prune.calibration.statistics.groups import group_importance
 from lightning_prune.methods.mask_pruning import GroupOrMaskPruning, MaskRule, mask_holding, mask_layer
 from lightning_prune.models.families import LayerAnatomy
@@ -18,10 +19,8 @@ class MagnitudePass(WeightsPass):
 
     name = "importance"
 
-    def conclude(self, view: LayerAnatomy) -> Finding:
-        """Importance per unit."""
-        groups, channels = group_importance(view, lambda role: magnitude_scores(view.linears[role].weight))
-        return {"attention": groups, "mlp": channels}
+    def conclude(self, view: LayerAnatomy) -> LayerResult:
+        return LayerResult(group_importance(view, lambda role: magnitude_scores(view.linears[role].weight)))
 
 
 class MagnitudeMaskPass(WeightsPass):
@@ -32,24 +31,24 @@ class MagnitudeMaskPass(WeightsPass):
     def __init__(self, rule: MaskRule) -> None:
         self.rule = rule
 
-    def conclude(self, view: LayerAnatomy) -> Finding:
-        """The masked weights, and what was zeroed."""
+    def conclude(self, view: LayerAnatomy) -> LayerResult:
         return mask_layer(view, self.rule, lambda role: magnitude_scores(view.linears[role].weight))
 
     def holds(self, view: LayerAnatomy, load: Load) -> Holding:
         return mask_holding(super().holds(view, load), load)
 
     def changes(self, step: object) -> bool:
-        """Always."""
         return True
 
 
 class Magnitude(GroupOrMaskPruning):
     """Magnitude: importance of a group = sum of the absolute values of its weights. Reads no data."""
 
-    needs_calibration = False
     masks_per_tensor = True
 
+    @property
+    def measures_text(self) -> bool:
+        return False
+
     def passes(self) -> list[Pass]:
-        """One look at every layer."""
-        return [MagnitudeMaskPass(self.rule)] if self.masked else [MagnitudePass()]
+        return [MagnitudePass()] if self.masks is None else [MagnitudeMaskPass(self.mask_rule(self.masks))]

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.calibration.passes import WEIGHT, Finding, Holding, Load
+from lightning_prune.calibration.layer_result import LayerResult
+from lightning_prune.calibration.passes import Holding, Load
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.methods.group_pruning import GroupPruning
+from lightning_prune.methods.group_selection import GroupSelection
 from lightning_prune.methods.masks import Structure, keep_n_of_m_mask, parse_structure, row_mask, tensor_mask
 from lightning_prune.methods.scores import group_scores
 from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.vocabulary import ROLES_OF, Block
 from lightning_prune.support.errors import UserError
 
 
@@ -37,26 +40,26 @@ class MaskRule:
         return (tensor_mask if self.per_tensor else row_mask)(scores, self.ratio)
 
 
-def mask_layer(view: LayerAnatomy, rule: MaskRule, weight_score: Callable[[str], Tensor]) -> Finding:
+def mask_layer(view: LayerAnatomy, rule: MaskRule, weight_score: Callable[[str], Tensor]) -> LayerResult:
     """Zero the lowest-scored weights of the seven projections.
 
     Returns:
-        ``weight.<role>``: the new weights; ``attention`` and ``mlp``: fp64 scalars, the scores' sums; ``zeroed``: int64
-        scalar.
+        The new weights; the sum of the scores as every block's importance ``[1]``, fp64; the fact ``zeroed``, how many
+        weights are zero now.
     """
-    sums = {"attention": torch.zeros((), dtype=torch.float64), "mlp": torch.zeros((), dtype=torch.float64)}
-    zeroed = torch.zeros((), dtype=torch.int64)
-    found: Finding = {}
+    sums = {block: torch.zeros((), dtype=torch.float64) for block in ROLES_OF}
+    zeroed, weights = 0, {}
     if view.index not in rule.frozen:
-        for role, linear in view.linears.items():
-            scores = weight_score(role)
-            if not bool(torch.isfinite(scores).all()):
-                raise FloatingPointError(f"layer {view.index}, {role} projection: scores are NaN or infinite.")
-            sums["mlp" if role in ("gate", "up", "down") else "attention"] += scores.double().sum().cpu()
-            mask = rule.mask(scores)
-            found[WEIGHT + role] = linear.weight.masked_fill(mask, 0)
-            zeroed += mask.sum().cpu()
-    return {**found, **sums, "zeroed": zeroed}
+        for block, roles in ROLES_OF.items():
+            for role in roles:
+                scores = weight_score(role)
+                if not bool(torch.isfinite(scores).all()):
+                    raise FloatingPointError(f"layer {view.index}, {role} projection: scores are NaN or infinite.")
+                sums[block] += scores.double().sum().cpu()
+                mask = rule.mask(scores)
+                weights[role] = view.linears[role].weight.masked_fill(mask, 0)
+                zeroed += int(mask.sum())
+    return LayerResult({block: total[None] for block, total in sums.items()}, weights, facts={"zeroed": zeroed})
 
 
 def mask_holding(base: Holding, load: Load) -> Holding:
@@ -86,88 +89,74 @@ class GroupOrMaskPruning(GroupPruning):
         **group_options: Any,
     ) -> None:
         super().__init__(pretrained, pruning_ratio, **group_options)
-        self.structure = parse_structure(structure)
-        self.structure_name = structure
-        self.reusable = self.reusable and not self.masked
-        if self.structure.kind == "n:m":
-            self.pruning_ratio = 1 - self.structure.n / self.structure.m
-        if self.masked and (
-            self.allocation != "global" or self.round_to != 1 or self.min_groups_per_layer or self.steps != 1
-        ):
+        self.structure = structure
+        parsed = parse_structure(structure)
+        self.masks = None if parsed.kind == "group" else parsed
+        self.zeroed = 0
+        if self.masks is None:
+            return
+        self.reusable = False
+        if self.masks.kind == "n:m":
+            self.pruning_ratio = 1 - self.masks.n / self.masks.m
+        chosen, plain = self.selection, GroupSelection()
+        same = (chosen.allocation, chosen.round_to, chosen.min_groups_per_layer, self.steps) == (
+            *(plain.allocation, plain.round_to, plain.min_groups_per_layer),
+            1,
+        )
+        if not same:
             raise UserError(
                 f"--model.structure {structure} zeroes single weights; --model.allocation, --model.round_to, "
                 "--model.min_groups_per_layer and --model.steps belong to --model.structure group."
             )
-        if self.masked and self.refit != "none":
+        if self.refit is not None:
             raise UserError(
-                f"--model.refit {self.refit} fits the columns that stay; --model.structure {structure} leaves none out "
-                "whole. Use --model.structure group, or --model.refit none."
+                f"--model.refit {self.refit.target} fits the columns that are kept; --model.structure {structure} "
+                "removes none whole. Use --model.structure group, or --model.refit none."
             )
-        self.zeroed = 0
 
-    @property
-    def masked(self) -> bool:
-        """Whether single weights are zeroed."""
-        return self.structure.kind != "group"
-
-    @property
-    def rule(self) -> MaskRule:
+    def mask_rule(self, structure: Structure) -> MaskRule:
         """What a mask pass zeroes."""
-        frozen = frozenset(self.frozen_layers(len(self.layers)))
-        return MaskRule(self.structure, self.pruning_ratio, self.masks_per_tensor, frozen)
+        frozen = frozenset(self.selection.frozen_layers(len(self.layers)))
+        return MaskRule(structure, self.pruning_ratio, self.masks_per_tensor, frozen)
 
     def decide(self) -> None:
-        """Groups: rank and select. Masks: zero what is left to zero; every unit stays."""
-        if not self.masked:
+        """Groups: rank and select. Masks: the weights are zeroed already, and every unit is kept."""
+        if self.masks is None:
             super().decide()
             return
-        found = self.found("masks")
-        self.zeroed = int(sum(finding["zeroed"] for finding in found))
-        # A row per unit, each with an equal share of its block's score: no unit was ranked.
-        self.scores = group_scores(
-            self.layers,
-            [
-                (one["attention"] / view.num_kv_heads).expand(view.num_kv_heads)
-                for one, view in zip(found, self.layers, strict=True)
-            ],
-            [
-                (one["mlp"] / view.num_channels).expand(view.num_channels)
-                for one, view in zip(found, self.layers, strict=True)
-            ],
-        )
-        kept = [
-            LayerPlan(view.index, list(range(view.num_kv_heads)), list(range(view.num_channels)))
-            for view in self.layers
-        ]
+        results = self.results("masks")
+        self.zeroed = sum(result.facts["zeroed"] for result in results)
+        # A row per unit with an equal share of its block's score, since no unit was ranked.
+        shares = {
+            block: [
+                (result.importance[block] / view.units(block)).expand(view.units(block))
+                for result, view in zip(results, self.layers, strict=True)
+            ]
+            for block in ROLES_OF
+        }
+        self.scores = group_scores(self.layers, shares[Block.ATTENTION], shares[Block.MLP])
+        kept = [LayerPlan(v.index, list(range(v.num_kv_heads)), list(range(v.num_channels))) for v in self.layers]
         weights = sum(linear.weight.numel() for view in self.layers for linear in view.linears.values())
         plan = self.make_plan(kept, self.dense_parameters, weights_updated=True)
         self.plan = replace(plan, achieved_ratio=self.zeroed / weights)
 
     def check_ratio(self, layers: list[LayerAnatomy], total_parameters: int) -> None:
-        """Masks need widths that their pattern divides."""
-        if not self.masked:
+        if self.masks is None:
             super().check_ratio(layers, total_parameters)
-        elif self.structure.kind == "n:m":
+        elif self.masks.kind == "n:m":
             for columns in {linear.in_features for linear in layers[0].linears.values()}:
-                keep_n_of_m_mask(torch.zeros(1, columns), self.structure.n, self.structure.m)
+                keep_n_of_m_mask(torch.zeros(1, columns), self.masks.n, self.masks.m)
 
     @property
     def note(self) -> str:
         """Zeros save nothing by themselves, and table and card say so."""
-        if not self.masked:
+        if self.masks is None:
             return ""
         return (
-            f"{self.zeroed:,} weights ({self.structure_name}) are zero but still stored: memory and speed do not "
+            f"{self.zeroed:,} weights ({self.structure}) are zero but still stored: memory and speed do not "
             "change. The ratio is a share of the projections' weights."
         )
 
     def details(self) -> dict[str, Any]:
-        """How many weights were zeroed."""
-        if not self.masked:
-            return {"structure": self.structure_name, **super().details()}
-        return {
-            "structure": self.structure_name,
-            "zeroed_weights": self.zeroed,
-            "note": self.note,
-            **super().details(),
-        }
+        masked = {} if self.masks is None else {"zeroed_weights": self.zeroed, "note": self.note}
+        return {"structure": self.structure, **masked, **super().details()}

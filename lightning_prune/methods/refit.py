@@ -1,77 +1,53 @@
-"""Methods whose decision can be followed by a refit of what is kept (``refit_pass``)."""
+"""The refit of what is kept, as an object that a method has (``refit_pass`` is the pass, ``refit_math`` the solver)."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
-from lightning_prune.calibration.passes import Pass
+from lightning_prune.calibration.layer_result import LayerResult
+from lightning_prune.calibration.passes import Pass, Step
 from lightning_prune.checkpoint.plan import LayerPlan
-from lightning_prune.methods.base import PruningMethod, SavedMeasurement
-from lightning_prune.methods.refit_pass import TARGETS, RefitPass
+from lightning_prune.methods.refit_pass import RefitPass, Target
+from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 from lightning_prune.support.errors import UserError
 
 
-class RefittingMethod(PruningMethod):
-    """Removes structures, and may refit the projections that write to the residual stream.
+@dataclass(frozen=True)
+class Refit:
+    """Least squares on what is kept of o_proj and down_proj.
 
-    Args:
-        pretrained: Model folder or hub id to prune. ``demo`` is the small model inside the package.
-        pruning_ratio: Share of all parameters (embeddings and head included) to remove, between 0 and 1.
-        refit: Refit what stays of o_proj and down_proj in every layer, by least squares on the calibration set.
-            ``residual`` fits the residual stream to the dense model's, ``output`` each projection to its own output on
-            the pruned model's inputs. The papers of these methods do not refit, so ``none`` is the default.
-        refit_damping: λ, the pull of every column towards the old weight, times ‖x‖² of its input over the tokens.
-            ``auto`` tries 0.001 to 1 for every projection on an eighth of the samples that it did not see.
-        run_options: Options of every method.
+    ``target``: what a projection is fitted to. ``damping``: λ; None chooses it on held-out samples, per projection.
     """
 
-    decision_options = (*PruningMethod.decision_options, "refit", "refit_damping")
+    target: Target
+    damping: float | None
 
-    def __init__(
-        self,
-        pretrained: str = "demo",
-        pruning_ratio: float = 0.2,
-        refit: Literal["none", "residual", "output"] = "none",
-        refit_damping: float | Literal["auto"] = "auto",
-        **run_options: Any,
-    ) -> None:
-        super().__init__(pretrained, pruning_ratio, **run_options)
-        if refit_damping != "auto" and not 0 < refit_damping <= 100:
-            raise UserError(f"--model.refit_damping: found {refit_damping}; it must lie in (0, 100], or be auto.")
-        self.refit = refit
-        self.refit_damping = refit_damping
-        self.needs_calibration = type(self).needs_calibration or refit != "none"
+    @classmethod
+    def of(cls, target: str, damping: float | Literal["auto"]) -> "Refit | None":
+        """From the options ``refit`` and ``refit_damping``; None without a refit."""
+        if damping != "auto" and not 0 < damping <= 100:
+            raise UserError(f"--model.refit_damping: found {damping}; it must lie in (0, 100], or be auto.")
+        if target == "none":
+            return None
+        return cls("residual" if target == "residual" else "output", None if damping == "auto" else damping)
 
-    @property
-    def label(self) -> str:
-        """Another system than the one without a refit."""
-        return self._label or (self.method if self.refit == "none" else f"{self.method}_refit")
+    def passes(self, kept: list[LayerPlan], held_out: Tensor) -> list[Pass]:
+        """The pass over the dense weights, for what is ``kept``; ``held_out`` bool ``[N]`` are samples to check on."""
+        return [RefitPass(kept, self.target, self.damping, held_out)]
 
-    def reuse(self, saved: SavedMeasurement) -> None:
-        """A refit reads the calibration set even where the scores are known."""
-        super().reuse(saved)
-        self.needs_calibration = self.refit != "none"
-
-    def passes_behind(self, kept: list[LayerPlan], held_out: Callable[[], Tensor]) -> list[Pass]:
-        """The refit, where it was asked for."""
-        if self.refit == "none":
-            return []
-        return [RefitPass(kept, self.refit, None if self.refit_damping == "auto" else self.refit_damping, held_out())]
-
-    def details(self) -> dict[str, Any]:
+    def facts(self, results: Sequence[tuple[Step, LayerResult]]) -> dict[str, Any]:
         """What was fitted to what, with which damping, and what it did to the error on held-out samples."""
-        if self.refit == "none":
-            return {"refit": None, **super().details()}
-        steps = [(step, found) for step, found in self.walk.findings_of("refit") if found]
         fits = [
             {
                 "layer": step.layer,
-                "projection": "output" if step.phase == "attention" else "down",
-                "target": TARGETS[int(found["target"])],
-                "damping": float(found["damping"]) or None,  # None: left as it was
-                "held_out_error": {"before": float(found["before"]), "after": float(found["after"])},
+                "projection": OUTPUT_ROLE[Block(step.phase)],
+                "target": result.facts["target"],
+                "damping": result.facts["damping"] or None,  # None: left as it was
+                "held_out_error": {"before": result.facts["before"], "after": result.facts["after"]},
             }
-            for step, found in steps
+            for step, result in results
+            if result.facts
         ]
-        return {"refit": {"target": self.refit, "damping": self.refit_damping, "fits": fits}, **super().details()}
+        return {"target": self.target, "damping": "auto" if self.damping is None else self.damping, "fits": fits}

@@ -17,17 +17,8 @@ import torch
 from torch import Tensor
 
 from lightning_prune.calibration.hooks import Hooks
-from lightning_prune.calibration.passes import (
-    BLOCK_ROLES,
-    WEIGHT,
-    Batch,
-    BlockPass,
-    Finding,
-    Holding,
-    Load,
-    Setting,
-    Step,
-)
+from lightning_prune.calibration.layer_result import LayerResult
+from lightning_prune.calibration.passes import Batch, BlockPass, Holding, Load, Setting, Step
 from lightning_prune.calibration.residuals import ResidualStore
 from lightning_prune.calibration.statistics.token_statistic import full_precision
 from lightning_prune.checkpoint.plan import LayerPlan
@@ -41,9 +32,9 @@ from lightning_prune.methods.refit_math import (
 )
 from lightning_prune.methods.slimgpt_math import columns_of
 from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.vocabulary import OUTPUT_ROLE, ROLES_OF, Block
 
 Target = Literal["residual", "output"]
-TARGETS: tuple[Target, ...] = ("residual", "output")
 
 
 class RefitPass(BlockPass):
@@ -65,18 +56,16 @@ class RefitPass(BlockPass):
         self.held_out = held_out
 
     def begin(self, setting: Setting) -> None:
-        """Room for the dense model's residual stream too."""
         super().begin(setting)
         self.dense = setting.store()
 
-    def observe(self, view: LayerAnatomy, role: str, hooks: Hooks) -> None:
+    def observe(self, view: LayerAnatomy, block: Block, hooks: Hooks) -> None:
         """Nothing: targets need both streams, so the batch sums."""
 
     def start(self, step: Step) -> None:
-        """Fresh sums for the columns that stay."""
         super().start(step)
         self.columns = self._columns(step)
-        linear = self.view(step).linears[self.role(step)]
+        linear = self.projection(step)
         self.scale = self._scale(step) if self.target == "residual" else None
         self.held: list[tuple[Tensor, Tensor]] = []  # inputs and targets of held-out samples, on the host
         self.tokens = 0
@@ -94,7 +83,7 @@ class RefitPass(BlockPass):
         if not len(self.columns):
             return
         self.catch(step, batch)
-        projection = self.view(step).linears[self.role(step)]
+        projection = self.projection(step)
         inputs = self.inner.get(batch.rows, self.model.device)
         if self.scale is not None and dense is not None:
             wanted = (dense.float() - before.float()) / self.scale
@@ -106,7 +95,6 @@ class RefitPass(BlockPass):
 
     @torch.no_grad()
     def skip(self, step: Step, batch: Batch) -> None:
-        """Both streams cross; nothing is summed."""
         self.columns = self._columns(step)
         self._entering(step, batch)
         if self.target == "residual":
@@ -114,22 +102,21 @@ class RefitPass(BlockPass):
         if len(self.columns):
             self.catch(step, batch)
 
-    def finish(self, step: Step) -> Finding:
-        """Choose the damping, solve with all samples."""
+    def finish(self, step: Step) -> LayerResult:
         if self.tokens != self.setting.samples * self.setting.seq_len:
             raise RuntimeError(
                 f"the refit saw {self.tokens:,} tokens of {self.setting.samples * self.setting.seq_len:,}."
             )
         with torch.no_grad():
-            return self.conclude(self.view(step), self.role(step))
+            return self.conclude(self.view(step), self.block(step))
 
-    def conclude(self, view: LayerAnatomy, role: str) -> Finding:
-        """``weight.<role>`` with zeros in the columns that leave; ``target`` as an index of ``TARGETS``; ``damping``, 0
-        where the projection is left as it is; ``before`` and ``after``, its squared error on held-out samples with the
-        old weight and with the one that was chosen there. Empty for a block that is gone."""
+    def conclude(self, view: LayerAnatomy, block: Block) -> LayerResult:
+        """The refitted weight, zero in the removed columns. Facts: ``target``; ``damping``, 0 where the projection is
+        left as it is; ``before`` and ``after``, the squared error on held-out samples with the old weight and with the
+        one chosen there. Empty for a block that is removed."""
         if not len(self.columns):
-            return {}
-        linear, equations = view.linears[role], self.equations
+            return LayerResult()
+        role, linear, equations = OUTPUT_ROLE[block], view.projection(block), self.equations
         old = linear.weight[:, self.columns].to(equations.gram.dtype)
         inputs = torch.cat([x for x, _ in self.held] or [old.new_zeros(0, old.shape[1])]).to(self.model.device)
         wanted = torch.cat([y for _, y in self.held] or [old.new_zeros(0, old.shape[0])]).to(self.model.device)
@@ -152,9 +139,9 @@ class RefitPass(BlockPass):
             raise FloatingPointError(
                 f"layer {view.index}, {role} projection: refitted weights overflow {refitted.dtype}."
             )
-        used = "residual" if self.scale is not None else "output"
-        facts = {"target": TARGETS.index(used), "damping": damping, "before": before, "after": after}  # type: ignore[arg-type]
-        return {WEIGHT + role: refitted, **{n: torch.tensor(v, dtype=torch.float64) for n, v in facts.items()}}
+        target = "residual" if self.scale is not None else "output"
+        facts = {"target": target, "damping": damping, "before": before, "after": after}
+        return LayerResult(weights={role: refitted}, facts=facts)
 
     def advance(self, step: Step) -> None:
         """The pruned stream behind the block; a block that is gone adds nothing."""
@@ -162,11 +149,9 @@ class RefitPass(BlockPass):
             super().advance(step)
 
     def stores(self) -> dict[str, ResidualStore]:
-        """Both residual streams."""
         return {"stream": self.stream, "dense": self.dense}
 
     def end(self) -> None:
-        """The stores go."""
         super().end()
         self.dense.close()
 
@@ -184,17 +169,16 @@ class RefitPass(BlockPass):
         )
 
     def cost(self, view: LayerAnatomy, step: Step) -> float:
-        """The block once per stream, XᵀX and YᵀX."""
-        linears, role = view.linears, self.role(step)
-        inner, outer = linears[role].in_features, linears[role].weight.shape[0]
-        block = sum(linears[name].weight.numel() for name in BLOCK_ROLES[role])
+        linears, projection = view.linears, view.projection(self.block(step))
+        inner, outer = projection.in_features, projection.weight.shape[0]
+        block = sum(linears[role].weight.numel() for role in ROLES_OF[self.block(step)])
         streams = 2 if self.target == "residual" else 1
         whole = sum(linear.weight.numel() for linear in linears.values())
         return (streams * block + inner * inner / 2 + inner * outer) / whole
 
     def cost_to_finish(self, view: LayerAnatomy, step: Step) -> float:
         """A factorisation and two triangular solves per damping, beside two operations per weight and token."""
-        linear = view.linears[self.role(step)]
+        linear = view.projection(self.block(step))
         inner, outer = linear.in_features, linear.weight.shape[0]
         solves = 1 + len(DAMPINGS) if self.damping is None else 2
         one = inner**3 / 3 + 2 * inner * inner * outer
@@ -202,15 +186,14 @@ class RefitPass(BlockPass):
 
     def _columns(self, step: Step) -> Tensor:
         """Inputs of the projection that stay, int64."""
-        view, kept = self.view(step), self.kept[step.layer]
-        units = kept.kept_kv_heads if step.phase == "attention" else kept.kept_channels
-        count = view.num_kv_heads if step.phase == "attention" else view.num_channels
-        width = view.linears[self.role(step)].in_features // count
+        block = self.block(step)
+        units = self.kept[step.layer].kept(block)
+        width = self.projection(step).in_features // self.view(step).units(block)
         return columns_of(torch.tensor(units, dtype=torch.int64, device=self.model.device), width)
 
     def _entering(self, step: Step, batch: Batch) -> Tensor:
         """The pruned stream before the block; both begin with the embeddings."""
-        if step.layer == 0 and step.phase == "attention":
+        if step.layer == 0 and self.block(step) is Block.ATTENTION:
             hidden = self.model.embed(batch.tokens)
             self.stream.put(batch.rows, hidden)
             if self.target == "residual":
@@ -219,7 +202,7 @@ class RefitPass(BlockPass):
 
     def _dense(self, step: Step, batch: Batch) -> Tensor:
         """The dense stream behind the block, which it is from now on."""
-        run = self.model.attend if step.phase == "attention" else self.model.feed
+        run = self.model.attend if self.block(step) is Block.ATTENTION else self.model.feed
         after = run(step.layer, self.dense.get(batch.rows, self.model.device))
         self.dense.put(batch.rows, after)
         return after
@@ -257,12 +240,10 @@ class RefitPass(BlockPass):
 
     def _scale(self, step: Step) -> float | None:
         """m, where the block adds m times what its projection puts out; None where that is not linear."""
-        view, block = self.view(step), step.phase
-        ones = torch.ones(1, 1, view.linears[self.role(step)].weight.shape[0], device=self.model.device)
-        ones = ones.to(view.linears[self.role(step)].weight.dtype)
+        weight = self.projection(step).weight
+        ones = torch.ones(1, 1, weight.shape[0], device=self.model.device).to(weight.dtype)
         once, twice = (
-            self.model.add(step.layer, torch.zeros_like(ones), block, factor * ones)  # type: ignore[arg-type]
-            for factor in (1, 2)
+            self.model.add(step.layer, torch.zeros_like(ones), self.block(step), factor * ones) for factor in (1, 2)
         )
         linear = bool((twice == 2 * once).all() and (once == once[..., :1]).all())  # exact in binary floating point
         return float(once[0, 0, 0]) if linear else None

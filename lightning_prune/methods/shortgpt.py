@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from lightning_prune.calibration.hooks import Hooks
-from lightning_prune.calibration.passes import Finding, ForwardPass, Pass
+from lightning_prune.calibration.layer_result import LayerResult
+from lightning_prune.calibration.passes import ForwardPass, Pass
 from lightning_prune.calibration.statistics.block_influence import BlockInfluence
 from lightning_prune.checkpoint.cut import parameters_after
 from lightning_prune.checkpoint.plan import LayerPlan
-from lightning_prune.methods.refit import RefittingMethod
+from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.scores import layer_scores
 from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 
 
@@ -46,17 +48,15 @@ class BlockInfluencePass(ForwardPass):
     name = "influence"
 
     def observe(self, view: LayerAnatomy, hooks: Hooks) -> None:
-        """Watch the residual stream around the layer."""
         self.influence = BlockInfluence().to(self.model.device)
         hooks.on_input_and_output(f"layer {view.index}", view.layer, self.influence.update)
 
-    def conclude(self, view: LayerAnatomy) -> Finding:
-        """One number."""
+    def conclude(self, view: LayerAnatomy) -> LayerResult:
         self.influence.raise_if_not_finite(f"layer {view.index}")
-        return {"influence": self.influence.reduced()}
+        return LayerResult({Block.LAYER: self.influence.reduced().reshape(1)})
 
 
-class ShortGPT(RefittingMethod):
+class ShortGPT(PruningMethod):
     """ShortGPT: removes whole decoder layers that turn the residual stream least (block influence).
 
     Args:
@@ -68,7 +68,7 @@ class ShortGPT(RefittingMethod):
         run_options: Options of every method.
     """
 
-    decision_options = (*RefittingMethod.decision_options, "n_remove_layers", "at_most")
+    decision_options = (*PruningMethod.decision_options, "n_remove_layers", "at_most")
 
     def __init__(
         self,
@@ -88,12 +88,10 @@ class ShortGPT(RefittingMethod):
 
     @property
     def uneven(self) -> bool:
-        """Layers go whole."""
         return False
 
     @property
     def requested_ratio(self) -> float | None:
-        """None where a number of layers was asked for."""
         return self.pruning_ratio if self.n_remove_layers is None else None
 
     def layer_count(self, layers: Sequence[LayerAnatomy], total_parameters: int) -> int:
@@ -126,13 +124,11 @@ class ShortGPT(RefittingMethod):
         self.layer_count(layers, total_parameters)
 
     def passes(self) -> list[Pass]:
-        """One forward over the decoder."""
         return [BlockInfluencePass()]
 
     def decide(self) -> None:
-        """Score every layer by BI and drop the lowest."""
         if self.saved is None:
-            influence = torch.stack([finding["influence"] for finding in self.found("influence")])
+            influence = torch.cat([result.importance[Block.LAYER] for result in self.results("influence")])
         else:
             influence = self.saved.scores.importance
         cost = [view.attention_block_cost + view.mlp_block_cost for view in self.layers]
@@ -148,6 +144,5 @@ class ShortGPT(RefittingMethod):
         self.plan = self.make_plan(kept, parameters_after(self.layers, self.dense_parameters, kept))
 
     def details(self) -> dict[str, Any]:
-        """Which layers went, and what was asked for."""
         asked = {"n_remove_layers": self.n_remove_layers, "at_most": self.at_most}
         return {"removed_layers": self.plan.removed_layers, **asked, **super().details()}

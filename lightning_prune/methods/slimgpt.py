@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from lightning_prune.calibration.hooks import Hooks
-from lightning_prune.calibration.passes import BLOCK_ROLES, WEIGHT, BlockPass, Finding, Holding, Load, Pass, Step
+from lightning_prune.calibration.layer_result import LayerResult
+from lightning_prune.calibration.passes import BlockPass, Holding, Load, Pass, Step
 from lightning_prune.calibration.statistics.hessian import InputGram
 from lightning_prune.checkpoint.cut import parameters_after
 from lightning_prune.checkpoint.plan import LayerPlan
-from lightning_prune.methods.refit import RefittingMethod
+from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.scores import group_scores, groups_that_stay
 from lightning_prune.methods.slimgpt_math import (
     HeadError,
@@ -35,9 +36,8 @@ from lightning_prune.methods.slimgpt_math import (
 )
 from lightning_prune.methods.slimgpt_ratios import layer_ratios, unit_counts
 from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.vocabulary import OUTPUT_ROLE, ROLES_OF, Block
 from lightning_prune.support.errors import UserError
-
-SOLVER_DTYPES = ("float64", "float32")
 
 
 class SlimGPTPass(BlockPass):
@@ -65,16 +65,15 @@ class SlimGPTPass(BlockPass):
         self.damping = damping
         self.max_tokens = max_tokens
 
-    def observe(self, view: LayerAnatomy, role: str, hooks: Hooks) -> None:
-        """One Hessian at a time."""
-        linear = view.linears[role]
+    def observe(self, view: LayerAnatomy, block: Block, hooks: Hooks) -> None:
+        role, linear = OUTPUT_ROLE[block], view.projection(block)
         self.gram = InputGram(linear.in_features, self.max_tokens).to(self.model.device)
         hooks.on_input(f"layer {view.index}, input of {role}", linear.module, self.gram.update)
 
-    def conclude(self, view: LayerAnatomy, role: str) -> Finding:
-        """``weight.<role>``: the refitted weight, removed columns zero; ``kept``: units; ``errors`` of all units;
-        ``damping``: the λ that was used."""
-        linear = view.linears[role]
+    def conclude(self, view: LayerAnatomy, block: Block) -> LayerResult:
+        """The refitted weight, zero in the removed columns; the error of every unit as its importance. Facts: units
+        ``kept``, the ``damping`` λ that was used, and the solver's ``dtype``."""
+        role, linear = OUTPUT_ROLE[block], view.projection(block)
         gram, name = self.gram, f"layer {view.index}, {role} projection"
         del self.gram
         try:
@@ -85,7 +84,7 @@ class SlimGPTPass(BlockPass):
             dtype = choose_dtype(len(xtx), self.setting.free_bytes(xtx.device))
             hessian = inverse_hessian(xtx, samples, self.damping, dtype)
             del xtx
-            result = self._prune(view, role, hessian)
+            result = self._prune(view, block, hessian)
         except (NotPositiveDefiniteError, FloatingPointError) as error:
             raise FloatingPointError(f"{name}: {error}") from None
         width = linear.in_features // len(result.errors)
@@ -94,13 +93,12 @@ class SlimGPTPass(BlockPass):
         refitted[:, columns] = result.weight.to(refitted.dtype)
         if not bool(torch.isfinite(refitted).all()):
             raise FloatingPointError(f"{name}: refitted weights overflow {str(refitted.dtype).removeprefix('torch.')}.")
-        return {
-            WEIGHT + role: refitted,
-            "kept": result.kept,
-            "errors": result.errors,
-            "damping": torch.tensor(result.damping, dtype=torch.float64),
-            "dtype": torch.tensor(SOLVER_DTYPES.index(str(dtype).removeprefix("torch."))),
+        facts = {
+            "kept": result.kept.tolist(),
+            "damping": result.damping,
+            "dtype": str(dtype).removeprefix("torch."),
         }
+        return LayerResult({block: result.errors}, {role: refitted}, facts=facts)
 
     def holds(self, view: LayerAnatomy, load: Load) -> Holding:
         """Also XᵀX of one projection, and what it is solved with."""
@@ -114,16 +112,16 @@ class SlimGPTPass(BlockPass):
     def cost(self, view: LayerAnatomy, step: Step) -> float:
         """A block, and the square of its inner width for XᵀX."""
         linears = view.linears
-        inner = linears[self.role(step)].in_features
-        block = sum(linears[role].weight.numel() for role in BLOCK_ROLES[self.role(step)])
+        inner = view.projection(self.block(step)).in_features
+        block = sum(linears[role].weight.numel() for role in ROLES_OF[self.block(step)])
         return (block + inner * inner / 2) / sum(linear.weight.numel() for linear in linears.values())
 
     def cost_to_finish(self, view: LayerAnatomy, step: Step) -> float:
         """n³ operations for H⁻¹, beside two for every weight of the layer and token."""
-        inner = view.linears[self.role(step)].in_features
+        inner = view.projection(self.block(step)).in_features
         return inner**3 / (2 * sum(linear.weight.numel() for linear in view.linears.values()))
 
-    def _prune(self, view: LayerAnatomy, role: str, hessian: InverseHessian) -> PrunedLinear:
+    def _prune(self, view: LayerAnatomy, block: Block, hessian: InverseHessian) -> PrunedLinear:
         groups, channels = self.counts[view.index]
 
         before = 0
@@ -134,14 +132,14 @@ class SlimGPTPass(BlockPass):
             before = removed
 
         self.setting.finished(0.5)  # H⁻¹ is there
-        if role == "output":
+        if block is Block.ATTENTION:
             width = view.output.in_features // view.num_kv_heads
             return prune_heads(view.output.weight, hessian, groups, width, self.head_score, on_round)
         schedule = group_size_schedule(channels, self.ffn_group_size)
         return prune_channels(view.down.weight, hessian, schedule, on_round)
 
 
-class SlimGPT(RefittingMethod):
+class SlimGPT(PruningMethod):
     """SlimGPT: layer-wise optimal brain surgeon for attention groups and MLP channels, with weight compensation.
 
     With ``refit`` its compensation only serves to select: what is kept is then fitted anew from the dense weights.
@@ -215,28 +213,27 @@ class SlimGPT(RefittingMethod):
         return ratios, counts
 
     def check_ratio(self, layers: list[LayerAnatomy], total_parameters: int) -> None:
-        """The counts depend on shapes alone."""
         self.layer_counts(layers, total_parameters)
 
     def passes(self) -> list[Pass]:
-        """One over the decoder, block by block."""
         self.ratios, self.counts = self.layer_counts(self.layers, self.dense_parameters)
         tokens = self.max_tokens // self.trainer.world_size
         return [SlimGPTPass(self.counts, self.head_score, self.ffn_group_size, self.damping, tokens)]
 
     def decide(self) -> None:
         """Everything is decided; write it down. The score of a unit is its error when it was removed."""
-        found = self.found("slimgpt")
-        blocks = list(zip(found[::2], found[1::2], strict=True))  # of every layer its attention, then its MLP
-        self.damping_used = [[float(one["damping"]) for one in pair] for pair in blocks]
-        self.solver_dtypes = sorted({SOLVER_DTYPES[int(one["dtype"])] for pair in blocks for one in pair})
+        results = {block: self.results("slimgpt", block) for block in OUTPUT_ROLE}
+        self.damping_used = {
+            OUTPUT_ROLE[block]: [result.facts["damping"] for result in of] for block, of in results.items()
+        }
+        self.solver_dtypes = sorted({result.facts["dtype"] for of in results.values() for result in of})
         kept = [
-            LayerPlan(layer, heads["kept"].tolist(), channels["kept"].tolist())
-            for layer, (heads, channels) in enumerate(blocks)
+            LayerPlan(layer, attention.facts["kept"], mlp.facts["kept"])
+            for layer, (attention, mlp) in enumerate(zip(*results.values(), strict=True))
         ]
-        errors = [[pair[block]["errors"] for pair in blocks] for block in (0, 1)]
-        scores = group_scores(self.layers, *errors)
-        removed = torch.cat([_removed(one) for pair in blocks for one in pair])
+        errors = {block: [result.importance[block] for result in of] for block, of in results.items()}
+        scores = group_scores(self.layers, errors[Block.ATTENTION], errors[Block.MLP])
+        removed = torch.cat([_removed(self.layers, plan, block) for plan in kept for block in OUTPUT_ROLE])
         self.scores = replace(scores, score=scores.importance, base=scores.importance, pruned=removed)
         left = parameters_after(self.layers, self.dense_parameters, kept)
         self.plan = self.make_plan(kept, left, weights_updated=True)
@@ -247,9 +244,7 @@ class SlimGPT(RefittingMethod):
             "head_score": self.head_score,
             "ffn_group_size": self.ffn_group_size,
             "damping": self.damping,
-            "damping_used": {
-                role: [pair[index] for pair in self.damping_used] for index, role in enumerate(("output", "down"))
-            },
+            "damping_used": self.damping_used,
             "solver_dtype": ", ".join(self.solver_dtypes),
             "max_tokens": self.max_tokens,
             "layer_ratios": self.ratios,
@@ -258,7 +253,7 @@ class SlimGPT(RefittingMethod):
         }
 
 
-def _removed(found: Finding) -> Tensor:
-    removed = torch.ones(len(found["errors"]), dtype=torch.bool)
-    removed[found["kept"]] = False
+def _removed(layers: list[LayerAnatomy], plan: LayerPlan, block: Block) -> Tensor:
+    removed = torch.ones(layers[plan.layer].units(block), dtype=torch.bool)
+    removed[plan.kept(block)] = False
     return removed

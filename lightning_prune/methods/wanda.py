@@ -9,22 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from lightning_prune.calibration.hooks import Hooks
-from lightning_prune.calibration.passes import Finding, ForwardPass, Holding, Load, Pass, Step
+from lightning_prune.calibration.layer_result import LayerResult
+from lightning_prune.calibration.passes import ForwardPass, Holding, Load, Pass, Step
 from lightning_prune.calibration.statistics.groups import group_importance
 from lightning_prune.calibration.statistics.input_norms import SumOfSquares
 from lightning_prune.methods.mask_pruning import GroupOrMaskPruning, MaskRule, mask_holding, mask_layer
 from lightning_prune.models.families import LayerAnatomy
-
-# Projections that read the same activation share one statistic, collected at the first of them.
-INPUT_OF = {
-    "query": "query",
-    "key": "query",
-    "value": "query",
-    "output": "output",
-    "gate": "gate",
-    "up": "gate",
-    "down": "down",
-}
+from lightning_prune.models.vocabulary import INPUT_OF, Block
 
 
 def weight_scores(weight: Tensor, input_norms: Tensor) -> Tensor:
@@ -40,7 +31,7 @@ def weight_scores(weight: Tensor, input_norms: Tensor) -> Tensor:
     return weight.float().abs() * input_norms.float()
 
 
-def wanda_importance(view: LayerAnatomy, norms: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+def wanda_importance(view: LayerAnatomy, norms: dict[str, Tensor]) -> dict[Block, Tensor]:
     """I(G) = Σ |W_ij| · ‖X_j‖₂ over every weight of the group, in all its projections.
 
     Args:
@@ -84,13 +75,10 @@ class WandaPass(ForwardPass):
     name = "importance"
 
     def observe(self, view: LayerAnatomy, hooks: Hooks) -> None:
-        """Watch the layer's inputs."""
         self.inputs = InputNorms(view, hooks)
 
-    def conclude(self, view: LayerAnatomy) -> Finding:
-        """Importance per unit."""
-        groups, channels = wanda_importance(view, self.inputs.norms())
-        return {"attention": groups, "mlp": channels}
+    def conclude(self, view: LayerAnatomy) -> LayerResult:
+        return LayerResult(wanda_importance(view, self.inputs.norms()))
 
 
 class WandaMaskPass(WandaPass):
@@ -107,8 +95,7 @@ class WandaMaskPass(WandaPass):
     def __init__(self, rule: MaskRule, sequential: bool) -> None:
         self.rule, self.rewrites = rule, sequential
 
-    def conclude(self, view: LayerAnatomy) -> Finding:
-        """The masked weights, and what was zeroed."""
+    def conclude(self, view: LayerAnatomy) -> LayerResult:
         norms = self.inputs.norms()
         return mask_layer(view, self.rule, lambda role: weight_scores(view.linears[role].weight, norms[INPUT_OF[role]]))
 
@@ -136,9 +123,7 @@ class Wanda(GroupOrMaskPruning):
         self.sequential = sequential
 
     def passes(self) -> list[Pass]:
-        """One forward over the decoder."""
-        return [WandaMaskPass(self.rule, self.sequential)] if self.masked else [WandaPass()]
+        return [WandaPass()] if self.masks is None else [WandaMaskPass(self.mask_rule(self.masks), self.sequential)]
 
     def details(self) -> dict[str, Any]:
-        """Where the masks' norms come from."""
-        return {**super().details(), **({"sequential": self.sequential} if self.masked else {})}
+        return {**super().details(), **({} if self.masks is None else {"sequential": self.sequential})}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_prune.models.records import COLUMN_ROLES, FAMILIES, GUIDE, ROLES, Family
 from lightning_prune.models.refusals import refusal_of
+from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 from lightning_prune.support.errors import UserError
 
 
@@ -105,6 +106,22 @@ class LayerAnatomy:
     def num_channels(self) -> int:
         """F."""
         return self.gate.out_features
+
+    def units(self, block: Block) -> int:
+        """K GQA groups or F MLP channels."""
+        return self.num_kv_heads if block is Block.ATTENTION else self.num_channels
+
+    def unit_cost(self, block: Block) -> int:
+        """Parameters that are removed with one unit."""
+        return self.attention_unit_cost if block is Block.ATTENTION else self.mlp_unit_cost
+
+    def block_cost(self, block: Block) -> int:
+        """Parameters that are removed with the whole block."""
+        return self.attention_block_cost if block is Block.ATTENTION else self.mlp_block_cost
+
+    def projection(self, block: Block) -> Projection:
+        """The projection of a block that writes to the residual stream: o_proj or down_proj."""
+        return self.linears[OUTPUT_ROLE[block]]
 
     @property
     def attention_unit_cost(self) -> int:

@@ -16,6 +16,7 @@ from lightning_prune.models.head import loss_gradient, token_losses
 from lightning_prune.models.loading import load_config, meta_model, quiet_transformers, resolve
 from lightning_prune.models.overflow import Overflow
 from lightning_prune.models.sources import CheckpointSource, Prefetching, Source
+from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.memory import give_back_freed_memory, keep_heaps_small
 
 Onload = Literal["model", "layer"]
@@ -186,11 +187,11 @@ class LayeredModel:
         with _replaced_forward({self.views[index].attention: _no_attention}):
             return self.run(index, middle)
 
-    def add(self, index: int, hidden: Tensor, block: Literal["attention", "mlp"], output: Tensor) -> Tensor:
+    def add(self, index: int, hidden: Tensor, block: Block, output: Tensor) -> Tensor:
         """The residual stream behind a block that was entered with ``hidden`` and puts out ``output``, ``[B, L, D]``
         each: norms and multipliers on the way are the layer's own. No evaluation, since nothing is computed."""
         view = self.views[index]
-        if block == "attention":
+        if block is Block.ATTENTION:
             stubs: dict[nn.Module, Any] = {view.attention: lambda *_, **__: (output, None), view.mlp: _nothing}
         else:
             stubs = {view.attention: _no_attention, view.mlp: lambda *_, **__: output}

@@ -12,15 +12,16 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
-from lightning_prune.calibration.module import LayeredModule
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.cli.experiment import build
 from lightning_prune.cli.lightning_cli import PruneCLI
 from lightning_prune.comparison import accuracy, costs
 from lightning_prune.comparison.audit import audit
+from lightning_prune.comparison.records import Run
 from lightning_prune.comparison.repeats import repeats
-from lightning_prune.comparison.run import Run, load_run
+from lightning_prune.comparison.run import load_run
 from lightning_prune.comparison.zero_shot import ZeroShot
+from lightning_prune.evaluation.perplexity import Evaluation
 from lightning_prune.models.loading import quiet_transformers
 from lightning_prune.python.calibration import as_dataset
 from lightning_prune.python.pruned import PrunedModel
@@ -153,7 +154,7 @@ def evaluate(
                 "default_root_dir": work,
             },
         }
-        cli = PruneCLI(configuration, LayeredModule, subclasses=False, command="test")
+        cli = PruneCLI(configuration, Evaluation, subclasses=False, command="test")
         cli.model.check_model()
         cli.datamodule.needs_calibration = False
         cli.datamodule.setup("test")
@@ -217,7 +218,7 @@ def compare(
     table = table.sort_values(["ratio", *quality[:1]], ignore_index=True)
     table.attrs["differences"] = [str(one) for one in result.differences]
     if zero_shot:
-        table.attrs["dense"] = {run.base_model: _accuracies([run], found, dense=True) for run in found}
+        table.attrs["dense"] = {run.metrics.method.base_model: _accuracies([run], found, dense=True) for run in found}
     return table
 
 

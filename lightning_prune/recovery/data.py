@@ -1,30 +1,26 @@
 """Text to train on: the corpora, files and token arrays that calibration takes, with a share held out of training."""
 
-from __future__ import annotations
-
-from pathlib import Path
+from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
-from lightning import LightningDataModule
+import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_prune.data.calibration import EvaluationSet, fingerprint
+from lightning_prune.data.calibration import CalibrationSet, EvaluationSet
 from lightning_prune.data.corpora import calibration_split, split_spec
-from lightning_prune.data.datamodule import WINDOW_LENGTH
-from lightning_prune.data.sampling import aligned_windows
-from lightning_prune.data.streams import StreamReader
-from lightning_prune.data.token_arrays import first_part, is_token_array, load_token_array
-from lightning_prune.data.tokenization import default_cache_dir
-from lightning_prune.recovery.overlap import refuse_overlap
-from lightning_prune.recovery.stream import ShuffledWindows
+from lightning_prune.data.datamodule import CalibrationDataModule, calibration_set, same_text
+from lightning_prune.data.sampling import aligned_windows, sequential_windows
+from lightning_prune.data.token_arrays import first_part, is_token_array
 from lightning_prune.support.errors import UserError
-from lightning_prune.support.regular_files import expanded, from_home
 
-_UNKNOWN = dict.fromkeys(("configuration", "revision", "text_sha256", "tokenizer_sha256"))  # of a token array
+RUN = 64  # equal tokens in a row that are no coincidence; shorter windows are compared whole
+SHARE = 0.01  # of the evaluation windows that may begin with words of the training text: licences, boilerplate
 
 
-class RecoveryDataModule(LightningDataModule):
+class RecoveryDataModule(CalibrationDataModule):
     """Training windows, and windows of the same text that are held out of training.
 
     Text is tokenised whole, without special tokens, into one stream that is cut into windows of full length: nothing
@@ -43,12 +39,10 @@ class RecoveryDataModule(LightningDataModule):
         seed: order of the training windows.
         eval_datasets: sets to report perplexity on, before and after: names, files or token arrays, `name:split` for
             another split than test. By default those of the pruning run. None of them may be trained on.
-        cache_dir: where tokenised text is kept. By default $XDG_CACHE_HOME/lightning_prune or
-            ~/.cache/lightning_prune.
-        tokenizer: model folder whose tokenizer is used.
 
     Raises:
-        UserError: an option is out of range, or (from `setup`) the data cannot be had or is too short.
+        UserError: an option is out of range, or (from `setup`) the data cannot be had, is too short, or holds what
+            perplexity is reported on.
     """
 
     def __init__(
@@ -60,131 +54,147 @@ class RecoveryDataModule(LightningDataModule):
         held_out: float = 0.05,
         seed: int = 0,
         eval_datasets: list[str] | None = None,
-        cache_dir: str | None = None,
-        tokenizer: str = "demo",
+        **kwargs: Any,
     ) -> None:
-        super().__init__()
-        for name, value, least in (
-            ("num_samples", num_samples, 2),
-            ("seq_len", seq_len, 2),
-            ("batch_size", batch_size, 1),
-            ("seed", seed, 0),
-        ):
-            if value is not None and value < least:
-                raise UserError(f"--data.{name} is {value}: it must be at least {least}")
+        super().__init__(
+            dataset=dataset,
+            num_samples=num_samples,
+            seq_len=seq_len,
+            batch_size=batch_size,
+            sampling="sequential",
+            stride=None,
+            seed=seed,
+            eval_datasets=eval_datasets,
+            eval_seq_len=None,
+            **kwargs,
+        )
         if not 0 < held_out < 1:
             raise UserError(
-                f"--data.held_out is {held_out:g}: it is a share of the training text and must lie between 0 and 1, "
+                f"--data.held_out is {held_out:g}: it is a share of the training text and must be between 0 and 1, "
                 "both excluded (0.05 holds a twentieth out)"
             )
-        self.dataset = None if dataset is None else from_home(dataset, "--data.dataset")
-        self.num_samples, self.eval_datasets = num_samples, eval_datasets
-        self._length_asked_for, self.seq_len = seq_len, WINDOW_LENGTH if seq_len is None else seq_len
-        self.batch_size, self.held_out, self.seed = batch_size, held_out, seed
-        self.cache_dir = expanded(cache_dir, "--data.cache_dir") if cache_dir else default_cache_dir()
-        self.tokenizer = tokenizer
-        self._streams = StreamReader(tokenizer, self.cache_dir)
-        self._windows: Tensor | None = None
-        self._stream: ShuffledWindows | None = None
-        self._position = 0
-        self.manifest: dict[str, Any] = {}
+        self.held_out, self.num_held_out = held_out, 0
+        self.position = 0  # batches handed out before
+        self.batches: ShuffledWindows | None = None
 
-    def show_progress(self) -> None:
-        """Say how far it is while text is tokenised."""
-        self._streams.show_progress = True
+    def follow(self, dataset: str, eval_datasets: list[str], eval_seq_len: int | None) -> None:
+        """Take the protocol of the pruning run: its window length, and its text and sets where no others are given."""
+        self.dataset = dataset if self.dataset is None else self.dataset
+        self.eval_datasets = eval_datasets if self.eval_datasets is None else self.eval_datasets
+        if eval_seq_len is not None:
+            self.eval_seq_len = self._eval_length_asked_for = eval_seq_len
 
-    def setup(self, stage: str | None = None) -> None:
-        """Read and cut the text, once."""
-        if self._windows is not None:
-            return
-        assert self.dataset is not None, "the run fills the default in"
-        dataset, split = split_spec(self.dataset)
+    def _build_calibration(self) -> CalibrationSet:
+        """All windows in the order of the text, the held-out ones last."""
+        dataset, split = split_spec(self.source)
+        number, length = self._asked_for
         if is_token_array(dataset):
-            if split is not None:
-                raise UserError(f"the token array {dataset} has no splits: leave out :{split}")
-            windows = first_part(load_token_array(dataset), dataset, self.num_samples, self._length_asked_for)
-            facts: dict[str, Any] = {**_UNKNOWN, "dataset": dataset, "split": "all"}
+            windows, facts = first_part(dataset, split, number, length)
         else:
-            wanted = None if self.num_samples is None else self.num_samples * self.seq_len
+            wanted = None if number is None else number * self.seq_len
             stream = self._streams.read(dataset, split or calibration_split(dataset), wanted)
             windows, facts = aligned_windows(stream.tokens, self.seq_len), stream.provenance
-            if self.num_samples is not None and len(windows) < self.num_samples:
-                raise UserError(
-                    f"--data.num_samples: found {self.num_samples}, but {dataset} has {len(windows)} windows of "
-                    f"{self.seq_len} tokens: ask for fewer, or leave it out to take all"
-                )
-            windows = windows[: self.num_samples]
-        held_out = max(1, round(self.held_out * len(windows)))
-        if len(windows) - held_out < 1:
+            if number is not None:
+                windows = sequential_windows(stream.tokens, number, self.seq_len)
+        self.num_held_out = max(1, round(self.held_out * len(windows)))
+        if len(windows) <= self.num_held_out:
             raise UserError(
-                f"the training text {dataset} has {len(windows)} windows of {self.seq_len} tokens, of which "
-                f"{held_out} would be held out: lower --data.seq_len or --data.held_out, or choose a longer text with "
-                "--data.dataset"
+                f"the training text {dataset} has {len(windows)} windows, of which {self.num_held_out} would be held "
+                "out: lower --data.seq_len or --data.held_out, or choose a longer text with --data.dataset"
             )
-        self._windows, self._held_out = windows, held_out
-        self.manifest = {
-            **facts,
-            "seq_len": windows.shape[1],
-            "windows": len(windows) - held_out,
-            "held_out_windows": held_out,
-            "seed": self.seed,
-            "fingerprint": fingerprint(windows),
-        }
+        return calibration_set(windows, sampling="sequential", **facts)
 
     @property
-    def windows(self) -> Tensor:
-        """All windows in the order of the text, int64 ``[N, L]``, the held-out ones last; built by `setup`."""
-        assert self._windows is not None
-        return self._windows
+    def manifest(self) -> dict[str, Any]:
+        """What ``recovery.json`` says of the text."""
+        facts, total = self.calibration.manifest.to_json(), len(self.calibration.tokens)
+        rest = {name: value for name, value in facts.items() if name not in ("sampling", "stride", "num_samples")}
+        counts = {"windows": total - self.num_held_out, "held_out_windows": self.num_held_out}
+        return rest | counts | {"seed": self.seed}
 
-    def train_dataloader(self) -> ShuffledWindows:
-        """Batches int64 ``[B, L]``."""
-        self._stream = ShuffledWindows(self.windows[: -self._held_out], self.batch_size, self.seed)
-        self._stream.position = self._position
-        return self._stream
-
-    def val_dataloader(self) -> DataLoader[Tensor]:
-        """Batches int64 ``[B, L]`` of the held-out windows."""
-        return DataLoader(self.windows[-self._held_out :], batch_size=self.batch_size)  # type: ignore[arg-type]
-
-    def state_dict(self) -> dict[str, Any]:
-        """How far the text was read, for a run that goes on."""
-        return {"position": 0 if self._stream is None else self._stream.position}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `state_dict`."""
-        self._position = int(state_dict["position"])
-
-    def check_against_model(self, vocab_size: int, max_positions: int | None) -> None:
-        """Refuse tokens and lengths the model cannot take.
-
-        Raises:
-            UserError: a token id outside `0 … vocab_size - 1`, or windows longer than `max_positions`.
-        """
-        low, high = int(self.windows.min()), int(self.windows.max())
-        if low < 0 or high >= vocab_size:
-            raise UserError(
-                f"the training text {self.dataset} holds the token id {low if low < 0 else high}, but the model's "
-                f"vocabulary has {vocab_size} ids (0 to {vocab_size - 1}): check --data.dataset"
-            )
-        if max_positions is not None and self.windows.shape[1] > max_positions:
-            raise UserError(
-                f"the training text {self.dataset} has windows of {self.windows.shape[1]} tokens, but the model has "
-                f"{max_positions} positions: lower --data.seq_len"
-            )
-
-    def refuse_evaluation_text(self, evaluation: list[EvaluationSet]) -> None:
+    def check_seen(self, held_out: EvaluationSet) -> None:
         """Refuse to train on what perplexity is reported on.
 
         Raises:
-            UserError: see `overlap.refuse_overlap`.
+            UserError: the same text or tokens, or a text that holds more than ``SHARE`` of the windows.
         """
-        for one in evaluation:
-            refuse_overlap(self.manifest, self.windows, one.name, one.manifest, one.tokens)
+        if self._calibration is None:
+            return
+        same = same_text(self.calibration.manifest.to_json(), held_out.manifest)
+        share = 1.0 if same else shared_windows(self.calibration.tokens, held_out.tokens)
+        if share > SHARE:
+            reason = "is the text of" if same else f"holds {share:.0%} of the windows of"
+            raise UserError(
+                f"--data.dataset: the training text '{self.source}' {reason} the evaluation set '{held_out.name}', on "
+                "which perplexity is reported. Train on another text (the split train, another file), or report on "
+                "another one with --data.eval_datasets."
+            )
+
+    def train_dataloader(self) -> "ShuffledWindows":  # type: ignore[override]
+        """Batches int64 ``[B, L]``."""
+        windows = self.calibration.tokens[: -self.num_held_out]
+        self.batches = ShuffledWindows(windows, self.batch_size, self.seed, self.position)
+        return self.batches
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        """Batches int64 ``[B, L]`` of the held-out windows."""
+        windows: Any = self.calibration.tokens[-self.num_held_out :]
+        return DataLoader(windows, batch_size=self.batch_size)
+
+    def state_dict(self) -> dict[str, int]:
+        """The position in the text, which Lightning does not take from the loader where an epoch is complete."""
+        return {} if self.batches is None else self.batches.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.position = state_dict["position"]
 
 
-def default_dataset(calibration: str | None, base_model: str) -> str:
-    """What a pruning run calibrated on; for one without calibration what would be its default."""
-    if calibration is not None:
-        return calibration
-    return "demo" if Path(base_model).name == "demo" else "wikitext2"
+class ShuffledWindows:
+    """An endless stream of batches, every window once before any comes again.
+
+    Lightning takes ``len`` batches as an epoch. The order is a function of the seed and the position alone, so the
+    position is all that an interrupted run needs.
+
+    Args:
+        tokens: int64 ``[N, L]``.
+        batch_size: windows per batch; the last one of every round is smaller where it does not divide N.
+        seed: of the order.
+        position: batches handed out before.
+    """
+
+    def __init__(self, tokens: Tensor, batch_size: int, seed: int, position: int = 0) -> None:
+        self.tokens, self.batch_size, self.seed, self.position = tokens, batch_size, seed, position
+
+    def __len__(self) -> int:
+        return -(-len(self.tokens) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        first, skipped = divmod(self.position, len(self))
+        for number in count(first):
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + number) % 2**63)
+            order = torch.randperm(len(self.tokens), generator=generator)
+            for rows in order.split(self.batch_size)[skipped:]:
+                self.position += 1
+                yield self.tokens[rows]
+            skipped = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+def shared_windows(tokens: Tensor, windows: Tensor) -> float:
+    """Share of ``windows`` ``[M, W]`` whose first ``RUN`` tokens (or all, if fewer) occur somewhere in the text
+    ``tokens`` ``[N, L]``, read as one stream."""
+    stream = tokens.flatten().numpy()
+    length = min(RUN, windows.shape[1])
+    if len(stream) < length:
+        return 0.0
+    # The set holds the evaluation's windows; one of every run of the training text would take 512 bytes a token.
+    beginnings = [row.tobytes() for row in windows[:, :length].contiguous().numpy()]
+    wanted = set(beginnings)
+    runs = np.lib.stride_tricks.sliding_window_view(stream, length)
+    found = {key for run in runs if (key := run.tobytes()) in wanted}
+    return sum(key in found for key in beginnings) / len(beginnings)

@@ -7,41 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_prune.checkpoint.pruned import stored_dtype
 from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.models.layered import LayeredModel, skeleton
 from lightning_prune.models.loading import load_config
 
 
 class StateSource:
-    """Gives parameters that are in memory; see ``models.sources.Source``."""
+    """Gives parameters that are in memory, see ``models.sources.Source``."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         self.state = state
 
     def read(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
-        """The parameters ``names``, in ``dtype`` (None: as they are), on ``device``."""
         return {name: self.state[name].to(device=device, dtype=dtype) for name in names}
 
 
-def write_recovered(
-    state: Mapping[str, Tensor], pretrained: str, folder: Path, dtype: torch.dtype, card: str
-) -> dict[str, Any]:
-    """Write ``state`` with the config, tokenizer and modeling file of the pruned model at ``pretrained``.
-
-    Args:
-        state: every parameter by its name in the model.
-        pretrained: the pruned model that was trained.
-        folder: where to.
-        dtype: of the weights on disk.
-        card: ``README.md``.
-
-    Returns:
-        What the self-check compared.
-
-    Raises:
-        CheckpointError, FloatingPointError, UserError: see ``checkpoint.write``; nothing is left behind.
-    """
-    net = skeleton(load_config(pretrained))
+def write_recovered(state: Mapping[str, Tensor], pretrained: str, folder: Path, card: str) -> dict[str, Any]:
+    """Write the parameters ``state`` with the config, tokenizer, modeling file and dtype of the pruned model at
+    ``pretrained``, a layer at a time. Returns and raises what ``checkpoint.write`` does."""
+    net, dtype = skeleton(load_config(pretrained)), stored_dtype(pretrained)
     model = LayeredModel(net, StateSource(state), dtype, torch.device("cpu"), "layer")
     try:
         return write_checkpoint(model, folder, tokenizer_from=pretrained, card=card)

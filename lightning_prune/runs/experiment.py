@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lightning_prune.calibration.module import PerplexityResult
+from lightning_prune.evaluation.perplexity import PerplexityResult
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.runs.failure import Failure
 from lightning_prune.runs.folder import RunFolder

@@ -9,17 +9,19 @@ from typing import Any
 import lightning as L
 import torch
 
-from lightning_prune.calibration.module import STEP_BYTES
 from lightning_prune.calibration.passes import Load, Pass
 from lightning_prune.calibration.residuals import SHARE
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.checkpoint.pruned import stored_dtype
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.data.token_arrays import is_token_array, load_token_array
+from lightning_prune.evaluation.perplexity import STEP_BYTES
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.head import LOGITS_BYTES
-from lightning_prune.models.layered import Onload
+from lightning_prune.models.layered import Onload, skeleton
 from lightning_prune.models.loading import config_alone
+from lightning_prune.models.model_slot import load_dtype
+from lightning_prune.models.vocabulary import ROLES_OF
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.memory import anonymous_bytes, free_bytes, free_host_bytes
 
@@ -93,8 +95,9 @@ class Memory:
             UserError: what shapes and options alone can tell.
         """
         method.trainer = trainer
-        config = config_alone(method.pretrained)
-        method.check_before_loading(config)
+        if not method.layers:
+            method.check_shapes(skeleton(config_alone(method.pretrained)))
+        config = method.config
         samples, seq_len, windows, eval_seq_len = data.num_samples, data.seq_len, None, data.eval_seq_len
         if method.needs_calibration and data.source and is_token_array(data.source):
             samples, seq_len = load_token_array(data.source).shape
@@ -118,13 +121,18 @@ class Memory:
         samples = -(-samples // trainer.world_size)
         return cls(method, data, config, stored, host, device, held, samples, seq_len, windows, eval_seq_len)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights while they are computed with."""
+        return load_dtype(str(self.method.trainer.precision))
+
     def estimate(self, onload: Onload) -> Estimate:
         """What the run takes with its weights there."""
-        method, size = self.method, self.method.load_dtype.itemsize
+        method, size = self.method, self.dtype.itemsize
         view, layers = method.layers[0], len(method.layers)
-        layer = view.attention_block_cost + view.mlp_block_cost
+        layer = sum(view.block_cost(block) for block in ROLES_OF)
         outside = method.dense_parameters - layers * layer
-        copied = self.device is not None or method.load_dtype != self.stored  # else they are views of the files
+        copied = self.device is not None or self.dtype != self.stored  # else they are views of the files
         weights = (outside + layer * (1 if onload == "layer" else layers)) * size if copied else 0
         weights += 2 * layer if "mixed" in str(method.trainer.precision) else 0
         ahead = layer * size if copied and onload == "layer" else 0
@@ -163,7 +171,7 @@ class Memory:
         views = self.method.layers
         kept = [LayerPlan(one.index, list(range(one.num_kv_heads)), list(range(one.num_channels))) for one in views]
         measuring = [] if self.method.saved is not None else self.method.passes()
-        return measuring + self.method.passes_behind(kept, lambda: torch.zeros(0))
+        return measuring + self.method.refit_passes(kept, lambda: torch.zeros(0))
 
     def _load(self, free: int) -> Load:
         view = self.method.layers[0]
@@ -177,7 +185,7 @@ class Memory:
             rows=self.samples,
             batch_size=min(self.data.batch_size, self.samples),
             seq_len=self.seq_len,
-            dtype=self.method.load_dtype,
+            dtype=self.dtype,
             accelerated=self.device is not None,
             free=free,
         )
@@ -255,19 +263,20 @@ def place(trainer: L.Trainer, method: PruningMethod, data: CalibrationDataModule
     if method.saved is not None and not method.needs_calibration:  # only the evaluation runs
         return
     memory = Memory.of(trainer, method, data)
-    onload: Onload = method.onload  # type: ignore[assignment]
-    if method.onload == "auto":
+    onload: Onload = method.slot.onload  # type: ignore[assignment]
+    if method.slot.onload == "auto":
         onload = "model" if memory.estimate("model").share <= ROOM else "layer"
     found = memory.estimate(onload)
     if found.share > 1:
         raise UserError(memory.refusal(found))
-    method.onload = onload
+    method.slot.onload = onload
 
 
 def advice(method: PruningMethod, data: CalibrationDataModule, onload: str, phase: str = "") -> str:
     """The options that make a run smaller where it is fullest, or anywhere for no phase."""
+    full = load_dtype(str(method.trainer.precision)) == torch.float32
     options = {
-        "--trainer.precision bf16-true halves weights and residual streams": method.load_dtype == torch.float32,
+        "--trainer.precision bf16-true halves weights and residual streams": full,
         "--model.onload layer keeps one layer in memory instead of all": onload != "layer",
         "--model.prior_num_samples 50 shortens the priors' residual streams, --model.temperature 0 leaves the priors "
         "out": phase == "prior",
@@ -292,4 +301,6 @@ def memory_advice(method: PruningMethod, data: CalibrationDataModule) -> Iterato
         # On the host torch raises a plain RuntimeError.
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in said:
             raise
-        raise UserError(f"Out of memory: {said.splitlines()[0][:200]} {advice(method, data, method.onload)}") from error
+        raise UserError(
+            f"Out of memory: {said.splitlines()[0][:200]} {advice(method, data, method.slot.onload)}"
+        ) from error

@@ -6,12 +6,12 @@ from contextlib import contextmanager
 import lightning as L
 import torch
 
-from lightning_prune.calibration.module import LayeredModule
+from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.layered import LayeredModel, open_layered
 
 
 @contextmanager
-def numerical_advice(trainer: L.Trainer, model: LayeredModule) -> Iterator[None]:
+def numerical_advice(trainer: L.Trainer, model: PruningMethod) -> Iterator[None]:
     """Complete the message of numerical trouble: bad weights are named, else a precision that is not yet in use.
 
     Raises:
@@ -23,7 +23,7 @@ def numerical_advice(trainer: L.Trainer, model: LayeredModule) -> Iterator[None]
         raise FloatingPointError(f"{error} {_advice(str(trainer.precision), model)}") from error
 
 
-def _advice(precision: str, model: LayeredModule) -> str:
+def _advice(precision: str, model: PruningMethod) -> str:
     bad = _bad_weight(model)
     if bad is not None:
         return (
@@ -38,7 +38,7 @@ def _advice(precision: str, model: LayeredModule) -> str:
     )
 
 
-def _bad_weight(model: LayeredModule) -> str | None:
+def _bad_weight(model: PruningMethod) -> str | None:
     """The first parameter of the checkpoint that is not finite."""
     opened = open_layered(model.pretrained, None, torch.device("cpu"))
     try:

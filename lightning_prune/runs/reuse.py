@@ -5,9 +5,10 @@ from typing import Literal
 import numpy as np
 import torch
 
-from lightning_prune.calibration.module import PerplexityResult
 from lightning_prune.data.datamodule import CalibrationDataModule
-from lightning_prune.methods.base import PruningMethod, SavedMeasurement
+from lightning_prune.evaluation.perplexity import PerplexityResult
+from lightning_prune.methods.base import PruningMethod
+from lightning_prune.methods.measurement import SavedMeasurement
 from lightning_prune.methods.scores import Scores, group_scores, layer_scores
 from lightning_prune.models.families import anatomy
 from lightning_prune.models.loading import load_config, meta_model

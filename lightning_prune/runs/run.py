@@ -10,8 +10,8 @@ import lightning as L
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lightning_prune.calibration.module import LayeredModule, PerplexityResult
 from lightning_prune.data.datamodule import CalibrationDataModule
+from lightning_prune.evaluation.perplexity import Evaluation, PerplexityResult, measure_perplexity
 from lightning_prune.evaluation.unigram import unigram_perplexity
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.fingerprint import base_model_sha256
@@ -77,11 +77,10 @@ def prune_and_record(
         if dense is None:
             dense = _dense(trainer, method, data, folder)
         trainer.fit(method, data)
-        trainer.test(method, data, verbose=False)
-        method.seconds["evaluate pruned"] = method.seconds.pop("evaluate", 0.0)
+        pruned = measure_perplexity(trainer, data, str(method.pruned_folder), "pruned", method.slot, method.progress)
         method.seconds["total"] = time.perf_counter() - started
 
-        record = _record(trainer, method, data, config, dense)
+        record = _record(trainer, method, data, config, dense, pruned)
         if folder is not None:
             _log(trainer, method, record.metrics)
             folder.append_to_card(evaluation_section(record.metrics))
@@ -92,7 +91,7 @@ def prune_and_record(
 
 def _facts(trainer: L.Trainer, method: PruningMethod, data: CalibrationDataModule, config: str) -> Facts:
     """What an unfinished run must share with this one; builds the calibration set."""
-    with method.timed("tokenise"):
+    with method.seconds.measure("tokenise"):
         data.setup("fit")
     calibration = data.calibration.manifest.fingerprint if method.needs_calibration else None
     return facts_of(config, base_model_sha256(method.pretrained), calibration, trainer.world_size)
@@ -108,16 +107,16 @@ def _dense(
     known = known_dense(folder, fingerprints) if folder is not None and trainer.world_size == 1 else None
     if known is not None:
         return {name: PerplexityResult(*pair) for name, pair in known.items()}
-    trainer.test(method, data, verbose=False)
-    method.seconds["evaluate dense"] = method.seconds.pop("evaluate", 0.0)
-    if folder is not None and method.perplexity and method.saved is None:
-        values = {name: (result.perplexity, result.tokens) for name, result in method.perplexity.items()}
+    method.expect_roughly(data)
+    measured = measure_perplexity(trainer, data, method.pretrained, "dense", method.slot, method.progress)
+    if folder is not None and measured and method.saved is None:
+        values = {name: (result.perplexity, result.tokens) for name, result in measured.items()}
         keep_dense(folder, fingerprints, values)
-    return method.perplexity
+    return measured
 
 
 def evaluate_and_record(
-    trainer: L.Trainer, model: LayeredModule, data: CalibrationDataModule, config: str
+    trainer: L.Trainer, model: Evaluation, data: CalibrationDataModule, config: str
 ) -> tuple[Path, RunRecord]:
     """Measure the perplexity of one model with the protocol of the pruning runs and write it.
 
@@ -220,11 +219,12 @@ def _record(
     data: CalibrationDataModule,
     config: str,
     dense: dict[str, PerplexityResult],
+    pruned: dict[str, PerplexityResult],
 ) -> RunRecord:
     evaluation = {
         item.name: {**item.manifest, "unigram_perplexity": unigram_perplexity(item.tokens)} for item in data.evaluation
     }
-    metrics = run_metrics(method.plan, dense, method.perplexity, evaluation, method.seconds, peak_memory_bytes())
+    metrics = run_metrics(method.plan, dense, pruned, evaluation, method.seconds, peak_memory_bytes())
     weights = base_model_sha256(method.pretrained)
     metrics["method"] = {
         "name": method.method,

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_prune.calibration.module import PerplexityResult
 from lightning_prune.checkpoint.plan import PruningPlan
+from lightning_prune.evaluation.perplexity import PerplexityResult
 from lightning_prune.runs.verdict import verdict
 
 

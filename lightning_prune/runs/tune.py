@@ -20,12 +20,13 @@ import yaml
 
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.data.sampling import held_out_samples
-from lightning_prune.methods.base import PruningMethod, SavedMeasurement
+from lightning_prune.evaluation.perplexity import measure_perplexity
+from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.group_pruning import GroupPruning
+from lightning_prune.methods.measurement import SavedMeasurement
 from lightning_prune.models.families import family_of
 from lightning_prune.models.fingerprint import base_model_sha256
 from lightning_prune.models.loading import load_config
-from lightning_prune.runs.memory_estimate import place
 from lightning_prune.runs.planned import Build, BuiltRun
 from lightning_prune.runs.resume import facts_of
 from lightning_prune.runs.shifts import Floats, directions, factors, search_shifts
@@ -228,12 +229,13 @@ def _measure(run: BuiltRun) -> SavedMeasurement:
 def _fit(run: BuiltRun) -> None:
     run.model.writes = False
     run.datamodule.needs_calibration = run.model.needs_calibration
-    place(run.trainer, run.model, run.datamodule)
     run.trainer.fit(run.model, run.datamodule)
 
 
 def _perplexity(run: BuiltRun) -> float:
     """Mean token loss in nats on the held-out samples, of what is laid over the dense model or of that one itself."""
-    run.trainer.test(run.model, run.datamodule, verbose=False)
-    (found,) = run.model.perplexity.values()
-    return math.log(found.perplexity)
+    method = run.model
+    (measured,) = measure_perplexity(
+        run.trainer, run.datamodule, method.pretrained, "", method.slot, method.progress
+    ).values()
+    return math.log(measured.perplexity)

@@ -5,16 +5,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class Timed:
-    """Keeps ``seconds`` by phase."""
-
-    seconds: dict[str, float]
+class Seconds(dict[str, float]):
+    """Phase → seconds spent in it, in the order in which phases began."""
 
     @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add the wall-clock seconds of the block to ``self.seconds[phase]``."""
+    def measure(self, phase: str) -> Iterator[None]:
+        """Add the wall-clock seconds of the block to ``phase``."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+            self.add(phase, time.perf_counter() - start)
+
+    def add(self, phase: str, seconds: float) -> None:
+        """Add to ``phase``."""
+        self[phase] = self.get(phase, 0.0) + seconds

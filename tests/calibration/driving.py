@@ -1,4 +1,4 @@
-"""A walk driven by hand, as the trainer drives it, on a layered model in memory."""
+"""A calibration loop driven by hand, as the trainer drives it, on a layered model in memory."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_prune.calibration.loop import Walk
+from lightning_prune.calibration.loop import CalibrationLoop
 from lightning_prune.calibration.passes import Batch, Pass, Setting
-from lightning_prune.calibration.results import Findings
-from lightning_prune.calibration.stream_checkpoints import Waypoints
+from lightning_prune.calibration.results import Results
+from lightning_prune.calibration.stream_checkpoints import StreamCheckpoints
 from lightning_prune.models.layered import LayeredModel
 
 
@@ -22,22 +22,24 @@ def drive(
     *,
     batch_size: int = 2,
     padding: int = 0,
-    findings: Findings | None = None,
-    waypoints: Waypoints | None = None,
+    folder: Path | None = None,
+    streams: bool = False,
     stop_after: int | None = None,
-) -> Walk:
-    """Take ``passes`` over ``tokens`` ``[N, L]`` and, behind them, ``padding`` samples of weight 0.
+) -> CalibrationLoop:
+    """Take ``passes`` over ``tokens`` ``[N, L]`` and, after them, ``padding`` samples of weight 0.
 
-    ``stop_after``: so many steps; what is open stays open, as where a process is killed.
+    ``folder`` keeps results, with ``streams`` residual streams too. ``stop_after``: so many steps; what is open stays
+    open, as where a process is killed.
     """
     samples = len(tokens)
     padded = torch.cat([tokens, tokens[:1].expand(padding, -1)])
     weight = torch.cat([torch.ones(samples), torch.zeros(padding)])
     setting = Setting(model, len(padded), samples, batch_size, tokens.shape[1], scratch, nullcontext)
-    walk = Walk(passes, setting, Findings() if findings is None else findings, waypoints)
-    for number in walk.open_steps()[:stop_after]:
-        walk.start(number)
-        for rows in setting.batches() if walk.steps[number][0].reads else ():
-            walk.batch(number, Batch(padded[rows], weight[rows], torch.arange(len(padded))[rows], rows))
-        walk.finish(number)
-    return walk
+    loop = CalibrationLoop(passes, setting, Results(folder), StreamCheckpoints(folder if streams else None))
+    for _ in range(len(loop.remaining[:stop_after])):
+        reads = loop.reads
+        loop.start()
+        for rows in setting.batches() if reads else ():
+            loop.batch(Batch(padded[rows], weight[rows], torch.arange(len(padded))[rows], rows))
+        loop.finish()
+    return loop

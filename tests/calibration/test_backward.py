@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_prune.calibration.backward import BackwardPass
-from lightning_prune.calibration.passes import Finding
+from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.statistics.gradients import LayerGradients
 from lightning_prune.models.families import LayerAnatomy, anatomy
 from tests.calibration.driving import drive
@@ -26,27 +26,26 @@ class Gradients(BackwardPass):
     def watch(self, view: LayerAnatomy) -> None:
         self.gradients = LayerGradients(view)
 
-    def expect(self, samples: int, tokens: int) -> None:
-        self.gradients.expect(samples, tokens)
+    def expect(self, tokens: int) -> None:
+        self.gradients.expect(tokens)
 
-    def conclude(self, view: LayerAnatomy) -> Finding:
+    def conclude(self, view: LayerAnatomy) -> LayerResult:
         self.gradients.remove()
-        return {role: self.gradients.take(role) for role in view.linears}
+        return LayerResult(weights={role: self.gradients.take(role) for role in view.linears})
 
 
-class GradientsOfSingleSamples(Gradients):
-    per_sample = True
+Matrices = dict[str, Tensor]
 
 
 def walked(
     model: PreTrainedModel, tokens: Tensor, folder: Path, dtype: torch.dtype | None = None, **options: int
-) -> list[Finding]:
-    walk = drive([Gradients()], layered(model, dtype), tokens, folder, **options)  # type: ignore[arg-type]
-    found = {step.layer: finding for step, finding in walk.findings_of("gradients") if finding}
-    return [found[layer] for layer in range(len(found))]
+) -> list[Matrices]:
+    net = layered(model, dtype)
+    loop = drive([Gradients()], net, tokens, folder, **options)  # type: ignore[arg-type]
+    return [loop.new_parameters_of(layer) for layer in range(net.num_layers)]
 
 
-def expected_gradients(model: PreTrainedModel, tokens: Tensor) -> list[Finding]:
+def expected_gradients(model: PreTrainedModel, tokens: Tensor) -> list[Matrices]:
     """Autograd through the whole model in float64."""
     model = copy.deepcopy(model).double().requires_grad_(True)
     mean_token_loss(model, tokens).backward()
@@ -56,7 +55,7 @@ def expected_gradients(model: PreTrainedModel, tokens: Tensor) -> list[Finding]:
     ]
 
 
-def assert_close(found: list[Finding], expected: list[Finding], tolerance: float) -> None:
+def assert_close(found: list[Matrices], expected: list[Matrices], tolerance: float) -> None:
     assert len(found) == len(expected)
     for layer, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
         assert mine.keys() == theirs.keys()
@@ -82,13 +81,6 @@ def test_in_float64_nothing_but_the_fp32_loss_and_sum_is_rounded(tmp_path: Path)
 def test_samples_that_only_fill_up_batches_do_not_count(tmp_path: Path, batch_size: int) -> None:
     model, tokens = make_tiny(), tiny_tokens(5, 9)
     found = walked(model, tokens, tmp_path, batch_size=batch_size, padding=3)
-    assert_close(found, expected_gradients(model, tokens), 1e-5)
-
-
-def test_one_sample_at_a_time_gives_the_same_sum(tmp_path: Path) -> None:
-    model, tokens = make_tiny(), tiny_tokens(5, 9)
-    walk = drive([GradientsOfSingleSamples()], layered(model), tokens, tmp_path, batch_size=3, padding=1)
-    found = [finding for _, finding in walk.findings_of("gradients") if finding][::-1]
     assert_close(found, expected_gradients(model, tokens), 1e-5)
 
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from lightning_prune.calibration import residuals
+from lightning_prune.calibration.loop import CalibrationLoop
 from lightning_prune.calibration.residuals import ResidualStore
 from lightning_prune.calibration.wavefront import RemovalPass
 from lightning_prune.methods.taylor import TaylorPass
 from tests.calibration.driving import drive
+from tests.calibration.test_results import assert_same
 from tests.cutting import CPU, layered
 from tests.tiny import make_tiny, tiny_tokens
 
@@ -55,14 +57,11 @@ def test_passes_over_mapped_files_give_the_same_bits_and_leave_nothing(
 ) -> None:
     tokens = tiny_tokens(5, 9)
 
-    def results() -> list[torch.Tensor]:
-        walk = drive([TaylorPass(), RemovalPass()], layered(make_tiny()), tokens, tmp_path / "scratch")
-        found = walk.findings_of("importance") + walk.findings_of("prior")
-        return [tensor for _, finding in found for tensor in finding.values()]
+    def results() -> CalibrationLoop:
+        return drive([TaylorPass(), RemovalPass()], layered(make_tiny()), tokens, tmp_path / "scratch")
 
     in_memory = results()
     monkeypatch.setattr(residuals, "SHARE", 0)
     mapped = results()
-    assert len(in_memory) == 2 * 4 + 1
-    assert all(torch.equal(one, other) for one, other in zip(in_memory, mapped, strict=True))
+    assert_same(mapped, in_memory)
     assert list((tmp_path / "scratch").iterdir()) == []

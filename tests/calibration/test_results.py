@@ -1,4 +1,4 @@
-"""A walk that was killed goes on where it was: nothing half-written is believed, nothing known is made again."""
+"""A loop that was killed continues where it was: nothing half-written is believed, nothing known is made again."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_prune.calibration.loop import Walk
+from lightning_prune.calibration.layer_result import LayerResult
+from lightning_prune.calibration.loop import CalibrationLoop
 from lightning_prune.calibration.passes import Pass
-from lightning_prune.calibration.results import Findings
+from lightning_prune.calibration.results import Results
 from lightning_prune.models.families import anatomy, count_parameters
-from lightning_prune.support import files
+from lightning_prune.models.vocabulary import Block
 from tests.calibration.driving import drive
 from tests.cutting import layered
 from tests.methods.behaviour import SYSTEMS, trainer_for
@@ -27,123 +27,105 @@ def passes_of(system: str, root: Path) -> list[Pass]:
     method = SYSTEMS[system].make(pretrained="not read", pruning_ratio=0.29)
     net = make_tiny()
     method.trainer = trainer_for(method, root)
-    method._views, method.dense_parameters = anatomy(net), count_parameters(net)
+    method.layers, method.dense_parameters = anatomy(net), count_parameters(net)
     return method.passes()
 
 
 def finishes(passes: Sequence[Pass]) -> list[str]:
     """Notes every step that is concluded, as it happens."""
     made: list[str] = []
-    for one in passes:
+    for current in passes:
 
-        def finish(step: Any, one: Pass = one, real: Any = one.finish) -> Any:
-            made.append(f"{one.name} {step.layer} {step.phase}")
+        def finish(step: Any, current: Pass = current, real: Any = current.finish) -> Any:
+            made.append(f"{current.name} {step.layer} {step.phase}")
             return real(step)
 
-        one.finish = finish  # type: ignore[method-assign]
+        current.finish = finish  # type: ignore[method-assign]
     return made
 
 
-def everything(walk: Walk) -> list[Tensor]:
-    """Every finding and every new weight, in order."""
-    found = [walk.findings.of(number) for number in range(len(walk))] + [walk.weights_of(layer) for layer in range(4)]
-    return [tensor for finding in found for _, tensor in sorted(finding.items())]
+def everything(loop: CalibrationLoop) -> list[tuple[dict[str, Tensor], dict[str, Any]]]:
+    """Every result in order, and every layer's new weights."""
+    results = [loop.results.of(number) for number in range(len(loop.steps))]
+    parts: list[tuple[dict[str, Tensor], dict[str, Any]]] = [
+        ({str(block): values for block, values in result.importance.items()}, result.facts) for result in results
+    ]
+    return parts + [(loop.new_parameters_of(layer), {}) for layer in range(4)]
+
+
+def assert_same(loop: CalibrationLoop, other: CalibrationLoop) -> None:
+    """Equal to the last bit."""
+    for (tensors, facts), (theirs, their_facts) in zip(everything(loop), everything(other), strict=True):
+        assert facts == their_facts
+        assert tensors.keys() == theirs.keys()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("onload", ["layer", "model"])
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_a_killed_walk_goes_on_at_the_first_unknown_step_to_the_same_bits(
+def test_a_killed_loop_continues_at_the_first_unknown_step_to_the_same_bits(
     tmp_path: Path, system: str, onload: Any
 ) -> None:
     undisturbed = drive(passes_of(system, tmp_path), layered(make_tiny(), onload=onload), TOKENS, tmp_path)
-    expected = everything(undisturbed)
-    total = len(undisturbed)
-    assert expected
-    for done in sorted({1, 2, total // 2, total - 1}):
-        folder = tmp_path / f"findings-{done}"
-        first = passes_of(system, tmp_path)
-        before = finishes(first)
-        model = layered(make_tiny(), onload=onload)
-        drive(first, model, TOKENS, tmp_path, findings=Findings(folder), stop_after=done)
+    total = len(undisturbed.steps)
+    for done in sorted({1, total // 2, total - 1}):
+        folder = tmp_path / f"results-{done}"
+        first, again = passes_of(system, tmp_path), passes_of(system, tmp_path)
+        before, after = finishes(first), finishes(again)
+        drive(first, layered(make_tiny(), onload=onload), TOKENS, tmp_path, folder=folder, stop_after=done)
         assert len(before) == done
         known = {path.name: path.read_bytes() for path in folder.iterdir()}
 
-        again = passes_of(system, tmp_path)
-        after = finishes(again)
-        model = layered(make_tiny(), onload=onload)
-        walk = drive(again, model, TOKENS, tmp_path, findings=Findings(folder))
+        loop = drive(again, layered(make_tiny(), onload=onload), TOKENS, tmp_path, folder=folder)
         assert len(after) == total - done
         assert not set(before) & set(after)
         assert all((folder / name).read_bytes() == content for name, content in known.items())
-        found = everything(walk)
-        assert len(found) == len(expected)
-        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)), done
+        assert_same(loop, undisturbed)
 
 
 @pytest.mark.parametrize("system", ["wanda", "slimgpt", "hgsp_taylor"])
-def test_a_finished_walk_reads_no_layer_again(tmp_path: Path, system: str) -> None:
-    expected = everything(
-        drive(passes_of(system, tmp_path), layered(make_tiny()), TOKENS, tmp_path, findings=Findings(tmp_path / "f"))
-    )
+def test_a_finished_loop_reads_no_layer_again(tmp_path: Path, system: str) -> None:
+    first = drive(passes_of(system, tmp_path), layered(make_tiny()), TOKENS, tmp_path, folder=tmp_path / "f")
     model = layered(make_tiny())
     read = model.bytes_read
-    walk = drive(passes_of(system, tmp_path), model, TOKENS, tmp_path, findings=Findings(tmp_path / "f"))
+    loop = drive(passes_of(system, tmp_path), model, TOKENS, tmp_path, folder=tmp_path / "f")
     assert model.bytes_read == read
-    assert all(torch.equal(one, other) for one, other in zip(everything(walk), expected, strict=True))
+    assert_same(loop, first)
 
 
-@pytest.mark.parametrize("known", [0, 1, 3])
-def test_what_was_killed_before_the_rename_is_not_believed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: int
-) -> None:
-    folder, calls = tmp_path / "findings", []
-
-    class Killed(BaseException):
-        pass
-
-    def replace(source: Path, target: Path) -> None:
-        calls.append(target)
-        if len(calls) > known:
-            raise Killed
-        Path(source).rename(target)
-
-    monkeypatch.setattr(files.os, "replace", replace)
-    monkeypatch.setattr(files.Lock, "remove", files.Lock.release)  # a killed process tidies nothing up
-    with pytest.raises(Killed):
-        drive(passes_of("slimgpt", tmp_path), layered(make_tiny()), TOKENS, tmp_path, findings=Findings(folder))
-    monkeypatch.undo()
-    assert [path for path in folder.iterdir() if path.suffix == ".tmp"]
-    findings = Findings(folder)
-    assert [step in findings for step in range(5)] == [step < known for step in range(5)]
-    assert len(findings) == known
-    assert not [path for path in folder.iterdir() if path.suffix == ".tmp"]
+def test_a_result_is_read_back_as_it_was(tmp_path: Path) -> None:
+    result = LayerResult(
+        {Block.MLP: torch.tensor([0.1, 0.2], dtype=torch.float64), Block.LAYER: torch.ones(1)},
+        {"down": torch.randn(2, 3).bfloat16()},
+        {"output": torch.randn(3)},
+        {"damping": 0.1, "kept": [0, 2], "delta": [float("nan"), 1e-300]},
+    )
+    (tmp_path / "file").write_bytes(result.to_bytes())
+    again = LayerResult.from_file(str(tmp_path / "file"))
+    assert again.importance.keys() == result.importance.keys()
+    assert all(torch.equal(again.importance[block], result.importance[block]) for block in result.importance)
+    assert again.new_parameters.keys() == {"down", "output.bias"}
+    assert all(torch.equal(again.new_parameters[name], result.new_parameters[name]) for name in again.new_parameters)
+    assert again.weights["down"].dtype == torch.bfloat16
+    assert repr(again.facts) == repr(result.facts)
 
 
-def test_damaged_files_are_made_again(tmp_path: Path) -> None:
-    findings = Findings(tmp_path / "f")
+def test_damaged_files_are_made_again_and_new_weights_stay_on_disk(tmp_path: Path) -> None:
+    results = Results(tmp_path / "f")
     for step in range(3):
-        findings.add(step, {"score": torch.full((8,), float(step)), "weight.down": torch.ones(4, 4)})
+        results.add(step, LayerResult({Block.MLP: torch.full((8,), float(step))}, {"down": torch.ones(4, 4)}))
+    assert not results.of(0).weights
     whole = (tmp_path / "f" / "step_00001.safetensors").read_bytes()
     (tmp_path / "f" / "step_00001.safetensors").write_bytes(whole[:-5])
     (tmp_path / "f" / "step_00002.safetensors").write_bytes(b"")
-    again = Findings(tmp_path / "f")
+    again = Results(tmp_path / "f")
     assert [step in again for step in range(3)] == [True, False, False]
-    assert again.of(0).keys() == {"score"}
     assert torch.equal(again.weights(0)["down"], torch.ones(4, 4))
     again.remove()
     assert not (tmp_path / "f").exists()
 
 
-def test_new_weights_stay_on_disk_where_there_is_a_folder(tmp_path: Path) -> None:
-    findings = Findings(tmp_path / "f")
-    findings.add(0, {"weight.down": torch.ones(4, 4), "score": torch.zeros(2)})
-    assert not findings._weights
-    save_file({**load_file(tmp_path / "f" / "step_00000.safetensors"), "weight.down": torch.zeros(4, 4)},
-              tmp_path / "f" / "step_00000.safetensors")  # fmt: skip
-    assert not bool(findings.weights(0)["down"].any())
-
-
 def test_in_a_run_without_a_folder_nothing_is_written(tmp_path: Path) -> None:
-    walk = drive(passes_of("slimgpt", tmp_path), layered(make_tiny()), TOKENS, tmp_path / "scratch")
-    assert walk.weights_of(2).keys() == {"output", "down"}
+    loop = drive(passes_of("slimgpt", tmp_path), layered(make_tiny()), TOKENS, tmp_path / "scratch")
+    assert loop.new_parameters_of(2).keys() == {"output", "down"}
     assert not (tmp_path / "scratch").exists() or not list((tmp_path / "scratch").iterdir())

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_prune.calibration.wavefront import RemovalPass, SimilarityPass
+from lightning_prune.calibration.loop import CalibrationLoop
+from lightning_prune.calibration.wavefront import RemovalPass
 from lightning_prune.models.layered import LayeredModel
 from tests.calibration.driving import drive
 from tests.cutting import MemorySource, layered
@@ -24,8 +25,8 @@ def test_priors_are_those_of_whole_forwards_for_the_stated_number_of_evaluations
     dense = make_tiny(layers=layers)
     tokens = tiny_tokens(3, 10)
     model = layered(dense)
-    walk = drive([RemovalPass()], model, tokens, tmp_path, batch_size=2)
-    delta = walk.findings_of("prior")[-1][1]["delta"]
+    loop = drive([RemovalPass()], model, tokens, tmp_path, batch_size=2)
+    delta = torch.tensor(loop.results_of("prior")[-1][1].facts["delta"], dtype=torch.float64)
     torch.testing.assert_close(delta, reference_priors(dense, tokens), rtol=1e-3, atol=2e-6)
     batches = 2
     assert model.evaluations == batches * (layers + layers + 3 * layers * (layers - 1) // 2)
@@ -37,8 +38,8 @@ def test_priors_are_those_of_whole_forwards_for_the_stated_number_of_evaluations
 def test_whole_layers_alone_are_cheaper_and_the_same(tmp_path: Path) -> None:
     dense, tokens, layers = make_tiny(layers=5), tiny_tokens(3, 10), 5
     model = layered(dense)
-    walk = drive([RemovalPass(blocks=False)], model, tokens, tmp_path, batch_size=3)
-    delta = walk.findings_of("prior")[-1][1]["delta"]
+    loop = drive([RemovalPass(blocks=False)], model, tokens, tmp_path, batch_size=3)
+    delta = torch.tensor(loop.results_of("prior")[-1][1].facts["delta"], dtype=torch.float64)
     torch.testing.assert_close(delta[0], reference_priors(dense, tokens)[0], rtol=1e-3, atol=2e-6)
     assert bool(delta[1:].isnan().all())
     assert model.evaluations == layers + layers * (layers - 1) // 2
@@ -80,58 +81,15 @@ def test_restarting_behind_a_piece_is_bit_identical_to_a_whole_forward(
         del layer.mlp.forward
 
 
-@pytest.mark.parametrize("make", [RemovalPass, SimilarityPass])
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
-def test_samples_that_only_fill_up_and_those_beyond_the_prefix_do_not_count(
-    tmp_path: Path, make: type[RemovalPass | SimilarityPass], batch_size: int
-) -> None:
+def test_samples_that_only_fill_up_and_those_beyond_the_prefix_do_not_count(tmp_path: Path, batch_size: int) -> None:
     dense, tokens = make_tiny(layers=3), tiny_tokens(7, 9)
 
-    def deltas(walk_of: object) -> torch.Tensor:
-        found = [finding["delta"] for _, finding in walk_of.findings_of("prior") if finding]  # type: ignore[attr-defined]
-        return torch.stack(found)
+    def deltas(loop: CalibrationLoop) -> torch.Tensor:
+        return torch.tensor(loop.results_of("prior")[-1][1].facts["delta"])
 
-    expected = deltas(drive([make()], layered(dense), tokens[:5], tmp_path, batch_size=5))
-    padded = drive([make()], layered(dense), tokens[:5], tmp_path, batch_size=batch_size, padding=3)
-    prefix = drive([make(5)], layered(dense), tokens, tmp_path, batch_size=batch_size, padding=1)
-    for walk in (padded, prefix):
-        torch.testing.assert_close(deltas(walk), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_similarity_prior_is_one_minus_the_mean_cosine_of_each_step(tmp_path: Path) -> None:
-    model = make_tiny(layers=3)
-    tokens = tiny_tokens(3, 9)
-    states: dict[str, torch.Tensor] = {}
-    hooks = []
-    for index, layer in enumerate(model.model.layers):
-
-        def keep(module, args, kwargs, output, index=index) -> None:
-            states[f"in{index}"] = (args[0] if args else kwargs["hidden_states"]).double()
-            states[f"out{index}"] = (output[0] if isinstance(output, tuple) else output).double()
-
-        def keep_attention(module, args, kwargs, output, index=index) -> None:
-            states[f"step{index}"] = output[0].double()
-
-        hooks.append(layer.register_forward_hook(keep, with_kwargs=True))
-        hooks.append(layer.self_attn.register_forward_hook(keep_attention, with_kwargs=True))
-    with torch.no_grad():
-        model(input_ids=tokens, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-
-    def distance(before: torch.Tensor, after: torch.Tensor) -> float:
-        total = 0.0
-        for a, b in zip(before.reshape(-1, 32), after.reshape(-1, 32), strict=True):
-            total += 1 - float((a * b).sum() / (a.norm() * b.norm()))
-        return total / before[..., 0].numel()
-
-    expected = torch.zeros(3, 3, dtype=torch.float64)
-    for index in range(3):
-        before, after = states[f"in{index}"], states[f"out{index}"]
-        middle = before + states[f"step{index}"]
-        expected[:, index] = torch.tensor([distance(before, after), distance(before, middle), distance(middle, after)])
-    walked = layered(model)
-    walk = drive([SimilarityPass()], walked, tokens, tmp_path, batch_size=1)
-    found = torch.stack([finding["delta"] for _, finding in walk.findings_of("prior")], dim=1)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
-    assert walked.evaluations == 3 * 3  # one dense forward of every sample
+    expected = deltas(drive([RemovalPass()], layered(dense), tokens[:5], tmp_path, batch_size=5))
+    padded = drive([RemovalPass()], layered(dense), tokens[:5], tmp_path, batch_size=batch_size, padding=3)
+    prefix = drive([RemovalPass(5)], layered(dense), tokens, tmp_path, batch_size=batch_size, padding=1)
+    for loop in (padded, prefix):
+        torch.testing.assert_close(deltas(loop), expected, rtol=1e-5, atol=1e-6)

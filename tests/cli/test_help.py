@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from lightning_prune import methods
-from lightning_prune.calibration.module import LayeredModule
 from lightning_prune.cli import main
 from lightning_prune.cli.signatures import options_of
 from lightning_prune.data.datamodule import CalibrationDataModule
+from lightning_prune.evaluation.perplexity import Evaluation
 from lightning_prune.recovery import Recovery, RecoveryDataModule
 
 COMMANDS = ("fit", "check", "tune", "test", "recover")
@@ -42,7 +42,7 @@ def taken(owner: type) -> dict[str, object]:
     "owner",
     [
         *(getattr(methods, name) for name in methods.__all__),
-        *(LayeredModule, Recovery, CalibrationDataModule, RecoveryDataModule),
+        *(Evaluation, Recovery, CalibrationDataModule, RecoveryDataModule),
     ],
 )
 def test_options_are_read_from_the_source_as_python_has_them(owner: type) -> None:

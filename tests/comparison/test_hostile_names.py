@@ -4,16 +4,17 @@ import csv
 import unicodedata
 import warnings
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from lightning_prune.comparison.audit import Audit, audit
+from lightning_prune.comparison.records import Run
 from lightning_prune.comparison.report import write_report
-from lightning_prune.comparison.run import Run, load_run
+from lightning_prune.comparison.run import load_run
 from lightning_prune.comparison.sections import sections, terminal
 from lightning_prune.runs.failure import Failure
+from lightning_prune.runs.records import MethodDetails
 from tests.comparison.fake_run import write_run
 
 HOSTILE = "<script>alert(1)</script>|x\n\n# head `$x^{$ ![i](http://e.com/i) \x1b[2J\x9b1m\u202e\udc80 \\\\ & % \"'"
@@ -21,37 +22,37 @@ IN_A_FILE = HOSTILE.replace("\udc80", "")  # which no JSON file can hold
 FILES = ("report.html", "report.md", "results.csv", "results.tex", "calibration_appendix.md")
 
 
-class Tags(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: set[str] = set()
-        self.attributes: set[str] = set()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.add(tag)
-        self.attributes |= {name for name, _ in attrs}
-
-
 def poisoned(run: Run) -> Run:
     """``run`` with the hostile text wherever a run folder holds text of its own."""
     assert run.calibration is not None
-    metrics = run.metrics | {
-        "perplexity": {HOSTILE: run.metrics["perplexity"]["demo"]},
-        "evaluation": {HOSTILE: run.evaluation["demo"] | {"bos": HOSTILE, "split": HOSTILE, "fingerprint": HOSTILE}},
-        "method": run.metrics["method"] | {"name": HOSTILE, "base_model": HOSTILE},
-    }
-    environment = run.environment | {"platform": HOSTILE, "device": HOSTILE, "gpus": [{"name": HOSTILE}]}
-    environment |= {"cpu": run.environment["cpu"] | {"name": HOSTILE}, "packages": {HOSTILE: HOSTILE}}
-    facts = {
-        "dataset": HOSTILE,
-        "split": HOSTILE,
-        "fingerprint": HOSTILE,
-        "revision": HOSTILE,
-        "configuration": HOSTILE,
-    }
-    details = {"label": HOSTILE, HOSTILE: HOSTILE, "list": [HOSTILE], "deep": {HOSTILE: HOSTILE}}
-    changed = {"metrics": metrics, "environment": environment, "details": details}
-    return replace(run, label=run.label + HOSTILE, calibration=run.calibration | facts, **changed)
+    metrics, environment = run.metrics, run.environment
+    facts = dict.fromkeys(("bos", "split", "fingerprint"), IN_A_FILE)
+    label = run.label + IN_A_FILE
+    method = metrics.method.model_copy(update={"name": IN_A_FILE, "label": label, "base_model": IN_A_FILE})
+    return replace(
+        run,
+        metrics=metrics.model_copy(
+            update={
+                "perplexity": {IN_A_FILE: metrics.perplexity["demo"]},
+                "evaluation": {IN_A_FILE: metrics.evaluation["demo"].model_copy(update=facts)},
+                "method": method,
+            }
+        ),
+        environment=environment.model_copy(
+            update={
+                "platform": IN_A_FILE,
+                "device": IN_A_FILE,
+                "cpu": environment.cpu.model_copy(update={"name": IN_A_FILE}),
+                "packages": {IN_A_FILE: IN_A_FILE},
+            }
+        ),
+        calibration=run.calibration.model_copy(
+            update=dict.fromkeys(("dataset", "split", "fingerprint", "revision", "configuration"), IN_A_FILE)
+        ),
+        details=MethodDetails.model_validate(
+            {"method": "m", "label": "l", IN_A_FILE: IN_A_FILE, "list": [IN_A_FILE], "deep": {IN_A_FILE: IN_A_FILE}}
+        ),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -85,17 +86,6 @@ def test_no_tag_and_no_image_survive(report: Path, name: str) -> None:
     assert name == "report.html" or "![i](" not in text
 
 
-def test_page_has_the_elements_of_a_harmless_report_only(report: Path, tmp_path: Path) -> None:
-    write_report(
-        audit([load_run(write_run(tmp_path, label, seed=len(label))) for label in ("a", "bb")]), [], tmp_path / "r"
-    )
-    hostile, harmless = Tags(), Tags()
-    hostile.feed((report / "report.html").read_text(encoding="utf-8"))
-    harmless.feed((tmp_path / "r" / "report.html").read_text(encoding="utf-8"))
-    assert hostile.found <= harmless.found | {"strong", "clippath", "wbr"}
-    assert not {name for name in hostile.attributes if name.startswith("on")}
-
-
 @pytest.mark.parametrize("name", ["report.md", "calibration_appendix.md"])
 def test_every_line_of_markdown_was_written_by_the_report(report: Path, name: str) -> None:
     lines = (report / name).read_text(encoding="utf-8").splitlines()
@@ -117,9 +107,7 @@ def test_csv_keeps_one_line_per_run(report: Path) -> None:
 
 def test_latex_rows_keep_their_cells(report: Path) -> None:
     text = (report / "results.tex").read_text(encoding="utf-8")
-    rows = [
-        line for line in text.splitlines() if line.endswith(r"\\") and "script" in line and "multicolumn" not in line
-    ]
+    rows = [line for line in text.splitlines() if line.endswith(r"12.500 \\") and "script" in line]
     assert len(rows) == 2
     assert {row.replace(r"\&", "").count("&") for row in rows} == {1}
     assert "alert(1)\\textless{}/script\\textgreater{}\\textbar{}x \\# head" in rows[0]

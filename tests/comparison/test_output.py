@@ -4,9 +4,7 @@ from pathlib import Path
 import pytest
 
 from lightning_prune.cli import main
-from lightning_prune.comparison.output import NAMES
-from lightning_prune.runs.experiment import LOCK, _only_one
-from lightning_prune.support.errors import UserError
+from lightning_prune.comparison.report import NAMES
 from tests.comparison.fake_run import write_run
 
 
@@ -83,25 +81,3 @@ def test_truncated_scores_are_not_compared(tmp_path: Path, capsys: pytest.Captur
     assert compare(tmp_path) == 2
     assert "scores.csv' does not belong to its plan" in capsys.readouterr().err
     assert not (tmp_path / "comparison").exists()
-
-
-def test_lock_is_gone_after_a_refusal_and_the_root_with_it(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="wrong"), _only_one(tmp_path / "new" / "root"):
-        raise UserError("wrong")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_two_experiments_exclude_each_other_and_a_dead_ones_lock_does_not(tmp_path: Path) -> None:
-    (tmp_path / LOCK).touch()  # of a killed process
-    with _only_one(tmp_path), pytest.raises(UserError, match="another 'lightning-prune compare' is running"):
-        _only_one(tmp_path).__enter__()
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("label", ["../../evil", "/abs", ".x", "a b"])
-def test_system_names_are_plain_names(tmp_path: Path, capsys: pytest.CaptureFixture[str], label: str) -> None:
-    (tmp_path / "compare.yaml").write_text(f"systems: {{'{label}': {{model: {{class_path: Wanda}}}}}}\n")
-    before = sorted(tmp_path.rglob("*"))
-    assert main(["compare", "--config", str(tmp_path / "compare.yaml"), "--root", str(tmp_path / "root")]) == 2
-    assert f"found {label!r}; a name consists of up to 200 letters" in capsys.readouterr().err
-    assert sorted(tmp_path.rglob("*")) == before

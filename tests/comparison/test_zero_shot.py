@@ -2,20 +2,21 @@ import csv
 import importlib.util
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
 import pytest
 
 import lightning_prune as lp
 from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.cli.commands.compare import main
-from lightning_prune.comparison import accuracy
-from lightning_prune.comparison.accuracy import Accuracy, Score
+from lightning_prune.comparison import accuracy, zero_shot
 from lightning_prune.comparison.audit import audit
-from lightning_prune.comparison.latex import latex
+from lightning_prune.comparison.exports import accuracy_csv, latex
+from lightning_prune.comparison.records import Accuracy, Score
 from lightning_prune.comparison.run import load_run
 from lightning_prune.comparison.sections import sections, terminal
-from lightning_prune.evaluation import zero_shot
+from lightning_prune.comparison.zero_shot import ZeroShot
+from lightning_prune.evaluation.zero_shot import Metric, ZeroShotResult
 from lightning_prune.models.fingerprint import base_model_sha256
 from lightning_prune.support.errors import UserError
 from tests.comparison.fake_run import write_run
@@ -43,62 +44,63 @@ def folders(tmp_path: Path) -> list[Path]:
     return found
 
 
+@pytest.mark.slow
 @needs_harness
-def test_every_checkpoint_is_measured_once_and_a_changed_task_again(
-    folders: list[Path],
-    task_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_command_and_call_show_what_the_harness_measured(
+    folders: list[Path], task_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    measured = []
-    real = zero_shot.zero_shot
-    monkeypatch.setattr(zero_shot, "zero_shot", lambda *given: measured.append(given) or real(*given))
-    runs = ["--runs", *map(str, folders), "--root", str(tmp_path / "logs")]
-    asked = [*runs, "--zero-shot", "tiny_choice", "--include-path", str(task_folder)]
-    assert main(asked) == 0
-    assert len(measured) == 3  # the dense model once for both
+    root = tmp_path / "logs"
+    options = ["--zero-shot", "tiny_choice", "--include-path", str(task_folder)]
+    assert main(["--runs", *map(str, folders), "--root", str(root), *options]) == 0
     shown = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("zero-shot:")]
-    assert "acc tiny_choice" in next(line for line in shown if line.startswith("system"))
-    assert all(" ± " in next(line for line in shown if line.startswith(name)) for name in ("dense", "wanda", "taylor"))
-
-    def fail(*given: object) -> None:
-        raise AssertionError("nothing is left to measure or to open")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(zero_shot, "zero_shot", fail)
-        patch.setattr(zero_shot, "check_tasks", fail)
-        assert main(asked) == 0
-    again = capsys.readouterr().out.splitlines()
-    assert again[:-1] == shown[:-1]
-    reports = [tmp_path / "logs" / "comparison" / f"version_{number}" / "zero_shot.csv" for number in (0, 1)]
-    assert reports[0].read_text() == reports[1].read_text()
-
-    options = {"zero_shot": ["tiny_choice"], "include_path": task_folder, "verbose": False}
-    with monkeypatch.context() as patch:
-        patch.setattr(zero_shot, "zero_shot", fail)
-        table = lp.compare(folders, folder=tmp_path / "logs", **options)
-    kept = {row["system"]: row for row in csv.DictReader(reports[0].read_text().splitlines()) if row["metric"] == "acc"}
+    assert any(line.startswith("system") and "acc tiny_choice" in line for line in shown)
+    for name in ("dense", "wanda", "taylor"):
+        assert any(line.startswith(name) and " ± " in line for line in shown)
+    report = root / "comparison" / "version_0" / "zero_shot.csv"
+    kept = {row["system"]: row for row in csv.DictReader(report.open()) if row["metric"] == "acc"}
+    table = lp.compare(folders, folder=root, zero_shot=["tiny_choice"], include_path=task_folder, verbose=False)
     for _, row in table.iterrows():
         expected = kept[row["system"]]
         assert (str(row["acc tiny_choice"]), str(row["stderr tiny_choice"])) == (expected["value"], expected["stderr"])
     (dense,) = table.attrs["dense"].values()
     assert str(dense["acc tiny_choice"]) == kept["dense"]["value"]
-    assert len(measured) == 3
-    pd.testing.assert_frame_equal(lp.compare(folders, **options), table)
-    assert len(measured) == 6  # kept nowhere
 
-    task = task_folder / "tiny_choice.yaml"
-    task.write_text(task.read_text().replace("{{question}}", "{{question}} w3"))
-    assert main(asked) == 0
-    assert len(measured) == 9
-    with pytest.raises(UserError, match=r"--zero-shot: 'tiny_chioce' is no task"):
-        main([*runs, "--zero-shot", "tiny_chioce", "--include-path", str(task_folder)])
-    with pytest.raises(UserError, match="--include-path belongs to --zero-shot"):
-        main([*runs, "--include-path", str(task_folder)])
+
+def test_every_checkpoint_is_measured_once_and_a_changed_task_again(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[Any] = []
+
+    def harness(model: Any, tokenizer: Any, tasks: list[str], manager: object, batch: int) -> ZeroShotResult:
+        measured.append(model)
+        return ZeroShotResult({task: {"acc": Metric(0.25 * len(measured), 0.01)} for task in tasks}, "0.4")
+
+    monkeypatch.setattr(zero_shot, "zero_shot", harness)
+    monkeypatch.setattr(zero_shot, "check_tasks", lambda tasks, include_path: object())
+    task = tmp_path / "tasks" / "tiny.yaml"
+    task.parent.mkdir()
+    task.write_text("one")
+    runs = [load_run(folder) for folder in folders]
+
+    def measure() -> list[Accuracy | None]:
+        tasks = ZeroShot(["tiny"], task.parent, tmp_path / "logs")
+        tasks.check()
+        return [run.accuracy for run in tasks.measure(runs)]
+
+    first, second = measure()
+    assert first is not None
+    assert second is not None
+    assert len(measured) == 3  # the dense model once for both
+    assert first.dense == second.dense == {"tiny": {"acc": Score(0.25, 0.01)}}
+    assert (first.pruned["tiny"]["acc"].value, second.pruned["tiny"]["acc"].value) == (0.5, 0.75)
+    assert measure() == [first, second]
+    assert len(measured) == 3
+    task.write_text("two")
+    measure()
+    assert len(measured) == 6
     make_tiny(seed=9).save_pretrained(tmp_path / "base")
     with pytest.raises(UserError, match=r"base' is not the model any more that .*wanda"):
-        main(asked)
+        measure()
 
 
 def test_accuracies_stand_in_the_table_and_every_metric_in_a_file(tmp_path: Path) -> None:
@@ -125,10 +127,10 @@ def test_accuracies_stand_in_the_table_and_every_metric_in_a_file(tmp_path: Path
     for text in ("55.00 ± 2.00", "60.00 ± 2.00", "57.50"):  # means over both seeds
         assert text in cells["wanda"]
     table = latex(found).partition(r"\label{tab:accuracy-1}")[2]
-    assert r"System & Ratio & acc piqa & acc boolq & mean acc \\" in table
-    assert r"Dense &  & 75.00 $\pm$ 1.00 & 65.00 $\pm$ 2.00 & 70.00 \\" in table
-    assert r"wanda & 20\,\% & 55.00 $\pm$ 2.00 & 60.00 $\pm$ 2.00 & 57.50 \\" in table
-    rows = list(csv.DictReader(accuracy.csv_text(found).splitlines()))
+    assert r" & ratio & acc piqa & acc boolq & mean acc \\" in table
+    assert r"dense & 0 & 75.00 $\pm$ 1.00 & 65.00 $\pm$ 2.00 & 70.00 \\" in table
+    assert r"wanda & 0.2 & 55.00 $\pm$ 2.00 & 60.00 $\pm$ 2.00 & 57.50 \\" in table
+    rows = list(csv.DictReader(accuracy_csv(found).splitlines()))
     assert len(rows) == 3 + 3 + 2
     norm = [(row["system"], row["value"], row["stderr"]) for row in rows if row["metric"] == "acc_norm"]
     assert norm == [("dense", "0.8", "0.01"), ("wanda", "0.6", "0.01")]
@@ -137,7 +139,6 @@ def test_accuracies_stand_in_the_table_and_every_metric_in_a_file(tmp_path: Path
 def test_task_that_one_seed_lacks_has_no_mean(tmp_path: Path) -> None:
     run = load_run(write_run(tmp_path))
     has = replace(run, accuracy=Accuracy({"piqa": {"acc": Score(0.5, None)}}, {}, "0.4"))
-    assert accuracy.columns([has]) == ["acc piqa"]
-    assert accuracy.cells([has], [has]) == ["50.00"]
-    assert accuracy.cells([has, run], [has]) == ["–"]
-    assert accuracy.columns([run]) == []
+    assert accuracy.cells([has], [has]) == {"acc piqa": "50.00"}
+    assert accuracy.cells([has, run], [has]) == {"acc piqa": "–"}
+    assert accuracy.cells([run], [run]) == {}

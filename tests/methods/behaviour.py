@@ -49,7 +49,6 @@ SYSTEMS: dict[str, System] = {
     # By block: a gate between layer and block would turn the rounding of one number into many decisions.
     "hgsp_fisher": System(partial(HGSP, importance="fisher", prior="gradient", tau=0)),
     "hgsp_kfac": System(partial(HGSP, importance="kfac", temperature=0)),
-    "hgsp_taylor_2nd": System(partial(HGSP, importance="taylor_2nd", prior="similarity")),
     "hgsp_taylor_refit": System(partial(HGSP, importance="taylor", temperature=0, refit="residual")),
     "slimgpt": System(SlimGPT, shares="own rule"),
     "shortgpt": System(ShortGPT, removes="layers"),
@@ -128,7 +127,7 @@ def prune(
     write = method._write_pruned
 
     def keep_new_weights(folder: Path) -> None:
-        found.extend(method.walk.weights_of(layer) for layer in range(len(method.layers)))  # deleted with the findings
+        found.extend(method.driver.loop.new_parameters_of(layer) for layer in range(len(method.layers)))
         write(folder)
 
     method._write_pruned = keep_new_weights  # type: ignore[method-assign]

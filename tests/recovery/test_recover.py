@@ -28,7 +28,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_run_folder_beside_its_parent_with_the_same_layout(
     train: str, pruned: Path, recover: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--model.train", train, "--model.learning_rate", "0.01", "--model.hidden_states", "0.1"]
+    options = ["--model.train", train, "--model.learning_rate", "0.01"]
     assert recover(pruned, *options) == 0
     folder = tmp_path / "logs" / f"wanda_{'lora' if train == 'lora' else 'full'}" / "version_0"
     assert capsys.readouterr().out.splitlines()[-1] == f"pruned model: {folder}/pruned"
@@ -93,29 +93,35 @@ def test_training_lowers_the_loss_it_trains(pruned: Path, recover: Command, tmp_
     assert divergence(tmp_path / "logs" / "wanda_full" / "version_0" / "pruned") < 0.9 * divergence(pruned)
 
 
-@pytest.mark.parametrize("config", ["recover_lora", "recover_full"])
-def test_a_run_that_was_interrupted_ends_with_the_weights_of_an_undisturbed_one(
-    config: str, pruned: Path, recover: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = ["--trainer.max_epochs", "3", "--trainer.val_check_interval", "2", "--model.patience", "99"]
-    assert recover(pruned, *options, config=config) == 0
-    root = tmp_path / "logs" / ("wanda_lora" if config == "recover_lora" else "wanda_full")
+@pytest.fixture
+def power_cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """The ninth step fails; calling it brings the power back."""
     step, seen = Recovery.training_step, 0
 
     def interrupted(self: Recovery, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         nonlocal seen
         seen += 1
-        if seen == 9:  # five batches are an epoch: in the middle of the second, behind a state after eight
+        if seen == 9:  # five batches are an epoch: in the middle of the second, after a state that was kept
             raise RuntimeError("the power fails")
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(Recovery, "training_step", interrupted)
+    return lambda: monkeypatch.setattr(Recovery, "training_step", step)
+
+
+@pytest.mark.parametrize("config", ["recover_lora", "recover_full"])
+def test_a_run_that_was_interrupted_ends_with_the_weights_of_an_undisturbed_one(
+    config: str, pruned: Path, recover: Command, tmp_path: Path, power_cut: Callable[[], None]
+) -> None:
+    options = ["--trainer.max_epochs", "3", "--trainer.val_check_interval", "2", "--model.patience", "99"]
+    root = tmp_path / "logs" / ("wanda_lora" if config == "recover_lora" else "wanda_full")
     with pytest.raises(RuntimeError, match="the power fails") as failure:
         recover(pruned, *options, config=config)
     assert any("lightning-prune recover --config" in note for note in failure.value.__notes__)
-    assert (root / "version_1" / "training" / "last.ckpt").is_file()
-    monkeypatch.setattr(Recovery, "training_step", step)
+    assert (root / "version_0" / "training" / "last.ckpt").is_file()
+    power_cut()
     assert recover(pruned, *options, "--resume", config=config) == 0
+    assert recover(pruned, *options, config=config) == 0
     assert sorted(entry.name for entry in root.iterdir()) == ["version_0", "version_1"]
     first, second = (weights(root / name / "pruned") for name in ("version_0", "version_1"))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -138,19 +144,35 @@ def test_zeroed_weights_of_mask_pruning_stay_zero(tmp_path: Path, recover: Comma
         assert facts["zeroed_weights"] == sum(int((before[name] == 0).sum()) for name in projections) > 0
 
 
-def test_training_ends_when_the_time_is_over_and_when_the_held_out_loss_rises(
-    pruned: Path, recover: Command, tmp_path: Path
-) -> None:
+def test_training_ends_when_the_time_is_over(pruned: Path, recover: Command, tmp_path: Path) -> None:
     endless = ["--trainer.max_epochs", "-1", "--model.patience", "1000000"]
     assert recover(pruned, *endless, "--trainer.max_time", "00:00:00:01") == 0
+    facts = json.loads((tmp_path / "logs" / "wanda_lora" / "version_0" / "recovery.json").read_text())
+    assert facts["stopped_by"] == "time"
+    assert 1 <= facts["seconds"] < 60
+
+
+def test_training_ends_when_the_held_out_loss_rises_and_the_best_state_is_written(
+    pruned: Path, recover: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[float] = []
+
+    def note(self: Recovery) -> None:
+        measured.append(float(self.trainer.callback_metrics["held_out/loss"]))
+
+    monkeypatch.setattr(Recovery, "on_validation_end", note)
     assert recover(pruned, "--model.learning_rate", "0.5", "--model.patience", "1", "--trainer.max_epochs", "50") == 0
-    facts = [
-        json.loads((tmp_path / "logs" / "wanda_lora" / name / "recovery.json").read_text())
-        for name in ("version_0", "version_1")
-    ]
-    assert [one["stopped_by"] for one in facts] == ["time", "held-out loss"]
-    assert facts[1]["steps"] < 250
-    assert 1 <= facts[0]["seconds"] < 60
+    folder = tmp_path / "logs" / "wanda_lora" / "version_0"
+    facts = json.loads((folder / "recovery.json").read_text())
+    assert facts["stopped_by"] == "held-out loss"
+    assert facts["steps"] < 250
+    before, *losses, last = measured
+    assert last > min(losses)  # so that the last state is not the best one
+    assert facts["held_out_loss"] == {"before": before, "after": min(losses)}
+    held_out = torch.from_numpy(np.load(pruned.parents[3] / "training.npy"))[-2:]
+    with torch.no_grad():
+        loss = lightning_prune.load(folder / "pruned")(held_out, labels=held_out).loss
+    assert float(loss) == pytest.approx(min(losses), rel=1e-4)
 
 
 def test_bf16_trains_adapters_in_fp32_and_gradients_accumulate(pruned: Path, recover: Command, tmp_path: Path) -> None:
@@ -160,9 +182,9 @@ def test_bf16_trains_adapters_in_fp32_and_gradients_accumulate(pruned: Path, rec
     assert (facts["precision"], facts["steps"]) == ("bf16-true", 2 * 2)  # three batches and two, twice
 
 
-def test_whole_layers_that_are_gone_leave_the_others_their_teachers(tmp_path: Path, recover: Command) -> None:
+def test_a_model_without_whole_layers_keeps_its_stock_layout(tmp_path: Path, recover: Command) -> None:
     short = prune(tmp_path, "shortgpt")
-    assert recover(short, "--model.hidden_states", "1", "--model.learning_rate", "0.01") == 0
+    assert recover(short, "--model.learning_rate", "0.01") == 0
     folder = tmp_path / "logs" / "shortgpt_lora" / "version_0" / "pruned"
     assert not (folder / "modeling_pruned.py").exists()  # the stock layout that it was
     assert {name: one.shape for name, one in weights(folder).items()} == {
@@ -170,17 +192,10 @@ def test_whole_layers_that_are_gone_leave_the_others_their_teachers(tmp_path: Pa
     }
 
 
+@pytest.mark.usefixtures("power_cut")
 def test_a_state_that_cannot_be_read_is_refused(
-    pruned: Path, recover: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pruned: Path, recover: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    step = Recovery.training_step
-
-    def interrupted(self: Recovery, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
-        if self.current_epoch == 1:
-            raise RuntimeError("the power fails")
-        return step(self, batch, batch_idx)
-
-    monkeypatch.setattr(Recovery, "training_step", interrupted)
     with pytest.raises(RuntimeError):
         recover(pruned)
     (last,) = tmp_path.rglob("last.ckpt")
@@ -191,16 +206,17 @@ def test_a_state_that_cannot_be_read_is_refused(
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
-    "no model": (["--model.pretrained", ""], "--model.pretrained: nothing is given"),
-    "the run instead of its pruned folder": (["--model.pretrained", "RUN"], "Give 'RUN/pruned'"),
-    "a model that no run pruned": (["--model.pretrained", "DENSE"], "not the pruned folder of a finished run"),
-    "the evaluation text": (["--data.dataset", "EVALUATION"], "has the name and the split of the evaluation set"),
-    "its tokens under another name": (["--data.dataset", "COPY"], "same tokens"),
+    "no model": (["--model.pretrained", ""], "--model.pretrained"),
+    "the run instead of its pruned folder": (["--model.pretrained", "RUN"], "--model.pretrained"),
+    "a model that no run pruned": (["--model.pretrained", "DENSE"], "--model.pretrained"),
+    "the evaluation text": (["--data.dataset", "EVALUATION"], "--data.eval_datasets"),
+    "its tokens under another name": (["--data.dataset", "COPY"], "--data.eval_datasets"),
     "nothing held out": (["--data.held_out", "0"], "--data.held_out"),
     "all held out": (["--data.held_out", "0.999"], "--data.held_out"),
     "no such text": (["--data.dataset", "nothing.npy"], "nothing.npy"),
     "half of an adapter": (["--model.lora_rank", "0"], "--model.lora_rank"),
     "a share above one": (["--model.distillation", "1.5"], "--model.distillation"),
+    "another precision": (["--trainer.precision", "64-true"], "--trainer.precision"),
     "a negative rate": (["--model.learning_rate", "-1"], "--model.learning_rate"),
     "an unknown kind": (["--model.train", "some"], "--model.train"),
     "an option that does not exist": (["--model.lora_rnk", "3"], "Did you mean --model.lora_rank?"),
@@ -213,7 +229,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "nothing to resume": (["--resume"], "--resume"),
     "an early stop by another name": (
         ["--trainer.callbacks", "{class_path: EarlyStopping, init_args: {monitor: val_loss}}"],
-        "held_out/loss",
+        "--model.patience",
     ),
     "states of one's own": (["--trainer.callbacks", "ModelCheckpoint"], "ModelCheckpoint"),
     "a dataset twice": (["--data.eval_datasets", "[EVALUATION, EVALUATION]"], "--data.eval_datasets"),

@@ -121,7 +121,7 @@ def test_rewritten_weights_are_on_disk(memory: Callable[..., Memory], method: An
     assert memory(method, options).estimate("layer").new_weights_bytes == 16 * 2 * written
 
 
-@pytest.mark.parametrize("importance", ["taylor", "taylor_2nd", "fisher", "kfac", "wanda", "magnitude"])
+@pytest.mark.parametrize("importance", ["taylor", "fisher", "kfac", "wanda", "magnitude"])
 def test_a_gpu_needs_a_layer_and_the_host_what_waits(memory: Callable[..., Memory], importance: str) -> None:
     found = memory(methods.HGSP, {"importance": importance}, device=24 * 2**30, precision="32-true")
     by_layer, whole = found.estimate("layer"), found.estimate("model")

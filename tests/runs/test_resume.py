@@ -30,7 +30,7 @@ DECISION = Kill("lightning_prune.runs.folder:RunFolder.write_decision")
 SHARDS = Kill("lightning_prune.checkpoint.write:_Shards.write", 20)
 STREAMS = Kill("lightning_prune.calibration.stream_checkpoints:Waypoints.offer")
 CHECK = Kill("lightning_prune.checkpoint.write:_check")
-EVALUATION = Kill("lightning_prune.calibration.module:LayeredModule.on_test_epoch_end")
+EVALUATION = Kill("lightning_prune.evaluation.perplexity:Evaluation.on_test_epoch_end")
 RECORD = Kill("lightning_prune.runs.folder:RunFolder.write_results")
 
 

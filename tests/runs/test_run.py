@@ -124,16 +124,16 @@ def test_decision_from_saved_scores_bears_what_measuring_them_cost(inputs: Path)
     second = load_run(inputs / "root" / "wanda" / "version_1")
     assert main(["decide", f"--run={second.folder}", "--model.pruning_ratio=0.1"]) == 0
     third = load_run(inputs / "root" / "wanda" / "version_2")
-    assert first.seconds["calibrate"] > 0
+    assert first.metrics.seconds["calibrate"] > 0
     for run in (second, third):
-        assert "calibrate" not in run.seconds
-        measured = {phase: first.seconds[phase] for phase in ("calibrate", "finish layers")}
-        assert run.metrics["method"]["measured_seconds"] == measured
-        assert calibration(run) == first.seconds["calibrate"]
-    evaluating = sum(value for phase, value in first.seconds.items() if phase.startswith("evaluate"))
+        assert "calibrate" not in run.metrics.seconds
+        measured = {phase: first.metrics.seconds[phase] for phase in ("calibrate", "finish layers")}
+        assert run.metrics.method.measured_seconds == measured
+        assert calibration(run) == first.metrics.seconds["calibrate"]
+    evaluating = sum(value for phase, value in first.metrics.seconds.items() if phase.startswith("evaluate"))
     assert evaluating > 0
     cost = (calibration(first) or 0.0) + (pruning(first) or 0.0)
-    assert 0 < cost <= first.seconds["total"] - evaluating
+    assert 0 < cost <= first.metrics.seconds["total"] - evaluating
 
 
 def test_ratio_that_nobody_asked_for_is_not_recorded(inputs: Path) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_prune.calibration.module import PerplexityResult
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
+from lightning_prune.evaluation.perplexity import PerplexityResult
 from lightning_prune.runs.environment import PACKAGES, environment, peak_memory_bytes
 from lightning_prune.runs.summary import run_metrics, summary_table
 

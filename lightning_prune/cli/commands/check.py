@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
         print(json.dumps([facts | asdict(e) | {"fits": e.share <= 1, "disk_bytes": e.disk} for e in found], indent=2))
     else:
         _print(found, memory)
-    return 0 if any(one.share <= 1 for one in found if method.onload in ("auto", one.onload)) else 1
+    return 0 if any(one.share <= 1 for one in found if method.slot.onload in ("auto", one.onload)) else 1
 
 
 def _size(text: str) -> int:
@@ -55,7 +55,7 @@ def _print(found: list[Estimate], memory: Memory) -> None:
         f"\nwork: {found[0].layer_evaluations:,} forwards of a batch through a layer, {found[0].flops:.2e} operations"
     )
     for one in found:
-        if one.share > 1 and method.onload in ("auto", one.onload):
+        if one.share > 1 and method.slot.onload in ("auto", one.onload):
             print(memory.refusal(one))
 
 

@@ -29,10 +29,9 @@ def main(argv: list[str]) -> int:
     if (arguments.config is None) == (arguments.runs is None):
         raise UserError("give either --config FILE (run an experiment) or --runs FOLDER … (compare runs that exist).")
 
-    # After the arguments, so that --help does not wait for numpy and matplotlib.
+    # After the arguments, so that --help does not wait for torch and matplotlib.
     from lightning_prune.comparison.audit import audit
-    from lightning_prune.comparison.output import check_output, report_folder
-    from lightning_prune.comparison.report import write_report
+    from lightning_prune.comparison.report import check_output, report_folder, write_report
     from lightning_prune.comparison.run import load_run
     from lightning_prune.comparison.sections import terminal
     from lightning_prune.runs.failure import Failure
@@ -51,7 +50,6 @@ def main(argv: list[str]) -> int:
         folders, root = _finished(arguments.runs), arguments.root or DEFAULT_ROOT
         tasks = _tasks(arguments, root)
     else:
-        # Lightning is imported here, and not at all for --runs.
         from lightning_prune.cli.experiment import build
         from lightning_prune.runs.experiment import run_experiment
         from lightning_prune.runs.settings import read_settings

@@ -29,9 +29,10 @@ def main(argv: list[str]) -> int:
     # After the arguments, so that --help does not wait for torch.
     import torch
 
-    from lightning_prune.calibration.module import DTYPES
+    from lightning_prune.checkpoint.pruned import stored_dtype
     from lightning_prune.evaluation import efficiency, zero_shot
     from lightning_prune.models.loading import OPTION, load_config, load_model, load_tokenizer
+    from lightning_prune.models.model_slot import DTYPES
     from lightning_prune.runs.environment import environment
     from lightning_prune.support.files import check_writable, write_json
 
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
         except UserError as error:
             raise UserError(str(error).replace(OPTION, "--model" if name == "pruned" else "--dense")) from None
     # One dtype for both: a dense bf16 folder beside a pruned fp32 one would compare formats, not models.
-    dtype = DTYPES[arguments.precision] if arguments.precision else efficiency.stored_dtype(model_folder)
+    dtype = DTYPES[arguments.precision] if arguments.precision else stored_dtype(model_folder)
     manager = zero_shot.check_tasks(arguments.tasks, arguments.include_path) if arguments.zero_shot else None
     setting = efficiency.Setting(
         prompt_length=arguments.prompt_length,

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from lightning_prune.calibration.statistics.groups import group_importance, unit_sums
+from lightning_prune.models.vocabulary import Block
 
 
 def importance(scores: dict[str, Tensor], kv_heads: int, channels: int) -> tuple[Tensor, Tensor]:
-    view: Any = SimpleNamespace(num_kv_heads=kv_heads, num_channels=channels)
-    return group_importance(view, scores.__getitem__)
+    view: Any = SimpleNamespace(units={Block.ATTENTION: kv_heads, Block.MLP: channels}.__getitem__)
+    found = group_importance(view, scores.__getitem__)
+    return found[Block.ATTENTION], found[Block.MLP]
 
 
 def random_scores(kv_heads: int, r: int, d: int, hidden: int, channels: int) -> dict[str, Tensor]:
@@ -64,7 +66,7 @@ def test_half_scores_are_summed_in_float32(dtype: torch.dtype) -> None:
 
 def test_scores_are_asked_for_once_each() -> None:
     scores, asked = random_scores(2, 2, 3, 4, 7), []
-    view: Any = SimpleNamespace(num_kv_heads=2, num_channels=7)
+    view: Any = SimpleNamespace(units={Block.ATTENTION: 2, Block.MLP: 7}.__getitem__)
     group_importance(view, lambda role: (asked.append(role), scores[role])[1])
     assert sorted(asked) == sorted(scores)
 

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_prune.calibration import module
-from lightning_prune.calibration.module import LayeredModule
 from lightning_prune.calibration.statistics.perplexity import Perplexity
 from lightning_prune.data.datamodule import CalibrationDataModule
+from lightning_prune.evaluation import perplexity as module
+from lightning_prune.evaluation.perplexity import Evaluation
 from lightning_prune.models.head import token_losses
+from lightning_prune.models.model_slot import load_dtype
 from tests.methods.behaviour import save_model, save_tokens, trainer_for
 from tests.naive_losses import naive_losses
 from tests.tiny import make_tiny, tiny_tokens
@@ -56,9 +57,7 @@ def test_nothing_seen_is_not_a_number() -> None:
         assert math.isnan(float(Perplexity().compute()))
 
 
-def measure(
-    folder: Path, tokens: torch.Tensor, batch_size: int, onload: str, precision: str = "32-true"
-) -> LayeredModule:
+def measure(folder: Path, tokens: torch.Tensor, batch_size: int, onload: str, precision: str = "32-true") -> Evaluation:
     if not (folder / "model").exists():
         save_model(folder / "model")
     data = CalibrationDataModule(
@@ -67,7 +66,7 @@ def measure(
         tokenizer=str(folder / "model"),
     )
     data.needs_calibration = False
-    measured = LayeredModule(str(folder / "model"), onload)
+    measured = Evaluation(str(folder / "model"), onload)
     measured.label = "test"  # type: ignore[assignment]
     trainer_for(measured, folder / "logs", precision).test(measured, data, verbose=False)  # type: ignore[arg-type]
     return measured
@@ -98,7 +97,7 @@ def test_where_the_weights_are_does_not_change_the_value(
     assert layer.perplexity == model.perplexity
     assert singly.perplexity == model.perplexity
     # Windows cross together, so each layer was read once per evaluation set; singly, once per batch.
-    weights = sum(p.numel() * p.element_size() for p in make_tiny().to(model.load_dtype).model.layers.parameters())
+    weights = sum(p.numel() * p.element_size() for p in make_tiny().to(load_dtype(precision)).model.layers.parameters())
     others = layer.model.bytes_read - 2 * weights
     assert model.model.bytes_read == weights + others
     assert singly.model.bytes_read == (4 + 5) * weights + others

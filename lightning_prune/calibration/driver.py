@@ -1,0 +1,128 @@
+"""Drives calibration inside a Trainer's fit: stage after stage, a layer per epoch, a batch per training step."""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import lightning as L
+from torch import Tensor
+
+from lightning_prune.calibration.loop import CalibrationLoop
+from lightning_prune.calibration.passes import Batch, Pass, Setting
+from lightning_prune.calibration.results import Results
+from lightning_prune.calibration.stream_checkpoints import StreamCheckpoints
+from lightning_prune.models.layered import LayeredModel
+from lightning_prune.support.progress import Progress
+from lightning_prune.support.timing import Seconds
+
+RESULTS = "findings"  # folder of finished layers' results inside an unfinished run folder
+CALIBRATING, REFITTING = "calibrating", "refitting"
+PHASE_SECONDS = {CALIBRATING: "calibrate", REFITTING: "refit"}  # their names in metrics.json
+
+Stage = tuple[str, list[Pass]]
+
+
+class CalibrationDriver:
+    """Takes a method's stages one after the other.
+
+    Args:
+        trainer: inside ``fit``.
+        model: the open dense model.
+        tokens: the calibration set ``[N, L]``, the same on every process; empty for methods without data.
+        batch_size: of the loader.
+        folder: the run folder, where results are kept on the way; None keeps them in memory.
+        progress, seconds: told what is done.
+
+    Attributes:
+        loop: of the stage that is under way, or of the last one.
+    """
+
+    def __init__(
+        self,
+        trainer: L.Trainer,
+        model: LayeredModel,
+        tokens: Tensor,
+        batch_size: int,
+        folder: Path | None,
+        progress: Progress,
+        seconds: Seconds,
+    ) -> None:
+        world = trainer.world_size
+        padded = len(tokens) if world == 1 else -(-len(tokens) // (world * batch_size)) * world * batch_size
+        self.trainer, self.folder, self.progress, self.seconds = trainer, folder, progress, seconds
+        self.setting = Setting(
+            model=model,
+            rows=padded // world,
+            samples=len(range(trainer.global_rank, len(tokens), world)),
+            batch_size=batch_size,
+            seq_len=tokens.shape[1],
+            scratch=folder or Path(tempfile.gettempdir()),
+            context=trainer.precision_plugin.forward_context,
+            finished=lambda share: self.loop.advance_finish(share),
+        )
+        self.loop = CalibrationLoop([], self.setting, Results())
+
+    def begin(self, stages: Iterator[Stage]) -> None:
+        """Start the first stage; steps that need no batch are taken at once.
+
+        The trainer's epochs are counted here alone: a stage adds its own when it begins.
+        """
+        self.trainer.fit_loop.max_epochs = 0
+        self._stages = enumerate(stages)
+        self._next_stage()
+
+    def start_epoch(self) -> None:
+        """An epoch is a step: this one's layer comes in, hooks live while its batches run."""
+        self.loop.start()
+
+    def batch(self, batch: tuple[Tensor, Tensor, Tensor], number: int) -> None:
+        """Tokens ``[B, L]``, sample weights ``[B]`` and indices ``[B]`` of batch ``number`` of the epoch."""
+        tokens, weight, index = batch
+        start = number * self.setting.batch_size
+        self.loop.batch(Batch(tokens, weight, index, slice(start, start + len(tokens))))
+
+    def end_epoch(self) -> None:
+        """After the last batch, while the strategy is up: sums are reduced over processes, the layer is finished."""
+        with self.seconds.measure("finish layers"):
+            self.loop.finish()
+        self._take_steps_without_batches()
+
+    def work(self, passes: list[Pass]) -> float:
+        """What the passes cost, in tokens through a layer."""
+        loop = CalibrationLoop(passes, self.setting, Results())
+        tokens = self.setting.rows * self.setting.seq_len
+        return sum(sum(loop.work(number, tokens)) for number in range(len(loop.steps)))
+
+    def _next_stage(self) -> None:
+        following = next(self._stages, None)
+        if following is None:
+            return
+        number, (self._phase, passes) = following
+        self._started, self._finishing = time.perf_counter(), self.seconds.get("finish layers", 0.0)
+        folder = self.folder / RESULTS if self.folder is not None else None
+        folder = folder / f"stage_{number}" if folder is not None and number else folder
+        results = Results(folder, self.trainer.is_global_zero)
+        # Several processes would have to stop at the same layer: they run a pass from its beginning.
+        streams = StreamCheckpoints(folder if self.trainer.world_size == 1 else None)
+        self.loop = CalibrationLoop(passes, self.setting, results, streams, self._advance)
+        self.trainer.strategy.barrier()  # all have read what is known before one writes more
+        self.trainer.fit_loop.max_epochs += self.loop.epochs  # type: ignore[operator]
+        self._take_steps_without_batches()
+
+    def _advance(self, work: float, where: str) -> None:
+        self.progress.advance(self._phase, work, where)
+
+    def _take_steps_without_batches(self) -> None:
+        while self.loop.remaining and not self.loop.reads:
+            with self.seconds.measure("finish layers"):
+                self.loop.start()
+                self.loop.finish()
+        if self.loop.remaining:
+            return
+        self.loop.close()
+        self.progress.finish(self._phase)
+        if any(current.reads for current in self.loop.passes):
+            finishing = self.seconds.get("finish layers", 0.0) - self._finishing
+            self.seconds.add(PHASE_SECONDS[self._phase], time.perf_counter() - self._started - finishing)
+        self._next_stage()

@@ -1,0 +1,69 @@
+"""What is left of a finished layer: the one value that crosses from calibration to the methods."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lightning_prune.models.vocabulary import Block
+
+Name = TypeVar("Name", bound=str)
+_TENSORS = ("importance", "weights", "biases")
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """Result of one step of a pass.
+
+    Attributes:
+        importance: one value per unit of a block, ``[K]``, ``[F]`` or ``[1]``, fp32 or float64.
+        weights: new weights by role, of the dense shape.
+        biases: new biases ``[D]`` by role; no pass puts them in place while it measures.
+        facts: everything else, as plain JSON.
+    """
+
+    importance: dict[Block, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    biases: dict[str, Tensor] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def on_host(self) -> "LayerResult":
+        """The same with detached, contiguous tensors on the CPU."""
+        return LayerResult(_on_host(self.importance), _on_host(self.weights), _on_host(self.biases), self.facts)
+
+    def without_weights(self) -> "LayerResult":
+        """What stays in memory when the new weights and biases are on disk."""
+        return LayerResult(self.importance, facts=self.facts)
+
+    @property
+    def new_parameters(self) -> dict[str, Tensor]:
+        """New weights by role, and new biases as ``<role>.bias``."""
+        return self.weights | {f"{role}.bias": bias for role, bias in self.biases.items()}
+
+    def to_bytes(self) -> bytes:
+        """A safetensors file: tensors as ``<kind>.<name>``, facts in its header."""
+        tensors = {f"{kind}.{name}": tensor for kind in _TENSORS for name, tensor in getattr(self, kind).items()}
+        return bytes(save(tensors, metadata={"facts": json.dumps(self.facts)}))
+
+    @classmethod
+    def from_file(cls, path: str) -> "LayerResult":
+        """Read what ``to_bytes`` gave.
+
+        Raises:
+            OSError, safetensors.SafetensorError, KeyError, ValueError: not such a file, or a damaged one.
+        """
+        parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in _TENSORS}
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                kind, _, rest = name.partition(".")
+                parts[kind][rest] = file.get_tensor(name)
+            facts = json.loads(file.metadata()["facts"])
+        importance = {Block(name): values for name, values in parts["importance"].items()}
+        return cls(importance, parts["weights"], parts["biases"], facts)
+
+
+def _on_host(tensors: dict[Name, Tensor]) -> dict[Name, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -1,0 +1,150 @@
+"""``results.csv``, ``zero_shot.csv`` and ``results.tex``."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd  # type: ignore[import-untyped]
+
+from lightning_prune.comparison import accuracy, costs
+from lightning_prune.comparison.audit import Audit, Group
+from lightning_prune.comparison.records import Run
+from lightning_prune.comparison.repeats import Repeats, Spread, repeats
+from lightning_prune.comparison.tables import evaluation_sets, number, results, setting, spread
+from lightning_prune.runs.failure import Failure
+from lightning_prune.runs.verdict import UNUSABLE
+from lightning_prune.support.escape import latex as escape
+from lightning_prune.support.escape import plain
+
+
+def csv_text(rows: Sequence[dict[str, Any]]) -> str:
+    """A line per row: text on one line, numbers with every digit, nothing for None."""
+    cells = [
+        {key: value if isinstance(value, int | float | None) else plain(value) for key, value in row.items()}
+        for row in rows
+    ]
+    return str(pd.DataFrame(cells, dtype=object).to_csv(index=False, lineterminator="\n"))
+
+
+def results_csv(audit: Audit, failures: Sequence[Failure]) -> str:
+    """``results.csv``: one line per run and evaluation set; mean and deviation are those of the run's system and ratio
+    over all ``n`` seeds."""
+    rows: list[dict[str, Any]] = []
+    for index, group in enumerate(audit.groups, start=1):
+        lines = {run: line for line in repeats(group.all) for run in line.runs}
+        for run in sorted(group.all, key=lambda run: run.requested):
+            for name in run.sets or ("",):
+                reached = int(run in group.runs)
+                rows.append({"table": index, "status": "finished"} | _facts(run, lines[run], name, reached))
+    for failure in failures:
+        facts = {"status": "failed", "system": failure.label, "requested_ratio": failure.requested}
+        rows.append(facts | {"message": failure.message})
+    return csv_text(rows)
+
+
+def _facts(run: Run, line: Repeats, name: str, reached: int) -> dict[str, Any]:
+    method, spent = run.metrics.method, run.metrics.seconds
+    manifest = None if not name else run.metrics.evaluation[name]
+    over = line.perplexity(name) if name in line.sets else Spread()
+    return {
+        "system": run.label,
+        "method": method.name,
+        "requested_ratio": run.requested,
+        "achieved_ratio": run.achieved,
+        "ratio_reached": reached,
+        "evaluation_set": name,
+        "dense_perplexity": None if not name else run.dense(name),
+        "perplexity": None if not name else run.shown_perplexity(name),
+        "unigram_perplexity": None if manifest is None else manifest.unigram_perplexity,
+        "calibration_seed": run.seed,
+        "n": len(line.runs),
+        "perplexity_mean": over.mean,
+        "perplexity_sd": over.deviation,
+        "verdict": None if not name else run.verdict(name, run.perplexity(name)),
+        "predicted_tokens": None if not name else run.metrics.perplexity[name].tokens,
+        "evaluation_seq_len": None if manifest is None else manifest.seq_len,
+        "parameters_dense": run.metrics.parameters.dense,
+        "parameters_pruned": run.metrics.parameters.pruned,
+        "base_model": method.base_model,
+        "calibration_fingerprint": None if run.calibration is None else run.calibration.fingerprint,
+        "precision": run.environment.precision,
+        "seconds_calibrate": costs.calibration(run),
+        "scores_measured_by": (run.details.measured_by or "unknown") if method.scores_reused else None,
+        "seconds_prune": costs.pruning(run),
+        "seconds_evaluate": spent.get(costs.EVALUATE),
+        "seconds_evaluate_dense": spent.get(costs.EVALUATE_DENSE),
+        "seconds_load": spent.get("load"),
+        "seconds_tokenise": spent.get("tokenise"),
+        "seconds_total": spent.get("total"),
+        "recovered_from": None if run.recovery is None else run.recovery.parent,
+        "perplexity_before_recovery": None if run.recovery is None else run.recovery.perplexity.get(name),
+        "tokens_seen": None if run.recovery is None else run.recovery.tokens_seen,
+        "seconds_train": None if run.recovery is None else run.recovery.seconds,
+        "peak_memory_bytes": run.metrics.peak_memory_bytes,
+        "folder": run.folder,
+        "message": None,
+    }
+
+
+def accuracy_csv(audit: Audit) -> str:
+    """``zero_shot.csv``: a line per model, task and metric; the dense model once per table."""
+    rows: list[dict[str, Any]] = []
+    for index, group in enumerate(audit.groups, start=1):
+        measured = [(run, run.accuracy) for run in group.all if run.accuracy is not None]
+        models: list[tuple[Any, ...]] = [
+            ("dense", 0, one.dense, one.harness, run.metrics.method.base_model) for run, one in measured[:1]
+        ]
+        models += [(run.label, run.requested, one.pruned, one.harness, str(run.folder)) for run, one in measured]
+        for label, ratio, tasks, harness, where in models:
+            for task, metrics in tasks.items():
+                for metric, score in metrics.items():
+                    row = {"table": index, "system": label, "requested_ratio": ratio, "task": task, "metric": metric}
+                    row |= {"value": score.value, "stderr": score.stderr, "harness": harness, "folder": where}
+                    rows.append(row)
+    return csv_text(rows)
+
+
+def latex(audit: Audit) -> str:
+    """``results.tex``: booktabs tables of perplexity, systems down and ratios across, one per group of comparable runs,
+    and one more where accuracy was measured."""
+    parts = ["% Needs \\usepackage{booktabs}."]
+    for index, group in enumerate(audit.groups, start=1):
+        lines = repeats(group.all)
+        caption = (
+            f"Perplexity after pruning, lower is better (± sample standard deviation over calibration seeds, in "
+            f"parentheses the achieved ratio where it is not the one requested). {setting(group)}"
+        )
+        parts.append(_booktabs(_by_ratio(lines, group), caption, f"tab:pruning-{index}"))
+        tasks = list(accuracy.cells(group.all[:1], group.all))
+        if tasks:
+            frame = results(lines, group).set_index("system").rename_axis(None)[["ratio", *tasks]]
+            caption = f"Accuracy after pruning. {accuracy.LEGEND} {setting(group)}"
+            parts.append(_booktabs(frame, caption, f"tab:accuracy-{index}"))
+    return "\n".join(parts)
+
+
+def _by_ratio(lines: Sequence[Repeats], group: Group) -> pd.DataFrame:
+    sets, ratios = evaluation_sets(group.all), sorted({line.ratio for line in lines})
+    first, cells = group.all[0], {(line.name, line.ratio): line for line in lines}
+    rows = {"Dense": [number(first.dense(name)) if name in first.sets else "–" for name in sets for _ in ratios]}
+    for label in dict.fromkeys(line.name for line in lines):
+        rows[plain(label)] = [_cell(cells.get((label, ratio)), name, group) for name in sets for ratio in ratios]
+    columns = pd.MultiIndex.from_product([list(map(plain, sets)), [f"{ratio * 100:g} %" for ratio in ratios]])
+    return pd.DataFrame(list(rows.values()), index=list(rows), columns=columns)
+
+
+def _cell(line: Repeats | None, name: str, group: Group) -> str:
+    if line is None or name not in line.sets:
+        return "–"
+    value = spread(line.perplexity(name))
+    if line.verdict(name) == UNUSABLE:
+        value = "unusable" if line.perplexity(name).mean is None else f"unusable, {value}"
+    return value + (f" ({line.first.achieved * 100:.1f} %)" if line.first in group.other_ratio else "")
+
+
+def _booktabs(frame: pd.DataFrame, caption: str, label: str) -> str:
+    def tex(cell: str) -> str:
+        return escape(cell).replace("±", r"$\pm$").replace("–", "--").replace("×", r"$\times$")
+
+    safe = frame.rename(index=tex, columns=tex).map(tex)
+    options = {"position_float": "centering", "multicol_align": "c", "column_format": "l" + "r" * len(frame.columns)}
+    return str(safe.style.to_latex(hrules=True, caption=tex(caption), label=label, **options))

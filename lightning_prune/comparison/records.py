@@ -1,0 +1,97 @@
+"""One finished run and its accuracy on tasks, as every part of the comparison uses them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_prune.runs.records import Calibration, Environment, MethodDetails, Recovered, RunMetrics
+from lightning_prune.runs.score_table import ScoreTable
+from lightning_prune.runs.verdict import unusable_limit, verdict_word
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric as the harness gives it, and its standard error; None where there is none."""
+
+    value: float | None
+    stderr: float | None
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Scores by task, then by metric, of a pruned model and of its base model; ``harness`` is a version."""
+
+    pruned: dict[str, dict[str, Score]]
+    dense: dict[str, dict[str, Score]]
+    harness: str
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run folder; a run is equal to itself only, so it can be a key.
+
+    Attributes:
+        calibration: None for methods that read no data.
+        options: the method's, as in ``config.yaml``.
+        recovery: of a run that trained the pruned model of another run.
+        accuracy: where zero-shot tasks were measured.
+    """
+
+    folder: Path
+    metrics: RunMetrics
+    calibration: Calibration | None
+    environment: Environment
+    details: MethodDetails
+    units: ScoreTable
+    options: dict[str, Any]
+    recovery: Recovered | None = None
+    accuracy: Accuracy | None = None
+
+    @property
+    def label(self) -> str:
+        return self.metrics.method.label
+
+    @property
+    def base(self) -> str:
+        """The dense model's fingerprint, or its name where no fingerprint was recorded."""
+        return self.metrics.method.base_model_sha256 or self.metrics.method.base_model
+
+    @property
+    def achieved(self) -> float:
+        return self.metrics.pruning_ratio.achieved
+
+    @property
+    def requested(self) -> float:
+        """The pruning ratio requested; the achieved one where a number of layers was requested."""
+        requested = self.metrics.pruning_ratio.requested
+        return self.achieved if requested is None else requested
+
+    @property
+    def seed(self) -> int | None:
+        """What drew the calibration samples; None where nothing was drawn."""
+        return None if self.calibration is None else self.calibration.seed
+
+    @property
+    def sets(self) -> list[str]:
+        return list(self.metrics.perplexity)
+
+    def perplexity(self, name: str) -> float | None:
+        """Of the pruned model on one evaluation set; None where it is not finite."""
+        return self.metrics.perplexity[name].pruned
+
+    def dense(self, name: str) -> float | None:
+        """Perplexity of the dense model on one evaluation set; None where it is not finite."""
+        return self.metrics.perplexity[name].dense
+
+    def unusable_limit(self, name: str) -> float | None:
+        """The perplexity on one evaluation set from which on a model is unusable; None where it is not known."""
+        return unusable_limit(self.dense(name), self.metrics.evaluation[name].unigram_perplexity)
+
+    def shown_perplexity(self, name: str) -> float | str:
+        """As ``perplexity``, in words where it is not finite."""
+        value = self.perplexity(name)
+        return "not finite" if value is None else value
+
+    def verdict(self, name: str, perplexity: float | None) -> str:
+        """The word for ``perplexity`` on one evaluation set."""
+        return verdict_word(perplexity, self.dense(name), self.metrics.evaluation[name].unigram_perplexity)

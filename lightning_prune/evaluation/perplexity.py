@@ -1,0 +1,159 @@
+"""Perplexity of a dense or pruned model on the evaluation sets, layer by layer."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.calibration.statistics.perplexity import Perplexity
+from lightning_prune.data.datamodule import CalibrationDataModule
+from lightning_prune.models.families import family_of
+from lightning_prune.models.layered import LayeredModel
+from lightning_prune.models.loading import check_model, load_config
+from lightning_prune.models.model_slot import ModelSlot, load_dtype
+from lightning_prune.models.placement import choose_onload
+from lightning_prune.support.progress import Progress
+from lightning_prune.support.timing import Seconds
+
+STEP_BYTES = 256 * 2**20  # residual stream of the evaluation windows that cross the layers together
+
+
+@dataclass(frozen=True)
+class PerplexityResult:
+    """Perplexity of one model on one evaluation set, and the number of predicted tokens."""
+
+    perplexity: float
+    tokens: int
+
+
+def evaluation_phase(name: str) -> str:
+    """What progress calls the evaluation of the model that is called ``name`` (dense, pruned)."""
+    return f"perplexity of the {name} model" if name else "perplexity"
+
+
+def evaluation_work(data: CalibrationDataModule, num_layers: int) -> float:
+    """Work of one evaluation, in tokens through a layer."""
+    return float(num_layers * sum(item.tokens.numel() for item in data.evaluation))
+
+
+class Evaluation(L.LightningModule):
+    """Measures the perplexity of one causal LM in the trainer's precision.
+
+    The model is no submodule: Lightning would move it to the device whole.
+
+    Args:
+        pretrained: Model folder or hub id, dense or pruned. ``demo`` is the small model inside the package.
+        onload: ``model`` keeps all weights on the device, ``layer`` brings in one decoder layer at a time and needs
+            memory for two of them, ``auto`` takes what fits. The result is the same.
+    """
+
+    def __init__(self, pretrained: str = "demo", onload: str = "auto") -> None:
+        super().__init__()
+        self.pretrained = pretrained
+        self.name = ""
+        self.seconds = Seconds()
+        self.slot = ModelSlot(onload, self.seconds)
+        self.progress = Progress(shown=False)
+        self.perplexity: dict[str, PerplexityResult] = {}
+        self._perplexities = nn.ModuleList()
+
+    @property
+    def datamodule(self) -> CalibrationDataModule:
+        """The trainer's evaluation sets."""
+        return self.trainer.datamodule  # type: ignore[attr-defined, no-any-return]
+
+    @property
+    def model(self) -> LayeredModel:
+        """The open model."""
+        return self.slot.model
+
+    def check_model(self) -> None:
+        """Refuse a model that cannot be opened before any text is read for it.
+
+        Raises:
+            UserError: as ``models.loading.check_model``.
+        """
+        check_model(self.pretrained)
+
+    def setup(self, stage: str) -> None:
+        """Everything that can be refused without weights is refused here.
+
+        Raises:
+            UserError: no model at ``pretrained``, unknown family, tokens that do not fit the model.
+        """
+        config: Any = load_config(self.pretrained)
+        family_of(config)
+        data = self.datamodule
+        data.check_against_model(config.vocab_size, getattr(config, "max_position_embeddings", None))
+        self.progress.expect(evaluation_phase(self.name), evaluation_work(data, config.num_hidden_layers))
+        data.eval_batches_per_step = self._batches_per_step(config)
+
+    def configure_optimizers(self) -> None:
+        """No optimizer: nothing is trained."""
+
+    def on_test_start(self) -> None:
+        """Open the model to measure."""
+        dtype = load_dtype(str(self.trainer.precision))
+        with torch.inference_mode(False):
+            self.slot.open(self.pretrained, dtype, self.device)
+
+    def on_test_epoch_start(self) -> None:
+        """One perplexity per evaluation set."""
+        self._started = time.perf_counter()
+        with torch.inference_mode(False):
+            self._perplexities = nn.ModuleList(Perplexity() for _ in self.datamodule.evaluation).to(self.device)
+
+    def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Take windows ``[B, L]`` through all layers, ``eval_batch_size`` at a time in every layer."""
+        tokens, weight, _ = batch
+        metric, size = self._perplexities[dataloader_idx], self.datamodule.eval_batch_size
+        model, layers = self.model, self.model.num_layers
+        # Not in inference mode, in which Lightning tests: calibration continues with tensors that are made here.
+        with torch.inference_mode(False), torch.no_grad():
+            parts: list[Tensor] = [model.embed(part) for part in tokens.split(size)]  # type: ignore[no-untyped-call]
+            for layer in range(layers):
+                with model.layer(layer):
+                    model.announce(layer + 1)
+                    for number, hidden in enumerate(parts):
+                        parts[number] = model.run(layer, hidden)
+                        work = hidden.shape[0] * hidden.shape[1]
+                        self.progress.advance(evaluation_phase(self.name), work, f"layer {layer + 1} of {layers}")
+            for number, hidden in enumerate(parts):
+                rows = slice(number * size, number * size + len(hidden))
+                metric.update(model.losses(hidden, tokens[rows]), weight[rows])  # type: ignore[operator]
+
+    def on_test_epoch_end(self) -> None:
+        """Leave the results in ``self.perplexity`` by name of the evaluation set."""
+        self.perplexity = {
+            data.name: PerplexityResult(float(metric.compute()), data.manifest["predicted_tokens"])  # type: ignore[operator]
+            for data, metric in zip(self.datamodule.evaluation, self._perplexities, strict=True)
+        }
+        self.progress.finish(evaluation_phase(self.name))
+        self.seconds.add("evaluate", time.perf_counter() - self._started)
+
+    def _batches_per_step(self, config: Any) -> int:
+        """All at once is fastest where layers are brought in anew for every step; the residual stream is the limit."""
+        dtype = load_dtype(str(self.trainer.precision))
+        if choose_onload(self.slot.onload, self.pretrained, dtype, self.trainer.strategy.root_device) == "model":
+            return 1
+        data = self.datamodule
+        longest = max((item.tokens.shape[1] for item in data.evaluation), default=1)
+        return max(1, STEP_BYTES // int(data.eval_batch_size * longest * config.hidden_size * dtype.itemsize))
+
+
+def measure_perplexity(
+    trainer: L.Trainer, data: CalibrationDataModule, pretrained: str, name: str, slot: ModelSlot, progress: Progress
+) -> dict[str, PerplexityResult]:
+    """Perplexity by evaluation set of the model ``pretrained``, which ``slot`` holds open afterwards.
+
+    What is open there already is measured as it is, with a plan that is applied in memory. The time is counted in the
+    slot's seconds as ``evaluate <name>``.
+    """
+    evaluation = Evaluation(pretrained)
+    evaluation.slot, evaluation.name, evaluation.progress = slot, name, progress
+    trainer.test(evaluation, data, verbose=False)
+    slot.seconds.add(f"evaluate {name}", evaluation.seconds.get("evaluate", 0.0))
+    return evaluation.perplexity

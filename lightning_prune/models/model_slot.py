@@ -1,0 +1,80 @@
+"""The one model that is open, shared by whoever calibrates and whoever evaluates."""
+
+from typing import get_args
+
+import torch
+
+from lightning_prune.models.layered import LayeredModel, Onload, open_layered
+from lightning_prune.models.placement import choose_onload
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.timing import Seconds
+
+DTYPES = {
+    "32-true": torch.float32,
+    "bf16-true": torch.bfloat16,
+    "16-true": torch.float16,
+    "bf16-mixed": torch.float32,
+    "16-mixed": torch.float32,
+    "64-true": torch.float64,
+}
+
+
+def load_dtype(precision: str) -> torch.dtype:
+    """The dtype that weights are read into for a trainer's precision; mixed precisions keep fp32 weights.
+
+    Raises:
+        UserError: not a supported precision.
+    """
+    if precision not in DTYPES:
+        raise UserError(f"--trainer.precision: '{precision}' is not supported. Choose one of {', '.join(DTYPES)}.")
+    return DTYPES[precision]
+
+
+class ModelSlot:
+    """Holds at most one open model: opening another one closes it.
+
+    Args:
+        onload: ``model``, ``layer``, or ``auto``, which takes what fits.
+        seconds: where the time for opening models is counted.
+
+    Attributes:
+        placement: what ``auto`` became for the first model that was opened.
+    """
+
+    def __init__(self, onload: str, seconds: Seconds) -> None:
+        if onload not in ("auto", *get_args(Onload)):
+            raise UserError(f"--model.onload: found '{onload}'; allowed: auto, model, layer.")
+        self.onload, self.seconds = onload, seconds
+        self.placement: Onload | None = None
+        self._model: LayeredModel | None = None
+        self._opened: str | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a model is open."""
+        return self._model is not None
+
+    @property
+    def model(self) -> LayeredModel:
+        """The open model."""
+        assert self._model is not None, "no model is open; fit and test open it: call them through a Trainer"
+        return self._model
+
+    def open(self, pretrained: str, dtype: torch.dtype, device: torch.device) -> LayeredModel:
+        """Open ``pretrained`` unless it is open already."""
+        if self._opened != pretrained:
+            self.close()
+            with self.seconds.measure("load"):
+                placement = choose_onload(self.onload, pretrained, dtype, device)
+                self.placement = self.placement or placement
+                self._model = open_layered(pretrained, dtype, device, placement)
+                if placement == "model":
+                    self._model.load_all()
+            self._opened = pretrained
+        return self.model
+
+    def close(self) -> None:
+        """Drop the open model."""
+        if self._model is not None:
+            self._model.close()
+        self._model = self._opened = None

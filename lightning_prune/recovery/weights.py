@@ -1,0 +1,95 @@
+"""What is trained: adapters on the linears of the layers or all weights, and zeros of mask pruning that stay zero."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lightning_prune.models.families import layers_of
+from lightning_prune.models.loading import quiet_transformers
+from lightning_prune.support.errors import CheckpointError, UserError
+
+
+def linears_of(net: nn.Module) -> dict[str, nn.Linear]:
+    """Every linear of the decoder layers by its name in the model: what LoRA adapts and masks zero."""
+    prefix = next(name for name, module in net.named_modules() if module is layers_of(net))
+    return {
+        name: module
+        for name, module in net.named_modules()
+        if name.startswith(f"{prefix}.") and isinstance(module, nn.Linear)
+    }
+
+
+def attach_adapters(net: Any, rank: int, keep_zeros: bool = False) -> Any:
+    """Freeze ``net`` and add 2·B·A to every linear of its layers (Hu et al. 2021); B starts at zero.
+
+    ``merge_and_unload`` of the result adds the adapters to the weights.
+
+    Args:
+        net: a causal LM; changed in place.
+        rank: r. A linear narrower than that still gets r.
+        keep_zeros: add nothing to weights that are zero.
+
+    Returns:
+        peft's model around ``net``.
+
+    Raises:
+        UserError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+        from peft.tuners.lora import Linear
+    except ImportError:
+        raise UserError(
+            "--model.train lora needs peft. Install it with: pip install 'lightning-prune[recover]', or choose "
+            "--model.train all."
+        ) from None
+
+    class MaskedLinear(Linear):  # type: ignore[misc]
+        """Runs as if it were merged: a sum of two products cannot leave single weights out."""
+
+        def get_delta_weight(self, adapter: str) -> Tensor:
+            added: Tensor = super().get_delta_weight(adapter)
+            kept: Tensor = self.get_base_layer().weight != 0
+            return added * kept
+
+        def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+            base = self.get_base_layer()
+            added = self.get_delta_weight(self.active_adapters[0])
+            return functional.linear(hidden, base.weight + added.to(base.weight.dtype), base.bias)
+
+    # peft takes names by their ends; a regular expression takes them whole.
+    targets = "|".join(name.replace(".", r"\.") for name in linears_of(net))
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=f"({targets})", bias="none")
+    if keep_zeros:
+        config._register_custom_module({nn.Linear: MaskedLinear})
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft asks a per-layer config for global widths, which it does not use
+        return get_peft_model(net, config)
+
+
+def zeros_of(net: nn.Module) -> dict[str, Tensor]:
+    """Where the weight of every linear of the decoder layers is zero: bool ``[out, in]``."""
+    return {name: linear.weight.detach() == 0 for name, linear in linears_of(net).items()}
+
+
+def hold_zeros(net: nn.Module, zeros: Mapping[str, Tensor]) -> None:
+    """Stop gradients at ``zeros``. A zero without a gradient stays one in every optimizer that starts from zero
+    moments, and weight decay takes nothing from it."""
+    for name, zero in zeros.items():
+        weight: Any = net.get_submodule(name).weight
+        weight.register_hook(lambda grad, zero=zero: grad.masked_fill(zero.to(grad.device), 0))
+
+
+def count_zeros(net: nn.Module, zeros: Mapping[str, Tensor]) -> int:
+    """How many weights are zero because they were.
+
+    Raises:
+        CheckpointError: one is not.
+    """
+    for name, linear in linears_of(net).items():
+        if lost := int(linear.weight[zeros[name].to(linear.weight.device)].count_nonzero()):
+            raise CheckpointError(f"{lost} weights of {name} that pruning had zeroed are no longer zero")
+    return sum(int(mask.sum()) for mask in zeros.values())

@@ -1,0 +1,68 @@
+import itertools
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lightning_prune.comparison.run import load_run
+from lightning_prune.comparison.selection import agreement, kept_fraction
+from lightning_prune.models.vocabulary import Block
+from tests.comparison.fake_run import LAYERS, write_run
+
+NAMES = ("layer", "block", "unit", "score", "kept")
+
+
+def naive_spearman(left: list[float], right: list[float]) -> float:
+    """Pearson correlation of mean ranks, written out."""
+
+    def rank(values: list[float]) -> list[float]:
+        return [sum(v < x for v in values) + (sum(v == x for v in values) + 1) / 2 for x in values]
+
+    a, b = rank(left), rank(right)
+    mean = (len(a) + 1) / 2
+    covariance = math.fsum((x - mean) * (y - mean) for x, y in zip(a, b, strict=True))
+    spread = [math.sqrt(math.fsum((x - mean) ** 2 for x in values)) for values in (a, b)]
+    return covariance / (spread[0] * spread[1])
+
+
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_matrices_equal_loops_over_units_with_and_without_ties(tmp_path: Path, levels: int) -> None:
+    runs = [load_run(write_run(tmp_path, f"run{seed}", 0.25 * (1 + seed % 2), seed=seed)) for seed in range(4)]
+    for run in runs:
+        run.units.score[:] = np.floor(run.units.score * levels)
+    rows = [sorted(zip(*(getattr(run.units, name).tolist() for name in NAMES), strict=True)) for run in runs]
+    spearman, overlap = agreement(runs)
+    for a, b in itertools.product(range(4), repeat=2):
+        assert spearman[a, b] == pytest.approx(naive_spearman([r[3] for r in rows[a]], [r[3] for r in rows[b]]))
+        kept = [{row[:3] for row in rows[side] if row[4]} for side in (a, b)]
+        assert overlap[a, b] == pytest.approx(len(kept[0] & kept[1]) / len(kept[0] | kept[1]))
+
+
+def test_constant_scores_have_no_rank_correlation(tmp_path: Path) -> None:
+    runs = [load_run(write_run(tmp_path, f"run{seed}", seed=seed)) for seed in range(2)]
+    runs[0].units.score[:] = 1.0
+    assert math.isnan(agreement(runs)[0][0, 1])
+
+
+def test_runs_with_other_units_are_not_compared(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path, "wanda", 0.5, seed=1), write_run(tmp_path, "other", 0.5, seed=2)]
+    scores = folders[1] / "scores.csv"
+    # The same number of units at another cost: another model.
+    scores.write_text(re.sub(r",10,1\.0,", ",20,1.0,", scores.read_text()))
+    for matrix in agreement([load_run(folder) for folder in folders]):
+        assert math.isnan(matrix[0, 1])
+        assert matrix[0, 0] == pytest.approx(1.0)
+
+
+def test_kept_fraction_is_counted_by_layer_and_block(tmp_path: Path) -> None:
+    groups, layers = load_run(write_run(tmp_path, "a", 0.5)), load_run(write_run(tmp_path, "b", 0.5, whole_layers=True))
+    units = groups.units
+    for block, count in ((Block.ATTENTION, 2), (Block.MLP, 6)):
+        found = kept_fraction(groups, block)
+        for layer in range(LAYERS):
+            rows = [i for i in range(len(units.layer)) if units.layer[i] == layer and units.block[i] == block]
+            assert len(rows) == count
+            assert found[layer] == pytest.approx(sum(not units.pruned[i] for i in rows) / count)
+        assert kept_fraction(layers, block).tolist() == [float(kept) for kept in layers.units.kept]
