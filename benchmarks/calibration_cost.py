@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lightning_prune.cli.lightning_cli import quiet
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.methods import HGSP, ShortGPT, SlimGPT, Wanda
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.loading import load_config, load_model
+from lightning_prune.runs.build import quiet
 
 # T = 0 leaves the importance alone: removal priors are a pass of their own, with a cost that grows with L².
 METHODS: dict[str, tuple[Callable[..., PruningMethod], float | None]] = {

@@ -8,8 +8,7 @@ import pytest
 import yaml
 
 from lightning_prune.cli import main
-from lightning_prune.cli.lightning_cli import PruneCLI
-from lightning_prune.methods.base import PruningMethod
+from lightning_prune.runs.build import RunBuilder
 
 ROOT = Path(__file__).parent.parent
 # Commands that need a model of the user's, or have tests of their own.
@@ -29,7 +28,7 @@ def test_commands_of_the_readme_run_in_their_order(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     mine = [command for command in commands() if not any(word in command for word in ELSEWHERE)]
-    expected = ["fit", "test", "apply", "decide", "evaluate", "mend", "export", "fit", "tune", "recover"]
+    expected = ["fit", "test", "apply", "decide", "evaluate", "export", "fit", "tune", "recover"]
     assert [command.split()[1] for command in mine] == expected
     for command in mine:
         arguments = shlex.split(command)[1:]
@@ -61,7 +60,7 @@ def test_every_readme_command_names_files_that_exist() -> None:
     ids=lambda p: p.stem,
 )
 def test_shipped_configurations_build_their_method_and_leave_the_calibration_defaults_alone(file: Path) -> None:
-    cli = PruneCLI(["--config", str(file)], PruningMethod, subclasses=True, command="fit")
+    cli = RunBuilder(["--config", str(file)])
     assert cli.model.label == file.stem
     data = yaml.safe_load(file.read_text()).get("data", {})
     assert (file.stem == "shortgpt_512") == bool(data)
@@ -70,8 +69,8 @@ def test_shipped_configurations_build_their_method_and_leave_the_calibration_def
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "targets").glob("*.yaml")), ids=lambda p: p.stem)
 def test_target_overlays_change_the_model_and_nothing_of_the_calibration_setting(file: Path) -> None:
     base = ["--config", str(ROOT / "configs" / "hgsp_taylor.yaml")]
-    cli = PruneCLI([*base, "--config", str(file)], PruningMethod, subclasses=True, command="fit")
-    plain = PruneCLI(base, PruningMethod, subclasses=True, command="fit")
+    cli = RunBuilder([*base, "--config", str(file)])
+    plain = RunBuilder(base)
     assert cli.model.pretrained != "demo"
     assert cli.model.importance == "taylor"
     for name in ("num_samples", "seq_len", "batch_size", "sampling", "seed"):

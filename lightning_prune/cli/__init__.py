@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 
-from lightning_prune.cli.surroundings import check_surroundings, keep_few_kernels
 from lightning_prune.support.errors import CheckpointError, UserError
 from lightning_prune.support.files import FULL
 from lightning_prune.support.signals import stoppable
@@ -25,10 +24,14 @@ COMMANDS = {
     "compare": "run an experiment over methods and ratios, or audit and compare runs that exist",
     "apply": "re-create a pruned checkpoint from a plan.json, without calibrating",
     "export": "a checkpoint as a GGUF file for llama.cpp, or padded for tools that know no widths per layer",
-    "mend": "give an existing pruned checkpoint the modeling file of this version",
 }
 
-HELPED = ("fit", "check", "tune", "test", "recover")  # whose parser is Lightning's, and takes seconds
+# Lightning reads them as numbers, some when it is imported.
+LAUNCHER = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+SCHEDULER = ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_NUM_TASKS")
+# How many compiled matrix products oneDNN and torch's own layer above it keep. Both keep 1024, one for every shape they
+# met, and layers of a pruned model differ in shape: 5 MB a layer that are never used again.
+KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
 
 USAGE = """\
 usage: lightning-prune <command> [options]
@@ -94,17 +97,9 @@ def _is_first_process() -> bool:
 
 def _run(arguments: list[str]) -> int:
     try:
-        command, rest = _command(arguments[0]), arguments[1:]
-        check_surroundings(os.environ)
-        keep_few_kernels(os.environ)
-        if command in HELPED and any(word in ("-h", "--help") for word in rest):
-            from lightning_prune.cli.help import help_of
-
-            print(help_of(command, rest), end="")
-            status = 0
-        else:
-            words = ["--help" if word == "--help-all" else word for word in rest]
-            status = int(importlib.import_module(f"lightning_prune.cli.commands.{command}").main(words))
+        command = _command(arguments[0])
+        _prepare_environment()
+        status = int(importlib.import_module(f"lightning_prune.cli.commands.{command}").main(arguments[1:]))
         if sys.stdout is not None:
             sys.stdout.flush()  # Python would say only at its end that nothing more can be written
         return status
@@ -126,6 +121,27 @@ def _run(arguments: list[str]) -> int:
             print(f"error: what the command prints cannot be written ({error.strerror})", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _prepare_environment() -> None:
+    """Before libraries are imported that would stumble over it.
+
+    Raises:
+        UserError: the working folder is gone, or a launcher's variables are not numbers.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(f"the working folder cannot be used ({error.strerror}). Change to one that exists.") from None
+    for name in (*LAUNCHER, *SCHEDULER):
+        value = os.environ.get(name, "0")
+        if not (value.isascii() and value.isdecimal()):
+            raise UserError(
+                f"the environment variable {name} is {value!r}; a launcher sets it to a whole number, 0 or more. "
+                f"Unset it: unset {name}"
+            )
+    for name, value in KERNEL_CACHES.items():
+        os.environ.setdefault(name, value)
 
 
 def _command(name: str) -> str:

@@ -38,6 +38,7 @@ class ZeroShot:
     tasks: Sequence[str]
     include_path: Path | None
     root: Path
+    verbose: bool = True
     _manager: Any = field(default=None, init=False)
     _fingerprints: dict[str, str | None] = field(default_factory=dict, init=False)
     _measured: dict[Path, Scores] = field(default_factory=dict, init=False)
@@ -99,7 +100,8 @@ class ZeroShot:
         tokenizer = load_tokenizer(model)
         if tokenizer is None:
             raise UserError(f"{OPTION}: '{model}' holds no tokenizer. Save the model's tokenizer files there.")
-        print(f"zero-shot: {', '.join(tasks)} with '{model}'")
+        if self.verbose:
+            print(f"zero-shot: {', '.join(tasks)} with '{model}'")
         loaded: Any = load_model(model, DTYPES[precision])
         results = zero_shot(loaded.to(_device()), tokenizer, tasks, self._manager, BATCH)
         return {

@@ -10,9 +10,10 @@ import torch
 
 from lightning_prune.evaluation.perplexity import PerplexityResult
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.runs.build import build
 from lightning_prune.runs.failure import Failure
 from lightning_prune.runs.folder import RunFolder
-from lightning_prune.runs.planned import Build, Planned, plan_runs
+from lightning_prune.runs.planned import Planned, plan_runs
 from lightning_prune.runs.reuse import known_perplexities, reuse
 from lightning_prune.runs.run import prune_and_record
 from lightning_prune.runs.settings import Settings
@@ -24,11 +25,11 @@ from lightning_prune.support.progress import Progress
 LOCK = ".compare.tmp"  # as a temporary file it is swept when its process is gone
 
 
-def run_experiment(settings: Settings, build: Build) -> tuple[list[Path], list[Failure]]:
+def run_experiment(settings: Settings) -> tuple[list[Path], list[Failure]]:
     """Make what is missing below ``settings.root`` and keep what is there.
 
     A run that was being made when this process was killed is made again by the next call, and nothing else is lost. A
-    run that raises is reported and the others go on. ``build`` makes trainer, method and data of a configuration.
+    run that raises is reported and the others go on.
 
     Returns:
         Folders of all finished runs of the experiment, in its order, and what failed.
@@ -37,7 +38,7 @@ def run_experiment(settings: Settings, build: Build) -> tuple[list[Path], list[F
         UserError: a mistake in the settings, or another experiment is running below the same root.
     """
     with _only_one(settings.root):
-        planned = plan_runs(settings, build)
+        planned = plan_runs(settings)
         for label in settings.systems:
             sweep_runs(settings.root / label)
         folders = [run.finished(settings.root) for run in planned]
@@ -53,7 +54,7 @@ def run_experiment(settings: Settings, build: Build) -> tuple[list[Path], list[F
                     continue
                 known = [(other, found) for other, found in zip(planned, folders, strict=True) if found is not None]
                 try:
-                    folders[index] = _make(run, known, build, progress)
+                    folders[index] = _make(run, known, progress)
                 except Exception as error:
                     if not isinstance(error, UserError):
                         traceback.print_exc()
@@ -64,7 +65,7 @@ def run_experiment(settings: Settings, build: Build) -> tuple[list[Path], list[F
         return [folder for folder in folders if folder is not None], failures
 
 
-def _make(run: Planned, known: Sequence[tuple[Planned, Path]], build: Build, progress: Progress) -> Path:
+def _make(run: Planned, known: Sequence[tuple[Planned, Path]], progress: Progress) -> Path:
     """One run."""
     built = build(run.label, run.configuration)
     method = built.model

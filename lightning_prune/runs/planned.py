@@ -1,36 +1,20 @@
 """The runs of an experiment before they are made: options checked, calibration sets shared, results recognised."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import lightning as L
 import yaml
 
 from lightning_prune.data.datamodule import CalibrationDataModule
-from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.fingerprint import base_model_sha256
 from lightning_prune.models.loading import check_model
+from lightning_prune.runs.build import build
 from lightning_prune.runs.configuration import configuration_sha256
 from lightning_prune.runs.folder import RunFolder
 from lightning_prune.runs.settings import Settings
-
-
-class BuiltRun(Protocol):
-    """A configuration as objects; ``resolved_config`` is all of it as YAML."""
-
-    trainer: L.Trainer
-    model: PruningMethod
-    datamodule: CalibrationDataModule
-
-    @property
-    def resolved_config(self) -> str: ...
-
-
-Build = Callable[[str, dict[str, Any]], BuiltRun]  # from a system's label and its configuration
 
 
 @dataclass(frozen=True)
@@ -69,7 +53,7 @@ class Planned:
         return None
 
 
-def plan_runs(settings: Settings, build: Build) -> list[Planned]:
+def plan_runs(settings: Settings) -> list[Planned]:
     """Check every run's options, by building it, and tokenise every calibration setting once.
 
     A system on which another seed changes nothing (it reads no data, or token ids as given) runs once.

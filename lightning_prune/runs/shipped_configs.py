@@ -1,10 +1,41 @@
-"""The configurations that come with the package: ``--config wanda`` means the shipped ``wanda.yaml``."""
+"""The configurations that come with the package: ``--config wanda`` means the shipped ``wanda.yaml``.
+
+Those of methods are the one table of what there is to prune with: ``METHODS``.
+"""
 
 import os
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+from lightning_prune.runs.config_files import check_text, read_config
 from lightning_prune.support.errors import UserError
+from lightning_prune.support.regular_files import exists
+
+CLASSES = "lightning_prune.methods."
+FILE_OPTIONS = ("--config", "--model", "--data", "--trainer")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method with its defaults, as its configuration has them.
+
+    Attributes:
+        name: that ``--method`` takes.
+        class_name: in ``lightning_prune.methods``.
+        options: that differ from the defaults of the class.
+        sentence: the first of the configuration's comment.
+        paper: where it is from; empty for what is our own.
+    """
+
+    name: str
+    class_name: str
+    options: dict[str, Any]
+    sentence: str
+    paper: str
 
 
 def shipped_folder() -> Path:
@@ -19,6 +50,22 @@ def shipped_names() -> list[str]:
     return sorted(file.relative_to(folder).with_suffix("").as_posix() for file in folder.rglob("*.yaml"))
 
 
+@cache
+def shipped_methods() -> dict[str, Method]:
+    """Every shipped method by name."""
+    found = {}
+    for name in shipped_names():
+        path = shipped_folder() / f"{name}.yaml"
+        model = read_config(path, "--config").get("model", {})
+        if str(model.get("class_path")).startswith(CLASSES):
+            comment = re.findall(r"^# (.*)", path.read_text(encoding="utf-8"), re.MULTILINE)
+            paper = next((line.removeprefix("Paper: ") for line in comment if line.startswith("Paper: ")), "")
+            sentence = comment[0].partition(". ")[0].rstrip(".") + "."
+            class_name = model["class_path"].removeprefix(CLASSES)
+            found[name] = Method(name, class_name, model.get("init_args", {}), sentence, paper)
+    return found
+
+
 def config_file(given: str | Path, beside: Path = Path(), option: str = "--config") -> Path:
     """The file that ``given`` means: one that exists relative to ``beside``, else the shipped one of that name.
 
@@ -31,40 +78,26 @@ def config_file(given: str | Path, beside: Path = Path(), option: str = "--confi
     names = shipped_names()
     if str(given) in names:
         return shipped_folder() / f"{given}.yaml"
-    if (
-        Path(given).name == str(given)
-        and not str(given).endswith((".yaml", ".yml", ".json"))
-        and not os.path.exists(path)
-    ):
+    if Path(given).name == str(given) and not str(given).endswith((".yaml", ".yml", ".json")) and not exists(path):
         raise UserError(f"{option}: no file and no shipped configuration '{given}'. Shipped: {', '.join(names)}.")
     return path
 
 
 def with_config_files(arguments: Sequence[str]) -> list[str]:
-    """A command line in which every ``--config`` names a file; ``--method`` says the same in other words.
+    """A command line in which every ``--config`` names a file that can be read; ``--method`` says the same.
 
     Raises:
-        UserError: see ``config_file``.
+        UserError: an argument that is not UTF-8, or as ``config_file`` and ``read_config``.
     """
-    found = [_as_config(argument) for argument in arguments]
-    for index, argument in enumerate(found):
-        if argument.startswith("--config="):
-            found[index] = f"--config={config_file(argument.partition('=')[2])}"
-        elif index and found[index - 1] == "--config":
-            found[index] = str(config_file(argument))
-    return found
-
-
-def _as_config(argument: str) -> str:
-    option, equals, value = argument.partition("=")
-    return f"--config{equals}{value}" if option == "--method" else argument
-
-
-def described() -> dict[str, str]:
-    """The first sentence of each shipped configuration of a method, by name."""
-    found = {}
-    for name in shipped_names():
-        text = (shipped_folder() / f"{name}.yaml").read_text(encoding="utf-8")
-        if "class_path: lightning_prune.methods." in text and text.startswith("#"):
-            found[name] = text.splitlines()[0].removeprefix("#").strip().partition(". ")[0].rstrip(".") + "."
-    return found
+    words = [re.sub(r"^--method(=|$)", r"--config\1", word) for word in arguments]
+    for index, word in enumerate(words):
+        check_text(word, "command line")
+        before = words[index - 1] if index else ""
+        option, equals, value = (before, "", word) if before in FILE_OPTIONS else word.partition("=")
+        if option == "--config" and (equals or option is before):
+            path = config_file(value)
+            read_config(path.expanduser(), option)
+            words[index] = f"--config={path}" if equals else str(path)
+        elif option in FILE_OPTIONS and value and exists(Path(value)):
+            read_config(Path(value), option)
+    return words

@@ -27,7 +27,7 @@ from lightning_prune.methods.measurement import SavedMeasurement
 from lightning_prune.models.families import family_of
 from lightning_prune.models.fingerprint import base_model_sha256
 from lightning_prune.models.loading import load_config
-from lightning_prune.runs.planned import Build, BuiltRun
+from lightning_prune.runs.build import Build, BuiltRun
 from lightning_prune.runs.resume import facts_of
 from lightning_prune.runs.shifts import Floats, directions, factors, search_shifts
 from lightning_prune.runs.tensorboard import kept_fraction

@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
-from lightning_prune.cli.surroundings import KERNEL_CACHES, keep_few_kernels
+from lightning_prune.cli import KERNEL_CACHES, main
 
 SHAPES = """
 import os, sys
-from lightning_prune.cli.surroundings import keep_few_kernels
+from lightning_prune.cli import KERNEL_CACHES
 
 if sys.argv[1] == "few":
-    keep_few_kernels(os.environ)
+    os.environ.update(KERNEL_CACHES)
 import torch
 from lightning_prune.support.memory import anonymous_bytes
 
@@ -40,7 +40,9 @@ def test_kernels_of_layers_that_are_done_are_forgotten() -> None:
     assert grown("few") < all_of_them / 3
 
 
-def test_what_is_set_already_stays() -> None:
-    environment = {"LRU_CACHE_CAPACITY": "7"}
-    keep_few_kernels(environment)
-    assert environment == KERNEL_CACHES | {"LRU_CACHE_CAPACITY": "7"}
+def test_the_command_sets_what_is_not_set_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in KERNEL_CACHES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    assert main(["methods"]) == 0
+    assert {name: os.environ[name] for name in KERNEL_CACHES} == KERNEL_CACHES | {"LRU_CACHE_CAPACITY": "7"}

@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lightning_prune.cli.lightning_cli import quiet
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.runs.build import quiet
 from lightning_prune.runs.run import prune_and_record
 from tests.methods.behaviour import SYSTEMS, Run, config_of, prune, save_model, save_tokens
 

@@ -43,7 +43,6 @@ READERS = {
     "apply": "--plan INPUTS/run/plan.json --model MODEL --output ROOT",
     "evaluate": "--model INPUTS/run --output ROOT --efficiency --prompt-length 2 --decode-length 2 --repeats 1 "
     "--batch-sizes 1",
-    "mend": "--model INPUTS/run/pruned",
     "export": "--format stock --model INPUTS/pruned --output ROOT",
 }
 # Each is a sign that an error of Python or of a library went to the user as it was.

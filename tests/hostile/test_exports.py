@@ -44,12 +44,8 @@ def loop(path: Path) -> None:
 case("stock", status=0)
 case("GGUF", GGUF, status=0)
 case("no such format", "--format onnx", "--format")
-case("format is nothing", "--format=", "--format")
-case("no such dtype", f"{GGUF} --dtype f8", "--dtype")
 case("dtype of a folder", "--dtype f16", "--dtype belongs to --format gguf")
-case("stray word", "INPUTS", "unrecognized")
 case("model is missing", "--model INPUTS/nothing")
-case("model is a file", "--model INPUTS/pruned/config.json")
 case("model is a dense folder", "--model MODEL", "a stock checkpoint already")
 case("dense folder without a tokenizer", f"--model MODEL {GGUF}", "tokenizer.json")
 case("model is nothing", "--model=", "--model is empty")
@@ -66,7 +62,7 @@ for form in ("stock", "gguf"):
     case(f"{form}: output's folder is a file", f"{option} --output INPUTS/pruned/config.json/x", "--output")
     case(f"{form}: output cannot be written", f"{option} --output /proc/x", "--output")
     case(f"{form}: output's name is too long", f"{option} --output {'x' * 300}", "--output")
-    case(f"{form}: output is a pipe", f"{option} --output INPUTS/out", "exists" if form == "gguf" else "no folder",
+    case(f"{form}: output is a pipe", f"{option} --output INPUTS/out", "exists" if form == "gguf" else "not a folder",
          prepare=lambda folder: os.mkfifo(folder / "out"))  # fmt: skip
     case(f"{form}: output links to itself", f"{option} --output INPUTS/out", "--output",
          prepare=lambda folder: loop(folder / "out"))  # fmt: skip
@@ -75,8 +71,7 @@ case("gguf: modeling file is missing", GGUF, status=0, prepare=without("modeling
 case("gguf: tokenizer is missing", GGUF, "the tokenizer cannot be loaded", prepare=without("tokenizer.json"))
 case("gguf: tokenizer is cut", GGUF, prepare=lambda folder: os.truncate(folder / "pruned/tokenizer.json", 900))
 case("gguf: output is a folder", f"{GGUF} --output INPUTS/pruned --overwrite", "a folder, and a GGUF model is a file")
-case("gguf: output exists", f"{GGUF} --output INPUTS/pruned/config.json", "exists. Give another name")
-case("stock: output is a file", "--output INPUTS/pruned/config.json --overwrite", "no folder")
+case("stock: output is a file", "--output INPUTS/pruned/config.json --overwrite", "not a folder")
 case("stock: output is the model", "--output INPUTS/pruned", "exists. Give another name")
 
 

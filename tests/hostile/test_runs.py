@@ -27,9 +27,9 @@ READERS = {
     "scores.csv": ("decide", "compare"),
     "plan.json": ("decide", "compare", "apply"),
     "config.yaml": ("decide",),
-    "pruned/config.json": ("evaluate", TEST, "mend", "load"),
+    "pruned/config.json": ("evaluate", TEST, "load"),
     "pruned/model.safetensors": ("evaluate", TEST, "load"),
-    "pruned/modeling_pruned.py": ("evaluate", TEST, "load", "mend"),
+    "pruned/modeling_pruned.py": ("evaluate", TEST, "load"),
 }
 CASES: dict[str, tuple[str, Change, str, Status, str | tuple[str, ...]]] = {}  # command, change, file, status, says
 
@@ -99,11 +99,6 @@ def cut(share: float) -> Change:
     return lambda path: os.truncate(path, int(path.stat().st_size * share))
 
 
-def sparse(path: Path) -> None:
-    path.touch()
-    os.truncate(path, 10**12)
-
-
 def twice(path: Path) -> None:
     """Every key given twice, the second time as null."""
     content = path.read_text().rstrip()
@@ -116,77 +111,52 @@ IGNORED = {"evaluate": 0, TEST: 0, "load": 0}  # the package's own class is used
 
 for file in READERS:
     code = IGNORED if file.endswith(".py") else {}
-    mended = {**code, "mend": 0} if code else {}  # what is no file of somebody else's is written anew
-    damage("is missing", file, Path.unlink, **mended)
+    damage("is missing", file, Path.unlink, **code)
     damage("is empty", file, text(""), **code)
     damage("is a folder", file, instead(Path.mkdir), **code)
-    damage("is a pipe", file, instead(os.mkfifo), **mended)
-    damage("is a device", file, instead(lambda path: path.symlink_to("/dev/zero")), **mended)
-    damage("links to itself", file, instead(lambda path: path.symlink_to(path)), **mended)
-    damage("is huge", file, sparse, **code)
+    damage("is a pipe", file, instead(os.mkfifo), **code)
+    damage("links to itself", file, instead(lambda path: path.symlink_to(path)), **code)
     damage("is binary", file, text(bytes(range(256)) * 9), **code)
-    damage("is deep", file, text("[" * 100_000), **code)
-    damage("is cut early", file, cut(0.2), **code)
-    damage("is cut late", file, cut(0.97), **mended)
+    damage("is cut late", file, cut(0.97), **code)
 for file in JSON:
     damage("is null", file, text("null"))
-    damage("is a list", file, text("[]"))
-    damage("is a number", file, text("3"))
     damage("is an empty object", file, text("{}"))
-    damage("holds a huge number", file, text('{"a": ' + "9" * 5000 + "}"))
-    damage("is Latin-1", file, text('{"a": "é"}'.encode("latin-1")))
     damage("gives every key twice", file, twice)
 
 # Fields that this version reads, each with a value of a kind it cannot be.
 TYPED = {
-    "metrics.json": "perplexity perplexity/tokens.npy perplexity/tokens.npy/dense perplexity/tokens.npy/tokens "
-    "evaluation evaluation/tokens.npy/seq_len evaluation/tokens.npy/fingerprint parameters parameters/dense "
-    "pruning_ratio/requested pruning_ratio/achieved seconds seconds/total peak_memory_bytes method method/label "
-    "method/base_model method/base_model_sha256 method/scores_reused method/measured_seconds configuration_sha256",
-    "environment.json": "python packages packages/torch platform cpu cpu/name cpu/cores memory_bytes gpus device "
-    "command",
-    "calibration.json": "dataset split revision sampling stride seed num_samples seq_len fingerprint",
+    "metrics.json": "perplexity/tokens.npy/dense evaluation/tokens.npy/fingerprint parameters pruning_ratio/achieved "
+    "seconds peak_memory_bytes method/base_model_sha256 configuration_sha256",
+    "environment.json": "packages/torch cpu/cores gpus device",
+    "calibration.json": "dataset sampling seed num_samples fingerprint",
     "method.json": "method label measured_by prior",
-    "plan.json": "format method pruning_ratio achieved_ratio parameters parameters/dense calibration_fingerprint "
-    "base_model layers layers/0 layers/1/layer layers/1/kept_kv_heads layers/1/kept_channels dtype weights_updated",
+    "plan.json": "format pruning_ratio parameters/dense base_model layers/0 layers/1/kept_channels weights_updated",
 }
 for file, names in TYPED.items():
     for name in names.split():
         field(file, name, [[None]])
-for name in ("tokens", "dense", "pruned"):
-    field("metrics.json", f"perplexity/tokens.npy/{name}", -1, f"{name} is -1")
-    field("metrics.json", f"perplexity/tokens.npy/{name}", float("inf"))
-for value in (-1, 0, -1e308):
-    field("metrics.json", "evaluation/tokens.npy/unigram_perplexity", value, "unigram_perplexity")
-for value in (-1, 1e308, 2, float("nan")):
+field("metrics.json", "perplexity/tokens.npy/pruned", -1, "pruned is -1")
+for value in (-1, 2, float("nan")):
     field("metrics.json", "pruning_ratio/achieved", value)
     field("plan.json", "achieved_ratio", value)
-for value in (-1, 10**18, 10**30, 10**400, 1.5, None, 0):
+for value in (-1, 10**400, 1.5, 0):
     field("metrics.json", "parameters/dense", value)
     field("plan.json", "parameters/dense", value)
-for value in (10**30, 10**400, -1, 1.0, "1"):
-    field("metrics.json", "peak_memory_bytes", value, "peak_memory_bytes")
-    field("environment.json", "memory_bytes", value, "memory_bytes")
-    field("calibration.json", "num_samples", value, "num_samples")
+field("environment.json", "memory_bytes", 10**30, "memory_bytes")
+field("calibration.json", "num_samples", "1", "num_samples")
 field("metrics.json", "seconds/total", 1e308, "seconds.total")
 field("metrics.json", "method/label", "../../evil", compare=0, decide=0)  # only shown; the name is in config.yaml
 field("metrics.json", "method/base_model", "<script>\x1b[2J\n|", compare=0, decide=0)
 field("metrics.json", "more", {"a": [1]}, compare=0, decide=0)
 field("metrics.json", "method/base_model_sha256", "0" * 64, "have changed", compare=0)
-field("environment.json", "more", "x" * 10**5, compare=0, decide=0)
 field("calibration.json", "sampling", "magic", "sampling is 'magic'")
 field("calibration.json", "dataset", None, "is not known")
-field("method.json", "more", [[]], compare=0, decide=0)
 field("plan.json", "more", 1, "more is not known")
 field("plan.json", "format", 2, "has format 2")
-field("plan.json", "format", True, "has format True")
 field("plan.json", "weights_updated", True, "changed the weights", compare=0, decide=0)
 field("plan.json", "dtype", "float3", "dtype 'float3'", compare=0, decide=0)
-field("plan.json", "dtype", "load", "dtype 'load'", compare=0, decide=0)
 field("plan.json", "layers", [])
 field("plan.json", "layers/1/layer", 0)
-field("plan.json", "layers/1/layer", 10**9)
-field("plan.json", "layers/3/layer", 4)
 for value in ([0, 0], [1, 0], [-1], [2], [10**9], [10**30], list(range(10**5))):
     field("plan.json", "layers/1/kept_kv_heads", value)
 for value in ([0, 0], [5, 4], [40], [0.0], ["0"]):
@@ -211,45 +181,29 @@ for name in ("evaluation", "parameters", "method", "seconds", "perplexity"):
     damage(f"lacks {name}", "metrics.json", lambda path, name=name: without(path, name), f"{name}")
 
 cell("layer", 10**9, "layer is 1000000000")
-cell("layer", -1, "layer is -1")
-cell("layer", 1)
-cell("layer", "x")
-cell("layer", "")
 cell("layer", 1.5)
-cell("layer", 10**30)
-cell("block", "layer")
 cell("block", "head", "block is head")
-cell("block", "")
 cell("unit", -1, "unit is -1")
 cell("unit", 0)
-cell("unit", 10**9)
-for column in ("importance", "prior", "score"):
-    for value in ("nan", "inf", "-inf", "", "x", "1e999"):
+for column in ("importance", "score"):
+    for value in ("nan", "", "x"):
         cell(column, value)
-for value in (0, -1, "nan", 1.5, 10**30, ""):
+for value in (0, "nan", 10**30):
     cell("cost", value)
-for value in (2, -1, "", "true", "nan"):
-    cell("pruned", value)
+cell("pruned", 2)
 cell("cost", 1, "cost is 1, the model's is", compare=0)  # which knows no model
 rows("has a row less", lambda found: found[:-1])
-rows("has no first row", lambda found: found[1:])
-rows("has one row", lambda found: found[:1])
 rows("has no rows", lambda found: [], "no rows")
 rows("has a row twice", lambda found: [*found, found[5]])
-rows("has all rows twice", lambda found: found * 2)
 rows("is in another order", lambda found: found[::-1], decide=0, compare=0)
-rows("has a longer row", lambda found: [*found[:-1], found[-1] + ",1"])
 rows("has a shorter row", lambda found: [*found[:-1], found[-1].rpartition(",")[0]])
 rows("has a blank row", lambda found: [*found[:5], "", *found[5:]], decide=0, compare=0)
 rows("prunes all", lambda found: [row.rpartition(",")[0] + ",1" for row in found])
-rows("prunes nothing", lambda found: [row.rpartition(",")[0] + ",0" for row in found])
 rows("lacks a layer", lambda found: [row for row in found if not row.startswith("1,")])
 rows(
     "has one layer more", lambda found: [*found, *(row.replace("3,", "4,", 1) for row in found if row.startswith("3,"))]
 )
 damage("has no header", "scores.csv", lambda path: path.write_text(path.read_text().partition("\n")[2]))
-damage("has another header", "scores.csv", lambda path: path.write_text(path.read_text().replace("unit", "untie", 1)))
-damage("has a column twice", "scores.csv", lambda path: path.write_text(path.read_text().replace("prior", "score", 1)))
 damage(
     "is quoted",
     "scores.csv",
@@ -257,7 +211,6 @@ damage(
     decide=0,
     compare=0,
 )
-damage("ends in no line break", "scores.csv", lambda path: path.write_text(path.read_text().rstrip()))
 damage("has NUL characters", "scores.csv", lambda path: path.write_text(path.read_text() + "\0" * 99 + "\n"))
 damage(
     "has a line of a million characters",
@@ -304,8 +257,7 @@ def test_run_folder(name: str, copied: Bench, monkeypatch: pytest.MonkeyPatch) -
     else:
         arguments = "--model.pretrained INPUTS/run/pruned" if command == TEST else ""
         copied.check(Case(arguments, status, says, command=command))
-    if (command, status) != ("mend", 0):
-        assert contents(copied.inputs) == before
+    assert contents(copied.inputs) == before
 
 
 def check_load(folder: Path, status: Status) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import lightning_prune
-from lightning_prune.cli.lightning_cli import quiet
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.methods import FLAP, HGSP, Magnitude, ShortGPT, SlimGPT, Wanda
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.runs.build import quiet
 from lightning_prune.runs.run import prune_and_record
 from lightning_prune.runs.summary import RunRecord
 from tests.cutting import cut

@@ -13,7 +13,6 @@ import yaml
 
 from lightning_prune.cli.commands.compare import main as compare
 from lightning_prune.cli.commands.fit import main as fit
-from lightning_prune.cli.experiment import build
 from lightning_prune.runs.experiment import run_experiment
 from lightning_prune.runs.planned import plan_runs
 from lightning_prune.runs.settings import read_settings
@@ -59,7 +58,7 @@ def experiment(tmp_path: Path) -> Path:
 def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
     """The whole experiment: its file and its run folders."""
     path = write_experiment(tmp_path_factory.mktemp("shared"))
-    folders, failures = run_experiment(read_settings(path), build)
+    folders, failures = run_experiment(read_settings(path))
     assert not failures
     return path, folders
 
@@ -102,7 +101,7 @@ def test_experiment_gives_what_single_runs_give(shared: tuple[Path, list[Path]],
         for index in range(2)
     ]
     for label in ("wanda", "hgsp", "shortgpt_long"):
-        single, _ = run_experiment(read_settings(experiment, tmp_path / label, ratios=[0.4], systems=[label]), build)
+        single, _ = run_experiment(read_settings(experiment, tmp_path / label, ratios=[0.4], systems=[label]))
         at_04 = next(folder for folder in folders if folder.parent.name == label and folder.name == "version_1")
         one, other = read(single[0], "metrics.json"), read(at_04, "metrics.json")
         assert other["method"]["scores_reused"]
@@ -124,12 +123,12 @@ def test_dense_model_is_measured_once_and_every_system_calibrates_once(shared: t
 
 
 def test_second_call_makes_only_what_is_missing(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first, _ = run_experiment(read_settings(experiment, systems=["magnitude", "wanda"], ratios=[0.2]), build)
+    first, _ = run_experiment(read_settings(experiment, systems=["magnitude", "wanda"], ratios=[0.2]))
     stamps = [(folder / "metrics.json").stat().st_mtime_ns for folder in first]
     dead = first[0].parent / "version_7"  # what a killed process leaves
     dead.mkdir()
     (dead / "unfinished").touch()
-    second, _ = run_experiment(read_settings(experiment, systems=["magnitude", "wanda"]), build)
+    second, _ = run_experiment(read_settings(experiment, systems=["magnitude", "wanda"]))
     assert "4 runs below" in (text := capsys.readouterr().out)
     assert "2 finished, 2 to make" in text
     assert [second[0], second[2]] == first
@@ -137,9 +136,7 @@ def test_second_call_makes_only_what_is_missing(experiment: Path, capsys: pytest
     assert not dead.exists()
     # Another seed of the data changes nothing for token arrays; another calibration set makes new runs.
     other = {"data.dataset": str(experiment.parent / "second.npy")}
-    third, _ = run_experiment(
-        read_settings(experiment, systems=["magnitude", "wanda"], ratios=[0.2], options=other), build
-    )
+    third, _ = run_experiment(read_settings(experiment, systems=["magnitude", "wanda"], ratios=[0.2], options=other))
     assert third[0] == first[0]  # magnitude reads no data
     assert third[1] != first[1]
 
@@ -149,7 +146,7 @@ def test_runs_of_fit_are_recognised(experiment: Path) -> None:
     (experiment.parent / "fit.yaml").write_text(yaml.safe_dump(settings.configuration("wanda", 0.2)))
     assert fit(["--config", str(experiment.parent / "fit.yaml")]) == 0
     before = set((settings.root / "wanda").iterdir())
-    folders, _ = run_experiment(settings, build)
+    folders, _ = run_experiment(settings)
     assert set(folders) == before
 
 
@@ -184,7 +181,7 @@ def test_seeds_repeat_what_draws_samples_and_nothing_else(
 
 def test_token_arrays_are_the_same_with_every_seed_and_run_once(experiment: Path) -> None:
     settings = read_settings(experiment, systems=["magnitude", "wanda"], ratios=[0.2], seeds=[0, 1])
-    assert [run.label for run in plan_runs(settings, build)] == ["magnitude", "wanda"]
+    assert [run.label for run in plan_runs(settings)] == ["magnitude", "wanda"]
 
 
 def test_run_that_fails_is_reported_and_the_others_go_on(
@@ -206,7 +203,7 @@ def test_run_that_fails_is_reported_and_the_others_go_on(
 
 def test_mistake_is_found_before_anything_runs(experiment: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"system 'magnitude': .*seeed"):
-        run_experiment(read_settings(experiment, options={"data.seeed": "1"}), build)
+        run_experiment(read_settings(experiment, options={"data.seeed": "1"}))
     assert not list((tmp_path / "logs").glob("*/version_*"))
 
 
@@ -215,7 +212,7 @@ def test_two_experiments_do_not_share_a_root(experiment: Path) -> None:
 
     settings = read_settings(experiment)
     with _only_one(settings.root), pytest.raises(UserError, match="another 'lightning-prune compare' is running"):
-        run_experiment(settings, build)
+        run_experiment(settings)
 
 
 @pytest.mark.slow

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from lightning_prune.cli import main
-from lightning_prune.cli.experiment import build
 from lightning_prune.runs import shipped_configs
+from lightning_prune.runs.build import build
 from lightning_prune.runs.settings import read_settings
 from lightning_prune.runs.shipped_configs import config_file, shipped_folder, shipped_names, with_config_files
 from lightning_prune.support.errors import UserError

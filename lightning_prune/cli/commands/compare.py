@@ -50,7 +50,6 @@ def main(argv: list[str]) -> int:
         folders, root = _finished(arguments.runs), arguments.root or DEFAULT_ROOT
         tasks = _tasks(arguments, root)
     else:
-        from lightning_prune.cli.experiment import build
         from lightning_prune.runs.experiment import run_experiment
         from lightning_prune.runs.settings import read_settings
 
@@ -65,7 +64,7 @@ def main(argv: list[str]) -> int:
         )
         root = settings.root
         tasks = _tasks(arguments, root)
-        folders, failures = run_experiment(settings, build)
+        folders, failures = run_experiment(settings)
 
     runs = [load_run(folder) for folder in folders]
     result = audit(runs if tasks is None else tasks.measure(runs))

@@ -1,17 +1,21 @@
 """``lightning-prune decide``: another pruning decision from what an earlier run measured, without calibrating."""
 
 import argparse
+import inspect
 import json
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_prune.cli.output import Output
-from lightning_prune.cli.parser import PlainParser
+import yaml
+
+from lightning_prune.cli.parser import OUTPUT, PlainParser, tell
+from lightning_prune.runs.config_files import read_config
 from lightning_prune.runs.folder import FinishedRun, RunFolder, check_label
 from lightning_prune.support.errors import UserError
 
 if TYPE_CHECKING:
-    from lightning_prune.cli.lightning_cli import PruneCLI
+    from lightning_prune.runs.build import RunBuilder
 
 EVALUATION_OPTIONS = ("eval_datasets", "eval_seq_len", "eval_batch_size", "cache_dir")
 
@@ -25,29 +29,21 @@ def main(argv: list[str]) -> int:
         UserError: no finished run there, a method whose scores cannot be reused, an option that would change the
             measurement, or a base model that is no longer the same.
     """
-    words, output = Output.take(argv)
-    arguments, options = _parser().parse_known_args(words)
+    arguments, options = _parser().parse_known_args(argv)
     run = RunFolder.open(arguments.run, "--run")
     if run.recovery is not None:
         raise UserError(
             f"--run: '{run.path}' trained what another run had pruned. Decide from that one: '{run.recovery.parent}'."
         )
-    RunFolder.read_config(run.path, "--run")
+    config = read_config(run.path / "config.yaml", "--run")
     _ = run.scores  # a damaged table does not wait for torch either
 
     # After the first look, so that --help and a wrong folder do not wait for torch.
-    from lightning_prune.cli.lightning_cli import PruneCLI
-    from lightning_prune.methods.base import PruningMethod
     from lightning_prune.runs.reuse import known_perplexities, reuse
     from lightning_prune.runs.run import prune_and_record
     from lightning_prune.runs.summary import summary_table
 
-    config = ["--config", str(run.path / "config.yaml")]
-    # A run that was made silently, or by compare, says so in its configuration.
-    shown = ["--trainer.enable_progress_bar", "true"]
-    cli = PruneCLI([*config, *shown, *options], PruningMethod, subclasses=True, command="decide")
-    check_label(cli.model.label)
-    _check_options(cli, config, run.path)
+    cli = _built(config, options, run.path)
     if not cli.model.reusable:
         raise UserError(
             f"--run: method '{cli.model.method}' of '{run.path}' cannot decide again from its scores: it changes "
@@ -63,13 +59,33 @@ def main(argv: list[str]) -> int:
     folder, record = prune_and_record(cli.trainer, cli.model, cli.datamodule, cli.resolved_config, dense)
     if cli.trainer.is_global_zero:
         table = summary_table(cli.model.label, record.metrics)
-        output.tell(table, record.metrics, folder, f"pruned model: {folder / 'pruned'}")
+        tell(cli, table, record.metrics, folder, f"pruned model: {folder / 'pruned'}")
     return 0
 
 
-def _check_options(cli: "PruneCLI", config: list[str], run: Path) -> None:
+def _built(config: dict[str, Any], options: list[str], run: Path) -> "RunBuilder":
+    """The run's configuration with the ``options`` of the command line."""
+    from lightning_prune.runs.build import RunBuilder
+    from lightning_prune.runs.trainer import calibration_trainer
+
+    # Of the trainer what it still has; a run that was made silently, or by compare, says so in its configuration.
+    known = inspect.signature(calibration_trainer).parameters.keys() - {"enable_progress_bar"}
+    trainer = {
+        name: value for name, value in (config.get("trainer") or {}).items() if name in known and value is not None
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(yaml.safe_dump(config | {"trainer": trainer}, allow_unicode=True), encoding="utf-8")
+        words = ["--config", str(file)]
+        cli = RunBuilder([*words, *options], command="decide", options=OUTPUT)
+        before = cli.parser.parse_args(words)
+    check_label(cli.model.label)
+    _check_options(cli, _flat(cli.parser, before), _flat(cli.parser, cli.config), run)
+    return cli
+
+
+def _check_options(cli: "RunBuilder", before: dict[str, Any], after: dict[str, Any], run: Path) -> None:
     """Refuse options that differ from the run's and are not read by the decision or the evaluation."""
-    before, after = (_flat(cli.parser, parsed) for parsed in (cli.parser.parse_args(config), cli.config))
     allowed = [f"model.{name}" for name in cli.model.decision_options]
     allowed += [f"data.{name}" for name in EVALUATION_OPTIONS]
     for name in sorted(before.keys() | after.keys()):
@@ -114,7 +130,7 @@ def _check_base_model(pretrained: str, run: FinishedRun) -> None:
         )
 
 
-def _check_calibration(cli: "PruneCLI", run: FinishedRun) -> None:
+def _check_calibration(cli: "RunBuilder", run: FinishedRun) -> None:
     """A refit, and biases that take over means, must see the text that was scored."""
     before = run.calibration.fingerprint if run.calibration is not None else None
     if not cli.model.needs_calibration or before is None:

@@ -2,14 +2,10 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning_prune.cli.parser import PlainParser
 from lightning_prune.support.errors import UserError
-
-if TYPE_CHECKING:
-    from lightning_prune.evaluation.efficiency import Efficiency
-    from lightning_prune.evaluation.zero_shot import ZeroShotResult
 
 # The seven common-sense tasks that structured-pruning papers report since LLM-Pruner.
 TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
@@ -21,67 +17,76 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: nothing to measure, no model there, nowhere to write, or as the measurements themselves.
     """
-    arguments = _parser().parse_args(argv)
-    if not (arguments.efficiency or arguments.zero_shot):
+    given = _parser().parse_args(argv)
+    if not (given.efficiency or given.zero_shot):
         raise UserError("Nothing to measure. Add --efficiency, --zero-shot, or both.")
-    model_folder, output = _places(arguments.model, arguments.output)
+    model_folder, output = _places(given.model, given.output)
 
     # After the arguments, so that --help does not wait for torch.
-    import torch
-
     from lightning_prune.checkpoint.pruned import stored_dtype
-    from lightning_prune.evaluation import efficiency, zero_shot
-    from lightning_prune.models.loading import OPTION, load_config, load_model, load_tokenizer
+    from lightning_prune.evaluation.efficiency import Setting
+    from lightning_prune.evaluation.zero_shot import check_tasks
+    from lightning_prune.models.loading import OPTION, load_config
     from lightning_prune.models.model_slot import DTYPES
-    from lightning_prune.runs.environment import environment
-    from lightning_prune.support.files import check_writable, write_json
+    from lightning_prune.support.files import check_writable
 
     check_writable(output, "--output")
-    device = _device(arguments.device)
-    models = {"dense": arguments.dense} if arguments.dense else {}
-    models["pruned"] = model_folder
+    device = _device(given.device)
+    models = ({"dense": given.dense} if given.dense else {}) | {"pruned": model_folder}
     for name, path in models.items():
         try:
             load_config(path)
         except UserError as error:
             raise UserError(str(error).replace(OPTION, "--model" if name == "pruned" else "--dense")) from None
     # One dtype for both: a dense bf16 folder beside a pruned fp32 one would compare formats, not models.
-    dtype = DTYPES[arguments.precision] if arguments.precision else stored_dtype(model_folder)
-    manager = zero_shot.check_tasks(arguments.tasks, arguments.include_path) if arguments.zero_shot else None
-    setting = efficiency.Setting(
-        prompt_length=arguments.prompt_length,
-        decode_length=arguments.decode_length,
-        context_length=arguments.context_length or arguments.prompt_length + arguments.decode_length,
-        batch_sizes=tuple(arguments.batch_sizes),
-        repeats=arguments.repeats,
+    dtype = DTYPES[given.precision] if given.precision else stored_dtype(model_folder)
+    manager = check_tasks(given.tasks, given.include_path) if given.zero_shot else None
+    setting = Setting(
+        prompt_length=given.prompt_length,
+        decode_length=given.decode_length,
+        context_length=given.context_length or given.prompt_length + given.decode_length,
+        batch_sizes=tuple(given.batch_sizes),
+        repeats=given.repeats,
     )
+    _measure(given, models, setting if given.efficiency else None, manager, dtype, device, output)
+    return 0
 
-    costs: dict[str, Efficiency] = {}
-    knowledge: dict[str, ZeroShotResult] = {}
+
+def _measure(
+    given: argparse.Namespace, models: dict[str, str], setting: Any, manager: Any, dtype: Any, device: Any, output: Path
+) -> None:
+    """Load one model after the other, measure it, and write what was measured."""
+    import torch
+
+    from lightning_prune.evaluation import efficiency, zero_shot
+    from lightning_prune.models.loading import load_model, load_tokenizer
+    from lightning_prune.runs.environment import environment
+    from lightning_prune.support.files import write_json
+
+    costs: dict[str, efficiency.Efficiency] = {}
+    knowledge: dict[str, zero_shot.ZeroShotResult] = {}
     for name, path in models.items():
-        tokenizer = load_tokenizer(path) if arguments.zero_shot else None
-        if arguments.zero_shot and tokenizer is None:
+        tokenizer = load_tokenizer(path) if manager is not None else None
+        if manager is not None and tokenizer is None:
             raise UserError(f"--zero-shot: '{path}' holds no tokenizer. Save the model's tokenizer files there.")
-        model: Any = load_model(path, dtype).to(device)  # type: ignore[arg-type]
-        if arguments.efficiency:
+        model: Any = load_model(path, dtype).to(device)
+        if setting is not None:
             costs[name] = efficiency.measure(model, path, setting, name)
-        if arguments.zero_shot:
-            batch_size = arguments.eval_batch_size
-            knowledge[name] = zero_shot.zero_shot(model, tokenizer, arguments.tasks, manager, batch_size)
+        if manager is not None:
+            knowledge[name] = zero_shot.zero_shot(model, tokenizer, given.tasks, manager, given.eval_batch_size)
         del model
 
     used_dtype = str(dtype).removeprefix("torch.")
     facts = {"models": models, "environment": environment(used_dtype, device)}
-    if arguments.efficiency:
+    if setting is not None:
         report = efficiency.EfficiencyReport(
             setting, str(device), used_dtype, torch.get_num_threads(), costs["pruned"], costs.get("dense")
         )
         write_json(output / "efficiency.json", report.to_json() | facts)
         print(f"\n{report.table()}\nefficiency: {output / 'efficiency.json'}")
-    if arguments.zero_shot:
+    if manager is not None:
         write_json(output / "zero_shot.json", {name: item.to_json() for name, item in knowledge.items()} | facts)
         print(f"\n{zero_shot.table(knowledge)}\nzero-shot: {output / 'zero_shot.json'}")
-    return 0
 
 
 def _places(model: str, output: Path | None) -> tuple[str, Path]:
@@ -98,11 +103,12 @@ def _places(model: str, output: Path | None) -> tuple[str, Path]:
 def _device(name: str) -> Any:
     import torch
 
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: cuda is asked for, but torch finds no GPU. Choose cpu or auto.")
-    return torch.device(name)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name == "cpu" or (name == "auto" and accelerator is None):
+        return torch.device("cpu")
+    if accelerator is None:
+        raise UserError(f"--device: found {name}, but torch finds no accelerator. Choose cpu or auto.")
+    return accelerator
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("32-true", "bf16-true", "16-true"),
         help="of both models' weights. Default: as --model is stored",
     )
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is a GPU where there is one")
+    add("--device", choices=("auto", "cpu", "gpu", "cuda"), default="auto", help="auto is a GPU where there is one")
 
     cost = parser.add_argument_group("efficiency")
     add = cost.add_argument

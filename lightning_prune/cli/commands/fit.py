@@ -1,18 +1,25 @@
 """``lightning-prune fit``: one model, one method, one run folder."""
 
-from lightning_prune.cli.lightning_cli import PruneCLI
-from lightning_prune.cli.output import Output
-from lightning_prune.methods.base import PruningMethod
+from lightning_prune.cli.parser import OUTPUT, RESUME, tell, with_method_help
+from lightning_prune.runs.build import RunBuilder
 from lightning_prune.runs.run import prune_and_record
 from lightning_prune.runs.summary import summary_table
+
+DESCRIPTION = (
+    "Calibrate, prune, save and evaluate one model with one method. 'lightning-prune methods' lists the methods, and "
+    "'lightning-prune fit --method wanda --help' the options of one. Examples: lightning-prune fit --method wanda; "
+    "lightning-prune fit --method wanda --model.pretrained path/to/llama --model.pruning_ratio 0.3 --data.dataset "
+    "wikitext2"
+)
 
 
 def main(argv: list[str]) -> int:
     """Run the command and print the summary and where the pruned model is."""
-    words, output = Output.take(argv)
-    cli = PruneCLI(words, PruningMethod, subclasses=True, command="fit")
-    folder, record = prune_and_record(cli.trainer, cli.model, cli.datamodule, cli.resolved_config, resume=cli.resume)
-    if cli.trainer.is_global_zero:
-        table = summary_table(cli.model.label, record.metrics)
-        output.tell(table, record.metrics, folder, f"pruned model: {folder / 'pruned'}")
+    run = RunBuilder(with_method_help(argv), description=DESCRIPTION, options={"resume": RESUME} | OUTPUT)
+    folder, record = prune_and_record(
+        run.trainer, run.model, run.datamodule, run.resolved_config, resume=run.option("resume")
+    )
+    if run.trainer.is_global_zero:
+        table = summary_table(run.model.label, record.metrics)
+        tell(run, table, record.metrics, folder, f"pruned model: {folder / 'pruned'}")
     return 0

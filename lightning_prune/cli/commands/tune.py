@@ -1,49 +1,64 @@
 """``lightning-prune tune``: choose a method's options on held-out calibration samples."""
 
-import argparse
 import csv
 import io
 import shutil
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import yaml
+from jsonargparse.typing import PositiveInt
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_prune.cli.experiment import build
-from lightning_prune.cli.lightning_cli import PruneCLI
-from lightning_prune.methods.base import PruningMethod
+from lightning_prune.cli.parser import with_method_help
+from lightning_prune.runs.build import RunBuilder, build
 from lightning_prune.runs.tune import Limits, Tuned, check_tunable, tune, tuned_config
 from lightning_prune.runs.tune_events import log_kept, log_trial
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import check_writable, writable, write_text
 
+DESCRIPTION = (
+    "Choose refit, allocation, normalisation, protection and prior of a method that ranks groups by the loss on an "
+    "eighth of the calibration set, which is held out: one calibration, then decisions from its scores. Takes the "
+    "options of fit. A temperature of 0 leaves priors out. Example: lightning-prune tune --method hgsp_taylor --output "
+    "tuned.yaml"
+)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "output": {
+        "default": "tuned.yaml",
+        "help": "Configuration to write with the best options; all trials go beside it (.csv, .json, .tensorboard).",
+    },
+    "trials": {"type": PositiveInt, "default": 24, "help": "Options to try."},
+    "resume": {"action": "store_true", "help": "Go on with the trials beside --output, or add more of them."},
+    "overwrite": {"action": "store_true", "help": "Replace what is at --output."},
+}
+
 
 def main(argv: list[str]) -> int:
     """Print every trial, then write the best options as a configuration and all trials as a table beside it."""
-    own, words = _parser().parse_known_args(argv)
-    cli = PruneCLI(words, PruningMethod, subclasses=True, command="tune")
+    cli = RunBuilder(with_method_help(argv), command="tune", description=DESCRIPTION, options=OPTIONS)
     check_tunable(cli.model)
-    output: Path = own.output.expanduser()
+    output: Path = Path(cli.option("output")).expanduser()
     if output.suffix not in (".yaml", ".yml"):
         raise UserError(f"--output: found '{output}'; a configuration's name ends in .yaml.")
     table, kept, events = output.with_suffix(".csv"), output.with_suffix(".json"), output.with_suffix(".tensorboard")
     for file in (output, table, kept):
-        if file.exists() and not own.overwrite and not own.resume:
+        if file.exists() and not cli.option("overwrite") and not cli.option("resume"):
             raise UserError(
                 f"--output: '{file}' exists. Choose another name, give --overwrite, or go on with its trials: --resume."
             )
     check_writable(output.parent, "--output")
     configuration = yaml.safe_load(cli.resolved_config)
     found: Tuned | None = None
-    limits = Limits(own.trials, own.shifts)
+    limits = Limits(cli.option("trials"))
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(writable(output.parent, "--output"))
         output.parent.mkdir(parents=True, exist_ok=True)
         for found in tune(
-            configuration, build, cli.datamodule, Path(folder), limits, kept, own.resume, cli.model.progress
+            configuration, build, cli.datamodule, Path(folder), limits, kept, cli.option("resume"), cli.model.progress
         ):
             if len(found.trials) == 1:  # what an earlier search left stays until there is something to show
                 shutil.rmtree(events, ignore_errors=True)
@@ -79,27 +94,3 @@ def _table(found: Tuned) -> str:
         values = [trial.options[name] for name in names]
         writer.writerow([number, *values, trial.move, trial.loss, round(trial.seconds, 1)])
     return text.getvalue()
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--output", type=Path, default=Path("tuned.yaml"))
-    parser.add_argument("--trials", type=_trials, default=24)
-    parser.add_argument("--shifts", type=_shifts, default=0)
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--overwrite", action="store_true")
-    return parser
-
-
-def _trials(text: str) -> int:
-    return _count(text, "--trials", 1)
-
-
-def _shifts(text: str) -> int:
-    return _count(text, "--shifts", 0)
-
-
-def _count(text: str, option: str, least: int) -> int:
-    if not text.isdecimal() or not least <= int(text) <= 10_000:
-        raise UserError(f"{option}: found '{text}'; give a whole number from {least} to 10000.")
-    return int(text)

@@ -104,21 +104,3 @@ def test_zero_shot_writes_both_models_and_their_means(
     (run / "pruned" / "tokenizer_config.json").unlink()
     with pytest.raises(UserError, match=r"--zero-shot: .* holds no tokenizer"):
         main(["--model", str(run), *task])
-
-
-def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["--help"])
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    options = (
-        "--model",
-        "--dense",
-        "--efficiency",
-        "--zero-shot",
-        "--tasks",
-        "--batch-sizes",
-        "--precision",
-        "--output",
-    )
-    assert all(option in text for option in options)

@@ -68,25 +68,3 @@ def test_the_package_that_is_missing_is_named(
     monkeypatch.setitem(sys.modules, "gguf", None)
     assert export(model, "gguf", tmp_path / "m.gguf") == 2
     assert "pip install 'lightning-prune[gguf]'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (["--format", "gguf"], "--model: no folder at '/nowhere"),
-        (["--format", "stock", "--dtype", "f16"], "--dtype belongs to --format gguf"),
-        (["--format", "onnx"], "--format"),
-    ],
-)
-def test_mistakes_are_one_sentence(
-    arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["export", "--model", "/nowhere/model", "--output", str(tmp_path / "out"), *arguments]) == 2
-    assert says in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_stock_checkpoint_needs_no_padding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    save(tmp_path / "model")
-    assert export(tmp_path / "model", "stock", tmp_path / "out") == 2
-    assert "it is a stock checkpoint already" in capsys.readouterr().err

@@ -60,12 +60,6 @@ def test_no_held_out_split_skips_evaluation_and_says_so_once(fit: Callable[..., 
     assert "perplexity" not in out
 
 
-def test_empty_list_skips_evaluation_without_a_word(fit: Callable[..., tuple[str, str]]) -> None:
-    out, err = fit("--data.eval_datasets", "[]")
-    assert "evaluation" not in err
-    assert "perplexity" not in out
-
-
 def test_evaluating_on_the_calibration_tokens_warns(fit: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
     _, err = fit("--data.eval_datasets", f"[{tmp_path}/tokens.npy]")
     about = [line for line in err.splitlines() if "is the text the model was calibrated on" in line]
@@ -78,14 +72,6 @@ def test_method_without_calibration_never_opens_the_dataset(
     (tmp_path / "tokens.npy").unlink()
     fit("--data.eval_datasets", f"[{tmp_path}/other.npy]", config="magnitude.yaml")
     assert (tmp_path / "logs" / "magnitude" / "version_0" / "metrics.json").is_file()
-
-
-def test_run_without_tensorboard(fit: Callable[..., tuple[str, str]], tmp_path: Path) -> None:
-    out, _ = fit("--data.eval_datasets", "[]", "--trainer.logger", "false")
-    folder = tmp_path / "logs" / "wanda" / "version_0"
-    assert out.splitlines()[-1] == f"pruned model: {folder}/pruned"
-    assert not list(folder.glob("events*"))
-    assert (folder / "metrics.json").is_file()
 
 
 def test_nothing_that_no_user_can_act_on_is_printed(fit: Callable[..., tuple[str, str]], tmp_path: Path) -> None:

@@ -114,16 +114,7 @@ def test_second_signal_does_not_stop_the_clean_up(
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".") or path.name == "pruned"]
 
 
-def test_earlier_runs_survive_an_interrupted_one(
-    fit: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert fit() == 0
-    before = sorted(tmp_path.rglob("*"))
-    kill_before(monkeypatch, PruningMethod, "training_step", signal.SIGINT, calls=2)
-    assert fit() == 130
-    assert sorted(tmp_path.rglob("*")) == before
-
-
+@pytest.mark.slow
 def test_process_that_is_interrupted_while_calibrating(tmp_path: Path) -> None:
     """The real command, in a process of its own, in the middle of a pass that would take minutes."""
     np.save(tmp_path / "tokens.npy", np.zeros((20000, 128), dtype=np.int64))

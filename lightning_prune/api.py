@@ -1,35 +1,35 @@
-"""``prune``, ``evaluate``, ``compare`` and ``apply``, each through what its command runs."""
+"""The commands as functions: the same objects, runs and folders, exceptions instead of exit statuses."""
 
-import contextlib
-import io
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pandas as pd  # type: ignore[import-untyped]
 import torch
-import yaml
 from transformers import PreTrainedModel
 
-from lightning_prune.checkpoint.plan import PruningPlan
-from lightning_prune.cli.experiment import build
-from lightning_prune.cli.lightning_cli import PruneCLI
+from lightning_prune.checkpoint.apply import apply
 from lightning_prune.comparison import accuracy, costs
 from lightning_prune.comparison.audit import audit
 from lightning_prune.comparison.records import Run
 from lightning_prune.comparison.repeats import repeats
 from lightning_prune.comparison.run import load_run
 from lightning_prune.comparison.zero_shot import ZeroShot
+from lightning_prune.data.in_memory import as_dataset, calibration_set
 from lightning_prune.evaluation.perplexity import Evaluation
-from lightning_prune.models.loading import quiet_transformers
-from lightning_prune.python.calibration import as_dataset
-from lightning_prune.python.pruned import PrunedModel
+from lightning_prune.export.export import export
+from lightning_prune.models.loading import load_model, quiet_transformers
+from lightning_prune.pruned_model import PrunedModel
+from lightning_prune.runs.build import RunBuilder
+from lightning_prune.runs.config_files import read_config
 from lightning_prune.runs.run import prune_and_record
 from lightning_prune.runs.shipped_configs import config_file
 from lightning_prune.support.errors import UserError
 
 HALF = {torch.bfloat16: "bf16-true", torch.float16: "16-true"}  # precisions of a model that is loaded in them
+__all__ = ["PrunedModel", "UserError", "apply", "calibration_set", "compare", "evaluate", "export", "load", "prune"]
 
 
 def prune(
@@ -48,7 +48,7 @@ def prune(
     data: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> PrunedModel:
-    """Calibrate and prune, as ``lightning-prune fit --config <method>`` does.
+    """Calibrate and prune, as ``lightning-prune fit --method <method>`` does.
 
     Args:
         model: folder, hub id (``demo`` is the model inside the package), or a loaded causal LM, whose weights are
@@ -57,12 +57,12 @@ def prune(
         pruning_ratio: share of all parameters to remove, embeddings and head included.
         calibration: name of a corpus, a file, or token ids ``[N, L]`` (``calibration_set``). Default: as ``fit``.
         evaluate_on: sets to measure perplexity on, each as ``calibration``. Default: none.
-        folder: root of run folders, which stay; None keeps the run as long as the result lives.
+        folder: root of run folders, which are kept; None keeps the run as long as the result lives.
         precision: of the trainer; by default ``32-true``, for a loaded model in half precision its own.
         accelerator: of the trainer.
         tokenizer: of a loaded model; needed where texts are read, and saved with the checkpoint.
         inplace: turn the loaded ``model`` itself into the pruned one.
-        verbose: show a progress bar and what is printed.
+        verbose: show progress.
         data: further options of the calibration set (``seq_len``, ``batch_size``, …).
         options: of the method, such as ``score_norm`` or ``refit``.
 
@@ -70,28 +70,24 @@ def prune(
         UserError: a mistake in the arguments; nothing has been written then.
         FloatingPointError: NaN or infinite values; says where.
     """
-    loaded = isinstance(model, PreTrainedModel)
-    if inplace and not loaded:
+    if inplace and not isinstance(model, PreTrainedModel):
         raise UserError("inplace: only a model that is loaded can be turned into the pruned one.")
     keep = tempfile.TemporaryDirectory(prefix="lightning-prune-")
     work = Path(keep.name)
-    own = yaml.safe_load(config_file(method, option="method").read_text(encoding="utf-8"))
+    own = read_config(config_file(method, option="method"), "method")
     pretrained = str(model)
     if isinstance(model, PreTrainedModel):
-        pretrained = str(_saved(model, tokenizer, work / "dense"))
+        pretrained = str(work / "dense")
+        with quiet_transformers():
+            model.save_pretrained(pretrained)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(pretrained)
         precision = precision or HALF.get(model.dtype)
     dataset = as_dataset(calibration, work, "calibration")
     sets = [as_dataset(one, work, f"evaluation_{number}") for number, one in enumerate(evaluate_on)]
+    chosen = {"pretrained": pretrained, "pruning_ratio": pruning_ratio, **options}
     configuration = {
-        "model": {
-            "class_path": own["model"]["class_path"],
-            "init_args": {
-                **own["model"].get("init_args", {}),
-                "pretrained": pretrained,
-                "pruning_ratio": pruning_ratio,
-                **options,
-            },
-        },
+        "model": own["model"] | {"init_args": own["model"].get("init_args", {}) | chosen},
         "data": {
             **own.get("data", {}),
             **({} if dataset is None else {"dataset": dataset}),
@@ -99,16 +95,15 @@ def prune(
             **(data or {}),
         },
         "trainer": {
-            **({} if precision is None else {"precision": precision}),
+            "precision": precision,
             "accelerator": accelerator,
             "default_root_dir": str(work / "logs" if folder is None else folder),
             "enable_progress_bar": verbose,
             **({"logger": False} if folder is None else {}),
         },
     }
-    with _quiet(not verbose):
-        built = build(method, configuration)
-        path, _ = prune_and_record(built.trainer, built.model, built.datamodule, built.resolved_config)
+    built = RunBuilder(configuration)
+    path, _ = prune_and_record(built.trainer, built.model, built.datamodule, built.resolved_config)
     found = PrunedModel(path, keep)
     if inplace and isinstance(model, PreTrainedModel):
         found.into(model)
@@ -127,12 +122,12 @@ def evaluate(
     """Perplexity by evaluation set, with the protocol of ``lightning-prune test``.
 
     Args:
-        model: folder, hub id, or what ``prune`` gave back.
+        model: folder, hub id, or what ``prune`` returned.
         on: corpora, files, or token ids ``[N, L]``.
         seq_len: tokens per window of texts.
         precision: of the trainer.
         accelerator: of the trainer.
-        verbose: show a progress bar.
+        verbose: show progress.
 
     Raises:
         UserError: a mistake in the arguments, or nothing to evaluate on.
@@ -140,7 +135,7 @@ def evaluate(
     if not on:
         raise UserError("on: nothing to evaluate on. Name at least one corpus, file or token array.")
     source = model.folder / "pruned" if isinstance(model, PrunedModel) else model
-    with tempfile.TemporaryDirectory(prefix="lightning-prune-") as work, _quiet(not verbose):
+    with tempfile.TemporaryDirectory(prefix="lightning-prune-") as work:
         sets = [as_dataset(one, Path(work), f"set_{number}") for number, one in enumerate(on)]
         windows = {} if any(not isinstance(one, str | Path) for one in on) else {"eval_seq_len": seq_len}
         configuration = {
@@ -154,14 +149,14 @@ def evaluate(
                 "default_root_dir": work,
             },
         }
-        cli = PruneCLI(configuration, Evaluation, subclasses=False, command="test")
-        cli.model.check_model()
-        cli.datamodule.needs_calibration = False
-        cli.datamodule.setup("test")
-        with contextlib.closing(cli.model.progress):
-            cli.trainer.test(cli.model, cli.datamodule, verbose=False)
-        cli.model.close_model()
-        return {name: result.perplexity for name, result in cli.model.perplexity.items()}
+        built = RunBuilder(configuration, Evaluation, "test")
+        built.model.check_model()
+        built.datamodule.needs_calibration = False
+        built.datamodule.setup("test")
+        with closing(built.model.progress):
+            built.trainer.test(built.model, built.datamodule, verbose=False)
+        built.model.slot.close()
+        return {name: result.perplexity for name, result in built.model.perplexity.items()}
 
 
 def compare(
@@ -180,35 +175,32 @@ def compare(
     ``attrs["differences"]`` lists what makes runs incomparable (other tokens, evaluation, base model or ratio).
 
     Args:
-        runs: folders of runs, or what ``prune`` gave back.
+        runs: folders of runs, or what ``prune`` returned.
         zero_shot: tasks of the LM Evaluation Harness, as ``--zero-shot``: columns ``acc <task>``, a share of 1, and
             ``stderr <task>``; ``attrs["dense"]`` has those of the dense models, by base model.
         include_path: folder of tasks of your own.
         folder: root below which accuracies are kept, so that no checkpoint is measured twice; None keeps none.
-        verbose: show what is printed.
+        verbose: say which checkpoint is being measured.
 
     Raises:
-        UserError: a folder that is no finished run, none at all, or a task that cannot be had.
+        UserError: a folder that is not a finished run, none at all, or a task that is not there.
     """
     if not runs:
         raise UserError("runs: nothing to compare.")
     found = [load_run(one.folder if isinstance(one, PrunedModel) else Path(one)) for one in runs]
     if zero_shot:
-        with tempfile.TemporaryDirectory(prefix="lightning-prune-") as work, _quiet(not verbose):
-            tasks = ZeroShot(
-                list(zero_shot), None if include_path is None else Path(include_path), Path(folder or work)
-            )
+        with tempfile.TemporaryDirectory(prefix="lightning-prune-") as work:
+            own_tasks = None if include_path is None else Path(include_path)
+            tasks = ZeroShot(list(zero_shot), own_tasks, Path(folder or work), verbose)
             tasks.check()
             found = tasks.measure(found)
     result = audit(found)
     lines = [line for group in result.groups for line in repeats(group.all)]
     rows = []
     for line in lines:
-        run = line.first
-        row: dict[str, Any] = {"system": run.label, "ratio": run.requested}
+        row: dict[str, Any] = {"system": line.first.label, "ratio": line.first.requested}
         row["achieved"] = line.average(lambda run: run.achieved)
-        for name in line.sets:
-            row[f"perplexity {name}"] = line.perplexity(name).mean
+        row |= {f"perplexity {name}": line.perplexity(name).mean for name in line.sets}
         if len(lines) < len(found):
             row |= {f"deviation {name}": line.perplexity(name).deviation for name in line.sets} | {"n": len(line.runs)}
         row |= _accuracies(line.runs, found)
@@ -222,24 +214,6 @@ def compare(
     return table
 
 
-def apply(plan: PruningPlan | str | Path, model: str | Path, output: str | Path, *, verbose: bool = True) -> Path:
-    """Carry out a plan again, as ``lightning-prune apply`` does; returns ``output``.
-
-    Raises:
-        UserError: not a plan of this model, one whose method changed the weights it kept, or ``output`` is taken.
-    """
-    from lightning_prune.cli.commands.apply import main
-
-    with tempfile.TemporaryDirectory(prefix="lightning-prune-") as work, _quiet(not verbose):
-        path = Path(work) / "plan.json"
-        if isinstance(plan, PruningPlan):
-            plan.save(path)
-        else:
-            path = Path(plan)
-        main(["--plan", str(path), "--model", str(model), "--output", str(output)])
-    return Path(output)
-
-
 def _accuracies(runs: Sequence[Run], among: Sequence[Run], dense: bool = False) -> dict[str, float | None]:
     row: dict[str, float | None] = {}
     for task, metric in accuracy.shown_tasks(among).items():
@@ -248,19 +222,14 @@ def _accuracies(runs: Sequence[Run], among: Sequence[Run], dense: bool = False) 
     return row
 
 
-def _saved(model: PreTrainedModel, tokenizer: Any, folder: Path) -> Path:
-    with quiet_transformers():
-        model.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    return folder
+def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Load a pruned checkpoint (or a dense model) for inference or training, without remote code.
 
+    Args:
+        path: folder or hub id; ``demo`` is the embedded model.
+        dtype: of the weights; None keeps the checkpoint's.
 
-@contextlib.contextmanager
-def _quiet(quiet: bool) -> Iterator[None]:
-    """Nothing on stdout or stderr; what is raised says it all."""
-    if not quiet:
-        yield
-        return
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
+    Raises:
+        UserError: nothing to load there, or not a supported model.
+    """
+    return load_model(str(path), dtype)

@@ -1,0 +1,65 @@
+"""A saved plan, carried out again."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from lightning_prune.checkpoint.cut import check_plan, layout_of
+from lightning_prune.checkpoint.model_card import model_card
+from lightning_prune.checkpoint.plan import PruningPlan
+from lightning_prune.checkpoint.pruned import open_pruned
+from lightning_prune.checkpoint.write import write_checkpoint
+from lightning_prune.models.families import anatomy, count_parameters
+from lightning_prune.models.loading import load_config, meta_model
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.files import cannot_write, check_writable
+
+
+def apply(plan: PruningPlan | str | Path, model: str | Path, output: str | Path, *, verbose: bool = True) -> Path:
+    """Apply a saved plan again, without calibrating: byte for byte the weights that the run wrote.
+
+    Args:
+        plan: of a run, or its ``plan.json``.
+        model: the dense model that the plan was made for: folder, hub id, or ``demo``.
+        output: folder to write, new or empty.
+        verbose: print where the checkpoint is.
+
+    Returns:
+        ``output``.
+
+    Raises:
+        UserError: not a plan of this model, one whose method changed the weights it kept, or ``output`` is taken.
+    """
+    pretrained, folder = str(model), Path(output)
+    if not isinstance(plan, PruningPlan):
+        plan = PruningPlan.load(Path(plan))
+    if plan.weights_updated:
+        raise UserError(
+            f"--plan: the method '{plan.method}' also changed the weights it kept, so the plan alone cannot make its "
+            "checkpoint again. Copy the run's pruned/ folder instead."
+        )
+    try:
+        taken = os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))
+    except OSError as error:
+        raise cannot_write(folder, "--output", error) from None
+    if taken:
+        raise UserError(f"--output: '{folder}' exists and is not an empty folder. Give a new or an empty one.")
+    check_writable(folder, "--output")
+    dtype = getattr(torch, plan.dtype, None)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UserError(f"--plan: dtype '{plan.dtype}' is not known. Allowed: float32, bfloat16, float16.")
+    # Everything that can be wrong is found before the weights are read.
+    dense = meta_model(load_config(pretrained))
+    if (found := count_parameters(dense)) != plan.parameters["dense"]:
+        raise UserError(
+            f"--model: '{pretrained}' has {found:,} parameters, the plan was made for a model with "
+            f"{plan.parameters['dense']:,} ('{plan.base_model}'). Give that model."
+        )
+    check_plan(anatomy(dense), plan, dense.config)
+    pruned = open_pruned(pretrained, plan)
+    card = model_card(plan, layout_of(pruned.config), pretrained=pretrained)
+    write_checkpoint(pruned, folder, tokenizer_from=pretrained, card=card)
+    if verbose:
+        print(f"pruned model: {folder}")
+    return folder

@@ -1,1 +1,0 @@
-"""The commands as functions: the same configurations, runs and folders, exceptions instead of exit codes."""

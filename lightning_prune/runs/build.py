@@ -1,0 +1,269 @@
+"""A command line, or a configuration as a mapping, as the objects of a run: trainer, method and data.
+
+The command line, the Python functions and experiments all come through here: the same options make the same run.
+"""
+
+import importlib
+import inspect
+import logging
+import os
+import re
+import traceback
+import typing
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NoReturn, Protocol
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_prune import methods
+from lightning_prune.data.datamodule import CalibrationDataModule
+from lightning_prune.methods.base import PruningMethod
+from lightning_prune.runs.config_files import check_text
+from lightning_prune.runs.parser_messages import plain
+from lightning_prune.runs.shipped_configs import with_config_files
+from lightning_prune.runs.trainer import calibration_trainer
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.progress import Progress
+
+LARGEST = 2**63 - 1
+LARGEST_SEED = 2**32 - 1  # numpy's
+
+
+class BuiltRun(Protocol):
+    """A configuration as objects; ``resolved_config`` is all of it as YAML."""
+
+    trainer: L.Trainer
+    model: PruningMethod
+    datamodule: CalibrationDataModule
+
+    @property
+    def resolved_config(self) -> str: ...
+
+
+Build = Callable[[str, Mapping[str, Any]], BuiltRun]  # from a system's label and its configuration
+
+
+class Parser(LightningArgumentParser):
+    """Ends a mistake in one message that names the nearest valid option, instead of pages of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise UserError: the method's or datamodule's own where that is the cause, else a plain one."""
+        if not self.exit_on_error:  # a parser within the parser, for one class: the outer one reports
+            super().error(message, ex)
+        raise _user_error_in(ex) or UserError(plain(message, self._option_names(), methods.__all__)) from None
+
+    def _option_names(self) -> list[str]:
+        classes = [base for name in methods.__all__ for base in getattr(methods, name).__mro__]
+        own = {base for base in classes if base.__module__.startswith("lightning_prune.")}
+        options = {f"model.{name}" for base in own for name in inspect.signature(base).parameters}
+        return sorted({option.lstrip("-") for option in self._option_string_actions} | options)
+
+
+class RunBuilder(LightningCLI):
+    """Parses and builds trainer, model and data; whoever made it runs them.
+
+    Args:
+        arguments: the words of a command line, or a configuration as a mapping.
+        model_class: a subclass of it is chosen by ``model.class_path``; any other class than ``PruningMethod`` is
+            itself the model.
+        command: for messages and help.
+        description: what the command does, for its help.
+        options: further options of the command, by name, with the arguments of ``add_argument``. ``option`` gives
+            their values, and the configuration does not hold them.
+
+    Raises:
+        UserError: a mistake in the arguments.
+    """
+
+    data_class: type[L.LightningDataModule] = CalibrationDataModule
+    trainer_maker: ClassVar[Any] = staticmethod(calibration_trainer)
+
+    def __init__(
+        self,
+        arguments: Sequence[str] | Mapping[str, Any],
+        model_class: type[L.LightningModule] = PruningMethod,
+        command: str = "fit",
+        description: str = "",
+        options: Mapping[str, dict[str, Any]] = {},
+    ) -> None:
+        quiet()
+        self._own = dict(options)
+        chosen = model_class is PruningMethod
+        try:
+            super().__init__(
+                model_class,
+                self.data_class,
+                trainer_class=self.trainer_maker,
+                subclass_mode_model=chosen,
+                save_config_callback=None,
+                parser_class=Parser,
+                parser_kwargs={
+                    "allow_abbrev": False,  # --data.num_sample is a mistake, not num_samples
+                    "prog": f"lightning-prune {command}",
+                    "usage": f"lightning-prune {command} [--config NAME ...] [--model.OPTION VALUE] "
+                    "[--data.OPTION VALUE] [--trainer.OPTION VALUE]",
+                    "description": description,
+                },
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                run=False,
+                args=dict(arguments) if isinstance(arguments, Mapping) else with_config_files(arguments),
+            )
+        except (TypeError, ValueError) as error:  # jsonargparse's own, or what a constructor raises wrapped in one
+            if (known := _user_error_in(error)) is not None:
+                raise known from None
+            if "jsonargparse" not in traceback.extract_tb(error.__traceback__)[-1].filename:
+                raise
+            given = re.search(r"Given value: (.+)", str(error))  # the innermost comes first
+            value = given[1] if given else str(error).partition("\n")[0]
+            raise UserError(f"an option's value cannot be used: {value[:200]}. See --help.") from None
+        if chosen and any(getattr(value, "__isabstractmethod__", False) for value in _attributes(type(self.model))):
+            raise UserError(
+                f"--model: '{type(self.model).__name__}' is not a method. Methods: {', '.join(methods.__all__)}."
+            )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The tokenizer is the model's."""
+        parser.link_arguments(f"model.{'init_args.' * self.subclass_mode_model}pretrained", "data.tokenizer")
+        for name, how in self._own.items():
+            parser.add_argument(f"--{name}", **how)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and refuse what the parser lets through.
+
+        Raises:
+            UserError: text that is not UTF-8, numbers that are too large, or null where a value is needed.
+        """
+        super().parse_arguments(parser, args)
+        model = self.config.get("model")
+        if self.subclass_mode_model and model is not None:
+            module, _, name = model.class_path.rpartition(".")
+            _refuse_nulls(getattr(importlib.import_module(module), name), dict(model.get("init_args") or {}))
+        for name, value in _leaves("", self.config.as_dict()):
+            option = f"--{name.replace('init_args.', '')}"
+            if isinstance(value, str):
+                check_text(value, option)
+            elif isinstance(value, int) and abs(value) > LARGEST:
+                raise UserError(f"{option}: found {value}; whole numbers go up to {LARGEST}.")
+        if not 0 <= int(self.config.get("seed_everything") or 0) <= LARGEST_SEED:
+            raise UserError(
+                f"--seed_everything: found {self.config.seed_everything}; it must lie between 0 and {LARGEST_SEED}."
+            )
+
+    def instantiate_trainer(self, **_: Any) -> L.Trainer:
+        """The trainer of the user's options, with what the run itself brings: progress, and TensorBoard below
+        ``<root>/<label>`` unless another logger or none is given."""
+        options = dict(self._get(self.config_init, "trainer"))
+        self.show_progress(options)
+        label = self.label()
+        if options["logger"] in (None, True):
+            root = options["default_root_dir"]
+            options["logger"] = TensorBoardLogger(root, name=label, default_hp_metric=False)
+        trainer: L.Trainer = self.trainer_maker(**options)
+        return trainer
+
+    def label(self) -> str:
+        """Name of the folder that run folders of this system go to."""
+        return str(self.model.label) if isinstance(self.model, PruningMethod) else "test"
+
+    def show_progress(self, options: dict[str, Any]) -> None:
+        """Let model and data say how far they are, unless the trainer's ``options`` forbid it or bring a bar."""
+        callbacks = options["callbacks"] if isinstance(options["callbacks"], list) else [options["callbacks"]]
+        silent = options["enable_progress_bar"] is False or self.option("quiet")
+        if not silent and not any(isinstance(one, ProgressBar) for one in callbacks):
+            self.model.progress = Progress(shown=getattr(rank_zero_only, "rank", 0) == 0)
+            if self.model.progress.shown:
+                self.datamodule.show_progress()
+
+    def option(self, name: str) -> Any:
+        """The value of one of the command's own options; None where it has no such option."""
+        return self.config.get(name.replace("-", "_"))
+
+    @property
+    def resolved_config(self) -> str:
+        """The whole configuration as YAML, defaults included. A resumed run's is that of an undisturbed one."""
+        config = self.config.clone()
+        for name in self._own:
+            config.pop(name.replace("-", "_"), None)
+        return str(self.parser.dump(config, skip_none=False))
+
+
+def build(label: str, configuration: Mapping[str, Any]) -> BuiltRun:
+    """Trainer, method and data of one run of an experiment.
+
+    Raises:
+        UserError: names the system, ``label``.
+    """
+    try:
+        built = RunBuilder(configuration)
+    except UserError as error:
+        raise UserError(f"system '{label}': {error}") from None
+    if built.trainer.world_size > 1:
+        raise UserError(
+            f"--trainer.devices: an experiment runs on one device, found {built.trainer.world_size}. "
+            "Prune large models with fit, then compare their folders with --runs."
+        )
+    return built
+
+
+def quiet() -> None:
+    """Silence what other libraries say in normal use and no user of this one can act on."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without file and line
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        "does not have many workers",
+        "configure_optimizers",
+        "in eval mode",
+        "Total length of ",
+        "LeafSpec",
+        "isinstance.treespec",
+        "GPU available but not used",
+        "litlogger",
+        "does not have a .*val_dataloader",
+        "ModelCheckpoint.*held_out/loss.*could not find the monitored key",  # steps may end a run before an epoch
+        "Checkpoint directory .* exists",
+        "returned .*None",
+        "is smaller than the logging interval",
+        "args parameter is intended to run",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{message}")
+
+
+def _user_error_in(error: BaseException | None) -> UserError | None:
+    """The UserError that ``error`` is or was caused by, if any."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__
+    return error
+
+
+def _attributes(owner: type) -> Iterator[Any]:
+    return (getattr(owner, name, None) for name in dir(owner))
+
+
+def _refuse_nulls(owner: type, options: Mapping[str, Any]) -> None:
+    """The parser lets null through for the options of a class that it picks."""
+    hints: dict[str, Any] = {}
+    for base in reversed(owner.__mro__):
+        if "__init__" in vars(base):
+            hints |= typing.get_type_hints(vars(base)["__init__"])
+    for name, value in options.items():
+        if value is None and name in hints and type(None) not in typing.get_args(hints[name]):
+            raise UserError(f"--model.{name}: found null; it needs a value ({inspect.formatannotation(hints[name])}).")
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(f"{name}.{key}" if name else str(key), item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(name, item)
+    else:
+        yield name, value
