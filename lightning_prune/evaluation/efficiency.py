@@ -78,23 +78,19 @@ class EfficiencyReport:
     pruned: Efficiency
     dense: Efficiency | None
 
-    def to_json(self) -> dict[str, Any]:
-        """The report as it stands in ``efficiency.json``."""
-        return asdict(self)
-
     def table(self) -> str:
         """Dense, pruned and pruned / dense, one quantity a line."""
-        pruned = _rows(self.pruned, self.setting)
-        dense = _rows(self.dense, self.setting) if self.dense is not None else {}
-        lines = [("", "dense", "pruned", "pruned / dense") if dense else ("", "pruned")]
-        for name, value in pruned.items():
-            base = dense.get(name)
-            ratio = f"{value / base:.3f}" if value is not None and base else "-"
-            lines.append((name, _number(base), _number(value), ratio) if dense else (name, _number(value)))
-        align = ("left", *["right"] * (len(lines[0]) - 1))
+        models = {"dense": self.dense, "pruned": self.pruned} if self.dense else {"pruned": self.pruned}
+        rows = {side: _rows(model, self.setting) for side, model in models.items()}
+        lines = [["", *models, *(["pruned / dense"] if self.dense else [])]]
+        for name, value in rows["pruned"].items():
+            lines.append([name, *(_number(rows[side][name]) for side in models)])
+            if self.dense:
+                base = rows["dense"][name]
+                lines[-1].append(f"{value / base:.3f}" if value is not None and base else "-")
+        align = ["left", *["right"] * (len(lines[0]) - 1)]
         text = tabulate(lines, tablefmt="plain", disable_numparse=True, colalign=align)
-        models = {"dense": self.dense, "pruned": self.pruned}
-        files = ", ".join(f"{side} {model.weight_file_dtype}" for side, model in models.items() if model)
+        files = ", ".join(f"{side} {model.weight_file_dtype}" for side, model in models.items())
         return f"{text}\nmeasured in {self.dtype} on {self.device}; weights on disk: {files}"
 
 
@@ -110,11 +106,8 @@ def macs_per_token(model: PreTrainedModel, context_length: int) -> int:
 
 
 def kv_cache_bytes_per_token(model: PreTrainedModel) -> int:
-    """Bytes that one token of one sequence adds to the KV cache, in the model's dtype.
-
-    2 · Σ over layers of KV heads · head size · bytes per number. A skipped attention counts 0 (a dynamic cache keeps
-    one number each for key and value there, so that positions stay right).
-    """
+    """Bytes that one token of one sequence adds to the KV cache, in the model's dtype; 0 for a skipped attention, where
+    a dynamic cache keeps one number each for key and value, so that positions stay right."""
     return int(2 * sum(width for _, width in _head_widths(model)) * model.dtype.itemsize)
 
 
@@ -163,28 +156,25 @@ def measure(model: PreTrainedModel, pretrained: str, setting: Setting, name: str
 
 
 def _speed(model: PreTrainedModel, batch_size: int, setting: Setting, done: Callable[[], None]) -> Speed:
-    generator = torch.Generator().manual_seed(0)
     shape = (batch_size, setting.prompt_length)
-    prompt = torch.randint(model.config.vocab_size, shape, generator=generator).to(model.device)
-    prefill, decode = [], []
+    prompt = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(model.device)
+    seconds = []
     try:
         for run in range(WARM_UP + setting.repeats):
             if run == WARM_UP:
                 _reset_peak_memory(model.device)
-            seconds = _generate(model, prompt, setting.decode_length)
+            seconds.append(_generate(model, prompt, setting.decode_length))
             done()
-            if run >= WARM_UP:
-                prefill.append(seconds[0])
-                decode.append(seconds[1])
     except torch.OutOfMemoryError:
         raise UserError(
             f"--batch-sizes: {batch_size} sequences of {setting.prompt_length + setting.decode_length} tokens do not "
             f"fit in the memory of {model.device}. Choose smaller --batch-sizes or a shorter --prompt-length."
         ) from None
+    prefill, decode = (statistics.median(times) for times in zip(*seconds[WARM_UP:], strict=True))
     return Speed(
         batch_size=batch_size,
-        prefill_tokens_per_second=prompt.numel() / statistics.median(prefill),
-        decode_tokens_per_second=batch_size * setting.decode_length / statistics.median(decode),
+        prefill_tokens_per_second=prompt.numel() / prefill,
+        decode_tokens_per_second=batch_size * setting.decode_length / decode,
         peak_memory_bytes=_peak_memory_bytes(model.device),
     )
 
@@ -205,8 +195,8 @@ def _generate(model: PreTrainedModel, prompt: torch.Tensor, decode_length: int) 
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
@@ -231,10 +221,8 @@ def _check_setting(config: Any, setting: Setting) -> None:
     for field, values in asdict(setting).items():
         values = values if isinstance(values, tuple) else (values,)
         if not values or min(values) < 1:
-            raise UserError(
-                f"--{field.replace('_', '-')}: found {' '.join(map(str, values))}; whole numbers of 1 or more are "
-                "allowed."
-            )
+            found = " ".join(map(str, values))
+            raise UserError(f"--{field.replace('_', '-')}: found {found}; whole numbers of 1 or more are allowed.")
     longest, positions = setting.prompt_length + setting.decode_length, config.max_position_embeddings
     if longest > positions:
         raise UserError(

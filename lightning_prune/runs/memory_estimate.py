@@ -33,13 +33,12 @@ UNIT_BYTES = 400  # scores, decision and plan of one unit, and what writing them
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one run takes, in bytes.
+    """What one run takes.
 
-    ``device_bytes``: peak there, None where layers run on the host. ``host_bytes``: peak of anonymous memory of this
-    process, what it holds already included. ``share``: of the memory there is, on the device or the host, whichever is
-    fuller; above 1 it does not fit. ``phase``: where it is fullest. ``mapped_bytes``: residual streams in temporary
-    files. ``new_weights_bytes``: on disk until the checkpoint is written. ``bytes_read``: of parameters, while
-    calibrating.
+    ``phase``: where it is fullest. ``device_bytes``: peak, None where layers run on the host. ``host_bytes``: peak of
+    anonymous memory of this process, all that it holds. ``share``: of the memory there is, on the device or the host,
+    whichever is fuller; above 1 it does not fit. ``mapped_bytes``: residual streams in temporary files.
+    ``new_weights_bytes``: on disk until the checkpoint is written. ``bytes_read``: of parameters, while calibrating.
     """
 
     onload: Onload

@@ -1,6 +1,7 @@
 """``lightning-prune evaluate``: what a pruned model costs to run, and what it still knows."""
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def _measure(
         report = efficiency.EfficiencyReport(
             setting, str(device), used_dtype, torch.get_num_threads(), costs["pruned"], costs.get("dense")
         )
-        write_json(output / "efficiency.json", report.to_json() | facts)
+        write_json(output / "efficiency.json", asdict(report) | facts)
         print(f"\n{report.table()}\nefficiency: {output / 'efficiency.json'}")
     if manager is not None:
         write_json(output / "zero_shot.json", {name: item.to_json() for name, item in knowledge.items()} | facts)
