@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.methods import HGSP, ShortGPT, SlimGPT, Wanda
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.layered import LayeredModel
-from lightning_prune.models.loading import load_config, load_model
 from lightning_prune.runs.build import quiet
 
 # T = 0 leaves the importance alone: removal priors are a pass of their own, with a cost that grows with L².
@@ -50,12 +50,14 @@ def main() -> None:
         folder = Path(temporary)
         model = arguments.model or str(_random_model(folder / "model"))
         tokens = _tokens(folder / "tokens.npy", model, arguments)
-        layers = load_config(model).num_hidden_layers * -(-len(tokens) // arguments.batch_size)  # of one forward
+        layers = Checkpoint.open(model).config.num_hidden_layers * -(
+            -len(tokens) // arguments.batch_size
+        )  # of one forward
         plain, seconds = [], {name: [] for name in arguments.methods}  # type: ignore[var-annotated]
         heads = []
         pruning, work = {}, {}
         for _ in range(arguments.repeats):
-            net = load_model(model, torch.float32)
+            net = Checkpoint.open(model).load(torch.float32)
             plain.append(_forward_seconds(net.base_model, tokens, arguments.batch_size))
             heads.append(_forward_seconds(net, tokens, arguments.batch_size))
             del net
@@ -187,7 +189,7 @@ def _random_model(folder: Path) -> Path:
 
 def _tokens(path: Path, model: str, arguments: argparse.Namespace) -> torch.Tensor:
     size = (arguments.samples, arguments.seq_len)
-    tokens = torch.randint(load_config(model).vocab_size, size, generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(Checkpoint.open(model).config.vocab_size, size, generator=torch.Generator().manual_seed(0))
     np.save(path, tokens.numpy())
     return tokens
 

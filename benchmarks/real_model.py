@@ -172,8 +172,7 @@ def evaluation_sets(model: Path, text: Path, folder: Path, windows: Sequence[int
         UserError: the text is shorter than that, or than one window.
     """
     from lightning_prune.data.sampling import aligned_windows
-    from lightning_prune.data.streams import StreamReader
-    from lightning_prune.data.tokenization import default_cache_dir
+    from lightning_prune.data.streams import StreamReader, default_cache_dir
 
     stream = StreamReader(str(model), default_cache_dir()).read(str(text), "all").tokens
     needed = max(*windows, limit or 0)

@@ -20,13 +20,14 @@ from lightning_prune.comparison.zero_shot import ZeroShot
 from lightning_prune.data.in_memory import as_dataset, calibration_set
 from lightning_prune.evaluation.perplexity import Evaluation
 from lightning_prune.export.export import export
-from lightning_prune.models.loading import load_model, quiet_transformers
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.pruned_model import PrunedModel
 from lightning_prune.runs.build import RunBuilder
 from lightning_prune.runs.config_files import read_config
 from lightning_prune.runs.run import prune_and_record
 from lightning_prune.runs.shipped_configs import config_file
 from lightning_prune.support.errors import UserError
+from lightning_prune.support.quiet import quiet_transformers
 
 HALF = {torch.bfloat16: "bf16-true", torch.float16: "16-true"}  # precisions of a model that is loaded in them
 __all__ = ["PrunedModel", "UserError", "apply", "calibration_set", "compare", "evaluate", "export", "load", "prune"]
@@ -232,4 +233,4 @@ def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     Raises:
         UserError: nothing to load there, or not a supported model.
     """
-    return load_model(str(path), dtype)
+    return Checkpoint.open(str(path)).load(dtype)

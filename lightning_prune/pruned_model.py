@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
-from lightning_prune.models.loading import load_model
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.runs.folder import FinishedRun, RunFolder
 from lightning_prune.runs.records import as_dict
 from lightning_prune.support.errors import UserError
@@ -31,7 +31,7 @@ class PrunedModel:
     @cached_property
     def model(self) -> PreTrainedModel:
         """The pruned model in its checkpoint's dtype, loaded when it is asked for."""
-        return load_model(str(self.folder / "pruned"), None)
+        return Checkpoint.open(str(self.folder / "pruned")).load(None)
 
     @cached_property
     def run(self) -> FinishedRun:
@@ -71,7 +71,7 @@ class PrunedModel:
 
     def into(self, model: PreTrainedModel) -> None:
         """Turn ``model`` itself, the dense one that was pruned, into the pruned one, in its dtype and on its device."""
-        pruned = load_model(str(self.folder / "pruned"), model.dtype).to(model.device)  # type: ignore[arg-type]
+        pruned = Checkpoint.open(str(self.folder / "pruned")).load(model.dtype).to(model.device)  # type: ignore[arg-type]
         training = model.training
         model.__class__ = pruned.__class__
         model.__dict__ = pruned.__dict__

@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 from lightning_prune.checkpoint.cut import check_plan, pruned_config
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.checkpoint.pruned import NewWeights, PrunedSource
+from lightning_prune.models.checkpoint import skeleton
 from lightning_prune.models.families import anatomy
-from lightning_prune.models.layered import LayeredModel, skeleton
+from lightning_prune.models.layered import LayeredModel
 
 CPU = torch.device("cpu")
 

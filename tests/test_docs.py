@@ -18,7 +18,7 @@ import yaml
 
 import lightning_prune as lp
 from lightning_prune.cli import main
-from lightning_prune.demo.text import demo_text
+from lightning_prune.demo import demo_text
 from tests.methods.running import run_method, save_base
 from tests.tiny import make_tiny, tiny_tokens
 
@@ -40,8 +40,6 @@ YOURS = {  # what stands for something of the reader's, or would take minutes
     "path/to/llama": "demo",
     "wikitext2": "demo",
     "00:00:10:00": "00:00:00:01",
-    "--shifts 60": "--shifts 3",
-    "--shifts 40": "--shifts 3",
     "--ratios 0.2 0.3 0.5 --seeds 0 1 2": "--ratios 0.2 --seeds 0 1",
     "flap flap_refit gisp": "flap flap_refit",  # docs/methods/gisp.md runs it
     'tokenizer="demo"': 'tokenizer="demo", num_samples=16',
@@ -171,7 +169,8 @@ def test_the_example_of_a_new_method_prunes(monkeypatch: pytest.MonkeyPatch, tmp
     model(input_ids=tokens)
     narrow, wide = seen  # gate runs first
     expected = (gate.weight.abs() @ narrow) + (up.weight.abs() @ narrow) + down.weight.abs().sum(0) * wide
-    torch.testing.assert_close(method.scores.importance[method.scores.of(2, "mlp")].float(), expected.detach())
+    found = torch.from_numpy(method.scores.importance[method.scores.of(2, "mlp")])
+    torch.testing.assert_close(found.float(), expected.detach())
 
 
 def test_every_page_is_in_the_navigation_once_and_every_entry_is_a_page() -> None:

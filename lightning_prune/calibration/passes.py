@@ -18,7 +18,7 @@ from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.residuals import ResidualStore
 from lightning_prune.models.families import LayerAnatomy, Projection
 from lightning_prune.models.layered import LayeredModel
-from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
+from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.memory import free_bytes
 
 
@@ -335,7 +335,7 @@ class BlockPass(Pass):
 
     def projection(self, step: Step) -> Projection:
         """The projection that this step rewrites: the one that writes to the residual stream."""
-        return self.view(step).linears[OUTPUT_ROLE[self.block(step)]]
+        return self.view(step).projection(self.block(step))
 
     def start(self, step: Step) -> None:
         self.hooks = Hooks()

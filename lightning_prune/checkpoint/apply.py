@@ -10,8 +10,8 @@ from lightning_prune.checkpoint.model_card import model_card
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.checkpoint.pruned import open_pruned
 from lightning_prune.checkpoint.write import write_checkpoint
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import anatomy, count_parameters
-from lightning_prune.models.loading import load_config, meta_model
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import cannot_write, check_writable
 
@@ -50,16 +50,17 @@ def apply(plan: PruningPlan | str | Path, model: str | Path, output: str | Path,
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UserError(f"--plan: dtype '{plan.dtype}' is not known. Allowed: float32, bfloat16, float16.")
     # Everything that can be wrong is found before the weights are read.
-    dense = meta_model(load_config(pretrained))
+    opened = Checkpoint.open(pretrained)
+    dense = opened.meta
     if (found := count_parameters(dense)) != plan.parameters["dense"]:
         raise UserError(
             f"--model: '{pretrained}' has {found:,} parameters, the plan was made for a model with "
             f"{plan.parameters['dense']:,} ('{plan.base_model}'). Give that model."
         )
     check_plan(anatomy(dense), plan, dense.config)
-    pruned = open_pruned(pretrained, plan)
-    card = model_card(plan, layout_of(pruned.config), pretrained=pretrained)
-    write_checkpoint(pruned, folder, tokenizer_from=pretrained, card=card)
+    pruned = open_pruned(opened, plan)
+    card = model_card(plan, layout_of(pruned.config), base=opened)
+    write_checkpoint(pruned, folder, beside=opened, card=card)
     if verbose:
         print(f"pruned model: {folder}")
     return folder

@@ -6,31 +6,36 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers.utils import cached_file
+from huggingface_hub import ModelCard, try_to_load_from_cache
 
-from lightning_prune.models.loading import resolve
-from lightning_prune.support.errors import UserError
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.support.escape import is_hub_id, plain
 
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 LONGEST = 2**18  # bytes read of any file; front matter and a licence's title stand at the beginning
 
 
-def base_facts(pretrained: str) -> dict[str, Any]:
+def base_facts(pretrained: str, base: Checkpoint | None = None) -> dict[str, Any]:
     """Front matter for a model derived from ``pretrained``: ``license`` (with ``license_name`` and ``license_link``)
     and ``base_model``, each only where the model's files say it. Nothing is downloaded or guessed.
 
     Args:
         pretrained: a folder, a hub id (its cached files are read) or ``demo``. One that is not there says nothing.
+        base: the same, where it is open.
     """
     if pretrained == "demo":
         return {"license": "apache-2.0"}  # as this package
-    card, config = _front_matter(_read(pretrained, "README.md")), _json(_read(pretrained, "config.json"))
+    path = pretrained if base is None else base.path
+    try:
+        config = json.loads(_read(path, "config.json") or "{}") if base is None else base.raw
+    except (ValueError, RecursionError):
+        config = {}
+    config = config if isinstance(config, dict) else {}
+    card = _front_matter(_read(path, "README.md"))
     home = _home(pretrained, card, config)
-    facts: dict[str, Any] = {}
-    found = _license(card.get("license")) or _license(config.get("license")) or _license_of_file(pretrained)
-    if found:
-        facts["license"] = found
+    license = _license(card.get("license")) or _license(config.get("license")) or _license_of_file(path)
+    facts: dict[str, Any] = {"license": license} if license else {}
+    if license:
         if isinstance(card.get("license_name"), str):
             facts["license_name"] = plain(card["license_name"])
         link = card.get("license_link")
@@ -38,21 +43,18 @@ def base_facts(pretrained: str) -> dict[str, Any]:
             facts["license_link"] = plain(link)
         elif isinstance(link, str) and isinstance(home, str) and re.fullmatch(r"[\w.-]+", link):
             facts["license_link"] = f"https://huggingface.co/{home}/blob/main/{link}"
-    if home:
-        facts["base_model"] = home
-    return facts
+    return facts | ({"base_model": home} if home else {})
 
 
 def _home(pretrained: str, card: dict[str, Any], config: dict[str, Any]) -> str | list[str] | None:
     """The hub id; of a local folder the one it was made from, where its config or card names one."""
-    if is_hub_id(pretrained):
-        return pretrained
-    name, listed = config.get("_name_or_path"), card.get("base_model")
-    if isinstance(name, str) and is_hub_id(name):
-        return name
-    found = [item for item in (listed if isinstance(listed, list) else [listed]) if isinstance(item, str)]
-    found = [item for item in found if is_hub_id(item)]
-    return found[0] if len(found) == 1 else found or None
+    listed = card.get("base_model")
+    for name in (pretrained, config.get("_name_or_path")):
+        if isinstance(name, str) and is_hub_id(name):
+            return name
+    names = [name for name in (listed if isinstance(listed, list) else [listed]) if isinstance(name, str)]
+    names = [name for name in names if is_hub_id(name)]
+    return names[0] if len(names) == 1 else names or None
 
 
 def _license(value: Any) -> str | list[str] | None:
@@ -63,49 +65,29 @@ def _license(value: Any) -> str | list[str] | None:
     return value if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][\w.+-]*", value, re.ASCII) else None
 
 
-def _license_of_file(pretrained: str) -> str | None:
+def _license_of_file(path: str) -> str | None:
     """Of the two licences that name themselves on their first lines."""
-    text = next((text for name in LICENSE_FILES if (text := _read(pretrained, name))), "")
+    text = next((text for name in LICENSE_FILES if (text := _read(path, name))), "")
     head = " ".join(text[:200].split())
     if re.match(r"Apache License,? Version 2\.0", head):
         return "apache-2.0"
     return "mit" if re.match(r"(The )?MIT License", head) else None
 
 
-def _read(pretrained: str, name: str) -> str:
-    """The beginning of a file of the model; empty where there is none."""
+def _read(path: str, name: str) -> str:
+    """The beginning of a file of the model, of a hub model in the cache; empty where there is none."""
     try:
-        path = resolve(pretrained)
-        found: str | Path | None = Path(path) / name
-        if is_hub_id(path):
-            found = cached_file(
-                path,
-                name,
-                local_files_only=True,
-                _raise_exceptions_for_missing_entries=False,
-                _raise_exceptions_for_connection_errors=False,
-                _raise_exceptions_for_gated_repo=False,
-            )
-        if found is None or not Path(found).is_file():
+        file: Any = try_to_load_from_cache(path, name) if is_hub_id(path) else Path(path) / name
+        if not isinstance(file, str | Path) or not Path(file).is_file():
             return ""
-        with Path(found).open("rb") as file:
-            return file.read(LONGEST).decode("utf-8", errors="replace")
-    except (UserError, OSError, ValueError):
+        with Path(file).open("rb") as stream:
+            return stream.read(LONGEST).decode("utf-8", errors="replace").removeprefix("\ufeff")
+    except (OSError, ValueError):
         return ""
 
 
 def _front_matter(text: str) -> dict[str, Any]:
-    found = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", text, flags=re.DOTALL)
     try:
-        read = yaml.safe_load(found.group(1)) if found else None
-    except (yaml.YAMLError, ValueError, RecursionError):
+        return ModelCard(text, ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call, no-any-return]
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
-    return read if isinstance(read, dict) else {}
-
-
-def _json(text: str) -> dict[str, Any]:
-    try:
-        read = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return read if isinstance(read, dict) else {}

@@ -17,10 +17,11 @@ from lightning_prune.models.families import (
     rows_of,
     with_biases,
 )
-from lightning_prune.models.loading import quiet_transformers
 from lightning_prune.models.modeling_pruned import BLOCK_NORMS
-from lightning_prune.models.records import ATTENTION_ROLES, COLUMN_ROLES, Family
+from lightning_prune.models.records import Family
+from lightning_prune.models.vocabulary import BLOCK_OF, OUTPUT_ROLE, Block
 from lightning_prune.support.errors import UserError
+from lightning_prune.support.quiet import quiet_transformers
 
 
 def layout_of(config: Any) -> Literal["stock", "per-layer"]:
@@ -41,10 +42,10 @@ def kept_part(family: Family, config: Any, kept: LayerPlan, name: str, tensor: T
     roles = family.roles_at(path)
     if not roles:
         return tensor
-    attention = roles[0] in ATTENTION_ROLES
-    units = config.num_key_value_heads if attention else config.intermediate_size
-    left = kept.kept_kv_heads if attention else kept.kept_channels
-    if roles[0] in COLUMN_ROLES:
+    block = BLOCK_OF[roles[0]]
+    units = config.num_key_value_heads if block is Block.ATTENTION else config.intermediate_size
+    left = kept.kept_kv_heads if block is Block.ATTENTION else kept.kept_channels
+    if roles[0] == OUTPUT_ROLE[block]:
         return _kept(tensor, 1, units, left) if kind == "weight" else tensor
     if len(roles) == 1:
         return _kept(tensor, 0, units, left)
@@ -96,8 +97,8 @@ def parameters_after(layers: list[LayerAnatomy], dense: int, kept: list[LayerPla
     for layer, plan in zip(layers, kept, strict=True):
         lost_groups = layer.num_kv_heads - len(plan.kept_kv_heads)
         lost_channels = layer.num_channels - len(plan.kept_channels)
-        removed += lost_groups * layer.attention_unit_cost if plan.kept_kv_heads else layer.attention_block_cost
-        removed += lost_channels * layer.mlp_unit_cost if plan.kept_channels else layer.mlp_block_cost
+        for block, lost in ((Block.ATTENTION, lost_groups), (Block.MLP, lost_channels)):
+            removed += lost * layer.unit_cost(block) if plan.kept(block) else layer.block_cost(block)
     return dense - removed
 
 
@@ -133,7 +134,7 @@ def pruned_config(config: Any, plan: PruningPlan) -> Any:
     pruned.per_layer_config = dict(enumerate(_overrides(layer, config, queries_per_kv_head) for layer in left))
     norms = {
         block: [name for name in pair if name]
-        for block, pair in (("attention", family.attention_norms), ("mlp", family.mlp_norms))
+        for block, pair in ((Block.ATTENTION, family.attention_norms), (Block.MLP, family.mlp_norms))
     }
     if norms != BLOCK_NORMS:
         pruned.block_norms = norms

@@ -23,12 +23,13 @@ from lightning_prune.checkpoint.cut import parameters_after
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.checkpoint.pruned import open_pruned
 from lightning_prune.checkpoint.write import write_checkpoint
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import anatomy, count_parameters, family_of, head_dim_of
 from lightning_prune.models.layered import LayeredModel, open_layered
-from lightning_prune.models.loading import quiet_transformers
 from lightning_prune.models.records import GUIDE, Family
-from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
+from lightning_prune.models.vocabulary import OUTPUT_ROLE, ROLES_OF, Block
 from lightning_prune.support.errors import CheckpointError, UserError
+from lightning_prune.support.quiet import quiet_transformers
 
 LAYERS, CHANNELS, HEAD_DIM, VOCABULARY, WINDOW = 4, 12, 8, 64, 5
 TOLERANCE = 1e-4  # of the largest logit: cutting changes the order of fp32 sums, a mistake changes logits by their size
@@ -152,13 +153,14 @@ def _try(config: Any, folder: Path) -> None:
             parameter.copy_(parameter + new if parameter.dim() == 1 else 2 * new)
     model.save_pretrained(folder / "dense")
     tokens = (torch.arange(2 * 3 * WINDOW).view(2, -1) * 31 + 7) % VOCABULARY
-    _run_by_parts(model, str(folder / "dense"), tokens)
-    for name, plan in _plans(model, str(folder / "dense")).items():
-        _cut_and_mask(model, plan, tokens, folder / name)
+    dense = Checkpoint.open(str(folder / "dense"))
+    _run_by_parts(model, dense, tokens)
+    for name, plan in _plans(model, dense.path).items():
+        _cut_and_mask(model, dense, plan, tokens, folder / name)
 
 
-def _run_by_parts(model: PreTrainedModel, path: str, tokens: Tensor) -> None:
-    layered = open_layered(path, None, torch.device("cpu"))
+def _run_by_parts(model: PreTrainedModel, dense: Checkpoint, tokens: Tensor) -> None:
+    layered = open_layered(dense, None, torch.device("cpu"))
     seen: list[Tensor] = []
     handles = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for layer in layered.layers]
     whole = model(input_ids=tokens, use_cache=False).logits
@@ -166,7 +168,7 @@ def _run_by_parts(model: PreTrainedModel, path: str, tokens: Tensor) -> None:
         handle.remove()
     hidden = layered.embed(tokens)
     for index, view in enumerate(layered.views):
-        over = count_parameters(view.layer) - view.attention_block_cost - view.mlp_block_cost
+        over = count_parameters(view.layer) - sum(map(view.block_cost, ROLES_OF))
         if over:
             raise DiffersError(f"layer {index} has {over} parameters that belong to neither block")
         with layered.layer(index):
@@ -230,15 +232,15 @@ def _plans(model: PreTrainedModel, path: str) -> dict[str, PruningPlan]:
     return {"uniform": plan(uniform), "uneven": plan(uneven)}
 
 
-def _cut_and_mask(model: PreTrainedModel, plan: PruningPlan, tokens: Tensor, folder: Path) -> None:
+def _cut_and_mask(model: PreTrainedModel, dense: Checkpoint, plan: PruningPlan, tokens: Tensor, folder: Path) -> None:
     expected = _masked(model, plan)(input_ids=tokens, use_cache=False).logits
-    pruned = open_pruned(plan.base_model, plan)
+    pruned = open_pruned(dense, plan)
     left = count_parameters(pruned.net)
     if left != plan.parameters["pruned"]:
         raise DiffersError(
             f"cutting leaves {left} parameters where the costs of its units say {plan.parameters['pruned']}"
         )
-    write_checkpoint(pruned, folder, tokenizer_from=None, card="")
+    write_checkpoint(pruned, folder, beside=None, card="")
     found = _logits_by_layers(pruned, tokens)
     apart, scale = float((found - expected).abs().max()), float(expected.abs().max())
     if not apart <= TOLERANCE * scale:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 
 
 class Overlay:
@@ -28,8 +29,8 @@ class Overlay:
         new = self.new_weights(view.index)
         plan = self.kept[view.index]
         for role, units, count in (
-            ("output", plan.kept_kv_heads, view.num_kv_heads),
-            ("down", plan.kept_channels, view.num_channels),
+            (OUTPUT_ROLE[Block.ATTENTION], plan.kept_kv_heads, view.num_kv_heads),
+            (OUTPUT_ROLE[Block.MLP], plan.kept_channels, view.num_channels),
         ):
             projection = view.linears[role]
             weight = new.get(role, projection.weight).to(projection.weight)
@@ -41,6 +42,6 @@ class Overlay:
             if bias is not None:
                 bias = bias if units else torch.zeros_like(bias)
                 projection.module.bias = nn.Parameter(bias.to(projection.weight), requires_grad=False)
-        for role in new.keys() & view.linears.keys() - {"output", "down"}:
+        for role in new.keys() & view.linears.keys() - set(OUTPUT_ROLE.values()):
             projection = view.linears[role]
             projection.weight = new[role].to(projection.weight)

@@ -3,10 +3,11 @@
 import re
 from typing import Any, Literal
 
-import yaml
+from huggingface_hub import ModelCardData
 
 from lightning_prune.checkpoint.base_facts import base_facts
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.support.escape import markdown, markdown_code, markdown_table, public_name
 
 LOADING, LAYERS = "## Loading\n\n", "## What is left of each layer\n\n"
@@ -16,7 +17,7 @@ def model_card(
     plan: PruningPlan,
     layout: Literal["stock", "per-layer"],
     calibration: dict[str, Any] | None = None,
-    pretrained: str | None = None,
+    base: Checkpoint | None = None,
 ) -> str:
     """Markdown with YAML front matter, as the Hugging Face hub reads it, without the folders of this machine.
 
@@ -25,9 +26,9 @@ def model_card(
         layout: ``layout_of`` the pruned model; decides how it is loaded.
         calibration: facts to list, such as ``{"dataset": "wikitext2", "num_samples": 128}``; None where
             they are not known (a plan applied later) or nothing was calibrated.
-        pretrained: the dense model where it is now, whose files say licence and origin. Default: the plan's.
+        base: the dense model, whose files say licence and origin. Default: what is at the plan's ``base_model``.
     """
-    facts = base_facts(pretrained or plan.base_model)
+    facts = base_facts(plan.base_model if base is None else base.pretrained, base)
     name = public_name(plan.base_model)
     sections = [
         _front_matter(plan, facts),
@@ -41,13 +42,9 @@ def model_card(
 
 def _front_matter(plan: PruningPlan, facts: dict[str, Any]) -> str:
     method = re.sub(r"[^\w.+-]+", "-", plan.method).strip("-")  # a tag is a word
-    matter = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        **facts,
-        "tags": ["pruning", "lightning-prune", *([method] if method else [])],
-    }
-    return f"---\n{yaml.safe_dump(matter, sort_keys=False)}---"
+    tags = ["pruning", "lightning-prune", *([method] if method else [])]
+    data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **facts)
+    return f"---\n{data.to_yaml()}\n---"
 
 
 def _summary(plan: PruningPlan, facts: dict[str, Any], calibration: dict[str, Any] | None) -> str:
@@ -58,7 +55,8 @@ def _summary(plan: PruningPlan, facts: dict[str, Any], calibration: dict[str, An
     rows = [
         ("Base model", base),
         ("Method", markdown(plan.method)),
-        *_requested(plan.pruning_ratio),
+        # Not every method takes a ratio.
+        *([] if plan.pruning_ratio is None else [("Pruning ratio requested", f"{plan.pruning_ratio:.4f}")]),
         ("Pruning ratio achieved", f"{plan.achieved_ratio:.4f}"),
         ("Parameters before", f"{dense:,}"),
         ("Parameters after", f"{pruned:,}"),
@@ -73,11 +71,6 @@ def _summary(plan: PruningPlan, facts: dict[str, Any], calibration: dict[str, An
     if plan.weights_updated:
         rows.append(("Remaining weights", "changed by the method"))
     return markdown_table(("", ""), rows)
-
-
-def _requested(ratio: float | None) -> list[tuple[str, str]]:
-    """No row where something else than a ratio was asked for."""
-    return [] if ratio is None else [("Pruning ratio requested", f"{ratio:.4f}")]
 
 
 def usage(layout: Literal["stock", "per-layer"]) -> str:

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from lightning_prune.checkpoint.cut import check_plan, kept_part, pruned_config
 from lightning_prune.checkpoint.plan import PruningPlan
-from lightning_prune.models.checkpoint_files import open_checkpoint
+from lightning_prune.models.checkpoint import Checkpoint, skeleton
 from lightning_prune.models.families import anatomy, family_of, rows_of
-from lightning_prune.models.layered import LayeredModel, open_weights, skeleton
-from lightning_prune.models.loading import resolve
-from lightning_prune.models.records import COLUMN_ROLES, ROLES, Family
+from lightning_prune.models.layered import LayeredModel
+from lightning_prune.models.records import Family
 from lightning_prune.models.sources import Source
+from lightning_prune.models.vocabulary import OUTPUT_ROLE, ROLES
 
 NewWeights = Callable[[int], dict[str, Tensor]]  # dense layer → new weights by role, of the dense shape
 
@@ -65,7 +65,7 @@ class PrunedSource:
             new = {role: new[f"{role}.bias"] for role in roles if f"{role}.bias" in new}
         if len(roles) == 1 and roles[0] in new:
             return new[roles[0]]
-        rows = {**rows_of(self.config), **dict.fromkeys(COLUMN_ROLES, self.config.hidden_size)}
+        rows = {**rows_of(self.config), **dict.fromkeys(OUTPUT_ROLE.values(), self.config.hidden_size)}
         absent = kind == "bias" and bool(self.added & set(roles))
         dense = torch.zeros(sum(rows[role] for role in roles)) if absent else read()
         if not new.keys() & set(roles):
@@ -74,23 +74,13 @@ class PrunedSource:
         return torch.cat([new[role].to(part) if role in new else part for role, part in zip(roles, parts, strict=True)])
 
 
-def open_pruned(pretrained: str, plan: PruningPlan, new_weights: NewWeights = lambda layer: {}) -> LayeredModel:
+def open_pruned(dense: Checkpoint, plan: PruningPlan, new_weights: NewWeights = lambda layer: {}) -> LayeredModel:
     """What ``plan`` leaves of a dense checkpoint, on the CPU in the plan's dtype, one layer in memory at a time.
 
     Raises:
-        UserError: the plan does not fit the model, or the model cannot be opened.
+        UserError: the plan does not fit the model, or the weights do not fit its config.
     """
-    dense, source = open_weights(pretrained)
-    config = dense.config
-    check_plan(anatomy(dense), plan, config)
-    net = skeleton(pruned_config(config, plan))
-    dtype = getattr(torch, plan.dtype)
-    return LayeredModel(net, PrunedSource(source, config, plan, new_weights), dtype, torch.device("cpu"), "layer")
-
-
-def stored_dtype(pretrained: str) -> torch.dtype:
-    """The dtype most of a checkpoint's numbers are stored in."""
-    count: dict[torch.dtype, int] = {}
-    for entry in open_checkpoint(resolve(pretrained)).tensors.values():
-        count[entry.dtype] = count.get(entry.dtype, 0) + entry.end - entry.start
-    return max(count, key=lambda dtype: count[dtype])
+    check_plan(anatomy(dense.meta), plan, dense.config)
+    net = skeleton(pruned_config(dense.config, plan))
+    source = PrunedSource(dense.source(), dense.config, plan, new_weights)
+    return LayeredModel(net, source, getattr(torch, plan.dtype), torch.device("cpu"), "layer")

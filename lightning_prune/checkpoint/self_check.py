@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, dynamic_module_utils
 
-from lightning_prune.models.loading import quiet_transformers
 from lightning_prune.support.errors import CheckpointError
+from lightning_prune.support.quiet import quiet_transformers
 
 LENGTH, PADDING, GREEDY_TOKENS = 12, 5, 8
 

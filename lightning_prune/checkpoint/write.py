@@ -16,28 +16,25 @@ from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.checkpoint.pruned import NewWeights, open_pruned
 from lightning_prune.checkpoint.self_check import check_checkpoint, compare_logits, probe_tokens
 from lightning_prune.models import modeling_pruned
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.layered import LayeredModel, open_layered
-from lightning_prune.models.loading import generation_config, quiet_transformers, tokenizer_files
+from lightning_prune.models.weights import DTYPES
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import new_folder, write_json, write_text
 from lightning_prune.support.memory import free_host_bytes, give_back_freed_memory
+from lightning_prune.support.quiet import quiet_transformers
 
 LARGE = 64 * 2**20  # bytes of a checkpoint from which on collecting garbage is worth its time
 WHOLE_SHARE = 0.5  # of free host memory that a model may take to be checked whole
 SHARD_BYTES = 5 * 10**9
-SAFETENSORS_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-}
+STORED_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_checkpoint(
     model: LayeredModel,
     folder: Path,
     *,
-    tokenizer_from: str | None,
+    beside: Checkpoint | None,
     card: str,
     progress: Callable[[int], None] = lambda layer: None,
 ) -> dict[str, Any]:
@@ -47,7 +44,7 @@ def write_checkpoint(
     Args:
         model: gives every layer in the dtype to write.
         folder: takes its name only when everything is written; what stood there is replaced then.
-        tokenizer_from: folder, hub id or ``demo`` whose tokenizer files and generation config are taken, if it has any.
+        beside: the checkpoint whose tokenizer files and generation config are taken, if it has any.
         card: text of ``README.md``.
         progress: told the number of every layer that has been written.
 
@@ -58,13 +55,13 @@ def write_checkpoint(
         CheckpointError, FloatingPointError: see ``checkpoint.self_check``; nothing is left behind.
         UserError: the folder cannot be written or the disk is full; nothing is left behind.
     """
-    files = tokenizer_files(tokenizer_from) if tokenizer_from is not None else []
+    files = [] if beside is None else beside.tokenizer_files
     try:
         with new_folder(folder) as temporary:
             _write_config(model, temporary)
-            if tokenizer_from is not None and (generation := generation_config(tokenizer_from)) is not None:
+            if beside is not None and beside.generation_config is not None:
                 # Not save_pretrained, which refuses settings that several published models have.
-                generation.to_json_file(temporary / "generation_config.json", use_diff=True)
+                beside.generation_config.to_json_file(temporary / "generation_config.json", use_diff=True)
             expected = write_weights(model, temporary, progress)
             for file in files:
                 shutil.copyfile(file, temporary / file.name)
@@ -78,7 +75,7 @@ def write_checkpoint(
 
 
 def write_pruned(
-    pretrained: str,
+    dense: Checkpoint,
     plan: PruningPlan,
     new_weights: NewWeights,
     folder: Path,
@@ -87,10 +84,10 @@ def write_pruned(
     note: str = "",
     progress: Callable[[int], None] = lambda layer: None,
 ) -> dict[str, Any]:
-    """Cut the plan out of the dense model ``pretrained``, layer by layer, and write the checkpoint with its card.
+    """Cut the plan out of the dense model, layer by layer, and write the checkpoint with its card.
 
     Args:
-        pretrained: the dense model.
+        dense: the model that the plan is for.
         plan: what is kept.
         new_weights: dense layer → what the method made of its weights.
         folder: as ``write_checkpoint``, whose result is returned and whose errors are raised.
@@ -98,10 +95,10 @@ def write_pruned(
         note: a sentence that the card must carry.
         progress: told the number of every layer that has been written.
     """
-    pruned = open_pruned(pretrained, plan, new_weights)
-    card = model_card(plan, layout_of(pruned.config), calibration, pretrained=pretrained)
+    pruned = open_pruned(dense, plan, new_weights)
+    card = model_card(plan, layout_of(pruned.config), calibration, dense)
     card += f"\n{note}\n" if note else ""
-    check = write_checkpoint(pruned, folder, tokenizer_from=pretrained, card=card, progress=progress)
+    check = write_checkpoint(pruned, folder, beside=dense, card=card, progress=progress)
     pruned.close()
     return check
 
@@ -128,7 +125,7 @@ def _check(model: LayeredModel, folder: Path, expected: Tensor) -> dict[str, Any
             if size > LARGE:  # what was read back refers to itself, and would be there when perplexity is measured
                 gc.collect()
                 give_back_freed_memory()
-    read_back = open_layered(str(folder), model.dtype, expected.device)
+    read_back = open_layered(Checkpoint.open(str(folder)), model.dtype, expected.device)
     with torch.no_grad():
         hidden = read_back.embed(probe_tokens(model.config.vocab_size))
         for index in range(read_back.num_layers):
@@ -216,7 +213,7 @@ class _Shards:
         start = 0
         for name, shape in self._waiting:
             end = start + torch.Size(shape).numel() * self.dtype.itemsize
-            header[name] = {"dtype": SAFETENSORS_NAMES[self.dtype], "shape": list(shape), "data_offsets": [start, end]}
+            header[name] = {"dtype": STORED_NAMES[self.dtype], "shape": list(shape), "data_offsets": [start, end]}
             start = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_prune.checkpoint.scores import Scores
 from lightning_prune.runs.records import Calibration, Environment, MethodDetails, Recovered, RunMetrics
-from lightning_prune.runs.score_table import ScoreTable
 from lightning_prune.runs.verdict import unusable_limit, verdict_word
 
 
@@ -42,7 +42,7 @@ class Run:
     calibration: Calibration | None
     environment: Environment
     details: MethodDetails
-    units: ScoreTable
+    units: Scores
     options: dict[str, Any]
     recovery: Recovered | None = None
     accuracy: Accuracy | None = None

@@ -13,8 +13,7 @@ import torch
 from lightning_prune import __version__
 from lightning_prune.comparison.records import Accuracy, Run, Score
 from lightning_prune.evaluation.zero_shot import check_tasks, zero_shot
-from lightning_prune.models.fingerprint import base_model_sha256
-from lightning_prune.models.loading import load_model, load_tokenizer
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.model_slot import DTYPES
 from lightning_prune.runs.folder import REPORTS
 from lightning_prune.support.errors import UserError
@@ -97,12 +96,13 @@ class ZeroShot:
     def _evaluate(self, model: str, precision: str, tasks: Sequence[str]) -> dict[str, Scores]:
         if self._manager is None:
             self._open()
-        tokenizer = load_tokenizer(model)
+        checkpoint = Checkpoint.open(model)
+        tokenizer = checkpoint.tokenizer
         if tokenizer is None:
             raise UserError(f"{OPTION}: '{model}' holds no tokenizer. Save the model's tokenizer files there.")
         if self.verbose:
             print(f"zero-shot: {', '.join(tasks)} with '{model}'")
-        loaded: Any = load_model(model, DTYPES[precision])
+        loaded: Any = checkpoint.load(DTYPES[precision])
         results = zero_shot(loaded.to(_device()), tokenizer, tasks, self._manager, BATCH)
         return {
             task: {name: Score(metric.value, metric.stderr) for name, metric in metrics.items()}
@@ -127,7 +127,7 @@ class ZeroShot:
 
     def _fingerprint(self, model: str) -> str | None:
         if model not in self._fingerprints:
-            self._fingerprints[model] = base_model_sha256(model)
+            self._fingerprints[model] = Checkpoint.open(model).fingerprint
         return self._fingerprints[model]
 
 

@@ -10,16 +10,10 @@ from torch import Tensor
 
 
 def fingerprint(tokens: Tensor) -> str:
-    """SHA-256 that two runs share exactly when they saw the same tokens in the same order.
+    """SHA-256 that two runs share exactly when they saw the same tokens (integers of any shape) in the same order.
 
     The hashed bytes are the shape as ASCII decimals joined by commas and ended by a newline (`128,128\\n`),
     then the token ids in row-major order as little-endian int64.
-
-    Args:
-        tokens: integer token ids of any shape, usually `[num_samples, seq_len]`.
-
-    Returns:
-        64 hexadecimal digits.
     """
     digest = hashlib.sha256(",".join(str(size) for size in tokens.shape).encode("ascii") + b"\n")
     digest.update(tokens.detach().cpu().contiguous().numpy().astype("<i8", copy=False).tobytes())
@@ -62,7 +56,7 @@ class CalibrationManifest:
     fingerprint: str
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as a dict that `files.write_json` takes: the content of `calibration.json`."""
+        """The content of `calibration.json`."""
         return asdict(self)
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,7 +16,9 @@ from typing import Any
 import datasets
 
 from lightning_prune.data.local_files import FILE_KINDS, local_splits, read_local
+from lightning_prune.demo import SPLITS, demo_text
 from lightning_prune.support.errors import UserError
+from lightning_prune.support.quiet import quiet_datasets
 from lightning_prune.support.regular_files import exists
 
 # English has 3 to 5 characters per token, so 16 leave random sampling about four windows to choose each one from.
@@ -27,15 +27,7 @@ CHARACTERS_PER_TOKEN = 16
 
 @dataclass(frozen=True)
 class Corpus:
-    """The text of one split.
-
-    Attributes:
-        dataset: name or path as the user gave it.
-        configuration: of a hub dataset, else None.
-        split: `all` for a file without splits.
-        revision: commit or `datasets` fingerprint where there is one.
-        text: the whole text.
-    """
+    """The whole text of one split; the other fields are those of the manifest."""
 
     dataset: str
     configuration: str | None
@@ -115,7 +107,7 @@ def load_corpus(dataset: str, split: str, tokens_wanted: int | None = None) -> C
 
     Args:
         dataset: one of `NAMES` or a local path.
-        split: see `calibration_split` and `held_out_split`.
+        split: one of its splits, or `all` where there are none.
         tokens_wanted: c4 calibration is streamed only until its text has 16 characters for each of these.
 
     Raises:
@@ -128,30 +120,26 @@ def load_corpus(dataset: str, split: str, tokens_wanted: int | None = None) -> C
     if dataset in HUB:
         return _from_hub(dataset, split, tokens_wanted)
     if dataset == "demo":
-        from lightning_prune.demo import demo_text
-
-        return Corpus(dataset, None, split, None, demo_text(split))  # type: ignore[arg-type]
+        return Corpus(dataset, None, split, None, demo_text(split))
     text, revision = read_local(Path(dataset), split)
     return Corpus(dataset, None, split, revision, text)
 
 
 def _splits(dataset: str) -> list[str]:
     if dataset == "demo":
-        return ["train", "validation", "test"]
+        return list(SPLITS)
     if dataset in HUB:
         return list(HUB[dataset].splits)
-    if not exists(Path(dataset)):
-        raise UserError(_not_found(dataset))
-    return local_splits(Path(dataset))
-
-
-def _not_found(dataset: str) -> str:
+    if exists(Path(dataset)):
+        return local_splits(Path(dataset))
     if "/" in dataset or Path(dataset).suffix:
         problem = f"{dataset!r} is neither a named dataset nor a file or folder that exists"
     else:
         near = difflib.get_close_matches(dataset.lower(), NAMES, n=1)
         problem = f"unknown dataset {dataset!r}" + (f" (did you mean {near[0]}?)" if near else "")
-    return f"{problem}; --data.dataset and --data.eval_datasets take {', '.join(NAMES)}, or a local {FILE_KINDS}"
+    raise UserError(
+        f"{problem}; --data.dataset and --data.eval_datasets take {', '.join(NAMES)}, or a local {FILE_KINDS}"
+    )
 
 
 def _from_hub(dataset: str, split: str, tokens_wanted: int | None) -> Corpus:
@@ -160,12 +148,17 @@ def _from_hub(dataset: str, split: str, tokens_wanted: int | None) -> Corpus:
     if source.streamed:
         options["streaming"] = True
     try:
-        with _without_bars():
+        with quiet_datasets():
             rows = datasets.load_dataset(source.path, **options)
         if not source.streamed:
             documents = list(rows[source.column])
         elif split == "train" and tokens_wanted is not None:
-            documents = _take(rows, source.column, tokens_wanted * CHARACTERS_PER_TOKEN)
+            documents, missing = [], tokens_wanted * CHARACTERS_PER_TOKEN
+            for row in rows:  # the rest is never downloaded
+                documents.append(row[source.column])
+                missing -= len(documents[-1])
+                if missing <= 0:
+                    break
         else:
             documents = [row[source.column] for row in islice(rows, C4_HELD_OUT_DOCUMENTS)]
     except Exception as error:  # offline, moved, gated, rate-limited: the hub's clients raise dozens of types
@@ -176,30 +169,6 @@ def _from_hub(dataset: str, split: str, tokens_wanted: int | None) -> Corpus:
             f"HF_HUB_OFFLINE, or give a local {FILE_KINDS} with --data.dataset and --data.eval_datasets"
         ) from error
     return Corpus(dataset, source.configuration, split, _revision(rows), source.joiner.join(documents))
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """The datasets library counts what it converts, in a log file too; its downloads show themselves on terminals."""
-    if datasets.are_progress_bars_disabled():
-        yield
-        return
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.enable_progress_bars()
-
-
-def _take(rows: Any, column: str, characters: int) -> list[str]:
-    """The first documents of a stream, until they hold `characters`; the rest is never downloaded."""
-    documents: list[str] = []
-    for row in rows:
-        documents.append(row[column])
-        characters -= len(row[column])
-        if characters <= 0:
-            break
-    return documents
 
 
 def _revision(rows: Any) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,9 +15,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from lightning_prune.data.calibration import CalibrationManifest, CalibrationSet, EvaluationSet, fingerprint
 from lightning_prune.data.corpora import calibration_split, held_out_split, split_spec
 from lightning_prune.data.sampling import aligned_windows, random_windows, sequential_windows, sliding_windows
-from lightning_prune.data.streams import StreamReader
+from lightning_prune.data.streams import StreamReader, default_cache_dir
 from lightning_prune.data.token_arrays import first_part, is_token_array
-from lightning_prune.data.tokenization import default_cache_dir
 from lightning_prune.demo import demo_model_path
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.regular_files import expanded, from_home
@@ -35,9 +33,10 @@ class CalibrationDataModule(LightningDataModule):
     whole, without special tokens, into one stream that is cut into windows of full length: nothing is padded.
 
     Args:
-        dataset: calibration corpus: demo, wikitext2, ptb, c4, or a local .txt, .jsonl, .json.gz or .parquet file,
-            a folder saved by datasets.save_to_disk, or a token array (.npy or .safetensors, int64 [N, L], used as
-            it is). `name:split` reads another split than train. By default demo for the demo model, else wikitext2.
+        dataset: calibration corpus: demo, wikitext2, ptb, c4, or a local .txt, .jsonl, .json.gz, .json, .csv or
+            .parquet file, a folder of such files or saved by datasets.save_to_disk, or a token array (.npy or
+            .safetensors, int64 [N, L], used as it is). `name:split` reads another split than train. By default demo
+            for the demo model, else wikitext2.
         num_samples: calibration windows. More of them make the importance estimate steadier and the run longer. By
             default 128; of a token array all rows, or the first num_samples.
         seq_len: tokens per calibration window. By default 128; of a token array whole rows, or their first seq_len
@@ -205,29 +204,26 @@ class CalibrationDataModule(LightningDataModule):
                 )
             tokens, facts = first_part(dataset, split, *self._asked_for)
             return calibration_set(tokens, sampling="given", **facts)
-        stream = self._streams.read(dataset, split or calibration_split(dataset), self._calibration_tokens_wanted())
-        draw: dict[str, Callable[[], Tensor]] = {
-            "random": lambda: random_windows(stream.tokens, self.num_samples, self.seq_len, self.seed),
-            "sequential": lambda: sequential_windows(stream.tokens, self.num_samples, self.seq_len),
-            "sliding": lambda: sliding_windows(stream.tokens, self.num_samples, self.seq_len, self.stride or 1),
-        }
+        wanted = (self.num_samples - 1) * (self.stride or self.seq_len) + self.seq_len
+        stream = self._streams.read(dataset, split or calibration_split(dataset), wanted)
+        if self.sampling == "random":
+            tokens = random_windows(stream.tokens, self.num_samples, self.seq_len, self.seed)
+        elif self.sampling == "sequential":
+            tokens = sequential_windows(stream.tokens, self.num_samples, self.seq_len)
+        else:
+            tokens = sliding_windows(stream.tokens, self.num_samples, self.seq_len, self.stride or 1)
         return calibration_set(
-            draw[self.sampling](),
+            tokens,
             sampling=self.sampling,
             stride=self.stride,
             seed=self.seed if self.sampling == "random" else None,
             **stream.provenance,
         )
 
-    def _calibration_tokens_wanted(self) -> int:
-        step = self.stride if self.stride is not None else self.seq_len
-        return (self.num_samples - 1) * step + self.seq_len
-
     def _build_evaluation(self) -> list[EvaluationSet]:
-        specs = self.eval_datasets
-        if specs is not None:
-            specs = [from_home(spec, "--data.eval_datasets") for spec in specs]
-        if specs is None:
+        if self.eval_datasets is not None:
+            specs = [from_home(spec, "--data.eval_datasets") for spec in self.eval_datasets]
+        else:
             dataset, _ = split_spec(self.source)
             if is_token_array(dataset) or held_out_split(dataset) is None:
                 rank_zero_warn(

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tokenize import TokenError
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.regular_files import exists, require_regular
-
-_HEADER_ERRORS = (SyntaxError, TokenError)  # numpy reads the header as a Python literal
 
 
 def is_token_array(dataset: str) -> bool:
@@ -38,22 +35,24 @@ def load_token_array(path: str) -> Tensor:
         raise UserError(f"no token array at {path}: check --data.dataset and --data.eval_datasets")
     require_regular(Path(path), "--data.dataset and --data.eval_datasets")
     try:
-        tokens = _read_npy(path) if path.lower().endswith(".npy") else _read_safetensors(path)
-    except (OSError, EOFError, ValueError, TypeError, OverflowError, *_HEADER_ERRORS, SafetensorError) as error:
+        if path.lower().endswith(".npy"):
+            # Mapped, so that a shape in the header is compared with the file's size before anything is allocated.
+            array = np.lib.format.open_memmap(path, mode="r")
+            tokens = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+        else:
+            tensors = load_file(path)
+            if len(tensors) != 1 and "tokens" not in tensors:
+                raise ValueError(f"it holds {len(tensors)} tensors ({', '.join(tensors)}) and none is named tokens")
+            tokens = next(iter(tensors.values())) if len(tensors) == 1 else tensors["tokens"]
+    except Exception as error:  # numpy reads a header as a Python literal, which may fail in any way
         raise UserError(
             f"cannot read the token array {path}: {error}; it must be int64 [N, L] saved without pickle "
             f"(--data.dataset, --data.eval_datasets)"
         ) from error
-    problem = ""
-    if tokens.dtype != torch.int64:
-        problem = f"its dtype is {str(tokens.dtype).removeprefix('torch.')}"
-    elif tokens.ndim != 2:
-        problem = f"it has {tokens.ndim} dimensions"
-    elif len(tokens) < 1 or tokens.shape[1] < 2:
-        problem = f"its shape is {list(tokens.shape)}, which holds nothing to predict"
-    if problem:
+    if tokens.dtype != torch.int64 or tokens.ndim != 2 or len(tokens) < 1 or tokens.shape[1] < 2:
         raise UserError(
-            f"cannot use the token array {path}: {problem}; it must be int64 [N, L] with N >= 1 and L >= 2 "
+            f"cannot use the token array {path}: it is {str(tokens.dtype).removeprefix('torch.')} "
+            f"{list(tokens.shape)}; it must be int64 [N, L] with N >= 1 and L >= 2 "
             f"(--data.dataset, --data.eval_datasets)"
         )
     return tokens
@@ -89,20 +88,3 @@ def first_part(
             )
     unknown = dict.fromkeys(("configuration", "revision", "text_sha256", "tokenizer_sha256"))
     return tokens[:num_samples, :seq_len].contiguous(), {**unknown, "dataset": path, "split": "all"}
-
-
-def _read_npy(path: str) -> Tensor:
-    # Mapped, so that a shape in the header is held against the file's size before anything is allocated.
-    array = np.lib.format.open_memmap(path, mode="r")
-    if array.dtype.kind not in "biuf":
-        raise ValueError(f"its dtype is {array.dtype}")
-    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
-
-
-def _read_safetensors(path: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        names = list(file.keys())
-        if len(names) != 1 and "tokens" not in names:
-            raise ValueError(f"it holds {len(names)} tensors ({', '.join(names)}) and none is named tokens")
-        tensor: Tensor = file.get_tensor(names[0] if len(names) == 1 else "tokens")
-    return tensor

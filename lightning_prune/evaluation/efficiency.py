@@ -16,11 +16,9 @@ import torch
 from tabulate import tabulate  # type: ignore[import-untyped]
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
-from lightning_prune.checkpoint.pruned import stored_dtype
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import count_parameters, family_of, layers_of
-from lightning_prune.models.loading import resolve
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.progress import Progress
 
@@ -119,18 +117,17 @@ def _head_widths(model: PreTrainedModel) -> list[tuple[int, int]]:
     return [(width, width // block.num_key_value_groups) for width, block in queries]
 
 
-def weight_file_bytes(pretrained: str) -> int:
-    """Size of all ``*.safetensors`` of a model folder, ``demo``, or a hub id that has been loaded before."""
-    config = cached_file(resolve(pretrained), "config.json")
-    return sum(file.stat().st_size for file in Path(config).parent.glob("*.safetensors"))
+def weight_file_bytes(checkpoint: Checkpoint) -> int:
+    """Size of all its weight files."""
+    return sum(file.stat().st_size for file in checkpoint.weight_files)
 
 
-def measure(model: PreTrainedModel, pretrained: str, setting: Setting, name: str = "model") -> Efficiency:
+def measure(model: PreTrainedModel, checkpoint: Checkpoint, setting: Setting, name: str = "model") -> Efficiency:
     """Count and time one model where it stands (device and dtype).
 
     Args:
         model: a causal LM, dense or pruned.
-        pretrained: the folder, hub id or ``demo`` it was loaded from.
+        checkpoint: what it was loaded from.
         setting: lengths, batch sizes and repeats.
         name: shown while it is timed.
 
@@ -149,8 +146,8 @@ def measure(model: PreTrainedModel, pretrained: str, setting: Setting, name: str
         parameters=count_parameters(model),
         macs_per_token=macs_per_token(model, setting.context_length),
         kv_cache_bytes_per_token=kv_cache_bytes_per_token(model),
-        weight_file_bytes=weight_file_bytes(pretrained),
-        weight_file_dtype=str(stored_dtype(pretrained)).removeprefix("torch."),
+        weight_file_bytes=weight_file_bytes(checkpoint),
+        weight_file_dtype=str(checkpoint.stored_dtype).removeprefix("torch."),
         speed=speed,
     )
 

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import lightning as L
@@ -10,11 +11,9 @@ from torch import Tensor, nn
 
 from lightning_prune.calibration.statistics.perplexity import Perplexity
 from lightning_prune.data.datamodule import CalibrationDataModule
-from lightning_prune.models.families import family_of
-from lightning_prune.models.layered import LayeredModel
-from lightning_prune.models.loading import check_model, load_config
+from lightning_prune.models.checkpoint import Checkpoint
+from lightning_prune.models.layered import LayeredModel, choose_onload
 from lightning_prune.models.model_slot import ModelSlot, load_dtype
-from lightning_prune.models.placement import choose_onload
 from lightning_prune.support.progress import Progress
 from lightning_prune.support.timing import Seconds
 
@@ -60,6 +59,11 @@ class Evaluation(L.LightningModule):
         self.perplexity: dict[str, PerplexityResult] = {}
         self._perplexities = nn.ModuleList()
 
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The model that is measured."""
+        return Checkpoint.open(self.pretrained)
+
     @property
     def datamodule(self) -> CalibrationDataModule:
         """The trainer's evaluation sets."""
@@ -74,9 +78,9 @@ class Evaluation(L.LightningModule):
         """Refuse a model that cannot be opened before any text is read for it.
 
         Raises:
-            UserError: as ``models.loading.check_model``.
+            UserError: as ``Checkpoint.open`` and ``Checkpoint.check``.
         """
-        check_model(self.pretrained)
+        self.checkpoint.check()
 
     def setup(self, stage: str) -> None:
         """Everything that can be refused without weights is refused here.
@@ -84,8 +88,7 @@ class Evaluation(L.LightningModule):
         Raises:
             UserError: no model at ``pretrained``, unknown family, tokens that do not fit the model.
         """
-        config: Any = load_config(self.pretrained)
-        family_of(config)
+        config: Any = self.checkpoint.config
         data = self.datamodule
         data.check_against_model(config.vocab_size, getattr(config, "max_position_embeddings", None))
         self.progress.expect(evaluation_phase(self.name), evaluation_work(data, config.num_hidden_layers))
@@ -98,7 +101,7 @@ class Evaluation(L.LightningModule):
         """Open the model to measure."""
         dtype = load_dtype(str(self.trainer.precision))
         with torch.inference_mode(False):
-            self.slot.open(self.pretrained, dtype, self.device)
+            self.slot.open(self.checkpoint, dtype, self.device)
 
     def on_test_epoch_start(self) -> None:
         """One perplexity per evaluation set."""
@@ -137,7 +140,7 @@ class Evaluation(L.LightningModule):
     def _batches_per_step(self, config: Any) -> int:
         """All at once is fastest where layers are brought in anew for every step; the residual stream is the limit."""
         dtype = load_dtype(str(self.trainer.precision))
-        if choose_onload(self.slot.onload, self.pretrained, dtype, self.trainer.strategy.root_device) == "model":
+        if choose_onload(self.slot.onload, self.checkpoint, dtype, self.trainer.strategy.root_device) == "model":
             return 1
         data = self.datamodule
         longest = max((item.tokens.shape[1] for item in data.evaluation), default=1)
@@ -145,14 +148,20 @@ class Evaluation(L.LightningModule):
 
 
 def measure_perplexity(
-    trainer: L.Trainer, data: CalibrationDataModule, pretrained: str, name: str, slot: ModelSlot, progress: Progress
+    trainer: L.Trainer,
+    data: CalibrationDataModule,
+    checkpoint: Checkpoint,
+    name: str,
+    slot: ModelSlot,
+    progress: Progress,
 ) -> dict[str, PerplexityResult]:
-    """Perplexity by evaluation set of the model ``pretrained``, which ``slot`` holds open afterwards.
+    """Perplexity by evaluation set of the model ``checkpoint``, which ``slot`` holds open afterwards.
 
     What is open there already is measured as it is, with a plan that is applied in memory. The time is counted in the
     slot's seconds as ``evaluate <name>``.
     """
-    evaluation = Evaluation(pretrained)
+    evaluation = Evaluation(checkpoint.pretrained)
+    evaluation.checkpoint = checkpoint
     evaluation.slot, evaluation.name, evaluation.progress = slot, name, progress
     trainer.test(evaluation, data, verbose=False)
     slot.seconds.add(f"evaluate {name}", evaluation.seconds.get("evaluate", 0.0))

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Literal
 
 from lightning_prune.checkpoint.model_card import stock_card
-from lightning_prune.checkpoint.pruned import stored_dtype
 from lightning_prune.export.gguf_file import gguf_package, write_gguf
 from lightning_prune.export.stock import write_stock
-from lightning_prune.models.loading import load_config
-from lightning_prune.models.safetensors_header import OPTION as PRETRAINED
+from lightning_prune.models.checkpoint import Checkpoint
+from lightning_prune.models.weights import OPTION as PRETRAINED
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import check_writable, read_file, writable
 from lightning_prune.support.progress import Progress
@@ -55,16 +54,17 @@ def export(
     progress = Progress(verbose)
     try:
         with writable(target.parent, OPTION):
-            return _gguf(source, target, dtype, progress) if format == "gguf" else _stock(source, target, progress)
+            opened = Checkpoint.open(source)
+            return _gguf(opened, target, dtype, progress) if format == "gguf" else _stock(opened, target, progress)
     except UserError as error:
         raise UserError(str(error).replace(PRETRAINED, "--model")) from None
     finally:
         progress.close()
 
 
-def _gguf(model: str, output: Path, dtype: str | None, progress: Progress) -> str:
+def _gguf(checkpoint: Checkpoint, output: Path, dtype: str | None, progress: Progress) -> str:
     gguf_package()
-    chosen = dtype or GGUF_DTYPES.get(str(stored_dtype(model)).removeprefix("torch."), "f32")
+    chosen = dtype or GGUF_DTYPES.get(str(checkpoint.stored_dtype).removeprefix("torch."), "f32")
     phase, last = f"writing {output.name}", 0
 
     def show(_: str, done: int, total: int) -> None:
@@ -73,7 +73,7 @@ def _gguf(model: str, output: Path, dtype: str | None, progress: Progress) -> st
         progress.advance(phase, done - last)
         last = done
 
-    written = write_gguf(model, output, chosen, show)
+    written = write_gguf(checkpoint, output, chosen, show)
     progress.finish(phase)
     lines = []
     if written.left_in_f16:
@@ -81,19 +81,19 @@ def _gguf(model: str, output: Path, dtype: str | None, progress: Progress) -> st
             f"{written.left_in_f16} matrices are in f16: the length of their rows is not a multiple of 32, which q8_0 "
             "needs. --model.round_to 32 (fit) makes widths that are."
         )
-    if written.window is not None and written.window < load_config(model).max_position_embeddings:
+    if written.window is not None and written.window < checkpoint.config.max_position_embeddings:
         lines.append(f"the context is {written.window} tokens, the model's sliding window: the format has none for it.")
     return "\n".join([*lines, f"GGUF file ({written.architecture}, {chosen}): {output}"])
 
 
-def _stock(model: str, output: Path, progress: Progress) -> str:
+def _stock(checkpoint: Checkpoint, output: Path, progress: Progress) -> str:
     def show(layer: int, total: int) -> None:
         progress.expect("padding", total)
         progress.advance("padding", 1, f"layer {layer + 1} of {total}")
 
-    readme = Path(model) / "README.md"
+    readme = Path(checkpoint.pretrained) / "README.md"
     card = read_file(readme, CARD_LIMIT, "--model").decode("utf-8", errors="replace") if readme.is_file() else ""
-    padded = write_stock(model, output, stock_card(card), show)
+    padded = write_stock(checkpoint, output, stock_card(card), show)
     progress.finish("padding")
     return f"{padded.sentence()}\nstock checkpoint: {output}"
 

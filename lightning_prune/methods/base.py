@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,19 +17,19 @@ from lightning_prune.calibration.passes import Pass
 from lightning_prune.checkpoint.family_check import prove
 from lightning_prune.checkpoint.in_memory_plan import Overlay
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
-from lightning_prune.checkpoint.pruned import stored_dtype
+from lightning_prune.checkpoint.scores import Scores
 from lightning_prune.checkpoint.write import write_pruned
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.data.sampling import held_out_samples
 from lightning_prune.methods.measurement import DecisionFolder, SavedMeasurement
 from lightning_prune.methods.refit import Refit
-from lightning_prune.methods.scores import Scores
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import LayerAnatomy, anatomy, count_parameters
 from lightning_prune.models.layered import LayeredModel
-from lightning_prune.models.loading import check_model
 from lightning_prune.models.model_slot import ModelSlot, load_dtype
 from lightning_prune.models.vocabulary import ROLES_OF, Block
 from lightning_prune.support.errors import UserError
+from lightning_prune.support.names import PRUNED
 from lightning_prune.support.progress import Progress
 from lightning_prune.support.timing import Seconds
 
@@ -194,7 +195,7 @@ class PruningMethod(L.LightningModule):
 
     def make_plan(self, kept: list[LayerPlan], remaining_parameters: int, weights_updated: bool = False) -> PruningPlan:
         """A plan with this run's facts filled in."""
-        dtype = stored_dtype(self.pretrained) if self.save_dtype == "auto" else getattr(torch, self.save_dtype)
+        dtype = self.checkpoint.stored_dtype if self.save_dtype == "auto" else getattr(torch, self.save_dtype)
         return PruningPlan(
             method=self.method,
             pruning_ratio=self.requested_ratio,
@@ -206,6 +207,11 @@ class PruningMethod(L.LightningModule):
             dtype=str(dtype).removeprefix("torch."),
             weights_updated=weights_updated,
         )
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The dense model, opened once."""
+        return Checkpoint.open(self.pretrained)
 
     @property
     def datamodule(self) -> CalibrationDataModule:
@@ -236,14 +242,15 @@ class PruningMethod(L.LightningModule):
                 record says, or the ratio cannot be reached.
         """
         if not self.layers:
-            self.check_shapes(check_model(self.pretrained))
+            self.checkpoint.check()
+            self.check_shapes(self.checkpoint.meta)
 
     def check_shapes(self, net: Any) -> None:
         """The same of a model on the meta device, for which a config is enough."""
         layers, total = anatomy(net), count_parameters(net)
         self.check_ratio(layers, total)
-        prove(net.config)
-        self.layers, self.dense_parameters, self.config = layers, total, net.config
+        prove(self.checkpoint.config)
+        self.layers, self.dense_parameters = layers, total
 
     def setup(self, stage: str) -> None:
         """Everything that can be refused without weights is refused here.
@@ -252,8 +259,8 @@ class PruningMethod(L.LightningModule):
             UserError: see ``check_model``; or tokens that do not fit the model.
         """
         self.check_model()
-        positions = getattr(self.config, "max_position_embeddings", None)
-        self.datamodule.check_against_model(self.config.vocab_size, positions)
+        config: Any = self.checkpoint.config
+        self.datamodule.check_against_model(config.vocab_size, getattr(config, "max_position_embeddings", None))
 
     def configure_optimizers(self) -> None:
         """No optimizer: pruning reads the weights, it does not train them."""
@@ -263,7 +270,7 @@ class PruningMethod(L.LightningModule):
         here = "" if self.run_folder is None else str(self.run_folder.path)
         shared = self.trainer.strategy.broadcast(here)
         self._folder = Path(shared) if shared else None
-        model = self.slot.open(self.pretrained, load_dtype(str(self.trainer.precision)), self.device)
+        model = self.slot.open(self.checkpoint, load_dtype(str(self.trainer.precision)), self.device)
         self.layers = model.views
         data = self.datamodule
         tokens = data.calibration.tokens if self.needs_calibration else torch.empty(0, 1)
@@ -340,7 +347,7 @@ class PruningMethod(L.LightningModule):
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # the others evaluate what this one writes
         if self._folder is not None:
-            self.pruned_folder = self._folder / "pruned"
+            self.pruned_folder = self._folder / PRUNED
 
     def _write_step(self) -> None:
         """Leave the plan and the checkpoint of a step that is not the last one in the run folder."""
@@ -352,7 +359,7 @@ class PruningMethod(L.LightningModule):
     def _write_pruned(self, folder: Path) -> None:
         layers = len(self.layers)
         self.self_check = write_pruned(
-            self.pretrained,
+            self.checkpoint,
             self.plan,
             self.driver.loop.new_parameters_of,
             folder,

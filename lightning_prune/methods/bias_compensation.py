@@ -21,6 +21,7 @@ from lightning_prune.calibration.statistics.input_moments import InputMoments
 from lightning_prune.calibration.statistics.token_statistic import full_precision
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.methods.slimgpt_math import columns_of
+from lightning_prune.models.checkpoint import skeleton
 from lightning_prune.models.families import (
     LayerAnatomy,
     anatomy,
@@ -29,7 +30,6 @@ from lightning_prune.models.families import (
     missing_biases,
     with_biases,
 )
-from lightning_prune.models.layered import skeleton
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 
 

@@ -31,12 +31,11 @@ from lightning_prune.calibration.statistics.input_moments import InputMoments
 from lightning_prune.checkpoint.cut import parameters_after
 from lightning_prune.checkpoint.family_check import prove
 from lightning_prune.checkpoint.plan import LayerPlan
+from lightning_prune.checkpoint.scores import Flags, Scores
 from lightning_prune.methods.bias_compensation import BiasPass, Carriers, carriers, without_carrier
-from lightning_prune.methods.blocks import block_index
 from lightning_prune.methods.group_pruning import GroupPruning
-from lightning_prune.methods.scores import Scores, group_scores
+from lightning_prune.methods.scores import group_scores
 from lightning_prune.models.families import LayerAnatomy, with_biases
-from lightning_prune.models.loading import load_config
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 
 
@@ -61,8 +60,8 @@ def in_deviations(metric: Tensor, units: int) -> Tensor:
 
 def standardised(scores: Scores) -> Tensor:
     """z ``[U]``: importance less its mean over the units of the same block of the same layer."""
-    z = scores.importance.clone()
-    for rows in block_index(scores).rows().values():
+    z = torch.tensor(scores.importance)
+    for rows in scores.blocks.rows().values():
         z[rows] -= z[rows].mean()
     return z
 
@@ -117,7 +116,7 @@ class FLAP(GroupPruning):
         """What takes over means; None where nothing does."""
         if not self.bias_compensation or self.refit is not None:
             return None
-        found = carriers(load_config(self.pretrained))
+        found = carriers(self.checkpoint.config)
         return found if found.roles else None
 
     @property
@@ -141,14 +140,14 @@ class FLAP(GroupPruning):
         """As in the base class; and the family with these biases does what its record says."""
         super().check_model()
         if self.carriers is not None and self.carriers.keys:
-            prove(with_biases(self.config, self.carriers.keys))
+            prove(with_biases(self.checkpoint.config, self.carriers.keys))
 
     def score(self, scores: Scores) -> Scores:
         """z itself, not z per parameter; the number of parameters only counts for the ratio."""
-        z = standardised(scores)
+        z = standardised(scores).numpy()
         return replace(scores, base=z, score=z)
 
-    def select(self, scores: Scores, layers: list[LayerAnatomy], total_parameters: int) -> Tensor:
+    def select(self, scores: Scores, layers: list[LayerAnatomy], total_parameters: int) -> Flags:
         """By what units cost with their biases; as many parameters more are pruned as the biases add."""
         if self.carriers is None:
             return super().select(scores, layers, total_parameters)
@@ -175,7 +174,7 @@ class FLAP(GroupPruning):
         """Why nothing takes over a mean that is lost; None where none is."""
         if self.refit is not None or not self.bias_compensation:
             return "what is kept is refitted" if self.refit is not None else "switched off"
-        config = load_config(self.pretrained)
+        config = self.checkpoint.config
         lost = [f"{'o' if role == 'output' else role}_proj" for role in without_carrier(config)]
         return f"family '{config.model_type}' has no bias for {' and '.join(lost)}" if lost else None
 

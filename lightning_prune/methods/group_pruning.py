@@ -4,15 +4,16 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_prune.checkpoint.cut import parameters_after
 from lightning_prune.checkpoint.plan import LayerPlan
+from lightning_prune.checkpoint.scores import Flags, Scores
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.methods.blocks import block_index
 from lightning_prune.methods.group_selection import Allocation, GroupSelection
-from lightning_prune.methods.scores import Scores, group_scores
+from lightning_prune.methods.scores import group_scores
 from lightning_prune.models.families import LayerAnatomy
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
@@ -99,12 +100,12 @@ class GroupPruning(PruningMethod):
         scores = ranked = self.score(measured)
         if self._step > 1 and self.steps > 1:
             scores = _with_earlier_steps(scores, self.scores)
-            ranked = replace(scores, score=scores.score.masked_fill(scores.pruned, -torch.inf))
-        self.scores = scores.with_pruned(self.select(ranked, self.layers, self.dense_parameters))
+            ranked = replace(scores, score=np.where(scores.pruned, -np.inf, scores.score))
+        self.scores = replace(scores, pruned=self.select(ranked, self.layers, self.dense_parameters))
         kept = kept_units(self.scores, len(self.layers))
         self.plan = self.make_plan(kept, parameters_after(self.layers, self.dense_parameters, kept))
 
-    def select(self, scores: Scores, layers: list[LayerAnatomy], total_parameters: int) -> Tensor:
+    def select(self, scores: Scores, layers: list[LayerAnatomy], total_parameters: int) -> Flags:
         """Which units are pruned, bool ``[U]``."""
         return self.selection.select(scores, layers, total_parameters, self.requested_ratio or 0.0)
 
@@ -124,7 +125,7 @@ def _with_earlier_steps(scores: Scores, before: Scores) -> Scores:
         scores,
         pruned=gone,
         **{
-            name: torch.where(gone, getattr(before, name), getattr(scores, name))
+            name: np.where(gone, getattr(before, name), getattr(scores, name))
             for name in ("importance", "prior", "score", "base")
         },
     )
@@ -132,6 +133,5 @@ def _with_earlier_steps(scores: Scores, before: Scores) -> Scores:
 
 def kept_units(scores: Scores, num_layers: int) -> list[LayerPlan]:
     """What every layer keeps, from the ``pruned`` column."""
-    kept = ~scores.pruned
-    units = {block: scores.unit[rows[kept[rows]]].tolist() for block, rows in block_index(scores).rows().items()}
-    return [LayerPlan(layer, units[layer, 0], units[layer, 1]) for layer in range(num_layers)]
+    units = {block: scores.unit[rows[scores.kept[rows]]].tolist() for block, rows in scores.blocks.rows().items()}
+    return [LayerPlan(layer, units[layer, Block.ATTENTION], units[layer, Block.MLP]) for layer in range(num_layers)]

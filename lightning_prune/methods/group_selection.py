@@ -3,13 +3,13 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from lightning_prune.methods.scores import BLOCKS, Scores, groups_that_stay
+from lightning_prune.checkpoint.scores import Flags, Scores
+from lightning_prune.methods.scores import groups_that_stay
 from lightning_prune.methods.selection import Budget, protect_best, select_global, select_uniform
 from lightning_prune.models.families import LayerAnatomy
-from lightning_prune.models.vocabulary import ROLES_OF
+from lightning_prune.models.vocabulary import ROLES_OF, Block
 from lightning_prune.support.errors import UserError
 
 Allocation = Literal["global", "uniform"]
@@ -42,7 +42,7 @@ class GroupSelection:
 
     def select(
         self, scores: Scores, layers: list[LayerAnatomy], total_parameters: int, ratio: float, added: int = 0
-    ) -> Tensor:
+    ) -> Flags:
         """Which units are pruned, bool ``[U]``.
 
         Args:
@@ -56,20 +56,21 @@ class GroupSelection:
             UserError: the ratio cannot be reached.
         """
         overhead = {
-            (view.index, BLOCKS.index(block)): view.block_cost(block) - view.units(block) * view.unit_cost(block)
+            (view.index, block): view.block_cost(block) - view.units(block) * view.unit_cost(block)
             for view in layers
             for block in ROLES_OF
         }
         budget = Budget(total_parameters, ratio, overhead, self.round_to, added)
         frozen = self.frozen_layers(len(layers))
-        free = torch.tensor([layer not in frozen for layer in scores.layer.tolist()])
-        if not bool(free.any()):
+        free = ~np.isin(scores.layer, list(frozen))
+        if not free.any():
             raise UserError(
                 f"--model.freeze_first_n_layers {self.freeze_first_n_layers} and --model.freeze_last_n_layers "
                 f"{self.freeze_last_n_layers} leave none of the {len(layers)} layers to prune."
             )
         free &= protect_best(scores, self.min_groups_per_layer)
-        free &= (scores.block != BLOCKS.index("attention")) | (layers[0].whole_attention is None)
+        if layers[0].whole_attention is not None:
+            free &= ~scores.of_kind(Block.ATTENTION)
         choose = select_global if self.allocation == "global" else select_uniform
         try:
             return choose(scores, free, budget)

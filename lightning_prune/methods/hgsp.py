@@ -20,16 +20,16 @@ from torch import Tensor
 
 from lightning_prune.calibration.passes import Pass
 from lightning_prune.calibration.wavefront import PIECES, RemovalPass
-from lightning_prune.methods.blocks import block_index
+from lightning_prune.checkpoint.scores import Flags, Scores
 from lightning_prune.methods.fisher import FisherPass
 from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.kfac import KFACPass
 from lightning_prune.methods.magnitude import MagnitudePass
 from lightning_prune.methods.measurement import SavedMeasurement
-from lightning_prune.methods.scores import Scores
 from lightning_prune.methods.taylor import TaylorPass
 from lightning_prune.methods.wanda import WandaPass
 from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.vocabulary import ROLES_OF
 from lightning_prune.support.errors import UserError
 
 Importance = Literal["taylor", "fisher", "kfac", "wanda", "magnitude"]
@@ -63,13 +63,13 @@ def depth_prior(delta: Tensor, tau: float) -> Tensor:
 def normalised(scores: Scores, how: ScoreNorm) -> Tensor:
     """S ``[U]`` fp64, divided by its median over all units of a kind (attention, MLP), or by its mean over the units of
     one block of one layer. Off by default: S is then importance per parameter as it is."""
-    base = scores.base.clone()
+    base = torch.tensor(scores.base)
     if how == "kind":
-        for block in (0, 1):
-            rows = scores.block == block
-            base[rows] /= base[rows].median()
+        for block in ROLES_OF:
+            kind = torch.from_numpy(scores.of_kind(block))
+            base[kind] /= base[kind].median()
     elif how == "block":
-        for rows in block_index(scores).rows().values():
+        for rows in scores.blocks.rows().values():
             base[rows] /= base[rows].mean()
     return torch.nan_to_num(base, nan=0.0) if how != "none" else base
 
@@ -176,7 +176,7 @@ class HGSP(GroupPruning):
             self.tau_used = gate_threshold(self.priors[0], self.tau)
         return final_scores(scores, self.priors, self.tau_used, self.temperature, self.score_norm)
 
-    def select(self, scores: Scores, layers: list[LayerAnatomy], total_parameters: int) -> Tensor:
+    def select(self, scores: Scores, layers: list[LayerAnatomy], total_parameters: int) -> Flags:
         """The ranking's choice, then auto-collapse of layers that are almost empty; nothing is refilled."""
         pruned = super().select(scores, layers, total_parameters)
         return collapse(scores, pruned, self.collapse_epsilon, self.selection.frozen_layers(len(layers)))
@@ -224,8 +224,8 @@ def final_scores(
         bad = (~torch.isfinite(factor)).any(0).nonzero().flatten().tolist()
         if bad:
             raise FloatingPointError(f"layers {bad}: the measured prior is NaN or infinite.")
-        prior = factor[scores.block, scores.layer] ** temperature
-    return replace(scores, base=base, prior=prior, score=base * prior)
+        prior = factor[scores.code, scores.layer] ** temperature
+    return replace(scores, base=base.numpy(), prior=prior.numpy(), score=(base * prior).numpy())
 
 
 def saved_priors(details: dict[str, Any], temperature: float, tau: float | None) -> Tensor | None:
@@ -250,15 +250,15 @@ def saved_priors(details: dict[str, Any], temperature: float, tau: float | None)
     return priors
 
 
-def collapse(scores: Scores, pruned: Tensor, epsilon: float, frozen: set[int]) -> Tensor:
+def collapse(scores: Scores, pruned: Flags, epsilon: float, frozen: set[int]) -> Flags:
     """Remove layers whose mean kept fraction ½(kept groups / K + kept channels / F) is below ε.
 
     Frozen layers never collapse, nor does the last layer that is left.
     """
-    blocks = block_index(scores)
+    blocks = scores.blocks
     share = (blocks.sum(~pruned) / blocks.size).tolist()
     kept: dict[int, float] = {}
-    for layer, part in zip(blocks.layer.tolist(), share, strict=True):
+    for (layer, _), part in zip(blocks.keys, share, strict=True):
         kept[layer] = kept.get(layer, 0.0) + part / 2
     alive = sum(part > 0 for part in kept.values())
     gone = []
@@ -266,4 +266,4 @@ def collapse(scores: Scores, pruned: Tensor, epsilon: float, frozen: set[int]) -
         if 0 < part < epsilon and layer not in frozen and alive > 1:
             gone.append(layer)
             alive -= 1
-    return pruned | torch.isin(scores.layer, torch.tensor(gone, dtype=torch.int64))
+    return pruned | np.isin(scores.layer, gone)

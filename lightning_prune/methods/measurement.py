@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lightning_prune.checkpoint.plan import PruningPlan
-from lightning_prune.methods.scores import Scores
+from lightning_prune.checkpoint.scores import Scores
 
 
 @dataclass(frozen=True)

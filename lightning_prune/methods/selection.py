@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from lightning_prune.methods.blocks import BlockIndex, block_index
-from lightning_prune.methods.scores import Scores
+from lightning_prune.checkpoint.scores import Flags, Integers, Scores
+from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 
 
@@ -24,7 +22,7 @@ class Budget:
 
     total_parameters: int
     pruning_ratio: float
-    overhead: dict[tuple[int, int], int]
+    overhead: dict[tuple[int, Block], int]
     round_to: int = 1
     added: int = 0
 
@@ -34,23 +32,19 @@ class Budget:
         return math.floor(Fraction(str(self.pruning_ratio)) * self.total_parameters) + self.added
 
 
-def ranking(scores: Scores) -> Tensor:
+def ranking(scores: Scores) -> Integers:
     """Unit rows from first to go to last, int64 ``[U]``.
 
     Ascending by (score, importance per parameter, layer, attention before mlp, unit): H-GSP rule 2, so units
     whose prior is zero are ordered by what they weigh, and no tie depends on the sort's implementation.
     """
-    by_value = (scores.base.numpy(), scores.score.numpy())
-    by_place = (scores.unit.numpy(), scores.block.numpy(), scores.layer.numpy())
-    if _ascending(*reversed(by_place)):  # as tables are made; the sort is stable, so two keys do for five
-        return torch.from_numpy(np.lexsort(by_value))
-    return torch.from_numpy(np.lexsort((*by_place, *by_value)))
+    return np.lexsort((scores.unit, scores.code, scores.layer, scores.base, scores.score))
 
 
-def select_global(scores: Scores, candidates: Tensor, budget: Budget) -> Tensor:
+def select_global(scores: Scores, candidates: Flags, budget: Budget) -> Flags:
     """Longest prefix of the ranking whose parameters stay within the budget (H-GSP rule 8), bool ``[U]``.
 
-    The walk stops at the first unit that does not fit. With ``round_to`` a layer's channels leave in multiples
+    It ends at the first unit that does not fit. With ``round_to`` a layer's channels are removed in multiples
     of it, lowest first; the shortfall is then below one such bundle per layer.
 
     Args:
@@ -62,30 +56,38 @@ def select_global(scores: Scores, candidates: Tensor, budget: Budget) -> Tensor:
     """
     order = ranking(scores)
     order = order[candidates[order]]
-    index = block_index(scores)
-    overhead = _overhead(index, budget)
+    blocks = scores.blocks
+    overhead = np.array([budget.overhead.get(key, 0) for key in blocks.keys], dtype=np.int64)
+    bundle = np.array([budget.round_to if block is Block.MLP else 1 for _, block in blocks.keys])
     if len(order) == len(scores.cost):
-        _check_that_something_stays(index, scores.cost, overhead, budget)
-    ids, cost, rank = index.ids[order], scores.cost[order], index.rank(order)
-    left = index.size[ids] - rank - 1  # in the block once this unit is gone
+        # It could take all units, whatever their order. Refuse what does not leave the dearest bundle: then the shapes
+        # alone decide, and the answer before calibration is the answer after it.
+        block_cost = blocks.sum(scores.cost)
+        last = np.minimum(blocks.size, bundle) * (block_cost // blocks.size) + overhead
+        largest = int((block_cost + overhead).sum() - last.max())
+        if budget.parameters > largest:
+            raise _unreachable(largest, budget)
     # Channels wait for the one that closes their bundle; groups are bundles of one. Everything below is by place in
     # the ranking: where a unit's bundle closes (past the end if never), and what the bundles closed there cost.
-    closes = torch.where(index.block[ids] == 1, left % budget.round_to == 0, True)
-    closing = _next_in_block(ids, closes)
-    leaves = closing < len(order)
-    price = torch.zeros(len(order), dtype=torch.int64)
-    price.index_add_(0, closing[leaves], cost[leaves])
-    price += torch.where(left == 0, overhead[ids], 0)
-    spent = price.cumsum(0)
-    stop = int(torch.searchsorted(spent, budget.parameters, right=True))  # the first place that does not fit
-    if stop == len(order) and (reached := int(price.sum())) < budget.parameters:
+    ids, cost, rank = blocks.ids[order], scores.cost[order], blocks.rank(order)
+    left = blocks.size[ids] - rank - 1  # in the block once this unit is gone
+    closing_rank = rank + left % bundle[ids]
+    count = np.bincount(ids, minlength=len(blocks.keys))
+    places = np.append(ids.argsort(kind="stable"), len(order))  # of all units, block by block
+    start = (count.cumsum() - count)[ids]
+    closing = places[np.where(closing_rank < count[ids], start + closing_rank, len(order))]
+    price = np.zeros(len(order) + 1, dtype=np.int64)
+    np.add.at(price, closing, cost)
+    spent = (price[:-1] + np.where(left == 0, overhead[ids], 0)).cumsum()
+    stop = int(np.searchsorted(spent, budget.parameters, side="right"))  # the first place that does not fit
+    if stop == len(order) and (reached := int(spent[-1]) if len(order) else 0) < budget.parameters:
         raise _unreachable(reached, budget)
-    pruned = torch.zeros(len(scores.cost), dtype=torch.bool)
+    pruned = np.zeros(len(scores.cost), dtype=bool)
     pruned[order[closing < stop]] = True
     return pruned
 
 
-def select_uniform(scores: Scores, candidates: Tensor, budget: Budget) -> Tensor:
+def select_uniform(scores: Scores, candidates: Flags, budget: Budget) -> Flags:
     """The same number of groups and of channels from every candidate layer, lowest scores first, bool ``[U]``.
 
     ρ = budget / candidate parameters; each layer loses ⌊K·ρ + ½⌋ GQA groups (fewer if that is too much) and as
@@ -94,10 +96,8 @@ def select_uniform(scores: Scores, candidates: Tensor, budget: Budget) -> Tensor
     Raises:
         UserError: the ratio cannot be reached while every layer keeps one group and one channel.
     """
-    layers = scores.layer[candidates].unique()
-    first = int(layers[0])
-    attention = scores.of(first, "attention")
-    mlp = scores.of(first, "mlp")
+    layers = np.unique(scores.layer[candidates])
+    attention, mlp = (scores.of(int(layers[0]), block) for block in (Block.ATTENTION, Block.MLP))
     groups, channels = int(attention.sum()), int(mlp.sum())
     group_cost, channel_cost = int(scores.cost[attention][0]), int(scores.cost[mlp][0])
     free_groups, free_channels = int((attention & candidates).sum()), int((mlp & candidates).sum())
@@ -117,70 +117,20 @@ def select_uniform(scores: Scores, candidates: Tensor, budget: Budget) -> Tensor
     wanted = min((share - drop_groups * group_cost) // channel_cost, most_channels)
     drop_channels = _rounded_down(wanted, channels, budget.round_to)
 
-    pruned = torch.zeros(len(scores.layer), dtype=torch.bool)
     order = ranking(scores)
     order = order[candidates[order]]
-    drop = torch.tensor([drop_groups, drop_channels, 0])[scores.block[order]]
-    pruned[order[block_index(scores).rank(order) < drop]] = True
+    drop = np.where(scores.of_kind(Block.ATTENTION), drop_groups, drop_channels)[order]
+    pruned = np.zeros(len(scores.layer), dtype=bool)
+    pruned[order[scores.blocks.rank(order) < drop]] = True
     return pruned
 
 
-def protect_best(scores: Scores, keep: int) -> Tensor:
+def protect_best(scores: Scores, keep: int) -> Flags:
     """Candidates when every block of every layer keeps its ``keep`` highest-scored units, bool ``[U]``."""
-    candidates = torch.ones(len(scores.layer), dtype=torch.bool)
-    if keep == 0:
-        return candidates
-    order = ranking(scores)
-    index = block_index(scores)
-    candidates[order] = index.rank(order) < index.size[index.ids[order]] - keep
+    order, blocks = ranking(scores), scores.blocks
+    candidates = np.ones(len(scores.layer), dtype=bool)
+    candidates[order] = blocks.rank(order) < blocks.size[blocks.ids[order]] - keep
     return candidates
-
-
-def _ascending(*keys: np.ndarray) -> bool:
-    """Whether the rows are in ascending order of these keys, the first one counting most."""
-    before = np.zeros(max(0, len(keys[0]) - 1), dtype=bool)  # a row that an earlier key puts before the next one
-    for key in keys:
-        if bool((~before & (key[:-1] > key[1:])).any()):
-            return False
-        before |= key[:-1] < key[1:]
-    return True
-
-
-def _next_in_block(ids: Tensor, marked: Tensor) -> Tensor:
-    """For every place of a sequence, the first place at or behind it that is marked and has the same id, int64; the
-    length of the sequence where there is none."""
-    by_block = ids.argsort(stable=True).flip(0)
-    # From the last place of every block to its first, blocks apart: the smallest marked place so far.
-    apart = (ids[by_block[0]] - ids[by_block]) if len(ids) else ids
-    nothing = len(ids)
-    places = torch.where(marked[by_block], by_block, nothing)
-    smallest = (places - apart * (nothing + 1)).cummin(0).values + apart * (nothing + 1)
-    found = torch.empty_like(by_block)
-    found[by_block] = smallest
-    return found
-
-
-def _overhead(index: BlockIndex, budget: Budget) -> Tensor:
-    """Parameters that leave with the last unit of each block, int64 ``[B]``."""
-    blocks = zip(index.layer.tolist(), index.block.tolist(), strict=True)
-    return torch.tensor([budget.overhead.get(block, 0) for block in blocks], dtype=torch.int64)
-
-
-def _check_that_something_stays(index: BlockIndex, cost: Tensor, overhead: Tensor, budget: Budget) -> None:
-    """Refuse a budget that could take all units, whatever their order: then the shapes alone decide, and the answer
-    before calibration is the answer after it.
-
-    Args:
-        index: the blocks.
-        cost: parameters of every unit ``[U]``, the same within a block.
-        overhead: see ``_overhead``.
-    """
-    block_cost = index.sum(cost)
-    bundle = torch.where(index.block == 1, index.size.clamp(max=budget.round_to), 1)
-    dearest = int((bundle * (block_cost // index.size) + overhead).max())
-    largest = int((block_cost + overhead).sum()) - dearest
-    if budget.parameters > largest:
-        raise _unreachable(largest, budget)
 
 
 def _rounded_down(drop: int, channels: int, round_to: int) -> int:

@@ -5,9 +5,11 @@ enters layer l. The layers with the smallest BI are removed in one shot; scores 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -100,7 +102,7 @@ class ShortGPT(PruningMethod):
         Raises:
             UserError: none or all of them.
         """
-        cost = [view.attention_block_cost + view.mlp_block_cost for view in layers]
+        cost = [view.block_cost(Block.ATTENTION) + view.block_cost(Block.MLP) for view in layers]
         count = self.n_remove_layers or nearest_layer_count(
             cost, Fraction(str(self.pruning_ratio)) * total_parameters, self.at_most
         )
@@ -130,11 +132,11 @@ class ShortGPT(PruningMethod):
         if self.saved is None:
             influence = torch.cat([result.importance[Block.LAYER] for result in self.results("influence")])
         else:
-            influence = self.saved.scores.importance
-        cost = [view.attention_block_cost + view.mlp_block_cost for view in self.layers]
+            influence = torch.from_numpy(self.saved.scores.importance)
+        cost = [view.block_cost(Block.ATTENTION) + view.block_cost(Block.MLP) for view in self.layers]
         removed = layers_to_remove(influence, self.layer_count(self.layers, self.dense_parameters))
         scores = layer_scores(influence, cost)
-        self.scores = scores.with_pruned(torch.tensor([layer in removed for layer in range(len(self.layers))]))
+        self.scores = replace(scores, pruned=np.isin(scores.layer, list(removed)))
         kept = [
             LayerPlan(view.index, [], [])
             if view.index in removed

@@ -197,13 +197,13 @@ class SlimGPT(PruningMethod):
         """
         view = layers[0]
         budget = math.floor(Fraction(str(self.pruning_ratio)) * total_parameters)
-        heads, head_cost = (1, 0) if view.whole_attention else (view.num_kv_heads, view.attention_unit_cost)
-        groups, channels = heads * head_cost, view.num_channels * view.mlp_unit_cost
-        least = head_cost + view.mlp_unit_cost
+        heads, head_cost = (1, 0) if view.whole_attention else (view.num_kv_heads, view.unit_cost(Block.ATTENTION))
+        groups, channels = heads * head_cost, view.num_channels * view.unit_cost(Block.MLP)
+        least = head_cost + view.unit_cost(Block.MLP)
         largest = len(layers) * (groups + channels - least) / total_parameters
         try:
             ratios = layer_ratios(len(layers), budget / (len(layers) * (groups + channels)), self.first_ratio)
-            counts = unit_counts(ratios, heads, view.num_channels, head_cost, view.mlp_unit_cost, budget)
+            counts = unit_counts(ratios, heads, view.num_channels, head_cost, view.unit_cost(Block.MLP), budget)
         except ValueError as error:
             raise UserError(
                 f"--model.pruning_ratio: {self.pruning_ratio:g} cannot be reached ({error}) The largest reachable "
@@ -234,7 +234,7 @@ class SlimGPT(PruningMethod):
         errors = {block: [result.importance[block] for result in of] for block, of in results.items()}
         scores = group_scores(self.layers, errors[Block.ATTENTION], errors[Block.MLP])
         removed = torch.cat([_removed(self.layers, plan, block) for plan in kept for block in OUTPUT_ROLE])
-        self.scores = replace(scores, score=scores.importance, base=scores.importance, pruned=removed)
+        self.scores = replace(scores, score=scores.importance, base=scores.importance, pruned=removed.numpy())
         left = parameters_after(self.layers, self.dense_parameters, kept)
         self.plan = self.make_plan(kept, left, weights_updated=True)
 

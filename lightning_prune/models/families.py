@@ -7,22 +7,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_prune.models.records import COLUMN_ROLES, FAMILIES, GUIDE, ROLES, Family
+from lightning_prune.models.records import FAMILIES, GUIDE, Family
 from lightning_prune.models.refusals import refusal_of
-from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
+from lightning_prune.models.vocabulary import OUTPUT_ROLE, ROLES, ROLES_OF, Block
 from lightning_prune.support.errors import UserError
 
 
+@dataclass(eq=False)
 class Projection:
-    """The part of a linear layer that has one role: all of it, or some consecutive rows where roles share a parameter.
+    """The part of a linear layer that has one role: all of it, or consecutive ``rows`` of its weight ``[rows, in]`` and
+    bias where roles share a parameter."""
 
-    Args:
-        module: the linear layer.
-        rows: of its weight ``[rows, in]`` and bias; None: all.
-    """
-
-    def __init__(self, module: nn.Linear, rows: slice | None = None) -> None:
-        self.module, self.rows = module, rows
+    module: nn.Linear
+    rows: slice | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -47,11 +44,6 @@ class Projection:
     def in_features(self) -> int:
         """Columns of the weight."""
         return self.module.in_features
-
-    @property
-    def out_features(self) -> int:
-        """Rows of the weight."""
-        return len(self.weight)
 
     @property
     def size(self) -> int:
@@ -95,54 +87,36 @@ class LayerAnatomy:
     @property
     def num_kv_heads(self) -> int:
         """K."""
-        return self.key.out_features // self.head_dim
+        return len(self.key.weight) // self.head_dim
 
     @property
     def queries_per_kv_head(self) -> int:
         """r, 1 for multi-head attention."""
-        return self.query.out_features // self.key.out_features
+        return len(self.query.weight) // len(self.key.weight)
 
     @property
     def num_channels(self) -> int:
         """F."""
-        return self.gate.out_features
+        return len(self.gate.weight)
 
     def units(self, block: Block) -> int:
         """K GQA groups or F MLP channels."""
         return self.num_kv_heads if block is Block.ATTENTION else self.num_channels
 
-    def unit_cost(self, block: Block) -> int:
-        """Parameters that are removed with one unit."""
-        return self.attention_unit_cost if block is Block.ATTENTION else self.mlp_unit_cost
-
-    def block_cost(self, block: Block) -> int:
-        """Parameters that are removed with the whole block."""
-        return self.attention_block_cost if block is Block.ATTENTION else self.mlp_block_cost
-
     def projection(self, block: Block) -> Projection:
         """The projection of a block that writes to the residual stream: o_proj or down_proj."""
         return self.linears[OUTPUT_ROLE[block]]
 
-    @property
-    def attention_unit_cost(self) -> int:
-        """Parameters that leave with one GQA group: rows of q, k, v with their biases, columns of o."""
-        rows = self.query.size + self.key.size + self.value.size
-        return (rows + self.output.weight.numel()) // self.num_kv_heads
+    def unit_cost(self, block: Block) -> int:
+        """Parameters that are removed with one unit: its rows with their biases, and its columns."""
+        roles = [role for role in ROLES_OF[block] if role != OUTPUT_ROLE[block]]
+        rows = sum(self.linears[role].size for role in roles)
+        return (rows + self.projection(block).weight.numel()) // self.units(block)
 
-    @property
-    def mlp_unit_cost(self) -> int:
-        """Parameters that leave with one MLP channel: rows of gate and up with their biases, a column of down."""
-        return (self.gate.size + self.up.size + self.down.weight.numel()) // self.num_channels
-
-    @property
-    def attention_block_cost(self) -> int:
-        """Parameters that leave when attention is skipped: all groups, the output bias and the norms."""
-        return count_parameters(self.attention) + sum(map(count_parameters, self.attention_norms))
-
-    @property
-    def mlp_block_cost(self) -> int:
-        """Parameters that leave when the MLP is skipped: all channels, the down bias and the norms."""
-        return count_parameters(self.mlp) + sum(map(count_parameters, self.mlp_norms))
+    def block_cost(self, block: Block) -> int:
+        """Parameters that are removed with the whole block: all units, the output bias and the norms."""
+        modules = (self.attention, *self.attention_norms) if block is Block.ATTENTION else (self.mlp, *self.mlp_norms)
+        return sum(map(count_parameters, modules))
 
     @property
     def linears(self) -> dict[str, Projection]:
@@ -222,7 +196,7 @@ def _layer_anatomy(family: Family, config: Any, index: int, layer: nn.Module) ->
             ) from None
 
     norms = [tuple(find(name) for name in pair if name) for pair in (family.attention_norms, family.mlp_norms)]
-    found = LayerAnatomy(
+    view = LayerAnatomy(
         index=index,
         layer=layer,
         attention=find(family.attention),
@@ -234,8 +208,8 @@ def _layer_anatomy(family: Family, config: Any, index: int, layer: nn.Module) ->
         whole_attention=family.whole_attention,
         **{role: _projection(family, config, role, find(family.path_of(role))) for role in ROLES},
     )
-    _check_shapes(found, family, config)
-    return found
+    _check_shapes(view, family, config)
+    return view
 
 
 def _projection(family: Family, config: Any, role: str, module: nn.Linear) -> Projection:
@@ -248,25 +222,17 @@ def _projection(family: Family, config: Any, role: str, module: nn.Linear) -> Pr
     return Projection(module, slice(start, None if last else start + sizes[role]))  # what is too much shows in the last
 
 
-def _check_shapes(found: LayerAnatomy, family: Family, config: Any) -> None:
+def _check_shapes(layer: LayerAnatomy, family: Family, config: Any) -> None:
     hidden, rows = config.hidden_size, rows_of(config)
-    expected: dict[str, tuple[int, int]] = {
-        "query": (rows["query"], hidden),
-        "key": (rows["key"], hidden),
-        "value": (rows["value"], hidden),
-        "output": (hidden, rows["query"]),
-        "gate": (rows["gate"], hidden),
-        "up": (rows["up"], hidden),
-        "down": (hidden, rows["gate"]),
-    }
-    for role, (height, width) in expected.items():
-        linear = found.linears[role]
-        has_bias = _switch(config, family.bias_of(role))
+    inputs = {OUTPUT_ROLE[Block.ATTENTION]: rows["query"], OUTPUT_ROLE[Block.MLP]: rows["gate"]}
+    for role, linear in layer.linears.items():
+        shape = (hidden, inputs[role]) if role in inputs else (rows[role], hidden)
+        expected = (shape, _switch(config, family.bias_of(role)))
         actual = (tuple(linear.weight.shape), linear.bias is not None)
-        if actual != ((height, width), has_bias):
+        if actual != expected:
             raise UserError(
-                f"--model.pretrained: layer {found.index}, {role} projection has (shape, bias) {actual}; family "
-                f"'{family.model_type}' and the config say {((height, width), has_bias)}."
+                f"--model.pretrained: layer {layer.index}, {role} projection has (shape, bias) {actual}; family "
+                f"'{family.model_type}' and the config say {expected}."
             )
 
 
@@ -279,17 +245,16 @@ def projection_biases(config: Any) -> bool:
 def missing_biases(config: Any) -> dict[str, str | None]:
     """Those of the output and the down projection that have no bias → the key that gives them one in a config of the
     family (and others with them: query, key and value, or gate and up); None where there is no such key."""
-    family = family_of(config)
-    found = {role: family.bias_of(role) for role in COLUMN_ROLES if not _switch(config, family.bias_of(role))}
-    return {role: key if isinstance(key, str) else None for role, key in found.items()}
+    keys = {role: family_of(config).bias_of(role) for role in OUTPUT_ROLE.values()}
+    return {role: key if isinstance(key, str) else None for role, key in keys.items() if not _switch(config, key)}
 
 
 def with_biases(config: Any, keys: Iterable[str]) -> Any:
     """A copy of ``config`` with ``keys`` switched on."""
-    found = copy.deepcopy(config)
+    changed = copy.deepcopy(config)
     for key in keys:
-        setattr(found, key, True)
-    return found
+        setattr(changed, key, True)
+    return changed
 
 
 def _switch(config: Any, bias: bool | str) -> bool:

@@ -3,23 +3,23 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from lightning_prune.models.checkpoint_files import open_checkpoint
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import LayerAnatomy, anatomy, final_norm_of, layers_of
 from lightning_prune.models.head import loss_gradient, token_losses
-from lightning_prune.models.loading import load_config, meta_model, quiet_transformers, resolve
 from lightning_prune.models.overflow import Overflow
-from lightning_prune.models.sources import CheckpointSource, Prefetching, Source
+from lightning_prune.models.sources import Prefetching, Source
 from lightning_prune.models.vocabulary import Block
-from lightning_prune.support.memory import give_back_freed_memory, keep_heaps_small
+from lightning_prune.support.memory import free_bytes, give_back_freed_memory, keep_heaps_small
 
 Onload = Literal["model", "layer"]
+SHARE = 0.5  # of a device's free memory that the weights may take; calibration needs the rest
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -36,7 +36,9 @@ class LayeredModel:
     Attributes:
         evaluations: layer evaluations so far; a layer's MLP or attention alone counts as one.
         bytes_read: bytes of parameters brought in so far.
-        overflow: what layers and head put out that was not finite.
+        layer_names: of every layer, the name of each parameter below the layer → its name in the model.
+        outside: names of the other parameters.
+        overflow: outputs of layers and head that were not finite.
     """
 
     def __init__(
@@ -53,12 +55,16 @@ class LayeredModel:
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._meta: dict[int, dict[str, nn.Parameter]] = {}
         self._present: set[int] = set()
-        self._prefix = _prefix_of(net, self.layers)
-        self._names = {index: self._layer_names(index) for index in range(len(self.layers))}
-        inside = {name for names in self._names.values() for name in names.values()}
+        self._prefix = next(name for name, module in net.named_modules() if module is self.layers)
+        self.layer_names = [
+            {name: f"{self._prefix}.{index}.{name}" for name, _ in layer.named_parameters()}
+            for index, layer in enumerate(self.layers)
+        ]
+        inside = {name for names in self.layer_names for name in names.values()}
         self.outside = [name for name, _ in net.named_parameters() if name not in inside]
         self._assign(net, dict(zip(self.outside, self.outside, strict=True)))
-        _move_buffers(net, device)
+        for module in net.modules():
+            module._buffers |= {name: None if it is None else it.to(device) for name, it in module._buffers.items()}
 
     @cached_property
     def views(self) -> list[LayerAnatomy]:
@@ -74,19 +80,14 @@ class LayeredModel:
         """L."""
         return len(self.layers)
 
-    @property
-    def layer_names(self) -> list[dict[str, str]]:
-        """Of every layer, the name of each parameter below the layer → its name in the model."""
-        return list(self._names.values())
-
     # A layer's weights
 
     def enter(self, index: int) -> nn.Module:
-        """Bring layer ``index`` in. Nothing happens when it is there (``is_present``)."""
+        """Load layer ``index``, unless it is loaded (``is_present``)."""
         layer = self.layers[index]
         if not self.is_present(index):
             self._meta[index] = dict(layer.named_parameters())
-            self._assign(layer, self._names[index])
+            self._assign(layer, self.layer_names[index])
             self._present.add(index)
             if self.change is not None:
                 self.change(self.views[index])
@@ -99,17 +100,14 @@ class LayeredModel:
     def announce(self, index: int) -> None:
         """Layer ``index`` comes next: read it while this one runs."""
         if 0 <= index < len(self.layers) and index not in self._present:
-            self._reader.announce(list(self._names[index].values()), self.dtype, self.device)
+            self._reader.announce(list(self.layer_names[index].values()), self.dtype, self.device)
 
     def leave(self, index: int, changed: bool = False) -> None:
         """Drop layer ``index``, unless layers are kept here; a ``changed`` one is dropped all the same."""
         if index in self._present and (self.onload == "layer" or changed):
             meta = self._meta.pop(index)
-            for name in (
-                dict(self.layers[index].named_parameters()).keys() - meta.keys()
-            ):  # a bias that came by a change
-                _set_parameter(self.layers[index], name, None)
-            for name, parameter in meta.items():
+            added = dict(self.layers[index].named_parameters()).keys() - meta.keys()  # biases that a change brought
+            for name, parameter in (dict.fromkeys(added) | meta).items():
                 _set_parameter(self.layers[index], name, parameter)
             self._present.remove(index)
             give_back_freed_memory()
@@ -191,7 +189,7 @@ class LayeredModel:
         """The residual stream behind a block that was entered with ``hidden`` and puts out ``output``, ``[B, L, D]``
         each: norms and multipliers on the way are the layer's own. No evaluation, since nothing is computed."""
         view = self.views[index]
-        if block is Block.ATTENTION:
+        if block == Block.ATTENTION:
             stubs: dict[nn.Module, Any] = {view.attention: lambda *_, **__: (output, None), view.mlp: _nothing}
         else:
             stubs = {view.attention: _no_attention, view.mlp: lambda *_, **__: output}
@@ -235,10 +233,6 @@ class LayeredModel:
 
     # Parameters
 
-    def _layer_names(self, index: int) -> dict[str, str]:
-        """Name below the layer → name in the model."""
-        return {name: f"{self._prefix}.{index}.{name}" for name, _ in self.layers[index].named_parameters()}
-
     def _assign(self, module: nn.Module, names: dict[str, str]) -> None:
         read = self._reader.read(list(names.values()), self.dtype, self.device)
         self.bytes_read += sum(tensor.numel() * tensor.element_size() for tensor in read.values())
@@ -252,27 +246,23 @@ class LayeredModel:
 
 
 def open_layered(
-    pretrained: str, dtype: torch.dtype | None, device: torch.device, onload: Onload = "layer"
+    checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device, onload: Onload = "layer"
 ) -> LayeredModel:
     """A dense or pruned checkpoint as a ``LayeredModel``; no layer is read yet.
 
     Raises:
-        UserError: nothing there, damaged, or weights that do not fit the config.
+        UserError: weights that are damaged or do not fit the config.
     """
     keep_heaps_small()
-    net, source = open_weights(pretrained)
-    return LayeredModel(net, source, dtype, device, onload)
+    return LayeredModel(checkpoint.skeleton(), checkpoint.source(), dtype, device, onload)
 
 
-def open_weights(pretrained: str) -> tuple[PreTrainedModel, CheckpointSource]:
-    """A checkpoint's model without weights (``skeleton``), and where its weights are, held against each other.
-
-    Raises:
-        UserError: as ``open_layered``.
-    """
-    net = skeleton(load_config(pretrained))
-    files = open_checkpoint(resolve(pretrained))
-    return net, CheckpointSource(files, files.check_against(net))
+def choose_onload(wish: str, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Onload:
+    """``auto`` becomes ``model`` where the weights take at most half of the free memory, ``layer`` elsewhere."""
+    if wish in get_args(Onload):
+        return wish  # type: ignore[return-value]
+    elements = sum(torch.Size(entry.shape).numel() for entry in checkpoint.tensors.values())
+    return "model" if elements * dtype.itemsize <= SHARE * free_bytes(device) else "layer"
 
 
 class _Stub(nn.Module):
@@ -280,55 +270,19 @@ class _Stub(nn.Module):
 
     def __init__(self, layer: nn.Module, seen: list[tuple[Tensor, Call]]) -> None:
         super().__init__()
-        self._layer = [layer]  # in a list, so that it is no submodule
-        self._seen = seen
+        self._layer, self._seen = [layer], seen  # in a list, so that it is not a submodule
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_layer"][0], name)  # such as attention_type, by which a family picks its mask
+        return getattr(self.__dict__["_layer"][0], name)  # such as attention_type, by which a family picks its mask
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self._seen.append((hidden_states, (args, kwargs)))
         return hidden_states
 
 
-def skeleton(config: Any) -> PreTrainedModel:
-    """The model of ``config`` in eval mode: parameters on the meta device, buffers (rotary tables) real and fp32."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-        register(module, name, parameter)
-
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)  # half precisions set another one, which rotary tables must not take
-    try:
-        with quiet_transformers(), torch.device("cpu"):
-            net = meta_model(config, torch.device("cpu"))
-    finally:
-        torch.set_default_dtype(default)
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-    return net.eval().requires_grad_(False)
-
-
-def _prefix_of(net: nn.Module, layers: nn.Module) -> str:
-    return str(next(name for name, module in net.named_modules() if module is layers))
-
-
 def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
     owner, _, leaf = name.rpartition(".")
     module.get_submodule(owner)._parameters[leaf] = parameter
-
-
-def _move_buffers(net: nn.Module, device: torch.device) -> None:
-    for module in net.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
 
 
 @contextmanager

@@ -4,8 +4,8 @@ from typing import get_args
 
 import torch
 
-from lightning_prune.models.layered import LayeredModel, Onload, open_layered
-from lightning_prune.models.placement import choose_onload
+from lightning_prune.models.checkpoint import Checkpoint
+from lightning_prune.models.layered import LayeredModel, Onload, choose_onload, open_layered
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.timing import Seconds
 
@@ -47,7 +47,7 @@ class ModelSlot:
         self.onload, self.seconds = onload, seconds
         self.placement: Onload | None = None
         self._model: LayeredModel | None = None
-        self._opened: str | None = None
+        self._opened: Checkpoint | None = None
 
     @property
     def is_open(self) -> bool:
@@ -60,17 +60,17 @@ class ModelSlot:
         assert self._model is not None, "no model is open; fit and test open it: call them through a Trainer"
         return self._model
 
-    def open(self, pretrained: str, dtype: torch.dtype, device: torch.device) -> LayeredModel:
-        """Open ``pretrained`` unless it is open already."""
-        if self._opened != pretrained:
+    def open(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> LayeredModel:
+        """Open ``checkpoint`` unless it is open already."""
+        if self._opened is not checkpoint:
             self.close()
             with self.seconds.measure("load"):
-                placement = choose_onload(self.onload, pretrained, dtype, device)
+                placement = choose_onload(self.onload, checkpoint, dtype, device)
                 self.placement = self.placement or placement
-                self._model = open_layered(pretrained, dtype, device, placement)
+                self._model = open_layered(checkpoint, dtype, device, placement)
                 if placement == "model":
                     self._model.load_all()
-            self._opened = pretrained
+            self._opened = checkpoint
         return self.model
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Whether everything that a layer put out was finite, without waiting for the device after every batch."""
+"""Whether all outputs of the layers were finite, without waiting for the device after every batch."""
 
 import torch
 from torch import Tensor
@@ -25,11 +25,11 @@ class Overflow:
         Raises:
             FloatingPointError: names what overflowed first.
         """
-        found = next((name for name, bad in self._bad.items() if bool(bad)), None)
+        first = next((name for name, bad in self._bad.items() if bool(bad)), None)
         self.forget()
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             everywhere: list[str | None] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(everywhere, found)
-            found = next((name for name in everywhere if name is not None), None)
-        if found is not None:
-            raise FloatingPointError(f"{found}: NaN or infinite values.")
+            torch.distributed.all_gather_object(everywhere, first)
+            first = next((name for name in everywhere if name is not None), None)
+        if first is not None:
+            raise FloatingPointError(f"{first}: NaN or infinite values.")

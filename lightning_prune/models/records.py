@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from lightning_prune.models.vocabulary import BLOCK_OF, ROLES, Block
+
 GUIDE = "docs/add_a_model_family.md"
-ATTENTION_ROLES = ("query", "key", "value", "output")
-MLP_ROLES = ("gate", "up", "down")
-ROLES = (*ATTENTION_ROLES, *MLP_ROLES)
-COLUMN_ROLES = ("output", "down")  # their units are columns, those of the other roles are rows
 
 
 class Norms(NamedTuple):
@@ -58,11 +56,11 @@ class Family:
 
     def path_of(self, role: str) -> str:
         """The projection that holds ``role``, below the layer."""
-        return f"{self.attention if role in ATTENTION_ROLES else self.mlp}.{getattr(self, role)}"
+        return f"{self.attention if BLOCK_OF[role] is Block.ATTENTION else self.mlp}.{getattr(self, role)}"
 
     def bias_of(self, role: str) -> bool | str:
         """Whether the projection that holds ``role`` has a bias, or the config key that decides."""
-        if role in MLP_ROLES:
+        if BLOCK_OF[role] is Block.MLP:
             return self.mlp_bias
         return self.o_bias if role == "output" else self.qkv_bias
 

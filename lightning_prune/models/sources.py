@@ -10,8 +10,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lightning_prune.models.checkpoint_files import CheckpointFiles
-
 
 class Source(Protocol):
     """Gives parameters by the names they have in the model."""
@@ -28,12 +26,11 @@ class CheckpointSource:
     so that such weights take no memory of their own.
 
     Args:
-        files: the checkpoint's headers.
-        stored: parameter name → stored name, as ``CheckpointFiles.check_against`` gives it.
+        places: parameter name → file, and the name its values are stored under.
     """
 
-    def __init__(self, files: CheckpointFiles, stored: Mapping[str, str]) -> None:
-        self.files, self.stored = files, stored
+    def __init__(self, places: Mapping[str, tuple[Path, str]]) -> None:
+        self.places = places
         self._stack = ExitStack()
         self._open: dict[Path, Any] = {}
 
@@ -41,8 +38,10 @@ class CheckpointSource:
         """See ``Source``. One tensor at a time is in memory twice while it is cast."""
         found = {}
         for name in names:
-            stored = self.stored[name]
-            tensor: Tensor = self._file(self.files.tensors[stored].file).get_tensor(stored)
+            path, stored = self.places[name]
+            if path not in self._open:
+                self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+            tensor: Tensor = self._open[path].get_tensor(stored)
             found[name] = tensor.to(device=device, dtype=dtype)
         return found
 
@@ -50,11 +49,6 @@ class CheckpointSource:
         """Close the files; views of them stay valid."""
         self._open.clear()
         self._stack.close()
-
-    def _file(self, path: Path) -> Any:
-        if path not in self._open:
-            self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
-        return self._open[path]
 
 
 class Prefetching:

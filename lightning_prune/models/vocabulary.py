@@ -16,6 +16,7 @@ ROLES_OF: dict[Block, tuple[str, ...]] = {
     Block.MLP: ("gate", "up", "down"),
 }
 ROLES = (*ROLES_OF[Block.ATTENTION], *ROLES_OF[Block.MLP])
+BLOCK_OF = {role: block for block, roles in ROLES_OF.items() for role in roles}
 # The projection of a block that writes to the residual stream: its units are columns, those of the others are rows.
 OUTPUT_ROLE = {Block.ATTENTION: "output", Block.MLP: "down"}
 # Projections that read the same activation → the first of them, where it is observed.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import cached_property
 from typing import Any, Literal
 
 import lightning as L
@@ -12,9 +13,9 @@ from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_prune.models.fingerprint import base_model_sha256
-from lightning_prune.models.loading import OPTION, load_model
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.model_slot import DTYPES
+from lightning_prune.models.weights import OPTION
 from lightning_prune.recovery.weights import attach_adapters, count_zeros, hold_zeros, zeros_of
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.progress import Progress
@@ -82,6 +83,11 @@ class Recovery(L.LightningModule):
         self._zeros: dict[str, Tensor] | None = None
         self._teacher: list[nn.Module] = []  # not a submodule: it is neither trained nor saved
 
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The pruned model."""
+        return Checkpoint.open(self.pretrained)
+
     def open(self, precision: str, base_model: str, sha256: str | None, masked: bool) -> None:
         """Load the pruned model and, where the loss needs it, the dense one.
 
@@ -100,7 +106,7 @@ class Recovery(L.LightningModule):
                 "in it. Choose bf16-mixed or 32-true, or --model.train lora, whose adapters stay in fp32."
             )
         with self.seconds.measure("load"):
-            net: Any = load_model(self.pretrained, DTYPES[precision])
+            net: Any = self.checkpoint.load(DTYPES[precision])
             self._zeros = zeros_of(net) if masked else None
             if self.train_what == "lora":
                 self._net = attach_adapters(net, self.lora_rank, keep_zeros=masked)
@@ -113,9 +119,10 @@ class Recovery(L.LightningModule):
 
     def _load_teacher(self, name: str, sha256: str | None, dtype: torch.dtype) -> nn.Module:
         try:
-            if sha256 not in (None, base_model_sha256(name)):
+            dense = Checkpoint.open(name)
+            if sha256 not in (None, dense.fingerprint):
                 raise UserError(f"{OPTION}: '{name}' has changed since it was pruned (SHA-256). Say where it is.")
-            teacher: Any = load_model(name, dtype)
+            teacher: Any = dense.load(dtype)
             sizes = teacher.config.vocab_size, self._net.config.vocab_size
             if sizes[0] != sizes[1]:
                 raise UserError(f"{OPTION}: '{name}' has a vocabulary of {sizes[0]}, the pruned model {sizes[1]}.")

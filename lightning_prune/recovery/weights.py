@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_prune.models.families import layers_of
-from lightning_prune.models.loading import quiet_transformers
 from lightning_prune.support.errors import CheckpointError, UserError
+from lightning_prune.support.quiet import quiet_transformers
 
 
 def linears_of(net: nn.Module) -> dict[str, nn.Linear]:

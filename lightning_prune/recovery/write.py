@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_prune.checkpoint.pruned import stored_dtype
 from lightning_prune.checkpoint.write import write_checkpoint
-from lightning_prune.models.layered import LayeredModel, skeleton
-from lightning_prune.models.loading import load_config
+from lightning_prune.models.checkpoint import Checkpoint
+from lightning_prune.models.layered import LayeredModel
 
 
 class StateSource:
@@ -23,12 +22,12 @@ class StateSource:
         return {name: self.state[name].to(device=device, dtype=dtype) for name in names}
 
 
-def write_recovered(state: Mapping[str, Tensor], pretrained: str, folder: Path, card: str) -> dict[str, Any]:
-    """Write the parameters ``state`` with the config, tokenizer, modeling file and dtype of the pruned model at
-    ``pretrained``, a layer at a time. Returns and raises what ``checkpoint.write`` does."""
-    net, dtype = skeleton(load_config(pretrained)), stored_dtype(pretrained)
+def write_recovered(state: Mapping[str, Tensor], pruned: Checkpoint, folder: Path, card: str) -> dict[str, Any]:
+    """Write the parameters ``state`` with the config, tokenizer, modeling file and dtype of the ``pruned``
+    model, a layer at a time. Returns and raises what ``checkpoint.write`` does."""
+    net, dtype = pruned.skeleton(), pruned.stored_dtype
     model = LayeredModel(net, StateSource(state), dtype, torch.device("cpu"), "layer")
     try:
-        return write_checkpoint(model, folder, tokenizer_from=pretrained, card=card)
+        return write_checkpoint(model, folder, beside=pruned, card=card)
     finally:
         model.close()

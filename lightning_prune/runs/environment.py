@@ -3,8 +3,11 @@
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,11 +63,8 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
+    with suppress(OSError):
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        if found := re.search(r"^model name\s*:\s*(.+)", text, re.MULTILINE):
+            return found[1].strip()
     return platform.processor() or platform.machine()

@@ -14,11 +14,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
-
-from numpy.typing import NDArray
+from typing import Any
 
 from lightning_prune.checkpoint.plan import PruningPlan
+from lightning_prune.checkpoint.scores import Scores
 from lightning_prune.runs.records import (
     Calibration,
     Environment,
@@ -28,12 +27,9 @@ from lightning_prune.runs.records import (
     Recovered,
     RunMetrics,
 )
-from lightning_prune.runs.score_table import COLUMNS, ScoreTable
 from lightning_prune.runs.tidy import (
-    FINDINGS,
     METRICS,
     STARTED,
-    TRAINING,
     UNFINISHED,
     forget_findings,
     is_finished,
@@ -55,22 +51,15 @@ from lightning_prune.support.files import (
     write_json,
     write_text,
 )
+from lightning_prune.support.names import FINDINGS, PRUNED, TRAINING
 from lightning_prune.support.validation import parse_json, read_json
 
 ROOT_OPTION = "--trainer.default_root_dir"
-PRUNED = "pruned"
 RECOVERY = "recovery.json"
 REPORTS = "comparison"  # the name under which ``compare`` leaves reports below a root
 REQUIRED = (METRICS, "config.yaml", "scores.csv", "plan.json", "method.json", "calibration.json", "environment.json")
 LABEL = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 CONFIG_LIMIT = 16 * 2**20  # bytes
-
-
-class ScoreColumns(Protocol):
-    """What a method's scores give: the columns of ``ScoreTable`` as arrays ``[U]``."""
-
-    def columns(self) -> dict[str, NDArray[Any]]:
-        """Columns by name."""
 
 
 def check_label(label: str, option: str = "--model.label") -> str:
@@ -101,28 +90,28 @@ class FinishedRun:
     recovery: Recovered | None = None  # where it trained what another run had pruned
 
     @cached_property
-    def scores(self) -> ScoreTable:
+    def scores(self) -> Scores:
         """``scores.csv``, complete and in agreement with the plan.
 
         Raises:
             UserError: it is neither.
         """
         path = self.path / "scores.csv"
-        table = ScoreTable.load(path, self.option)
+        scores = Scores.read(path, self.option)
         try:
-            table.check_plan(self.plan)
+            scores.check_plan(self.plan)
         except ValueError as error:
             raise UserError(f"{self.option}: '{path}' does not belong to its plan ({error}).") from None
-        return table
+        return scores
 
 
 class RunFolder:
     """One run folder, by its path. ``claim`` gives one to write, ``open`` the records of a finished one."""
 
-    def __init__(self, path: Path, option: str = ROOT_OPTION) -> None:
+    def __init__(self, path: Path, option: str = ROOT_OPTION, lock: Lock | None = None) -> None:
         self.path = path
         self.option = option
-        self._lock: Lock | None = None
+        self._lock = lock  # on ``unfinished``, while this process makes the run
 
     # Claiming
 
@@ -131,16 +120,10 @@ class RunFolder:
     def claim(
         cls, root: Path, label: str, option: str = ROOT_OPTION, again: Path | None = None
     ) -> Iterator["RunFolder"]:
-        """The next ``<root>/<label>/version_N``, for this process alone.
+        """The next ``<root>/<label>/version_N``, for this process alone, or the unfinished run ``again``.
 
         At the end of the block the folder is a finished run. If the block raises, the folder is removed unless it holds
         something worth keeping; then it stays marked ``unfinished``, and the exception carries a note that says so.
-
-        Args:
-            root: where runs go.
-            label: name of the system.
-            option: the option that chose ``root``.
-            again: take up this unfinished run instead of the next number.
 
         Raises:
             UserError: a label that is no name, nothing can be written there, or the run to take up lives.
@@ -165,49 +148,37 @@ class RunFolder:
 
     @classmethod
     def _again(cls, path: Path, option: str) -> "RunFolder":
-        folder = cls(path, option)
-        folder._lock = Lock.take(path / UNFINISHED)
-        if folder._lock is None:
+        lock = Lock.take(path / UNFINISHED)
+        if lock is None:
             raise UserError(f"--resume: the run in '{path}' is still under way. Wait for it, or leave --resume out.")
-        return folder
+        return cls(path, option, lock)
 
     @classmethod
     def _next(cls, parent: Path, option: str) -> "RunFolder":
-        parent.mkdir(parents=True, exist_ok=True)
-        sweep(parent.parent)
-        sweep_runs(parent)
-        number = 1 + max((version(entry) for entry in os.listdir(parent)), default=-1)
+        """The next number. Others claim and tidy at the same time: whoever made the folder and finds nothing but its
+        own mark in it has it, everybody else tries again."""
         while True:
-            folder = cls(parent / f"version_{number}", option)
-            number += 1
-            try:
-                os.mkdir(folder.path)
-            except FileExistsError:  # somebody else's
-                continue
-            except FileNotFoundError:  # somebody else has tidied the empty parent away
-                parent.mkdir(parents=True, exist_ok=True)
-                continue
-            lock = None
-            try:
-                lock = Lock.take(folder.path / UNFINISHED, create=True, own=True)
-                if lock is None:  # being swept
-                    continue
-                if os.listdir(folder.path) != [UNFINISHED]:
-                    # Between the mkdir and here ours was swept as empty and the name used by somebody else, whose
-                    # run has already ended.
-                    lock.remove()
-                    continue
-                lock.write(json.dumps({"process": os.getpid(), "host": os.uname().nodename}) + "\n")
-            except FileNotFoundError:  # swept
-                continue
-            except BaseException:
-                with suppress(OSError):
+            parent.mkdir(parents=True, exist_ok=True)
+            sweep(parent.parent)
+            sweep_runs(parent)
+            with suppress(FileExistsError, FileNotFoundError):
+                path = parent / f"version_{1 + max(map(version, os.listdir(parent)), default=-1)}"
+                path.mkdir()
+                lock = None
+                try:
+                    lock = Lock.take(path / UNFINISHED, create=True, own=True)
+                    if lock is not None and os.listdir(path) == [UNFINISHED]:
+                        lock.write(json.dumps({"process": os.getpid(), "host": os.uname().nodename}) + "\n")
+                        return cls(path, option, lock)
+                    # Swept as empty before it was marked, and then made by somebody else.
                     if lock is not None:
                         lock.remove()
-                    folder.path.rmdir()
-                raise
-            folder._lock = lock
-            return folder
+                except BaseException:
+                    with suppress(OSError):
+                        if lock is not None:
+                            lock.remove()
+                        path.rmdir()
+                    raise
 
     def _finish(self) -> None:
         forget_findings(self.path)
@@ -215,29 +186,33 @@ class RunFolder:
             self._lock.remove()
 
     def _close_after(self, error: BaseException, there_before: Path) -> None:
+        """Keep what may be of use, and say so in a note on ``error``; else remove the folder."""
         if not self.path.is_dir():
             return
-        if _is_hopeless(error):
+        # The same run would end the same way: numbers that overflow, options that cannot be met. A full disk can be
+        # emptied.
+        mistake = isinstance(error, UserError) and not isinstance(error.__cause__, OSError)
+        if mistake or isinstance(error, FloatingPointError):
             forget_findings(self.path)
-        if self.is_finished or self.leftovers:
+        useful = self.is_finished or leftovers(self.path)
+        if useful:
             kept = ", ".join(sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")))
             state = "is finished" if self.is_finished else "is not finished"
             error.add_note(f"'{self.path}' stays and {state}; it holds {kept}")
-            if self.is_finished:
-                self._finish()
-                return
-            if self.can_go_on:
-                command = "recover" if (self.path / TRAINING).is_dir() else "fit"
-                error.add_note(
-                    f"'lightning-prune {command} --config {self.path}/config.yaml --resume' goes on from there"
-                )
-            if self._lock is not None:
-                self._lock.release()
-            return
-        shutil.rmtree(self.path, ignore_errors=True)
+        else:
+            shutil.rmtree(self.path, ignore_errors=True)
+            remove_empty_parents(self.path, there_before)
+        if self.is_finished:
+            self._finish()
+        elif useful and (command := self._resuming()) is not None:
+            error.add_note(f"'lightning-prune {command} --config {self.path}/config.yaml --resume' goes on from there")
         if self._lock is not None:
             self._lock.release()
-        remove_empty_parents(self.path, there_before)
+
+    def _resuming(self) -> str | None:
+        """The command whose ``--resume`` can take this unfinished run up."""
+        commands = {TRAINING: "recover", FINDINGS: "fit"} if (self.path / STARTED).is_file() else {}
+        return next((command for name, command in commands.items() if (self.path / name).is_dir()), None)
 
     # State
 
@@ -256,30 +231,15 @@ class RunFolder:
         """Whether this is a finished run of a method, and whole."""
         return all((self.path / name).is_file() for name in REQUIRED)
 
-    @property
-    def can_go_on(self) -> bool:
-        """Whether ``fit --resume`` or ``recover --resume`` can take this unfinished run up."""
-        return (self.path / STARTED).is_file() and any((self.path / name).is_dir() for name in (FINDINGS, TRAINING))
-
-    @property
-    def leftovers(self) -> list[str]:
-        """Names of what an unfinished run leaves that may still be of use: scores, a plan, a checkpoint."""
-        return leftovers(self.path)
-
     # Writing
 
     def write_config(self, text: str) -> None:
         """``config.yaml``, the resolved configuration; what a run was told is on disk before it begins."""
         write_text(self.path / "config.yaml", text)
 
-    def write_decision(self, scores: ScoreColumns, plan: PruningPlan, details: dict[str, Any]) -> None:
-        """``scores.csv``, ``plan.json`` and ``method.json``.
-
-        Raises:
-            OSError: the folder cannot be written or the disk is full.
-        """
-        columns = scores.columns()
-        ScoreTable(**{name: columns[name] for name in COLUMNS}).save(self.path / "scores.csv")
+    def write_decision(self, scores: Scores, plan: PruningPlan, details: dict[str, Any]) -> None:
+        """``scores.csv``, ``plan.json`` and ``method.json``."""
+        scores.write(self.path / "scores.csv")
         plan.save(self.path / "plan.json")
         self._write_json("method.json", details, MethodDetails)
 
@@ -291,7 +251,7 @@ class RunFolder:
         plan.save(place / "plan.json")
 
     def write_recovery(self, facts: dict[str, Any]) -> None:
-        """``recovery.json``: what a run trained, on what, and what it gave back."""
+        """``recovery.json``."""
         self._write_json(RECOVERY, facts, Recovered)
 
     def write_results(self, calibration: dict[str, Any], environment: dict[str, Any], metrics: dict[str, Any]) -> None:
@@ -320,11 +280,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path, option: str) -> FinishedRun:
-        """The records of a finished pruning run.
-
-        Args:
-            path: a run folder.
-            option: the option that named it, which begins every message.
+        """The records of a finished pruning run; ``option`` named it, and begins every message.
 
         Raises:
             UserError: no finished run there, or a file that is not what it should be.
@@ -381,10 +337,3 @@ class RunFolder:
             return parse_json(data, RunMetrics, "").configuration_sha256
         except UserError:
             return None
-
-
-def _is_hopeless(error: BaseException) -> bool:
-    """Whether the same run would end the same way: numbers that overflow, options that cannot be met. A full disk can
-    be emptied."""
-    mistake = isinstance(error, UserError) and not isinstance(error.__cause__, OSError)
-    return mistake or isinstance(error, FloatingPointError)

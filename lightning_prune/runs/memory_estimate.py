@@ -12,14 +12,13 @@ import torch
 from lightning_prune.calibration.passes import Load, Pass
 from lightning_prune.calibration.residuals import SHARE
 from lightning_prune.checkpoint.plan import LayerPlan
-from lightning_prune.checkpoint.pruned import stored_dtype
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.data.token_arrays import is_token_array, load_token_array
 from lightning_prune.evaluation.perplexity import STEP_BYTES
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.models.checkpoint import Checkpoint, meta_model
 from lightning_prune.models.head import LOGITS_BYTES
-from lightning_prune.models.layered import Onload, skeleton
-from lightning_prune.models.loading import config_alone
+from lightning_prune.models.layered import Onload
 from lightning_prune.models.model_slot import load_dtype
 from lightning_prune.models.vocabulary import ROLES_OF
 from lightning_prune.support.errors import UserError
@@ -95,8 +94,9 @@ class Memory:
         """
         method.trainer = trainer
         if not method.layers:
-            method.check_shapes(skeleton(config_alone(method.pretrained)))
-        config = method.config
+            method.checkpoint = Checkpoint.open(method.pretrained, weights=False)
+            method.check_shapes(meta_model(method.checkpoint.config))
+        config: Any = method.checkpoint.config
         samples, seq_len, windows, eval_seq_len = data.num_samples, data.seq_len, None, data.eval_seq_len
         if method.needs_calibration and data.source and is_token_array(data.source):
             samples, seq_len = load_token_array(data.source).shape
@@ -110,7 +110,7 @@ class Memory:
             if length > positions and (option != "seq_len" or method.needs_calibration):
                 raise UserError(f"--data.{option}: windows of {length} tokens; the model has {positions} positions.")
         try:
-            stored = stored_dtype(method.pretrained)
+            stored = method.checkpoint.stored_dtype
         except UserError:  # a config alone
             named = getattr(config, "dtype", None)
             stored = named if isinstance(named, torch.dtype) else torch.bfloat16

@@ -1,13 +1,14 @@
 """What to do about NaN and infinite values, said where the precision in use is known."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import lightning as L
 import torch
 
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.models.layered import LayeredModel, open_layered
+from lightning_prune.models.checkpoint import Checkpoint
+from lightning_prune.models.layered import open_layered
 
 
 @contextmanager
@@ -24,8 +25,7 @@ def numerical_advice(trainer: L.Trainer, model: PruningMethod) -> Iterator[None]
 
 
 def _advice(precision: str, model: PruningMethod) -> str:
-    bad = _bad_weight(model)
-    if bad is not None:
+    if bad := _bad_weight(model.checkpoint):
         return (
             f"The weights of '{model.pretrained}' themselves hold NaN or infinite values, first in {bad}: give others."
         )
@@ -38,22 +38,16 @@ def _advice(precision: str, model: PruningMethod) -> str:
     )
 
 
-def _bad_weight(model: PruningMethod) -> str | None:
+def _bad_weight(checkpoint: Checkpoint) -> str | None:
     """The first parameter of the checkpoint that is not finite."""
-    opened = open_layered(model.pretrained, None, torch.device("cpu"))
-    try:
-        for name, weight in _parameters(opened):
-            if not bool(torch.isfinite(weight).all()):
-                return name
-    finally:
-        opened.close()
+    with closing(open_layered(checkpoint, None, torch.device("cpu"))) as model:
+        named = dict(model.net.named_parameters())
+        for name in model.outside:
+            if not bool(torch.isfinite(named[name]).all()):
+                return str(name)
+        for index, names in enumerate(model.layer_names):
+            with model.layer(index) as layer:
+                for inner, name in names.items():
+                    if not bool(torch.isfinite(layer.get_parameter(inner)).all()):
+                        return str(name)
     return None
-
-
-def _parameters(model: LayeredModel) -> Iterator[tuple[str, torch.Tensor]]:
-    named = dict(model.net.named_parameters())
-    yield from ((name, named[name]) for name in model.outside)
-    for index, names in enumerate(model.layer_names):
-        with model.layer(index) as layer:
-            for inner, name in names.items():
-                yield name, layer.get_parameter(inner)

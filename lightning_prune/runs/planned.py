@@ -9,8 +9,6 @@ from typing import Any
 import yaml
 
 from lightning_prune.data.datamodule import CalibrationDataModule
-from lightning_prune.models.fingerprint import base_model_sha256
-from lightning_prune.models.loading import check_model
 from lightning_prune.runs.build import build
 from lightning_prune.runs.configuration import configuration_sha256
 from lightning_prune.runs.folder import RunFolder
@@ -77,8 +75,8 @@ def plan_runs(settings: Settings) -> list[Planned]:
                 data.show_progress()
             method = built.model
             if method.pretrained not in weights:
-                check_model(method.pretrained)
-                weights[method.pretrained] = base_model_sha256(method.pretrained) or method.pretrained
+                method.checkpoint.check()
+                weights[method.pretrained] = method.checkpoint.fingerprint
             data.setup("fit")
             init = options["model"]["init_args"]
             evaluation = {item.name: item.manifest["fingerprint"] for item in data.evaluation}

@@ -9,8 +9,6 @@ Seconds = Annotated[float, Field(ge=0, le=1e12)]
 PerplexityValue = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
-# What a method costs: phases of ``seconds`` that belong to calibrating and pruning. Loading, tokenising, evaluating,
-
 
 class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -51,8 +49,6 @@ class Perplexities(_Record):
 
 
 class Perplexity(_Record):
-    """Of one model on one evaluation set, see ``Perplexities``."""
-
     perplexity: PerplexityValue | None
     tokens: Count
 
@@ -122,16 +118,12 @@ class EvaluationMetrics(_Open):
 
 
 class Cpu(_Open):
-    """The processor."""
-
     name: str
     cores: int | None
     threads: int
 
 
 class Gpu(_Open):
-    """One GPU."""
-
     name: str
     memory_bytes: Count
 

@@ -14,14 +14,13 @@ from lightning_prune.checkpoint.cut import layout_of
 from lightning_prune.checkpoint.model_card import model_card
 from lightning_prune.evaluation.perplexity import PerplexityResult, measure_perplexity
 from lightning_prune.evaluation.unigram import unigram_perplexity
-from lightning_prune.models.fingerprint import base_model_sha256
-from lightning_prune.models.loading import load_config, quiet_transformers
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.model_slot import ModelSlot
 from lightning_prune.recovery import Recovery, RecoveryDataModule
 from lightning_prune.recovery.train import train
 from lightning_prune.recovery.write import write_recovered
 from lightning_prune.runs.environment import environment, peak_memory_bytes
-from lightning_prune.runs.folder import PRUNED, FinishedRun, RunFolder
+from lightning_prune.runs.folder import FinishedRun, RunFolder
 from lightning_prune.runs.records import as_dict
 from lightning_prune.runs.recovered import card_section
 from lightning_prune.runs.resume import Facts, unfinished_run, write_facts
@@ -29,9 +28,10 @@ from lightning_prune.runs.reuse import known_perplexities
 from lightning_prune.runs.run import claimed
 from lightning_prune.runs.summary import RunRecord, run_metrics
 from lightning_prune.runs.tensorboard import hparams
-from lightning_prune.runs.tidy import TRAINING
 from lightning_prune.runs.verdict import evaluation_section
 from lightning_prune.support.errors import UserError
+from lightning_prune.support.names import PRUNED, TRAINING
+from lightning_prune.support.quiet import quiet_transformers
 from lightning_prune.support.timing import Seconds
 
 OPTION = "--model.pretrained"
@@ -84,7 +84,7 @@ def recover_and_record(
     _follow(run, data)
     with module.seconds.measure("tokenise"):
         data.setup("fit")
-    net = load_config(module.pretrained)
+    net: Any = module.checkpoint.config
     data.check_against_model(net.vocab_size, getattr(net, "max_position_embeddings", None))
     base = run.metrics.method.base_model_sha256
     module.open(str(trainer.precision), run.plan.base_model, base, masked=bool(run.details.zeroed_weights))
@@ -98,7 +98,7 @@ def recover_and_record(
         trained = train(trainer, module, data, folder.path / TRAINING)
         with module.seconds.measure("save"):
             self_check, zeroed = _save(folder, module, run)
-        after = _measure(str(folder.pruned), "recovered", run, data, module, trainer)
+        after = _measure(Checkpoint.open(str(folder.pruned)), "recovered", run, data, module, trainer)
         record = {
             "parent": str(run.path),
             "parent_label": run.metrics.method.label,
@@ -145,7 +145,7 @@ def _facts(module: Recovery, data: RecoveryDataModule, config: str) -> Facts:
         for name, value in parsed[group].items()
         if (name in DECISIVE if group == "trainer" else name not in FREE)
     }
-    weights, tokens = base_model_sha256(module.pretrained), data.manifest["fingerprint"]
+    weights, tokens = module.checkpoint.fingerprint, data.manifest["fingerprint"]
     return {**options, "weights of the model (SHA-256)": weights, "training tokens (SHA-256)": tokens}
 
 
@@ -158,12 +158,14 @@ def _perplexity(
 ) -> dict[str, PerplexityResult]:
     """What the pruning run measured, unless other sets are to be reported on."""
     known = known_perplexities(run, data, which)
-    model = run.plan.base_model if which == "dense" else module.pretrained
-    return _measure(model, which, run, data, module, trainer) if known is None else known
+    if known is not None:
+        return known
+    opened = Checkpoint.open(run.plan.base_model) if which == "dense" else module.checkpoint
+    return _measure(opened, which, run, data, module, trainer)
 
 
 def _measure(
-    model: str, which: str, run: FinishedRun, data: RecoveryDataModule, module: Recovery, trainer: L.Trainer
+    model: Checkpoint, which: str, run: FinishedRun, data: RecoveryDataModule, module: Recovery, trainer: L.Trainer
 ) -> dict[str, PerplexityResult]:
     """Perplexity in the precision of the pruning run."""
     device, precision = trainer.strategy.root_device, run.environment.precision
@@ -193,8 +195,8 @@ def _save(folder: RunFolder, module: Recovery, run: FinishedRun) -> tuple[dict[s
     origin = {"label": module.label, "measured_by": run.details.measured_by or str(run.path)}
     folder.write_decision(run.scores, plan, as_dict(run.details) | origin)
     calibration = as_dict(run.calibration) if run.calibration else None
-    card = model_card(plan, layout_of(load_config(module.pretrained)), calibration, pretrained=plan.base_model)
-    return write_recovered(state, module.pretrained, folder.pruned, card), zeroed
+    card = model_card(plan, layout_of(module.checkpoint.config), calibration)
+    return write_recovered(state, module.checkpoint, folder.pruned, card), zeroed
 
 
 def _metrics(

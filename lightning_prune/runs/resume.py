@@ -8,9 +8,10 @@ from typing import Any
 import yaml
 
 from lightning_prune.runs.folder import RunFolder
-from lightning_prune.runs.tidy import FINDINGS, STARTED, UNFINISHED, is_finished, runs_below
+from lightning_prune.runs.tidy import STARTED, UNFINISHED, is_finished, runs_below
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import Lock, finite, write_json
+from lightning_prune.support.names import FINDINGS
 
 DENSE = "dense.json"
 Facts = dict[str, Any]
@@ -32,6 +33,16 @@ def facts_of(config: str, base_model: str | None, calibration: str | None, proce
     }
 
 
+def differences(before: Facts, now: Facts) -> list[str]:
+    """What does not agree, each with both values; ``before`` was read from JSON."""
+    now = json.loads(json.dumps(finite(now)))
+    return [
+        f"{name}: {before.get(name)} then, {now.get(name)} now"
+        for name in dict.fromkeys([*before, *now])
+        if before.get(name) != now.get(name)
+    ]
+
+
 def write_facts(folder: RunFolder, facts: Facts) -> None:
     """Say in an unfinished run's folder what its findings are made from."""
     write_json(folder.path / STARTED, facts)
@@ -45,57 +56,42 @@ def unfinished_run(root: Path, label: str, facts: Facts) -> Path:
     """
     others, alive = [], None
     for path in reversed(runs_below(root / label)):
-        before = _facts(path)
+        before = _read_object(path / STARTED)
         if before is None or is_finished(path) or not (path / UNFINISHED).exists():
             continue
-        # As JSON both, since that is how the facts were kept.
-        different = differences(before, json.loads(json.dumps(finite(facts))))
-        if not different and (lock := Lock.take(path / UNFINISHED)) is not None:
+        if different := differences(before, facts):
+            others.append(f"{path.name} differs in {'; '.join(different)}.")
+        elif (lock := Lock.take(path / UNFINISHED)) is not None:
             lock.release()
             return path
-        if not different:
+        else:
             alive = path
-            continue
-        others.append(f"{path.name} differs in {'; '.join(different)}")
     if alive is not None:
         raise UserError(f"--resume: the run in '{alive}' is still under way. Wait for it, or leave --resume out.")
-    found = " ".join(f"{difference}." for difference in others)
     raise UserError(
-        f"--resume: no unfinished run of this configuration below '{root / label}'. {found or 'There is none at all.'} "
-        "Leave --resume out to begin anew."
+        f"--resume: no unfinished run of this configuration below '{root / label}'. "
+        f"{' '.join(others) or 'There is none at all.'} Leave --resume out to begin anew."
     )
 
 
 def known_dense(folder: RunFolder, fingerprints: Mapping[str, str]) -> dict[str, tuple[float, int]] | None:
     """Perplexity and tokens of the dense model by evaluation set, where the killed run had measured them already."""
-    try:
-        found = json.loads((folder.path / FINDINGS / DENSE).read_text(encoding="utf-8"))
-        if found["evaluation"] == dict(fingerprints):
-            return {name: (float(value), int(tokens)) for name, (value, tokens) in found["perplexity"].items()}
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return None
+    found = _read_object(folder.path / FINDINGS / DENSE)
+    if found is None or found.get("evaluation") != dict(fingerprints):
+        return None
+    return {name: (float(value), int(tokens)) for name, (value, tokens) in found["perplexity"].items()}
 
 
 def keep_dense(folder: RunFolder, fingerprints: Mapping[str, str], perplexity: Mapping[str, tuple[float, int]]) -> None:
     """Keep them for a run that goes on."""
     (folder.path / FINDINGS).mkdir(exist_ok=True)
-    values = {name: list(pair) for name, pair in perplexity.items()}
-    write_json(folder.path / FINDINGS / DENSE, {"evaluation": dict(fingerprints), "perplexity": values})
+    write_json(folder.path / FINDINGS / DENSE, {"evaluation": dict(fingerprints), "perplexity": dict(perplexity)})
 
 
-def _facts(path: Path) -> Facts | None:
+def _read_object(path: Path) -> dict[str, Any] | None:
+    """A JSON object that one of our own runs wrote; None where there is none."""
     try:
-        found = json.loads((path / STARTED).read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def differences(before: Facts, now: Facts) -> list[str]:
-    """What does not agree, each with both values."""
-    return [
-        f"{name}: {before.get(name)} then, {now.get(name)} now"
-        for name in dict.fromkeys([*before, *now])
-        if before.get(name) != now.get(name)
-    ]

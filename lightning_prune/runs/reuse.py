@@ -5,16 +5,17 @@ from typing import Literal
 import numpy as np
 import torch
 
+from lightning_prune.checkpoint.scores import Scores
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.evaluation.perplexity import PerplexityResult
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.measurement import SavedMeasurement
-from lightning_prune.methods.scores import Scores, group_scores, layer_scores
+from lightning_prune.methods.scores import group_scores, layer_scores
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import anatomy
-from lightning_prune.models.loading import load_config, meta_model
+from lightning_prune.models.vocabulary import Block
 from lightning_prune.runs.folder import FinishedRun
 from lightning_prune.runs.records import as_dict
-from lightning_prune.runs.score_table import ScoreTable
 from lightning_prune.support.errors import UserError
 
 MEASURING = ("calibrate", "finish layers")  # phases that reading the scores saves
@@ -28,7 +29,7 @@ def reuse(method: PruningMethod, run: FinishedRun) -> None:
     """
     path = run.path / "scores.csv"
     try:
-        _check_units(run.scores, method.pretrained)
+        _check_units(run.scores, method.checkpoint)
     except ValueError as error:
         raise UserError(
             f"{run.option}: '{path}' {error} '{method.pretrained}' now is another model, or the file was changed. "
@@ -36,7 +37,7 @@ def reuse(method: PruningMethod, run: FinishedRun) -> None:
         ) from None
     spent = {phase: seconds for phase, seconds in run.metrics.seconds.items() if phase in MEASURING}
     saved = SavedMeasurement(
-        scores=Scores.from_columns(run.scores.columns()),
+        scores=run.scores,
         details=as_dict(run.details),
         calibration=as_dict(run.calibration) if method.needs_calibration and run.calibration is not None else None,
         run=run.details.measured_by or str(run.path),  # a decision of a decision names the run that calibrated
@@ -66,22 +67,19 @@ def known_perplexities(
     return found if found.keys() == before.keys() else None
 
 
-def _check_units(table: ScoreTable, pretrained: str) -> None:
+def _check_units(found: Scores, checkpoint: Checkpoint) -> None:
     """Raise ValueError unless the table lists every unit of the model with its cost."""
-    layers = anatomy(meta_model(load_config(pretrained)))
-    if table.whole_layers:
-        cost = [view.attention_block_cost + view.mlp_block_cost for view in layers]
+    layers = anatomy(checkpoint.meta)
+    if found.whole_layers:
+        cost = [view.block_cost(Block.ATTENTION) + view.block_cost(Block.MLP) for view in layers]
         expected = layer_scores(torch.ones(len(layers)), cost)
     else:
         attention = [torch.ones(view.num_kv_heads) for view in layers]
         expected = group_scores(layers, attention, [torch.ones(view.num_channels) for view in layers])
-    columns, found = expected.columns(), table.columns()
-    if len(columns["unit"]) != len(found["unit"]):
-        raise ValueError(f"lists {len(found['unit']):,} units, the model has {len(columns['unit']):,}.")
+    if len(expected.unit) != len(found.unit):
+        raise ValueError(f"lists {len(found.unit):,} units, the model has {len(expected.unit):,}.")
     for name in ("layer", "block", "unit", "cost"):
-        wrong = columns[name] != found[name]
-        if wrong.any():
+        theirs, ours = getattr(found, name), getattr(expected, name)
+        if (wrong := theirs != ours).any():
             row = int(np.argmax(wrong))
-            raise ValueError(
-                f"says in row {row + 1} that {name} is {found[name][row]}, the model's is {columns[name][row]}."
-            )
+            raise ValueError(f"says in row {row + 1} that {name} is {theirs[row]}, the model's is {ours[row]}.")

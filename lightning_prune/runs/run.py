@@ -14,13 +14,13 @@ from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.evaluation.perplexity import Evaluation, PerplexityResult, measure_perplexity
 from lightning_prune.evaluation.unigram import unigram_perplexity
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.models.fingerprint import base_model_sha256
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.runs.configuration import configuration_sha256
 from lightning_prune.runs.environment import environment, peak_memory_bytes
 from lightning_prune.runs.folder import RunFolder, check_label
 from lightning_prune.runs.memory_estimate import memory_advice, place
 from lightning_prune.runs.numerics import numerical_advice
-from lightning_prune.runs.resume import Facts, facts_of, keep_dense, known_dense, unfinished_run, write_facts
+from lightning_prune.runs.resume import facts_of, keep_dense, known_dense, unfinished_run, write_facts
 from lightning_prune.runs.summary import RunRecord, run_metrics
 from lightning_prune.runs.tensorboard import hparams, log_importance
 from lightning_prune.runs.tidy import events_folder
@@ -59,10 +59,14 @@ def prune_and_record(
     check_label(method.label)
     method.check_model()
     data.needs_calibration = method.needs_calibration
+    with method.seconds.measure("tokenise"):
+        data.setup("fit")
     place(trainer, method, data)
-    again: Path | None = None
+    calibration = data.calibration.manifest.fingerprint if method.needs_calibration else None
+    facts = facts_of(config, method.checkpoint.fingerprint, calibration, trainer.world_size)
+    again = None
     if resume and trainer.is_global_zero:
-        again = unfinished_run(Path(trainer.default_root_dir), method.label, _facts(trainer, method, data, config))
+        again = unfinished_run(Path(trainer.default_root_dir), method.label, facts)
     claim = claimed(trainer, method.label, config, again, events=events_folder(method.requested_ratio))
     with (
         claim as folder,
@@ -71,30 +75,27 @@ def prune_and_record(
         closing(method.progress),
     ):
         method.run_folder = folder
-        facts = _facts(trainer, method, data, config)
         if folder is not None and method.saved is None:  # what is decided from scores is quickly decided again
             write_facts(folder, facts)
         if dense is None:
             dense = _dense(trainer, method, data, folder)
         trainer.fit(method, data)
-        pruned = measure_perplexity(trainer, data, str(method.pruned_folder), "pruned", method.slot, method.progress)
+        pruned = measure_perplexity(
+            trainer, data, Checkpoint.open(str(method.pruned_folder)), "pruned", method.slot, method.progress
+        )
         method.seconds["total"] = time.perf_counter() - started
 
         record = _record(trainer, method, data, config, dense, pruned)
         if folder is not None:
-            _log(trainer, method, record.metrics)
+            for logger in _tensorboards(trainer):
+                options = {"method": method.label, "pruning_ratio": method.pruning_ratio}
+                log_importance(logger.experiment, method.scores)
+                logger.log_hyperparams(*hparams(options, record.metrics))
+                logger.finalize("success")
             folder.append_to_card(evaluation_section(record.metrics))
             folder.write_results(record.calibration, record.environment, record.metrics)
         path = _path_on_every_rank(trainer, folder)
     return path, record
-
-
-def _facts(trainer: L.Trainer, method: PruningMethod, data: CalibrationDataModule, config: str) -> Facts:
-    """What an unfinished run must share with this one; builds the calibration set."""
-    with method.seconds.measure("tokenise"):
-        data.setup("fit")
-    calibration = data.calibration.manifest.fingerprint if method.needs_calibration else None
-    return facts_of(config, base_model_sha256(method.pretrained), calibration, trainer.world_size)
 
 
 def _dense(
@@ -108,7 +109,7 @@ def _dense(
     if known is not None:
         return {name: PerplexityResult(*pair) for name, pair in known.items()}
     method.expect_roughly(data)
-    measured = measure_perplexity(trainer, data, method.pretrained, "dense", method.slot, method.progress)
+    measured = measure_perplexity(trainer, data, method.checkpoint, "dense", method.slot, method.progress)
     if folder is not None and measured and method.saved is None:
         values = {name: (result.perplexity, result.tokens) for name, result in measured.items()}
         keep_dense(folder, fingerprints, values)
@@ -160,22 +161,25 @@ def claimed(
     claim: AbstractContextManager[RunFolder | None] = nullcontext()
     if trainer.is_global_zero:
         claim = RunFolder.claim(root, label, again=again)
-    with claim as folder:
+    with claim as folder, _writer_threads_fail_quietly():
         if folder is not None:
             folder.write_config(config)
-        # Our own logger, which was made before the folder had its number; a logger of the user's stays where it is.
+        # Our own logger was made before the folder had its number; a logger of the user's stays where it is.
+        version = folder.path.name if folder is not None else "not written on this rank"
+        ours = TensorBoardLogger(root, name=label, version=version, sub_dir=events, default_hp_metric=False)
         trainer.loggers = [
-            _pinned(logger, root, label, folder, events) if isinstance(logger, TensorBoardLogger) else logger
+            ours if isinstance(logger, TensorBoardLogger) and Path(logger.root_dir) == root / label else logger
             for logger in trainer.loggers
         ]
-        with _writer_threads_fail_quietly():
-            try:
-                yield folder
-            except BaseException as error:  # behind fit and test, too, where Lightning does not see it
-                trainer.strategy.on_exception(error)
-                raise
-            finally:
-                _close(trainer)  # its thread would write to a folder that is being removed
+        try:
+            yield folder
+        except BaseException as error:  # after fit and test, too, where Lightning does not see it
+            trainer.strategy.on_exception(error)
+            raise
+        finally:
+            for logger in _tensorboards(trainer):  # its thread would write to a folder that is being removed
+                if trainer.is_global_zero and Path(logger.log_dir).is_dir():
+                    logger.experiment.close()
 
 
 @contextmanager
@@ -194,19 +198,8 @@ def _writer_threads_fail_quietly() -> Iterator[None]:
         threading.excepthook = before
 
 
-def _pinned(
-    logger: TensorBoardLogger, root: Path, label: str, folder: RunFolder | None, events: str | None
-) -> TensorBoardLogger:
-    if Path(logger.root_dir) != root / label:
-        return logger
-    version = folder.path.name if folder is not None else "not written on this rank"
-    return TensorBoardLogger(root, name=label, version=version, sub_dir=events, default_hp_metric=False)
-
-
-def _close(trainer: L.Trainer) -> None:
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero and Path(logger.log_dir).is_dir():
-            logger.experiment.close()
+def _tensorboards(trainer: L.Trainer) -> list[TensorBoardLogger]:
+    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def _path_on_every_rank(trainer: L.Trainer, folder: RunFolder | None) -> Path:
@@ -224,8 +217,9 @@ def _record(
     evaluation = {
         item.name: {**item.manifest, "unigram_perplexity": unigram_perplexity(item.tokens)} for item in data.evaluation
     }
+    calibration = method.calibration_facts() or {"dataset": None, "note": "this method reads no data"}
+    weights = method.checkpoint.fingerprint
     metrics = run_metrics(method.plan, dense, pruned, evaluation, method.seconds, peak_memory_bytes())
-    weights = base_model_sha256(method.pretrained)
     metrics["method"] = {
         "name": method.method,
         "label": method.label,
@@ -235,7 +229,6 @@ def _record(
         "measured_seconds": method.saved.seconds if method.saved is not None else {},
     }
     metrics["self_check"] = method.self_check
-    calibration = method.calibration_facts() or {"dataset": None, "note": "this method reads no data"}
     metrics["configuration_sha256"] = configuration_sha256(
         type(method).__name__,
         yaml.safe_load(config)["model"]["init_args"],
@@ -246,12 +239,3 @@ def _record(
     )
     facts = environment(str(trainer.precision), trainer.strategy.root_device)
     return RunRecord(config, calibration, facts, metrics)
-
-
-def _log(trainer: L.Trainer, method: PruningMethod, metrics: dict[str, object]) -> None:
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            options, results = hparams({"method": method.label, "pruning_ratio": method.pruning_ratio}, metrics)
-            log_importance(logger.experiment, method.scores)
-            logger.log_hyperparams(options, results)
-            logger.finalize("success")

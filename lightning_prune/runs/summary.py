@@ -28,12 +28,7 @@ def run_metrics(
 ) -> dict[str, Any]:
     """The contents of ``metrics.json``.
 
-    Args:
-        plan: what was decided.
-        dense, pruned: perplexity by evaluation set.
-        evaluation: protocol by evaluation set (split, window, BOS handling, number of tokens).
-        seconds: wall-clock seconds by phase.
-        peak_memory_bytes: of this process.
+    ``dense`` and ``pruned`` are perplexities, ``evaluation`` the protocol, by evaluation set; ``seconds`` by phase.
     """
     return {
         "perplexity": {
@@ -57,24 +52,16 @@ def summary_table(label: str, metrics: dict[str, Any]) -> str:
         ("parameters", f"{parameters['dense']:,} → {parameters['pruned']:,}"),
         ("pruning ratio", f"{asked}achieved {ratio['achieved']:.4f}"),
     ]
-    rows += [
-        (
-            f"perplexity {name}",
-            f"dense {item['dense']:.3f}, pruned {item['pruned']:.3f} "
-            f"({item['tokens']:,} tokens{_windows(metrics, name)}), {verdict(metrics, name)}",
-        )
-        for name, item in metrics["perplexity"].items()
-    ]
+    for name, item in metrics["perplexity"].items():
+        # A perplexity says nothing without its protocol: how long the windows are, and of which split.
+        protocol = metrics["evaluation"].get(name, {})
+        split = "" if protocol.get("split") in (None, "all") else f" of the {protocol['split']} split"
+        windows = f"{split} in windows of {protocol['seq_len']}" if "seq_len" in protocol else ""
+        values = f"dense {item['dense']:.3f}, pruned {item['pruned']:.3f} ({item['tokens']:,} tokens{windows})"
+        rows.append((f"perplexity {name}", f"{values}, {verdict(metrics, name)}"))
     rows += [
         ("seconds", ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items())),
         ("peak memory", f"{metrics['peak_memory_bytes'] / 2**20:,.0f} MiB"),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-
-
-def _windows(metrics: dict[str, Any], name: str) -> str:
-    """The protocol without which a perplexity says nothing: how long the windows are, and of which split."""
-    found = metrics.get("evaluation", {}).get(name, {})
-    split = "" if found.get("split") in (None, "all") else f" of the {found['split']} split"
-    return f"{split} in windows of {found['seq_len']}" if "seq_len" in found else ""

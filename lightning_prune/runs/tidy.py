@@ -3,15 +3,14 @@
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from lightning_prune.support.files import Lock, sweep
+from lightning_prune.support.names import FINDINGS, PRUNED, TRAINING
 
 UNFINISHED = "unfinished"
 STARTED = "started.json"  # what the findings of an unfinished run are made from
-FINDINGS = "findings"
-TRAINING = "training"  # states of a recovery that is under way
 METRICS = "metrics.json"
 # What a killed run cannot be continued from or learned from.
 WORTHLESS = re.compile(
@@ -45,37 +44,35 @@ def version(name: str) -> int:
 def runs_below(parent: Path) -> list[Path]:
     """The ``version_N`` folders in ``parent``, by number."""
     try:
-        found = [entry for entry in os.scandir(parent) if version(entry.name) >= 0 and entry.is_dir()]
+        found = [entry for entry in parent.iterdir() if version(entry.name) >= 0 and entry.is_dir()]
     except OSError:
         return []
-    return [Path(entry.path) for entry in sorted(found, key=lambda entry: version(entry.name))]
+    return sorted(found, key=lambda entry: version(entry.name))
 
 
 def sweep_runs(parent: Path) -> None:
     """Tidy up after killed runs in ``parent``: their temporary files, and their folders where those are of no use.
 
-    An unfinished folder is of no use when it holds nothing but its configuration and events, or when a finished run of
-    the same configuration stands beside it. Folders of runs that live and folders that are not ours are not touched.
+    An unfinished folder is of no use when it holds nothing but its configuration and events, or when a finished run has
+    the same configuration. Folders of runs that live and folders that are not ours are not touched.
     """
     sweep(parent)
-    folders = runs_below(parent)
-    for path in folders:
-        for place in (path, path / FINDINGS, *(path / FINDINGS).glob("stage_*"), path / "pruned"):
+    for path in runs_below(parent):
+        for place in (path, path / FINDINGS, *(path / FINDINGS).glob("stage_*"), path / PRUNED):
             sweep(place)
-        try:
-            lock = Lock.take(path / UNFINISHED) if (path / UNFINISHED).exists() else None
-            if lock is None:
+        with suppress(OSError):
+            if not (path / UNFINISHED).exists():
                 if not any(path.iterdir()):
                     path.rmdir()  # killed, or about to be claimed: then the claimant takes the next number
-                continue
-            if is_finished(path):
-                forget_findings(path)
-                lock.remove()
-            elif not leftovers(path) or _is_superseded(path, folders):
-                shutil.rmtree(path, ignore_errors=True)
-            lock.release()
-        except OSError:
-            continue
+            elif (lock := Lock.take(path / UNFINISHED)) is not None:
+                try:
+                    if is_finished(path):
+                        forget_findings(path)
+                        lock.remove()
+                    elif not leftovers(path) or _is_superseded(path):
+                        shutil.rmtree(path, ignore_errors=True)
+                finally:
+                    lock.release()
 
 
 def forget_findings(path: Path) -> None:
@@ -85,15 +82,7 @@ def forget_findings(path: Path) -> None:
     (path / STARTED).unlink(missing_ok=True)
 
 
-def _is_superseded(path: Path, folders: Sequence[Path]) -> bool:
-    config = _bytes(path / "config.yaml")
-    return config is not None and any(
-        is_finished(other) and _bytes(other / "config.yaml") == config for other in folders if other != path
-    )
-
-
-def _bytes(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return None
+def _is_superseded(path: Path) -> bool:
+    config = path / "config.yaml"
+    others = [other / "config.yaml" for other in runs_below(path.parent) if other != path and is_finished(other)]
+    return config.is_file() and any(other.is_file() and other.read_bytes() == config.read_bytes() for other in others)

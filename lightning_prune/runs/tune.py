@@ -1,9 +1,8 @@
 """Options chosen by the loss on calibration samples that no measurement saw: one calibration, then decisions alone.
 
 An eighth of the shared set is held out. The method measures on the rest once; every trial decides (and refits) from
-those scores and is laid over the dense model, so no checkpoint is written. The search goes along one option at a time
-and keeps what lowers the loss, until a whole round changes nothing or the trials are used up. Then budget is shifted
-between the blocks of layers (``shifts.py``), where that is asked for.
+those scores on the dense model in memory, so no checkpoint is written. The search goes along one option at a time and
+keeps what lowers the loss, until a whole round changes nothing or the trials are used up.
 """
 
 import copy
@@ -11,33 +10,34 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from torch.utils.tensorboard import SummaryWriter
 
+from lightning_prune.checkpoint.scores import BLOCKS
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.data.sampling import held_out_samples
 from lightning_prune.evaluation.perplexity import measure_perplexity
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.measurement import SavedMeasurement
-from lightning_prune.models.families import family_of
-from lightning_prune.models.fingerprint import base_model_sha256
-from lightning_prune.models.loading import load_config
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.runs.build import Build, BuiltRun
-from lightning_prune.runs.resume import facts_of
-from lightning_prune.runs.shifts import Floats, directions, factors, search_shifts
-from lightning_prune.runs.tensorboard import kept_fraction
-from lightning_prune.runs.trials import Trial, Trials, read_trials
+from lightning_prune.runs.resume import Facts, differences, facts_of
 from lightning_prune.support.errors import UserError
+from lightning_prune.support.files import write_json
 from lightning_prune.support.progress import Progress
+from lightning_prune.support.validation import read_json
 
 Options = Mapping[str, Any]
-# In this order: the other options rank differently with a refit behind them.
-AXES: tuple[tuple[str, tuple[Any, ...]], ...] = (
+Axes = tuple[tuple[str, tuple[Any, ...]], ...]
+# In this order: the other options rank differently where a refit follows.
+AXES: Axes = (
     ("refit", ("residual", "output", "none")),
     ("allocation", ("global", "uniform")),
     ("score_norm", ("none", "kind", "block")),
@@ -49,20 +49,27 @@ AXES: tuple[tuple[str, tuple[Any, ...]], ...] = (
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How many options are tried, the first included, and then how many shifts of budget."""
+class Trial:
+    """Options of the method, mean token loss in nats on the held-out samples, what it took, and by block the kept
+    fraction of every layer."""
 
-    options: int
-    shifts: int = 0
+    options: dict[str, Any]
+    loss: float
+    seconds: float
+    kept: dict[str, list[float]]
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """Every trial in order, the best of them, and the loss of the dense model on the same samples."""
+    """All trials so far, in order: the file that is left after every one of them, so that a killed search goes on.
 
-    trials: list[Trial]
+    ``facts`` are what a search that goes on must share; ``dense_loss`` is the dense model's on the held-out samples.
+    """
+
+    facts: Facts
     dense_loss: float
     samples: int
+    trials: list[Trial]
 
     @property
     def best(self) -> Trial:
@@ -70,35 +77,27 @@ class Tuned:
         return min(self.trials, key=lambda trial: trial.loss)
 
 
-def search(
-    start: Options, axes: tuple[tuple[str, tuple[Any, ...]], ...], loss: Callable[[dict[str, Any]], float], limit: int
-) -> Iterator[tuple[dict[str, Any], float]]:
-    """Coordinate descent from ``start``; yields options and their loss, every setting once.
+def search(start: Options, axes: Axes, loss: Callable[[dict[str, Any]], float], limit: int) -> Iterator[dict[str, Any]]:
+    """Coordinate descent from ``start`` along the ``axes`` whose option it has.
 
-    Args:
-        start: tried first; an axis whose option it lacks is not searched.
-        axes: options and the values to try.
-        loss: of complete options.
-        limit: trials, the first included.
+    Yields the options of every trial, every setting once, ``limit`` at most.
     """
-    known: dict[tuple[Any, ...], float] = {}
+    tried: list[dict[str, Any]] = []
     current, best, changed = dict(start), math.inf, True
-    settings: list[tuple[str | None, tuple[Any, ...]]] = [(None, (None,))]
+    settings = [{}, *({name: value} for name, values in axes if name in start for value in values)]
     while changed:
         changed = False
-        for name, values in settings:
-            for value in values:
-                options = current if name is None else {**current, name: value}
-                key = tuple(sorted((option, repr(of)) for option, of in options.items()))
-                if key in known:
-                    continue
-                if len(known) == limit:
-                    return
-                known[key] = loss(options)
-                yield dict(options), known[key]
-                if known[key] < best:
-                    current, best, changed = options, known[key], True
-        settings = [(name, values) for name, values in axes if name in start]
+        for setting in settings:
+            options = current | setting
+            if options in tried:
+                continue
+            if len(tried) == limit:
+                return
+            tried.append(options)
+            value = loss(options)
+            yield options
+            if value < best:
+                current, best, changed = options, value, True
 
 
 def tune(
@@ -106,22 +105,19 @@ def tune(
     build: Build,
     data: CalibrationDataModule,
     folder: Path,
-    limits: Limits,
-    kept: Path,
+    limit: int,
+    file: Path,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Iterator[Tuned]:
-    """Try options of one method, then shifts of budget, and yield what is known after every trial.
+    """Try options of one method, and yield what is known after every trial.
 
     Args:
-        configuration: of a run as ``fit`` takes it, with every option.
-        build: makes trainer, method and data of a configuration.
-        data: its calibration set is the one to tune on; what it evaluates on is not read.
-        folder: for the two parts of the calibration set, on this machine.
-        limits: how many trials.
-        kept: file that holds all trials after every one of them.
-        resume: begin with the trials in ``kept``, which are not made again.
-        progress: shows how far calibrating is; None: nothing does.
+        configuration: of a run as ``fit`` takes it, with every option; ``build`` makes trainer, method and data of it.
+        data: its calibration set is the one to tune on, whose two parts go to ``folder``; no evaluation text is read.
+        limit: how many trials, the first included.
+        file: holds all trials after every one of them; with ``resume`` those in it are not made again.
+        progress: shows how far calibrating is.
 
     Raises:
         UserError: too few samples, or nothing to go on with.
@@ -129,82 +125,95 @@ def tune(
     """
     data.eval_datasets = []
     data.setup("fit")
-    tokens = data.calibration.tokens
-    chosen = held_out_samples(tokens)
-    if not chosen.any():
-        raise UserError(f"--data.num_samples: {len(tokens)} samples leave none to hold out; give 8 or more.")
-    parts = {"measured": tokens[~chosen], "held_out": tokens[chosen]}
-    for name, part in parts.items():
-        np.save(folder / f"{name}.npy", part.numpy())
-    base = copy.deepcopy(configuration)
-    base["data"] |= {"dataset": str(folder / "measured.npy"), "eval_datasets": [str(folder / "held_out.npy")]}
-    for option in ("num_samples", "seq_len", "sampling", "stride"):  # the rows of an array are the windows
-        base["data"].pop(option, None)
-    base["trainer"] |= {"logger": False, "enable_progress_bar": False, "default_root_dir": str(folder)}
-    given = base["model"]["init_args"]
-    pretrained = str(given["pretrained"])
-    facts = facts_of(
-        yaml.safe_dump(configuration), base_model_sha256(pretrained), data.calibration.manifest.fingerprint, processes=1
-    )
-    record = read_trials(kept, facts) if resume else Trials(facts)
-    record.samples = int(chosen.sum())
-    trials: list[Trial] = []
-    measured: list[SavedMeasurement] = []
+    held_out = held_out_samples(data.calibration.tokens)
+    if not held_out.any():
+        raise UserError(f"--data.num_samples: {len(held_out)} samples leave none to hold out; give 8 or more.")
+    for name, part in (("measured", ~held_out), ("held_out", held_out)):
+        np.save(folder / f"{name}.npy", data.calibration.tokens[part].numpy())
+    given = configuration["model"]["init_args"]
+    weights, fingerprint = Checkpoint.open(given["pretrained"]).fingerprint, data.calibration.manifest.fingerprint
+    facts = facts_of(yaml.safe_dump(configuration), weights, fingerprint, processes=1)
+    before = _read(file, facts) if resume else None
+    trials = _Trials(configuration, build, folder, progress)
+    dense_loss = trials.measured[1] if before is None else before.dense_loss
+    found = Tuned(facts, dense_loss, int(held_out.sum()), [])
 
-    def made(options: Options) -> BuiltRun:
-        one = copy.deepcopy(base)
-        one["model"]["init_args"] |= options
-        return build("tune", one)
-
-    def measure() -> SavedMeasurement:
-        first = made({"refit": "none", "block_weights": None})
-        first.model.progress = progress or first.model.progress
-        with closing(first.model.progress):
-            if record.dense_loss is None:
-                record.dense_loss = _perplexity(first)  # before anything is laid over it
-            return _measure(first)
-
-    def loss(options: dict[str, Any], move: str = "") -> float:
-        trial = record.known(options)
-        if trial is None:
-            measured[:] = measured or [measure()]
-            started, run = time.perf_counter(), made(options)
-            run.model.reuse(measured[0])
-            _fit(run)
-            blocks, fractions = kept_fraction(run.model.scores)
-            shares = dict(zip(blocks, fractions.tolist(), strict=True))
-            trial = Trial(options, _perplexity(run), time.perf_counter() - started, shares, move)
-            record.trials.append(trial)
-            record.write(kept)
-        trials.append(trial)
-        return trial.loss
-
-    def found() -> Tuned:
-        assert record.dense_loss is not None
-        return Tuned(trials, record.dense_loss, record.samples)
+    def loss(options: dict[str, Any]) -> float:
+        known = [] if before is None else [trial for trial in before.trials if trial.options == options]
+        found.trials.append(known[0] if known else trials.make(options))
+        if not known:
+            write_json(file, asdict(found))
+        return found.trials[-1].loss
 
     start = {name: given[name] for name, _ in AXES if name in given}
     axes = AXES if start.get("temperature") else tuple(axis for axis in AXES if axis[0] not in ("temperature", "tau"))
-    for _ in search(start, axes, loss, limits.options):
-        yield found()
-    best = found().best
-    if limits.shifts and best.options["allocation"] == "global":
-        ways = directions(len(best.kept["mlp"]), family_of(load_config(pretrained)).whole_attention is None)
-        known = np.log2(given["block_weights"]) if given.get("block_weights") else 0.0
+    for _ in search(start, axes, loss, limit):
+        yield found
 
-        def shifted(move: str, x: Floats) -> float:
-            return loss({**best.options, "block_weights": factors(x + known)}, move)
 
-        for _ in search_shifts(ways, shifted, best.loss, limits.shifts):
-            yield found()
+class _Trials:
+    """Runs that differ in a few options of the method: measured once on its part of the samples, then decided."""
+
+    def __init__(self, configuration: dict[str, Any], build: Build, folder: Path, progress: Progress | None) -> None:
+        self.base, self.build, self.progress = copy.deepcopy(configuration), build, progress
+        parts = {"dataset": str(folder / "measured.npy"), "eval_datasets": [str(folder / "held_out.npy")]}
+        # The rows of an array are the windows.
+        windows = ("num_samples", "seq_len", "sampling", "stride")
+        self.base["data"] = {k: v for k, v in self.base["data"].items() if k not in windows} | parts
+        self.base["trainer"] |= {"logger": False, "enable_progress_bar": False, "default_root_dir": str(folder)}
+
+    @cached_property
+    def measured(self) -> tuple[SavedMeasurement, float]:
+        """What is measured, and the loss of the dense model."""
+        run = self._built({"refit": "none"})
+        run.model.progress = self.progress or run.model.progress
+        with closing(run.model.progress):
+            dense = _loss(run)  # before anything is decided
+            _fit(run)
+        return SavedMeasurement(run.model.scores, run.model.details(), run.model.calibration_facts()), dense
+
+    def make(self, options: dict[str, Any]) -> Trial:
+        started, run = time.perf_counter(), self._built(options)
+        run.model.reuse(self.measured[0])
+        _fit(run)
+        scores = run.model.scores
+        kept = {str(block): scores.kept_fraction(block).tolist() for block in BLOCKS if scores.of_kind(block).any()}
+        return Trial(options, _loss(run), time.perf_counter() - started, kept)
+
+    def _built(self, options: Options) -> BuiltRun:
+        configuration = copy.deepcopy(self.base)
+        configuration["model"]["init_args"] |= options
+        return self.build("tune", configuration)
+
+
+def _fit(run: BuiltRun) -> None:
+    run.model.writes = False
+    run.datamodule.needs_calibration = run.model.needs_calibration
+    run.trainer.fit(run.model, run.datamodule)
+
+
+def _loss(run: BuiltRun) -> float:
+    """Mean token loss in nats on the held-out samples, of what was decided, or of the dense model before that."""
+    method = run.model
+    results = measure_perplexity(run.trainer, run.datamodule, method.checkpoint, "", method.slot, method.progress)
+    (result,) = results.values()
+    return math.log(result.perplexity)
+
+
+def _read(file: Path, facts: Facts) -> Tuned:
+    if not file.is_file():
+        raise UserError(f"--resume: no trials in '{file}'. Leave --resume out to begin anew.")
+    found = read_json(file, Tuned, "--resume", "Leave --resume out and give --overwrite to begin anew.")
+    if different := differences(found.facts, facts):
+        raise UserError(
+            f"--resume: the trials in '{file}' were made from something else: {'; '.join(different)}. Give what they "
+            "were made from, or --overwrite in place of --resume."
+        )
+    return found
 
 
 def check_tunable(method: PruningMethod) -> None:
-    """Refuse a method whose decisions cannot be made again from its scores.
-
-    Raises:
-        UserError: says which can.
-    """
+    """Raise UserError for a method whose decisions cannot be made again from its scores; says which can."""
     if not isinstance(method, GroupPruning) or not method.reusable:
         raise UserError(
             f"--model: '{method.method}' cannot be tuned: a trial decides from saved scores, which methods that rank "
@@ -221,21 +230,17 @@ def tuned_config(configuration: dict[str, Any], found: Tuned) -> str:
     return str(yaml.safe_dump({"model": model}, sort_keys=False))
 
 
-def _measure(run: BuiltRun) -> SavedMeasurement:
-    _fit(run)
-    return SavedMeasurement(run.model.scores, run.model.details(), run.model.calibration_facts())
+def log_trial(writer: SummaryWriter, found: Tuned) -> None:
+    """The newest trial, and the best so far, to be seen at once; the step is the trial's number."""
+    writer.add_scalar("held-out loss/trial", found.trials[-1].loss, len(found.trials))
+    writer.add_scalar("held-out loss/best so far", found.best.loss, len(found.trials))
+    writer.flush()
 
 
-def _fit(run: BuiltRun) -> None:
-    run.model.writes = False
-    run.datamodule.needs_calibration = run.model.needs_calibration
-    run.trainer.fit(run.model, run.datamodule)
-
-
-def _perplexity(run: BuiltRun) -> float:
-    """Mean token loss in nats on the held-out samples, of what is laid over the dense model or of that one itself."""
-    method = run.model
-    (measured,) = measure_perplexity(
-        run.trainer, run.datamodule, method.pretrained, "", method.slot, method.progress
-    ).values()
-    return math.log(measured.perplexity)
+def log_kept(folder: Path, found: Tuned) -> None:
+    """Kept fraction of both blocks, a run for the first trial and one for the best; the step is the layer."""
+    for name, trial in (("first", found.trials[0]), ("best", found.best)):
+        with SummaryWriter(str(folder / name)) as writer:
+            for block, shares in trial.kept.items():
+                for layer, share in enumerate(shares):
+                    writer.add_scalar(f"kept fraction/{block}", share, layer)

@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this"."""
+"""The exceptions that the command line answers with one message, and how errors of other libraries get into one."""
 
 
 class UserError(Exception):
@@ -10,3 +10,8 @@ class UserError(Exception):
 
 class CheckpointError(Exception):
     """A written checkpoint is not what was meant to be written: exit status 1. The message says how it differs."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error of another library in one line: the first line of its message that is not empty, else its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

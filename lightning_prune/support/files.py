@@ -8,28 +8,29 @@ file that nobody holds belongs to a process that was killed, and ``sweep`` may r
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import secrets
 import shutil
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from lightning_prune.support.errors import UserError
+from lightning_prune.support.regular_files import require_regular
 
 TEMPORARY = re.compile(r"\..+\.tmp")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 class Lock:
-    """A file or folder that this process holds, exclusively, until it lets go or ends."""
+    """A file or folder that this process holds, exclusively, until it lets go or ends. (``filelock`` holds neither a
+    folder nor a file whose content it must keep.)"""
 
     def __init__(self, path: Path, handle: int) -> None:
-        self.path = path
-        self._handle = handle
+        self.path, self._handle = path, handle
 
     @classmethod
     def take(cls, path: Path, create: bool = False, own: bool = False) -> "Lock | None":
@@ -51,13 +52,14 @@ class Lock:
                 raise
             return None
         try:
-            with suppress(BlockingIOError):
-                _flock(handle, own)
-                # Whoever held it before may have removed it between the opening and the lock.
-                if os.path.samestat(os.fstat(handle), os.stat(path)):
-                    return cls(path, handle)
-        except OSError:
-            pass
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except OSError as error:
+            held = own and not isinstance(error, BlockingIOError)
+        with suppress(OSError):
+            # Whoever held it before may have removed it between the opening and the lock.
+            if held and os.path.samestat(os.fstat(handle), os.stat(path)):
+                return cls(path, handle)
         os.close(handle)
         return None
 
@@ -67,24 +69,24 @@ class Lock:
         os.pwrite(self._handle, text.encode(), 0)
 
     def release(self) -> None:
-        """Let go; what was held stays. Twice is harmless."""
+        """Let go; what was held is not removed. Twice is harmless."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
 
     def remove(self) -> None:
         """Remove the held file or folder, then let go."""
-        if self._handle >= 0:
-            _remove(self.path)
-            self.release()
+        if self._handle < 0:
+            return
+        if self.path.is_dir() and not self.path.is_symlink():
+            shutil.rmtree(self.path, ignore_errors=True)
+        else:
+            self.path.unlink(missing_ok=True)
+        self.release()
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` (UTF-8) to ``path``, whole or not at all.
-
-    Raises:
-        OSError: the folder cannot be written or the disk is full; ``path`` is then unchanged.
-    """
+    """``write_bytes`` of ``text`` in UTF-8."""
     write_bytes(path, text.encode("utf-8"))
 
 
@@ -112,32 +114,35 @@ def finite(value: Any) -> Any:
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [finite(item) for item in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    return value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager
 def new_folder(path: Path, replace: bool = True) -> Iterator[Path]:
-    """Yield a temporary sibling of ``path`` that takes its name when the block ends without an exception.
-
-    An exception (KeyboardInterrupt and SystemExit included) removes the temporary folder. A folder that
-    already stands at ``path`` is replaced only after the new one is complete.
+    """Yield a temporary sibling of ``path`` that takes its name when the block ends without an exception, and is
+    removed otherwise (KeyboardInterrupt and SystemExit included).
 
     Args:
         path: the folder to make.
-        replace: whether a folder that is not empty may be replaced.
+        replace: whether a folder that is not empty may be replaced, which is done after the new one is complete.
 
     Raises:
-        OSError: the parent cannot be written, the disk is full, or something stands at ``path`` that is no folder or
-            may not be replaced; ``path`` is then unchanged.
+        OSError: the parent cannot be written, the disk is full, or what is at ``path`` is not a folder or may not be
+            replaced; ``path`` is then unchanged.
     """
     with temporary(path, folder=True) as partial:
         yield partial
-        if replace and path.exists():
-            _replace_folder(path, partial)
-        else:
+        if not (replace and path.exists()):
             os.rename(partial, path)
+            return
+        # A full folder cannot be renamed over; it steps aside and comes back if the new one cannot take its place.
+        with temporary(path, folder=True) as aside:
+            os.replace(path, aside / path.name)
+            try:
+                os.replace(partial, path)
+            except BaseException:
+                os.replace(aside / path.name, path)
+                raise
 
 
 @contextmanager
@@ -151,11 +156,11 @@ def temporary(path: Path, folder: bool = False) -> Iterator[Path]:
     sweep(path.parent, path.name)
     lock = None
     while lock is None:  # another process may sweep between the making and the lock
-        found = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        found.mkdir() if folder else found.touch(mode=0o644, exist_ok=False)
-        lock = Lock.take(found, own=True)
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        partial.mkdir() if folder else partial.touch(mode=0o644, exist_ok=False)
+        lock = Lock.take(partial, own=True)
     try:
-        yield found
+        yield partial
     finally:
         lock.remove()
 
@@ -167,12 +172,11 @@ def sweep(folder: Path, name: str = "") -> None:
         folder: where to look; it need not exist.
         name: only temporaries of this target.
     """
-    try:
-        found = [entry for entry in os.listdir(folder) if TEMPORARY.fullmatch(entry)]
-    except OSError:
-        return
-    for entry in found:
-        if not name or entry.startswith(f".{name}."):
+    entries: list[str] = []
+    with suppress(OSError):
+        entries = os.listdir(folder)
+    for entry in entries:
+        if TEMPORARY.fullmatch(entry) and (not name or entry.startswith(f".{name}.")):
             with suppress(OSError):
                 lock = Lock.take(folder / entry)
                 if lock is not None:
@@ -185,17 +189,13 @@ def read_file(path: Path, limit: int, option: str) -> bytes:
     Raises:
         UserError: missing, not a regular file (a pipe would be waited for), too large, or unreadable.
     """
+    size = require_regular(path, option)
+    if size > limit:
+        raise UserError(f"{option}: '{path}' has {size:,} bytes; at most {limit:,} are read.")
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{option}: '{path}' is no regular file.")
-        if status.st_size > limit:
-            raise UserError(f"{option}: '{path}' has {status.st_size:,} bytes; at most {limit:,} are read.")
         return Path(path).read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{option}: no file at '{path}'.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{option}: '{path}' cannot be read ({getattr(error, 'strerror', error)}).") from None
+    except OSError as error:
+        raise UserError(f"{option}: cannot read '{path}' ({error.strerror}).") from None
 
 
 @contextmanager
@@ -229,8 +229,7 @@ def check_writable(folder: Path, option: str) -> None:
     try:
         with suppress(FileNotFoundError):
             os.stat(folder)  # a name that is too long, or a path that runs in circles
-        parent = nearest_existing(folder)
-        with temporary(parent / "writable"):
+        with temporary(nearest_existing(folder) / "writable"):
             pass
     except (OSError, ValueError) as error:
         raise cannot_write(folder, option, error) from None
@@ -238,10 +237,7 @@ def check_writable(folder: Path, option: str) -> None:
 
 def nearest_existing(path: Path) -> Path:
     """``path`` or its nearest parent that exists, absolute."""
-    found = path.absolute()
-    while not os.path.lexists(found) and found != found.parent:
-        found = found.parent
-    return found
+    return next(part for part in (path.absolute(), *path.absolute().parents) if os.path.lexists(part))
 
 
 def remove_empty_parents(folder: Path, until: Path) -> None:
@@ -255,31 +251,3 @@ def remove_empty_parents(folder: Path, until: Path) -> None:
             continue
         except (OSError, ValueError):
             return
-
-
-def _flock(handle: int, own: bool) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
-    except OSError:
-        if not own:
-            raise
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _replace_folder(path: Path, new: Path) -> None:
-    # A full folder cannot be renamed over; it steps aside and comes back if the new one cannot take its place.
-    with temporary(path, folder=True) as aside:
-        os.replace(path, aside / path.name)
-        try:
-            os.replace(new, path)
-        except BaseException:
-            os.replace(aside / path.name, path)
-            raise

@@ -1,11 +1,11 @@
 """How much memory there is, on the host and on a device."""
 
 import ctypes
-import os
 import platform
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -14,14 +14,17 @@ CGROUP = Path("/sys/fs/cgroup")
 def free_host_bytes() -> int:
     """Memory that this process may still take without swapping: what the system calls available, or what the
     container's limit leaves, whichever is less."""
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    available: int = psutil.virtual_memory().available
     try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return min(available, _container_bytes(available))
+        limit = (CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        if limit == "max":
+            return available
+        used = int((CGROUP / "memory.current").read_text(encoding="ascii"))
+        counters = dict(line.split() for line in (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
+        # The page cache counts as used, but the kernel gives it back.
+        return min(available, max(0, int(limit) - used + int(counters.get("file", 0))))
+    except (OSError, ValueError):
+        return available
 
 
 def free_bytes(device: torch.device) -> int:
@@ -34,14 +37,9 @@ def free_bytes(device: torch.device) -> int:
 
 
 def anonymous_bytes() -> int:
-    """Anonymous resident memory of this process (``RssAnon``): what it allocated itself, without mapped files."""
-    try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0
+    """Resident memory that this process allocated itself, without mapped files."""
+    info = psutil.Process().memory_info()
+    return int(info.rss - getattr(info, "shared", 0))
 
 
 def memory_in_use() -> str:
@@ -53,19 +51,16 @@ def memory_in_use() -> str:
 
 
 def keep_heaps_small() -> None:
-    """Let blocks of 8 MiB and more have pages of their own, which go back to the system as soon as they are freed.
-
-    By itself glibc moves that bound up to 32 MiB as blocks are freed. Smaller blocks stay in its heaps, where taking
-    and freeing them costs nothing, until ``give_back_freed_memory``.
-    """
+    """Let blocks of 8 MiB and more have pages of their own, which go back to the system as soon as they are freed; by
+    itself glibc raises that bound to 32 MiB. Smaller blocks are kept until ``give_back_freed_memory``."""
     mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
     _glibc("mallopt", mmap_threshold, 8 * 2**20)
     _glibc("mallopt", trim_threshold, 256 * 2**20)
 
 
 def give_back_freed_memory() -> None:
-    """Empty glibc's heaps: what a layer left there has holes that the next layer does not fit, and a walk over layers
-    would hold twice what it uses."""
+    """Empty glibc's heaps: what a layer left there has holes that the next one does not fit. Without it a pass over
+    the layers holds twice what it uses (measured)."""
     _glibc("malloc_trim", 0)
 
 
@@ -73,16 +68,3 @@ def _glibc(function: str, *arguments: int) -> None:
     if platform.libc_ver()[0] == "glibc":
         with suppress(OSError, AttributeError):
             getattr(ctypes.CDLL(None), function)(*arguments)
-
-
-def _container_bytes(otherwise: int) -> int:
-    try:
-        limit = (CGROUP / "memory.max").read_text(encoding="ascii").strip()
-        used = (CGROUP / "memory.current").read_text(encoding="ascii").strip()
-        cached = 0
-        for line in (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines():
-            if line.startswith("file "):  # page cache, which the kernel gives back
-                cached = int(line.split()[1])
-        return otherwise if limit == "max" else max(0, int(limit) - int(used) + cached)
-    except (OSError, ValueError):
-        return otherwise

@@ -1,12 +1,33 @@
 """How far a whole run is: every phase takes from one amount of work, so there is one estimate for all.
 
 The unit of work is one token through one decoder layer. Other work is stated in it: a backward costs about two more, a
-solver what its matrix products cost.
+solver what its matrix products cost. It is shown on stderr: two rows that are drawn anew on a terminal, lines
+elsewhere, since in a log file or a notebook cell what is drawn over would pile up.
 """
 
+import os
+import sys
 import time
+from typing import Any, NamedTuple
 
-from lightning_prune.support.progress_display import Display, Status, display_for
+from lightning_prune.support.memory import memory_in_use
+
+LINE_EVERY = 30.0  # seconds between two lines of a phase that takes long
+DRAW_EVERY = 0.1  # seconds between two drawings of the rows
+
+
+class Status(NamedTuple):
+    """Where a run is: in the ``number``-th of ``phases``, of whose work ``share`` is done, and ``fraction`` of all.
+    ``left``: seconds to the run's end, where they can be told."""
+
+    phase: str
+    at: str
+    number: int
+    phases: int
+    share: float
+    fraction: float
+    seconds: float
+    left: float | None
 
 
 class Progress:
@@ -28,7 +49,7 @@ class Progress:
         self._started: float | None = None
         self._phase_started = 0.0
         self._phase: str | None = None  # the one that is under way
-        self._display: Display | None = None
+        self._display: Lines | Rows | None = None
 
     def expect(self, phase: str, work: float) -> None:
         """Announce a phase's work. Again for the same phase: a better estimate replaces the old one."""
@@ -50,12 +71,12 @@ class Progress:
     def finish(self, phase: str) -> None:
         """A phase is over, however much it was said to be."""
         self._done[phase] = self._expected[phase] = max(self._done.get(phase, 0.0), self._expected.get(phase, 0.0))
-        if self.shown and self._phase == phase:
-            self._ended(phase)
+        if self._display is not None and self._phase == phase:
+            self._display.ended(phase, time.monotonic() - self._phase_started)
         self._phase, self._phase_started = None, time.monotonic()
 
     def close(self) -> None:
-        """Nothing more is shown; what was said of finished phases stays."""
+        """Nothing more is shown; what was said of finished phases is not taken back."""
         if self._display is not None:
             self._display.close()
             self._display = None
@@ -78,24 +99,10 @@ class Progress:
         if self._display is None:
             self._display = display_for()
         assert self._started is not None
-        seconds, fraction = time.monotonic() - self._started, self.fraction
-        phases = list(self._expected)
-        self._display.moved(
-            Status(
-                phase=phase,
-                at=at,
-                number=phases.index(phase) + 1,
-                phases=len(phases),
-                share=self._done[phase] / self._expected[phase] if self._expected[phase] else 0.0,
-                fraction=fraction,
-                seconds=seconds,
-                left=seconds * (1 / fraction - 1) if fraction else None,
-            )
-        )
-
-    def _ended(self, phase: str) -> None:
-        if self._display is not None:
-            self._display.ended(phase, time.monotonic() - self._phase_started)
+        seconds, fraction, phases = time.monotonic() - self._started, self.fraction, list(self._expected)
+        share = self._done[phase] / self._expected[phase] if self._expected[phase] else 0.0
+        left = seconds * (1 / fraction - 1) if fraction else None
+        self._display.moved(Status(phase, at, phases.index(phase) + 1, len(phases), share, fraction, seconds, left))
 
 
 class _Part(Progress):
@@ -109,3 +116,93 @@ class _Part(Progress):
         told = max(self._told, self.fraction)  # an estimate that grows must not take back what was told
         self._whole.advance(self._name, told - self._told, f"{phase}, {at}" if at else phase)
         self._told = told
+
+
+def display_for() -> "Lines | Rows":
+    """Rows where stderr is a terminal that can move its cursor, else lines."""
+    if sys.stderr.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
+        return Rows()
+    return Lines()
+
+
+class Lines:
+    """A line at the end of every phase, and every ``LINE_EVERY`` seconds of a long one."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def moved(self, status: Status) -> None:
+        """Some work is done. Called often."""
+        if time.monotonic() - self._last >= LINE_EVERY:
+            left = "" if status.left is None else f", about {clock(status.left)} left"
+            at = f" ({status.at})" if status.at else ""
+            self._print(f"{status.phase}{at}: {status.fraction:.0%} of the run after {clock(status.seconds)}{left}")
+
+    def ended(self, phase: str, seconds: float) -> None:
+        """A phase is over."""
+        self._print(ending(phase, seconds))
+
+    def close(self) -> None:
+        """The run is over, or has failed."""
+
+    def _print(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+        self._last = time.monotonic()
+
+
+class Rows:
+    """The phase and the whole run, at the foot of the terminal; finished phases are lines above them."""
+
+    def __init__(self) -> None:
+        from rich.console import Console  # only where there is a terminal to draw on
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self._rows = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=12),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TextColumn("{task.fields[note]}", markup=False),
+            auto_refresh=False,  # no thread beside what is timed
+            console=Console(file=sys.stderr, highlight=False),
+            transient=True,
+            redirect_stdout=sys.stdout.isatty(),  # what is printed to a file must not come here
+        )
+        self._phase: Any = self._rows.add_task("", total=1.0, note="", visible=False)
+        self._run: Any = self._rows.add_task("", total=1.0, note="", visible=False)
+        self._drawn = float("-inf")
+        self._rows.start()
+
+    def moved(self, status: Status) -> None:
+        """Some work is done. Called often."""
+        if time.monotonic() - self._drawn < DRAW_EVERY:
+            return
+        self._drawn = time.monotonic()
+        name = f"phase {status.number} of {status.phases}, {clock(status.seconds)}"
+        left = "" if status.left is None else f"about {clock(status.left)} left, "
+        for row, description, share, note in (
+            (self._phase, status.phase, status.share, status.at),
+            (self._run, name, status.fraction, f"{left}{memory_in_use()}"),
+        ):
+            self._rows.update(row, description=description, completed=share, note=note, visible=True)
+        self._rows.refresh()
+
+    def ended(self, phase: str, seconds: float) -> None:
+        """A phase is over."""
+        self._drawn = float("-inf")
+        self._rows.console.print(ending(phase, seconds), markup=False)
+
+    def close(self) -> None:
+        """The run is over, or has failed."""
+        self._rows.stop()
+
+
+def ending(phase: str, seconds: float) -> str:
+    """What is said of a finished phase: ``calibrating: 12.3 s``."""
+    return f"{phase}: {seconds:.1f} s" if seconds < 60 else f"{phase}: {clock(seconds)}"
+
+
+def clock(seconds: float) -> str:
+    """``1:05`` or ``2:00:00``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from lightning_prune.support.errors import UserError
 
+KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}
+
 
 def require_regular(path: Path, option: str) -> int:
     """Refuse anything but a regular file (links are followed), without opening it.
@@ -21,22 +23,32 @@ def require_regular(path: Path, option: str) -> int:
         UserError: missing, unreachable, or a folder, pipe, socket or device.
     """
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{option}: cannot read '{path}' ({reason}). Give a file that exists.") from None
-    if not stat.S_ISREG(found.st_mode):
-        raise UserError(f"{option}: '{path}' is a {_kind(found.st_mode)}. Give a regular file.")
-    return found.st_size
+    if kind_of(path) != "file":
+        raise UserError(f"{option}: '{path}' is a {kind_of(path)}. Give a regular file.")
+    return status.st_size
+
+
+def kind_of(path: Path) -> str | None:
+    """``file``, ``folder``, ``named pipe``, ``socket`` or ``device``; None where nothing is, also where the name is too
+    long or leads in a circle."""
+    try:
+        return KINDS.get(stat.S_IFMT(os.stat(path).st_mode), "device")
+    except (OSError, ValueError):
+        return None
 
 
 def exists(path: Path) -> bool:
-    """Whether anything stands at ``path``: False, too, where the name is too long or leads in a circle."""
-    try:
-        os.stat(path)
-    except (OSError, ValueError):
-        return False
-    return True
+    """Whether anything is at ``path``."""
+    return kind_of(path) is not None
+
+
+def is_special(path: Path) -> bool:
+    """Whether what is at ``path`` is neither a regular file nor a folder."""
+    return kind_of(path) not in (None, "file", "folder")
 
 
 def expanded(path: str, option: str) -> Path:
@@ -52,23 +64,9 @@ def expanded(path: str, option: str) -> Path:
 
 
 def from_home(name: str, option: str) -> str:
-    """``name`` with ``~/`` or ``~user/`` at its beginning replaced; names of datasets and hub ids stay as they are.
+    """``name`` with ``~/`` or ``~user/`` at its beginning replaced; names of datasets and hub ids are not changed.
 
     Raises:
         UserError: ``~name`` of a user who is not known here.
     """
     return str(expanded(name, option)) if name.startswith("~") and "/" in name else name
-
-
-def is_special(path: Path) -> bool:
-    """Whether something stands at ``path`` that is neither a regular file nor a folder."""
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError):
-        return False
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
-
-
-def _kind(mode: int) -> str:
-    names = ((stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "named pipe"), (stat.S_ISSOCK, "socket"))
-    return next((name for test, name in names if test(mode)), "device")

@@ -11,7 +11,7 @@ import socket
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -31,43 +31,42 @@ class Stop:
     def __init__(self) -> None:
         self.number: int | None = None
         self.over = False
-        self._unwinding: weakref.ref[Stopped] | None = None
+        self._unwinding: Callable[[], Stopped | None] = lambda: None
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         """Unwind, so that temporary files are removed; another signal does not stop that."""
-        if self.number is None:
-            self.number = number
-        if not self.over and (self._unwinding is None or self._unwinding() is None):
+        self.number = self.number or number
+        if not self.over and self._unwinding() is None:
             raise self._stopped()
+
+    def _stopped(self) -> Stopped:
+        # Not a local of the frame that raises: the exception would hold itself and never be seen to be gone.
+        stopped = Stopped(self.number)
+        self._unwinding = weakref.ref(stopped)
+        return stopped
 
     def on_unraisable(self, lost: Any) -> None:
         """Python's hook for exceptions that cannot be raised where they strike."""
         if isinstance(lost.exc_value, Stopped):
-            self._unwinding = None
+            self._unwinding = lambda: None
         else:
             sys.__unraisablehook__(lost)
-
-    def _stopped(self) -> Stopped:
-        # Not a local of the frame that raises: the exception would hold itself and never be seen to be gone.
-        found = Stopped(self.number)
-        self._unwinding = weakref.ref(found)
-        return found
 
     def watch(self, wake: socket.socket, done: threading.Event, main: int) -> None:
         """Wait for a signal; then see to it that the main thread ends."""
         while self.number is None and not done.is_set():
             for number in wake.recv(64):
-                if number in SIGNALS and self.number is None:
-                    self.number = number
+                if number in SIGNALS:
+                    self.number = self.number or number
         for _ in range(round(GRACE / AGAIN)):
             if done.wait(AGAIN):
                 return
             signal.pthread_kill(main, signal.SIGINT)  # Lightning puts a handler of its own before ours for SIGTERM
         if not done.is_set() and self.number is not None:
-            name = signal.Signals(self.number).name
             print(
-                f"interrupted by {name}; the command did not end within {GRACE:g} seconds and was killed. A run folder "
-                "that holds the file 'unfinished' is not finished; the next run removes temporary files.",
+                f"interrupted by {signal.Signals(self.number).name}; the command did not end within {GRACE:g} seconds "
+                "and was killed. A run folder that holds the file 'unfinished' is not finished; the next run removes "
+                "temporary files.",
                 file=sys.stderr,
                 flush=True,
             )
@@ -83,8 +82,7 @@ def stoppable() -> Iterator[Stop]:
     before = {number: signal.signal(number, stop.on_signal) for number in SIGNALS}
     hook, sys.unraisablehook = sys.unraisablehook, stop.on_unraisable
     wakeup = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-    arguments = (receiver, done, threading.get_ident())
-    watcher = threading.Thread(target=stop.watch, args=arguments, daemon=True, name="signals")
+    watcher = threading.Thread(target=stop.watch, args=(receiver, done, threading.get_ident()), daemon=True)
     watcher.start()
     try:
         yield stop

@@ -7,9 +7,9 @@ from transformers import PreTrainedModel
 
 from lightning_prune.checkpoint.cut import check_plan, layout_of, parameters_after, pruned_config
 from lightning_prune.checkpoint.plan import PruningPlan
+from lightning_prune.models.checkpoint import meta_model, skeleton
 from lightning_prune.models.families import anatomy, count_parameters
-from lightning_prune.models.layered import skeleton
-from lightning_prune.models.loading import meta_model
+from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 from tests.cutting import cut
 from tests.tiny import (
@@ -85,7 +85,7 @@ def test_removed_parameters_are_the_costs_of_the_removed_units(family: str) -> N
     dense = make_tiny(family, kv_heads=4)
     layer, before = anatomy(dense)[0], count_parameters(dense)
     plan = tiny_plan(dense, [([0, 3], FULL[:30]), ([1], FULL), ([0, 1, 2, 3], FULL[5:]), ([0, 1, 2, 3], FULL)])
-    removed = 5 * layer.attention_unit_cost + 15 * layer.mlp_unit_cost
+    removed = 5 * layer.unit_cost(Block.ATTENTION) + 15 * layer.unit_cost(Block.MLP)
     assert before - count_parameters(cut(dense, plan)) == removed
 
 

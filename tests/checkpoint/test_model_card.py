@@ -13,7 +13,7 @@ from lightning_prune.checkpoint.cut import layout_of
 from lightning_prune.checkpoint.model_card import model_card, stock_card
 from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.cli import main
-from lightning_prune.models.loading import load_config, load_model
+from lightning_prune.models.checkpoint import Checkpoint
 from tests.cutting import layered_cut
 from tests.export.checkpoints import Plan, save
 from tests.tiny import make_tiny, mixed_plan, tiny_tokens, uniform_plan
@@ -180,9 +180,10 @@ def test_licence_file_that_names_itself_is_enough(tmp_path: Path, text: str, exp
 
 
 def test_licence_is_read_where_the_model_is_now(tmp_path: Path) -> None:
-    base = base_folder(tmp_path / "base", "---\nlicense: mit\n---\n")
+    make_tiny().save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
     plan = mixed_plan(make_tiny(), base_model="/where/it/was/made")
-    assert front_matter(model_card(plan, "stock", pretrained=base))["license"] == "mit"
+    assert front_matter(model_card(plan, "stock", base=Checkpoint.open(str(tmp_path))))["license"] == "mit"
     assert "license" not in front_matter(model_card(plan, "stock"))
 
 
@@ -198,12 +199,12 @@ def test_no_file_of_a_checkpoint_names_the_folder_of_the_base_model(tmp_path: Pa
     make_tiny().save_pretrained(base)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"_name_or_path": str(base)}))
-    model = load_model(str(base), None)
+    model = Checkpoint.open(str(base)).load(None)
     plan = plan_of(model, base_model=str(base))
     pruned = layered_cut(model, plan)
     facts = {"dataset": str(tmp_path / "text.txt")}
     card = model_card(plan, layout_of(pruned.config), facts)
-    write_checkpoint(pruned, tmp_path / "out", tokenizer_from=None, card=card)
+    write_checkpoint(pruned, tmp_path / "out", beside=None, card=card)
     for file in (tmp_path / "out").iterdir():
         assert str(tmp_path).encode() not in file.read_bytes(), file.name
 
@@ -220,7 +221,7 @@ def test_commands_of_the_card_run(
     pytest.importorskip("gguf")
     monkeypatch.chdir(tmp_path)
     expected = save(tmp_path / "path" / "to" / "this" / "folder", plan=plan_of)(tiny_tokens()).logits
-    layout = layout_of(load_config("path/to/this/folder"))
+    layout = layout_of(Checkpoint.open("path/to/this/folder").config)
     text = card(layout)
     for block in blocks(text, "python"):
         found: dict[str, Any] = {}

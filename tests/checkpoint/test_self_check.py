@@ -29,7 +29,7 @@ def written(folder: Path, dtype: torch.dtype = torch.float32, plan: Any = mixed_
     """Logits of the model that ``folder`` now holds."""
     dense = make_tiny(**options).to(dtype)
     model = cut(dense, plan(dense))
-    write_checkpoint(layered(model), folder, tokenizer_from=None, card="")
+    write_checkpoint(layered(model), folder, beside=None, card="")
     return probe_logits(model)
 
 
@@ -150,7 +150,7 @@ def test_logits_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan
     with pytest.raises(FloatingPointError, match="NaN or infinite"):
-        write_checkpoint(layered(model), tmp_path / "pruned", tokenizer_from=None, card="")
+        write_checkpoint(layered(model), tmp_path / "pruned", beside=None, card="")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -19,7 +19,7 @@ from lightning_prune.checkpoint import write
 from lightning_prune.checkpoint.cut import layout_of
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.checkpoint.write import write_checkpoint
-from lightning_prune.models.loading import load_tokenizer
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.support.errors import UserError
 from tests.cutting import cut, layered, layered_cut
 from tests.tiny import (
@@ -105,8 +105,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         dense = make_tiny(family, kv_heads=kv_heads, tied=tied == "tied")
         if kv_heads == 1:
             dense = dense.to(torch.bfloat16)
-        source = str(tokenizer) if (kv_heads, tied) == (4, "tied") else None
-        write_checkpoint(layered_cut(dense, PLANS[plan](dense)), root / name, tokenizer_from=source, card="# card\n")
+        beside = Checkpoint.open(str(tokenizer)) if (kv_heads, tied) == (4, "tied") else None
+        write_checkpoint(layered_cut(dense, PLANS[plan](dense)), root / name, beside=beside, card="# card\n")
         tokens = tiny_tokens()
         known = {"tokens": tokens, "logits": cut(dense, PLANS[plan](dense))(tokens).logits.detach()}
         save_file(known, root / name / "expected.safetensors")
@@ -182,7 +182,7 @@ def test_tokenizer_is_the_same_also_under_another_model_type(checkpoints: dict[s
     text = "w9 w95 nothing w0"
     expected = tiny_tokenizer()(text).input_ids
     for name in ("llama-4-tied-uniform", "llama-4-tied-mixed", "qwen3-4-tied-mixed"):
-        tokenizer = load_tokenizer(str(checkpoints[name]))
+        tokenizer = Checkpoint.open(str(checkpoints[name])).tokenizer
         assert tokenizer is not None
         assert tokenizer(text).input_ids == expected
         assert AutoTokenizer.from_pretrained(checkpoints[name])(text).input_ids == expected
@@ -194,7 +194,7 @@ def test_the_same_model_gives_the_same_bytes_also_after_loading(
 ) -> None:
     first = checkpoints[name]
     loaded = lightning_prune.load(first)
-    write_checkpoint(layered(loaded), tmp_path / "again", tokenizer_from=None, card="# card\n")
+    write_checkpoint(layered(loaded), tmp_path / "again", beside=None, card="# card\n")
     lightning_prune.load(first).save_pretrained(tmp_path / "plain")
     for file in (tmp_path / "again").iterdir():
         assert file.read_bytes() == (first / file.name).read_bytes(), file.name
@@ -212,12 +212,12 @@ def test_shards_hold_what_one_file_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plan: Callable[[PreTrainedModel], PruningPlan], tied: bool
 ) -> None:
     dense = make_tiny("qwen3", tied=tied)
-    write_checkpoint(layered_cut(dense, plan(dense)), tmp_path / "one", tokenizer_from=None, card="")
+    write_checkpoint(layered_cut(dense, plan(dense)), tmp_path / "one", beside=None, card="")
     one = load_file(tmp_path / "one" / "model.safetensors")
     limit = 12_000  # smaller than the embedding's 96 × 32 × 4 bytes with anything beside it
     monkeypatch.setattr(write, "SHARD_BYTES", limit)
     for name in ("shards", "again"):
-        write_checkpoint(layered_cut(dense, plan(dense)), tmp_path / name, tokenizer_from=None, card="")
+        write_checkpoint(layered_cut(dense, plan(dense)), tmp_path / name, beside=None, card="")
 
     names = sorted(file.name for file in (tmp_path / "shards").glob("*.safetensors"))
     assert names == [f"model-{i + 1:05d}-of-{len(names):05d}.safetensors" for i in range(len(names))]
@@ -245,7 +245,7 @@ def test_shards_hold_what_one_file_holds(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_weights_are_written_in_the_dtype_of_the_layered_model(tmp_path: Path, dtype: torch.dtype) -> None:
     dense = make_tiny()
-    write_checkpoint(layered(dense, dtype), tmp_path / "pruned", tokenizer_from=None, card="")
+    write_checkpoint(layered(dense, dtype), tmp_path / "pruned", beside=None, card="")
     assert {tensor.dtype for tensor in load_file(tmp_path / "pruned" / "model.safetensors").values()} == {dtype}
     config = json.loads((tmp_path / "pruned" / "config.json").read_text())
     assert config["dtype"] == str(dtype).removeprefix("torch.")
@@ -262,7 +262,7 @@ def test_one_layer_is_in_memory_at_a_time_and_each_is_told(tmp_path: Path) -> No
         written.append(layer)
         present.append([not parameter.is_meta for block in model.layers for parameter in block.parameters()])
 
-    write_checkpoint(model, tmp_path / "pruned", tokenizer_from=None, card="", progress=progress)
+    write_checkpoint(model, tmp_path / "pruned", beside=None, card="", progress=progress)
     assert written == [0, 1, 2, 3]
     assert not any(any(layers) for layers in present)
 
@@ -285,9 +285,7 @@ def test_interrupted_write_leaves_nothing(
     if place == "card":
         monkeypatch.setattr(write, "write_text", interrupted)
     with pytest.raises(type(exception)):
-        write_checkpoint(
-            layered(make_tiny()), tmp_path / "pruned", tokenizer_from=None, card="", progress=after_a_layer
-        )
+        write_checkpoint(layered(make_tiny()), tmp_path / "pruned", beside=None, card="", progress=after_a_layer)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -305,7 +303,7 @@ def test_full_disk_is_a_message_and_leaves_the_old_checkpoint(
     make_tiny().save_pretrained(tokenizer)
     tiny_tokenizer().save_pretrained(tokenizer)
     with pytest.raises(UserError, match=r"No space left.*--trainer\.default_root_dir.*--output") as error:
-        write_checkpoint(layered(make_tiny(seed=1)), folder, tokenizer_from=str(tokenizer), card="")
+        write_checkpoint(layered(make_tiny(seed=1)), folder, beside=Checkpoint.open(str(tokenizer)), card="")
     assert str(folder) in str(error.value)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert sorted(path.name for path in folder.parent.iterdir()) == sorted([folder.name, "tokenizer"])
@@ -314,7 +312,7 @@ def test_full_disk_is_a_message_and_leaves_the_old_checkpoint(
 def test_place_that_cannot_be_written_is_a_message(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot be written"):
-        write_checkpoint(layered(make_tiny()), tmp_path / "file" / "pruned", tokenizer_from=None, card="")
+        write_checkpoint(layered(make_tiny()), tmp_path / "file" / "pruned", beside=None, card="")
 
 
 def test_generation_settings_that_transformers_only_warns_about_do_not_stop_the_write(
@@ -325,6 +323,6 @@ def test_generation_settings_that_transformers_only_warns_about_do_not_stop_the_
     file.write_text(json.dumps({**json.loads(file.read_text()), "do_sample": False, "temperature": 0.6}))
     model = lightning_prune.load(base)
     pruned = layered_cut(model, mixed_plan(model))
-    write_checkpoint(pruned, tmp_path / "pruned", tokenizer_from=str(base), card="")
+    write_checkpoint(pruned, tmp_path / "pruned", beside=Checkpoint.open(str(base)), card="")
     saved = json.loads((tmp_path / "pruned" / "generation_config.json").read_text())
     assert saved["temperature"] == 0.6

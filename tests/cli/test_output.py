@@ -8,7 +8,7 @@ import pytest
 
 from lightning_prune.cli import main
 from lightning_prune.support import progress
-from lightning_prune.support.progress_display import Lines, Status
+from lightning_prune.support.progress import Lines, Status
 from tests.methods.running import save_base
 from tests.tiny import make_tiny, tiny_tokens
 

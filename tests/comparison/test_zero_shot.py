@@ -17,7 +17,7 @@ from lightning_prune.comparison.run import load_run
 from lightning_prune.comparison.sections import sections, terminal
 from lightning_prune.comparison.zero_shot import ZeroShot
 from lightning_prune.evaluation.zero_shot import Metric, ZeroShotResult
-from lightning_prune.models.fingerprint import base_model_sha256
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.support.errors import UserError
 from tests.comparison.fake_run import write_run
 from tests.cutting import layered_cut
@@ -36,10 +36,10 @@ def folders(tmp_path: Path) -> list[Path]:
     tiny_tokenizer().save_pretrained(base)
     found = []
     for label in ("wanda", "taylor"):
-        folder = write_run(tmp_path, label, base_model=str(base), weights=base_model_sha256(str(base)))
+        folder = write_run(tmp_path, label, base_model=str(base), weights=Checkpoint.open(str(base)).fingerprint)
         model = make_tiny(seed=len(found) + 1)
         pruned = layered_cut(model, mixed_plan(model))
-        write_checkpoint(pruned, folder / "pruned", tokenizer_from=str(base), card="")
+        write_checkpoint(pruned, folder / "pruned", beside=Checkpoint.open(str(base)), card="")
         found.append(folder)
     return found
 

@@ -1,27 +1,16 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "while",
-    "rain",
-    "fell",
-    "over",
-    "old",
-    "town",
-    "nobody",
-    "came",
-    "for",
-    "it",
-]
+TEXT = "the cat sat on a mat while rain fell over old town nobody came for it"
+WORDS = TEXT.split()
+
+
+def explode(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("must not be called")
 
 
 def make_text(words: int, shift: int = 0) -> str:

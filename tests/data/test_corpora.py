@@ -1,138 +1,121 @@
+"""Named corpora and local files as text."""
+
+import gzip
+import json
+import re
+from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 
-from lightning_prune.data import corpora
-from lightning_prune.data.corpora import calibration_split, held_out_split, load_corpus, split_spec
+from lightning_prune.data.corpora import NAMES, calibration_split, held_out_split, load_corpus, split_spec
 from lightning_prune.support.errors import UserError
 
 COMMIT = "b08601e04326c79dfdd32d625aee71d232d685c3"
+DOCUMENTS = ["Grüße, one.", "two\nlines", "three"]
+JOINED = "Grüße, one.\n\ntwo\nlines\n\nthree"
 
 
 class Hub:
     """Stands in for `datasets.load_dataset` and keeps what it was asked for."""
 
-    def __init__(self, column: str, documents: list[str]) -> None:
+    def __init__(self, column: str, documents: list[str], error: Exception | None = None) -> None:
         self.asked: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.silent: list[bool] = []
         self.read = 0
-        self.column, self.documents = column, documents
+        self.column, self.documents, self.error = column, documents, error
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.asked.append((args, kwargs))
-        if not kwargs.get("streaming"):
-            rows = datasets.Dataset.from_dict({self.column: self.documents})
-            rows.info.download_checksums = {f"hf://datasets/org/name@{COMMIT}/train.parquet": {}}
-            return rows
-        return datasets.IterableDataset.from_generator(self.stream)
+        self.silent.append(datasets.are_progress_bars_disabled())
+        if kwargs.get("streaming"):
+            return datasets.IterableDataset.from_generator(self.stream)
+        if self.error is not None:
+            raise self.error
+        rows = datasets.Dataset.from_dict({self.column: self.documents})
+        rows.info.download_checksums = {f"hf://datasets/org/name@{COMMIT}/train.parquet": {}}
+        return rows
 
     def stream(self) -> Any:
         for document in self.documents:
             self.read += 1
             yield {self.column: document}
+        if self.error is not None:
+            raise self.error
 
 
-def use(monkeypatch: pytest.MonkeyPatch, hub: Any) -> Any:
+NUMBERS = [str(number) for number in range(5000)]
+HUB = {
+    # dataset, split, column, documents → what the hub is asked, and the text that comes of it
+    "lines joined by a blank line": (
+        ("wikitext2", "test", "text", ["", " = Title = \n", " Body . \n"]),
+        (("Salesforce/wikitext",), {"name": "wikitext-2-raw-v1", "split": "test"}),
+        "\n\n = Title = \n\n\n Body . \n",
+    ),
+    "the parquet conversion, sentences joined by a space": (
+        ("ptb", "validation", "sentence", ["no it was n't", "black monday"]),
+        (("ptb-text-only/ptb_text_only",), {"revision": "refs/convert/parquet", "split": "validation"}),
+        "no it was n't black monday",
+    ),
+    "25 tokens at 16 characters each": (
+        ("c4", "train", "text", ["x" * 100] * 1000),
+        (("allenai/c4",), {"name": "en", "split": "train", "streaming": True}),
+        " ".join(["x" * 100] * 4),
+    ),
+    "the first 1100 documents": (
+        ("c4", "validation", "text", NUMBERS),
+        (("allenai/c4",), {"name": "en", "split": "validation", "streaming": True}),
+        " ".join(NUMBERS[:1100]),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HUB)
+def test_hub_corpora_are_read_as_the_papers_read_them(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (dataset, split, column, documents), asked, text = HUB[case]
+    hub = Hub(column, documents)
     monkeypatch.setattr(datasets, "load_dataset", hub)
-    return hub
+    shown = datasets.are_progress_bars_disabled()
+    corpus = load_corpus(dataset, split, tokens_wanted=25)
+    assert hub.asked == [asked]
+    assert corpus.text == text
+    assert corpus.split == split
+    assert (hub.silent, datasets.are_progress_bars_disabled()) == ([True], shown)
+    if "streaming" not in asked[1]:
+        assert corpus.revision == COMMIT
+    elif split == "train":
+        assert hub.read == 4
 
 
-def test_wikitext2_joins_its_lines_by_a_blank_line_and_keeps_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = use(monkeypatch, Hub("text", ["", " = Title = \n", " Body . \n"]))
-    corpus = load_corpus("wikitext2", "test")
-    assert hub.asked == [(("Salesforce/wikitext",), {"name": "wikitext-2-raw-v1", "split": "test"})]
-    assert corpus.text == "\n\n = Title = \n\n\n Body . \n"
-    assert (corpus.configuration, corpus.split, corpus.revision) == ("wikitext-2-raw-v1", "test", COMMIT)
-
-
-def test_the_datasets_library_shows_no_bars_and_may_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub, silent = Hub("text", ["a"]), []
-
-    def load(*args: Any, **kwargs: Any) -> Any:
-        silent.append(datasets.are_progress_bars_disabled())
-        return hub(*args, **kwargs)
-
-    use(monkeypatch, load)
-    for wanted in (datasets.enable_progress_bars, datasets.disable_progress_bars):
-        wanted()
-        before = datasets.are_progress_bars_disabled()
-        load_corpus("wikitext2", "test")
-        assert datasets.are_progress_bars_disabled() == before
-    datasets.enable_progress_bars()
-    assert silent == [True, True]
-
-
-def test_ptb_reads_the_parquet_conversion_and_joins_sentences_by_a_space(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = use(monkeypatch, Hub("sentence", ["no it was n't", "black monday"]))
-    corpus = load_corpus("ptb", "validation")
-    expected = {"revision": "refs/convert/parquet", "split": "validation"}
-    assert hub.asked == [(("ptb-text-only/ptb_text_only",), expected)]
-    assert corpus.text == "no it was n't black monday"
-    assert corpus.configuration == "penn_treebank"
-
-
-def test_c4_calibration_streams_only_as_many_documents_as_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = use(monkeypatch, Hub("text", ["x" * 100] * 1000))
-    corpus = load_corpus("c4", "train", tokens_wanted=25)
-    assert hub.asked == [(("allenai/c4",), {"name": "en", "split": "train", "streaming": True})]
-    assert corpus.text == " ".join(["x" * 100] * 4)  # 25 tokens at 16 characters each
-    assert hub.read == 4
-
-
-def test_c4_held_out_is_the_first_1100_validation_documents(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = use(monkeypatch, Hub("text", [str(number) for number in range(5000)]))
-    corpus = load_corpus("c4", "validation")
-    assert hub.asked == [(("allenai/c4",), {"name": "en", "split": "validation", "streaming": True})]
-    assert corpus.text == " ".join(str(number) for number in range(1100))
+@pytest.mark.parametrize("dataset", ["wikitext2", "c4"])
+def test_hub_failure_is_one_message_that_offers_a_local_file(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", Hub("text", ["a"], ConnectionError("no route\nand a second line")))
+    with pytest.raises(UserError) as error:
+        load_corpus(dataset, "train", 1000)
+    for word in (dataset, "no route", "HF_HUB_OFFLINE", "--data.dataset", ".parquet"):
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_default_splits() -> None:
     assert [held_out_split(name) for name in ("demo", "wikitext2", "ptb", "c4")] == ["test"] * 3 + ["validation"]
-    assert {calibration_split(name) for name in corpora.NAMES} == {"train"}
+    assert {calibration_split(name) for name in NAMES} == {"train"}
+    assert load_corpus("demo", "validation").text != load_corpus("demo", "test").text
 
 
-def test_hub_failure_is_one_message_that_offers_a_local_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    def offline(*args: Any, **kwargs: Any) -> Any:
-        raise ConnectionError("Couldn't reach the Hub\nand a second line")
-
-    use(monkeypatch, offline)
-    with pytest.raises(UserError) as error:
-        load_corpus("wikitext2", "train")
-    message = str(error.value)
-    for word in ("wikitext2", "Couldn't reach the Hub", "HF_HUB_OFFLINE", "--data.dataset", ".parquet"):
-        assert word in message
-    assert "\n" not in message
-
-
-def test_failure_while_streaming_is_reported_the_same_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken(Hub):
-        def stream(self) -> Any:
-            yield {"text": "one"}
-            raise TimeoutError("read timed out")
-
-    use(monkeypatch, Broken("text", []))
-    with pytest.raises(UserError, match=r"could not fetch c4 .*read timed out"):
-        load_corpus("c4", "train", 1000)
-
-
-def test_unknown_name_lists_the_names_and_the_nearest() -> None:
+def test_wrong_names_and_splits_say_what_is_allowed() -> None:
     with pytest.raises(UserError) as error:
         calibration_split("wikitext")
     for word in ("did you mean wikitext2?", "demo", "ptb", "c4", ".jsonl", ".npy", "save_to_disk", "--data.dataset"):
         assert word in str(error.value)
-
-
-def test_missing_file_is_named() -> None:
     with pytest.raises(UserError, match=r"no/such/text\.txt.*exists"):
         held_out_split("no/such/text.txt")
-
-
-def test_unknown_split_lists_the_splits() -> None:
     with pytest.raises(UserError, match=r"no split 'dev'.*train, validation, test"):
         load_corpus("wikitext2", "dev")
 
 
-def test_split_spec_leaves_existing_paths_alone(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_split_spec_leaves_existing_paths_alone(tmp_path: Path) -> None:
     odd = tmp_path / "a:b"
     odd.write_text("x")
     assert split_spec(str(odd)) == (str(odd), None)
@@ -141,7 +124,116 @@ def test_split_spec_leaves_existing_paths_alone(tmp_path) -> None:  # type: igno
     assert split_spec("C:\\texts\\a.txt") == ("C:\\texts\\a.txt", None)
 
 
-def test_demo_splits_differ() -> None:
-    texts = {split: load_corpus("demo", split).text for split in ("validation", "test")}
-    assert texts["validation"] != texts["test"]
-    assert min(len(text) for text in texts.values()) > 1000
+def read(path: Path) -> str:
+    return load_corpus(str(path), "all").text
+
+
+def write(path: Path, rows: dict[str, list[Any]]) -> Path:
+    """One table in the kind of file the name asks for."""
+    table = datasets.Dataset.from_dict(rows)
+    lines = "".join(json.dumps(row) + "\n" for row in table.to_list())
+    if path.suffix == ".parquet":
+        table.to_parquet(path)
+    elif path.suffix == ".csv":
+        table.to_csv(path)
+    elif path.suffix == ".jsonl":
+        path.write_text(lines, encoding="utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(table.to_list(), indent=1), encoding="utf-8")
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines.encode()))
+    else:
+        table.save_to_disk(path)
+    return path
+
+
+KINDS = ["a.jsonl", "a.json", "a.json.gz", "a.csv", "a.parquet", "a_folder"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "we[i]rd*.TXT", ".hidden.txt"])
+def test_text_file_is_read_as_it_is(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes((JOINED + "\n").encode())
+    assert read(tmp_path / name) == JOINED + "\n"
+    assert calibration_split(str(tmp_path / name)) == "all"
+    assert held_out_split(str(tmp_path / name)) is None
+    with pytest.raises(UserError, match=r"no split 'test'.*leave the split out"):
+        load_corpus(str(tmp_path / name), "test")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_table_finds_its_text_column(tmp_path: Path, kind: str) -> None:
+    for column, others in (("text", ["url"]), ("sentence", []), ("whatever", [])):
+        rows: dict[str, list[Any]] = {"id": [1, 2, 3], column: DOCUMENTS, **{name: ["u", "v", "w"] for name in others}}
+        (tmp_path / column).mkdir()
+        assert read(write(tmp_path / column / kind, rows)) == JOINED
+    (tmp_path / "missing").mkdir()
+    assert read(write(tmp_path / "missing" / kind, {"text": ["one", None, "two"]})) == "one\n\ntwo"
+    path = write(tmp_path / kind, {"title": DOCUMENTS, "body": DOCUMENTS, "id": [1, 2, 3]})
+    with pytest.raises(UserError, match=r"title.*body.*id.*--data\.dataset"):
+        read(path)
+
+
+def test_rows_of_a_file_may_differ(tmp_path: Path) -> None:
+    rows = [
+        {"text": "a", "x": 1},
+        {"text": "b", "x": "s"},
+        {"text": None},
+        {"y": [1, {"z": 2}], "text": "c"},
+        {"y": []},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    assert read(tmp_path / "a.jsonl") == "a\n\nb\n\nc"
+
+
+def test_saved_splits_are_separate_corpora_with_a_revision(tmp_path: Path) -> None:
+    rows = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("train", "validation")}
+    datasets.DatasetDict(rows).save_to_disk(tmp_path / "d")
+    folder = str(tmp_path / "d")
+    assert (calibration_split(folder), held_out_split(folder)) == ("train", "validation")
+    train, held_out = load_corpus(folder, "train"), load_corpus(folder, "validation")
+    assert (train.text, held_out.text) == ("train", "validation")
+    assert train.revision
+    assert train.revision != held_out.revision
+    with pytest.raises(UserError, match=r"no split 'test'.*train, validation"):
+        load_corpus(folder, "test")
+
+    datasets.DatasetDict({"dev": rows["train"]}).save_to_disk(tmp_path / "dev")
+    with pytest.raises(UserError, match=r"no train.*:dev"):
+        calibration_split(str(tmp_path / "dev"))
+
+
+def test_a_folder_laid_out_as_on_the_hub_has_its_splits(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.jsonl", {"text": [split, "x"]})
+    assert (calibration_split(str(tmp_path)), held_out_split(str(tmp_path))) == ("train", "test")
+    assert load_corpus(str(tmp_path), "test").text == "test\n\nx"
+
+
+BROKEN = {
+    "a.jsonl": (b'{"text": "x"}\n{oops\n', "line 2"),
+    "null.jsonl": (b"null\n", "line 1"),
+    "surrogate.jsonl": (b'{"text": "a\\ud83db"}\n', "surrogate"),
+    "empty.jsonl": (b"", "cannot tell"),
+    "a.json.gz": (b"not gzip", "cannot read.*a.json.gz"),
+    "half.json.gz": (gzip.compress(b'{"text": "x"}\n' * 1000)[:-30], "cannot read"),
+    "a.parquet": (b"not parquet", "cannot read.*a.parquet"),
+    "a.txt": (b"\xff\xfe\xfa", "cannot read.*utf-8"),
+    "a.pdf": (b"%PDF", r"unknown kind.*\.txt"),
+    "state.json": (b"{", "cannot read"),  # the folder
+    "config.json": (b"{}", "cannot read|cannot tell"),  # the folder
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_and_folders_are_one_message(tmp_path: Path, name: str, capfd: Any) -> None:
+    content, words = BROKEN[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    if name in ("state.json", "config.json"):
+        path = tmp_path
+    with pytest.raises(UserError) as error:
+        load_corpus(str(path), calibration_split(str(path)))
+    assert re.search(words, str(error.value))
+    assert "--data.dataset" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr().err == ""

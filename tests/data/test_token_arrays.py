@@ -28,16 +28,24 @@ def test_npy_and_safetensors_are_taken_as_they_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("array", "words"),
     [
-        (np.zeros((2, 4), np.int32), "dtype is int32"),
-        (np.zeros((2, 4), np.float32), "dtype is float32"),
-        (np.zeros(8, np.int64), "1 dimensions"),
-        (np.zeros((0, 4), np.int64), r"shape is \[0, 4\]"),
-        (np.zeros((4, 1), np.int64), r"shape is \[4, 1\]"),
+        (np.zeros((2, 4), np.int32), "int32"),
+        (np.zeros((2, 4), np.float32), "float32"),
+        (np.zeros(8, np.int64), r"\[8\]"),
+        (np.zeros((0, 4), np.int64), r"\[0, 4\]"),
+        (np.zeros((4, 1), np.int64), r"\[4, 1\]"),
         (np.array([["a"]]), "cannot read"),
+        (b"", "cannot read"),
+        (b"not an array at all", "cannot read"),
     ],
 )
 def test_wrong_arrays_are_refused(tmp_path: Path, array: Any, words: str) -> None:
-    np.save(tmp_path / "a.npy", array)
+    if isinstance(array, bytes):
+        (tmp_path / "a.npy").write_bytes(array)
+        (tmp_path / "a.safetensors").write_bytes(array)
+        with pytest.raises(UserError, match=f"{words}.*int64.*--data.dataset"):
+            load_token_array(str(tmp_path / "a.safetensors"))
+    else:
+        np.save(tmp_path / "a.npy", array)
     with pytest.raises(UserError, match=f"{words}.*int64.*--data.dataset"):
         load_token_array(str(tmp_path / "a.npy"))
 
@@ -53,20 +61,9 @@ def test_pickles_are_never_loaded(tmp_path: Path) -> None:
     assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.parametrize("name", ["a.npy", "a.safetensors"])
-@pytest.mark.parametrize("content", [b"", b"not an array at all"])
-def test_broken_files_are_refused(tmp_path: Path, name: str, content: bytes) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match="cannot read the token array"):
-        load_token_array(str(tmp_path / name))
-
-
-def test_ambiguous_safetensors_names_its_tensors(tmp_path: Path) -> None:
+def test_ambiguous_and_missing_files_are_named(tmp_path: Path) -> None:
     save_file({"x": TOKENS, "y": TOKENS.clone()}, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=r"2 tensors.*x, y.*tokens"):
         load_token_array(str(tmp_path / "a.safetensors"))
-
-
-def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no token array at .*none\.npy.*--data\.dataset"):
         load_token_array(str(tmp_path / "none.npy"))

@@ -1,3 +1,5 @@
+"""Text to tokens, and the streams that are kept between runs."""
+
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -6,23 +8,19 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lightning_prune.data import tokenization
-from lightning_prune.data.tokenization import cached_stream, load_tokenizer, tokenize, tokenizer_sha256
+from lightning_prune.data import streams, tokenization
+from lightning_prune.data.streams import StreamReader
+from lightning_prune.data.tokenization import load_tokenizer, tokenize, tokenizer_sha256
 from lightning_prune.support.errors import UserError
-from tests.data.conftest import make_text
+from tests.data.conftest import explode, make_text
 
 
 @pytest.fixture
 def tokenizer(tokenizer_folder: str) -> Any:
     return AutoTokenizer.from_pretrained(tokenizer_folder)
-
-
-@pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenization, "PIECE", 700)
-    monkeypatch.setattr(tokenization, "CONTEXT", 64)
 
 
 def with_pre_tokenizer(pre_tokenizer: Any) -> Any:
@@ -33,45 +31,51 @@ def with_pre_tokenizer(pre_tokenizer: Any) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=raw)
 
 
+class Counted:
+    """A tokenizer that keeps the longest text it was given."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.longest = tokenizer, 0
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        self.longest = max(self.longest, len(text))
+        return self.tokenizer(text, **options)
+
+
 def reference(tokenizer: Any, text: str) -> list[int]:
     """One call of the underlying library for the whole text."""
     return list(tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-@pytest.mark.usefixtures("small_pieces")
-@pytest.mark.parametrize("gap", ["\n", "\n\n", " \n\n \n", "   ", "\n\n\n\t"])
-def test_pieces_join_to_the_tokenisation_of_the_whole_text(tokenizer: Any, gap: str) -> None:
-    text = make_text(2000).replace("\n", gap)
-    assert len(list(tokenization._pieces(tokenizer, text))) > 5
-    assert tokenize(tokenizer, text).tolist() == reference(tokenizer, text)
+METASPACE = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+PIECES = {
+    **{repr(gap): (None, make_text(2000).replace("\n", gap), True) for gap in ("\n", " \n\n \n", "   ", "\n\n\n\t")},
+    # Like Llama 2's, it puts a word mark before whatever text it is given: every cut would add one.
+    "marks the start": (METASPACE, "x" + make_text(600), False),
+    "no white space": (None, "ab" * 2000, False),
+}
 
 
-@pytest.mark.usefixtures("small_pieces")
-def test_a_tokenizer_that_marks_the_start_of_a_text_gets_it_in_one_piece() -> None:
-    """Like Llama 2's, it puts a word mark before whatever text it is given: every cut would add one."""
-    marking = with_pre_tokenizer(pre_tokenizers.Metaspace(prepend_scheme="always", split=False))
-    text = "x" + make_text(600)
-    assert list(tokenization._pieces(marking, text)) == [text]
-    assert tokenize(marking, text).tolist() == reference(marking, text)
+@pytest.mark.parametrize("name", PIECES)
+def test_pieces_join_to_the_tokenisation_of_the_whole_text(
+    name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenization, "PIECE", 700)
+    monkeypatch.setattr(tokenization, "CONTEXT", 64)
+    pre_tokenizer, text, in_pieces = PIECES[name]
+    used = tokenizer if pre_tokenizer is None else with_pre_tokenizer(pre_tokenizer)
+    counted = Counted(used)
+    assert tokenize(counted, text).tolist() == reference(used, text)
+    assert (counted.longest < 1000) == in_pieces
 
 
-@pytest.mark.usefixtures("small_pieces")
-def test_text_without_white_space_is_one_piece(tokenizer: Any) -> None:
-    assert tokenize(tokenizer, "ab" * 2000).tolist() == reference(tokenizer, "ab" * 2000)
-
-
-def test_no_special_token_is_added(tokenizer: Any) -> None:
-    from tokenizers.processors import TemplateProcessing
-
+def test_no_special_token_is_added_and_empty_text_is_an_empty_stream(tokenizer: Any) -> None:
     plain = tokenize(tokenizer, "the cat sat").tolist()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="a $A b", special_tokens=[("a", 1), ("b", 2)]
     )
     assert len(tokenizer("the cat sat")["input_ids"]) == len(plain) + 2
     assert tokenize(tokenizer, "the cat sat").tolist() == plain
-
-
-def test_empty_text_is_an_empty_stream(tokenizer: Any) -> None:
     assert tokenize(tokenizer, "").shape == (0,)
     assert tokenize(tokenizer, "").dtype == torch.int64
 
@@ -103,36 +107,41 @@ def test_a_slow_tokenizer_is_hashed_over_its_vocabulary_and_added_tokens() -> No
     assert tokenizer_sha256(variants[0]) == tokenizer_sha256(Slow(b"a", {}))
 
 
-def entry_file(folder: Path, name: str) -> Path:
-    (found,) = folder.glob(f"tokens/*/{name}")
-    return found
-
-
-def explode(*args: Any, **kwargs: Any) -> Any:
-    raise AssertionError("tokenised again")
-
-
-def test_a_cached_stream_is_not_tokenised_again(
-    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_stream_is_tokenised_again_only_for_another_text_tokenizer_or_protocol(
+    tokenizer: Any, text_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = cached_stream(tokenizer, "the cat sat", "t", "k", tmp_path)
-    assert first.tolist() == reference(tokenizer, "the cat sat")
-    monkeypatch.setattr(tokenization, "tokenize", explode)
-    assert torch.equal(cached_stream(tokenizer, "the cat sat", "t", "k", tmp_path), first)
-    for text_digest, tokenizer_digest in (("other", "k"), ("t", "other")):
-        with pytest.raises(AssertionError, match="tokenised again"):
-            cached_stream(tokenizer, "the cat sat", text_digest, tokenizer_digest, tmp_path)
-    monkeypatch.setattr(tokenization, "PROTOCOL", tokenization.PROTOCOL + 1)
-    with pytest.raises(AssertionError, match="tokenised again"):
-        cached_stream(tokenizer, "the cat sat", "t", "k", tmp_path)
+    first = StreamReader(tokenizer, tmp_path).read(text_file, "all")
+    assert first.tokens.tolist() == reference(tokenizer, Path(text_file).read_text())
+    monkeypatch.setattr(streams, "tokenize", explode)
+    again = StreamReader(tokenizer, tmp_path).read(text_file, "all")
+    assert torch.equal(again.tokens, first.tokens)
+    assert again.provenance == first.provenance
+
+    other = tmp_path / "other.txt"
+    other.write_text("the cat sat")
+    for reader, path in (
+        (StreamReader(tokenizer, tmp_path), str(other)),
+        (StreamReader(with_pre_tokenizer(pre_tokenizers.Whitespace()), tmp_path), text_file),
+    ):
+        with pytest.raises(AssertionError, match="must not be called"):
+            reader.read(path, "all")
+    monkeypatch.setattr(streams, "PROTOCOL", streams.PROTOCOL + 1)
+    with pytest.raises(AssertionError, match="must not be called"):
+        StreamReader(tokenizer, tmp_path).read(text_file, "all")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "other ids", "no manifest", "bad manifest"])
-def test_a_damaged_cache_entry_is_ignored_and_written_again(
-    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+@pytest.mark.parametrize("damage", ["truncated", "other ids", "no manifest", "bad manifest", "unwritable"])
+def test_a_damaged_cache_entry_is_written_again_and_an_unwritable_cache_is_not_fatal(
+    tokenizer: Any, text_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
-    first = cached_stream(tokenizer, "the cat sat", "t", "k", tmp_path)
-    array, manifest = entry_file(tmp_path, "tokens.npy"), entry_file(tmp_path, "tokens.json")
+    cache = tmp_path / "cache"
+    if damage == "unwritable":
+        cache.write_text("in the way")
+    first = StreamReader(tokenizer, cache).read(text_file, "all").tokens
+    assert first.tolist() == reference(tokenizer, Path(text_file).read_text())
+    if damage == "unwritable":
+        return
+    (array,), (manifest,) = cache.glob("tokens/*/tokens.npy"), cache.glob("tokens/*/tokens.json")
     if damage == "truncated":
         array.write_bytes(array.read_bytes()[:-5])
     elif damage == "other ids":
@@ -141,15 +150,9 @@ def test_a_damaged_cache_entry_is_ignored_and_written_again(
         manifest.unlink()
     else:
         manifest.write_text("[1")
-    assert torch.equal(cached_stream(tokenizer, "the cat sat", "t", "k", tmp_path), first)
-    monkeypatch.setattr(tokenization, "tokenize", explode)
-    assert torch.equal(cached_stream(tokenizer, "the cat sat", "t", "k", tmp_path), first)
-
-
-def test_an_unwritable_cache_is_not_fatal(tokenizer: Any, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    stream = cached_stream(tokenizer, "the cat sat", "t", "k", tmp_path / "file")
-    assert stream.tolist() == reference(tokenizer, "the cat sat")
+    assert torch.equal(StreamReader(tokenizer, cache).read(text_file, "all").tokens, first)
+    monkeypatch.setattr(streams, "tokenize", explode)
+    assert torch.equal(StreamReader(tokenizer, cache).read(text_file, "all").tokens, first)
 
 
 def test_a_model_folder_without_tokenizer_offers_a_token_array(tmp_path: Path) -> None:

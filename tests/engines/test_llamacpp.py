@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_prune.cli import main
-from lightning_prune.models.loading import load_tokenizer
+from lightning_prune.models.checkpoint import Checkpoint
 from tests.cutting import cut
 from tests.engines.asking import ask, needs
 from tests.engines.tokenizers_by_kind import TEXTS, save_tokenizer
@@ -133,7 +133,7 @@ def test_the_demo_model_pruned_by_a_method_reads_and_writes_text(tmp_path: Path)
     root = ["--trainer.default_root_dir", str(tmp_path), "--trainer.accelerator", "cpu"]
     assert main(["fit", "--config", "wanda", "--data.num_samples", "8", *root]) == 0
     run = tmp_path / "wanda" / "version_0"
-    tokenizer = load_tokenizer(str(run / "pruned"))
+    tokenizer = Checkpoint.open(str(run / "pruned")).tokenizer
     assert tokenizer is not None
     answers = ask("llamacpp", export(run, "f16"), {"texts": TEXTS[:2]})
     assert answers["tokens"] == [tokenizer(text)["input_ids"] for text in TEXTS[:2]]

@@ -6,7 +6,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lightning_prune.demo.text import demo_text
+from lightning_prune.demo import demo_text
 from lightning_prune.export.vocabulary import SPLITS
 
 SIZE = 900

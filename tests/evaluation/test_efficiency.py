@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from lightning_prune.evaluation import efficiency
 from lightning_prune.evaluation.efficiency import Efficiency, EfficiencyReport, Setting, Speed, measure
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.support.errors import UserError
 from tests.cutting import cut
 from tests.tiny import make_tiny, mixed_plan, tiny_tokens, uniform_plan
@@ -81,7 +82,7 @@ def test_speed_is_tokens_of_the_batch_over_the_median_without_the_warm_up(
     seconds = iter([(90.0, 90.0)] * efficiency.WARM_UP + [(4.0, 8.0), (1.0, 2.0), (2.0, 64.0)])
     monkeypatch.setattr(efficiency, "_generate", lambda *_: next(seconds))
     setting = Setting(prompt_length=10, decode_length=6, context_length=16, batch_sizes=(3,), repeats=3)
-    found = measure(model, str(tmp_path), setting)
+    found = measure(model, Checkpoint.open(str(tmp_path)), setting)
     assert found.speed[0].prefill_tokens_per_second == 3 * 10 / 2
     assert found.speed[0].decode_tokens_per_second == 3 * 6 / 8
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
@@ -97,7 +98,7 @@ def test_peak_memory_forgets_what_was_freed_before(tmp_path: Path) -> None:
     torch.ones(50 * 2**20)  # 200 MiB, gone at once
     before = efficiency._peak_memory_bytes(device)
     make_tiny().save_pretrained(tmp_path)
-    found = measure(make_tiny(), str(tmp_path), Setting(8, 2, 10, batch_sizes=(1,), repeats=1))
+    found = measure(make_tiny(), Checkpoint.open(str(tmp_path)), Setting(8, 2, 10, batch_sizes=(1,), repeats=1))
     assert found.speed[0].peak_memory_bytes is not None
     assert before - found.speed[0].peak_memory_bytes > 100 * 2**20  # type: ignore[operator]
 
@@ -113,7 +114,7 @@ def test_peak_memory_forgets_what_was_freed_before(tmp_path: Path) -> None:
 )
 def test_setting_that_cannot_be_measured_is_refused(setting: Setting, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        measure(make_tiny(), "nowhere", setting)
+        measure(make_tiny(), Checkpoint.open("demo"), setting)
 
 
 def test_batch_that_does_not_fit_names_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +123,7 @@ def test_batch_that_does_not_fit_names_the_option(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(efficiency, "_generate", full)
     with pytest.raises(UserError, match="--batch-sizes: 16 sequences of 32 tokens do not fit"):
-        measure(make_tiny(), "nowhere", Setting(16, 16, 32, batch_sizes=(16,)))
+        measure(make_tiny(), Checkpoint.open("demo"), Setting(16, 16, 32, batch_sizes=(16,)))
 
 
 def test_table_shows_dense_pruned_and_their_ratio() -> None:

@@ -6,15 +6,17 @@ import torch
 from transformers import AutoModelForCausalLM, MistralForCausalLM
 
 from lightning_prune.cli import main
-from lightning_prune.export.stock import PaddedSource, stock_config
-from lightning_prune.models.layered import open_weights, skeleton
 from lightning_prune.models.sources import CheckpointSource
-from lightning_prune.support.errors import UserError
 from tests.export.checkpoints import FULL, Plan, gone, save
 from tests.tiny import EVERY_FAMILY, mixed_plan, tiny_plan, tiny_tokens
 
-PLANS: list[Plan] = [mixed_plan, *(gone(what, where) for what in ("attention", "mlp", "both") for where in (0, 3))]
+GONE: list[Plan] = [gone(what, where) for what in ("attention", "mlp", "both") for where in (0, 3)]
 BIASES = {"llama": {"attention_bias": True, "mlp_bias": True}, "qwen3": {"attention_bias": True}}
+CASES = [
+    *((family, mixed_plan, {}) for family in EVERY_FAMILY),
+    *((family, mixed_plan, options) for family, options in BIASES.items()),
+    *((family, plan, {}) for family in ("llama", "phi3") for plan in GONE),
+]
 
 
 def export(folder: Path) -> Any:
@@ -22,18 +24,17 @@ def export(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder.parent / "out", trust_remote_code=False)
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize(("family", "plan", "options"), CASES)
 @torch.no_grad()
-def test_padded_model_is_stock_and_gives_the_same_logits(family: str, plan: Plan, tmp_path: Path) -> None:
-    for name, options in (("plain", {}), ("biases", BIASES.get(family))):
-        if options is None:
-            continue
-        pruned = save(tmp_path / name / "model", family, plan, **options)
-        padded = export(tmp_path / name / "model")
-        assert not padded.config.is_heterogeneous
-        assert not (tmp_path / name / "out" / "modeling_pruned.py").exists()
-        torch.testing.assert_close(padded(tiny_tokens()).logits, pruned(tiny_tokens()).logits, rtol=1e-5, atol=1e-5)
+def test_padded_model_is_stock_and_gives_the_same_logits(
+    family: str, plan: Plan, options: dict[str, Any], tmp_path: Path
+) -> None:
+    pruned = save(tmp_path / "model", family, plan, **options)
+    padded = export(tmp_path / "model")
+    assert not padded.config.is_heterogeneous
+    assert not (tmp_path / "out" / "modeling_pruned.py").exists()
+    expected = pruned.double()(tiny_tokens()).logits
+    torch.testing.assert_close(padded.double()(tiny_tokens()).logits, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_layers_are_as_wide_as_the_widest_and_the_loss_is_told(
@@ -78,13 +79,3 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
     export(tmp_path / "model")
     for names in asked:
         assert len({name.split("layers.")[-1].split(".")[0] for name in names if "layers." in name}) <= 1
-
-
-def test_a_norm_that_sees_all_heads_is_not_padded(tmp_path: Path) -> None:
-    save(tmp_path / "model", plan=mixed_plan)
-    net, source = open_weights(str(tmp_path / "model"))
-    wide = skeleton(stock_config(net.config))
-    for model, size in ((net, 8), (wide, 16)):
-        model.model.layers[1].self_attn.register_module("k_norm", torch.nn.RMSNorm(size))
-    with pytest.raises(UserError, match="sees all heads of its layer at once"):
-        PaddedSource(source, net, wide)

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 
-from lightning_prune.export.vocabulary import CONTROL, NORMAL, UNUSED, USER_DEFINED, Vocabulary, read_vocabulary
-from lightning_prune.models.loading import load_tokenizer
+from lightning_prune.export.vocabulary import add_vocabulary
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.support.errors import UserError
 from tests.export.checkpoints import TOKENS, save
+
+gguf = pytest.importorskip("gguf")
 
 
 @pytest.fixture
@@ -18,39 +20,36 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def read(folder: Path, rows: int = TOKENS, ends: list[int] | None = None) -> Vocabulary:
-    return read_vocabulary(str(folder), rows, ends or [])
-
-
-def edit(file: Path, change: Callable[[Any], Any]) -> None:
-    content = json.loads(file.read_text("utf-8"))
-    change(content)
-    file.write_text(json.dumps(content), "utf-8")
+def read(folder: Path, rows: int = TOKENS, ends: list[int] | None = None) -> dict[str, Any]:
+    """What the file says of the tokenizer, by its key without ``tokenizer.``."""
+    writer = gguf.GGUFWriter(None, "llama")
+    add_vocabulary(gguf, writer, Checkpoint.open(str(folder)), rows, ends or [])
+    return {name.removeprefix("tokenizer."): value.value for name, value in writer.kv_data[0].items()}
 
 
 def test_every_row_of_the_embedding_has_its_token(folder: Path) -> None:
-    tokenizer: Any = load_tokenizer(str(folder))
+    tokenizer: Any = Checkpoint.open(str(folder)).tokenizer
     tokenizer.add_tokens(["<tool>"])
     tokenizer.save_pretrained(folder)
-    found = read(folder, rows=1030)
-    assert found.tokens[:1025] == tokenizer.convert_ids_to_tokens(range(1025))
-    assert found.types == [CONTROL, CONTROL, *[NORMAL] * 1022, USER_DEFINED, *[UNUSED] * 5]
-    assert len(set(found.tokens)) == 1030
-    assert (found.model, found.pre, found.add_bos, found.add_eos) == ("gpt2", "gpt-2", True, False)
-    assert {name: found.special[name] for name in ("bos", "eos")} == {"bos": 0, "eos": 1}
-    assert found.merges[0] == "Ġ t"
+    said = read(folder, rows=1030)
+    assert said["ggml.tokens"][:1025] == tokenizer.convert_ids_to_tokens(range(1025))
+    assert len(set(said["ggml.tokens"])) == 1030
+    kind = gguf.TokenType
+    types = [kind.CONTROL] * 2 + [kind.NORMAL] * 1022 + [kind.USER_DEFINED] + [kind.UNUSED] * 5
+    assert said["ggml.token_type"] == types
+    assert said["ggml.merges"][0] == "Ġ t"
+    expected = {"model": "gpt2", "pre": "gpt-2", "add_bos_token": True, "add_eos_token": False}
+    expected |= {"bos_token_id": 0, "eos_token_id": 1}
+    assert {name: said[f"ggml.{name}"] for name in expected} == expected
 
 
-def test_a_second_token_that_ends_generation_is_told(folder: Path) -> None:
-    assert read(folder, ends=[1, 7]).special["eot"] == 7
-    assert "eot" not in read(folder, ends=[1]).special
-    assert "eot" not in read(folder, ends=[TOKENS]).special  # no such token
-
-
-def test_chat_template_travels(folder: Path) -> None:
-    assert read(folder).chat_template is None
+def test_a_second_token_that_ends_generation_and_a_chat_template_are_told(folder: Path) -> None:
+    assert read(folder, ends=[1, 7])["ggml.eot_token_id"] == 7
+    plain = read(folder, ends=[1, TOKENS])  # the second is not a token
+    assert "ggml.eot_token_id" not in plain
+    assert "chat_template" not in plain
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    assert read(folder).chat_template == "{{ messages[0]['content'] }}"
+    assert read(folder)["chat_template"] == "{{ messages[0]['content'] }}"
 
 
 REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
@@ -71,19 +70,19 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "pieces": (lambda c: c["model"].update(byte_fallback=True), "prepares text in a way that SentencePiece"),
     "damage": (lambda c: c.pop("model"), "the tokenizer cannot be loaded"),
+    "nothing": (lambda c: None, r"holds no tokenizer\.json"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_tokenizer_that_would_be_read_otherwise_is_refused(name: str, folder: Path) -> None:
     change, says = REFUSED[name]
-    edit(folder / "tokenizer.json", change)
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text("utf-8"))
+    change(content)
+    file.write_text(json.dumps(content), "utf-8")
+    if name == "nothing":
+        for file in folder.glob("tokenizer*"):
+            file.unlink()
     with pytest.raises(UserError, match=says):
-        read(folder)
-
-
-def test_a_model_without_tokenizer_is_refused(folder: Path) -> None:
-    (folder / "tokenizer.json").unlink()
-    (folder / "tokenizer_config.json").unlink()
-    with pytest.raises(UserError, match=r"holds no tokenizer\.json"):
         read(folder)

@@ -20,6 +20,7 @@ from lightning_prune.comparison.run import load_run
 from lightning_prune.export.stock import write_stock
 from lightning_prune.methods import FLAP
 from lightning_prune.methods.bias_compensation import carriers, without_carrier
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import anatomy
 from lightning_prune.support.errors import UserError
 from tests.methods.behaviour import Run, logits, prune, save_model, save_tokens
@@ -146,14 +147,14 @@ def test_the_second_of_two_steps_measures_with_the_biases_of_the_first(tmp_path:
         if kept.kept_channels:
             down = projections(first, position)["down_proj"]
             metric = inputs(first, down).var(0) * down.weight.square().sum(0)
-            found = method.scores.importance[method.scores.of(kept.layer, "mlp")][kept.kept_channels]
+            found = torch.from_numpy(method.scores.importance[method.scores.of(kept.layer, "mlp")][kept.kept_channels])
             # All channels of the step share one divisor.
             torch.testing.assert_close(found / found.sum(), (metric / metric.sum()).detach(), rtol=1e-3, atol=1e-6)
 
 
 def test_padded_to_a_stock_checkpoint_it_computes_the_same(tmp_path: Path) -> None:
     run = flap(tmp_path)
-    write_stock(str(run.pruned), tmp_path / "padded", "")
+    write_stock(Checkpoint.open(str(run.pruned)), tmp_path / "padded", "")
     padded = AutoModelForCausalLM.from_pretrained(tmp_path / "padded")
     torch.testing.assert_close(logits(padded), logits(lightning_prune.load(run.pruned)), rtol=1e-4, atol=1e-4)
 

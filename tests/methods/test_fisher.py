@@ -39,7 +39,7 @@ def test_importance_is_the_mean_square_of_the_masks_slopes(family: str, tmp_path
     method = run_method(HGSP(base, 0.2, importance="fisher", temperature=0), tokens, tmp_path / "run", batch_size=3)
     for layer, pair in enumerate(reference(model, tokens)):
         for block, expected in zip(("attention", "mlp"), pair, strict=True):
-            found = method.scores.importance[method.scores.of(layer, block)]
+            found = torch.from_numpy(method.scores.importance[method.scores.of(layer, block)])
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-9)
 
 

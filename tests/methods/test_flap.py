@@ -37,7 +37,7 @@ def test_scores_equal_a_float64_reference_and_the_lowest_leave(kv_heads: int, tm
             metric = [x[:, j].var(ddof=1) * sum(w * w for w in weight[:, j]) for j in range(weight.shape[1])]
             z = (np.array(metric) - np.mean(metric)) / np.std(metric, ddof=1)
             expected = [z[j * len(z) // units : (j + 1) * len(z) // units].mean() for j in range(units)]
-            found = scores.score[scores.of(layer, block)]
+            found = torch.from_numpy(scores.score[scores.of(layer, block)])
             torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-3, atol=1e-4)
     # Everything below the first unit that no longer fitted is gone: the lowest that stays is above all that went.
     assert float(scores.score[scores.pruned].max()) <= float(scores.score[~scores.pruned].min())

@@ -85,7 +85,7 @@ def test_importance_is_what_a_unit_adds_to_the_least_loss(family: str, tmp_path:
         for block, name, count, (x, g) in zip(("attention", "mlp"), ("o_proj", "down_proj"), units, pair, strict=True):
             weight = projections(exact, layer)[name].weight.detach().numpy()
             expected = reference(weight, x.T @ x / len(x), g.T @ g / len(g), weight.shape[1] // count)
-            costs = method.scores.importance[method.scores.of(layer, block)]
+            costs = torch.from_numpy(method.scores.importance[method.scores.of(layer, block)])
             torch.testing.assert_close(costs, torch.tensor(expected, dtype=torch.float64), rtol=2e-3, atol=1e-9)
 
 

@@ -46,7 +46,7 @@ def test_importances_and_selection_equal_a_float64_reference(tmp_path: Path, kin
 
     scores = run.method.scores
     expected = torch.tensor([unit.importance for unit in units], dtype=torch.float64)
-    torch.testing.assert_close(scores.importance, expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(torch.from_numpy(scores.importance), expected, rtol=1e-4, atol=0)
     assert scores.cost.tolist() == [unit.cost for unit in units]
     extras, total = block_extras(model), parameters(model)
     assert kept(run) == kept_lists(units, greedy(units, int(29 * total // 100), extras), 4)

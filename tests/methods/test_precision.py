@@ -43,7 +43,7 @@ def test_half_precision_decides_as_single_but_for_rounding(shared: Any, system: 
     before, after = full.method.scores, half.method.scores
     assert after.importance.dtype == before.importance.dtype
     # A unit can change sides only where rounding moves it past the last one removed: few stand so close.
-    changed = float((before.pruned != after.pruned).double().mean())
+    changed = float((before.pruned != after.pruned).mean())
     assert changed <= max(8 * ROUNDING[precision], 0.01), changed
     if system not in ("slimgpt", "hgsp_kfac"):  # whose errors depend on which units went before
         # Four layers of some ten rounded steps each, most of which average out over a unit's weights; a square has

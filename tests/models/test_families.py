@@ -9,11 +9,12 @@ from torch import nn
 from transformers import AutoConfig, BertConfig, GPT2Config
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from lightning_prune.models.checkpoint import meta_model
 from lightning_prune.models.families import anatomy, count_parameters, family_of
-from lightning_prune.models.loading import meta_model
 from lightning_prune.models.records import FAMILIES as FAMILIES_OF_RECORD
 from lightning_prune.models.records import GUIDE, TEXT_PARTS
 from lightning_prune.models.refusals import ENCODER_DECODER, FAMILIES_BY_REASON, REFUSED, SEVERAL_MODELS
+from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 from tests.cutting import cut
 from tests.tiny import EVERY_FAMILY, FAMILIES, make_tiny, mixed_plan, tiny_config, tiny_plan
@@ -33,9 +34,9 @@ def test_shapes_and_costs_on_the_meta_device(family: str, extra: dict[str, Any],
     for layer in layers:
         assert layer.query.weight.is_meta
         assert (layer.num_kv_heads, layer.queries_per_kv_head, layer.num_channels) == (kv_heads, r, 40)
-        assert layer.attention_unit_cost == 2 * r * d * hidden + 2 * d * hidden + qkv_bias
-        assert layer.mlp_unit_cost == 3 * hidden + (2 if "mlp_bias" in extra else 0)
-        assert layer.attention_block_cost + layer.mlp_block_cost == count_parameters(layer.layer)
+        assert layer.unit_cost(Block.ATTENTION) == 2 * r * d * hidden + 2 * d * hidden + qkv_bias
+        assert layer.unit_cost(Block.MLP) == 3 * hidden + (2 if "mlp_bias" in extra else 0)
+        assert layer.block_cost(Block.ATTENTION) + layer.block_cost(Block.MLP) == count_parameters(layer.layer)
 
 
 def test_tied_weights_count_once() -> None:
@@ -80,7 +81,7 @@ def test_every_name_is_one_that_transformers_knows() -> None:
 @pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_costs_of_the_blocks_are_all_parameters_of_the_layer(family: str) -> None:
     for layer in anatomy(meta_model(tiny_config(family, tied=False))):
-        assert layer.attention_block_cost + layer.mlp_block_cost == count_parameters(layer.layer)
+        assert layer.block_cost(Block.ATTENTION) + layer.block_cost(Block.MLP) == count_parameters(layer.layer)
         assert (layer.num_kv_heads, layer.queries_per_kv_head, layer.num_channels) == (2, 2, 40)
 
 

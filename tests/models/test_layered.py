@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import lightning_prune
 from lightning_prune.checkpoint import write
 from lightning_prune.checkpoint.write import write_checkpoint
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import anatomy
 from lightning_prune.models.layered import LayeredModel, Onload, open_layered
 from tests.cutting import CPU, MemorySource, layered, layered_cut
@@ -51,7 +52,7 @@ def test_layers_one_by_one_give_the_logits_of_the_whole_model(
     whole = lightning_prune.load(tmp_path)
     placements: tuple[Onload, ...] = ("layer", "model")
     for onload in placements:
-        model = open_layered(str(tmp_path), None, CPU, onload)
+        model = open_layered(Checkpoint.open(str(tmp_path)), None, CPU, onload)
         for shape in ((2, 12), (3, 9)):  # masks and rotary tables follow the shape
             tokens = tiny_tokens(*shape)
             expected = whole(input_ids=tokens, use_cache=False).logits
@@ -63,7 +64,7 @@ def test_layers_one_by_one_give_the_logits_of_the_whole_model(
 @torch.no_grad()
 def test_weights_come_in_the_asked_dtype_and_rotary_tables_in_float32(tmp_path: Path, asked: torch.dtype) -> None:
     make_tiny().save_pretrained(tmp_path)
-    model = open_layered(str(tmp_path), asked, CPU)
+    model = open_layered(Checkpoint.open(str(tmp_path)), asked, CPU)
     model.load_all()
     assert {parameter.dtype for parameter in model.net.parameters()} == {asked}
     assert {buffer.dtype for buffer in model.net.buffers()} == {torch.float32}
@@ -79,9 +80,11 @@ def test_pruned_checkpoints_run_by_layers_too(
 ) -> None:
     dense = make_tiny(family)
     monkeypatch.setattr(write, "SHARD_BYTES", 12_000)
-    write_checkpoint(layered_cut(dense, plan(dense)), tmp_path / "pruned", tokenizer_from=None, card="")
+    write_checkpoint(layered_cut(dense, plan(dense)), tmp_path / "pruned", beside=None, card="")
     expected = lightning_prune.load(tmp_path / "pruned")(input_ids=tiny_tokens(), use_cache=False).logits
-    assert torch.equal(logits_by_layers(open_layered(str(tmp_path / "pruned"), None, CPU), tiny_tokens()), expected)
+    assert torch.equal(
+        logits_by_layers(open_layered(Checkpoint.open(str(tmp_path / "pruned")), None, CPU), tiny_tokens()), expected
+    )
 
 
 def test_a_layer_has_weights_between_enter_and_leave_alone() -> None:
@@ -219,7 +222,8 @@ def test_one_file_and_shards_read_the_same(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
     one, many = (
-        logits_by_layers(open_layered(str(tmp_path / name), None, CPU), tiny_tokens()) for name in ("one", "many")
+        logits_by_layers(open_layered(Checkpoint.open(str(tmp_path / name)), None, CPU), tiny_tokens())
+        for name in ("one", "many")
     )
     assert torch.equal(one, many)
 
@@ -229,5 +233,5 @@ def test_what_is_read_ahead_is_used(tmp_path: Path) -> None:
     dense = make_tiny()
     model = layered(dense)
     source: MemorySource = model._reader.source  # type: ignore[assignment]
-    write_checkpoint(model, tmp_path / "out", tokenizer_from=None, card="")
+    write_checkpoint(model, tmp_path / "out", beside=None, card="")
     assert sorted(source.asked) == sorted(name for name, _ in dense.named_parameters())

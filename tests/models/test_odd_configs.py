@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_prune.methods import HGSP, Magnitude
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.layered import open_layered
-from lightning_prune.models.loading import load_tokenizer
 from tests.cutting import CPU
 from tests.methods.behaviour import prune
 from tests.methods.running import pruned_by, run_method
@@ -76,7 +76,7 @@ def test_odd_configs_give_the_logits_of_transformers_and_are_pruned(tmp_path: Pa
     file.write_text(json.dumps(config))
     expected: PreTrainedModel = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     tokens = tiny_tokens()
-    model = open_layered(str(tmp_path / "dense"), None, CPU)
+    model = open_layered(Checkpoint.open(str(tmp_path / "dense")), None, CPU)
     hidden = model.embed(tokens)
     for index in range(model.num_layers):
         with model.layer(index):
@@ -98,7 +98,7 @@ def test_a_vocabulary_larger_than_the_tokenizers(tmp_path: Path) -> None:
     run = prune(Magnitude(str(tmp_path / "dense"), 0.2), tmp_path / "tokens.npy", tmp_path / "runs")
     pruned = AutoModelForCausalLM.from_pretrained(run.pruned, trust_remote_code=True)
     assert pruned(tiny_tokens()).logits.shape[-1] == 128
-    assert len(load_tokenizer(str(run.pruned))) == 96  # type: ignore[arg-type]
+    assert len(Checkpoint.open(str(run.pruned)).tokenizer) == 96  # type: ignore[arg-type]
 
 
 def test_a_pad_token_outside_the_vocabulary_is_as_in_transformers(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 import lightning_prune
 from lightning_prune.methods import HGSP
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.layered import open_layered
-from lightning_prune.models.loading import check_model, load_config
 from lightning_prune.support.errors import UserError
 from tests.cutting import CPU
 from tests.methods.running import pruned_by, run_method
@@ -62,9 +62,9 @@ def test_the_text_model_gives_the_logits_of_the_whole_for_text(
 ) -> None:
     expected = several(kind, tmp_path, own_names, tied)
     tokens = tiny_tokens().clamp(max=94)
-    assert load_config(str(tmp_path)).model_type == TEXT[kind]
-    check_model(str(tmp_path))
-    model = open_layered(str(tmp_path), None, CPU)
+    assert Checkpoint.open(str(tmp_path)).config.model_type == TEXT[kind]
+    Checkpoint.open(str(tmp_path)).check()
+    model = open_layered(Checkpoint.open(str(tmp_path)), None, CPU)
     hidden = model.embed(tokens)
     for index in range(model.num_layers):
         with model.layer(index):
@@ -88,4 +88,4 @@ def test_it_is_pruned_to_a_text_model(tmp_path: Path) -> None:
 def test_other_models_of_several_are_refused(tmp_path: Path) -> None:
     AutoConfig.for_model("llava").save_pretrained(tmp_path)
     with pytest.raises(UserError, match="made of several models"):
-        load_config(str(tmp_path))
+        Checkpoint.open(str(tmp_path))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_prune.models.loading import load_model
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.recovery.data import RecoveryDataModule, ShuffledWindows, shared_windows
 from lightning_prune.recovery.module import cosine_with_warmup, divergence
 from lightning_prune.recovery.weights import attach_adapters, count_zeros, hold_zeros, linears_of, zeros_of
@@ -55,7 +55,7 @@ def with_trained_adapters(net: nn.Module, keep_zeros: bool = False) -> tuple[nn.
 
 @pytest.mark.parametrize("family", ["uneven widths", "phi3", "gemma2", "granite", "olmo2", "qwen2"])
 def test_every_linear_of_the_layers_is_adapted_and_merged(family: str, pruned: Path) -> None:
-    net: Any = load_model(str(pruned), torch.float32) if family == "uneven widths" else make_tiny(family)
+    net: Any = Checkpoint.open(str(pruned)).load(torch.float32) if family == "uneven widths" else make_tiny(family)
     if family == "uneven widths":
         assert len({linear.weight.shape for linear in linears_of(net).values()}) > 4
     before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}

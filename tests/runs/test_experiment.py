@@ -16,7 +16,7 @@ from lightning_prune.cli.commands.fit import main as fit
 from lightning_prune.runs.experiment import run_experiment
 from lightning_prune.runs.planned import plan_runs
 from lightning_prune.runs.settings import read_settings
-from lightning_prune.support import progress_display
+from lightning_prune.support import progress
 from lightning_prune.support.errors import UserError
 from tests.killing import Forks, Kill
 from tests.tiny import make_tiny, tiny_tokenizer, tiny_tokens
@@ -78,7 +78,7 @@ def results(report: Path) -> list[dict[str, str]]:
 def test_every_run_leaves_a_line_and_says_in_between_what_it_does(
     experiment: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress_display, "LINE_EVERY", 0)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0)
     capsys.readouterr()
     assert compare(["--config", str(experiment), "--systems", "wanda"]) == 0
     lines = capsys.readouterr().err.splitlines()

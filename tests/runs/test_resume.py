@@ -1,16 +1,16 @@
 """``fit --resume``: the bytes of an undisturbed run wherever the process died, and a refusal that says why."""
 
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from lightning_prune.calibration import stream_checkpoints as waypoints
 from lightning_prune.runs.folder import RunFolder
+from lightning_prune.runs.resume import keep_dense, known_dense, unfinished_run, write_facts
+from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import Lock
 from tests.killing import Ended, Forks, Kill
 from tests.methods.behaviour import save_model, save_tokens
@@ -116,50 +116,19 @@ def interrupted(fit: Fit) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        (["--model.pruning_ratio", "0.3"], "model.pruning_ratio: 0.2 then, 0.3 now"),
-        (["--data.batch_size", "2"], "data.batch_size: 4 then, 2 now"),
-        (["--trainer.precision", "bf16-true"], "trainer.precision: None then, bf16-true now"),
-        (["--data.dataset", "held_out.npy"], "calibration tokens (SHA-256)"),
-        (["--model.pretrained", "other"], "weights of the model (SHA-256)"),
-    ],
-)
-def test_what_differs_is_named(fit: Fit, interrupted: Path, options: list[str], named: str) -> None:
-    if not (fit.folder / "other").exists():
-        save_model(fit.folder / "other", seed=1)
-    option, value = options
-    value = str(fit.folder / value) if (fit.folder / value).exists() else value
-    ended = fit("wanda_2to4", "interrupted", option, value, "--resume")
+def test_what_differs_is_named_and_nothing_is_lost(fit: Fit, interrupted: Path) -> None:
+    save_model(fit.folder / "other", seed=1)
+    for option, value, named in (
+        ("--model.pruning_ratio", "0.3", "model.pruning_ratio: 0.2 then, 0.3 now"),
+        ("--data.dataset", f"{fit.folder}/held_out.npy", "calibration tokens (SHA-256)"),
+        ("--model.pretrained", f"{fit.folder}/other", "weights of the model (SHA-256)"),
+    ):
+        ended = fit("wanda_2to4", "interrupted", option, value, "--resume")
+        assert ended.status == 2
+        assert named in ended.printed
+        assert (interrupted / "findings").is_dir()
+    ended = fit("wanda_2to4", "interrupted", "--resum")
     assert ended.status == 2
-    assert named in ended.printed
-    assert "version_0 differs in" in ended.printed
-    assert (interrupted / "findings").is_dir()
-
-
-@pytest.mark.slow
-def test_the_same_text_with_other_content_is_named(fit: Fit, interrupted: Path) -> None:
-    before = (fit.folder / "tokens.npy").read_bytes()
-    try:
-        save_tokens(fit.folder / "tokens.npy", tiny_tokens(10, 16, seed=8))
-        ended = fit("wanda_2to4", "interrupted", "--resume")
-    finally:
-        (fit.folder / "tokens.npy").write_bytes(before)
-    assert ended.status == 2
-    assert "version_0 differs in calibration tokens (SHA-256)" in ended.printed
-
-
-@pytest.mark.slow
-def test_a_run_that_lives_is_not_taken_up(fit: Fit, interrupted: Path) -> None:
-    lock = Lock.take(interrupted / "unfinished")
-    assert lock is not None
-    try:
-        ended = fit("wanda_2to4", "interrupted", "--resume")
-    finally:
-        lock.release()
-    assert ended.status == 2
-    assert f"'{interrupted}' is still under way" in ended.printed
 
 
 @pytest.mark.slow
@@ -172,23 +141,33 @@ def test_what_the_message_says_works_and_then_nothing_is_unfinished(fit: Fit, in
     assert os.listdir(interrupted.parent) == ["version_0"]
 
 
-@pytest.mark.slow
-def test_only_fit_takes_the_option_and_its_help_says_so(forks: Forks, capsys: Any) -> None:
-    assert "--resume" in forks.run(["fit", "--help"]).printed
-    for argv in (["test"], ["compare", "--config", "compare"], ["fit", "--config", "wanda", "--resum"]):
-        ended = forks.run([*argv, *([] if argv[0] == "fit" else ["--resume"])])
-        assert ended.status == 2
-        assert len([line for line in ended.printed.splitlines() if line.startswith("error: ")]) == 1
+FACTS = {"model": "Wanda", "model.pruning_ratio": 0.2, "processes": 1, "tau": float("inf")}
 
 
-@pytest.mark.slow
-def test_a_temporary_file_among_the_findings_of_a_dead_run_goes_with_the_next_run(fit: Fit) -> None:
-    root = fit.folder / "other-ratio"
-    shutil.rmtree(root, ignore_errors=True)
-    kill = Kill("lightning_prune.calibration.results:Findings.add", 3)
-    assert fit("wanda_2to4", "other-ratio", kill=kill).status == -signal.SIGKILL
-    dead = root / "wanda_2to4" / "version_0" / "findings"
-    (dead / ".step_00002.safetensors.0123abcd.tmp").write_bytes(b"half")
-    assert fit("wanda_2to4", "other-ratio", "--model.pruning_ratio", "0.3").status == 0
-    assert not [path for path in root.rglob("*") if path.name.startswith(".")]
-    assert (dead / "step_00001.safetensors").is_file()  # of use for --resume, and of another configuration
+def test_the_newest_unfinished_run_of_the_same_facts_is_found(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="There is none at all"):
+        unfinished_run(tmp_path, "wanda", FACTS)
+    for number in (0, 1, 10, 11, 12):
+        folder = tmp_path / "wanda" / f"version_{number}"
+        folder.mkdir(parents=True)
+        (folder / "unfinished").touch()
+        write_facts(RunFolder(folder), FACTS | {"processes": 2} if number == 11 else FACTS)
+    (folder / "metrics.json").touch()  # finished
+    newest = tmp_path / "wanda" / "version_10"
+    assert unfinished_run(tmp_path, "wanda", FACTS) == newest
+    with pytest.raises(UserError, match=r"version_11 differs in processes: 2 then, 3 now\. version_10 differs"):
+        unfinished_run(tmp_path, "wanda", FACTS | {"processes": 3})
+    locks = [Lock.take(newest.parent / name / "unfinished") for name in ("version_10", "version_1", "version_0")]
+    with pytest.raises(UserError, match="still under way"):
+        unfinished_run(tmp_path, "wanda", FACTS)
+    for lock in locks:
+        assert lock is not None
+        lock.release()
+
+
+def test_dense_perplexities_are_only_known_for_the_same_text(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert known_dense(folder, {"demo": "abc"}) is None
+    keep_dense(folder, {"demo": "abc"}, {"demo": (12.5, 100)})
+    assert known_dense(folder, {"demo": "abc"}) == {"demo": (12.5, 100)}
+    assert known_dense(folder, {"demo": "other"}) is None

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,8 +22,6 @@ from lightning_prune.support.errors import UserError
 from tests.killing import Forks
 from tests.methods.behaviour import prune, save_model, save_tokens
 from tests.tiny import make_tiny, tiny_tokens
-
-COMMAND = [sys.executable, "-m", "lightning_prune"]
 
 
 @pytest.fixture
@@ -94,24 +91,18 @@ def test_full_disk_under_tensorboard_is_one_message(
     assert not (inputs / "root").exists()
 
 
-@pytest.mark.parametrize("label", ["../evil", "/abs", "..", ".hidden", "a b", "a/b"])
-def test_label_that_is_no_name_writes_nothing(inputs: Path, capsys: pytest.CaptureFixture[str], label: str) -> None:
-    before = sorted(inputs.rglob("*"))
-    assert main(["fit", *options(inputs), f"--model.label={label}"]) == 2
-    assert f"--model.label: found {label!r}; a name consists of up to 200 letters" in capsys.readouterr().err
-    assert sorted(inputs.rglob("*")) == before
-
-
-def test_label_in_somebody_elses_run_is_no_way_out(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_label_that_is_no_name_writes_nothing(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the command line, and in the configuration of somebody else's run."""
     assert main(["fit", *options(inputs)]) == 0
     run = inputs / "root" / "magnitude" / "version_0"
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["model"]["init_args"]["label"] = "../../evil"
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     before = sorted(inputs.rglob("*"))
-    assert main(["decide", f"--run={run}"]) == 2
-    assert "--model.label: found '../../evil'" in capsys.readouterr().err
-    assert sorted(inputs.rglob("*")) == before
+    for line in (["decide", f"--run={run}"], ["fit", *options(inputs), "--model.label=../../evil"]):
+        assert main(line) == 2
+        assert "--model.label: found '../../evil'" in capsys.readouterr().err
+        assert sorted(inputs.rglob("*")) == before
 
 
 # Numbers
@@ -147,19 +138,13 @@ def test_ratio_that_nobody_asked_for_is_not_recorded(inputs: Path) -> None:
 # Numerical trouble
 
 
-def broken_model(folder: Path, value: float) -> str:
+def test_bad_weights_are_named_whatever_the_precision(inputs: Path) -> None:
     model = make_tiny()
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 5] = value
-    model.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-def test_bad_weights_are_named_whatever_the_precision(inputs: Path, precision: str) -> None:
-    method = Wanda(broken_model(inputs / "broken", float("nan")))
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    model.save_pretrained(inputs / "broken")
     with pytest.raises(FloatingPointError) as error:
-        prune(method, inputs / "tokens.npy", inputs / "logs", precision)
+        prune(Wanda(str(inputs / "broken")), inputs / "tokens.npy", inputs / "logs", "bf16-true")
     message = str(error.value)
     assert "themselves hold NaN or infinite values, first in model.layers.1.mlp.up_proj.weight" in message
     assert "--trainer.precision" not in message
@@ -190,18 +175,6 @@ def test_advice_never_names_the_precision_in_use(
 # Many at once
 
 
-def together(commands: list[list[str]]) -> list[str]:
-    """Start all at once; what each printed. Every one must succeed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-        for command in commands
-    ]
-    done = [process.communicate(timeout=300) for process in started]
-    assert [process.returncode for process in started] == [0] * len(started), [err[-500:] for _, err in done]
-    return [out for out, _ in done]
-
-
 def all_of(forks: Forks, commands: list[list[str]]) -> list[str]:
     """Start all at once; what each printed. Every one must succeed."""
     ended = forks.together(commands)
@@ -211,46 +184,35 @@ def all_of(forks: Forks, commands: list[list[str]]) -> list[str]:
 
 @pytest.mark.slow
 def test_runs_that_start_together_are_whole_and_unmixed(inputs: Path, forks: Forks) -> None:
-    ratios = [0.1, 0.15, 0.2, 0.25, 0.3, 0.35]
+    ratios = [0.1, 0.2, 0.3, 0.4]
     printed = all_of(forks, [["fit", *options(inputs), f"--model.pruning_ratio={ratio}"] for ratio in ratios])
-    folders = []
-    for ratio, out in zip(ratios, printed, strict=True):
-        folder = Path(out.splitlines()[-1].removeprefix("pruned model: ")).parent
+    folders = [Path(out.splitlines()[-1].removeprefix("pruned model: ")).parent for out in printed]
+    for ratio, folder in zip(ratios, folders, strict=True):
         run = load_run(folder)
         config = yaml.safe_load((folder / "config.yaml").read_text())
         assert config["model"]["init_args"]["pruning_ratio"] == run.requested == ratio
-        plan = RunFolder.open(folder, "--run").plan
-        assert plan.pruning_ratio == ratio
-        card = (folder / "pruned" / "README.md").read_text()
-        assert f"| Pruning ratio achieved | {run.achieved:.4f} |" in card
-        folders.append(folder)
-    assert len(set(folders)) == 6
-    assert len(entries(inputs / "root" / "magnitude")) == 6
+        assert RunFolder.open(folder, "--run").plan.pruning_ratio == ratio
+        assert f"| Pruning ratio achieved | {run.achieved:.4f} |" in (folder / "pruned" / "README.md").read_text()
+    assert len(set(folders)) == len(entries(inputs / "root" / "magnitude")) == 4
 
     decided = all_of(forks, [["decide", f"--run={folder}", "--model.label=again"] for folder in folders])
-    assert len({out.splitlines()[-1] for out in decided}) == len(entries(inputs / "root" / "again")) == 6
     for folder, out in zip(folders, decided, strict=True):
         again = Path(out.splitlines()[-1].removeprefix("pruned model: ")).parent
         assert (again / "scores.csv").read_bytes() == (folder / "scores.csv").read_bytes()
         assert json.loads((again / "method.json").read_text())["measured_by"] == str(folder)
-
     tests = all_of(forks, [["test", *options(inputs)[1:], "--trainer.logger=false"] for _ in range(4)])
     assert len({out.splitlines()[-1] for out in tests}) == len(entries(inputs / "root" / "test")) == 4
-    reports = all_of(forks, [["compare", "--runs", *map(str, folders), "--root", str(inputs / "root")]] * 4)
-    assert len({out.splitlines()[-1] for out in reports}) == len(entries(inputs / "root" / "comparison")) == 4
-    names = {"report.html", "report.md", "results.csv", "results.tex", "calibration_appendix.md"}
-    for version in (inputs / "root" / "comparison").iterdir():
-        assert names <= set(entries(version))
     assert not [path for path in (inputs / "root").rglob("*") if path.name.startswith(".") or path.name == "unfinished"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("logger", ["true", "false"])
-def test_several_ranks_write_one_folder(inputs: Path, logger: str) -> None:
+def test_several_ranks_write_one_folder(inputs: Path) -> None:
     np.save(inputs / "tokens.npy", tiny_tokens(8, 16).numpy())
-    arguments = [*options(inputs), "--trainer.devices=2", f"--trainer.logger={logger}"]
-    (out,) = together([[*COMMAND, "fit", *arguments]])
-    assert out.splitlines()[-1] == f"pruned model: {inputs / 'root' / 'magnitude' / 'version_0' / 'pruned'}"
+    arguments = [*options(inputs), "--trainer.devices=2"]
+    command = [sys.executable, "-m", "lightning_prune", "fit", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert done.stdout.splitlines()[-1] == f"pruned model: {inputs / 'root' / 'magnitude' / 'version_0' / 'pruned'}"
     assert entries(inputs / "root") == ["magnitude"]
     assert entries(inputs / "root" / "magnitude") == ["version_0"]
     assert load_run(inputs / "root" / "magnitude" / "version_0").achieved > 0.1

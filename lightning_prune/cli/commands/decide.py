@@ -112,18 +112,18 @@ def _flat(parser: Any, parsed: Any) -> dict[str, Any]:
 
 
 def _check_base_model(pretrained: str, run: FinishedRun) -> None:
+    from lightning_prune.models.checkpoint import Checkpoint
     from lightning_prune.models.families import count_parameters
-    from lightning_prune.models.fingerprint import base_model_sha256
-    from lightning_prune.models.loading import load_config, meta_model
 
-    found, measured = count_parameters(meta_model(load_config(pretrained))), run.metrics.parameters.dense
+    checkpoint = Checkpoint.open(pretrained)
+    found, measured = count_parameters(checkpoint.meta), run.metrics.parameters.dense
     if found != measured:
         raise UserError(
             f"--run: '{run.path}' measured a model of {measured:,} parameters; '{pretrained}' now has {found:,}. "
             "Put the model back, or run fit again."
         )
     recorded = run.metrics.method.base_model_sha256
-    if recorded is not None and recorded != base_model_sha256(pretrained):
+    if recorded is not None and recorded != checkpoint.fingerprint:
         raise UserError(
             f"--run: the config or the weights of '{pretrained}' have changed since '{run.path}' measured them "
             "(SHA-256). Put the model back, or run fit again."

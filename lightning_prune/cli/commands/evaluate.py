@@ -24,23 +24,24 @@ def main(argv: list[str]) -> int:
     model_folder, output = _places(given.model, given.output)
 
     # After the arguments, so that --help does not wait for torch.
-    from lightning_prune.checkpoint.pruned import stored_dtype
     from lightning_prune.evaluation.efficiency import Setting
     from lightning_prune.evaluation.zero_shot import check_tasks
-    from lightning_prune.models.loading import OPTION, load_config
+    from lightning_prune.models.checkpoint import Checkpoint
     from lightning_prune.models.model_slot import DTYPES
+    from lightning_prune.models.weights import OPTION
     from lightning_prune.support.files import check_writable
 
     check_writable(output, "--output")
     device = _device(given.device)
     models = ({"dense": given.dense} if given.dense else {}) | {"pruned": model_folder}
+    opened = {}
     for name, path in models.items():
         try:
-            load_config(path)
+            opened[name] = Checkpoint.open(path)
         except UserError as error:
             raise UserError(str(error).replace(OPTION, "--model" if name == "pruned" else "--dense")) from None
     # One dtype for both: a dense bf16 folder beside a pruned fp32 one would compare formats, not models.
-    dtype = DTYPES[given.precision] if given.precision else stored_dtype(model_folder)
+    dtype = DTYPES[given.precision] if given.precision else opened["pruned"].stored_dtype
     manager = check_tasks(given.tasks, given.include_path) if given.zero_shot else None
     setting = Setting(
         prompt_length=given.prompt_length,
@@ -49,36 +50,46 @@ def main(argv: list[str]) -> int:
         batch_sizes=tuple(given.batch_sizes),
         repeats=given.repeats,
     )
-    _measure(given, models, setting if given.efficiency else None, manager, dtype, device, output)
+    _measure(given, opened, setting if given.efficiency else None, manager, dtype, device, output)
     return 0
 
 
 def _measure(
-    given: argparse.Namespace, models: dict[str, str], setting: Any, manager: Any, dtype: Any, device: Any, output: Path
+    given: argparse.Namespace,
+    models: dict[str, Any],
+    setting: Any,
+    manager: Any,
+    dtype: Any,
+    device: Any,
+    output: Path,
 ) -> None:
     """Load one model after the other, measure it, and write what was measured."""
     import torch
 
     from lightning_prune.evaluation import efficiency, zero_shot
-    from lightning_prune.models.loading import load_model, load_tokenizer
     from lightning_prune.runs.environment import environment
     from lightning_prune.support.files import write_json
 
     costs: dict[str, efficiency.Efficiency] = {}
     knowledge: dict[str, zero_shot.ZeroShotResult] = {}
-    for name, path in models.items():
-        tokenizer = load_tokenizer(path) if manager is not None else None
+    for name, opened in models.items():
+        tokenizer = opened.tokenizer if manager is not None else None
         if manager is not None and tokenizer is None:
-            raise UserError(f"--zero-shot: '{path}' holds no tokenizer. Save the model's tokenizer files there.")
-        model: Any = load_model(path, dtype).to(device)
+            raise UserError(
+                f"--zero-shot: '{opened.pretrained}' holds no tokenizer. Save the model's tokenizer files there."
+            )
+        model: Any = opened.load(dtype).to(device)
         if setting is not None:
-            costs[name] = efficiency.measure(model, path, setting, name)
+            costs[name] = efficiency.measure(model, opened, setting, name)
         if manager is not None:
             knowledge[name] = zero_shot.zero_shot(model, tokenizer, given.tasks, manager, given.eval_batch_size)
         del model
 
     used_dtype = str(dtype).removeprefix("torch.")
-    facts = {"models": models, "environment": environment(used_dtype, device)}
+    facts = {
+        "models": {name: opened.pretrained for name, opened in models.items()},
+        "environment": environment(used_dtype, device),
+    }
     if setting is not None:
         report = efficiency.EfficiencyReport(
             setting, str(device), used_dtype, torch.get_num_threads(), costs["pruned"], costs.get("dense")

@@ -14,8 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_prune.cli.parser import with_method_help
 from lightning_prune.runs.build import RunBuilder, build
-from lightning_prune.runs.tune import Limits, Tuned, check_tunable, tune, tuned_config
-from lightning_prune.runs.tune_events import log_kept, log_trial
+from lightning_prune.runs.tune import Tuned, check_tunable, log_kept, log_trial, tune, tuned_config
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import check_writable, writable, write_text
 
@@ -52,13 +51,19 @@ def main(argv: list[str]) -> int:
     check_writable(output.parent, "--output")
     configuration = yaml.safe_load(cli.resolved_config)
     found: Tuned | None = None
-    limits = Limits(cli.option("trials"))
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(writable(output.parent, "--output"))
         output.parent.mkdir(parents=True, exist_ok=True)
         for found in tune(
-            configuration, build, cli.datamodule, Path(folder), limits, kept, cli.option("resume"), cli.model.progress
+            configuration,
+            build,
+            cli.datamodule,
+            Path(folder),
+            cli.option("trials"),
+            kept,
+            cli.option("resume"),
+            cli.model.progress,
         ):
             if len(found.trials) == 1:  # what an earlier search left stays until there is something to show
                 shutil.rmtree(events, ignore_errors=True)
@@ -67,7 +72,7 @@ def main(argv: list[str]) -> int:
             log_trial(writer, found)
             last = found.trials[-1]
             mark = "  best so far" if found.best is last else ""
-            what = last.move or _text(last.options)
+            what = _text(last.options)
             print(f"{len(found.trials):3}  loss {last.loss:.4f}  {last.seconds:6.1f} s  {what}{mark}", flush=True)
     assert found is not None
     with writable(output.parent, "--output"):
@@ -80,17 +85,15 @@ def main(argv: list[str]) -> int:
 
 
 def _text(options: dict[str, object]) -> str:
-    shown = {name: value for name, value in options.items() if name != "block_weights"}
-    words = [f"{name} {'auto' if value is None else value}" for name, value in shown.items()]
-    return ", ".join([*words, *(["block_weights"] if options.get("block_weights") else [])])
+    return ", ".join(f"{name} {'auto' if value is None else value}" for name, value in options.items())
 
 
 def _table(found: Tuned) -> str:
     names = list(found.trials[0].options)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["trial", *names, "shift", "held_out_loss", "seconds"])
+    writer.writerow(["trial", *names, "held_out_loss", "seconds"])
     for number, trial in enumerate(found.trials, 1):
         values = [trial.options[name] for name in names]
-        writer.writerow([number, *values, trial.move, trial.loss, round(trial.seconds, 1)])
+        writer.writerow([number, *values, trial.loss, round(trial.seconds, 1)])
     return text.getvalue()

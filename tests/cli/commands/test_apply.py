@@ -10,7 +10,7 @@ from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.cli import main as command
 from lightning_prune.cli.commands.apply import main
-from lightning_prune.models.loading import load_model
+from lightning_prune.models.checkpoint import Checkpoint
 from tests.cutting import cut, layered_cut
 from tests.tiny import make_tiny, mixed_plan, tiny_tokenizer, tiny_tokens, uniform_plan
 
@@ -38,8 +38,8 @@ def test_checkpoint_is_byte_identical_to_the_one_the_run_wrote(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str, make_plan: Callable
 ) -> None:
     plan = make_plan(make_tiny(), dtype=dtype)
-    dense = load_model(str(base), getattr(torch, dtype))
-    write_checkpoint(layered_cut(dense, plan), tmp_path / "run", tokenizer_from=str(base), card="")
+    dense = Checkpoint.open(str(base)).load(getattr(torch, dtype))
+    write_checkpoint(layered_cut(dense, plan), tmp_path / "run", beside=Checkpoint.open(str(base)), card="")
     assert main(arguments(base, plan, tmp_path)) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"pruned model: {tmp_path / 'out'}"
     assert {file.name for file in (tmp_path / "out").iterdir()} == {file.name for file in (tmp_path / "run").iterdir()}

@@ -7,6 +7,7 @@ import torch
 
 from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.cli.commands.evaluate import main
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.support.errors import UserError
 from tests.cutting import layered_cut
 from tests.evaluation.test_zero_shot import own_tasks_only
@@ -28,7 +29,7 @@ def run(tmp_path: Path, base: Path) -> Path:
     """A finished run whose checkpoint is fp32."""
     model = make_tiny()
     pruned = layered_cut(model, mixed_plan(model))
-    write_checkpoint(pruned, tmp_path / "run" / "pruned", tokenizer_from=str(base), card="")
+    write_checkpoint(pruned, tmp_path / "run" / "pruned", beside=Checkpoint.open(str(base)), card="")
     (tmp_path / "run" / "metrics.json").write_text("{}")
     return tmp_path / "run"
 

@@ -118,7 +118,7 @@ def test_second_signal_does_not_stop_the_clean_up(
 def test_process_that_is_interrupted_while_calibrating(tmp_path: Path) -> None:
     """The real command, in a process of its own, in the middle of a pass that would take minutes."""
     np.save(tmp_path / "tokens.npy", np.zeros((20000, 128), dtype=np.int64))
-    at_once = "from lightning_prune.support import progress_display; progress_display.LINE_EVERY = 0"
+    at_once = "from lightning_prune.support import progress; progress.LINE_EVERY = 0"
     code = f"{at_once}; from lightning_prune.cli import main; raise SystemExit(main())"
     command = [sys.executable, "-c", code, "fit", "--config", str(CONFIGS / "wanda.yaml")]
     command += ["--data.dataset", f"{tmp_path}/tokens.npy", "--data.eval_datasets", "[]"]

@@ -1,4 +1,4 @@
-"""Seeded English-like stories: the corpus of the offline default, made rather than shipped.
+"""Seeded English-like stories: what `lightning_prune/demo/text` holds.
 
 Every story depends on its split and its number alone, so a longer text begins with the shorter one, and the
 splits are held out from each other. Only `random.Random(int).random()` is used, whose sequence Python promises to keep.
@@ -13,9 +13,8 @@ from itertools import accumulate
 from random import Random
 from typing import Literal, NamedTuple, TypeVar
 
-from lightning_prune.demo.grammar import ROLES, RULES, STORIES
-from lightning_prune.demo.lexicon import NUMBERS, TABLES, WORDS
-from lightning_prune.support.errors import UserError
+from tools.demo.grammar import ROLES, RULES, STORIES
+from tools.demo.lexicon import NUMBERS, TABLES, WORDS
 
 Split = Literal["train", "validation", "test"]
 T = TypeVar("T")
@@ -27,21 +26,14 @@ _BEFORE_VOWEL = re.compile(r"\b([Aa]) (?=[aeiou])")
 _STOP_IN_QUOTE = re.compile(r'\."(?= [a-z])')
 
 
-def demo_text(split: Split, num_stories: int | None = None) -> str:
+def stories(split: Split, num_stories: int | None = None) -> str:
     """Stories of one split, one paragraph each, separated by blank lines.
 
     Args:
         split: `train`, `validation` or `test`; no story is shared between two of them.
         num_stories: how many; by default 4000 for train, 200 for the others (a story has about 120 words).
-
-    Raises:
-        UserError: `split` is none of the three, or `num_stories` is not in 1 … 10**9.
     """
-    if split not in NUM_STORIES:
-        raise UserError(f"demo text has no split {split!r}: set split to one of {', '.join(NUM_STORIES)}")
     count = NUM_STORIES[split] if num_stories is None else num_stories
-    if not 1 <= count <= 10**9:
-        raise UserError(f"num_stories is {count}: set it to a number from 1 to 10**9")
     return "\n\n".join(_Story(_FIRST_SEED[split] + number).tell() for number in range(count)) + "\n"
 
 

@@ -1,6 +1,6 @@
 """How the demo model was made: tokenizer, training and saving in one run of a `LightningModule`.
 
-python -m lightning_prune.demo.train --output /tmp/demo-model
+python -m tools.demo.train --output /tmp/demo-model
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lightning_prune.demo.text import demo_text
+from tools.demo.text import stories
 
 VOCAB_SIZE = 1024
 TRAIN_LENGTH = 256
@@ -53,9 +53,9 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
 
 def token_windows(tokenizer: PreTrainedTokenizerFast, text: str, length: int) -> Tensor:
     """`<s>`, eight stories, `</s>`, and so on, cut into int64 windows `[N, length]`; the rest is dropped."""
-    stories = text.strip().split("\n\n")
+    paragraphs = text.strip().split("\n\n")
     documents = [
-        "\n\n".join(stories[i : i + STORIES_PER_DOCUMENT]) for i in range(0, len(stories), STORIES_PER_DOCUMENT)
+        "\n\n".join(paragraphs[i : i + STORIES_PER_DOCUMENT]) for i in range(0, len(paragraphs), STORIES_PER_DOCUMENT)
     ]
     ids = [token for one in tokenizer(documents)["input_ids"] for token in [*one, tokenizer.eos_token_id]]
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
@@ -133,8 +133,8 @@ def train(
     """Train, save the Hugging Face folder `output`, and return the saved model's validation perplexity."""
     started = time.perf_counter()
     L.seed_everything(seed)
-    tokenizer = train_tokenizer(demo_text("train"))
-    windows = token_windows(tokenizer, demo_text("train", num_stories), TRAIN_LENGTH)
+    tokenizer = train_tokenizer(stories("train"))
+    windows = token_windows(tokenizer, stories("train", num_stories), TRAIN_LENGTH)
     model = LlamaForCausalLM(demo_config(tokenizer))
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters} parameters; {windows.numel()} training tokens; {max_steps} steps of {batch_size} windows")
@@ -151,7 +151,7 @@ def train(
         log_every_n_steps=10,
     )
     loader = DataLoader(TensorDataset(windows), batch_size, shuffle=True, drop_last=len(windows) > batch_size)
-    held_out = DataLoader(TensorDataset(token_windows(tokenizer, demo_text("validation"), EVAL_LENGTH)), 32)
+    held_out = DataLoader(TensorDataset(token_windows(tokenizer, stories("validation"), EVAL_LENGTH)), 32)
     trainer.fit(DemoTraining(model, learning_rate, weight_decay), loader, held_out)
     model.to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)
@@ -167,7 +167,7 @@ def train(
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m lightning_prune.demo.train",
+        prog="python -m tools.demo.train",
         description="Make the demo model anew: writes stories, trains a byte-level BPE tokenizer and a small Llama "
         "with grouped-query attention on them, and saves both as a Hugging Face folder (bf16 safetensors).",
         epilog="The defaults made the model that ships with the package. To see it run in seconds: --max-steps 20.",

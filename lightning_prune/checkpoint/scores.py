@@ -1,0 +1,243 @@
+"""One row per prunable unit: what a method measured, what it made of it, what it decided. ``scores.csv`` holds it.
+
+No torch here: the comparison reads it too.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+from numpy.typing import NDArray
+
+from lightning_prune.checkpoint.plan import PruningPlan
+from lightning_prune.models.vocabulary import Block
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.files import read_file, write_bytes
+
+BLOCKS = tuple(Block)
+LIMIT = 2 * 2**30  # bytes; the table of an 8B model has some 40 MB
+TYPES = {
+    "layer": pa.int64(),
+    "block": pa.dictionary(pa.int32(), pa.string()),
+    "unit": pa.int64(),
+    "importance": pa.float64(),
+    "cost": pa.int64(),
+    "prior": pa.float64(),
+    "score": pa.float64(),
+    "pruned": pa.int8(),
+}
+COLUMNS = tuple(TYPES)
+Integers = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The B blocks that have units, ascending by (layer, block): sums, ranks and rows without a loop over the units.
+
+    ``keys``: layer and block of each. ``ids``: int64 ``[U]``, the block of every unit, 0 … B − 1. ``size``: int64
+    ``[B]``, units per block.
+    """
+
+    keys: list[tuple[int, Block]]
+    ids: Integers
+    size: Integers
+
+    def sum(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Sums per block ``[B]`` of ``values`` ``[U]``; int64 for integers and flags (exact), float64 for floats."""
+        total = np.zeros(len(self.keys), np.float64 if values.dtype.kind == "f" else np.int64)
+        np.add.at(total, self.ids, values)
+        return total
+
+    def rows(self) -> dict[tuple[int, Block], Integers]:
+        """Rows of every block, ascending: for what must be computed block by block."""
+        parts = np.split(self.ids.argsort(kind="stable"), self.size.cumsum()[:-1])
+        return dict(zip(self.keys, parts, strict=True))
+
+    def rank(self, order: Integers) -> Integers:
+        """How many units of the same block come earlier in ``order`` (rows, each at most once), int64, as long."""
+        ids = self.ids[order]
+        by_block = ids.argsort(kind="stable")
+        counts = np.bincount(ids, minlength=len(self.keys))
+        rank = np.empty_like(by_block)
+        rank[by_block] = np.arange(len(order)) - (counts.cumsum() - counts)[ids[by_block]]
+        return rank
+
+
+@dataclass(frozen=True)
+class Scores:
+    """U prunable units, in any order; a table that was read is sorted by layer, block and unit.
+
+    Shapes ``[U]``: layer, code, unit, cost (in parameters) int64; importance, prior, score, base float64; pruned bool.
+    ``code`` is the unit's place in ``BLOCKS``. ``base`` is S, the score before any prior; it breaks ties and is not in
+    the file, where it is importance / cost.
+    """
+
+    layer: Integers
+    code: Integers
+    unit: Integers
+    importance: Floats
+    cost: Integers
+    prior: Floats
+    score: Floats
+    pruned: Flags
+    base: Floats
+
+    @property
+    def block(self) -> NDArray[np.str_]:
+        """The block of every row by name, ``[U]``."""
+        return np.array(BLOCKS, dtype=np.str_)[self.code]
+
+    @property
+    def kept(self) -> Flags:
+        """Which units are kept, ``[U]``."""
+        return ~self.pruned
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the dense model."""
+        return int(self.layer.max()) + 1
+
+    @property
+    def whole_layers(self) -> bool:
+        """Whether the units are decoder layers (depth pruning)."""
+        return bool(self.of_kind(Block.LAYER).any())
+
+    @cached_property
+    def blocks(self) -> Blocks:
+        """The units by block of a layer."""
+        found, ids, size = np.unique(self.layer * len(BLOCKS) + self.code, return_inverse=True, return_counts=True)
+        keys = [(key // len(BLOCKS), BLOCKS[key % len(BLOCKS)]) for key in found.tolist()]
+        return Blocks(keys, ids.reshape(-1), size)
+
+    def of_kind(self, block: Block) -> Flags:
+        """The rows of one kind of block in all layers, ``[U]``."""
+        found: Flags = self.code == BLOCKS.index(block)
+        return found
+
+    def of(self, layer: int, block: Block) -> Flags:
+        """The rows of one block of one layer, ``[U]``."""
+        found: Flags = self.of_kind(block) & (self.layer == layer)
+        return found
+
+    def per_layer(self, values: NDArray[Any], block: Block | None = None) -> Floats:
+        """Sums of ``values`` ``[U]`` per layer ``[L]``, of one kind of block or of all."""
+        rows = slice(None) if block is None else self.of_kind(block)
+        return np.bincount(self.layer[rows], weights=values[rows], minlength=self.num_layers).astype(np.float64)
+
+    def kept_fraction(self, block: Block) -> Floats:
+        """Share of a block's units that are kept, by layer ``[L]``; NaN where a layer has none."""
+        count, kept = (self.per_layer(values, block) for values in (np.ones(len(self.layer)), self.kept))
+        return np.divide(kept, count, out=np.full_like(kept, np.nan), where=count > 0)
+
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """The columns of ``scores.csv``, ``[U]`` each."""
+        return {name: getattr(self, name) for name in COLUMNS}
+
+    def check_plan(self, plan: PruningPlan) -> None:
+        """Raise ValueError unless ``plan`` keeps exactly the units that are not pruned here."""
+        if len(plan.layers) != self.num_layers:
+            raise ValueError(f"it lists {self.num_layers} layers, plan.json {len(plan.layers)}")
+        kept = {key: self.unit[rows[self.kept[rows]]].tolist() for key, rows in self.blocks.rows().items()}
+        for index, layer in enumerate(plan.layers):
+            if self.whole_layers:
+                same = bool(kept[index, Block.LAYER]) == bool(layer.kept_kv_heads or layer.kept_channels)
+            else:
+                planned = {Block.ATTENTION: layer.kept_kv_heads, Block.MLP: layer.kept_channels}
+                same = all(kept.get((index, block), []) == units for block, units in planned.items())
+            if layer.layer != index or not same:
+                raise ValueError(f"layer {index} keeps other units than plan.json says")
+
+    def write(self, path: Path) -> None:
+        """Write the table, whole or not at all; floats are written so that reading gives back the same bits.
+
+        Raises:
+            ValueError: a row that cannot be, a gap, or a unit that is there twice.
+            OSError: the folder cannot be written or the disk is full.
+        """
+        columns = self.columns() | {"pruned": self.pruned.astype(np.int8)}
+        _check_values(columns)
+        self._check_complete()
+        sink = pa.BufferOutputStream()
+        sink.write((",".join(COLUMNS) + "\n").encode())
+        options = pa.csv.WriteOptions(include_header=False, quoting_style="none")
+        pa.csv.write_csv(pa.table(columns), sink, options)
+        write_bytes(path, sink.getvalue())
+
+    @classmethod
+    def read(cls, path: Path, option: str) -> "Scores":
+        """Read a table, whose rows may be in any order.
+
+        Raises:
+            UserError: a missing file, or one that is no complete score table; names the row.
+        """
+        data = read_file(path, LIMIT, option)
+        try:
+            columns = _parse(data)
+            _check_values(columns)  # before they are sorted, so that row numbers are the file's
+            columns["code"] = np.select([columns["block"] == block for block in BLOCKS], list(range(len(BLOCKS))))
+            order = np.lexsort((columns["unit"], columns["code"], columns["layer"]))
+            sorted_columns = {name: values[order] for name, values in columns.items() if name != "block"}
+            sorted_columns["pruned"] = sorted_columns["pruned"].astype(bool)
+            found = cls(base=sorted_columns["importance"] / sorted_columns["cost"], **sorted_columns)
+            found._check_complete()
+        except (ValueError, KeyError, pa.ArrowException) as error:
+            raise UserError(
+                f"{option}: '{path}' is not a score table with the columns {', '.join(COLUMNS)} "
+                f"({' '.join(str(error).split())})."
+            ) from None
+        return found
+
+    def _check_complete(self) -> None:
+        """Rows are in order, and in every block of every layer units count from 0, one by one."""
+        key = self.layer * len(BLOCKS) + self.code
+        first = np.diff(key, prepend=-1) != 0
+        wrong = self.unit != np.where(first, 0, np.roll(self.unit, 1) + 1)
+        wrong |= (np.diff(key, prepend=0) < 0) | (np.diff(self.layer, prepend=-1) > 1)
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise ValueError(
+                f"row {row + 1} (layer {self.layer[row]}, {self.block[row]} {self.unit[row]}) is missing what should "
+                "come before it, or is there twice: every unit of every layer has one row"
+            )
+        if self.whole_layers and not self.of_kind(Block.LAYER).all():
+            raise ValueError("it mixes whole layers with parts of layers")
+
+
+def _parse(data: bytes) -> dict[str, NDArray[Any]]:
+    if not data.endswith(b"\n"):
+        raise ValueError("its last line is cut off" if data else "it is empty")
+    found = pa.csv.read_csv(
+        pa.BufferReader(data),
+        read_options=pa.csv.ReadOptions(use_threads=False),
+        convert_options=pa.csv.ConvertOptions(column_types=TYPES, include_columns=COLUMNS, null_values=[]),
+    )
+    if found.column_names != list(COLUMNS):
+        raise ValueError(f"its columns are {', '.join(found.column_names)}")
+    columns = {name: found[name].combine_chunks() for name in COLUMNS if name != "block"}
+    arrays: dict[str, Any] = {name: column.to_numpy(zero_copy_only=False) for name, column in columns.items()}
+    block = found["block"].unify_dictionaries().combine_chunks()
+    names = np.array(block.dictionary.to_pylist() or [""], dtype=np.str_)
+    return arrays | {"block": names[block.indices.to_numpy(zero_copy_only=False)]}
+
+
+def _check_values(columns: dict[str, NDArray[Any]]) -> None:
+    rows = len(columns["layer"])
+    if not rows:
+        raise ValueError("it holds no rows")
+    checks = [(name, ~np.isfinite(columns[name]), "finite") for name in ("importance", "prior", "score")]
+    checks += [(name, columns[name] < 0, "0 or more") for name in ("layer", "unit")]
+    checks.append(("cost", columns["cost"] < 1, "1 or more"))
+    checks.append(("block", ~np.isin(columns["block"], BLOCKS), ", ".join(BLOCKS)))
+    checks.append(("pruned", ~np.isin(columns["pruned"], (0, 1)), "0 or 1"))
+    # Every layer has a row, so a larger number than there are rows cannot be; nothing is allocated from it.
+    checks.append(("layer", columns["layer"] >= rows, f"below the number of rows, {rows:,}"))
+    for name, wrong, allowed in checks:
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise ValueError(f"row {row + 1}: {name} is {columns[name][row]}, allowed: {allowed}")

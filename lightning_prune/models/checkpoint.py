@@ -1,0 +1,374 @@
+"""A model folder or hub id, opened once: what is known of it before its weights, and the ways to its weights."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.initialization import no_init_weights
+from transformers.utils import cached_file
+
+from lightning_prune.models.families import family_of
+from lightning_prune.models.modeling_pruned import classes_of, pruned_class
+from lightning_prune.models.records import TEXT_PARTS, Family
+from lightning_prune.models.sources import CheckpointSource
+from lightning_prune.models.weights import (
+    OPTION,
+    TensorEntry,
+    check_layers,
+    find_file,
+    match_names,
+    read_headers,
+    text_name,
+)
+from lightning_prune.support.errors import UserError, first_line
+from lightning_prune.support.quiet import quiet_transformers
+from lightning_prune.support.regular_files import exists, expanded, is_special, require_regular
+
+CONFIG_LIMIT = 10_000_000  # bytes
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads")
+HASHED_WHOLE = 64 * 2**20  # bytes; of larger files the fingerprint samples pieces
+PIECES, PIECE = 64, 64 * 2**10
+NOT_WEIGHTS = ("_name_or_path", "transformers_version")
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """Dense, or pruned by this package in either layout. What is not needed at once is read when it is first used.
+
+    Attributes:
+        pretrained: as the user gave it.
+        path: the folder or hub id behind it.
+        raw: ``config.json`` as it is in the file.
+        config: of the causal language model; of several models in one, the text model's. Not to be changed.
+    """
+
+    pretrained: str
+    path: str
+    raw: dict[str, Any]
+    config: PretrainedConfig
+
+    @classmethod
+    def open(cls, pretrained: str, weights: bool = True) -> "Checkpoint":
+        """Read the config and, unless the ``weights`` need not be there, the headers of the weight files.
+
+        Args:
+            pretrained: folder, hub id, or ``demo``.
+
+        Raises:
+            UserError: nothing there, unreachable, unreadable, a family without a record, quantised, or another number
+                of layers than the weights have.
+        """
+        path = resolve(pretrained)
+        with quiet_transformers(), _user_error(pretrained, "the config cannot be loaded"):
+            raw = _read_config(path)
+            config = _config_of(raw, path)
+        for key in ("quantization_config", "compression_config"):
+            if raw.get(key) is not None:
+                raise UserError(
+                    f"{OPTION}: the config of '{pretrained}' has a {key}: its weights are quantised, and pruning needs "
+                    "them in 64, 32 or 16 bits floating point. Give the model before it was quantised."
+                )
+        if exists(expanded(pretrained, OPTION) / "adapter_config.json"):
+            raise UserError(
+                f"{OPTION}: '{pretrained}' holds an adapter (adapter_config.json) beside a model. Merge the adapter "
+                "into the weights, or remove its files."
+            )
+        family_of(config)
+        for name in SIZES:  # a size of 0 builds a model of nothing; per-layer sizes are compared with the weights
+            value = vars(config).get(name, 1)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(
+                    f"{OPTION}: the config of '{pretrained}' has {name} {value}; it must be a whole number of 1 or "
+                    "more."
+                )
+        opened = cls(pretrained, path, raw, config)
+        if weights:
+            _ = opened.tensors
+        return opened
+
+    @property
+    def family(self) -> Family:
+        """What is known of its kind."""
+        return family_of(self.config)
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """All of them, in order."""
+        return self._headers[1]
+
+    @property
+    def tensors(self) -> dict[str, TensorEntry]:
+        """The stored tensors by name.
+
+        Raises:
+            UserError: no or damaged weight files, quantised, or another number of layers than the config says.
+        """
+        return self._headers[0]
+
+    @cached_property
+    def _headers(self) -> tuple[dict[str, TensorEntry], list[Path]]:
+        tensors, files = read_headers(self.path)
+        check_layers(self.path, tensors, self.config.num_hidden_layers)
+        return tensors, files
+
+    @cached_property
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype most of its numbers are stored in."""
+        count: dict[torch.dtype, int] = {}
+        for entry in self.tensors.values():
+            count[entry.dtype] = count.get(entry.dtype, 0) + entry.bytes
+        return max(count, key=lambda dtype: count[dtype])
+
+    @cached_property
+    def meta(self) -> PreTrainedModel:
+        """The model on the meta device, compared with the stored names and shapes. Not to be changed.
+
+        Raises:
+            UserError: an inconsistent config, or weights that do not belong to it.
+        """
+        _ = self.tensors  # nothing of a size is built that the config alone claims
+        return meta_model(self.config)
+
+    @cached_property
+    def stored_names(self) -> dict[str, str]:
+        """Every parameter of the model -> the name its values are stored under.
+
+        Raises:
+            UserError: see ``weights.match_names``.
+        """
+        return match_names(self.path, self.tensors, self.meta)
+
+    def check(self) -> None:
+        """All that can be refused without reading a weight: names and shapes, and the generation config, which is
+        copied to the pruned model in the end.
+
+        Raises:
+            UserError: says what does not belong to the model or is damaged.
+        """
+        _ = self.stored_names, self.generation_config
+
+    def skeleton(self) -> PreTrainedModel:
+        """A new model without weights, see ``skeleton``, whose names and shapes are those stored."""
+        _ = self.stored_names
+        return skeleton(copy.deepcopy(self.config))
+
+    def source(self) -> CheckpointSource:
+        """Its weights, by the names they have in the model."""
+        return CheckpointSource({name: (self.tensors[own].file, own) for name, own in self.stored_names.items()})
+
+    def load(self, dtype: torch.dtype | None) -> PreTrainedModel:
+        """The whole causal LM in eval mode, without remote code, its weights read straight into ``dtype`` (None: as
+        the config says), on the default device of the surrounding ``with torch.device(...)``.
+
+        Raises:
+            UserError: weights that are missing, damaged, or do not fit the config.
+        """
+        stored, config = self.stored_names, copy.deepcopy(self.config)
+        with quiet_transformers(), _user_error(self.pretrained, "the weights cannot be loaded"):
+            if any(text_name(name) != name for name in self.tensors):
+                # Only the text model's; by their names transformers would take what is saved later for the larger one.
+                state = self.source().read(list(stored), dtype, torch.device("cpu"))
+                kind = dtype or next(iter(state.values())).dtype
+                return type(self.meta).from_pretrained(None, config=config, state_dict=state, dtype=kind)
+            return _auto_class(config).from_pretrained(  # type: ignore[no-any-return]
+                self.path, config=config, dtype="auto" if dtype is None else dtype, use_safetensors=True
+            )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the config and the weights, 64 hexadecimal digits, cheap enough to take in every run.
+
+        Files above 64 MiB give their size, their header (names, shapes, dtypes) and 64 evenly spaced pieces of 64 KiB.
+        So a fine-tuned model differs, and the same model under another name or path does not.
+        """
+        facts = {key: value for key, value in self.raw.items() if key not in NOT_WEIGHTS}
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+        for path in self.weight_files:
+            size = path.stat().st_size
+            digest.update(f"\n{size}\n".encode())
+            with path.open("rb") as file:
+                if size <= HASHED_WHOLE:
+                    digest.update(file.read())
+                    continue
+                length = file.read(8)
+                digest.update(length + file.read(int.from_bytes(length, "little")))
+                for piece in range(PIECES):
+                    file.seek((size - PIECE) * piece // (PIECES - 1))
+                    digest.update(file.read(PIECE))
+        return digest.hexdigest()
+
+    @cached_property
+    def generation_config(self) -> GenerationConfig | None:
+        """The generation config beside the weights, None where there is none.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        with quiet_transformers(), _user_error(self.pretrained, "the generation config cannot be loaded"):
+            if find_file(self.path, "generation_config.json") is None:
+                return None
+            generation = GenerationConfig.from_pretrained(self.path)
+            generation.get_generation_mode()  # compares values: one of a wrong kind raises here, not when it is used
+            return generation  # type: ignore[no-any-return]
+
+    @cached_property
+    def tokenizer_files(self) -> list[Path]:
+        """The tokenizer's files beside the weights (of a hub model, in the cache)."""
+        with quiet_transformers(), _user_error(self.pretrained, "the tokenizer files cannot be found"):
+            absent = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+            files = [cached_file(self.path, name, **absent) for name in TOKENIZER_FILES]
+        return [Path(file) for file in files if file is not None]
+
+    @cached_property
+    def tokenizer(self) -> Any | None:
+        """The tokenizer beside the weights, None where there is none.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        if not self.tokenizer_files:
+            return None
+        with quiet_transformers(), _user_error(self.pretrained, "the tokenizer cannot be loaded"):
+            return AutoTokenizer.from_pretrained(self.path, config=self.config, trust_remote_code=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what can be read again: some of it cannot be sent to another process."""
+        return {name: vars(self)[name] for name in self.__dataclass_fields__}
+
+
+def resolve(pretrained: str) -> str:
+    """The folder or hub id behind ``pretrained``: ``demo`` stands for the embedded model.
+
+    Raises:
+        UserError: a folder that is missing or has no ``config.json``.
+    """
+    if pretrained == "demo":
+        from lightning_prune.demo import demo_model_path
+
+        return str(demo_model_path())
+    folder = expanded(pretrained, OPTION)
+    config = folder / "config.json"
+    if is_special(config):
+        require_regular(config, OPTION)
+    if exists(config) and config.is_file():
+        return str(folder)
+    if exists(folder):
+        raise UserError(
+            f"{OPTION}: '{pretrained}' holds no config.json, so it is not a Hugging Face model folder. "
+            f"Give a folder with config.json and *.safetensors, a hub id, or 'demo'."
+        )
+    # What is left can be a hub id: "organisation/name", or one of the few bare names.
+    if folder.is_absolute() or pretrained.startswith(".") or len(folder.parts) not in (1, 2):
+        raise UserError(
+            f"{OPTION}: no folder at '{pretrained}'. Give a Hugging Face model folder, a hub id, or 'demo'."
+        )
+    return pretrained
+
+
+def meta_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A model on the meta device: shapes and names, no storage.
+
+    Raises:
+        UserError: the config is inconsistent.
+    """
+    trouble = _user_error(config.name_or_path, "no model can be built from the config")
+    with quiet_transformers(), trouble, no_init_weights(), torch.device("meta"):
+        build = _auto_class(config) if config.is_heterogeneous else AutoModelForCausalLM.from_config
+        net: PreTrainedModel = build(config)
+    net.tie_weights()  # which transformers counts as a part of the initialisation
+    return net
+
+
+def skeleton(config: Any) -> PreTrainedModel:
+    """The model of ``config`` in eval mode: parameters on the meta device, buffers (rotary tables) real and fp32."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)  # half precisions set another one, which rotary tables must not take
+    try:
+        net = meta_model(config)
+        with torch.device("cpu"), torch.no_grad():
+            for module in net.modules():
+                names = [name for name, buffer in module._buffers.items() if buffer is not None]
+                for name in names:  # NaN, so that one which transformers forgets is seen by the family check
+                    module._buffers[name] = torch.full_like(module.get_buffer(name), torch.nan, device="cpu")
+                if names:
+                    net._init_weights(module)  # as from_pretrained does for what no checkpoint holds
+    finally:
+        torch.set_default_dtype(default)
+    return net.eval().requires_grad_(False)
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    file = Path(cached_file(path, "config.json"))
+    if (size := file.stat().st_size) > CONFIG_LIMIT:
+        raise UserError(f"{OPTION}: '{file}' has {size} bytes; a config has a few thousand.")
+    raw = json.loads(file.read_text("utf-8"))
+    if not isinstance(raw, dict):
+        raise ValueError("config.json is not a JSON object")
+    return raw
+
+
+def _config_of(raw: dict[str, Any], path: str) -> PretrainedConfig:
+    """As ``AutoConfig.from_pretrained``, which would read the file once more; of several models the text model's."""
+    values = copy.deepcopy(raw)
+    model_type = values.get("model_type")
+    if model_type == "mistral" and "layer_types" in values:
+        model_type = values["model_type"] = "ministral"
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        family_of(SimpleNamespace(model_type=model_type))  # raises, with the families there are
+    config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(values, name_or_path=path)
+    if model_type not in TEXT_PARTS:
+        return config
+    text: PretrainedConfig = config.text_config
+    text.name_or_path, text.tie_word_embeddings = config.name_or_path, config.tie_word_embeddings
+    if text.dtype is None:
+        text.dtype = config.dtype
+    return text
+
+
+def _auto_class(config: PretrainedConfig) -> Any:
+    if config.is_heterogeneous:
+        return pruned_class(classes_of(config.model_type)["AutoModelForCausalLM"])
+    return AutoModelForCausalLM
+
+
+@contextmanager
+def _user_error(pretrained: str, what: str) -> Iterator[None]:
+    """Errors of transformers, safetensors, json and the hub client have no common base: all mean bad input here."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, UserError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        if isinstance(error, AttributeError | TypeError):  # their words are about transformers' own code
+            reason = "an entry of config.json has a value of a kind that transformers cannot use"
+        raise UserError(
+            f"{OPTION}: {what} from '{pretrained}' ({reason}). "
+            f"Give a Hugging Face model folder, a hub id that can be reached, or 'demo'."
+        ) from error

@@ -1,0 +1,258 @@
+"""What a checkpoint's weight files hold, from their headers alone, and whether that is what its config requires."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from lightning_prune.support.errors import UserError, first_line
+
+OPTION = "--model.pretrained"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by stored name
+INDEX_LIMIT = 100_000_000  # bytes
+# Old Llama checkpoints store the rotary table of every layer; it is computed from the config.
+COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+# The text model's tensors within a checkpoint of several models, and what they are called by themselves.
+TEXT_NAMES = {
+    r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
+    r"^(?:model\.)?language_model\.(?:model\.)?": "model.",
+}
+LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One stored tensor."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def find_file(path: str, name: str) -> Path | None:
+    """A regular file of a model folder or of the hub (from the cache, or downloaded); None where there is none.
+
+    Raises:
+        UserError: the hub cannot be reached, or refuses.
+    """
+    try:
+        find: Callable[..., str | None] = cached_file
+        file = find(path, name, _raise_exceptions_for_missing_entries=False)
+    except Exception as error:  # the hub's clients raise dozens of types: offline, gated, moved, rate-limited
+        raise UserError(
+            f"{OPTION}: {name!r} could not be loaded from '{path}' ({type(error).__name__}: {first_line(error)}). "
+            f"Give a Hugging Face model folder, or a hub id that can be reached."
+        ) from error
+    return None if file is None else Path(file)
+
+
+def read_headers(path: str) -> tuple[dict[str, TensorEntry], list[Path]]:
+    """The tensors of a checkpoint by the names they are stored under (of several models in one, the text model's), and
+    all its weight files in order.
+
+    Args:
+        path: model folder or hub id. ``model.safetensors`` comes before ``model.safetensors.index.json`` where both
+            are there, as in transformers.
+
+    Raises:
+        UserError: no safetensors file, one that is damaged or quantised, or an index that does not fit its files.
+    """
+    single = find_file(path, SAFE_WEIGHTS_NAME)
+    index = find_file(path, SAFE_WEIGHTS_INDEX_NAME) if single is None else None
+    if single is None and index is None:
+        raise UserError(
+            f"{OPTION}: the weights cannot be loaded from '{path}': it holds neither {SAFE_WEIGHTS_NAME} nor "
+            f"{SAFE_WEIGHTS_INDEX_NAME}. Give a model in the safetensors format; others can run code when opened."
+        )
+    stored = {name: (single, *entry) for name, entry in _header(single).items()} if single else _shards(path, index)
+    inside = {name for name in stored if text_name(name) != name}
+    tensors = {}
+    for name, (file, dtype, shape) in stored.items():
+        if inside and name not in inside and not name.startswith("lm_head."):
+            continue
+        if dtype not in DTYPES:
+            raise UserError(
+                f"{OPTION}: tensor {name!r} of '{path}' is stored as {dtype}; allowed are {', '.join(DTYPES)}. "
+                f"Give the model before it was quantised."
+            )
+        tensors[name] = TensorEntry(file, DTYPES[dtype], shape)
+    return tensors, sorted({file for file, _, _ in stored.values()})
+
+
+def text_name(name: str) -> str:
+    """What a tensor of the text model within a larger one is called in the text model alone; others keep their name."""
+    for pattern, own in TEXT_NAMES.items():
+        if re.match(pattern, name):
+            return re.sub(pattern, own, name)
+    return name
+
+
+def check_layers(source: str, tensors: Mapping[str, TensorEntry], num_hidden_layers: int) -> None:
+    """Compare a config's layer count with the names, before a model of that many layers is built.
+
+    Raises:
+        UserError: they differ.
+    """
+    found = len({match[1] for name in tensors if (match := LAYER.search(name))})  # a name may claim any index
+    if num_hidden_layers != found:
+        raise UserError(
+            f"{OPTION}: the config of '{source}' says num_hidden_layers {num_hidden_layers}, but its weights have "
+            f"{found} layers. Give a config.json that belongs to these weights."
+        )
+
+
+def match_names(source: str, tensors: Mapping[str, TensorEntry], model: nn.Module) -> dict[str, str]:
+    """Compare names and shapes with what a model (on the meta device) expects.
+
+    Harmless and allowed: rotary tables, ``model.`` left out or doubled, and a tied head stored as a copy.
+
+    Args:
+        source: folder or hub id, for messages.
+
+    Returns:
+        Every parameter of ``model`` (tied ones under all their names) -> the name its values are stored under.
+
+    Raises:
+        UserError: tensors are missing, left over, stored twice or of another shape, or a tied head's copy differs
+            from the embedding.
+    """
+    expected = dict(model.named_parameters(remove_duplicate=False))
+    stored = _own_names(source, tensors, expected)
+    for tied in _tied_names(expected):
+        there = [name for name in tied if name in stored]
+        if len(there) > 1:
+            _check_copies(source, tensors, stored[there[0]], stored[there[1]])
+        stored |= {name: stored[there[0]] for name in tied if there and name not in stored}
+    if missing := [name for name in expected if name not in stored]:
+        raise UserError(
+            f"{OPTION}: the weights of '{source}' lack {len(missing)} tensors that its config requires, "
+            f"{missing[0]!r} the first. Give a complete causal language model."
+        )
+    for parameter, name in stored.items():
+        found, needed = tensors[name].shape, tuple(expected[parameter].shape)
+        if found != needed:
+            raise UserError(
+                f"{OPTION}: tensor {name!r} of '{source}' has the shape {list(found)}, but its config requires "
+                f"{list(needed)}. Give a config.json that belongs to these weights."
+            )
+    return stored
+
+
+def _own_names(source: str, tensors: Mapping[str, TensorEntry], expected: Mapping[str, object]) -> dict[str, str]:
+    """Parameter name -> stored name."""
+    stored: dict[str, str] = {}
+    unknown = []
+    for name in tensors:
+        own = text_name(name)
+        spellings = (own, own.removeprefix("model."), f"model.{own}")
+        parameter = next((spelling for spelling in spellings if spelling in expected), None)
+        if parameter is None:
+            if not COMPUTED.search(name):
+                unknown.append(name)
+        elif parameter in stored:
+            raise UserError(
+                f"{OPTION}: the weights of '{source}' hold {parameter!r} twice, as {stored[parameter]!r} and as "
+                f"{name!r}. Remove one of them."
+            )
+        else:
+            stored[parameter] = name
+    if unknown:
+        shown = ", ".join(f"{name!r}" for name in sorted(unknown)[:3]) + (", …" if len(unknown) > 3 else "")
+        raise UserError(
+            f"{OPTION}: {len(unknown)} tensors of '{source}' are not part of the model that its config describes: "
+            f"{shown}. They would be lost; give a config.json that belongs to these weights, or a causal language "
+            f"model without additions."
+        )
+    return stored
+
+
+def _tied_names(expected: Mapping[str, nn.Parameter]) -> list[list[str]]:
+    """Groups of names that stand for one parameter."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in expected.items():
+        groups.setdefault(id(parameter), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def _check_copies(source: str, tensors: Mapping[str, TensorEntry], first: str, second: str) -> None:
+    """transformers unties a head whose stored copy differs; then the config does not say what the model is."""
+    values = []
+    for name in (first, second):
+        with safe_open(tensors[name].file, framework="pt") as file:
+            values.append(file.get_tensor(name))  # a view of the file: takes no memory of its own
+    if values[0].dtype != values[1].dtype or not torch.equal(*(value.view(torch.uint8) for value in values)):
+        raise UserError(
+            f"{OPTION}: the config of '{source}' ties {first!r} and {second!r}, but both are stored and differ. Set "
+            f"tie_word_embeddings to false in config.json, or remove the one that is not used."
+        )
+
+
+def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of the tensors of one file, by name."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"{OPTION}: the weights cannot be loaded: '{file}' is damaged ({first_line(error)}). "
+            f"Copy or download the file again."
+        ) from None
+
+
+def _shards(path: str, index: Path | None) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
+    assert index is not None
+    weight_map = _weight_map(index)
+    tensors: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
+    trouble = f"{OPTION}: the weights cannot be loaded from '{path}':"
+    for shard in sorted(set(weight_map.values())):
+        file = find_file(path, shard)
+        if file is None:
+            raise UserError(
+                f"{trouble} {index.name} names {shard!r}, which is not there. Copy or download the model again."
+            )
+        for name, entry in _header(file).items():
+            if name in tensors or weight_map.get(name, shard) != shard:
+                other = tensors[name][0].name if name in tensors else weight_map[name]
+                raise UserError(
+                    f"{trouble} tensor {name!r} is in {shard!r} and also in '{other}'. Copy the model again."
+                )
+            tensors[name] = (file, *entry)
+    if lost := sorted(set(weight_map) - set(tensors)):
+        raise UserError(
+            f"{trouble} {index.name} names tensor {lost[0]!r}, which {weight_map[lost[0]]!r} does not hold. "
+            f"Copy or download the model again."
+        )
+    return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        if (size := index.stat().st_size) > INDEX_LIMIT:
+            raise ValueError(f"{size} bytes; at most {INDEX_LIMIT} are read")
+        content = json.loads(index.read_text("utf-8"))
+        weight_map: Any = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError("it has no weight_map with tensors")
+        for name, shard in weight_map.items():
+            # A path would reach outside the folder.
+            if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
+                raise ValueError(f"tensor {name!r} is mapped to {shard!r}, which is not the name of a safetensors file")
+        return weight_map
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{OPTION}: the weights cannot be loaded: '{index}' is damaged ({first_line(error)}). "
+            f"Copy or download the file again."
+        ) from None

@@ -1,0 +1,235 @@
+"""A checkpoint is opened once; what is wrong with it is one message that names the option."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BertConfig
+from transformers.utils import logging as transformers_logging
+
+import lightning_prune
+from lightning_prune.methods import Wanda
+from lightning_prune.models import checkpoint as checkpoint_module
+from lightning_prune.models.checkpoint import Checkpoint, skeleton
+from lightning_prune.models.weights import read_headers
+from lightning_prune.support.errors import UserError
+from tests.cutting import cut
+from tests.methods.behaviour import prune
+from tests.tiny import EVERY_FAMILY, make_tiny, mixed_plan, tiny_config, tiny_tokenizer, tiny_tokens
+
+
+def opened(folder: Path) -> Checkpoint:
+    return Checkpoint.open(str(folder))
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_dense_model_comes_back_in_eval_mode(tiny_checkpoint: Callable[..., Path], family: str) -> None:
+    model = opened(tiny_checkpoint(family=family)).load(None)
+    assert not model.training
+    assert torch.equal(model(tiny_tokens()).logits, make_tiny(family)(tiny_tokens()).logits)
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("asked", [None, torch.float32, torch.float16])
+def test_weights_have_the_asked_dtype_and_rotary_tables_float32(
+    tmp_path: Path, stored: torch.dtype, asked: torch.dtype | None, pruned: bool
+) -> None:
+    model = make_tiny().to(stored)
+    (cut(model, mixed_plan(model)) if pruned else model).save_pretrained(tmp_path)
+    loaded = opened(tmp_path).load(asked)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {asked or stored}
+    assert {buffer.dtype for buffer in loaded.buffers()} == {torch.float32}
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_skeleton_has_parameters_without_storage_and_the_real_buffers(family: str) -> None:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)  # as under a half precision
+    try:
+        net = skeleton(tiny_config(family))
+    finally:
+        torch.set_default_dtype(default)
+    whole = AutoModelForCausalLM.from_config(tiny_config(family), dtype=torch.float32)
+    assert all(parameter.is_meta and not parameter.requires_grad for parameter in net.parameters())
+    assert {n: p.shape for n, p in net.named_parameters()} == {n: p.shape for n, p in whole.named_parameters()}
+    buffers = dict(whole.named_buffers())
+    assert buffers.keys() == dict(net.named_buffers()).keys()
+    for name, buffer in net.named_buffers():
+        assert buffer.dtype == torch.float32
+        assert torch.equal(buffer, buffers[name])
+
+
+def test_loading_prints_nothing_and_leaves_the_log_level(
+    tiny_checkpoint: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_checkpoint()
+    tiny_tokenizer().save_pretrained(folder)
+    capfd.readouterr()
+    before = transformers_logging.get_verbosity()
+    checkpoint = opened(folder)
+    checkpoint.load(None)
+    assert checkpoint.tokenizer("w7 w8").input_ids == [7, 8]  # type: ignore[misc]
+    assert capfd.readouterr() == ("", "")
+    assert transformers_logging.get_verbosity() == before
+
+
+def test_tokenizer_that_is_not_there_or_damaged(tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint()
+    assert opened(folder).tokenizer is None
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"--model\.pretrained: the tokenizer cannot be loaded"):
+        _ = opened(folder).tokenizer
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/nowhere/at/all", "no folder at"),
+        ("./nowhere", "no folder at"),
+        ("~/nowhere-at-all", "no folder at"),
+        ("a/b/c", "no folder at"),
+        ("nobody/nothing-here", "config cannot be loaded from 'nobody/nothing-here'"),
+        ("nothing here", "config cannot be loaded from 'nothing here'"),
+    ],
+)
+def test_nothing_there(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=rf"--model\.pretrained: .*{message}"):
+        Checkpoint.open(name)
+
+
+def test_folder_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--model\.pretrained: .*no config\.json"):
+        opened(tmp_path)
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"--model\.pretrained: model family 'bert'.*llama"):
+        opened(tmp_path)
+
+
+QUANTISED = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda raw: "{", "config cannot be loaded"),
+        (lambda raw: "[]", "config cannot be loaded"),
+        (lambda raw: json.dumps({k: v for k, v in raw.items() if k != "model_type"}), "family 'None'"),
+        (lambda raw: json.dumps({**raw, "num_attention_heads": 5}), "config"),
+        (lambda raw: json.dumps({**raw, "hidden_size": "wide"}), "config"),
+        (lambda raw: json.dumps({**raw, "hidden_size": 0}), "hidden_size 0"),
+        (lambda raw: json.dumps({**raw, "quantization_config": QUANTISED}), "quantization_config.*before it was quant"),
+        (lambda raw: json.dumps({**raw, "compression_config": {}}), "compression_config.*before it was quantised"),
+    ],
+)
+def test_config_that_is_refused(
+    tiny_checkpoint: Callable[..., Path], edit: Callable[[dict[str, Any]], str], message: str
+) -> None:
+    file = tiny_checkpoint() / "config.json"
+    file.write_text(edit(json.loads(file.read_text())))
+    with pytest.raises(UserError, match=rf"--model\.pretrained: .*{message}"):
+        opened(file.parent).check()
+
+
+def test_weights_only_as_a_pickle(tiny_checkpoint: Callable[..., Path]) -> None:
+    file = tiny_checkpoint() / "model.safetensors"
+    file.unlink()
+    torch.save(make_tiny().state_dict(), file.parent / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"--model\.pretrained: the weights cannot be loaded.*safetensors"):
+        opened(file.parent)
+    assert Checkpoint.open(str(file.parent), weights=False).config.num_hidden_layers == 4
+
+
+def test_model_with_an_adapter_beside_it(tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint()
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "demo", "peft_type": "LORA"}))
+    with pytest.raises(UserError, match="holds an adapter"):
+        opened(folder)
+
+
+def test_model_in_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit = "0" * 40
+    repository = tmp_path / "models--somebody--tiny"
+    make_tiny().save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+    checkpoint = Checkpoint.open("somebody/tiny")
+    assert checkpoint.config.name_or_path == "somebody/tiny"
+    assert torch.equal(checkpoint.load(None)(tiny_tokens()).logits, make_tiny()(tiny_tokens()).logits)
+
+
+def test_demo_is_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the word does not depend on where the command runs
+    demo = Checkpoint.open("demo")
+    assert demo.tokenizer is not None
+    assert len(demo.tokenizer) <= demo.load(None).config.vocab_size
+
+
+def test_load_takes_a_path_and_a_dtype(tiny_checkpoint: Callable[..., Path]) -> None:
+    assert lightning_prune.load(tiny_checkpoint(), dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    code = "import sys, lightning_prune; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    root = Path(lightning_prune.__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_fingerprint_follows_the_weights_and_the_config_but_not_the_place(
+    tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, sampled: bool
+) -> None:
+    if sampled:
+        monkeypatch.setattr(checkpoint_module, "HASHED_WHOLE", 0)
+        monkeypatch.setattr(checkpoint_module, "PIECE", 1024)
+    first, copy, other = tiny_checkpoint(seed=0), tiny_checkpoint(seed=0), tiny_checkpoint(seed=1)
+    found = opened(first).fingerprint
+    assert len(found) == 64
+    assert opened(copy).fingerprint == found
+    assert opened(other).fingerprint != found
+    config = json.loads((first / "config.json").read_text())
+    (first / "config.json").write_text(json.dumps(config | {"transformers_version": "9", "_name_or_path": "x"}))
+    assert opened(first).fingerprint == found
+    (first / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    assert opened(first).fingerprint != found
+    content = bytearray((copy / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(bytes(content))
+    assert opened(copy).fingerprint != found
+
+
+def test_fingerprint_of_recorded_runs_stays() -> None:
+    """Run folders keep it: the demo model's must be what it always was."""
+    assert Checkpoint.open("demo").fingerprint == "84a10dea98b6577c63d6aba264494d5971146e49dbe4b7c3dbb6668d7feb22dc"
+
+
+def test_a_run_reads_config_and_headers_of_the_dense_model_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = tmp_path / "dense"
+    make_tiny().save_pretrained(dense)
+    tiny_tokenizer().save_pretrained(dense)
+    np.save(tmp_path / "tokens.npy", tiny_tokens(6, 12).numpy())
+    configs: list[str] = []
+    headers: list[str] = []
+    watching = [True]
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching[0] and event == "open" and str(arguments[0]) == str(dense / "config.json"):
+            configs.append(str(arguments[0]))
+
+    monkeypatch.setattr(checkpoint_module, "read_headers", lambda path: (headers.append(path), read_headers(path))[1])
+    sys.addaudithook(hook)
+    try:
+        prune(Wanda(str(dense), 0.2), tmp_path / "tokens.npy", tmp_path / "runs")
+    finally:
+        watching[0] = False
+    assert len(configs) == 1
+    assert headers.count(str(dense)) == 1

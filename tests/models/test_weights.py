@@ -1,0 +1,196 @@
+"""Headers are believed only as far as the file goes, and nothing the weights hold is lost or made up."""
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lightning_prune.models.checkpoint import Checkpoint
+from lightning_prune.models.weights import read_headers
+from lightning_prune.support.errors import UserError
+from tests.cutting import cut
+from tests.tiny import EVERY_FAMILY, make_tiny, mixed_plan, uniform_plan
+
+Edit = Callable[[dict[str, torch.Tensor]], object]
+
+
+def rewritten(folder: Path, edit: Edit) -> Path:
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_headers_and_source_say_what_is_stored(tmp_path: Path, dtype: torch.dtype, shard_size: str) -> None:
+    model = make_tiny().to(dtype)
+    model.save_pretrained(tmp_path, max_shard_size=shard_size)
+    checkpoint = Checkpoint.open(str(tmp_path))
+    expected = dict(model.named_parameters())
+    assert checkpoint.weight_files == sorted(tmp_path.glob("*.safetensors"))
+    assert {name: (e.dtype, e.shape) for name, e in checkpoint.tensors.items()} == {
+        name: (dtype, tuple(parameter.shape)) for name, parameter in expected.items()
+    }
+    assert checkpoint.stored_dtype == dtype
+    assert checkpoint.stored_names["lm_head.weight"] == "model.embed_tokens.weight"
+    read = checkpoint.source().read(list(expected), None, torch.device("cpu"))
+    assert all(torch.equal(read[name], parameter) for name, parameter in expected.items())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_every_parameter_of_a_dense_model_is_found(tmp_path: Path, family: str, tied: bool) -> None:
+    model = make_tiny(family, tied=tied)
+    model.save_pretrained(tmp_path)
+    stored, tensors = Checkpoint.open(str(tmp_path)).stored_names, load_file(tmp_path / "model.safetensors")
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        assert torch.equal(tensors[stored[name]], parameter)
+
+
+@pytest.mark.parametrize("plan", [mixed_plan, uniform_plan])
+def test_pruned_checkpoints_fit_their_configs(tmp_path: Path, plan: Callable[..., Any]) -> None:
+    model = make_tiny()
+    cut(model, plan(model)).save_pretrained(tmp_path)
+    Checkpoint.open(str(tmp_path)).check()
+
+
+def prefix(tensors: dict[str, torch.Tensor], rename: Callable[[str], str]) -> None:
+    for name in list(tensors):
+        tensors[rename(name)] = tensors.pop(name)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}),
+        lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}),
+        lambda t: t.update({"lm_head.weight": t.pop("model.embed_tokens.weight")}),
+        lambda t: prefix(t, lambda name: name.removeprefix("model.")),
+        lambda t: prefix(t, lambda name: "model." + name),
+    ],
+    ids=["rotary table", "copy of a tied head", "tied head alone", "base model names", "doubled prefix"],
+)
+def test_harmless_differences_load_as_transformers_loads_them(tiny_checkpoint: Callable[..., Path], edit: Edit) -> None:
+    folder = rewritten(tiny_checkpoint(), edit)
+    checkpoint = Checkpoint.open(str(folder))
+    tensors = load_file(folder / "model.safetensors")
+    loaded = dict(checkpoint.load(None).named_parameters(remove_duplicate=False))
+    original = dict(make_tiny().named_parameters(remove_duplicate=False))
+    assert checkpoint.stored_names.keys() == loaded.keys()
+    for name, parameter in loaded.items():
+        assert torch.equal(parameter, original[name])
+        assert torch.equal(parameter, tensors[checkpoint.stored_names[name]])
+
+
+BIAS = "model.layers.1.self_attn.o_proj.bias"
+NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
+MISFITS: dict[str, tuple[Edit, str]] = {
+    "bias": (lambda t: t.update({BIAS: torch.ones(32)}), rf"1 tensors .* not part of the model.*{BIAS}"),
+    "layer beyond the last": (
+        lambda t: t.update({"model.layers.4.mlp.up_proj.weight": torch.ones(40, 32)}),
+        "num_hidden_layers 4, but its weights have 5 layers",
+    ),
+    "unknown name": (lambda t: t.update({"visual.weight": torch.ones(2)}), r"not part of the model.*visual\.weight"),
+    "missing": (lambda t: t.pop(NORM), rf"lack 1 tensors .*{NORM}"),
+    "no embedding": (lambda t: t.pop("model.embed_tokens.weight"), r"lack 2 tensors .*model\.embed_tokens\.weight"),
+    "shape": (lambda t: t.update({NORM: torch.ones(31)}), rf"{NORM}.*\[31\].*\[32\]"),
+    "transposed": (lambda t: t.update({UP: torch.ones(32, 40)}), rf"{UP}.*\[32, 40\].*\[40, 32\]"),
+    "integers": (lambda t: t.update({NORM: torch.ones(32, dtype=torch.int8)}), rf"{NORM}.*I8.*BF16.*quantised"),
+    "eight bits": (lambda t: t.update({NORM: torch.ones(32).to(torch.float8_e4m3fn)}), rf"{NORM}.*F8_E4M3.*quantised"),
+    "twice": (lambda t: t.update({"norm.weight": torch.ones(32)}), rf"'{NORM}' twice"),
+    "head that differs": (
+        lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}),
+        r"ties .* both are stored and differ.*tie_word_embeddings",
+    ),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_weights_that_do_not_fit_the_config(tiny_checkpoint: Callable[..., Path], misfit: str) -> None:
+    edit, message = MISFITS[misfit]
+    folder = rewritten(tiny_checkpoint(), edit)
+    with pytest.raises(UserError, match=rf"^--model\.pretrained: .*{message}"):
+        Checkpoint.open(str(folder)).check()
+
+
+@pytest.mark.parametrize("claimed", [3, 100_000])  # the second would take minutes to build
+def test_config_with_another_number_of_layers(tiny_checkpoint: Callable[..., Path], claimed: int) -> None:
+    file = tiny_checkpoint() / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": claimed}))
+    with pytest.raises(UserError, match=f"num_hidden_layers {claimed}, but its weights have 4 layers"):
+        Checkpoint.open(str(file.parent))
+
+
+F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+DAMAGED: dict[str, tuple[Any, bytes, int | None]] = {
+    "not JSON": (b"{", b"", None),
+    "not UTF-8": (b'{"\xff": 1}', b"", None),
+    "deep": (b"[" * 200_000, b"", None),
+    "list": ([], b"", None),
+    "no shape": ({"a": {"dtype": "F32", "data_offsets": [0, 8]}}, bytes(8), None),
+    "unknown dtype": ({"a": F32 | {"dtype": "F33"}}, bytes(8), None),
+    "huge shape": ({"a": F32 | {"shape": [2**62, 2**62]}}, bytes(8), None),
+    "shape and offsets": ({"a": F32 | {"shape": [3]}}, bytes(8), None),
+    "beyond the end": ({"a": F32}, bytes(4), None),
+    "bytes left over": ({"a": F32}, bytes(12), None),
+    "gap": ({"a": F32, "b": F32 | {"data_offsets": [12, 20]}}, bytes(20), None),
+    "overlap": ({"a": F32, "b": F32 | {"data_offsets": [4, 12]}}, bytes(12), None),
+    "length beyond the file": ({}, b"", 1000),
+    "length beyond memory": ({}, b"", 2**63),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_header(tmp_path: Path, damage: str) -> None:
+    header, data, length = DAMAGED[damage]
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", length or len(text)) + text + data)
+    with pytest.raises(UserError, match=r"^--model\.pretrained: .*is damaged"):
+        read_headers(str(tmp_path))
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_pipe_is_not_read(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
+        read_headers(str(tmp_path))
+
+
+WeightMap = dict[str, Any]
+BAD_INDEX: dict[str, tuple[Callable[[WeightMap], Any], str]] = {
+    "list": (lambda names: [], "no weight_map"),
+    "empty map": (lambda names: {"weight_map": {}}, "no weight_map"),
+    "number": (lambda names: {"weight_map": names | {NORM: 3}}, "not the name of a safetensors file"),
+    "outside": (lambda names: {"weight_map": names | {NORM: "../x.safetensors"}}, "not the name"),
+    "pickle": (lambda names: {"weight_map": names | {NORM: "x.bin"}}, "not the name"),
+    "shard not there": (lambda names: {"weight_map": names | {"a": "x.safetensors"}}, "is not there"),
+    "tensor not there": (lambda names: {"weight_map": names | {"a": names[NORM]}}, "names tensor 'a'"),
+    "other shard": (lambda names: {"weight_map": names | {NORM: names["model.embed_tokens.weight"]}}, "and also in"),
+}
+
+
+@pytest.mark.parametrize("damage", BAD_INDEX)
+def test_index_that_does_not_fit_its_files(tmp_path: Path, damage: str) -> None:
+    make_tiny().save_pretrained(tmp_path, max_shard_size="20KB")
+    edit, message = BAD_INDEX[damage]
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps(edit(json.loads(index.read_text())["weight_map"])))
+    with pytest.raises(UserError, match=rf"^--model\.pretrained: the weights cannot be loaded.*{message}"):
+        read_headers(str(tmp_path))
+
+
+def test_tensor_in_two_shards(tmp_path: Path) -> None:
+    make_tiny().save_pretrained(tmp_path, max_shard_size="20KB")
+    first, second = sorted(tmp_path.glob("model-*.safetensors"))[:2]
+    tensors = load_file(first)
+    save_file(load_file(second) | {next(iter(tensors)): next(iter(tensors.values()))}, second)
+    with pytest.raises(UserError, match=r"is in .* and also in"):
+        read_headers(str(tmp_path))
