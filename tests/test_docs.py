@@ -57,7 +57,6 @@ ELSEWHERE = {  # commands that are not run here, and why
     ),
     "fit --config hgsp_taylor --model.pretrained path/or/hub-id --trainer.precision bf16-true --model.onload layer "
     "--resume": "tests/runs kills a run first",
-    "evaluate --model logs/wanda/version_0 --dense demo --efficiency --engine llamacpp": "tests/engines",
 }
 BEFORE = {  # runs that a page takes for granted
     "python.md": ("wanda",),

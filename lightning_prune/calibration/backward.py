@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.calibration.layer_result import LayerResult
-from lightning_prune.calibration.passes import Batch, Pass, Setting, Step
+from lightning_prune.calibration.passes import Batch, Holding, Load, Pass, Setting, Step
 from lightning_prune.calibration.residuals import ResidualStore
 from lightning_prune.calibration.statistics.removal_slopes import RemovalSlopes
 from lightning_prune.models.families import LayerAnatomy
@@ -89,6 +89,15 @@ class BackwardPass(Pass):
 
     def cost(self, view: LayerAnatomy, step: Step) -> float:
         return 3.0 if step.phase == "backward" else 1.0
+
+    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+        """A stream at every layer boundary and one gradient; what backward keeps of a layer, and its gradients."""
+        kept = 8 * load.hidden_size + 10 * load.widest_input
+        return Holding(
+            running=load.tokens * kept * load.dtype.itemsize,
+            stores=(load.hidden_size,) * (load.num_layers + 1),
+            per_logit=12,
+        )
 
     def stores(self) -> dict[str, ResidualStore]:
         return {f"boundary {layer}": store for layer, store in enumerate(self.boundaries)} | {

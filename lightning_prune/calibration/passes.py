@@ -73,15 +73,62 @@ class Batch:
     rows: slice
 
 
+@dataclass(frozen=True)
+class Load:
+    """What the memory of a pass depends on.
+
+    ``hidden_size``: D. ``widest_input``: columns of output or down, whichever has more. ``layer_weights``,
+    ``largest_weight``: numbers in all projections of a layer, and in the largest one. ``rows``: samples of this
+    process. ``dtype``: of weights and activations. ``accelerated``: layers run on a device of their own. ``free``:
+    bytes there beside the weights.
+    """
+
+    num_layers: int
+    hidden_size: int
+    widest_input: int
+    layer_weights: int
+    largest_weight: int
+    rows: int
+    batch_size: int
+    seq_len: int
+    dtype: torch.dtype
+    accelerated: bool
+    free: int
+
+    @property
+    def tokens(self) -> int:
+        """Of one batch."""
+        return self.batch_size * self.seq_len
+
+
+@dataclass(frozen=True)
+class Holding:
+    """The most that a pass holds beside the model's weights and what one layer's forward takes, in bytes.
+
+    ``running``: where layers run, while batches run; ``finishing``: there, after the last batch of a layer.
+    ``stores``: the last dimension of every residual store that is there at the same time. ``per_logit``: bytes per
+    logit where the head runs: 8 for losses, 12 for their gradient. ``new_weights``: what it rewrites of a layer, in
+    numbers.
+    """
+
+    running: int = 0
+    finishing: int = 0
+    stores: tuple[int, ...] = ()
+    per_logit: int = 0
+    new_weights: int = 0
+
+
 class Pass(ABC):
     """``begin`` once, then for every step ``start``, ``batch`` for every batch, ``finish``; at last ``end``.
 
     Attributes:
         reads: whether steps need the calibration batches at all.
+        num_samples: only the first so many calibration samples are read; None: all.
     """
 
     name: str
     reads = True
+    num_samples: int | None = None
     setting: Setting
 
     @abstractmethod
@@ -131,6 +178,10 @@ class Pass(ABC):
         """Work of ``finish``, in tokens through the layer; an estimate for the progress bar."""
         return 0.0
 
+    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+        """The memory it takes; ``view`` is on the meta device."""
+        return Holding()
+
     def end(self) -> None:  # noqa: B027 - most passes need nothing
         """Give everything back."""
 
@@ -164,6 +215,10 @@ class WeightsPass(Pass):
 
     def finish(self, step: Step) -> LayerResult:
         return self.conclude(self.view(step))
+
+    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+        """Two fp32 copies of a weight: its magnitudes, and a step on the way there."""
+        return Holding(finishing=8 * load.largest_weight)
 
 
 class ForwardPass(Pass):
@@ -225,6 +280,10 @@ class ForwardPass(Pass):
 
     def changes(self, step: Step) -> bool:
         return self.rewrites
+
+    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+        """The residual stream; a projection's inputs in fp32, twice; at last a weight and its scores in fp32."""
+        return Holding(8 * load.tokens * load.widest_input, 8 * load.largest_weight, (load.hidden_size,))
 
     def stores(self) -> dict[str, ResidualStore]:
         return {"stream": self.stream}
@@ -324,6 +383,12 @@ class BlockPass(Pass):
 
     def changes(self, step: Step) -> bool:
         return True
+
+    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+        """The residual stream, and the inputs of one projection; those of a batch in fp32."""
+        new = view.output.weight.numel() + view.down.weight.numel()
+        stores = (load.hidden_size, load.widest_input)
+        return Holding(4 * load.tokens * load.widest_input, stores=stores, new_weights=new)
 
     def stores(self) -> dict[str, ResidualStore]:
         """The residual stream; the inputs of a projection are used up by then."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_prune.calibration.layer_result import LayerResult
-from lightning_prune.calibration.passes import Batch, Pass, Setting, Step
+from lightning_prune.calibration.passes import Batch, Holding, Load, Pass, Setting, Step
 from lightning_prune.calibration.residuals import ResidualStore
 from lightning_prune.models.families import LayerAnatomy
 from lightning_prune.models.vocabulary import Block
@@ -112,6 +112,12 @@ class RemovalPass(Pass):
 
     def cost(self, view: LayerAnatomy, step: Step) -> float:
         return 2.0 + 3 * step.layer if self.blocks else 1.0 + step.layer
+
+    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+        """The dense state, and the variants of every layer but the last, whose losses are taken at once."""
+        states = 1 + (3 if self.blocks else 1) * (load.num_layers - 1)
+        two = 2 * load.tokens * load.hidden_size * load.dtype.itemsize
+        return Holding(running=two, stores=(load.hidden_size,) * states, per_logit=8)
 
     def stores(self) -> dict[str, ResidualStore]:
         return {" ".join(map(str, piece or ("dense",))): store for piece, store in self.states.items()}

@@ -6,13 +6,14 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from tabulate import tabulate  # type: ignore[import-untyped]
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -74,36 +75,21 @@ class EfficiencyReport:
     threads: int
     pruned: Efficiency
     dense: Efficiency | None
-    engine: str = "transformers"
-
-    def to_json(self) -> dict[str, Any]:
-        """The report as it stands in ``efficiency.json``."""
-        return asdict(self)
 
     def table(self) -> str:
         """Dense, pruned and pruned / dense, one quantity a line."""
-        pruned = _rows(self.pruned, self.setting)
-        dense = _rows(self.dense, self.setting) if self.dense is not None else {}
-        lines = [("", "dense", "pruned", "pruned / dense") if dense else ("", "pruned")]
-        for name, value in pruned.items():
-            if not dense:
-                lines.append((name, _number(value)))
-                continue
-            base = dense[name]
-            ratio = f"{value / base:.3f}" if value is not None and base else "-"
-            lines.append((name, _number(base), _number(value), ratio))
-        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-        text = [
-            "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(cells))
-            for cells in (list(zip(line, widths, strict=True)) for line in lines)
-        ]
-        stored = {
-            side: model.weight_file_dtype for side, model in (("dense", self.dense), ("pruned", self.pruned)) if model
-        }
-        files = ", ".join(f"{side} {dtype}" for side, dtype in stored.items())
-        return "\n".join(
-            [*text, f"measured in {self.dtype} on {self.device} by {self.engine}; weights on disk: {files}"]
-        )
+        models = {"dense": self.dense, "pruned": self.pruned} if self.dense else {"pruned": self.pruned}
+        rows = {side: _rows(model, self.setting) for side, model in models.items()}
+        lines = [["", *models, *(["pruned / dense"] if self.dense else [])]]
+        for name, value in rows["pruned"].items():
+            lines.append([name, *(_number(rows[side][name]) for side in models)])
+            if self.dense:
+                base = rows["dense"][name]
+                lines[-1].append(f"{value / base:.3f}" if value is not None and base else "-")
+        align = ["left", *["right"] * (len(lines[0]) - 1)]
+        text = tabulate(lines, tablefmt="plain", disable_numparse=True, colalign=align)
+        files = ", ".join(f"{side} {model.weight_file_dtype}" for side, model in models.items())
+        return f"{text}\nmeasured in {self.dtype} on {self.device}; weights on disk: {files}"
 
 
 def macs_per_token(model: PreTrainedModel, context_length: int) -> int:
@@ -118,11 +104,8 @@ def macs_per_token(model: PreTrainedModel, context_length: int) -> int:
 
 
 def kv_cache_bytes_per_token(model: PreTrainedModel) -> int:
-    """Bytes that one token of one sequence adds to the KV cache, in the model's dtype.
-
-    2 · Σ over layers of KV heads · head size · bytes per number. A skipped attention counts 0 (a dynamic cache keeps
-    one number each for key and value there, so that positions stay right).
-    """
+    """Bytes that one token of one sequence adds to the KV cache, in the model's dtype; 0 for a skipped attention, where
+    a dynamic cache keeps one number each for key and value, so that positions stay right."""
     return int(2 * sum(width for _, width in _head_widths(model)) * model.dtype.itemsize)
 
 
@@ -139,11 +122,6 @@ def weight_file_bytes(checkpoint: Checkpoint) -> int:
     return sum(file.stat().st_size for file in checkpoint.weight_files)
 
 
-def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype of a checkpoint's weights, fp32 where its config does not say."""
-    return checkpoint.config.dtype or torch.float32
-
-
 def measure(model: PreTrainedModel, checkpoint: Checkpoint, setting: Setting, name: str = "model") -> Efficiency:
     """Count and time one model where it stands (device and dtype).
 
@@ -157,58 +135,43 @@ def measure(model: PreTrainedModel, checkpoint: Checkpoint, setting: Setting, na
         UserError: a length or number is below 1, the sequence is longer than the model's positions, or a batch does
             not fit in memory.
     """
-    check_setting(model.config, setting)
+    _check_setting(model.config, setting)
     model.eval()
-    with timing(name, setting) as done:
-        speed = [_speed(model, batch_size, setting, done) for batch_size in setting.batch_sizes]
-    return count(model, checkpoint, setting, speed)
-
-
-@contextmanager
-def timing(name: str, setting: Setting) -> Iterator[Callable[[], None]]:
-    """Show how far the timing of a model is; what is given back is called after every timed run."""
-    phase, runs = f"timing {name}", len(setting.batch_sizes) * (WARM_UP + setting.repeats)
+    phase = f"timing {name}"
     with closing(Progress()) as progress:
-        progress.expect(phase, runs)
-        yield lambda: progress.advance(phase, 1)
+        progress.expect(phase, len(setting.batch_sizes) * (WARM_UP + setting.repeats))
+        speed = [_speed(model, size, setting, lambda: progress.advance(phase, 1)) for size in setting.batch_sizes]
         progress.finish(phase)
-
-
-def count(model: PreTrainedModel, checkpoint: Checkpoint, setting: Setting, speed: list[Speed]) -> Efficiency:
-    """What follows from the shapes of ``model``, on the meta device too, and from its files, beside its speed."""
     return Efficiency(
         parameters=count_parameters(model),
         macs_per_token=macs_per_token(model, setting.context_length),
         kv_cache_bytes_per_token=kv_cache_bytes_per_token(model),
         weight_file_bytes=weight_file_bytes(checkpoint),
-        weight_file_dtype=str(stored_dtype(checkpoint)).removeprefix("torch."),
+        weight_file_dtype=str(checkpoint.stored_dtype).removeprefix("torch."),
         speed=speed,
     )
 
 
 def _speed(model: PreTrainedModel, batch_size: int, setting: Setting, done: Callable[[], None]) -> Speed:
-    generator = torch.Generator().manual_seed(0)
     shape = (batch_size, setting.prompt_length)
-    prompt = torch.randint(model.config.vocab_size, shape, generator=generator).to(model.device)
-    prefill, decode = [], []
+    prompt = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(model.device)
+    seconds = []
     try:
         for run in range(WARM_UP + setting.repeats):
             if run == WARM_UP:
                 _reset_peak_memory(model.device)
-            seconds = _generate(model, prompt, setting.decode_length)
+            seconds.append(_generate(model, prompt, setting.decode_length))
             done()
-            if run >= WARM_UP:
-                prefill.append(seconds[0])
-                decode.append(seconds[1])
     except torch.OutOfMemoryError:
         raise UserError(
             f"--batch-sizes: {batch_size} sequences of {setting.prompt_length + setting.decode_length} tokens do not "
             f"fit in the memory of {model.device}. Choose smaller --batch-sizes or a shorter --prompt-length."
         ) from None
+    prefill, decode = (statistics.median(times) for times in zip(*seconds[WARM_UP:], strict=True))
     return Speed(
         batch_size=batch_size,
-        prefill_tokens_per_second=prompt.numel() / statistics.median(prefill),
-        decode_tokens_per_second=batch_size * setting.decode_length / statistics.median(decode),
+        prefill_tokens_per_second=prompt.numel() / prefill,
+        decode_tokens_per_second=batch_size * setting.decode_length / decode,
         peak_memory_bytes=_peak_memory_bytes(model.device),
     )
 
@@ -229,8 +192,8 @@ def _generate(model: PreTrainedModel, prompt: torch.Tensor, decode_length: int) 
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
@@ -251,22 +214,12 @@ def _peak_memory_bytes(device: torch.device) -> int | None:
     return int(found.group(1)) * 1024 if found else None
 
 
-def check_setting(config: Any, setting: Setting) -> None:
-    """Refuse what cannot be measured with a model of this config.
-
-    Raises:
-        UserError: a length or number is below 1, or the sequence is longer than the model's positions.
-    """
-    numbers: dict[str, Sequence[int]] = {
-        "prompt-length": [setting.prompt_length],
-        "decode-length": [setting.decode_length],
-        "context-length": [setting.context_length],
-        "repeats": [setting.repeats],
-        "batch-sizes": setting.batch_sizes,
-    }
-    for option, values in numbers.items():
+def _check_setting(config: Any, setting: Setting) -> None:
+    for field, values in asdict(setting).items():
+        values = values if isinstance(values, tuple) else (values,)
         if not values or min(values) < 1:
-            raise UserError(f"--{option}: found {' '.join(map(str, values))}; whole numbers of 1 or more are allowed.")
+            found = " ".join(map(str, values))
+            raise UserError(f"--{field.replace('_', '-')}: found {found}; whole numbers of 1 or more are allowed.")
     longest, positions = setting.prompt_length + setting.decode_length, config.max_position_embeddings
     if longest > positions:
         raise UserError(

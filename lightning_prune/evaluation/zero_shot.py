@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
 from lightning_prune.support.errors import UserError
@@ -141,10 +142,8 @@ def table(results: dict[str, ZeroShotResult]) -> str:
             lines.append([plain(task), plain(metric), *_cells(metric, found)])
     for metric in first.mean:
         lines.append(["mean", metric, *(f"{100 * result.mean[metric]:.2f}" for result in results.values())])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     legend = "Shares (acc, exact_match, f1, …) in percent, other metrics in their own unit."
-    return "\n".join([*("  ".join(cells).rstrip() for cells in padded), legend])
+    return f"{tabulate(lines, tablefmt='plain', disable_numparse=True)}\n{legend}"
 
 
 def _cells(name: str, metrics: list[Metric]) -> list[str]:

@@ -241,10 +241,13 @@ class PruningMethod(L.LightningModule):
             UserError: the model cannot be opened, its family is unknown or a tiny model of it does not behave as its
                 record says, or the ratio cannot be reached.
         """
-        if self.layers:
-            return
-        self.checkpoint.check()
-        layers, total = anatomy(self.checkpoint.meta), count_parameters(self.checkpoint.meta)
+        if not self.layers:
+            self.checkpoint.check()
+            self.check_shapes(self.checkpoint.meta)
+
+    def check_shapes(self, net: Any) -> None:
+        """The same of a model on the meta device, for which a config is enough."""
+        layers, total = anatomy(net), count_parameters(net)
         self.check_ratio(layers, total)
         prove(self.checkpoint.config)
         self.layers, self.dense_parameters = layers, total

@@ -10,6 +10,7 @@ fluctuations that removing a unit causes, and there are as many more of them as 
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.calibration.backward import BackwardPass
 from lightning_prune.calibration.layer_result import LayerResult
+from lightning_prune.calibration.passes import Holding, Load
 from lightning_prune.calibration.statistics.token_statistic import TokenStatistic
 from lightning_prune.models.families import LayerAnatomy
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
@@ -56,6 +58,11 @@ class FisherPass(BackwardPass):
             module = view.linears[role].module
             self.fisher[block] = MaskFisher(view.units(block)).to(module.weight.device)
             self._handles.append(module.register_forward_pre_hook(self._listener(self.fisher[block])))
+
+    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+        """Also a projection's inputs and their gradient in fp32, and the product."""
+        base = super().holds(view, load)
+        return replace(base, running=base.running + 12 * load.tokens * load.widest_input)
 
     def conclude(self, view: LayerAnatomy) -> LayerResult:
         while self._handles:

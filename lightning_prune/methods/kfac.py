@@ -14,6 +14,7 @@ SlimGPT's own, in each layer's units of output, are not.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.calibration.backward import BackwardPass
 from lightning_prune.calibration.layer_result import LayerResult
-from lightning_prune.calibration.passes import Step
+from lightning_prune.calibration.passes import Holding, Load, Step
 from lightning_prune.calibration.statistics.hessian import InputGram
 from lightning_prune.calibration.statistics.token_statistic import full_precision
 from lightning_prune.methods.slimgpt_math import (
@@ -30,6 +31,7 @@ from lightning_prune.methods.slimgpt_math import (
     inverse_hessian,
     prune_channels,
     prune_heads,
+    solve_bytes,
 )
 from lightning_prune.models.families import LayerAnatomy
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
@@ -89,6 +91,15 @@ class KFACPass(BackwardPass):
             self.factors[block] = inputs, gradients
             self._handles.append(module.register_forward_pre_hook(_listen_to_inputs(inputs)))
             self._handles.append(module.register_forward_hook(_listen_to_gradients(gradients)))
+
+    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+        """Also both factors of both projections in fp32, a projection's inputs in fp32, and one solve at a time."""
+        base = super().holds(view, load)
+        shapes = (view.output.weight.shape, view.down.weight.shape)
+        factors = 4 * sum(d * d + n * n for d, n in shapes)
+        solve = max(solve_bytes(n, d, load.free, load.accelerated) for d, n in shapes)
+        running = base.running + factors + 4 * load.tokens * load.widest_input
+        return replace(base, running=running, finishing=factors + solve)
 
     def conclude(self, view: LayerAnatomy) -> LayerResult:
         while self._handles:

@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from lightning_prune.calibration.layer_result import LayerResult
-from lightning_prune.calibration.passes import Pass, WeightsPass
+from lightning_prune.calibration.passes import Holding, Load, Pass, WeightsPass
 from lightning_prune.calibration.statistics.groups import group_importance
-from lightning_prune.methods.mask_pruning import GroupOrMaskPruning, MaskRule, mask_layer
+from lightning_prune.methods.mask_pruning import GroupOrMaskPruning, MaskRule, mask_holding, mask_layer
 from lightning_prune.models.families import LayerAnatomy
 
 
@@ -33,6 +33,9 @@ class MagnitudeMaskPass(WeightsPass):
 
     def conclude(self, view: LayerAnatomy) -> LayerResult:
         return mask_layer(view, self.rule, lambda role: magnitude_scores(view.linears[role].weight))
+
+    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+        return mask_holding(super().holds(view, load), load)
 
     def changes(self, step: object) -> bool:
         return True

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.calibration.layer_result import LayerResult
+from lightning_prune.calibration.passes import Holding, Load
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.group_selection import GroupSelection
@@ -59,6 +60,11 @@ def mask_layer(view: LayerAnatomy, rule: MaskRule, weight_score: Callable[[str],
                 weights[role] = view.linears[role].weight.masked_fill(mask, 0)
                 zeroed += int(mask.sum())
     return LayerResult({block: total[None] for block, total in sums.items()}, weights, facts={"zeroed": zeroed})
+
+
+def mask_holding(base: Holding, load: Load) -> Holding:
+    """Also the ranking of one weight: scores, their order and both sorted; and every weight anew."""
+    return replace(base, finishing=24 * load.largest_weight, new_weights=load.layer_weights)
 
 
 class GroupOrMaskPruning(GroupPruning):

@@ -10,6 +10,7 @@ Where a norm stands behind the block, what it adds is not linear in W, and ``out
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from lightning_prune.calibration.hooks import Hooks
 from lightning_prune.calibration.layer_result import LayerResult
-from lightning_prune.calibration.passes import Batch, BlockPass, Setting, Step
+from lightning_prune.calibration.passes import Batch, BlockPass, Holding, Load, Setting, Step
 from lightning_prune.calibration.residuals import ResidualStore
 from lightning_prune.calibration.statistics.token_statistic import full_precision
 from lightning_prune.checkpoint.plan import LayerPlan
@@ -153,6 +154,19 @@ class RefitPass(BlockPass):
     def end(self) -> None:
         super().end()
         self.dense.close()
+
+    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+        """Also the dense stream, the normal equations, and an eighth of the tokens held out."""
+        base, d, n = super().holds(view, load), load.hidden_size, load.widest_input
+        dtype = torch.float64 if equation_bytes(n, d, torch.float64) <= load.free else torch.float32
+        held = load.rows * load.seq_len // 8 * (n * load.dtype.itemsize + 4 * d)
+        batch = load.tokens * (n + d) * (dtype.itemsize + 4)
+        return replace(
+            base,
+            running=dtype.itemsize * (n * n + d * n) + batch + (0 if load.accelerated else held),
+            finishing=equation_bytes(n, d, dtype) + 2 * held,
+            stores=(*base.stores, d),
+        )
 
     def cost(self, view: LayerAnatomy, step: Step) -> float:
         linears, projection = view.linears, view.projection(self.block(step))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_prune.calibration.hooks import Hooks
 from lightning_prune.calibration.layer_result import LayerResult
-from lightning_prune.calibration.passes import BlockPass, Pass, Step
+from lightning_prune.calibration.passes import BlockPass, Holding, Load, Pass, Step
 from lightning_prune.calibration.statistics.hessian import InputGram
 from lightning_prune.checkpoint.cut import parameters_after
 from lightning_prune.checkpoint.plan import LayerPlan
@@ -32,6 +32,7 @@ from lightning_prune.methods.slimgpt_math import (
     inverse_hessian,
     prune_channels,
     prune_heads,
+    solve_bytes,
 )
 from lightning_prune.methods.slimgpt_ratios import layer_ratios, unit_counts
 from lightning_prune.models.families import LayerAnatomy
@@ -98,6 +99,15 @@ class SlimGPTPass(BlockPass):
             "dtype": str(dtype).removeprefix("torch."),
         }
         return LayerResult({block: result.errors}, {role: refitted}, facts=facts)
+
+    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+        """Also XᵀX of one projection, and what it is solved with."""
+        base = super().holds(view, load)
+        solves = [
+            solve_bytes(n, d, load.free, load.accelerated)
+            for d, n in (view.output.weight.shape, view.down.weight.shape)
+        ]
+        return replace(base, running=base.running + 4 * load.widest_input**2, finishing=max(solves))
 
     def cost(self, view: LayerAnatomy, step: Step) -> float:
         """A block, and the square of its inner width for XᵀX."""

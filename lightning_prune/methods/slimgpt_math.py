@@ -82,6 +82,16 @@ def choose_dtype(n: int, free_bytes: int) -> torch.dtype:
     return torch.float64 if solver_bytes(n, torch.float64) <= free_bytes else torch.float32
 
 
+def solve_bytes(n: int, rows: int, free_bytes: int, accelerated: bool) -> int:
+    """What XᵀX, inverting it and pruning a weight ``[rows, n]`` take in the dtype that ``choose_dtype`` would take.
+
+    XᵀX is given up in between; an accelerator needs a second matrix to invert.
+    """
+    size = choose_dtype(n, free_bytes - 4 * n * n).itemsize
+    inverting = 4 * n * n + size * n * n * (2 if accelerated else 1)
+    return max(inverting, size * (n * n + rows * n + 1024 * n)) + 2 * size * CHUNK
+
+
 def damped_hessian(
     xtx: Tensor, num_samples: int, damping: float = 0.01, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:

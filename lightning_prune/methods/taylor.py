@@ -4,10 +4,13 @@ Removing a weight w changes the loss L by about |w·g|, g = ∂L/∂w. L is the 
 set, so g is summed with its sign and the absolute value is taken once, at the end.
 """
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from lightning_prune.calibration.backward import BackwardPass
 from lightning_prune.calibration.layer_result import LayerResult
+from lightning_prune.calibration.passes import Holding, Load
 from lightning_prune.calibration.statistics.gradients import LayerGradients
 from lightning_prune.calibration.statistics.groups import group_importance
 from lightning_prune.models.families import LayerAnatomy
@@ -28,6 +31,13 @@ class TaylorPass(BackwardPass):
 
     def expect(self, tokens: int) -> None:
         self.gradients.expect(tokens)
+
+    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+        """Also an fp32 gradient of every weight of the layer, and the one that backward has just made."""
+        base = super().holds(view, load)
+        sums = 4 * load.layer_weights
+        new = load.largest_weight * load.dtype.itemsize
+        return replace(base, running=base.running + sums + new, finishing=sums + 2 * load.largest_weight)
 
     def conclude(self, view: LayerAnatomy) -> LayerResult:
         """Importance per unit; the accumulators are freed one projection at a time."""

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lightning_prune.calibration.hooks import Hooks
 from lightning_prune.calibration.layer_result import LayerResult
-from lightning_prune.calibration.passes import ForwardPass, Pass, Step
+from lightning_prune.calibration.passes import ForwardPass, Holding, Load, Pass, Step
 from lightning_prune.calibration.statistics.groups import group_importance
 from lightning_prune.calibration.statistics.input_norms import SumOfSquares
-from lightning_prune.methods.mask_pruning import GroupOrMaskPruning, MaskRule, mask_layer
+from lightning_prune.methods.mask_pruning import GroupOrMaskPruning, MaskRule, mask_holding, mask_layer
 from lightning_prune.models.families import LayerAnatomy
 from lightning_prune.models.vocabulary import INPUT_OF, Block
 
@@ -98,6 +98,9 @@ class WandaMaskPass(WandaPass):
     def conclude(self, view: LayerAnatomy) -> LayerResult:
         norms = self.inputs.norms()
         return mask_layer(view, self.rule, lambda role: weight_scores(view.linears[role].weight, norms[INPUT_OF[role]]))
+
+    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+        return mask_holding(super().holds(view, load), load)
 
     def changes(self, step: Step) -> bool:
         """Always, though the next layer may be meant not to see it."""

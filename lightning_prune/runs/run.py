@@ -18,6 +18,7 @@ from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.runs.configuration import configuration_sha256
 from lightning_prune.runs.environment import environment, peak_memory_bytes
 from lightning_prune.runs.folder import RunFolder, check_label
+from lightning_prune.runs.memory_estimate import memory_advice, place
 from lightning_prune.runs.numerics import numerical_advice
 from lightning_prune.runs.resume import facts_of, keep_dense, known_dense, unfinished_run, write_facts
 from lightning_prune.runs.summary import RunRecord, run_metrics
@@ -60,13 +61,19 @@ def prune_and_record(
     data.needs_calibration = method.needs_calibration
     with method.seconds.measure("tokenise"):
         data.setup("fit")
+    place(trainer, method, data)
     calibration = data.calibration.manifest.fingerprint if method.needs_calibration else None
     facts = facts_of(config, method.checkpoint.fingerprint, calibration, trainer.world_size)
     again = None
     if resume and trainer.is_global_zero:
         again = unfinished_run(Path(trainer.default_root_dir), method.label, facts)
     claim = claimed(trainer, method.label, config, again, events=events_folder(method.requested_ratio))
-    with claim as folder, numerical_advice(trainer, method), closing(method.progress):
+    with (
+        claim as folder,
+        memory_advice(method, data),
+        numerical_advice(trainer, method),
+        closing(method.progress),
+    ):
         method.run_folder = folder
         if folder is not None and method.saved is None:  # what is decided from scores is quickly decided again
             write_facts(folder, facts)

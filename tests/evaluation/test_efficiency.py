@@ -1,4 +1,3 @@
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -60,19 +59,14 @@ def test_kv_cache_bytes_are_those_of_a_filled_cache(family: str, kind: str, dtyp
     assert efficiency.kv_cache_bytes_per_token(model) * 3 * 10 == stored
 
 
-def test_weight_file_bytes_add_up_over_shards(tmp_path: Path) -> None:
-    make_tiny().save_pretrained(tmp_path, max_shard_size="30KB")
-    files = [file for file in tmp_path.iterdir() if file.suffix == ".safetensors"]
-    assert len(files) > 1
-    assert efficiency.weight_file_bytes(str(tmp_path)) == sum(len(file.read_bytes()) for file in files)
-
-
 @pytest.mark.parametrize("kind", ["dense", "mixed"])
 def test_timed_decoding_is_greedy_generation_through_the_cache(kind: str) -> None:
     model, prompt = make(kind), tiny_tokens(2, 9)
     seen: list[torch.Tensor] = []
     handle = model.register_forward_pre_hook(lambda _, __, inputs: seen.append(inputs["input_ids"]), with_kwargs=True)
-    efficiency._generate(model, prompt, 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # the cache has the name that the installed transformers gives it
+        efficiency._generate(model, prompt, 5)
     handle.remove()
     model.generation_config.eos_token_id = None
     wanted = model.generate(prompt, max_new_tokens=5, do_sample=False)
@@ -84,7 +78,7 @@ def test_speed_is_tokens_of_the_batch_over_the_median_without_the_warm_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_tiny()
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
     seconds = iter([(90.0, 90.0)] * efficiency.WARM_UP + [(4.0, 8.0), (1.0, 2.0), (2.0, 64.0)])
     monkeypatch.setattr(efficiency, "_generate", lambda *_: next(seconds))
     setting = Setting(prompt_length=10, decode_length=6, context_length=16, batch_sizes=(3,), repeats=3)
@@ -93,22 +87,15 @@ def test_speed_is_tokens_of_the_batch_over_the_median_without_the_warm_up(
     assert found.speed[0].decode_tokens_per_second == 3 * 6 / 8
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert found.weight_file_dtype == "float32"
+    shards = list(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 1
+    assert found.weight_file_bytes == sum(len(file.read_bytes()) for file in shards)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can reset the peak of a process")
 def test_peak_memory_forgets_what_was_freed_before(tmp_path: Path) -> None:
     device = torch.device("cpu")
     torch.ones(50 * 2**20)  # 200 MiB, gone at once
-    before = efficiency._peak_memory_bytes(device)
-    efficiency._reset_peak_memory(device)
-    after = efficiency._peak_memory_bytes(device)
-    held = torch.ones(25 * 2**20)
-    assert before is not None
-    assert after is not None
-    assert before - after > 150 * 2**20
-    assert efficiency._peak_memory_bytes(device) - after > 80 * 2**20  # type: ignore[operator]
-    del held
-    torch.ones(50 * 2**20)
     before = efficiency._peak_memory_bytes(device)
     make_tiny().save_pretrained(tmp_path)
     found = measure(make_tiny(), Checkpoint.open(str(tmp_path)), Setting(8, 2, 10, batch_sizes=(1,), repeats=1))
@@ -150,10 +137,3 @@ def test_table_shows_dense_pruned_and_their_ratio() -> None:
     assert "weights on disk: dense bfloat16, pruned float32" in report.table()
     alone = EfficiencyReport(Setting(), "cpu", "float32", 1, pruned, None)
     assert "dense" not in alone.table()
-    assert json.loads(json.dumps(alone.to_json()))["pruned"]["speed"][0]["decode_tokens_per_second"] == 12.0
-
-
-def test_decoding_names_the_cache_as_the_installed_transformers_does() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", FutureWarning)
-        efficiency._generate(make("mixed"), tiny_tokens(1, 6), 2)

@@ -1,6 +1,7 @@
 """``lightning-prune evaluate``: what a pruned model costs to run, and what it still knows."""
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def main(argv: list[str]) -> int:
     model_folder, output = _places(given.model, given.output)
 
     # After the arguments, so that --help does not wait for torch.
-    from lightning_prune.evaluation.efficiency import Setting, stored_dtype
+    from lightning_prune.evaluation.efficiency import Setting
     from lightning_prune.evaluation.zero_shot import check_tasks
     from lightning_prune.models.checkpoint import Checkpoint
     from lightning_prune.models.model_slot import DTYPES
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
         except UserError as error:
             raise UserError(str(error).replace(OPTION, "--model" if name == "pruned" else "--dense")) from None
     # One dtype for both: a dense bf16 folder beside a pruned fp32 one would compare formats, not models.
-    dtype = DTYPES[given.precision] if given.precision else stored_dtype(opened["pruned"])
+    dtype = DTYPES[given.precision] if given.precision else opened["pruned"].stored_dtype
     manager = check_tasks(given.tasks, given.include_path) if given.zero_shot else None
     setting = Setting(
         prompt_length=given.prompt_length,
@@ -93,7 +94,7 @@ def _measure(
         report = efficiency.EfficiencyReport(
             setting, str(device), used_dtype, torch.get_num_threads(), costs["pruned"], costs.get("dense")
         )
-        write_json(output / "efficiency.json", report.to_json() | facts)
+        write_json(output / "efficiency.json", asdict(report) | facts)
         print(f"\n{report.table()}\nefficiency: {output / 'efficiency.json'}")
     if manager is not None:
         write_json(output / "zero_shot.json", {name: item.to_json() for name, item in knowledge.items()} | facts)

@@ -1,0 +1,305 @@
+"""What a run takes in memory, on disk and in work: arithmetic on shapes and on what passes say that they hold."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import lightning as L
+import torch
+
+from lightning_prune.calibration.passes import Load, Pass
+from lightning_prune.calibration.residuals import SHARE
+from lightning_prune.checkpoint.plan import LayerPlan
+from lightning_prune.data.datamodule import CalibrationDataModule
+from lightning_prune.data.token_arrays import is_token_array, load_token_array
+from lightning_prune.evaluation.perplexity import STEP_BYTES
+from lightning_prune.methods.base import PruningMethod
+from lightning_prune.models.checkpoint import Checkpoint, meta_model
+from lightning_prune.models.head import LOGITS_BYTES
+from lightning_prune.models.layered import Onload
+from lightning_prune.models.model_slot import load_dtype
+from lightning_prune.models.vocabulary import ROLES_OF
+from lightning_prune.support.errors import UserError
+from lightning_prune.support.memory import anonymous_bytes, free_bytes, free_host_bytes
+
+ROOM = 0.9  # of the memory that ``auto`` fills with a whole model: an estimate is no measurement
+# What no tensor shows. Device: context, kernels, workspaces; host: heaps, threads, compiled kernels.
+DEVICE_OVERHEAD, HOST_OVERHEAD = 700 * 2**20, 110 * 2**20
+UNIT_BYTES = 400  # scores, decision and plan of one unit, and what writing them takes
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one run takes.
+
+    ``phase``: where it is fullest. ``device_bytes``: peak, None where layers run on the host. ``host_bytes``: peak of
+    anonymous memory of this process, all that it holds. ``share``: of the memory there is, on the device or the host,
+    whichever is fuller; above 1 it does not fit. ``mapped_bytes``: residual streams in temporary files.
+    ``new_weights_bytes``: on disk until the checkpoint is written. ``bytes_read``: of parameters, while calibrating.
+    """
+
+    onload: Onload
+    phase: str
+    device_bytes: int | None
+    host_bytes: int
+    share: float
+    mapped_bytes: int
+    new_weights_bytes: int
+    checkpoint_bytes: int
+    bytes_read: int
+    layer_evaluations: int
+    flops: int
+
+    @property
+    def disk(self) -> int:
+        """Most that is on disk at once beside the dense model."""
+        return max(self.mapped_bytes, self.checkpoint_bytes) + self.new_weights_bytes
+
+
+@dataclass(frozen=True)
+class Memory:
+    """A method, a model and a text, and the bytes that this process may hold.
+
+    ``device``: None where layers run on the host. ``held``: by this process before the run. ``stored``: dtype of the
+    weights on disk. ``samples``: of this process. ``windows``: of evaluation; None for all that the options allow.
+    """
+
+    method: PruningMethod
+    data: CalibrationDataModule
+    config: Any
+    stored: torch.dtype
+    host: int
+    device: int | None
+    held: int
+    samples: int
+    seq_len: int
+    windows: int | None
+    eval_seq_len: int
+
+    @classmethod
+    def of(
+        cls,
+        trainer: L.Trainer,
+        method: PruningMethod,
+        data: CalibrationDataModule,
+        device: int | None = None,
+        host: int | None = None,
+    ) -> "Memory":
+        """From the options of a run; ``device`` and ``host`` are the sizes of machines that are not here.
+
+        Raises:
+            UserError: what shapes and options alone can tell.
+        """
+        method.trainer = trainer
+        if not method.layers:
+            method.checkpoint = Checkpoint.open(method.pretrained, weights=False)
+            method.check_shapes(meta_model(method.checkpoint.config))
+        config: Any = method.checkpoint.config
+        samples, seq_len, windows, eval_seq_len = data.num_samples, data.seq_len, None, data.eval_seq_len
+        if method.needs_calibration and data.source and is_token_array(data.source):
+            samples, seq_len = load_token_array(data.source).shape
+        if data.eval_datasets == []:
+            windows = eval_seq_len = 0
+        elif data.eval_datasets and all(map(is_token_array, data.eval_datasets)):
+            shapes = [load_token_array(name).shape for name in data.eval_datasets]
+            windows, eval_seq_len = max(shapes, key=lambda shape: shape.numel())
+        positions = getattr(config, "max_position_embeddings", None) or seq_len + eval_seq_len
+        for option, length in {"eval_seq_len": eval_seq_len, "seq_len": seq_len}.items():
+            if length > positions and (option != "seq_len" or method.needs_calibration):
+                raise UserError(f"--data.{option}: windows of {length} tokens; the model has {positions} positions.")
+        try:
+            stored = method.checkpoint.stored_dtype
+        except UserError:  # a config alone
+            named = getattr(config, "dtype", None)
+            stored = named if isinstance(named, torch.dtype) else torch.bfloat16
+        place, held = trainer.strategy.root_device, anonymous_bytes()
+        host = host or held + free_host_bytes() // trainer.num_devices
+        device = device or (free_bytes(place) if place.type != "cpu" else None)
+        samples = -(-samples // trainer.world_size)
+        return cls(method, data, config, stored, host, device, held, samples, seq_len, windows, eval_seq_len)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights while they are computed with."""
+        return load_dtype(str(self.method.trainer.precision))
+
+    def estimate(self, onload: Onload) -> Estimate:
+        """What the run takes with its weights there."""
+        method, size = self.method, self.dtype.itemsize
+        view, layers = method.layers[0], len(method.layers)
+        layer = sum(view.block_cost(block) for block in ROLES_OF)
+        outside = method.dense_parameters - layers * layer
+        copied = self.device is not None or self.dtype != self.stored  # else they are views of the files
+        weights = (outside + layer * (1 if onload == "layer" else layers)) * size if copied else 0
+        weights += 2 * layer if "mixed" in str(method.trainer.precision) else 0
+        ahead = layer * size if copied and onload == "layer" else 0
+        free = self.host - self.held if self.device is None else self.device - DEVICE_OVERHEAD
+        load, passes = self._load(max(0, free - weights)), self._passes()
+        saved = self.stored if method.save_dtype == "auto" else getattr(torch, method.save_dtype)
+        writing = 2 * layer * saved.itemsize + (outside * saved.itemsize if saved != self.stored else 0)
+        units = sum(one.num_kv_heads + one.num_channels for one in method.layers) if method.uneven else 0
+        work = self._evaluation(load, onload)
+        peaks = {
+            "evaluation": self._peak(weights + work, ahead + UNIT_BYTES * units),
+            "writing": self._peak(0, writing),
+        }
+        for one in passes:
+            work, new, stores = self._calibration(one, load)
+            peaks[one.name] = self._peak(weights + work, ahead + new, stores)
+        where = 1 if self.device is None else 0
+        loads, evaluations, flops = self._work(load, passes)
+        device, host, mapped = (max(peak[index] for peak in peaks.values()) for index in range(3))
+        return Estimate(
+            onload=onload,
+            phase=max(peaks, key=lambda name: peaks[name][where]),
+            device_bytes=None if self.device is None else device,
+            host_bytes=host,
+            share=max(host / self.host, 0.0 if self.device is None else device / self.device),
+            mapped_bytes=mapped,
+            new_weights_bytes=layers * size * sum(one.holds(view, load).new_weights for one in passes),
+            checkpoint_bytes=int(method.dense_parameters * (1 - (method.requested_ratio or 0.0))) * saved.itemsize,
+            bytes_read=size * (method.steps * loads * layer if onload == "layer" else method.dense_parameters),
+            layer_evaluations=round(method.steps * evaluations),
+            flops=round(method.steps * flops),
+        )
+
+    def _passes(self) -> list[Pass]:
+        """All that the method makes, as if every unit were kept."""
+        views = self.method.layers
+        kept = [LayerPlan(one.index, list(range(one.num_kv_heads)), list(range(one.num_channels))) for one in views]
+        measuring = [] if self.method.saved is not None else self.method.passes()
+        return measuring + self.method.refit_passes(kept, lambda: torch.zeros(0))
+
+    def _load(self, free: int) -> Load:
+        view = self.method.layers[0]
+        sizes = [linear.weight.numel() for linear in view.linears.values()]
+        return Load(
+            num_layers=len(self.method.layers),
+            hidden_size=view.query.in_features,
+            widest_input=max(view.output.in_features, view.down.in_features),
+            layer_weights=sum(sizes),
+            largest_weight=max(sizes),
+            rows=self.samples,
+            batch_size=min(self.data.batch_size, self.samples),
+            seq_len=self.seq_len,
+            dtype=self.dtype,
+            accelerated=self.device is not None,
+            free=free,
+        )
+
+    def _evaluation(self, load: Load, onload: Onload) -> int:
+        """Windows that wait between two layers, and one batch in a layer or in the head."""
+        batch, window = self.data.eval_batch_size, self.eval_seq_len * load.hidden_size * load.dtype.itemsize
+        most = batch * (1 if onload == "model" or not window else max(1, STEP_BYTES // (batch * window)))
+        windows = most if self.windows is None else min(most, self.windows)
+        tokens = min(batch, windows) * self.eval_seq_len
+        return windows * window + max(self._forward(tokens, load), self._head(tokens, 8))
+
+    def _calibration(self, one: Pass, load: Load) -> tuple[int, int, list[int]]:
+        """Bytes where layers run, on the host beside them, and of every residual store."""
+        found, size, rows = one.holds(self.method.layers[0], load), load.dtype.itemsize, _rows(one, load)
+        running = found.running + (self._forward(load.tokens, load) if one.reads else 0)
+        new = found.new_weights * size
+        work = max(running, self._head(load.tokens, found.per_logit), found.finishing + new)
+        return work, new if load.accelerated else 0, [rows * load.seq_len * width * size for width in found.stores]
+
+    def _forward(self, tokens: int, load: Load) -> int:
+        """Three of the MLP's inner states, or as much in attention, beside what enters, as it is and normed."""
+        inner = 3 * max(load.widest_input, 2 * self.method.layers[0].output.in_features)
+        return tokens * load.dtype.itemsize * (inner + 2 * load.hidden_size)
+
+    def _head(self, tokens: int, per_logit: int) -> int:
+        """The logits of one chunk."""
+        vocabulary = int(self.config.vocab_size)
+        return min(tokens, max(1, LOGITS_BYTES // (4 * vocabulary))) * vocabulary * per_logit
+
+    def _peak(self, work: int, beside: int, stores: Sequence[int] = ()) -> tuple[int, int, int]:
+        """Bytes on device, on the host, and in mapped files: a store is a file where it takes more than its share."""
+        device = 0 if self.device is None else work + DEVICE_OVERHEAD
+        host = self.held + HOST_OVERHEAD + beside + (work if self.device is None else 0)
+        mapped = 0
+        for size in sorted(stores):
+            fits = size <= SHARE * (self.host - host)
+            host, mapped = (host + size, mapped) if fits else (host, mapped + size)
+        return device, host, mapped
+
+    def _work(self, load: Load, passes: list[Pass]) -> tuple[int, float, float]:
+        """How often a layer is brought in; work of all passes in layers' forwards of a batch; operations."""
+        loads, evaluations, flops = 0, 0.0, 0.0
+        for one in passes:
+            steps, rows = one.steps(load.num_layers), _rows(one, load)
+            pairs = [(self.method.layers[step.layer], step) for step in steps]
+            loads += 1 + sum(before.layer != step.layer for before, step in pairwise(steps))
+            cost = sum(one.cost(*pair) for pair in pairs) if one.reads else 0.0
+            evaluations += cost * -(-rows // load.batch_size)
+            tokens = cost * rows * load.seq_len + sum(one.cost_to_finish(*pair) for pair in pairs)
+            flops += 2 * load.layer_weights * tokens
+        return loads, evaluations, flops
+
+    def refusal(self, found: Estimate) -> str:
+        """What is missing for an estimate that does not fit, and what would help."""
+        needed, there, where = found.host_bytes, self.host, "host"
+        if self.device is not None and (found.device_bytes or 0) > self.device:
+            needed, there, where = found.device_bytes or 0, self.device, "device"
+        return (
+            f"--model.onload {found.onload} takes {needed / 1e9:,.2f} GB of {where} memory ({found.phase}), there is "
+            f"room for {there / 1e9:,.2f} GB. {advice(self.method, self.data, found.onload, found.phase)}"
+        )
+
+
+def _rows(one: Pass, load: Load) -> int:
+    return load.rows if one.num_samples is None else min(one.num_samples, load.rows)
+
+
+def place(trainer: L.Trainer, method: PruningMethod, data: CalibrationDataModule) -> None:
+    """Turn ``onload auto`` into ``model`` where the whole model fits with room to spare, else into ``layer``.
+
+    Raises:
+        UserError: what was requested does not fit; says what is missing and what would help.
+    """
+    if method.saved is not None and not method.needs_calibration:  # only the evaluation runs
+        return
+    memory = Memory.of(trainer, method, data)
+    onload: Onload = method.slot.onload  # type: ignore[assignment]
+    if method.slot.onload == "auto":
+        onload = "model" if memory.estimate("model").share <= ROOM else "layer"
+    found = memory.estimate(onload)
+    if found.share > 1:
+        raise UserError(memory.refusal(found))
+    method.slot.onload = onload
+
+
+def advice(method: PruningMethod, data: CalibrationDataModule, onload: str, phase: str = "") -> str:
+    """The options that make a run smaller where it is fullest, or anywhere for no phase."""
+    full = load_dtype(str(method.trainer.precision)) == torch.float32
+    options = {
+        "--trainer.precision bf16-true halves weights and residual streams": full,
+        "--model.onload layer keeps one layer in memory instead of all": onload != "layer",
+        "--model.prior_num_samples 50 shortens the priors' residual streams, --model.temperature 0 leaves the priors "
+        "out": phase == "prior",
+        "a lower --data.eval_batch_size makes evaluation smaller": phase in ("", "evaluation"),
+        "a lower --data.batch_size makes activations smaller": phase != "evaluation" and data.batch_size > 1,
+        "a lower --data.num_samples shortens the residual streams": phase != "evaluation" and data.num_samples > 32,
+    }
+    return "; ".join(words for words, applies in options.items() if applies) + "; or use a larger device."
+
+
+@contextmanager
+def memory_advice(method: PruningMethod, data: CalibrationDataModule) -> Iterator[None]:
+    """Say what would help where the memory does not suffice after all.
+
+    Raises:
+        UserError: in place of an error that says so.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        said = str(error) or type(error).__name__
+        # On the host torch raises a plain RuntimeError.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in said:
+            raise
+        raise UserError(
+            f"Out of memory: {said.splitlines()[0][:200]} {advice(method, data, method.slot.onload)}"
+        ) from error

@@ -1,0 +1,223 @@
+"""What a run takes is told before it begins, from shapes alone."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from lightning_prune import methods
+from lightning_prune.cli import main
+from lightning_prune.data.datamodule import CalibrationDataModule
+from lightning_prune.methods.base import PruningMethod
+from lightning_prune.runs import memory_estimate
+from lightning_prune.runs.memory_estimate import Memory
+from lightning_prune.support.errors import UserError
+
+GB = 10**9
+IMPORTED = int(0.414 * GB)  # anonymous memory of the command before the run
+TAYLOR: dict[str, Any] = {"importance": "taylor", "temperature": 0.0}
+# The table of docs/large_models.md: peaks of whole runs in GB, by `python benchmarks/layer_memory.py`.
+MEASURED = [
+    (methods.ShortGPT, {}, 16, 0.86, 0.81),
+    (methods.Magnitude, {}, 16, 0.94, 0.91),
+    (methods.Wanda, {}, 16, 0.93, 0.94),
+    (methods.SlimGPT, {}, 16, 1.77, 1.77),
+    (methods.HGSP, TAYLOR, 16, 2.13, 2.09),
+    (methods.HGSP, {}, 16, 3.80, None),
+    (methods.ShortGPT, {}, 32, 0.86, None),
+    (methods.Magnitude, {}, 32, 0.99, None),
+    (methods.Wanda, {}, 32, 1.01, None),
+    (methods.HGSP, TAYLOR, 32, 3.19, None),
+]
+
+
+@pytest.fixture
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Memory]:
+    """Of a method on a Llama of which there is the config alone; the numbers of ``benchmarks/layer_memory.py``."""
+    monkeypatch.setattr(memory_estimate, "anonymous_bytes", lambda: IMPORTED)
+
+    def make(
+        method: Callable[..., PruningMethod],
+        options: dict[str, Any] | None = None,
+        device: int | None = None,
+        host: int = 24 * GB,
+        data: dict[str, Any] | None = None,
+        precision: Any = "bf16-true",
+        **shape: Any,
+    ) -> Memory:
+        sizes = {"vocab_size": 32_000, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+        heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 4096}
+        config = LlamaConfig(**(sizes | heads | {"tie_word_embeddings": True} | shape), dtype="bfloat16")
+        config.save_pretrained(tmp_path)
+        np.save(tmp_path / "tokens.npy", np.zeros((128, 128), dtype=np.int64))
+        text = {"dataset": str(tmp_path / "tokens.npy"), "eval_datasets": [str(tmp_path / "tokens.npy")]}
+        trainer = L.Trainer(accelerator="cpu", logger=False, precision=precision, enable_checkpointing=False)
+        method_of_run = method(pretrained=str(tmp_path), **options or {})
+        return Memory.of(trainer, method_of_run, CalibrationDataModule(**(text | (data or {}))), device, host)
+
+    return make
+
+
+@pytest.mark.parametrize(("method", "options", "layers", "by_layer", "whole"), MEASURED)
+def test_estimates_are_within_15_percent_of_measured_peaks(
+    memory: Callable[..., Memory], method: Any, options: dict[str, Any], layers: int, by_layer: float, whole: float
+) -> None:
+    found = memory(method, options, num_hidden_layers=layers)
+    assert found.estimate("layer").host_bytes / GB == pytest.approx(by_layer, rel=0.15)
+    if whole is not None:
+        assert found.estimate("model").host_bytes / GB == pytest.approx(whole, rel=0.15)
+
+
+@pytest.mark.parametrize("method", [methods.SlimGPT, pytest.param(methods.HGSP, marks=pytest.mark.slow)])
+def test_seventy_billion_parameters_are_estimated_at_once(memory: Callable[..., Memory], method: Any) -> None:
+    heads = {"num_attention_heads": 64, "num_hidden_layers": 80, "tie_word_embeddings": False, "vocab_size": 128_256}
+    found = memory(method, device=80 * 2**30, host=512 * GB, hidden_size=8192, intermediate_size=28_672, **heads)
+    assert found.method.dense_parameters == pytest.approx(70.6e9, rel=0.01)
+    started = time.perf_counter()
+    by_layer, whole = found.estimate("layer"), found.estimate("model")
+    assert time.perf_counter() - started < 2
+    assert by_layer.share < 1 < whole.share
+    assert whole.device_bytes is not None
+    assert whole.device_bytes > 2 * found.method.dense_parameters
+
+
+def test_removal_priors_evaluate_and_keep_what_the_wavefront_needs(memory: Callable[..., Memory]) -> None:
+    few = memory(methods.HGSP, {"importance": "magnitude", "prior_num_samples": 50}, num_hidden_layers=4).estimate(
+        "layer"
+    )
+    every = memory(methods.HGSP, {"importance": "magnitude"}, num_hidden_layers=4).estimate("layer")
+    assert every.layer_evaluations == (2 * 4 + 3 * 4 * 3 // 2) * 128 // 4
+    assert few.layer_evaluations == (2 * 4 + 3 * 4 * 3 // 2) * 13  # batches of 4
+    deeper = memory(methods.HGSP, {"importance": "magnitude"}, num_hidden_layers=24).estimate("layer")
+    stream = 128 * 128 * 2048 * 2
+    assert deeper.phase == "prior"
+    assert deeper.host_bytes - IMPORTED > (1 + 3 * 23) * stream
+
+
+def test_streams_that_take_too_much_memory_are_files(memory: Callable[..., Memory]) -> None:
+    stream = 128 * 128 * 2048 * 2
+    small = memory(methods.HGSP, TAYLOR, host=IMPORTED + 8 * stream).estimate("layer")
+    assert 10 * stream < small.mapped_bytes <= small.disk
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "written"),
+    [
+        (methods.SlimGPT, {}, 2048 * (2048 + 8192)),
+        (methods.Wanda, {"refit": "residual"}, 2048 * (2048 + 8192)),
+        (methods.Wanda, {"structure": "2:4"}, 2048 * (2 * 2048 + 2 * 512 + 3 * 8192)),
+        (methods.Wanda, {}, 0),
+    ],
+)
+def test_rewritten_weights_are_on_disk(memory: Callable[..., Memory], method: Any, options: Any, written: int) -> None:
+    assert memory(method, options).estimate("layer").new_weights_bytes == 16 * 2 * written
+
+
+@pytest.mark.parametrize("importance", ["taylor", "kfac", "magnitude"])
+def test_a_gpu_needs_a_layer_and_the_host_what_waits(memory: Callable[..., Memory], importance: str) -> None:
+    found = memory(methods.HGSP, {"importance": importance}, device=24 * 2**30, precision="32-true")
+    by_layer, whole = found.estimate("layer"), found.estimate("model")
+    assert by_layer.device_bytes is not None
+    assert whole.device_bytes is not None
+    weights = 15 * 4 * 60_821_504  # all layers but one
+    assert whole.device_bytes - by_layer.device_bytes == pytest.approx(weights, rel=0.1)
+    assert by_layer.host_bytes > whole.host_bytes  # the next layer waits there
+
+
+def test_windows_of_absurd_length_end_in_one_message(memory: Callable[..., Memory]) -> None:
+    with pytest.raises(UserError, match=r"--data.seq_len: windows of 1000000000 tokens.* 4096 positions"):
+        memory(methods.Wanda, data={"dataset": "demo", "seq_len": 10**9})
+    huge = {"dataset": "demo", "seq_len": 10**9, "eval_seq_len": 10**9, "eval_datasets": None}
+    assert memory(methods.HGSP, data=huge, max_position_embeddings=2**31).estimate("layer").share > 1000
+
+
+def test_check_needs_a_config_alone_and_says_what_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, vocab_size=99
+    ).save_pretrained(tmp_path)
+    words = ["check", "--config", "shortgpt", "--model.pretrained", str(tmp_path), "--data.eval_datasets", "[]"]
+    words += ["--data.num_samples", "7"]
+    assert main([*words, "--memory", "2GiB", "--json"]) == 0
+    layer, model = json.loads(capsys.readouterr().out)
+    assert (layer["onload"], model["onload"]) == ("layer", "model")
+    assert layer["fits"]
+    assert 0 < layer["device_bytes"] <= model["device_bytes"] < 2 * GB
+    assert layer["layer_evaluations"] == 4 * 2  # 4 layers, batches of 4 and 3
+    assert main([*words, "--memory=1.5 MB", "--host-memory", "512GiB"]) == 1
+    shown = capsys.readouterr().out
+    assert "549.76 GB on the host" in shown
+    assert "--model.onload model takes" in shown
+
+
+@pytest.mark.parametrize("words", [["--memory", "much"], ["--memory"], ["--host-memory", "-3GiB"]])
+def test_a_size_that_is_none_ends_in_one_message(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--config", "wanda", *words]) == 2
+    assert words[0] in capsys.readouterr().err
+
+
+def _fit(checkpoint: Path, root: Path, *words: str) -> int:
+    np.save(root / "tokens.npy", np.full((8, 16), 5))
+    data = ["--data.dataset", str(root / "tokens.npy"), "--data.eval_datasets", "[]"]
+    where = ["--model.pretrained", str(checkpoint), "--trainer.default_root_dir", str(root / "logs")]
+    return main(["fit", "--config", "wanda", *where, *data, "--trainer.logger", "false", *words])
+
+
+@pytest.mark.parametrize(("free", "onload"), [(2**35, "model"), (int(0.6 * 2**30), "layer")])
+def test_auto_keeps_the_whole_model_where_it_fits_with_room_to_spare(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, free: int, onload: str
+) -> None:
+    monkeypatch.setattr(memory_estimate, "anonymous_bytes", lambda: 0)
+    monkeypatch.setattr(memory_estimate, "free_host_bytes", lambda: free)
+    monkeypatch.setattr(memory_estimate, "HOST_OVERHEAD", int(0.55 * 2**30))
+    assert _fit(tiny_checkpoint(), tmp_path) == 0
+    assert json.loads(next(tmp_path.rglob("method.json")).read_text(encoding="utf-8"))["onload"] == onload
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(
+    tmp_path: Path,
+    tiny_checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(memory_estimate, "free_host_bytes", lambda: 1000)
+    assert _fit(tiny_checkpoint(), tmp_path) == 2
+    message = capsys.readouterr().err
+    assert "--model.onload layer takes" in message
+    assert "of host memory" in message
+    assert "bf16-true halves" in message
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_memory_that_runs_out_says_what_would_help_and_leaves_nothing(
+    tmp_path: Path,
+    tiny_checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+) -> None:
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(methods.Wanda, "training_step", full)
+    assert _fit(tiny_checkpoint(), tmp_path, "--model.onload", "model") == 2
+    message = capsys.readouterr().err
+    assert "Out of memory" in message
+    assert "--model.onload layer" in message
+    assert "--data.batch_size" in message
+    assert "Traceback" not in message
+    assert not (tmp_path / "logs").exists()
