@@ -1,4 +1,4 @@
-"""Proof before use: a tiny model of the same class and switches must behave as its family's record says.
+"""A tiny model of the same class and switches must behave as its family's record says, before one is pruned.
 
 A record that looks right, or a release of transformers that moved something, would prune wrongly without a word. So
 before a model is calibrated, a random model of a few narrow layers of its kind is run by parts and whole, cut and
@@ -28,10 +28,19 @@ from lightning_prune.models.families import anatomy, count_parameters, family_of
 from lightning_prune.models.layered import LayeredModel, open_layered
 from lightning_prune.models.records import GUIDE, Family
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, ROLES_OF, Block
-from lightning_prune.support.errors import CheckpointError, UserError
+from lightning_prune.support.errors import CheckpointError, UserError, first_line
 from lightning_prune.support.quiet import quiet_transformers
 
 LAYERS, CHANNELS, HEAD_DIM, VOCABULARY, WINDOW = 4, 12, 8, 64, 5
+NOT_KIND = (
+    "auto_map",
+    "how_to_load",
+    "name_or_path",
+    "_name_or_path",
+    "architectures",
+    "transformers_version",
+    "dtype",
+)
 TOLERANCE = 1e-4  # of the largest logit: cutting changes the order of fp32 sums, a mistake changes logits by their size
 
 
@@ -81,7 +90,7 @@ def _tried(family: Family, values: str) -> str | None:
         except (DiffersError, CheckpointError, FloatingPointError) as found:
             return str(found)
         except Exception as error:  # of a model that is not what was expected: whatever its code raises
-            return f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return f"{type(error).__name__}: {first_line(error)}"
     return None
 
 
@@ -106,20 +115,13 @@ def shrunk(config: Any) -> Any:
         tiny.sliding_window = WINDOW
     for name, token in (("bos_token_id", 0), ("eos_token_id", 1), ("pad_token_id", None)):
         setattr(tiny, name, token)
-    for entry in _rotary(getattr(tiny, "rope_parameters", None)):
+    rotary = getattr(tiny, "rope_parameters", None) or {}  # one dictionary, or one per layer type
+    for entry in [value for value in rotary.values() if isinstance(value, dict)] or [rotary]:
         for name in ("short_factor", "long_factor"):  # a factor per frequency
             if entry.get(name):
                 rotated = int(HEAD_DIM * entry.get("partial_rotary_factor", 1.0))
                 entry[name] = [float(entry[name][0])] * (rotated // 2)
-    for name in (
-        "auto_map",
-        "how_to_load",
-        "name_or_path",
-        "_name_or_path",
-        "architectures",
-        "transformers_version",
-        "dtype",
-    ):
+    for name in (*NOT_KIND, "dtype"):
         vars(tiny).pop(name, None)
     return tiny
 
@@ -134,14 +136,6 @@ def _representative(config: Any, lists: Sequence[str]) -> list[int]:
     more = [layer for layer in range(config.num_hidden_layers) if layer not in chosen]
     found = sorted(chosen + more[: max(0, LAYERS - len(chosen))])
     return found + [found[-1]] * (LAYERS - len(found))  # a model of fewer layers
-
-
-def _rotary(parameters: Any) -> list[dict[str, Any]]:
-    """The dictionaries of rotary parameters: one, or one per layer type."""
-    if not isinstance(parameters, dict):
-        return []
-    nested = [entry for entry in parameters.values() if isinstance(entry, dict)]
-    return nested or [parameters]
 
 
 def _try(config: Any, folder: Path) -> None:
@@ -241,7 +235,11 @@ def _cut_and_mask(model: PreTrainedModel, dense: Checkpoint, plan: PruningPlan, 
             f"cutting leaves {left} parameters where the costs of its units say {plan.parameters['pruned']}"
         )
     write_checkpoint(pruned, folder, beside=None, card="")
-    found = _logits_by_layers(pruned, tokens)
+    hidden = pruned.embed(tokens)
+    for index in range(pruned.num_layers):
+        with pruned.layer(index):
+            hidden = pruned.run(index, hidden)
+    found = pruned.head(hidden)
     apart, scale = float((found - expected).abs().max()), float(expected.abs().max())
     if not apart <= TOLERANCE * scale:
         raise DiffersError(
@@ -249,14 +247,6 @@ def _cut_and_mask(model: PreTrainedModel, dense: Checkpoint, plan: PruningPlan, 
             f"to {scale:.2g} differ by {apart:.2g})"
         )
     pruned.close()
-
-
-def _logits_by_layers(model: LayeredModel, tokens: Tensor) -> Tensor:
-    hidden = model.embed(tokens)
-    for index in range(model.num_layers):
-        with model.layer(index):
-            hidden = model.run(index, hidden)
-    return model.head(hidden)
 
 
 def _masked(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Read a written checkpoint back as a user would, and hold it against the model that was meant to be written."""
+"""Read a written checkpoint back as a user would, and compare it with the model that was meant to be written."""
 
 import sys
 import tempfile
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, dynamic_module_utils
 
-from lightning_prune.support.errors import CheckpointError
+from lightning_prune.support.errors import CheckpointError, first_line
 from lightning_prune.support.quiet import quiet_transformers
 
 LENGTH, PADDING, GREEDY_TOKENS = 12, 5, 8
@@ -55,24 +55,16 @@ def check_checkpoint(folder: Path, expected: Tensor) -> dict[str, Any]:
         CheckpointError: the folder cannot be loaded, or it is another model, or it decodes wrongly with a cache.
         FloatingPointError: ``expected`` is not finite.
     """
-    _refuse_not_finite(expected)
-    with _quiet(), _own_module_cache():
+    with quiet_transformers(), warnings.catch_warnings(), _own_module_cache():
+        warnings.simplefilter("ignore")
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
         except Exception as error:  # whatever the code in the folder, transformers and safetensors may raise
             raise CheckpointError(
-                f"the checkpoint cannot be loaded back ({type(error).__name__}: {' '.join(str(error).split())})"
+                f"the checkpoint cannot be loaded back ({type(error).__name__}: {first_line(error)})"
             ) from error
         model.to(expected.device)
         return compare_logits(probe_logits(model), expected) | _compare_decoding(model)
-
-
-def _refuse_not_finite(expected: Tensor) -> None:
-    if not expected.isfinite().all():
-        raise FloatingPointError(
-            "the pruned model puts out NaN or infinite logits, so no checkpoint of it was kept. Prune in another "
-            "precision, or remove less."
-        )
 
 
 def compare_logits(found: Tensor, expected: Tensor) -> dict[str, Any]:
@@ -85,7 +77,11 @@ def compare_logits(found: Tensor, expected: Tensor) -> dict[str, Any]:
     Raises:
         CheckpointError, FloatingPointError: see ``check_checkpoint``.
     """
-    _refuse_not_finite(expected)
+    if not expected.isfinite().all():
+        raise FloatingPointError(
+            "the pruned model outputs NaN or infinite logits, so no checkpoint of it was kept. Prune in another "
+            "precision, or remove less."
+        )
     if found.dtype != expected.dtype or found.shape != expected.shape:
         raise CheckpointError(
             f"the checkpoint read back gives logits {tuple(found.shape)} in {found.dtype}, the model in memory "
@@ -160,10 +156,3 @@ def _own_module_cache() -> Iterator[None]:
             for name in set(sys.modules) - modules:
                 if name.partition(".")[0] == dynamic_module_utils.TRANSFORMERS_DYNAMIC_MODULE_NAME:
                     del sys.modules[name]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with quiet_transformers(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_prune.support.errors import UserError
-from lightning_prune.support.regular_files import require_regular
+from lightning_prune.support.regular_files import exists, require_regular
 
 TEMPORARY = re.compile(r"\..+\.tmp")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
@@ -189,6 +189,8 @@ def read_file(path: Path, limit: int, option: str) -> bytes:
     Raises:
         UserError: missing, not a regular file (a pipe would be waited for), too large, or unreadable.
     """
+    if not exists(path):
+        raise UserError(f"{option}: no file at '{path}'.")
     size = require_regular(path, option)
     if size > limit:
         raise UserError(f"{option}: '{path}' has {size:,} bytes; at most {limit:,} are read.")

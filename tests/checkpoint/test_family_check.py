@@ -7,16 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig
 from transformers.models.granite.modeling_granite import GraniteDecoderLayer
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM, LlamaMLP
 
 from lightning_prune.checkpoint import family_check as proof
 from lightning_prune.checkpoint import write
 from lightning_prune.checkpoint.family_check import prove, shrunk
-from lightning_prune.models.records import BEFORE_ATTENTION, FAMILIES, Norms
+from lightning_prune.models.records import BEFORE_ATTENTION, FAMILIES, Family, Norms
 from lightning_prune.support.errors import UserError
-from tests.tiny import CUTTABLE, EVERY_FAMILY, WHOLE_ATTENTION, tiny_config
+from tests.tiny import EVERY_FAMILY, WHOLE_ATTENTION, tiny_config
 
 LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
 
@@ -28,14 +28,15 @@ def forgotten() -> Any:
     proof._tried.cache_clear()
 
 
-def test_every_record_is_tried_here() -> None:
-    assert set(EVERY_FAMILY) == set(FAMILIES)
-
-
 @pytest.mark.parametrize(("kv_heads", "tied"), [(2, True), (1, False)])
 @pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_a_family_does_what_its_record_says(family: str, kv_heads: int, tied: bool) -> None:
-    prove(tiny_config(family, kv_heads=kv_heads, tied=tied))
+    assert set(EVERY_FAMILY) == set(FAMILIES)
+    config, random = tiny_config(family, kv_heads=kv_heads, tied=tied), torch.random.get_rng_state()
+    before = config.to_dict()
+    prove(config)
+    assert config.to_dict() == before
+    assert torch.equal(torch.random.get_rng_state(), random)  # a run's random numbers are not touched
 
 
 @pytest.mark.parametrize(
@@ -84,39 +85,29 @@ def test_the_small_model_has_every_sort_of_layer_of_the_large_one() -> None:
     assert shrunk(AutoConfig.for_model("llama", num_hidden_layers=1)).num_hidden_layers == 4
 
 
-def test_norms_at_the_wrong_places_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = FAMILIES["gemma2"]
-    swapped = replace(
-        right,
-        attention_norms=Norms("input_layernorm", "pre_feedforward_layernorm"),
-        mlp_norms=Norms("post_attention_layernorm", "post_feedforward_layernorm"),
-    )
-    assert_refused(monkeypatch, swapped, "between attention and MLP of layer 0: differs")
-    lost = replace(right, attention_norms=BEFORE_ATTENTION)  # it would stay behind, and change nothing
-    assert_refused(monkeypatch, lost, "layer 0 has 32 parameters that belong to neither block")
+GEMMA2 = FAMILIES["gemma2"]
+SWAPPED = {
+    "attention_norms": Norms("input_layernorm", "pre_feedforward_layernorm"),
+    "mlp_norms": Norms("post_attention_layernorm", "post_feedforward_layernorm"),
+}
+WRONG: list[tuple[Family, dict[str, Any], str]] = [
+    (replace(GEMMA2, **SWAPPED), {}, "between attention and MLP of layer 0: differs"),
+    (replace(GEMMA2, attention_norms=BEFORE_ATTENTION), {}, "layer 0 has 32 parameters that belong to neither block"),
+    (replace(FAMILIES["smollm3"], per_layer_lists=()), {"no_rope_layers": [1, 0, 0, 1]}, "family 'smollm3'"),
+    *(
+        (replace(FAMILIES[name], whole_attention=None), {}, r"costs of its units|is not the same as masking|Error: ")
+        for name in WHOLE_ATTENTION
+    ),
+]
 
 
-def test_groups_that_cannot_leave_alone_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    for family in WHOLE_ATTENTION:
-        assert_refused(
-            monkeypatch,
-            replace(FAMILIES[family], whole_attention=None),
-            r"costs of its units|is not the same as masking|Error: ",
-        )
-
-
-def test_lists_with_an_entry_per_layer_that_nobody_cuts_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_config("smollm3", no_rope_layers=[1, 0, 0, 1])
-    cut_by_length = replace(FAMILIES["smollm3"], per_layer_lists=())
-    monkeypatch.setitem(FAMILIES, "smollm3", cut_by_length)
-    with pytest.raises(UserError, match="family 'smollm3'"):
-        prove(config)
-
-
-def assert_refused(monkeypatch: pytest.MonkeyPatch, record: Any, message: str) -> None:
+@pytest.mark.parametrize(("record", "switches", "message"), WRONG)
+def test_a_wrong_record_is_refused(
+    monkeypatch: pytest.MonkeyPatch, record: Family, switches: dict[str, Any], message: str
+) -> None:
     monkeypatch.setitem(FAMILIES, record.model_type, record)
     with pytest.raises(UserError, match=message) as error:
-        prove(tiny_config(record.model_type))
+        prove(tiny_config(record.model_type, **switches))
     assert str(error.value).startswith("--model.pretrained: with transformers ")
     assert "docs/add_a_model_family.md" in str(error.value)
 
@@ -173,17 +164,3 @@ def test_errors_of_the_machine_are_not_blamed_on_the_family(monkeypatch: pytest.
                 prove(tiny_config("llama"))
             assert "do not behave" not in str(error.value)
     prove(tiny_config("llama"))  # nothing of it is remembered
-
-
-def test_the_random_numbers_of_the_run_are_not_touched() -> None:
-    before = torch.random.get_rng_state()
-    prove(tiny_config("llama"))
-    assert torch.equal(torch.random.get_rng_state(), before)
-
-
-def test_a_config_is_not_touched() -> None:
-    for family in CUTTABLE:
-        config: PretrainedConfig = tiny_config(family)
-        before = config.to_dict()
-        shrunk(config)
-        assert config.to_dict() == before, family

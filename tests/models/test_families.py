@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, BertConfig, GPT2Config
+from transformers import AutoConfig, BertConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from lightning_prune.models.checkpoint import meta_model
@@ -39,24 +39,14 @@ def test_shapes_and_costs_on_the_meta_device(family: str, extra: dict[str, Any],
         assert layer.block_cost(Block.ATTENTION) + layer.block_cost(Block.MLP) == count_parameters(layer.layer)
 
 
-def test_tied_weights_count_once() -> None:
-    tied, untied = (count_parameters(meta_model(tiny_config(tied=tied))) for tied in (True, False))
-    assert untied - tied == 96 * 32
-
-
-def test_unknown_family_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"'gpt2' is not supported: .*GPT-2 style.*llama, .*mistral, .*qwen2, qwen3"):
-        family_of(GPT2Config())
-
-
 def test_a_family_that_nobody_has_looked_at_leads_to_the_guide() -> None:
     assert "bert" not in REFUSED
-    with pytest.raises(UserError, match=r"'bert' is not supported\. .*docs/add_a_model_family\.md shows how"):
+    with pytest.raises(UserError, match=r"'bert' is not supported\..*llama, .*qwen3.*docs/add_a_model_family\.md"):
         family_of(BertConfig())
     assert (ROOT / GUIDE).is_file()
 
 
-@pytest.mark.parametrize("model_type", ["t5", "bart", "llava", "qwen2_vl", "mixtral", "mamba", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["t5", "llava", "mixtral", "mamba", "gpt_neox"])
 def test_what_is_never_pruned_is_refused_with_a_reason(model_type: str) -> None:
     with pytest.raises(UserError, match=rf"'{model_type}' is not supported: \w+ .* \w+\. Known families: ") as error:
         family_of(AutoConfig.for_model(model_type))
@@ -82,7 +72,6 @@ def test_every_name_is_one_that_transformers_knows() -> None:
 def test_costs_of_the_blocks_are_all_parameters_of_the_layer(family: str) -> None:
     for layer in anatomy(meta_model(tiny_config(family, tied=False))):
         assert layer.block_cost(Block.ATTENTION) + layer.block_cost(Block.MLP) == count_parameters(layer.layer)
-        assert (layer.num_kv_heads, layer.queries_per_kv_head, layer.num_channels) == (2, 2, 40)
 
 
 def test_roles_of_a_fused_projection_are_its_consecutive_rows() -> None:
@@ -100,25 +89,23 @@ def test_roles_of_a_fused_projection_are_its_consecutive_rows() -> None:
     assert torch.equal(fused, before)  # a view of a checkpoint file is not written to
 
 
-def test_a_fused_projection_of_another_height_is_named() -> None:
-    model = make_tiny("phi3")
-    model.model.layers[2].mlp.gate_up_proj = nn.Linear(32, 81, bias=False)
-    with pytest.raises(UserError, match="layer 2, up projection"):
-        anatomy(model)
-
-
-def test_missing_module_is_named() -> None:
-    model = make_tiny()
-    del model.model.layers[2].mlp.up_proj
-    with pytest.raises(UserError, match=r"layer 2 has no 'mlp\.up_proj'"):
-        anatomy(model)
-
-
-@pytest.mark.parametrize("linear", [nn.Linear(32, 40, bias=False), nn.Linear(32, 32, bias=True)])
-def test_shape_or_bias_off_the_record_is_named(linear: nn.Linear) -> None:
-    model = make_tiny()
-    model.model.layers[1].self_attn.q_proj = linear
-    with pytest.raises(UserError, match="layer 1, query projection"):
+@pytest.mark.parametrize(
+    ("family", "place", "linear", "message"),
+    [
+        ("llama", "mlp.up_proj", None, r"layer 2 has no 'mlp\.up_proj'"),
+        ("llama", "self_attn.q_proj", nn.Linear(32, 40, bias=False), "layer 2, query projection"),
+        ("llama", "self_attn.q_proj", nn.Linear(32, 32, bias=True), "layer 2, query projection"),
+        ("phi3", "mlp.gate_up_proj", nn.Linear(32, 81, bias=False), "layer 2, up projection"),
+    ],
+)
+def test_a_layer_off_the_record_is_named(family: str, place: str, linear: nn.Module | None, message: str) -> None:
+    model = make_tiny(family)
+    block, _, name = place.partition(".")
+    owner = model.model.layers[2].get_submodule(block)
+    delattr(owner, name)
+    if linear is not None:
+        setattr(owner, name, linear)
+    with pytest.raises(UserError, match=message):
         anatomy(model)
 
 

@@ -1,7 +1,7 @@
 """A model whose layers come and go is the whole model of transformers, bit for bit."""
 
 import contextlib
-import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import anatomy
 from lightning_prune.models.layered import LayeredModel, Onload, open_layered
+from lightning_prune.models.vocabulary import Block
 from tests.cutting import CPU, MemorySource, layered, layered_cut
 from tests.tiny import EVERY_FAMILY, make_tiny, mixed_plan, tiny_tokens, uniform_plan
 
@@ -27,13 +28,17 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
 
 
 @torch.no_grad()
-def logits_by_layers(model: LayeredModel, tokens: Tensor) -> Tensor:
+def last_residual(model: LayeredModel, tokens: Tensor) -> Tensor:
     hidden = model.embed(tokens)
     for index in range(model.num_layers):
         with model.layer(index):
             model.announce(index + 1)
             hidden = model.run(index, hidden)
-    return model.head(hidden)
+    return hidden
+
+
+def logits_by_layers(model: LayeredModel, tokens: Tensor) -> Tensor:
+    return model.head(last_residual(model, tokens))
 
 
 def resident(model: LayeredModel) -> list[bool]:
@@ -90,28 +95,17 @@ def test_pruned_checkpoints_run_by_layers_too(
 def test_a_layer_has_weights_between_enter_and_leave_alone() -> None:
     model = layered(make_tiny())
     assert resident(model) == [False] * 4
-    model.enter(1)
-    assert resident(model) == [False, True, False, False]
+    held = [weakref.ref(parameter) for parameter in model.enter(1).parameters()]
     model.announce(2)  # is read, but not in place yet
     assert resident(model) == [False, True, False, False]
     model.leave(1)
     assert resident(model) == [False] * 4
+    assert not [reference for reference in held if reference() is not None]
     with contextlib.suppress(ArithmeticError), model.layer(3):
         assert resident(model) == [False, False, False, True]
         raise ArithmeticError
     assert resident(model) == [False] * 4
     assert not model.net.get_input_embeddings().weight.is_meta
-
-
-def test_weights_of_a_layer_that_left_are_freed() -> None:
-    import weakref
-
-    model = layered(make_tiny())
-    layer = model.enter(0)
-    held = [weakref.ref(parameter) for parameter in layer.parameters()]
-    del layer
-    model.leave(0)
-    assert not [reference for reference in held if reference() is not None]
 
 
 def test_kept_layers_are_read_once_and_changed_ones_again() -> None:
@@ -128,6 +122,9 @@ def test_kept_layers_are_read_once_and_changed_ones_again() -> None:
     model.enter(2)
     assert bool(view.gate.weight.any())
     assert model.bytes_read - read == 5 * one
+    model.announce(0)
+    model.close()
+    assert resident(model) == [False] * 4
 
 
 def test_every_layer_is_read_once_per_pass_and_ahead_of_time() -> None:
@@ -141,14 +138,6 @@ def test_every_layer_is_read_once_per_pass_and_ahead_of_time() -> None:
     assert source.asked == wanted
     assert model.bytes_read - before == sum(p.numel() * 4 for p in dense.model.layers.parameters())
     assert model.evaluations == 4
-
-
-def test_closing_drops_everything() -> None:
-    model = layered(make_tiny(), onload="model")
-    model.load_all()
-    model.announce(0)
-    model.close()
-    assert resident(model) == [False] * 4
 
 
 @pytest.mark.parametrize("family", EVERY_FAMILY)
@@ -193,9 +182,9 @@ def test_what_a_block_puts_out_is_added_as_the_layer_does(family: str) -> None:
     layer.register_forward_hook(lambda _, args, after: kept.update(after=after))
     dense(input_ids=tokens, use_cache=False)
     with model.layer(0):
-        middle = model.add(0, hidden, "attention", output)
+        middle = model.add(0, hidden, Block.ATTENTION, output)
         assert torch.equal(middle, kept["middle"])
-        assert torch.equal(model.add(0, middle, "mlp", 2 * output), kept["after"])
+        assert torch.equal(model.add(0, middle, Block.MLP, 2 * output), kept["after"])
     assert model.evaluations == 0
 
 
@@ -205,27 +194,10 @@ def test_losses_of_the_head_are_those_of_the_whole_model(family: str) -> None:
     dense, tokens = make_tiny(family, tied=True), tiny_tokens()
     model = layered(dense)
     with torch.no_grad():
-        hidden = model.embed(tokens)
-        for index in range(4):
-            with model.layer(index):
-                hidden = model.run(index, hidden)
-        losses = model.losses(hidden, tokens)
+        losses = model.losses(last_residual(model, tokens), tokens)
         logits = dense(input_ids=tokens, use_cache=False).logits
     expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     torch.testing.assert_close(losses.flatten(), expected, rtol=1e-6, atol=0)
-
-
-def test_one_file_and_shards_read_the_same(tmp_path: Path) -> None:
-    dense = make_tiny()
-    dense.save_pretrained(tmp_path / "one")
-    dense.save_pretrained(tmp_path / "many", max_shard_size="10KB")
-    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
-    assert len(set(index["weight_map"].values())) > 2
-    one, many = (
-        logits_by_layers(open_layered(Checkpoint.open(str(tmp_path / name)), None, CPU), tiny_tokens())
-        for name in ("one", "many")
-    )
-    assert torch.equal(one, many)
 
 
 def test_what_is_read_ahead_is_used(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import pickle
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,8 @@ from transformers.cache_utils import QuantizedLayer
 from lightning_prune.models.modeling_pruned import SkippedMixer
 from tests.cutting import cut
 from tests.tiny import (
-    CUTTABLE,
     EVERY_FAMILY,
     FAMILIES,
-    WHOLE_ATTENTION,
     make_tiny,
     mixed_plan,
     tiny_plan,
@@ -39,10 +38,6 @@ from tests.tiny import (
 )
 
 FULL = list(range(40))
-
-
-def first_attention_gone(model: PreTrainedModel) -> Any:
-    return mixed_plan(model)
 
 
 def last_attention_gone(model: PreTrainedModel) -> Any:
@@ -68,28 +63,36 @@ def gone(what: str, where: int) -> Any:
     return plan
 
 
-PLANS = [first_attention_gone, last_attention_gone, all_attention_gone]
-PLANS += [gone(what, where) for what in ("attention", "mlp", "both") for where in (0, 2, 3)]
-KINDS = [*((family, {}) for family in FAMILIES), ("mistral", {"sliding_window": 6})]
-OTHERS = [(family, {}) for family in (*CUTTABLE, *WHOLE_ATTENTION) if family not in FAMILIES]
-KINDS.append(("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}))
+MAIN = [mixed_plan, last_attention_gone, all_attention_gone]
+PLANS = [*MAIN, *(gone(what, where) for what in ("attention", "mlp", "both") for where in (0, 2, 3))]
+WINDOWS = ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1})
+KINDS: list[tuple[str, dict[str, Any]]] = [
+    *((family, {}) for family in FAMILIES),
+    ("mistral", {"sliding_window": 6}),
+    WINDOWS,
+]
+OTHERS: list[tuple[str, dict[str, Any]]] = [(family, {}) for family in EVERY_FAMILY if family not in FAMILIES]
+FAST = [(*kind, mixed_plan) for kind in (*KINDS, *OTHERS)] + [("llama", {}, plan) for plan in PLANS[1:]]
+ALL = [(*kind, plan) for kinds, plans in ((KINDS, PLANS), (OTHERS, MAIN)) for kind in kinds for plan in plans]
+CASES = [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in FAST)]
 
 
-def head_shapes(model: PreTrainedModel) -> tuple[list[int], list[int]]:
-    """(KV heads, head size) of every layer, as the config says them."""
-    layers = model.config.per_layer_config
-    return [layer.num_key_value_heads for layer in layers], [layer.head_dim for layer in layers]
-
-
-def pruned_model(family: str, plan: Any = first_attention_gone, **options: Any) -> PreTrainedModel:
+def pruned_model(family: str, plan: Any = mixed_plan, **options: Any) -> PreTrainedModel:
     dense = make_tiny(family, **options)
     return cut(dense, plan(dense))
 
 
-@pytest.mark.parametrize(
-    ("family", "extra", "plan"),
-    [(*kind, plan) for kinds, plans in ((KINDS, PLANS), (OTHERS, PLANS[:3])) for kind in kinds for plan in plans],
-)
+def by_steps(model: PreTrainedModel, tokens: torch.Tensor, cache: Cache, lengths: Sequence[int]) -> torch.Tensor:
+    """Logits of ``tokens``, some of them at a time."""
+    steps, start = [], 0
+    for length in lengths:
+        steps.append(model(tokens[:, start : start + length], past_key_values=cache, use_cache=True).logits)
+        start += length
+        assert int(cache.get_seq_length()) == start
+    return torch.cat(steps, 1)
+
+
+@pytest.mark.parametrize(("family", "extra", "plan"), CASES)
 @torch.no_grad()
 def test_generation_with_a_cache_equals_generation_without(family: str, extra: dict[str, Any], plan: Any) -> None:
     model = pruned_model(family, plan, **extra)
@@ -98,35 +101,37 @@ def test_generation_with_a_cache_equals_generation_without(family: str, extra: d
     mask[0, :5] = mask[1, :2] = 0  # left padding
     common = {"attention_mask": mask, "max_new_tokens": 10, "min_new_tokens": 10, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(tokens, use_cache=False, **common)
-    assert torch.equal(model.generate(tokens, **common), expected)
-    assert torch.equal(model.generate(tokens, cache_implementation="static", **common), expected)
-    assert torch.equal(model.generate(tokens, prefill_chunk_size=3, **common), expected)
+    for options in ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 3}):
+        assert torch.equal(model.generate(tokens, **options, **common), expected)
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize(("family", "extra"), KINDS)
+@pytest.mark.parametrize(
+    ("family", "extra", "plan"), [case for case in CASES if getattr(case, "values", case)[0] in FAMILIES]
+)
 @torch.no_grad()
-def test_manual_loops_over_a_cache_give_the_logits_of_one_pass(family: str, extra: dict[str, Any], plan: Any) -> None:
+def test_manual_loops_over_a_cache_give_the_logits_of_one_pass(
+    family: str, extra: dict[str, Any], plan: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "Stream", NoStream)
+    monkeypatch.setattr(torch.cuda, "default_stream", NoStream)
     model = pruned_model(family, plan, **extra)
     tokens = tiny_tokens(length=14)
     expected = model(tokens).logits
+    layers = model.config.per_layer_config
+    shapes = [layer.num_key_value_heads for layer in layers], [layer.head_dim for layer in layers]
     allocated = StaticCache(config=model.config, max_cache_len=20)  # as export and compilation want it
-    allocated.early_initialization(2, *head_shapes(model), dtype=model.dtype, device=model.device)
+    allocated.early_initialization(2, *shapes, dtype=model.dtype, device=model.device)
+    offloading = {"offloading": True, "offload_only_non_sliding": False}
     for cache in (
         DynamicCache(config=model.config),
-        DynamicCache(),
+        *([] if extra else [DynamicCache()]),  # a cache made without the config knows no windows
         StaticCache(config=model.config, max_cache_len=20),
         allocated,
+        DynamicCache(config=model.config, **offloading),
+        StaticCache(config=model.config, max_cache_len=20, **offloading),
     ):
-        if isinstance(cache, DynamicCache) and extra and not cache.layers:
-            continue  # a cache made without the config knows no windows
-        got, start = [], 0
-        for length in (5, 4, 1, 1, 3):  # prefill in chunks, single steps, a chunk again
-            out = model(tokens[:, start : start + length], past_key_values=cache, use_cache=True)
-            got.append(out.logits)
-            start += length
-            assert int(cache.get_seq_length()) == start
-        torch.testing.assert_close(torch.cat(got, 1), expected, rtol=1e-4, atol=1e-4)
+        # Prefill in chunks, single steps, a chunk again.
+        torch.testing.assert_close(by_steps(model, tokens, cache, (5, 4, 1, 1, 3)), expected, rtol=1e-4, atol=1e-4)
 
 
 class NoStream:
@@ -139,25 +144,6 @@ class NoStream:
     def __exit__(self, *_: Any) -> None: ...
 
     def wait_stream(self, _: Any) -> None: ...
-
-
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize(("family", "extra"), KINDS)
-@torch.no_grad()
-def test_offloading_caches_give_the_logits_of_one_pass(
-    family: str, extra: dict[str, Any], plan: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch, "Stream", NoStream)
-    monkeypatch.setattr(torch.cuda, "default_stream", NoStream)
-    model = pruned_model(family, plan, **extra)
-    tokens = tiny_tokens(length=14)
-    expected = model(tokens).logits
-    for cache in (
-        DynamicCache(config=model.config, offloading=True, offload_only_non_sliding=False),
-        StaticCache(config=model.config, max_cache_len=20, offloading=True, offload_only_non_sliding=False),
-    ):
-        steps = [model(tokens[:, start : start + 2], past_key_values=cache).logits for start in range(0, 14, 2)]
-        torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-4, atol=1e-4)
 
 
 class GroupedLayer(QuantizedLayer):
@@ -177,8 +163,7 @@ def test_quantising_caches_give_the_logits_of_one_pass(plan: Any) -> None:
     model = pruned_model("llama", plan)
     tokens = tiny_tokens(length=14)
     cache = Cache(layers=[GroupedLayer(residual_length=3) for _ in range(model.config.num_hidden_layers)])
-    steps = [model(tokens[:, start : start + 2], past_key_values=cache).logits for start in range(0, 14, 2)]
-    torch.testing.assert_close(torch.cat(steps, 1), model(tokens).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(by_steps(model, tokens, cache, [2] * 7), model(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_a_skipped_mixer_finds_the_cache_under_any_name_and_nothing_else() -> None:
@@ -219,26 +204,19 @@ def test_every_layer_shows_engines_an_attention_of_its_own() -> None:
         assert layer.self_attn.config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize(("family", "extra"), [KINDS[0], KINDS[-1]])
+@pytest.mark.parametrize("plan", MAIN)
+@pytest.mark.parametrize(("family", "extra"), [("llama", {}), WINDOWS])
 @torch.no_grad()
-def test_beam_search_reorders_the_cache(family: str, extra: dict[str, Any], plan: Any) -> None:
-    model = pruned_model(family, plan, **extra)
-    common = {"num_beams": 3, "max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    tokens = tiny_tokens(length=5)
-    assert torch.equal(model.generate(tokens, **common), model.generate(tokens, use_cache=False, **common))
-
-
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize(("family", "extra"), [*KINDS[:2], *KINDS[-2:]])
-@torch.no_grad()
-def test_assisted_decoding_crops_the_cache(family: str, extra: dict[str, Any], plan: Any) -> None:
+def test_beams_reorder_and_assisted_decoding_crops_the_cache(family: str, extra: dict[str, Any], plan: Any) -> None:
     model = pruned_model(family, plan, **extra)
     common = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    tokens = tiny_tokens(length=5)
+    beams = common | {"num_beams": 3, "max_new_tokens": 6, "min_new_tokens": 6}
+    assert torch.equal(model.generate(tokens, **beams), model.generate(tokens, use_cache=False, **beams))
     tokens = tiny_tokens(batch=1, length=4).repeat(1, 3)
     expected = model.generate(tokens, use_cache=False, **common)
     assert torch.equal(model.generate(tokens, prompt_lookup_num_tokens=3, **common), expected)
-    assistant = pruned_model(family, first_attention_gone, seed=1, **extra)
+    assistant = pruned_model(family, seed=1, **extra)
     assert torch.equal(model.generate(tokens, assistant_model=assistant, **common), expected)
 
 
@@ -273,21 +251,16 @@ def test_every_head_of_the_family_stands_on_the_pruned_decoder(family: str, tmp_
         assert torch.equal(loaded.base_model(tiny_tokens()).last_hidden_state, expected), auto
 
 
-def test_a_load_without_the_flag_is_refused_and_the_config_says_what_is_missing(tmp_path: Path) -> None:
-    pruned_model("llama").save_pretrained(tmp_path)
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert "trust_remote_code=True" in json.loads((tmp_path / "config.json").read_text())["how_to_load"]
-
-
 def test_checkpoints_say_a_class_that_no_engine_takes_for_its_own(tmp_path: Path) -> None:
-    model = pruned_model("qwen2")
-    model.save_pretrained(tmp_path)
+    pruned_model("qwen2").save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match=r"per-layer attribute|ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     assert type(again).__name__ == "Qwen2ForCausalLM"
     again.save_pretrained(tmp_path / "again")
     for folder in (tmp_path, tmp_path / "again"):
         config = json.loads((folder / "config.json").read_text())
+        assert "trust_remote_code=True" in config["how_to_load"]
         assert config["architectures"] == ["PrunedQwen2ForCausalLM"]
         assert config["auto_map"] == {
             "AutoModel": "modeling_pruned.Qwen2Model",
@@ -317,11 +290,10 @@ def test_copies_and_pickles() -> None:
     assert torch.equal(pickle.loads(pickle.dumps(model))(tiny_tokens()).logits, expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_lora_attaches_and_learns(family: str) -> None:
+def test_lora_attaches_and_learns() -> None:
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    model = pruned_model(family)
+    model = pruned_model("llama")
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=16, task_type="CAUSAL_LM"))
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.03)
     tokens = tiny_tokens(batch=4)

@@ -16,6 +16,7 @@ from lightning_prune.models.layered import open_layered
 from tests.cutting import CPU
 from tests.methods.behaviour import prune
 from tests.methods.running import pruned_by, run_method
+from tests.models.test_layered import logits_by_layers
 from tests.tiny import make_tiny, tiny_tokenizer, tiny_tokens
 
 Edit = Callable[[dict[str, Any]], None]
@@ -77,11 +78,7 @@ def test_odd_configs_give_the_logits_of_transformers_and_are_pruned(tmp_path: Pa
     expected: PreTrainedModel = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     tokens = tiny_tokens()
     model = open_layered(Checkpoint.open(str(tmp_path / "dense")), None, CPU)
-    hidden = model.embed(tokens)
-    for index in range(model.num_layers):
-        with model.layer(index):
-            hidden = model.run(index, hidden)
-    assert torch.equal(model.head(hidden), expected(tokens).logits)
+    assert torch.equal(logits_by_layers(model, tokens), expected(tokens).logits)
     with torch.enable_grad():
         method = run_method(HGSP(str(tmp_path / "dense"), 0.2), tiny_tokens(4, 12), tmp_path / "run")
     assert torch.isfinite(pruned_by(method)(tokens).logits).all()

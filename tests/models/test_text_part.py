@@ -17,6 +17,7 @@ from lightning_prune.models.layered import open_layered
 from lightning_prune.support.errors import UserError
 from tests.cutting import CPU
 from tests.methods.running import pruned_by, run_method
+from tests.models.test_layered import logits_by_layers
 from tests.tiny import tiny_config, tiny_tokens
 
 VISION = {
@@ -63,17 +64,12 @@ def test_the_text_model_gives_the_logits_of_the_whole_for_text(
     expected = several(kind, tmp_path, own_names, tied)
     tokens = tiny_tokens().clamp(max=94)
     assert Checkpoint.open(str(tmp_path)).config.model_type == TEXT[kind]
-    Checkpoint.open(str(tmp_path)).check()
-    model = open_layered(Checkpoint.open(str(tmp_path)), None, CPU)
-    hidden = model.embed(tokens)
-    for index in range(model.num_layers):
-        with model.layer(index):
-            hidden = model.run(index, hidden)
-    torch.testing.assert_close(model.head(hidden), expected, rtol=1e-5, atol=1e-5)
+    logits = logits_by_layers(open_layered(Checkpoint.open(str(tmp_path)), None, CPU), tokens)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     loaded = lightning_prune.load(tmp_path)
-    assert torch.equal(loaded(tokens).logits, model.head(hidden))
+    assert torch.equal(loaded(tokens).logits, logits)
     loaded.save_pretrained(tmp_path / "text")
-    assert torch.equal(lightning_prune.load(tmp_path / "text")(tokens).logits, model.head(hidden))
+    assert torch.equal(lightning_prune.load(tmp_path / "text")(tokens).logits, logits)
 
 
 def test_it_is_pruned_to_a_text_model(tmp_path: Path) -> None:

@@ -42,19 +42,15 @@ def test_interrupted_folder_leaves_nothing(tmp_path: Path, exception: type[BaseE
     assert list(tmp_path.iterdir()) == []
 
 
-def test_interrupted_folder_leaves_the_old_one(tmp_path: Path) -> None:
-    with new_folder(tmp_path / "run") as folder:
-        (folder / "old").write_text("x")
-    with pytest.raises(KeyboardInterrupt):
-        write_half(tmp_path / "run", KeyboardInterrupt)
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["run", "run/old"]
-
-
-def test_new_folder_replaces_the_old_one(tmp_path: Path) -> None:
+def test_a_folder_is_replaced_whole_or_stays(tmp_path: Path) -> None:
     for name in ("old", "new"):
         with new_folder(tmp_path / "run") as folder:
             (folder / name).write_text("x")
             assert not (tmp_path / "run" / name).exists()
+    with pytest.raises(KeyboardInterrupt):
+        write_half(tmp_path / "run", KeyboardInterrupt)
+    with pytest.raises(OSError, match="not empty"), new_folder(tmp_path / "run", replace=False) as folder:
+        (folder / "newer").touch()
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["run", "run/new"]
 
 
@@ -72,15 +68,6 @@ def test_old_folder_comes_back_when_the_last_rename_fails(tmp_path: Path, monkey
     with pytest.raises(OSError, match="no rename today"), new_folder(tmp_path / "run") as folder:
         (folder / "new").write_text("y")
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["run", "run/old"]
-
-
-def test_folder_that_may_not_be_replaced_is_not(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    with new_folder(tmp_path / "run", replace=False) as folder:
-        (folder / "new").touch()
-    with pytest.raises(OSError, match="not empty"), new_folder(tmp_path / "run", replace=False) as folder:
-        (folder / "newer").touch()
-    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["run", "run/new"]
 
 
 def test_sweep_takes_what_nobody_holds_and_leaves_what_lives(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from lightning_prune.cli import main
 from lightning_prune.cli.commands import apply
-from lightning_prune.support.signals import SIGNALS, Stopped, stoppable
+from lightning_prune.support.signals import SIGNALS, stoppable
 from tests.cli.test_main import importable
 
 
@@ -113,17 +113,6 @@ def test_signal_at_the_last_moment_is_not_hidden() -> None:
         kill(signal.SIGTERM)
         time.sleep(0.01)
     assert stop.number == signal.SIGTERM
-
-
-def wait_for_a_signal() -> None:
-    with stoppable():
-        kill(signal.SIGINT)
-        time.sleep(5)
-
-
-def test_without_a_command_the_exception_is_seen() -> None:
-    with pytest.raises(Stopped):
-        wait_for_a_signal()
 
 
 @pytest.mark.slow
