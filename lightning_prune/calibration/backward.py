@@ -14,7 +14,7 @@ from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Batch, Holding, Load, Pass, Setting, Step
 from lightning_prune.calibration.residuals import ResidualStore
 from lightning_prune.calibration.statistics.removal_slopes import RemovalSlopes
-from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.families import LayerStructure
 
 
 class BackwardPass(Pass):
@@ -39,14 +39,14 @@ class BackwardPass(Pass):
         self.cotangent = setting.store()
 
     @abstractmethod
-    def watch(self, view: LayerAnatomy) -> None:
+    def watch(self, view: LayerStructure) -> None:
         """Let the layer's weights take gradients; the loss is a sum over tokens."""
 
     def expect(self, tokens: int) -> None:
         """Say how many tokens the next backward's summed loss is taken over."""
 
     @abstractmethod
-    def conclude(self, view: LayerAnatomy) -> LayerResult:
+    def conclude(self, view: LayerStructure) -> LayerResult:
         """What is left of a layer, from the sums over all processes; its weights take no more gradients."""
 
     def start(self, step: Step) -> None:
@@ -87,10 +87,10 @@ class BackwardPass(Pass):
         if step.phase == "backward":
             self.boundaries[step.layer].close()
 
-    def cost(self, view: LayerAnatomy, step: Step) -> float:
+    def cost(self, view: LayerStructure, step: Step) -> float:
         return 3.0 if step.phase == "backward" else 1.0
 
-    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+    def holds(self, view: LayerStructure, load: Load) -> Holding:
         """A stream at every layer boundary and one gradient; what backward keeps of a layer, and its gradients."""
         kept = 8 * load.hidden_size + 10 * load.widest_input
         return Holding(

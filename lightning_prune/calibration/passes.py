@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_prune.calibration.hooks import Hooks
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.residuals import ResidualStore
-from lightning_prune.models.families import LayerAnatomy, Projection
+from lightning_prune.models.families import LayerStructure, Projection
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.memory import free_bytes
@@ -170,15 +170,15 @@ class Pass(ABC):
         """What the store ``name`` held when an earlier process stood between two steps: ``[rows, L, D]``."""
         self.stores()[name].put(slice(0, len(values)), values)
 
-    def cost(self, view: LayerAnatomy, step: Step) -> float:
+    def cost(self, view: LayerStructure, step: Step) -> float:
         """Work per token of this step, in plain evaluations of a layer; an estimate for the progress bar."""
         return 1.0
 
-    def cost_to_finish(self, view: LayerAnatomy, step: Step) -> float:
+    def cost_to_finish(self, view: LayerStructure, step: Step) -> float:
         """Work of ``finish``, in tokens through the layer; an estimate for the progress bar."""
         return 0.0
 
-    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+    def holds(self, view: LayerStructure, load: Load) -> Holding:
         """The memory it takes; ``view`` is on the meta device."""
         return Holding()
 
@@ -190,7 +190,7 @@ class Pass(ABC):
         """The decoder."""
         return self.setting.model
 
-    def view(self, step: Step) -> LayerAnatomy:
+    def view(self, step: Step) -> LayerStructure:
         """The parts of the step's layer."""
         return self.model.views[step.layer]
 
@@ -210,13 +210,13 @@ class WeightsPass(Pass):
         raise AssertionError("this pass reads no batches")
 
     @abstractmethod
-    def conclude(self, view: LayerAnatomy) -> LayerResult:
+    def conclude(self, view: LayerStructure) -> LayerResult:
         """What is left of a layer."""
 
     def finish(self, step: Step) -> LayerResult:
         return self.conclude(self.view(step))
 
-    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+    def holds(self, view: LayerStructure, load: Load) -> Holding:
         """Two fp32 copies of a weight: its magnitudes, and a step on the way there."""
         return Holding(finishing=8 * load.largest_weight)
 
@@ -239,11 +239,11 @@ class ForwardPass(Pass):
         self.hooks = Hooks()
 
     @abstractmethod
-    def observe(self, view: LayerAnatomy, hooks: Hooks) -> None:
+    def observe(self, view: LayerStructure, hooks: Hooks) -> None:
         """Register this layer's hooks."""
 
     @abstractmethod
-    def conclude(self, view: LayerAnatomy) -> LayerResult:
+    def conclude(self, view: LayerStructure) -> LayerResult:
         """What is left of a layer, from the sums over all processes."""
 
     def start(self, step: Step) -> None:
@@ -281,7 +281,7 @@ class ForwardPass(Pass):
     def changes(self, step: Step) -> bool:
         return self.rewrites
 
-    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+    def holds(self, view: LayerStructure, load: Load) -> Holding:
         """The residual stream; a projection's inputs in fp32, twice; at last a weight and its scores in fp32."""
         return Holding(8 * load.tokens * load.widest_input, 8 * load.largest_weight, (load.hidden_size,))
 
@@ -322,11 +322,11 @@ class BlockPass(Pass):
         self.hooks = Hooks()
 
     @abstractmethod
-    def observe(self, view: LayerAnatomy, block: Block, hooks: Hooks) -> None:
+    def observe(self, view: LayerStructure, block: Block, hooks: Hooks) -> None:
         """Register the hooks of one block of the layer."""
 
     @abstractmethod
-    def conclude(self, view: LayerAnatomy, block: Block) -> LayerResult:
+    def conclude(self, view: LayerStructure, block: Block) -> LayerResult:
         """What is left of a block, with the new weight of its output projection."""
 
     def block(self, step: Step) -> Block:
@@ -384,7 +384,7 @@ class BlockPass(Pass):
     def changes(self, step: Step) -> bool:
         return True
 
-    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+    def holds(self, view: LayerStructure, load: Load) -> Holding:
         """The residual stream, and the inputs of one projection; those of a batch in fp32."""
         new = view.output.weight.numel() + view.down.weight.numel()
         stores = (load.hidden_size, load.widest_input)

@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Batch, Holding, Load, Pass, Setting, Step
 from lightning_prune.calibration.residuals import ResidualStore
-from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import Block
 
 PIECES = (Block.LAYER, Block.ATTENTION, Block.MLP)
@@ -110,10 +110,10 @@ class RemovalPass(Pass):
             raise FloatingPointError(f"layer {layer}: the loss without its {PIECES[piece]} is NaN or infinite.")
         return LayerResult(facts={"delta": delta.tolist()})
 
-    def cost(self, view: LayerAnatomy, step: Step) -> float:
+    def cost(self, view: LayerStructure, step: Step) -> float:
         return 2.0 + 3 * step.layer if self.blocks else 1.0 + step.layer
 
-    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+    def holds(self, view: LayerStructure, load: Load) -> Holding:
         """The dense state, and the variants of every layer but the last, whose losses are taken at once."""
         states = 1 + (3 if self.blocks else 1) * (load.num_layers - 1)
         two = 2 * load.tokens * load.hidden_size * load.dtype.itemsize

@@ -11,7 +11,7 @@ from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.checkpoint.pruned import open_pruned
 from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.models.checkpoint import Checkpoint
-from lightning_prune.models.families import anatomy, count_parameters
+from lightning_prune.models.families import count_parameters, layer_structures
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import cannot_write, check_writable
 
@@ -57,7 +57,7 @@ def apply(plan: PruningPlan | str | Path, model: str | Path, output: str | Path,
             f"--model: '{pretrained}' has {found:,} parameters, the plan was made for a model with "
             f"{plan.parameters['dense']:,} ('{plan.base_model}'). Give that model."
         )
-    check_plan(anatomy(dense), plan, dense.config)
+    check_plan(layer_structures(dense), plan, dense.config)
     pruned = open_pruned(opened, plan)
     card = model_card(plan, layout_of(pruned.config), base=opened)
     write_checkpoint(pruned, folder, beside=opened, card=card)

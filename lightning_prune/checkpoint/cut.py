@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING
 
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.models.families import (
-    LayerAnatomy,
+    LayerStructure,
     family_of,
     head_dim_of,
     missing_biases,
@@ -63,7 +63,7 @@ def _kept(tensor: Tensor, dim: int, units: int, kept: list[int]) -> Tensor:
     return parts.index_select(dim, index).flatten(dim, dim + 1)
 
 
-def check_plan(layers: list[LayerAnatomy], plan: PruningPlan, config: Any) -> None:
+def check_plan(layers: list[LayerStructure], plan: PruningPlan, config: Any) -> None:
     """Check ``plan`` against the dense model's layers (those of a model on the meta device will do) and config.
 
     Raises:
@@ -91,7 +91,7 @@ def check_plan(layers: list[LayerAnatomy], plan: PruningPlan, config: Any) -> No
         )
 
 
-def parameters_after(layers: list[LayerAnatomy], dense: int, kept: list[LayerPlan]) -> int:
+def parameters_after(layers: list[LayerStructure], dense: int, kept: list[LayerPlan]) -> int:
     """Unique parameters left of ``dense`` once ``kept`` is cut: units, and norms and biases of skipped blocks."""
     removed = 0
     for layer, plan in zip(layers, kept, strict=True):

@@ -24,7 +24,7 @@ from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.checkpoint.pruned import open_pruned
 from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.models.checkpoint import Checkpoint
-from lightning_prune.models.families import anatomy, count_parameters, family_of, head_dim_of
+from lightning_prune.models.families import count_parameters, family_of, head_dim_of, layer_structures
 from lightning_prune.models.layered import LayeredModel, open_layered
 from lightning_prune.models.records import GUIDE, Family
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, ROLES_OF, Block
@@ -48,7 +48,7 @@ class DiffersError(Exception):
     """What the tiny model did that the record does not say."""
 
 
-def prove(config: Any) -> None:
+def check_family(config: Any) -> None:
     """Try the family's record on a tiny random model with the switches of ``config``; once per kind and process.
 
     Raises:
@@ -211,7 +211,7 @@ def _same(what: str, found: Tensor, expected: Tensor) -> None:
 def _plans(model: PreTrainedModel, path: str) -> dict[str, PruningPlan]:
     """Layers of one width each, with a group less where groups leave; and uneven ones without attention, without MLP,
     and one that is gone."""
-    views = anatomy(model)
+    views = layer_structures(model)
     groups, channels = list(range(views[0].num_kv_heads)), list(range(CHANNELS))
     fewer = groups if views[0].whole_attention else groups[1:] or groups
     uniform = [(fewer, channels[1::2])] * len(views)
@@ -252,7 +252,7 @@ def _cut_and_mask(model: PreTrainedModel, dense: Checkpoint, plan: PruningPlan, 
 def _masked(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     """The dense model in which what ``plan`` removes puts out zero."""
     masked = copy.deepcopy(model)
-    for view, kept in zip(anatomy(masked), plan.layers, strict=True):
+    for view, kept in zip(layer_structures(masked), plan.layers, strict=True):
         for linear, units, left in (
             (view.output, view.num_kv_heads, kept.kept_kv_heads),
             (view.down, view.num_channels, kept.kept_channels),

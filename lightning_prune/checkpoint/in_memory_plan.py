@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.checkpoint.plan import LayerPlan
-from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 
 
-class Overlay:
+class InMemoryPlan:
     """Changes a layer that has just come in as a plan would: the model then computes what the cut one computes.
 
     Columns of o_proj and down_proj that belong to a unit that goes are zero, so nothing of it reaches the residual
@@ -24,7 +24,7 @@ class Overlay:
     def __init__(self, kept: Sequence[LayerPlan], new_weights: Callable[[int], dict[str, Tensor]]) -> None:
         self.kept, self.new_weights = kept, new_weights
 
-    def __call__(self, view: LayerAnatomy) -> None:
+    def __call__(self, view: LayerStructure) -> None:
         """Change the layer of ``view``, whose weights are present."""
         new = self.new_weights(view.index)
         plan = self.kept[view.index]

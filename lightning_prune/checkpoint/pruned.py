@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_prune.checkpoint.cut import check_plan, kept_part, pruned_config
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.models.checkpoint import Checkpoint, skeleton
-from lightning_prune.models.families import anatomy, family_of, rows_of
+from lightning_prune.models.families import family_of, layer_structures, rows_of
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.records import Family
 from lightning_prune.models.sources import Source
@@ -80,7 +80,7 @@ def open_pruned(dense: Checkpoint, plan: PruningPlan, new_weights: NewWeights = 
     Raises:
         UserError: the plan does not fit the model, or the weights do not fit its config.
     """
-    check_plan(anatomy(dense.meta), plan, dense.config)
+    check_plan(layer_structures(dense.meta), plan, dense.config)
     net = skeleton(pruned_config(dense.config, plan))
     source = PrunedSource(dense.source(), dense.config, plan, new_weights)
     return LayeredModel(net, source, getattr(torch, plan.dtype), torch.device("cpu"), "layer")

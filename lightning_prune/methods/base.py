@@ -14,8 +14,8 @@ from torch import Tensor
 from lightning_prune.calibration.driver import CALIBRATING, REFITTING, CalibrationDriver, Stage
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Pass
-from lightning_prune.checkpoint.family_check import prove
-from lightning_prune.checkpoint.in_memory_plan import Overlay
+from lightning_prune.checkpoint.family_check import check_family
+from lightning_prune.checkpoint.in_memory_plan import InMemoryPlan
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.checkpoint.scores import Scores
 from lightning_prune.checkpoint.write import write_pruned
@@ -24,7 +24,7 @@ from lightning_prune.data.sampling import held_out_samples
 from lightning_prune.methods.measurement import DecisionFolder, SavedMeasurement
 from lightning_prune.methods.refit import Refit
 from lightning_prune.models.checkpoint import Checkpoint
-from lightning_prune.models.families import LayerAnatomy, anatomy, count_parameters
+from lightning_prune.models.families import LayerStructure, count_parameters, layer_structures
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.model_slot import ModelSlot, load_dtype
 from lightning_prune.models.vocabulary import ROLES_OF, Block
@@ -99,7 +99,7 @@ class PruningMethod(L.LightningModule):
         self.run_folder: DecisionFolder | None = None
         self.pruned_folder: Path | None = None
         self.self_check: dict[str, Any] | None = None  # what was compared once the checkpoint was written
-        self.layers: list[LayerAnatomy] = []  # the dense model's: shapes always, weights only while a layer is in
+        self.layers: list[LayerStructure] = []  # the dense model's: shapes always, weights only while a layer is in
         self.dense_parameters = 0
 
     # What a method says about itself
@@ -147,7 +147,7 @@ class PruningMethod(L.LightningModule):
         """A sentence that table and model card must carry, if any."""
         return ""
 
-    def check_ratio(self, layers: list[LayerAnatomy], total_parameters: int) -> None:
+    def check_ratio(self, layers: list[LayerStructure], total_parameters: int) -> None:
         """Raise UserError when the ratio cannot be reached; ``layers`` are on the meta device."""
 
     def refit_passes(self, kept: list[LayerPlan], held_out: Callable[[], Tensor]) -> list[Pass]:
@@ -183,9 +183,9 @@ class PruningMethod(L.LightningModule):
         """Results of the pass ``name`` in the order of the layers; of one ``block`` where its steps are blocks."""
         return [result for _, result in self.driver.loop.results_of(name, block) if result.importance or result.facts]
 
-    def in_memory_plan(self) -> Overlay:
+    def in_memory_plan(self) -> InMemoryPlan:
         """The plan so far, to be applied to the open dense model."""
-        return Overlay(self.plan.layers, self.driver.loop.new_parameters_of)
+        return InMemoryPlan(self.plan.layers, self.driver.loop.new_parameters_of)
 
     def calibration_facts(self) -> dict[str, Any] | None:
         """The manifest of the calibration set, None for methods without data."""
@@ -247,9 +247,9 @@ class PruningMethod(L.LightningModule):
 
     def check_shapes(self, net: Any) -> None:
         """The same of a model on the meta device, for which a config is enough."""
-        layers, total = anatomy(net), count_parameters(net)
+        layers, total = layer_structures(net), count_parameters(net)
         self.check_ratio(layers, total)
-        prove(self.checkpoint.config)
+        check_family(self.checkpoint.config)
         self.layers, self.dense_parameters = layers, total
 
     def setup(self, stage: str) -> None:

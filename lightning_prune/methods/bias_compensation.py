@@ -23,10 +23,10 @@ from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.methods.slimgpt_math import columns_of
 from lightning_prune.models.checkpoint import skeleton
 from lightning_prune.models.families import (
-    LayerAnatomy,
-    anatomy,
+    LayerStructure,
     count_parameters,
     family_of,
+    layer_structures,
     missing_biases,
     with_biases,
 )
@@ -45,7 +45,7 @@ class Carriers:
 
     roles: list[str]
     keys: list[str]
-    views: list[LayerAnatomy]
+    views: list[LayerStructure]
     parameters: int
 
 
@@ -55,7 +55,7 @@ def carriers(config: Any) -> Carriers:
     roles = [role for role in _losing(config) if missing.get(role, "") is not None]
     keys = sorted({key for role in roles if (key := missing.get(role)) is not None})
     net = skeleton(with_biases(config, keys))
-    return Carriers(roles, keys, anatomy(net), count_parameters(net))
+    return Carriers(roles, keys, layer_structures(net), count_parameters(net))
 
 
 def without_carrier(config: Any) -> list[str]:
@@ -83,7 +83,7 @@ class BiasPass(ForwardPass):
     def __init__(self, kept: Sequence[LayerPlan], roles: Collection[str]) -> None:
         self.kept, self.roles = kept, roles
 
-    def observe(self, view: LayerAnatomy, hooks: Hooks) -> None:
+    def observe(self, view: LayerStructure, hooks: Hooks) -> None:
         self.moments: dict[str, InputMoments] = {}
         for block, role in OUTPUT_ROLE.items():
             if role in self.roles and self.kept[view.index].kept(block):
@@ -91,7 +91,7 @@ class BiasPass(ForwardPass):
                 self.moments[role] = InputMoments(linear.in_features).to(linear.weight.device)
                 hooks.on_input(f"layer {view.index}, input of {role}", linear.module, self.moments[role].update)
 
-    def conclude(self, view: LayerAnatomy) -> LayerResult:
+    def conclude(self, view: LayerStructure) -> LayerResult:
         """New biases fp32 ``[D]``; none for a block that is removed.
 
         Raises:

@@ -20,7 +20,7 @@ from lightning_prune.calibration.backward import BackwardPass
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Holding, Load
 from lightning_prune.calibration.statistics.token_statistic import TokenStatistic
-from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 
 
@@ -50,7 +50,7 @@ class FisherPass(BackwardPass):
 
     name = "importance"
 
-    def watch(self, view: LayerAnatomy) -> None:
+    def watch(self, view: LayerStructure) -> None:
         """One statistic per projection that writes to the residual stream."""
         self.fisher: dict[Block, MaskFisher] = {}
         self._handles: list[RemovableHandle] = []
@@ -59,12 +59,12 @@ class FisherPass(BackwardPass):
             self.fisher[block] = MaskFisher(view.units(block)).to(module.weight.device)
             self._handles.append(module.register_forward_pre_hook(self._listener(self.fisher[block])))
 
-    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+    def holds(self, view: LayerStructure, load: Load) -> Holding:
         """Also a projection's inputs and their gradient in fp32, and the product."""
         base = super().holds(view, load)
         return replace(base, running=base.running + 12 * load.tokens * load.widest_input)
 
-    def conclude(self, view: LayerAnatomy) -> LayerResult:
+    def conclude(self, view: LayerStructure) -> LayerResult:
         while self._handles:
             self._handles.pop().remove()
         for block, statistic in self.fisher.items():

@@ -29,13 +29,13 @@ from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import ForwardPass, Pass
 from lightning_prune.calibration.statistics.input_moments import InputMoments
 from lightning_prune.checkpoint.cut import parameters_after
-from lightning_prune.checkpoint.family_check import prove
+from lightning_prune.checkpoint.family_check import check_family
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.checkpoint.scores import Flags, Scores
 from lightning_prune.methods.bias_compensation import BiasPass, Carriers, carriers, without_carrier
 from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.scores import group_scores
-from lightning_prune.models.families import LayerAnatomy, with_biases
+from lightning_prune.models.families import LayerStructure, with_biases
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 
 
@@ -71,14 +71,14 @@ class FLAPPass(ForwardPass):
 
     name = "importance"
 
-    def observe(self, view: LayerAnatomy, hooks: Hooks) -> None:
+    def observe(self, view: LayerStructure, hooks: Hooks) -> None:
         self.moments: dict[Block, InputMoments] = {}
         for block, role in OUTPUT_ROLE.items():
             linear = view.linears[role]
             self.moments[block] = InputMoments(linear.in_features).to(linear.weight.device)
             hooks.on_input(f"layer {view.index}, input of {role}", linear.module, self.moments[block].update)
 
-    def conclude(self, view: LayerAnatomy) -> LayerResult:
+    def conclude(self, view: LayerStructure) -> LayerResult:
         """Mean WIFV / std per GQA group and per channel."""
         importance = {}
         for block, moments in self.moments.items():
@@ -140,14 +140,14 @@ class FLAP(GroupPruning):
         """As in the base class; and the family with these biases does what its record says."""
         super().check_model()
         if self.carriers is not None and self.carriers.keys:
-            prove(with_biases(self.checkpoint.config, self.carriers.keys))
+            check_family(with_biases(self.checkpoint.config, self.carriers.keys))
 
     def score(self, scores: Scores) -> Scores:
         """z itself, not z per parameter; the number of parameters only counts for the ratio."""
         z = standardised(scores).numpy()
         return replace(scores, base=z, score=z)
 
-    def select(self, scores: Scores, layers: list[LayerAnatomy], total_parameters: int) -> Flags:
+    def select(self, scores: Scores, layers: list[LayerStructure], total_parameters: int) -> Flags:
         """By what units cost with their biases; as many parameters more are pruned as the biases add."""
         if self.carriers is None:
             return super().select(scores, layers, total_parameters)

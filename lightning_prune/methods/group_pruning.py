@@ -14,7 +14,7 @@ from lightning_prune.checkpoint.scores import Flags, Scores
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.group_selection import Allocation, GroupSelection
 from lightning_prune.methods.scores import group_scores
-from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 
@@ -105,14 +105,14 @@ class GroupPruning(PruningMethod):
         kept = kept_units(self.scores, len(self.layers))
         self.plan = self.make_plan(kept, parameters_after(self.layers, self.dense_parameters, kept))
 
-    def select(self, scores: Scores, layers: list[LayerAnatomy], total_parameters: int) -> Flags:
+    def select(self, scores: Scores, layers: list[LayerStructure], total_parameters: int) -> Flags:
         """Which units are pruned, bool ``[U]``."""
         return self.selection.select(scores, layers, total_parameters, self.requested_ratio or 0.0)
 
     def details(self) -> dict[str, Any]:
         return {**self.selection.facts(), "steps": self.steps, **super().details()}
 
-    def check_ratio(self, layers: list[LayerAnatomy], total_parameters: int) -> None:
+    def check_ratio(self, layers: list[LayerStructure], total_parameters: int) -> None:
         attention = [torch.ones(view.num_kv_heads) for view in layers]
         mlp = [torch.ones(view.num_channels) for view in layers]
         self.select(group_scores(layers, attention, mlp), layers, total_parameters)

@@ -8,7 +8,7 @@ import numpy as np
 from lightning_prune.checkpoint.scores import Flags, Scores
 from lightning_prune.methods.scores import groups_that_stay
 from lightning_prune.methods.selection import Budget, protect_best, select_global, select_uniform
-from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import ROLES_OF, Block
 from lightning_prune.support.errors import UserError
 
@@ -41,7 +41,7 @@ class GroupSelection:
         return {layer for layer in range(num_layers) if not self.freeze_first_n_layers <= layer < last}
 
     def select(
-        self, scores: Scores, layers: list[LayerAnatomy], total_parameters: int, ratio: float, added: int = 0
+        self, scores: Scores, layers: list[LayerStructure], total_parameters: int, ratio: float, added: int = 0
     ) -> Flags:
         """Which units are pruned, bool ``[U]``.
 

@@ -28,7 +28,7 @@ from lightning_prune.methods.magnitude import MagnitudePass
 from lightning_prune.methods.measurement import SavedMeasurement
 from lightning_prune.methods.taylor import TaylorPass
 from lightning_prune.methods.wanda import WandaPass
-from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import ROLES_OF
 from lightning_prune.support.errors import UserError
 
@@ -176,7 +176,7 @@ class HGSP(GroupPruning):
             self.tau_used = gate_threshold(self.priors[0], self.tau)
         return final_scores(scores, self.priors, self.tau_used, self.temperature, self.score_norm)
 
-    def select(self, scores: Scores, layers: list[LayerAnatomy], total_parameters: int) -> Flags:
+    def select(self, scores: Scores, layers: list[LayerStructure], total_parameters: int) -> Flags:
         """The ranking's choice, then auto-collapse of layers that are almost empty; nothing is refilled."""
         pruned = super().select(scores, layers, total_parameters)
         return collapse(scores, pruned, self.collapse_epsilon, self.selection.frozen_layers(len(layers)))

@@ -33,7 +33,7 @@ from lightning_prune.methods.slimgpt_math import (
     prune_heads,
     solve_bytes,
 )
-from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 
 DAMPING = 0.01  # of A and of F, times the mean of the diagonal
@@ -80,7 +80,7 @@ class KFACPass(BackwardPass):
 
     name = "importance"
 
-    def watch(self, view: LayerAnatomy) -> None:
+    def watch(self, view: LayerStructure) -> None:
         """Both factors of the two projections that write to the residual stream."""
         self.factors: dict[Block, tuple[InputGram, InputGram]] = {}
         self._handles: list[RemovableHandle] = []
@@ -92,7 +92,7 @@ class KFACPass(BackwardPass):
             self._handles.append(module.register_forward_pre_hook(_listen_to_inputs(inputs)))
             self._handles.append(module.register_forward_hook(_listen_to_gradients(gradients)))
 
-    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+    def holds(self, view: LayerStructure, load: Load) -> Holding:
         """Also both factors of both projections in fp32, a projection's inputs in fp32, and one solve at a time."""
         base = super().holds(view, load)
         shapes = (view.output.weight.shape, view.down.weight.shape)
@@ -101,12 +101,12 @@ class KFACPass(BackwardPass):
         running = base.running + factors + 4 * load.tokens * load.widest_input
         return replace(base, running=running, finishing=factors + solve)
 
-    def conclude(self, view: LayerAnatomy) -> LayerResult:
+    def conclude(self, view: LayerStructure) -> LayerResult:
         while self._handles:
             self._handles.pop().remove()
         return LayerResult({block: self._costs(view, block) for block in OUTPUT_ROLE})
 
-    def cost(self, view: LayerAnatomy, step: Step) -> float:
+    def cost(self, view: LayerStructure, step: Step) -> float:
         """Backward: run again, gradients of what passes, and both factors."""
         if step.phase == "forward":
             return 1.0
@@ -115,14 +115,14 @@ class KFACPass(BackwardPass):
         whole = sum(linear.weight.numel() for linear in linears.values())
         return 2.0 + sum(d * d + n * n for d, n in shapes) / 2 / whole
 
-    def cost_to_finish(self, view: LayerAnatomy, step: Step) -> float:
+    def cost_to_finish(self, view: LayerStructure, step: Step) -> float:
         """About 2·n³ operations for A⁻¹ and what leaves, beside two for every weight of the layer and token."""
         if step.phase == "forward":
             return 0.0
         inner = sum(view.linears[role].in_features ** 3 for role in OUTPUT_ROLE.values())
         return inner / sum(linear.weight.numel() for linear in view.linears.values())
 
-    def _costs(self, view: LayerAnatomy, block: Block) -> Tensor:
+    def _costs(self, view: LayerStructure, block: Block) -> Tensor:
         """float64, so that scores of both solver precisions look alike."""
         linear, units = view.projection(block), view.units(block)
         inputs, gradients = self.factors.pop(block)

@@ -6,7 +6,7 @@ from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Holding, Load, Pass, WeightsPass
 from lightning_prune.calibration.statistics.groups import group_importance
 from lightning_prune.methods.mask_pruning import GroupOrMaskPruning, MaskRule, mask_holding, mask_layer
-from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.families import LayerStructure
 
 
 def magnitude_scores(weight: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ class MagnitudePass(WeightsPass):
 
     name = "importance"
 
-    def conclude(self, view: LayerAnatomy) -> LayerResult:
+    def conclude(self, view: LayerStructure) -> LayerResult:
         return LayerResult(group_importance(view, lambda role: magnitude_scores(view.linears[role].weight)))
 
 
@@ -31,10 +31,10 @@ class MagnitudeMaskPass(WeightsPass):
     def __init__(self, rule: MaskRule) -> None:
         self.rule = rule
 
-    def conclude(self, view: LayerAnatomy) -> LayerResult:
+    def conclude(self, view: LayerStructure) -> LayerResult:
         return mask_layer(view, self.rule, lambda role: magnitude_scores(view.linears[role].weight))
 
-    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+    def holds(self, view: LayerStructure, load: Load) -> Holding:
         return mask_holding(super().holds(view, load), load)
 
     def changes(self, step: object) -> bool:

@@ -18,7 +18,7 @@ from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.group_selection import GroupSelection
 from lightning_prune.methods.masks import Structure, keep_n_of_m_mask, parse_structure, row_mask, tensor_mask
 from lightning_prune.methods.scores import group_scores
-from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import ROLES_OF, Block
 from lightning_prune.support.errors import UserError
 
@@ -40,7 +40,7 @@ class MaskRule:
         return (tensor_mask if self.per_tensor else row_mask)(scores, self.ratio)
 
 
-def mask_layer(view: LayerAnatomy, rule: MaskRule, weight_score: Callable[[str], Tensor]) -> LayerResult:
+def mask_layer(view: LayerStructure, rule: MaskRule, weight_score: Callable[[str], Tensor]) -> LayerResult:
     """Zero the lowest-scored weights of the seven projections.
 
     Returns:
@@ -140,7 +140,7 @@ class GroupOrMaskPruning(GroupPruning):
         plan = self.make_plan(kept, self.dense_parameters, weights_updated=True)
         self.plan = replace(plan, achieved_ratio=self.zeroed / weights)
 
-    def check_ratio(self, layers: list[LayerAnatomy], total_parameters: int) -> None:
+    def check_ratio(self, layers: list[LayerStructure], total_parameters: int) -> None:
         if self.masks is None:
             super().check_ratio(layers, total_parameters)
         elif self.masks.kind == "n:m":

@@ -31,7 +31,7 @@ from lightning_prune.methods.refit_math import (
     squared_error,
 )
 from lightning_prune.methods.slimgpt_math import columns_of
-from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, ROLES_OF, Block
 
 Target = Literal["residual", "output"]
@@ -59,7 +59,7 @@ class RefitPass(BlockPass):
         super().begin(setting)
         self.dense = setting.store()
 
-    def observe(self, view: LayerAnatomy, block: Block, hooks: Hooks) -> None:
+    def observe(self, view: LayerStructure, block: Block, hooks: Hooks) -> None:
         """Nothing: targets need both streams, so the batch sums."""
 
     def start(self, step: Step) -> None:
@@ -110,7 +110,7 @@ class RefitPass(BlockPass):
         with torch.no_grad():
             return self.conclude(self.view(step), self.block(step))
 
-    def conclude(self, view: LayerAnatomy, block: Block) -> LayerResult:
+    def conclude(self, view: LayerStructure, block: Block) -> LayerResult:
         """The refitted weight, zero in the removed columns. Facts: ``target``; ``damping``, 0 where the projection is
         left as it is; ``before`` and ``after``, the squared error on held-out samples with the old weight and with the
         one chosen there. Empty for a block that is removed."""
@@ -155,7 +155,7 @@ class RefitPass(BlockPass):
         super().end()
         self.dense.close()
 
-    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+    def holds(self, view: LayerStructure, load: Load) -> Holding:
         """Also the dense stream, the normal equations, and an eighth of the tokens held out."""
         base, d, n = super().holds(view, load), load.hidden_size, load.widest_input
         dtype = torch.float64 if equation_bytes(n, d, torch.float64) <= load.free else torch.float32
@@ -168,7 +168,7 @@ class RefitPass(BlockPass):
             stores=(*base.stores, d),
         )
 
-    def cost(self, view: LayerAnatomy, step: Step) -> float:
+    def cost(self, view: LayerStructure, step: Step) -> float:
         linears, projection = view.linears, view.projection(self.block(step))
         inner, outer = projection.in_features, projection.weight.shape[0]
         block = sum(linears[role].weight.numel() for role in ROLES_OF[self.block(step)])
@@ -176,7 +176,7 @@ class RefitPass(BlockPass):
         whole = sum(linear.weight.numel() for linear in linears.values())
         return (streams * block + inner * inner / 2 + inner * outer) / whole
 
-    def cost_to_finish(self, view: LayerAnatomy, step: Step) -> float:
+    def cost_to_finish(self, view: LayerStructure, step: Step) -> float:
         """A factorisation and two triangular solves per damping, beside two operations per weight and token."""
         linear = view.projection(self.block(step))
         inner, outer = linear.in_features, linear.weight.shape[0]

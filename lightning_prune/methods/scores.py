@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from lightning_prune.checkpoint.scores import BLOCKS, Scores
-from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import Block
 
 
-def group_scores(layers: Sequence[LayerAnatomy], attention: Sequence[Tensor], mlp: Sequence[Tensor]) -> Scores:
+def group_scores(layers: Sequence[LayerStructure], attention: Sequence[Tensor], mlp: Sequence[Tensor]) -> Scores:
     """Scores of all groups before any prior: score = importance / cost. An attention unit is one KV head with its query
     heads (GQA group), an MLP unit one intermediate channel.
 
@@ -62,7 +62,7 @@ def layer_scores(importance: Tensor, cost: Sequence[int]) -> Scores:
     )
 
 
-def groups_that_stay(layers: Sequence[LayerAnatomy]) -> str:
+def groups_that_stay(layers: Sequence[LayerStructure]) -> str:
     """A sentence, with a space before it, on why no GQA group is a candidate; nothing where groups may be pruned."""
     reason = layers[0].whole_attention
     return f" GQA groups of this family stay: {reason}. MLP channels and whole layers can go." if reason else ""

@@ -21,7 +21,7 @@ from lightning_prune.checkpoint.cut import parameters_after
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.scores import layer_scores
-from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 
@@ -49,11 +49,11 @@ class BlockInfluencePass(ForwardPass):
 
     name = "influence"
 
-    def observe(self, view: LayerAnatomy, hooks: Hooks) -> None:
+    def observe(self, view: LayerStructure, hooks: Hooks) -> None:
         self.influence = BlockInfluence().to(self.model.device)
         hooks.on_input_and_output(f"layer {view.index}", view.layer, self.influence.update)
 
-    def conclude(self, view: LayerAnatomy) -> LayerResult:
+    def conclude(self, view: LayerStructure) -> LayerResult:
         self.influence.raise_if_not_finite(f"layer {view.index}")
         return LayerResult({Block.LAYER: self.influence.reduced().reshape(1)})
 
@@ -96,7 +96,7 @@ class ShortGPT(PruningMethod):
     def requested_ratio(self) -> float | None:
         return self.pruning_ratio if self.n_remove_layers is None else None
 
-    def layer_count(self, layers: Sequence[LayerAnatomy], total_parameters: int) -> int:
+    def layer_count(self, layers: Sequence[LayerStructure], total_parameters: int) -> int:
         """Layers to remove.
 
         Raises:
@@ -121,7 +121,7 @@ class ShortGPT(PruningMethod):
             "the largest reachable ratio."
         )
 
-    def check_ratio(self, layers: list[LayerAnatomy], total_parameters: int) -> None:
+    def check_ratio(self, layers: list[LayerStructure], total_parameters: int) -> None:
         """At least one layer must go and one must stay."""
         self.layer_count(layers, total_parameters)
 

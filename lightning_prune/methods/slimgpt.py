@@ -35,7 +35,7 @@ from lightning_prune.methods.slimgpt_math import (
     solve_bytes,
 )
 from lightning_prune.methods.slimgpt_ratios import layer_ratios, unit_counts
-from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, ROLES_OF, Block
 from lightning_prune.support.errors import UserError
 
@@ -65,12 +65,12 @@ class SlimGPTPass(BlockPass):
         self.damping = damping
         self.max_tokens = max_tokens
 
-    def observe(self, view: LayerAnatomy, block: Block, hooks: Hooks) -> None:
+    def observe(self, view: LayerStructure, block: Block, hooks: Hooks) -> None:
         role, linear = OUTPUT_ROLE[block], view.projection(block)
         self.gram = InputGram(linear.in_features, self.max_tokens).to(self.model.device)
         hooks.on_input(f"layer {view.index}, input of {role}", linear.module, self.gram.update)
 
-    def conclude(self, view: LayerAnatomy, block: Block) -> LayerResult:
+    def conclude(self, view: LayerStructure, block: Block) -> LayerResult:
         """The refitted weight, zero in the removed columns; the error of every unit as its importance. Facts: units
         ``kept``, the ``damping`` λ that was used, and the solver's ``dtype``."""
         role, linear = OUTPUT_ROLE[block], view.projection(block)
@@ -100,7 +100,7 @@ class SlimGPTPass(BlockPass):
         }
         return LayerResult({block: result.errors}, {role: refitted}, facts=facts)
 
-    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+    def holds(self, view: LayerStructure, load: Load) -> Holding:
         """Also XᵀX of one projection, and what it is solved with."""
         base = super().holds(view, load)
         solves = [
@@ -109,19 +109,19 @@ class SlimGPTPass(BlockPass):
         ]
         return replace(base, running=base.running + 4 * load.widest_input**2, finishing=max(solves))
 
-    def cost(self, view: LayerAnatomy, step: Step) -> float:
+    def cost(self, view: LayerStructure, step: Step) -> float:
         """A block, and the square of its inner width for XᵀX."""
         linears = view.linears
         inner = view.projection(self.block(step)).in_features
         block = sum(linears[role].weight.numel() for role in ROLES_OF[self.block(step)])
         return (block + inner * inner / 2) / sum(linear.weight.numel() for linear in linears.values())
 
-    def cost_to_finish(self, view: LayerAnatomy, step: Step) -> float:
+    def cost_to_finish(self, view: LayerStructure, step: Step) -> float:
         """n³ operations for H⁻¹, beside two for every weight of the layer and token."""
         inner = view.projection(self.block(step)).in_features
         return inner**3 / (2 * sum(linear.weight.numel() for linear in view.linears.values()))
 
-    def _prune(self, view: LayerAnatomy, block: Block, hessian: InverseHessian) -> PrunedLinear:
+    def _prune(self, view: LayerStructure, block: Block, hessian: InverseHessian) -> PrunedLinear:
         groups, channels = self.counts[view.index]
 
         before = 0
@@ -188,7 +188,7 @@ class SlimGPT(PruningMethod):
         self.max_tokens = max_tokens
 
     def layer_counts(
-        self, layers: list[LayerAnatomy], total_parameters: int
+        self, layers: list[LayerStructure], total_parameters: int
     ) -> tuple[list[float], list[tuple[int, int]]]:
         """Ratio of every layer, and how many (groups, channels) that removes.
 
@@ -212,7 +212,7 @@ class SlimGPT(PruningMethod):
             ) from None
         return ratios, counts
 
-    def check_ratio(self, layers: list[LayerAnatomy], total_parameters: int) -> None:
+    def check_ratio(self, layers: list[LayerStructure], total_parameters: int) -> None:
         self.layer_counts(layers, total_parameters)
 
     def passes(self) -> list[Pass]:
@@ -253,7 +253,7 @@ class SlimGPT(PruningMethod):
         }
 
 
-def _removed(layers: list[LayerAnatomy], plan: LayerPlan, block: Block) -> Tensor:
+def _removed(layers: list[LayerStructure], plan: LayerPlan, block: Block) -> Tensor:
     removed = torch.ones(layers[plan.layer].units(block), dtype=torch.bool)
     removed[plan.kept(block)] = False
     return removed

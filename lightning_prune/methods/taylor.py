@@ -13,7 +13,7 @@ from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Holding, Load
 from lightning_prune.calibration.statistics.gradients import LayerGradients
 from lightning_prune.calibration.statistics.groups import group_importance
-from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.families import LayerStructure
 
 
 def weight_scores(weight: Tensor, gradient: Tensor) -> Tensor:
@@ -26,20 +26,20 @@ class TaylorPass(BackwardPass):
 
     name = "importance"
 
-    def watch(self, view: LayerAnatomy) -> None:
+    def watch(self, view: LayerStructure) -> None:
         self.gradients = LayerGradients(view)
 
     def expect(self, tokens: int) -> None:
         self.gradients.expect(tokens)
 
-    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+    def holds(self, view: LayerStructure, load: Load) -> Holding:
         """Also an fp32 gradient of every weight of the layer, and the one that backward has just made."""
         base = super().holds(view, load)
         sums = 4 * load.layer_weights
         new = load.largest_weight * load.dtype.itemsize
         return replace(base, running=base.running + sums + new, finishing=sums + 2 * load.largest_weight)
 
-    def conclude(self, view: LayerAnatomy) -> LayerResult:
+    def conclude(self, view: LayerStructure) -> LayerResult:
         """Importance per unit; the accumulators are freed one projection at a time."""
         gradients = self.gradients
         del self.gradients

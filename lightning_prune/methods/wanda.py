@@ -14,7 +14,7 @@ from lightning_prune.calibration.passes import ForwardPass, Holding, Load, Pass,
 from lightning_prune.calibration.statistics.groups import group_importance
 from lightning_prune.calibration.statistics.input_norms import SumOfSquares
 from lightning_prune.methods.mask_pruning import GroupOrMaskPruning, MaskRule, mask_holding, mask_layer
-from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import INPUT_OF, Block
 
 
@@ -31,7 +31,7 @@ def weight_scores(weight: Tensor, input_norms: Tensor) -> Tensor:
     return weight.float().abs() * input_norms.float()
 
 
-def wanda_importance(view: LayerAnatomy, norms: dict[str, Tensor]) -> dict[Block, Tensor]:
+def wanda_importance(view: LayerStructure, norms: dict[str, Tensor]) -> dict[Block, Tensor]:
     """I(G) = Σ |W_ij| · ‖X_j‖₂ over every weight of the group, in all its projections.
 
     Args:
@@ -47,7 +47,7 @@ def wanda_importance(view: LayerAnatomy, norms: dict[str, Tensor]) -> dict[Block
 class InputNorms:
     """Collects the norms of a layer's four distinct inputs."""
 
-    def __init__(self, view: LayerAnatomy, hooks: Hooks) -> None:
+    def __init__(self, view: LayerStructure, hooks: Hooks) -> None:
         self.layer = view.index
         self.sums: dict[str, SumOfSquares] = {}
         for role in sorted(set(INPUT_OF.values())):
@@ -74,10 +74,10 @@ class WandaPass(ForwardPass):
 
     name = "importance"
 
-    def observe(self, view: LayerAnatomy, hooks: Hooks) -> None:
+    def observe(self, view: LayerStructure, hooks: Hooks) -> None:
         self.inputs = InputNorms(view, hooks)
 
-    def conclude(self, view: LayerAnatomy) -> LayerResult:
+    def conclude(self, view: LayerStructure) -> LayerResult:
         return LayerResult(wanda_importance(view, self.inputs.norms()))
 
 
@@ -95,11 +95,11 @@ class WandaMaskPass(WandaPass):
     def __init__(self, rule: MaskRule, sequential: bool) -> None:
         self.rule, self.rewrites = rule, sequential
 
-    def conclude(self, view: LayerAnatomy) -> LayerResult:
+    def conclude(self, view: LayerStructure) -> LayerResult:
         norms = self.inputs.norms()
         return mask_layer(view, self.rule, lambda role: weight_scores(view.linears[role].weight, norms[INPUT_OF[role]]))
 
-    def holds(self, view: LayerAnatomy, load: Load) -> Holding:
+    def holds(self, view: LayerStructure, load: Load) -> Holding:
         return mask_holding(super().holds(view, load), load)
 
     def changes(self, step: Step) -> bool:

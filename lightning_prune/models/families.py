@@ -57,7 +57,7 @@ class Projection:
 
 
 @dataclass(frozen=True)
-class LayerAnatomy:
+class LayerStructure:
     """One decoder layer. K KV heads, r query heads per KV head, d = head_dim, F channels, D hidden size.
 
     Weights: query ``[K·r·d, D]``, key and value ``[K·d, D]``, output ``[D, K·r·d]``, gate and up ``[F, D]``,
@@ -154,7 +154,7 @@ def rows_of(config: Any) -> dict[str, int]:
     return {"query": query, "key": key, "value": key, "gate": channels, "up": channels}
 
 
-def anatomy(model: nn.Module) -> list[LayerAnatomy]:
+def layer_structures(model: nn.Module) -> list[LayerStructure]:
     """Resolve the family's record on ``model`` (a causal LM, on any device, the meta device included).
 
     Raises:
@@ -185,7 +185,7 @@ def final_norm_of(model: nn.Module) -> nn.Module:
     return model.get_submodule(family_of(config).final_norm)
 
 
-def _layer_anatomy(family: Family, config: Any, index: int, layer: nn.Module) -> LayerAnatomy:
+def _layer_anatomy(family: Family, config: Any, index: int, layer: nn.Module) -> LayerStructure:
     def find(name: str) -> Any:
         try:
             return layer.get_submodule(name)
@@ -196,7 +196,7 @@ def _layer_anatomy(family: Family, config: Any, index: int, layer: nn.Module) ->
             ) from None
 
     norms = [tuple(find(name) for name in pair if name) for pair in (family.attention_norms, family.mlp_norms)]
-    view = LayerAnatomy(
+    view = LayerStructure(
         index=index,
         layer=layer,
         attention=find(family.attention),
@@ -222,7 +222,7 @@ def _projection(family: Family, config: Any, role: str, module: nn.Linear) -> Pr
     return Projection(module, slice(start, None if last else start + sizes[role]))  # what is too much shows in the last
 
 
-def _check_shapes(layer: LayerAnatomy, family: Family, config: Any) -> None:
+def _check_shapes(layer: LayerStructure, family: Family, config: Any) -> None:
     hidden, rows = config.hidden_size, rows_of(config)
     inputs = {OUTPUT_ROLE[Block.ATTENTION]: rows["query"], OUTPUT_ROLE[Block.MLP]: rows["gate"]}
     for role, linear in layer.linears.items():

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lightning_prune.models.checkpoint import Checkpoint
-from lightning_prune.models.families import LayerAnatomy, anatomy, final_norm_of, layers_of
+from lightning_prune.models.families import LayerStructure, final_norm_of, layer_structures, layers_of
 from lightning_prune.models.head import loss_gradient, token_losses
 from lightning_prune.models.overflow import Overflow
 from lightning_prune.models.sources import Prefetching, Source
@@ -50,7 +50,7 @@ class LayeredModel:
         self.evaluations = 0
         self.overflow = Overflow()
         self.bytes_read = 0
-        self.change: Callable[[LayerAnatomy], None] | None = None
+        self.change: Callable[[LayerStructure], None] | None = None
         self._reader = source if isinstance(source, Prefetching) else Prefetching(source)
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._meta: dict[int, dict[str, nn.Parameter]] = {}
@@ -67,13 +67,13 @@ class LayeredModel:
             module._buffers |= {name: None if it is None else it.to(device) for name, it in module._buffers.items()}
 
     @cached_property
-    def views(self) -> list[LayerAnatomy]:
+    def views(self) -> list[LayerStructure]:
         """The prunable parts of every layer, dense models only; the modules stay the same, their weights come and go.
 
         Raises:
-            UserError: see ``anatomy``.
+            UserError: see ``layer_structures``.
         """
-        return anatomy(self.net)
+        return layer_structures(self.net)
 
     @property
     def num_layers(self) -> int:
@@ -112,7 +112,7 @@ class LayeredModel:
             self._present.remove(index)
             give_back_freed_memory()
 
-    def change_layers(self, change: Callable[[LayerAnatomy], None] | None) -> None:
+    def change_layers(self, change: Callable[[LayerStructure], None] | None) -> None:
         """From now on every layer that comes in is changed by ``change`` (None: stays as it is read); those that are
         here go."""
         for index in list(self._present):

@@ -12,7 +12,7 @@ from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.measurement import SavedMeasurement
 from lightning_prune.methods.scores import group_scores, layer_scores
 from lightning_prune.models.checkpoint import Checkpoint
-from lightning_prune.models.families import anatomy
+from lightning_prune.models.families import layer_structures
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.runs.folder import FinishedRun
 from lightning_prune.runs.records import as_dict
@@ -69,7 +69,7 @@ def known_perplexities(
 
 def _check_units(found: Scores, checkpoint: Checkpoint) -> None:
     """Raise ValueError unless the table lists every unit of the model with its cost."""
-    layers = anatomy(checkpoint.meta)
+    layers = layer_structures(checkpoint.meta)
     if found.whole_layers:
         cost = [view.block_cost(Block.ATTENTION) + view.block_cost(Block.MLP) for view in layers]
         expected = layer_scores(torch.ones(len(layers)), cost)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from lightning_prune.calibration.backward import BackwardPass
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.statistics.gradients import LayerGradients
-from lightning_prune.models.families import LayerAnatomy, anatomy
+from lightning_prune.models.families import LayerStructure, layer_structures
 from tests.calibration.driving import drive
 from tests.cutting import MemorySource, layered
 from tests.methods.running import mean_token_loss
@@ -23,13 +23,13 @@ class Gradients(BackwardPass):
 
     name = "gradients"
 
-    def watch(self, view: LayerAnatomy) -> None:
+    def watch(self, view: LayerStructure) -> None:
         self.gradients = LayerGradients(view)
 
     def expect(self, tokens: int) -> None:
         self.gradients.expect(tokens)
 
-    def conclude(self, view: LayerAnatomy) -> LayerResult:
+    def conclude(self, view: LayerStructure) -> LayerResult:
         self.gradients.remove()
         return LayerResult(weights={role: self.gradients.take(role) for role in view.linears})
 
@@ -51,7 +51,7 @@ def expected_gradients(model: PreTrainedModel, tokens: Tensor) -> list[Matrices]
     mean_token_loss(model, tokens).backward()
     return [
         {role: linear.part(linear.module.weight.grad) for role, linear in view.linears.items()}
-        for view in anatomy(model)
+        for view in layer_structures(model)
     ]
 
 

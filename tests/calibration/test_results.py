@@ -12,7 +12,7 @@ from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.loop import CalibrationLoop
 from lightning_prune.calibration.passes import Pass
 from lightning_prune.calibration.results import Results
-from lightning_prune.models.families import anatomy, count_parameters
+from lightning_prune.models.families import count_parameters, layer_structures
 from lightning_prune.models.vocabulary import Block
 from tests.calibration.driving import drive
 from tests.cutting import layered
@@ -27,7 +27,7 @@ def passes_of(system: str, root: Path) -> list[Pass]:
     method = SYSTEMS[system].make(pretrained="not read", pruning_ratio=0.29)
     net = make_tiny()
     method.trainer = trainer_for(method, root)
-    method.layers, method.dense_parameters = anatomy(net), count_parameters(net)
+    method.layers, method.dense_parameters = layer_structures(net), count_parameters(net)
     return method.passes()
 
 

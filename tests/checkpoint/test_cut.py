@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from lightning_prune.checkpoint.cut import check_plan, layout_of, parameters_after, pruned_config
 from lightning_prune.checkpoint.plan import PruningPlan
-from lightning_prune.models.families import anatomy, count_parameters
+from lightning_prune.models.families import count_parameters, layer_structures
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 from tests.cutting import cut
@@ -67,7 +67,7 @@ def test_cutting_equals_zeroing(family: str, kv_heads: int, extra: dict[str, Any
     plan = PLANS[plan_name](dense)
     tokens = tiny_tokens()
     expected = zeroed(dense, plan)(tokens).logits
-    predicted = parameters_after(anatomy(dense), count_parameters(dense), plan.layers)
+    predicted = parameters_after(layer_structures(dense), count_parameters(dense), plan.layers)
     pruned = cut(dense, plan)
     torch.testing.assert_close(pruned(tokens).logits, expected, rtol=1e-5, atol=1e-5)
     assert count_parameters(pruned) == predicted
@@ -81,7 +81,7 @@ def test_cutting_equals_zeroing(family: str, kv_heads: int, extra: dict[str, Any
 @pytest.mark.parametrize("family", CUTTABLE)
 def test_removed_parameters_are_the_costs_of_the_removed_units(family: str) -> None:
     dense = make_tiny(family, kv_heads=4)
-    layer, before = anatomy(dense)[0], count_parameters(dense)
+    layer, before = layer_structures(dense)[0], count_parameters(dense)
     plan = tiny_plan(dense, [([0, 3], FULL[:30]), ([1], FULL), ([0, 1, 2, 3], FULL[5:]), ([0, 1, 2, 3], FULL)])
     removed = 5 * layer.unit_cost(Block.ATTENTION) + 15 * layer.unit_cost(Block.MLP)
     assert before - count_parameters(cut(dense, plan)) == removed
@@ -141,7 +141,7 @@ def test_llama_heads_that_do_not_divide_become_a_mistral_config() -> None:
 def test_plan_that_does_not_fit_is_refused(kept: Any, message: str) -> None:
     dense = make_tiny()
     with pytest.raises(UserError, match=message) as error:
-        check_plan(anatomy(dense), tiny_plan(dense, kept), dense.config)
+        check_plan(layer_structures(dense), tiny_plan(dense, kept), dense.config)
     assert str(error.value).startswith("--plan: ")
 
 

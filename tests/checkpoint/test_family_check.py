@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCau
 
 from lightning_prune.checkpoint import family_check as proof
 from lightning_prune.checkpoint import write
-from lightning_prune.checkpoint.family_check import prove, shrunk
+from lightning_prune.checkpoint.family_check import check_family, shrunk
 from lightning_prune.models.records import BEFORE_ATTENTION, FAMILIES, Family, Norms
 from lightning_prune.support.errors import UserError
 from tests.tiny import EVERY_FAMILY, WHOLE_ATTENTION, tiny_config
@@ -34,7 +34,7 @@ def test_a_family_does_what_its_record_says(family: str, kv_heads: int, tied: bo
     assert set(EVERY_FAMILY) == set(FAMILIES)
     config, random = tiny_config(family, kv_heads=kv_heads, tied=tied), torch.random.get_rng_state()
     before = config.to_dict()
-    prove(config)
+    check_family(config)
     assert config.to_dict() == before
     assert torch.equal(torch.random.get_rng_state(), random)  # a run's random numbers are not touched
 
@@ -61,16 +61,16 @@ def test_a_family_does_what_its_record_says(family: str, kv_heads: int, tied: bo
     ],
 )
 def test_and_so_with_its_switches(family: str, switches: dict[str, Any]) -> None:
-    prove(tiny_config(family, **switches))
+    check_family(tiny_config(family, **switches))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "olmo2"])
 def test_a_large_model_is_tried_in_seconds_and_once_per_kind(family: str) -> None:
     large = AutoConfig.for_model(family)  # as wide and deep as the class has it
     start = time.perf_counter()
-    prove(large)
+    check_family(large)
     assert time.perf_counter() - start < 10
-    prove(AutoConfig.for_model(family, hidden_size=2 * large.hidden_size, intermediate_size=77))
+    check_family(AutoConfig.for_model(family, hidden_size=2 * large.hidden_size, intermediate_size=77))
     assert (proof._tried.cache_info().misses, proof._tried.cache_info().hits) == (1, 1)
 
 
@@ -107,7 +107,7 @@ def test_a_wrong_record_is_refused(
 ) -> None:
     monkeypatch.setitem(FAMILIES, record.model_type, record)
     with pytest.raises(UserError, match=message) as error:
-        prove(tiny_config(record.model_type, **switches))
+        check_family(tiny_config(record.model_type, **switches))
     assert str(error.value).startswith("--model.pretrained: with transformers ")
     assert "docs/add_a_model_family.md" in str(error.value)
 
@@ -129,9 +129,9 @@ def test_another_arithmetic_of_a_release_is_found(monkeypatch: pytest.MonkeyPatc
         with monkeypatch.context() as patch:
             patch.setattr(where, name, changed)
             with pytest.raises(UserError, match="do not behave as their record says"):
-                prove(tiny_config("llama"))
+                check_family(tiny_config("llama"))
     proof._tried.cache_clear()
-    prove(tiny_config("llama"))
+    check_family(tiny_config("llama"))
 
 
 def _shifted(head: Any, model: Any, tokens: Tensor | None, kwargs: Any) -> Any:
@@ -143,14 +143,14 @@ def _shifted(head: Any, model: Any, tokens: Tensor | None, kwargs: Any) -> Any:
 
 def test_parallel_blocks_are_found() -> None:
     with pytest.raises(UserError, match="layer 0 has no 'post_attention_layernorm'"):
-        prove(tiny_config("stablelm", use_parallel_residual=True))
+        check_family(tiny_config("stablelm", use_parallel_residual=True))
 
 
 def test_a_block_that_adds_when_it_puts_out_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     forward = GraniteDecoderLayer.forward
     monkeypatch.setattr(GraniteDecoderLayer, "forward", lambda self, *a, **k: forward(self, *a, **k) + 1)
     with pytest.raises(UserError, match="between attention and MLP of layer 0: differs"):
-        prove(tiny_config("granite"))
+        check_family(tiny_config("granite"))
 
 
 def test_errors_of_the_machine_are_not_blamed_on_the_family(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,6 +161,6 @@ def test_errors_of_the_machine_are_not_blamed_on_the_family(monkeypatch: pytest.
         with monkeypatch.context() as patch:
             patch.setattr(write, name, full)
             with pytest.raises(UserError, match=r"cannot be written \(.*No space left.*\)\. .* TMPDIR") as error:
-                prove(tiny_config("llama"))
+                check_family(tiny_config("llama"))
             assert "do not behave" not in str(error.value)
-    prove(tiny_config("llama"))  # nothing of it is remembered
+    check_family(tiny_config("llama"))  # nothing of it is remembered

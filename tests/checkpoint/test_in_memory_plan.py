@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_prune.checkpoint.in_memory_plan import Overlay
+from lightning_prune.checkpoint.in_memory_plan import InMemoryPlan
 from tests.cutting import cut, layered
 from tests.models.test_layered import logits_by_layers
 from tests.tiny import CUTTABLE, make_tiny, mixed_plan, tiny_tokens
@@ -19,7 +19,7 @@ def test_logits_are_those_of_the_cut_model(family: str) -> None:
     with torch.no_grad():
         expected = cut(model, plan, lambda layer: new.get(layer, {}))(input_ids=tokens, use_cache=False).logits
         over = layered(model)
-        over.change_layers(Overlay(plan.layers, lambda layer: new.get(layer, {})))
+        over.change_layers(InMemoryPlan(plan.layers, lambda layer: new.get(layer, {})))
         torch.testing.assert_close(logits_by_layers(over, tokens), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -28,7 +28,7 @@ def test_what_is_laid_over_the_model_can_be_taken_off(onload) -> None:
     model = make_tiny()
     over = layered(model, onload=onload)
     dense = over.enter(0).mlp.down_proj.weight.clone()
-    over.change_layers(Overlay(mixed_plan(model).layers, lambda layer: {}))
+    over.change_layers(InMemoryPlan(mixed_plan(model).layers, lambda layer: {}))
     assert not over.is_present(0)
     assert not torch.equal(over.enter(1).mlp.down_proj.weight, model.model.layers[1].mlp.down_proj.weight)
     over.change_layers(None)
@@ -46,7 +46,7 @@ def test_biases_that_the_dense_model_lacks_come_and_go_with_it() -> None:
     without = cut(model, mixed_plan(model))(input_ids=tokens, use_cache=False).logits
     assert not torch.allclose(expected, without, atol=1e-2)
     over = layered(model, onload="model")
-    over.change_layers(Overlay(plan.layers, lambda layer: new.get(layer, {})))
+    over.change_layers(InMemoryPlan(plan.layers, lambda layer: new.get(layer, {})))
     torch.testing.assert_close(logits_by_layers(over, tokens), expected, rtol=1e-4, atol=1e-4)
     over.change_layers(None)
     assert over.enter(1).mlp.down_proj.bias is None

@@ -21,7 +21,7 @@ from lightning_prune.export.stock import write_stock
 from lightning_prune.methods import FLAP
 from lightning_prune.methods.bias_compensation import carriers, without_carrier
 from lightning_prune.models.checkpoint import Checkpoint
-from lightning_prune.models.families import anatomy
+from lightning_prune.models.families import layer_structures
 from lightning_prune.support.errors import UserError
 from tests.methods.behaviour import Run, logits, prune, save_model, save_tokens
 from tests.methods.running import projections
@@ -163,4 +163,4 @@ def test_a_plan_cannot_switch_on_what_gives_no_bias() -> None:
     model = make_tiny()
     plan = tiny_plan(model, [([0], [0])] * 4, biases=["tie_word_embeddings"])
     with pytest.raises(UserError, match="tie_word_embeddings"):
-        check_plan(anatomy(model), plan, model.config)
+        check_plan(layer_structures(model), plan, model.config)

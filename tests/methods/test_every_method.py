@@ -19,7 +19,7 @@ import lightning_prune
 from lightning_prune.checkpoint import write
 from lightning_prune.data.calibration import fingerprint
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.models.families import LayerAnatomy, anatomy, count_parameters
+from lightning_prune.models.families import LayerStructure, count_parameters, layer_structures
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.vocabulary import ROLES_OF, Block
 from tests.methods.behaviour import SYSTEMS, Run, logits, prune, save_model, save_tokens, temporary_files
@@ -93,14 +93,14 @@ def test_ratio_is_met(shared: Any, system: str, kind: str) -> None:
     assert plan.parameters == {"dense": total, "pruned": left}
     if SYSTEMS[system].removes == "weights":  # masks keep the shapes; their ratio is one of the projections' weights
         assert total == left
-        projections = [linear for view in anatomy(run.model) for linear in view.linears.values()]
+        projections = [linear for view in layer_structures(run.model) for linear in view.linears.values()]
         zeros = sum(int((linear.weight == 0).sum()) for linear in projections)
         assert plan.achieved_ratio == zeros / sum(linear.weight.numel() for linear in projections)
         assert plan.pruning_ratio - 0.01 < plan.achieved_ratio <= plan.pruning_ratio
         return
     assert plan.achieved_ratio == pytest.approx(1 - left / total, abs=1e-12)
     removed, asked = total - left, RATIO * total
-    views = anatomy(dense)
+    views = layer_structures(dense)
     if SYSTEMS[system].removes == "groups":
         # The unit that did not fit may have been the last of its block, which takes the block's norms along.
         both = [(view, block) for view in views for block in ROLES_OF]
@@ -120,7 +120,7 @@ def test_shapes_and_weights_are_those_of_the_plan(shared: Any, system: str, kind
     layers = [layer for layer in plan["layers"] if layer["kept_kv_heads"] or layer["kept_channels"]]
     assert lightning_prune.load(run.pruned).config.num_hidden_layers == len(layers)
     for position, kept in enumerate(layers):
-        view = anatomy(dense)[kept["layer"]]
+        view = layer_structures(dense)[kept["layer"]]
         heads, channels = kept["kept_kv_heads"], kept["kept_channels"]
         parts: dict[str, list[torch.Tensor]] = {}  # what is left of each projection, roles that share one in a row
         for role, linear in view.linears.items():
@@ -154,7 +154,7 @@ FUSED = {
 }
 
 
-def rows(view: LayerAnatomy, weight: torch.Tensor, heads: list[int]) -> torch.Tensor:
+def rows(view: LayerStructure, weight: torch.Tensor, heads: list[int]) -> torch.Tensor:
     """The rows that belong to some KV heads."""
     return weight.unflatten(0, (view.num_kv_heads, -1))[heads].flatten(0, 1)
 
@@ -180,7 +180,7 @@ def test_every_family_decodes_with_a_cache_as_without(shared: Any, system: str, 
     common = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(pruned.generate(tokens, **common), pruned.generate(tokens, use_cache=False, **common))
     if kind in WHOLE_ATTENTION:
-        groups = list(range(anatomy(dense_of(run))[0].num_kv_heads))
+        groups = list(range(layer_structures(dense_of(run))[0].num_kv_heads))
         assert all(layer["kept_kv_heads"] in (groups, []) for layer in plan_of(run)["layers"])
         assert all(layer["kept_kv_heads"] or not layer["kept_channels"] for layer in plan_of(run)["layers"])
 

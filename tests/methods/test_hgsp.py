@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_prune.methods import HGSP
 from lightning_prune.methods.hgsp import collapse, depth_prior, final_scores, gate_threshold, normalised
 from lightning_prune.methods.scores import group_scores
-from lightning_prune.models.families import anatomy
+from lightning_prune.models.families import layer_structures
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 from tests.methods.running import mean_token_loss, projections, pruned_by, reference_groups, run_method, save_base
@@ -80,7 +80,7 @@ def test_taylor_importance_and_selection_equal_a_float64_reference(shape: str, t
 
 def expected_pruned(model, importance, delta: Tensor, ratio: float, temperature: float) -> set[tuple[int, int, int]]:
     """The ranking and the stop rule, written out with plain sorting."""
-    views = anatomy(model)
+    views = layer_structures(model)
     tau = sorted(delta[0].tolist())
     position = 0.25 * (len(tau) - 1)
     low = math.floor(position)
@@ -178,7 +178,7 @@ def test_default_gate_is_the_interpolated_first_quartile() -> None:
 
 def test_units_with_zero_prior_go_first_in_the_order_of_their_base_score(tmp_path: Path) -> None:
     model = make_tiny(layers=2)
-    views = anatomy(model)
+    views = layer_structures(model)
     generator = torch.Generator().manual_seed(3)
     attention = [torch.rand(2, generator=generator) for _ in views]
     mlp = [torch.rand(40, generator=generator) for _ in views]
@@ -194,7 +194,7 @@ def test_units_with_zero_prior_go_first_in_the_order_of_their_base_score(tmp_pat
 
 
 def test_collapse_removes_nearly_empty_layers_but_never_frozen_ones_or_the_last() -> None:
-    views = anatomy(make_tiny(layers=3))
+    views = layer_structures(make_tiny(layers=3))
     scores = group_scores(views, [torch.ones(2)] * 3, [torch.ones(40)] * 3)
     pruned = np.zeros(len(scores.layer), dtype=bool)
     for layer in range(3):  # one group and 36 of 40 channels gone: ½(1/2 + 1/10) = 0.3 kept
@@ -209,7 +209,7 @@ def test_collapse_removes_nearly_empty_layers_but_never_frozen_ones_or_the_last(
 
 
 def test_score_norm_makes_kinds_or_blocks_comparable() -> None:
-    views = anatomy(make_tiny(layers=2))
+    views = layer_structures(make_tiny(layers=2))
     scores = group_scores(views, [torch.tensor([1.0, 3.0])] * 2, [torch.arange(1.0, 41.0)] * 2)
     kind = normalised(scores, "kind")
     assert kind[scores.of_kind(Block.MLP)].median() == pytest.approx(1.0)
@@ -275,7 +275,7 @@ def test_senseless_options_are_refused_by_name(options: dict[str, float], name: 
 
 
 def test_non_finite_priors_name_the_layer() -> None:
-    views = anatomy(make_tiny(layers=2))
+    views = layer_structures(make_tiny(layers=2))
     scores = group_scores(views, [torch.ones(2)] * 2, [torch.ones(40)] * 2)
     delta = torch.tensor([[1.0, math.nan]] * 3)
     with pytest.raises(FloatingPointError, match=r"layers \[1\]"):

@@ -4,14 +4,14 @@ import torch
 
 from lightning_prune.checkpoint.scores import Scores
 from lightning_prune.methods.scores import group_scores, layer_scores
-from lightning_prune.models.families import anatomy
+from lightning_prune.models.families import layer_structures
 from lightning_prune.models.vocabulary import Block
 from tests.tiny import make_tiny
 
 
 def measured() -> Scores:
     generator = torch.Generator().manual_seed(0)
-    views = anatomy(make_tiny())
+    views = layer_structures(make_tiny())
     attention = [torch.rand(2, generator=generator) for _ in views]
     mlp = [torch.rand(40, generator=generator, dtype=torch.float64) ** 20 for _ in views]
     return group_scores(views, attention, mlp)
@@ -32,7 +32,7 @@ def test_rows_are_in_the_order_of_layer_block_and_unit() -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_importance_that_is_not_finite_names_layer_and_block(value: float) -> None:
-    views = anatomy(make_tiny())
+    views = layer_structures(make_tiny())
     mlp = [torch.ones(40) for _ in views]
     mlp[2][7] = value
     with pytest.raises(FloatingPointError, match="layer 2, mlp: 1 importances are NaN or infinite"):

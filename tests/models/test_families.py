@@ -10,7 +10,7 @@ from transformers import AutoConfig, BertConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from lightning_prune.models.checkpoint import meta_model
-from lightning_prune.models.families import anatomy, count_parameters, family_of
+from lightning_prune.models.families import count_parameters, family_of, layer_structures
 from lightning_prune.models.records import FAMILIES as FAMILIES_OF_RECORD
 from lightning_prune.models.records import GUIDE, TEXT_PARTS
 from lightning_prune.models.refusals import ENCODER_DECODER, FAMILIES_BY_REASON, REFUSED, SEVERAL_MODELS
@@ -27,7 +27,7 @@ BIASED = [("llama", {"attention_bias": True, "mlp_bias": True}), ("qwen3", {"att
 @pytest.mark.parametrize(("family", "extra"), [*((family, {}) for family in FAMILIES), *BIASED])
 def test_shapes_and_costs_on_the_meta_device(family: str, extra: dict[str, Any], kv_heads: int) -> None:
     model = meta_model(tiny_config(family, kv_heads=kv_heads, hidden=48, **extra))
-    layers = anatomy(model)
+    layers = layer_structures(model)
     r, d, hidden = 4 // kv_heads, 8, 48
     qkv_bias = (r * d + 2 * d) if family == "qwen2" or "attention_bias" in extra else 0
     assert [layer.index for layer in layers] == [0, 1, 2, 3]
@@ -70,13 +70,13 @@ def test_every_name_is_one_that_transformers_knows() -> None:
 
 @pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_costs_of_the_blocks_are_all_parameters_of_the_layer(family: str) -> None:
-    for layer in anatomy(meta_model(tiny_config(family, tied=False))):
+    for layer in layer_structures(meta_model(tiny_config(family, tied=False))):
         assert layer.block_cost(Block.ATTENTION) + layer.block_cost(Block.MLP) == count_parameters(layer.layer)
 
 
 def test_roles_of_a_fused_projection_are_its_consecutive_rows() -> None:
     model = make_tiny("phi3")
-    layer, fused = anatomy(model)[1], model.model.layers[1].self_attn.qkv_proj.weight
+    layer, fused = layer_structures(model)[1], model.model.layers[1].self_attn.qkv_proj.weight
     assert [len(part.weight) for part in (layer.query, layer.key, layer.value)] == [32, 16, 16]
     assert torch.equal(torch.cat([layer.query.weight, layer.key.weight, layer.value.weight]), fused)
     before = fused.clone()
@@ -106,18 +106,18 @@ def test_a_layer_off_the_record_is_named(family: str, place: str, linear: nn.Mod
     if linear is not None:
         setattr(owner, name, linear)
     with pytest.raises(UserError, match=message):
-        anatomy(model)
+        layer_structures(model)
 
 
 def test_already_pruned_model_is_refused() -> None:
     model = make_tiny()
     with pytest.raises(UserError, match="already pruned"):
-        anatomy(cut(model, mixed_plan(copy.deepcopy(model))))
+        layer_structures(cut(model, mixed_plan(copy.deepcopy(model))))
 
 
 def test_stock_pruned_model_can_be_pruned_again() -> None:
     model = make_tiny(kv_heads=4)
     pruned = cut(model, tiny_plan(model, [([0, 2, 3], list(range(10)))] * 4))
     again = cut(pruned, tiny_plan(pruned, [([1], [3, 4])] * 4))
-    assert anatomy(again)[0].num_kv_heads == 1
+    assert layer_structures(again)[0].num_kv_heads == 1
     assert again(torch.tensor([[3, 4]])).logits.isfinite().all()

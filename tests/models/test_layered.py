@@ -13,7 +13,7 @@ import lightning_prune
 from lightning_prune.checkpoint import write
 from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.models.checkpoint import Checkpoint
-from lightning_prune.models.families import anatomy
+from lightning_prune.models.families import layer_structures
 from lightning_prune.models.layered import LayeredModel, Onload, open_layered
 from lightning_prune.models.vocabulary import Block
 from tests.cutting import CPU, MemorySource, layered, layered_cut
@@ -148,7 +148,7 @@ def test_attention_and_mlp_apart_are_the_layer(family: str) -> None:
     kept: dict[str, Tensor] = {}
     layer = dense.model.layers[1]
     handles = [
-        anatomy(dense)[1].mlp_entry.register_forward_pre_hook(lambda _, args: kept.update(middle=args[0])),
+        layer_structures(dense)[1].mlp_entry.register_forward_pre_hook(lambda _, args: kept.update(middle=args[0])),
         layer.register_forward_hook(lambda _, args, output: kept.update(after=output)),
     ]
     dense(input_ids=tokens, use_cache=False)
@@ -178,7 +178,7 @@ def test_what_a_block_puts_out_is_added_as_the_layer_does(family: str) -> None:
     kept: dict[str, Tensor] = {}
     layer.self_attn.forward = lambda *_, **__: (output, None)
     layer.mlp.forward = lambda *_, **__: 2 * output
-    anatomy(dense)[0].mlp_entry.register_forward_pre_hook(lambda _, args: kept.update(middle=args[0]))
+    layer_structures(dense)[0].mlp_entry.register_forward_pre_hook(lambda _, args: kept.update(middle=args[0]))
     layer.register_forward_hook(lambda _, args, after: kept.update(after=after))
     dense(input_ids=tokens, use_cache=False)
     with model.layer(0):

@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_prune.checkpoint.scores import Scores
 from lightning_prune.methods.scores import group_scores, layer_scores
-from lightning_prune.models.families import anatomy
+from lightning_prune.models.families import layer_structures
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.runs.tensorboard import hparams, kept_fraction_figure, log_importance
 from tests.methods.behaviour import SYSTEMS, prune, save_model, save_tokens
@@ -18,7 +18,7 @@ from tests.tiny import make_tiny
 
 
 def group_table() -> Scores:
-    views = anatomy(make_tiny())
+    views = layer_structures(make_tiny())
     generator = torch.Generator().manual_seed(0)
     attention = [10 * torch.rand(2, generator=generator) for _ in views]
     scores = group_scores(views, attention, [torch.rand(40, generator=generator) for _ in views])

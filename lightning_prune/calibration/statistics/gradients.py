@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.calibration.statistics.token_statistic import TokenStatistic
-from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.families import LayerStructure
 
 
 class WeightGradient(TokenStatistic):
@@ -36,7 +36,7 @@ class LayerGradients(nn.Module):
         view: one decoder layer; its projections are switched to ``requires_grad`` until ``remove``.
     """
 
-    def __init__(self, view: LayerAnatomy) -> None:
+    def __init__(self, view: LayerStructure) -> None:
         super().__init__()
         self.view = view
         self.tokens = 0

@@ -6,11 +6,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_prune.models.families import LayerAnatomy
+from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, ROLES_OF, Block
 
 
-def group_importance(view: LayerAnatomy, weight_score: Callable[[str], Tensor]) -> dict[Block, Tensor]:
+def group_importance(view: LayerStructure, weight_score: Callable[[str], Tensor]) -> dict[Block, Tensor]:
     """Importance of every unit of a layer: the sum of a weight score over all weights of the unit.
 
     Args:

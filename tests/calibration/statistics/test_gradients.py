@@ -6,7 +6,7 @@ from torch import nn
 from torchmetrics import Metric
 
 from lightning_prune.calibration.statistics.gradients import LayerGradients
-from lightning_prune.models.families import anatomy
+from lightning_prune.models.families import layer_structures
 from tests.tiny import make_tiny, tiny_tokens
 
 
@@ -33,7 +33,7 @@ def held_elements(layers: list[LayerGradients]) -> int:
 @pytest.mark.parametrize("tied", [True, False])
 def test_gradients_take_one_copy_of_the_prunable_weights_and_nothing_else(tied: bool) -> None:
     model = make_tiny(tied=tied).requires_grad_(False)
-    views = anatomy(model)
+    views = layer_structures(model)
     layers = [LayerGradients(view) for view in views]
     for sample in tiny_tokens(4, 8):
         backward(model, layers, sample[None])
@@ -51,7 +51,7 @@ def test_gradients_take_one_copy_of_the_prunable_weights_and_nothing_else(tied: 
 
 def test_a_gradient_is_given_up_when_it_is_taken() -> None:
     model = make_tiny().requires_grad_(False)
-    layer = LayerGradients(anatomy(model)[2])
+    layer = LayerGradients(layer_structures(model)[2])
     backward(model, [layer], tiny_tokens(2, 8))
     layer.remove()
     before = held_elements([layer])
@@ -69,7 +69,7 @@ def test_a_gradient_is_given_up_when_it_is_taken() -> None:
 def test_unequal_batches_sum_to_the_gradient_of_the_token_mean() -> None:
     model = make_tiny().requires_grad_(False)
     tokens = tiny_tokens(5, 8)
-    layer = LayerGradients(anatomy(model)[1])
+    layer = LayerGradients(layer_structures(model)[1])
     for batch in tokens.split([3, 2]):
         backward(model, [layer], batch)
     got = layer.take("down")
@@ -88,7 +88,7 @@ def test_unequal_batches_sum_to_the_gradient_of_the_token_mean() -> None:
 
 def test_gradients_that_are_not_finite_name_layer_and_projection() -> None:
     model = make_tiny().requires_grad_(False)
-    layer = LayerGradients(anatomy(model)[1])
+    layer = LayerGradients(layer_structures(model)[1])
     backward(model, [layer], tiny_tokens(1, 8))
     layer.sums["gate"].gradient[3, 4] = torch.inf  # type: ignore[union-attr, index, operator]
     with pytest.raises(FloatingPointError, match="layer 1, gate projection: 1 "):
