@@ -1,14 +1,14 @@
 """Names and messages that come from outside, made harmless for the format they are shown in.
 
 Labels, dataset names, paths and error messages may hold anything: a newline ends a table row, an escape sequence
-clears the terminal, ``<script>`` runs. Every writer of text passes what it did not write itself through here.
+clears the terminal, ``<script>`` runs. Every writer of text passes what it did not write itself through here; HTML
+pages are escaped by their templates.
 """
 
 import os
 import re
 import unicodedata
 from collections.abc import Sequence
-from html import escape as _html
 
 _SHAPERS = "\u200c\u200d"  # invisible, but part of how Persian, Indic scripts and emoji are written
 _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # controls, direction marks, lone surrogates, line and paragraph separators
@@ -30,11 +30,6 @@ def plain(text: object) -> str:
     """
     line = " ".join(str(text).split())
     return "".join(_visible(character) for character in line)
-
-
-def html(text: object) -> str:
-    """Text or a quoted attribute of an HTML page."""
-    return _html(plain(text), quote=True)
 
 
 def markdown(text: object) -> str:

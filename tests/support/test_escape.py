@@ -80,15 +80,6 @@ def test_markdown_shows_the_text_and_nothing_else(text: str) -> None:
     assert not re.search(r"[$<>`|\[\]*~]|://|www\.", source)
 
 
-@pytest.mark.parametrize("text", HOSTILE)
-def test_html_is_text_and_attribute(text: str) -> None:
-    page = Page()
-    page.feed(f'<p title="{escape.html(text)}">{escape.html(text)}</p>')
-    assert page.tags == ["p"]
-    assert page.text == escape.plain(text)
-    assert '"' not in escape.html(text)
-
-
 def read_latex(source: str) -> str:
     """What LaTeX prints, for the few commands that the escaping uses; anything else active fails."""
     names = {"textbackslash": "\\", "textasciitilde": "~", "textasciicircum": "^"}

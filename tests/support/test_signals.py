@@ -8,14 +8,15 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import lightning_prune
 from lightning_prune.cli import main
 from lightning_prune.cli.commands import apply
 from lightning_prune.support.signals import SIGNALS, stoppable
-from tests.cli.test_main import importable
 
 
 def kill(number: int) -> None:
@@ -129,7 +130,11 @@ def test_process_that_does_not_come_back_to_python_is_ended(number: int) -> None
         "kept = []\napply.main = never\nsys.exit(cli.main(['apply']))"
     )
     process: Any = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=importable()
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(lightning_prune.__file__).parents[1])},
     )
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
