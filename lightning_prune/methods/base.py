@@ -292,13 +292,13 @@ class PruningMethod(L.LightningModule):
                 self.decide()
             refits = self.refit_passes(self.plan.layers, lambda: held_out_samples(self.datamodule.calibration.tokens))
             if refits:
-                self.model.change_layers(None)
+                self.model.change_layers(None)  # the refit measures the dense weights, not an earlier step's
                 yield REFITTING, refits
                 self.plan = replace(self.plan, weights_updated=True)
             if step < self.steps:
                 self._write_step()
                 self.model.change_layers(self.in_memory_plan())
-        with torch.no_grad():
+        with torch.no_grad():  # the driver exhausts this generator in its last epoch
             self._details = self.details()
 
     def begin_step(self, step: int) -> None:

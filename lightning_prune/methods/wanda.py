@@ -23,7 +23,7 @@ def weight_scores(weight: Tensor, input_norms: Tensor) -> Tensor:
 
     Args:
         weight: ``[out, in]``, any float dtype.
-        input_norms: ``[in]`` fp32, l2 norm of each input channel over all calibration tokens.
+        input_norms: ``[in]``, any float dtype, l2 norm of each input channel over all calibration tokens.
 
     Returns:
         fp32 ``[out, in]``.
