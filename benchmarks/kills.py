@@ -42,12 +42,12 @@ SYSTEMS: dict[str, list[str]] = {
 }
 # Between attention and MLP, in the backward, in the prior's pass, while shards are written, read back and evaluated.
 PLACES = [
-    ("lightning_prune.calibration.loop:Walk.finish", 24),
-    ("lightning_prune.calibration.loop:Walk.batch", 60),
+    ("lightning_prune.calibration.loop:CalibrationLoop.finish", 24),
+    ("lightning_prune.calibration.loop:CalibrationLoop.batch", 60),
     ("lightning_prune.calibration.backward:BackwardPass.batch", 24),
     ("lightning_prune.calibration.wavefront:RemovalPass.batch", 12),
-    ("lightning_prune.calibration.results:Findings.add", 24),
-    ("lightning_prune.methods.base:PruningMethod._end_stage", 1),
+    ("lightning_prune.calibration.results:Results.add", 24),
+    ("lightning_prune.calibration.driver:CalibrationDriver._take_steps_without_batches", 1),
     ("lightning_prune.runs.folder:RunFolder.write_decision", 1),
     ("lightning_prune.checkpoint.write:_Shards.write", 30),
     ("lightning_prune.checkpoint.write:_check", 1),

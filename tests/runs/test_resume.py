@@ -24,11 +24,11 @@ OPTIONS: dict[str, list[str]] = {
 # Calls before which the process is killed, one after the other: the second and later ones kill a resumed run.
 PRIOR = Kill("lightning_prune.calibration.wavefront:RemovalPass.batch", 8)
 BACKWARD = Kill("lightning_prune.calibration.backward:BackwardPass._differentiate", 5)
-MLP = Kill("lightning_prune.calibration.loop:Walk.finish", 4)
-KEEPING = Kill("lightning_prune.calibration.results:Findings.add", 3)
+MLP = Kill("lightning_prune.calibration.loop:CalibrationLoop.finish", 4)
+KEEPING = Kill("lightning_prune.calibration.results:Results.add", 3)
 DECISION = Kill("lightning_prune.runs.folder:RunFolder.write_decision")
 SHARDS = Kill("lightning_prune.checkpoint.write:_Shards.write", 20)
-STREAMS = Kill("lightning_prune.calibration.stream_checkpoints:Waypoints.offer")
+STREAMS = Kill("lightning_prune.calibration.stream_checkpoints:StreamCheckpoints.offer")
 CHECK = Kill("lightning_prune.checkpoint.write:_check")
 EVALUATION = Kill("lightning_prune.evaluation.perplexity:Evaluation.on_test_epoch_end")
 RECORD = Kill("lightning_prune.runs.folder:RunFolder.write_results")
@@ -107,7 +107,7 @@ def test_a_run_that_was_killed_again_and_again_ends_with_the_bytes_of_an_undistu
 @pytest.fixture(scope="module")
 def interrupted(fit: Fit) -> Path:
     """The folder of a run that was interrupted behind its second layer; says how to go on."""
-    kill = Kill("lightning_prune.calibration.results:Findings.add", 3, signal=signal.SIGTERM)
+    kill = Kill("lightning_prune.calibration.results:Results.add", 3, signal=signal.SIGTERM)
     ended = fit("wanda_2to4", "interrupted", kill=kill)
     folder = fit.folder / "interrupted" / "wanda_2to4" / "version_0"
     assert ended.status == 143
