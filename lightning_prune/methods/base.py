@@ -230,7 +230,8 @@ class PruningMethod(L.LightningModule):
         layers = len(self.layers)
         if self.needs_calibration:
             self.progress.expect(CALIBRATING, float(FEW_PASSES * layers * data.num_samples * data.seq_len))
-        self.progress.expect(WRITING, LAYER_TO_WRITE * layers)
+        if self.writes:
+            self._expect_end(data)
 
     # The life cycle, in the order Lightning calls it
 
@@ -326,9 +327,13 @@ class PruningMethod(L.LightningModule):
             if of:
                 self.progress.expect(phase, self.steps * self.driver.work(of))
         if self.writes:
-            work = len(self.layers) * sum(item.tokens.numel() for item in self.datamodule.evaluation)
-            self.progress.expect(WRITING, LAYER_TO_WRITE * len(self.layers))
-            self.progress.expect("perplexity of the pruned model", work * (1 - self.pruning_ratio))
+            self._expect_end(self.datamodule)
+
+    def _expect_end(self, data: CalibrationDataModule) -> None:
+        layers = len(self.layers)
+        work = layers * sum(item.tokens.numel() for item in data.evaluation)
+        self.progress.expect(WRITING, LAYER_TO_WRITE * layers)
+        self.progress.expect("perplexity of the pruned model", work * (1 - self.pruning_ratio))
 
     def on_fit_end(self) -> None:
         """Prune: the strategy is torn down. Rank 0 cuts layer by layer, and writes."""

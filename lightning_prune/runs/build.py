@@ -139,10 +139,9 @@ class RunBuilder(LightningCLI):
         ``<root>/<label>`` unless another logger or none is given."""
         options = dict(self._get(self.config_init, "trainer"))
         self._show_progress(options)
+        label = self.label()  # refuses a bad one, whatever the logger
         if options["logger"] in (None, True):
-            options["logger"] = TensorBoardLogger(
-                options["default_root_dir"], name=self.label(), default_hp_metric=False
-            )
+            options["logger"] = TensorBoardLogger(options["default_root_dir"], name=label, default_hp_metric=False)
         trainer: L.Trainer = self.trainer_maker(**options)
         return trainer
 
