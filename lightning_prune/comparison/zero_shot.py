@@ -39,7 +39,7 @@ class ZeroShot:
     root: Path
     verbose: bool = True
     _manager: Any = field(default=None, init=False)
-    _fingerprints: dict[str, str | None] = field(default_factory=dict, init=False)
+    _opened: dict[str, Checkpoint] = field(default_factory=dict, init=False)
     _measured: dict[Path, Scores] = field(default_factory=dict, init=False)
 
     def check(self) -> None:
@@ -62,7 +62,7 @@ class ZeroShot:
             method, precision, folder = run.metrics.method, run.environment.precision, run.folder / "pruned"
             if not folder.is_dir():
                 raise UserError(f"{OPTION}: '{folder}' is gone. Make the run again, or leave it out.")
-            if method.base_model_sha256 not in (None, self._fingerprint(method.base_model)):
+            if method.base_model_sha256 not in (None, self._checkpoint(method.base_model).fingerprint):
                 raise UserError(
                     f"{OPTION}: '{method.base_model}' is not the model any more that '{run.folder}' pruned. Put that "
                     "one back, or prune again."
@@ -76,27 +76,25 @@ class ZeroShot:
 
     def _scores(self, model: str, precision: str, made: str) -> dict[str, Scores]:
         """By task; ``made`` says how the checkpoint was made."""
-        fingerprint = self._fingerprint(model)
-        key = _hash([fingerprint or model, made, precision, _device()])
+        key = _hash([self._checkpoint(model).fingerprint, made, precision, _device()])
         files = {task: self._place(task) / f"{key}.json" for task in self.tasks}
         for file in files.values():
-            if fingerprint is not None and file not in self._measured and file.is_file():
+            if file not in self._measured and file.is_file():
                 hint = "Remove it, so that it is measured again."
                 self._measured[file] = read_json(file, dict[str, Score], OPTION, hint)
         missing = [task for task, file in files.items() if file not in self._measured]
         if missing:
             for task, scores in self._evaluate(model, precision, missing).items():
                 self._measured[files[task]] = scores
-                if fingerprint is not None:
-                    with writable(files[task].parent, "--root"):
-                        files[task].parent.mkdir(parents=True, exist_ok=True)
-                        write_json(files[task], {name: asdict(score) for name, score in scores.items()})
+                with writable(files[task].parent, "--root"):
+                    files[task].parent.mkdir(parents=True, exist_ok=True)
+                    write_json(files[task], {name: asdict(score) for name, score in scores.items()})
         return {task: self._measured[file] for task, file in files.items()}
 
     def _evaluate(self, model: str, precision: str, tasks: Sequence[str]) -> dict[str, Scores]:
         if self._manager is None:
             self._open()
-        checkpoint = Checkpoint.open(model)
+        checkpoint = self._checkpoint(model)
         tokenizer = checkpoint.tokenizer
         if tokenizer is None:
             raise UserError(f"{OPTION}: '{model}' holds no tokenizer. Save the model's tokenizer files there.")
@@ -125,10 +123,10 @@ class ZeroShot:
         facts = [task, _version("lm_eval"), _version("transformers"), __version__, content]
         return self.root / REPORTS / "zero_shot" / _hash(facts)
 
-    def _fingerprint(self, model: str) -> str | None:
-        if model not in self._fingerprints:
-            self._fingerprints[model] = Checkpoint.open(model).fingerprint
-        return self._fingerprints[model]
+    def _checkpoint(self, model: str) -> Checkpoint:
+        if model not in self._opened:
+            self._opened[model] = Checkpoint.open(model)
+        return self._opened[model]
 
 
 def _hash(facts: object) -> str:

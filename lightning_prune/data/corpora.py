@@ -17,7 +17,7 @@ import datasets
 
 from lightning_prune.data.local_files import FILE_KINDS, local_splits, read_local
 from lightning_prune.demo import SPLITS, demo_text
-from lightning_prune.support.errors import UserError
+from lightning_prune.support.errors import UserError, first_line
 from lightning_prune.support.quiet import quiet_datasets
 from lightning_prune.support.regular_files import exists
 
@@ -162,8 +162,7 @@ def _from_hub(dataset: str, split: str, tokens_wanted: int | None) -> Corpus:
         else:
             documents = [row[source.column] for row in islice(rows, C4_HELD_OUT_DOCUMENTS)]
     except Exception as error:  # offline, moved, gated, rate-limited: the hub's clients raise dozens of types
-        lines = str(error).strip().splitlines()
-        reason = f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
             f"could not fetch {dataset} ({source.path}, {split}) from the hub: {reason}. Check the network and "
             f"HF_HUB_OFFLINE, or give a local {FILE_KINDS} with --data.dataset and --data.eval_datasets"

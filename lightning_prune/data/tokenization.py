@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from lightning_prune.demo import demo_model_path
-from lightning_prune.support.errors import UserError
+from lightning_prune.support.errors import UserError, first_line
 from lightning_prune.support.progress import Progress
 from lightning_prune.support.quiet import quiet_transformers
 from lightning_prune.support.regular_files import from_home
@@ -46,11 +46,10 @@ def load_tokenizer(name: str) -> Any:
             folder = demo_model_path() if name == "demo" else from_home(name, "--data.tokenizer")
             return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, … for one and the same mistake
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"no usable tokenizer in {name!r} ({lines[0]}), and a text dataset needs one: add the tokenizer files "
-            f"(tokenizer.json, tokenizer_config.json) to the model folder, choose another with --data.tokenizer, or "
-            f"give a token array (.npy or .safetensors, int64 [N, L]) with --data.dataset and --data.eval_datasets"
+            f"no usable tokenizer in {name!r} ({first_line(error)}), and a text dataset needs one: add the tokenizer "
+            f"files (tokenizer.json, tokenizer_config.json) to the model folder, choose another with --data.tokenizer, "
+            f"or give a token array (.npy or .safetensors, int64 [N, L]) with --data.dataset and --data.eval_datasets"
         ) from error
 
 

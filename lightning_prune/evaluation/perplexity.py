@@ -90,7 +90,7 @@ class Evaluation(L.LightningModule):
         """
         config: Any = self.checkpoint.config
         data = self.datamodule
-        data.check_against_model(config.vocab_size, getattr(config, "max_position_embeddings", None))
+        data.check_against_model(*self.checkpoint.limits)
         self.progress.expect(evaluation_phase(self.name), evaluation_work(data, config.num_hidden_layers))
         data.eval_batches_per_step = self._batches_per_step(config)
 

@@ -11,7 +11,7 @@ from typing import Any
 from tabulate import tabulate  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
-from lightning_prune.support.errors import UserError
+from lightning_prune.support.errors import UserError, first_line
 from lightning_prune.support.escape import plain
 
 # Shares of right answers. Everything else the harness knows (perplexity, bits_per_byte, likelihoods, brier_score, mcc,
@@ -87,10 +87,9 @@ def check_tasks(tasks: Sequence[str], include_path: Path | None = None) -> Any:
         try:
             get_task_dict([name], manager)
         except Exception as error:  # datasets, huggingface_hub, requests and task code raise what they like
-            first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
             raise UserError(
-                f"--tasks: the data of '{name}' cannot be loaded ({type(error).__name__}: {first}). Connect to the "
-                "network once so that it is downloaded, or leave the task out of --tasks."
+                f"--tasks: the data of '{name}' cannot be loaded ({type(error).__name__}: {first_line(error)}). "
+                "Connect to the network once so that it is downloaded, or leave the task out of --tasks."
             ) from error
     return manager
 

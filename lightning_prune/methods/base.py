@@ -231,7 +231,7 @@ class PruningMethod(L.LightningModule):
         if self.needs_calibration:
             self.progress.expect(CALIBRATING, float(FEW_PASSES * layers * data.num_samples * data.seq_len))
         if self.writes:
-            self._expect_end(data)
+            self.progress.expect(WRITING, LAYER_TO_WRITE * layers)
 
     # The life cycle, in the order Lightning calls it
 
@@ -260,8 +260,7 @@ class PruningMethod(L.LightningModule):
             UserError: see ``check_model``; or tokens that do not fit the model.
         """
         self.check_model()
-        config: Any = self.checkpoint.config
-        self.datamodule.check_against_model(config.vocab_size, getattr(config, "max_position_embeddings", None))
+        self.datamodule.check_against_model(*self.checkpoint.limits)
 
     def configure_optimizers(self) -> None:
         """No optimizer: pruning reads the weights, it does not train them."""
@@ -327,13 +326,7 @@ class PruningMethod(L.LightningModule):
             if of:
                 self.progress.expect(phase, self.steps * self.driver.work(of))
         if self.writes:
-            self._expect_end(self.datamodule)
-
-    def _expect_end(self, data: CalibrationDataModule) -> None:
-        layers = len(self.layers)
-        work = layers * sum(item.tokens.numel() for item in data.evaluation)
-        self.progress.expect(WRITING, LAYER_TO_WRITE * layers)
-        self.progress.expect("perplexity of the pruned model", work * (1 - self.pruning_ratio))
+            self.progress.expect(WRITING, LAYER_TO_WRITE * len(self.layers))
 
     def on_fit_end(self) -> None:
         """Prune: the strategy is torn down. Rank 0 cuts layer by layer, and writes."""

@@ -98,12 +98,8 @@ class GroupOrMaskPruning(GroupPruning):
         self.reusable = False
         if self.masks.kind == "n:m":
             self.pruning_ratio = 1 - self.masks.n / self.masks.m
-        chosen, plain = self.selection, GroupSelection()
-        same = (chosen.allocation, chosen.round_to, chosen.min_groups_per_layer, self.steps) == (
-            *(plain.allocation, plain.round_to, plain.min_groups_per_layer),
-            1,
-        )
-        if not same:
+        unfrozen = replace(self.selection, freeze_first_n_layers=0, freeze_last_n_layers=0)
+        if unfrozen != GroupSelection() or self.steps != 1:
             raise UserError(
                 f"--model.structure {structure} zeroes single weights; --model.allocation, --model.round_to, "
                 "--model.min_groups_per_layer and --model.steps belong to --model.structure group."

@@ -118,6 +118,11 @@ class Checkpoint:
         return family_of(self.config)
 
     @property
+    def limits(self) -> tuple[int, int | None]:
+        """Rows of the embedding, and the longest sequence that it was made for; None for no limit."""
+        return self.config.vocab_size, getattr(self.config, "max_position_embeddings", None)
+
+    @property
     def weight_files(self) -> list[Path]:
         """All of them, in order."""
         return self._headers[1]

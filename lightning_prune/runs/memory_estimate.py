@@ -21,7 +21,7 @@ from lightning_prune.models.head import LOGITS_BYTES
 from lightning_prune.models.layered import Onload
 from lightning_prune.models.model_slot import load_dtype
 from lightning_prune.models.vocabulary import ROLES_OF
-from lightning_prune.support.errors import UserError
+from lightning_prune.support.errors import UserError, first_line
 from lightning_prune.support.memory import anonymous_bytes, free_bytes, free_host_bytes
 
 ROOM = 0.9  # of the memory that ``auto`` fills with a whole model: an estimate is no measurement
@@ -105,7 +105,7 @@ class Memory:
         elif data.eval_datasets and all(map(is_token_array, data.eval_datasets)):
             shapes = [load_token_array(name).shape for name in data.eval_datasets]
             windows, eval_seq_len = max(shapes, key=lambda shape: shape.numel())
-        positions = getattr(config, "max_position_embeddings", None) or seq_len + eval_seq_len
+        positions = method.checkpoint.limits[1] or seq_len + eval_seq_len
         for option, length in {"eval_seq_len": eval_seq_len, "seq_len": seq_len}.items():
             if length > positions and (option != "seq_len" or method.needs_calibration):
                 raise UserError(f"--data.{option}: windows of {length} tokens; the model has {positions} positions.")
@@ -296,10 +296,9 @@ def memory_advice(method: PruningMethod, data: CalibrationDataModule) -> Iterato
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        said = str(error) or type(error).__name__
         # On the host torch raises a plain RuntimeError.
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in said:
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         raise UserError(
-            f"Out of memory: {said.splitlines()[0][:200]} {advice(method, data, method.slot.onload)}"
+            f"Out of memory: {first_line(error)[:200]} {advice(method, data, method.slot.onload)}"
         ) from error

@@ -84,8 +84,7 @@ def recover_and_record(
     _follow(run, data)
     with module.seconds.measure("tokenise"):
         data.setup("fit")
-    net: Any = module.checkpoint.config
-    data.check_against_model(net.vocab_size, getattr(net, "max_position_embeddings", None))
+    data.check_against_model(*module.checkpoint.limits)
     base = run.metrics.method.base_model_sha256
     module.open(str(trainer.precision), run.plan.base_model, base, masked=bool(run.details.zeroed_weights))
     facts = _facts(module, data, config)

@@ -11,7 +11,13 @@ import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_prune.data.datamodule import CalibrationDataModule
-from lightning_prune.evaluation.perplexity import Evaluation, PerplexityResult, measure_perplexity
+from lightning_prune.evaluation.perplexity import (
+    Evaluation,
+    PerplexityResult,
+    evaluation_phase,
+    evaluation_work,
+    measure_perplexity,
+)
 from lightning_prune.evaluation.unigram import unigram_perplexity
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.checkpoint import Checkpoint
@@ -75,6 +81,8 @@ def prune_and_record(
         closing(method.progress),
     ):
         method.run_folder = folder
+        work = evaluation_work(data, len(method.layers)) * (1 - method.pruning_ratio)
+        method.progress.expect(evaluation_phase("pruned"), work)
         if folder is not None and method.saved is None:  # what is decided from scores is quickly decided again
             write_facts(folder, facts)
         if dense is None:
@@ -233,7 +241,7 @@ def _record(
         type(method).__name__,
         yaml.safe_load(config)["model"]["init_args"],
         str(trainer.precision),
-        weights or method.pretrained,
+        weights,
         calibration.get("fingerprint"),
         {name: manifest["fingerprint"] for name, manifest in evaluation.items()},
     )
