@@ -22,9 +22,8 @@ from lightning_prune.export.export import export
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.pruned_model import PrunedModel
 from lightning_prune.runs.build import RunBuilder
-from lightning_prune.runs.config_files import read_config
+from lightning_prune.runs.config_files import config_file, read_config
 from lightning_prune.runs.run import prune_and_record
-from lightning_prune.runs.shipped_configs import config_file
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.quiet import quiet_transformers
 

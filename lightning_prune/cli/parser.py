@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lightning_prune.runs.shipped_configs import shipped_methods
+from lightning_prune.runs.config_files import shipped_methods
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import finite
 

@@ -10,7 +10,7 @@ from lightning_prune.comparison.audit import Audit, Group
 from lightning_prune.comparison.records import Run
 from lightning_prune.comparison.repeats import Repeats, Spread, repeats
 from lightning_prune.comparison.tables import evaluation_sets, number, results, setting, spread
-from lightning_prune.runs.failure import Failure
+from lightning_prune.runs.records import Failure
 from lightning_prune.runs.verdict import UNUSABLE
 from lightning_prune.support.escape import latex as escape
 from lightning_prune.support.escape import plain

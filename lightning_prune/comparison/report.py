@@ -19,8 +19,8 @@ from lightning_prune.comparison.sections import Section, markdown, sections
 from lightning_prune.comparison.selection import precision_rows
 from lightning_prune.comparison.tables import numeric_column
 from lightning_prune.comparison.tensorboard import log_comparison
-from lightning_prune.runs.failure import Failure
 from lightning_prune.runs.folder import REPORTS, RunFolder
+from lightning_prune.runs.records import Failure
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.escape import plain
 from lightning_prune.support.files import cannot_write, check_writable, new_folder, write_text

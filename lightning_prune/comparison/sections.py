@@ -24,8 +24,8 @@ from lightning_prune.comparison.tables import (
     text_table,
 )
 from lightning_prune.runs import verdict
-from lightning_prune.runs.failure import Failure
-from lightning_prune.runs.recovered import regained, share
+from lightning_prune.runs.records import Failure
+from lightning_prune.runs.verdict import regained, share
 from lightning_prune.support.escape import markdown as escaped
 from lightning_prune.support.escape import plain, public_name
 

@@ -23,9 +23,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_prune import methods
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.runs.config_files import check_text
+from lightning_prune.runs.config_files import check_text, with_config_files
 from lightning_prune.runs.parser_messages import plain
-from lightning_prune.runs.shipped_configs import with_config_files
 from lightning_prune.runs.trainer import calibration_trainer
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.progress import Progress
@@ -53,10 +52,8 @@ class RunBuilder(LightningCLI):
 
     Args:
         arguments: the words of a command line, or a configuration as a mapping.
-        model_class: a subclass of it is chosen by ``model.class_path``; any other class than ``PruningMethod`` is
-            itself the model.
-        command: for messages and help.
-        description: what the command does, for its help.
+        model_class: itself the model; of ``PruningMethod``, a subclass is chosen by ``model.class_path``.
+        command: for messages and help, as ``description``.
         options: further options of the command, by name, with the arguments of ``add_argument``. ``option`` gives
             their values, and the configuration does not hold them.
 
@@ -135,10 +132,15 @@ class RunBuilder(LightningCLI):
             )
 
     def instantiate_trainer(self, **_: Any) -> L.Trainer:
-        """The trainer of the user's options, with what the run itself brings: progress, and TensorBoard below
-        ``<root>/<label>`` unless another logger or none is given."""
+        """The trainer of the user's options, with what the run itself brings: progress, unless the options forbid it
+        or bring a bar, and TensorBoard below ``<root>/<label>``, unless another logger or none is given."""
         options = dict(self._get(self.config_init, "trainer"))
-        self._show_progress(options)
+        callbacks = options["callbacks"] if isinstance(options["callbacks"], list) else [options["callbacks"]]
+        silent = options["enable_progress_bar"] is False or self.option("quiet")
+        if not silent and not any(isinstance(one, ProgressBar) for one in callbacks):
+            self.model.progress = Progress(shown=getattr(rank_zero_only, "rank", 0) == 0)
+            if self.model.progress.shown:
+                self.datamodule.show_progress()
         label = self.label()  # refuses a bad one, whatever the logger
         if options["logger"] in (None, True):
             options["logger"] = TensorBoardLogger(options["default_root_dir"], name=label, default_hp_metric=False)
@@ -148,15 +150,6 @@ class RunBuilder(LightningCLI):
     def label(self) -> str:
         """Name of the folder that run folders of this system go to."""
         return str(self.model.label) if isinstance(self.model, PruningMethod) else "test"
-
-    def _show_progress(self, options: dict[str, Any]) -> None:
-        """Let model and data say how far they are, unless the trainer's ``options`` forbid it or bring a bar."""
-        callbacks = options["callbacks"] if isinstance(options["callbacks"], list) else [options["callbacks"]]
-        silent = options["enable_progress_bar"] is False or self.option("quiet")
-        if not silent and not any(isinstance(one, ProgressBar) for one in callbacks):
-            self.model.progress = Progress(shown=getattr(rank_zero_only, "rank", 0) == 0)
-            if self.model.progress.shown:
-                self.datamodule.show_progress()
 
     def option(self, name: str) -> Any:
         """The value of one of the command's own options; None where it has no such option."""

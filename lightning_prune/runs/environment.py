@@ -12,24 +12,16 @@ from typing import Any
 
 import torch
 
-PACKAGES = (
-    "lightning-prune",
-    "torch",
-    "lightning",
-    "transformers",
-    "tokenizers",
-    "datasets",
-    "torchmetrics",
-    "safetensors",
-    "numpy",
-)
+from lightning_prune import __version__
+
+PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "datasets", "torchmetrics", "safetensors", "numpy")
 
 
 def environment(precision: str, device: torch.device) -> dict[str, Any]:
     """The contents of ``environment.json``. Memory in bytes."""
     return {
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {"lightning-prune": __version__, **{name: importlib.metadata.version(name) for name in PACKAGES}},
         "platform": platform.platform(),
         "cpu": {"name": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
@@ -50,13 +42,6 @@ def peak_memory_bytes() -> int:
         return int(torch.cuda.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu_name() -> str:

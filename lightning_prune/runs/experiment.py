@@ -1,27 +1,90 @@
-"""Make every missing run of an experiment; text, dense perplexity and scores are shared."""
+"""An experiment: check every run first, make the missing ones; text, dense perplexity and scores are shared."""
 
 import gc
+import json
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
+from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.runs.build import build
-from lightning_prune.runs.failure import Failure
-from lightning_prune.runs.folder import RunFolder
-from lightning_prune.runs.planned import Planned, plan_runs
+from lightning_prune.runs.folder import RunFolder, runs_below, sweep_runs
+from lightning_prune.runs.records import Failure
+from lightning_prune.runs.resume import configuration_sha256
 from lightning_prune.runs.reuse import known_perplexities, reuse
 from lightning_prune.runs.run import prune_and_record
 from lightning_prune.runs.settings import Settings
-from lightning_prune.runs.tidy import sweep_runs
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import Lock, cannot_write, nearest_existing, remove_empty_parents
 from lightning_prune.support.progress import Progress
 
 LOCK = ".compare.tmp"  # as a temporary file it is swept when its process is gone
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run to make; the three hashes are of ``configuration_sha256``."""
+
+    label: str
+    ratio: float
+    seed: int | None  # of its calibration samples, None where the experiment has no seeds
+    configuration: dict[str, Any]  # what ``fit`` would be given
+    data: CalibrationDataModule  # shared by all runs with the same ``data`` section
+    sha256: str  # names its result
+    measurement: str  # names what it measures, which is the same at every ratio of a system
+    dense: str  # names the evaluation of the dense model, the same for most systems
+
+    @property
+    def name(self) -> str:
+        return f"{self.label} {self.ratio:g}{'' if self.seed is None else f' seed {self.seed}'}"
+
+
+def plan_runs(settings: Settings) -> list[Planned]:
+    """Check every run's options, by building it, and tokenise every calibration setting once.
+
+    A system on which another seed changes nothing (it reads no data, or token ids as given) runs once.
+
+    Raises:
+        UserError: a mistake in any of them; nothing has been run then.
+    """
+    shared: dict[str, CalibrationDataModule] = {}
+    weights: dict[str, str] = {}
+    planned: list[Planned] = []
+    seeds: list[int | None] = [*settings.seeds] or [None]
+    for label, seed, ratio in product(settings.systems, seeds, settings.ratios):
+        configuration = settings.configuration(label, ratio, seed)
+        built = build(label, configuration)
+        options = yaml.safe_load(built.resolved_config)
+        data = shared.setdefault(json.dumps(options["data"], sort_keys=True), built.datamodule)
+        # The first system may read no data; the evaluation's check against the calibration text needs both.
+        data.needs_calibration = True
+        if settings.show_progress:
+            data.show_progress()
+        method = built.model
+        if method.pretrained not in weights:
+            method.checkpoint.check()
+            weights[method.pretrained] = method.checkpoint.fingerprint
+        data.setup("fit")
+        init = options["model"]["init_args"]
+        evaluation = {item.name: item.manifest["fingerprint"] for item in data.evaluation}
+        calibration = data.calibration.manifest.fingerprint if method.needs_calibration else None
+        base = (str(built.trainer.precision), weights[method.pretrained])
+        name = type(method).__name__
+        sha256 = configuration_sha256(name, init, *base, calibration, evaluation)
+        if any((run.label, run.sha256) == (label, sha256) for run in planned):
+            continue
+        measurement = configuration_sha256(name, init | {"pruning_ratio": None}, *base, calibration, {})
+        dense = configuration_sha256("dense", {}, *base, None, evaluation)
+        planned.append(Planned(label, ratio, seed, configuration, data, sha256, measurement, dense))
+    return planned
 
 
 def run_experiment(settings: Settings) -> tuple[list[Path], list[Failure]]:
@@ -36,21 +99,20 @@ def run_experiment(settings: Settings) -> tuple[list[Path], list[Failure]]:
     Raises:
         UserError: a mistake in the settings, or another experiment is running below the same root.
     """
+    failures: list[Failure] = []
     with _only_one(settings.root):
         planned = plan_runs(settings)
         for label in settings.systems:
             sweep_runs(settings.root / label)
-        folders = [run.finished(settings.root) for run in planned]
-        missing = folders.count(None)
-        print(f"{len(planned)} runs below {settings.root}: {len(planned) - missing} finished, {missing} to make")
-        failures: list[Failure] = []
-        with _counted(folders, settings.root), closing(Progress(settings.show_progress)) as progress:
-            for run, folder in zip(planned, folders, strict=True):
-                if folder is None:
-                    progress.expect(run.name, 1)
-            for index, run in enumerate(planned):
-                if folders[index] is not None:
-                    continue
+        folders = [_finished(run, settings.root) for run in planned]
+        missing = [index for index, folder in enumerate(folders) if folder is None]
+        finished = len(planned) - len(missing)
+        print(f"{len(planned)} runs below {settings.root}: {finished} finished, {len(missing)} to make")
+        with closing(Progress(settings.show_progress)) as progress:
+            for index in missing:
+                progress.expect(planned[index].name, 1)
+            for index in missing:
+                run = planned[index]
                 known = [(other, found) for other, found in zip(planned, folders, strict=True) if found is not None]
                 try:
                     folders[index] = _make(run, known, progress)
@@ -60,15 +122,31 @@ def run_experiment(settings: Settings) -> tuple[list[Path], list[Failure]]:
                     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
                     message = f"{kind}{error}" if run.seed is None else f"seed {run.seed}: {kind}{error}"
                     failures.append(Failure(run.label, run.ratio, message))
+                except BaseException as error:  # an interrupt says what is kept
+                    finished = len(folders) - folders.count(None)
+                    kept = f"{finished} finished runs below '{settings.root}' stay"
+                    error.add_note(f"{kept}; the same command makes the missing ones")
+                    raise
                 progress.finish(run.name)
-        return [folder for folder in folders if folder is not None], failures
+    return [folder for folder in folders if folder is not None], failures
+
+
+def _finished(run: Planned, root: Path) -> Path | None:
+    """The folder of a finished run with the same result, whichever command made it."""
+    same = (path for path in runs_below(root / run.label) if RunFolder(path).configuration_sha256() == run.sha256)
+    return next(same, None)
 
 
 def _make(run: Planned, known: Sequence[tuple[Planned, Path]], progress: Progress) -> Path:
     """Make one run; ``known`` are the finished ones, whose measurements it takes over."""
     built = build(run.label, run.configuration)
     method: PruningMethod = built.model
-    _reset_peak_memory()
+    # Every run's peak memory is its own; the process's would only ever grow.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: forget the high-water mark
     try:
         method.trainer = built.trainer
         method.progress = progress.part(run.name)
@@ -104,23 +182,3 @@ def _only_one(root: Path) -> Iterator[None]:
     finally:
         lock.remove()
         remove_empty_parents(root / LOCK, there_before)
-
-
-@contextmanager
-def _counted(folders: Sequence[Path | None], root: Path) -> Iterator[None]:
-    """Say in an interrupt's message what stays."""
-    try:
-        yield
-    except BaseException as error:
-        finished = len(folders) - list(folders).count(None)
-        error.add_note(f"{finished} finished runs below '{root}' stay; the same command makes the missing ones")
-        raise
-
-
-def _reset_peak_memory() -> None:
-    """So that every run's peak is its own; the process's would only ever grow."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: forget the high-water mark

@@ -16,34 +16,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.checkpoint.scores import Scores
-from lightning_prune.runs.records import (
-    Calibration,
-    Environment,
-    EvaluationMetrics,
-    MethodDetails,
-    NoCalibration,
-    Recovered,
-    RunMetrics,
-)
-from lightning_prune.runs.tidy import (
-    METRICS,
-    STARTED,
-    UNFINISHED,
-    forget_findings,
-    is_finished,
-    leftovers,
-    sweep_runs,
-    version,
-)
+from lightning_prune.runs.records import Calibration, Environment, MethodDetails, NoCalibration, Recovered, RunMetrics
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import (
     Lock,
     cannot_write,
     finite,
     nearest_existing,
-    read_file,
     remove_empty_parents,
     sweep,
     writable,
@@ -51,14 +34,21 @@ from lightning_prune.support.files import (
     write_text,
 )
 from lightning_prune.support.names import FINDINGS, PRUNED, TRAINING
-from lightning_prune.support.validation import parse_json, read_json
+from lightning_prune.support.validation import read_json
 
 ROOT_OPTION = "--trainer.default_root_dir"
+METRICS = "metrics.json"  # written last: a folder that has it is that of a finished run
 RECOVERY = "recovery.json"
-REPORTS = "comparison"  # the name under which ``compare`` leaves reports below a root
 REQUIRED = (METRICS, "config.yaml", "scores.csv", "plan.json", "method.json", "calibration.json", "environment.json")
+UNFINISHED = "unfinished"
+STARTED = "started.json"  # what the findings of an unfinished run are made from
+REPORTS = "comparison"  # the name under which ``compare`` leaves reports below a root
 LABEL = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
-CONFIG_LIMIT = 16 * 2**20  # bytes
+# What a killed run cannot be continued from or learned from.
+WORTHLESS = re.compile(
+    r"config\.yaml|[0-9.e-]+%|hparams\.yaml|started\.json|unfinished|.*tfevents.*|\..*\.tmp"
+    r"|report\.(html|md)|results\.(csv|tex)|precision\.csv|calibration_appendix\.md|tensorboard"
+)
 
 
 def check_label(label: str, option: str = "--model.label") -> str:
@@ -107,9 +97,9 @@ class FinishedRun:
 class RunFolder:
     """One run folder, by its path. ``claim`` gives one to write, ``open`` the records of a finished one."""
 
-    def __init__(self, path: Path, option: str = ROOT_OPTION, lock: Lock | None = None) -> None:
+    def __init__(self, path: Path, lock: Lock | None = None) -> None:
         self.path = path
-        self.option = option
+        self.pruned = path / PRUNED
         self._lock = lock  # on ``unfinished``, while this process makes the run
 
     # Claiming
@@ -133,9 +123,9 @@ class RunFolder:
         try:
             there_before = nearest_existing(parent)
             if again is None:
-                folder = cls._next(parent, option)
+                folder = cls._next(parent)
             elif (lock := Lock.take(again / UNFINISHED)) is not None:
-                folder = cls(again, option, lock)
+                folder = cls(again, lock)
             else:
                 raise UserError(
                     f"--resume: the run in '{again}' is still under way. Wait for it, or leave --resume out."
@@ -153,7 +143,7 @@ class RunFolder:
         sweep_runs(parent)
 
     @classmethod
-    def _next(cls, parent: Path, option: str) -> "RunFolder":
+    def _next(cls, parent: Path) -> "RunFolder":
         """The next number. Others claim and tidy at the same time: whoever made the folder and finds nothing but its
         own mark in it has it, everybody else tries again."""
         while True:
@@ -168,7 +158,7 @@ class RunFolder:
                     lock = Lock.take(path / UNFINISHED, create=True, own=True)
                     if lock is not None and os.listdir(path) == [UNFINISHED]:
                         lock.write(json.dumps({"process": os.getpid(), "host": os.uname().nodename}) + "\n")
-                        return cls(path, option, lock)
+                        return cls(path, lock)
                     # Swept as empty before it was marked, and then made by somebody else.
                     if lock is not None:
                         lock.remove()
@@ -180,7 +170,7 @@ class RunFolder:
                     raise
 
     def _finish(self) -> None:
-        forget_findings(self.path)
+        self.forget_findings()
         if self._lock is not None:
             self._lock.remove()
 
@@ -192,8 +182,8 @@ class RunFolder:
         # emptied.
         mistake = isinstance(error, UserError) and not isinstance(error.__cause__, OSError)
         if mistake or isinstance(error, FloatingPointError):
-            forget_findings(self.path)
-        useful = self.is_finished or leftovers(self.path)
+            self.forget_findings()
+        useful = self.is_finished or self.leftovers()
         if useful:
             kept = ", ".join(sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")))
             state = "is finished" if self.is_finished else "is not finished"
@@ -214,18 +204,26 @@ class RunFolder:
     # State
 
     @property
-    def pruned(self) -> Path:
-        return self.path / PRUNED
-
-    @property
     def is_finished(self) -> bool:
-        """Whether the run came to its end: ``metrics.json`` is written last."""
-        return is_finished(self.path)
+        """Whether the run came to its end."""
+        return (self.path / METRICS).is_file()
 
     @property
     def is_pruning_run(self) -> bool:
         """Whether this is a finished run of a method, and whole."""
         return all((self.path / name).is_file() for name in REQUIRED)
+
+    def leftovers(self) -> list[str]:
+        """Names of what an unfinished run leaves that may be of use: scores, a plan, a checkpoint, findings."""
+        names = sorted(name for name in os.listdir(self.path) if not WORTHLESS.fullmatch(name))
+        states = {FINDINGS: "step_*.safetensors", TRAINING: "*.ckpt"}
+        return [name for name in names if name not in states or any((self.path / name).glob(states[name]))]
+
+    def forget_findings(self) -> None:
+        """Remove what only a run that goes on needs."""
+        for name in (FINDINGS, TRAINING):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        (self.path / STARTED).unlink(missing_ok=True)
 
     # Writing
 
@@ -248,21 +246,19 @@ class RunFolder:
         self._write_json(RECOVERY, facts, Recovered)
 
     def write_results(self, calibration: dict[str, Any], environment: dict[str, Any], metrics: dict[str, Any]) -> None:
-        """The records of a pruning run; ``metrics.json`` comes last and means a finished run."""
-        kind = NoCalibration if calibration["dataset"] is None else Calibration
-        self._write_json("calibration.json", calibration, kind)
+        """The records of a run, ``metrics.json`` last; ``calibration`` is empty for one that only evaluates."""
+        if calibration:
+            kind = NoCalibration if calibration["dataset"] is None else Calibration
+            self._write_json("calibration.json", calibration, kind)
+            RunMetrics.model_validate_json(json.dumps(finite(metrics)), strict=True)
         self._write_json("environment.json", environment, Environment)
-        self._write_json(METRICS, metrics, RunMetrics)
-
-    def write_evaluation(self, environment: dict[str, Any], metrics: dict[str, Any]) -> None:
-        self._write_json("environment.json", environment, Environment)
-        self._write_json(METRICS, metrics, EvaluationMetrics)
+        write_json(self.path / METRICS, metrics)
 
     def append_to_card(self, text: str) -> None:
         card = self.pruned / "README.md"
         write_text(card, card.read_text(encoding="utf-8") + text)
 
-    def _write_json(self, name: str, value: dict[str, Any], kind: type[Any]) -> None:
+    def _write_json(self, name: str, value: dict[str, Any], kind: type[BaseModel]) -> None:
         # What this version writes it must also read: a mistake here is ours and ends the run.
         kind.model_validate_json(json.dumps(finite(value)), strict=True)
         write_json(self.path / name, value)
@@ -303,9 +299,54 @@ class RunFolder:
         return run
 
     def configuration_sha256(self) -> str | None:
-        """The name of this run's result; None where it has none that can be read."""
+        """The name of this run's result; None where it is not whole or cannot be read."""
         try:
-            data = read_file(self.path / METRICS, CONFIG_LIMIT, self.option)
-            return parse_json(data, RunMetrics, "").configuration_sha256
+            metrics = read_json(self.path / METRICS, RunMetrics, "") if self.is_pruning_run else None
         except UserError:
             return None
+        return None if metrics is None else metrics.configuration_sha256
+
+
+def version(name: str) -> int:
+    """N of ``version_N``; -1 for any other name."""
+    return int(name[8:]) if re.fullmatch(r"version_[0-9]{1,18}", name) else -1
+
+
+def runs_below(parent: Path) -> list[Path]:
+    """The ``version_N`` folders in ``parent``, by number."""
+    try:
+        found = [entry for entry in parent.iterdir() if version(entry.name) >= 0 and entry.is_dir()]
+    except OSError:
+        return []
+    return sorted(found, key=lambda entry: version(entry.name))
+
+
+def sweep_runs(parent: Path) -> None:
+    """Tidy up after killed runs in ``parent``: their temporary files, and their folders where those are of no use.
+
+    An unfinished folder is of no use when it holds nothing but its configuration and events, or when a finished run has
+    the same configuration. Folders of runs that live and folders that are not ours are not touched.
+    """
+    sweep(parent)
+    for path in runs_below(parent):
+        for place in (path, path / FINDINGS, *(path / FINDINGS).glob("stage_*"), path / PRUNED):
+            sweep(place)
+        with suppress(OSError):
+            if not (path / UNFINISHED).exists():
+                if not any(path.iterdir()):
+                    path.rmdir()  # killed, or about to be claimed: then the claimant takes the next number
+            elif (lock := Lock.take(path / UNFINISHED)) is not None:
+                folder = RunFolder(path, lock)
+                try:
+                    if folder.is_finished:
+                        folder._finish()
+                    elif not folder.leftovers() or _is_superseded(path):
+                        shutil.rmtree(path, ignore_errors=True)
+                finally:
+                    lock.release()
+
+
+def _is_superseded(path: Path) -> bool:
+    config = path / "config.yaml"
+    others = [other / config.name for other in runs_below(path.parent) if RunFolder(other).is_finished]
+    return config.is_file() and any(other.is_file() and other.read_bytes() == config.read_bytes() for other in others)

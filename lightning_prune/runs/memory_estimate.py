@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import lightning as L
 import torch
@@ -32,23 +31,17 @@ UNIT_BYTES = 400  # scores, decision and plan of one unit, and what writing them
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one run takes.
-
-    ``phase``: where it is fullest. ``device_bytes``: peak, None where layers run on the host. ``host_bytes``: peak of
-    anonymous memory of this process, all that it holds. ``share``: of the memory there is, on the device or the host,
-    whichever is fuller; above 1 it does not fit. ``mapped_bytes``: residual streams in temporary files.
-    ``new_weights_bytes``: on disk until the checkpoint is written. ``bytes_read``: of parameters, while calibrating.
-    """
+    """What one run takes."""
 
     onload: Onload
-    phase: str
-    device_bytes: int | None
-    host_bytes: int
-    share: float
-    mapped_bytes: int
-    new_weights_bytes: int
+    phase: str  # where it is fullest
+    device_bytes: int | None  # peak; None where layers run on the host
+    host_bytes: int  # peak of anonymous memory of this process, all that it holds
+    share: float  # of the memory there is, on the device or the host, whichever is fuller; above 1 it does not fit
+    mapped_bytes: int  # residual streams in temporary files
+    new_weights_bytes: int  # on disk until the checkpoint is written
     checkpoint_bytes: int
-    bytes_read: int
+    bytes_read: int  # of parameters, while calibrating
     layer_evaluations: int
     flops: int
 
@@ -60,22 +53,18 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Memory:
-    """A method, a model and a text, and the bytes that this process may hold.
-
-    ``device``: None where layers run on the host. ``held``: by this process before the run. ``stored``: dtype of the
-    weights on disk. ``samples``: of this process. ``windows``: of evaluation; None for all that the options allow.
-    """
+    """A method, a model and a text, and the bytes that this process may hold."""
 
     method: PruningMethod
     data: CalibrationDataModule
-    config: Any
-    stored: torch.dtype
+    dtype: torch.dtype  # of the weights while they are computed with
+    stored: torch.dtype  # of the weights on disk
     host: int
-    device: int | None
-    held: int
-    samples: int
+    device: int | None  # None where layers run on the host
+    held: int  # by this process before the run
+    samples: int  # of this process
     seq_len: int
-    windows: int | None
+    windows: int | None  # of evaluation; None for all that the options allow
     eval_seq_len: int
 
     @classmethod
@@ -96,7 +85,6 @@ class Memory:
         if not method.layers:
             method.checkpoint = Checkpoint.open(method.pretrained, weights=False)
             method.check_shapes(meta_model(method.checkpoint.config))
-        config: Any = method.checkpoint.config
         samples, seq_len, windows, eval_seq_len = data.num_samples, data.seq_len, None, data.eval_seq_len
         if method.needs_calibration and data.source and is_token_array(data.source):
             samples, seq_len = load_token_array(data.source).shape
@@ -112,18 +100,13 @@ class Memory:
         try:
             stored = method.checkpoint.stored_dtype
         except UserError:  # a config alone
-            named = getattr(config, "dtype", None)
+            named = getattr(method.checkpoint.config, "dtype", None)
             stored = named if isinstance(named, torch.dtype) else torch.bfloat16
         place, held = trainer.strategy.root_device, anonymous_bytes()
         host = host or held + free_host_bytes() // trainer.num_devices
         device = device or (free_bytes(place) if place.type != "cpu" else None)
-        samples = -(-samples // trainer.world_size)
-        return cls(method, data, config, stored, host, device, held, samples, seq_len, windows, eval_seq_len)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights while they are computed with."""
-        return load_dtype(str(self.method.trainer.precision))
+        samples, dtype = -(-samples // trainer.world_size), load_dtype(str(trainer.precision))
+        return cls(method, data, dtype, stored, host, device, held, samples, seq_len, windows, eval_seq_len)
 
     def estimate(self, onload: Onload) -> Estimate:
         """What the run takes with its weights there."""
@@ -212,7 +195,7 @@ class Memory:
 
     def _head(self, tokens: int, per_logit: int) -> int:
         """The logits of one chunk."""
-        vocabulary = int(self.config.vocab_size)
+        vocabulary = self.method.checkpoint.limits[0]
         return min(tokens, max(1, LOGITS_BYTES // (4 * vocabulary))) * vocabulary * per_logit
 
     def _peak(self, work: int, beside: int, stores: Sequence[int] = ()) -> tuple[int, int, int]:
@@ -262,13 +245,11 @@ def place(trainer: L.Trainer, method: PruningMethod, data: CalibrationDataModule
     if method.saved is not None and not method.needs_calibration:  # only the evaluation runs
         return
     memory = Memory.of(trainer, method, data)
-    onload: Onload = method.slot.onload  # type: ignore[assignment]
     if method.slot.onload == "auto":
-        onload = "model" if memory.estimate("model").share <= ROOM else "layer"
-    found = memory.estimate(onload)
+        method.slot.onload = "model" if memory.estimate("model").share <= ROOM else "layer"
+    found = memory.estimate(method.slot.onload)  # type: ignore[arg-type]
     if found.share > 1:
         raise UserError(memory.refusal(found))
-    method.slot.onload = onload
 
 
 def advice(method: PruningMethod, data: CalibrationDataModule, onload: str, phase: str = "") -> str:

@@ -8,7 +8,6 @@ import torch
 
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.checkpoint import Checkpoint
-from lightning_prune.models.layered import open_layered
 
 
 @contextmanager
@@ -29,21 +28,15 @@ def numerical_advice(trainer: L.Trainer, model: PruningMethod) -> Iterator[None]
         elif precision.startswith("bf16"):
             advice = "Use --trainer.precision 32-true."
         else:
-            advice = f"Precision {precision} is in use already, so the values lie outside its range: look at the "
-            advice += "model and the text."
+            advice = f"Precision {precision} is in use already, so the values lie outside its range: look at the model "
+            advice += "and the text."
         raise FloatingPointError(f"{error} {advice}") from error
 
 
 def _bad_weight(checkpoint: Checkpoint) -> str | None:
     """The first parameter of the checkpoint that is not finite."""
-    with closing(open_layered(checkpoint, None, torch.device("cpu"))) as model:
-        named = dict(model.net.named_parameters())
-        for name in model.outside:
-            if not bool(torch.isfinite(named[name]).all()):
-                return str(name)
-        for index, names in enumerate(model.layer_names):
-            with model.layer(index) as layer:
-                for inner, name in names.items():
-                    if not bool(torch.isfinite(layer.get_parameter(inner)).all()):
-                        return str(name)
+    with closing(checkpoint.source()) as source:
+        for name in source.places:
+            if not bool(torch.isfinite(source.read([name], None, torch.device("cpu"))[name]).all()):
+                return name
     return None

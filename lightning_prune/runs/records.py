@@ -1,6 +1,6 @@
 """The JSON files of a run folder as types. What is written is checked as strictly as what is read."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -14,9 +14,7 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class _Open(BaseModel):
-    """A record that others may add facts to."""
-
+class _Open(BaseModel):  # a record that others may add facts to
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
 
@@ -34,7 +32,7 @@ class Parameters(_Record):
 
 
 class Ratio(_Record):
-    """Shares of all parameters; ``requested`` is None where a number of layers was asked for."""
+    """Shares of all parameters; ``requested`` is None where a number of layers was requested."""
 
     requested: Share | None
     achieved: Share
@@ -45,11 +43,6 @@ class Perplexities(_Record):
 
     dense: PerplexityValue | None
     pruned: PerplexityValue | None
-    tokens: Count
-
-
-class Perplexity(_Record):
-    perplexity: PerplexityValue | None
     tokens: Count
 
 
@@ -106,37 +99,15 @@ class RunMetrics(_Open):
         return self
 
 
-class EvaluationMetrics(_Open):
-    """``metrics.json`` of a ``test`` run."""
-
-    perplexity: dict[str, Perplexity]
-    evaluation: dict[str, EvaluationManifest]
-    parameters: Count
-    seconds: dict[str, Seconds]
-    peak_memory_bytes: Count
-    model: str
-
-
-class Cpu(_Open):
-    name: str
-    cores: int | None
-    threads: int
-
-
-class Gpu(_Open):
-    name: str
-    memory_bytes: Count
-
-
 class Environment(_Open):
     """``environment.json``: software versions, hardware, precision."""
 
     python: str
     packages: dict[str, str | None]
     platform: str
-    cpu: Cpu
+    cpu: dict[str, str | int | None]
     memory_bytes: Count
-    gpus: list[Gpu]
+    gpus: list[dict[str, str | int]]
     cuda: str | None
     device: str
     precision: str
@@ -161,37 +132,13 @@ class Calibration(_Text):
     fingerprint: str
 
 
-class Priors(_Open):
-    """Measured block priors: one number per layer for every piece, None where it was not measured."""
-
-    delta: dict[str, list[float | None]] | None = None
-
-
 class MethodDetails(_Open):
     """``method.json``: what the method measured and chose beside its scores."""
 
     method: str
     label: str
     measured_by: str | None = None
-    prior: Priors | None = None
     zeroed_weights: Count | None = None
-
-
-class TrainingText(_Text):
-    """What a recovery trained on: windows of ``seq_len`` tokens, the held-out ones not counted in ``windows``."""
-
-    seq_len: Count
-    windows: Count
-    held_out_windows: Count
-    seed: Count
-    fingerprint: str
-
-
-class HeldOutLoss(_Record):
-    """Nats per token on the held-out share of the training text; ``after`` is of the state that was kept."""
-
-    before: float
-    after: float
 
 
 class Recovered(_Open):
@@ -203,20 +150,19 @@ class Recovered(_Open):
 
     parent: str
     parent_label: str
-    train: Literal["lora", "all"]
-    teacher: str | None
-    precision: str
-    trainable_parameters: Count
-    steps: Count
     tokens_seen: Count
     seconds: Seconds
-    stopped_by: Literal["epochs", "steps", "time", "held-out loss"]
-    held_out_loss: HeldOutLoss
     perplexity: dict[str, PerplexityValue | None]
-    zeroed_weights: Count | None
-    text: TrainingText
 
 
 def as_dict(record: BaseModel) -> dict[str, Any]:
-    """The record as it stands in the file, with the facts that others added."""
+    """The record as the file has it, with the facts that others added."""
     return record.model_dump(mode="json", exclude_unset=True)
+
+
+class Failure(NamedTuple):
+    """A run of an experiment that ended in an error, as reports list it."""
+
+    label: str
+    requested: float
+    message: str

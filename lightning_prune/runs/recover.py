@@ -4,32 +4,31 @@ import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import yaml
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_prune.checkpoint.cut import layout_of
 from lightning_prune.checkpoint.model_card import model_card
 from lightning_prune.evaluation.perplexity import PerplexityResult, measure_perplexity
-from lightning_prune.evaluation.unigram import unigram_perplexity
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.model_slot import ModelSlot
 from lightning_prune.recovery import Recovery, RecoveryDataModule
 from lightning_prune.recovery.train import train
 from lightning_prune.recovery.write import write_recovered
-from lightning_prune.runs.environment import environment, peak_memory_bytes
-from lightning_prune.runs.folder import FinishedRun, RunFolder
+from lightning_prune.runs.environment import environment
+from lightning_prune.runs.folder import STARTED, FinishedRun, RunFolder
 from lightning_prune.runs.records import as_dict
-from lightning_prune.runs.recovered import card_section
-from lightning_prune.runs.resume import Facts, unfinished_run, write_facts
+from lightning_prune.runs.resume import Facts, unfinished_run
 from lightning_prune.runs.reuse import known_perplexities
-from lightning_prune.runs.run import claimed
-from lightning_prune.runs.summary import RunRecord, run_metrics
-from lightning_prune.runs.tensorboard import hparams
+from lightning_prune.runs.run import RunRecord, claimed, run_metrics
+from lightning_prune.runs.summary import card_section
+from lightning_prune.runs.tensorboard import log_result
+from lightning_prune.runs.trainer import calibration_trainer
 from lightning_prune.runs.verdict import evaluation_section
 from lightning_prune.support.errors import UserError
+from lightning_prune.support.files import write_json
 from lightning_prune.support.names import PRUNED, TRAINING
 from lightning_prune.support.quiet import quiet_transformers
 from lightning_prune.support.timing import Seconds
@@ -62,18 +61,15 @@ def recover_and_record(
     config: str,
     resume: bool = False,
 ) -> tuple[Path, RunRecord]:
-    """Train what ``run`` left and leave a complete run folder of the same kind.
+    """Train what ``run`` pruned and leave a complete run folder of the same kind; its path, and its record.
 
     Args:
-        trainer: a fresh trainer; the run folder is claimed below its ``default_root_dir``.
+        trainer: a fresh one; the run folder is claimed below its ``default_root_dir``.
         module: what to train and how.
         data: text to train on.
         run: the run that pruned.
         config: the resolved configuration as YAML, for ``config.yaml``.
         resume: go on with the unfinished run of the same configuration, at its last saved state.
-
-    Returns:
-        The run folder and its record.
 
     Raises:
         UserError: a mistake in the input; nothing has been written then. Or the disk is full.
@@ -91,13 +87,17 @@ def recover_and_record(
     again = unfinished_run(Path(trainer.default_root_dir), module.label, facts) if resume else None
     with claimed(trainer, module.label, config, again) as folder, closing(module.progress), quiet_transformers():
         assert folder is not None  # one process
-        write_facts(folder, facts)
-        dense = _perplexity(run, data, module, trainer, "dense")
-        pruned = _perplexity(run, data, module, trainer, "pruned")
+        write_json(folder.path / STARTED, facts)
+        # What the pruning run measured, unless other sets are to be reported on.
+        dense, pruned = known_perplexities(run, data), known_perplexities(run, data, "pruned")
+        if dense is None:
+            dense = _measure(Checkpoint.open(run.plan.base_model), "dense", run, data, module, trainer)
+        if pruned is None:
+            pruned = _measure(module.checkpoint, "pruned", run, data, module, trainer)
         trained = train(trainer, module, data, folder.path / TRAINING)
         with module.seconds.measure("save"):
             self_check, zeroed = _save(folder, module, run)
-        after = _measure(Checkpoint.open(str(folder.pruned)), "recovered", run, data, module, trainer)
+        recovered = _measure(Checkpoint.open(str(folder.pruned)), "recovered", run, data, module, trainer)
         record = {
             "parent": str(run.path),
             "parent_label": run.metrics.method.label,
@@ -106,8 +106,13 @@ def recover_and_record(
             "zeroed_weights": zeroed,
         }
         module.seconds["total"] = time.perf_counter() - started
-        metrics = _metrics(run, data, module, dense, after) | {"self_check": self_check}
-        _log(trainer, module, record, metrics)
+        metrics = run_metrics(run.plan, dense, recovered, data.evaluation, module.seconds)
+        spent = run.metrics.method.measured_seconds | run.metrics.seconds
+        changed = {"label": module.label, "scores_reused": True, "measured_seconds": spent}
+        metrics |= {"method": as_dict(run.metrics.method) | changed, "self_check": self_check}
+        rates = {"learning_rate": module.learning_rate, "distillation": module.distillation}
+        options = {"method": module.label, **rates, "tokens_seen": module.tokens_seen}
+        log_result(trainer, options, metrics, more={"held-out loss": record["held_out_loss"]["after"]})
         folder.append_to_card(card_section(record, metrics) + evaluation_section(metrics))
         folder.write_recovery(record)
         calibration = (
@@ -148,21 +153,6 @@ def _facts(module: Recovery, data: RecoveryDataModule, config: str) -> Facts:
     return {**options, "weights of the model (SHA-256)": weights, "training tokens (SHA-256)": tokens}
 
 
-def _perplexity(
-    run: FinishedRun,
-    data: RecoveryDataModule,
-    module: Recovery,
-    trainer: L.Trainer,
-    which: Literal["dense", "pruned"],
-) -> dict[str, PerplexityResult]:
-    """What the pruning run measured, unless other sets are to be reported on."""
-    known = known_perplexities(run, data, which)
-    if known is not None:
-        return known
-    opened = Checkpoint.open(run.plan.base_model) if which == "dense" else module.checkpoint
-    return _measure(opened, which, run, data, module, trainer)
-
-
 def _measure(
     model: Checkpoint, which: str, run: FinishedRun, data: RecoveryDataModule, module: Recovery, trainer: L.Trainer
 ) -> dict[str, PerplexityResult]:
@@ -171,15 +161,8 @@ def _measure(
     if not data.evaluation:
         module.seconds.add("evaluate pruned", 0.0)
         return {}
-    measuring = L.Trainer(
-        accelerator="cpu" if device.type == "cpu" else "auto",
-        devices=1 if device.index is None else [device.index],
-        precision=precision,  # type: ignore[arg-type]
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    accelerator, devices = "cpu" if device.type == "cpu" else "auto", 1 if device.index is None else [device.index]
+    measuring = calibration_trainer(accelerator, devices, precision=precision, logger=False)  # type: ignore[arg-type]
     slot = ModelSlot("auto", Seconds())
     measured = measure_perplexity(measuring, data, model, which, slot, module.progress)
     slot.close()
@@ -196,29 +179,3 @@ def _save(folder: RunFolder, module: Recovery, run: FinishedRun) -> tuple[dict[s
     calibration = as_dict(run.calibration) if run.calibration else None
     card = model_card(plan, layout_of(module.checkpoint.config), calibration)
     return write_recovered(state, module.checkpoint, folder.pruned, card), zeroed
-
-
-def _metrics(
-    run: FinishedRun,
-    data: RecoveryDataModule,
-    module: Recovery,
-    dense: dict[str, PerplexityResult],
-    recovered: dict[str, PerplexityResult],
-) -> dict[str, Any]:
-    manifests = {
-        item.name: {**item.manifest, "unigram_perplexity": unigram_perplexity(item.tokens)} for item in data.evaluation
-    }
-    metrics = run_metrics(run.plan, dense, recovered, manifests, module.seconds, peak_memory_bytes())
-    method, spent = as_dict(run.metrics.method), run.metrics.method.measured_seconds | run.metrics.seconds
-    changed = {"label": module.label, "scores_reused": True, "measured_seconds": spent}
-    return metrics | {"method": method | changed}
-
-
-def _log(trainer: L.Trainer, module: Recovery, record: dict[str, Any], metrics: dict[str, Any]) -> None:
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            rates = {"learning_rate": module.learning_rate, "distillation": module.distillation}
-            options, results = hparams({"method": module.label, **rates, "tokens_seen": module.tokens_seen}, metrics)
-            results["hparams/held-out loss"] = record["held_out_loss"]["after"]
-            logger.log_hyperparams(options, results)
-            logger.finalize("success")

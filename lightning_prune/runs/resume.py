@@ -1,20 +1,48 @@
-"""Going on with a run that was killed: which unfinished folder it is, and what may not differ."""
+"""What decides a run's result: by it a finished run is recognised, and an unfinished one is found and continued."""
 
+import hashlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lightning_prune.runs.folder import RunFolder
-from lightning_prune.runs.tidy import STARTED, UNFINISHED, is_finished, runs_below
+from lightning_prune import __version__
+from lightning_prune.runs.folder import STARTED, UNFINISHED, RunFolder, runs_below
 from lightning_prune.support.errors import UserError
-from lightning_prune.support.files import Lock, finite, write_json
-from lightning_prune.support.names import FINDINGS
+from lightning_prune.support.files import Lock, finite
 
-DENSE = "dense.json"
 Facts = dict[str, Any]
+
+
+def configuration_sha256(
+    method: str,
+    options: dict[str, Any],
+    precision: str,
+    base_model: str | None,
+    calibration: str | None,
+    evaluation: dict[str, str],
+) -> str:
+    """SHA-256 of the canonical configuration, 64 hexadecimal digits.
+
+    Args:
+        method: class name.
+        options: all its options, defaults included; the model's path and the label do not count.
+        precision: of the trainer.
+        base_model: ``base_model_sha256`` or, without one, the name of the model.
+        calibration: fingerprint of the calibration set; None for a method that reads no data.
+        evaluation: fingerprint by evaluation set.
+    """
+    facts = {
+        "version": __version__,
+        "method": method,
+        "options": {key: value for key, value in options.items() if key not in ("pretrained", "label", "onload")},
+        "precision": precision,
+        "base_model": base_model,
+        "calibration": calibration,
+        "evaluation": evaluation,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def facts_of(config: str, base_model: str | None, calibration: str | None, processes: int) -> Facts:
@@ -43,10 +71,6 @@ def differences(before: Facts, now: Facts) -> list[str]:
     ]
 
 
-def write_facts(folder: RunFolder, facts: Facts) -> None:
-    write_json(folder.path / STARTED, facts)
-
-
 def unfinished_run(root: Path, label: str, facts: Facts) -> Path:
     """The newest unfinished run of the same configuration below ``<root>/<label>``.
 
@@ -55,8 +79,8 @@ def unfinished_run(root: Path, label: str, facts: Facts) -> Path:
     """
     others, alive = [], None
     for path in reversed(runs_below(root / label)):
-        before = _read_object(path / STARTED)
-        if before is None or is_finished(path) or not (path / UNFINISHED).exists():
+        before = read_object(path / STARTED)
+        if before is None or RunFolder(path).is_finished or not (path / UNFINISHED).exists():
             continue
         if different := differences(before, facts):
             others.append(f"{path.name} differs in {'; '.join(different)}.")
@@ -73,20 +97,7 @@ def unfinished_run(root: Path, label: str, facts: Facts) -> Path:
     )
 
 
-def known_dense(folder: RunFolder, fingerprints: Mapping[str, str]) -> dict[str, tuple[float, int]] | None:
-    """Perplexity and tokens of the dense model by evaluation set, where the killed run had measured them already."""
-    found = _read_object(folder.path / FINDINGS / DENSE)
-    if found is None or found.get("evaluation") != dict(fingerprints):
-        return None
-    return {name: (float(value), int(tokens)) for name, (value, tokens) in found["perplexity"].items()}
-
-
-def keep_dense(folder: RunFolder, fingerprints: Mapping[str, str], perplexity: Mapping[str, tuple[float, int]]) -> None:
-    (folder.path / FINDINGS).mkdir(exist_ok=True)
-    write_json(folder.path / FINDINGS / DENSE, {"evaluation": dict(fingerprints), "perplexity": dict(perplexity)})
-
-
-def _read_object(path: Path) -> dict[str, Any] | None:
+def read_object(path: Path) -> dict[str, Any] | None:
     """A JSON object that one of our own runs wrote; None where there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -1,16 +1,20 @@
 """One run, start to end: dense perplexity → calibrate and prune → pruned perplexity → record."""
 
+import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lightning_prune.data.datamodule import CalibrationDataModule
+from lightning_prune.checkpoint.plan import PruningPlan
+from lightning_prune.data.datamodule import CalibrationDataModule, EvaluationSet
 from lightning_prune.evaluation.perplexity import (
     Evaluation,
     PerplexityResult,
@@ -21,18 +25,26 @@ from lightning_prune.evaluation.perplexity import (
 from lightning_prune.evaluation.unigram import unigram_perplexity
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.checkpoint import Checkpoint
-from lightning_prune.runs.configuration import configuration_sha256
 from lightning_prune.runs.environment import environment, peak_memory_bytes
-from lightning_prune.runs.folder import RunFolder, check_label
+from lightning_prune.runs.folder import STARTED, RunFolder, check_label
 from lightning_prune.runs.memory_estimate import memory_advice, place
 from lightning_prune.runs.numerics import numerical_advice
-from lightning_prune.runs.resume import facts_of, keep_dense, known_dense, unfinished_run, write_facts
-from lightning_prune.runs.summary import RunRecord, run_metrics
-from lightning_prune.runs.tensorboard import hparams, log_importance
-from lightning_prune.runs.tidy import events_folder
+from lightning_prune.runs.resume import configuration_sha256, facts_of, read_object, unfinished_run
+from lightning_prune.runs.tensorboard import log_result
 from lightning_prune.runs.verdict import evaluation_section
 from lightning_prune.support.errors import UserError
-from lightning_prune.support.files import FULL
+from lightning_prune.support.files import FULL, write_json, write_text
+from lightning_prune.support.names import FINDINGS
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything beside the scores, the plan and the checkpoint. ``calibration`` is empty for an evaluation."""
+
+    config: str
+    calibration: dict[str, Any]
+    environment: dict[str, Any]
+    metrics: dict[str, Any]
 
 
 def prune_and_record(
@@ -43,18 +55,15 @@ def prune_and_record(
     dense: dict[str, PerplexityResult] | None = None,
     resume: bool = False,
 ) -> tuple[Path, RunRecord]:
-    """Run one method and leave a complete run folder.
+    """Run one method and leave a complete run folder; its path, and its record.
 
     Args:
-        trainer: a fresh trainer; the run folder is claimed below its ``default_root_dir``.
+        trainer: a fresh one; the run folder is claimed below its ``default_root_dir``.
         method: what to run.
         data: calibration and evaluation sets.
         config: the resolved configuration as YAML, for ``config.yaml``.
         dense: perplexities of the dense model where they are known already.
         resume: go on with the unfinished run of the same configuration; the result is that of an undisturbed one.
-
-    Returns:
-        The run folder and its record.
 
     Raises:
         UserError: a mistake in the input, or a device that is too small; nothing has been written then. Or the disk is
@@ -73,9 +82,10 @@ def prune_and_record(
     again = None
     if resume and trainer.is_global_zero:
         again = unfinished_run(Path(trainer.default_root_dir), method.label, facts)
-    claim = claimed(trainer, method.label, config, again, events=events_folder(method.requested_ratio))
+    ratio = method.requested_ratio
+    events = None if ratio is None else f"{100 * ratio:.4g}%"  # TensorBoard shows a run under the path to its events
     with (
-        claim as folder,
+        claimed(trainer, method.label, config, again, events) as folder,
         memory_advice(method, data),
         numerical_advice(trainer, method),
         closing(method.progress),
@@ -84,7 +94,7 @@ def prune_and_record(
         work = evaluation_work(data, len(method.layers)) * (1 - method.pruning_ratio)
         method.progress.expect(evaluation_phase("pruned"), work)
         if folder is not None and method.saved is None:  # what is decided from scores is quickly decided again
-            write_facts(folder, facts)
+            write_json(folder.path / STARTED, facts)
         if dense is None:
             dense = _dense(trainer, method, data, folder)
         trainer.fit(method, data)
@@ -95,15 +105,12 @@ def prune_and_record(
 
         record = _record(trainer, method, data, config, dense, pruned)
         if folder is not None:
-            for logger in _tensorboards(trainer):
-                options = {"method": method.label, "pruning_ratio": method.pruning_ratio}
-                log_importance(logger.experiment, method.scores)
-                logger.log_hyperparams(*hparams(options, record.metrics))
-                logger.finalize("success")
+            options = {"method": method.label, "pruning_ratio": method.pruning_ratio}
+            log_result(trainer, options, record.metrics, method.scores)
             folder.append_to_card(evaluation_section(record.metrics))
             folder.write_results(record.calibration, record.environment, record.metrics)
-        path = _path_on_every_rank(trainer, folder)
-    return path, record
+        path = trainer.strategy.broadcast("" if folder is None else str(folder.path))
+    return Path(path), record
 
 
 def _dense(
@@ -113,14 +120,17 @@ def _dense(
     fingerprints = {item.name: item.manifest["fingerprint"] for item in data.evaluation}
     # Several processes measure again: they are only started, or joined, by the first fit or test, so that until then
     # one cannot tell the others what it knows.
-    known = known_dense(folder, fingerprints) if folder is not None and trainer.world_size == 1 else None
-    if known is not None:
-        return {name: PerplexityResult(*pair) for name, pair in known.items()}
+    alone = trainer.world_size == 1 and method.saved is None
+    file = folder.path / FINDINGS / "dense.json" if folder is not None and alone else None
+    known = None if file is None else read_object(file)
+    if known is not None and known["evaluation"] == fingerprints:
+        return {name: PerplexityResult(*pair) for name, pair in known["perplexity"].items()}
     method.expect_roughly(data)
     measured = measure_perplexity(trainer, data, method.checkpoint, "dense", method.slot, method.progress)
-    if folder is not None and measured and method.saved is None:
-        values = {name: (result.perplexity, result.tokens) for name, result in measured.items()}
-        keep_dense(folder, fingerprints, values)
+    if file is not None and measured:
+        file.parent.mkdir(exist_ok=True)
+        values = {name: astuple(result) for name, result in measured.items()}
+        write_text(file, json.dumps({"evaluation": fingerprints, "perplexity": values}))  # with NaN and infinity
     return measured
 
 
@@ -154,9 +164,9 @@ def evaluate_and_record(
         }
         record = RunRecord(config, {}, environment(str(trainer.precision), trainer.strategy.root_device), metrics)
         if folder is not None:
-            folder.write_evaluation(record.environment, record.metrics)
-        path = _path_on_every_rank(trainer, folder)
-    return path, record
+            folder.write_results(record.calibration, record.environment, record.metrics)
+        path = trainer.strategy.broadcast("" if folder is None else str(folder.path))
+    return Path(path), record
 
 
 @contextmanager
@@ -185,8 +195,8 @@ def claimed(
             trainer.strategy.on_exception(error)
             raise
         finally:
-            for logger in _tensorboards(trainer):  # its thread would write to a folder that is being removed
-                if trainer.is_global_zero and Path(logger.log_dir).is_dir():
+            for logger in trainer.loggers:  # its thread would write to a folder that is being removed
+                if trainer.is_global_zero and isinstance(logger, TensorBoardLogger) and Path(logger.log_dir).is_dir():
                     logger.experiment.close()
 
 
@@ -206,14 +216,6 @@ def _writer_threads_fail_quietly() -> Iterator[None]:
         threading.excepthook = before
 
 
-def _tensorboards(trainer: L.Trainer) -> list[TensorBoardLogger]:
-    return [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-
-
-def _path_on_every_rank(trainer: L.Trainer, folder: RunFolder | None) -> Path:
-    return Path(trainer.strategy.broadcast("" if folder is None else str(folder.path)))
-
-
 def _record(
     trainer: L.Trainer,
     method: PruningMethod,
@@ -222,12 +224,9 @@ def _record(
     dense: dict[str, PerplexityResult],
     pruned: dict[str, PerplexityResult],
 ) -> RunRecord:
-    evaluation = {
-        item.name: {**item.manifest, "unigram_perplexity": unigram_perplexity(item.tokens)} for item in data.evaluation
-    }
     calibration = method.calibration_facts() or {"dataset": None, "note": "this method reads no data"}
-    weights = method.checkpoint.fingerprint
-    metrics = run_metrics(method.plan, dense, pruned, evaluation, method.seconds, peak_memory_bytes())
+    weights, precision = method.checkpoint.fingerprint, str(trainer.precision)
+    metrics = run_metrics(method.plan, dense, pruned, data.evaluation, method.seconds)
     metrics["method"] = {
         "name": method.method,
         "label": method.label,
@@ -240,10 +239,32 @@ def _record(
     metrics["configuration_sha256"] = configuration_sha256(
         type(method).__name__,
         yaml.safe_load(config)["model"]["init_args"],
-        str(trainer.precision),
+        precision,
         weights,
         calibration.get("fingerprint"),
-        {name: manifest["fingerprint"] for name, manifest in evaluation.items()},
+        {item.name: item.manifest["fingerprint"] for item in data.evaluation},
     )
-    facts = environment(str(trainer.precision), trainer.strategy.root_device)
-    return RunRecord(config, calibration, facts, metrics)
+    return RunRecord(config, calibration, environment(precision, trainer.strategy.root_device), metrics)
+
+
+def run_metrics(
+    plan: PruningPlan,
+    dense: dict[str, PerplexityResult],
+    pruned: dict[str, PerplexityResult],
+    sets: Sequence[EvaluationSet],
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """The contents of ``metrics.json``; ``seconds`` are by phase."""
+    return {
+        "perplexity": {
+            name: {"dense": dense[name].perplexity, "pruned": pruned[name].perplexity, "tokens": dense[name].tokens}
+            for name in dense
+        },
+        "evaluation": {
+            item.name: {**item.manifest, "unigram_perplexity": unigram_perplexity(item.tokens)} for item in sets
+        },
+        "parameters": plan.parameters,
+        "pruning_ratio": {"requested": plan.pruning_ratio, "achieved": plan.achieved_ratio},
+        "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
+        "peak_memory_bytes": peak_memory_bytes(),
+    }

@@ -3,16 +3,15 @@
 import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from lightning_prune.runs.config_files import read_config
+from lightning_prune.runs.config_files import config_file, read_config
 from lightning_prune.runs.folder import REPORTS, check_label
-from lightning_prune.runs.shipped_configs import config_file
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.validation import parse_json
 
@@ -48,15 +47,13 @@ class _System(BaseModel):
 
 @dataclass(frozen=True)
 class Settings:
-    """What an experiment runs. ``systems`` maps a label to a complete configuration but for the pruning ratio, with
-    the sections ``model``, ``data`` and ``trainer`` that ``lightning-prune fit`` takes. ``seeds`` draw the calibration
-    samples, one run each; without any, those of the configurations do."""
+    """What an experiment runs."""
 
     ratios: list[float]
-    systems: dict[str, Options]
+    systems: dict[str, Options]  # label → what ``lightning-prune fit`` takes, complete but for the pruning ratio
     root: Path
-    seeds: list[int] = field(default_factory=list)
-    show_progress: bool = True
+    seeds: list[int]  # draw the calibration samples, one run each; without any, those of the configurations do
+    show_progress: bool
 
     def configuration(self, label: str, ratio: float, seed: int | None = None) -> Options:
         """The configuration of one run; ``seed`` overrules that of its ``data`` section."""
@@ -106,24 +103,23 @@ def read_settings(
     for name, text in (options or {}).items():
         shared = _merged(shared, _nested(name, text))
     show_progress = shared["trainer"].get("enable_progress_bar", True) is not False
-    # Of the whole experiment instead of every run's.
-    whole = {"enable_progress_bar": False, "default_root_dir": file.root}
     complete: dict[str, Options] = {}
     for label in labels:
-        own = _system(label, file.systems[label], path.parent)
-        own["model"]["init_args"] |= {"pretrained": file.pretrained, "label": label}
-        complete[label] = _merged(_merged(shared, own), {"trainer": whole})
+        complete[label] = _merged(shared, _system(label, file.systems[label], path.parent))
+        complete[label]["model"]["init_args"] |= {"pretrained": file.pretrained, "label": label}
+        # Of the whole experiment instead of every run's.
+        complete[label]["trainer"] |= {"enable_progress_bar": False, "default_root_dir": file.root}
     return Settings(sorted(set(file.ratios)), complete, Path(file.root), sorted(set(file.seeds)), show_progress)
 
 
 def _system(label: str, given: str | Options, folder: Path) -> Options:
     """``given`` is the path of a method's file, or a mapping that may name one under ``config`` and overlays it."""
     overlay: Options = {"config": given} if isinstance(given, str) else dict(given)
-    option, file = f"systems.{label}", overlay.pop("config", None)
-    base: Options = {}
-    if "config" in (given if isinstance(given, dict) else {}) and not isinstance(file, str):
-        raise UserError(f"--config: {option}.config is {file!r}. Give the path of a method's file.")
-    if isinstance(file, str):
+    option, base = f"systems.{label}", {}
+    if "config" in overlay:
+        file = overlay.pop("config")
+        if not isinstance(file, str):
+            raise UserError(f"--config: {option}.config is {file!r}. Give the path of a method's file.")
         base = read_config(config_file(file, folder, option), option)
     return _validated(_merged(base, overlay), _System, f"--config: system '{label}'").model_dump()
 

@@ -1,9 +1,12 @@
 """What a run shows in TensorBoard, under the same tags for every method, so that runs overlay."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import lightning as L
 import matplotlib
 import numpy as np
+from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch.utils.tensorboard import SummaryWriter
@@ -45,10 +48,20 @@ def kept_fraction_figure(scores: Scores) -> Figure:
     return figure
 
 
-def hparams(method_options: dict[str, Any], metrics: dict[str, Any]) -> tuple[dict[str, Any], dict[str, float]]:
-    """The row of the HParams table: options that are plain values, and final perplexities and ratio."""
-    options = {key: value for key, value in method_options.items() if isinstance(value, (str, int, float, bool))}
-    results = {"hparams/achieved ratio": float(metrics["pruning_ratio"]["achieved"])}
+def log_result(
+    trainer: L.Trainer,
+    options: dict[str, Any],
+    metrics: dict[str, Any],
+    scores: Scores | None = None,
+    more: Mapping[str, float] = {},
+) -> None:
+    """At the end of a run: importance, and the HParams row of ``options``, final numbers and ``more``."""
+    results = {"achieved ratio": float(metrics["pruning_ratio"]["achieved"]), **more}
     for name, values in metrics["perplexity"].items():
-        results[f"hparams/perplexity {plain(name)}"] = float(values["pruned"])
-    return options, results
+        results[f"perplexity {plain(name)}"] = float(values["pruned"])
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            if scores is not None:
+                log_importance(logger.experiment, scores)
+            logger.log_hyperparams(options, {f"hparams/{name}": value for name, value in results.items()})
+            logger.finalize("success")

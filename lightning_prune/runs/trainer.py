@@ -89,7 +89,12 @@ def calibration_trainer(
     """
     options: dict[str, Any] = dict(locals())
     own = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks] if callbacks else []
-    _check_callbacks(own)
+    for one in own:
+        if type(one).__module__.startswith("lightning.") and not isinstance(one, _HARMLESS):
+            raise UserError(
+                f"--trainer.callbacks: {type(one).__name__} is made for training; a run takes no training step and may "
+                f"not end early. Allowed are {', '.join(kind.__name__ for kind in _HARMLESS)}, and your own."
+            )
     options |= {
         "callbacks": own,
         "devices": cpu_processes(accelerator, devices),
@@ -99,10 +104,10 @@ def calibration_trainer(
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
     }
-    trainer = make_trainer(options)
+    trainer = _trainer(options)
     # Lightning alone knows what auto, -1, a list or a launcher's environment amount to, so it is asked first.
     if type(trainer.strategy) is DDPStrategy and not isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
-        trainer = make_trainer(options | {"strategy": CalibrationDDP()})
+        trainer = _trainer(options | {"strategy": CalibrationDDP()})
     if not isinstance(trainer.strategy, SingleDeviceStrategy | CalibrationDDP):
         raise UserError(
             f"--trainer.strategy: {type(trainer.strategy).__name__} splits the model, or runs where its result would "
@@ -112,12 +117,8 @@ def calibration_trainer(
     return trainer
 
 
-def make_trainer(options: dict[str, Any]) -> L.Trainer:
-    """Lightning's trainer, whose complaints are the user's to solve.
-
-    Raises:
-        UserError: options that Lightning refuses, or a precision that it silently replaces.
-    """
+def _trainer(options: dict[str, Any]) -> L.Trainer:
+    """Lightning's trainer; UserError for options that it refuses, or a precision that it silently replaces."""
     try:
         trainer = L.Trainer(**options)
     except (MisconfigurationException, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -131,11 +132,7 @@ def make_trainer(options: dict[str, Any]) -> L.Trainer:
 
 
 def cpu_processes(accelerator: str, devices: Any) -> Any:
-    """``--trainer.devices`` for Lightning, which takes nothing but a number on the CPU: a list counts its entries.
-
-    Raises:
-        UserError: not a number of processes that this machine could run.
-    """
+    """``--trainer.devices`` for Lightning, which takes only a number on the CPU: a list counts its entries."""
     if accelerator != "cpu" and not (accelerator == "auto" and not torch.accelerator.is_available()):
         return devices
     if devices == "auto":
@@ -152,15 +149,6 @@ def cpu_processes(accelerator: str, devices: Any) -> Any:
             f"--trainer.devices: found {devices}; on the CPU it is the number of processes, from 1 to {most} here."
         )
     return count
-
-
-def _check_callbacks(callbacks: list[Callback]) -> None:
-    for one in callbacks:
-        if type(one).__module__.startswith("lightning.") and not isinstance(one, _HARMLESS):
-            raise UserError(
-                f"--trainer.callbacks: {type(one).__name__} is made for training; a run takes no training step and may "
-                f"not end early. Allowed are {', '.join(kind.__name__ for kind in _HARMLESS)}, and your own."
-            )
 
 
 def _check_processes(trainer: L.Trainer) -> None:

@@ -106,16 +106,18 @@ def tune(
     folder: Path,
     limit: int,
     file: Path,
-    resume: bool = False,
-    progress: Progress | None = None,
+    resume: bool,
+    progress: Progress,
 ) -> Iterator[Tuned]:
     """Try options of one method, and yield what is known after every trial.
 
     Args:
         configuration: of a run as ``fit`` takes it, with every option.
         data: its calibration set is the one to tune on, whose two parts go to ``folder``; no evaluation text is read.
+        folder: a temporary one.
         limit: how many trials, the first included.
-        file: holds all trials after every one of them; with ``resume`` those in it are not made again.
+        file: holds all trials after every one of them.
+        resume: go on from those in ``file``, which are not made again.
         progress: shows how far calibrating is.
 
     Raises:
@@ -134,8 +136,7 @@ def tune(
     facts = facts_of(yaml.safe_dump(configuration), weights, fingerprint, processes=1)
     before = _read(file, facts) if resume else None
     trials = _Trials(configuration, folder, progress)
-    dense_loss = trials.measured[1] if before is None else before.dense_loss
-    found = Tuned(facts, dense_loss, int(held_out.sum()), [])
+    found = Tuned(facts, trials.measured[1] if before is None else before.dense_loss, int(held_out.sum()), [])
 
     def loss(options: dict[str, Any]) -> float:
         known = [] if before is None else [trial for trial in before.trials if trial.options == options]
@@ -153,7 +154,7 @@ def tune(
 class _Trials:
     """Runs that differ in a few options of the method: measured once on its part of the samples, then decided."""
 
-    def __init__(self, configuration: dict[str, Any], folder: Path, progress: Progress | None) -> None:
+    def __init__(self, configuration: dict[str, Any], folder: Path, progress: Progress) -> None:
         self.base, self.progress = copy.deepcopy(configuration), progress
         parts = {"dataset": str(folder / "measured.npy"), "eval_datasets": [str(folder / "held_out.npy")]}
         # The rows of an array are the windows.
@@ -165,30 +166,29 @@ class _Trials:
     def measured(self) -> tuple[SavedMeasurement, float]:
         """What is measured, and the loss of the dense model."""
         run = self._built({"refit": "none"})
-        run.model.progress = self.progress or run.model.progress
-        with closing(run.model.progress):
+        run.model.progress = self.progress
+        with closing(self.progress):
             dense = _loss(run)  # before anything is decided
-            _fit(run)
+            run.trainer.fit(run.model, run.datamodule)
         return SavedMeasurement(run.model.scores, run.model.details(), run.model.calibration_facts()), dense
 
     def make(self, options: dict[str, Any]) -> Trial:
-        started, run = time.perf_counter(), self._built(options)
-        run.model.reuse(self.measured[0])
-        _fit(run)
+        """Decide with ``options`` on the open dense model, and measure that."""
+        started, run = time.perf_counter(), self._built(options, self.measured[0])
+        run.trainer.fit(run.model, run.datamodule)
         scores = run.model.scores
         kept = {str(block): scores.kept_fraction(block).tolist() for block in BLOCKS if scores.of_kind(block).any()}
         return Trial(options, _loss(run), time.perf_counter() - started, kept)
 
-    def _built(self, options: Options) -> RunBuilder:
+    def _built(self, options: Options, measured: SavedMeasurement | None = None) -> RunBuilder:
         configuration = copy.deepcopy(self.base)
         configuration["model"]["init_args"] |= options
-        return build("tune", configuration)
-
-
-def _fit(run: RunBuilder) -> None:
-    run.model.writes = False
-    run.datamodule.needs_calibration = run.model.needs_calibration
-    run.trainer.fit(run.model, run.datamodule)
+        run = build("tune", configuration)
+        if measured is not None:
+            run.model.reuse(measured)
+        run.model.writes = False
+        run.datamodule.needs_calibration = run.model.needs_calibration
+        return run
 
 
 def _loss(run: RunBuilder) -> float:
@@ -230,7 +230,7 @@ def tuned_config(configuration: dict[str, Any], found: Tuned) -> str:
 
 
 def log_trial(writer: SummaryWriter, found: Tuned) -> None:
-    """The newest trial, and the best so far, to be seen at once; the step is the trial's number."""
+    """The newest trial, and the best so far; the step is the trial's number."""
     writer.add_scalar("held-out loss/trial", found.trials[-1].loss, len(found.trials))
     writer.add_scalar("held-out loss/best so far", found.best.loss, len(found.trials))
     writer.flush()

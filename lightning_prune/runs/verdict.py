@@ -1,4 +1,4 @@
-"""How much of the dense model is left, in words, and the thresholds behind the words."""
+"""How much of the dense model is left, in words and their thresholds, and what training gave back of the rest."""
 
 import math
 from typing import Any, TypeGuard
@@ -9,8 +9,8 @@ NEAR_DENSE, DEGRADED, BADLY_DEGRADED, UNUSABLE = "near dense", "degraded", "badl
 UNKNOWN = "not comparable"  # the dense perplexity is missing, and the pruned one is better than token frequencies
 # Within a family of models, halving the size costs about a tenth (Llama 13B to 7B: 12 % on WikiText-2).
 NEAR = 1.1
-# One bit per token.
-BIT = 2.0
+BIT = 2.0  # one bit per token
+LEAST = 0.01  # nats: a share of what is lost to rounding means nothing
 LEGEND = (
     f"Verdict: {NEAR_DENSE} up to {NEAR:g} times the dense perplexity (about what halving a model's size costs), "
     f"{DEGRADED} up to {BIT:g} times (one bit per token lost), {BADLY_DEGRADED} above. {UNUSABLE.capitalize()}, "
@@ -69,23 +69,30 @@ def evaluation_section(metrics: dict[str, Any]) -> str:
     """The model card's section on how good the pruned model is; empty when nothing was evaluated."""
     if not metrics["perplexity"]:
         return ""
-    rows = [
-        (
-            markdown(public_name(name)),
-            f"{item['tokens']:,}",
-            _number(item["dense"]),
-            _number(item["pruned"]),
-            verdict(metrics, name),
-        )
-        for name, item in metrics["perplexity"].items()
-    ]
+    rows = []
+    for name, item in metrics["perplexity"].items():
+        both = [f"{value:.3f}" if _finite(value) else "not finite" for value in (item["dense"], item["pruned"])]
+        rows.append((markdown(public_name(name)), f"{item['tokens']:,}", *both, verdict(metrics, name)))
     header = ("Set", "Tokens", "Dense perplexity", "Pruned perplexity", "Verdict")
     return "\n" + "\n\n".join(["## Evaluation", markdown_table(header, rows), LEGEND]) + "\n"
 
 
+def regained(dense: float | None, pruned: float | None, recovered: float | None) -> float | None:
+    """Share of the lost log-perplexity that training gave back: 0 nothing, 1 all; None where less than ``LEAST`` nats
+    were lost.
+
+    (ln pruned − ln recovered) / (ln pruned − ln dense).
+    """
+    if not (_finite(dense) and _finite(pruned) and _finite(recovered)):
+        return None
+    lost = math.log(pruned / dense)
+    return math.log(pruned / recovered) / lost if lost >= LEAST else None
+
+
+def share(value: float | None) -> str:
+    """As a table says it."""
+    return "–" if value is None else f"{value:.0%}"
+
+
 def _finite(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
-
-
-def _number(value: float | None) -> str:
-    return f"{value:.3f}" if _finite(value) else "not finite"

@@ -7,7 +7,7 @@ import pytest
 from lightning_prune.comparison.audit import Audit, audit
 from lightning_prune.comparison.records import load_run
 from lightning_prune.comparison.report import write_report
-from lightning_prune.runs.failure import Failure
+from lightning_prune.runs.records import Failure
 from tests.comparison.fake_run import write_run
 
 SECOND = {"fingerprint": "7" * 64, "seq_len": 512}

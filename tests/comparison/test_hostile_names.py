@@ -12,8 +12,7 @@ from lightning_prune.comparison.audit import Audit, audit
 from lightning_prune.comparison.records import Run, load_run
 from lightning_prune.comparison.report import write_report
 from lightning_prune.comparison.sections import sections, terminal
-from lightning_prune.runs.failure import Failure
-from lightning_prune.runs.records import MethodDetails
+from lightning_prune.runs.records import Failure, MethodDetails
 from tests.comparison.fake_run import write_run
 
 HOSTILE = "<script>alert(1)</script>|x\n\n# head `$x^{$ ![i](http://e.com/i) \x1b[2J\x9b1m\u202e\udc80 \\\\ & % \"'"

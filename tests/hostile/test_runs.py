@@ -129,7 +129,7 @@ TYPED = {
     "seconds peak_memory_bytes method/base_model_sha256 configuration_sha256",
     "environment.json": "packages/torch cpu/cores gpus device",
     "calibration.json": "dataset sampling seed num_samples fingerprint",
-    "method.json": "method label measured_by prior",
+    "method.json": "method label measured_by",
     "plan.json": "format pruning_ratio parameters/dense base_model layers/0 layers/1/kept_channels weights_updated",
 }
 for file, names in TYPED.items():

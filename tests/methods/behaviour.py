@@ -19,8 +19,7 @@ from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.methods import FLAP, HGSP, Magnitude, ShortGPT, SlimGPT, Wanda
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.runs.build import quiet
-from lightning_prune.runs.run import prune_and_record
-from lightning_prune.runs.summary import RunRecord
+from lightning_prune.runs.run import RunRecord, prune_and_record
 from tests.cutting import cut
 from tests.tiny import make_tiny, tiny_tokens
 

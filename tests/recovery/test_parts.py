@@ -14,7 +14,7 @@ from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.recovery.data import RecoveryDataModule, ShuffledWindows, shared_windows
 from lightning_prune.recovery.module import cosine_with_warmup, divergence
 from lightning_prune.recovery.weights import attach_adapters, count_zeros, hold_zeros, linears_of, zeros_of
-from lightning_prune.runs.recovered import regained, share
+from lightning_prune.runs.verdict import regained, share
 from lightning_prune.support.errors import CheckpointError, UserError
 from tests.tiny import make_tiny, tiny_tokens
 

@@ -13,8 +13,7 @@ import yaml
 
 from lightning_prune.cli.commands.compare import main as compare
 from lightning_prune.cli.commands.fit import main as fit
-from lightning_prune.runs.experiment import run_experiment
-from lightning_prune.runs.planned import plan_runs
+from lightning_prune.runs.experiment import plan_runs, run_experiment
 from lightning_prune.runs.settings import read_settings
 from lightning_prune.support import progress
 from lightning_prune.support.errors import UserError

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from lightning_prune.runs.folder import RunFolder, check_label
+from lightning_prune.runs.folder import UNFINISHED, RunFolder, check_label, sweep_runs
 from lightning_prune.runs.records import as_dict
-from lightning_prune.runs.tidy import UNFINISHED, sweep_runs
 from lightning_prune.support import files
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import Lock
@@ -284,7 +283,6 @@ WRONG = [
     ("environment.json", "packages", ["torch"], "packages is ['torch']"),
     ("environment.json", "memory_bytes", "16G", "memory_bytes is '16G'"),
     ("method.json", "method", 3, "method is 3"),
-    ("method.json", "prior", {"delta": {"layer": ["x"]}}, "prior.delta.layer[0] is 'x'"),
     ("calibration.json", "dataset", ..., "dataset is missing"),
     ("calibration.json", "num_samples", "128", "num_samples is '128'"),
     ("calibration.json", "sampling", "by hand", "sampling is 'by hand', allowed: 'random', 'sequential'"),

@@ -9,9 +9,9 @@ import pytest
 
 from lightning_prune.calibration import stream_checkpoints as waypoints
 from lightning_prune.runs.folder import RunFolder
-from lightning_prune.runs.resume import keep_dense, known_dense, unfinished_run, write_facts
+from lightning_prune.runs.resume import unfinished_run
 from lightning_prune.support.errors import UserError
-from lightning_prune.support.files import Lock
+from lightning_prune.support.files import Lock, write_json
 from tests.killing import Ended, Forks, Kill
 from tests.methods.behaviour import save_model, save_tokens
 from tests.tiny import tiny_tokens
@@ -151,7 +151,7 @@ def test_the_newest_unfinished_run_of_the_same_facts_is_found(tmp_path: Path) ->
         folder = tmp_path / "wanda" / f"version_{number}"
         folder.mkdir(parents=True)
         (folder / "unfinished").touch()
-        write_facts(RunFolder(folder), FACTS | {"processes": 2} if number == 11 else FACTS)
+        write_json(folder / "started.json", FACTS | {"processes": 2} if number == 11 else FACTS)
     (folder / "metrics.json").touch()  # finished
     newest = tmp_path / "wanda" / "version_10"
     assert unfinished_run(tmp_path, "wanda", FACTS) == newest
@@ -163,11 +163,3 @@ def test_the_newest_unfinished_run_of_the_same_facts_is_found(tmp_path: Path) ->
     for lock in locks:
         assert lock is not None
         lock.release()
-
-
-def test_dense_perplexities_are_only_known_for_the_same_text(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    assert known_dense(folder, {"demo": "abc"}) is None
-    keep_dense(folder, {"demo": "abc"}, {"demo": (12.5, 100)})
-    assert known_dense(folder, {"demo": "abc"}) == {"demo": (12.5, 100)}
-    assert known_dense(folder, {"demo": "other"}) is None

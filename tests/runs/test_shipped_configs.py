@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from lightning_prune.cli import main
-from lightning_prune.runs import shipped_configs
+from lightning_prune.runs import config_files
 from lightning_prune.runs.build import build
+from lightning_prune.runs.config_files import config_file, shipped_folder, shipped_names, with_config_files
 from lightning_prune.runs.settings import read_settings
-from lightning_prune.runs.shipped_configs import config_file, shipped_folder, shipped_names, with_config_files
 from lightning_prune.support.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +31,7 @@ def test_configs_inside_an_installed_package_come_first(tmp_path: Path, monkeypa
     installed = tmp_path / "site-packages" / "lightning_prune"
     (installed / "configs").mkdir(parents=True)
     (installed / "configs" / "mine.yaml").touch()
-    monkeypatch.setattr(shipped_configs, "__file__", str(installed / "runs" / "shipped_configs.py"))
+    monkeypatch.setattr(config_files, "__file__", str(installed / "runs" / "config_files.py"))
     assert shipped_folder() == installed / "configs"
     assert config_file("mine") == installed / "configs" / "mine.yaml"
 

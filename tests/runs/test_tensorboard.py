@@ -1,3 +1,4 @@
+import json
 import math
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from lightning_prune.checkpoint.scores import Scores
 from lightning_prune.methods.scores import group_scores, layer_scores
 from lightning_prune.models.families import layer_structures
 from lightning_prune.models.vocabulary import Block
-from lightning_prune.runs.tensorboard import hparams, kept_fraction_figure, log_importance
+from lightning_prune.runs.tensorboard import kept_fraction_figure, log_importance
 from tests.methods.behaviour import SYSTEMS, prune, save_model, save_tokens
 from tests.tiny import make_tiny
 
@@ -73,13 +74,6 @@ def test_depth_pruning_shares_the_layer_curve(tmp_path: Path, importance: list[f
     assert kept_fraction_figure(scores).axes[0].get_xlabel() == "layer"
 
 
-def test_hparams_keep_plain_options_and_final_numbers() -> None:
-    metrics = {"pruning_ratio": {"achieved": 0.19}, "perplexity": {"ptb": {"dense": 1.0, "pruned": 2.5, "tokens": 3}}}
-    options, results = hparams({"method": "wanda", "pruning_ratio": 0.2, "layers": [1], "none": None}, metrics)
-    assert options == {"method": "wanda", "pruning_ratio": 0.2}
-    assert results == {"hparams/achieved ratio": 0.19, "hparams/perplexity ptb": 2.5}
-
-
 @pytest.mark.parametrize("system", ["wanda", "shortgpt"])
 def test_runs_log_the_same_layer_curve(tmp_path: Path, system: str) -> None:
     method = SYSTEMS[system].make(pretrained=str(save_model(tmp_path / "model")), pruning_ratio=0.3)
@@ -89,4 +83,10 @@ def test_runs_log_the_same_layer_curve(tmp_path: Path, system: str) -> None:
     (folder,) = run.folder.glob("*%")  # TensorBoard shows the path, and so the ratio
     events = read(folder)
     assert [point.step for point in events.Scalars("importance/layer")] == [0, 1, 2, 3]
-    assert [point.step for point in events.Scalars("hparams/perplexity e.npy")] == [0]
+    metrics = json.loads((run.folder / "metrics.json").read_text())
+    for tag, value in (
+        ("perplexity e.npy", metrics["perplexity"]["e.npy"]["pruned"]),
+        ("achieved ratio", metrics["pruning_ratio"]["achieved"]),
+    ):
+        (point,) = events.Scalars(f"hparams/{tag}")
+        assert (point.step, point.value) == (0, pytest.approx(value))

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     from lightning_prune.comparison.records import load_run
     from lightning_prune.comparison.report import check_output, report_folder, write_report
     from lightning_prune.comparison.sections import terminal
-    from lightning_prune.runs.failure import Failure
+    from lightning_prune.runs.records import Failure
 
     if arguments.output is not None:
         check_output(arguments.output, arguments.overwrite)

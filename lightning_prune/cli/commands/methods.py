@@ -1,7 +1,7 @@
 """``lightning-prune methods``: what there is to prune with."""
 
 from lightning_prune.cli.parser import PlainParser
-from lightning_prune.runs.shipped_configs import shipped_methods
+from lightning_prune.runs.config_files import shipped_methods
 
 HEADINGS = {"none": "as their papers have them", "residual": "with what is kept refitted (docs/quality.md)"}
 
