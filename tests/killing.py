@@ -22,29 +22,21 @@ OPERATIONS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.trun
 
 @dataclass(frozen=True)
 class Kill:
-    """When a run gets a signal: the first of what is given.
+    """When a run gets a signal: the first of what is given."""
 
-    Attributes:
-        call: ``module:Class.method``; the signal comes before its ``number``-th call, counted from 1.
-        operation: the number of an operation of Python on files below ``below`` (open, rename, mkdir, …).
-        seconds: after the run has begun.
-        signal: SIGKILL unless said otherwise.
-    """
-
-    call: str | None = None
+    call: str | None = None  # ``module:Class.method``; the signal comes before its ``number``-th call, counted from 1
     number: int = 1
-    operation: int | None = None
+    operation: int | None = None  # the number of an operation of Python on files below ``below`` (open, rename, …)
     below: str = ""
-    seconds: float | None = None
+    seconds: float | None = None  # after the run has begun
     signal: int = signal.SIGKILL
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a run ended: exit status (negative: the signal that killed it), what it printed, how long it took, and how
-    many file operations it made where they were counted."""
+    """How a run ended."""
 
-    status: int
+    status: int  # negative: the signal that killed it
     printed: str
     seconds: float
     after_signal: float
@@ -65,7 +57,6 @@ class Forks:
         )
 
     def run(self, argv: Sequence[str], kill: Kill | None = None) -> Ended:
-        """One run."""
         return self.together([argv], kill)[0]
 
     def together(self, argvs: Sequence[Sequence[str]], kill: Kill | None = None) -> list[Ended]:
@@ -78,21 +69,14 @@ class Forks:
         return [Ended(**found) for found in json.loads(self._process.stdout.readline())]
 
     def close(self) -> None:
-        """End it."""
         self._process.communicate()
 
 
 def serve() -> None:
     """Fork for every line of stdin."""
-    for name in ("fit", "decide", "test", "compare", "apply", "evaluate"):
-        importlib.import_module(f"lightning_prune.cli.commands.{name}")
-    for name in (
-        "runs.experiment",
-        "comparison.report",
-        "comparison.audit",
-        "checkpoint.write",
-        "evaluation.efficiency",
-    ):
+    modules = ["runs.experiment", "comparison.report", "comparison.audit", "checkpoint.write", "evaluation.efficiency"]
+    modules += [f"cli.commands.{name}" for name in ("fit", "decide", "test", "compare", "apply", "evaluate")]
+    for name in modules:
         importlib.import_module(f"lightning_prune.{name}")
     import pandas  # noqa: F401  imported late by others
     import torch.utils.tensorboard  # noqa: F401

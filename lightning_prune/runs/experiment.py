@@ -133,8 +133,11 @@ def run_experiment(settings: Settings) -> tuple[list[Path], list[Failure]]:
 
 def _finished(run: Planned, root: Path) -> Path | None:
     """The folder of a finished run with the same result, whichever command made it."""
-    same = (path for path in runs_below(root / run.label) if RunFolder(path).configuration_sha256() == run.sha256)
-    return next(same, None)
+    for path in runs_below(root / run.label):
+        with suppress(UserError):  # not finished, or damaged
+            if RunFolder.open(path, "--root").metrics.configuration_sha256 == run.sha256:
+                return path
+    return None
 
 
 def _make(run: Planned, known: Sequence[tuple[Planned, Path]], progress: Progress) -> Path:

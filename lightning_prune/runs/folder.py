@@ -57,9 +57,9 @@ def check_label(label: str, option: str = "--model.label") -> str:
     Raises:
         UserError: anything but letters, digits, ``.``, ``_`` and ``-``, a leading ``.``, or more than 200 characters.
     """
-    if not isinstance(label, str) or not LABEL.fullmatch(label):
+    if not LABEL.fullmatch(label):
         raise UserError(
-            f"{option}: found {str(label)[:200]!r}; a name consists of up to 200 letters, digits, '.', '_' and '-' and "
+            f"{option}: found {label[:200]!r}; a name consists of up to 200 letters, digits, '.', '_' and '-' and "
             "does not start with '.', because a folder is called so."
         )
     return label
@@ -297,14 +297,6 @@ class RunFolder:
         if run.plan.parameters != run.metrics.parameters.model_dump():
             raise UserError(f"{option}: plan.json and metrics.json in '{path}' are of different runs. Run fit again.")
         return run
-
-    def configuration_sha256(self) -> str | None:
-        """The name of this run's result; None where it is not whole or cannot be read."""
-        try:
-            metrics = read_json(self.path / METRICS, RunMetrics, "") if self.is_pruning_run else None
-        except UserError:
-            return None
-        return None if metrics is None else metrics.configuration_sha256
 
 
 def version(name: str) -> int:

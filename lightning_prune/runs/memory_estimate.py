@@ -1,7 +1,6 @@
 """What a run takes in memory, on disk and in work: arithmetic on shapes and on what passes say that they hold."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,7 +19,7 @@ from lightning_prune.models.head import LOGITS_BYTES
 from lightning_prune.models.layered import Onload
 from lightning_prune.models.model_slot import load_dtype
 from lightning_prune.models.vocabulary import ROLES_OF
-from lightning_prune.support.errors import UserError, first_line
+from lightning_prune.support.errors import UserError
 from lightning_prune.support.memory import anonymous_bytes, free_bytes, free_host_bytes
 
 ROOM = 0.9  # of the memory that ``auto`` fills with a whole model: an estimate is no measurement
@@ -242,6 +241,7 @@ def place(trainer: L.Trainer, method: PruningMethod, data: CalibrationDataModule
     Raises:
         UserError: what was requested does not fit; says what is missing and what would help.
     """
+    method.trainer = trainer
     if method.saved is not None and not method.needs_calibration:  # only the evaluation runs
         return
     memory = Memory.of(trainer, method, data)
@@ -265,21 +265,3 @@ def advice(method: PruningMethod, data: CalibrationDataModule, onload: str, phas
         "a lower --data.num_samples shortens the residual streams": phase != "evaluation" and data.num_samples > 32,
     }
     return "; ".join(words for words, applies in options.items() if applies) + "; or use a larger device."
-
-
-@contextmanager
-def memory_advice(method: PruningMethod, data: CalibrationDataModule) -> Iterator[None]:
-    """Say what would help where the memory does not suffice after all.
-
-    Raises:
-        UserError: in place of an error that says so.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # On the host torch raises a plain RuntimeError.
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        raise UserError(
-            f"Out of memory: {first_line(error)[:200]} {advice(method, data, method.slot.onload)}"
-        ) from error

@@ -25,10 +25,10 @@ from lightning_prune.evaluation.perplexity import (
 from lightning_prune.evaluation.unigram import unigram_perplexity
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.checkpoint import Checkpoint
+from lightning_prune.runs.advice import advice_on_failure
 from lightning_prune.runs.environment import environment, peak_memory_bytes
 from lightning_prune.runs.folder import STARTED, RunFolder, check_label
-from lightning_prune.runs.memory_estimate import memory_advice, place
-from lightning_prune.runs.numerics import numerical_advice
+from lightning_prune.runs.memory_estimate import place
 from lightning_prune.runs.resume import configuration_sha256, facts_of, read_object, unfinished_run
 from lightning_prune.runs.tensorboard import log_result
 from lightning_prune.runs.verdict import evaluation_section
@@ -86,8 +86,7 @@ def prune_and_record(
     events = None if ratio is None else f"{100 * ratio:.4g}%"  # TensorBoard shows a run under the path to its events
     with (
         claimed(trainer, method.label, config, again, events) as folder,
-        memory_advice(method, data),
-        numerical_advice(trainer, method),
+        advice_on_failure(method, data),
         closing(method.progress),
     ):
         method.run_folder = folder

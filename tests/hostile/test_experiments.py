@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -10,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from lightning_prune.cli import main
-from tests.hostile.harness import Bench, Case
+from tests.hostile.harness import Bench, Case, Change, Says, making
 
-Change = Callable[[Path], object]
 HARMLESS = (
     "--pretrained MODEL --data.dataset TOKENS --data.eval_datasets [TOKENS] --data.cache_dir INPUTS/cache "
     "--trainer.accelerator cpu --trainer.logger false"
@@ -21,28 +19,21 @@ GOOD = "systems: {a: wanda}\nratios: [0.3]\n"
 CASES: dict[str, Case] = {}
 
 
-def experiment(
-    name: str, content: str | bytes | Change, says: str | tuple[str, ...] = "", status: int = 2, line: str = ""
-) -> None:
+def experiment(name: str, content: str | bytes | Change, says: Says = "", status: int = 2, line: str = "") -> None:
     """A case: ``compare.yaml`` of this content; ``line`` follows the harmless options."""
-
-    def make(folder: Path) -> None:
-        path = folder / "compare.yaml"
-        if callable(content):
-            content(path)
-        else:
-            path.write_bytes(content.encode() if isinstance(content, str) else content)
-
+    make = making(content)
     arguments = f"--config INPUTS/compare.yaml --root ROOT {HARMLESS} {line}"
-    CASES[name] = Case(arguments, status, says, make, command="compare", base=False)
+    CASES[name] = Case(
+        arguments, status, says, lambda folder: make(folder / "compare.yaml"), command="compare", base=False
+    )
 
 
-def experiment_line(line: str, says: str | tuple[str, ...] = "", status: int = 2) -> None:
+def experiment_line(line: str, says: Says = "", status: int = 2) -> None:
     """A case: a good ``compare.yaml`` and a hostile command line."""
     experiment(line[:100], GOOD, says, status, line)
 
 
-def system(value: str, says: str | tuple[str, ...] = "", status: int = 2, beside: Change | None = None) -> None:
+def system(value: str, says: Says = "", status: int = 2, beside: Change | None = None) -> None:
     """A case: one system called ``a``; ``beside`` makes what it names, ``x.yaml``."""
 
     def make(path: Path) -> None:
@@ -51,10 +42,6 @@ def system(value: str, says: str | tuple[str, ...] = "", status: int = 2, beside
             beside(path.parent / "x.yaml")
 
     experiment(f"system {value}{'' if beside is None else f' {len(CASES)}'}"[:100], make, says, status)
-
-
-def text(content: str | bytes) -> Change:
-    return lambda path: path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 # Names: they become folders.
@@ -98,8 +85,8 @@ system("{config: wanda, model: 3}", "model is 3")
 system("{config: wanda, model: {init_args: {colour: red}}}", "colour")
 system("x.yaml", beside=os.mkfifo, says=("systems.a", "named pipe"))
 system("x.yaml", beside=lambda path: path.symlink_to(path), says="systems.a")
-system("x.yaml", beside=text(b"\xff\xfe"), says="not UTF-8")
-system("x.yaml", beside=text("systems: {a: x.yaml}\n"), says="model is missing")  # an experiment in an experiment
+system("x.yaml", beside=making(b"\xff\xfe"), says="not UTF-8")
+system("x.yaml", beside=making("systems: {a: x.yaml}\n"), says="model is missing")  # an experiment in an experiment
 
 # The command line.
 for words in ("0", "nan", "x", "''", "1e400"):
@@ -119,10 +106,10 @@ experiment_line("--pretrained /nowhere", "--model.pretrained")
 experiment_line("--runs INPUTS", "either --config")
 experiment_line("--overwrite", "--overwrite belongs to --output")
 
-PLACES: dict[str, tuple[str, Change, str | tuple[str, ...], int]] = {}  # arguments, preparation, says, status
+PLACES: dict[str, tuple[str, Change, Says, int]] = {}  # arguments, preparation, says, status
 
 
-def place(name: str, arguments: str, make: Change, says: str | tuple[str, ...] = "", status: int = 2) -> None:
+def place(name: str, arguments: str, make: Change, says: Says = "", status: int = 2) -> None:
     """A case of ``compare --runs``; ``make`` gets ``INPUTS``, which holds a finished ``run`` and a ``report``."""
     PLACES[name] = (arguments, make, says, status)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.export.checkpoints import save
-from tests.hostile.harness import Bench, Case
+from tests.hostile.harness import Bench, Case, Says
 from tests.hostile.test_models import edit_config
 from tests.tiny import mixed_plan
 
@@ -21,7 +21,7 @@ CASES: dict[str, Case] = {}
 def case(
     name: str,
     arguments: str = "",
-    says: str | tuple[str, ...] = "",
+    says: Says = "",
     status: int = 2,
     prepare: Callable[[Path], object] | None = None,
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.hostile.harness import Bench, Case, unreadable
+from tests.hostile.harness import Bench, Case, Change, Says, Status, making, unreadable
 
 USE = "--model.pretrained INPUTS/model"
 NUMBERS: list[Any] = [0, -1, 1.5, "4", [], True, 10**30]
@@ -28,13 +28,13 @@ CONFIGS: dict[str, Case] = {}  # one key of config.json replaced
 WEIGHTS: dict[str, Case] = {}  # files of the folder damaged
 
 
-def config(status: int | tuple[int, ...] = 2, says: str | tuple[str, ...] = "--model.pretrained", **keys: Any) -> None:
+def config(status: Status = 2, says: Says = "--model.pretrained", **keys: Any) -> None:
     """One case: the tiny model with ``keys`` in its config.json."""
     name = ", ".join(f"{key}={value!r:.40}" for key, value in keys.items())
     CONFIGS[name] = Case(USE, status, says, lambda folder: edit_config(folder / "model", keys))
 
 
-def weights(name: str, change: Callable[[Path], object], says: str | tuple[str, ...] = (), status: int = 2) -> None:
+def weights(name: str, change: Change, says: Says = (), status: int = 2) -> None:
     """One case: the tiny model's folder after ``change``."""
     WEIGHTS[name] = Case(USE, status, says, lambda folder: change(folder / "model"))
 
@@ -44,7 +44,7 @@ def edit_config(model: Path, keys: dict[str, Any]) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | keys))
 
 
-def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Change:
     def run(model: Path) -> None:
         file = model / "model.safetensors"
         tensors = load_file(file)
@@ -54,16 +54,12 @@ def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callabl
     return run
 
 
-def replaced(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
+def replaced(name: str, content: Change | str | bytes) -> Change:
     def run(model: Path) -> None:
         (model / name).unlink(missing_ok=True)
-        make(model / name)
+        making(content)(model / name)
 
     return run
-
-
-def text(content: str | bytes) -> Callable[[Path], object]:
-    return lambda path: path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 for key in SIZES:
@@ -98,18 +94,18 @@ config(per_layer_config={"0": {"skip": ["everything"]}})
 config(per_layer_config=3)
 config(transformers_weights="../model.safetensors", status=(0, 2))
 
-weights("config is a list", replaced("config.json", text("[]")), "--model.pretrained")
-weights("config is empty", replaced("config.json", text("")), "--model.pretrained")
-weights("config is deep", replaced("config.json", text("[" * 100_000)), "--model.pretrained")
-weights("config has a huge number", replaced("config.json", text('{"a": ' + "9" * 5000 + "}")), "--model.pretrained")
+weights("config is a list", replaced("config.json", "[]"), "--model.pretrained")
+weights("config is empty", replaced("config.json", ""), "--model.pretrained")
+weights("config is deep", replaced("config.json", "[" * 100_000), "--model.pretrained")
+weights("config has a huge number", replaced("config.json", '{"a": ' + "9" * 5000 + "}"), "--model.pretrained")
 weights("config is a pipe", replaced("config.json", os.mkfifo), "named pipe")
 weights("config is a device", replaced("config.json", lambda path: path.symlink_to("/dev/zero")), "device")
 weights("config links to itself", replaced("config.json", lambda path: path.symlink_to(path)), "no config.json")
 weights("config is huge", replaced("config.json", lambda path: sparse(path, 10**11)), "bytes")
 weights("weights are gone", replaced("model.safetensors", lambda path: None), "neither model.safetensors")
 weights("weights are a pipe", replaced("model.safetensors", os.mkfifo), "--model.pretrained")
-weights("weights are empty", replaced("model.safetensors", text("")), "is damaged")
-weights("weights claim much", replaced("model.safetensors", text(b"\xff" * 7 + b"\x7f" + b"{}")), "is damaged")
+weights("weights are empty", replaced("model.safetensors", ""), "is damaged")
+weights("weights claim much", replaced("model.safetensors", b"\xff" * 7 + b"\x7f" + b"{}"), "is damaged")
 weights("weights are a pickle", replaced("model.safetensors", lambda path: torch.save({}, path)), "damaged")
 weights("weights are cut", lambda m: os.truncate(m / "model.safetensors", 50_000), "damaged")
 weights("no tensors", edit_tensors(dict.clear), "weights have 0 layers")
@@ -124,7 +120,7 @@ weights("index is a list", lambda m: index(m, "[]"), "no weight_map")
 weights("index leads out", lambda m: index(m, '{"weight_map": {"a": "../../x.safetensors"}}'), "not the name")
 weights("index leads nowhere", lambda m: index(m, '{"weight_map": {"a": "x.safetensors"}}'), "not there")
 weights("index names a pickle", lambda m: index(m, '{"weight_map": {"a": "x.bin"}}'), "not the name")
-weights("generation config is text", replaced("generation_config.json", text("x")), "the generation config")
+weights("generation config is text", replaced("generation_config.json", "x"), "the generation config")
 weights("generation config is a pipe", replaced("generation_config.json", os.mkfifo), status=0)
 weights("an adapter config", lambda m: (m / "adapter_config.json").write_text("{}"), "adapter")
 weights("tokenizer is text", lambda m: (m / "tokenizer.json").write_text("x"), status=0)

@@ -1,12 +1,11 @@
 """Options with values that cannot be meant: refused in one sentence, or harmless."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.hostile.harness import Bench, Case
+from tests.hostile.harness import Bench, Case, Change, Says, making
 
 SILLY = ["", "null", "true", "-1", "1.5", ".nan", ".inf", "1e308", "9" * 20, "abc", "[]", "{a: 1}", "a: b: c", "\udcff"]
 
@@ -14,7 +13,7 @@ OPTIONS: dict[str, Case] = {}
 FILES: dict[str, Case] = {}
 
 
-def option(line: str, says: str | tuple[str, ...] = "", status: int = 2, config: str = "wanda") -> None:
+def option(line: str, says: Says = "", status: int = 2, config: str = "wanda") -> None:
     """One case: an option, or several, after the harmless ones."""
     OPTIONS[f"{config} {line}"[:120]] = Case(line, status, says, config=config)
 
@@ -26,17 +25,11 @@ def every(name: str, works: str = "", config: str = "wanda") -> None:
         OPTIONS[f"{config} {name}={value!a}"] = Case([f"{name}={value}"], status, config=config)
 
 
-def file(name: str, content: str | bytes | Callable[[Path], object], says: str | tuple[str, ...] = "--config") -> None:
+def file(name: str, content: Change | str | bytes, says: Says = "--config") -> None:
     """One case: a configuration file of this content after the shipped one."""
 
-    def make(folder: Path) -> None:
-        path = folder / "c.yaml"
-        if callable(content):
-            content(path)
-        else:
-            path.write_bytes(content.encode() if isinstance(content, str) else content)
-
-    FILES[name] = Case("--config INPUTS/c.yaml", 2, says, make)
+    make = making(content)
+    FILES[name] = Case("--config INPUTS/c.yaml", 2, says, lambda folder: make(folder / "c.yaml"))
 
 
 # The trainer.

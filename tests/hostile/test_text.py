@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +15,26 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.hostile.harness import Bench, Case
+from tests.hostile.harness import Bench, Case, Change, Says, making
 from tests.tiny import tiny_tokenizer, tiny_tokens
 
 WORDS = " ".join(f"w{number % 90 + 3}" for number in range(400))
-Make = Callable[[Path], object]
 
 TEXTS: dict[str, Case] = {}  # read by a model that has a tokenizer
 ARRAYS: dict[str, Case] = {}
 
 
-def dataset(name: str, file: str, make: Make | str | bytes, says: str | tuple[str, ...] = (), status: int = 2) -> None:
+def dataset(name: str, file: str, make: Change | str | bytes, says: Says = (), status: int = 2) -> None:
     """Two cases: a file as calibration set, and as evaluation set."""
-    prepare = writing(file, make)
+
+    def prepare(folder: Path) -> None:
+        making(make)(folder / file)
+
     table = ARRAYS if file.endswith((".npy", ".safetensors")) else TEXTS
     small = "" if table is ARRAYS else " --data.num_samples 4 --data.seq_len 16"
     table[name] = Case(f"--data.dataset INPUTS/{file}{small}", status, says, prepare)
     small = "" if table is ARRAYS else " --data.eval_seq_len 16"
     table[f"{name}, evaluated"] = Case(f"--data.eval_datasets [INPUTS/{file}]{small}", status, says, prepare)
-
-
-def writing(file: str, make: Make | str | bytes) -> Make:
-    def run(folder: Path) -> None:
-        path = folder / file
-        if callable(make):
-            make(path)
-        else:
-            path.write_bytes(make.encode() if isinstance(make, str) else make)
-
-    return run
 
 
 def lines(*rows: Any) -> str:
@@ -57,7 +47,7 @@ def damaged_gzip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def parquet(**columns: list[Any]) -> Make:
+def parquet(**columns: list[Any]) -> Change:
     return lambda path: pq.write_table(pa.table(columns), path)
 
 
@@ -74,7 +64,7 @@ def unpacking(path: Path) -> None:
     )
 
 
-def array(values: Any) -> Make:
+def array(values: Any) -> Change:
     return lambda path: np.save(path, values)
 
 
@@ -179,7 +169,7 @@ def test_token_array(name: str, bench: Bench) -> None:
     bench.check(ARRAYS[name])
 
 
-TOKENIZERS: dict[str, tuple[Make, str]] = {
+TOKENIZERS: dict[str, tuple[Change, str]] = {
     "text": (lambda path: path.write_text("x"), "no usable tokenizer"),
     "deep": (lambda path: path.write_text("[" * 100_000), "no usable tokenizer"),
     "pipe": (os.mkfifo, "tokenizer"),

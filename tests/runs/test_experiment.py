@@ -4,7 +4,6 @@ import random
 import re
 import shutil
 import signal
-import statistics
 from pathlib import Path
 
 import numpy as np
@@ -21,21 +20,20 @@ from tests.killing import Forks, Kill
 from tests.tiny import make_tiny, tiny_tokenizer, tiny_tokens
 
 NOT_REPRODUCIBLE = ("folder", "scores_measured_by", "peak_memory_bytes")  # and all seconds
-CLASSES = {"magnitude": "Magnitude", "wanda": "Wanda", "shortgpt": "ShortGPT", "slimgpt": "SlimGPT", "hgsp": "HGSP"}
+CLASSES = {"magnitude": "Magnitude", "wanda": "Wanda", "shortgpt": "ShortGPT", "hgsp": "HGSP"}
 
 
 def write_experiment(tmp_path: Path) -> Path:
-    """Four systems, one of them in two settings, at two ratios on a tiny model and token arrays."""
+    """Four systems, one of them with a text of its own, at two ratios on a tiny model and token arrays."""
     make_tiny(layers=6).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     np.save(tmp_path / "calibration.npy", tiny_tokens(8, 16, seed=1).numpy())
     np.save(tmp_path / "second.npy", tiny_tokens(4, 32, seed=3).numpy())
     np.save(tmp_path / "test.npy", tiny_tokens(8, 16, seed=2).numpy())
     systems: dict = {
-        label: {"model": {"class_path": f"lightning_prune.methods.{CLASSES[label]}"}}
-        for label in ("magnitude", "wanda", "shortgpt", "hgsp")
+        label: {"model": {"class_path": f"lightning_prune.methods.{name}"}} for label, name in CLASSES.items()
     }
-    systems["shortgpt_long"] = systems["shortgpt"] | {"data": {"dataset": str(tmp_path / "second.npy")}}
+    systems["shortgpt"]["data"] = {"dataset": str(tmp_path / "second.npy")}
     content = {
         "pretrained": str(tmp_path / "model"),
         "ratios": [0.2, 0.4],
@@ -74,107 +72,57 @@ def results(report: Path) -> list[dict[str, str]]:
     return [{key: row[key] for key in row if key not in {*NOT_REPRODUCIBLE, *seconds}} for row in rows]
 
 
-def test_every_run_leaves_a_line_and_says_in_between_what_it_does(
+def test_what_runs_share_changes_no_number(shared: tuple[Path, list[Path]], tmp_path: Path) -> None:
+    """Shared model, shared tokens, shared dense perplexity and reused scores give what single runs give."""
+    experiment, folders = shared
+    assert [(folder.parent.name, folder.name) for folder in folders] == [
+        (label, f"version_{index}") for label in CLASSES for index in range(2)
+    ]
+    metrics = [read(folder, "metrics.json") for folder in folders]
+    assert sum(one["seconds"].get("evaluate dense", 0) > 0 for one in metrics) == 1
+    assert sum(one["seconds"].get("calibrate", 0) > 0 for one in metrics) == 3  # every system with data, at one ratio
+    assert len({one["perplexity"]["test.npy"]["dense"] for one in metrics}) == 1
+    for label in ("hgsp", "shortgpt"):
+        (single,), _ = run_experiment(read_settings(experiment, tmp_path / label, ratios=[0.4], systems=[label]))
+        at_04 = next(folder for folder in folders if folder.parent.name == label and folder.name == "version_1")
+        one, other = read(single, "metrics.json"), read(at_04, "metrics.json")
+        assert (one["method"]["scores_reused"], other["method"]["scores_reused"]) == (False, True)
+        for name in ("perplexity", "configuration_sha256"):
+            assert one[name] == other[name]
+        for name in ("scores.csv", "plan.json", "pruned/model.safetensors"):
+            assert (single / name).read_bytes() == (at_04 / name).read_bytes()
+
+
+def test_only_what_is_missing_is_made_whichever_command_made_the_rest(
     experiment: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "LINE_EVERY", 0)
-    command = ["--config", str(experiment), "--systems", "wanda", "--ratios", "0.2"]
-    capsys.readouterr()
-    assert compare(command) == 0
-    lines = capsys.readouterr().err.splitlines()
-    assert sum(re.fullmatch(r"wanda 0\.2: \d+\.\d s", line) is not None for line in lines) == 1
-    assert any(line.startswith("wanda 0.2 (calibrating, importance, layer 1 of 6): ") for line in lines)
-    assert not [line for line in lines if not line.startswith("wanda 0.2")]
-    assert compare(command) == 0  # nothing is left to do
-    assert capsys.readouterr().err == ""
-
-
-def test_experiment_gives_what_single_runs_give(shared: tuple[Path, list[Path]], tmp_path: Path) -> None:
-    """Shared model, shared tokens, shared dense perplexity and reused scores change no number."""
-    experiment, folders = shared
-    assert [(folder.parent.name, folder.name) for folder in folders] == [
-        (label, f"version_{index}")
-        for label in ("magnitude", "wanda", "shortgpt", "hgsp", "shortgpt_long")
-        for index in range(2)
-    ]
-    for label in ("wanda", "hgsp", "shortgpt_long"):
-        single, _ = run_experiment(read_settings(experiment, tmp_path / label, ratios=[0.4], systems=[label]))
-        at_04 = next(folder for folder in folders if folder.parent.name == label and folder.name == "version_1")
-        one, other = read(single[0], "metrics.json"), read(at_04, "metrics.json")
-        assert other["method"]["scores_reused"]
-        assert not one["method"]["scores_reused"]
-        assert one["perplexity"] == other["perplexity"]
-        assert one["configuration_sha256"] == other["configuration_sha256"]
-        assert (single[0] / "scores.csv").read_bytes() == (at_04 / "scores.csv").read_bytes()
-        assert read(single[0], "plan.json") == read(at_04, "plan.json")
-        weights = [(folder / "pruned" / "model.safetensors").read_bytes() for folder in (single[0], at_04)]
-        assert weights[0] == weights[1]
-
-
-def test_dense_model_is_measured_once_and_every_system_calibrates_once(shared: tuple[Path, list[Path]]) -> None:
-    _, folders = shared
-    seconds = [read(folder, "metrics.json")["seconds"] for folder in folders]
-    assert sum(value.get("evaluate dense", 0) > 0 for value in seconds) == 1
-    assert sum(value.get("calibrate", 0) > 0 for value in seconds) == 4  # every system with data, at one ratio
-    assert len({read(folder, "metrics.json")["perplexity"]["test.npy"]["dense"] for folder in folders}) == 1
-
-
-def test_second_call_makes_only_what_is_missing(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first, _ = run_experiment(read_settings(experiment, systems=["magnitude", "wanda"], ratios=[0.2]))
-    stamps = [(folder / "metrics.json").stat().st_mtime_ns for folder in first]
-    dead = first[0].parent / "version_7"  # what a killed process leaves
-    dead.mkdir()
-    (dead / "unfinished").touch()
-    second, _ = run_experiment(read_settings(experiment, systems=["magnitude", "wanda"]))
-    assert "4 runs below" in (text := capsys.readouterr().out)
-    assert "2 finished, 2 to make" in text
-    assert [second[0], second[2]] == first
-    assert [(folder / "metrics.json").stat().st_mtime_ns for folder in first] == stamps
-    assert not dead.exists()
-    # Another seed of the data changes nothing for token arrays; another calibration set makes new runs.
-    other = {"data.dataset": str(experiment.parent / "second.npy")}
-    third, _ = run_experiment(read_settings(experiment, systems=["magnitude", "wanda"], ratios=[0.2], options=other))
-    assert third[0] == first[0]  # magnitude reads no data
-    assert third[1] != first[1]
-
-
-def test_runs_of_fit_are_recognised(experiment: Path) -> None:
-    settings = read_settings(experiment, systems=["wanda"], ratios=[0.2])
+    settings = read_settings(experiment, systems=["magnitude", "wanda"], ratios=[0.2])
     (experiment.parent / "fit.yaml").write_text(yaml.safe_dump(settings.configuration("wanda", 0.2)))
     assert fit(["--config", str(experiment.parent / "fit.yaml")]) == 0
-    before = set((settings.root / "wanda").iterdir())
-    folders, _ = run_experiment(settings)
-    assert set(folders) == before
-
-
-@pytest.mark.slow
-def test_seeds_repeat_what_draws_samples_and_nothing_else(
-    experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = [f"w{2 + (7 * i * i + i) % 90}" for i in range(3000)]
-    for name in ("calibration", "test"):
-        (tmp_path / f"{name}.txt").write_text(" ".join(words if name == "calibration" else reversed(words)))
-    text = {"data.dataset": str(tmp_path / "calibration.txt"), "data.eval_datasets": f"[{tmp_path / 'test.txt'}]"}
-    text |= {f"data.{key}": "16" for key in ("num_samples", "seq_len", "eval_seq_len")}
-    options = [word for key, value in text.items() for word in (f"--{key}", value)]
-    systems = ["--systems", "magnitude", "wanda"]
-    common = ["--config", str(experiment), *systems, "--ratios", "0.2", "0.4", *options]
-    assert compare([*common, "--data.seed", "1"]) == 0
-    assert "4 to make" in capsys.readouterr().out
-    assert compare([*common, "--seeds", "0", "1", "2"]) == 0
-    # Both magnitudes, and wanda with seed 1, are there; wanda lacks two seeds at two ratios.
-    assert "8 runs below" in (shown := capsys.readouterr().out)
-    assert "4 finished, 4 to make" in shown
-    rows = results(tmp_path / "logs" / "comparison" / "version_1")
-    wanda = [row for row in rows if row["system"] == "wanda" and row["requested_ratio"] == "0.2"]
-    assert [row["calibration_seed"] for row in wanda] == ["0", "1", "2"]
-    assert len({row["calibration_fingerprint"] for row in wanda}) == 3
-    values = [float(row["perplexity"]) for row in wanda]
-    assert {row["perplexity_sd"] for row in wanda} == {str(statistics.stdev(values))}
-    assert {row["n"] for row in rows if row["system"] != "wanda"} == {"1"}
-    assert {row["table"] for row in rows} == {"1"}
-    with pytest.raises(UserError, match=r"--data.seed: the experiment has --seeds"):
-        compare([*common, "--data.seed", "1", "--seeds", "0"])
+    dead = settings.root / "wanda" / "version_7"  # what a killed process leaves
+    dead.mkdir()
+    (dead / "unfinished").touch()
+    capsys.readouterr()
+    first, _ = run_experiment(settings)
+    shown = capsys.readouterr()
+    assert "2 runs below" in shown.out
+    assert "1 finished, 1 to make" in shown.out
+    lines = shown.err.splitlines()
+    assert sum(re.fullmatch(r"magnitude 0\.2: \d+\.\d s", line) is not None for line in lines) == 1
+    assert any(line.startswith("magnitude 0.2 (") for line in lines)
+    assert not [line for line in lines if not line.startswith("magnitude 0.2")]
+    assert not dead.exists()
+    stamps = [(folder / "metrics.json").stat().st_mtime_ns for folder in first]
+    # Another calibration set makes new runs, but for magnitude, which reads no data.
+    other = {"data.dataset": str(experiment.parent / "second.npy")}
+    both = read_settings(experiment, systems=["magnitude", "wanda"], ratios=[0.2], options=other)
+    second, _ = run_experiment(both)
+    assert (second[0], second[1].name) == (first[0], "version_1")
+    capsys.readouterr()
+    assert run_experiment(both) == (second, [])
+    assert capsys.readouterr().err == ""  # nothing was left to do
+    assert [(folder / "metrics.json").stat().st_mtime_ns for folder in first] == stamps
 
 
 def test_a_seed_makes_a_run_only_where_samples_are_drawn(experiment: Path, tmp_path: Path) -> None:
@@ -218,7 +166,7 @@ def test_two_experiments_do_not_share_a_root(experiment: Path, monkeypatch: pyte
 
 @pytest.mark.slow
 def test_kills_at_random_moments_end_in_the_undisturbed_results(experiment: Path, tmp_path: Path, forks: Forks) -> None:
-    systems = ["magnitude", "wanda", "shortgpt_long"]  # benchmarks/kills.py kills every system
+    systems = ["magnitude", "wanda", "shortgpt"]  # benchmarks/kills.py kills every system
     arguments = ["compare", "--config", str(experiment), "--systems", *systems, "--root"]
     calm = forks.run([*arguments, str(tmp_path / "calm")])
     assert calm.status == 0, calm.printed

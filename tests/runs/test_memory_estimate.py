@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import lightning as L
 import numpy as np
@@ -21,6 +22,7 @@ from lightning_prune.runs.memory_estimate import Memory
 from lightning_prune.support.errors import UserError
 
 GB = 10**9
+STREAM = 128 * 128 * 2048 * 2  # bytes of one residual stream of the samples
 IMPORTED = int(0.414 * GB)  # anonymous memory of the command before the run
 TAYLOR: dict[str, Any] = {"importance": "taylor", "temperature": 0.0}
 # The table of docs/large_models.md: peaks of whole runs in GB, by `python benchmarks/layer_memory.py`.
@@ -89,22 +91,13 @@ def test_seventy_billion_parameters_are_estimated_at_once(memory: Callable[..., 
 
 
 def test_removal_priors_evaluate_and_keep_what_the_wavefront_needs(memory: Callable[..., Memory]) -> None:
-    few = memory(methods.HGSP, {"importance": "magnitude", "prior_num_samples": 50}, num_hidden_layers=4).estimate(
-        "layer"
-    )
-    every = memory(methods.HGSP, {"importance": "magnitude"}, num_hidden_layers=4).estimate("layer")
-    assert every.layer_evaluations == (2 * 4 + 3 * 4 * 3 // 2) * 128 // 4
-    assert few.layer_evaluations == (2 * 4 + 3 * 4 * 3 // 2) * 13  # batches of 4
-    deeper = memory(methods.HGSP, {"importance": "magnitude"}, num_hidden_layers=24).estimate("layer")
-    stream = 128 * 128 * 2048 * 2
+    removal = {"importance": "magnitude"}
+    for options, batches in ((removal, 128 // 4), (removal | {"prior_num_samples": 50}, 13)):
+        found = memory(methods.HGSP, options, num_hidden_layers=4).estimate("layer")
+        assert found.layer_evaluations == (2 * 4 + 3 * 4 * 3 // 2) * batches
+    deeper = memory(methods.HGSP, removal, num_hidden_layers=24).estimate("layer")
     assert deeper.phase == "prior"
-    assert deeper.host_bytes - IMPORTED > (1 + 3 * 23) * stream
-
-
-def test_streams_that_take_too_much_memory_are_files(memory: Callable[..., Memory]) -> None:
-    stream = 128 * 128 * 2048 * 2
-    small = memory(methods.HGSP, TAYLOR, host=IMPORTED + 8 * stream).estimate("layer")
-    assert 10 * stream < small.mapped_bytes <= small.disk
+    assert deeper.host_bytes - IMPORTED > (1 + 3 * 23) * STREAM
 
 
 @pytest.mark.parametrize(
@@ -118,6 +111,11 @@ def test_streams_that_take_too_much_memory_are_files(memory: Callable[..., Memor
 )
 def test_rewritten_weights_are_on_disk(memory: Callable[..., Memory], method: Any, options: Any, written: int) -> None:
     assert memory(method, options).estimate("layer").new_weights_bytes == 16 * 2 * written
+
+
+def test_streams_that_take_too_much_memory_are_files(memory: Callable[..., Memory]) -> None:
+    small = memory(methods.HGSP, TAYLOR, host=IMPORTED + 8 * STREAM).estimate("layer")
+    assert 10 * STREAM < small.mapped_bytes <= small.disk
 
 
 @pytest.mark.parametrize("importance", ["taylor", "kfac", "magnitude"])
@@ -154,12 +152,9 @@ def test_check_needs_a_config_alone_and_says_what_fits(tmp_path: Path, capsys: p
     shown = capsys.readouterr().out
     assert "549.76 GB on the host" in shown
     assert "--model.onload model takes" in shown
-
-
-@pytest.mark.parametrize("words", [["--memory", "much"], ["--memory"], ["--host-memory", "-3GiB"]])
-def test_a_size_that_is_none_ends_in_one_message(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", "--config", "wanda", *words]) == 2
-    assert words[0] in capsys.readouterr().err
+    for wrong in (["--memory", "much"], ["--memory"], ["--host-memory", "-3GiB"]):
+        assert main([*words, *wrong]) == 2
+        assert wrong[0] in capsys.readouterr().err
 
 
 def _fit(checkpoint: Path, root: Path, *words: str) -> int:
@@ -189,9 +184,8 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(
     monkeypatch.setattr(memory_estimate, "free_host_bytes", lambda: 1000)
     assert _fit(tiny_checkpoint(), tmp_path) == 2
     message = capsys.readouterr().err
-    assert "--model.onload layer takes" in message
-    assert "of host memory" in message
-    assert "bf16-true halves" in message
+    for words in ("--model.onload layer takes", "of host memory", "bf16-true halves"):
+        assert words in message
     assert not (tmp_path / "logs").exists()
 
 
@@ -210,14 +204,10 @@ def test_memory_that_runs_out_says_what_would_help_and_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
     error: Exception,
 ) -> None:
-    def full(*_: object) -> None:
-        raise error
-
-    monkeypatch.setattr(methods.Wanda, "training_step", full)
+    monkeypatch.setattr(methods.Wanda, "training_step", Mock(side_effect=error))
     assert _fit(tiny_checkpoint(), tmp_path, "--model.onload", "model") == 2
     message = capsys.readouterr().err
-    assert "Out of memory" in message
-    assert "--model.onload layer" in message
-    assert "--data.batch_size" in message
+    for words in ("Out of memory", "--model.onload layer", "--data.batch_size"):
+        assert words in message
     assert "Traceback" not in message
     assert not (tmp_path / "logs").exists()

@@ -2,17 +2,17 @@
 
 import os
 import signal
-from collections.abc import Iterator
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from lightning_prune.calibration import stream_checkpoints as waypoints
 from lightning_prune.runs.folder import RunFolder
 from lightning_prune.runs.resume import unfinished_run
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import Lock, write_json
-from tests.killing import Ended, Forks, Kill
+from tests.killing import REPOSITORY, Ended, Forks, Kill
 from tests.methods.behaviour import save_model, save_tokens
 from tests.tiny import tiny_tokens
 
@@ -34,16 +34,6 @@ EVALUATION = Kill("lightning_prune.evaluation.perplexity:Evaluation.on_test_epoc
 RECORD = Kill("lightning_prune.runs.folder:RunFolder.write_results")
 
 
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    before = waypoints.WAIT, waypoints.SHARE
-    waypoints.WAIT, waypoints.SHARE = 0.0, float("inf")  # a waypoint behind every step
-    forks = Forks()
-    yield forks
-    forks.close()
-    waypoints.WAIT, waypoints.SHARE = before
-
-
 class Fit:
     """``fit`` on a tiny model below ``root``."""
 
@@ -53,14 +43,11 @@ class Fit:
         save_tokens(folder / "tokens.npy")
         save_tokens(folder / "held_out.npy", tiny_tokens(6, 16, seed=3))
 
-    def argv(self, system: str, root: str, *more: str) -> list[str]:
+    def __call__(self, system: str, root: str, *more: str, kill: Kill | None = None) -> Ended:
         options = ["--model.pretrained", f"{self.folder}/model", "--data.dataset", f"{self.folder}/tokens.npy"]
         options += ["--data.eval_datasets", f"[{self.folder}/held_out.npy]", "--trainer.accelerator", "cpu"]
         options += ["--trainer.default_root_dir", f"{self.folder}/{root}", "--trainer.enable_progress_bar", "false"]
-        return ["fit", *OPTIONS[system], *options, *more]
-
-    def __call__(self, system: str, root: str, *more: str, kill: Kill | None = None) -> Ended:
-        return self.forks.run(self.argv(system, root, *more), kill)
+        return self.forks.run(["fit", *OPTIONS[system], *options, *more], kill)
 
     def result(self, system: str, root: str) -> dict[str, bytes]:
         (metrics,) = (self.folder / root / system).glob("version_*/metrics.json")
@@ -106,7 +93,7 @@ def test_a_run_that_was_killed_again_and_again_ends_with_the_bytes_of_an_undistu
 
 @pytest.fixture(scope="module")
 def interrupted(fit: Fit) -> Path:
-    """The folder of a run that was interrupted behind its second layer; says how to go on."""
+    """The folder of a run that was interrupted after its second layer; says how to go on."""
     kill = Kill("lightning_prune.calibration.results:Results.add", 3, signal=signal.SIGTERM)
     ended = fit("wanda_2to4", "interrupted", kill=kill)
     folder = fit.folder / "interrupted" / "wanda_2to4" / "version_0"
@@ -163,3 +150,12 @@ def test_the_newest_unfinished_run_of_the_same_facts_is_found(tmp_path: Path) ->
     for lock in locks:
         assert lock is not None
         lock.release()
+
+
+@pytest.mark.slow
+def test_whatever_is_killed_nothing_is_lost_mixed_or_believed() -> None:
+    """Random kills, interrupts and runs side by side, a few of each; ``benchmarks/kills.py`` takes any number."""
+    counts = ["--kills", "3", "--resumes", "1", "--interrupts", "3", "--together", "3", "--systems", "wanda"]
+    command = [sys.executable, "benchmarks/kills.py", *counts]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=380)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -6,8 +6,6 @@ import yaml
 from lightning_prune.runs.settings import read_settings
 from lightning_prune.support.errors import UserError
 
-SHIPPED = Path(__file__).parents[2] / "configs" / "compare.yaml"
-
 
 def write(folder: Path, **experiment: object) -> Path:
     model = {"class_path": "lightning_prune.methods.Wanda", "init_args": {"pruning_ratio": 0.9, "round_to": 8}}
@@ -16,13 +14,6 @@ def write(folder: Path, **experiment: object) -> Path:
     content = {"systems": {"wanda": "wanda.yaml", "own": "own.yaml"}} | experiment
     (folder / "compare.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     return folder / "compare.yaml"
-
-
-def test_shipped_experiment_is_the_six_systems_with_both_shortgpt_settings() -> None:
-    settings = read_settings(SHIPPED)
-    names = ["magnitude", "wanda", "slimgpt", "shortgpt", "shortgpt_512", "hgsp_taylor", "hgsp_wanda"]
-    assert list(settings.systems) == names
-    assert settings.ratios == [0.2, 0.3, 0.5]
 
 
 def test_run_gets_its_label_ratio_model_and_the_shared_options(tmp_path: Path) -> None:
@@ -62,30 +53,14 @@ def test_inline_system_overlays_a_file(tmp_path: Path) -> None:
     assert found["model"]["init_args"]["allocation"] == "uniform"
 
 
-@pytest.mark.parametrize(
-    ("experiment", "message"),
-    [
-        ({"ratio": 0.2}, "ratio is not known"),
-        ({"ratios": [0.2, 1.5]}, r"ratios\[1\] is 1.5"),
-        ({"ratios": "many"}, "ratios is 'many'"),
-        ({"ratios": []}, r"ratios is \[\]"),
-        ({"seeds": 3}, "seeds is 3"),
-        ({"seeds": [0, 0.5]}, "seeds.* is 0.5"),
-        ({"seeds": [1, -1]}, "seeds.* is -1"),
-        ({"systems": {}}, "systems is"),
-        ({"systems": {"x": "nowhere.yaml"}}, "systems.x: .*nowhere.yaml'"),
-        ({"systems": {"x": {"data": {}}}}, "system 'x' .*model is missing"),
-        ({"systems": {"x": 3}}, "systems.x.* is 3"),
-        ({"data": [1]}, "'data' holds a list"),
-        ({"data": 3}, "data is 3"),
-    ],
-)
-def test_mistake_in_the_file_is_named(tmp_path: Path, experiment: dict, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        read_settings(write(tmp_path, **experiment))
-
-
-def test_unknown_system_and_missing_file_are_named(tmp_path: Path) -> None:
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    """Here what is not in the file alone; tests/hostile/test_experiments.py has the file's own."""
+    with pytest.raises(UserError, match=r"seeds.* is 0.5"):
+        read_settings(write(tmp_path, seeds=[0, 0.5]))
+    with pytest.raises(UserError, match=r"seeds.* is -1"):
+        read_settings(write(tmp_path), seeds=[1, -1])
+    with pytest.raises(UserError, match=r"--data.seed: the experiment has --seeds"):
+        read_settings(write(tmp_path), seeds=[0], options={"data.seed": "1"})
     with pytest.raises(UserError, match=r"has no system 'wandaa'\. Systems: wanda, own"):
         read_settings(write(tmp_path), systems=["wandaa"])
     with pytest.raises(UserError, match=r"--config: cannot read .*none.yaml"):

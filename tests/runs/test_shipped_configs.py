@@ -36,7 +36,7 @@ def test_configs_inside_an_installed_package_come_first(tmp_path: Path, monkeypa
     assert config_file("mine") == installed / "configs" / "mine.yaml"
 
 
-def test_a_file_wins_over_a_shipped_name_and_a_folder_does_not(tmp_path: Path) -> None:
+def test_a_file_wins_over_a_shipped_name_a_folder_does_not_and_a_path_is_a_path(tmp_path: Path) -> None:
     (tmp_path / "wanda").mkdir()
     assert config_file("wanda").samefile(ROOT / "configs" / "wanda.yaml")
     (tmp_path / "slimgpt").write_text("own")
@@ -44,11 +44,8 @@ def test_a_file_wins_over_a_shipped_name_and_a_folder_does_not(tmp_path: Path) -
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "hgsp_wanda").write_text("own")
     assert config_file("hgsp_wanda", tmp_path / "deep").read_text() == "own"
-
-
-def test_a_path_is_left_to_its_reader() -> None:
     for path in ("configs/wanda.yaml", "wanda.yaml", "some/where", "x.yml", "x.json", "/abs/path"):
-        assert config_file(path) == Path(path)
+        assert config_file(path) == Path(path)  # its reader says what is wrong with it
 
 
 def test_an_unknown_name_lists_what_is_shipped(capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,6 +74,9 @@ def test_only_config_options_are_touched() -> None:
 def test_the_shipped_experiment_goes_by_name_and_own_ones_may_name_shipped_systems(tmp_path: Path) -> None:
     shipped = read_settings(Path("compare"))
     assert shipped == read_settings(ROOT / "configs" / "compare.yaml")
+    names = ["magnitude", "wanda", "slimgpt", "shortgpt", "shortgpt_512", "hgsp_taylor", "hgsp_wanda"]
+    assert list(shipped.systems) == names
+    assert shipped.ratios == [0.2, 0.3, 0.5]
     (tmp_path / "mine.yaml").write_text("systems: {a: wanda, b: {config: hgsp_taylor}}")
     mine = read_settings(tmp_path / "mine.yaml")
     assert mine.systems["b"]["model"]["class_path"] == shipped.systems["hgsp_taylor"]["model"]["class_path"]

@@ -23,37 +23,6 @@ from tests.methods.running import save_base
 from tests.tiny import make_tiny, tiny_tokens
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("config", ["hgsp_taylor", "slimgpt", "hgsp_taylor_refit"])
-def test_number_of_processes_does_not_change_the_plan(config: str, tmp_path: Path) -> None:
-    base = save_base(make_tiny(layers=3), tmp_path / "base")
-    np.save(tmp_path / "tokens.npy", tiny_tokens(11, 16).numpy())  # 11 does not divide by 2 processes × batch 2
-    plans, weights, metrics = [], [], []
-    for processes in (1, 2):
-        root = tmp_path / str(processes)
-        arguments = ["fit", "--config", config, "--model.pretrained", base]
-        arguments += ["--data.dataset", str(tmp_path / "tokens.npy"), "--data.batch_size", "2"]
-        arguments += ["--data.eval_datasets", json.dumps([str(tmp_path / "tokens.npy")])]
-        arguments += ["--trainer.accelerator", "cpu", "--trainer.devices", str(processes)]
-        arguments += ["--trainer.default_root_dir", str(root)]
-        if processes == 1:
-            assert main(arguments) == 0
-        else:
-            command = [sys.executable, "-m", "lightning_prune", *arguments]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
-            assert done.returncode == 0, done.stderr[-2000:]
-        (folder,) = [path for path in root.glob("*/version_*") if (path / "plan.json").exists()]
-        plans.append(json.loads((folder / "plan.json").read_text())["layers"])
-        weights.append((folder / "pruned" / "model.safetensors").read_bytes())
-        metrics.append(json.loads((folder / "metrics.json").read_text())["perplexity"]["tokens.npy"])
-    assert plans[0] == plans[1]
-    assert metrics[1]["tokens"] == metrics[0]["tokens"] == 11 * 15
-    assert metrics[1]["dense"] == pytest.approx(metrics[0]["dense"], rel=1e-6)
-    assert metrics[1]["pruned"] == pytest.approx(metrics[0]["pruned"], rel=1e-4)
-    if config == "hgsp_taylor":
-        assert weights[0] == weights[1]
-
-
 def trainer(**options: Any) -> L.Trainer:
     return calibration_trainer(**{"accelerator": "cpu", "logger": False} | options)
 
@@ -141,41 +110,58 @@ def slurm_environment(task: int) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spelling", ["[0, 1]", "two nodes", "ddp", "torchrun", "slurm"])
-def test_however_processes_are_spelled_one_plan_comes_out(spelling: str, tmp_path: Path) -> None:
-    base = save_base(make_tiny(), tmp_path / "base")
-    np.save(tmp_path / "tokens.npy", tiny_tokens(5, 16).numpy())
-    arguments = [sys.executable, "-m", "lightning_prune", "fit", "--config", "configs/wanda.yaml"]
-    arguments += ["--model.pretrained", base, "--data.dataset", str(tmp_path / "tokens.npy")]
-    arguments += ["--data.eval_datasets", "[]", "--data.batch_size", "2", "--trainer.accelerator", "cpu"]
-    arguments += ["--trainer.default_root_dir", str(tmp_path / "logs")]
+@pytest.mark.parametrize(
+    ("config", "spelling"),
+    [
+        ("hgsp_taylor", "--trainer.devices 2"),
+        ("slimgpt", "--trainer.devices [0,1]"),
+        ("hgsp_taylor_refit", "--trainer.devices 2 --trainer.strategy ddp"),
+        ("wanda", "two nodes"),
+        ("wanda", "torchrun"),
+        ("wanda", "slurm"),
+    ],
+)
+def test_number_of_processes_does_not_change_the_plan_however_they_are_started(
+    config: str, spelling: str, tmp_path: Path
+) -> None:
+    base = save_base(make_tiny(layers=3), tmp_path / "base")
+    np.save(tmp_path / "tokens.npy", tiny_tokens(11, 16).numpy())  # 11 does not divide by 2 processes × batch 2
+    words = ["fit", "--config", config, "--model.pretrained", base, "--data.dataset", str(tmp_path / "tokens.npy")]
+    words += ["--data.eval_datasets", json.dumps([str(tmp_path / "tokens.npy")]), "--data.batch_size", "2"]
+    words += ["--trainer.accelerator", "cpu", "--trainer.default_root_dir"]
+    assert main([*words, str(tmp_path / "one")]) == 0
+    command = [sys.executable, "-m", "lightning_prune", *words, str(tmp_path / "two")]
     environments: list[dict[str, str]] = [{}]
     if spelling == "two nodes":
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         environments = [torchrun_environment(node, port) for node in range(2)]
-        arguments += ["--trainer.num_nodes", "2"]
+        command += ["--trainer.num_nodes", "2"]
     elif spelling == "torchrun":
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-        arguments = [sys.executable, *launcher, *arguments[1:], "--trainer.devices", "2"]
+        command = [sys.executable, *launcher, *command[1:], "--trainer.devices", "2"]
     elif spelling == "slurm":
         environments = [slurm_environment(task) for task in range(2)]
-        arguments += ["--trainer.devices", "2"]
-    elif spelling == "ddp":
-        arguments += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+        command += ["--trainer.devices", "2"]
     else:
-        arguments += ["--trainer.devices", spelling]
+        command += spelling.split()
     started = [
-        subprocess.Popen(arguments, env=os.environ | extra, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(command, env=os.environ | extra, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for extra in environments
     ]
     printed = [process.communicate(timeout=180)[0] for process in started]
     assert [process.returncode for process in started] == [0] * len(started), printed
-    (plan,) = (tmp_path / "logs").rglob("plan.json")
-    assert list((tmp_path / "logs").glob("*/*")) == [plan.parent]
-    assert json.loads(plan.read_text())["achieved_ratio"] > 0
     assert sum(line.startswith("pruned model: ") for text in printed for line in text.splitlines()) == 1
+    one, two = (Path(folder) for root in ("one", "two") for folder in (tmp_path / root).glob("*/*"))
+    plans = [json.loads((folder / "plan.json").read_text())["layers"] for folder in (one, two)]
+    assert plans[0] == plans[1]
+    alone, both = (json.loads((run / "metrics.json").read_text())["perplexity"]["tokens.npy"] for run in (one, two))
+    assert both["tokens"] == alone["tokens"] == 11 * 15
+    assert both["dense"] == pytest.approx(alone["dense"], rel=1e-6)
+    assert both["pruned"] == pytest.approx(alone["pruned"], rel=1e-4)
+    if config == "hgsp_taylor":
+        assert len({(folder / "pruned" / "model.safetensors").read_bytes() for folder in (one, two)}) == 1
 
 
 @pytest.mark.parametrize("name", ["EarlyStopping", "ModelCheckpoint", "LearningRateMonitor"])

@@ -25,20 +25,13 @@ def test_words_follow_the_stated_thresholds(pruned: float, dense: float, unigram
     assert verdict_word(pruned, dense, unigram) == expected
 
 
-NOT_FINITE = (None, float("nan"), float("inf"))
-
-
-@pytest.mark.parametrize("dense", [*NOT_FINITE, 5.0])
-def test_model_no_better_than_token_frequencies_is_unusable(dense: float | None) -> None:
-    assert verdict_word(100.0, dense, 100.0) == "unusable"
-    for perplexity in NOT_FINITE:
-        assert verdict_word(perplexity, dense, None) == "unusable"
-
-
-@pytest.mark.parametrize("dense", NOT_FINITE)
-def test_without_a_dense_perplexity_only_chance_is_a_scale(dense: float | None) -> None:
-    assert verdict_word(99.9, dense, 100.0) == "not comparable"
-    metrics = {"perplexity": {"a": {"dense": dense, "pruned": 9.0, "tokens": 10}}, "evaluation": {"a": {}}}
+@pytest.mark.parametrize("nothing", [None, float("nan"), float("inf")])
+def test_what_is_not_finite_is_unusable_or_not_comparable(nothing: float | None) -> None:
+    for dense in (nothing, 5.0):
+        assert verdict_word(100.0, dense, 100.0) == "unusable"  # no better than token frequencies
+        assert verdict_word(nothing, dense, None) == "unusable"
+    assert verdict_word(99.9, nothing, 100.0) == "not comparable"
+    metrics = {"perplexity": {"a": {"dense": nothing, "pruned": 9.0, "tokens": 10}}, "evaluation": {"a": {}}}
     assert verdict(metrics, "a") == "not comparable (the dense perplexity is not finite)"
     assert "| a | 10 | not finite | 9.000 |" in evaluation_section(metrics)
 
