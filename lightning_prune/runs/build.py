@@ -50,12 +50,9 @@ class Parser(LightningArgumentParser):
 class RunBuilder(LightningCLI):
     """Parses a command line or a configuration and builds ``trainer``, ``model`` and ``datamodule``.
 
-    Args:
-        arguments: the words of a command line, or a configuration as a mapping.
-        model_class: itself the model; of ``PruningMethod``, a subclass is chosen by ``model.class_path``.
-        command: for messages and help, as ``description``.
-        options: further options of the command, by name, with the arguments of ``add_argument``. ``option`` gives
-            their values, and the configuration does not hold them.
+    ``arguments`` are the words of a command line, or a configuration as a mapping. ``model_class`` is the model, but of
+    ``PruningMethod`` a subclass is chosen by ``model.class_path``. ``options`` are further ones of the command, by name,
+    with the arguments of ``add_argument``: ``option`` gives their values, and the configuration does not hold them.
 
     Raises:
         UserError: a mistake in the arguments.

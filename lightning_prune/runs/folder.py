@@ -102,8 +102,6 @@ class RunFolder:
         self.pruned = path / PRUNED
         self._lock = lock  # on ``unfinished``, while this process makes the run
 
-    # Claiming
-
     @classmethod
     @contextmanager
     def claim(
@@ -201,8 +199,6 @@ class RunFolder:
         if self._lock is not None:
             self._lock.release()
 
-    # State
-
     @property
     def is_finished(self) -> bool:
         """Whether the run came to its end."""
@@ -224,8 +220,6 @@ class RunFolder:
         for name in (FINDINGS, TRAINING):
             shutil.rmtree(self.path / name, ignore_errors=True)
         (self.path / STARTED).unlink(missing_ok=True)
-
-    # Writing
 
     def write_config(self, text: str) -> None:
         write_text(self.path / "config.yaml", text)
@@ -262,8 +256,6 @@ class RunFolder:
         # What this version writes it must also read: a mistake here is ours and ends the run.
         kind.model_validate_json(json.dumps(finite(value)), strict=True)
         write_json(self.path / name, value)
-
-    # Reading
 
     @classmethod
     def open(cls, path: Path, option: str) -> FinishedRun:

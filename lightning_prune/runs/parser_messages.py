@@ -9,12 +9,9 @@ _WORDS = {"int": "a whole number", "float": "a number", "bool": "true, false", "
 
 
 def plain(message: str, options: Sequence[str], methods: Sequence[str]) -> str:
-    """Rewrite a parser error.
+    """Rewrite a parser error, which has line breaks and nested lists of everything that was tried.
 
-    Args:
-        message: jsonargparse's, with its line breaks and its nested lists of everything that was tried.
-        options: every option name without dashes, the methods' as ``model.<name>``.
-        methods: class names of the methods.
+    ``options`` are all names without dashes, the methods' as ``model.<name>``; ``methods`` are class names.
     """
     keys = [name for name in re.findall(r'Parser key "([\w.]+)"', message) if name != "config"]
     key = keys[-1] if keys else ""

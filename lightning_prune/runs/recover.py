@@ -63,13 +63,8 @@ def recover_and_record(
 ) -> tuple[Path, RunRecord]:
     """Train what ``run`` pruned and leave a complete run folder of the same kind; its path, and its record.
 
-    Args:
-        trainer: a fresh one; the run folder is claimed below its ``default_root_dir``.
-        module: what to train and how.
-        data: text to train on.
-        run: the run that pruned.
-        config: the resolved configuration as YAML, for ``config.yaml``.
-        resume: go on with the unfinished run of the same configuration, at its last saved state.
+    The folder is claimed below the ``default_root_dir`` of ``trainer``, a fresh one. ``config`` is the resolved
+    configuration as YAML. ``resume`` goes on with the unfinished run of the same one, at its last saved state.
 
     Raises:
         UserError: a mistake in the input; nothing has been written then. Or the disk is full.

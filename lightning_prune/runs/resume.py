@@ -25,13 +25,9 @@ def configuration_sha256(
 ) -> str:
     """SHA-256 of the canonical configuration, 64 hexadecimal digits.
 
-    Args:
-        method: class name.
-        options: all its options, defaults included; the model's path and the label do not count.
-        precision: of the trainer.
-        base_model: ``base_model_sha256`` or, without one, the name of the model.
-        calibration: fingerprint of the calibration set; None for a method that reads no data.
-        evaluation: fingerprint by evaluation set.
+    ``method`` is a class name, ``options`` are all of it, defaults included; the model's path and the label do not
+    count. The others are fingerprints: of the weights, of the calibration set (None where no data is read), and by
+    evaluation set.
     """
     facts = {
         "version": __version__,

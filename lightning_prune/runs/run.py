@@ -57,13 +57,9 @@ def prune_and_record(
 ) -> tuple[Path, RunRecord]:
     """Run one method and leave a complete run folder; its path, and its record.
 
-    Args:
-        trainer: a fresh one; the run folder is claimed below its ``default_root_dir``.
-        method: what to run.
-        data: calibration and evaluation sets.
-        config: the resolved configuration as YAML, for ``config.yaml``.
-        dense: perplexities of the dense model where they are known already.
-        resume: go on with the unfinished run of the same configuration; the result is that of an undisturbed one.
+    The folder is claimed below the ``default_root_dir`` of ``trainer``, a fresh one. ``config`` is the resolved
+    configuration as YAML, ``dense`` the perplexities of the dense model where they are known already. ``resume`` goes
+    on with the unfinished run of the same configuration; the result is that of an undisturbed one.
 
     Raises:
         UserError: a mistake in the input, or a device that is too small; nothing has been written then. Or the disk is

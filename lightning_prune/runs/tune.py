@@ -111,14 +111,9 @@ def tune(
 ) -> Iterator[Tuned]:
     """Try options of one method, and yield what is known after every trial.
 
-    Args:
-        configuration: of a run as ``fit`` takes it, with every option.
-        data: its calibration set is the one to tune on, whose two parts go to ``folder``; no evaluation text is read.
-        folder: a temporary one.
-        limit: how many trials, the first included.
-        file: holds all trials after every one of them.
-        resume: go on from those in ``file``, which are not made again.
-        progress: shows how far calibrating is.
+    ``configuration`` is that of a run as ``fit`` takes it, with every option; no evaluation text is read. The two parts
+    of the calibration set go to ``folder``. ``file`` holds all trials, ``limit`` at most, after every one of them; with
+    ``resume`` those in it are not made again.
 
     Raises:
         UserError: too few samples, or nothing to go on with.

@@ -25,11 +25,8 @@ def verdict_word(pruned: float | None, dense: float | None, unigram: float | Non
     A language model's gain is ln(unigram) - ln(dense) nats per token, what it knows from context. The loss from
     pruning is ln(pruned) - ln(dense).
 
-    Args:
-        pruned: perplexity of the pruned model. None, NaN and infinity: it was not finite.
-        dense: of the dense model on the same tokens; where it is not finite only the unigram model is left to
-            compare with.
-        unigram: of the unigram model on the same tokens; None where it is not known.
+    Perplexities are of the pruned, the dense and the unigram model on the same tokens. None, NaN and infinity: it was
+    not finite, or (unigram) is not known. Without the dense one only the unigram model is left to compare with.
     """
     limit = unusable_limit(dense, unigram)
     if not _finite(pruned) or (limit is not None and pruned >= limit):

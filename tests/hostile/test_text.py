@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
-import torch
 from safetensors.torch import save_file
 
 from tests.hostile.harness import Bench, Case, Change, Says, making
@@ -106,13 +105,10 @@ dataset("lines are a pipe", "t.jsonl", os.mkfifo, "named pipe")
 dataset("lines are no JSON", "t.jsonl", "x\n", "line 1")
 dataset("lines are deep", "t.jsonl", "[" * 100_000, "line 1")
 dataset("text is a number", "t.jsonl", lines({"text": 3}), "cannot tell which column")
-dataset("no lines", "t.jsonl", "", "cannot tell which column")
 dataset("zip is damaged", "t.json.gz", damaged_gzip, "cannot read")
 dataset("table is cut", "t.parquet", cut_parquet, "cannot read")
 dataset("table unpacks to much", "t.parquet", unpacking, "the most that is read")
-dataset("table of numbers", "t.parquet", parquet(text=[1, 2]), "cannot tell which column")
 dataset("table without rows", "t.parquet", lambda p: pq.write_table(pa.table({"text": pa.array([], pa.string())}), p))
-dataset("saved folder is empty", "s", Path.mkdir, "cannot read")
 dataset("saved folder of text", "s", lambda path: saved_folder(path, state="x", dataset_info="x"), "cannot read")
 dataset("saved splits are gone", "s", lambda path: saved_folder(path, dataset_dict='{"splits": ["train"]}'), "")
 dataset("saved folder with a pipe", "s", folder_with_a_pipe, "named pipe")
@@ -122,30 +118,21 @@ dataset("good array", "a.npy", array(GOOD), status=0)
 dataset("good tensors", "a.safetensors", lambda path: save_file({"x": tiny_tokens(6, 16)}, path), status=0)
 dataset("columns first", "a.npy", array(np.asfortranarray(GOOD)), status=0)
 dataset("array is a pipe", "a.npy", os.mkfifo, "named pipe")
-dataset("array is empty", "a.npy", "", "cannot read the token array")
 dataset("array is cut", "a.npy", lambda p: (np.save(p, GOOD), os.truncate(p, 300)), "cannot read the token array")
 dataset("array of objects", "a.npy", array(np.array([[{}]], dtype=object)), "cannot read the token array")
 dataset("array of complex numbers", "a.npy", array(GOOD.astype(complex)), "complex128")
 dataset("array of numbers with a point", "a.npy", array(GOOD * 1.0), "float64")
-dataset("array of truth", "a.npy", array(GOOD > 3), "bool")
 dataset("array of 64 bits without sign", "a.npy", array(GOOD.astype("u8")), "token array")
 dataset("array of one dimension", "a.npy", array(GOOD[0]), "int64 [16]")
-dataset("array of three dimensions", "a.npy", array(GOOD[None]), "[1, 6, 16]")
 dataset("array without rows", "a.npy", array(GOOD[:0]), "[0, 16]")
-dataset("array of single tokens", "a.npy", array(GOOD[:, :1]), "[6, 1]")
 dataset("negative ids", "a.npy", array(GOOD - 200), "token id -")
 dataset("large ids", "a.npy", array(GOOD + 2**40), "token id")
 dataset("rows too long", "a.npy", array(np.ones((2, 200), np.int64)), "128 positions")
 HUGE = "{'descr': '<i8', 'fortran_order': False, 'shape': (%s, %s)}"
 dataset("array claims much", "a.npy", npy(HUGE % (10**9, 10**9)), "cannot read the token array")
-dataset("array claims a negative size", "a.npy", npy(HUGE % (-1, 16)), "cannot read the token array")
-dataset("array claims a text as size", "a.npy", npy(HUGE % ("'x'", 16)), "cannot read the token array")
 dataset("array with a code in its header", "a.npy", npy("__import__('os').system('x')"), "cannot read the token array")
-dataset("array with an unknown dtype", "a.npy", npy(HUGE.replace("<i8", "q99") % (1, 1)), "cannot read the token array")
 dataset("array with an open header", "a.npy", npy("{'descr': "), "cannot read the token array")
-dataset("tensors are empty", "a.safetensors", "", "cannot read the token array")
 dataset("no tensor", "a.safetensors", lambda path: save_file({}, path), "0 tensors")
-dataset("tensor of halves", "a.safetensors", lambda p: save_file({"a": torch.ones(2, 4).half()}, p), "float16")
 dataset("tensors claim much", "a.safetensors", b"\xff" * 7 + b"\x7f{}", "cannot read the token array")
 
 
