@@ -51,8 +51,8 @@ class RunBuilder(LightningCLI):
     """Parses a command line or a configuration and builds ``trainer``, ``model`` and ``datamodule``.
 
     ``arguments`` are the words of a command line, or a configuration as a mapping. ``model_class`` is the model, but of
-    ``PruningMethod`` a subclass is chosen by ``model.class_path``. ``options`` are further ones of the command, by name,
-    with the arguments of ``add_argument``: ``option`` gives their values, and the configuration does not hold them.
+    ``PruningMethod`` a subclass is chosen by ``model.class_path``. ``options`` are further ones of the command, by
+    name, with the arguments of ``add_argument``: ``option`` gives their values, the configuration does not hold them.
 
     Raises:
         UserError: a mistake in the arguments.
