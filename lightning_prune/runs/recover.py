@@ -23,10 +23,9 @@ from lightning_prune.runs.records import as_dict
 from lightning_prune.runs.resume import Facts, unfinished_run
 from lightning_prune.runs.reuse import known_perplexities
 from lightning_prune.runs.run import RunRecord, claimed, run_metrics
-from lightning_prune.runs.summary import card_section
 from lightning_prune.runs.tensorboard import log_result
 from lightning_prune.runs.trainer import calibration_trainer
-from lightning_prune.runs.verdict import evaluation_section
+from lightning_prune.runs.verdict import card_section, evaluation_section
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import write_json
 from lightning_prune.support.names import PRUNED, TRAINING

@@ -14,7 +14,8 @@ import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_prune.checkpoint.plan import PruningPlan
-from lightning_prune.data.datamodule import CalibrationDataModule, EvaluationSet
+from lightning_prune.data.calibration import EvaluationSet
+from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.evaluation.perplexity import (
     Evaluation,
     PerplexityResult,

@@ -44,8 +44,8 @@ def test_a_run_folder_beside_its_parent_with_the_same_layout(
     facts = run.recovery
     assert facts is not None
     assert (run.plan.layers, run.plan.weights_updated) == (parent.plan.layers, True)
-    assert facts.text.windows == 38
-    assert facts.text.held_out_windows == 2  # a twentieth of 40
+    assert facts.text["windows"] == 38
+    assert facts.text["held_out_windows"] == 2  # a twentieth of 40
     assert facts.tokens_seen == 2 * 38 * 16
     assert facts.steps == 2 * 5  # batches of 8 windows
     assert facts.stopped_by == "epochs"

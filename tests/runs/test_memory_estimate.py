@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import lightning as L
 import numpy as np
@@ -204,7 +203,10 @@ def test_memory_that_runs_out_says_what_would_help_and_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
     error: Exception,
 ) -> None:
-    monkeypatch.setattr(methods.Wanda, "training_step", Mock(side_effect=error))
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(methods.Wanda, "training_step", full)
     assert _fit(tiny_checkpoint(), tmp_path, "--model.onload", "model") == 2
     message = capsys.readouterr().err
     for words in ("Out of memory", "--model.onload layer", "--data.batch_size"):

@@ -6,7 +6,7 @@ import torch
 
 from lightning_prune.runs.environment import environment, peak_memory_bytes
 from lightning_prune.runs.records import Environment
-from lightning_prune.runs.summary import summary_table
+from lightning_prune.runs.verdict import summary_table
 
 
 def test_summary_says_what_was_pruned_and_what_that_did() -> None:

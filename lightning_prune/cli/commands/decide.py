@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
     # After the first look, so that --help and a wrong folder do not wait for torch.
     from lightning_prune.runs.reuse import known_perplexities, reuse
     from lightning_prune.runs.run import prune_and_record
-    from lightning_prune.runs.summary import summary_table
+    from lightning_prune.runs.verdict import summary_table
 
     cli = _built(config, options, run.path)
     if not cli.model.reusable:

@@ -3,7 +3,7 @@
 from lightning_prune.cli.parser import OUTPUT, RESUME, tell, with_method_help
 from lightning_prune.runs.build import RunBuilder
 from lightning_prune.runs.run import prune_and_record
-from lightning_prune.runs.summary import summary_table
+from lightning_prune.runs.verdict import summary_table
 
 DESCRIPTION = (
     "Calibrate, prune, save and evaluate one model with one method. 'lightning-prune methods' lists the methods, and "

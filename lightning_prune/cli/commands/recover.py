@@ -8,7 +8,7 @@ from lightning_prune.recovery.train import recovery_trainer
 from lightning_prune.runs.build import RunBuilder
 from lightning_prune.runs.folder import FinishedRun, check_label
 from lightning_prune.runs.recover import parent_run, recover_and_record
-from lightning_prune.runs.summary import recovery_table
+from lightning_prune.runs.verdict import recovery_table
 
 DESCRIPTION = (
     "Train a pruned model on text and by what the dense model predicts, and measure what that gave back. Examples: "
