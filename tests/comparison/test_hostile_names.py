@@ -40,7 +40,7 @@ def poisoned(run: Run) -> Run:
             update={
                 "platform": IN_A_FILE,
                 "device": IN_A_FILE,
-                "cpu": environment.cpu.model_copy(update={"name": IN_A_FILE}),
+                "cpu": environment.cpu | {"name": IN_A_FILE},
                 "packages": {IN_A_FILE: IN_A_FILE},
             }
         ),

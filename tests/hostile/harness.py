@@ -121,6 +121,14 @@ def making(content: Change | str | bytes) -> Change:
     return lambda path: path.write_bytes(data)
 
 
+def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every path below a folder, with what files of a usual size hold."""
+    return {
+        str(path): path.read_bytes() if path.is_file() and path.stat().st_size < 10**7 else None
+        for path in folder.rglob("*")
+    }
+
+
 def unreadable(path: Path) -> bool:
     """Whether taking the right to read a file away has an effect: not for the superuser."""
     with suppress(OSError):

@@ -2,13 +2,10 @@
 
 import os
 import shutil
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
 
 import pytest
 
-from lightning_prune.cli import main
 from tests.hostile.harness import Bench, Case, Change, Says, making
 
 HARMLESS = (
@@ -131,20 +128,6 @@ place("run twice by another path", "--runs INPUTS/run INPUTS/report/../run", not
 place("run beside a foreign folder", "--runs INPUTS/run INPUTS/report INPUTS", nothing, status=0)
 for option in ("--pretrained x", "--ratios 0.2", "--systems a", "--data.seed 1"):
     place(f"runs and {option}", option, nothing, "has no meaning with --runs")
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, hostile_model: Path, hostile_tokens: Path) -> Path:
-    """A finished run, ``run``, and a report on it, ``report``, which no case may change."""
-    folder = tmp_path_factory.mktemp("finished")
-    (folder / "compare.yaml").write_text(GOOD)
-    line = f"--config {folder}/compare.yaml --root {folder}/root --output {folder}/report {HARMLESS}"
-    for word, path in {"MODEL": hostile_model, "TOKENS": hostile_tokens, "INPUTS": folder}.items():
-        line = line.replace(word, str(path))
-    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-        assert main(["compare", *line.split()]) == 0
-    (folder / "root/a/version_0").rename(folder / "run")
-    return folder
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -3,18 +3,15 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import lightning_prune
-from lightning_prune.cli import main
 from lightning_prune.support.errors import UserError
-from tests.hostile.harness import CONFIGS, Bench, Case, Change, Says, Status, making
+from tests.hostile.harness import Bench, Case, Change, Says, Status, contents, making
 
 TEST = "test"  # reads the checkpoint only
 READERS = {
@@ -116,7 +113,7 @@ for file in JSON:
     damage("is an empty object", file, making("{}"))
     damage("gives every key twice", file, twice)
 
-damage("names another folder", "config.yaml", replaced("label: null", "label: ../../evil"), "--model.label")
+damage("names another folder", "config.yaml", replaced("label: a", "label: ../../evil"), "--model.label")
 
 # Fields that this version reads, each with a value of a kind it cannot be.
 TYPED = {
@@ -192,31 +189,12 @@ damage("has NUL characters", "scores.csv", lambda path: path.write_text(path.rea
 damage("has a line of a million", "scores.csv", lambda path: path.write_text(path.read_text() + "9" * 10**6 + "\n"))
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, hostile_model: Path, hostile_tokens: Path) -> Path:
-    """Two finished runs of one model, ``run`` and ``other``, which no case may change."""
-    folder = tmp_path_factory.mktemp("runs")
-    for name, ratio in (("run", "0.3"), ("other", "0.4")):
-        arguments = ["fit", "--config", str(CONFIGS / "wanda.yaml"), "--model.pretrained", str(hostile_model)]
-        arguments += ["--trainer.default_root_dir", str(folder / "root"), "--trainer.accelerator", "cpu"]
-        arguments += ["--data.dataset", str(hostile_tokens), "--data.eval_datasets", f"[{hostile_tokens}]"]
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            assert main([*arguments, "--model.pruning_ratio", ratio, "--trainer.logger", "false"]) == 0
-        (made,) = (folder / "root").glob("*/version_*")
-        made.rename(folder / name)
-    return folder
-
-
 @pytest.fixture
-def copied(bench: Bench, runs: Path) -> Iterator[Bench]:
+def copied(bench: Bench, finished: Path) -> Bench:
     """With copies of both runs in ``INPUTS``; what is refused or read may not change there."""
-    shutil.copytree(runs, bench.inputs, dirs_exist_ok=True)
+    for name in ("run", "other"):
+        shutil.copytree(finished / name, bench.inputs / name)
     return bench
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    files = [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size < 10**7]
-    return {str(path): path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize("name", CASES)
