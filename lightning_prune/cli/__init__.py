@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 
+from lightning_prune import __version__
 from lightning_prune.support.errors import CheckpointError, UserError
 from lightning_prune.support.files import FULL
 from lightning_prune.support.signals import stoppable
@@ -32,6 +33,12 @@ SCHEDULER = ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "S
 # How many compiled matrix products oneDNN and torch's own layer above it keep. Both keep 1024, one for every shape they
 # met, and layers of a pruned model differ in shape: 5 MB a layer that are never used again.
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
+
+ENDS: dict[type[Exception], tuple[str, int]] = {  # how a message begins, and the exit status
+    UserError: ("error", 2),
+    FloatingPointError: ("numerical trouble", 1),
+    CheckpointError: ("self-check failed", 1),
+}
 
 USAGE = """\
 usage: lightning-prune <command> [options]
@@ -68,8 +75,6 @@ def main(argv: list[str] | None = None) -> int:
         print(USAGE.format(commands="\n".join(f"  {name:<9}{what}" for name, what in COMMANDS.items())), end="")
         return 0 if arguments else 2
     if arguments[0] == "--version":
-        from lightning_prune import __version__
-
         print(__version__)
         return 0
     with stoppable() as stop:
@@ -84,15 +89,11 @@ def main(argv: list[str] | None = None) -> int:
             left = "; ".join(getattr(error, "__notes__", [])) or "nothing half-written is left"
     if stop.number is None:
         return status
-    if _is_first_process():
+    # Of several processes that Lightning, torchrun or SLURM started only the first one writes, and knows what stays.
+    ranks = [os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ]
+    if ranks[:1] in ([], ["0"]):
         print(f"interrupted by {signal.Signals(stop.number).name}; {left}", file=sys.stderr)
     return 128 + stop.number
-
-
-def _is_first_process() -> bool:
-    """Of several that Lightning, torchrun or SLURM started only the first one writes, and knows what stays."""
-    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
 def _run(arguments: list[str]) -> int:
@@ -103,15 +104,10 @@ def _run(arguments: list[str]) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()  # Python would say only at its end that nothing more can be written
         return status
-    except UserError as error:
-        print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print("\n".join([f"numerical trouble: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
-        return 1
-    except CheckpointError as error:
-        print(f"self-check failed: {error}", file=sys.stderr)
-        return 1
+    except tuple(ENDS) as error:
+        kind, status = next(end for one, end in ENDS.items() if isinstance(error, one))
+        print("\n".join([f"{kind}: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        return status
     except SystemExit as stop:  # argparse, after --help or a mistake that it has printed
         return int(stop.code or 0)
     except OSError as error:  # a print's; whoever writes files says which

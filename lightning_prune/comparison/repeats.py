@@ -49,7 +49,6 @@ class Repeats:
         return [name for name in self.first.sets if all(name in run.sets for run in self.runs)]
 
     def perplexity(self, name: str) -> Spread:
-        """Of the pruned models, on one evaluation set."""
         return Spread.of([run.perplexity(name) for run in self.runs])
 
     def verdict(self, name: str) -> str:
@@ -59,11 +58,6 @@ class Repeats:
         """The mean of what is known; None where nothing is."""
         known = [value for run in self.runs if (value := read(run)) is not None]
         return statistics.fmean(known) if known else None
-
-
-def seeds(runs: Sequence[Run]) -> list[int]:
-    """All calibration seeds, ascending."""
-    return sorted({run.seed for run in runs if run.seed is not None})
 
 
 def decision(run: Run) -> list[tuple[str, str]]:

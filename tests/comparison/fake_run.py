@@ -1,21 +1,19 @@
 """Run folders written by hand: what the comparison reads, without pruning anything."""
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
+from lightning_prune.comparison.records import Run, load_run
 
-CALIBRATION = {
-    "dataset": "demo",
-    "configuration": None,
+TEXT = {"dataset": "demo", "configuration": None, "revision": "r1", "tokenizer_sha256": "b" * 64}
+CALIBRATION = TEXT | {
     "split": "train",
-    "revision": "r1",
     "text_sha256": "a" * 64,
-    "tokenizer_sha256": "b" * 64,
     "sampling": "random",
     "stride": None,
     "seed": 0,
@@ -23,13 +21,9 @@ CALIBRATION = {
     "seq_len": 128,
     "fingerprint": "c" * 64,
 }
-EVALUATION = {
-    "dataset": "demo",
-    "configuration": None,
+EVALUATION = TEXT | {
     "split": "test",
-    "revision": "r1",
     "text_sha256": "d" * 64,
-    "tokenizer_sha256": "b" * 64,
     "seq_len": 128,
     "stride": 128,
     "bos": "none",
@@ -69,10 +63,10 @@ def write_run(
     masked: bool = False,
     whole_layers: bool = False,
     seed: int = 0,
-    version: int = 0,
 ) -> Path:
-    """Write one folder; ``calibration``, ``evaluation`` and ``environment`` replace single facts."""
-    folder = root / label / f"version_{version}"
+    """Write the system's next folder; ``calibration``, ``evaluation`` and ``environment`` replace single facts,
+    ``seed`` is of the scores."""
+    folder = root / label / f"version_{len(list((root / label).glob('version_*')))}"
     folder.mkdir(parents=True)
     achieved = ratio if achieved is None else achieved
     metrics = {
@@ -96,26 +90,44 @@ def write_run(
     return folder
 
 
+def make_run(root: Path, *names: Any, **options: Any) -> Run:
+    """As ``write_run``, read back."""
+    return load_run(write_run(root, *names, **options))
+
+
+def drawn(seed: int, tokens: str = "") -> dict[str, Any]:
+    """The facts of a calibration set that another seed drew."""
+    return {"seed": seed, "fingerprint": (tokens or str(seed)) * 64}
+
+
+def seeded(root: Path, values: dict[str, list[float | None]], ratio: float = 0.2) -> list[Run]:
+    """A run per system and seed 0, 1, …, with these perplexities."""
+    return [
+        make_run(root, label, ratio, perplexity=value, calibration=drawn(seed), seed=seed)
+        for label, by_seed in values.items()
+        for seed, value in enumerate(by_seed)
+    ]
+
+
 def _json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value), encoding="utf-8")
 
 
 def _scores(path: Path, ratio: float, whole_layers: bool, seed: int) -> list[LayerPlan]:
-    units = [("layer", 0)] if whole_layers else [("attention", i) for i in range(HEADS)]
-    units += [] if whole_layers else [("mlp", i) for i in range(CHANNELS)]
-    rows = [(layer, *unit) for layer in range(LAYERS) for unit in units]
-    values = np.random.default_rng(seed).random(len(rows))
-    gone = set(np.argsort(values)[: round(ratio * len(rows))].tolist())
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("layer", "block", "unit", "importance", "cost", "prior", "score", "pruned"))
-        for index, (layer, block, unit) in enumerate(rows):
-            writer.writerow((layer, block, unit, values[index], 10, 1.0, values[index], int(index in gone)))
-    kept = [row for index, row in enumerate(rows) if index not in gone]
+    units = [("attention", i) for i in range(HEADS)] + [("mlp", i) for i in range(CHANNELS)]
+    rows = [(layer, *unit) for layer in range(LAYERS) for unit in ([("layer", 0)] if whole_layers else units)]
+    table = pd.DataFrame(rows, columns=["layer", "block", "unit"])
+    table["importance"] = np.random.default_rng(seed).random(len(rows))
+    table["cost"], table["prior"], table["score"] = 10, 1.0, table["importance"]
+    table["pruned"] = (table["score"].rank() <= round(ratio * len(rows))).astype(int)
+    table.to_csv(path, index=False)
+    kept = {row for row, pruned in zip(rows, table["pruned"], strict=True) if not pruned}
     if whole_layers:
-        whole, layers = (list(range(HEADS)), list(range(CHANNELS))), {layer for layer, _, _ in kept}
-        return [LayerPlan(layer, *(whole if layer in layers else ([], []))) for layer in range(LAYERS)]
+        kept = {(layer, *unit) for layer, _, _ in kept for unit in units}
     return [
-        LayerPlan(layer, *([unit for at, kind, unit in kept if (at, kind) == (layer, block)] for block in BLOCKS))
+        LayerPlan(
+            layer,
+            *([unit for kind, unit in units if kind == block and (layer, kind, unit) in kept] for block in BLOCKS),
+        )
         for layer in range(LAYERS)
     ]
