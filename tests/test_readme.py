@@ -24,6 +24,7 @@ def commands() -> list[str]:
     return [command for command in found if command.startswith("lightning-prune")]
 
 
+@pytest.mark.slow
 def test_commands_of_the_readme_run_in_their_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

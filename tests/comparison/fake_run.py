@@ -10,40 +10,20 @@ import pandas as pd
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.comparison.records import Run, load_run
 
-TEXT = {"dataset": "demo", "configuration": None, "revision": "r1", "tokenizer_sha256": "b" * 64}
-CALIBRATION = TEXT | {
-    "split": "train",
-    "text_sha256": "a" * 64,
-    "sampling": "random",
-    "stride": None,
-    "seed": 0,
-    "num_samples": 128,
-    "seq_len": 128,
-    "fingerprint": "c" * 64,
-}
-EVALUATION = TEXT | {
-    "split": "test",
-    "text_sha256": "d" * 64,
-    "seq_len": 128,
-    "stride": 128,
-    "bos": "none",
-    "windows": 10,
-    "predicted_tokens": 1270,
-    "fingerprint": "e" * 64,
-    "unigram_perplexity": 100.0,
-}
-ENVIRONMENT = {
-    "python": "3.11.7",
+TEXT = {"dataset": "demo", "configuration": None, "revision": "r1", "tokenizer_sha256": "b" * 64, "seq_len": 128}
+CALIBRATION = TEXT | {"split": "train", "text_sha256": "a" * 64, "fingerprint": "c" * 64, "num_samples": 128}
+CALIBRATION |= {"sampling": "random", "stride": None, "seed": 0}
+EVALUATION = TEXT | {"split": "test", "text_sha256": "d" * 64, "fingerprint": "e" * 64, "unigram_perplexity": 100.0}
+EVALUATION |= {"stride": 128, "bos": "none", "windows": 10, "predicted_tokens": 1270}
+ENVIRONMENT: dict[str, Any] = {
     "packages": {"torch": "2.13.0", "transformers": "5.23.0", "lightning-prune": "0.1.0"},
-    "platform": "Linux",
     "cpu": {"name": "a CPU", "cores": 2, "threads": 1},
     "memory_bytes": 2**34,
     "gpus": [],
     "cuda": None,
-    "device": "cpu",
-    "precision": "32-true",
     "command": ["lightning-prune"],
 }
+ENVIRONMENT |= {"python": "3.11.7", "platform": "Linux", "device": "cpu", "precision": "32-true"}
 LAYERS, HEADS, CHANNELS = 4, 2, 6
 BLOCKS = ("attention", "mlp")
 

@@ -77,12 +77,3 @@ def test_output_that_cannot_be_written_is_one_message(
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     assert compare(tmp_path, "--output", tmp_path / name) == 2
     assert "error: --output: " in capsys.readouterr().err
-
-
-def test_truncated_scores_are_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = write_run(tmp_path)
-    text = (folder / "scores.csv").read_text().splitlines()
-    (folder / "scores.csv").write_text("\n".join(text[:-4]) + "\n")
-    assert compare(tmp_path) == 2
-    assert "scores.csv' does not belong to its plan" in capsys.readouterr().err
-    assert not (tmp_path / "comparison").exists()
