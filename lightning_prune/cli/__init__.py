@@ -79,9 +79,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     with stoppable() as stop:
         try:
-            status = _run(arguments)
+            status, left = _run(arguments), "the command had ended already"
             stop.over = True
-            left = "the command had ended already"
         except BaseException as error:
             stop.over = True
             if stop.number is None:
@@ -98,9 +97,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     try:
-        command = _command(arguments[0])
+        _check_command(arguments[0])
         _prepare_environment()
-        status = int(importlib.import_module(f"lightning_prune.cli.commands.{command}").main(arguments[1:]))
+        status = int(importlib.import_module(f"lightning_prune.cli.commands.{arguments[0]}").main(arguments[1:]))
         if sys.stdout is not None:
             sys.stdout.flush()  # Python would say only at its end that nothing more can be written
         return status
@@ -140,14 +139,12 @@ def _prepare_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def _command(name: str) -> str:
-    if name in COMMANDS:
-        return name
+def _check_command(name: str) -> None:
     if name.startswith("-"):
         raise UserError(
             f"'{name}' stands before the command. Options come after it: "
             f"lightning-prune fit {name}{' FILE' if name == '--config' else ''} …"
         )
-    close = difflib.get_close_matches(name, COMMANDS, n=1)
-    hint = f" Did you mean '{close[0]}'?" if close else ""
-    raise UserError(f"unknown command '{name}'.{hint} Commands: {', '.join(COMMANDS)}.")
+    if name not in COMMANDS:
+        close = "".join(f" Did you mean '{one}'?" for one in difflib.get_close_matches(name, COMMANDS, n=1))
+        raise UserError(f"unknown command '{name}'.{close} Commands: {', '.join(COMMANDS)}.")
