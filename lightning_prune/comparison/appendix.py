@@ -27,8 +27,7 @@ def appendix(audit: Audit) -> str:
     for number, runs in enumerate(by_value(tokens).values(), start=1):
         facts = {"value": as_dict(runs[0].calibration)}  # type: ignore[arg-type]
         parts.append(Section(f"Calibration set {number}: {_labels(runs)}", [TOKENISED], [("", _table(facts))]))
-    free = [run for run in audit.runs if run.calibration is None]
-    if free:
+    if free := [run for run in audit.runs if run.calibration is None]:
         parts.append(Section("Without data", [f"{_labels(free)} reads weights only and used no calibration data."]))
     sets = {name: as_dict(facts) for run in audit.runs for name, facts in run.metrics.evaluation.items()}
     parts.append(Section("Evaluation", [MEASURED, LEGEND], [("", _table(sets))] if sets else []))

@@ -212,14 +212,10 @@ def _groups(known: Mapping[Run, Facts], off: Sequence[Run]) -> list[Group]:
 
 def _notes(runs: Sequence[Run]) -> list[str]:
     notes = []
-    free = sorted({run.label for run in runs if run.calibration is None})
-    if free:
+    if free := sorted({run.label for run in runs if run.calibration is None}):
         notes.append(f"{', '.join(free)}: needs no calibration, so the calibration set cannot differ.")
     extra = [(run.label, (run.details.model_extra or {}).get("note")) for run in runs]
     notes += [f"{label}: {note}" for label, note in sorted({(label, str(note)) for label, note in extra if note})]
-    if unknown := [run for run in runs if run.metrics.method.base_model_sha256 is None]:
-        names = run_names(unknown)
-        notes.append(f"No weight fingerprint was recorded in {names}; the base model is known by name only.")
     soft = {"device": {run: run.environment.device for run in runs}}
     for package in ("torch", "transformers", "lightning-prune"):
         soft[f"{package} version"] = {run: str(run.environment.packages.get(package)) for run in runs}

@@ -16,6 +16,11 @@ from lightning_prune.runs.verdict import UNUSABLE
 from lightning_prune.support.escape import latex as escape
 from lightning_prune.support.escape import plain
 
+CAPTION = (
+    "Perplexity after pruning, lower is better (± sample standard deviation over calibration seeds, in parentheses "
+    "the achieved ratio where it is not the one requested)."
+)
+
 
 def csv_text(rows: Sequence[dict[str, Any]]) -> str:
     """A line per row: text on one line, numbers with every digit, nothing for None."""
@@ -109,13 +114,8 @@ def latex(audit: Audit) -> str:
     parts = ["% Needs \\usepackage{booktabs}."]
     for index, group in enumerate(audit.groups, start=1):
         lines = repeats(group.all)
-        caption = (
-            f"Perplexity after pruning, lower is better (± sample standard deviation over calibration seeds, in "
-            f"parentheses the achieved ratio where it is not the one requested). {setting(group)}"
-        )
-        parts.append(_booktabs(_by_ratio(lines, group), caption, f"tab:pruning-{index}"))
-        tasks = list(accuracy.cells(group.all[:1], group.all))
-        if tasks:
+        parts.append(_booktabs(_by_ratio(lines, group), f"{CAPTION} {setting(group)}", f"tab:pruning-{index}"))
+        if tasks := list(accuracy.cells(group.all[:1], group.all)):
             frame = results(lines, group).set_index("system").rename_axis(None)[["ratio", *tasks]]
             caption = f"Accuracy after pruning. {accuracy.LEGEND} {setting(group)}"
             parts.append(_booktabs(frame, caption, f"tab:accuracy-{index}"))

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -58,11 +59,8 @@ def plots(audit: Audit) -> Iterator[Plot]:
     deviation, and everything else is of the lowest seed."""
     for number, group in enumerate(audit.groups, start=1):
         lines = repeats(group.all)
-        names = list(dict.fromkeys(line.name for line in lines))
-        styles: Styles = {
-            name: {"color": PALETTE[index % len(PALETTE)], "marker": MARKERS[index % len(MARKERS)]}
-            for index, name in enumerate(names)
-        }
+        marks = zip(dict.fromkeys(line.name for line in lines), cycle(PALETTE), cycle(MARKERS))
+        styles: Styles = {name: {"color": color, "marker": marker} for name, color, marker in marks}
         where = f" (Table {number})" if len(audit.groups) > 1 else ""
         for name, short in evaluation_sets(group.all).items():
             for what, label, x in AGAINST:

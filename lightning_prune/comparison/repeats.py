@@ -81,8 +81,7 @@ def repeats(runs: Sequence[Run]) -> list[Repeats]:
         lines.setdefault((*key, copy), []).append(run)
     members = [sorted(line, key=lambda run: run.seed or 0) for line in lines.values()]
     counts = Counter((line[0].label, line[0].requested) for line in members)
-    found = []
-    for line in members:
-        unique = counts[line[0].label, line[0].requested] == 1
-        found.append(Repeats(line[0].label if unique else f"{line[0].label}/{line[0].folder.name}", line))
-    return found
+    names = [
+        f"{one.label}/{one.folder.name}" if counts[one.label, one.requested] > 1 else one.label for one, *_ in members
+    ]
+    return [Repeats(name, line) for name, line in zip(names, members, strict=True)]

@@ -3,8 +3,8 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cache
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,6 @@ class ZeroShot:
     include_path: Path | None
     root: Path
     verbose: bool = True
-    _manager: Any = field(default=None, init=False)
 
     def check(self) -> None:
         """Open the tasks, before hours are spent on runs; a task of which something is kept was there before.
@@ -48,7 +47,7 @@ class ZeroShot:
             UserError: the harness is missing, a task is unknown, or its data cannot be had.
         """
         if not all(self._place(task).is_dir() for task in self.tasks):
-            self._open()
+            _ = self._manager
 
     def measure(self, runs: Sequence[Run]) -> list[Run]:
         """``runs`` with their accuracy and that of their base models.
@@ -81,8 +80,7 @@ class ZeroShot:
         files = {task: self._place(task) / f"{key}.json" for task in self.tasks}
         missing = [task for task, file in files.items() if not file.is_file()]
         if missing:
-            if self._manager is None:
-                self._open()
+            manager = self._manager
             if model.tokenizer is None:
                 raise UserError(
                     f"{OPTION}: '{model.pretrained}' holds no tokenizer. Save the model's tokenizer files there."
@@ -90,7 +88,7 @@ class ZeroShot:
             if self.verbose:
                 print(f"zero-shot: {', '.join(missing)} with '{model.pretrained}'")
             loaded: Any = model.load(DTYPES[precision])
-            results = zero_shot(loaded.to(device), model.tokenizer, missing, self._manager, BATCH)
+            results = zero_shot(loaded.to(device), model.tokenizer, missing, manager, BATCH)
             for task, metrics in results.tasks.items():
                 with writable(files[task].parent, "--root"):
                     files[task].parent.mkdir(parents=True, exist_ok=True)
@@ -98,9 +96,10 @@ class ZeroShot:
         hint = "Remove it, so that it is measured again."
         return {task: read_json(file, dict[str, Score], OPTION, hint) for task, file in files.items()}
 
-    def _open(self) -> None:
+    @cached_property
+    def _manager(self) -> Any:
         try:
-            self._manager = check_tasks(self.tasks, self.include_path)
+            return check_tasks(self.tasks, self.include_path)
         except UserError as error:
             raise UserError(str(error).replace("--tasks", OPTION)) from error
 
