@@ -78,6 +78,7 @@ def test_what_cannot_be_measured_or_written_is_refused(run: Path, base: Path, wo
     assert not (run / "efficiency.json").exists()
 
 
+@pytest.mark.slow
 @needs_harness
 def test_zero_shot_writes_both_models_and_their_means(run: Path, base: Path, task_folder: Path) -> None:
     task = ["--zero-shot", "--tasks", "tiny_choice", "--include-path", str(task_folder), "--device", "cpu"]
