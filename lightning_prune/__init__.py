@@ -3,31 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_prune.api import (
-        PrunedModel,
-        UserError,
-        apply,
-        calibration_set,
-        compare,
-        evaluate,
-        export,
-        load,
-        prune,
-    )
+    from lightning_prune.api import *  # noqa: F403
 
 __version__ = "0.1.0"
-__all__ = [
-    "PrunedModel",
-    "UserError",
-    "__version__",
-    "apply",
-    "calibration_set",
-    "compare",
-    "evaluate",
-    "export",
-    "load",
-    "prune",
-]
+__all__ = ["PrunedModel", "UserError", "apply", "calibration_set", "compare", "evaluate", "export", "load", "prune"]  # noqa: F405
 
 
 def __getattr__(name: str) -> Any:
@@ -40,4 +19,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return [*__all__, "__version__"]

@@ -1,8 +1,10 @@
 """The commands as functions: the same objects, runs and folders, exceptions instead of exit statuses."""
 
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lightning_prune.checkpoint.apply import apply
+from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.comparison import accuracy, costs
 from lightning_prune.comparison.audit import audit
 from lightning_prune.comparison.records import Run, load_run
@@ -20,15 +23,85 @@ from lightning_prune.data.in_memory import as_dataset, calibration_set
 from lightning_prune.evaluation.perplexity import Evaluation
 from lightning_prune.export.export import export
 from lightning_prune.models.checkpoint import Checkpoint
-from lightning_prune.pruned_model import PrunedModel
 from lightning_prune.runs.build import RunBuilder
 from lightning_prune.runs.config_files import config_file, read_config
+from lightning_prune.runs.folder import FinishedRun, RunFolder
+from lightning_prune.runs.records import as_dict
 from lightning_prune.runs.run import prune_and_record
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.quiet import quiet_transformers
 
 HALF = {torch.bfloat16: "bf16-true", torch.float16: "16-true"}  # precisions of a model that is loaded in them
 __all__ = ["PrunedModel", "UserError", "apply", "calibration_set", "compare", "evaluate", "export", "load", "prune"]
+
+
+class PrunedModel:
+    """A finished run: its folder is what ``lightning-prune fit`` leaves.
+
+    Attributes:
+        folder: of the run. A temporary one lives as long as this object.
+    """
+
+    def __init__(self, folder: Path, keep: Any = None) -> None:
+        self.folder = folder
+        self._keep = keep  # what removes a temporary folder when it is gone itself
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The pruned model in its checkpoint's dtype, loaded when it is first used."""
+        return load(self.folder / "pruned")
+
+    @cached_property
+    def run(self) -> FinishedRun:
+        """The records of the run."""
+        return RunFolder.open(self.folder, "folder")
+
+    @property
+    def plan(self) -> PruningPlan:
+        """What is kept of every layer."""
+        return self.run.plan
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        """One row per prunable unit: layer, block, unit, importance, cost, prior, score, pruned."""
+        return pd.DataFrame({name: list(values) for name, values in self.run.scores.columns().items()})
+
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        """``metrics.json``: perplexities, parameters, ratio, seconds."""
+        return as_dict(self.run.metrics)
+
+    @property
+    def perplexity(self) -> dict[str, tuple[float, float]]:
+        """Dense and pruned perplexity by evaluation set."""
+        return {name: (item["dense"], item["pruned"]) for name, item in self.metrics["perplexity"].items()}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Copy the checkpoint: what ``from_pretrained`` loads, with its model card.
+
+        Raises:
+            UserError: ``folder`` exists and is not empty.
+        """
+        target = Path(folder)
+        if target.exists() and any(target.iterdir()):
+            raise UserError(f"save_pretrained: '{target}' exists and is not an empty folder.")
+        shutil.copytree(self.folder / "pruned", target, dirs_exist_ok=True)
+
+    def into(self, model: PreTrainedModel) -> None:
+        """Turn ``model`` itself, the dense one that was pruned, into the pruned one, in its dtype and on its device."""
+        pruned = load(self.folder / "pruned", model.dtype).to(model.device)  # type: ignore[arg-type]
+        training = model.training
+        model.__class__ = pruned.__class__
+        model.__dict__ = pruned.__dict__
+        model.train(training)
+
+    def __repr__(self) -> str:
+        parameters, ratio = self.plan.parameters, self.plan.achieved_ratio
+        words = [f"{name}: {dense:.2f} → {pruned:.2f}" for name, (dense, pruned) in self.perplexity.items()]
+        return (
+            f"PrunedModel({self.plan.method}, {parameters['dense']:,} → {parameters['pruned']:,} parameters "
+            f"({ratio:.1%} less), perplexity {', '.join(words) or 'not measured'})"
+        )
 
 
 def prune(
@@ -85,28 +158,18 @@ def prune(
     dataset = as_dataset(calibration, work, "calibration")
     sets = [as_dataset(one, work, f"evaluation_{number}") for number, one in enumerate(evaluate_on)]
     chosen = {"pretrained": pretrained, "pruning_ratio": pruning_ratio, **options}
+    given = {"eval_datasets": sets} | ({} if dataset is None else {"dataset": dataset})
     configuration = {
         "model": own["model"] | {"init_args": own["model"].get("init_args", {}) | chosen},
-        "data": {
-            **own.get("data", {}),
-            **({} if dataset is None else {"dataset": dataset}),
-            "eval_datasets": sets,
-            **(data or {}),
-        },
-        "trainer": {
-            "precision": precision,
-            "accelerator": accelerator,
-            "default_root_dir": str(work / "logs" if folder is None else folder),
-            "enable_progress_bar": verbose,
-            **({"logger": False} if folder is None else {}),
-        },
+        "data": own.get("data", {}) | given | dict(data or {}),
+        "trainer": _trainer(precision, accelerator, verbose, folder or work / "logs", logger=None if folder else False),
     }
     built = RunBuilder(configuration)
     path, _ = prune_and_record(built.trainer, built.model, built.datamodule, built.resolved_config)
-    found = PrunedModel(path, keep)
+    pruned = PrunedModel(path, keep)
     if inplace and isinstance(model, PreTrainedModel):
-        found.into(model)
-    return found
+        pruned.into(model)
+    return pruned
 
 
 def evaluate(
@@ -140,13 +203,7 @@ def evaluate(
         configuration = {
             "model": {"pretrained": str(source)},
             "data": {"eval_datasets": sets, **windows},
-            "trainer": {
-                "precision": precision,
-                "accelerator": accelerator,
-                "logger": False,
-                "enable_progress_bar": verbose,
-                "default_root_dir": work,
-            },
+            "trainer": _trainer(precision, accelerator, verbose, work, logger=False),
         }
         built = RunBuilder(configuration, Evaluation, "test")
         built.model.check_model()
@@ -186,31 +243,38 @@ def compare(
     """
     if not runs:
         raise UserError("runs: nothing to compare.")
-    found = [load_run(one.folder if isinstance(one, PrunedModel) else Path(one)) for one in runs]
+    loaded = [load_run(one.folder if isinstance(one, PrunedModel) else Path(one)) for one in runs]
     if zero_shot:
         with tempfile.TemporaryDirectory(prefix="lightning-prune-") as work:
             own_tasks = None if include_path is None else Path(include_path)
             tasks = ZeroShot(list(zero_shot), own_tasks, Path(folder or work), verbose)
             tasks.check()
-            found = tasks.measure(found)
-    result = audit(found)
+            loaded = tasks.measure(loaded)
+    result = audit(loaded)
     lines = [line for group in result.groups for line in repeats(group.all)]
     rows = []
     for line in lines:
         row: dict[str, Any] = {"system": line.first.label, "ratio": line.first.requested}
         row["achieved"] = line.average(lambda run: run.achieved)
         row |= {f"perplexity {name}": line.perplexity(name).mean for name in line.sets}
-        if len(lines) < len(found):
+        if len(lines) < len(loaded):
             row |= {f"deviation {name}": line.perplexity(name).deviation for name in line.sets} | {"n": len(line.runs)}
-        row |= _accuracies(line.runs, found)
+        row |= _accuracies(line.runs, loaded)
         rows.append(row | {"calibrate s": line.average(costs.calibration), "prune s": line.average(costs.pruning)})
     table = pd.DataFrame(rows)
     quality = [name for name in table.columns if name.startswith("perplexity ")]
     table = table.sort_values(["ratio", *quality[:1]], ignore_index=True)
     table.attrs["differences"] = [str(one) for one in result.differences]
     if zero_shot:
-        table.attrs["dense"] = {run.metrics.method.base_model: _accuracies([run], found, dense=True) for run in found}
+        table.attrs["dense"] = {run.metrics.method.base_model: _accuracies([run], loaded, dense=True) for run in loaded}
     return table
+
+
+def _trainer(
+    precision: str | None, accelerator: str, verbose: bool, root: str | Path, logger: bool | None
+) -> dict[str, Any]:
+    options = {"precision": precision, "accelerator": accelerator, "enable_progress_bar": verbose, "logger": logger}
+    return options | {"default_root_dir": str(root)}
 
 
 def _accuracies(runs: Sequence[Run], among: Sequence[Run], dense: bool = False) -> dict[str, float | None]:

@@ -88,7 +88,7 @@ def test_seeds_of_the_calibration_are_one_row_with_their_deviation(tmp_path: Pat
     runs = [write_run(tmp_path, "magnitude", no_data=True, perplexity=20.0)]
     for seed, value in enumerate((11.0, 12.0, 13.0)):
         drawn = {"seed": seed, "fingerprint": str(seed) * 64}
-        runs.append(write_run(tmp_path, perplexity=value, calibration=drawn, version=seed))
+        runs.append(write_run(tmp_path, perplexity=value, calibration=drawn))
     table = lp.compare(runs)
     assert list(table["system"]) == ["wanda", "magnitude"]
     assert list(table["perplexity demo"]) == [12.0, 20.0]

@@ -27,17 +27,29 @@ def imported() -> dict[str, set[str]]:
     return found
 
 
-def distribution(requirement: str) -> str:
-    return re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement)[0]).lower()  # type: ignore[index]
+def declared(*extras: str) -> list[Requirement]:
+    """The package's own dependencies and those of its extras."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
+    return [Requirement(line) for line in lines]
 
 
 def test_constraints_pin_every_dependency_to_a_version_that_is_allowed() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = project["optional-dependencies"]
-    wanted = [Requirement(line) for line in [*project["dependencies"], *extras["recover"], *extras["dev"]]]
+    wanted = declared("recover", "dev")
     assert [one.name for one in wanted if not one.specifier.contains(pins.get(canonicalize_name(one.name), "0"))] == []
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    known = {canonicalize_name(one.name) for one in declared("eval", "gguf", "recover")}
+    providers = packages_distributions()
+    undeclared = {
+        module: files
+        for module, files in imported().items()
+        if not known & {canonicalize_name(name) for name in providers.get(module, [module])}
+    }
+    assert undeclared == {}
 
 
 def test_actions_of_the_workflows_are_pinned_by_commit() -> None:
@@ -45,17 +57,3 @@ def test_actions_of_the_workflows_are_pinned_by_commit() -> None:
     used = [line for file in files for line in re.findall(r"uses: (.*)", file.read_text(encoding="utf-8"))]
     assert len(used) >= len(files)
     assert [line for line in used if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line)] == []
-
-
-def test_every_import_is_a_declared_dependency() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = project["optional-dependencies"]
-    requirements = [*project["dependencies"], *extras["eval"], *extras["gguf"], *extras["recover"]]
-    declared = {distribution(requirement) for requirement in requirements}
-    providers = packages_distributions()
-    undeclared = {
-        module: files
-        for module, files in imported().items()
-        if not declared & {distribution(name) for name in providers.get(module, [module])}
-    }
-    assert undeclared == {}

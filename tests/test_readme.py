@@ -9,6 +9,7 @@ import yaml
 
 from lightning_prune.cli import main
 from lightning_prune.runs.build import RunBuilder
+from lightning_prune.runs.settings import read_settings
 
 ROOT = Path(__file__).parent.parent
 # Commands that need a model of the user's, or have tests of their own.
@@ -23,6 +24,7 @@ def commands() -> list[str]:
     return [command for command in found if command.startswith("lightning-prune")]
 
 
+@pytest.mark.slow
 def test_commands_of_the_readme_run_in_their_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -31,13 +33,9 @@ def test_commands_of_the_readme_run_in_their_order(
     expected = ["fit", "test", "apply", "decide", "evaluate", "export", "fit", "tune", "recover"]
     assert [command.split()[1] for command in mine] == expected
     for command in mine:
-        arguments = shlex.split(command)[1:]
-        if arguments[0] == "apply":
-            arguments[-1] = str(tmp_path / "pruned")
-        if arguments[0] == "export":
-            arguments[-1] = str(tmp_path / "padded")
-        if arguments[0] == "tune":
-            arguments[arguments.index("--output") + 1] = str(tmp_path / "tuned.yaml")
+        arguments = [
+            str(tmp_path / Path(word).name) if word.startswith("/tmp/") else word for word in shlex.split(command)[1:]
+        ]
         if arguments[0] == "evaluate":
             arguments += ["--batch-sizes", "1", "--repeats", "1", "--prompt-length", "8", "--decode-length", "4"]
         assert main(arguments) == 0, command
@@ -64,6 +62,13 @@ def test_shipped_configurations_build_their_method_and_leave_the_calibration_def
     assert cli.model.label == file.stem
     data = yaml.safe_load(file.read_text()).get("data", {})
     assert (file.stem == "shortgpt_512") == bool(data)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("compare*.yaml")), ids=lambda p: p.stem)
+def test_shipped_experiments_can_be_read_and_name_what_each_system_differs_in(file: Path) -> None:
+    settings = read_settings(file)
+    systems = {repr(settings.configuration(label, settings.ratios[0])) for label in settings.systems}
+    assert len(systems) == len(settings.systems) > 1
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "targets").glob("*.yaml")), ids=lambda p: p.stem)

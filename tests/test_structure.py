@@ -10,7 +10,6 @@ PACKAGE = Path(__file__).parents[1] / "lightning_prune"
 ROOMS = (
     "cli",
     "api",
-    "pruned_model",
     "comparison",
     "runs",
     "recovery",

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 
+from lightning_prune import __version__
 from lightning_prune.support.errors import CheckpointError, UserError
 from lightning_prune.support.files import FULL
 from lightning_prune.support.signals import stoppable
@@ -32,6 +33,12 @@ SCHEDULER = ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "S
 # How many compiled matrix products oneDNN and torch's own layer above it keep. Both keep 1024, one for every shape they
 # met, and layers of a pruned model differ in shape: 5 MB a layer that are never used again.
 KERNEL_CACHES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
+
+ENDS: dict[type[Exception], tuple[str, int]] = {  # how a message begins, and the exit status
+    UserError: ("error", 2),
+    FloatingPointError: ("numerical trouble", 1),
+    CheckpointError: ("self-check failed", 1),
+}
 
 USAGE = """\
 usage: lightning-prune <command> [options]
@@ -68,15 +75,12 @@ def main(argv: list[str] | None = None) -> int:
         print(USAGE.format(commands="\n".join(f"  {name:<9}{what}" for name, what in COMMANDS.items())), end="")
         return 0 if arguments else 2
     if arguments[0] == "--version":
-        from lightning_prune import __version__
-
         print(__version__)
         return 0
     with stoppable() as stop:
         try:
-            status = _run(arguments)
+            status, left = _run(arguments), "the command had ended already"
             stop.over = True
-            left = "the command had ended already"
         except BaseException as error:
             stop.over = True
             if stop.number is None:
@@ -84,34 +88,25 @@ def main(argv: list[str] | None = None) -> int:
             left = "; ".join(getattr(error, "__notes__", [])) or "nothing half-written is left"
     if stop.number is None:
         return status
-    if _is_first_process():
+    # Of several processes that Lightning, torchrun or SLURM started only the first one writes, and knows what stays.
+    ranks = [os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ]
+    if ranks[:1] in ([], ["0"]):
         print(f"interrupted by {signal.Signals(stop.number).name}; {left}", file=sys.stderr)
     return 128 + stop.number
 
 
-def _is_first_process() -> bool:
-    """Of several that Lightning, torchrun or SLURM started only the first one writes, and knows what stays."""
-    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
-    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
-
-
 def _run(arguments: list[str]) -> int:
     try:
-        command = _command(arguments[0])
+        _check_command(arguments[0])
         _prepare_environment()
-        status = int(importlib.import_module(f"lightning_prune.cli.commands.{command}").main(arguments[1:]))
+        status = int(importlib.import_module(f"lightning_prune.cli.commands.{arguments[0]}").main(arguments[1:]))
         if sys.stdout is not None:
             sys.stdout.flush()  # Python would say only at its end that nothing more can be written
         return status
-    except UserError as error:
-        print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print("\n".join([f"numerical trouble: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
-        return 1
-    except CheckpointError as error:
-        print(f"self-check failed: {error}", file=sys.stderr)
-        return 1
+    except tuple(ENDS) as error:
+        kind, status = next(end for one, end in ENDS.items() if isinstance(error, one))
+        print("\n".join([f"{kind}: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        return status
     except SystemExit as stop:  # argparse, after --help or a mistake that it has printed
         return int(stop.code or 0)
     except OSError as error:  # a print's; whoever writes files says which
@@ -144,14 +139,12 @@ def _prepare_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def _command(name: str) -> str:
-    if name in COMMANDS:
-        return name
+def _check_command(name: str) -> None:
     if name.startswith("-"):
         raise UserError(
             f"'{name}' stands before the command. Options come after it: "
             f"lightning-prune fit {name}{' FILE' if name == '--config' else ''} …"
         )
-    close = difflib.get_close_matches(name, COMMANDS, n=1)
-    hint = f" Did you mean '{close[0]}'?" if close else ""
-    raise UserError(f"unknown command '{name}'.{hint} Commands: {', '.join(COMMANDS)}.")
+    if name not in COMMANDS:
+        close = "".join(f" Did you mean '{one}'?" for one in difflib.get_close_matches(name, COMMANDS, n=1))
+        raise UserError(f"unknown command '{name}'.{close} Commands: {', '.join(COMMANDS)}.")

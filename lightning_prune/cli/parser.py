@@ -10,7 +10,6 @@ from lightning_prune.runs.config_files import shipped_methods
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import finite
 
-HELP = ("-h", "--help")
 RESUME: dict[str, Any] = {
     "action": "store_true",
     "help": "Go on with the newest unfinished run of the same model, calibration set and options, at the first layer "
@@ -31,38 +30,26 @@ class PlainParser(argparse.ArgumentParser):
 
     def add_model(self) -> None:
         """The checkpoint that a command takes, dense or pruned."""
-        self.add_argument(
-            "--model",
-            "--model.pretrained",
-            dest="model",
-            required=True,
-            metavar="MODEL",
-            help="run folder, model folder (dense or pruned), hub id, or 'demo'",
-        )
+        text = "run folder, model folder (dense or pruned), hub id, or 'demo'"
+        self.add_argument("--model", "--model.pretrained", dest="model", required=True, metavar="MODEL", help=text)
 
 
 def with_method_help(words: Sequence[str]) -> list[str]:
     """A command line in which ``--help`` beside the name of a shipped method asks for that method's options."""
-    if any(word in HELP for word in words):
+    if not {"-h", "--help"}.isdisjoint(words):
         for word in words:
             if (method := shipped_methods().get(word.rpartition("=")[2])) is not None:
                 return [f"--model.help={method.class_name}"]
     return list(words)
 
 
-def tell(run: Any, table: str, metrics: dict[str, Any], folder: Path, last: str) -> None:
-    """Print a finished run.
-
-    Args:
-        run: a ``RunBuilder`` with the options of ``OUTPUT``.
-        table: for people.
-        metrics: for scripts.
-        folder: of the run.
-        last: the line that says where things are.
+def tell(run: Any, table: str, metrics: dict[str, Any], last: str, folder: Path) -> None:
+    """Print a finished run: a ``table`` for people, ``metrics`` for scripts, and the ``last`` line, which says where
+    things are. ``run`` is a ``RunBuilder`` with the options of ``OUTPUT``; of several processes the first one prints.
     """
+    if not run.trainer.is_global_zero:
+        return
     if run.option("json"):
         print(json.dumps(finite(metrics | {"folder": str(folder)}), indent=2))
-    elif run.option("quiet"):
-        print(last)
     else:
-        print(f"\n{table}\n{last}")
+        print(last if run.option("quiet") else f"\n{table}\n{last}")

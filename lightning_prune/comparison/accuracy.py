@@ -14,6 +14,7 @@ LEGEND = (
 
 
 def shown_tasks(runs: Sequence[Run]) -> dict[str, str]:
+    """The metric of every task that some run measured."""
     shown: dict[str, str] = {}
     for run in runs:
         for task, metrics in ({} if run.accuracy is None else run.accuracy.pruned).items():
@@ -36,20 +37,14 @@ def mean(runs: Sequence[Run], task: str, metric: str, dense: bool = False) -> Sc
 def cells(runs: Sequence[Run], among: Sequence[Run], dense: bool = False) -> dict[str, str]:
     """Cells of one line by column: one per task of ``among`` (all runs of the table), then the mean of the tasks that
     have an accuracy. ``runs`` differ in their seed only; ``dense`` is of their base model instead."""
-    tasks = shown_tasks(among)
     row: dict[str, str] = {}
-    accuracies: list[float] = []
-    for task, metric in tasks.items():
-        score = mean(runs, task, metric, dense)
-        scale = 100 if metric == MAIN else 1
-        if score.value is None:
-            row[f"{metric} {task}"] = "–"
-            continue
-        if metric == MAIN:
-            accuracies.append(score.value)
+    accuracies: list[float | None] = []
+    for task, metric in shown_tasks(among).items():
+        score, scale = mean(runs, task, metric, dense), 100 if metric == MAIN else 1
         error = "" if score.stderr is None else f" ± {scale * score.stderr:.2f}"
-        row[f"{metric} {task}"] = f"{scale * score.value:.2f}{error}"
-    wanted = sum(metric == MAIN for metric in tasks.values())
-    if wanted > 1:
-        row[f"mean {MAIN}"] = f"{100 * statistics.fmean(accuracies):.2f}" if len(accuracies) == wanted else "–"
+        row[f"{metric} {task}"] = "–" if score.value is None else f"{scale * score.value:.2f}{error}"
+        accuracies += [score.value] if metric == MAIN else []
+    if len(accuracies) > 1:
+        known = [value for value in accuracies if value is not None]
+        row[f"mean {MAIN}"] = f"{100 * statistics.fmean(known):.2f}" if len(known) == len(accuracies) else "–"
     return row

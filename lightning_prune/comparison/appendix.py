@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd  # type: ignore[import-untyped]
 
-from lightning_prune.comparison.audit import Audit
+from lightning_prune.comparison.audit import Audit, by_value
 from lightning_prune.comparison.records import Run
 from lightning_prune.comparison.sections import Section, markdown
 from lightning_prune.comparison.tables import table
@@ -22,29 +22,24 @@ MEASURED = "Perplexity is exp of the mean loss over all tokens but the first of 
 
 def appendix(audit: Audit) -> str:
     """Markdown: a table per calibration set, then evaluation, methods' parameters, hardware and software."""
-    used: dict[str, dict[str, list[Run]]] = {"tokens": {}, "method": {}, "machine": {}}
-    for run in audit.runs:
-        if run.calibration is not None:
-            used["tokens"].setdefault(run.calibration.fingerprint, []).append(run)
-        used["method"].setdefault(run.label, []).append(run)
-        used["machine"].setdefault(run.environment.model_dump_json(exclude={"command"}), []).append(run)
     parts = []
-    for number, runs in enumerate(used["tokens"].values(), start=1):
-        facts = {"value": {} if runs[0].calibration is None else as_dict(runs[0].calibration)}
+    tokens = {run: run.calibration.fingerprint for run in audit.runs if run.calibration is not None}
+    for number, runs in enumerate(by_value(tokens).values(), start=1):
+        facts = {"value": as_dict(runs[0].calibration)}  # type: ignore[arg-type]
         parts.append(Section(f"Calibration set {number}: {_labels(runs)}", [TOKENISED], [("", _table(facts))]))
-    free = [run for run in audit.runs if run.calibration is None]
-    if free:
+    if free := [run for run in audit.runs if run.calibration is None]:
         parts.append(Section("Without data", [f"{_labels(free)} reads weights only and used no calibration data."]))
     sets = {name: as_dict(facts) for run in audit.runs for name, facts in run.metrics.evaluation.items()}
     parts.append(Section("Evaluation", [MEASURED, LEGEND], [("", _table(sets))] if sets else []))
-    for label, runs in used["method"].items():
+    for label, runs in by_value({run: run.label for run in audit.runs}).items():
         columns = {
             f"{run.requested:g} ({run.folder.name})": as_dict(run.details) | {"achieved ratio": run.achieved}
             for run in runs
         }
         parts.append(Section(f"Parameters of {label}", tables=[("", _table(columns))]))
-    for runs in used["machine"].values():
-        facts = {"value": runs[0].environment.model_dump(exclude={"command"})}
+    machines = {run: run.environment.model_dump(exclude={"command"}) for run in audit.runs}
+    for runs in by_value(machines).values():
+        facts = {"value": machines[runs[0]]}
         parts.append(Section(f"Hardware and software of {_labels(runs)}", tables=[("", _table(facts))]))
     return markdown("Calibration and setting", parts)
 

@@ -1,17 +1,16 @@
 """May these runs be in one table? Pure functions over run records: what differs, and which runs are alike."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_prune.comparison.records import Run
-from lightning_prune.comparison.selection import largest_unit, removes_layers
 from lightning_prune.runs.records import Calibration
 
 SEED, TOKENS = "calibration seed", "calibration tokens (fingerprint)"
 RATIO_TOLERANCE = 0.01  # of all parameters; what rounding to whole units cannot exceed in any real model
 Drawn = tuple[Any, Any]  # a seed and the fingerprint of the tokens it drew
-Facts = Callable[[Run], dict[str, Any]]
+Facts = dict[str, Any]
 CALIBRATION_FACTS = {
     "calibration dataset": "dataset",
     "calibration configuration": "configuration",
@@ -33,13 +32,6 @@ EVALUATION_FACTS = {
     "stride": "stride",
     "BOS handling": "bos",
     "tokens (fingerprint)": "fingerprint",
-}
-# What keeps nobody apart, but is worth a note.
-SOFT_FACTS: dict[str, Callable[[Run], str | None]] = {
-    "device": lambda run: run.environment.device,
-    "torch version": lambda run: run.environment.packages.get("torch"),
-    "transformers version": lambda run: run.environment.packages.get("transformers"),
-    "lightning-prune version": lambda run: run.environment.packages.get("lightning-prune"),
 }
 
 
@@ -85,41 +77,29 @@ class Audit:
     notes: list[str]
 
     @property
-    def fair(self) -> bool:
-        return not self.differences
-
-    @property
     def runs(self) -> list[Run]:
         return [run for group in self.groups for run in group.all]
 
 
-def audit(runs: Sequence[Run], tolerance: float = RATIO_TOLERANCE) -> Audit:
-    """Compare the facts of all runs.
-
-    Args:
-        runs: finished runs; their order is kept inside groups.
-        tolerance: how far, in shares of all parameters, an achieved ratio may be from the requested one.
-    """
+def audit(runs: Sequence[Run]) -> Audit:
+    """Compare the facts of all ``runs``, whose order is kept inside groups."""
     repeated = _joined(runs)
-
-    def of(run: Run) -> dict[str, Any]:
-        return facts(run) | repeated.get(run, {})
-
-    by_fact: dict[str, dict[str, list[Run]]] = {}
-    for run in runs:
-        for what, value in of(run).items():
-            by_fact.setdefault(what, {}).setdefault(str(value), []).append(run)
+    known = {run: facts(run) | repeated.get(run, {}) for run in runs}
     names = ", ".join(f"'{name}'" for name in sorted({run.metrics.method.base_model for run in runs}))
-    remarks = {"base model": f"weight fingerprints or names; called {names}"}
-    differing = {what: values for what, values in by_fact.items() if len(values) > 1}
-    differences = [Difference(what, values, remarks.get(what, "")) for what, values in differing.items()]
-    off = [run for run in runs if abs(run.achieved - run.requested) > tolerance]
+    differences = []
+    for what in dict.fromkeys(what for mine in known.values() for what in mine):
+        values = by_value({run: mine[what] for run, mine in known.items() if what in mine})
+        if len(values) > 1:
+            remark = f"weight fingerprints or names; called {names}" if what == "base model" else ""
+            differences.append(Difference(what, values, remark))
+    off = [run for run in runs if abs(run.achieved - run.requested) > RATIO_TOLERANCE]
     if off:
-        remark = f"more than {tolerance:g} apart"
-        if layered := [run for run in off if removes_layers(run)]:
+        remark = f"more than {RATIO_TOLERANCE:g} apart"
+        if layered := [run for run in off if run.units.whole_layers]:
             labels = ", ".join(sorted({run.label for run in layered}))
-            remark += f"; {labels}: removes whole layers, one layer is {largest_unit(layered[0]):.4f} of the model"
-        values = _by_value(off, lambda run: f"{run.achieved:.4f} instead of {run.requested:g}")
+            largest = layered[0].units.cost.max() / layered[0].metrics.parameters.dense
+            remark += f"; {labels}: removes whole layers, one layer is {largest:.4f} of the model"
+        values = by_value({run: f"{run.achieved:.4f} instead of {run.requested:g}" for run in off})
         differences.append(Difference("achieved ratio", values, remark))
         # A system that missed the ratio with one seed is kept apart with all of them.
         missed = {(run.label, run.requested) for run in off}
@@ -129,27 +109,27 @@ def audit(runs: Sequence[Run], tolerance: float = RATIO_TOLERANCE) -> Audit:
         "seed all had the same tokens."
         for both in dict.fromkeys(one[SEED] for one in repeated.values())
     ]
-    return Audit(_groups(runs, off, of), differences, notes + _notes(runs))
+    return Audit(_groups(known, off), differences, notes + _notes(runs))
 
 
-def facts(run: Run) -> dict[str, Any]:
+def facts(run: Run) -> Facts:
     """Everything that must agree before two perplexities may be compared; calibration only where there was one."""
-    found = protocol(run)
+    mine = protocol(run)
     if run.calibration is not None:
         # Of token ids that were given, the fingerprint says all; the file they came in may be a temporary one.
         unsaid = "dataset" if run.calibration.sampling == "given" else None
         for what, key in CALIBRATION_FACTS.items():
             if key != unsaid:
-                found[what] = _short(getattr(run.calibration, key))
-    return found
+                mine[what] = _short(getattr(run.calibration, key))
+    return mine
 
 
-def protocol(run: Run) -> dict[str, Any]:
+def protocol(run: Run) -> Facts:
     """The facts of a run but for its calibration."""
     parameters, weights = run.metrics.parameters, run.metrics.method.base_model_sha256
     # Masks leave every parameter where it is, so their ratio is not that of a smaller model.
     removed = abs(1 - parameters.pruned / parameters.dense - run.achieved) < 0.001
-    found: dict[str, Any] = {
+    mine: Facts = {
         # The same weights under another path are the same model; without a fingerprint only the name is left.
         "base model": _short(weights) if weights else run.metrics.method.base_model,
         "parameters of the base model": f"{parameters.dense:,}",
@@ -159,11 +139,11 @@ def protocol(run: Run) -> dict[str, Any]:
     }
     for name, manifest in sorted(run.metrics.evaluation.items()):
         for what, key in EVALUATION_FACTS.items():
-            found[f"evaluation {what} of {name}"] = _short(getattr(manifest, key))
-    return found
+            mine[f"evaluation {what} of {name}"] = _short(getattr(manifest, key))
+    return mine
 
 
-def _joined(runs: Sequence[Run]) -> dict[Run, dict[str, Any]]:
+def _joined(runs: Sequence[Run]) -> dict[Run, Facts]:
     """The facts ``SEED`` and ``TOKENS`` of every run whose seed was joined with others, as repetitions that are meant.
 
     Seeds are joined where everything else agrees and the same systems ran at every ratio that both have, so that means
@@ -175,7 +155,7 @@ def _joined(runs: Sequence[Run]) -> dict[Run, dict[str, Any]]:
             mine = facts(run)
             drawn = (mine.pop(SEED), mine.pop(TOKENS))
             families.setdefault(repr(mine), {}).setdefault(drawn, []).append(run)
-    told: dict[Run, dict[str, Any]] = {}
+    joined: dict[Run, Facts] = {}
     for draws in families.values():
         clusters: list[list[Drawn]] = []
         for drawn in sorted(draws, key=lambda drawn: (-len(draws[drawn]), drawn[0])):
@@ -187,9 +167,9 @@ def _joined(runs: Sequence[Run]) -> dict[Run, dict[str, Any]]:
         for cluster in clusters:
             if len(cluster) > 1:
                 cluster.sort(key=lambda drawn: int(drawn[0]))
-                drawn_seeds, tokens = (", ".join(map(str, values)) for values in zip(*cluster, strict=True))
-                told |= {run: {SEED: drawn_seeds, TOKENS: tokens} for drawn in cluster for run in draws[drawn]}
-    return told
+                seeds, tokens = (", ".join(map(str, values)) for values in zip(*cluster, strict=True))
+                joined |= {run: {SEED: seeds, TOKENS: tokens} for drawn in cluster for run in draws[drawn]}
+    return joined
 
 
 def _may_join(one: Drawn, other: Drawn, draws: dict[Drawn, list[Run]]) -> bool:
@@ -205,25 +185,26 @@ def run_names(runs: Sequence[Run]) -> str:
     return ", ".join(f"{run.label}/{run.folder.name} {run.requested:g}" for run in runs)
 
 
-def _by_value(runs: Sequence[Run], read: Callable[[Run], Any]) -> dict[str, list[Run]]:
+def by_value(of: Mapping[Run, Any]) -> dict[str, list[Run]]:
+    """The runs that have each value."""
     values: dict[str, list[Run]] = {}
-    for run in runs:
-        values.setdefault(str(read(run)), []).append(run)
+    for run, value in of.items():
+        values.setdefault(str(value), []).append(run)
     return values
 
 
-def _groups(runs: Sequence[Run], off: Sequence[Run], facts: Facts) -> list[Group]:
-    keyed = _by_value([run for run in runs if run.calibration is not None], lambda run: repr(facts(run)))
-    ordered = sorted(keyed.values(), key=len, reverse=True)
+def _groups(known: Mapping[Run, Facts], off: Sequence[Run]) -> list[Group]:
+    alike = by_value({run: mine for run, mine in known.items() if run.calibration is not None})
+    groups = sorted(alike.values(), key=len, reverse=True)
     # A method without data joins the largest group that shares everything else; else its own kind.
-    for run in runs:
+    for run in known:
         if run.calibration is None:
-            same = [group for group in ordered if protocol(group[0]) == protocol(run)]
+            same = [group for group in groups if protocol(group[0]) == protocol(run)]
             if same:
                 same[0].append(run)
             else:
-                ordered.append([run])
-    inside = [[run for run in runs if run in members] for members in ordered]  # in the order given
+                groups.append([run])
+    inside = [[run for run in known if run in members] for members in groups]  # in the order given
     return [
         Group([run for run in members if run not in off], [run for run in members if run in off]) for members in inside
     ]
@@ -231,18 +212,15 @@ def _groups(runs: Sequence[Run], off: Sequence[Run], facts: Facts) -> list[Group
 
 def _notes(runs: Sequence[Run]) -> list[str]:
     notes = []
-    free = sorted({run.label for run in runs if run.calibration is None})
-    if free:
+    if free := sorted({run.label for run in runs if run.calibration is None}):
         notes.append(f"{', '.join(free)}: needs no calibration, so the calibration set cannot differ.")
     extra = [(run.label, (run.details.model_extra or {}).get("note")) for run in runs]
     notes += [f"{label}: {note}" for label, note in sorted({(label, str(note)) for label, note in extra if note})]
-    unknown = [run for run in runs if run.metrics.method.base_model_sha256 is None]
-    if unknown:
-        names = run_names(unknown)
-        notes.append(f"No weight fingerprint was recorded in {names}; the base model is known by name only.")
-    for what, read in SOFT_FACTS.items():
-        values = _by_value(runs, read)
-        if len(values) > 1:
+    soft = {"device": {run: run.environment.device for run in runs}}
+    for package in ("torch", "transformers", "lightning-prune"):
+        soft[f"{package} version"] = {run: str(run.environment.packages.get(package)) for run in runs}
+    for what, of in soft.items():
+        if len(values := by_value(of)) > 1:
             notes.append(f"{Difference(what, values)}. Perplexities may differ in the last digits, seconds do.")
     return notes
 

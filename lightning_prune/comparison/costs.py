@@ -1,7 +1,5 @@
 """What a run's seconds were spent on: calibrating, pruning, or evaluating."""
 
-from collections.abc import Sequence
-
 from lightning_prune.comparison.records import Run
 
 CALIBRATE, EVALUATE = "calibrate", "evaluate pruned"
@@ -45,8 +43,3 @@ def to_prune(run: Run) -> float | None:
 def reused(run: Run) -> bool:
     """Whether the run decided from another run's scores, so that its own seconds lack the calibration."""
     return run.metrics.method.scores_reused and run.calibration is not None
-
-
-def legend(runs: Sequence[Run]) -> list[str]:
-    """What the columns of seconds mean."""
-    return [LEGEND, LEGEND_REUSED] if any(map(reused, runs)) else [LEGEND]

@@ -1,6 +1,7 @@
 """``results.csv``, ``zero_shot.csv`` and ``results.tex``."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import pandas as pd  # type: ignore[import-untyped]
@@ -15,12 +16,16 @@ from lightning_prune.runs.verdict import UNUSABLE
 from lightning_prune.support.escape import latex as escape
 from lightning_prune.support.escape import plain
 
+CAPTION = (
+    "Perplexity after pruning, lower is better (± sample standard deviation over calibration seeds, in parentheses "
+    "the achieved ratio where it is not the one requested)."
+)
+
 
 def csv_text(rows: Sequence[dict[str, Any]]) -> str:
     """A line per row: text on one line, numbers with every digit, nothing for None."""
     cells = [
-        {key: value if isinstance(value, int | float | None) else plain(value) for key, value in row.items()}
-        for row in rows
+        {key: one if isinstance(one, int | float | None) else plain(one) for key, one in row.items()} for row in rows
     ]
     return str(pd.DataFrame(cells, dtype=object).to_csv(index=False, lineterminator="\n"))
 
@@ -32,40 +37,39 @@ def results_csv(audit: Audit, failures: Sequence[Failure]) -> str:
     for index, group in enumerate(audit.groups, start=1):
         lines = {run: line for line in repeats(group.all) for run in line.runs}
         for run in sorted(group.all, key=lambda run: run.requested):
-            for name in run.sets or ("",):
-                reached = int(run in group.runs)
-                rows.append({"table": index, "status": "finished"} | _facts(run, lines[run], name, reached))
-    for failure in failures:
-        facts = {"status": "failed", "system": failure.label, "requested_ratio": failure.requested}
-        rows.append(facts | {"message": failure.message})
+            row = {"table": index, "status": "finished"}
+            rows += [row | _facts(run, lines[run], name, run in group.runs) for name in run.sets or ("",)]
+    for one in failures:
+        row = {"status": "failed", "system": one.label, "requested_ratio": one.requested, "message": one.message}
+        rows.append(row)
     return csv_text(rows)
 
 
-def _facts(run: Run, line: Repeats, name: str, reached: int) -> dict[str, Any]:
-    method, spent = run.metrics.method, run.metrics.seconds
-    manifest = None if not name else run.metrics.evaluation[name]
+def _facts(run: Run, line: Repeats, name: str, reached: bool) -> dict[str, Any]:
+    method, spent, recovery = run.metrics.method, run.metrics.seconds, run.recovery
+    manifest = run.metrics.evaluation.get(name)
     over = line.perplexity(name) if name in line.sets else Spread()
     return {
         "system": run.label,
         "method": method.name,
         "requested_ratio": run.requested,
         "achieved_ratio": run.achieved,
-        "ratio_reached": reached,
+        "ratio_reached": int(reached),
         "evaluation_set": name,
         "dense_perplexity": None if not name else run.dense(name),
         "perplexity": None if not name else run.shown_perplexity(name),
-        "unigram_perplexity": None if manifest is None else manifest.unigram_perplexity,
+        "unigram_perplexity": manifest and manifest.unigram_perplexity,
         "calibration_seed": run.seed,
         "n": len(line.runs),
         "perplexity_mean": over.mean,
         "perplexity_sd": over.deviation,
         "verdict": None if not name else run.verdict(name, run.perplexity(name)),
         "predicted_tokens": None if not name else run.metrics.perplexity[name].tokens,
-        "evaluation_seq_len": None if manifest is None else manifest.seq_len,
+        "evaluation_seq_len": manifest and manifest.seq_len,
         "parameters_dense": run.metrics.parameters.dense,
         "parameters_pruned": run.metrics.parameters.pruned,
         "base_model": method.base_model,
-        "calibration_fingerprint": None if run.calibration is None else run.calibration.fingerprint,
+        "calibration_fingerprint": run.calibration and run.calibration.fingerprint,
         "precision": run.environment.precision,
         "seconds_calibrate": costs.calibration(run),
         "scores_measured_by": (run.details.measured_by or "unknown") if method.scores_reused else None,
@@ -75,10 +79,10 @@ def _facts(run: Run, line: Repeats, name: str, reached: int) -> dict[str, Any]:
         "seconds_load": spent.get("load"),
         "seconds_tokenise": spent.get("tokenise"),
         "seconds_total": spent.get("total"),
-        "recovered_from": None if run.recovery is None else run.recovery.parent,
-        "perplexity_before_recovery": None if run.recovery is None else run.recovery.perplexity.get(name),
-        "tokens_seen": None if run.recovery is None else run.recovery.tokens_seen,
-        "seconds_train": None if run.recovery is None else run.recovery.seconds,
+        "recovered_from": recovery and recovery.parent,
+        "perplexity_before_recovery": recovery and recovery.perplexity.get(name),
+        "tokens_seen": recovery and recovery.tokens_seen,
+        "seconds_train": recovery and recovery.seconds,
         "peak_memory_bytes": run.metrics.peak_memory_bytes,
         "folder": run.folder,
         "message": None,
@@ -93,13 +97,14 @@ def accuracy_csv(audit: Audit) -> str:
         models: list[tuple[Any, ...]] = [
             ("dense", 0, one.dense, one.harness, run.metrics.method.base_model) for run, one in measured[:1]
         ]
-        models += [(run.label, run.requested, one.pruned, one.harness, str(run.folder)) for run, one in measured]
+        models += [(run.label, run.requested, one.pruned, one.harness, run.folder) for run, one in measured]
         for label, ratio, tasks, harness, where in models:
-            for task, metrics in tasks.items():
-                for metric, score in metrics.items():
-                    row = {"table": index, "system": label, "requested_ratio": ratio, "task": task, "metric": metric}
-                    row |= {"value": score.value, "stderr": score.stderr, "harness": harness, "folder": where}
-                    rows.append(row)
+            row = {"table": index, "system": label, "requested_ratio": ratio}
+            rows += [
+                row | {"task": task, "metric": metric} | asdict(score) | {"harness": harness, "folder": where}
+                for task, metrics in tasks.items()
+                for metric, score in metrics.items()
+            ]
     return csv_text(rows)
 
 
@@ -109,13 +114,8 @@ def latex(audit: Audit) -> str:
     parts = ["% Needs \\usepackage{booktabs}."]
     for index, group in enumerate(audit.groups, start=1):
         lines = repeats(group.all)
-        caption = (
-            f"Perplexity after pruning, lower is better (± sample standard deviation over calibration seeds, in "
-            f"parentheses the achieved ratio where it is not the one requested). {setting(group)}"
-        )
-        parts.append(_booktabs(_by_ratio(lines, group), caption, f"tab:pruning-{index}"))
-        tasks = list(accuracy.cells(group.all[:1], group.all))
-        if tasks:
+        parts.append(_booktabs(_by_ratio(lines, group), f"{CAPTION} {setting(group)}", f"tab:pruning-{index}"))
+        if tasks := list(accuracy.cells(group.all[:1], group.all)):
             frame = results(lines, group).set_index("system").rename_axis(None)[["ratio", *tasks]]
             caption = f"Accuracy after pruning. {accuracy.LEGEND} {setting(group)}"
             parts.append(_booktabs(frame, caption, f"tab:accuracy-{index}"))

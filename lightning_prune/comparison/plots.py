@@ -1,7 +1,9 @@
 """The report's plots: quality against size, cost and speed, what every layer keeps, and how far methods agree."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -13,19 +15,20 @@ from matplotlib.ticker import MaxNLocator
 from lightning_prune.comparison.audit import Audit
 from lightning_prune.comparison.costs import to_prune
 from lightning_prune.comparison.repeats import Repeats, repeats
-from lightning_prune.comparison.selection import BLOCKS, Floats, agreement, kept_fraction, removes_layers
+from lightning_prune.comparison.selection import Floats, agreement, kept_fraction
 from lightning_prune.comparison.tables import evaluation_sets
+from lightning_prune.models.vocabulary import ROLES_OF
+from lightning_prune.runs.verdict import unusable_limit
 from lightning_prune.support.escape import figure as escape
 from lightning_prune.support.escape import plain
 
 # Okabe & Ito's palette, told apart with every common colour blindness; yellow is left out, too pale on white.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "h")
-GREY = "#808080"
 LONGEST = 30  # characters of a name in a figure
 WIDTH, HEIGHT = 4.6, 3.9  # inches; at 96 to the inch hardly wider than a phone, so that text keeps its size there
 BEYOND = 2  # times the limit of the unusable: where the perplexity axis ends
-SETTINGS = {"axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "lightning-prune"}
+SETTINGS = {"axes.spines.top": False, "axes.spines.right": False}
 EDGE = "Lower is better; what is beyond the scale is drawn on its upper edge. A reused calibration counts in full."
 Styles = dict[str, dict[str, Any]]
 
@@ -56,11 +59,8 @@ def plots(audit: Audit) -> Iterator[Plot]:
     deviation, and everything else is of the lowest seed."""
     for number, group in enumerate(audit.groups, start=1):
         lines = repeats(group.all)
-        names = list(dict.fromkeys(line.name for line in lines))
-        styles: Styles = {
-            name: {"color": PALETTE[index % len(PALETTE)], "marker": MARKERS[index % len(MARKERS)]}
-            for index, name in enumerate(names)
-        }
+        marks = zip(dict.fromkeys(line.name for line in lines), cycle(PALETTE), cycle(MARKERS))
+        styles: Styles = {name: {"color": color, "marker": marker} for name, color, marker in marks}
         where = f" (Table {number})" if len(audit.groups) > 1 else ""
         for name, short in evaluation_sets(group.all).items():
             for what, label, x in AGAINST:
@@ -71,7 +71,7 @@ def plots(audit: Audit) -> Iterator[Plot]:
             here = [line for line in lines if line.ratio == ratio]
             caption = "Share of attention groups and MLP channels that is kept in every layer."
             yield Plot(heading, f"{key}/kept fraction", caption, kept_figure(here))
-            ranking = [line for line in here if not removes_layers(line.first)]
+            ranking = [line for line in here if not line.first.units.whole_layers]
             if len(ranking) > 1:
                 labels = [line.name for line in ranking]
                 spearman, overlap = agreement([line.first for line in ranking])
@@ -89,18 +89,21 @@ def quality_figure(
     figure, (axes,) = _new(HEIGHT)
     points = [(at, line) for line in lines if name in line.sets and (at := x(line)) is not None]
     known = [mean for _, line in points if (mean := line.perplexity(name).mean) is not None]
-    dense = points[0][1].first.dense(name) if points else None
-    limit = points[0][1].first.unusable_limit(name) if points else None
-    top = 1.2 * max(known, default=1.0) if limit is None else min(BEYOND * limit, 1.2 * max(known, default=limit))
-    for system in [system for system in styles if system in {line.name for _, line in points}]:
-        mine = sorted(((at, line) for at, line in points if line.name == system), key=lambda point: point[0])
-        spreads = [line.perplexity(name) for _, line in mine]
-        heights = [top if spread.mean is None else min(spread.mean, top) for spread in spreads]
-        deviations = [spread.deviation or 0.0 for spread in spreads]
-        axes.errorbar([at for at, _ in mine], heights, deviations, label=_shown(system), capsize=4, **styles[system])
-    for value, style, what in ((dense, "--", "dense"), (limit, ":", "unusable from")):
+    first = points[0][1].first if points else None
+    dense = None if first is None else first.dense(name)
+    limit = None if first is None else unusable_limit(dense, first.metrics.evaluation[name].unigram_perplexity)
+    top = min(1.2 * max(known, default=limit or 1.0), BEYOND * (limit or math.inf))
+    for system, style in styles.items():
+        mine = sorted(
+            ((at, line.perplexity(name)) for at, line in points if line.name == system), key=lambda one: one[0]
+        )
+        if mine:
+            heights = [top if spread.mean is None else min(spread.mean, top) for _, spread in mine]
+            deviations = [spread.deviation or 0.0 for _, spread in mine]
+            axes.errorbar([at for at, _ in mine], heights, deviations, label=_shown(system), capsize=4, **style)
+    for value, dashes, what in ((dense, "--", "dense"), (limit, ":", "unusable from")):
         if value is not None and value <= top:
-            axes.axhline(value, color=GREY, linewidth=1, linestyle=style, label=f"{what} {value:.4g}")
+            axes.axhline(value, color="#808080", linewidth=1, linestyle=dashes, label=f"{what} {value:.4g}")
     axes.set_ylim(top=1.02 * top)
     axes.set_xlabel(label)
     axes.set_ylabel(_shown(f"perplexity on {short}"))
@@ -114,11 +117,8 @@ def quality_figure(
 def kept_figure(lines: Sequence[Repeats]) -> Figure:
     """Kept fraction by layer: a map per block, a row per run."""
     figure, pair = _new(2 * (0.2 * len(lines) + 0.35) + 1.1, rows=2)
-    for axes, block in zip(pair, BLOCKS, strict=True):
-        values = [kept_fraction(line.first, block) for line in lines]
-        cells = np.full((len(lines), max(map(len, values))), np.nan)
-        for row, one in enumerate(values):
-            cells[row, : len(one)] = one
+    for axes, block in zip(pair, ROLES_OF, strict=True):
+        cells = np.stack([kept_fraction(line.first, block) for line in lines])
         image = axes.imshow(cells, cmap="cividis", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         axes.set_yticks(range(len(lines)), [_shown(line.name) for line in lines], fontsize=9)
         axes.set_title(block, fontsize=10, loc="left", pad=3)

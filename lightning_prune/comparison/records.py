@@ -8,7 +8,7 @@ from lightning_prune.checkpoint.scores import Scores
 from lightning_prune.runs.config_files import read_config
 from lightning_prune.runs.folder import RunFolder
 from lightning_prune.runs.records import Calibration, Environment, MethodDetails, Recovered, RunMetrics
-from lightning_prune.runs.verdict import unusable_limit, verdict_word
+from lightning_prune.runs.verdict import verdict_word
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,6 @@ class Run:
         return self.metrics.method.label
 
     @property
-    def base(self) -> str:
-        """The dense model's fingerprint, or its name where no fingerprint was recorded."""
-        return self.metrics.method.base_model_sha256 or self.metrics.method.base_model
-
-    @property
     def achieved(self) -> float:
         return self.metrics.pruning_ratio.achieved
 
@@ -78,16 +73,11 @@ class Run:
         return list(self.metrics.perplexity)
 
     def perplexity(self, name: str) -> float | None:
-        """Of the pruned model on one evaluation set; None where it is not finite."""
+        """Of the pruned model on one evaluation set; None where it is not finite, as of the dense one."""
         return self.metrics.perplexity[name].pruned
 
     def dense(self, name: str) -> float | None:
-        """Perplexity of the dense model on one evaluation set; None where it is not finite."""
         return self.metrics.perplexity[name].dense
-
-    def unusable_limit(self, name: str) -> float | None:
-        """The perplexity on one evaluation set from which on a model is unusable; None where it is not known."""
-        return unusable_limit(self.dense(name), self.metrics.evaluation[name].unigram_perplexity)
 
     def shown_perplexity(self, name: str) -> float | str:
         """As ``perplexity``, in words where it is not finite."""

@@ -49,7 +49,6 @@ class Repeats:
         return [name for name in self.first.sets if all(name in run.sets for run in self.runs)]
 
     def perplexity(self, name: str) -> Spread:
-        """Of the pruned models, on one evaluation set."""
         return Spread.of([run.perplexity(name) for run in self.runs])
 
     def verdict(self, name: str) -> str:
@@ -59,11 +58,6 @@ class Repeats:
         """The mean of what is known; None where nothing is."""
         known = [value for run in self.runs if (value := read(run)) is not None]
         return statistics.fmean(known) if known else None
-
-
-def seeds(runs: Sequence[Run]) -> list[int]:
-    """All calibration seeds, ascending."""
-    return sorted({run.seed for run in runs if run.seed is not None})
 
 
 def decision(run: Run) -> list[tuple[str, str]]:
@@ -87,8 +81,7 @@ def repeats(runs: Sequence[Run]) -> list[Repeats]:
         lines.setdefault((*key, copy), []).append(run)
     members = [sorted(line, key=lambda run: run.seed or 0) for line in lines.values()]
     counts = Counter((line[0].label, line[0].requested) for line in members)
-    found = []
-    for line in members:
-        unique = counts[line[0].label, line[0].requested] == 1
-        found.append(Repeats(line[0].label if unique else f"{line[0].label}/{line[0].folder.name}", line))
-    return found
+    names = [
+        f"{one.label}/{one.folder.name}" if counts[one.label, one.requested] > 1 else one.label for one, *_ in members
+    ]
+    return [Repeats(name, line) for name, line in zip(names, members, strict=True)]

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
@@ -57,7 +58,8 @@ def write_report(audit: Audit, failures: Sequence[Failure], folder: Path) -> lis
 
 def _image(figure: Figure) -> str:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": TITLE}):  # the same report, the same bytes
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -67,23 +69,22 @@ def _sha256(text: str) -> str:
 
 def check_output(output: Path, overwrite: bool) -> None:
     """Raise UserError unless a report may be written to ``output``: it is new, empty, or a report to overwrite."""
-    option = "--output"
     try:
         if not os.path.lexists(output):
-            check_writable(output, option)
+            check_writable(output, "--output")
             return
-        names = set(os.listdir(output)) if output.is_dir() and not output.is_symlink() else None
+        if output.is_symlink() or not output.is_dir():
+            raise UserError(f"--output: '{output}' exists and is no folder. Give a new one.")
+        names = set(os.listdir(output))
     except (OSError, ValueError) as error:
-        raise cannot_write(output, option, error) from None
-    if names is None:
-        raise UserError(f"{option}: '{output}' exists and is no folder. Give a new one.")
+        raise cannot_write(output, "--output", error) from None
     strange = sorted(names - NAMES - OTHERS)
     if names and (strange or not names >= NAMES):
         what = f"it holds {strange[0]}" if strange else "files of one are missing"
-        raise UserError(f"{option}: '{output}' exists and is no report of this command ({what}). Give a new folder.")
+        raise UserError(f"--output: '{output}' exists and is no report of this command ({what}). Give a new folder.")
     if names and not overwrite:
-        raise UserError(f"{option}: '{output}' holds a report. Give a new folder, or --overwrite to replace that one.")
-    check_writable(output.absolute().parent, option)
+        raise UserError(f"--output: '{output}' holds a report. Give a new folder, or --overwrite to replace that one.")
+    check_writable(output.absolute().parent, "--output")
 
 
 @contextmanager

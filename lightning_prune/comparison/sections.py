@@ -13,7 +13,6 @@ from lightning_prune.comparison.repeats import Repeats, repeats
 from lightning_prune.comparison.selection import FULL, precision_rows
 from lightning_prune.comparison.tables import (
     evaluation_sets,
-    markdown_table,
     number,
     repeated,
     results,
@@ -57,17 +56,13 @@ def sections(audit: Audit, failures: Sequence[Failure]) -> list[Section]:
         rows = [{"system": one.label, "ratio": f"{one.requested:g}", "error": one.message} for one in failures]
         parts.append(Section("Failed runs", tables=[("", table(rows))]))
     parts += [_results(index, group) for index, group in enumerate(audit.groups, start=1)]
-    if audit.fair:
+    if not audit.differences:
         text = "Base model, tokenizer, precision, evaluation, calibration tokens and ratio reached agree in all runs."
         parts.append(Section("Audit: no differences", [text], bullets=audit.notes))
     else:
         text = "Runs that differ in these facts are in different tables, or apart within one:"
         rows = [
-            {
-                "fact": f"{one.what} ({one.remark})" if one.remark else one.what,
-                "value": value,
-                "runs": run_names(having),
-            }
+            {"fact": f"{one.what}{f' ({one.remark})' if one.remark else ''}", "value": value, "runs": run_names(having)}
             for one in audit.differences
             for value, having in one.values.items()
         ]
@@ -82,7 +77,8 @@ def sections(audit: Audit, failures: Sequence[Failure]) -> list[Section]:
         ]
         parts.append(Section("Precision", [text], [("", table(rows).drop(columns=["folder", "folder 32 true"]))]))
     if runs:
-        legend = [verdict.LEGEND, *costs.legend(runs)]
+        legend = [verdict.LEGEND, costs.LEGEND]
+        legend += [costs.LEGEND_REUSED] if any(map(costs.reused, runs)) else []
         legend += [REPEATED] if any(repeated(group) for group in audit.groups) else []
         legend += [accuracy.LEGEND] if accuracy.shown_tasks(runs) else []
         legend += ["Several verdicts on a line are in the order of the perplexity columns."]
@@ -185,7 +181,7 @@ def markdown(title: str, parts: Sequence[Section]) -> str:
         blocks.append(f"## {escaped(part.heading)}")
         for caption, frame in part.tables:
             blocks += [f"**{escaped(caption)}**"] if caption else []
-            blocks.append(markdown_table(frame))
+            blocks.append(text_table(frame.rename(columns=escaped).map(escaped), "pipe"))
         blocks += map(escaped, part.text)
         if part.bullets:
             blocks.append("\n".join(f"- {escaped(item)}" for item in part.bullets))

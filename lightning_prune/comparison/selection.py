@@ -13,45 +13,23 @@ from lightning_prune.comparison.repeats import decision
 from lightning_prune.models.vocabulary import Block
 
 Floats = NDArray[np.float64]
-BLOCKS = (Block.ATTENTION, Block.MLP)
 FULL = "32-true"
-
-
-def removes_layers(run: Run) -> bool:
-    """Whether the units are whole decoder layers."""
-    return run.units.whole_layers
-
-
-def largest_unit(run: Run) -> float:
-    """The share of all parameters that the largest unit is."""
-    return float(run.units.cost.max()) / run.metrics.parameters.dense
 
 
 def kept_fraction(run: Run, block: Block) -> Floats:
     """Share of a block's units that are kept ``[L]``; a layer unit counts as both blocks. NaN where there are none."""
-    table = run.units
-    rows = None if table.whole_layers else block
-    count = table.per_layer(np.ones(len(table.layer)), rows)
-    kept = table.per_layer(table.kept.astype(np.float64), rows)
-    return np.divide(kept, count, out=np.full_like(kept, np.nan), where=count > 0)
-
-
-def importance_share(run: Run) -> Floats:
-    """Each layer's share of the model's whole importance ``[L]``; zeros where there is none."""
-    return run.units.per_layer(run.units.importance) / (run.units.importance.sum() or 1.0)
+    return run.units.kept_fraction(Block.LAYER if run.units.whole_layers else block)
 
 
 def agreement(runs: Sequence[Run]) -> tuple[Floats, Floats]:
     """Spearman's rank correlation of scores and the Jaccard index of kept units between every two of R runs ``[R, R]``;
     NaN where two do not rank the same units."""
-    ranks = [_standard_ranks(run.units.score) for run in runs]
     spearman, overlap = (np.full((len(runs), len(runs)), np.nan) for _ in range(2))
     for row, column in itertools.combinations_with_replacement(range(len(runs)), 2):
         left, right = runs[row].units, runs[column].units
-        if all(
-            np.array_equal(getattr(left, name), getattr(right, name)) for name in ("layer", "block", "unit", "cost")
-        ):
-            spearman[row, column] = spearman[column, row] = float(ranks[row] @ ranks[column])
+        if all(np.array_equal(getattr(left, name), getattr(right, name)) for name in ("layer", "code", "unit", "cost")):
+            scores = pd.DataFrame({"left": left.score, "right": right.score})
+            spearman[row, column] = spearman[column, row] = scores.corr("spearman").loc["left", "right"]
             overlap[row, column] = overlap[column, row] = jaccard(left.kept, right.kept)
     return spearman, overlap
 
@@ -62,21 +40,14 @@ def jaccard(left: NDArray[np.bool_], right: NDArray[np.bool_]) -> float:
     return int((left & right).sum()) / union if union else float("nan")
 
 
-def _standard_ranks(values: Floats) -> Floats:
-    """Ranks with mean 0 and length 1, NaN where all are equal; their product is Spearman's coefficient."""
-    ranks: Floats = pd.Series(values).rank().to_numpy(dtype=np.float64)
-    ranks = ranks - ranks.mean()
-    length = float(np.linalg.norm(ranks))
-    return ranks / length if length > 0 else np.full_like(ranks, np.nan)
-
-
 def precision_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """A row per evaluation set and run in another precision, with the run in 32-true whose method, options, ratio, base
     model and calibration tokens are the same, by ratio; of U ``units`` some are ``decided_differently``."""
 
     def key(run: Run) -> str:
-        tokens = None if run.calibration is None else run.calibration.fingerprint
-        return repr((run.metrics.method.name, decision(run), run.requested, run.base, tokens))
+        tokens, method = None if run.calibration is None else run.calibration.fingerprint, run.metrics.method
+        base = method.base_model_sha256 or method.base_model
+        return repr((method.name, decision(run), run.requested, base, tokens))
 
     full = {key(run): run for run in reversed(runs) if run.environment.precision == FULL}  # the first one is kept
     rows = []

@@ -9,8 +9,7 @@ from tabulate import tabulate  # type: ignore[import-untyped]
 from lightning_prune.comparison import accuracy, costs
 from lightning_prune.comparison.audit import Group
 from lightning_prune.comparison.records import Run
-from lightning_prune.comparison.repeats import Repeats, Spread, repeats, seeds
-from lightning_prune.support.escape import markdown as markdown_escape
+from lightning_prune.comparison.repeats import Repeats, Spread, repeats
 from lightning_prune.support.escape import plain, public_name
 
 SUFFIX = re.compile(r"\.(txt|jsonl?|json\.gz|gz|parquet|npy|safetensors)$", re.IGNORECASE)
@@ -36,13 +35,15 @@ def table(rows: Sequence[Mapping[str, object]]) -> pd.DataFrame:
 def results(lines: Sequence[Repeats], group: Group, dense: bool = True) -> pd.DataFrame:
     """Lines of one group by ratio and then in the order given, as text; the dense model first."""
     sets = evaluation_sets(group.all)
-    rows = [_dense_row(group, sets)] if dense else []
+    rows: list[dict[str, str]] = []
     for line in sorted(lines, key=lambda line: line.ratio):
         row = {"system": line.name, "ratio": f"{line.ratio:g}"}
         for name, short in sets.items():
             row[f"perplexity {short}"] = spread(line.perplexity(name)) if name in line.sets else "–"
         row |= {"n": str(len(line.runs))} if repeated(group) else {}
-        row["verdict"] = _verdict(line, sets)
+        words = [line.verdict(name) for name in sets if name in line.sets]
+        # Where it differs between evaluation sets, one after the other in their order.
+        row["verdict"] = " / ".join(words if len(set(words)) > 1 else words[:1]) or "not evaluated"
         row |= accuracy.cells(line.runs, group.all)
         row["achieved"] = f"{line.average(lambda run: run.achieved):.4f}"
         row["parameters"] = f"{line.average(lambda run: run.metrics.parameters.pruned):,.0f}"
@@ -52,6 +53,8 @@ def results(lines: Sequence[Repeats], group: Group, dense: bool = True) -> pd.Da
         row["evaluate s"] = seconds(line.average(lambda run: run.metrics.seconds.get(costs.EVALUATE)))
         row["memory MiB"] = f"{max(run.metrics.peak_memory_bytes for run in line.runs) / 2**20:,.0f}"
         rows.append(row)
+    if dense:
+        rows.insert(0, dict.fromkeys(rows[0], "") | _dense_row(group, sets))
     return table(rows)
 
 
@@ -61,20 +64,19 @@ def repeated(group: Group) -> bool:
 
 def _dense_row(group: Group, sets: Mapping[str, str]) -> dict[str, str]:
     first = group.all[0]
-    row = {"system": "dense", "ratio": "0"}
+    row = {"system": "dense", "ratio": "0", "achieved": "0.0000"}
+    row["parameters"] = f"{first.metrics.parameters.dense:,}"
     for name, short in sets.items():
         row[f"perplexity {short}"] = number(first.dense(name)) if name in first.sets else "–"
-    row |= {"n": ""} if repeated(group) else {}
-    row |= {"verdict": "", **accuracy.cells([first], group.all, dense=True)}
-    row |= {"achieved": "0.0000", "parameters": f"{first.metrics.parameters.dense:,}"}
-    measured = next((run.metrics.seconds for run in group.all if costs.EVALUATE_DENSE in run.metrics.seconds), None)
-    evaluated = "" if measured is None else seconds(measured[costs.EVALUATE_DENSE])
-    return row | {"calibrate s": "", "prune s": "", "evaluate s": evaluated, "memory MiB": ""}
+    for run in reversed(group.all):  # the first one counts that has them
+        if costs.EVALUATE_DENSE in run.metrics.seconds:
+            row["evaluate s"] = seconds(run.metrics.seconds[costs.EVALUATE_DENSE])
+    return row | accuracy.cells([first], group.all, dense=True)
 
 
 def setting(group: Group) -> str:
     """Base model, calibration and evaluation of a table, with full names and fingerprints."""
-    calibration, drawn = group.calibration, seeds(group.all)
+    calibration = group.calibration
     parts = [f"Base model: {public_name(group.all[0].metrics.method.base_model)}"]
     if calibration is None:
         parts.append("No calibration")
@@ -82,7 +84,8 @@ def setting(group: Group) -> str:
         ordered = sorted(group.all, key=lambda run: run.seed or 0)
         prints = dict.fromkeys(run.calibration.fingerprint[:12] for run in ordered if run.calibration is not None)
         size = f"{calibration.num_samples} × {calibration.seq_len} tokens, {calibration.sampling}"
-        seed = f", seed{'s' if len(drawn) > 1 else ''} {', '.join(map(str, drawn))}" if drawn else ""
+        drawn = list(dict.fromkeys(str(run.seed) for run in ordered if run.seed is not None))
+        seed = f", seed{'s' if len(drawn) > 1 else ''} {', '.join(drawn)}" if drawn else ""
         parts.append(f"Calibration: {public_name(calibration.dataset)}, {size}{seed}, fingerprint {', '.join(prints)}")
     for name, short in evaluation_sets(group.all).items():
         metrics = next(run for run in group.all if name in run.sets).metrics
@@ -90,12 +93,6 @@ def setting(group: Group) -> str:
         tokens, window = metrics.perplexity[name].tokens, metrics.evaluation[name].seq_len
         parts.append(f"Perplexity: {called}{name}, {tokens:,} tokens in windows of {window}")
     return ". ".join(parts) + "."
-
-
-def _verdict(line: Repeats, sets: Mapping[str, str]) -> str:
-    """The verdict; where it differs between ``sets``, one after the other in their order."""
-    words = [line.verdict(name) for name in sets if name in line.sets]
-    return " / ".join(words if len(set(words)) > 1 else words[:1]) or "not evaluated"
 
 
 def spread(values: Spread) -> str:
@@ -119,17 +116,8 @@ def numeric_column(cells: Sequence[str]) -> bool:
     return all(NUMBER.match(cell) for cell in cells)
 
 
-def text_table(frame: pd.DataFrame) -> str:
-    """Aligned columns for a terminal."""
-    return _tabulate(frame, "plain")
-
-
-def markdown_table(frame: pd.DataFrame) -> str:
-    """A pipe table; cells are plain text, not Markdown."""
-    return _tabulate(frame.rename(columns=markdown_escape).map(markdown_escape), "pipe")
-
-
-def _tabulate(frame: pd.DataFrame, form: str) -> str:
+def text_table(frame: pd.DataFrame, form: str = "plain") -> str:
+    """Aligned columns for a terminal, or another form of ``tabulate``'s."""
     align = ["right" if numeric_column(frame[column]) else "left" for column in frame.columns]
     rows = frame.to_numpy().tolist()
     return str(tabulate(rows, headers=list(frame.columns), tablefmt=form, disable_numparse=True, colalign=align))

@@ -12,11 +12,11 @@ from torch.utils.tensorboard import SummaryWriter
 from lightning_prune.comparison.audit import Audit
 from lightning_prune.comparison.plots import Plot, tag
 from lightning_prune.comparison.repeats import repeats
-from lightning_prune.comparison.selection import BLOCKS, importance_share, kept_fraction
+from lightning_prune.comparison.selection import kept_fraction
+from lightning_prune.models.vocabulary import ROLES_OF
 from lightning_prune.support.escape import plain
 
 FOLDER = "tensorboard"
-IMPORTANCE = "share of importance"
 
 
 def log_comparison(audit: Audit, plots: Iterable[Plot], folder: Path) -> None:
@@ -39,8 +39,9 @@ def log_comparison(audit: Audit, plots: Iterable[Plot], folder: Path) -> None:
                     if line.name != name:
                         continue
                     key = tag(number, line.ratio)
-                    curves = {IMPORTANCE: importance_share(line.first)}
-                    curves |= {f"kept fraction {block}": kept_fraction(line.first, block) for block in BLOCKS}
+                    units = line.first.units
+                    curves = {"share of importance": units.per_layer(units.importance) / (units.importance.sum() or 1)}
+                    curves |= {f"kept fraction {block}": kept_fraction(line.first, block) for block in ROLES_OF}
                     for title, values in curves.items():
                         for layer, value in enumerate(values):
                             writer.add_scalar(f"{key}/{title}", float(value), layer)

@@ -3,7 +3,8 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,6 @@ class ZeroShot:
     include_path: Path | None
     root: Path
     verbose: bool = True
-    _manager: Any = field(default=None, init=False)
-    _opened: dict[str, Checkpoint] = field(default_factory=dict, init=False)
-    _measured: dict[Path, Scores] = field(default_factory=dict, init=False)
 
     def check(self) -> None:
         """Open the tasks, before hours are spent on runs; a task of which something is kept was there before.
@@ -48,8 +46,8 @@ class ZeroShot:
         Raises:
             UserError: the harness is missing, a task is unknown, or its data cannot be had.
         """
-        if self._manager is None and not all(self._place(task).is_dir() for task in self.tasks):
-            self._open()
+        if not all(self._place(task).is_dir() for task in self.tasks):
+            _ = self._manager
 
     def measure(self, runs: Sequence[Run]) -> list[Run]:
         """``runs`` with their accuracy and that of their base models.
@@ -57,59 +55,51 @@ class ZeroShot:
         Raises:
             UserError: a run without its checkpoint or tokenizer, a base model that has changed, or as ``check``.
         """
-        measured = []
+        opened, measured = cache(Checkpoint.open), []
         for run in runs:
             method, precision, folder = run.metrics.method, run.environment.precision, run.folder / "pruned"
             if not folder.is_dir():
                 raise UserError(f"{OPTION}: '{folder}' is gone. Make the run again, or leave it out.")
-            if method.base_model_sha256 not in (None, self._checkpoint(method.base_model).fingerprint):
+            base = opened(method.base_model)
+            if method.base_model_sha256 not in (None, base.fingerprint):
                 raise UserError(
                     f"{OPTION}: '{method.base_model}' is not the model any more that '{run.folder}' pruned. Put that "
                     "one back, or prune again."
                 )
-            dense = self._scores(method.base_model, precision, "")
+            dense = self._scores(base, precision, "")
             # Of large files the fingerprint reads samples, in which two prunings of one model need not differ.
             plan = hashlib.sha256((run.folder / "plan.json").read_bytes()).hexdigest()
-            pruned = self._scores(str(folder), precision, f"{plan} {run.metrics.configuration_sha256}")
+            pruned = self._scores(opened(str(folder)), precision, f"{plan} {run.metrics.configuration_sha256}")
             measured.append(replace(run, accuracy=Accuracy(pruned, dense, _version("lm_eval"))))
         return measured
 
-    def _scores(self, model: str, precision: str, made: str) -> dict[str, Scores]:
+    def _scores(self, model: Checkpoint, precision: str, made: str) -> dict[str, Scores]:
         """By task; ``made`` says how the checkpoint was made."""
-        key = _hash([self._checkpoint(model).fingerprint, made, precision, _device()])
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        key = _hash([model.fingerprint, made, precision, device])
         files = {task: self._place(task) / f"{key}.json" for task in self.tasks}
-        for file in files.values():
-            if file not in self._measured and file.is_file():
-                hint = "Remove it, so that it is measured again."
-                self._measured[file] = read_json(file, dict[str, Score], OPTION, hint)
-        missing = [task for task, file in files.items() if file not in self._measured]
+        missing = [task for task, file in files.items() if not file.is_file()]
         if missing:
-            for task, scores in self._evaluate(model, precision, missing).items():
-                self._measured[files[task]] = scores
+            manager = self._manager
+            if model.tokenizer is None:
+                raise UserError(
+                    f"{OPTION}: '{model.pretrained}' holds no tokenizer. Save the model's tokenizer files there."
+                )
+            if self.verbose:
+                print(f"zero-shot: {', '.join(missing)} with '{model.pretrained}'")
+            loaded: Any = model.load(DTYPES[precision])
+            results = zero_shot(loaded.to(device), model.tokenizer, missing, manager, BATCH)
+            for task, metrics in results.tasks.items():
                 with writable(files[task].parent, "--root"):
                     files[task].parent.mkdir(parents=True, exist_ok=True)
-                    write_json(files[task], {name: asdict(score) for name, score in scores.items()})
-        return {task: self._measured[file] for task, file in files.items()}
+                    write_json(files[task], {name: asdict(metric) for name, metric in metrics.items()})
+        hint = "Remove it, so that it is measured again."
+        return {task: read_json(file, dict[str, Score], OPTION, hint) for task, file in files.items()}
 
-    def _evaluate(self, model: str, precision: str, tasks: Sequence[str]) -> dict[str, Scores]:
-        if self._manager is None:
-            self._open()
-        checkpoint = self._checkpoint(model)
-        tokenizer = checkpoint.tokenizer
-        if tokenizer is None:
-            raise UserError(f"{OPTION}: '{model}' holds no tokenizer. Save the model's tokenizer files there.")
-        if self.verbose:
-            print(f"zero-shot: {', '.join(tasks)} with '{model}'")
-        loaded: Any = checkpoint.load(DTYPES[precision])
-        results = zero_shot(loaded.to(_device()), tokenizer, tasks, self._manager, BATCH)
-        return {
-            task: {name: Score(metric.value, metric.stderr) for name, metric in metrics.items()}
-            for task, metrics in results.tasks.items()
-        }
-
-    def _open(self) -> None:
+    @cached_property
+    def _manager(self) -> Any:
         try:
-            self._manager = check_tasks(self.tasks, self.include_path)
+            return check_tasks(self.tasks, self.include_path)
         except UserError as error:
             raise UserError(str(error).replace("--tasks", OPTION)) from error
 
@@ -117,16 +107,14 @@ class ZeroShot:
         content = []
         if self.include_path is not None:
             for path in sorted(path for path in self.include_path.rglob("*") if path.is_file()):
-                content.append(
-                    (str(path.relative_to(self.include_path)), hashlib.sha256(path.read_bytes()).hexdigest())
-                )
-        facts = [task, _version("lm_eval"), _version("transformers"), __version__, content]
-        return self.root / REPORTS / "zero_shot" / _hash(facts)
-
-    def _checkpoint(self, model: str) -> Checkpoint:
-        if model not in self._opened:
-            self._opened[model] = Checkpoint.open(model)
-        return self._opened[model]
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                content.append((str(path.relative_to(self.include_path)), digest))
+        return (
+            self.root
+            / REPORTS
+            / "zero_shot"
+            / _hash([task, _version("lm_eval"), _version("transformers"), __version__, content])
+        )
 
 
 def _hash(facts: object) -> str:
@@ -138,7 +126,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "none"
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,3 +1,4 @@
+import ast
 import os
 import subprocess
 import sys
@@ -12,39 +13,43 @@ from lightning_prune.cli import COMMANDS, main
 HEAVY = ("torch", "lightning", "transformers", "datasets", "numpy", "matplotlib", "jsonargparse")
 
 
-def test_help_of_the_command_is_quick_and_names_every_subcommand() -> None:
+def loaded_by(words: list[str]) -> tuple[str, list[str]]:
+    """What a command prints in a process of its own, and which heavy modules it imports."""
     code = (
-        "import sys; from lightning_prune.cli import main; status = main(['--help']); "
-        f"print('loaded:', [name for name in {HEAVY} if name in sys.modules], status)"
+        f"import sys; from lightning_prune.cli import main; assert main({words}) == 0; "
+        f"print([name for name in {HEAVY} if name in sys.modules])"
     )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout, ast.literal_eval(done.stdout.splitlines()[-1])
+
+
+def test_help_of_the_command_is_quick_and_names_every_subcommand() -> None:
     seconds = []
     for _ in range(3):  # the machine may be busy; one quick start is proof
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        text, loaded = loaded_by(["--help"])
         seconds.append(time.perf_counter() - start)
         if seconds[-1] < 0.5:
             break
-    assert done.stdout.splitlines()[-1] == "loaded: [] 0", done
+    assert loaded == []
     assert min(seconds) < 0.5
     for command, what in COMMANDS.items():
-        assert f"  {command:<9}{what}" in done.stdout
-    assert "lightning-prune fit --config wanda" in done.stdout
+        assert f"  {command:<9}{what}" in text
+    assert "lightning-prune fit --config wanda" in text
+
+
+def test_help_of_compare_waits_for_nothing_and_names_every_option() -> None:
+    text, loaded = loaded_by(["compare", "--help"])
+    assert loaded == []
+    options = "--config --runs --root --output --pretrained --ratios --systems --seeds --zero-shot --strict --data."
+    assert [option for option in options.split() if option not in text] == []
 
 
 def test_module_runs_like_the_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "lightning_prune"]
-    root = str(Path(lightning_prune.__file__).parents[1])  # also where the package is not installed
-    elsewhere = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": root}}
-    done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60, **elsewhere)  # type: ignore[call-overload]
+    command = [sys.executable, "-m", "lightning_prune", "--version"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(lightning_prune.__file__).parents[1])}  # not installed
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env=environment)
     assert (done.returncode, done.stdout) == (0, f"{lightning_prune.__version__}\n")
-
-
-@pytest.mark.parametrize("command", ["fit", "check", "tune"])
-def test_a_command_alone_says_what_is_missing(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([command]) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: --model: no method is chosen. Methods: FLAP, HGSP")
-    assert message.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -54,9 +59,15 @@ def test_a_command_alone_says_what_is_missing(command: str, capsys: pytest.Captu
         (["--config", "wanda", "fit"], ["'--config' stands before the command", "lightning-prune fit --config FILE"]),
         (["prune"], ["unknown command 'prune'", *COMMANDS]),
         (["fti"], ["unknown command 'fti'. Did you mean 'fit'?"]),
+        *(
+            ([command], ["error: --model: no method is chosen. Methods: FLAP, HGSP"])
+            for command in ("fit", "check", "tune")
+        ),
     ],
 )
-def test_what_is_no_command_is_told_what_is(words: list[str], told: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_half_a_command_is_told_what_is_missing(
+    words: list[str], told: list[str], capsys: pytest.CaptureFixture
+) -> None:
     assert main(words) == 2
     shown = "".join(capsys.readouterr())
     assert [one for one in told if one not in shown] == []
@@ -65,27 +76,22 @@ def test_what_is_no_command_is_told_what_is(words: list[str], told: list[str], c
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (
-            "fit",
-            ["--config", "--method wanda", "--model.help", "--data.num_samples", "--trainer.precision", "--resume"],
-        ),
-        ("check", ["--data.num_samples", "--trainer.precision"]),
-        ("tune", ["--output", "--trials", "--data.num_samples"]),
-        ("test", ["--model.pretrained", "--data.eval_datasets", "--data.eval_seq_len", "perplexity", "--quiet"]),
-        ("apply", ["--plan", "--model", "--output", "No calibration"]),
-        ("evaluate", ["--efficiency", "--zero-shot", "--device"]),
-        ("export", ["--format", "--dtype"]),
-        ("methods", ["configuration to start from"]),
+        ("fit", "--config --method --model.help --data.num_samples --trainer.precision --resume"),
+        ("check", "--data.num_samples --trainer.precision"),
+        ("tune", "--output --trials --data.num_samples"),
+        ("test", "--model.pretrained --data.eval_datasets --data.eval_seq_len perplexity --quiet"),
+        ("apply", "--plan --model --output"),
+        ("evaluate", "--efficiency --zero-shot --device"),
+        ("export", "--format --dtype"),
+        ("methods", "configuration"),
     ],
 )
-def test_help_of_a_subcommand_teaches_its_options(
-    command: str, words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_of_a_subcommand_teaches_its_options(command: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
-    text = " ".join(capsys.readouterr().out.split())
-    for word in words:
-        assert word in text
-    assert f"lightning-prune {command}" in text
+    text = capsys.readouterr().out
+    assert [word for word in (f"lightning-prune {command}", *words.split()) if word not in text] == []
+    for name in ("max_epochs", "limit_train_batches", "accumulate_grad_batches", "fast_dev_run", "plugins"):
+        assert f"--trainer.{name}" not in text  # means nothing to a calibration
 
 
 @pytest.mark.parametrize(
@@ -104,10 +110,3 @@ def test_options_of_a_method_are_listed_with_what_they_do(
     assert f"--model.{option} " in text
     assert "Share of all parameters" in " ".join(text.split())
     assert "--trainer.precision" not in text
-
-
-def test_options_that_mean_nothing_to_a_calibration_are_not_offered(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["fit", "--help"]) == 0
-    text = capsys.readouterr().out
-    for name in ("max_epochs", "limit_train_batches", "accumulate_grad_batches", "fast_dev_run", "plugins"):
-        assert f"--trainer.{name}" not in text

@@ -1,55 +1,29 @@
 """Run folders written by hand: what the comparison reads, without pruning anything."""
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
+from lightning_prune.comparison.records import Run, load_run
 
-CALIBRATION = {
-    "dataset": "demo",
-    "configuration": None,
-    "split": "train",
-    "revision": "r1",
-    "text_sha256": "a" * 64,
-    "tokenizer_sha256": "b" * 64,
-    "sampling": "random",
-    "stride": None,
-    "seed": 0,
-    "num_samples": 128,
-    "seq_len": 128,
-    "fingerprint": "c" * 64,
-}
-EVALUATION = {
-    "dataset": "demo",
-    "configuration": None,
-    "split": "test",
-    "revision": "r1",
-    "text_sha256": "d" * 64,
-    "tokenizer_sha256": "b" * 64,
-    "seq_len": 128,
-    "stride": 128,
-    "bos": "none",
-    "windows": 10,
-    "predicted_tokens": 1270,
-    "fingerprint": "e" * 64,
-    "unigram_perplexity": 100.0,
-}
-ENVIRONMENT = {
-    "python": "3.11.7",
+TEXT = {"dataset": "demo", "configuration": None, "revision": "r1", "tokenizer_sha256": "b" * 64, "seq_len": 128}
+CALIBRATION = TEXT | {"split": "train", "text_sha256": "a" * 64, "fingerprint": "c" * 64, "num_samples": 128}
+CALIBRATION |= {"sampling": "random", "stride": None, "seed": 0}
+EVALUATION = TEXT | {"split": "test", "text_sha256": "d" * 64, "fingerprint": "e" * 64, "unigram_perplexity": 100.0}
+EVALUATION |= {"stride": 128, "bos": "none", "windows": 10, "predicted_tokens": 1270}
+ENVIRONMENT: dict[str, Any] = {
     "packages": {"torch": "2.13.0", "transformers": "5.23.0", "lightning-prune": "0.1.0"},
-    "platform": "Linux",
     "cpu": {"name": "a CPU", "cores": 2, "threads": 1},
     "memory_bytes": 2**34,
     "gpus": [],
     "cuda": None,
-    "device": "cpu",
-    "precision": "32-true",
     "command": ["lightning-prune"],
 }
+ENVIRONMENT |= {"python": "3.11.7", "platform": "Linux", "device": "cpu", "precision": "32-true"}
 LAYERS, HEADS, CHANNELS = 4, 2, 6
 BLOCKS = ("attention", "mlp")
 
@@ -69,10 +43,10 @@ def write_run(
     masked: bool = False,
     whole_layers: bool = False,
     seed: int = 0,
-    version: int = 0,
 ) -> Path:
-    """Write one folder; ``calibration``, ``evaluation`` and ``environment`` replace single facts."""
-    folder = root / label / f"version_{version}"
+    """Write the system's next folder; ``calibration``, ``evaluation`` and ``environment`` replace single facts,
+    ``seed`` is of the scores."""
+    folder = root / label / f"version_{len(list((root / label).glob('version_*')))}"
     folder.mkdir(parents=True)
     achieved = ratio if achieved is None else achieved
     metrics = {
@@ -96,26 +70,44 @@ def write_run(
     return folder
 
 
+def make_run(root: Path, *names: Any, **options: Any) -> Run:
+    """As ``write_run``, read back."""
+    return load_run(write_run(root, *names, **options))
+
+
+def drawn(seed: int, tokens: str = "") -> dict[str, Any]:
+    """The facts of a calibration set that another seed drew."""
+    return {"seed": seed, "fingerprint": (tokens or str(seed)) * 64}
+
+
+def seeded(root: Path, values: dict[str, list[float | None]], ratio: float = 0.2) -> list[Run]:
+    """A run per system and seed 0, 1, …, with these perplexities."""
+    return [
+        make_run(root, label, ratio, perplexity=value, calibration=drawn(seed), seed=seed)
+        for label, by_seed in values.items()
+        for seed, value in enumerate(by_seed)
+    ]
+
+
 def _json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value), encoding="utf-8")
 
 
 def _scores(path: Path, ratio: float, whole_layers: bool, seed: int) -> list[LayerPlan]:
-    units = [("layer", 0)] if whole_layers else [("attention", i) for i in range(HEADS)]
-    units += [] if whole_layers else [("mlp", i) for i in range(CHANNELS)]
-    rows = [(layer, *unit) for layer in range(LAYERS) for unit in units]
-    values = np.random.default_rng(seed).random(len(rows))
-    gone = set(np.argsort(values)[: round(ratio * len(rows))].tolist())
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("layer", "block", "unit", "importance", "cost", "prior", "score", "pruned"))
-        for index, (layer, block, unit) in enumerate(rows):
-            writer.writerow((layer, block, unit, values[index], 10, 1.0, values[index], int(index in gone)))
-    kept = [row for index, row in enumerate(rows) if index not in gone]
+    units = [("attention", i) for i in range(HEADS)] + [("mlp", i) for i in range(CHANNELS)]
+    rows = [(layer, *unit) for layer in range(LAYERS) for unit in ([("layer", 0)] if whole_layers else units)]
+    table = pd.DataFrame(rows, columns=["layer", "block", "unit"])
+    table["importance"] = np.random.default_rng(seed).random(len(rows))
+    table["cost"], table["prior"], table["score"] = 10, 1.0, table["importance"]
+    table["pruned"] = (table["score"].rank() <= round(ratio * len(rows))).astype(int)
+    table.to_csv(path, index=False)
+    kept = {row for row, pruned in zip(rows, table["pruned"], strict=True) if not pruned}
     if whole_layers:
-        whole, layers = (list(range(HEADS)), list(range(CHANNELS))), {layer for layer, _, _ in kept}
-        return [LayerPlan(layer, *(whole if layer in layers else ([], []))) for layer in range(LAYERS)]
+        kept = {(layer, *unit) for layer, _, _ in kept for unit in units}
     return [
-        LayerPlan(layer, *([unit for at, kind, unit in kept if (at, kind) == (layer, block)] for block in BLOCKS))
+        LayerPlan(
+            layer,
+            *([unit for kind, unit in units if kind == block and (layer, kind, unit) in kept] for block in BLOCKS),
+        )
         for layer in range(LAYERS)
     ]

@@ -3,35 +3,34 @@ from pathlib import Path
 import pytest
 
 from lightning_prune.comparison.audit import audit
-from lightning_prune.comparison.records import load_run
-from tests.comparison.fake_run import write_run
+from lightning_prune.comparison.records import Run
+from tests.comparison.fake_run import make_run
 
 OTHER = "9" * 64
 
 
-def two_runs(tmp_path: Path, **changes: object) -> list:
-    first = write_run(tmp_path, "wanda")
-    second = write_run(tmp_path, "taylor", **changes)
-    return [load_run(first), load_run(second)]
+def two_runs(root: Path, **changes: object) -> list[Run]:
+    return [make_run(root, "wanda"), make_run(root, "taylor", **changes)]
+
+
+def labels(runs: list[Run]) -> list[list[str]]:
+    return [[run.label for run in group.runs] for group in audit(runs).groups]
 
 
 @pytest.mark.parametrize("changes", [{}, {"base_model": "/elsewhere/demo"}])  # the same weights: the same model
 def test_runs_that_agree_in_every_fact_share_one_table(tmp_path: Path, changes: dict) -> None:
-    result = audit(two_runs(tmp_path, **changes))
-    assert result.fair
-    assert [[run.label for run in group.runs] for group in result.groups] == [["wanda", "taylor"]]
+    runs = two_runs(tmp_path, **changes)
+    assert not audit(runs).differences
+    assert labels(runs) == [["wanda", "taylor"]]
 
 
-def test_given_tokens_are_the_same_set_whatever_file_they_came_in(tmp_path: Path) -> None:
-    runs = [
-        load_run(write_run(tmp_path, label, calibration={"sampling": "given", "dataset": f"/tmp/{label}.npy"}))
-        for label in ("wanda", "taylor")
-    ]
-    assert audit(runs).fair
-    corpora = [
-        load_run(write_run(tmp_path, label, calibration={"dataset": label})) for label in ("magnitude", "slimgpt")
-    ]
-    assert [one.what for one in audit(corpora).differences] == ["calibration dataset"]
+@pytest.mark.parametrize(("sampling", "differing"), [("given", []), ("random", ["calibration dataset"])])
+def test_given_tokens_are_the_same_set_whatever_file_they_came_in(
+    tmp_path: Path, sampling: str, differing: list[str]
+) -> None:
+    facts = [{"sampling": sampling, "dataset": f"/tmp/{number}.npy"} for number in range(2)]
+    result = audit([make_run(tmp_path, calibration=one) for one in facts])
+    assert [one.what for one in result.differences] == differing
 
 
 @pytest.mark.parametrize(
@@ -57,44 +56,34 @@ def test_changed_fact_is_named_with_its_runs_and_set_apart(
     tmp_path: Path, changes: dict, named: str, found: str
 ) -> None:
     result = audit(two_runs(tmp_path, **changes))
-    assert not result.fair
     line = next(str(item) for item in result.differences if item.what == named)
     assert found in line
     assert "wanda" in line
     assert len(result.groups) == 2
 
 
-def test_achieved_ratio_beyond_the_tolerance_stands_apart_in_its_group(tmp_path: Path) -> None:
+def test_achieved_ratio_beyond_the_tolerance_is_apart_in_its_group(tmp_path: Path) -> None:
     result = audit(two_runs(tmp_path, achieved=0.2102))
-    assert not result.fair
     assert [run.label for run in result.groups[0].runs] == ["wanda"]
     assert [run.label for run in result.groups[0].other_ratio] == ["taylor"]
     assert "0.2102 instead of 0.2" in str(result.differences[0])
-    assert audit(two_runs(tmp_path / "near", achieved=0.2098)).fair
+    assert not audit(two_runs(tmp_path / "near", achieved=0.2098)).differences
     text = str(audit(two_runs(tmp_path / "layers", achieved=0.25, whole_layers=True)).differences[0])
     assert "taylor: removes whole layers, one layer is 0.0100 of the model" in text
 
 
-def test_method_without_data_joins_the_largest_group_and_says_so(tmp_path: Path) -> None:
-    folders = [
-        write_run(tmp_path, "short", calibration={"fingerprint": OTHER}),
-        write_run(tmp_path, "magnitude", no_data=True),
-        write_run(tmp_path, "wanda"),
-        write_run(tmp_path, "taylor"),
-    ]
-    result = audit([load_run(folder) for folder in folders])
-    labels = [[run.label for run in group.runs] for group in result.groups]
-    assert labels == [["magnitude", "wanda", "taylor"], ["short"]]
-    assert any(note.startswith("magnitude: needs no calibration") for note in result.notes)
-    assert all("magnitude" not in str(item) for item in result.differences)
-
-
-def test_method_without_data_on_another_evaluation_stands_alone(tmp_path: Path) -> None:
-    runs = two_runs(tmp_path, no_data=True, evaluation={"seq_len": 64})
-    assert [[run.label for run in group.runs] for group in audit(runs).groups] == [["wanda"], ["taylor"]]
+def test_method_without_data_joins_the_largest_group_of_its_evaluation_and_says_so(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, "short", calibration={"fingerprint": OTHER}), make_run(tmp_path, no_data=True)]
+    runs += two_runs(tmp_path)
+    assert labels(runs) == [["wanda", "wanda", "taylor"], ["short"]]
+    result = audit(runs)
+    assert any(note.startswith("wanda: needs no calibration") for note in result.notes)
+    assert all("wanda/version_0" not in str(item) for item in result.differences)
+    alone = make_run(tmp_path, "magnitude", no_data=True, evaluation={"seq_len": 64})
+    assert labels([*runs, alone])[-1] == ["magnitude"]
 
 
 def test_other_software_is_a_note_and_separates_nobody(tmp_path: Path) -> None:
     result = audit(two_runs(tmp_path, environment={"packages": {"torch": "2.9.0"}}))
-    assert result.fair
+    assert not result.differences
     assert any("torch version" in note and "2.9.0" in note for note in result.notes)

@@ -17,24 +17,22 @@ from tests.comparison.fake_run import write_run
 
 SECONDS = {"load": 10.0, "tokenise": 20.0, "evaluate dense": 30.0, "calibrate": 4.0, "prune layers": 0.5}
 SECONDS |= {"decide": 0.25, "prune": 1.0, "save": 2.0, "evaluate pruned": 3.0, "total": 80.0}
+REUSED = {phase: value for phase, value in SECONDS.items() if phase not in ("calibrate", "evaluate dense")}
 
 
-def timed(root: Path, seconds: dict[str, float], measured_by: Path | None = None, **options: Any) -> Path:
-    """A run folder with these seconds, which decided from the scores of ``measured_by``."""
+def timed(
+    root: Path, seconds: dict[str, float], measured_by: Path | None = None, known: bool = True, **options: Any
+) -> Run:
+    """A run with these seconds, which decided from the scores of ``measured_by``, whose seconds are known or not."""
     folder = write_run(root, **options)
-    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics, details = (json.loads((folder / name).read_text()) for name in ("metrics.json", "method.json"))
     metrics["seconds"] = seconds
-    metrics["method"]["scores_reused"] = measured_by is not None
-    metrics["method"]["measured_seconds"] = {} if measured_by is None or options.get("no_data") else {"calibrate": 4.0}
-    (folder / "metrics.json").write_text(json.dumps(metrics))
     if measured_by is not None:
-        details = json.loads((folder / "method.json").read_text())
-        (folder / "method.json").write_text(json.dumps(details | {"measured_by": str(measured_by)}))
-    return folder
-
-
-def without(*phases: str) -> dict[str, float]:
-    return {phase: value for phase, value in SECONDS.items() if phase not in phases}
+        metrics["method"] |= {"scores_reused": True, "measured_seconds": {"calibrate": 4.0} if known else {}}
+        details["measured_by"] = str(measured_by)
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "method.json").write_text(json.dumps(details))
+    return load_run(folder)
 
 
 def table(runs: list[Run]) -> list[dict[str, str]]:
@@ -43,46 +41,40 @@ def table(runs: list[Run]) -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> list[Path]:
+def pair(tmp_path: Path) -> list[Run]:
     """A run that calibrated, and one at another ratio that did not."""
-    first = timed(tmp_path / "root", SECONDS, ratio=0.2)
-    return [first, timed(tmp_path / "root", without("calibrate", "evaluate dense"), first, ratio=0.5, version=1)]
+    first = timed(tmp_path, SECONDS, ratio=0.2)
+    return [first, timed(tmp_path, REUSED, first.folder, ratio=0.5)]
 
 
 def test_every_second_is_counted_once_and_evaluation_apart(tmp_path: Path) -> None:
-    run = load_run(timed(tmp_path, SECONDS | {"a new phase": 0.125}))
+    run = timed(tmp_path, SECONDS | {"a new phase": 0.125})
     assert costs.calibration(run) == 4.0
     assert costs.pruning(run) == 0.5 + 0.25 + 1.0 + 2.0 + 0.125
     assert costs.to_prune(run) == 4.0 + costs.pruning(run)
 
 
-def test_dense_evaluation_is_charged_to_the_dense_model(pair: list[Path]) -> None:
-    dense, first, second = table([load_run(folder) for folder in pair])
-    assert (dense["system"], dense["evaluate s"], dense["calibrate s"]) == ("dense", "30.0", "")
-    assert (first["calibrate s"], first["prune s"], first["evaluate s"]) == ("4.0", "3.8", "3.0")
-    assert (second["prune s"], second["evaluate s"]) == ("3.8", "3.0")
+def test_reused_scores_are_marked_and_show_what_measuring_them_cost(pair: list[Run]) -> None:
+    columns = ("system", "calibrate s", "prune s", "evaluate s")
+    assert [tuple(row[name] for name in columns) for row in table(pair)] == [
+        ("dense", "", "", "30.0"),
+        ("wanda", "4.0", "3.8", "3.0"),
+        ("wanda", "4.0 *", "3.8", "3.0"),
+    ]
+    assert costs.LEGEND_REUSED in terminal(sections(audit(pair), []))
+    assert costs.LEGEND_REUSED not in terminal(sections(audit(pair[:1]), []))
+    rows = list(csv.DictReader(io.StringIO(results_csv(audit(pair), []))))
+    names = ("seconds_calibrate", "scores_measured_by", "seconds_prune", "seconds_evaluate_dense")
+    assert [tuple(row[name] for name in names) for row in rows] == [
+        ("4.0", "", "3.75", "30.0"),
+        ("4.0", str(pair[0].folder), "3.75", ""),
+    ]
 
 
-def test_reused_scores_are_marked_and_show_what_measuring_them_cost(pair: list[Path]) -> None:
-    runs = [load_run(folder) for folder in pair]
-    assert [row["calibrate s"] for row in table(runs)[1:]] == ["4.0", "4.0 *"]
-    assert costs.LEGEND_REUSED in terminal(sections(audit(runs), []))
-    assert costs.LEGEND_REUSED not in terminal(sections(audit(runs[:1]), []))
-    found = list(csv.DictReader(io.StringIO(results_csv(audit(runs), []))))
-    assert [row["seconds_calibrate"] for row in found] == ["4.0", "4.0"]
-    assert [row["scores_measured_by"] for row in found] == ["", str(pair[0])]
-    assert [row["seconds_prune"] for row in found] == ["3.75", "3.75"]
-    assert [row["seconds_evaluate_dense"] for row in found] == ["30.0", ""]
-
-
-def test_calibration_that_was_not_recorded_is_unknown_and_not_free(pair: list[Path]) -> None:
-    metrics = json.loads((pair[1] / "metrics.json").read_text())
-    del metrics["method"]["measured_seconds"]
-    (pair[1] / "metrics.json").write_text(json.dumps(metrics))
-    assert costs.calibration(load_run(pair[1])) is None
-    assert table([load_run(pair[1])])[1]["calibrate s"] == "– *"
-
-
-def test_method_without_data_has_no_calibration_to_mark(tmp_path: Path) -> None:
-    folder = timed(tmp_path, without("calibrate"), Path("/gone"), no_data=True)
-    assert table([load_run(folder)])[1]["calibrate s"] == "–"
+@pytest.mark.parametrize(("no_data", "shown"), [(False, "– *"), (True, "–")])
+def test_calibration_that_is_not_known_is_not_free_and_one_that_was_not_needed_is_not_marked(
+    tmp_path: Path, no_data: bool, shown: str
+) -> None:
+    run = timed(tmp_path, REUSED, Path("/gone"), known=False, no_data=no_data)
+    assert costs.calibration(run) is None
+    assert table([run])[1]["calibrate s"] == shown

@@ -5,15 +5,16 @@ import unicodedata
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lightning_prune.comparison.audit import Audit, audit
-from lightning_prune.comparison.records import Run, load_run
+from lightning_prune.comparison.records import Run
 from lightning_prune.comparison.report import write_report
 from lightning_prune.comparison.sections import sections, terminal
 from lightning_prune.runs.records import Failure, MethodDetails
-from tests.comparison.fake_run import write_run
+from tests.comparison.fake_run import make_run
 
 HOSTILE = "<script>alert(1)</script>|x\n\n# head `$x^{$ ![i](http://e.com/i) \x1b[2J\x9b1m\u202e\udc80 \\\\ & % \"'"
 IN_A_FILE = HOSTILE.replace("\udc80", "")  # which no JSON file can hold
@@ -22,44 +23,30 @@ FILES = ("report.html", "report.md", "results.csv", "results.tex", "calibration_
 
 def poisoned(run: Run) -> Run:
     """``run`` with the hostile text wherever a run folder holds text of its own."""
-    assert run.calibration is not None
+
+    def hostile(record: Any, *names: str, **more: Any) -> Any:
+        return record.model_copy(update=dict.fromkeys(names, IN_A_FILE) | more)
+
     metrics, environment = run.metrics, run.environment
-    facts = dict.fromkeys(("bos", "split", "fingerprint"), IN_A_FILE)
-    label = run.label + IN_A_FILE
-    method = metrics.method.model_copy(update={"name": IN_A_FILE, "label": label, "base_model": IN_A_FILE})
+    method = hostile(metrics.method, "name", "base_model", label=run.label + IN_A_FILE)
+    evaluation = {IN_A_FILE: hostile(metrics.evaluation["demo"], "bos", "split", "fingerprint")}
+    perplexity = {IN_A_FILE: metrics.perplexity["demo"]}
+    cpu, packages = environment.cpu | {"name": IN_A_FILE}, {IN_A_FILE: IN_A_FILE}
+    details = {"method": "m", "label": "l", IN_A_FILE: IN_A_FILE, "list": [IN_A_FILE], "deep": {IN_A_FILE: IN_A_FILE}}
     return replace(
         run,
-        metrics=metrics.model_copy(
-            update={
-                "perplexity": {IN_A_FILE: metrics.perplexity["demo"]},
-                "evaluation": {IN_A_FILE: metrics.evaluation["demo"].model_copy(update=facts)},
-                "method": method,
-            }
-        ),
-        environment=environment.model_copy(
-            update={
-                "platform": IN_A_FILE,
-                "device": IN_A_FILE,
-                "cpu": environment.cpu | {"name": IN_A_FILE},
-                "packages": {IN_A_FILE: IN_A_FILE},
-            }
-        ),
-        calibration=run.calibration.model_copy(
-            update=dict.fromkeys(("dataset", "split", "fingerprint", "revision", "configuration"), IN_A_FILE)
-        ),
-        details=MethodDetails.model_validate(
-            {"method": "m", "label": "l", IN_A_FILE: IN_A_FILE, "list": [IN_A_FILE], "deep": {IN_A_FILE: IN_A_FILE}}
-        ),
+        metrics=hostile(metrics, perplexity=perplexity, evaluation=evaluation, method=method),
+        environment=hostile(environment, "platform", "device", cpu=cpu, packages=packages),
+        calibration=hostile(run.calibration, "dataset", "split", "fingerprint", "revision", "configuration"),
+        details=MethodDetails.model_validate(details),
     )
 
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> Audit:
     root = tmp_path_factory.mktemp("runs")
-    first, second = (load_run(write_run(root, label, seed=seed)) for seed, label in enumerate(("_a", "b")))
-    return audit(
-        [poisoned(first), poisoned(second), load_run(write_run(root, "c", base_model=IN_A_FILE, weights=None))]
-    )
+    runs = [poisoned(make_run(root, label, seed=seed)) for seed, label in enumerate(("_a", "b"))]
+    return audit([*runs, make_run(root, "c", base_model=IN_A_FILE, weights=None)])
 
 
 @pytest.fixture(scope="module")

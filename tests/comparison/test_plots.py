@@ -5,14 +5,15 @@ import numpy as np
 import pytest
 from matplotlib.collections import LineCollection
 
-from lightning_prune.comparison.audit import Audit, audit
+from lightning_prune.comparison.audit import Audit
 from lightning_prune.comparison.plots import kept_figure, matrix_figure, plots, quality_figure
-from lightning_prune.comparison.records import load_run
-from lightning_prune.comparison.repeats import Repeats, repeats
-from tests.comparison.fake_run import LAYERS, write_run
+from lightning_prune.comparison.records import Run
+from lightning_prune.comparison.repeats import repeats
+from tests.comparison.fake_run import LAYERS, make_run, seeded
 
 
-def quality(lines: list[Repeats]) -> Any:
+def quality(runs: list[Run]) -> Any:
+    lines = repeats(runs)
     styles = {line.name: {"marker": "o"} for line in lines}
     return quality_figure(lines, "demo", "demo", styles, lambda line: line.first.achieved, "ratio").axes[0]
 
@@ -20,8 +21,7 @@ def quality(lines: list[Repeats]) -> Any:
 def test_every_run_is_a_mark_and_unusable_models_are_on_the_edge(tmp_path: Path) -> None:
     # Dense 10 and unigram 100: unusable from √1000, 31.6.
     values = {"a": 11.0, "b": 1e6, "c": None}
-    runs = [load_run(write_run(tmp_path, name, 0.1 * n, perplexity=y)) for n, (name, y) in enumerate(values.items(), 1)]
-    axes = quality(repeats(runs))
+    axes = quality([make_run(tmp_path, name, 0.1 * n, perplexity=y) for n, (name, y) in enumerate(values.items(), 1)])
     marks = {bars.get_label(): bars.lines[0].get_xydata()[0].tolist() for bars in axes.containers}
     assert marks["a"] == [0.1, 11.0]
     assert marks["b"][1] == marks["c"][1] == pytest.approx(2 * 1000**0.5)
@@ -29,11 +29,7 @@ def test_every_run_is_a_mark_and_unusable_models_are_on_the_edge(tmp_path: Path)
 
 
 def test_repeated_seeds_are_one_mark_with_their_deviation(tmp_path: Path) -> None:
-    folders = [
-        write_run(tmp_path, perplexity=y, version=seed, calibration={"seed": seed, "fingerprint": str(seed) * 64})
-        for seed, y in enumerate((12.0, 13.0, 14.0))
-    ]
-    axes = quality(repeats(audit([load_run(folder) for folder in folders]).groups[0].all))
+    axes = quality(seeded(tmp_path, {"wanda": [12.0, 13.0, 14.0]}))
     (bars,) = [found for found in axes.collections if isinstance(found, LineCollection)]
     assert bars.get_segments()[0][:, 1].tolist() == pytest.approx([12.0, 14.0])
 
@@ -44,7 +40,7 @@ def test_matrix_shows_every_pair_and_says_where_there_is_none() -> None:
 
 
 def test_kept_map_has_a_row_per_run_and_a_column_per_layer(tmp_path: Path) -> None:
-    runs = [load_run(write_run(tmp_path, name, whole_layers=name == "b")) for name in "ab"]
+    runs = [make_run(tmp_path, name, whole_layers=name == "b") for name in "ab"]
     images = [axes.images[0].get_array() for axes in kept_figure(repeats(runs)).axes[:2]]
     assert [image.shape for image in images] == [(2, LAYERS)] * 2
 

@@ -5,45 +5,25 @@ import pytest
 
 from lightning_prune.comparison.audit import Audit, audit
 from lightning_prune.comparison.exports import latex, results_csv
-from lightning_prune.comparison.records import load_run
 from lightning_prune.comparison.repeats import Spread, repeats
 from lightning_prune.comparison.sections import sections, terminal
-from tests.comparison.fake_run import write_run
-
-
-def drawn(seed: int, tokens: str = "") -> dict[str, object]:
-    return {"seed": seed, "fingerprint": (tokens or str(seed)) * 64}
-
-
-def runs_of(tmp_path: Path, values: dict[str, dict[int, float | None]], ratio: float = 0.2) -> list[Path]:
-    """A folder per system and seed; ``values`` are perplexities by system and seed."""
-    first = round(100 * ratio)
-    return [
-        write_run(tmp_path, label, ratio, perplexity=y, calibration=drawn(seed), version=first + seed, seed=seed)
-        for label, found in values.items()
-        for seed, y in found.items()
-    ]
-
-
-def audited(*folders: Path) -> Audit:
-    return audit([load_run(folder) for folder in folders])
+from tests.comparison.fake_run import drawn, make_run, seeded
 
 
 @pytest.fixture
 def repeated(tmp_path: Path) -> Audit:
-    values = {"wanda": {0: 12.0, 1: 13.0, 2: 14.0}, "taylor": {0: 11.0, 1: 12.0, 2: 13.0}}
-    free = write_run(tmp_path, "magnitude", no_data=True, perplexity=20.0)
-    return audited(*runs_of(tmp_path, values), free)
+    runs = seeded(tmp_path, {"wanda": [12.0, 13.0, 14.0], "taylor": [11.0, 12.0, 13.0]})
+    return audit([*runs, make_run(tmp_path, "magnitude", no_data=True, perplexity=20.0)])
 
 
 def test_seeds_that_every_system_had_share_a_table_and_are_no_difference(repeated: Audit) -> None:
-    assert repeated.fair
-    assert len(repeated.groups) == 1
-    assert [len(line.runs) for line in repeats(repeated.groups[0].runs)] == [3, 3, 1]
+    (group,) = repeated.groups
+    assert not repeated.differences
+    assert [len(line.runs) for line in repeats(group.runs)] == [3, 3, 1]
     assert any(note.startswith("Calibration seeds 0, 1, 2: meant as repetitions") for note in repeated.notes)
 
 
-def test_mean_deviation_and_number_stand_in_every_format(repeated: Audit) -> None:
+def test_mean_deviation_and_number_are_in_every_format(repeated: Audit) -> None:
     text = terminal(sections(repeated, []))
     line = next(line for line in text.splitlines() if line.startswith("wanda"))
     assert line.split()[1:6] == ["0.2", "13.000", "±", "1.000", "3"]
@@ -56,47 +36,44 @@ def test_mean_deviation_and_number_stand_in_every_format(repeated: Audit) -> Non
     assert {(row["n"], row["perplexity_mean"], row["perplexity_sd"]) for row in rows} == {("3", "13.0", "1.0")}
 
 
-def test_deviation_needs_two_finite_values() -> None:
-    for values in ((1.0,), (1.0, None), (None,), (float("inf"), 2.0)):
-        assert Spread.of(values).deviation is None
+@pytest.mark.parametrize("values", [(1.0,), (1.0, None), (None,), (float("inf"), 2.0)])
+def test_deviation_needs_two_finite_values(values: tuple[float | None, ...]) -> None:
+    assert Spread.of(values).deviation is None
 
 
-def test_seed_that_a_system_lacks_stays_apart(tmp_path: Path) -> None:
-    result = audited(*runs_of(tmp_path, {"wanda": {0: 12.0, 1: 13.0}, "taylor": {0: 11.0}}))
+def test_seed_that_a_system_lacks_is_apart(tmp_path: Path) -> None:
+    result = audit(seeded(tmp_path, {"wanda": [12.0, 13.0], "taylor": [11.0]}))
     assert [[run.label for run in group.runs] for group in result.groups] == [["wanda", "taylor"], ["wanda"]]
     assert any(item.what == "calibration seed" for item in result.differences)
 
 
 def test_ratio_with_fewer_seeds_keeps_them_for_all(tmp_path: Path) -> None:
-    values = {"wanda": {0: 12.0, 1: 13.0}, "taylor": {0: 11.0, 1: 12.0}}
-    more = runs_of(tmp_path, {"wanda": {0: 30.0}, "taylor": {0: 31.0}}, ratio=0.5)
-    result = audited(*runs_of(tmp_path, values), *more)
-    assert result.fair
+    runs = seeded(tmp_path, {"wanda": [12.0, 13.0], "taylor": [11.0, 12.0]})
+    result = audit([*runs, *seeded(tmp_path, {"wanda": [30.0], "taylor": [31.0]}, ratio=0.5)])
+    assert not result.differences
     assert [len(line.runs) for line in repeats(result.groups[0].runs)] == [2, 2, 1, 1]
 
 
 def test_other_tokens_within_one_seed_are_never_joined(tmp_path: Path) -> None:
-    folders = runs_of(tmp_path, {"wanda": {0: 12.0, 1: 13.0}})
-    folders += [write_run(tmp_path, "taylor", calibration=drawn(seed, "ab"[seed]), version=seed) for seed in (0, 1)]
-    result = audited(*folders)
-    assert not result.fair
+    other = [make_run(tmp_path, "taylor", calibration=drawn(seed, "ab"[seed])) for seed in (0, 1)]
+    result = audit([*seeded(tmp_path, {"wanda": [12.0, 13.0]}), *other])
+    assert result.differences
     assert [{run.label for run in group.all} for group in result.groups] == [{"wanda"}, {"taylor"}]
 
 
 def test_same_seed_twice_repeats_nothing(tmp_path: Path) -> None:
-    folders = [write_run(tmp_path, "wanda", version=version) for version in (0, 1)]
-    assert [len(line.runs) for line in repeats(audited(*folders).groups[0].runs)] == [1, 1]
+    (group,) = audit([make_run(tmp_path), make_run(tmp_path)]).groups
+    assert [len(line.runs) for line in repeats(group.runs)] == [1, 1]
 
 
-def test_system_that_missed_its_ratio_with_one_seed_stands_apart_with_all(tmp_path: Path) -> None:
-    folders = runs_of(tmp_path, {"wanda": {0: 12.0, 1: 13.0}, "short": {0: 11.0}})
-    folders.append(write_run(tmp_path, "short", achieved=0.25, calibration=drawn(1), version=1))
-    (group,) = audited(*folders).groups
+def test_system_that_missed_its_ratio_with_one_seed_is_apart_with_all(tmp_path: Path) -> None:
+    runs = seeded(tmp_path, {"wanda": [12.0, 13.0], "short": [11.0]})
+    (group,) = audit([*runs, make_run(tmp_path, "short", achieved=0.25, calibration=drawn(1))]).groups
     assert {run.label for run in group.runs} == {"wanda"}
     assert [run.label for run in group.other_ratio] == ["short", "short"]
 
 
 def test_one_value_that_is_not_finite_leaves_no_mean(tmp_path: Path) -> None:
-    (line,) = repeats(audited(*runs_of(tmp_path, {"wanda": {0: 12.0, 1: None}})).groups[0].runs)
+    (line,) = repeats(audit(seeded(tmp_path, {"wanda": [12.0, None]})).groups[0].runs)
     assert line.perplexity("demo").mean is None
     assert line.verdict("demo") == "unusable"

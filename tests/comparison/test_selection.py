@@ -1,15 +1,14 @@
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lightning_prune.comparison.records import load_run
 from lightning_prune.comparison.selection import agreement, kept_fraction, precision_rows
 from lightning_prune.models.vocabulary import Block
-from lightning_prune.runs.settings import read_settings
-from tests.comparison.fake_run import LAYERS, write_run
+from tests.comparison.fake_run import LAYERS, make_run
 
 NAMES = ("layer", "block", "unit", "score", "kept")
 
@@ -29,7 +28,7 @@ def naive_spearman(left: list[float], right: list[float]) -> float:
 
 @pytest.mark.parametrize("levels", [3, 1000])
 def test_matrices_equal_loops_over_units_with_and_without_ties(tmp_path: Path, levels: int) -> None:
-    runs = [load_run(write_run(tmp_path, f"run{seed}", 0.25 * (1 + seed % 2), seed=seed)) for seed in range(4)]
+    runs = [make_run(tmp_path, f"run{seed}", 0.25 * (1 + seed % 2), seed=seed) for seed in range(4)]
     for run in runs:
         run.units.score[:] = np.floor(run.units.score * levels)
     rows = [sorted(zip(*(getattr(run.units, name).tolist() for name in NAMES), strict=True)) for run in runs]
@@ -41,7 +40,7 @@ def test_matrices_equal_loops_over_units_with_and_without_ties(tmp_path: Path, l
 
 
 def test_other_units_are_not_compared_and_constant_scores_have_no_rank_correlation(tmp_path: Path) -> None:
-    runs = [load_run(write_run(tmp_path, f"run{seed}", 0.5, seed=seed)) for seed in range(3)]
+    runs = [make_run(tmp_path, f"run{seed}", 0.5, seed=seed) for seed in range(3)]
     runs[1].units.cost[:] = 20  # the same number of units at another cost: another model
     runs[2].units.score[:] = 1.0
     for matrix in agreement(runs):
@@ -51,7 +50,7 @@ def test_other_units_are_not_compared_and_constant_scores_have_no_rank_correlati
 
 
 def test_kept_fraction_is_counted_by_layer_and_block(tmp_path: Path) -> None:
-    groups, layers = load_run(write_run(tmp_path, "a", 0.5)), load_run(write_run(tmp_path, "b", 0.5, whole_layers=True))
+    groups, layers = make_run(tmp_path, "a", 0.5), make_run(tmp_path, "b", 0.5, whole_layers=True)
     units = groups.units
     for block, count in ((Block.ATTENTION, 2), (Block.MLP, 6)):
         found = kept_fraction(groups, block)
@@ -63,31 +62,18 @@ def test_kept_fraction_is_counted_by_layer_and_block(tmp_path: Path) -> None:
 
 
 def test_only_runs_that_differ_in_nothing_else_are_paired(tmp_path: Path) -> None:
-    half = {"environment": {"precision": "bf16-true"}}
-    write = [
-        write_run(tmp_path, "wanda", 0.2, seed=1),
-        write_run(tmp_path, "wanda", 0.2, seed=2, version=1, **half),  # the only one with a partner
-        write_run(tmp_path, "wanda", 0.3, seed=2, version=2, **half),
-        write_run(tmp_path, "wanda", 0.2, seed=2, version=3, weights="9" * 64, **half),
-        write_run(tmp_path, "wanda", 0.2, seed=2, version=4, calibration={"fingerprint": "8" * 64}, **half),
-        write_run(tmp_path, "magnitude", 0.2, seed=2, **half),
-        write_run(tmp_path, "wanda", 0.2, seed=2, version=5, **half),
+    half = {"seed": 2, "environment": {"precision": "bf16-true"}}
+    full, paired = make_run(tmp_path, seed=1), make_run(tmp_path, **half)
+    others = [
+        make_run(tmp_path, ratio=0.3, **half),
+        make_run(tmp_path, weights="9" * 64, **half),
+        make_run(tmp_path, calibration={"fingerprint": "8" * 64}, **half),
+        make_run(tmp_path, "magnitude", **half),
+        replace(make_run(tmp_path, **half), options={"round_to": 8}),
     ]
-    (write[-1] / "config.yaml").write_text("model: {init_args: {round_to: 8}}\n")
-    found = precision_rows([load_run(folder) for folder in write])
-    assert [(row["folder"], row["folder_32_true"]) for row in found] == [(write[1], write[0])]
-    units = [load_run(folder).units for folder in write[:2]]
-    kept = [{i for i, pruned in enumerate(table.pruned) if not pruned} for table in units]
-    assert (found[0]["units"], found[0]["decided_differently"]) == (len(units[0].pruned), len(kept[0] ^ kept[1]))
-    assert found[0]["jaccard_kept"] == pytest.approx(len(kept[0] & kept[1]) / len(kept[0] | kept[1]))
-    assert (found[0]["perplexity"], found[0]["perplexity_32_true"]) == (12.5, 12.5)
-
-
-def test_shipped_experiment_compares_three_systems_in_two_precisions() -> None:
-    settings = read_settings(Path("compare_precision"))
-    found = {label: settings.configuration(label, 0.2) for label in settings.systems}
-    assert settings.ratios == [0.2]
-    assert {label: one["trainer"]["precision"] for label, one in found.items()} == {
-        **dict.fromkeys(("hgsp_taylor", "wanda", "slimgpt"), "32-true"),
-        **dict.fromkeys(("hgsp_taylor_bf16", "wanda_bf16", "slimgpt_bf16"), "bf16-true"),
-    }
+    (row,) = precision_rows([full, paired, *others])
+    assert (row["folder"], row["folder_32_true"]) == (paired.folder, full.folder)
+    kept = [{i for i, pruned in enumerate(run.units.pruned) if not pruned} for run in (full, paired)]
+    assert (row["units"], row["decided_differently"]) == (len(full.units.pruned), len(kept[0] ^ kept[1]))
+    assert row["jaccard_kept"] == pytest.approx(len(kept[0] & kept[1]) / len(kept[0] | kept[1]))
+    assert (row["perplexity"], row["perplexity_32_true"]) == (12.5, 12.5)

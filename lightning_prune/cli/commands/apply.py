@@ -15,9 +15,8 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--plan", type=Path, required=True, metavar="FILE", help="plan.json of a run folder")
     parser.add_model()
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="FOLDER", help="where to write the checkpoint: new or empty"
-    )
+    text = "where to write the checkpoint: new or empty"
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help=text)
     arguments = parser.parse_args(argv)
 
     from lightning_prune.checkpoint.apply import apply  # after the arguments: --help does not wait for torch

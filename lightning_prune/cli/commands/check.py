@@ -27,13 +27,14 @@ def main(argv: list[str]) -> int:
     run = RunBuilder(with_method_help(argv), command="check", description=DESCRIPTION, options=OPTIONS)
     device, host = (_size(name, run.option(name)) for name in ("memory", "host-memory"))
     memory = Memory.of(run.trainer, run.model, run.datamodule, device, host)
-    found = [memory.estimate("layer"), memory.estimate("model")]
+    estimates = [memory.estimate("layer"), memory.estimate("model")]
     if run.option("json"):
         facts = {"method": run.model.method, "precision": str(run.trainer.precision)}
-        print(json.dumps([facts | asdict(e) | {"fits": e.share <= 1, "disk_bytes": e.disk} for e in found], indent=2))
+        rows = [facts | asdict(one) | {"fits": one.share <= 1, "disk_bytes": one.disk} for one in estimates]
+        print(json.dumps(rows, indent=2))
     else:
-        _print(found, memory)
-    return 0 if any(one.share <= 1 for one in found if run.model.slot.onload in ("auto", one.onload)) else 1
+        _print(estimates, memory)
+    return 0 if any(one.share <= 1 for one in estimates if run.model.slot.onload in ("auto", one.onload)) else 1
 
 
 def _size(option: str, text: str) -> int | None:
@@ -46,20 +47,20 @@ def _size(option: str, text: str) -> int | None:
     return int(size) or None
 
 
-def _print(found: list[Estimate], memory: Memory) -> None:
-    method, work = memory.method, found[0]
+def _print(estimates: list[Estimate], memory: Memory) -> None:
+    method, work = memory.method, estimates[0]
     text = f"{memory.samples} × {memory.seq_len} tokens" if method.needs_calibration else "no calibration text"
     parameters = f"{method.dense_parameters / 1e9:.2f} B parameters ({len(method.layers)} layers)"
     print(f"{method.label} on {parameters}, {method.trainer.precision}, {text}")
     host = f"{_gb(memory.host)} on the host"
     print(f"free: {host}" if memory.device is None else f"free: {_gb(memory.device)} on the device, {host}")
     print(f"\n{'onload':<8}{'device':>10}{'host':>10}{'disk':>10}{'read':>10}  fits  largest in")
-    for one in found:
+    for one in estimates:
         device = "–" if one.device_bytes is None else _gb(one.device_bytes)
         sizes = "".join(f"{size:>10}" for size in (device, *map(_gb, (one.host_bytes, one.disk, one.bytes_read))))
         print(f"{one.onload:<8}{sizes}  {'yes' if one.share <= 1 else 'no':<4}  {one.phase}")
     print(f"\nwork: {work.layer_evaluations:,} forwards of a batch through a layer, {work.flops:.2e} operations")
-    for one in found:
+    for one in estimates:
         if one.share > 1 and method.slot.onload in ("auto", one.onload):
             print(memory.refusal(one))
 

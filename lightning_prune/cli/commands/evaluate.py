@@ -24,7 +24,6 @@ def main(argv: list[str]) -> int:
     model_folder, output = _places(given.model, given.output)
 
     # After the arguments, so that --help does not wait for torch.
-    from lightning_prune.evaluation.efficiency import Setting
     from lightning_prune.evaluation.zero_shot import check_tasks
     from lightning_prune.models.checkpoint import Checkpoint
     from lightning_prune.models.model_slot import DTYPES
@@ -33,36 +32,20 @@ def main(argv: list[str]) -> int:
 
     check_writable(output, "--output")
     device = _device(given.device)
-    models = ({"dense": given.dense} if given.dense else {}) | {"pruned": model_folder}
-    opened = {}
-    for name, path in models.items():
+    opened: dict[str, Checkpoint] = {}
+    for name, path in (("dense", given.dense), ("pruned", model_folder)):
         try:
-            opened[name] = Checkpoint.open(path)
+            opened |= {} if path is None else {name: Checkpoint.open(path)}
         except UserError as error:
             raise UserError(str(error).replace(OPTION, "--model" if name == "pruned" else "--dense")) from None
     # One dtype for both: a dense bf16 folder beside a pruned fp32 one would compare formats, not models.
     dtype = DTYPES[given.precision] if given.precision else opened["pruned"].stored_dtype
     manager = check_tasks(given.tasks, given.include_path) if given.zero_shot else None
-    setting = Setting(
-        prompt_length=given.prompt_length,
-        decode_length=given.decode_length,
-        context_length=given.context_length or given.prompt_length + given.decode_length,
-        batch_sizes=tuple(given.batch_sizes),
-        repeats=given.repeats,
-    )
-    _measure(given, opened, setting if given.efficiency else None, manager, dtype, device, output)
+    _measure(given, opened, manager, dtype, device, output)
     return 0
 
 
-def _measure(
-    given: argparse.Namespace,
-    models: dict[str, Any],
-    setting: Any,
-    manager: Any,
-    dtype: Any,
-    device: Any,
-    output: Path,
-) -> None:
+def _measure(given: Any, models: dict[str, Any], manager: Any, dtype: Any, device: Any, output: Path) -> None:
     """Load one model after the other, measure it, and write what was measured."""
     import torch
 
@@ -70,19 +53,26 @@ def _measure(
     from lightning_prune.runs.environment import environment
     from lightning_prune.support.files import write_json
 
+    setting = efficiency.Setting(
+        prompt_length=given.prompt_length,
+        decode_length=given.decode_length,
+        context_length=given.context_length or given.prompt_length + given.decode_length,
+        batch_sizes=tuple(given.batch_sizes),
+        repeats=given.repeats,
+    )
     costs: dict[str, efficiency.Efficiency] = {}
     knowledge: dict[str, zero_shot.ZeroShotResult] = {}
     for name, opened in models.items():
-        tokenizer = opened.tokenizer if manager is not None else None
-        if manager is not None and tokenizer is None:
+        if given.zero_shot and opened.tokenizer is None:
             raise UserError(
                 f"--zero-shot: '{opened.pretrained}' holds no tokenizer. Save the model's tokenizer files there."
             )
         model: Any = opened.load(dtype).to(device)
-        if setting is not None:
+        if given.efficiency:
             costs[name] = efficiency.measure(model, opened, setting, name)
-        if manager is not None:
-            knowledge[name] = zero_shot.zero_shot(model, tokenizer, given.tasks, manager, given.eval_batch_size)
+        if given.zero_shot:
+            batch = given.eval_batch_size
+            knowledge[name] = zero_shot.zero_shot(model, opened.tokenizer, given.tasks, manager, batch)
         del model
 
     used_dtype = str(dtype).removeprefix("torch.")
@@ -90,13 +80,14 @@ def _measure(
         "models": {name: opened.pretrained for name, opened in models.items()},
         "environment": environment(used_dtype, device),
     }
-    if setting is not None:
+    if given.efficiency:
+        threads = torch.get_num_threads()
         report = efficiency.EfficiencyReport(
-            setting, str(device), used_dtype, torch.get_num_threads(), costs["pruned"], costs.get("dense")
+            setting, str(device), used_dtype, threads, costs["pruned"], costs.get("dense")
         )
         write_json(output / "efficiency.json", asdict(report) | facts)
         print(f"\n{report.table()}\nefficiency: {output / 'efficiency.json'}")
-    if manager is not None:
+    if given.zero_shot:
         write_json(output / "zero_shot.json", {name: item.to_json() for name, item in knowledge.items()} | facts)
         print(f"\n{zero_shot.table(knowledge)}\nzero-shot: {output / 'zero_shot.json'}")
 
@@ -116,11 +107,9 @@ def _device(name: str) -> Any:
     import torch
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if name == "cpu" or (name == "auto" and accelerator is None):
-        return torch.device("cpu")
-    if accelerator is None:
+    if accelerator is None and name not in ("auto", "cpu"):
         raise UserError(f"--device: found {name}, but torch finds no accelerator. Choose cpu or auto.")
-    return accelerator
+    return torch.device("cpu") if name == "cpu" or accelerator is None else accelerator
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -136,30 +125,24 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--dense", metavar="MODEL", help="the base model, measured in the same process and shown beside it")
     add("--output", type=Path, metavar="FOLDER", help="where the JSON files go. Default: the run folder of --model")
-    add(
-        "--precision",
-        choices=("32-true", "bf16-true", "16-true"),
-        help="of both models' weights. Default: as --model is stored",
-    )
+    text = "of both models' weights. Default: as --model is stored"
+    add("--precision", choices=("32-true", "bf16-true", "16-true"), help=text)
     add("--device", choices=("auto", "cpu", "gpu", "cuda"), default="auto", help="auto is a GPU where there is one")
 
-    cost = parser.add_argument_group("efficiency")
-    add = cost.add_argument
-    add(
-        "--efficiency",
-        action="store_true",
-        help="parameters, MACs and KV-cache bytes per token (from the shapes), weights on disk, tokens per second of "
-        "prefill and greedy decoding, peak memory (GPU: allocated by torch; CPU: resident set of the process)",
+    add = parser.add_argument_group("efficiency").add_argument
+    text = (
+        "parameters, MACs and KV-cache bytes per token (from the shapes), weights on disk, tokens per second of "
+        "prefill and greedy decoding, peak memory (GPU: allocated by torch; CPU: resident set of the process)"
     )
+    add("--efficiency", action="store_true", help=text)
     add("--batch-sizes", type=int, nargs="+", default=[1, 16], metavar="N", help="sequences at a time. Default: 1 16")
     add("--prompt-length", type=int, default=128, metavar="N", help="tokens of the prefill. Default: 128")
     add("--decode-length", type=int, default=32, metavar="N", help="tokens decoded after it. Default: 32")
-    add("--context-length", type=int, metavar="N", help="tokens that one token attends to when MACs are counted. "
-        "Default: --prompt-length + --decode-length")  # fmt: skip
+    text = "tokens that one token attends to when MACs are counted. Default: --prompt-length + --decode-length"
+    add("--context-length", type=int, metavar="N", help=text)
     add("--repeats", type=int, default=5, metavar="N", help="timed runs, of which the median counts. Default: 5")
 
-    knowledge = parser.add_argument_group("zero-shot (pip install 'lightning-prune[eval]')")
-    add = knowledge.add_argument
+    add = parser.add_argument_group("zero-shot (pip install 'lightning-prune[eval]')").add_argument
     add("--zero-shot", action="store_true", help="accuracy on tasks of the LM Evaluation Harness, no examples given")
     add("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"default: {' '.join(TASKS)}")
     add("--include-path", type=Path, metavar="FOLDER", help="folder with further tasks as YAML files")

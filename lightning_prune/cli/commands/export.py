@@ -21,12 +21,8 @@ def main(argv: list[str]) -> int:
     add = parser.add_argument
     add("--format", choices=("gguf", "stock"), required=True, help="what to write")
     add("--output", type=Path, required=True, metavar="PATH", help="the file (gguf) or folder (stock) to write")
-    add(
-        "--dtype",
-        choices=("f32", "f16", "bf16", "q8_0"),
-        help="gguf: of the matrices; vectors stay fp32. q8_0 has 8 bits and a scale for every 32 numbers of a row. "
-        "Default: as the weights are stored",
-    )
+    text = "gguf: of the matrices; vectors stay fp32. q8_0 has 8 bits and a scale for every 32 numbers of a row. "
+    add("--dtype", choices=("f32", "f16", "bf16", "q8_0"), help=text + "Default: as the weights are stored")
     add("--overwrite", action="store_true", help="replace what is at --output, once the new one is complete")
     given = parser.parse_args(argv)
 

@@ -16,10 +16,8 @@ DESCRIPTION = (
 def main(argv: list[str]) -> int:
     """Run the command and print the summary and where the pruned model is."""
     run = RunBuilder(with_method_help(argv), description=DESCRIPTION, options={"resume": RESUME} | OUTPUT)
-    folder, record = prune_and_record(
-        run.trainer, run.model, run.datamodule, run.resolved_config, resume=run.option("resume")
-    )
-    if run.trainer.is_global_zero:
-        table = summary_table(run.model.label, record.metrics)
-        tell(run, table, record.metrics, folder, f"pruned model: {folder / 'pruned'}")
+    resume, config = run.option("resume"), run.resolved_config
+    folder, record = prune_and_record(run.trainer, run.model, run.datamodule, config, resume=resume)
+    table = summary_table(run.model.label, record.metrics)
+    tell(run, table, record.metrics, f"pruned model: {folder / 'pruned'}", folder)
     return 0

@@ -8,16 +8,14 @@ HEADINGS = {"none": "as their papers have them", "residual": "with what is kept 
 
 def main(argv: list[str]) -> int:
     """Print every shipped method with the first sentence of its configuration."""
-    PlainParser(
-        prog="lightning-prune methods",
-        description="List the methods, what each removes and reads, and the configuration to start from.",
-    ).parse_args(argv)
-    found = shipped_methods()
-    width = max(map(len, found))
+    text = "List the methods, what each removes and reads, and the configuration to start from."
+    PlainParser(prog="lightning-prune methods", description=text).parse_args(argv)
+    methods = shipped_methods()
+    width = max(map(len, methods))
     print("Methods, by the name that `lightning-prune fit --method NAME` takes:")
     for refit, heading in HEADINGS.items():
         print(f"\n{heading}:")
-        for name, method in found.items():
+        for name, method in methods.items():
             if method.options.get("refit", "none") == refit:
                 print(f"  {name:<{width}}  {method.sentence}{f' ({method.paper})' if method.paper else ''}")
     print(

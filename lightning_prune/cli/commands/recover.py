@@ -30,11 +30,7 @@ class RecoverCLI(RunBuilder):
         super().__init__(argv, Recovery, "recover", DESCRIPTION, {"resume": RESUME} | OUTPUT)
 
     def label(self) -> str:
-        """Of the run that pruned, and how it is trained.
-
-        Raises:
-            UserError: no run pruned the model.
-        """
+        """Of the run that pruned, and how it is trained."""
         self.run = parent_run(self.model.pretrained)
         suffix = "lora" if self.model.train_what == "lora" else "full"
         self.model.label = check_label(self.model.label or f"{self.run.metrics.method.label}_{suffix}")
@@ -48,5 +44,5 @@ def main(argv: list[str]) -> int:
         cli.trainer, cli.model, cli.datamodule, cli.run, cli.resolved_config, resume=cli.option("resume")
     )
     table = recovery_table(cli.model.label, record.metrics)
-    tell(cli, table, record.metrics, folder, f"pruned model: {folder / 'pruned'}")
+    tell(cli, table, record.metrics, f"pruned model: {folder / 'pruned'}", folder)
     return 0

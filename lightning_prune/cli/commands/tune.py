@@ -49,29 +49,28 @@ def main(argv: list[str]) -> int:
             )
     check_writable(output.parent, "--output")
     configuration = yaml.safe_load(cli.resolved_config)
-    found: Tuned | None = None
+    tuned: Tuned | None = None
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(writable(output.parent, "--output"))
         output.parent.mkdir(parents=True, exist_ok=True)
         trials, again, progress = cli.option("trials"), cli.option("resume"), cli.model.progress
-        for found in tune(configuration, cli.datamodule, Path(folder), trials, kept, again, progress):
-            if len(found.trials) == 1:  # what an earlier search left stays until there is something to show
+        for tuned in tune(configuration, cli.datamodule, Path(folder), trials, kept, again, progress):
+            if len(tuned.trials) == 1:  # what an earlier search left stays until there is something to show
                 shutil.rmtree(events, ignore_errors=True)
                 writer = stack.enter_context(SummaryWriter(str(events)))
-                print(f"dense model: loss {found.dense_loss:.4f} on {found.samples} held-out calibration samples")
-            log_trial(writer, found)
-            last = found.trials[-1]
-            mark = "  best so far" if found.best is last else ""
-            what = _text(last.options)
-            print(f"{len(found.trials):3}  loss {last.loss:.4f}  {last.seconds:6.1f} s  {what}{mark}", flush=True)
-    assert found is not None
+                print(f"dense model: loss {tuned.dense_loss:.4f} on {tuned.samples} held-out calibration samples")
+            log_trial(writer, tuned)
+            last = tuned.trials[-1]
+            text = _text(last.options) + ("  best so far" if tuned.best is last else "")
+            print(f"{len(tuned.trials):3}  loss {last.loss:.4f}  {last.seconds:6.1f} s  {text}", flush=True)
+    assert tuned is not None
     with writable(output.parent, "--output"):
-        log_kept(events, found)
-        rows = [one.options | {"held_out_loss": one.loss, "seconds": round(one.seconds, 1)} for one in found.trials]
+        log_kept(events, tuned)
+        rows = [one.options | {"held_out_loss": one.loss, "seconds": round(one.seconds, 1)} for one in tuned.trials]
         write_text(table, csv_text([{"trial": number} | row for number, row in enumerate(rows, start=1)]))
-        write_text(output, tuned_config(configuration, found))
-    print(f"\nbest: loss {found.best.loss:.4f} with {_text(found.best.options)}")
+        write_text(output, tuned_config(configuration, tuned))
+    print(f"\nbest: loss {tuned.best.loss:.4f} with {_text(tuned.best.options)}")
     print(f"configuration: {output}   trials: {table}, {kept}   TensorBoard: {events}")
     return 0
 

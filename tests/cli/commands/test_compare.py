@@ -1,15 +1,18 @@
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from lightning_prune.cli.commands.compare import main
+from lightning_prune.comparison import report
 from lightning_prune.support.errors import UserError
 from tests.comparison.fake_run import write_run
 
-HEAVY = ("torch", "lightning", "transformers", "datasets")
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take most of the time; tests/comparison looks at them."""
+    monkeypatch.setattr(report, "plots", lambda audit: [])
 
 
 def test_runs_that_exist_are_compared_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,15 +63,3 @@ def test_broken_run_is_named(tmp_path: Path) -> None:
     (folder / "metrics.json").write_text('{"method": {}}')
     with pytest.raises(UserError, match=r"version_0/metrics.json' is not valid: perplexity is missing"):
         main(["--runs", str(folder), "--root", str(tmp_path)])
-
-
-def test_help_waits_for_nothing_and_names_every_option() -> None:
-    code = (
-        "import sys\nfrom lightning_prune.cli import main\n"
-        "try:\n    main(['compare', '--help'])\nexcept SystemExit:\n    pass\n"
-        f"print('heavy:', [name for name in {(*HEAVY, 'numpy', 'matplotlib')} if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.splitlines()[-1] == "heavy: []"
-    options = "--config --runs --root --output --pretrained --ratios --systems --seeds --zero-shot --strict --data."
-    assert all(option in done.stdout for option in options.split())

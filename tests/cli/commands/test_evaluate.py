@@ -1,4 +1,3 @@
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,9 +9,10 @@ from lightning_prune.cli.commands.evaluate import main
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.support.errors import UserError
 from tests.cutting import layered_cut
-from tests.evaluation.test_zero_shot import own_tasks_only
+from tests.evaluation.test_zero_shot import needs_harness, task_folder
 from tests.tiny import make_tiny, mixed_plan, tiny_tokenizer
 
+__all__ = ["task_folder"]
 SHORT = ["--prompt-length", "8", "--decode-length", "3", "--batch-sizes", "1", "2", "--repeats", "1", "--device", "cpu"]
 
 
@@ -56,52 +56,39 @@ def test_checkpoint_folder_of_a_run_writes_beside_its_metrics_unless_told_otherw
     arguments = ["--model", str(run / "pruned"), "--efficiency", *SHORT]
     assert main([*arguments, "--output", str(tmp_path / "elsewhere"), "--precision", "bf16-true"]) == 0
     assert not (run / "efficiency.json").exists()
-    assert json.loads((tmp_path / "elsewhere" / "efficiency.json").read_text())["dtype"] == "bfloat16"
+    written = json.loads((tmp_path / "elsewhere" / "efficiency.json").read_text())
+    assert (written["dtype"], written["dense"]) == ("bfloat16", None)
     assert main(arguments) == 0
     assert (run / "efficiency.json").exists()
 
 
-def test_model_outside_a_run_needs_an_output_folder(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^--output: .* not part of a run folder"):
-        main(["--model", str(base), "--efficiency", *SHORT])
-    assert main(["--model", str(base), "--efficiency", "--output", str(tmp_path / "out"), *SHORT]) == 0
-    assert json.loads((tmp_path / "out" / "efficiency.json").read_text())["dense"] is None
-
-
-def test_nothing_to_measure_and_no_model_are_refused(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"Add --efficiency, --zero-shot, or both"):
-        main(["--model", str(run)])
-    with pytest.raises(UserError, match=r"^--model: no folder at"):
-        main(["--model", str(tmp_path / "a" / "b"), "--efficiency", "--output", str(tmp_path)])
-    with pytest.raises(UserError, match=r"^--dense: no folder at"):
-        main(["--model", str(run), "--dense", str(tmp_path / "a" / "b"), "--efficiency"])
-    with pytest.raises(UserError, match="--batch-sizes: found 0"):
-        main(["--model", str(run), "--efficiency", "--batch-sizes", "0"])
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["RUN"], "Add --efficiency, --zero-shot, or both"),
+        (["a/b/c", "--efficiency", "--output", "."], "^--model: no folder at"),
+        (["RUN", "--dense", "a/b/c", "--efficiency"], "^--dense: no folder at"),
+        (["RUN", "--efficiency", "--batch-sizes", "0"], "--batch-sizes: found 0"),
+        (["BASE", "--efficiency"], r"^--output: .* not part of a run folder"),
+    ],
+)
+def test_what_cannot_be_measured_or_written_is_refused(run: Path, base: Path, words: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        main(["--model", *(word.replace("RUN", str(run)).replace("BASE", str(base)) for word in words)])
     assert not (run / "efficiency.json").exists()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
-def test_zero_shot_writes_both_models_and_their_means(
-    run: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own_tasks_only(monkeypatch)
-    rows = [{"question": f"w{9 + row} w3", "choices": ["w5", "w7"], "answer": row % 2} for row in range(6)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "pick.yaml").write_text(
-        "task: pick\ndataset_path: json\noutput_type: multiple_choice\ntest_split: test\n"
-        f'dataset_kwargs: {{data_files: {{test: "{tmp_path / "rows.jsonl"}"}}, cache_dir: "{tmp_path / "cache"}"}}\n'
-        'doc_to_text: "{{question}}"\ndoc_to_choice: choices\ndoc_to_target: answer\n'
-        "metric_list: [{metric: acc}, {metric: acc_norm}]\n"
-    )
-    task = ["--zero-shot", "--tasks", "pick", "--include-path", str(tmp_path / "tasks"), "--device", "cpu"]
+@pytest.mark.slow
+@needs_harness
+def test_zero_shot_writes_both_models_and_their_means(run: Path, base: Path, task_folder: Path) -> None:
+    task = ["--zero-shot", "--tasks", "tiny_choice", "--include-path", str(task_folder), "--device", "cpu"]
     assert main(["--model", str(run), "--dense", str(base), *task]) == 0
-    found = json.loads((run / "zero_shot.json").read_text())
+    written = json.loads((run / "zero_shot.json").read_text())
     for side in ("dense", "pruned"):
-        metrics = found[side]["tasks"]["pick"]
-        assert metrics["acc"]["value"] in [count / 6 for count in range(7)]
-        assert found[side]["mean"] == {name: metrics[name]["value"] for name in ("acc", "acc_norm")}
-    (run / "pruned" / "tokenizer.json").unlink()
-    (run / "pruned" / "tokenizer_config.json").unlink()
+        accuracy = written[side]["tasks"]["tiny_choice"]["acc"]["value"]
+        assert accuracy in [count / 20 for count in range(21)]
+        assert written[side]["mean"] == {"acc": accuracy, "acc_norm": accuracy}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (run / "pruned" / name).unlink()
     with pytest.raises(UserError, match=r"--zero-shot: .* holds no tokenizer"):
         main(["--model", str(run), *task])

@@ -1,4 +1,5 @@
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +13,48 @@ from tests.tiny import mixed_plan
 pytest.importorskip("gguf")
 
 
-def export(model: Path, form: str, output: Path, *options: str) -> int:
-    return main(["export", "--model", str(model), "--format", form, "--output", str(output), *options])
-
-
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     save(tmp_path / "run" / "pruned", plan=mixed_plan)
     return tmp_path / "run" / "pruned"
 
 
+@pytest.fixture
+def export(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs the command with its output at ``out``; returns what a refusal says, nothing where it works."""
+
+    def run(form: str, *options: str, source: Path = model) -> str:
+        words = ["--model", str(source), "--format", form, "--output", str(tmp_path / "out"), *options]
+        status = main(["export", *words])
+        message = capsys.readouterr().err
+        assert status == (2 if "error: " in message else 0)
+        return message if status else ""
+
+    return run
+
+
 @pytest.mark.parametrize("form", ["gguf", "stock"])
-def test_what_exists_is_replaced_only_on_request(
-    form: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = tmp_path / "out"
-    assert export(model, form, output) == 0
-    before = {file.name: file.read_bytes() for file in ([output] if form == "gguf" else output.iterdir())}
-    assert export(model, form, output) == 2
-    assert f"--output: '{output}' exists. Give another name, or add --overwrite." in capsys.readouterr().err
-    assert export(model.parent, form, output, "--overwrite") == 0  # a run folder stands for its checkpoint
-    assert {file.name: file.read_bytes() for file in ([output] if form == "gguf" else output.iterdir())} == before
+def test_what_exists_is_replaced_only_on_request(form: str, model: Path, tmp_path: Path, export: Callable) -> None:
+    def written() -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in tmp_path.glob("out" if form == "gguf" else "out/*")}
+
+    assert not export(form)
+    before = written()
+    assert f"--output: '{tmp_path / 'out'}' exists. Give another name, or add --overwrite." in export(form)
+    assert not export(form, "--overwrite", source=model.parent)  # a run folder stands for its checkpoint
+    assert written() == before
+    assert before
 
 
-@pytest.mark.parametrize(("form", "kind"), [("gguf", "folder"), ("stock", "file")])
+@pytest.mark.parametrize(("form", "make"), [("gguf", Path.mkdir), ("stock", Path.touch)])
 def test_a_file_does_not_take_the_place_of_a_folder(
-    form: str, kind: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    form: str, make: Callable, tmp_path: Path, export: Callable
 ) -> None:
-    output = tmp_path / "there"
-    output.mkdir() if kind == "folder" else output.touch()
-    assert export(model, form, output, "--overwrite") == 2
-    assert f"--output: '{output}' is " in capsys.readouterr().err
+    make(tmp_path / "out")
+    assert f"--output: '{tmp_path / 'out'}' is " in export(form, "--overwrite")
 
 
-def test_a_disk_that_fills_up_leaves_nothing(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, export: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     values, written = gguf_file._values, []
 
     def full(*arguments: Any) -> Any:
@@ -57,14 +64,10 @@ def test_a_disk_that_fills_up_leaves_nothing(
         return values(*arguments)
 
     monkeypatch.setattr(gguf_file, "_values", full)
-    assert export(model, "gguf", tmp_path / "m.gguf") == 2
-    assert "--output: cannot write below" in capsys.readouterr().err
+    assert "--output: cannot write below" in export("gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_the_package_that_is_missing_is_named(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_package_that_is_missing_is_named(export: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert export(model, "gguf", tmp_path / "m.gguf") == 2
-    assert "pip install 'lightning-prune[gguf]'" in capsys.readouterr().err
+    assert "pip install 'lightning-prune[gguf]'" in export("gguf")
