@@ -48,6 +48,7 @@ def add_vocabulary(writer: Any, checkpoint: Checkpoint, rows: int) -> None:
     pieces = bool(model.get("byte_fallback"))  # SentencePiece's kind, not GPT-2's
     pre, adds_space = ("default", _adds_space(content)) if pieces else (_split(content), None)
     tokens, types = _tokens(content, rows, pieces)
+
     writer.add_tokenizer_model("llama" if pieces else "gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
@@ -124,15 +125,10 @@ def _scores(model: dict[str, Any], rows: int) -> list[float]:
 def _adds_space(content: dict[str, Any]) -> bool:
     """Whether SentencePiece's kind treats the first word as if a space were before it."""
     normalizer, pre = content.get("normalizer") or {}, content.get("pre_tokenizer") or {}
-    kinds = [step.get("type") for step in normalizer.get("normalizers", [normalizer])]
+    kinds = [step.get("type") for step in normalizer.get("normalizers", [normalizer] if normalizer else [])]
     if not pre and kinds in (["Prepend", "Replace"], ["Replace"]):
         return kinds[0] == "Prepend"
-    if (
-        not normalizer
-        and pre.get("type") == "Metaspace"
-        and pre.get("replacement") == "▁"
-        and not pre.get("split", True)
-    ):
+    if not kinds and pre.get("type") == "Metaspace" and pre.get("replacement") == "▁" and not pre.get("split", True):
         return bool(pre.get("prepend_scheme", "always") != "never")
     raise _refusal("prepares text in a way that SentencePiece's BPE does not have in GGUF")
 
