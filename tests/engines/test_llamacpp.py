@@ -17,7 +17,6 @@ from tests.engines.tokenizers_by_kind import TEXTS, save_tokenizer
 from tests.export.checkpoints import FAMILIES, TOKENS, Plan, gone, save
 from tests.tiny import mixed_plan, tiny_plan
 
-pytest.importorskip("gguf")
 pytestmark = [pytest.mark.engines, needs("llamacpp")]
 
 LENGTH = 32
