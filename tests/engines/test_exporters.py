@@ -17,21 +17,25 @@ OTHERS = ((2, 12), (3, 7))  # batch and length; the first ones are those of the 
 class Logits(torch.nn.Module):
     """What these tools export: tokens in, logits out."""
 
-    def __init__(self, folder: Path, family: str) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
-        save(folder, family, mixed_plan)
-        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+        self.model = model
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False).logits
         return logits
 
 
+def saved(folder: Path, family: str) -> Logits:
+    save(folder, family, mixed_plan)
+    return Logits(AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 @torch.no_grad()
 def test_torch_export_takes_any_length(family: str, tmp_path: Path) -> None:
-    model = Logits(tmp_path / "model", family)
+    model = saved(tmp_path / "model", family)
     program = torch.export.export(model, (tiny_tokens(2, 12),), dynamic_shapes=SHAPES)
     torch.export.save(program, tmp_path / "model.pt2")
     loaded = torch.export.load(tmp_path / "model.pt2").module()
@@ -46,7 +50,7 @@ def test_torch_export_takes_any_length(family: str, tmp_path: Path) -> None:
 def test_onnx_file_gives_the_logits_of_transformers(family: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxscript", reason="needs onnxscript and onnxruntime: pip install onnxscript onnxruntime")
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime: pip install onnxruntime")
-    model = Logits(tmp_path / "model", family)
+    model = saved(tmp_path / "model", family)
     file = tmp_path / "model.onnx"
     torch.onnx.export(model, (tiny_tokens(2, 12),), file, dynamo=True, dynamic_shapes=SHAPES)
     session = onnxruntime.InferenceSession(file)
