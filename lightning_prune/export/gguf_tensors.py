@@ -72,7 +72,8 @@ def entries(net: Any, filled: Any, architecture: Architecture) -> Iterator[Entry
     shapes = {name: tuple(parameter.shape) for name, parameter in meta_model(filled).named_parameters()}
     for name, shape in shapes.items():
         role = name.split(".")[-2]
-        written, sources, make = name, (name,), _stacked
+        written, make = name, _stacked
+        sources: tuple[str, ...] = (name,)
         if architecture.fused and role in ("k_proj", "v_proj"):
             continue
         if architecture.fused and role == "q_proj":

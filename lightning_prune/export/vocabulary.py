@@ -127,7 +127,7 @@ def _adds_space(content: dict[str, Any]) -> bool:
     normalizer, pre = content.get("normalizer") or {}, content.get("pre_tokenizer") or {}
     kinds = [step.get("type") for step in normalizer.get("normalizers", [normalizer] if normalizer else [])]
     if not pre and kinds in (["Prepend", "Replace"], ["Replace"]):
-        return kinds[0] == "Prepend"
+        return bool(kinds[0] == "Prepend")
     if not kinds and pre.get("type") == "Metaspace" and pre.get("replacement") == "▁" and not pre.get("split", True):
         return bool(pre.get("prepend_scheme", "always") != "never")
     raise _refusal("prepares text in a way that SentencePiece's BPE does not have in GGUF")
