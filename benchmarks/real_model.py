@@ -174,7 +174,7 @@ def evaluation_sets(model: Path, text: Path, folder: Path, windows: Sequence[int
     from lightning_prune.data.sampling import aligned_windows
     from lightning_prune.data.streams import StreamReader, default_cache_dir
 
-    stream = StreamReader(str(model), default_cache_dir()).read(str(text), "all").tokens
+    stream, _ = StreamReader(str(model), default_cache_dir()).read(str(text), "all")
     needed = max(*windows, limit or 0)
     if len(stream) < needed or min(*windows, limit or 2) < 2:
         raise UserError(f"--eval_tokens, --windows: '{text}' has {len(stream)} tokens; give numbers from 2 to that.")

@@ -1,7 +1,5 @@
 """The calibration set: token ids, where they came from, and a fingerprint that names exactly these tokens."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,39 +18,24 @@ def fingerprint(tokens: Tensor) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CalibrationManifest:
     """Everything needed to rebuild a calibration set, and its fingerprint to check the result.
 
-    A ready token array has no text, so there `configuration`, `revision`, `text_sha256`, `tokenizer_sha256`,
-    `stride` and `seed` are None and `sampling` is `given`.
-
-    Attributes:
-        dataset: corpus name or local path.
-        configuration: configuration of a dataset on the hub, e.g. `wikitext-2-raw-v1`.
-        split: `train`, `test`, …; `all` for a file without splits.
-        revision: commit of a hub dataset, or the fingerprint `datasets` keeps with a saved folder.
-        text_sha256: of the UTF-8 text before tokenisation.
-        tokenizer_sha256: of the tokenizer's serialisation, see `tokenization.tokenizer_sha256`.
-        sampling: `random`, `sequential`, `sliding` or `given`.
-        stride: tokens between two window starts (sliding only).
-        seed: of the random choice (random only).
-        num_samples: windows.
-        seq_len: tokens in a window.
-        fingerprint: see `fingerprint`.
+    What a ready token array does not say is None: it has no text and no tokenizer.
     """
 
-    dataset: str
-    configuration: str | None
-    split: str
-    revision: str | None
-    text_sha256: str | None
-    tokenizer_sha256: str | None
-    sampling: str
-    stride: int | None
-    seed: int | None
-    num_samples: int
-    seq_len: int
+    dataset: str  # corpus name or local path
+    configuration: str | None  # of a dataset on the hub, e.g. `wikitext-2-raw-v1`
+    split: str  # `train`, `test`, …; `all` for a file without splits
+    revision: str | None  # commit of a hub dataset, or the fingerprint `datasets` keeps with a saved folder
+    text_sha256: str | None  # of the UTF-8 text before tokenisation
+    tokenizer_sha256: str | None  # see `tokenization.tokenizer_sha256`
+    sampling: str  # `random`, `sequential`, `sliding`; `given` for a token array
+    stride: int | None = None  # tokens between two window starts (sliding only)
+    seed: int | None = None  # of the random choice (random only)
+    num_samples: int  # windows
+    seq_len: int  # tokens in a window
     fingerprint: str
 
     def to_json(self) -> dict[str, Any]:
@@ -82,3 +65,10 @@ class EvaluationSet:
     name: str
     tokens: Tensor
     manifest: dict[str, Any]
+
+
+def same_text(seen: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two manifests are of one text: by name and split, by its SHA-256, or by the fingerprint of the tokens."""
+    same_split = all(seen[key] == other[key] for key in ("dataset", "split"))
+    known = seen["text_sha256"] is not None and seen["text_sha256"] == other["text_sha256"]
+    return same_split or known or bool(seen["fingerprint"] == other["fingerprint"])

@@ -4,10 +4,10 @@ How documents become one text follows the loaders the pruning papers share, beca
 wikitext2 joins its lines by a blank line, ptb and c4 join by one space.
 """
 
-from __future__ import annotations
-
 import difflib
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -44,31 +44,20 @@ class HubCorpus:
     configuration: str
     column: str
     joiner: str
-    splits: tuple[str, ...]  # the first is for calibration, the last is the held-out one
-    load: dict[str, Any]
-    streamed: bool = False
+    splits: tuple[str, ...]
+    options: dict[str, Any]  # of `datasets.load_dataset`
 
 
 HUB = {
     "wikitext2": HubCorpus(
-        "Salesforce/wikitext",
-        "wikitext-2-raw-v1",
-        "text",
-        "\n\n",
-        ("train", "validation", "test"),
-        {"name": "wikitext-2-raw-v1"},
+        "Salesforce/wikitext", "wikitext-2-raw-v1", "text", "\n\n", SPLITS, {"name": "wikitext-2-raw-v1"}
     ),
     # The hub's own copy is a loading script, which `datasets` no longer runs; its parquet conversion holds the
     # one configuration without naming it.
     "ptb": HubCorpus(
-        "ptb-text-only/ptb_text_only",
-        "penn_treebank",
-        "sentence",
-        " ",
-        ("train", "validation", "test"),
-        {"revision": "refs/convert/parquet"},
+        "ptb-text-only/ptb_text_only", "penn_treebank", "sentence", " ", SPLITS, {"revision": "refs/convert/parquet"}
     ),
-    "c4": HubCorpus("allenai/c4", "en", "text", " ", ("train", "validation"), {"name": "en"}, streamed=True),
+    "c4": HubCorpus("allenai/c4", "en", "text", " ", SPLITS[:2], {"name": "en", "streaming": True}),
 }
 NAMES = ("demo", *HUB)
 C4_HELD_OUT_DOCUMENTS = 1100  # the published c4 perplexities read the first 1100 validation documents
@@ -114,7 +103,7 @@ def load_corpus(dataset: str, split: str, tokens_wanted: int | None = None) -> C
         UserError: unknown dataset or split, missing or unreadable file, or a hub dataset that cannot be fetched.
     """
     splits = _splits(dataset)
-    if split not in (splits or ["all"]):
+    if split not in (splits or ("all",)):
         allowed = f"one of {', '.join(splits)}" if splits else "none: leave the split out"
         raise UserError(f"{dataset} has no split {split!r}; allowed: {allowed} (--data.dataset, --data.eval_datasets)")
     if dataset in HUB:
@@ -125,11 +114,9 @@ def load_corpus(dataset: str, split: str, tokens_wanted: int | None = None) -> C
     return Corpus(dataset, None, split, revision, text)
 
 
-def _splits(dataset: str) -> list[str]:
-    if dataset == "demo":
-        return list(SPLITS)
-    if dataset in HUB:
-        return list(HUB[dataset].splits)
+def _splits(dataset: str) -> Sequence[str]:
+    if dataset in NAMES:
+        return SPLITS if dataset == "demo" else HUB[dataset].splits
     if exists(Path(dataset)):
         return local_splits(Path(dataset))
     if "/" in dataset or Path(dataset).suffix:
@@ -144,35 +131,33 @@ def _splits(dataset: str) -> list[str]:
 
 def _from_hub(dataset: str, split: str, tokens_wanted: int | None) -> Corpus:
     source = HUB[dataset]
-    options = dict(source.load, split=split)
-    if source.streamed:
-        options["streaming"] = True
     try:
         with quiet_datasets():
-            rows = datasets.load_dataset(source.path, **options)
-        if not source.streamed:
-            documents = list(rows[source.column])
-        elif split == "train" and tokens_wanted is not None:
-            documents, missing = [], tokens_wanted * CHARACTERS_PER_TOKEN
-            for row in rows:  # the rest is never downloaded
-                documents.append(row[source.column])
-                missing -= len(documents[-1])
-                if missing <= 0:
-                    break
+            rows = datasets.load_dataset(source.path, split=split, **source.options)
+        if isinstance(rows, datasets.IterableDataset):
+            documents = _streamed(rows, source.column, tokens_wanted if split == "train" else None)
         else:
-            documents = [row[source.column] for row in islice(rows, C4_HELD_OUT_DOCUMENTS)]
+            documents = list(rows[source.column])
     except Exception as error:  # offline, moved, gated, rate-limited: the hub's clients raise dozens of types
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
             f"could not fetch {dataset} ({source.path}, {split}) from the hub: {reason}. Check the network and "
             f"HF_HUB_OFFLINE, or give a local {FILE_KINDS} with --data.dataset and --data.eval_datasets"
         ) from error
-    return Corpus(dataset, source.configuration, split, _revision(rows), source.joiner.join(documents))
+    # The commit is in the addresses that the dataset was downloaded from.
+    addresses = " ".join(getattr(rows.info, "download_checksums", None) or {})
+    commit = re.search(r"@([0-9a-f]{40})/", addresses)
+    revision = commit.group(1) if commit else getattr(rows, "_fingerprint", None)
+    return Corpus(dataset, source.configuration, split, revision, source.joiner.join(documents))
 
 
-def _revision(rows: Any) -> str | None:
-    """The commit in the addresses the dataset was downloaded from, else its `datasets` fingerprint."""
-    for address in getattr(rows.info, "download_checksums", None) or {}:
-        if match := re.search(r"@([0-9a-f]{40})/", address):
-            return match.group(1)
-    return getattr(rows, "_fingerprint", None)
+def _streamed(rows: Any, column: str, tokens_wanted: int | None) -> list[str]:
+    """As many documents as the tokens take, else those of the published perplexities; the rest is never downloaded."""
+    documents: list[str] = []
+    missing = math.inf if tokens_wanted is None else tokens_wanted * CHARACTERS_PER_TOKEN
+    for row in islice(rows, C4_HELD_OUT_DOCUMENTS if tokens_wanted is None else None):
+        documents.append(row[column])
+        missing -= len(documents[-1])
+        if missing <= 0:
+            break
+    return documents

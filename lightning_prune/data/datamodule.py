@@ -1,8 +1,7 @@
 """The one way text reaches a pruning method: a LightningDataModule whose defaults are the common setting."""
 
-from __future__ import annotations
-
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +11,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_prune.data.calibration import CalibrationManifest, CalibrationSet, EvaluationSet, fingerprint
+from lightning_prune.data.calibration import (
+    CalibrationManifest,
+    CalibrationSet,
+    EvaluationSet,
+    fingerprint,
+    same_text,
+)
 from lightning_prune.data.corpora import calibration_split, held_out_split, split_spec
-from lightning_prune.data.sampling import aligned_windows, random_windows, sequential_windows, sliding_windows
+from lightning_prune.data.sampling import aligned_windows, draw_windows
 from lightning_prune.data.streams import StreamReader, default_cache_dir
 from lightning_prune.data.token_arrays import first_part, is_token_array
 from lightning_prune.demo import demo_model_path
@@ -23,6 +28,8 @@ from lightning_prune.support.regular_files import expanded, from_home
 
 Batch = tuple[Tensor, Tensor, Tensor]
 WINDOWS, WINDOW_LENGTH = 128, 128  # the setting that pruning papers share
+LEAST = dict.fromkeys(("num_samples", "batch_size", "eval_batch_size", "stride"), 1)
+LEAST |= {"seq_len": 2, "eval_seq_len": 2, "seed": 0}
 
 
 class CalibrationDataModule(LightningDataModule):
@@ -80,36 +87,33 @@ class CalibrationDataModule(LightningDataModule):
         tokenizer: str = "demo",
     ) -> None:
         super().__init__()
-        # Of a token array only what was asked for is cut off, so the defaults must not look like a wish.
-        self._asked_for, self._eval_length_asked_for = (num_samples, seq_len), eval_seq_len
-        num_samples = WINDOWS if num_samples is None else num_samples
-        seq_len = WINDOW_LENGTH if seq_len is None else seq_len
-        eval_seq_len = WINDOW_LENGTH if eval_seq_len is None else eval_seq_len
-        _at_least(1, num_samples=num_samples, batch_size=batch_size, eval_batch_size=eval_batch_size)
-        _at_least(2, seq_len=seq_len, eval_seq_len=eval_seq_len)
-        _at_least(0, seed=seed)
-        if sampling not in ("random", "sequential", "sliding"):
-            raise UserError(f"--data.sampling is {sampling!r}: choose random, sequential or sliding")
-        if sampling == "sliding":
-            if stride is None:
-                raise UserError("--data.sampling sliding needs --data.stride, the tokens between two window starts")
-            _at_least(1, stride=stride)
-        elif stride is not None:
-            raise UserError(
-                f"--data.stride {stride} has no meaning with --data.sampling {sampling}: "
-                f"leave it out or choose --data.sampling sliding"
-            )
+        # Of a token array only what was requested is cut off, so the defaults must not look like a wish.
+        self._requested, self._requested_eval_length = (num_samples, seq_len), eval_seq_len
         self.dataset = None if dataset is None else from_home(dataset, "--data.dataset")
         self.eval_datasets = eval_datasets
-        self.num_samples, self.seq_len, self.batch_size = num_samples, seq_len, batch_size
+        self.num_samples = WINDOWS if num_samples is None else num_samples
+        self.seq_len = WINDOW_LENGTH if seq_len is None else seq_len
+        self.eval_seq_len = WINDOW_LENGTH if eval_seq_len is None else eval_seq_len
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.sampling, self.stride, self.seed = sampling, stride, seed
-        self.eval_seq_len, self.eval_batch_size = eval_seq_len, eval_batch_size
-        self.cache_dir = expanded(cache_dir, "--data.cache_dir") if cache_dir else default_cache_dir()
         self.tokenizer = tokenizer
         self.needs_calibration = True
         self.eval_batches_per_step = 1  # more where a model is brought in layer by layer for every step
         self._calibration: CalibrationSet | None = None
         self._evaluation: list[EvaluationSet] | None = None
+        for name, least in LEAST.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UserError(f"--data.{name} is {value}: it must be at least {least}")
+        if sampling not in ("random", "sequential", "sliding"):
+            raise UserError(f"--data.sampling is {sampling!r}: choose random, sequential or sliding")
+        if sampling == "sliding" and stride is None:
+            raise UserError("--data.sampling sliding needs --data.stride, the tokens between two window starts")
+        if sampling != "sliding" and stride is not None:
+            raise UserError(
+                f"--data.stride {stride} has no meaning with --data.sampling {sampling}: "
+                f"leave it out or choose --data.sampling sliding"
+            )
+        self.cache_dir = expanded(cache_dir, "--data.cache_dir") if cache_dir else default_cache_dir()
         self._streams = StreamReader(tokenizer, self.cache_dir)
 
     @property
@@ -147,7 +151,11 @@ class CalibrationDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Build what the stage needs, once: calibration for `fit` or None, evaluation sets for every stage."""
         if self._calibration is None and self.needs_calibration and stage in (None, "fit"):
-            self._calibration = self._build_calibration()
+            tokens, facts = self._calibration_windows(self.num_samples)
+            num_samples, seq_len = tokens.shape
+            sizes: dict[str, Any] = {"num_samples": num_samples, "seq_len": seq_len}
+            manifest = CalibrationManifest(**facts, **sizes, fingerprint=fingerprint(tokens))
+            self._calibration = CalibrationSet(tokens, manifest)
         if self._evaluation is None:
             self._evaluation = self._build_evaluation()
             for held_out in self._evaluation:
@@ -194,7 +202,8 @@ class CalibrationDataModule(LightningDataModule):
                     f"{max_positions} positions: lower --data.{length_option} (token arrays: --data.{dataset_option})"
                 )
 
-    def _build_calibration(self) -> CalibrationSet:
+    def _calibration_windows(self, num_samples: int | None) -> tuple[Tensor, dict[str, Any]]:
+        """Windows `[N, L]`, None for all of a text, and what the manifest says of where they came from."""
         dataset, split = split_spec(self.source)
         if is_token_array(dataset):
             if self.sampling == "sliding":
@@ -202,23 +211,13 @@ class CalibrationDataModule(LightningDataModule):
                     f"--data.sampling sliding has no meaning for the token array {dataset}, whose rows are the "
                     f"windows: leave it out with --data.stride"
                 )
-            tokens, facts = first_part(dataset, split, *self._asked_for)
-            return calibration_set(tokens, sampling="given", **facts)
-        wanted = (self.num_samples - 1) * (self.stride or self.seq_len) + self.seq_len
-        stream = self._streams.read(dataset, split or calibration_split(dataset), wanted)
-        if self.sampling == "random":
-            tokens = random_windows(stream.tokens, self.num_samples, self.seq_len, self.seed)
-        elif self.sampling == "sequential":
-            tokens = sequential_windows(stream.tokens, self.num_samples, self.seq_len)
-        else:
-            tokens = sliding_windows(stream.tokens, self.num_samples, self.seq_len, self.stride or 1)
-        return calibration_set(
-            tokens,
-            sampling=self.sampling,
-            stride=self.stride,
-            seed=self.seed if self.sampling == "random" else None,
-            **stream.provenance,
-        )
+            tokens, facts = first_part(dataset, split, *self._requested)
+            return tokens, {**facts, "sampling": "given"}
+        wanted = None if num_samples is None else (num_samples - 1) * (self.stride or self.seq_len) + self.seq_len
+        stream, facts = self._streams.read(dataset, split or calibration_split(dataset), wanted)
+        seed = self.seed if self.sampling == "random" else None
+        tokens = draw_windows(stream, num_samples, self.seq_len, self.stride, seed)
+        return tokens, {**facts, "sampling": self.sampling, "stride": self.stride, "seed": seed}
 
     def _build_evaluation(self) -> list[EvaluationSet]:
         if self.eval_datasets is not None:
@@ -235,26 +234,26 @@ class CalibrationDataModule(LightningDataModule):
         if repeated:
             raise UserError(f"--data.eval_datasets lists {repeated[0]} twice")
         sets = [self._evaluation_set(spec) for spec in specs]
-        return [_distinctly_named(one, sets) for one in sets]
+        return [replace(one, name=_distinct_name(one, sets)) for one in sets]
 
     def _evaluation_set(self, spec: str) -> EvaluationSet:
         dataset, split = split_spec(spec)
         name = Path(dataset).name
         if is_token_array(dataset):
-            tokens, provenance = first_part(dataset, split, None, self._eval_length_asked_for, "eval_seq_len")
+            tokens, facts = first_part(dataset, split, None, self._requested_eval_length, "eval_seq_len")
         else:
             default = held_out_split(dataset) or "all"
             name = name if split in (None, default) else f"{name}:{split}"
-            stream = self._streams.read(dataset, split or default)
-            tokens, provenance = aligned_windows(stream.tokens, self.eval_seq_len), stream.provenance
+            stream, facts = self._streams.read(dataset, split or default)
+            tokens = aligned_windows(stream, self.eval_seq_len)
             if len(tokens) == 0:
                 raise UserError(
-                    f"evaluation set {spec} has {len(stream.tokens)} tokens, but one window needs {self.eval_seq_len}: "
+                    f"evaluation set {spec} has {len(stream)} tokens, but one window needs {self.eval_seq_len}: "
                     f"lower --data.eval_seq_len or choose a longer text with --data.eval_datasets"
                 )
         windows, seq_len = tokens.shape
         manifest = {
-            **provenance,
+            **facts,
             "seq_len": seq_len,
             "stride": seq_len,
             "bos": "none",
@@ -286,40 +285,12 @@ class CalibrationDataModule(LightningDataModule):
         return DataLoader(dataset, batch_size=batch_size, shuffle=False, sampler=sampler)  # type: ignore[arg-type]
 
 
-def _distinctly_named(one: EvaluationSet, sets: list[EvaluationSet]) -> EvaluationSet:
+def _distinct_name(one: EvaluationSet, sets: list[EvaluationSet]) -> str:
     """Files of the same name in different folders get their folder's name too, or the whole path if need be."""
-    path = Path(one.manifest["dataset"])
-    same = [other for other in sets if other.name == one.name]
+    same = [Path(other.manifest["dataset"]) for other in sets if other.name == one.name]
     if len(same) == 1:
-        return one
-    folders = [Path(other.manifest["dataset"]).absolute().parent.name for other in same]
+        return one.name
+    path = Path(one.manifest["dataset"])
     prefix = path.absolute().parent.name
-    name = f"{prefix}/{one.name}" if folders.count(prefix) == 1 else str(path)
-    return EvaluationSet(name, one.tokens, one.manifest)
-
-
-def same_text(seen: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two manifests are of one text: by name and split, by its SHA-256, or by the fingerprint of the tokens."""
-    same_split = all(seen[key] == other[key] for key in ("dataset", "split"))
-    known = seen["text_sha256"] is not None and seen["text_sha256"] == other["text_sha256"]
-    return same_split or known or bool(seen["fingerprint"] == other["fingerprint"])
-
-
-def calibration_set(tokens: Tensor, **manifest: Any) -> CalibrationSet:
-    """`tokens` `[N, L]` with what is known of them."""
-    num_samples, seq_len = tokens.shape
-    return CalibrationSet(
-        tokens,
-        CalibrationManifest(
-            **{"stride": None, "seed": None, **manifest},
-            num_samples=num_samples,
-            seq_len=seq_len,
-            fingerprint=fingerprint(tokens),
-        ),
-    )
-
-
-def _at_least(least: int, **options: int) -> None:
-    for name, value in options.items():
-        if value < least:
-            raise UserError(f"--data.{name} is {value}: it must be at least {least}")
+    is_enough = [other.absolute().parent.name for other in same].count(prefix) == 1
+    return f"{prefix}/{one.name}" if is_enough else str(path)

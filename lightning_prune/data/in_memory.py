@@ -1,7 +1,6 @@
 """Text or token ids of one's own as the calibration set of a run."""
 
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_prune.data.corpora import load_corpus
-from lightning_prune.data.sampling import random_windows
-from lightning_prune.data.tokenization import load_tokenizer
+from lightning_prune.data.sampling import draw_windows
+from lightning_prune.data.tokenization import load_tokenizer, tokenize
 from lightning_prune.support.errors import UserError
+from lightning_prune.support.regular_files import kind_of
 
 
 def calibration_set(
@@ -44,11 +44,8 @@ def calibration_set(
     if ids is None:
         if tokenizer is None:
             raise UserError("tokenizer: none given; texts need that of the model (the object, its folder or hub id).")
-        found = load_tokenizer(str(tokenizer)) if isinstance(tokenizer, str | Path) else tokenizer
-        ids = torch.tensor(
-            found("\n\n".join(_texts(data, column)), add_special_tokens=False, verbose=False)["input_ids"]
-        )
-    return random_windows(ids, num_samples, seq_len, seed)
+        ids = tokenize(load_tokenizer(tokenizer), "\n\n".join(_texts(data, column)))
+    return draw_windows(ids, num_samples, seq_len, seed=seed)
 
 
 def as_dataset(calibration: Any, folder: Path, name: str) -> str | None:
@@ -84,10 +81,7 @@ def _texts(data: Any, column: str) -> list[str]:
     if isinstance(data, Path):
         return [load_corpus(str(data), "all").text]
     if isinstance(data, str):
-        is_file = False
-        with suppress(OSError, ValueError):  # what a text gives as the name of a file
-            is_file = Path(data).is_file()
-        if is_file:
+        if kind_of(Path(data)) == "file":
             raise UserError(f"calibration data: '{data}' is a file; pathlib.Path('{data}') is read, a str is text.")
         return [data]
     if hasattr(data, "column_names"):

@@ -1,22 +1,19 @@
 """Text in local files and folders, as `datasets` loads it; JSON lines and parquet in a way that bounds memory."""
 
-from __future__ import annotations
-
 import glob
 import gzip
 import json
-import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
-import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from lightning_prune.support.errors import UserError
+from lightning_prune.support.errors import UserError, first_line
 from lightning_prune.support.quiet import quiet_datasets
 from lightning_prune.support.regular_files import is_special, require_regular
 
@@ -42,7 +39,8 @@ def local_splits(path: Path) -> list[str]:
     Raises:
         UserError: a folder that `datasets` cannot load.
     """
-    tables = _open(path) if path.is_dir() else None
+    with _reading(path):
+        tables = _open(path) if path.is_dir() else None
     return [str(split) for split in tables] if isinstance(tables, dict) else []
 
 
@@ -57,22 +55,32 @@ def read_local(path: Path, split: str) -> tuple[str, str | None]:
         UserError: unknown kind, broken content, or no column that is clearly the text.
     """
     name = path.name.lower()
-    if name.endswith((*JSON_LINES, ".parquet")) and not path.is_dir():
-        _check_size(path, require_regular(path, _OPTIONS))
-        return _joined(path, _parquet(path) if name.endswith(".parquet") else _json_lines(path)), None
-    tables = _open(path)
-    rows = tables[split] if isinstance(tables, dict) else tables
+    with _reading(path):
+        if name.endswith((*JSON_LINES, ".parquet")) and not path.is_dir():
+            _check_size(path, require_regular(path, _OPTIONS))
+            return _joined(path, _parquet(path) if name.endswith(".parquet") else _json_lines(path)), None
+        tables = _open(path)
+        rows = tables[split] if isinstance(tables, dict) else tables
+        rows = rows if rows.features else rows._resolve_features()
+        kinds = {name: getattr(kind, "dtype", "") for name, kind in rows.features.items()}
+        column = _text_column(path, kinds, {name for name, kind in kinds.items() if "string" in kind})
+        text = _joined(path, (row[column] for row in rows.select_columns(column)))
+    return text, rows._fingerprint if isinstance(rows, datasets.Dataset) else None
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Whatever a library says of `path` as one message."""
     try:
         with quiet_datasets():
-            rows = rows if rows.features else rows._resolve_features()
-            kinds = {name: getattr(kind, "dtype", "") for name, kind in rows.features.items()}
-            column = _text_column(path, kinds, {name for name, kind in kinds.items() if "string" in kind})
-            text = _joined(path, (row[column] for row in rows.select_columns(column)))
+            yield
     except UserError:
         raise
-    except Exception as error:  # arrow, zlib, json, pandas and datasets have no common base
-        raise _unreadable(path, error) from error
-    return text, rows._fingerprint if isinstance(rows, datasets.Dataset) else None
+    except Exception as error:  # arrow, gzip, zlib, json, pandas and datasets have no common base
+        reason = first_line(error) if str(error).strip() else "it holds nothing"
+        if isinstance(error, AttributeError | TypeError | KeyError):  # their words are about the code of datasets
+            reason = "its entries are not those that datasets writes"
+        raise UserError(f"cannot read {path}: {reason}. Check the file, or choose another with {_OPTIONS}") from error
 
 
 def _open(path: Path) -> Any:
@@ -80,44 +88,36 @@ def _open(path: Path) -> Any:
     for part in [path, *path.rglob("*")] if path.is_dir() else [path]:
         if is_special(part):
             require_regular(part, _OPTIONS)
-    try:
-        with quiet_datasets():
-            if any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json")):
-                return datasets.load_from_disk(str(path))
-            if path.is_dir():
-                return datasets.load_dataset(str(path), streaming=True)
-            _check_size(path, path.stat().st_size)
-            if path.suffix.lower() in LOADERS:
-                kind, options = LOADERS[path.suffix.lower()]
-                file = glob.escape(str(path.absolute()))
-                return datasets.load_dataset(kind, data_files=file, split="train", streaming=True, **options)
-    except UserError:
-        raise
-    except Exception as error:  # as above
-        raise _unreadable(path, error) from error
-    raise UserError(f"{path} is of an unknown kind; {_OPTIONS} take a {FILE_KINDS}")
+    if any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json")):
+        return datasets.load_from_disk(str(path))
+    if path.is_dir():
+        return datasets.load_dataset(str(path), streaming=True)
+    _check_size(path, path.stat().st_size)
+    if path.suffix.lower() not in LOADERS:
+        raise UserError(f"{path} is of an unknown kind; {_OPTIONS} take a {FILE_KINDS}")
+    kind, options = LOADERS[path.suffix.lower()]
+    file = glob.escape(str(path.absolute()))
+    return datasets.load_dataset(kind, data_files=file, split="train", streaming=True, **options)
 
 
 def _json_lines(path: Path) -> list[str | None]:
     """The text column. Not through `datasets`: pyarrow ends the process at a line that says null, takes texts that look
     like dates for dates, and expects the types of the first 10 MB in all others."""
     rows: list[dict[str, Any]] = []
-    number = size = 0  # the line, for messages
-    try:
-        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            for line in iter(partial(file.readline, SIZE_LIMIT), ""):
-                number += 1
-                size += len(line)
-                _check_size(path, size)
-                if line.strip():
-                    rows.append(json.loads(line))
-                    rows[-1].items()
-    except (ValueError, RecursionError, AttributeError) as error:  # a number of 5000 digits is a plain ValueError
-        if isinstance(error, UnicodeDecodeError):
-            raise _unreadable(path, error) from error
-        raise UserError(f"{path}, line {number}: not a JSON object; {_OPTIONS} take one JSON object a line") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise _unreadable(path, error) from error
+    size = 0
+    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(iter(partial(file.readline, SIZE_LIMIT), ""), start=1):
+            size += len(line)
+            _check_size(path, size)
+            if not line.strip():
+                continue
+            try:
+                rows.append(json.loads(line))
+                rows[-1].items()
+            except (ValueError, RecursionError, AttributeError) as error:  # ValueError: also a number of 5000 digits
+                raise UserError(
+                    f"{path}, line {number}: not a JSON object; {_OPTIONS} take one JSON object a line"
+                ) from error
     names = list(dict.fromkeys(name for row in rows for name in row))
     strings = {name for name in names if all(isinstance(row.get(name), str | None) for row in rows)}
     column = _text_column(path, names, strings)
@@ -127,20 +127,17 @@ def _json_lines(path: Path) -> list[str | None]:
 def _parquet(path: Path) -> Iterator[str | None]:
     """The text column. Not through `datasets`, which unpacks a row group at once, and a small file can stand for 40 GB.
     As a dictionary, repeated texts stay one until all are counted."""
-    try:
-        schema = pq.read_schema(path)
-        column = _text_column(path, schema.names, {field.name for field in schema if "string" in str(field.type)})
-        with pq.ParquetFile(path, read_dictionary=[column]) as file:
-            size, parts = 0, []
-            for batch in file.iter_batches(batch_size=32, columns=[column]):
-                parts.append(batch.column(0))
-                lengths = pc.binary_length(parts[-1].dictionary).take(parts[-1].indices)
-                size += pc.sum(lengths).as_py() or 0
-                _check_size(path, size)
-        for part in parts:
-            yield from part.to_pylist()
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from error
+    schema = pq.read_schema(path)
+    column = _text_column(path, schema.names, {field.name for field in schema if "string" in str(field.type)})
+    size, parts = 0, []
+    with pq.ParquetFile(path, read_dictionary=[column]) as file:
+        for batch in file.iter_batches(batch_size=32, columns=[column]):
+            parts.append(batch.column(0))
+            lengths = pc.binary_length(parts[-1].dictionary).take(parts[-1].indices)
+            size += pc.sum(lengths).as_py() or 0
+            _check_size(path, size)
+    for part in parts:
+        yield from part.to_pylist()
 
 
 def _text_column(path: Path, names: Iterable[str], strings: set[str]) -> str:
@@ -179,10 +176,3 @@ def _joined(path: Path, documents: Iterable[str | None]) -> str:
 def _check_size(path: Path, size: int) -> None:
     if size > SIZE_LIMIT:
         raise UserError(f"{path} holds more than {SIZE_LIMIT} characters, the most that is read; {_OPTIONS}")
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    reason = (str(error).strip().splitlines() or ["it holds nothing"])[0]
-    if isinstance(error, AttributeError | TypeError | KeyError):  # their words are about the code of datasets
-        reason = "its entries are not those that datasets writes"
-    return UserError(f"cannot read {path}: {reason}. Check the file, or choose another with {_OPTIONS}")

@@ -1,7 +1,5 @@
 """Ready token ids: `.npy` and `.safetensors` arrays, int64 `[N, L]`, taken as they are."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,8 @@ from torch import Tensor
 
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.regular_files import exists, require_regular
+
+OPTIONS = "--data.dataset, --data.eval_datasets"
 
 
 def is_token_array(dataset: str) -> bool:
@@ -32,8 +32,8 @@ def load_token_array(path: str) -> Tensor:
         UserError: missing or broken file, another dtype or rank, or an empty array.
     """
     if not exists(Path(path)):
-        raise UserError(f"no token array at {path}: check --data.dataset and --data.eval_datasets")
-    require_regular(Path(path), "--data.dataset and --data.eval_datasets")
+        raise UserError(f"no token array at {path}: check {OPTIONS}")
+    require_regular(Path(path), OPTIONS)
     try:
         if path.lower().endswith(".npy"):
             # Mapped, so that a shape in the header is compared with the file's size before anything is allocated.
@@ -43,17 +43,15 @@ def load_token_array(path: str) -> Tensor:
             tensors = load_file(path)
             if len(tensors) != 1 and "tokens" not in tensors:
                 raise ValueError(f"it holds {len(tensors)} tensors ({', '.join(tensors)}) and none is named tokens")
-            tokens = next(iter(tensors.values())) if len(tensors) == 1 else tensors["tokens"]
+            tokens = tensors.get("tokens", next(iter(tensors.values())))
     except Exception as error:  # numpy reads a header as a Python literal, which may fail in any way
         raise UserError(
-            f"cannot read the token array {path}: {error}; it must be int64 [N, L] saved without pickle "
-            f"(--data.dataset, --data.eval_datasets)"
+            f"cannot read the token array {path}: {error}; it must be int64 [N, L] saved without pickle ({OPTIONS})"
         ) from error
     if tokens.dtype != torch.int64 or tokens.ndim != 2 or len(tokens) < 1 or tokens.shape[1] < 2:
         raise UserError(
             f"cannot use the token array {path}: it is {str(tokens.dtype).removeprefix('torch.')} "
-            f"{list(tokens.shape)}; it must be int64 [N, L] with N >= 1 and L >= 2 "
-            f"(--data.dataset, --data.eval_datasets)"
+            f"{list(tokens.shape)}; it must be int64 [N, L] with N >= 1 and L >= 2 ({OPTIONS})"
         )
     return tokens
 
@@ -61,17 +59,16 @@ def load_token_array(path: str) -> Tensor:
 def first_part(
     path: str, split: str | None, num_samples: int | None, seq_len: int | None, length_option: str = "seq_len"
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The first rows of an array and their first tokens, and what a manifest says of where they came from.
+    """The first `num_samples` rows of an array (None for all) and their first `seq_len` tokens (None for all).
 
     Args:
         path: see `load_token_array`.
         split: what the user wrote after a colon; an array has none.
-        num_samples: rows wanted; None for all.
-        seq_len: tokens wanted of each row; None for all.
-        length_option: the option that asks for them.
+        num_samples, seq_len: what is requested.
+        length_option: the option that requests `seq_len`.
 
     Returns:
-        int64 `[num_samples, seq_len]`; the fields of `TokenStream.provenance`, of which it knows dataset and split.
+        int64 `[num_samples, seq_len]`; the fields that `StreamReader.read` gives, of which it knows dataset and split.
 
     Raises:
         UserError: as `load_token_array`; or a split, or more is wanted than is there.

@@ -6,8 +6,6 @@ space, and only where tokenising the 256 characters on either side gives the sam
 A tokenizer that has no such place (one that marks the start of every text it is given) gets the rest in one piece.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -35,19 +33,21 @@ CONTEXT = 256  # characters on either side of a cut that must not notice it
 CANDIDATES = 32  # white-space positions tried before the rest is taken in one piece
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model folder or hub id; `demo` is the embedded model's.
+def load_tokenizer(source: Any) -> Any:
+    """The tokenizer of a model folder or hub id; `demo` is the embedded model's; a tokenizer is returned as it is.
 
     Raises:
         UserError: there is none, or it cannot be read.
     """
+    if not isinstance(source, str | Path):
+        return source
     try:
         with quiet_transformers():
-            folder = demo_model_path() if name == "demo" else from_home(name, "--data.tokenizer")
+            folder = demo_model_path() if source == "demo" else from_home(str(source), "--data.tokenizer")
             return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, … for one and the same mistake
         raise UserError(
-            f"no usable tokenizer in {name!r} ({first_line(error)}), and a text dataset needs one: add the tokenizer "
+            f"no usable tokenizer in '{source}' ({first_line(error)}), and a text dataset needs one: add the tokenizer "
             f"files (tokenizer.json, tokenizer_config.json) to the model folder, choose another with --data.tokenizer, "
             f"or give a token array (.npy or .safetensors, int64 [N, L]) with --data.dataset and --data.eval_datasets"
         ) from error
@@ -66,35 +66,31 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 def tokenize(tokenizer: Any, text: str, progress: bool = False) -> Tensor:
     """The packed stream of a text of any length: int64 `[T]`, no special tokens, no padding."""
-    stream: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+    stream = [np.empty(0, np.int64)]
     with closing(Progress(shown=progress)) as shown:
         shown.expect(TOKENISING, len(text))
         for piece in _pieces(tokenizer, text):
             stream.append(np.asarray(_ids(tokenizer, piece), dtype=np.int64))
             shown.advance(TOKENISING, len(piece))
         shown.finish(TOKENISING)
-    return torch.from_numpy(np.concatenate(stream) if stream else np.empty(0, np.int64))
+    return torch.from_numpy(np.concatenate(stream))
 
 
 def _pieces(tokenizer: Any, text: str) -> Iterator[str]:
     start = 0
-    while len(text) - start > PIECE:
-        cut = _safe_cut(tokenizer, text, start + PIECE)
-        if cut is None:
-            break
+    while start < len(text):
+        cut = len(text) if len(text) - start <= PIECE else _safe_cut(tokenizer, text, start + PIECE)
         yield text[start:cut]
         start = cut
-    if start < len(text):
-        yield text[start:]
 
 
-def _safe_cut(tokenizer: Any, text: str, begin: int) -> int | None:
+def _safe_cut(tokenizer: Any, text: str, begin: int) -> int:
     for space in islice(re.compile(r"\s").finditer(text, begin), CANDIDATES):
         for cut in (space.start(), space.end()):
             left, right = text[cut - CONTEXT : cut], text[cut : cut + CONTEXT]
             if _ids(tokenizer, left) + _ids(tokenizer, right) == _ids(tokenizer, left + right):
                 return cut
-    return None
+    return len(text)
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

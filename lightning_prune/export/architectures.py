@@ -13,22 +13,15 @@ from lightning_prune.support.errors import UserError
 
 @dataclass(frozen=True)
 class Architecture:
-    """One architecture of the format, as llama.cpp computes it.
+    """One architecture of the format, as llama.cpp computes it."""
 
-    Attributes:
-        name: ``general.architecture``.
-        per_layer: head counts and MLP widths are arrays over layers.
-        like_llama: rotary pairs are neighbours (2 i, 2 i + 1), not (i, i + d/2) as in transformers, so rows of queries
-            and keys change places; and there is a divisor for every rotary frequency (Llama 3's scaling).
-        fused: queries, keys and values are one matrix, and the head is the embedding.
-        biases: of the projections; what a family has beyond them is refused.
-    """
-
-    name: str
-    per_layer: bool = False
+    name: str  # ``general.architecture``
+    per_layer: bool = False  # head counts and MLP widths are arrays over layers
+    # Rotary pairs are neighbours (2 i, 2 i + 1), not (i, i + d/2) as in transformers, so rows of queries and keys
+    # change places; and there is a divisor for every rotary frequency (Llama 3's scaling).
     like_llama: bool = False
-    fused: bool = False
-    biases: tuple[str, ...] = ()
+    fused: bool = False  # queries, keys and values are one matrix, and the head is the embedding
+    biases: tuple[str, ...] = ()  # of the projections; what a family has beyond them is refused
 
 
 LLAMA_BIASES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -63,25 +56,23 @@ def architecture_of(config: Any, biases: set[str]) -> Architecture:
             f"{instead}, which llama.cpp's own convert_hf_to_gguf.py may take."
         )
 
-    family = config.model_type
-    if family not in ARCHITECTURES:
-        raise refuse(f"family '{family}': exported are {', '.join(sorted(ARCHITECTURES))}")
-    found = ARCHITECTURES[family][config.is_heterogeneous]
-    if found.fused and not config.tie_word_embeddings:
+    if config.model_type not in ARCHITECTURES:
+        raise refuse(f"family '{config.model_type}': exported are {', '.join(sorted(ARCHITECTURES))}")
+    architecture = ARCHITECTURES[config.model_type][config.is_heterogeneous]
+    if architecture.fused and not config.tie_word_embeddings:
         raise refuse(
-            f"embeddings that are not tied to the head, in family '{family}' with widths that differ by layer: "
-            f"architecture '{found.name}' has no head of its own"
+            f"embeddings that are not tied to the head, in family '{config.model_type}' with widths that differ by "
+            f"layer: architecture '{architecture.name}' has no head of its own"
         )
-    if too_many := sorted(biases - set(found.biases)):
-        raise refuse(f"bias of {', '.join(too_many)}: architecture '{found.name}' has none there")
+    if too_many := sorted(biases - set(architecture.biases)):
+        raise refuse(f"bias of {', '.join(too_many)}: architecture '{architecture.name}' has none there")
     if config.hidden_act not in ("silu", "swish"):
-        raise refuse(f"activation '{config.hidden_act}': architecture '{found.name}' computes silu")
+        raise refuse(f"activation '{config.hidden_act}': architecture '{architecture.name}' computes silu")
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
-    if kind not in ("default", "linear", "llama3", "yarn") or (kind == "llama3" and not found.like_llama):
-        raise refuse(f"rotary scaling '{kind}': architecture '{found.name}' does not compute it")
-    plain = {"partial_rotary_factor": 1, "mscale": 1, "mscale_all_dim": 1, "truncate": True}
-    for key, value in plain.items():
+    if kind not in ("default", "linear", "llama3", "yarn") or (kind == "llama3" and not architecture.like_llama):
+        raise refuse(f"rotary scaling '{kind}': architecture '{architecture.name}' does not compute it")
+    for key, value in {"partial_rotary_factor": 1, "mscale": 1, "mscale_all_dim": 1, "truncate": True}.items():
         if rope.get(key) not in (None, value):
-            raise refuse(f"rotary parameter {key} {rope[key]}: architecture '{found.name}' has none")
-    return found
+            raise refuse(f"rotary parameter {key} {rope[key]}: architecture '{architecture.name}' has none")
+    return architecture

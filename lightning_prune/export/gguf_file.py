@@ -2,12 +2,10 @@
 
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 
@@ -19,87 +17,75 @@ from lightning_prune.models.families import head_dim_of, layers_of
 from lightning_prune.models.sources import CheckpointSource
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import temporary
+from lightning_prune.support.progress import Progress
 
+# What the command calls a dtype → the format's type of a file whose matrices have it.
 FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+STORED = {torch.float16: "f16", torch.bfloat16: "bf16"}
 ROWS = 4096  # converted at a time
 
 
-@dataclass(frozen=True)
-class Written:
-    """What was written: the architecture, how many matrices q8_0 could not hold, and the window that shortened the
-    context, if one did."""
-
-    architecture: str
-    left_in_f16: int
-    window: int | None
-
-
-def write_gguf(
-    checkpoint: Checkpoint, output: Path, dtype: str, progress: Callable[[str, int, int], None] = lambda *_: None
-) -> Written:
+def write_gguf(checkpoint: Checkpoint, output: Path, dtype: str | None, progress: Progress) -> str:
     """Write a dense or pruned checkpoint as a GGUF file, one tensor in memory at a time.
 
     Args:
         checkpoint: a dense or pruned model.
         output: the file; it takes its name when it is complete, and replaces what was there then.
-        dtype: of the matrices: ``f32``, ``f16``, ``bf16`` or ``q8_0``; vectors are always fp32.
-        progress: told the name of every tensor that has been written, and the bytes so far and in all.
+        dtype: of the matrices: ``f32``, ``f16``, ``bf16`` or ``q8_0``, or None for that of the weights; vectors are
+            always fp32.
+        progress: told of every tensor that has been written.
+
+    Returns:
+        What differs from the checkpoint, a line each, and what was written.
 
     Raises:
-        UserError: the ``gguf`` package is missing, the model or its tokenizer cannot be held by any architecture, or a
-            weight does not fit into f16.
+        UserError: the model or its tokenizer cannot be held by any architecture, or a weight does not fit into f16.
         OSError: the file cannot be written; nothing is left of it.
     """
-    gguf = gguf_package()
+    dtype = dtype or STORED.get(checkpoint.stored_dtype, "f32")
     net, source = checkpoint.skeleton(), checkpoint.source()
     config: Any = net.config
     biases = {name.split(".")[-2] for name, _ in layers_of(net).named_parameters() if name.endswith(".bias")}
     architecture = architecture_of(config, biases)
     filled = filled_config(config, architecture)
-    writer = gguf.GGUFWriter(None, architecture.name)
+    writer: Any = gguf.GGUFWriter(None, architecture.name)
     window = _window_of(config)
-    _describe(gguf, writer, filled, architecture, window)
+    _describe(writer, filled, architecture, window)
     writer.add_name(Path(checkpoint.pretrained).resolve().name)
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[dtype]])
-    ends = getattr(checkpoint.generation_config, "eos_token_id", None)
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    add_vocabulary(gguf, writer, checkpoint, config.vocab_size, ends)
+    add_vocabulary(writer, checkpoint, config.vocab_size)
 
-    tensors = [(entry, _type(gguf, entry, dtype)) for entry in entries(gguf, net, filled, architecture)]
+    tensors = [(entry, _type(entry, dtype)) for entry in entries(net, filled, architecture)]
     sizes = []
     for entry, kind in tensors:
         block, size = gguf.GGML_QUANT_SIZES[kind]
         sizes.append(torch.Size(entry.shape).numel() // block * size)
         writer.add_tensor_info(entry.name, entry.shape, "float32", sizes[-1], raw_dtype=kind)
+    phase = f"writing {output.name}"
+    progress.expect(phase, sum(sizes))
     with temporary(output) as partial:
         try:
             writer.write_header_to_file(partial)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for done, (entry, kind) in enumerate(tensors, start=1):
-                writer.write_tensor_data(_values(gguf, entry, kind, source))
-                progress(entry.name, sum(sizes[:done]), sum(sizes))
+            for (entry, kind), size in zip(tensors, sizes, strict=True):
+                writer.write_tensor_data(_values(entry, kind, source))
+                progress.advance(phase, size)
         finally:
             writer.close()
             source.close()
         os.replace(partial, output)
+    progress.finish(phase)
+    lines = []
     left = sum(kind == gguf.GGMLQuantizationType.F16 for _, kind in tensors) if dtype == "q8_0" else 0
-    return Written(architecture.name, left, window)
-
-
-def gguf_package() -> ModuleType:
-    """The package that knows the file format.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    try:
-        import gguf
-    except ImportError:
-        raise UserError(
-            "--format gguf needs the package 'gguf'. Install it with: pip install 'lightning-prune[gguf]'"
-        ) from None
-    return gguf  # type: ignore[no-any-return]
+    if left:
+        lines.append(
+            f"{left} matrices are in f16: the length of their rows is not a multiple of 32, which q8_0 "
+            "needs. --model.round_to 32 (fit) makes widths that are."
+        )
+    if window is not None and window < config.max_position_embeddings:
+        lines.append(f"the context is {window} tokens, the model's sliding window: the format has none for it.")
+    return "\n".join([*lines, f"GGUF file ({architecture.name}, {dtype}): {output}"])
 
 
 def _window_of(config: Any) -> int | None:
@@ -109,7 +95,7 @@ def _window_of(config: Any) -> int | None:
     return None if types is not None and "sliding_attention" not in types else window
 
 
-def _describe(gguf: ModuleType, writer: Any, config: Any, architecture: Architecture, window: int | None) -> None:
+def _describe(writer: Any, config: Any, architecture: Architecture, window: int | None) -> None:
     layers = config.per_layer_config if config.is_heterogeneous else [config]
     dim = head_dim_of(config)
     writer.add_type("model")
@@ -125,9 +111,8 @@ def _describe(gguf: ModuleType, writer: Any, config: Any, architecture: Architec
         (writer.add_feed_forward_length, [own.intermediate_size for own in layers]),
     ):
         add(counts if architecture.per_layer else counts[0])
-    writer.add_key_length(dim)
-    writer.add_value_length(dim)
-    writer.add_rope_dimension_count(dim)
+    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+        add(dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
     rope = config.rope_parameters
@@ -143,7 +128,7 @@ def _describe(gguf: ModuleType, writer: Any, config: Any, architecture: Architec
         writer.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow") or 1))
 
 
-def _type(gguf: ModuleType, entry: Entry, dtype: str) -> Any:
+def _type(entry: Entry, dtype: str) -> gguf.GGMLQuantizationType:
     """Vectors stay fp32, as everywhere in this format; a row that q8_0 cannot divide goes to f16."""
     types = gguf.GGMLQuantizationType
     if len(entry.shape) == 1:
@@ -152,7 +137,7 @@ def _type(gguf: ModuleType, entry: Entry, dtype: str) -> Any:
     return kind if entry.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else types.F16
 
 
-def _values(gguf: ModuleType, entry: Entry, kind: Any, source: CheckpointSource) -> Any:
+def _values(entry: Entry, kind: gguf.GGMLQuantizationType, source: CheckpointSource) -> Any:
     """The tensor as a numpy array of the file's numbers."""
     read = source.read(entry.sources, None, torch.device("cpu"))
     tensor = entry.make(*(read[name] for name in entry.sources))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import gguf
 import torch
 from torch import Tensor
 
@@ -18,14 +19,8 @@ ZERO_CHANNELS = 32  # of an MLP that is not there; a block of the quantised form
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of the file.
-
-    Attributes:
-        name: in the file.
-        shape: rows first, as in PyTorch.
-        sources: parameters of the model it is made from; none where it is constant.
-        make: from the sources to the tensor.
-    """
+    """One tensor of the file: its name there, its shape with rows first as in PyTorch, and the parameters of the model
+    that ``make`` turns into it, none where it is constant."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,70 +39,54 @@ def filled_config(config: Any, architecture: Architecture) -> Any:
         return config
     layers = {}
     for index, own in enumerate(config.per_layer_config):
-        heads, kv_heads, channels = own.num_attention_heads, own.num_key_value_heads, own.intermediate_size
-        skip = []
-        if "attention" in own.skip:
-            if architecture == DECI and index:
-                skip = ["attention"]
-            else:
-                heads = kv_heads = 1
-        if "mlp" in own.skip:
-            channels = ZERO_CHANNELS
+        skips = "attention" in own.skip
+        may_skip = architecture == DECI and index > 0
+        filled = skips and not may_skip
         layers[index] = {
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "intermediate_size": channels,
-            "skip": skip,
+            "num_attention_heads": 1 if filled else own.num_attention_heads,
+            "num_key_value_heads": 1 if filled else own.num_key_value_heads,
+            "intermediate_size": ZERO_CHANNELS if "mlp" in own.skip else own.intermediate_size,
+            "skip": ["attention"] if skips and may_skip else [],
         }
-    filled = copy.deepcopy(config)
-    filled.per_layer_config = layers
-    return filled
+    written = copy.deepcopy(config)
+    written.per_layer_config = layers
+    return written
 
 
-def entries(gguf: Any, net: Any, filled: Any, architecture: Architecture) -> Iterator[Entry]:
+def entries(net: Any, filled: Any, architecture: Architecture) -> Iterator[Entry]:
     """Every tensor, in the order of the layers.
 
     Args:
-        gguf: the package, which knows the names.
         net: the model, on the meta device.
         filled: its ``filled_config``.
         architecture: that holds it.
     """
     there = {name for name, _ in net.named_parameters()}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.name.upper()], filled.num_hidden_layers)
-    factors = frequency_factors(net) if architecture.like_llama else None
-    if factors is not None:
+    head_dim, rope = head_dim_of(filled), net.config.rope_parameters
+    if architecture.like_llama and rope.get("rope_type") == "llama3":
+        # What the model divides each rotary frequency by.
+        plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        factors = (plain / net.model.rotary_emb.inv_freq.double()).float()
         yield Entry("rope_freqs.weight", tuple(factors.shape), (), lambda: factors)
-    parameters = {name: tuple(parameter.shape) for name, parameter in meta_model(filled).named_parameters()}
-    for name, shape in parameters.items():
+    shapes = {name: tuple(parameter.shape) for name, parameter in meta_model(filled).named_parameters()}
+    for name, shape in shapes.items():
+        role = name.split(".")[-2]
+        written, make = name, _stacked
         sources: tuple[str, ...] = (name,)
-        make: Callable[..., Tensor] = _same
-        written = name
-        if ".q_proj." in name or ".k_proj." in name or ".v_proj." in name:
-            if architecture.fused:
-                if ".q_proj." not in name:
-                    continue
-                sources = tuple(name.replace(".q_proj.", f".{one}_proj.") for one in "qkv")
-                shape = (sum(parameters[source][0] for source in sources), *shape[1:])
-                make, written = _stack, name.replace(".q_proj.", ".qkv_proj.")
-            elif architecture.like_llama and ".v_proj." not in name:
-                make = partial(interleaved, head_dim=head_dim_of(filled))
+        if architecture.fused and role in ("k_proj", "v_proj"):
+            continue
+        if architecture.fused and role == "q_proj":
+            written = name.replace("q_proj", "qkv_proj")
+            sources = tuple(name.replace("q_proj", f"{part}_proj") for part in "qkv")
+            shape = (sum(shapes[source][0] for source in sources), *shape[1:])
+        elif architecture.like_llama and role in ("q_proj", "k_proj"):
+            make = partial(interleaved, head_dim=head_dim)
         if name not in there:
             if name.endswith(".bias"):
                 continue
             sources, make = (), partial(torch.zeros, shape)
         yield Entry(names.get_name(written, try_suffixes=(".weight", ".bias")), shape, sources, make)
-
-
-def frequency_factors(net: Any) -> Tensor | None:
-    """What the model divides each rotary frequency by, fp32 ``[d / 2]``, where it is scaled as in Llama 3."""
-    rope = net.config.rope_parameters
-    if rope.get("rope_type") != "llama3":
-        return None
-    dim = head_dim_of(net.config)
-    plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    factors: Tensor = plain / net.model.rotary_emb.inv_freq.double()
-    return factors.float()
 
 
 def interleaved(rows: Tensor, head_dim: int) -> Tensor:
@@ -116,9 +95,5 @@ def interleaved(rows: Tensor, head_dim: int) -> Tensor:
     return pairs.transpose(1, 2).reshape(rows.shape)
 
 
-def _same(rows: Tensor) -> Tensor:
-    return rows
-
-
-def _stack(*parts: Tensor) -> Tensor:
-    return torch.cat(parts)
+def _stacked(*parts: Tensor) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

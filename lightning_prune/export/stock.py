@@ -1,8 +1,7 @@
 """A per-layer checkpoint as one that any tool knows: every layer as wide as the widest, by zeros."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +16,20 @@ from lightning_prune.models.families import count_parameters, family_of, rows_of
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.sources import Source
 from lightning_prune.support.errors import UserError
+from lightning_prune.support.progress import Progress
 
 
-@dataclass(frozen=True)
-class Padded:
-    """Parameters of the per-layer model, of its padded form, and of as many layers of the dense model."""
-
-    pruned: int
-    padded: int
-    dense: int
-
-    def sentence(self) -> str:
-        """How much of the saving is lost."""
-        saved, back = self.dense - self.pruned, self.padded - self.pruned
-        share = f"{100 * back / saved:.0f} %" if saved else "nothing"
-        return (
-            f"{self.pruned:,} parameters became {self.padded:,}: {back:,} zeros, which give back {share} of what "
-            f"pruning took out of these layers ({saved:,})."
-        )
-
-
-def write_stock(
-    checkpoint: Checkpoint, folder: Path, card: str, progress: Callable[[int, int], None] = lambda *_: None
-) -> Padded:
+def write_stock(checkpoint: Checkpoint, folder: Path, card: str, progress: Progress | None = None) -> str:
     """Write the model as a stock checkpoint with the same logits, one layer in memory at a time.
 
     Args:
         checkpoint: with a width per layer.
         folder: takes its name when it is complete, and replaces what was there then.
         card: text of ``README.md``.
-        progress: told the number of every layer that has been written, and how many there are.
+        progress: told of every layer that has been written.
+
+    Returns:
+        How much of the saving is lost, in a sentence.
 
     Raises:
         UserError: the model is stock already; or the folder cannot be written.
@@ -59,22 +42,27 @@ def write_stock(
             f"--format stock: every layer of '{checkpoint.pretrained}' has the same widths, so it is a stock "
             "checkpoint already. Use the folder as it is."
         )
-    wide = skeleton(stock_config(config))
+    wide, shown, layers = skeleton(stock_config(config)), progress or Progress(shown=False), config.num_hidden_layers
+
+    def show(layer: int) -> None:
+        shown.advance("padding", 1, f"layer {layer + 1} of {layers}")
+
+    shown.expect("padding", layers)
     try:
         padded = PaddedSource(source, net, wide)
         model = LayeredModel(wide, padded, checkpoint.stored_dtype, torch.device("cpu"), "layer")
-        write_checkpoint(
-            model,
-            folder,
-            beside=checkpoint,
-            card=card,
-            progress=lambda layer: progress(layer, model.num_layers),
-        )
+        write_checkpoint(model, folder, beside=checkpoint, card=card, progress=show)
         model.close()
     finally:
         source.close()
-    dense = count_parameters(meta_model(_dense(config)))
-    return Padded(count_parameters(net), count_parameters(wide), dense)
+    shown.finish("padding")
+    before, after, dense = (count_parameters(one) for one in (net, wide, meta_model(_dense(config))))
+    saved, back = dense - before, after - before
+    share = f"{100 * back / saved:.0f} %" if saved else "nothing"
+    return (
+        f"{before:,} parameters became {after:,}: {back:,} zeros, which give back {share} of what "
+        f"pruning took out of these layers ({saved:,})."
+    )
 
 
 class PaddedSource:
@@ -89,33 +77,31 @@ class PaddedSource:
     """
 
     def __init__(self, narrow: Source, net: nn.Module, wide: nn.Module) -> None:
-        self.narrow = narrow
+        self.narrow, self._net, self._wide = narrow, net, wide
         self._there = {name for name, _ in net.named_parameters(remove_duplicate=False)}
-        self._wide: Mapping[str, nn.Parameter] = dict(wide.named_parameters(remove_duplicate=False))
-        config: Any = net.config
-        self._config, self._wide_config = config, wide.config
-        self._family = family_of(net.config)
 
     def read(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
         """See ``models.sources.Source``."""
-        read = self.narrow.read([name for name in names if name in self._there], dtype, device)
-        return {name: self._padded(name, read.get(name), dtype or torch.float32, device) for name in names}
+        tensors = self.narrow.read([name for name in names if name in self._there], dtype, device)
+        for name in names:
+            shape, narrow = self._wide.get_parameter(name).shape, tensors.get(name)
+            if narrow is None:
+                tensors[name] = torch.zeros(shape, dtype=dtype or torch.float32, device=device)
+            elif narrow.shape != shape:
+                tensors[name] = self._padded(name, narrow, torch.zeros(shape, dtype=narrow.dtype, device=device))
+        return tensors
 
-    def _padded(self, name: str, narrow: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-        shape = self._wide[name].shape
-        if narrow is None:
-            return torch.zeros(shape, dtype=dtype, device=device)
-        if narrow.shape == shape:
-            return narrow
-        padded = torch.zeros(shape, dtype=narrow.dtype, device=device)
-        layer, _, path = name.removeprefix(f"{self._family.layers}.").partition(".")
-        roles = self._family.roles_at(path.rpartition(".")[0])
-        old, new = [narrow], [padded]
+    def _padded(self, name: str, narrow: Tensor, padded: Tensor) -> Tensor:
+        config: Any = self._net.config
+        family = family_of(config)
+        layer, _, path = name.removeprefix(f"{family.layers}.").partition(".")
+        roles = family.roles_at(path.rpartition(".")[0])
+        old, new = [len(narrow)], [len(padded)]
         if len(roles) > 1:
-            own = self._config.per_layer_config[int(layer)]
-            old = narrow.split([rows_of(own)[role] for role in roles])  # type: ignore[no-untyped-call]
-            new = padded.split([rows_of(self._wide_config)[role] for role in roles])  # type: ignore[no-untyped-call]
-        for view, part in zip(new, old, strict=True):
+            old_rows, new_rows = rows_of(config.per_layer_config[int(layer)]), rows_of(self._wide.config)
+            old, new = [old_rows[role] for role in roles], [new_rows[role] for role in roles]
+        parts = zip(padded.split(new), narrow.split(old), strict=True)  # type: ignore[no-untyped-call]
+        for view, part in parts:
             view[tuple(slice(0, size) for size in part.shape)] = part
         return padded
 
@@ -129,8 +115,7 @@ def stock_config(config: Any) -> Any:
     widest = max((own.num_key_value_heads for own in layers if "attention" not in own.skip), default=least)
     for kv_heads in range(widest, dense.num_key_value_heads + 1):
         kept = [LayerPlan(i, list(range(kv_heads)), list(range(channels))) for i in range(config.num_hidden_layers)]
-        plan = PruningPlan("", None, 0.0, {"dense": 0, "pruned": 0}, None, "", kept)
-        padded = pruned_config(dense, plan)
+        padded = pruned_config(dense, PruningPlan("", None, 0.0, {"dense": 0, "pruned": 0}, None, "", kept))
         if not padded.is_heterogeneous:
             return padded
     raise AssertionError("the dense number of heads is one that the config can say")

@@ -2,8 +2,9 @@
 
 import json
 import logging
-from types import ModuleType
 from typing import Any
+
+import gguf
 
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.support.errors import UserError
@@ -21,15 +22,14 @@ SPLITS = {
 SPECIAL = ("bos", "eos", "unk", "sep", "pad")
 
 
-def add_vocabulary(gguf: ModuleType, writer: Any, checkpoint: Checkpoint, rows: int, ends: list[int]) -> None:
+def add_vocabulary(writer: Any, checkpoint: Checkpoint, rows: int) -> None:
     """Describe the tokenizer beside a model: tokens, how they merge, what is put around a text, the chat template.
 
     Args:
-        gguf: the package.
-        writer: its ``GGUFWriter``.
-        checkpoint: the model.
+        writer: a ``GGUFWriter``.
+        checkpoint: the model. A token at which generation ends, as its generation config says, becomes ``eot`` where
+            it is not the tokenizer's ``eos``.
         rows: of the embedding; rows without a token are named ``[PAD…]``.
-        ends: tokens at which generation ends, as the generation config says; one that is not ``eos`` becomes ``eot``.
 
     Raises:
         UserError: no ``tokenizer.json``, or one that llama.cpp would read otherwise.
@@ -46,29 +46,30 @@ def add_vocabulary(gguf: ModuleType, writer: Any, checkpoint: Checkpoint, rows: 
     if model.get("type") != "BPE":
         raise _refusal(f"is a {model.get('type')} tokenizer; known are byte-level BPE and SentencePiece's BPE")
     pieces = bool(model.get("byte_fallback"))  # SentencePiece's kind, not GPT-2's
-    pre, add_space = ("default", _adds_space(content)) if pieces else (_split(content), None)
-    tokens, types = _tokens(gguf, content, rows, pieces)
-    around = _around(tokenizer)
+    pre, adds_space = ("default", _adds_space(content)) if pieces else (_split(content), None)
+    tokens, types = _tokens(content, rows, pieces)
 
     writer.add_tokenizer_model("llama" if pieces else "gpt2")
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    if add_space is not None:
+    if adds_space is not None:
         writer.add_token_scores(_scores(model, rows))
-        writer.add_add_space_prefix(add_space)
+        writer.add_add_space_prefix(adds_space)
     ids = {name: getattr(tokenizer, f"{name}_token_id", None) for name in SPECIAL}
     ids = {name: token for name, token in ids.items() if isinstance(token, int)}
+    ends = getattr(checkpoint.generation_config, "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     later = [token for token in ends if token != ids.get("eos") and 0 <= token < rows]
     if later:
         ids = {"eos": later[0], **ids, "eot": later[0]}
     logging.getLogger("gguf").setLevel(logging.ERROR)  # it warns of templates for pairs of texts
     special = gguf.SpecialVocab(file.parent, load_merges=not pieces, special_token_types=())
-    special.special_token_ids, special.add_special_token = ids, around
+    special.special_token_ids, special.add_special_token = ids, _around(tokenizer)
     special.add_to_gguf(writer, quiet=True)
 
 
-def _tokens(gguf: ModuleType, content: dict[str, Any], rows: int, pieces: bool) -> tuple[list[str], list[int]]:
+def _tokens(content: dict[str, Any], rows: int, pieces: bool) -> tuple[list[str], list[int]]:
     """Tokens and their types, one per row of the embedding."""
     vocabulary, added, kinds = content["model"]["vocab"], content.get("added_tokens") or [], gguf.TokenType
     largest = max([*vocabulary.values(), *(token["id"] for token in added)])
@@ -116,18 +117,16 @@ def _scores(model: dict[str, Any], rows: int) -> list[float]:
     for index, pair in enumerate(model["merges"]):
         rank.setdefault(pair.replace(" ", "", 1) if isinstance(pair, str) else "".join(pair), index)
     scores = [float(-len(rank) - 1)] * rows
-    for piece, token in model["vocab"].items():
-        if piece in rank:
-            scores[token] = float(-rank[piece])
+    for piece in rank.keys() & model["vocab"].keys():
+        scores[model["vocab"][piece]] = float(-rank[piece])
     return scores
 
 
 def _adds_space(content: dict[str, Any]) -> bool:
     """Whether SentencePiece's kind treats the first word as if a space were before it."""
     normalizer, pre = content.get("normalizer") or {}, content.get("pre_tokenizer") or {}
-    steps = normalizer["normalizers"] if normalizer.get("type") == "Sequence" else [normalizer] if normalizer else []
-    kinds = [step.get("type") for step in steps]
-    if kinds in (["Prepend", "Replace"], ["Replace"]) and not pre:
+    kinds = [step.get("type") for step in normalizer.get("normalizers", [normalizer] if normalizer else [])]
+    if not pre and kinds in (["Prepend", "Replace"], ["Replace"]):
         return bool(kinds[0] == "Prepend")
     if not kinds and pre.get("type") == "Metaspace" and pre.get("replacement") == "▁" and not pre.get("split", True):
         return bool(pre.get("prepend_scheme", "always") != "never")

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_prune.data.calibration import CalibrationSet, EvaluationSet
-from lightning_prune.data.corpora import calibration_split, split_spec
-from lightning_prune.data.datamodule import CalibrationDataModule, calibration_set, same_text
-from lightning_prune.data.sampling import aligned_windows, sequential_windows
-from lightning_prune.data.token_arrays import first_part, is_token_array
+from lightning_prune.data.calibration import EvaluationSet, same_text
+from lightning_prune.data.corpora import split_spec
+from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.support.errors import UserError
 
 RUN = 64  # equal tokens in a row that are no coincidence; shorter windows are compared whole
@@ -21,10 +19,7 @@ SHARE = 0.01  # of the evaluation windows that may begin with words of the train
 
 
 class RecoveryDataModule(CalibrationDataModule):
-    """Training windows, and windows of the same text that are held out of training.
-
-    Text is tokenised whole, without special tokens, into one stream that is cut into windows of full length: nothing
-    is padded. The held-out share is the end of the text.
+    """Training windows, in full length and without special tokens, and the end of the same text, held out of training.
 
     Args:
         dataset: text to train on: demo, wikitext2, ptb, c4, or a local .txt, .jsonl, .json.gz or .parquet file, a
@@ -57,16 +52,7 @@ class RecoveryDataModule(CalibrationDataModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            dataset=dataset,
-            num_samples=num_samples,
-            seq_len=seq_len,
-            batch_size=batch_size,
-            sampling="sequential",
-            stride=None,
-            seed=seed,
-            eval_datasets=eval_datasets,
-            eval_seq_len=None,
-            **kwargs,
+            dataset, num_samples, seq_len, batch_size, "sequential", None, seed, eval_datasets, None, **kwargs
         )
         if not 0 < held_out < 1:
             raise UserError(
@@ -82,35 +68,27 @@ class RecoveryDataModule(CalibrationDataModule):
         self.dataset = dataset if self.dataset is None else self.dataset
         self.eval_datasets = eval_datasets if self.eval_datasets is None else self.eval_datasets
         if eval_seq_len is not None:
-            self.eval_seq_len = self._eval_length_asked_for = eval_seq_len
+            self.eval_seq_len = self._requested_eval_length = eval_seq_len
 
-    def _build_calibration(self) -> CalibrationSet:
+    def _calibration_windows(self, num_samples: int | None) -> tuple[Tensor, dict[str, Any]]:
         """All windows in the order of the text, the held-out ones last."""
-        dataset, split = split_spec(self.source)
-        number, length = self._asked_for
-        if is_token_array(dataset):
-            windows, facts = first_part(dataset, split, number, length)
-        else:
-            wanted = None if number is None else number * self.seq_len
-            stream = self._streams.read(dataset, split or calibration_split(dataset), wanted)
-            windows, facts = aligned_windows(stream.tokens, self.seq_len), stream.provenance
-            if number is not None:
-                windows = sequential_windows(stream.tokens, number, self.seq_len)
+        windows, facts = super()._calibration_windows(self._requested[0])
         self.num_held_out = max(1, round(self.held_out * len(windows)))
         if len(windows) <= self.num_held_out:
             raise UserError(
-                f"the training text {dataset} has {len(windows)} windows, of which {self.num_held_out} would be held "
-                "out: lower --data.seq_len or --data.held_out, or choose a longer text with --data.dataset"
+                f"the training text {split_spec(self.source)[0]} has {len(windows)} windows, of which "
+                f"{self.num_held_out} would be held out: lower --data.seq_len or --data.held_out, or choose a longer "
+                "text with --data.dataset"
             )
-        return calibration_set(windows, sampling="sequential", **facts)
+        return windows, facts
 
     @property
     def manifest(self) -> dict[str, Any]:
         """What ``recovery.json`` says of the text."""
-        facts, total = self.calibration.manifest.to_json(), len(self.calibration.tokens)
-        rest = {name: value for name, value in facts.items() if name not in ("sampling", "stride", "num_samples")}
-        counts = {"windows": total - self.num_held_out, "held_out_windows": self.num_held_out}
-        return rest | counts | {"seed": self.seed}
+        facts = self.calibration.manifest.to_json()
+        del facts["sampling"], facts["stride"]
+        training = facts.pop("num_samples") - self.num_held_out
+        return facts | {"windows": training, "held_out_windows": self.num_held_out, "seed": self.seed}
 
     def check_seen(self, held_out: EvaluationSet) -> None:
         """Refuse to train on what perplexity is reported on.
@@ -196,5 +174,5 @@ def shared_windows(tokens: Tensor, windows: Tensor) -> float:
     beginnings = [row.tobytes() for row in windows[:, :length].contiguous().numpy()]
     wanted = set(beginnings)
     runs = np.lib.stride_tricks.sliding_window_view(stream, length)
-    found = {key for run in runs if (key := run.tobytes()) in wanted}
-    return sum(key in found for key in beginnings) / len(beginnings)
+    shared = {key for run in runs if (key := run.tobytes()) in wanted}
+    return sum(key in shared for key in beginnings) / len(beginnings)

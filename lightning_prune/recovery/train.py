@@ -116,15 +116,16 @@ def train(trainer: L.Trainer, module: Recovery, data: RecoveryDataModule, folder
     trainer.validate(module, data, verbose=False)
     before = float(trainer.callback_metrics[HELD_OUT])
     last = folder / "last.ckpt"
+    resumed = str(last) if last.is_file() else None
     try:
-        if last.is_file():
-            torch.load(last, map_location="cpu", weights_only=True)
+        if resumed:
+            torch.load(resumed, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch have no error in common
         raise UserError(
             f"--resume: the state in '{last}' cannot be read ({type(error).__name__}). Leave --resume out to begin "
             "anew."
         ) from None
-    trainer.fit(module, data, ckpt_path=str(last) if last.is_file() else None, weights_only=True)
+    trainer.fit(module, data, ckpt_path=resumed, weights_only=True)
     module.progress.finish("training")
     seconds = module.seconds["train"] = module.seconds_trained
     trainer.validate(module, data, verbose=False)  # steps may end a run between two measurements

@@ -1,13 +1,19 @@
-"""What is trained: adapters on the linears of the layers or all weights, and zeros of mask pruning that stay zero."""
+"""What is trained: adapters on the linears of the layers or all weights, and zeros of mask pruning that stay zero.
+And the trained weights as a checkpoint of the layout that the pruned model had."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_prune.checkpoint.write import write_checkpoint
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import layers_of
+from lightning_prune.models.layered import LayeredModel
 from lightning_prune.support.errors import CheckpointError, UserError
 from lightning_prune.support.quiet import quiet_transformers
 
@@ -25,15 +31,13 @@ def linears_of(net: nn.Module) -> dict[str, nn.Linear]:
 def attach_adapters(net: Any, rank: int, keep_zeros: bool = False) -> Any:
     """Freeze ``net`` and add 2·B·A to every linear of its layers (Hu et al. 2021); B starts at zero.
 
-    ``merge_and_unload`` of the result adds the adapters to the weights.
-
     Args:
         net: a causal LM; changed in place.
         rank: r. A linear narrower than that still gets r.
         keep_zeros: add nothing to weights that are zero.
 
     Returns:
-        peft's model around ``net``.
+        peft's model around ``net``, whose ``merge_and_unload`` adds the adapters to the weights.
 
     Raises:
         UserError: peft is not installed.
@@ -93,3 +97,24 @@ def count_zeros(net: nn.Module, zeros: Mapping[str, Tensor]) -> int:
         if lost := int(linear.weight[zeros[name].to(linear.weight.device)].count_nonzero()):
             raise CheckpointError(f"{lost} weights of {name} that pruning had zeroed are no longer zero")
     return sum(int(mask.sum()) for mask in zeros.values())
+
+
+class StateSource:
+    """Gives parameters that are in memory, see ``models.sources.Source``."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self.state = state
+
+    def read(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
+        return {name: self.state[name].to(device=device, dtype=dtype) for name in names}
+
+
+def write_recovered(state: Mapping[str, Tensor], pruned: Checkpoint, folder: Path, card: str) -> dict[str, Any]:
+    """Write the parameters ``state`` with the config, tokenizer, modeling file and dtype of the ``pruned``
+    model, a layer at a time. Returns and raises what ``checkpoint.write`` does."""
+    cpu = torch.device("cpu")
+    model = LayeredModel(pruned.skeleton(), StateSource(state), pruned.stored_dtype, cpu, "layer")
+    try:
+        return write_checkpoint(model, folder, beside=pruned, card=card)
+    finally:
+        model.close()

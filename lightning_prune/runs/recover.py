@@ -16,7 +16,7 @@ from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.model_slot import ModelSlot
 from lightning_prune.recovery import Recovery, RecoveryDataModule
 from lightning_prune.recovery.train import train
-from lightning_prune.recovery.write import write_recovered
+from lightning_prune.recovery.weights import write_recovered
 from lightning_prune.runs.environment import environment
 from lightning_prune.runs.folder import STARTED, FinishedRun, RunFolder
 from lightning_prune.runs.records import as_dict

@@ -39,15 +39,14 @@ def test_npy_and_safetensors_are_taken_as_they_are(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_arrays_are_refused(tmp_path: Path, array: Any, words: str) -> None:
-    if isinstance(array, bytes):
-        (tmp_path / "a.npy").write_bytes(array)
-        (tmp_path / "a.safetensors").write_bytes(array)
+    names = ["a.npy", "a.safetensors"] if isinstance(array, bytes) else ["a.npy"]
+    for name in names:
+        if isinstance(array, bytes):
+            (tmp_path / name).write_bytes(array)
+        else:
+            np.save(tmp_path / name, array)
         with pytest.raises(UserError, match=f"{words}.*int64.*--data.dataset"):
-            load_token_array(str(tmp_path / "a.safetensors"))
-    else:
-        np.save(tmp_path / "a.npy", array)
-    with pytest.raises(UserError, match=f"{words}.*int64.*--data.dataset"):
-        load_token_array(str(tmp_path / "a.npy"))
+            load_token_array(str(tmp_path / name))
 
 
 def test_pickles_are_never_loaded(tmp_path: Path) -> None:

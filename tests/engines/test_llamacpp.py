@@ -1,27 +1,23 @@
 """llama.cpp as it is released computes what transformers computes, from the files that ``export`` writes."""
 
-import copy
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+import lightning_prune
 from lightning_prune.cli import main
 from lightning_prune.models.checkpoint import Checkpoint
-from tests.cutting import cut
 from tests.engines.asking import ask, needs
 from tests.engines.tokenizers_by_kind import TEXTS, save_tokenizer
 from tests.export.checkpoints import FAMILIES, TOKENS, Plan, gone, save
-from tests.tiny import mixed_plan, tiny_plan
+from tests.tiny import mixed_plan
 
-pytest.importorskip("gguf")
 pytestmark = [pytest.mark.engines, needs("llamacpp")]
 
 LENGTH = 32
-REFERENCE = Path(__file__).parents[3] / "shared" / "models" / "llama-4m"
 GONE = [gone(what, where) for what in ("attention", "mlp", "both") for where in (0, 2, 3)]
 LLAMA3 = {
     "rope_type": "llama3",
@@ -99,22 +95,6 @@ def test_f16_files_give_the_log_probabilities_of_transformers(family: str, plan:
     compare(model, export(tmp_path / "model", "f32"), 1e-4)  # and without rounding nothing is left
 
 
-@pytest.mark.skipif(not REFERENCE.is_dir(), reason="needs the reference model in ../shared")
-def test_the_reference_llama_is_within_a_hundredth_in_f16(tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32).eval()
-    for parameter in model.parameters():
-        parameter.data = parameter.data.half().float()
-    heads, channels = list(range(6)), list(range(512))
-    kept = [(heads, channels)] * 8
-    kept[1:4] = [(heads[:5], channels[:256]), ([], channels[:500]), (heads[1:], [])]
-    pruned = cut(model, tiny_plan(model, kept))
-    for name, found in (("dense", model), ("pruned", pruned)):
-        copy.deepcopy(found).half().save_pretrained(tmp_path / name / "model")
-        for file in REFERENCE.glob("tokenizer*"):
-            shutil.copyfile(file, tmp_path / name / "model" / file.name)
-        compare(found, export(tmp_path / name / "model", "f16"), 0.01)
-
-
 @pytest.mark.parametrize("kind", ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "llama"])
 def test_text_goes_in_and_comes_out_as_with_the_tokenizer_of_hugging_face(kind: str, tmp_path: Path) -> None:
     save(tmp_path / "model", plan=mixed_plan)
@@ -129,11 +109,13 @@ def test_text_goes_in_and_comes_out_as_with_the_tokenizer_of_hugging_face(kind: 
     assert answers["chat"] == tokenizer.apply_chat_template(messages, tokenize=False)
 
 
-def test_the_demo_model_pruned_by_a_method_reads_and_writes_text(tmp_path: Path) -> None:
+def test_the_demo_model_pruned_by_a_method_computes_reads_and_writes_the_same(tmp_path: Path) -> None:
     root = ["--trainer.default_root_dir", str(tmp_path), "--trainer.accelerator", "cpu"]
     assert main(["fit", "--config", "wanda", "--data.num_samples", "8", *root]) == 0
     run = tmp_path / "wanda" / "version_0"
-    tokenizer = Checkpoint.open(str(run / "pruned")).tokenizer
-    assert tokenizer is not None
-    answers = ask("llamacpp", export(run, "f16"), {"texts": TEXTS[:2]})
+    file, model = export(run, "f16"), lightning_prune.load(run / "pruned").float()
+    compare(model, export(run, "f32"), 1e-4)
+    compare(model.half().float(), file, 0.02)
+    tokenizer: Any = Checkpoint.open(str(run / "pruned")).tokenizer
+    answers = ask("llamacpp", file, {"texts": TEXTS[:2]})
     assert answers["tokens"] == [tokenizer(text)["input_ids"] for text in TEXTS[:2]]

@@ -2,15 +2,17 @@
 
 import copy
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.demo import demo_model_path
+from lightning_prune.models.sources import CheckpointSource
 from tests.cutting import cut
 from tests.tiny import WHOLE_ATTENTION, tiny_config, tiny_plan
 
@@ -58,3 +60,16 @@ def gone(what: str, where: int) -> Plan:
         return tiny_plan(model, kept)
 
     return plan
+
+
+def watch_reads(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """A list that gets the names of parameters that are read at once."""
+    reads: list[list[str]] = []
+    read = CheckpointSource.read
+
+    def noted(self: CheckpointSource, names: Sequence[str], *rest: Any) -> dict[str, torch.Tensor]:
+        reads.append(list(names))
+        return read(self, names, *rest)
+
+    monkeypatch.setattr(CheckpointSource, "read", noted)
+    return reads

@@ -4,19 +4,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
 
 from lightning_prune.cli import main
-from lightning_prune.export.gguf_file import write_gguf
 from lightning_prune.export.gguf_tensors import interleaved
-from lightning_prune.models.checkpoint import Checkpoint
-from lightning_prune.models.sources import CheckpointSource
-from tests.export.checkpoints import FAMILIES, gone, save
+from tests.export.checkpoints import FAMILIES, gone, save, watch_reads
 from tests.tiny import EVERY_FAMILY, mixed_plan
-
-gguf = pytest.importorskip("gguf")
 
 
 def export(folder: Path, *options: str) -> int:
@@ -33,35 +29,24 @@ def read(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 
 
 def test_rows_in_the_other_rotary_order_give_the_same_attention_scores() -> None:
+    """transformers turns (i, i + d/2) together, the format (2 i, 2 i + 1)."""
     dim, hidden, position = 8, 16, 5.0
-    generator = torch.Generator().manual_seed(0)
-    query, key = (torch.randn(2 * dim, hidden, generator=generator, dtype=torch.float64) for _ in range(2))
-    x, y = (torch.randn(hidden, generator=generator, dtype=torch.float64) for _ in range(2))
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 2 * dim, hidden, dtype=torch.float64)
+    x, y = torch.randn(2, hidden, dtype=torch.float64)
     angles = position / 100.0 ** (torch.arange(0, dim, 2, dtype=torch.float64) / dim)
 
-    def halves(v: torch.Tensor) -> torch.Tensor:  # transformers: (i, i + d/2) turn together
-        a, b = v[: dim // 2], v[dim // 2 :]
+    def turned(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()])
-
-    def neighbours(v: torch.Tensor) -> torch.Tensor:  # the format: (2 i, 2 i + 1) turn together
-        turned = [
-            torch.stack(
-                (
-                    v[2 * i] * angles[i].cos() - v[2 * i + 1] * angles[i].sin(),
-                    v[2 * i + 1] * angles[i].cos() + v[2 * i] * angles[i].sin(),
-                )
-            )
-            for i in range(dim // 2)
-        ]
-        return torch.cat(turned)
 
     for head in range(2):
         rows = slice(head * dim, (head + 1) * dim)
-        expected = halves((query @ x)[rows]) @ (key @ y)[rows]
-        found = neighbours((interleaved(query, dim) @ x)[rows]) @ (interleaved(key, dim) @ y)[rows]
-        torch.testing.assert_close(found, expected)
-        bias = interleaved(query @ x, dim)  # a bias is a column
-        torch.testing.assert_close(neighbours(bias[rows]) @ (interleaved(key, dim) @ y)[rows], expected)
+        expected = turned(*(query @ x)[rows].chunk(2)) @ (key @ y)[rows]
+        written, other = ((interleaved(query, dim) @ x)[rows], (interleaved(key, dim) @ y)[rows])
+        torch.testing.assert_close(
+            turned(written[0::2], written[1::2]) @ torch.cat([other[0::2], other[1::2]]), expected
+        )
+        torch.testing.assert_close(interleaved(query @ x, dim)[rows], written)  # a bias is a column
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -81,10 +66,10 @@ def test_every_parameter_is_in_the_file_under_the_name_that_the_format_gives_it(
     }
     assert set(tensors) == set(expected)
     for name, parameter in expected.items():
-        found, values = tensors[name], parameter.detach().numpy()
+        written, values = tensors[name], parameter.detach().numpy()
         if kind == "LLAMA" and name.split(".")[-2] in ("attn_q", "attn_k"):  # in another order of rows
-            found, values = np.sort(found, axis=0), np.sort(values, axis=0)
-        np.testing.assert_array_equal(found, values, err_msg=name)
+            written, values = np.sort(written, axis=0), np.sort(values, axis=0)
+        np.testing.assert_array_equal(written, values, err_msg=name)
 
 
 def test_widths_of_every_layer_are_arrays(tmp_path: Path) -> None:
@@ -111,7 +96,7 @@ def test_widths_of_every_layer_are_arrays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stored", "asked", "kind"),
+    ("stored", "options", "kind"),
     [
         (torch.bfloat16, [], "BF16"),
         (torch.float16, [], "F16"),
@@ -119,11 +104,11 @@ def test_widths_of_every_layer_are_arrays(tmp_path: Path) -> None:
         (torch.float32, ["--dtype", "q8_0"], "Q8_0"),
     ],
 )
-def test_matrices_have_the_dtype_asked_for_and_vectors_fp32(
-    stored: torch.dtype, asked: list[str], kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_matrices_have_the_requested_dtype_and_vectors_fp32(
+    stored: torch.dtype, options: list[str], kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save(tmp_path / "model", plan=mixed_plan, dtype=stored)
-    assert export(tmp_path / "model", *asked) == 0
+    assert export(tmp_path / "model", *options) == 0
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
     assert kinds["token_embd.weight"] == kinds["blk.1.attn_q.weight"] == kind
     assert kinds["output_norm.weight"] == "F32"
@@ -135,28 +120,22 @@ def test_matrices_have_the_dtype_asked_for_and_vectors_fp32(
 
 def test_tensors_are_read_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "model", "qwen3", plan=mixed_plan)
-    asked: list[int] = []
-    read_names = CheckpointSource.read
-    monkeypatch.setattr(
-        CheckpointSource,
-        "read",
-        lambda self, names, *rest: (asked.append(len(names)), read_names(self, names, *rest))[1],
-    )
-    write_gguf(Checkpoint.open(str(tmp_path / "model")), tmp_path / "m.gguf", "f32")
-    assert max(asked) == 3  # query, key and value are one tensor there
+    reads = watch_reads(monkeypatch)
+    assert export(tmp_path / "model") == 0
+    assert max(map(len, reads)) == 3  # query, key and value are one tensor there
 
 
+ROPE = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
+STOCK = "family 'phi3': .* It is a stock folder, which llama.cpp"
 REFUSED = {
-    "untied": ("qwen3", {"tied": False}, "embeddings that are not tied .*'openelm' has no head"),
-    "bias": ("qwen3", {"attention_bias": True}, "bias of k_proj, o_proj, q_proj, v_proj"),
-    "activation": ("llama", {"hidden_act": "gelu"}, "activation 'gelu'"),
-    "rope": (
-        "llama",
-        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
-        "rotary scaling 'dynamic'",
-    ),
+    # family, whether it has widths per layer, options → words of the refusal
+    "untied": ("qwen3", True, {"tied": False}, "embeddings that are not tied .*'openelm' has no head"),
+    "bias": ("qwen3", True, {"attention_bias": True}, "bias of k_proj, o_proj, q_proj, v_proj"),
+    "activation": ("llama", True, {"hidden_act": "gelu"}, "activation 'gelu'"),
+    "rope": ("llama", True, ROPE, "rotary scaling 'dynamic'"),
+    "one width, which padding would not help": ("phi3", False, {}, STOCK),
     **{
-        family: (family, {}, f"family '{family}': exported are llama, mistral, qwen2, qwen3. Use --format stock")
+        family: (family, True, {}, f"family '{family}': exported are llama, mistral, qwen2, qwen3. Use --format stock")
         for family in EVERY_FAMILY
         if family not in FAMILIES
     },
@@ -167,22 +146,14 @@ REFUSED = {
 def test_what_no_architecture_holds_is_refused_with_its_name(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    family, options, says = REFUSED[name]
-    save(tmp_path / "model", family, plan=mixed_plan, **options)
+    family, per_layer, options, says = REFUSED[name]
+    save(tmp_path / "model", family, mixed_plan if per_layer else None, **options)
     assert export(tmp_path / "model") == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert "cannot hold" in line
     assert re.search(says, line)
+    assert ("--format stock" in line) == per_layer
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_a_refused_model_of_one_width_is_not_sent_to_padding(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    save(tmp_path / "model", "phi3")
-    assert export(tmp_path / "model") == 2
-    assert "It is a stock folder" in (said := capsys.readouterr().err)
-    assert "--format stock" not in said
 
 
 def test_a_value_beyond_f16_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,8 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, MistralForCausalLM
 
 from lightning_prune.cli import main
-from lightning_prune.models.sources import CheckpointSource
-from tests.export.checkpoints import FULL, Plan, gone, save
+from tests.export.checkpoints import FULL, Plan, gone, save, watch_reads
 from tests.tiny import EVERY_FAMILY, mixed_plan, tiny_plan, tiny_tokens
 
 GONE: list[Plan] = [gone(what, where) for what in ("attention", "mlp", "both") for where in (0, 3)]
@@ -71,11 +70,7 @@ def test_head_counts_that_llama_refuses_are_said_in_the_words_of_mistral(tmp_pat
 
 def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "model", plan=mixed_plan)
-    asked: list[list[str]] = []
-    read = CheckpointSource.read
-    monkeypatch.setattr(
-        CheckpointSource, "read", lambda self, names, *rest: (asked.append(list(names)), read(self, names, *rest))[1]
-    )
+    reads = watch_reads(monkeypatch)
     export(tmp_path / "model")
-    for names in asked:
+    for names in reads:
         assert len({name.split("layers.")[-1].split(".")[0] for name in names if "layers." in name}) <= 1

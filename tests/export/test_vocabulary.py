@@ -3,14 +3,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
+from transformers import GenerationConfig
 
 from lightning_prune.export.vocabulary import add_vocabulary
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.support.errors import UserError
 from tests.export.checkpoints import TOKENS, save
-
-gguf = pytest.importorskip("gguf")
 
 
 @pytest.fixture
@@ -20,10 +20,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def read(folder: Path, rows: int = TOKENS, ends: list[int] | None = None) -> dict[str, Any]:
+def read(folder: Path, rows: int = TOKENS, **generation: Any) -> dict[str, Any]:
     """What the file says of the tokenizer, by its key without ``tokenizer.``."""
+    GenerationConfig(**generation).save_pretrained(folder)
     writer = gguf.GGUFWriter(None, "llama")
-    add_vocabulary(gguf, writer, Checkpoint.open(str(folder)), rows, ends or [])
+    add_vocabulary(writer, Checkpoint.open(str(folder)), rows)
     return {name.removeprefix("tokenizer."): value.value for name, value in writer.kv_data[0].items()}
 
 
@@ -44,8 +45,8 @@ def test_every_row_of_the_embedding_has_its_token(folder: Path) -> None:
 
 
 def test_a_second_token_that_ends_generation_and_a_chat_template_are_told(folder: Path) -> None:
-    assert read(folder, ends=[1, 7])["ggml.eot_token_id"] == 7
-    plain = read(folder, ends=[1, TOKENS])  # the second is not a token
+    assert read(folder, eos_token_id=[1, 7])["ggml.eot_token_id"] == 7
+    plain = read(folder, eos_token_id=[1, TOKENS])  # the second is not a token
     assert "ggml.eot_token_id" not in plain
     assert "chat_template" not in plain
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")

@@ -1,6 +1,7 @@
 """The command: what it leaves, how it goes on, and what it refuses."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,19 @@ from tests.recovery.conftest import prune
 from tests.tiny import tiny_tokens
 
 Command = Callable[..., int]
+LABEL = {"lora": "wanda_lora", "all": "wanda_full"}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
+
+
+def shapes(folder: Path) -> dict[str, torch.Size]:
+    return {name: one.shape for name, one in weights(folder).items()}
+
+
+def facts_of(run: Path) -> Any:
+    return json.loads((run / "recovery.json").read_text())
 
 
 @pytest.mark.parametrize("train", ["lora", "all"])
@@ -30,10 +40,10 @@ def test_a_run_folder_beside_its_parent_with_the_same_layout(
 ) -> None:
     options = ["--model.train", train, "--model.learning_rate", "0.01"]
     assert recover(pruned, *options) == 0
-    folder = tmp_path / "logs" / f"wanda_{'lora' if train == 'lora' else 'full'}" / "version_0"
+    folder = tmp_path / "logs" / LABEL[train] / "version_0"
     assert capsys.readouterr().out.splitlines()[-1] == f"pruned model: {folder}/pruned"
+    assert shapes(pruned) == shapes(folder / "pruned")
     before, after = weights(pruned), weights(folder / "pruned")
-    assert {name: one.shape for name, one in before.items()} == {name: one.shape for name, one in after.items()}
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == (set(before) if train == "all" else {name for name in before if "_proj" in name})
     assert (folder / "pruned" / "modeling_pruned.py").is_file()
@@ -69,13 +79,17 @@ def test_a_run_folder_beside_its_parent_with_the_same_layout(
     assert str(pruned.parent) in capsys.readouterr().err
 
 
-def test_a_run_that_steps_end_says_its_phases_and_nothing_of_libraries(
-    pruned: Path, recover: Command, capsys: pytest.CaptureFixture[str]
+def test_bf16_trains_adapters_in_fp32_gradients_accumulate_and_only_phases_are_told(
+    pruned: Path, recover: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    options = ["--trainer.precision", "bf16-true", "--trainer.accumulate_grad_batches", "3"]
     capsys.readouterr()
-    assert recover(pruned, "--trainer.max_steps", "2") == 0
+    assert recover(pruned, *options, "--model.learning_rate", "0.01", "--trainer.max_steps", "3") == 0
     err = capsys.readouterr().err
     assert [line.partition(":")[0] for line in err.splitlines()] == ["training", "perplexity of the recovered model"]
+    facts = facts_of(tmp_path / "logs" / "wanda_lora" / "version_0")
+    assert (facts["precision"], facts["stopped_by"]) == ("bf16-true", "steps")
+    assert facts["tokens_seen"] == (38 + 24) * 16  # a round of 38 windows is steps of three batches and two
 
 
 def test_training_lowers_the_loss_it_trains(pruned: Path, recover: Command, tmp_path: Path) -> None:
@@ -109,27 +123,42 @@ def power_cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return lambda: monkeypatch.setattr(Recovery, "training_step", step)
 
 
-@pytest.mark.parametrize("config", ["recover_lora", "recover_full"])
+@pytest.mark.slow
+@pytest.mark.parametrize("train", LABEL)
 def test_a_run_that_was_interrupted_ends_with_the_weights_of_an_undisturbed_one(
-    config: str, pruned: Path, recover: Command, tmp_path: Path, power_cut: Callable[[], None]
+    train: str,
+    pruned: Path,
+    recover: Command,
+    tmp_path: Path,
+    power_cut: Callable[[], None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     options = ["--trainer.max_epochs", "3", "--trainer.val_check_interval", "2", "--model.patience", "99"]
-    root = tmp_path / "logs" / ("wanda_lora" if config == "recover_lora" else "wanda_full")
+    config = {"lora": "recover_lora", "all": "recover_full"}[train]
+    root = tmp_path / "logs" / LABEL[train]
     with pytest.raises(RuntimeError, match="the power fails") as failure:
         recover(pruned, *options, config=config)
     assert any("lightning-prune recover --config" in note for note in failure.value.__notes__)
-    assert (root / "version_0" / "training" / "last.ckpt").is_file()
+    last = root / "version_0" / "training" / "last.ckpt"
+    assert last.is_file()
     power_cut()
+
+    shutil.copytree(root, tmp_path / "copy")
+    last.write_bytes(last.read_bytes()[:100])
+    assert recover(pruned, *options, "--resume", config=config) == 2
+    assert "Leave --resume out" in capsys.readouterr().err
+    shutil.copytree(tmp_path / "copy", root, dirs_exist_ok=True)
     assert recover(pruned, *options, "--resume", config=config) == 0
     assert recover(pruned, *options, config=config) == 0
     assert sorted(entry.name for entry in root.iterdir()) == ["version_0", "version_1"]
     first, second = (weights(root / name / "pruned") for name in ("version_0", "version_1"))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    facts = [json.loads((root / name / "recovery.json").read_text()) for name in ("version_0", "version_1")]
-    assert facts[0]["tokens_seen"] == facts[1]["tokens_seen"] == 3 * 38 * 16
-    assert facts[0]["held_out_loss"] == facts[1]["held_out_loss"]
+    resumed, undisturbed = (facts_of(root / name) for name in ("version_0", "version_1"))
+    assert resumed["tokens_seen"] == undisturbed["tokens_seen"] == 3 * 38 * 16
+    assert resumed["held_out_loss"] == undisturbed["held_out_loss"]
 
 
+@pytest.mark.slow
 def test_zeroed_weights_of_mask_pruning_stay_zero(tmp_path: Path, recover: Command) -> None:
     masked = prune(tmp_path, "magnitude", "--model.structure", "unstructured")
     for train, label in (("lora", "magnitude_lora"), ("all", "magnitude_full")):
@@ -140,14 +169,13 @@ def test_zeroed_weights_of_mask_pruning_stay_zero(tmp_path: Path, recover: Comma
         projections = [name for name in before if "_proj" in name]
         assert all(torch.equal(before[name] == 0, after[name] == 0) for name in projections)
         assert all(not torch.equal(before[name], after[name]) for name in projections)
-        facts = json.loads((folder / "recovery.json").read_text())
-        assert facts["zeroed_weights"] == sum(int((before[name] == 0).sum()) for name in projections) > 0
+        assert facts_of(folder)["zeroed_weights"] == sum(int((before[name] == 0).sum()) for name in projections) > 0
 
 
 def test_training_ends_when_the_time_is_over(pruned: Path, recover: Command, tmp_path: Path) -> None:
     endless = ["--trainer.max_epochs", "-1", "--model.patience", "1000000"]
     assert recover(pruned, *endless, "--trainer.max_time", "00:00:00:01") == 0
-    facts = json.loads((tmp_path / "logs" / "wanda_lora" / "version_0" / "recovery.json").read_text())
+    facts = facts_of(tmp_path / "logs" / "wanda_lora" / "version_0")
     assert facts["stopped_by"] == "time"
     assert 1 <= facts["seconds"] < 60
 
@@ -163,7 +191,7 @@ def test_training_ends_when_the_held_out_loss_rises_and_the_best_state_is_writte
     monkeypatch.setattr(Recovery, "on_validation_end", note)
     assert recover(pruned, "--model.learning_rate", "0.5", "--model.patience", "1", "--trainer.max_epochs", "50") == 0
     folder = tmp_path / "logs" / "wanda_lora" / "version_0"
-    facts = json.loads((folder / "recovery.json").read_text())
+    facts = facts_of(folder)
     assert facts["stopped_by"] == "held-out loss"
     assert facts["steps"] < 250
     before, *losses, last = measured
@@ -175,34 +203,12 @@ def test_training_ends_when_the_held_out_loss_rises_and_the_best_state_is_writte
     assert float(loss) == pytest.approx(min(losses), rel=1e-4)
 
 
-def test_bf16_trains_adapters_in_fp32_and_gradients_accumulate(pruned: Path, recover: Command, tmp_path: Path) -> None:
-    options = ["--trainer.precision", "bf16-true", "--trainer.accumulate_grad_batches", "3"]
-    assert recover(pruned, *options, "--model.learning_rate", "0.01") == 0
-    facts = json.loads((tmp_path / "logs" / "wanda_lora" / "version_0" / "recovery.json").read_text())
-    assert (facts["precision"], facts["steps"]) == ("bf16-true", 2 * 2)  # three batches and two, twice
-
-
 def test_a_model_without_whole_layers_keeps_its_stock_layout(tmp_path: Path, recover: Command) -> None:
     short = prune(tmp_path, "shortgpt")
     assert recover(short, "--model.learning_rate", "0.01") == 0
     folder = tmp_path / "logs" / "shortgpt_lora" / "version_0" / "pruned"
-    assert not (folder / "modeling_pruned.py").exists()  # the stock layout that it was
-    assert {name: one.shape for name, one in weights(folder).items()} == {
-        name: one.shape for name, one in weights(short).items()
-    }
-
-
-@pytest.mark.usefixtures("power_cut")
-def test_a_state_that_cannot_be_read_is_refused(
-    pruned: Path, recover: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(RuntimeError):
-        recover(pruned)
-    (last,) = tmp_path.rglob("last.ckpt")
-    last.write_bytes(last.read_bytes()[:100])
-    capsys.readouterr()
-    assert recover(pruned, "--resume") == 2
-    assert "Leave --resume out" in capsys.readouterr().err
+    assert not (folder / "modeling_pruned.py").exists()
+    assert shapes(folder) == shapes(short)
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from tests.cutting import cut
-from tests.export.test_stock_exporters import Logits
+from tests.engines.test_exporters import Logits
 from tests.tiny import make_tiny, mixed_plan, tiny_plan, tiny_tokenizer, tiny_tokens
 
 DOCS = Path(__file__).parents[2] / "docs" / "tools.md"
