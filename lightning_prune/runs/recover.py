@@ -12,8 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_prune.checkpoint.cut import layout_of
 from lightning_prune.checkpoint.model_card import model_card
-from lightning_prune.evaluation.perplexity import PerplexityResult, measure_perplexity
-from lightning_prune.evaluation.unigram import unigram_perplexity
+from lightning_prune.evaluation.perplexity import PerplexityResult, measure_perplexity, unigram_perplexity
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.model_slot import ModelSlot
 from lightning_prune.recovery import Recovery, RecoveryDataModule

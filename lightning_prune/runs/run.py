@@ -17,8 +17,8 @@ from lightning_prune.evaluation.perplexity import (
     evaluation_phase,
     evaluation_work,
     measure_perplexity,
+    unigram_perplexity,
 )
-from lightning_prune.evaluation.unigram import unigram_perplexity
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.runs.configuration import configuration_sha256

@@ -101,7 +101,7 @@ def test_a_result_is_read_back_as_it_was(tmp_path: Path) -> None:
         {"damping": 0.1, "kept": [0, 2], "delta": [float("nan"), 1e-300]},
     )
     (tmp_path / "file").write_bytes(result.to_bytes())
-    again = LayerResult.from_file(str(tmp_path / "file"))
+    again = LayerResult.from_file(tmp_path / "file")
     assert again.importance.keys() == result.importance.keys()
     assert all(torch.equal(again.importance[block], result.importance[block]) for block in result.importance)
     assert again.new_parameters.keys() == {"down", "output.bias"}
@@ -120,7 +120,7 @@ def test_damaged_files_are_made_again_and_new_weights_stay_on_disk(tmp_path: Pat
     (tmp_path / "f" / "step_00002.safetensors").write_bytes(b"")
     again = Results(tmp_path / "f")
     assert [step in again for step in range(3)] == [True, False, False]
-    assert torch.equal(again.weights(0)["down"], torch.ones(4, 4))
+    assert torch.equal(again.whole(0).weights["down"], torch.ones(4, 4))
     again.remove()
     assert not (tmp_path / "f").exists()
 

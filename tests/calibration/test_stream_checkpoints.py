@@ -77,7 +77,7 @@ def test_a_damaged_result_before_a_stream_checkpoint_is_made_again(tmp_path: Pat
 
 def test_little_work_is_not_worth_a_stream_checkpoint(tmp_path: Path) -> None:
     streams = StreamCheckpoints(tmp_path)
-    streams.begin()
+
     streams.offer(0, {"stream": _store(tmp_path)})
     assert not list(tmp_path.iterdir())
 

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_prune.calibration.statistics.perplexity import Perplexity
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.evaluation import perplexity as module
-from lightning_prune.evaluation.perplexity import Evaluation
+from lightning_prune.evaluation.perplexity import Evaluation, Perplexity
 from lightning_prune.models.head import token_losses
 from lightning_prune.models.model_slot import load_dtype
 from tests.methods.behaviour import save_model, save_tokens, trainer_for

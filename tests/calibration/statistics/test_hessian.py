@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_prune.calibration.statistics.hessian import InputGram
+from lightning_prune.calibration.statistics.gram import InputGram
 
 
 def sample_inputs() -> Tensor:

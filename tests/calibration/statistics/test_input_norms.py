@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_prune.calibration.statistics.input_norms import SumOfSquares
+from lightning_prune.calibration.statistics.channel_sums import SumOfSquares
 
 
 def sample_inputs(samples: int = 12, tokens: int = 5, channels: int = 7) -> Tensor:
