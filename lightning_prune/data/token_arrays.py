@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_prune.support.errors import UserError
-from lightning_prune.support.regular_files import exists, require_regular
+from lightning_prune.support.regular_files import require_regular
 
 
 def is_token_array(dataset: str) -> bool:

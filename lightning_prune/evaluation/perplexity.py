@@ -110,24 +110,24 @@ class Evaluation(L.LightningModule):
             UserError: no model at ``pretrained``, unknown family, tokens that do not fit the model.
         """
         config: Any = self.checkpoint.config
-        data = self.datamodule
+        data, dtype = self.datamodule, load_dtype(str(self.trainer.precision))
         data.check_against_model(*self.checkpoint.limits)
         self.progress.expect(evaluation_phase(self.name), evaluation_work(data, config.num_hidden_layers))
-        data.eval_batches_per_step = self._batches_per_step(config)
+        data.eval_batches_per_step = 1
+        if choose_onload(self.slot.onload, self.checkpoint, dtype, self.trainer.strategy.root_device) == "layer":
+            # All at once is fastest where every step brings in the layers anew; the residual stream is the limit.
+            longest = max((item.tokens.shape[1] for item in data.evaluation), default=1)
+            batch = int(data.eval_batch_size * longest * config.hidden_size * dtype.itemsize)
+            data.eval_batches_per_step = max(1, STEP_BYTES // batch)
 
     def configure_optimizers(self) -> None:
         """No optimizer: nothing is trained."""
 
-    def on_test_start(self) -> None:
-        """Open the model to measure."""
-        dtype = load_dtype(str(self.trainer.precision))
-        with torch.inference_mode(False):
-            self.slot.open(self.checkpoint, dtype, self.device)
-
     def on_test_epoch_start(self) -> None:
-        """One perplexity per evaluation set."""
-        self._started = time.perf_counter()
+        """Open the model; one perplexity per evaluation set."""
         with torch.inference_mode(False):
+            self.slot.open(self.checkpoint, load_dtype(str(self.trainer.precision)), self.device)
+            self._started = time.perf_counter()
             self._perplexities = nn.ModuleList(Perplexity() for _ in self.datamodule.evaluation).to(self.device)
 
     def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -157,15 +157,6 @@ class Evaluation(L.LightningModule):
         }
         self.progress.finish(evaluation_phase(self.name))
         self.seconds.add("evaluate", time.perf_counter() - self._started)
-
-    def _batches_per_step(self, config: Any) -> int:
-        """All at once is fastest where layers are brought in anew for every step; the residual stream is the limit."""
-        dtype = load_dtype(str(self.trainer.precision))
-        if choose_onload(self.slot.onload, self.checkpoint, dtype, self.trainer.strategy.root_device) == "model":
-            return 1
-        data = self.datamodule
-        longest = max((item.tokens.shape[1] for item in data.evaluation), default=1)
-        return max(1, STEP_BYTES // int(data.eval_batch_size * longest * config.hidden_size * dtype.itemsize))
 
 
 def measure_perplexity(

@@ -8,12 +8,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
 from lightning_prune.runs.config_files import check_text, read_config
 from lightning_prune.support.errors import UserError
-from lightning_prune.support.regular_files import exists
 
 CLASSES = "lightning_prune.methods."
 FILE_OPTIONS = ("--config", "--model", "--data", "--trainer")

@@ -97,6 +97,6 @@ def test_where_the_weights_are_does_not_change_the_value(
     assert singly.perplexity == model.perplexity
     # Windows cross together, so each layer was read once per evaluation set; singly, once per batch.
     weights = sum(p.numel() * p.element_size() for p in make_tiny().to(load_dtype(precision)).model.layers.parameters())
-    others = layer.model.bytes_read - 2 * weights
-    assert model.model.bytes_read == weights + others
-    assert singly.model.bytes_read == (4 + 5) * weights + others
+    others = layer.slot.model.bytes_read - 2 * weights
+    assert model.slot.model.bytes_read == weights + others
+    assert singly.slot.model.bytes_read == (4 + 5) * weights + others
