@@ -132,8 +132,9 @@ class BackwardPass(Pass):
         if output.requires_grad:  # not the first layer's, when its weights are not watched
             torch.autograd.backward(output, cotangent.to(output.dtype))
         if slopes is not None:
-            assert middle.grad is not None
-            before, middle, at_middle, after = hidden.detach(), middle.detach(), middle.grad, output.detach()
+            at_middle = middle.grad
+            assert at_middle is not None
+            before, middle, after = hidden.detach(), middle.detach(), output.detach()
             pieces = [(cotangent, after - before), (at_middle, middle - before), (cotangent, after - middle)]
             slopes.update(pieces, len(hidden) * (self.setting.seq_len - 1))
         if hidden.grad is not None:

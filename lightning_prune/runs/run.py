@@ -147,7 +147,7 @@ def evaluate_and_record(
                 for name, result in model.perplexity.items()
             },
             "evaluation": {item.name: item.manifest for item in data.evaluation},
-            "parameters": sum(parameter.numel() for parameter in model.model.net.parameters()),
+            "parameters": sum(parameter.numel() for parameter in model.slot.model.net.parameters()),
             "seconds": {phase: round(value, 3) for phase, value in model.seconds.items()},
             "peak_memory_bytes": peak_memory_bytes(),
             "model": model.pretrained,

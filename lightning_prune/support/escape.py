@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 _SHAPERS = "\u200c\u200d"  # invisible, but part of how Persian, Indic scripts and emoji are written
 _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # controls, direction marks, lone surrogates, line and paragraph separators
-_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+_LATEX: dict[str, str | int | None] = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 _LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 _LATEX |= {character: "\\" + character for character in "&%$#_{}"}
 _LATEX |= {character: "{" + character + "}" for character in "[]*"}  # a row's first [ or * would belong to the last \\
-_MARKDOWN = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+_MARKDOWN: dict[str, str | int | None] = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 _MARKDOWN |= {character: "\\" + character for character in "\\`*[]|$~"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
