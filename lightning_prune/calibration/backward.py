@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Batch, Holding, Load, Pass, Setting, Step
-from lightning_prune.calibration.residuals import ResidualStore
 from lightning_prune.calibration.statistics.removal_slopes import RemovalSlopes
 from lightning_prune.models.families import LayerStructure
 
@@ -35,8 +34,8 @@ class BackwardPass(Pass):
     def begin(self, setting: Setting) -> None:
         """Make room for the residual stream at every boundary and for one gradient."""
         super().begin(setting)
-        self.boundaries: list[ResidualStore] = [setting.store() for _ in range(setting.model.num_layers)]
-        self.cotangent = setting.store()
+        self.boundaries = [self.store(f"boundary {layer}") for layer in range(self.model.num_layers)]
+        self.cotangent = self.store("cotangent")
 
     @abstractmethod
     def watch(self, view: LayerStructure) -> None:
@@ -57,17 +56,11 @@ class BackwardPass(Pass):
 
     def batch(self, step: Step, batch: Batch) -> None:
         self.seen += int((batch.weight > 0).sum())
-        if step.phase == "forward":
-            self._forward(step, batch)
-        else:
-            self._backward(step, batch)
+        self._cross(step, batch, watched=True)
 
     def skip(self, step: Step, batch: Batch) -> None:
         """Forward: as ever. Backward: the gradient of the input alone."""
-        if step.phase == "forward":
-            self._forward(step, batch)
-        else:
-            self._backward(step, batch, watched=False)
+        self._cross(step, batch, watched=False)
 
     def finish(self, step: Step) -> LayerResult:
         if self.seen != self.setting.samples:
@@ -99,27 +92,10 @@ class BackwardPass(Pass):
             per_logit=12,
         )
 
-    def stores(self) -> dict[str, ResidualStore]:
-        return {f"boundary {layer}": store for layer, store in enumerate(self.boundaries)} | {
-            "cotangent": self.cotangent
-        }
-
-    def end(self) -> None:
-        for store in self.stores().values():
-            store.close()
-
-    def _forward(self, step: Step, batch: Batch) -> None:
-        device = self.model.device
-        with torch.no_grad():
-            if step.layer == 0:
-                self.boundaries[0].put(batch.rows, self.model.embed(batch.tokens))
-            output = self.model.run(step.layer, self.boundaries[step.layer].get(batch.rows, device))
-            if step.layer + 1 < self.model.num_layers:
-                self.boundaries[step.layer + 1].put(batch.rows, output)
-            else:
-                self.cotangent.put(batch.rows, self.model.loss_gradient(output, batch.tokens, batch.weight))
-
-    def _backward(self, step: Step, batch: Batch, watched: bool = True) -> None:
+    def _cross(self, step: Step, batch: Batch, watched: bool) -> None:
+        if step.phase == "forward":
+            self._forward(step, batch)
+            return
         samples = int((batch.weight > 0).sum())
         if samples == 0:
             return
@@ -132,10 +108,20 @@ class BackwardPass(Pass):
         if gradient is not None:
             self.cotangent.put(rows, gradient)
 
+    @torch.no_grad()
+    def _forward(self, step: Step, batch: Batch) -> None:
+        if step.layer == 0:
+            self.boundaries[0].put(batch.rows, self.model.embed(batch.tokens))
+        output = self.model.run(step.layer, self.boundaries[step.layer].get(batch.rows, self.model.device))
+        if step.layer + 1 < self.model.num_layers:
+            self.boundaries[step.layer + 1].put(batch.rows, output)
+        else:
+            self.cotangent.put(batch.rows, self.model.loss_gradient(output, batch.tokens, batch.weight))
+
     def _differentiate(
         self, layer: int, hidden: Tensor, cotangent: Tensor, slopes: RemovalSlopes | None
     ) -> Tensor | None:
-        """The gradient of the layer's input; nobody asks for that of the first layer."""
+        """The gradient of the layer's input; None for the first layer."""
         hidden.requires_grad_(layer > 0)
         with torch.enable_grad():
             if slopes is None:

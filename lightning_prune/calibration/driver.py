@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -72,10 +73,6 @@ class CalibrationDriver:
         self._stages = enumerate(stages)
         self._next_stage()
 
-    def start_epoch(self) -> None:
-        """An epoch is a step: this one's layer comes in, hooks live while its batches run."""
-        self.loop.start()
-
     def batch(self, batch: tuple[Tensor, Tensor, Tensor], number: int) -> None:
         """Tokens ``[B, L]``, sample weights ``[B]`` and indices ``[B]`` of batch ``number`` of the epoch."""
         tokens, weight, index = batch
@@ -95,8 +92,7 @@ class CalibrationDriver:
         return sum(sum(loop.work(number, tokens)) for number in range(len(loop.steps)))
 
     def _next_stage(self) -> None:
-        following = next(self._stages, None)
-        if following is None:
+        if (following := next(self._stages, None)) is None:
             return
         number, (self._phase, passes) = following
         self._started, self._finishing = time.perf_counter(), self.seconds.get("finish layers", 0.0)
@@ -105,13 +101,11 @@ class CalibrationDriver:
         results = Results(folder, self.trainer.is_global_zero)
         # Several processes would have to stop at the same layer: they run a pass from its beginning.
         streams = StreamCheckpoints(folder if self.trainer.world_size == 1 else None)
-        self.loop = CalibrationLoop(passes, self.setting, results, streams, self._advance)
+        advance = partial(self.progress.advance, self._phase)
+        self.loop = CalibrationLoop(passes, self.setting, results, streams, advance)
         self.trainer.strategy.barrier()  # all have read what is known before one writes more
         self.trainer.fit_loop.max_epochs += self.loop.epochs  # type: ignore[operator]
         self._take_steps_without_batches()
-
-    def _advance(self, work: float, where: str) -> None:
-        self.progress.advance(self._phase, work, where)
 
     def _take_steps_without_batches(self) -> None:
         while self.loop.remaining and not self.loop.reads:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from safetensors import safe_open
@@ -49,7 +50,7 @@ class LayerResult:
         return bytes(save(tensors, metadata={"facts": json.dumps(self.facts)}))
 
     @classmethod
-    def from_file(cls, path: str) -> "LayerResult":
+    def from_file(cls, path: Path) -> "LayerResult":
         """Read what ``to_bytes`` gave.
 
         Raises:

@@ -62,13 +62,14 @@ class CalibrationLoop:
             self.close()
             self._open = current
             current.begin(self.setting)
-            self.streams.begin()
             if number and number - 1 == self.streams.step:
                 for name, values in self.streams.load().items():
-                    current.put_back(name, values)
+                    current.store(name).put(slice(0, len(values)), values)
         if not model.is_present(step.layer):
             model.enter(step.layer)
-            self._restore(number)
+            for earlier, (other, past) in enumerate(self.steps[:number]):  # the layer was out in between
+                if other is current and past.layer == step.layer and current.changes:
+                    self._put_weights(step, self.results.whole(earlier).weights)
         if number + 1 < len(self.steps):
             model.announce(self.steps[number + 1][1].layer)
         model.overflow.forget()
@@ -96,18 +97,18 @@ class CalibrationLoop:
             result = current.finish(step)
             model.overflow.raise_if_any()  # after what knows more exactly where
             result = _from_first_process(result)
-            if current.changes(step):
+            if current.changes:
                 self._put_weights(step, result.weights)
             self.results.add(number, result)
-        elif current.changes(step):
-            self._put_weights(step, self.results.weights(number))
+        elif current.changes:
+            self._put_weights(step, self.results.whole(number).weights)
         current.advance(step)
         if last or self.steps[number + 1][1].layer != step.layer:
-            model.leave(step.layer, changed=current.changes(step))
+            model.leave(step.layer, changed=current.changes)
         if last:
             self.close()
         if not last and self.steps[number + 1][0] is current:
-            self.streams.offer(number, current.stores())
+            self.streams.offer(number, current.stores)
         else:
             self.streams.clear()
         self.remaining.pop(0)
@@ -131,7 +132,7 @@ class CalibrationLoop:
         parameters: dict[str, Tensor] = {}
         for number, (_, step) in enumerate(self.steps):
             if step.layer == layer:
-                parameters |= self.results.new_parameters(number)
+                parameters |= self.results.whole(number).new_parameters
         return parameters
 
     def work(self, number: int, tokens: int) -> tuple[float, float]:
@@ -160,14 +161,6 @@ class CalibrationLoop:
     def _where(self, number: int) -> str:
         current, step = self.steps[number]
         return f"{current.name}, layer {step.layer + 1} of {self.setting.model.num_layers}"
-
-    def _restore(self, number: int) -> None:
-        """New weights that earlier steps of the same layer and pass made, where the layer was out in between."""
-        current, step = self.steps[number]
-        for earlier in range(number):
-            other, past = self.steps[earlier]
-            if other is current and past.layer == step.layer and current.changes(past):
-                self._put_weights(step, self.results.weights(earlier))
 
     def _put_weights(self, step: Step, weights: dict[str, Tensor]) -> None:
         view = self.setting.model.views[step.layer]

@@ -48,18 +48,13 @@ class Setting:
     context: Callable[[], AbstractContextManager[object]]
     finished: Callable[[float], None] = lambda share: None
 
-    def store(self) -> ResidualStore:
-        """A new residual store."""
-        return ResidualStore(self.rows, self.scratch)
-
     def free_bytes(self, device: torch.device) -> int:
         """Memory that is left on a device; solvers choose their precision by it."""
         return free_bytes(device)
 
     def batches(self) -> Iterator[slice]:
         """The batches of the loader as rows of a store."""
-        for start in range(0, self.rows, self.batch_size):
-            yield slice(start, min(start + self.batch_size, self.rows))
+        return (slice(start, start + self.batch_size) for start in range(0, self.rows, self.batch_size))
 
 
 @dataclass(frozen=True)
@@ -119,33 +114,41 @@ class Holding:
 
 
 class Pass(ABC):
-    """``begin`` once, then for every step ``start``, ``batch`` for every batch, ``finish``; at last ``end``.
+    """``begin`` once; for every step ``start``, ``batch`` for every batch, ``finish``, ``advance``; at last ``end``.
 
     Attributes:
         reads: whether steps need the calibration batches at all.
+        changes: whether steps leave their layer with other weights.
         num_samples: only the first so many calibration samples are read; None: all.
+        stores: everything that later steps need beside results, between two steps.
     """
 
     name: str
     reads = True
+    changes = False
     num_samples: int | None = None
     setting: Setting
+    stores: dict[str, ResidualStore]
+    hooks: Hooks
 
-    @abstractmethod
     def steps(self, num_layers: int) -> list[Step]:
         """All steps, in order."""
+        return [Step(layer, "forward") for layer in range(num_layers)]
 
     def begin(self, setting: Setting) -> None:
         """Before the first step."""
-        self.setting = setting
+        self.setting, self.stores, self.hooks = setting, {}, Hooks()
 
-    @abstractmethod
-    def start(self, step: Step) -> None:
+    def store(self, name: str) -> ResidualStore:
+        """One of ``stores``, made where it is not there yet."""
+        return self.stores.setdefault(name, ResidualStore(self.setting.rows, self.setting.scratch))
+
+    def start(self, step: Step) -> None:  # noqa: B027 - some passes need nothing
         """The layer of ``step`` is in place."""
 
-    @abstractmethod
     def batch(self, step: Step, batch: Batch) -> None:
         """One batch of this step."""
+        raise NotImplementedError(f"the pass {self.name} reads no batches")
 
     @abstractmethod
     def finish(self, step: Step) -> LayerResult:
@@ -157,18 +160,6 @@ class Pass(ABC):
 
     def advance(self, step: Step) -> None:  # noqa: B027 - most passes need nothing
         """Called after the step's result is stored and its weights are updated."""
-
-    def changes(self, step: Step) -> bool:
-        """Whether the step leaves the layer with other weights."""
-        return False
-
-    def stores(self) -> dict[str, ResidualStore]:
-        """Everything that later steps need beside results, between two steps."""
-        return {}
-
-    def put_back(self, name: str, values: Tensor) -> None:
-        """What the store ``name`` held when an earlier process stood between two steps: ``[rows, L, D]``."""
-        self.stores()[name].put(slice(0, len(values)), values)
 
     def cost(self, view: LayerStructure, step: Step) -> float:
         """Work per token of this step, in plain evaluations of a layer; an estimate for the progress bar."""
@@ -182,8 +173,11 @@ class Pass(ABC):
         """The memory it takes; ``view`` is on the meta device."""
         return Holding()
 
-    def end(self) -> None:  # noqa: B027 - most passes need nothing
+    def end(self) -> None:
         """Give everything back."""
+        self.hooks.remove()
+        for store in self.stores.values():
+            store.close()
 
     @property
     def model(self) -> LayeredModel:
@@ -200,15 +194,6 @@ class WeightsPass(Pass):
 
     reads = False
 
-    def steps(self, num_layers: int) -> list[Step]:
-        return [Step(layer, "weights") for layer in range(num_layers)]
-
-    def start(self, step: Step) -> None:
-        """Nothing to prepare."""
-
-    def batch(self, step: Step, batch: Batch) -> None:
-        raise AssertionError("this pass reads no batches")
-
     @abstractmethod
     def conclude(self, view: LayerStructure) -> LayerResult:
         """What is left of a layer."""
@@ -222,21 +207,17 @@ class WeightsPass(Pass):
 
 
 class ForwardPass(Pass):
-    """From the first layer to the last: one evaluation per layer, a second one only where the layer was changed.
+    """From the first layer to the last: one evaluation per layer, a second one only where the next layer sees changes.
 
     Attributes:
-        rewrites: whether ``conclude`` changes the layer's weights, so that the next layer sees what is left of it.
+        rewrites: whether the next layer sees the weights that ``conclude`` changed.
     """
 
     rewrites = False
 
-    def steps(self, num_layers: int) -> list[Step]:
-        return [Step(layer, "forward") for layer in range(num_layers)]
-
     def begin(self, setting: Setting) -> None:
         super().begin(setting)
-        self.stream = setting.store()
-        self.hooks = Hooks()
+        self.stream = self.store("stream")
 
     @abstractmethod
     def observe(self, view: LayerStructure, hooks: Hooks) -> None:
@@ -250,26 +231,26 @@ class ForwardPass(Pass):
         self.hooks = Hooks()
         self.observe(self.view(step), self.hooks)
 
+    @torch.no_grad()
     def batch(self, step: Step, batch: Batch) -> None:
-        with torch.no_grad():
-            self.hooks.set_weight(batch.weight)
-            hidden = self._entering(step, batch)
-            output = self.model.run(step.layer, hidden)
-            if not self.rewrites:
-                self._keep(step, batch.rows, output)
+        self.hooks.set_weight(batch.weight)
+        if step.layer == 0:
+            self.stream.put(batch.rows, self.model.embed(batch.tokens))
+        output = self.model.run(step.layer, self.stream.get(batch.rows, self.model.device))
+        if not self.rewrites:
+            self.stream.put(batch.rows, output)
 
-    def finish(self, step: Step) -> LayerResult:
-        """Hooks off; every hooked module must have seen every token once."""
-        self.hooks.remove()
-        self.hooks.assert_tokens(self.setting.samples * self.setting.seq_len)
-        with torch.no_grad():
-            return self.conclude(self.view(step))
-
+    @torch.no_grad()
     def skip(self, step: Step, batch: Batch) -> None:
-        with torch.no_grad():
-            hidden = self._entering(step, batch)
-            if not self.rewrites:
-                self._keep(step, batch.rows, self.model.run(step.layer, hidden))
+        if not self.rewrites:
+            self.batch(step, batch)
+        elif step.layer == 0:
+            self.stream.put(batch.rows, self.model.embed(batch.tokens))
+
+    @torch.no_grad()
+    def finish(self, step: Step) -> LayerResult:
+        self.hooks.finish(self.setting.samples * self.setting.seq_len)
+        return self.conclude(self.view(step))
 
     def advance(self, step: Step) -> None:
         """Once the changed weights are in place: what this layer now hands on."""
@@ -278,48 +259,26 @@ class ForwardPass(Pass):
                 for rows in self.setting.batches():
                     self.stream.put(rows, self.model.run(step.layer, self.stream.get(rows, self.model.device)))
 
-    def changes(self, step: Step) -> bool:
-        return self.rewrites
-
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """The residual stream; a projection's inputs in fp32, twice; at last a weight and its scores in fp32."""
         return Holding(8 * load.tokens * load.widest_input, 8 * load.largest_weight, (load.hidden_size,))
 
-    def stores(self) -> dict[str, ResidualStore]:
-        return {"stream": self.stream}
-
-    def end(self) -> None:
-        self.hooks.remove()
-        self.stream.close()
-
-    def _entering(self, step: Step, batch: Batch) -> Tensor:
-        if step.layer > 0:
-            return self.stream.get(batch.rows, self.model.device)
-        hidden = self.model.embed(batch.tokens)
-        if self.rewrites:
-            self.stream.put(batch.rows, hidden)
-        return hidden
-
-    def _keep(self, step: Step, rows: slice, output: Tensor) -> None:
-        if step.layer + 1 < self.model.num_layers:
-            self.stream.put(rows, output)
-
 
 class BlockPass(Pass):
-    """Forward, attention before the MLP of every layer, each rewritten from what the rewritten part before it puts out.
+    """Forward, attention before the MLP of every layer, each rewritten from what the rewritten part before it outputs.
 
     The inputs of the two projections that write to the residual stream are kept while their block is open, so that the
     second evaluation of a rewritten block is that projection alone.
     """
 
+    changes = True
+
     def steps(self, num_layers: int) -> list[Step]:
         return [Step(layer, block) for layer in range(num_layers) for block in (Block.ATTENTION, Block.MLP)]
 
     def begin(self, setting: Setting) -> None:
-        """Make room for the residual stream and for the inputs of one projection."""
         super().begin(setting)
-        self.stream, self.inner = setting.store(), setting.store()
-        self.hooks = Hooks()
+        self.stream, self.inner = self.store("stream"), self.store("inner")
 
     @abstractmethod
     def observe(self, view: LayerStructure, block: Block, hooks: Hooks) -> None:
@@ -361,15 +320,13 @@ class BlockPass(Pass):
         finally:
             handle.remove()
 
+    @torch.no_grad()
     def finish(self, step: Step) -> LayerResult:
-        """Hooks off; every hooked module must have seen every token once."""
-        self.hooks.remove()
-        self.hooks.assert_tokens(self.setting.samples * self.setting.seq_len)
-        with torch.no_grad():
-            return self.conclude(self.view(step), self.block(step))
+        self.hooks.finish(self.setting.samples * self.setting.seq_len)
+        return self.conclude(self.view(step), self.block(step))
 
     def advance(self, step: Step) -> None:
-        """Once the rewritten projection is in place: add what it now puts out to the residual stream."""
+        """Once the rewritten projection is in place: add what it now outputs to the residual stream."""
         block = self.block(step)
         if block is Block.MLP and step.layer + 1 == self.model.num_layers:
             return
@@ -381,20 +338,8 @@ class BlockPass(Pass):
                 self.stream.put(rows, self.model.add(step.layer, hidden, block, output))
         self.inner.close()
 
-    def changes(self, step: Step) -> bool:
-        return True
-
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """The residual stream, and the inputs of one projection; those of a batch in fp32."""
         new = view.output.weight.numel() + view.down.weight.numel()
         stores = (load.hidden_size, load.widest_input)
         return Holding(4 * load.tokens * load.widest_input, stores=stores, new_weights=new)
-
-    def stores(self) -> dict[str, ResidualStore]:
-        """The residual stream; the inputs of a projection are used up by then."""
-        return {"stream": self.stream}
-
-    def end(self) -> None:
-        self.hooks.remove()
-        self.stream.close()
-        self.inner.close()

@@ -1,10 +1,8 @@
 """The results of all steps, in memory and on disk, so that a killed run continues where it was."""
 
-import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
-from torch import Tensor
 
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.support.files import sweep, write_bytes
@@ -29,7 +27,7 @@ class Results:
             sweep(folder)
         for path in sorted(folder.glob("step_*.safetensors")):
             try:
-                self._results[int(path.stem.removeprefix("step_"))] = LayerResult.from_file(str(path)).without_weights()
+                self._results[int(path.stem.removeprefix("step_"))] = LayerResult.from_file(path).without_weights()
             except (OSError, SafetensorError, KeyError, ValueError):  # a kill left it half-written
                 if writes:
                     path.unlink(missing_ok=True)
@@ -37,40 +35,21 @@ class Results:
     def __contains__(self, step: int) -> bool:
         return step in self._results
 
-    def __len__(self) -> int:
-        return len(self._results)
-
     def add(self, step: int, result: LayerResult) -> None:
         """Keep the result of a step."""
         result = result.on_host()
         if self.folder is not None and self.writes:
             # Not safetensors' save_file, whose error on a full disk does not say so.
-            write_bytes(self._path(step), result.to_bytes())
+            write_bytes(self.folder / f"step_{step:05d}.safetensors", result.to_bytes())
         self._results[step] = result if self.folder is None else result.without_weights()
 
     def of(self, step: int) -> LayerResult:
-        """The result of a step; its new weights may be missing (``new_parameters``)."""
+        """The result of a step; its new weights may be missing (``whole``)."""
         return self._results[step]
 
-    def weights(self, step: int) -> dict[str, Tensor]:
-        """New weights of a step by role, of the dense shape."""
-        return self._whole(step).weights
-
-    def new_parameters(self, step: int) -> dict[str, Tensor]:
-        """New weights of a step by role, and biases as ``<role>.bias``."""
-        return self._whole(step).new_parameters
-
-    def remove(self) -> None:
-        """Delete the folder."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _whole(self, step: int) -> LayerResult:
-        if self.folder is None:
-            return self._results.get(step, LayerResult())
-        path = self._path(step)
-        return LayerResult.from_file(str(path)) if step in self._results and path.is_file() else LayerResult()
-
-    def _path(self, step: int) -> Path:
-        assert self.folder is not None
-        return self.folder / f"step_{step:05d}.safetensors"
+    def whole(self, step: int) -> LayerResult:
+        """The result of a step with its new weights; empty where it is not known."""
+        path = None if self.folder is None else self.folder / f"step_{step:05d}.safetensors"
+        if path is not None and step in self and path.is_file():
+            return LayerResult.from_file(path)
+        return self._results.get(step, LayerResult())

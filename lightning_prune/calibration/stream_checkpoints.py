@@ -42,12 +42,8 @@ class StreamCheckpoints:
 
     def load(self) -> dict[str, Tensor]:
         """The stores' values ``[rows, L, D]`` by name."""
-        found: dict[str, Tensor] = torch.load(self._path(self.step), map_location="cpu", mmap=True, weights_only=True)
-        return found
-
-    def begin(self) -> None:
-        """A pass begins: its work is counted from here."""
-        self._since = time.monotonic()
+        values: dict[str, Tensor] = torch.load(self._path(self.step), map_location="cpu", mmap=True, weights_only=True)
+        return values
 
     def offer(self, step: int, stores: Mapping[str, ResidualStore]) -> None:
         """Write one after ``step`` where it is worth its time and there is room for it."""
@@ -73,8 +69,8 @@ class StreamCheckpoints:
         self._speed = max(size, 1) / max(self._since - started, 1e-3)
 
     def clear(self) -> None:
-        """The pass is over."""
-        self.step = -1
+        """The pass is over; the next one's work is counted from here."""
+        self.step, self._since = -1, time.monotonic()
         for path in self._files():
             path.unlink(missing_ok=True)
 

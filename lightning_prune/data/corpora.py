@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from lightning_prune.data.local_files import FILE_KINDS, local_splits, read_loca
 from lightning_prune.demo import SPLITS, demo_text
 from lightning_prune.support.errors import UserError, first_line
 from lightning_prune.support.quiet import quiet_datasets
-from lightning_prune.support.regular_files import exists
 
 # English has 3 to 5 characters per token, so 16 leave random sampling about four windows to choose each one from.
 CHARACTERS_PER_TOKEN = 16

@@ -1,5 +1,6 @@
 """Text or token ids of one's own as the calibration set of a run."""
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from lightning_prune.data.corpora import load_corpus
 from lightning_prune.data.sampling import draw_windows
 from lightning_prune.data.tokenization import load_tokenizer, tokenize
 from lightning_prune.support.errors import UserError
-from lightning_prune.support.regular_files import kind_of
 
 
 def calibration_set(
@@ -81,7 +81,7 @@ def _texts(data: Any, column: str) -> list[str]:
     if isinstance(data, Path):
         return [load_corpus(str(data), "all").text]
     if isinstance(data, str):
-        if kind_of(Path(data)) == "file":
+        if os.path.isfile(data):
             raise UserError(f"calibration data: '{data}' is a file; pathlib.Path('{data}') is read, a str is text.")
         return [data]
     if hasattr(data, "column_names"):

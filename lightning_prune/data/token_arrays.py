@@ -1,5 +1,6 @@
 """Ready token ids: `.npy` and `.safetensors` arrays, int64 `[N, L]`, taken as they are."""
 
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_prune.support.errors import UserError
-from lightning_prune.support.regular_files import exists, require_regular
+from lightning_prune.support.regular_files import require_regular
 
 OPTIONS = "--data.dataset, --data.eval_datasets"
 

@@ -67,7 +67,7 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class EfficiencyReport:
-    """A pruned model, and where it was asked for the dense one, measured in the same process."""
+    """A pruned model, and where requested the dense one, measured in the same process."""
 
     setting: Setting
     device: str
@@ -79,13 +79,14 @@ class EfficiencyReport:
     def table(self) -> str:
         """Dense, pruned and pruned / dense, one quantity a line."""
         models = {"dense": self.dense, "pruned": self.pruned} if self.dense else {"pruned": self.pruned}
-        rows = {side: _rows(model, self.setting) for side, model in models.items()}
+        rows = [_rows(model, self.setting) for model in models.values()]
         lines = [["", *models, *(["pruned / dense"] if self.dense else [])]]
-        for name, value in rows["pruned"].items():
-            lines.append([name, *(_number(rows[side][name]) for side in models)])
+        for name in rows[0]:
+            values = [row[name] for row in rows]
+            lines.append([name, *map(_number, values)])
             if self.dense:
-                base = rows["dense"][name]
-                lines[-1].append(f"{value / base:.3f}" if value is not None and base else "-")
+                dense, pruned = values
+                lines[-1].append(f"{pruned / dense:.3f}" if pruned is not None and dense else "-")
         align = ["left", *["right"] * (len(lines[0]) - 1)]
         text = tabulate(lines, tablefmt="plain", disable_numparse=True, colalign=align)
         files = ", ".join(f"{side} {model.weight_file_dtype}" for side, model in models.items())
@@ -117,16 +118,11 @@ def _head_widths(model: PreTrainedModel) -> list[tuple[int, int]]:
     return [(width, width // block.num_key_value_groups) for width, block in queries]
 
 
-def weight_file_bytes(checkpoint: Checkpoint) -> int:
-    """Size of all its weight files."""
-    return sum(file.stat().st_size for file in checkpoint.weight_files)
-
-
 def measure(model: PreTrainedModel, checkpoint: Checkpoint, setting: Setting, name: str = "model") -> Efficiency:
-    """Count and time one model where it stands (device and dtype).
+    """Count and time a causal LM on its device and in its dtype.
 
     Args:
-        model: a causal LM, dense or pruned.
+        model: dense or pruned.
         checkpoint: what it was loaded from.
         setting: lengths, batch sizes and repeats.
         name: shown while it is timed.
@@ -146,7 +142,7 @@ def measure(model: PreTrainedModel, checkpoint: Checkpoint, setting: Setting, na
         parameters=count_parameters(model),
         macs_per_token=macs_per_token(model, setting.context_length),
         kv_cache_bytes_per_token=kv_cache_bytes_per_token(model),
-        weight_file_bytes=weight_file_bytes(checkpoint),
+        weight_file_bytes=sum(file.stat().st_size for file in checkpoint.weight_files),
         weight_file_dtype=str(checkpoint.stored_dtype).removeprefix("torch."),
         speed=speed,
     )

@@ -9,15 +9,46 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.calibration.statistics.perplexity import Perplexity
+from lightning_prune.calibration.statistics.token_statistic import TokenStatistic
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.models.checkpoint import Checkpoint
-from lightning_prune.models.layered import LayeredModel, choose_onload
+from lightning_prune.models.layered import choose_onload
 from lightning_prune.models.model_slot import ModelSlot, load_dtype
 from lightning_prune.support.progress import Progress
 from lightning_prune.support.timing import Seconds
 
 STEP_BYTES = 256 * 2**20  # residual stream of the evaluation windows that cross the layers together
+
+
+class Perplexity(TokenStatistic):
+    """exp(mean token loss) over packed windows: every token of a window but its first is predicted once."""
+
+    loss_sum: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_sum("loss_sum")
+
+    def update(self, losses: Tensor, weight: Tensor) -> None:
+        """Add a batch: token losses ``[B, L − 1]``; samples whose weight ``[B]`` is 0 are dropped."""
+        counted = losses[weight > 0]
+        self.loss_sum += counted.double().sum()
+        self.tokens += counted.numel()
+
+    def compute(self) -> Tensor:
+        """Perplexity, fp64 scalar; NaN when nothing was seen."""
+        return torch.exp(self.loss_sum / self.tokens)
+
+
+def unigram_perplexity(tokens: Tensor) -> float:
+    """The floor under every language model: exp(H), H the entropy in nats of the predicted tokens' own frequencies.
+
+    Args:
+        tokens: int64 ``[N, L]``; the first token of every window is not predicted and does not count.
+    """
+    _, counts = tokens[:, 1:].unique(return_counts=True)
+    share = counts.double() / counts.sum()
+    return float(torch.exp(-(share * share.log()).sum()))
 
 
 @dataclass(frozen=True)
@@ -61,7 +92,6 @@ class Evaluation(L.LightningModule):
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The model that is measured."""
         return Checkpoint.open(self.pretrained)
 
     @property
@@ -69,17 +99,8 @@ class Evaluation(L.LightningModule):
         """The trainer's evaluation sets."""
         return self.trainer.datamodule  # type: ignore[attr-defined, no-any-return]
 
-    @property
-    def model(self) -> LayeredModel:
-        """The open model."""
-        return self.slot.model
-
     def check_model(self) -> None:
-        """Refuse a model that cannot be opened before any text is read for it.
-
-        Raises:
-            UserError: as ``Checkpoint.open`` and ``Checkpoint.check``.
-        """
+        """Refuse a model that cannot be opened before any text is read for it: UserError."""
         self.checkpoint.check()
 
     def setup(self, stage: str) -> None:
@@ -89,31 +110,31 @@ class Evaluation(L.LightningModule):
             UserError: no model at ``pretrained``, unknown family, tokens that do not fit the model.
         """
         config: Any = self.checkpoint.config
-        data = self.datamodule
+        data, dtype = self.datamodule, load_dtype(str(self.trainer.precision))
         data.check_against_model(*self.checkpoint.limits)
         self.progress.expect(evaluation_phase(self.name), evaluation_work(data, config.num_hidden_layers))
-        data.eval_batches_per_step = self._batches_per_step(config)
+        data.eval_batches_per_step = 1
+        if choose_onload(self.slot.onload, self.checkpoint, dtype, self.trainer.strategy.root_device) == "layer":
+            # All at once is fastest where every step brings in the layers anew; the residual stream is the limit.
+            longest = max((item.tokens.shape[1] for item in data.evaluation), default=1)
+            batch = int(data.eval_batch_size * longest * config.hidden_size * dtype.itemsize)
+            data.eval_batches_per_step = max(1, STEP_BYTES // batch)
 
     def configure_optimizers(self) -> None:
         """No optimizer: nothing is trained."""
 
-    def on_test_start(self) -> None:
-        """Open the model to measure."""
-        dtype = load_dtype(str(self.trainer.precision))
-        with torch.inference_mode(False):
-            self.slot.open(self.checkpoint, dtype, self.device)
-
     def on_test_epoch_start(self) -> None:
-        """One perplexity per evaluation set."""
-        self._started = time.perf_counter()
+        """Open the model; one perplexity per evaluation set."""
         with torch.inference_mode(False):
+            self.slot.open(self.checkpoint, load_dtype(str(self.trainer.precision)), self.device)
+            self._started = time.perf_counter()
             self._perplexities = nn.ModuleList(Perplexity() for _ in self.datamodule.evaluation).to(self.device)
 
     def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Take windows ``[B, L]`` through all layers, ``eval_batch_size`` at a time in every layer."""
         tokens, weight, _ = batch
         metric, size = self._perplexities[dataloader_idx], self.datamodule.eval_batch_size
-        model, layers = self.model, self.model.num_layers
+        model, layers = self.slot.model, self.slot.model.num_layers
         # Not in inference mode, in which Lightning tests: calibration continues with tensors that are made here.
         with torch.inference_mode(False), torch.no_grad():
             parts: list[Tensor] = [model.embed(part) for part in tokens.split(size)]  # type: ignore[no-untyped-call]
@@ -131,20 +152,11 @@ class Evaluation(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Leave the results in ``self.perplexity`` by name of the evaluation set."""
         self.perplexity = {
-            data.name: PerplexityResult(float(metric.compute()), data.manifest["predicted_tokens"])  # type: ignore[operator]
+            data.name: PerplexityResult(float(metric.reduced()), data.manifest["predicted_tokens"])  # type: ignore[operator]
             for data, metric in zip(self.datamodule.evaluation, self._perplexities, strict=True)
         }
         self.progress.finish(evaluation_phase(self.name))
         self.seconds.add("evaluate", time.perf_counter() - self._started)
-
-    def _batches_per_step(self, config: Any) -> int:
-        """All at once is fastest where layers are brought in anew for every step; the residual stream is the limit."""
-        dtype = load_dtype(str(self.trainer.precision))
-        if choose_onload(self.slot.onload, self.checkpoint, dtype, self.trainer.strategy.root_device) == "model":
-            return 1
-        data = self.datamodule
-        longest = max((item.tokens.shape[1] for item in data.evaluation), default=1)
-        return max(1, STEP_BYTES // int(data.eval_batch_size * longest * config.hidden_size * dtype.itemsize))
 
 
 def measure_perplexity(

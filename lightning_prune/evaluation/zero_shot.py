@@ -14,8 +14,7 @@ from transformers import PreTrainedModel
 from lightning_prune.support.errors import UserError, first_line
 from lightning_prune.support.escape import plain
 
-# Shares of right answers. Everything else the harness knows (perplexity, bits_per_byte, likelihoods, brier_score, mcc,
-# bleu, …) is no share, or comes in percent already.
+# Shares of right answers. Other metrics (perplexity, brier_score, bleu, …) are not shares, or come in percent already.
 SHARES = re.compile(
     r"(acc|acc_\w+|\w+_acc|accuracy|exact|exact_match|em|f1|micro_f1|macro_f1|precision|recall|mc1|mc2|pass@\d+)"
     r"(,.*)?"  # a filter of the harness
@@ -29,6 +28,12 @@ class Metric:
     value: float
     stderr: float | None
 
+    def shown(self, percent: bool) -> str:
+        """Value ± standard error, in percent or as it is."""
+        scale, digits = (100, 2) if percent else (1, 3)
+        error = "" if self.stderr is None else f" ± {scale * self.stderr:.{digits}f}"
+        return f"{scale * self.value:.{digits}f}{error}"
+
 
 @dataclass(frozen=True)
 class ZeroShotResult:
@@ -39,10 +44,8 @@ class ZeroShotResult:
 
     @property
     def mean(self) -> dict[str, float]:
-        """Unweighted means over the tasks: ``acc``, and ``acc_norm`` with ``acc`` for tasks that have no ``acc_norm``.
-
-        Papers differ in which of the two they print, so both are here. Tasks without accuracy are left out.
-        """
+        """Unweighted means over the tasks with accuracy: ``acc``, and ``acc_norm`` with ``acc`` for tasks without
+        ``acc_norm``. Papers differ in which of the two they print."""
         rows = [metrics for metrics in self.tasks.values() if "acc" in metrics]
         if not rows:
             return {}
@@ -57,14 +60,14 @@ class ZeroShotResult:
 
 
 def check_tasks(tasks: Sequence[str], include_path: Path | None = None) -> Any:
-    """The harness's task manager, after every task's data has been opened once.
+    """The harness's task manager, after the data of every task or group has been opened once.
 
     Args:
-        tasks: names of tasks or groups of the harness.
+        tasks: their names.
         include_path: folder with further tasks as YAML files.
 
     Raises:
-        UserError: the harness is not installed, a task is unknown, or its data cannot be had.
+        UserError: the harness is not installed, a task is unknown, or its data cannot be loaded.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
@@ -97,61 +100,44 @@ def check_tasks(tasks: Sequence[str], include_path: Path | None = None) -> Any:
 def zero_shot(
     model: PreTrainedModel, tokenizer: Any, tasks: Sequence[str], manager: Any, batch_size: int = 16
 ) -> ZeroShotResult:
-    """Evaluate ``model`` where it stands (device and dtype), without examples in the prompt.
+    """Evaluate a causal LM on its device and in its dtype, without examples in the prompt.
 
-    Args:
-        model: a causal LM, dense or pruned.
-        tokenizer: its tokenizer.
-        tasks: as checked by ``check_tasks``.
-        manager: what ``check_tasks`` returned.
-        batch_size: sequences per forward pass.
+    ``tasks`` as checked by ``check_tasks``, which returned ``manager``; ``batch_size`` in sequences.
     """
     from lm_eval import __version__ as harness
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
-    found = simple_evaluate(
-        model=language_model, tasks=list(tasks), task_manager=manager, num_fewshot=0, log_samples=False
-    )
-    return ZeroShotResult({name: _metrics(found["results"][name]) for name in tasks}, harness)
+    options = {"task_manager": manager, "num_fewshot": 0, "log_samples": False}
+    results = simple_evaluate(model=language_model, tasks=list(tasks), **options)["results"]
+    return ZeroShotResult({name: _metrics(results[name]) for name in tasks}, harness)
 
 
 def _metrics(row: dict[str, Any]) -> dict[str, Metric]:
     """The harness's ``{"acc,none": 0.5, "acc_stderr,none": 0.1}`` by metric; a filter's name stays unless none."""
-    found = {}
+    metrics = {}
     for key, value in row.items():
         name, _, kind = key.partition(",")
         if kind and not name.endswith("_stderr") and isinstance(value, float | int):
             stderr = row.get(f"{name}_stderr,{kind}")
             label = name if kind == "none" else key
-            found[label] = Metric(float(value), float(stderr) if isinstance(stderr, float | int) else None)
-    return found
+            metrics[label] = Metric(float(value), float(stderr) if isinstance(stderr, float | int) else None)
+    return metrics
 
 
 def table(results: dict[str, ZeroShotResult]) -> str:
-    """One line per task and metric, one column per model, then the means. Values ± standard error; shares in percent,
-    perplexities and whatever else is no share as they are."""
+    """One line per task and metric, one column per model, then the means. Values ± standard error."""
     columns = list(results)
     lines = [["task", "metric", *columns]]
     first = next(iter(results.values()))
     for task, metrics in first.tasks.items():
         for metric in metrics:
-            found = [result.tasks[task][metric] for result in results.values()]
-            lines.append([plain(task), plain(metric), *_cells(metric, found)])
+            values = [result.tasks[task][metric] for result in results.values()]
+            # Some tasks (SQuAD) report their shares in percent themselves.
+            share = SHARES.fullmatch(metric) is not None and all(abs(value.value) <= 1 for value in values)
+            lines.append([plain(task), plain(metric), *(value.shown(percent=share) for value in values)])
     for metric in first.mean:
         lines.append(["mean", metric, *(f"{100 * result.mean[metric]:.2f}" for result in results.values())])
     legend = "Shares (acc, exact_match, f1, …) in percent, other metrics in their own unit."
     return f"{tabulate(lines, tablefmt='plain', disable_numparse=True)}\n{legend}"
-
-
-def _cells(name: str, metrics: list[Metric]) -> list[str]:
-    # Some tasks (SQuAD) report their shares in percent themselves.
-    share = SHARES.fullmatch(name) is not None and all(abs(metric.value) <= 1 for metric in metrics)
-    return [_shown(metric, 100 if share else 1) for metric in metrics]
-
-
-def _shown(metric: Metric, scale: int) -> str:
-    digits = 2 if scale == 100 else 3
-    error = "" if metric.stderr is None else f" ± {scale * metric.stderr:.{digits}f}"
-    return f"{scale * metric.value:.{digits}f}{error}"

@@ -306,7 +306,7 @@ class PruningMethod(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """An epoch is a layer of a pass."""
-        self.driver.start_epoch()
+        self.driver.loop.start()
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         """The calibration step of one layer: tokens ``[B, L]``, sample weights ``[B]`` and indices ``[B]``."""

@@ -17,7 +17,7 @@ import torch
 from lightning_prune.calibration.hooks import Hooks
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import ForwardPass
-from lightning_prune.calibration.statistics.input_moments import InputMoments
+from lightning_prune.calibration.statistics.channel_sums import InputMoments
 from lightning_prune.calibration.statistics.token_statistic import full_precision
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.methods.slimgpt_math import columns_of

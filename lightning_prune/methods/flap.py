@@ -27,7 +27,7 @@ from torch import Tensor
 from lightning_prune.calibration.hooks import Hooks
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import ForwardPass, Pass
-from lightning_prune.calibration.statistics.input_moments import InputMoments
+from lightning_prune.calibration.statistics.channel_sums import InputMoments
 from lightning_prune.checkpoint.cut import parameters_after
 from lightning_prune.checkpoint.family_check import check_family
 from lightning_prune.checkpoint.plan import LayerPlan

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_prune.calibration.backward import BackwardPass
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Holding, Load, Step
-from lightning_prune.calibration.statistics.hessian import InputGram
+from lightning_prune.calibration.statistics.gram import InputGram
 from lightning_prune.calibration.statistics.token_statistic import full_precision
 from lightning_prune.methods.slimgpt_math import (
     NotPositiveDefiniteError,

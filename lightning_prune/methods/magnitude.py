@@ -27,6 +27,7 @@ class MagnitudeMaskPass(WeightsPass):
     """Zeroes the smallest weights of each whole matrix (the usual baseline), or n:m."""
 
     name = "masks"
+    changes = True
 
     def __init__(self, rule: MaskRule) -> None:
         self.rule = rule
@@ -36,9 +37,6 @@ class MagnitudeMaskPass(WeightsPass):
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         return mask_holding(super().holds(view, load), load)
-
-    def changes(self, step: object) -> bool:
-        return True
 
 
 class Magnitude(GroupOrMaskPruning):

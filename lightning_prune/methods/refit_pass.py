@@ -19,7 +19,6 @@ from torch import Tensor
 from lightning_prune.calibration.hooks import Hooks
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Batch, BlockPass, Holding, Load, Setting, Step
-from lightning_prune.calibration.residuals import ResidualStore
 from lightning_prune.calibration.statistics.token_statistic import full_precision
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.methods.refit_math import (
@@ -57,7 +56,7 @@ class RefitPass(BlockPass):
 
     def begin(self, setting: Setting) -> None:
         super().begin(setting)
-        self.dense = setting.store()
+        self.dense = self.store("dense")
 
     def observe(self, view: LayerStructure, block: Block, hooks: Hooks) -> None:
         """Nothing: targets need both streams, so the batch sums."""
@@ -147,13 +146,6 @@ class RefitPass(BlockPass):
         """The pruned stream behind the block; a block that is gone adds nothing."""
         if len(self.columns):
             super().advance(step)
-
-    def stores(self) -> dict[str, ResidualStore]:
-        return {"stream": self.stream, "dense": self.dense}
-
-    def end(self) -> None:
-        super().end()
-        self.dense.close()
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """Also the dense stream, the normal equations, and an eighth of the tokens held out."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_prune.calibration.hooks import Hooks
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import BlockPass, Holding, Load, Pass, Step
-from lightning_prune.calibration.statistics.hessian import InputGram
+from lightning_prune.calibration.statistics.gram import InputGram
 from lightning_prune.checkpoint.cut import parameters_after
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.methods.base import PruningMethod

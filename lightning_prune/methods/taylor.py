@@ -30,7 +30,7 @@ class TaylorPass(BackwardPass):
         self.gradients = LayerGradients(view)
 
     def expect(self, tokens: int) -> None:
-        self.gradients.expect(tokens)
+        self.gradients.tokens = tokens
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """Also an fp32 gradient of every weight of the layer, and the one that backward has just made."""

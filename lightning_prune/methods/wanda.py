@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lightning_prune.calibration.hooks import Hooks
 from lightning_prune.calibration.layer_result import LayerResult
-from lightning_prune.calibration.passes import ForwardPass, Holding, Load, Pass, Step
+from lightning_prune.calibration.passes import ForwardPass, Holding, Load, Pass
+from lightning_prune.calibration.statistics.channel_sums import SumOfSquares
 from lightning_prune.calibration.statistics.groups import group_importance
-from lightning_prune.calibration.statistics.input_norms import SumOfSquares
 from lightning_prune.methods.mask_pruning import GroupOrMaskPruning, MaskRule, mask_holding, mask_layer
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import INPUT_OF, Block
@@ -91,6 +91,7 @@ class WandaMaskPass(WandaPass):
     """
 
     name = "masks"
+    changes = True  # though the next layer may be meant not to see it
 
     def __init__(self, rule: MaskRule, sequential: bool) -> None:
         self.rule, self.rewrites = rule, sequential
@@ -101,10 +102,6 @@ class WandaMaskPass(WandaPass):
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         return mask_holding(super().holds(view, load), load)
-
-    def changes(self, step: Step) -> bool:
-        """Always, though the next layer may be meant not to see it."""
-        return True
 
 
 class Wanda(GroupOrMaskPruning):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from os.path import exists
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,7 +39,7 @@ from lightning_prune.models.weights import (
 )
 from lightning_prune.support.errors import UserError, first_line
 from lightning_prune.support.quiet import quiet_transformers
-from lightning_prune.support.regular_files import exists, expanded, is_special, require_regular
+from lightning_prune.support.regular_files import expanded, is_special, require_regular
 
 CONFIG_LIMIT = 10_000_000  # bytes
 TOKENIZER_FILES = (

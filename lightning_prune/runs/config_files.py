@@ -10,13 +10,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lightning_prune.support.errors import UserError
-from lightning_prune.support.regular_files import exists, require_regular
+from lightning_prune.support.regular_files import require_regular
 
 SIZE_LIMIT = 1_000_000  # bytes
 VALUE_LIMIT = 100_000  # values, counted as often as references name them

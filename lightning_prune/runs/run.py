@@ -22,8 +22,8 @@ from lightning_prune.evaluation.perplexity import (
     evaluation_phase,
     evaluation_work,
     measure_perplexity,
+    unigram_perplexity,
 )
-from lightning_prune.evaluation.unigram import unigram_perplexity
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.runs.advice import advice_on_failure
@@ -153,7 +153,7 @@ def evaluate_and_record(
                 for name, result in model.perplexity.items()
             },
             "evaluation": {item.name: item.manifest for item in data.evaluation},
-            "parameters": sum(parameter.numel() for parameter in model.model.net.parameters()),
+            "parameters": sum(parameter.numel() for parameter in model.slot.model.net.parameters()),
             "seconds": {phase: round(value, 3) for phase, value in model.seconds.items()},
             "peak_memory_bytes": peak_memory_bytes(),
             "model": model.pretrained,

@@ -1,8 +1,7 @@
 """Names and messages that come from outside, made harmless for the format they are shown in.
 
-Labels, dataset names, paths and error messages may hold anything: a newline ends a table row, an escape sequence
-clears the terminal, ``<script>`` runs. Every writer of text passes what it did not write itself through here; HTML
-pages are escaped by their templates.
+A newline ends a table row, an escape sequence clears the terminal. Every writer of text passes what it did not write
+itself through here; HTML pages are escaped by their templates.
 """
 
 import os
@@ -12,11 +11,11 @@ from collections.abc import Sequence
 
 _SHAPERS = "\u200c\u200d"  # invisible, but part of how Persian, Indic scripts and emoji are written
 _HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # controls, direction marks, lone surrogates, line and paragraph separators
-_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+_LATEX: dict[str, str | int | None] = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 _LATEX |= {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 _LATEX |= {character: "\\" + character for character in "&%$#_{}"}
 _LATEX |= {character: "{" + character + "}" for character in "[]*"}  # a row's first [ or * would belong to the last \\
-_MARKDOWN = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+_MARKDOWN: dict[str, str | int | None] = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 _MARKDOWN |= {character: "\\" + character for character in "\\`*[]|$~"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
@@ -28,13 +27,17 @@ def plain(text: object) -> str:
 
     White space becomes single spaces; control characters, direction marks and lone surrogates become ``\\x1b``.
     """
-    line = " ".join(str(text).split())
-    return "".join(_visible(character) for character in line)
+    return "".join(
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in _HIDDEN and character not in _SHAPERS
+        else character
+        for character in " ".join(str(text).split())
+    )
 
 
 def markdown(text: object) -> str:
     """Inline text of a Markdown paragraph, list item or table cell: no markup, HTML, formula, link or new block."""
-    line = "".join(_MARKDOWN.get(character, character) for character in plain(text))
+    line = plain(text).translate(str.maketrans(_MARKDOWN))
     # Between letters and digits an underscore is no emphasis, so hgsp_taylor stays readable in the source.
     line = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", line)
     line = re.sub(r"(?i)(?<=\w)://|(?<=www)\.", lambda found: "\\" + found.group(), line)  # addresses become links
@@ -56,7 +59,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def latex(text: object) -> str:
     """Text of a LaTeX document, tables included."""
-    line = "".join(_LATEX.get(character, character) for character in plain(text))
+    line = plain(text).translate(str.maketrans(_LATEX))
     return re.sub(r"-(?=-)", "-{}", line)  # two hyphens would print as a dash
 
 
@@ -84,10 +87,3 @@ def public_name(name: str) -> str:
 def _is_path(name: str) -> bool:
     known = name.startswith(("/", "~", "./", "../", "file:")) or _WINDOWS.match(name) or _FILE.search(name)
     return bool(known) or os.path.exists(name)
-
-
-def _visible(character: str) -> str:
-    if character in _SHAPERS or unicodedata.category(character) not in _HIDDEN:
-        return character
-    code = ord(character)
-    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_prune.support.errors import UserError
-from lightning_prune.support.regular_files import exists, require_regular
+from lightning_prune.support.regular_files import require_regular
 
 TEMPORARY = re.compile(r"\..+\.tmp")
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
@@ -34,13 +34,13 @@ class Lock:
 
     @classmethod
     def take(cls, path: Path, create: bool = False, own: bool = False) -> "Lock | None":
-        """Hold ``path``; None where another process does, or where the path is gone or was replaced meanwhile.
+        """Hold a file or folder; None where another process does, or where it is gone or was replaced meanwhile.
 
         Args:
-            path: a file or folder.
+            path: of the file or folder.
             create: make an empty file if there is none.
-            own: this process made it. On a file system without locks it then has it all the same, and nobody else
-                ever gets it: nothing is taken to be dead there.
+            own: this process made it, so it counts as held even where the file system has no locks. Others cannot hold
+                it there, and never take it to be dead.
 
         Raises:
             OSError: it cannot be opened.
@@ -122,13 +122,9 @@ def new_folder(path: Path, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary sibling of ``path`` that takes its name when the block ends without an exception, and is
     removed otherwise (KeyboardInterrupt and SystemExit included).
 
-    Args:
-        path: the folder to make.
-        replace: whether a folder that is not empty may be replaced, which is done after the new one is complete.
-
     Raises:
-        OSError: the parent cannot be written, the disk is full, or what is at ``path`` is not a folder or may not be
-            replaced; ``path`` is then unchanged.
+        OSError: the parent cannot be written, the disk is full, or what is at ``path`` is not a folder, or is not empty
+            and ``replace`` is false; ``path`` is then unchanged.
     """
     with temporary(path, folder=True) as partial:
         yield partial
@@ -166,51 +162,39 @@ def temporary(path: Path, folder: bool = False) -> Iterator[Path]:
 
 
 def sweep(folder: Path, name: str = "") -> None:
-    """Remove what killed processes left: temporary files and folders directly inside ``folder`` that nobody holds.
-
-    Args:
-        folder: where to look; it need not exist.
-        name: only temporaries of this target.
-    """
-    entries: list[str] = []
+    """Remove the temporary files and folders directly inside ``folder`` (of the target ``name``) that nobody holds:
+    those of killed processes. The folder need not exist."""
     with suppress(OSError):
-        entries = os.listdir(folder)
-    for entry in entries:
-        if TEMPORARY.fullmatch(entry) and (not name or entry.startswith(f".{name}.")):
-            with suppress(OSError):
-                lock = Lock.take(folder / entry)
-                if lock is not None:
-                    lock.remove()
+        for entry in os.listdir(folder):
+            if TEMPORARY.fullmatch(entry) and (not name or entry.startswith(f".{name}.")):
+                with suppress(OSError):
+                    if (lock := Lock.take(folder / entry)) is not None:
+                        lock.remove()
 
 
 def read_file(path: Path, limit: int, option: str) -> bytes:
     """The content of a regular file of at most ``limit`` bytes.
 
     Raises:
-        UserError: missing, not a regular file (a pipe would be waited for), too large, or unreadable.
+        UserError: missing, not a regular file, too large, or unreadable.
     """
-    if not exists(path):
+    if not os.path.exists(path):
         raise UserError(f"{option}: no file at '{path}'.")
-    size = require_regular(path, option)
-    if size > limit:
+    if (size := require_regular(path, option)) > limit:
         raise UserError(f"{option}: '{path}' has {size:,} bytes; at most {limit:,} are read.")
     try:
-        return Path(path).read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise UserError(f"{option}: cannot read '{path}' ({error.strerror}).") from None
 
 
 @contextmanager
 def writable(place: Path, option: str) -> Iterator[None]:
-    """Turn the ways in which a disk says no into one message that names ``option``, which chose the place.
-
-    Raises:
-        UserError: no space, or no access below ``place``.
-    """
+    """Turn errors of the disk (no space, no access below ``place``) into a UserError that names ``option``."""
     try:
         yield
     except OSError as error:
-        # Of the others, such as a lack of permission, only what happened here: reading fails in the same ways.
+        # Of other errors, such as a lack of permission, only those below ``place``: reading fails in the same ways.
         if error.errno in FULL or str(error.filename or "").startswith(str(place)):
             raise cannot_write(place, option, error) from error
         raise
@@ -223,11 +207,7 @@ def cannot_write(place: Path, option: str, error: OSError | ValueError) -> UserE
 
 
 def check_writable(folder: Path, option: str) -> None:
-    """Try the nearest existing parent of ``folder``; ``option`` is the one that chose it.
-
-    Raises:
-        UserError: nothing can be written there.
-    """
+    """Raise UserError, which names ``option``, where nothing can be written to the nearest existing parent."""
     try:
         with suppress(FileNotFoundError):
             os.stat(folder)  # a name that is too long, or a path that runs in circles

@@ -16,14 +16,11 @@ def free_host_bytes() -> int:
     container's limit leaves, whichever is less."""
     available: int = psutil.virtual_memory().available
     try:
-        limit = (CGROUP / "memory.max").read_text(encoding="ascii").strip()
-        if limit == "max":
-            return available
-        used = int((CGROUP / "memory.current").read_text(encoding="ascii"))
+        limit, used = (int((CGROUP / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))
         counters = dict(line.split() for line in (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
         # The page cache counts as used, but the kernel gives it back.
-        return min(available, max(0, int(limit) - used + int(counters.get("file", 0))))
-    except (OSError, ValueError):
+        return min(available, max(0, limit - used + int(counters.get("file", 0))))
+    except (OSError, ValueError):  # no such files, or no limit: "max"
         return available
 
 

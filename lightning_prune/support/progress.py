@@ -54,16 +54,16 @@ class Progress:
     def expect(self, phase: str, work: float) -> None:
         """Announce a phase's work. Again for the same phase: a better estimate replaces the old one."""
         self._expected[phase] = work
-        self._begin()
+        if self._started is None:
+            self._started = self._phase_started = time.monotonic()
 
     def advance(self, phase: str, work: float, at: str = "") -> None:
         """Some of a phase's work is done; ``at`` says where in the phase, such as "layer 3 of 32"."""
         if not self.shown:
             return
-        self._begin()
         done = self._done.get(phase, 0.0) + work
         # An estimate that was too low grows with the work, rather than holding the bar at its end.
-        self._expected[phase] = max(self._expected.get(phase, 0.0), done)
+        self.expect(phase, max(self._expected.get(phase, 0.0), done))
         self._done[phase] = done
         self._phase = phase
         self._show(phase, at)
@@ -72,14 +72,15 @@ class Progress:
         """A phase is over, however much it was said to be."""
         self._done[phase] = self._expected[phase] = max(self._done.get(phase, 0.0), self._expected.get(phase, 0.0))
         if self._display is not None and self._phase == phase:
-            self._display.ended(phase, time.monotonic() - self._phase_started)
+            seconds = time.monotonic() - self._phase_started
+            self._display.ended(f"{phase}: {seconds:.1f} s" if seconds < 60 else f"{phase}: {clock(seconds)}")
         self._phase, self._phase_started = None, time.monotonic()
 
     def close(self) -> None:
         """Nothing more is shown; what was said of finished phases is not taken back."""
-        if self._display is not None:
+        if isinstance(self._display, Rows):
             self._display.close()
-            self._display = None
+        self._display = None
 
     @property
     def fraction(self) -> float:
@@ -90,10 +91,6 @@ class Progress:
     def part(self, phase: str) -> "Progress":
         """One for a run that is the phase ``phase`` of this one, of work 1."""
         return _Part(self, phase)
-
-    def _begin(self) -> None:
-        if self._started is None:
-            self._started = self._phase_started = time.monotonic()
 
     def _show(self, phase: str, at: str) -> None:
         if self._display is None:
@@ -136,16 +133,10 @@ class Lines:
         if time.monotonic() - self._last >= LINE_EVERY:
             left = "" if status.left is None else f", about {clock(status.left)} left"
             at = f" ({status.at})" if status.at else ""
-            self._print(f"{status.phase}{at}: {status.fraction:.0%} of the run after {clock(status.seconds)}{left}")
+            self.ended(f"{status.phase}{at}: {status.fraction:.0%} of the run after {clock(status.seconds)}{left}")
 
-    def ended(self, phase: str, seconds: float) -> None:
-        """A phase is over."""
-        self._print(ending(phase, seconds))
-
-    def close(self) -> None:
-        """The run is over, or has failed."""
-
-    def _print(self, line: str) -> None:
+    def ended(self, line: str) -> None:
+        """A phase is over: ``calibrating: 12.3 s``."""
         print(line, file=sys.stderr, flush=True)
         self._last = time.monotonic()
 
@@ -186,19 +177,14 @@ class Rows:
             self._rows.update(row, description=description, completed=share, note=note, visible=True)
         self._rows.refresh()
 
-    def ended(self, phase: str, seconds: float) -> None:
+    def ended(self, line: str) -> None:
         """A phase is over."""
         self._drawn = float("-inf")
-        self._rows.console.print(ending(phase, seconds), markup=False)
+        self._rows.console.print(line, markup=False)
 
     def close(self) -> None:
-        """The run is over, or has failed."""
+        """Leave the terminal as it was."""
         self._rows.stop()
-
-
-def ending(phase: str, seconds: float) -> str:
-    """What is said of a finished phase: ``calibrating: 12.3 s``."""
-    return f"{phase}: {seconds:.1f} s" if seconds < 60 else f"{phase}: {clock(seconds)}"
 
 
 def clock(seconds: float) -> str:

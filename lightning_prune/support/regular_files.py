@@ -10,14 +10,11 @@ KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "named pipe
 
 
 def require_regular(path: Path, option: str) -> int:
-    """Refuse anything but a regular file (links are followed), without opening it.
+    """The size in bytes of a regular file (links are followed), which is not opened.
 
     Args:
         path: what the user or a file of theirs named.
         option: begins the message: where the name came from.
-
-    Returns:
-        The file's size in bytes.
 
     Raises:
         UserError: missing, unreachable, or a folder, pipe, socket or device.
@@ -27,28 +24,15 @@ def require_regular(path: Path, option: str) -> int:
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{option}: cannot read '{path}' ({reason}). Give a file that exists.") from None
-    if kind_of(path) != "file":
-        raise UserError(f"{option}: '{path}' is a {kind_of(path)}. Give a regular file.")
+    kind = KINDS.get(stat.S_IFMT(status.st_mode), "device")
+    if kind != "file":
+        raise UserError(f"{option}: '{path}' is a {kind}. Give a regular file.")
     return status.st_size
-
-
-def kind_of(path: Path) -> str | None:
-    """``file``, ``folder``, ``named pipe``, ``socket`` or ``device``; None where nothing is, also where the name is too
-    long or leads in a circle."""
-    try:
-        return KINDS.get(stat.S_IFMT(os.stat(path).st_mode), "device")
-    except (OSError, ValueError):
-        return None
-
-
-def exists(path: Path) -> bool:
-    """Whether anything is at ``path``."""
-    return kind_of(path) is not None
 
 
 def is_special(path: Path) -> bool:
     """Whether what is at ``path`` is neither a regular file nor a folder."""
-    return kind_of(path) not in (None, "file", "folder")
+    return os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
 
 
 def expanded(path: str, option: str) -> Path:
@@ -64,9 +48,5 @@ def expanded(path: str, option: str) -> Path:
 
 
 def from_home(name: str, option: str) -> str:
-    """``name`` with ``~/`` or ``~user/`` at its beginning replaced; names of datasets and hub ids are not changed.
-
-    Raises:
-        UserError: ``~name`` of a user who is not known here.
-    """
+    """As ``expanded`` where ``name`` begins with ``~/`` or ``~user/``; datasets and hub ids are not changed."""
     return str(expanded(name, option)) if name.startswith("~") and "/" in name else name

@@ -14,7 +14,7 @@ SHOWN = 5  # wrong fields per message
 
 
 def read_json(path: Path, kind: type[T], option: str, hint: str = "") -> T:
-    """Read a JSON file as ``kind``: a pydantic model, a dataclass or a built-in type. "3" is no number.
+    """Read a JSON file as ``kind``: a pydantic model, a dataclass or a built-in type. "3" is not a number.
 
     Args:
         path: the file.
@@ -38,16 +38,13 @@ def parse_json(data: bytes, kind: type[T], subject: str, hint: str = "") -> T:
     try:
         return adapter.validate_json(data, strict=True)
     except ValidationError as error:
-        raise UserError(f"{subject} {_problems(error)}.{f' {hint}' if hint else ''}") from None
-
-
-def _problems(error: ValidationError) -> str:
-    errors = error.errors(include_url=False)
+        errors = error.errors(include_url=False)
     if errors[0]["type"] == "json_invalid":
-        return f"cannot be read as JSON ({errors[0]['ctx']['error']})"
-    parts = [_problem(dict(one)) for one in errors[:SHOWN]]
-    more = [f"and {len(errors) - SHOWN} more"] if len(errors) > SHOWN else []
-    return "is not valid: " + "; ".join([*parts, *more])
+        problem = f"cannot be read as JSON ({errors[0]['ctx']['error']})"
+    else:
+        more = [f"and {len(errors) - SHOWN} more"] if len(errors) > SHOWN else []
+        problem = "is not valid: " + "; ".join([*(_problem(dict(one)) for one in errors[:SHOWN]), *more])
+    raise UserError(f"{subject} {problem}.{f' {hint}' if hint else ''}")
 
 
 def _problem(one: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ class Gradients(BackwardPass):
         self.gradients = LayerGradients(view)
 
     def expect(self, tokens: int) -> None:
-        self.gradients.expect(tokens)
+        self.gradients.tokens = tokens
 
     def conclude(self, view: LayerStructure) -> LayerResult:
         self.gradients.remove()
@@ -113,4 +113,4 @@ def test_layers_are_entered_once_forward_and_once_backward(tmp_path: Path) -> No
 def test_boundaries_are_given_back_as_backward_goes(tmp_path: Path) -> None:
     one = Gradients()
     drive([one], layered(make_tiny()), tiny_tokens(2, 9), tmp_path, stop_after=4 + 2)  # layers 3 and 2 are done
-    assert [store._values is None for store in one.boundaries] == [False, False, True, True]
+    assert [store.values is None for store in one.boundaries] == [False, False, True, True]

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_prune.calibration.statistics.perplexity import Perplexity
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.evaluation import perplexity as module
-from lightning_prune.evaluation.perplexity import Evaluation
+from lightning_prune.evaluation.perplexity import Evaluation, Perplexity, unigram_perplexity
 from lightning_prune.models.head import token_losses
 from lightning_prune.models.model_slot import load_dtype
 from tests.methods.behaviour import save_model, save_tokens, trainer_for
@@ -25,36 +24,27 @@ def losses_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return token_losses(lambda rows: rows, logits, tokens, 96)
 
 
-@pytest.mark.parametrize("batches", [[8], [1] * 8, [3, 5], [4, 4]])
-def test_batching_does_not_change_the_value(batches: list[int]) -> None:
-    logits, tokens = random_logits(8, 9), tiny_tokens(8, 9)
+@pytest.mark.parametrize("batches", [[8], [1] * 8, [3, 5]])
+def test_batching_and_padding_samples_do_not_change_the_value(batches: list[int]) -> None:
+    logits, tokens, weight = random_logits(8, 9), tiny_tokens(8, 9), torch.ones(8)
+    weight[[2, 7]] = 0
+    logits[weight == 0] = torch.nan
     metric = Perplexity()
-    for some_logits, some_tokens in zip(logits.split(batches), tokens.split(batches), strict=True):
-        metric.update(losses_of(some_logits, some_tokens), torch.ones(len(some_tokens)))
-    expected = math.exp(np.mean(naive_losses(logits.numpy(), tokens.numpy())))
-    assert float(metric.compute()) == pytest.approx(expected, rel=1e-6)
-    assert int(metric.tokens) == 8 * 8
+    for rows, some_tokens, counted in zip(*(x.split(batches) for x in (logits, tokens, weight)), strict=True):
+        metric.update(losses_of(rows, some_tokens), counted)
+    expected = naive_losses(logits[weight > 0].numpy(), tokens[weight > 0].numpy())
+    assert float(metric.reduced()) == pytest.approx(math.exp(np.mean(expected)), rel=1e-6)
+    assert int(metric.tokens) == 6 * 8
 
 
-def test_padding_samples_do_not_count() -> None:
-    logits, tokens = random_logits(4, 6), tiny_tokens(4, 6)
-    logits[2:] = torch.nan
-    metric = Perplexity()
-    metric.update(losses_of(logits, tokens), torch.tensor([1.0, 1.0, 0.0, 0.0]))
-    expected = math.exp(np.mean(naive_losses(logits[:2].numpy(), tokens[:2].numpy())))
-    assert float(metric.compute()) == pytest.approx(expected, rel=1e-6)
-    assert int(metric.tokens) == 2 * 5
-
-
-def test_model_that_knows_nothing_has_the_perplexity_of_the_vocabulary() -> None:
+def test_models_that_know_nothing_or_only_frequencies() -> None:
     metric = Perplexity()
     metric.update(losses_of(torch.zeros(2, 10, 96), tiny_tokens(2, 10)), torch.ones(2))
-    assert float(metric.compute()) == pytest.approx(96, rel=1e-6)
-
-
-def test_nothing_seen_is_not_a_number() -> None:
-    with pytest.warns(UserWarning, match="compute"):
-        assert math.isnan(float(Perplexity().compute()))
+    assert float(metric.reduced()) == pytest.approx(96, rel=1e-6)
+    tokens = torch.tensor([[9, 1, 1], [9, 1, 2]])  # predicted: 1 three times, 2 once, 9 never
+    expected = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+    assert unigram_perplexity(tokens) == pytest.approx(expected, rel=1e-12)
+    assert unigram_perplexity(torch.arange(51).view(1, 51)) == pytest.approx(50.0, rel=1e-12)
 
 
 def measure(folder: Path, tokens: torch.Tensor, batch_size: int, onload: str, precision: str = "32-true") -> Evaluation:
@@ -72,8 +62,7 @@ def measure(folder: Path, tokens: torch.Tensor, batch_size: int, onload: str, pr
     return measured
 
 
-@pytest.mark.parametrize("onload", ["model", "layer"])
-@pytest.mark.parametrize("batch_size", [1, 4, 16])
+@pytest.mark.parametrize(("batch_size", "onload"), [(1, "model"), (4, "layer"), (16, "model")])
 def test_a_trainer_measures_what_the_reference_does(tmp_path: Path, batch_size: int, onload: str) -> None:
     tokens = tiny_tokens(7, 16, seed=4)
     measured = measure(tmp_path, tokens, batch_size, onload)
@@ -98,6 +87,6 @@ def test_where_the_weights_are_does_not_change_the_value(
     assert singly.perplexity == model.perplexity
     # Windows cross together, so each layer was read once per evaluation set; singly, once per batch.
     weights = sum(p.numel() * p.element_size() for p in make_tiny().to(load_dtype(precision)).model.layers.parameters())
-    others = layer.model.bytes_read - 2 * weights
-    assert model.model.bytes_read == weights + others
-    assert singly.model.bytes_read == (4 + 5) * weights + others
+    others = layer.slot.model.bytes_read - 2 * weights
+    assert model.slot.model.bytes_read == weights + others
+    assert singly.slot.model.bytes_read == (4 + 5) * weights + others

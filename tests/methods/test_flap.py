@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_prune.calibration.statistics.input_moments import InputMoments
+from lightning_prune.calibration.statistics.channel_sums import InputMoments
 from lightning_prune.methods import FLAP
 from lightning_prune.methods.flap import in_deviations
 from tests.methods.behaviour import prune, save_tokens

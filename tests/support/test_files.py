@@ -4,24 +4,19 @@ from pathlib import Path
 import pytest
 
 from lightning_prune.support import files
-from lightning_prune.support.files import Lock, new_folder, sweep, write_json, write_text
+from lightning_prune.support.files import Lock, new_folder, sweep, write_bytes, write_json, write_text
 
 
-def test_text_is_replaced_whole_and_leaves_no_temporary_file(tmp_path: Path) -> None:
+def test_text_is_replaced_whole_or_not_at_all_and_no_temporary_file_is_left(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "a.txt"
     write_text(target, "first")
     write_text(target, "zweite ✓")
-    assert target.read_text(encoding="utf-8") == "zweite ✓"
-    assert [file.name for file in target.parent.iterdir()] == ["a.txt"]
-
-
-def test_failing_write_leaves_the_old_text(tmp_path: Path) -> None:
-    target = tmp_path / "a.txt"
-    write_text(target, "old")
     with pytest.raises(UnicodeEncodeError):
         write_text(target, "\ud800")
-    assert target.read_text() == "old"
-    assert len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(TypeError):
+        write_bytes(target, "no bytes, found out when the file is open")
+    assert target.read_text(encoding="utf-8") == "zweite ✓"
+    assert [file.name for file in target.parent.iterdir()] == ["a.txt"]
 
 
 def test_json_has_null_where_a_number_is_not_finite(tmp_path: Path) -> None:
@@ -29,26 +24,22 @@ def test_json_has_null_where_a_number_is_not_finite(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": [None, [None, 1.5]], "y": "é"}
 
 
-def write_half(path: Path, exception: type[BaseException]) -> None:
-    with new_folder(path) as folder:
-        (folder / "half").write_text("x")
-        raise exception
-
-
 @pytest.mark.parametrize("exception", [ValueError, KeyboardInterrupt, SystemExit])
-def test_interrupted_folder_leaves_nothing(tmp_path: Path, exception: type[BaseException]) -> None:
+def test_a_folder_is_replaced_whole_or_stays(tmp_path: Path, exception: type[BaseException]) -> None:
+    def write_half() -> None:
+        with new_folder(tmp_path / "run") as folder:
+            (folder / "half").write_text("x")
+            raise exception
+
     with pytest.raises(exception):
-        write_half(tmp_path / "run", exception)
+        write_half()
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_is_replaced_whole_or_stays(tmp_path: Path) -> None:
     for name in ("old", "new"):
         with new_folder(tmp_path / "run") as folder:
             (folder / name).write_text("x")
             assert not (tmp_path / "run" / name).exists()
-    with pytest.raises(KeyboardInterrupt):
-        write_half(tmp_path / "run", KeyboardInterrupt)
+    with pytest.raises(exception):
+        write_half()
     with pytest.raises(OSError, match="not empty"), new_folder(tmp_path / "run", replace=False) as folder:
         (folder / "newer").touch()
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["run", "run/new"]

@@ -13,32 +13,34 @@ from lightning_prune.support import memory
 from lightning_prune.support.memory import anonymous_bytes, free_bytes, free_host_bytes, memory_in_use
 
 MIB = 2**20
-# What a process keeps of blocks that it freed. Each case is a process of its own: where other tests ran before, blocks
-# go into holes that those left in the heap.
+# What a process keeps of blocks that it freed. Each case is a fork of a fresh process: where other tests ran before,
+# blocks go into holes that those left in the heap.
 BLOCKS = """
-import json, sys, torch
+import json, os, sys, torch
 from lightning_prune.support.memory import anonymous_bytes, give_back_freed_memory, keep_heaps_small
 
-first, size, number, every, give_back = json.loads(sys.argv[1])
 MIB = 2**20
-keep_heaps_small()
-torch.ones(first * MIB, dtype=torch.uint8)
-before = anonymous_bytes()
-blocks = [torch.ones(size * MIB, dtype=torch.uint8) for _ in range(number)]
-full = anonymous_bytes() - before
-kept = blocks[::every]
-del blocks
-if give_back:
-    give_back_freed_memory()
-print(json.dumps({"full": full, "left": anonymous_bytes() - before, "kept": len(kept) * size * MIB}))
+for first, size, number, every, give_back in json.loads(sys.argv[1]):
+    if os.fork():
+        os.wait()
+        continue
+    keep_heaps_small()
+    torch.ones(first * MIB, dtype=torch.uint8)
+    before = anonymous_bytes()
+    blocks = [torch.ones(size * MIB, dtype=torch.uint8) for _ in range(number)]
+    full = anonymous_bytes() - before
+    kept = blocks[::every]
+    del blocks
+    if give_back:
+        give_back_freed_memory()
+    print(json.dumps([full, anonymous_bytes() - before, len(kept) * size * MIB]), flush=True)
+    os._exit(0)
 """
-
-
-def blocks(first: int, size: int, number: int, every: int, give_back: bool) -> dict[str, int]:
-    """Bytes while all blocks are there, when those between are gone, and of those that stay."""
-    words = [sys.executable, "-c", BLOCKS, json.dumps([first, size, number, every, give_back])]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return json.loads(done.stdout)  # type: ignore[no-any-return]
+CASES = {  # MiB of a first block that is freed at once, MiB and number of the others, every how many stays
+    "large blocks go back when they are freed": (1, 64, 2, 2, False),
+    "also after a larger one was, to which glibc raises its bound by itself": (30, 12, 10, 5, False),
+    "holes in the heap go back when they are asked for": (1, 4, 20, 5, True),
+}
 
 
 def test_free_memory_is_part_of_the_machine() -> None:
@@ -58,15 +60,10 @@ def test_the_limit_of_a_container_counts_without_its_page_cache(
     assert free_host_bytes() == 5 * MIB
 
 
-@pytest.mark.parametrize(
-    ("first", "size", "number", "every", "give_back"),
-    [
-        pytest.param(1, 64, 2, 2, False, id="large blocks go back when they are freed"),
-        pytest.param(30, 12, 10, 5, False, id="also after a larger one was, to which glibc raises its bound by itself"),
-        pytest.param(1, 4, 20, 5, True, id="holes in the heap go back when they are asked for"),
-    ],
-)
-def test_freed_memory_goes_back(first: int, size: int, number: int, every: int, give_back: bool) -> None:
-    found = blocks(first, size, number, every, give_back)
-    assert found["full"] > (number * size - 4) * MIB
-    assert found["kept"] - 4 * MIB < found["left"] < found["kept"] + 8 * MIB
+def test_freed_memory_goes_back() -> None:
+    words = [sys.executable, "-c", BLOCKS, json.dumps(list(CASES.values()))]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for (name, (_, size, number, _, _)), line in zip(CASES.items(), done.stdout.splitlines(), strict=True):
+        full, left, kept = json.loads(line)  # bytes while all are there, when others are freed, and of those that stay
+        assert full > (number * size - 4) * MIB, name
+        assert kept - 4 * MIB < left < kept + 8 * MIB, name

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_prune.calibration.statistics.token_statistic import TokenStatistic, counted_tokens
+from lightning_prune.calibration.statistics.token_statistic import TokenStatistic, counted_samples
 
 
 class BlockInfluence(TokenStatistic):
@@ -17,11 +17,11 @@ class BlockInfluence(TokenStatistic):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("distance", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_sum("distance")
 
     def update(self, x_in: Tensor, x_out: Tensor, weight: Tensor | None = None) -> None:
         """Add the residual stream before and after the layer, ``[B, ..., D]`` each; weight ``[B]`` 0 drops."""
-        before, after = counted_tokens(x_in, weight).float(), counted_tokens(x_out, weight).float()
+        before, after = (counted_samples(x, weight).flatten(0, -2).float() for x in (x_in, x_out))
         dot = (before * after).sum(-1).double()
         # One root over the product in float64 is exact for x_out = x_in, so an identity layer gets BI = 0.
         norm = (before.square().sum(-1).double() * after.square().sum(-1).double()).sqrt()

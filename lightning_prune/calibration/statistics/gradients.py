@@ -17,7 +17,7 @@ class WeightGradient(TokenStatistic):
 
     def __init__(self, shape: torch.Size) -> None:
         super().__init__()
-        self.add_matrix_state("gradient", shape)
+        self.add_matrix_state("gradient", *shape)
 
     def update(self, gradient: Tensor, tokens: int) -> None:
         """Add the gradient ``[out, in]`` of a sum over ``tokens`` tokens."""
@@ -39,24 +39,16 @@ class LayerGradients(nn.Module):
     def __init__(self, view: LayerStructure) -> None:
         super().__init__()
         self.view = view
-        self.tokens = 0
-        self.sums = nn.ModuleDict(
-            {
-                role: WeightGradient(linear.weight.shape).to(linear.weight.device)
-                for role, linear in view.linears.items()
-            }
-        )
+        self.tokens = 0  # that the next backward's summed loss is taken over
+        self.sums = nn.ModuleDict()
         self._roles: dict[Tensor, list[str]] = {}  # projections may share a parameter
         for role, linear in view.linears.items():
+            self.sums[role] = WeightGradient(linear.weight.shape).to(linear.weight.device)
             self._roles.setdefault(linear.module.weight, []).append(role)
         self._handles: list[RemovableHandle] = []
         for weight, roles in self._roles.items():
             weight.requires_grad_(True)
             self._handles.append(weight.register_post_accumulate_grad_hook(self._consumer(roles)))  # type: ignore[no-untyped-call]
-
-    def expect(self, tokens: int) -> None:
-        """Say how many tokens the next backward's summed loss is taken over."""
-        self.tokens = tokens
 
     def remove(self) -> None:
         """Take the hooks off and freeze the weights again."""
@@ -76,8 +68,7 @@ class LayerGradients(nn.Module):
         statistic: WeightGradient = self.sums.pop(role)  # type: ignore[assignment]
         gradient = statistic.reduced()
         statistic.give_up()
-        bad = int((~torch.isfinite(gradient)).sum())
-        if bad:
+        if bad := int((~torch.isfinite(gradient)).sum()):
             raise FloatingPointError(
                 f"layer {self.view.index}, {role} projection: {bad} gradient values are NaN or infinite."
             )

@@ -1,7 +1,6 @@
 """From scores of single weights to scores of what can be removed: sums over the weights of a unit."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,24 +26,12 @@ def group_importance(view: LayerStructure, weight_score: Callable[[str], Tensor]
     importance: dict[Block, Tensor] = {}
     for block, roles in ROLES_OF.items():
         for role in roles:
-            along: Literal["rows", "columns"] = "columns" if role == OUTPUT_ROLE[block] else "rows"
-            part = unit_sums(weight_score(role), view.units(block), along)
+            scores, units = weight_score(role), view.units(block)
+            dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
+            if role == OUTPUT_ROLE[block]:
+                part = scores.sum(0, dtype=dtype).reshape(units, -1).sum(1)
+            else:
+                part = scores.reshape(units, -1).sum(1, dtype=dtype)
+            del scores  # before the next one is made
             importance[block] = importance[block] + part if block in importance else part
     return importance
-
-
-def unit_sums(scores: Tensor, num_units: int, along: Literal["rows", "columns"]) -> Tensor:
-    """Sum the scores of one projection over each unit.
-
-    Args:
-        scores: ``[out, in]``; units are contiguous rows (q, k, v, gate, up) or contiguous columns (o, down).
-        num_units: K for attention, F for the MLP.
-        along: the axis that the units divide.
-
-    Returns:
-        ``[num_units]``, float64 where ``scores`` is float64, else float32.
-    """
-    dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    if along == "rows":
-        return scores.reshape(num_units, -1).sum(1, dtype=dtype)
-    return scores.sum(0, dtype=dtype).reshape(num_units, -1).sum(1)

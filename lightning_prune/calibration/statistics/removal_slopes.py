@@ -20,8 +20,8 @@ class RemovalSlopes(TokenStatistic):
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("slopes", "squares"):
-            self.add_state(name, torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_sum("slopes", 3)
+        self.add_sum("squares", 3)
 
     def update(self, pieces: list[tuple[Tensor, Tensor]], tokens: int) -> None:
         """Add samples: for every piece the gradient g and what it adds c, ``[B, L, D]`` each; ``tokens`` that all of

@@ -21,15 +21,19 @@ class TokenStatistic(Metric):
 
     def __init__(self) -> None:
         super().__init__(sync_on_compute=False)
-        self._matrices: dict[str, torch.Size] = {}
+        self._matrices: list[str] = []
         self._summed = False
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def add_matrix_state(self, name: str, shape: torch.Size) -> None:
+    def add_sum(self, name: str, *shape: int) -> None:
+        """A float64 state."""
+        self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def add_matrix_state(self, name: str, *shape: int) -> None:
         """An fp32 state of a weight's size, of which torchmetrics keeps no second copy as the default."""
         self.add_state(name, torch.zeros(shape, dtype=torch.float32), dist_reduce_fx="sum")
         self._defaults[name] = torch.zeros((), dtype=torch.float32)
-        self._matrices[name] = shape
+        self._matrices.append(name)
 
     def reduced(self) -> Tensor:
         """``compute`` over all processes, without the copy of the result that torchmetrics would keep."""
@@ -46,13 +50,6 @@ class TokenStatistic(Metric):
         for name in self._matrices:
             setattr(self, name, torch.zeros((), dtype=torch.float32))
 
-    def reset(self) -> None:
-        """Back to zero tokens."""
-        super().reset()
-        self._summed = False
-        for name, shape in self._matrices.items():
-            setattr(self, name, torch.zeros(shape, dtype=torch.float32, device=self.tokens.device))
-
     def raise_if_not_finite(self, name: str) -> None:
         """Check the statistic before anything is decided from it; ``name`` is the layer or module in the message.
 
@@ -62,23 +59,16 @@ class TokenStatistic(Metric):
             FloatingPointError: a value is NaN or infinite.
         """
         value = self.reduced()
-        bad = int((~torch.isfinite(value)).sum())
-        if bad:
+        if bad := int((~torch.isfinite(value)).sum()):
             raise FloatingPointError(
                 f"{name}: {bad} of {value.numel()} values of {type(self).__name__} are NaN or infinite."
             )
 
 
-def counted_tokens(x: Tensor, weight: Tensor | None) -> Tensor:
-    """Rows of x that count, ``[n, in]``, in sample order.
-
-    Args:
-        x: ``[B, ..., in]``, any floating dtype.
-        weight: ``[B]``, 0 for samples that only give every process equally many, 1 for the others; None counts all.
-    """
-    if weight is not None:
-        x = x[weight > 0]
-    return x.detach().reshape(-1, x.shape[-1])
+def counted_samples(x: Tensor, weight: Tensor | None) -> Tensor:
+    """The samples of x ``[B, ...]`` that count; weight ``[B]`` is 0 for those that only give every process equally
+    many, 1 for the others; None counts all."""
+    return (x if weight is None else x[weight > 0]).detach()
 
 
 @contextmanager

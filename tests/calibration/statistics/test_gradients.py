@@ -15,7 +15,7 @@ def backward(model: nn.Module, layers: list[LayerGradients], tokens: torch.Tenso
     logits = model(input_ids=tokens, use_cache=False).logits
     losses = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     for layer in layers:
-        layer.expect(losses.numel())
+        layer.tokens = losses.numel()
     losses.sum().backward()
 
 
