@@ -1,4 +1,4 @@
-"""The one model that is open, shared by whoever calibrates and whoever evaluates."""
+"""The one open model, shared by calibration and evaluation."""
 
 from typing import get_args
 
@@ -38,7 +38,7 @@ class ModelSlot:
         seconds: where the time for opening models is counted.
 
     Attributes:
-        placement: what ``auto`` became for the first model that was opened.
+        placement: ``model`` or ``layer``, as ``auto`` was decided for the first opened model.
     """
 
     def __init__(self, onload: str, seconds: Seconds) -> None:
