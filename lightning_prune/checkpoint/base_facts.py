@@ -27,9 +27,9 @@ def base_facts(pretrained: str, base: Checkpoint | None = None) -> dict[str, Any
         return {"license": "apache-2.0"}  # as this package
     path = pretrained if base is None else base.path
     try:
-        config = json.loads(_read(path, "config.json") or "{}") if base is None else base.raw
+        config = json.loads(_read(path, "config.json")) if base is None else base.raw
     except (ValueError, RecursionError):
-        config = {}
+        config = None
     config = config if isinstance(config, dict) else {}
     try:
         card = ModelCard(_read(path, "README.md"), ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call]

@@ -160,14 +160,14 @@ def _overrides(layer: LayerPlan, config: Any, queries_per_kv_head: int) -> dict[
     """An entry of ``per_layer_config``. A skipped block has a size of its own, so that loaders which ignore ``skip``
     refuse the checkpoint instead of starting the block at random."""
     kv_heads, channels = len(layer.kept_kv_heads), len(layer.kept_channels)
-    found: dict[str, Any] = {
+    sizes: dict[str, Any] = {
         "skip": [str(block) for block in ROLES_OF if not layer.kept(block)],
         "num_key_value_heads": kv_heads or (1 if config.num_key_value_heads != 1 else 2),
         "intermediate_size": channels or (64 if config.intermediate_size != 64 else 128),
     }
     if kv_heads:
-        found["num_attention_heads"] = kv_heads * queries_per_kv_head
-    return found
+        sizes["num_attention_heads"] = kv_heads * queries_per_kv_head
+    return sizes
 
 
 def _as_alias(config: Any, model_type: str) -> Any:

@@ -50,11 +50,6 @@ class ModelSlot:
         self._opened: Checkpoint | None = None
 
     @property
-    def is_open(self) -> bool:
-        """Whether a model is open."""
-        return self._model is not None
-
-    @property
     def model(self) -> LayeredModel:
         """The open model."""
         assert self._model is not None, "no model is open; fit and test open it: call them through a Trainer"
@@ -74,7 +69,7 @@ class ModelSlot:
         return self.model
 
     def close(self) -> None:
-        """Drop the open model."""
+        """Drop the open model, if there is one."""
         if self._model is not None:
             self._model.close()
         self._model = self._opened = None
