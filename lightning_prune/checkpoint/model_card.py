@@ -78,7 +78,7 @@ def _summary(plan: PruningPlan, facts: dict[str, Any], calibration: dict[str, An
 def usage(layout: Literal["stock", "per-layer"]) -> str:
     """The sections that say how to load, serve and convert a checkpoint of this layout."""
     template = Template(Path(__file__).with_name("usage.md.jinja").read_text("utf-8"), undefined=StrictUndefined)
-    return template.render(stock=layout == "stock")
+    return str(template.render(stock=layout == "stock"))
 
 
 def stock_card(card: str) -> str:

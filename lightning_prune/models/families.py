@@ -126,8 +126,10 @@ def family_of(config: Any) -> Family:
     model_type = getattr(config, "model_type", None)
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    reason = SEVERAL_MODELS if getattr(config, "sub_configs", None) else None
-    reason = ENCODER_DECODER if getattr(config, "is_encoder_decoder", False) else REFUSED.get(model_type, reason)
+    several = SEVERAL_MODELS if getattr(config, "sub_configs", None) else ""
+    reason = REFUSED.get(str(model_type), several)
+    if getattr(config, "is_encoder_decoder", False):
+        reason = ENCODER_DECODER
     raise UserError(
         f"--model.pretrained: model family '{model_type}' is not supported{f': {reason}' if reason else ''}. "
         f"Known families: {', '.join(sorted(FAMILIES))}."
