@@ -136,19 +136,17 @@ class LayeredModel:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The residual stream ``[B, L, D]`` that enters layer 0."""
-        calls: list[Call] = []
-        streams: list[Tensor] = []
-
-        def note(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            streams.append(hidden_states)
-            calls.append((args, kwargs))
-            return hidden_states
-
-        with _replaced_forward(dict.fromkeys(self.layers, note)):
+        seen: list[tuple[Tensor, Call]] = []
+        stubs = nn.ModuleList(_Stub(layer, seen) for layer in self.layers)
+        owner, _, leaf = family_of(self.config).layers.rpartition(".")
+        setattr(self.net.get_submodule(owner), leaf, stubs)
+        try:
             self.net.base_model(input_ids=tokens, use_cache=False)
+        finally:
+            setattr(self.net.get_submodule(owner), leaf, self.layers)
         # Masks and rotary tables of packed sequences depend on the shape alone.
-        self._calls.setdefault((tokens.shape[0], tokens.shape[1]), calls)
-        return streams[0]
+        self._calls.setdefault((tokens.shape[0], tokens.shape[1]), [call for _, call in seen])
+        return seen[0][0]
 
     def logits(self, tokens: Tensor) -> Tensor:
         """Logits ``[B, L, V]``, layer by layer."""
@@ -256,6 +254,21 @@ def choose_onload(wish: str, checkpoint: Checkpoint, dtype: torch.dtype, device:
         return wish  # type: ignore[return-value]
     elements = sum(torch.Size(entry.shape).numel() for entry in checkpoint.tensors.values())
     return "model" if elements * dtype.itemsize <= SHARE * free_bytes(device) else "layer"
+
+
+class _Stub(nn.Module):
+    """In place of a decoder layer, whose hooks must not fire: passes the residual stream on and notes the call."""
+
+    def __init__(self, layer: nn.Module, seen: list[tuple[Tensor, Call]]) -> None:
+        super().__init__()
+        self._layer, self._seen = [layer], seen  # in a list, so that it is not a submodule
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"][0], name)  # such as attention_type, by which a family picks its mask
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._seen.append((hidden_states, (args, kwargs)))
+        return hidden_states
 
 
 def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
