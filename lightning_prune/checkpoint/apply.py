@@ -5,13 +5,10 @@ from pathlib import Path
 
 import torch
 
-from lightning_prune.checkpoint.cut import check_plan, layout_of
-from lightning_prune.checkpoint.model_card import model_card
 from lightning_prune.checkpoint.plan import PruningPlan
-from lightning_prune.checkpoint.pruned import open_pruned
-from lightning_prune.checkpoint.write import write_checkpoint
+from lightning_prune.checkpoint.write import write_pruned
 from lightning_prune.models.checkpoint import Checkpoint
-from lightning_prune.models.families import count_parameters, layer_structures
+from lightning_prune.models.families import count_parameters
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import cannot_write, check_writable
 
@@ -49,18 +46,14 @@ def apply(plan: PruningPlan | str | Path, model: str | Path, output: str | Path,
     dtype = getattr(torch, plan.dtype, None)
     if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise UserError(f"--plan: dtype '{plan.dtype}' is not known. Allowed: float32, bfloat16, float16.")
-    # Everything that can be wrong is found before the weights are read.
+    # Everything that can be wrong is noticed before the weights are read.
     opened = Checkpoint.open(pretrained)
-    dense = opened.meta
-    if (found := count_parameters(dense)) != plan.parameters["dense"]:
+    if (found := count_parameters(opened.meta)) != plan.parameters["dense"]:
         raise UserError(
             f"--model: '{pretrained}' has {found:,} parameters, the plan was made for a model with "
             f"{plan.parameters['dense']:,} ('{plan.base_model}'). Give that model."
         )
-    check_plan(layer_structures(dense), plan, dense.config)
-    pruned = open_pruned(opened, plan)
-    card = model_card(plan, layout_of(pruned.config), base=opened)
-    write_checkpoint(pruned, folder, beside=opened, card=card)
+    write_pruned(opened, plan, lambda layer: {}, folder)
     if verbose:
         print(f"pruned model: {folder}")
     return folder

@@ -12,7 +12,7 @@ from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.support.escape import is_hub_id, plain
 
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
-LONGEST = 2**18  # bytes read of any file; front matter and a licence's title stand at the beginning
+LONGEST = 2**18  # bytes read of any file; front matter and a licence's title are at its beginning
 
 
 def base_facts(pretrained: str, base: Checkpoint | None = None) -> dict[str, Any]:
@@ -27,11 +27,14 @@ def base_facts(pretrained: str, base: Checkpoint | None = None) -> dict[str, Any
         return {"license": "apache-2.0"}  # as this package
     path = pretrained if base is None else base.path
     try:
-        config = json.loads(_read(path, "config.json") or "{}") if base is None else base.raw
+        config = json.loads(_read(path, "config.json")) if base is None else base.raw
     except (ValueError, RecursionError):
-        config = {}
+        config = None
     config = config if isinstance(config, dict) else {}
-    card = _front_matter(_read(path, "README.md"))
+    try:
+        card = ModelCard(_read(path, "README.md"), ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call]
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError):
+        card = {}
     home = _home(pretrained, card, config)
     license = _license(card.get("license")) or _license(config.get("license")) or _license_of_file(path)
     facts: dict[str, Any] = {"license": license} if license else {}
@@ -48,12 +51,12 @@ def base_facts(pretrained: str, base: Checkpoint | None = None) -> dict[str, Any
 
 def _home(pretrained: str, card: dict[str, Any], config: dict[str, Any]) -> str | list[str] | None:
     """The hub id; of a local folder the one it was made from, where its config or card names one."""
-    listed = card.get("base_model")
     for name in (pretrained, config.get("_name_or_path")):
         if isinstance(name, str) and is_hub_id(name):
             return name
-    names = [name for name in (listed if isinstance(listed, list) else [listed]) if isinstance(name, str)]
-    names = [name for name in names if is_hub_id(name)]
+    listed = card.get("base_model")
+    listed = listed if isinstance(listed, list) else [listed]
+    names = [name for name in listed if isinstance(name, str) and is_hub_id(name)]
     return names[0] if len(names) == 1 else names or None
 
 
@@ -84,10 +87,3 @@ def _read(path: str, name: str) -> str:
             return stream.read(LONGEST).decode("utf-8", errors="replace").removeprefix("\ufeff")
     except (OSError, ValueError):
         return ""
-
-
-def _front_matter(text: str) -> dict[str, Any]:
-    try:
-        return ModelCard(text, ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call, no-any-return]
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError):
-        return {}

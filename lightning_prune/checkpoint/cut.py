@@ -1,4 +1,4 @@
-"""A PruningPlan as shapes: the config of what it leaves, its parameter count, and what is left of every tensor."""
+"""A PruningPlan as shapes: the config of the pruned model, its parameter count, and what is kept of every tensor."""
 
 import copy
 from typing import Any, Literal
@@ -11,15 +11,15 @@ from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.models.families import (
     LayerStructure,
     family_of,
+    has_bias,
     head_dim_of,
     missing_biases,
-    projection_biases,
     rows_of,
     with_biases,
 )
 from lightning_prune.models.modeling_pruned import BLOCK_NORMS
 from lightning_prune.models.records import Family
-from lightning_prune.models.vocabulary import BLOCK_OF, OUTPUT_ROLE, Block
+from lightning_prune.models.vocabulary import BLOCK_OF, OUTPUT_ROLE, ROLES, ROLES_OF, Block
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.quiet import quiet_transformers
 
@@ -30,11 +30,11 @@ def layout_of(config: Any) -> Literal["stock", "per-layer"]:
 
 
 def kept_part(family: Family, config: Any, kept: LayerPlan, name: str, tensor: Tensor) -> Tensor:
-    """What is left of one parameter of a decoder layer.
+    """What is kept of one parameter of a decoder layer.
 
     Args:
         family, config: of the dense model.
-        kept: what the layer keeps; a block that keeps nothing must not be asked for.
+        kept: what the layer keeps; something of the parameter's block.
         name: of the parameter below the layer, such as ``self_attn.q_proj.weight``.
         tensor: the parameter, whole.
     """
@@ -44,7 +44,7 @@ def kept_part(family: Family, config: Any, kept: LayerPlan, name: str, tensor: T
         return tensor
     block = BLOCK_OF[roles[0]]
     units = config.num_key_value_heads if block is Block.ATTENTION else config.intermediate_size
-    left = kept.kept_kv_heads if block is Block.ATTENTION else kept.kept_channels
+    left = kept.kept(block)
     if roles[0] == OUTPUT_ROLE[block]:
         return _kept(tensor, 1, units, left) if kind == "weight" else tensor
     if len(roles) == 1:
@@ -70,7 +70,6 @@ def check_plan(layers: list[LayerStructure], plan: PruningPlan, config: Any) -> 
         UserError: another number of layers, indices that are not ascending or not there, nothing left, or biases that
             the family's config cannot say.
     """
-    missing = missing_biases(config)
     listed = [layer.layer for layer in plan.layers]
     if listed != list(range(len(layers))):
         raise UserError(
@@ -78,9 +77,14 @@ def check_plan(layers: list[LayerStructure], plan: PruningPlan, config: Any) -> 
             f"numbered from 0. Use the model the plan was made for: '{plan.base_model}'."
         )
     for dense, kept in zip(layers, plan.layers, strict=True):
-        _check_indices(kept.kept_kv_heads, dense.num_kv_heads, "kept_kv_heads", kept.layer, plan)
-        _check_indices(kept.kept_channels, dense.num_channels, "kept_channels", kept.layer, plan)
-    if unknown := sorted(set(plan.biases) - {key for key in missing.values() if key}):
+        for field, block in (("kept_kv_heads", Block.ATTENTION), ("kept_channels", Block.MLP)):
+            indices, size = kept.kept(block), dense.units(block)
+            if indices != sorted(set(indices)) or (indices and not 0 <= indices[0] <= indices[-1] < size):
+                raise UserError(
+                    f"--plan: layer {kept.layer} has {field} {_short(indices)}; allowed are ascending numbers from 0 "
+                    f"to {size - 1}, each at most once. Use the model the plan was made for: '{plan.base_model}'."
+                )
+    if unknown := sorted(set(plan.biases) - {key for key in missing_biases(config).values() if key}):
         raise UserError(
             f"--plan: biases {unknown} are no config keys that give this model a bias which it lacks. Use the model "
             f"the plan was made for: '{plan.base_model}'."
@@ -92,24 +96,19 @@ def check_plan(layers: list[LayerStructure], plan: PruningPlan, config: Any) -> 
 
 
 def parameters_after(layers: list[LayerStructure], dense: int, kept: list[LayerPlan]) -> int:
-    """Unique parameters left of ``dense`` once ``kept`` is cut: units, and norms and biases of skipped blocks."""
-    removed = 0
+    """Unique parameters left of ``dense`` after cutting, which also removes norms and biases of skipped blocks."""
     for layer, plan in zip(layers, kept, strict=True):
-        lost_groups = layer.num_kv_heads - len(plan.kept_kv_heads)
-        lost_channels = layer.num_channels - len(plan.kept_channels)
-        for block, lost in ((Block.ATTENTION, lost_groups), (Block.MLP, lost_channels)):
-            removed += lost * layer.unit_cost(block) if plan.kept(block) else layer.block_cost(block)
-    return dense - removed
+        for block in ROLES_OF:
+            units = len(plan.kept(block))
+            dense -= (layer.units(block) - units) * layer.unit_cost(block) if units else layer.block_cost(block)
+    return dense
 
 
 def pruned_config(config: Any, plan: PruningPlan) -> Any:
-    """The config of what ``plan`` leaves of a model with ``config``, which is not changed.
-
-    Stock where all layers left have the same widths and the family's config can say them, else with
-    ``per_layer_config``.
-    """
+    """The pruned model's config, from the dense one: stock where all kept layers have the same widths and the family's
+    config can say them, else with ``per_layer_config``."""
     family = family_of(config)
-    left = [layer for layer in plan.layers if layer.kept_kv_heads or layer.kept_channels]
+    left = [layer for layer in plan.layers if not layer.removed]
     pruned = with_biases(config, plan.biases)
     for name in ("auto_map", "how_to_load", "block_norms", "logit_scale"):  # of one that was per layer
         pruned.__dict__.pop(name, None)
@@ -121,14 +120,14 @@ def pruned_config(config: Any, plan: PruningPlan) -> Any:
 
     widths = {(len(layer.kept_kv_heads), len(layer.kept_channels)) for layer in left}
     queries_per_kv_head = config.num_attention_heads // config.num_key_value_heads
-    if len(widths) == 1 and 0 not in (kv_channels := next(iter(widths))):
-        kv_heads, channels = kv_channels
+    kv_heads, channels = max(widths)
+    if len(widths) == 1 and kv_heads and channels:
         uniform = copy.deepcopy(pruned)
         uniform.num_attention_heads, uniform.num_key_value_heads = kv_heads * queries_per_kv_head, kv_heads
         uniform.intermediate_size = channels
         if _can_be_read(uniform):
             return uniform
-        if family.stock_alias is not None and not projection_biases(pruned):
+        if family.stock_alias is not None and not any(has_bias(pruned, role) for role in ROLES):
             return _as_alias(uniform, family.stock_alias)
 
     pruned.per_layer_config = dict(enumerate(_overrides(layer, config, queries_per_kv_head) for layer in left))
@@ -141,7 +140,7 @@ def pruned_config(config: Any, plan: PruningPlan) -> Any:
     if getattr(config, "logits_scaling", None):
         pruned.logit_scale = 1 / config.logits_scaling  # the name under which vLLM's transformers backend looks for it
     # A config that checks its heads against other sizes must be allowed to read the global number. Only then: without
-    # the leave, stock loaders refuse the checkpoint at once.
+    # the permission, stock loaders refuse the checkpoint at once.
     if not _can_be_read(pruned):
         pruned.allow_global_per_layer_attribute_access = True
     return pruned
@@ -158,38 +157,27 @@ def _can_be_read(config: Any) -> bool:
 
 
 def _overrides(layer: LayerPlan, config: Any, queries_per_kv_head: int) -> dict[str, Any]:
-    found: dict[str, Any] = {"skip": []}
-    if layer.kept_kv_heads:
-        found["num_key_value_heads"] = len(layer.kept_kv_heads)
-        found["num_attention_heads"] = len(layer.kept_kv_heads) * queries_per_kv_head
-    else:
-        found["skip"].append("attention")
-        # Loaders that ignore ``skip`` would start this block at random; a size of its own makes them refuse.
-        found["num_key_value_heads"] = 1 if config.num_key_value_heads != 1 else 2
-    if layer.kept_channels:
-        found["intermediate_size"] = len(layer.kept_channels)
-    else:
-        found["skip"].append("mlp")
-        found["intermediate_size"] = 64 if config.intermediate_size != 64 else 128
-    return found
+    """An entry of ``per_layer_config``. A skipped block has a size of its own, so that loaders which ignore ``skip``
+    refuse the checkpoint instead of starting the block at random."""
+    kv_heads, channels = len(layer.kept_kv_heads), len(layer.kept_channels)
+    sizes: dict[str, Any] = {
+        "skip": [str(block) for block in ROLES_OF if not layer.kept(block)],
+        "num_key_value_heads": kv_heads or (1 if config.num_key_value_heads != 1 else 2),
+        "intermediate_size": channels or (64 if config.intermediate_size != 64 else 128),
+    }
+    if kv_heads:
+        sizes["num_attention_heads"] = kv_heads * queries_per_kv_head
+    return sizes
 
 
-def _as_alias(config: Any, model_type: str | None) -> Any:
-    """``config`` in the words of the family that has the same arithmetic."""
+def _as_alias(config: Any, model_type: str) -> Any:
+    """``config`` as one of the family with the same arithmetic."""
     own = ("model_type", "attention_bias", "mlp_bias", "pretraining_tp", "architectures", "transformers_version")
     values = {key: value for key, value in config.to_dict().items() if key not in own}
     alias = CONFIG_MAPPING[model_type](**values | {"sliding_window": None})
     alias._attn_implementation_internal = config._attn_implementation
     alias.name_or_path = config.name_or_path
     return alias
-
-
-def _check_indices(indices: list[int], size: int, field: str, layer: int, plan: PruningPlan) -> None:
-    if indices != sorted(set(indices)) or (indices and not 0 <= indices[0] <= indices[-1] < size):
-        raise UserError(
-            f"--plan: layer {layer} has {field} {_short(indices)}; allowed are ascending numbers from 0 to "
-            f"{size - 1}, each at most once. Use the model the plan was made for: '{plan.base_model}'."
-        )
 
 
 def _short(values: list[int]) -> str:

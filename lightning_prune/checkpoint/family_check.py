@@ -20,40 +20,32 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from lightning_prune.checkpoint.cut import parameters_after
+from lightning_prune.checkpoint.in_memory_plan import InMemoryPlan
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.checkpoint.pruned import open_pruned
 from lightning_prune.checkpoint.write import write_checkpoint
-from lightning_prune.models.checkpoint import Checkpoint
+from lightning_prune.models.checkpoint import NOT_WEIGHTS, Checkpoint
 from lightning_prune.models.families import count_parameters, family_of, head_dim_of, layer_structures
-from lightning_prune.models.layered import LayeredModel, open_layered
+from lightning_prune.models.layered import open_layered
 from lightning_prune.models.records import GUIDE, Family
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, ROLES_OF, Block
 from lightning_prune.support.errors import CheckpointError, UserError, first_line
 from lightning_prune.support.quiet import quiet_transformers
 
 LAYERS, CHANNELS, HEAD_DIM, VOCABULARY, WINDOW = 4, 12, 8, 64, 5
-NOT_KIND = (
-    "auto_map",
-    "how_to_load",
-    "name_or_path",
-    "_name_or_path",
-    "architectures",
-    "transformers_version",
-    "dtype",
-)
+NOT_KIND = (*NOT_WEIGHTS, "auto_map", "how_to_load", "name_or_path", "architectures", "dtype")
 TOLERANCE = 1e-4  # of the largest logit: cutting changes the order of fp32 sums, a mistake changes logits by their size
 
 
 class DiffersError(Exception):
-    """What the tiny model did that the record does not say."""
+    """The tiny model did something that the record does not say."""
 
 
 def check_family(config: Any) -> None:
     """Try the family's record on a tiny random model with the switches of ``config``; once per kind and process.
 
     Raises:
-        UserError: unknown family, or one that does something else than its record says; names what differs. Or there
-            is no place for temporary files.
+        UserError: unknown family, one that behaves otherwise than its record says, or no place for temporary files.
     """
     family = family_of(config)
     with quiet_transformers():
@@ -121,21 +113,20 @@ def shrunk(config: Any) -> Any:
             if entry.get(name):
                 rotated = int(HEAD_DIM * entry.get("partial_rotary_factor", 1.0))
                 entry[name] = [float(entry[name][0])] * (rotated // 2)
-    for name in (*NOT_KIND, "dtype"):
+    for name in NOT_KIND:
         vars(tiny).pop(name, None)
     return tiny
 
 
 def _representative(config: Any, lists: Sequence[str]) -> list[int]:
     """Layers that show every combination of per-layer entries, in order; ``LAYERS`` of them where there are as many."""
-    values = [getattr(config, name, None) for name in lists]
-    kinds: dict[tuple[Any, ...], int] = {}
+    values = [entries for name in lists if (entries := getattr(config, name, None))]
+    first: dict[tuple[str, ...], int] = {}
     for layer in range(config.num_hidden_layers):
-        kinds.setdefault(tuple(str(entry[layer]) for entry in values if entry), layer)
-    chosen = list(kinds.values())
-    more = [layer for layer in range(config.num_hidden_layers) if layer not in chosen]
-    found = sorted(chosen + more[: max(0, LAYERS - len(chosen))])
-    return found + [found[-1]] * (LAYERS - len(found))  # a model of fewer layers
+        first.setdefault(tuple(str(entries[layer]) for entries in values), layer)
+    others = [layer for layer in range(config.num_hidden_layers) if layer not in first.values()]
+    chosen = sorted([*first.values(), *others[: max(0, LAYERS - len(first))]])
+    return chosen + [chosen[-1]] * (LAYERS - len(chosen))  # a model of fewer layers
 
 
 def _try(config: Any, folder: Path) -> None:
@@ -155,27 +146,30 @@ def _try(config: Any, folder: Path) -> None:
 
 def _run_by_parts(model: PreTrainedModel, dense: Checkpoint, tokens: Tensor) -> None:
     layered = open_layered(dense, None, torch.device("cpu"))
-    seen: list[Tensor] = []
-    handles = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for layer in layered.layers]
     whole = model(input_ids=tokens, use_cache=False).logits
-    for handle in handles:
-        handle.remove()
-    hidden = layered.embed(tokens)
+    hidden, outputs = layered.embed(tokens), dict[str, Tensor]()
     for index, view in enumerate(layered.views):
         over = count_parameters(view.layer) - sum(map(view.block_cost, ROLES_OF))
         if over:
             raise DiffersError(f"layer {index} has {over} parameters that belong to neither block")
+        handles = [
+            view.linears[role].module.register_forward_hook(lambda _, __, out, role=role: outputs.update({role: out}))
+            for role in OUTPUT_ROLE.values()
+        ]
         with layered.layer(index):
             after = layered.run(index, hidden)
+            for handle in handles:
+                handle.remove()
             middle, split = layered.split(index, hidden)
             attended = layered.attend(index, hidden)
-            pieces = {
-                "the residual stream between attention and MLP": (middle, attended),
-                "attention, then MLP": (layered.feed(index, attended), after),
-                "the whole layer, watched": (split, after),
-                **_with_outputs(layered, index, hidden, middle, after),
-            }
-            for name, (found, expected) in pieces.items():
+            added = layered.add(index, hidden, Block.ATTENTION, outputs["output"])
+            for name, found, expected in (
+                ("the residual stream between attention and MLP", middle, attended),
+                ("attention, then MLP", layered.feed(index, attended), after),
+                ("the whole layer, watched", split, after),
+                ("the output projection, added,", added, middle),
+                ("the down projection, added,", layered.add(index, middle, Block.MLP, outputs["down"]), after),
+            ):
                 _same(f"{name} of layer {index}", found, expected)
             hidden = after
     _same("embedding, layers and head one by one", layered.head(hidden), whole)
@@ -183,51 +177,33 @@ def _run_by_parts(model: PreTrainedModel, dense: Checkpoint, tokens: Tensor) -> 
     layered.close()
 
 
-def _with_outputs(
-    layered: LayeredModel, index: int, hidden: Tensor, middle: Tensor, after: Tensor
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """The residual streams again, put together from what the projections output and down put out."""
-    view = layered.views[index]
-    seen: dict[str, Tensor] = {}
-    handles = [
-        view.linears[role].module.register_forward_hook(lambda _, __, output, role=role: seen.update({role: output}))
-        for role in OUTPUT_ROLE.values()
-    ]
-    layered.run(index, hidden)
-    for handle in handles:
-        handle.remove()
-    return {
-        "the output projection, added,": (layered.add(index, hidden, Block.ATTENTION, seen["output"]), middle),
-        "the down projection, added,": (layered.add(index, middle, Block.MLP, seen["down"]), after),
-    }
-
-
 def _same(what: str, found: Tensor, expected: Tensor) -> None:
-    if found.shape != expected.shape or not torch.equal(found, expected):
+    if not torch.equal(found, expected):
         apart = float((found - expected).abs().max()) if found.shape == expected.shape else float("inf")
         raise DiffersError(f"{what}: differs from the model as transformers runs it (by {apart:.2g})")
 
 
 def _plans(model: PreTrainedModel, path: str) -> dict[str, PruningPlan]:
-    """Layers of one width each, with a group less where groups leave; and uneven ones without attention, without MLP,
-    and one that is gone."""
+    """Layers of one width, with a group less where groups can be removed; and uneven ones: without attention, without
+    MLP, and removed."""
     views = layer_structures(model)
     groups, channels = list(range(views[0].num_kv_heads)), list(range(CHANNELS))
     fewer = groups if views[0].whole_attention else groups[1:] or groups
     uniform = [(fewer, channels[1::2])] * len(views)
     uneven = [([], channels[3:]), (fewer, channels[::2]), (groups, []), *[([], [])] * (len(views) - 3)]
-    dense = count_parameters(model)
-
-    def plan(kept: Sequence[tuple[list[int], list[int]]]) -> PruningPlan:
+    dense, plans = count_parameters(model), {}
+    for name, kept in (("uniform", uniform), ("uneven", uneven)):
         layers = [LayerPlan(index, *units) for index, units in enumerate(kept)]
         counts = {"dense": dense, "pruned": parameters_after(views, dense, layers)}
-        return PruningPlan("proof", None, 0.0, counts, None, path, layers, dtype="float32")
-
-    return {"uniform": plan(uniform), "uneven": plan(uneven)}
+        plans[name] = PruningPlan("check", None, 0.0, counts, None, path, layers)
+    return plans
 
 
 def _cut_and_mask(model: PreTrainedModel, dense: Checkpoint, plan: PruningPlan, tokens: Tensor, folder: Path) -> None:
-    expected = _masked(model, plan)(input_ids=tokens, use_cache=False).logits
+    masked, mask = copy.deepcopy(model), InMemoryPlan(plan.layers, lambda layer: {})
+    for view in layer_structures(masked):
+        mask(view)
+    expected = masked(input_ids=tokens, use_cache=False).logits
     pruned = open_pruned(dense, plan)
     left = count_parameters(pruned.net)
     if left != plan.parameters["pruned"]:
@@ -235,30 +211,10 @@ def _cut_and_mask(model: PreTrainedModel, dense: Checkpoint, plan: PruningPlan, 
             f"cutting leaves {left} parameters where the costs of its units say {plan.parameters['pruned']}"
         )
     write_checkpoint(pruned, folder, beside=None, card="")
-    hidden = pruned.embed(tokens)
-    for index in range(pruned.num_layers):
-        with pruned.layer(index):
-            hidden = pruned.run(index, hidden)
-    found = pruned.head(hidden)
-    apart, scale = float((found - expected).abs().max()), float(expected.abs().max())
+    apart, scale = float((pruned.logits(tokens) - expected).abs().max()), float(expected.abs().max())
     if not apart <= TOLERANCE * scale:
         raise DiffersError(
             f"cutting groups, channels and blocks is not the same as masking them ({folder.name} widths: logits of up "
             f"to {scale:.2g} differ by {apart:.2g})"
         )
     pruned.close()
-
-
-def _masked(model: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
-    """The dense model in which what ``plan`` removes puts out zero."""
-    masked = copy.deepcopy(model)
-    for view, kept in zip(layer_structures(masked), plan.layers, strict=True):
-        for linear, units, left in (
-            (view.output, view.num_kv_heads, kept.kept_kv_heads),
-            (view.down, view.num_channels, kept.kept_channels),
-        ):
-            gone = [unit for unit in range(units) if unit not in left]
-            linear.module.weight.unflatten(1, (units, -1))[:, gone] = 0  # type: ignore[no-untyped-call]
-            if not left and linear.module.bias is not None:
-                linear.module.bias.zero_()
-    return masked

@@ -1,4 +1,4 @@
-"""A decision laid over the dense model: its weights without the units that go, in the dense shape."""
+"""A plan applied to the dense model in memory: its weights without the removed units, in the dense shape."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.models.families import LayerStructure
-from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
+from lightning_prune.models.vocabulary import OUTPUT_ROLE
 
 
 class InMemoryPlan:
-    """Changes a layer that has just come in as a plan would: the model then computes what the cut one computes.
+    """Changes a layer that has just been loaded: the model then computes what the cut one computes.
 
-    Columns of o_proj and down_proj that belong to a unit that goes are zero, so nothing of it reaches the residual
+    Columns of o_proj and down_proj that belong to a removed unit are zero, so nothing of it reaches the residual
     stream; its other weights stay, and count for nothing.
 
     Args:
@@ -27,16 +27,12 @@ class InMemoryPlan:
     def __call__(self, view: LayerStructure) -> None:
         """Change the layer of ``view``, whose weights are present."""
         new = self.new_weights(view.index)
-        plan = self.kept[view.index]
-        for role, units, count in (
-            (OUTPUT_ROLE[Block.ATTENTION], plan.kept_kv_heads, view.num_kv_heads),
-            (OUTPUT_ROLE[Block.MLP], plan.kept_channels, view.num_channels),
-        ):
-            projection = view.linears[role]
+        for block, role in OUTPUT_ROLE.items():
+            units, projection = self.kept[view.index].kept(block), view.linears[role]
             weight = new.get(role, projection.weight).to(projection.weight)
-            stays = torch.zeros(count, dtype=torch.bool)
-            stays[units] = True
-            columns = stays.repeat_interleave(projection.in_features // count).to(weight.device)
+            keeps = torch.zeros(view.units(block), dtype=torch.bool)
+            keeps[units] = True
+            columns = keeps.repeat_interleave(projection.in_features // len(keeps)).to(weight.device)
             projection.weight = torch.where(columns, weight, torch.zeros_like(weight))
             bias = new.get(f"{role}.bias", projection.bias)
             if bias is not None:

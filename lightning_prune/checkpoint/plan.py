@@ -30,6 +30,11 @@ class LayerPlan:
     kept_kv_heads: list[Index]
     kept_channels: list[Index]
 
+    @property
+    def removed(self) -> bool:
+        """Whether nothing of the layer is kept."""
+        return not (self.kept_kv_heads or self.kept_channels)
+
     def kept(self, block: Block) -> list[int]:
         """The kept units of one block."""
         return self.kept_kv_heads if block is Block.ATTENTION else self.kept_channels
@@ -39,7 +44,7 @@ class LayerPlan:
 class PruningPlan:
     """The decision of a method for one base model (``plan.json``).
 
-    ``pruning_ratio`` is the one that was asked for; None where something else was (a number of layers).
+    ``pruning_ratio`` is the one that was requested; None where something else was (a number of layers).
     ``parameters`` counts unique elements (tied weights once) before and after. ``dtype`` is the dtype of the
     weights the plan was made for and applied to. ``weights_updated`` says that the method also changed the
     weights it keeps (SlimGPT's compensation, masks), so the plan alone cannot re-create the checkpoint.
@@ -63,10 +68,10 @@ class PruningPlan:
     @property
     def removed_layers(self) -> list[int]:
         """Indices of the layers that keep nothing."""
-        return [plan.layer for plan in self.layers if not plan.kept_kv_heads and not plan.kept_channels]
+        return [layer.layer for layer in self.layers if layer.removed]
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as it stands in ``plan.json``."""
+        """The content of ``plan.json``."""
         return {"format": FORMAT, **asdict(self), "removed_layers": self.removed_layers}
 
     def save(self, path: Path) -> None:
@@ -75,11 +80,7 @@ class PruningPlan:
 
     @classmethod
     def load(cls, path: Path, option: str = "--plan") -> "PruningPlan":
-        """Read a plan.
-
-        Args:
-            path: a ``plan.json``.
-            option: the option that named it.
+        """Read ``plan.json``, which ``option`` named.
 
         Raises:
             UserError: the file is missing, is not JSON, or is not a plan of this format.
@@ -91,7 +92,6 @@ class PruningPlan:
             raise UserError(f"{subject} {found}; this version reads format {FORMAT}.")
         fields = {key: value for key, value in raw.items() if key not in ("format", "removed_layers")}
         plan = parse_json(json.dumps(fields).encode(), cls, subject)
-        missing = sorted({"dense", "pruned"} - plan.parameters.keys())
-        if missing:
+        if missing := sorted({"dense", "pruned"} - plan.parameters.keys()):
             raise UserError(f"{subject} is not valid: parameters.{missing[0]} is missing.")
         return plan

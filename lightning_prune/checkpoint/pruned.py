@@ -1,7 +1,6 @@
-"""The pruned model as a layered model of its own: parameters are cut from the dense ones when they are asked for."""
+"""The pruned model as a layered model of its own: parameters are cut from the dense ones when they are read."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +19,10 @@ NewWeights = Callable[[int], dict[str, Tensor]]  # dense layer → new weights b
 
 
 class PrunedSource:
-    """Gives the parameters of the pruned model from those of the dense one.
+    """Gives the parameters of the pruned model.
 
     Args:
-        dense: gives the dense parameters.
-        config: of the dense model.
+        dense, config: parameters and config of the dense model.
         plan: what is kept.
         new_weights: what the method made of the weights it keeps: by role the weight, and ``<role>.bias``.
     """
@@ -33,32 +31,29 @@ class PrunedSource:
         self.dense, self.config, self.new_weights = dense, config, new_weights
         self.family: Family = family_of(config)
         self.added = {role for role in ROLES if self.family.bias_of(role) in plan.biases}
-        self.left = [layer for layer in plan.layers if layer.kept_kv_heads or layer.kept_channels]
+        self.left = [layer for layer in plan.layers if not layer.removed]
 
     def read(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
         """See ``models.sources.Source``; names and layer numbers are those of the pruned model."""
-        found: dict[str, Tensor] = {}
+        result: dict[str, Tensor] = {}
         new: tuple[int, dict[str, Tensor]] = (-1, {})
         prefix = f"{self.family.layers}."
         for name in names:
             if not name.startswith(prefix):
-                found |= self.dense.read([name], dtype, device)
+                result |= self.dense.read([name], dtype, device)
                 continue
             number, _, inside = name.removeprefix(prefix).partition(".")
             kept = self.left[int(number)]
             if new[0] != kept.layer:
                 new = (kept.layer, self.new_weights(kept.layer))
-            read = partial(self._dense, f"{prefix}{kept.layer}.{inside}", dtype, device)
-            tensor = self._rewritten(inside, new[1], read)
-            found[name] = kept_part(self.family, self.config, kept, inside, tensor.to(device=device, dtype=dtype))
-        return found
+            whole = self._whole(kept.layer, inside, new[1], dtype, device).to(device=device, dtype=dtype)
+            result[name] = kept_part(self.family, self.config, kept, inside, whole)
+        return result
 
-    def _dense(self, name: str, dtype: torch.dtype | None, device: torch.device) -> Tensor:
-        return self.dense.read([name], dtype, device)[name]
-
-    def _rewritten(self, name: str, new: dict[str, Tensor], read: Callable[[], Tensor]) -> Tensor:
-        """The parameter ``name`` of a layer, whole, with the parts in it that the method made anew; ``read`` gives the
-        dense one."""
+    def _whole(
+        self, layer: int, name: str, new: dict[str, Tensor], dtype: torch.dtype | None, device: torch.device
+    ) -> Tensor:
+        """The parameter ``name`` of a dense layer before it is cut, with the parts in it that the method made anew."""
         path, _, kind = name.rpartition(".")
         roles = self.family.roles_at(path)
         if kind == "bias":
@@ -66,8 +61,11 @@ class PrunedSource:
         if len(roles) == 1 and roles[0] in new:
             return new[roles[0]]
         rows = {**rows_of(self.config), **dict.fromkeys(OUTPUT_ROLE.values(), self.config.hidden_size)}
-        absent = kind == "bias" and bool(self.added & set(roles))
-        dense = torch.zeros(sum(rows[role] for role in roles)) if absent else read()
+        if kind == "bias" and self.added & set(roles):
+            dense = torch.zeros(sum(rows[role] for role in roles))
+        else:
+            stored = f"{self.family.layers}.{layer}.{name}"
+            dense = self.dense.read([stored], dtype, device)[stored]
         if not new.keys() & set(roles):
             return dense
         parts: tuple[Tensor, ...] = dense.split([rows[role] for role in roles])  # type: ignore[no-untyped-call]

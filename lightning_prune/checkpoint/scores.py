@@ -1,7 +1,4 @@
-"""One row per prunable unit: what a method measured, what it made of it, what it decided. ``scores.csv`` holds it.
-
-No torch here: the comparison reads it too.
-"""
+"""``scores.csv``, one row per prunable unit: importance, score, and whether it is pruned. No torch here."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +11,7 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from lightning_prune.checkpoint.plan import PruningPlan
-from lightning_prune.models.vocabulary import Block
+from lightning_prune.models.vocabulary import ROLES_OF, Block
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import read_file, write_bytes
 
@@ -22,7 +19,7 @@ BLOCKS = tuple(Block)
 LIMIT = 2 * 2**30  # bytes; the table of an 8B model has some 40 MB
 TYPES = {
     "layer": pa.int64(),
-    "block": pa.dictionary(pa.int32(), pa.string()),
+    "block": pa.string(),
     "unit": pa.int64(),
     "importance": pa.float64(),
     "cost": pa.int64(),
@@ -38,7 +35,7 @@ Flags = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Blocks:
-    """The B blocks that have units, ascending by (layer, block): sums, ranks and rows without a loop over the units.
+    """The B blocks that have units, ascending by (layer, block).
 
     ``keys``: layer and block of each. ``ids``: int64 ``[U]``, the block of every unit, 0 … B − 1. ``size``: int64
     ``[B]``, units per block.
@@ -55,7 +52,7 @@ class Blocks:
         return total
 
     def rows(self) -> dict[tuple[int, Block], Integers]:
-        """Rows of every block, ascending: for what must be computed block by block."""
+        """Rows of every block, ascending."""
         parts = np.split(self.ids.argsort(kind="stable"), self.size.cumsum()[:-1])
         return dict(zip(self.keys, parts, strict=True))
 
@@ -73,9 +70,8 @@ class Blocks:
 class Scores:
     """U prunable units, in any order; a table that was read is sorted by layer, block and unit.
 
-    Shapes ``[U]``: layer, code, unit, cost (in parameters) int64; importance, prior, score, base float64; pruned bool.
-    ``code`` is the unit's place in ``BLOCKS``. ``base`` is S, the score before any prior; it breaks ties and is not in
-    the file, where it is importance / cost.
+    ``code`` is the unit's index in ``BLOCKS``, ``cost`` in parameters. ``base`` is S, the score before any prior; it
+    breaks ties and is not in the file, where it is importance / cost. All are ``[U]``.
     """
 
     layer: Integers
@@ -90,12 +86,12 @@ class Scores:
 
     @property
     def block(self) -> NDArray[np.str_]:
-        """The block of every row by name, ``[U]``."""
+        """The names of the blocks, ``[U]``."""
         return np.array(BLOCKS, dtype=np.str_)[self.code]
 
     @property
     def kept(self) -> Flags:
-        """Which units are kept, ``[U]``."""
+        """Not pruned, ``[U]``."""
         return ~self.pruned
 
     @property
@@ -110,28 +106,26 @@ class Scores:
 
     @cached_property
     def blocks(self) -> Blocks:
-        """The units by block of a layer."""
+        """The blocks of the layers, and which units belong to which."""
         found, ids, size = np.unique(self.layer * len(BLOCKS) + self.code, return_inverse=True, return_counts=True)
         keys = [(key // len(BLOCKS), BLOCKS[key % len(BLOCKS)]) for key in found.tolist()]
         return Blocks(keys, ids.reshape(-1), size)
 
     def of_kind(self, block: Block) -> Flags:
-        """The rows of one kind of block in all layers, ``[U]``."""
-        found: Flags = self.code == BLOCKS.index(block)
-        return found
+        """Which rows belong to one kind of block, ``[U]``."""
+        return np.equal(self.code, BLOCKS.index(block))
 
     def of(self, layer: int, block: Block) -> Flags:
-        """The rows of one block of one layer, ``[U]``."""
-        found: Flags = self.of_kind(block) & (self.layer == layer)
-        return found
+        """Which rows belong to one block of one layer, ``[U]``."""
+        return self.of_kind(block) & np.equal(self.layer, layer)
 
     def per_layer(self, values: NDArray[Any], block: Block | None = None) -> Floats:
-        """Sums of ``values`` ``[U]`` per layer ``[L]``, of one kind of block or of all."""
+        """Sums of ``values`` ``[U]`` per layer ``[L]``, over one kind of block or all."""
         rows = slice(None) if block is None else self.of_kind(block)
         return np.bincount(self.layer[rows], weights=values[rows], minlength=self.num_layers).astype(np.float64)
 
     def kept_fraction(self, block: Block) -> Floats:
-        """Share of a block's units that are kept, by layer ``[L]``; NaN where a layer has none."""
+        """Share of a block's units that are kept, by layer ``[L]``; NaN where a layer has none of them."""
         count, kept = (self.per_layer(values, block) for values in (np.ones(len(self.layer)), self.kept))
         return np.divide(kept, count, out=np.full_like(kept, np.nan), where=count > 0)
 
@@ -146,18 +140,17 @@ class Scores:
         kept = {key: self.unit[rows[self.kept[rows]]].tolist() for key, rows in self.blocks.rows().items()}
         for index, layer in enumerate(plan.layers):
             if self.whole_layers:
-                same = bool(kept[index, Block.LAYER]) == bool(layer.kept_kv_heads or layer.kept_channels)
+                same = bool(kept[index, Block.LAYER]) != layer.removed
             else:
-                planned = {Block.ATTENTION: layer.kept_kv_heads, Block.MLP: layer.kept_channels}
-                same = all(kept.get((index, block), []) == units for block, units in planned.items())
+                same = all(kept.get((index, block), []) == layer.kept(block) for block in ROLES_OF)
             if layer.layer != index or not same:
                 raise ValueError(f"layer {index} keeps other units than plan.json says")
 
     def write(self, path: Path) -> None:
-        """Write the table, whole or not at all; floats are written so that reading gives back the same bits.
+        """Write the table, whole or not at all; reading gives back the same bits.
 
         Raises:
-            ValueError: a row that cannot be, a gap, or a unit that is there twice.
+            ValueError: a wrong value, a gap, or a unit that is there twice.
             OSError: the folder cannot be written or the disk is full.
         """
         columns = self.columns() | {"pruned": self.pruned.astype(np.int8)}
@@ -180,11 +173,12 @@ class Scores:
         try:
             columns = _parse(data)
             _check_values(columns)  # before they are sorted, so that row numbers are the file's
-            columns["code"] = np.select([columns["block"] == block for block in BLOCKS], list(range(len(BLOCKS))))
+            block = columns.pop("block")
+            columns["code"] = np.select([block == name for name in BLOCKS], list(range(len(BLOCKS))))
+            columns["pruned"] = columns["pruned"].astype(bool)
+            columns["base"] = columns["importance"] / columns["cost"]
             order = np.lexsort((columns["unit"], columns["code"], columns["layer"]))
-            sorted_columns = {name: values[order] for name, values in columns.items() if name != "block"}
-            sorted_columns["pruned"] = sorted_columns["pruned"].astype(bool)
-            found = cls(base=sorted_columns["importance"] / sorted_columns["cost"], **sorted_columns)
+            found = cls(**{name: values[order] for name, values in columns.items()})
             found._check_complete()
         except (ValueError, KeyError, pa.ArrowException) as error:
             raise UserError(
@@ -219,24 +213,23 @@ def _parse(data: bytes) -> dict[str, NDArray[Any]]:
     )
     if found.column_names != list(COLUMNS):
         raise ValueError(f"its columns are {', '.join(found.column_names)}")
-    columns = {name: found[name].combine_chunks() for name in COLUMNS if name != "block"}
-    arrays: dict[str, Any] = {name: column.to_numpy(zero_copy_only=False) for name, column in columns.items()}
-    block = found["block"].unify_dictionaries().combine_chunks()
-    names = np.array(block.dictionary.to_pylist() or [""], dtype=np.str_)
-    return arrays | {"block": names[block.indices.to_numpy(zero_copy_only=False)]}
+    columns: dict[str, NDArray[Any]] = {name: found[name].to_numpy() for name in COLUMNS}
+    return columns | {"block": columns["block"].astype(np.str_)}
 
 
 def _check_values(columns: dict[str, NDArray[Any]]) -> None:
     rows = len(columns["layer"])
     if not rows:
         raise ValueError("it holds no rows")
-    checks = [(name, ~np.isfinite(columns[name]), "finite") for name in ("importance", "prior", "score")]
-    checks += [(name, columns[name] < 0, "0 or more") for name in ("layer", "unit")]
-    checks.append(("cost", columns["cost"] < 1, "1 or more"))
-    checks.append(("block", ~np.isin(columns["block"], BLOCKS), ", ".join(BLOCKS)))
-    checks.append(("pruned", ~np.isin(columns["pruned"], (0, 1)), "0 or 1"))
-    # Every layer has a row, so a larger number than there are rows cannot be; nothing is allocated from it.
-    checks.append(("layer", columns["layer"] >= rows, f"below the number of rows, {rows:,}"))
+    checks = [
+        *((name, ~np.isfinite(columns[name]), "finite") for name in ("importance", "prior", "score")),
+        *((name, columns[name] < 0, "0 or more") for name in ("layer", "unit")),
+        ("cost", columns["cost"] < 1, "1 or more"),
+        ("block", ~np.isin(columns["block"], BLOCKS), ", ".join(BLOCKS)),
+        ("pruned", ~np.isin(columns["pruned"], (0, 1)), "0 or 1"),
+        # Every layer has a row. Checked before anything is allocated from the number.
+        ("layer", columns["layer"] >= rows, f"below the number of rows, {rows:,}"),
+    ]
     for name, wrong, allowed in checks:
         if wrong.any():
             row = int(np.argmax(wrong))

@@ -19,7 +19,7 @@ LENGTH, PADDING, GREEDY_TOKENS = 12, 5, 8
 
 
 def probe_tokens(vocab_size: int) -> Tensor:
-    """Two fixed token sequences, int64 ``[2, 12]``, spread over the vocabulary: no tokenizer is needed."""
+    """Two fixed token sequences, int64 ``[2, 12]``, spread over the vocabulary."""
     return (torch.arange(2 * LENGTH).view(2, LENGTH) * 7919 + 11) % vocab_size
 
 
@@ -32,7 +32,7 @@ def probe_logits(model: PreTrainedModel) -> Tensor:
 
 
 def check_checkpoint(folder: Path, expected: Tensor) -> dict[str, Any]:
-    """Load ``folder`` through ``AutoModelForCausalLM`` alone, with the code that lies in it, and compare.
+    """Load the whole model in ``folder`` through ``AutoModelForCausalLM``, with the folder's own code, and compare.
 
     1. The logits of ``probe_tokens`` are ``expected``, bit for bit: weights, config and code are complete.
     2. Greedy decoding of a batch, one sequence of it left-padded, chooses the same tokens with a KV cache as without.
@@ -41,10 +41,7 @@ def check_checkpoint(folder: Path, expected: Tensor) -> dict[str, Any]:
        where two logits are that close, and that sequence is followed no further. A layer that forgets to fill its
        cache slot moves logits by the size of the logits themselves.
 
-    The whole pruned model is in memory for as long as this takes.
-
     Args:
-        folder: a complete checkpoint.
         expected: logits ``[2, 12, V]`` of ``probe_tokens`` from the model in memory, in the dtype in which it was
             written and on the device on which to compare.
 
@@ -68,15 +65,7 @@ def check_checkpoint(folder: Path, expected: Tensor) -> dict[str, Any]:
 
 
 def compare_logits(found: Tensor, expected: Tensor) -> dict[str, Any]:
-    """Logits ``[2, 12, V]`` of ``probe_tokens`` from the checkpoint read back and from the model in memory must be
-    equal, bit for bit.
-
-    Returns:
-        What was compared, for ``metrics.json``.
-
-    Raises:
-        CheckpointError, FloatingPointError: see ``check_checkpoint``.
-    """
+    """The first comparison of ``check_checkpoint``, with the logits ``found`` of the checkpoint read back."""
     if not expected.isfinite().all():
         raise FloatingPointError(
             "the pruned model outputs NaN or infinite logits, so no checkpoint of it was kept. Prune in another "
@@ -140,11 +129,8 @@ def _compare_decoding(model: PreTrainedModel) -> dict[str, Any]:
 
 @contextmanager
 def _own_module_cache() -> Iterator[None]:
-    """A place of its own for the code that transformers copies out of a folder before running it.
-
-    The usual place is shared by all processes and keyed by the folder's name: two runs that end together would write
-    and read the same file there, and a copy of last week's could be taken for today's.
-    """
+    """A place of its own for the code that transformers copies out of a folder before running it: the usual place is
+    shared by all processes and keyed by the folder's name, so that a copy of another run's could be executed."""
     usual, path, modules = dynamic_module_utils.HF_MODULES_CACHE, list(sys.path), set(sys.modules)
     with tempfile.TemporaryDirectory(prefix="lightning-prune-") as folder:
         dynamic_module_utils.HF_MODULES_CACHE = folder

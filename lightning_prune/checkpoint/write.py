@@ -2,8 +2,9 @@
 
 import gc
 import json
+import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,7 +44,7 @@ def write_checkpoint(
 
     Args:
         model: gives every layer in the dtype to write.
-        folder: takes its name only when everything is written; what stood there is replaced then.
+        folder: takes its name only when everything is written, and replaces what was there.
         beside: the checkpoint whose tokenizer files and generation config are taken, if it has any.
         card: text of ``README.md``.
         progress: told the number of every layer that has been written.
@@ -55,16 +56,16 @@ def write_checkpoint(
         CheckpointError, FloatingPointError: see ``checkpoint.self_check``; nothing is left behind.
         UserError: the folder cannot be written or the disk is full; nothing is left behind.
     """
-    files = [] if beside is None else beside.tokenizer_files
     try:
         with new_folder(folder) as temporary:
             _write_config(model, temporary)
-            if beside is not None and beside.generation_config is not None:
-                # Not save_pretrained, which refuses settings that several published models have.
-                beside.generation_config.to_json_file(temporary / "generation_config.json", use_diff=True)
+            if beside is not None:
+                for file in beside.tokenizer_files:
+                    shutil.copyfile(file, temporary / file.name)
+                if beside.generation_config is not None:
+                    # Not save_pretrained, which refuses settings that several published models have.
+                    beside.generation_config.to_json_file(temporary / "generation_config.json", use_diff=True)
             expected = write_weights(model, temporary, progress)
-            for file in files:
-                shutil.copyfile(file, temporary / file.name)
             write_text(temporary / "README.md", card)
             return _check(model, temporary, expected)
     except OSError as error:
@@ -84,16 +85,13 @@ def write_pruned(
     note: str = "",
     progress: Callable[[int], None] = lambda layer: None,
 ) -> dict[str, Any]:
-    """Cut the plan out of the dense model, layer by layer, and write the checkpoint with its card.
+    """Cut the plan out of the dense model, layer by layer, and ``write_checkpoint`` with its card.
 
     Args:
-        dense: the model that the plan is for.
-        plan: what is kept.
         new_weights: dense layer → what the method made of its weights.
-        folder: as ``write_checkpoint``, whose result is returned and whose errors are raised.
         calibration: manifest of the calibration set, for the card.
         note: a sentence that the card must carry.
-        progress: told the number of every layer that has been written.
+        dense, plan, folder, progress: see ``write_checkpoint`` and ``PruningPlan``.
     """
     pruned = open_pruned(dense, plan, new_weights)
     card = model_card(plan, layout_of(pruned.config), calibration, dense)
@@ -127,32 +125,18 @@ def _check(model: LayeredModel, folder: Path, expected: Tensor) -> dict[str, Any
                 give_back_freed_memory()
     read_back = open_layered(Checkpoint.open(str(folder)), model.dtype, expected.device)
     with torch.no_grad():
-        hidden = read_back.embed(probe_tokens(model.config.vocab_size))
-        for index in range(read_back.num_layers):
-            with read_back.layer(index):
-                read_back.announce(index + 1)
-                hidden = read_back.run(index, hidden)
-        return compare_logits(read_back.head(hidden), expected)
+        return compare_logits(read_back.logits(probe_tokens(model.config.vocab_size)), expected)
 
 
 @torch.no_grad()
-def write_weights(
-    model: LayeredModel, folder: Path, progress: Callable[[int], None], open_shards: Any = None
-) -> Tensor:
-    """Write every parameter, and run the probe through the layers as they pass: its logits ``[2, 12, V]``.
-
-    ``open_shards`` takes the place of ``_Shards`` where nothing is to be written.
-    """
+def write_weights(model: LayeredModel, folder: Path, progress: Callable[[int], None]) -> Tensor:
+    """Write every parameter, and run the probe through the layers as they pass: its logits ``[2, 12, V]``."""
     parameters = dict(model.net.named_parameters())
     dtype = model.dtype or next(iter(parameters.values())).dtype
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    first = next(iter(model.outside), None)
-    inside = {name for names in model.layer_names for name in names.values()}
-    before = [name for name in shapes if name not in inside and name == first]
-    after = [name for name in shapes if name not in inside and name != first]
+    before, after = model.outside[:1], model.outside[1:]
     order = [*before, *(name for names in model.layer_names for name in names.values()), *after]
     hidden = model.embed(probe_tokens(model.config.vocab_size))
-    with (open_shards or _Shards)(folder, [(name, shapes[name]) for name in order], dtype) as shards:
+    with _Shards(folder, {name: tuple(parameters[name].shape) for name in order}, dtype) as shards:
         for name in before:
             shards.write(name, parameters[name])
         for index, names in enumerate(model.layer_names):
@@ -170,63 +154,59 @@ def write_weights(
 class _Shards:
     """Safetensors files that are written in order: shapes are known beforehand, so the header can come first."""
 
-    def __init__(self, folder: Path, tensors: Sequence[tuple[str, tuple[int, ...]]], dtype: torch.dtype) -> None:
-        self.folder, self.dtype = folder, dtype
-        self.shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
+    def __init__(self, folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+        self.folder, self.shapes, self.dtype = folder, shapes, dtype
+        self.bytes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+        shards: list[list[str]] = [[]]
         taken = 0
-        for name, shape in tensors:
-            size = torch.Size(shape).numel() * dtype.itemsize
-            if taken + size > SHARD_BYTES and self.shards[-1]:
-                self.shards.append([])
+        for name, size in self.bytes.items():
+            if taken + size > SHARD_BYTES and shards[-1]:
+                shards.append([])
                 taken = 0
-            self.shards[-1].append((name, shape))
+            shards[-1].append(name)
             taken += size
-        self._file: BinaryIO | None = None
-        self._waiting: list[tuple[str, tuple[int, ...]]] = []
-        self._number = 0
+        count = len(shards)
+        files = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        files = files if count > 1 else ["model.safetensors"]
+        self.file_of = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        self._waiting = iter(shapes)
+        self._open: tuple[str, BinaryIO] | None = None
 
     def __enter__(self) -> "_Shards":
         return self
 
     def __exit__(self, kind: object, *error: object) -> None:
-        if self._file is not None:
-            self._file.close()
-        if kind is None and len(self.shards) > 1:
-            self._write_index()
+        if self._open is not None:
+            self._open[1].close()
+        if kind is None and len(set(self.file_of.values())) > 1:
+            size = sum(self.bytes.values())
+            metadata = {"total_parameters": size // self.dtype.itemsize, "total_size": size}
+            index = {"metadata": metadata, "weight_map": self.file_of}
+            write_json(self.folder / "model.safetensors.index.json", index)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """The next tensor."""
-        if not self._waiting:
-            self._open_next()
-        expected = self._waiting.pop(0)
-        if (name, tuple(tensor.shape)) != expected:
+        expected = next(self._waiting)
+        if (name, tuple(tensor.shape)) != (expected, self.shapes[expected]):
             raise RuntimeError(f"{name} {tuple(tensor.shape)} comes where {expected} is announced.")
         values = tensor.detach().to(device="cpu", dtype=self.dtype).contiguous()
-        assert self._file is not None
-        self._file.write(values.view(torch.uint8).flatten().numpy().data)
+        self._stream(self.file_of[name]).write(values.view(torch.uint8).flatten().numpy().data)
 
-    def _open_next(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        self._waiting = list(self.shards[self._number])
+    def _stream(self, file: str) -> BinaryIO:
+        """The open file, its header written."""
+        if self._open is not None and self._open[0] == file:
+            return self._open[1]
+        if self._open is not None:
+            self._open[1].close()
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        start = 0
-        for name, shape in self._waiting:
-            end = start + torch.Size(shape).numel() * self.dtype.itemsize
-            header[name] = {"dtype": STORED_NAMES[self.dtype], "shape": list(shape), "data_offsets": [start, end]}
+        kind, start = STORED_NAMES[self.dtype], 0
+        for name in (name for name, place in self.file_of.items() if place == file):
+            end = start + self.bytes[name]
+            header[name] = {"dtype": kind, "shape": list(self.shapes[name]), "data_offsets": [start, end]}
             start = end
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
-        self._file = (self.folder / self._name(self._number)).open("wb")
-        self._file.write(len(text).to_bytes(8, "little") + text)
-        self._number += 1
-
-    def _name(self, number: int) -> str:
-        count = len(self.shards)
-        return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-
-    def _write_index(self) -> None:
-        elements = sum(torch.Size(shape).numel() for shard in self.shards for _, shape in shard)
-        weight_map = {name: self._name(number) for number, shard in enumerate(self.shards) for name, _ in shard}
-        metadata = {"total_parameters": elements, "total_size": elements * self.dtype.itemsize}
-        write_json(self.folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})
+        stream = (self.folder / file).open("wb")
+        self._open = (file, stream)
+        stream.write(len(text).to_bytes(8, "little") + text)
+        return stream

@@ -1,10 +1,9 @@
-"""A model folder or hub id, opened once: what is known of it before its weights, and the ways to its weights."""
+"""A model folder or hub id, opened once: config, headers, tokenizer, fingerprint, and the ways to its weights."""
 
 import copy
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from os.path import exists
@@ -26,19 +25,19 @@ from transformers.utils import cached_file
 
 from lightning_prune.models.families import family_of
 from lightning_prune.models.modeling_pruned import classes_of, pruned_class
-from lightning_prune.models.records import TEXT_PARTS, Family
+from lightning_prune.models.records import TEXT_PARTS
 from lightning_prune.models.sources import CheckpointSource
 from lightning_prune.models.weights import (
+    LAYER,
     OPTION,
     TensorEntry,
-    check_layers,
     find_file,
+    loading,
     match_names,
     read_headers,
     text_name,
 )
-from lightning_prune.support.errors import UserError, first_line
-from lightning_prune.support.quiet import quiet_transformers
+from lightning_prune.support.errors import UserError
 from lightning_prune.support.regular_files import expanded, is_special, require_regular
 
 CONFIG_LIMIT = 10_000_000  # bytes
@@ -60,12 +59,13 @@ NOT_WEIGHTS = ("_name_or_path", "transformers_version")
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """Dense, or pruned by this package in either layout. What is not needed at once is read when it is first used.
+    """Dense, or pruned by this package in either layout. Properties are read when they are first used, and raise
+    UserError where that fails.
 
     Attributes:
         pretrained: as the user gave it.
-        path: the folder or hub id behind it.
-        raw: ``config.json`` as it is in the file.
+        path: the folder or hub id that it names.
+        raw: the content of ``config.json``.
         config: of the causal language model; of several models in one, the text model's. Not to be changed.
     """
 
@@ -76,18 +76,20 @@ class Checkpoint:
 
     @classmethod
     def open(cls, pretrained: str, weights: bool = True) -> "Checkpoint":
-        """Read the config and, unless the ``weights`` need not be there, the headers of the weight files.
-
-        Args:
-            pretrained: folder, hub id, or ``demo``.
+        """Read the config of a folder, a hub id or ``demo`` and, with ``weights``, the headers of the weight files.
 
         Raises:
             UserError: nothing there, unreachable, unreadable, a family without a record, quantised, or another number
                 of layers than the weights have.
         """
         path = resolve(pretrained)
-        with quiet_transformers(), _user_error(pretrained, "the config cannot be loaded"):
-            raw = _read_config(path)
+        with loading(pretrained, "the config cannot be loaded"):
+            file = Path(cached_file(path, "config.json"))
+            if (size := file.stat().st_size) > CONFIG_LIMIT:
+                raise UserError(f"{OPTION}: '{file}' has {size} bytes; a config has a few thousand.")
+            raw = json.loads(file.read_text("utf-8"))
+            if not isinstance(raw, dict):
+                raise ValueError("config.json is not a JSON object")
             config = _config_of(raw, path)
         for key in ("quantization_config", "compression_config"):
             if raw.get(key) is not None:
@@ -114,73 +116,56 @@ class Checkpoint:
         return opened
 
     @property
-    def family(self) -> Family:
-        """What is known of its kind."""
-        return family_of(self.config)
-
-    @property
     def limits(self) -> tuple[int, int | None]:
-        """Rows of the embedding, and the longest sequence that it was made for; None for no limit."""
+        """Rows of the embedding, and the longest sequence that the model was made for; None for no limit."""
         return self.config.vocab_size, getattr(self.config, "max_position_embeddings", None)
 
     @property
     def weight_files(self) -> list[Path]:
-        """All of them, in order."""
+        """All of them, sorted."""
         return self._headers[1]
 
     @property
     def tensors(self) -> dict[str, TensorEntry]:
-        """The stored tensors by name.
-
-        Raises:
-            UserError: no or damaged weight files, quantised, or another number of layers than the config says.
-        """
+        """The stored tensors by name."""
         return self._headers[0]
 
     @cached_property
     def _headers(self) -> tuple[dict[str, TensorEntry], list[Path]]:
         tensors, files = read_headers(self.path)
-        check_layers(self.path, tensors, self.config.num_hidden_layers)
+        layers, claimed = {match[1] for name in tensors if (match := LAYER.search(name))}, self.config.num_hidden_layers
+        if claimed != len(layers):  # noticed before a model of that many layers is built
+            raise UserError(
+                f"{OPTION}: the config of '{self.path}' says num_hidden_layers {claimed}, but its weights have "
+                f"{len(layers)} layers. Give a config.json that belongs to these weights."
+            )
         return tensors, files
 
     @cached_property
     def stored_dtype(self) -> torch.dtype:
         """The dtype most of its numbers are stored in."""
-        count: dict[torch.dtype, int] = {}
+        count: Counter[torch.dtype] = Counter()
         for entry in self.tensors.values():
-            count[entry.dtype] = count.get(entry.dtype, 0) + entry.bytes
-        return max(count, key=lambda dtype: count[dtype])
+            count[entry.dtype] += entry.bytes
+        return count.most_common(1)[0][0]
 
     @cached_property
     def meta(self) -> PreTrainedModel:
-        """The model on the meta device, compared with the stored names and shapes. Not to be changed.
-
-        Raises:
-            UserError: an inconsistent config, or weights that do not belong to it.
-        """
+        """The model on the meta device. Not to be changed."""
         _ = self.tensors  # nothing of a size is built that the config alone claims
         return meta_model(self.config)
 
     @cached_property
     def stored_names(self) -> dict[str, str]:
-        """Every parameter of the model -> the name its values are stored under.
-
-        Raises:
-            UserError: see ``weights.match_names``.
-        """
+        """Every parameter of the model → the name its values are stored under, see ``weights.match_names``."""
         return match_names(self.path, self.tensors, self.meta)
 
     def check(self) -> None:
-        """All that can be refused without reading a weight: names and shapes, and the generation config, which is
-        copied to the pruned model in the end.
-
-        Raises:
-            UserError: says what does not belong to the model or is damaged.
-        """
+        """Raise UserError for all that can be refused without reading a weight: names, shapes, generation config."""
         _ = self.stored_names, self.generation_config
 
     def skeleton(self) -> PreTrainedModel:
-        """A new model without weights, see ``skeleton``, whose names and shapes are those stored."""
+        """See ``skeleton``."""
         _ = self.stored_names
         return skeleton(copy.deepcopy(self.config))
 
@@ -189,22 +174,17 @@ class Checkpoint:
         return CheckpointSource({name: (self.tensors[own].file, own) for name, own in self.stored_names.items()})
 
     def load(self, dtype: torch.dtype | None) -> PreTrainedModel:
-        """The whole causal LM in eval mode, without remote code, its weights read straight into ``dtype`` (None: as
-        the config says), on the default device of the surrounding ``with torch.device(...)``.
-
-        Raises:
-            UserError: weights that are missing, damaged, or do not fit the config.
-        """
+        """The whole causal LM in eval mode, without remote code, in ``dtype`` (None: as the config says), on the
+        default device of the surrounding ``with torch.device(...)``."""
         stored, config = self.stored_names, copy.deepcopy(self.config)
-        with quiet_transformers(), _user_error(self.pretrained, "the weights cannot be loaded"):
+        with loading(self.pretrained, "the weights cannot be loaded"):
             if any(text_name(name) != name for name in self.tensors):
                 # Only the text model's; by their names transformers would take what is saved later for the larger one.
                 state = self.source().read(list(stored), dtype, torch.device("cpu"))
-                kind = dtype or next(iter(state.values())).dtype
-                return type(self.meta).from_pretrained(None, config=config, state_dict=state, dtype=kind)
-            return _auto_class(config).from_pretrained(  # type: ignore[no-any-return]
-                self.path, config=config, dtype="auto" if dtype is None else dtype, use_safetensors=True
-            )
+                stored_kind = dtype or next(iter(state.values())).dtype
+                return type(self.meta).from_pretrained(None, config=config, state_dict=state, dtype=stored_kind)
+            kind = dtype or "auto"
+            return type(self.meta).from_pretrained(self.path, config=config, dtype=kind, use_safetensors=True)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -231,12 +211,8 @@ class Checkpoint:
 
     @cached_property
     def generation_config(self) -> GenerationConfig | None:
-        """The generation config beside the weights, None where there is none.
-
-        Raises:
-            UserError: it cannot be read.
-        """
-        with quiet_transformers(), _user_error(self.pretrained, "the generation config cannot be loaded"):
+        """The generation config beside the weights, None where there is none."""
+        with loading(self.pretrained, "the generation config cannot be loaded"):
             if find_file(self.path, "generation_config.json") is None:
                 return None
             generation = GenerationConfig.from_pretrained(self.path)
@@ -246,30 +222,26 @@ class Checkpoint:
     @cached_property
     def tokenizer_files(self) -> list[Path]:
         """The tokenizer's files beside the weights (of a hub model, in the cache)."""
-        with quiet_transformers(), _user_error(self.pretrained, "the tokenizer files cannot be found"):
+        with loading(self.pretrained, "the tokenizer files cannot be found"):
             absent = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
             files = [cached_file(self.path, name, **absent) for name in TOKENIZER_FILES]
         return [Path(file) for file in files if file is not None]
 
     @cached_property
     def tokenizer(self) -> Any | None:
-        """The tokenizer beside the weights, None where there is none.
-
-        Raises:
-            UserError: it cannot be read.
-        """
+        """The tokenizer beside the weights, None where there is none."""
         if not self.tokenizer_files:
             return None
-        with quiet_transformers(), _user_error(self.pretrained, "the tokenizer cannot be loaded"):
+        with loading(self.pretrained, "the tokenizer cannot be loaded"):
             return AutoTokenizer.from_pretrained(self.path, config=self.config, trust_remote_code=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what can be read again: some of it cannot be sent to another process."""
+        """Without cached properties: some of them cannot be sent to another process."""
         return {name: vars(self)[name] for name in self.__dataclass_fields__}
 
 
 def resolve(pretrained: str) -> str:
-    """The folder or hub id behind ``pretrained``: ``demo`` stands for the embedded model.
+    """The folder or hub id that ``pretrained`` names; ``demo`` is the embedded model.
 
     Raises:
         UserError: a folder that is missing or has no ``config.json``.
@@ -289,7 +261,7 @@ def resolve(pretrained: str) -> str:
             f"{OPTION}: '{pretrained}' holds no config.json, so it is not a Hugging Face model folder. "
             f"Give a folder with config.json and *.safetensors, a hub id, or 'demo'."
         )
-    # What is left can be a hub id: "organisation/name", or one of the few bare names.
+    # A hub id is "organisation/name", or one of the few bare names.
     if folder.is_absolute() or pretrained.startswith(".") or len(folder.parts) not in (1, 2):
         raise UserError(
             f"{OPTION}: no folder at '{pretrained}'. Give a Hugging Face model folder, a hub id, or 'demo'."
@@ -298,14 +270,12 @@ def resolve(pretrained: str) -> str:
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """A model on the meta device: shapes and names, no storage.
-
-    Raises:
-        UserError: the config is inconsistent.
-    """
-    trouble = _user_error(config.name_or_path, "no model can be built from the config")
-    with quiet_transformers(), trouble, no_init_weights(), torch.device("meta"):
-        build = _auto_class(config) if config.is_heterogeneous else AutoModelForCausalLM.from_config
+    """A model on the meta device: shapes and names, no storage. Raises UserError for an inconsistent config."""
+    trouble = loading(config.name_or_path, "no model can be built from the config")
+    with trouble, no_init_weights(), torch.device("meta"):
+        build = AutoModelForCausalLM.from_config
+        if config.is_heterogeneous:
+            build = pruned_class(classes_of(config.model_type)["AutoModelForCausalLM"])
         net: PreTrainedModel = build(config)
     net.tie_weights()  # which transformers counts as a part of the initialisation
     return net
@@ -320,23 +290,13 @@ def skeleton(config: Any) -> PreTrainedModel:
         with torch.device("cpu"), torch.no_grad():
             for module in net.modules():
                 names = [name for name, buffer in module._buffers.items() if buffer is not None]
-                for name in names:  # NaN, so that one which transformers forgets is seen by the family check
+                for name in names:  # NaN, so that the family check sees one which transformers forgets
                     module._buffers[name] = torch.full_like(module.get_buffer(name), torch.nan, device="cpu")
                 if names:
                     net._init_weights(module)  # as from_pretrained does for what no checkpoint holds
     finally:
         torch.set_default_dtype(default)
     return net.eval().requires_grad_(False)
-
-
-def _read_config(path: str) -> dict[str, Any]:
-    file = Path(cached_file(path, "config.json"))
-    if (size := file.stat().st_size) > CONFIG_LIMIT:
-        raise UserError(f"{OPTION}: '{file}' has {size} bytes; a config has a few thousand.")
-    raw = json.loads(file.read_text("utf-8"))
-    if not isinstance(raw, dict):
-        raise ValueError("config.json is not a JSON object")
-    return raw
 
 
 def _config_of(raw: dict[str, Any], path: str) -> PretrainedConfig:
@@ -355,26 +315,3 @@ def _config_of(raw: dict[str, Any], path: str) -> PretrainedConfig:
     if text.dtype is None:
         text.dtype = config.dtype
     return text
-
-
-def _auto_class(config: PretrainedConfig) -> Any:
-    if config.is_heterogeneous:
-        return pruned_class(classes_of(config.model_type)["AutoModelForCausalLM"])
-    return AutoModelForCausalLM
-
-
-@contextmanager
-def _user_error(pretrained: str, what: str) -> Iterator[None]:
-    """Errors of transformers, safetensors, json and the hub client have no common base: all mean bad input here."""
-    try:
-        yield
-    except (MemoryError, torch.OutOfMemoryError, UserError):
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        if isinstance(error, AttributeError | TypeError):  # their words are about transformers' own code
-            reason = "an entry of config.json has a value of a kind that transformers cannot use"
-        raise UserError(
-            f"{OPTION}: {what} from '{pretrained}' ({reason}). "
-            f"Give a Hugging Face model folder, a hub id that can be reached, or 'demo'."
-        ) from error

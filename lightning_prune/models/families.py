@@ -1,4 +1,4 @@
-"""Where a decoder keeps its prunable weights: its family's record (``models.records``) read into one view per layer."""
+"""The prunable weights of a decoder: its family's record (``models.records``) as one ``LayerStructure`` per layer."""
 
 import copy
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_prune.models.records import FAMILIES, GUIDE, Family
-from lightning_prune.models.refusals import refusal_of
+from lightning_prune.models.refusals import ENCODER_DECODER, REFUSED, SEVERAL_MODELS
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, ROLES, ROLES_OF, Block
 from lightning_prune.support.errors import UserError
 
@@ -45,12 +45,6 @@ class Projection:
         """Columns of the weight."""
         return self.module.in_features
 
-    @property
-    def size(self) -> int:
-        """Parameters, the bias included."""
-        bias = self.bias
-        return self.weight.numel() + (0 if bias is None else bias.numel())
-
     def part(self, whole: Tensor) -> Tensor:
         """This role's rows of a tensor that is shaped like the layer's weight or bias."""
         return whole if self.rows is None else whole[self.rows]
@@ -61,10 +55,9 @@ class LayerStructure:
     """One decoder layer. K KV heads, r query heads per KV head, d = head_dim, F channels, D hidden size.
 
     Weights: query ``[K·r·d, D]``, key and value ``[K·d, D]``, output ``[D, K·r·d]``, gate and up ``[F, D]``,
-    down ``[D, F]``. KV head j serves the contiguous query heads j·r … j·r + r − 1. The norms of a block are those of
-    what enters and of what leaves it, as far as there are any; ``mlp_entry`` is the first module behind the residual
-    stream between the blocks, the MLP itself or its norm. ``whole_attention``: why groups cannot leave one by one, or
-    None.
+    down ``[D, F]``. KV head j serves the contiguous query heads j·r … j·r + r − 1. ``mlp_entry`` is the first module
+    after the residual stream between the blocks, the MLP itself or its norm. ``whole_attention``: why groups cannot be
+    removed one by one, or None.
     """
 
     index: int
@@ -109,9 +102,9 @@ class LayerStructure:
 
     def unit_cost(self, block: Block) -> int:
         """Parameters that are removed with one unit: its rows with their biases, and its columns."""
-        roles = [role for role in ROLES_OF[block] if role != OUTPUT_ROLE[block]]
-        rows = sum(self.linears[role].size for role in roles)
-        return (rows + self.projection(block).weight.numel()) // self.units(block)
+        *rows, columns = (self.linears[role] for role in ROLES_OF[block])
+        tensors = [columns.weight, *(linear.weight for linear in rows), *(linear.bias for linear in rows)]
+        return sum(tensor.numel() for tensor in tensors if tensor is not None) // self.units(block)
 
     def block_cost(self, block: Block) -> int:
         """Parameters that are removed with the whole block: all units, the output bias and the norms."""
@@ -133,7 +126,10 @@ def family_of(config: Any) -> Family:
     model_type = getattr(config, "model_type", None)
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    reason = refusal_of(config)
+    several = SEVERAL_MODELS if getattr(config, "sub_configs", None) else ""
+    reason = REFUSED.get(str(model_type), several)
+    if getattr(config, "is_encoder_decoder", False):
+        reason = ENCODER_DECODER
     raise UserError(
         f"--model.pretrained: model family '{model_type}' is not supported{f': {reason}' if reason else ''}. "
         f"Known families: {', '.join(sorted(FAMILIES))}."
@@ -155,7 +151,7 @@ def rows_of(config: Any) -> dict[str, int]:
 
 
 def layer_structures(model: nn.Module) -> list[LayerStructure]:
-    """Resolve the family's record on ``model`` (a causal LM, on any device, the meta device included).
+    """The decoder layers of a causal LM on any device, the meta device included.
 
     Raises:
         UserError: unknown family, a model that is already pruned per layer, or one whose modules, biases
@@ -168,7 +164,7 @@ def layer_structures(model: nn.Module) -> list[LayerStructure]:
             "--model.pretrained: this checkpoint is already pruned with a different width per layer. "
             "Prune the dense model instead."
         )
-    return [_layer_anatomy(family, config, index, layer) for index, layer in enumerate(layers_of(model))]
+    return [_layer_structure(family, config, index, layer) for index, layer in enumerate(layers_of(model))]
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
@@ -179,13 +175,7 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     return layers
 
 
-def final_norm_of(model: nn.Module) -> nn.Module:
-    """The norm between the last decoder layer and the head."""
-    config: Any = model.config
-    return model.get_submodule(family_of(config).final_norm)
-
-
-def _layer_anatomy(family: Family, config: Any, index: int, layer: nn.Module) -> LayerStructure:
+def _layer_structure(family: Family, config: Any, index: int, layer: nn.Module) -> LayerStructure:
     def find(name: str) -> Any:
         try:
             return layer.get_submodule(name)
@@ -195,20 +185,29 @@ def _layer_anatomy(family: Family, config: Any, index: int, layer: nn.Module) ->
                 f"'{family.model_type}' expects."
             ) from None
 
-    norms = [tuple(find(name) for name in pair if name) for pair in (family.attention_norms, family.mlp_norms)]
     view = LayerStructure(
         index=index,
         layer=layer,
         attention=find(family.attention),
         mlp=find(family.mlp),
-        attention_norms=norms[0],
-        mlp_norms=norms[1],
+        attention_norms=tuple(find(name) for name in family.attention_norms if name),
+        mlp_norms=tuple(find(name) for name in family.mlp_norms if name),
         mlp_entry=find(family.mlp_norms.before or family.mlp),
         head_dim=head_dim_of(config),
         whole_attention=family.whole_attention,
         **{role: _projection(family, config, role, find(family.path_of(role))) for role in ROLES},
     )
-    _check_shapes(view, family, config)
+    hidden, rows = config.hidden_size, rows_of(config)
+    inputs = {OUTPUT_ROLE[Block.ATTENTION]: rows["query"], OUTPUT_ROLE[Block.MLP]: rows["gate"]}
+    for role, linear in view.linears.items():
+        shape = (hidden, inputs[role]) if role in inputs else (rows[role], hidden)
+        expected = (shape, has_bias(config, role))
+        actual = (tuple(linear.weight.shape), linear.bias is not None)
+        if actual != expected:
+            raise UserError(
+                f"--model.pretrained: layer {index}, {role} projection has (shape, bias) {actual}; family "
+                f"'{family.model_type}' and the config say {expected}."
+            )
     return view
 
 
@@ -218,47 +217,28 @@ def _projection(family: Family, config: Any, role: str, module: nn.Linear) -> Pr
         return Projection(module)
     sizes, place = rows_of(config), roles.index(role)
     start = sum(sizes[earlier] for earlier in roles[:place])
-    last = place + 1 == len(roles)
-    return Projection(module, slice(start, None if last else start + sizes[role]))  # what is too much shows in the last
+    # The last one has all other rows, so that a shape with too many is noticed.
+    return Projection(module, slice(start, None if role == roles[-1] else start + sizes[role]))
 
 
-def _check_shapes(layer: LayerStructure, family: Family, config: Any) -> None:
-    hidden, rows = config.hidden_size, rows_of(config)
-    inputs = {OUTPUT_ROLE[Block.ATTENTION]: rows["query"], OUTPUT_ROLE[Block.MLP]: rows["gate"]}
-    for role, linear in layer.linears.items():
-        shape = (hidden, inputs[role]) if role in inputs else (rows[role], hidden)
-        expected = (shape, _switch(config, family.bias_of(role)))
-        actual = (tuple(linear.weight.shape), linear.bias is not None)
-        if actual != expected:
-            raise UserError(
-                f"--model.pretrained: layer {layer.index}, {role} projection has (shape, bias) {actual}; family "
-                f"'{family.model_type}' and the config say {expected}."
-            )
-
-
-def projection_biases(config: Any) -> bool:
-    """Whether any of the seven projections of ``config``'s family carries a bias."""
-    family = family_of(config)
-    return any(_switch(config, family.bias_of(role)) for role in ROLES)
+def has_bias(config: Any, role: str) -> bool:
+    """Whether the projection of ``role`` has a bias in models with ``config``."""
+    bias = family_of(config).bias_of(role)
+    return bool(getattr(config, bias, False)) if isinstance(bias, str) else bias
 
 
 def missing_biases(config: Any) -> dict[str, str | None]:
     """Those of the output and the down projection that have no bias → the key that gives them one in a config of the
     family (and others with them: query, key and value, or gate and up); None where there is no such key."""
-    keys = {role: family_of(config).bias_of(role) for role in OUTPUT_ROLE.values()}
-    return {role: key if isinstance(key, str) else None for role, key in keys.items() if not _switch(config, key)}
+    keys = {role: family_of(config).bias_of(role) for role in OUTPUT_ROLE.values() if not has_bias(config, role)}
+    return {role: key if isinstance(key, str) else None for role, key in keys.items()}
 
 
 def with_biases(config: Any, keys: Iterable[str]) -> Any:
     """A copy of ``config`` with ``keys`` switched on."""
     changed = copy.deepcopy(config)
-    for key in keys:
-        setattr(changed, key, True)
+    changed.update(dict.fromkeys(keys, True))
     return changed
-
-
-def _switch(config: Any, bias: bool | str) -> bool:
-    return bool(getattr(config, bias, False)) if isinstance(bias, str) else bias
 
 
 def count_parameters(model: nn.Module) -> int:

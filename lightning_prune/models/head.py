@@ -1,8 +1,5 @@
-"""From the last residual to token losses: final norm, head, cross-entropy, a few tokens at a time.
-
-The logits of a whole batch never exist at once: a window of 2048 tokens and a vocabulary of 128 000 would take
-a GiB.
-"""
+"""Token losses from the last residual stream, a few tokens at a time: with a vocabulary of 128 000, the logits of a
+window of 2048 tokens would take a GiB."""
 
 from collections.abc import Callable, Iterator
 
@@ -19,7 +16,7 @@ def token_losses(head: Head, hidden: Tensor, tokens: Tensor, vocab_size: int) ->
 
     Args:
         head: final norm and output embedding.
-        hidden: residual stream behind the last layer, ``[B, L, D]``.
+        hidden: residual stream after the last layer, ``[B, L, D]``.
         tokens: ``[B, L]`` int64.
         vocab_size: V.
 
@@ -27,11 +24,11 @@ def token_losses(head: Head, hidden: Tensor, tokens: Tensor, vocab_size: int) ->
         fp32 ``[B, L − 1]``.
     """
     batch, length = tokens.shape
-    found = [
+    losses = [
         functional.cross_entropy(head(rows).float(), targets, reduction="none")
         for rows, targets in _chunks(hidden, tokens, vocab_size)
     ]
-    return torch.cat(found).view(batch, length - 1)
+    return torch.cat(losses).view(batch, length - 1)
 
 
 def loss_gradient(head: Head, hidden: Tensor, tokens: Tensor, weight: Tensor, vocab_size: int) -> Tensor:
@@ -41,12 +38,12 @@ def loss_gradient(head: Head, hidden: Tensor, tokens: Tensor, weight: Tensor, vo
 
     Args:
         hidden, tokens, vocab_size: as for ``token_losses``.
-        weight: ``[B]``, 0 for samples that only give every process equally many.
+        weight: ``[B]``, 0 for samples that do not count, as those which only give every process equally many.
     """
     batch, length = tokens.shape
-    found = torch.zeros_like(hidden)
+    gradient = torch.zeros_like(hidden)
     if length < 2:
-        return found
+        return gradient
     counts = (weight > 0).float().repeat_interleave(length - 1)
     gradients, start = [], 0
     for rows, targets in _chunks(hidden, tokens, vocab_size):
@@ -56,8 +53,8 @@ def loss_gradient(head: Head, hidden: Tensor, tokens: Tensor, weight: Tensor, vo
             total = (losses * counts[start : start + len(rows)]).sum()
         gradients.append(torch.autograd.grad(total, leaf)[0])
         start += len(rows)
-    found[:, :-1] = torch.cat(gradients).view(batch, length - 1, -1)
-    return found
+    gradient[:, :-1] = torch.cat(gradients).view(batch, length - 1, -1)
+    return gradient
 
 
 def _chunks(hidden: Tensor, tokens: Tensor, vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:

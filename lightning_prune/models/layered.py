@@ -1,4 +1,4 @@
-"""A causal LM whose decoder layers come and go: everything a pass over the decoder needs, one layer at a time."""
+"""A causal LM of which one decoder layer at a time is in memory, and the ways to run it."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lightning_prune.models.checkpoint import Checkpoint
-from lightning_prune.models.families import LayerStructure, final_norm_of, layer_structures, layers_of
+from lightning_prune.models.families import LayerStructure, family_of, layer_structures, layers_of
 from lightning_prune.models.head import loss_gradient, token_losses
 from lightning_prune.models.overflow import Overflow
 from lightning_prune.models.sources import Prefetching, Source
@@ -24,18 +24,18 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class LayeredModel:
-    """Embeddings, final norm and head are always there, a decoder layer's weights between ``enter`` and ``leave``.
+    """Embeddings, final norm and head are always loaded, a decoder layer's weights between ``enter`` and ``leave``.
 
     Args:
         net: the model on the meta device, its buffers real (``skeleton``).
         source: gives the parameters.
-        dtype: of the parameters here; None: as stored.
+        dtype: of the loaded parameters; None: as stored.
         device: where layers run.
         onload: ``model`` keeps every layer that was entered, ``layer`` drops it in ``leave``.
 
     Attributes:
         evaluations: layer evaluations so far; a layer's MLP or attention alone counts as one.
-        bytes_read: bytes of parameters brought in so far.
+        bytes_read: bytes of parameters loaded so far.
         layer_names: of every layer, the name of each parameter below the layer → its name in the model.
         outside: names of the other parameters.
         overflow: outputs of layers and head that were not finite.
@@ -51,13 +51,12 @@ class LayeredModel:
         self.overflow = Overflow()
         self.bytes_read = 0
         self.change: Callable[[LayerStructure], None] | None = None
-        self._reader = source if isinstance(source, Prefetching) else Prefetching(source)
+        self._reader = Prefetching(source)
         self._calls: dict[tuple[int, int], list[Call]] = {}
-        self._meta: dict[int, dict[str, nn.Parameter]] = {}
-        self._present: set[int] = set()
-        self._prefix = next(name for name, module in net.named_modules() if module is self.layers)
+        self._meta: dict[int, dict[str, nn.Parameter]] = {}  # of the loaded layers
+        prefix = family_of(self.config).layers
         self.layer_names = [
-            {name: f"{self._prefix}.{index}.{name}" for name, _ in layer.named_parameters()}
+            {name: f"{prefix}.{index}.{name}" for name, _ in layer.named_parameters()}
             for index, layer in enumerate(self.layers)
         ]
         inside = {name for names in self.layer_names for name in names.values()}
@@ -68,11 +67,7 @@ class LayeredModel:
 
     @cached_property
     def views(self) -> list[LayerStructure]:
-        """The prunable parts of every layer, dense models only; the modules stay the same, their weights come and go.
-
-        Raises:
-            UserError: see ``layer_structures``.
-        """
+        """The ``layer_structures`` of a dense model; the modules stay the same when weights are loaded and dropped."""
         return layer_structures(self.net)
 
     @property
@@ -86,59 +81,55 @@ class LayeredModel:
         """Load layer ``index``, unless it is loaded (``is_present``)."""
         layer = self.layers[index]
         if not self.is_present(index):
-            self._meta[index] = dict(layer.named_parameters())
+            meta = dict(layer.named_parameters())
             self._assign(layer, self.layer_names[index])
-            self._present.add(index)
+            self._meta[index] = meta
             if self.change is not None:
                 self.change(self.views[index])
         return layer
 
     def is_present(self, index: int) -> bool:
         """Whether layer ``index`` has its weights."""
-        return index in self._present
+        return index in self._meta
 
     def announce(self, index: int) -> None:
-        """Layer ``index`` comes next: read it while this one runs."""
-        if 0 <= index < len(self.layers) and index not in self._present:
+        """Begin to read layer ``index``, the next one."""
+        if 0 <= index < len(self.layers) and not self.is_present(index):
             self._reader.announce(list(self.layer_names[index].values()), self.dtype, self.device)
 
     def leave(self, index: int, changed: bool = False) -> None:
-        """Drop layer ``index``, unless layers are kept here; a ``changed`` one is dropped all the same."""
-        if index in self._present and (self.onload == "layer" or changed):
+        """Drop layer ``index``, unless layers stay loaded; a ``changed`` one is dropped all the same."""
+        if self.is_present(index) and (self.onload == "layer" or changed):
             meta = self._meta.pop(index)
             added = dict(self.layers[index].named_parameters()).keys() - meta.keys()  # biases that a change brought
             for name, parameter in (dict.fromkeys(added) | meta).items():
                 _set_parameter(self.layers[index], name, parameter)
-            self._present.remove(index)
             give_back_freed_memory()
 
     def change_layers(self, change: Callable[[LayerStructure], None] | None) -> None:
-        """From now on every layer that comes in is changed by ``change`` (None: stays as it is read); those that are
-        here go."""
-        for index in list(self._present):
+        """Drop all layers; from now on each that is loaded is changed by ``change``, None for as it is read."""
+        for index in list(self._meta):
             self.leave(index, changed=True)
         self.change = change
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """Layer ``index`` with its weights, for the time of the block."""
+        """Layer ``index`` with its weights."""
         try:
             yield self.enter(index)
         finally:
             self.leave(index)
 
-    def load_all(self, progress: Callable[[], None] = lambda: None) -> None:
-        """Bring every layer in, for ``onload model``."""
+    def load_all(self) -> None:
+        """Load every layer, for ``onload model``."""
         for index in range(len(self.layers)):
             self.announce(index)
             self.enter(index)
-            progress()
 
     def close(self) -> None:
         """Drop all weights and stop reading."""
         self._reader.close()
-        for index in list(self._present):
-            self.leave(index, changed=True)
+        self.change_layers(None)
         self._calls.clear()
 
     # Running it
@@ -147,7 +138,7 @@ class LayeredModel:
         """The residual stream ``[B, L, D]`` that enters layer 0."""
         seen: list[tuple[Tensor, Call]] = []
         stubs = nn.ModuleList(_Stub(layer, seen) for layer in self.layers)
-        owner, _, leaf = self._prefix.rpartition(".")
+        owner, _, leaf = family_of(self.config).layers.rpartition(".")
         setattr(self.net.get_submodule(owner), leaf, stubs)
         try:
             self.net.base_model(input_ids=tokens, use_cache=False)
@@ -157,6 +148,15 @@ class LayeredModel:
         self._calls.setdefault((tokens.shape[0], tokens.shape[1]), [call for _, call in seen])
         return seen[0][0]
 
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Logits ``[B, L, V]``, layer by layer."""
+        hidden = self.embed(tokens)
+        for index in range(self.num_layers):
+            with self.layer(index):
+                self.announce(index + 1)
+                hidden = self.run(index, hidden)
+        return self.head(hidden)
+
     def run(self, index: int, hidden: Tensor) -> Tensor:
         """Output ``[B, L, D]`` of layer ``index`` for the input ``hidden``, as in the whole model, bit for bit."""
         self.evaluations += 1
@@ -165,7 +165,7 @@ class LayeredModel:
         return result
 
     def split(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual stream ``[B, L, D]`` between the layer's attention and its MLP, and behind the layer."""
+        """The residual stream ``[B, L, D]`` between the layer's attention and its MLP, and after the layer."""
         seen: list[Tensor] = []
         entry = self.views[index].mlp_entry
         handle = entry.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -186,8 +186,8 @@ class LayeredModel:
             return self.run(index, middle)
 
     def add(self, index: int, hidden: Tensor, block: Block, output: Tensor) -> Tensor:
-        """The residual stream behind a block that was entered with ``hidden`` and puts out ``output``, ``[B, L, D]``
-        each: norms and multipliers on the way are the layer's own. No evaluation, since nothing is computed."""
+        """The residual stream after a block with the input ``hidden`` and the output ``output``, ``[B, L, D]`` each,
+        through the layer's own norms and multipliers. Does not count as an evaluation."""
         view = self.views[index]
         if block == Block.ATTENTION:
             stubs: dict[nn.Module, Any] = {view.attention: lambda *_, **__: (output, None), view.mlp: _nothing}
@@ -197,39 +197,34 @@ class LayeredModel:
             return self._evaluate(index, hidden)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits ``[..., V]`` of residual rows ``[n, D]`` or ``[B, L, D]`` behind the last layer.
-
-        The model computes them itself from what its decoder would put out, so that soft caps and scales are there.
-        """
-        final = final_norm_of(self.net)(hidden if hidden.dim() == 3 else hidden[None])
-        decoder = BaseModelOutputWithPast(last_hidden_state=final)
+        """Logits ``[..., V]`` of residual rows ``[n, D]`` or ``[B, L, D]`` after the last layer, computed by the model
+        itself, with its soft caps and scales."""
+        norm = self.net.get_submodule(family_of(self.config).final_norm)
+        decoder = BaseModelOutputWithPast(last_hidden_state=norm(hidden if hidden.dim() == 3 else hidden[None]))
         with _replaced_forward({self.net.base_model: lambda *_, **__: decoder}):
             logits: Tensor = self.net(input_ids=None, use_cache=False, return_dict=True).logits
         return logits if hidden.dim() == 3 else logits[0]
 
     def losses(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """Token losses fp32 ``[B, L − 1]`` from the residual stream behind the last layer."""
-        found = token_losses(self.head, hidden, tokens, self.config.vocab_size)
-        self.overflow.watch("head, token losses", found)
-        return found
+        """``token_losses`` of the residual stream after the last layer."""
+        losses = token_losses(self.head, hidden, tokens, self.config.vocab_size)
+        self.overflow.watch("head, token losses", losses)
+        return losses
 
     def loss_gradient(self, hidden: Tensor, tokens: Tensor, weight: Tensor) -> Tensor:
-        """∂(Σ token losses)/∂hidden; samples of weight 0 do not count."""
-        found = loss_gradient(self.head, hidden, tokens, weight, self.config.vocab_size)
-        self.overflow.watch("head, gradient of the loss", found)
-        return found
+        """``head.loss_gradient`` of the residual stream after the last layer."""
+        gradient = loss_gradient(self.head, hidden, tokens, weight, self.config.vocab_size)
+        self.overflow.watch("head, gradient of the loss", gradient)
+        return gradient
 
     def _evaluate(self, index: int, hidden: Tensor) -> Tensor:
-        args, kwargs = self._call(index, hidden)
-        output = self.layers[index](hidden, *args, **kwargs)
-        result: Tensor = output[0] if isinstance(output, tuple) else output
-        return result
-
-    def _call(self, index: int, hidden: Tensor) -> Call:
         shape = (hidden.shape[0], hidden.shape[1])
         if shape not in self._calls:
             self.embed(torch.zeros(shape, dtype=torch.int64, device=hidden.device))
-        return self._calls[shape][index]
+        args, kwargs = self._calls[shape][index]
+        output = self.layers[index](hidden, *args, **kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
 
     # Parameters
 
@@ -248,11 +243,7 @@ class LayeredModel:
 def open_layered(
     checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device, onload: Onload = "layer"
 ) -> LayeredModel:
-    """A dense or pruned checkpoint as a ``LayeredModel``; no layer is read yet.
-
-    Raises:
-        UserError: weights that are damaged or do not fit the config.
-    """
+    """A dense or pruned checkpoint as a ``LayeredModel``; no layer is read yet."""
     keep_heaps_small()
     return LayeredModel(checkpoint.skeleton(), checkpoint.source(), dtype, device, onload)
 
@@ -266,7 +257,7 @@ def choose_onload(wish: str, checkpoint: Checkpoint, dtype: torch.dtype, device:
 
 
 class _Stub(nn.Module):
-    """Stands for a decoder layer: hands the residual stream on and notes what the layer would be called with."""
+    """In place of a decoder layer, whose hooks must not fire: passes the residual stream on and notes the call."""
 
     def __init__(self, layer: nn.Module, seen: list[tuple[Tensor, Call]]) -> None:
         super().__init__()
@@ -297,10 +288,10 @@ def _replaced_forward(stubs: Mapping[nn.Module, Any]) -> Iterator[None]:
 
 
 def _nothing(hidden: Tensor) -> Tensor:
-    """What a block that is left out adds; takes no memory."""
+    """Zeros of the shape of ``hidden`` that take no memory: the output of a block that is left out."""
     return hidden.new_zeros(1).expand_as(hidden)
 
 
 def _no_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """The same in the words of an attention module."""
+    """The same for an attention module."""
     return _nothing(args[0] if args else kwargs["hidden_states"]), None

@@ -1,4 +1,4 @@
-"""The one model that is open, shared by whoever calibrates and whoever evaluates."""
+"""The one open model, shared by calibration and evaluation."""
 
 from typing import get_args
 
@@ -38,7 +38,7 @@ class ModelSlot:
         seconds: where the time for opening models is counted.
 
     Attributes:
-        placement: what ``auto`` became for the first model that was opened.
+        placement: ``model`` or ``layer``, as ``auto`` was decided for the first opened model.
     """
 
     def __init__(self, onload: str, seconds: Seconds) -> None:
@@ -48,11 +48,6 @@ class ModelSlot:
         self.placement: Onload | None = None
         self._model: LayeredModel | None = None
         self._opened: Checkpoint | None = None
-
-    @property
-    def is_open(self) -> bool:
-        """Whether a model is open."""
-        return self._model is not None
 
     @property
     def model(self) -> LayeredModel:
@@ -74,7 +69,7 @@ class ModelSlot:
         return self.model
 
     def close(self) -> None:
-        """Drop the open model."""
+        """Drop the open model, if there is one."""
         if self._model is not None:
             self._model.close()
         self._model = self._opened = None

@@ -1,14 +1,11 @@
-"""Decoders whose layers differ in width. This file travels inside each per-layer checkpoint.
+"""Decoders whose layers differ in width. This file is copied into each per-layer checkpoint.
 
-It needs only ``torch`` and ``transformers`` (5.14 and later), so
-``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` loads the folder on a machine that
-does not have ``lightning_prune``; ``AutoModel`` gives the decoder without its head, which serving engines ask
-for, ``AutoModelForSequenceClassification`` and ``AutoModelForTokenClassification`` one with a new head to train.
-``config.per_layer_config[i]`` holds what layer i has in place of the global values:
-``num_attention_heads``, ``num_key_value_heads``, ``intermediate_size``, and ``skip``, a list with
-``"attention"``, ``"mlp"`` or both. A skipped block and its norm hold no parameters; the sizes that stand beside
-``skip`` mean nothing but that loaders which ignore ``skip`` refuse the checkpoint. ``config.block_norms`` names the
-norms of each block where they are not Llama's.
+It needs only ``torch`` and ``transformers`` (5.14 and later), so that any class of ``CLASSES`` loads the folder with
+``from_pretrained(folder, trust_remote_code=True)`` where ``lightning_prune`` is not installed.
+``config.per_layer_config[i]`` holds what layer i has in place of the global values: ``num_attention_heads``,
+``num_key_value_heads``, ``intermediate_size``, and ``skip``, a list with ``"attention"``, ``"mlp"`` or both. A skipped
+block and its norm hold no parameters; the sizes beside ``skip`` only make loaders that ignore ``skip`` refuse the
+checkpoint. ``config.block_norms`` names the norms of each block where they are not Llama's.
 """
 
 import copy
@@ -43,15 +40,14 @@ class SkippedMLP(nn.Module):
 
 
 class SkippedMixer(nn.Module):
-    """Adds nothing to the residual stream, and tells the KV cache how many tokens went by.
+    """Adds nothing to the residual stream, and tells the KV cache how many tokens were processed.
 
-    transformers reads positions and mask sizes off single cache layers (the first above all), so a layer
-    that left its slot empty would break left padding, chunked prefill, static caches and decoding loops.
-    (The class is not called after attention: transformers searches this file for such names and would take
-    ``set_attn_implementation`` away.)
+    transformers reads positions and mask sizes from single cache layers, so an empty slot would break left padding,
+    chunked prefill, static caches and decoding loops. (The class is not named after attention: transformers searches
+    this file for such names and would disable ``set_attn_implementation``.)
 
     vLLM refuses a layer in which no module calls an attention function of transformers. It reads the source of
-    ``forward`` for one such call, and ``config`` and ``layer_idx``; whether the call is reached it does not ask.
+    ``forward`` for one such call, and ``config`` and ``layer_idx``; the call need not be reached.
     """
 
     def __init__(self, layer_idx: int, head_dim: int, config: Any = None) -> None:
@@ -61,7 +57,7 @@ class SkippedMixer(nn.Module):
         self.head_dim = head_dim
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-        """What attention is called with is told by its kind: transformers renames keywords in minor releases."""
+        """Arguments are recognised by their kind: transformers renames keywords in minor releases."""
         inputs = (*args, *kwargs.values())
         hidden_states = next(x for x in inputs if isinstance(x, torch.Tensor) and x.dim() == 3)
         kv_cache = next((x for x in inputs if _is_kv_cache(x)), None)
@@ -78,8 +74,7 @@ class SkippedMixer(nn.Module):
     def _slot(self, kv_cache: Any) -> tuple[int, int]:
         """(heads, head size) for this layer's slot: what a static cache has allocated, one whole head where the
         slot quantises in groups along it, else the least."""
-        slots = kv_cache.layers
-        slot = slots[self.layer_idx] if self.layer_idx < len(slots) else None
+        slot = dict(enumerate(kv_cache.layers)).get(self.layer_idx)
         keys = getattr(slot, "keys", None)
         if keys is not None and keys.dim() == 4:
             return keys.shape[1], keys.shape[3]
@@ -87,8 +82,8 @@ class SkippedMixer(nn.Module):
 
 
 def _is_kv_cache(value: Any) -> bool:
-    """One slot per layer, filled by ``update(keys, values, layer_idx)``: any ``transformers.Cache``. The paged
-    cache of continuous batching keeps no slots and is told positions, so it need not hear of the tokens."""
+    """Any ``transformers.Cache``: one slot per layer, filled by ``update(keys, values, layer_idx)``. The paged cache
+    of continuous batching has no slots and is given positions, so it needs no update."""
     return all(hasattr(value, name) for name in ("layers", "update", "get_seq_length"))
 
 
@@ -127,16 +122,15 @@ class PrunedMixin:
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         file = Path(save_directory) / "config.json"
         if file.is_file():  # adapters are saved without one
-            found = json.loads(file.read_text("utf-8")) | identity(type(self).__name__)
-            file.write_text(json.dumps(found, indent=2, sort_keys=True) + "\n", "utf-8")
+            config = json.loads(file.read_text("utf-8")) | identity(type(self).__name__)
+            file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def identity(class_name: str) -> dict[str, Any]:
     """The keys of ``config.json`` by which loaders find this file, for the model class ``class_name``.
 
-    ``architectures`` is a name that nobody else has: an engine with a Llama of its own would take
-    ``LlamaForCausalLM`` for that one and fail on the first narrow layer. The classes themselves keep the stock
-    names, because pipelines and other tools look models up by them.
+    ``architectures`` is a unique name: an engine with a Llama of its own would take ``LlamaForCausalLM`` for that one
+    and fail on the first narrow layer. Classes keep the stock names, by which pipelines look models up.
     """
     model_type = getattr(transformers, class_name).config_class.model_type
     return {

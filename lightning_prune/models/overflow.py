@@ -1,11 +1,11 @@
-"""Whether all outputs of the layers were finite, without waiting for the device after every batch."""
+"""Whether all outputs of the layers are finite, without waiting for the device after every batch."""
 
 import torch
 from torch import Tensor
 
 
 class Overflow:
-    """Remembers which of the tensors that passed held NaN or infinite values, by name, until it is asked."""
+    """Remembers the names of tensors with NaN or infinite values until ``raise_if_any``."""
 
     def __init__(self) -> None:
         self._bad: dict[str, Tensor] = {}
@@ -20,11 +20,7 @@ class Overflow:
         self._bad.clear()
 
     def raise_if_any(self) -> None:
-        """Ask, in every process at once: one raises where any does.
-
-        Raises:
-            FloatingPointError: names what overflowed first.
-        """
+        """Raise FloatingPointError that names what overflowed first, in every process where it did in one."""
         first = next((name for name, bad in self._bad.items() if bool(bad)), None)
         self.forget()
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:

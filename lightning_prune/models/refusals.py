@@ -1,7 +1,5 @@
 """Model families that are not pruned, and why."""
 
-from typing import Any
-
 EXPERTS = "it is a mixture of experts: a router chooses MLPs token by token, and what a channel is worth depends on it"
 STATES = (
     "it has state-space, recurrent, convolution or linear-attention layers, which have no attention heads to remove"
@@ -28,13 +26,3 @@ FAMILIES_BY_REASON = {
     LATENT: "deepseek_v2 deepseek_v3 minicpm3",
 }
 REFUSED = {name: reason for reason, names in FAMILIES_BY_REASON.items() for name in names.split()}
-
-
-def refusal_of(config: Any) -> str | None:
-    """Why models of this kind are never pruned; None where nobody has looked at the family yet."""
-    if getattr(config, "is_encoder_decoder", False):
-        return ENCODER_DECODER
-    model_type = getattr(config, "model_type", None)
-    if model_type in REFUSED:
-        return REFUSED[model_type]
-    return SEVERAL_MODELS if getattr(config, "sub_configs", None) else None

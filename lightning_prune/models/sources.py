@@ -1,4 +1,4 @@
-"""Where the parameters of a model come from, a few names at a time."""
+"""Reading the parameters of a model, a few names at a time."""
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,8 +22,7 @@ class Source(Protocol):
 class CheckpointSource:
     """The safetensors files of one checkpoint, kept open.
 
-    On the CPU and in the stored dtype a tensor is a view of the file (private: writing to it does not reach the file),
-    so that such weights take no memory of their own.
+    On the CPU and in the stored dtype a tensor is a private view of the file, which takes no memory of its own.
 
     Args:
         places: parameter name → file, and the name its values are stored under.
@@ -36,14 +35,13 @@ class CheckpointSource:
 
     def read(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
         """See ``Source``. One tensor at a time is in memory twice while it is cast."""
-        found = {}
+        tensors: dict[str, Tensor] = {}
         for name in names:
             path, stored = self.places[name]
             if path not in self._open:
                 self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
-            tensor: Tensor = self._open[path].get_tensor(stored)
-            found[name] = tensor.to(device=device, dtype=dtype)
-        return found
+            tensors[name] = self._open[path].get_tensor(stored).to(device=device, dtype=dtype)
+        return tensors
 
     def close(self) -> None:
         """Close the files; views of them stay valid."""
@@ -52,10 +50,7 @@ class CheckpointSource:
 
 
 class Prefetching:
-    """Reads ahead: the next layer's parameters are read by a thread while this layer runs.
-
-    ``read`` of names that were announced with ``announce`` waits for that thread, any other read goes straight through.
-    """
+    """Reads ahead: a thread reads the parameters that were announced, and ``read`` of these names waits for it."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -63,7 +58,7 @@ class Prefetching:
         self._next: tuple[tuple[str, ...], Future[dict[str, Tensor]]] | None = None
 
     def announce(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device) -> None:
-        """Begin to read ``names``; to the CPU only, in pinned memory where they will go to a GPU."""
+        """Begin to read ``names``; to the CPU only, in pinned memory where they are then moved to a GPU."""
         key = tuple(names)
         if self._next is None or self._next[0] != key:
             self._next = (key, self._thread.submit(self._fetch, key, dtype, device.type == "cuda"))
@@ -72,9 +67,9 @@ class Prefetching:
         """See ``Source``."""
         if self._next is None or self._next[0] != tuple(names):
             return self.source.read(names, dtype, device)
-        found = self._next[1].result()
+        tensors = self._next[1].result()
         self._next = None
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in found.items()}
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
     def close(self) -> None:
         """Wait for the thread and forget what it read."""
@@ -82,10 +77,10 @@ class Prefetching:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _fetch(self, names: Sequence[str], dtype: torch.dtype | None, pinned: bool) -> dict[str, Tensor]:
-        found = self.source.read(names, dtype, torch.device("cpu"))
+        tensors = self.source.read(names, dtype, torch.device("cpu"))
         if pinned:
-            return {name: tensor.pin_memory() for name, tensor in found.items()}
-        for tensor in found.values():
+            return {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        for tensor in tensors.values():
             # A view of the file is read from disk when it is touched; touch every page here, not in the layer.
             tensor.view(torch.uint8).flatten()[::4096].sum(dtype=torch.int64)
-        return found
+        return tensors

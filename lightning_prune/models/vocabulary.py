@@ -20,12 +20,4 @@ BLOCK_OF = {role: block for block, roles in ROLES_OF.items() for role in roles}
 # The projection of a block that writes to the residual stream: its units are columns, those of the others are rows.
 OUTPUT_ROLE = {Block.ATTENTION: "output", Block.MLP: "down"}
 # Projections that read the same activation → the first of them, where it is observed.
-INPUT_OF = {
-    "query": "query",
-    "key": "query",
-    "value": "query",
-    "output": "output",
-    "gate": "gate",
-    "up": "gate",
-    "down": "down",
-}
+INPUT_OF = {role: role for role in ROLES} | {"key": "query", "value": "query", "up": "gate"}

@@ -1,8 +1,9 @@
-"""What a checkpoint's weight files hold, from their headers alone, and whether that is what its config requires."""
+"""The tensors of a checkpoint's weight files, from their headers alone, compared with what its config requires."""
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from lightning_prune.support.errors import UserError, first_line
+from lightning_prune.support.quiet import quiet_transformers
 
 OPTION = "--model.pretrained"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by stored name
@@ -37,8 +39,27 @@ class TensorEntry:
 
     @property
     def bytes(self) -> int:
-        """Its size."""
+        """The tensor's size."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@contextmanager
+def loading(pretrained: str, what: str) -> Iterator[None]:
+    """Quiet, and errors are UserErrors: those of transformers, safetensors, json and the hub client have no common
+    base, and all mean bad input here."""
+    try:
+        with quiet_transformers():
+            yield
+    except (MemoryError, torch.OutOfMemoryError, UserError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        if isinstance(error, AttributeError | TypeError):  # their messages are about transformers' own code
+            reason = "an entry of config.json has a value of a kind that transformers cannot use"
+        raise UserError(
+            f"{OPTION}: {what} from '{pretrained}' ({reason}). "
+            f"Give a Hugging Face model folder, a hub id that can be reached, or 'demo'."
+        ) from error
 
 
 def find_file(path: str, name: str) -> Path | None:
@@ -47,14 +68,8 @@ def find_file(path: str, name: str) -> Path | None:
     Raises:
         UserError: the hub cannot be reached, or refuses.
     """
-    try:
-        find: Callable[..., str | None] = cached_file
-        file = find(path, name, _raise_exceptions_for_missing_entries=False)
-    except Exception as error:  # the hub's clients raise dozens of types: offline, gated, moved, rate-limited
-        raise UserError(
-            f"{OPTION}: {name!r} could not be loaded from '{path}' ({type(error).__name__}: {first_line(error)}). "
-            f"Give a Hugging Face model folder, or a hub id that can be reached."
-        ) from error
+    with loading(path, f"{name!r} could not be loaded"):
+        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
     return None if file is None else Path(file)
 
 
@@ -69,14 +84,17 @@ def read_headers(path: str) -> tuple[dict[str, TensorEntry], list[Path]]:
     Raises:
         UserError: no safetensors file, one that is damaged or quantised, or an index that does not fit its files.
     """
-    single = find_file(path, SAFE_WEIGHTS_NAME)
-    index = find_file(path, SAFE_WEIGHTS_INDEX_NAME) if single is None else None
-    if single is None and index is None:
-        raise UserError(
-            f"{OPTION}: the weights cannot be loaded from '{path}': it holds neither {SAFE_WEIGHTS_NAME} nor "
-            f"{SAFE_WEIGHTS_INDEX_NAME}. Give a model in the safetensors format; others can run code when opened."
-        )
-    stored = {name: (single, *entry) for name, entry in _header(single).items()} if single else _shards(path, index)
+    weight_map, names = {}, [SAFE_WEIGHTS_NAME]
+    if find_file(path, SAFE_WEIGHTS_NAME) is None:
+        index = find_file(path, SAFE_WEIGHTS_INDEX_NAME)
+        if index is None:
+            raise UserError(
+                f"{OPTION}: the weights cannot be loaded from '{path}': it holds neither {SAFE_WEIGHTS_NAME} nor "
+                f"{SAFE_WEIGHTS_INDEX_NAME}. Give a model in the safetensors format; others can run code when opened."
+            )
+        weight_map = _weight_map(index)
+        names = sorted(set(weight_map.values()))
+    stored = _stored(path, names, weight_map)
     inside = {name for name in stored if text_name(name) != name}
     tensors = {}
     for name, (file, dtype, shape) in stored.items():
@@ -92,34 +110,17 @@ def read_headers(path: str) -> tuple[dict[str, TensorEntry], list[Path]]:
 
 
 def text_name(name: str) -> str:
-    """What a tensor of the text model within a larger one is called in the text model alone; others keep their name."""
+    """The name in the text model alone of a tensor of the text model within a larger one; others keep their name."""
     for pattern, own in TEXT_NAMES.items():
         if re.match(pattern, name):
             return re.sub(pattern, own, name)
     return name
 
 
-def check_layers(source: str, tensors: Mapping[str, TensorEntry], num_hidden_layers: int) -> None:
-    """Compare a config's layer count with the names, before a model of that many layers is built.
-
-    Raises:
-        UserError: they differ.
-    """
-    found = len({match[1] for name in tensors if (match := LAYER.search(name))})  # a name may claim any index
-    if num_hidden_layers != found:
-        raise UserError(
-            f"{OPTION}: the config of '{source}' says num_hidden_layers {num_hidden_layers}, but its weights have "
-            f"{found} layers. Give a config.json that belongs to these weights."
-        )
-
-
 def match_names(source: str, tensors: Mapping[str, TensorEntry], model: nn.Module) -> dict[str, str]:
     """Compare names and shapes with what a model (on the meta device) expects.
 
-    Harmless and allowed: rotary tables, ``model.`` left out or doubled, and a tied head stored as a copy.
-
-    Args:
-        source: folder or hub id, for messages.
+    Allowed: rotary tables, ``model.`` left out or doubled, and a tied head stored as a copy.
 
     Returns:
         Every parameter of ``model`` (tied ones under all their names) -> the name its values are stored under.
@@ -130,7 +131,10 @@ def match_names(source: str, tensors: Mapping[str, TensorEntry], model: nn.Modul
     """
     expected = dict(model.named_parameters(remove_duplicate=False))
     stored = _own_names(source, tensors, expected)
-    for tied in _tied_names(expected):
+    groups: dict[int, list[str]] = {}
+    for name, parameter in expected.items():
+        groups.setdefault(id(parameter), []).append(name)
+    for tied in groups.values():
         there = [name for name in tied if name in stored]
         if len(there) > 1:
             _check_copies(source, tensors, stored[there[0]], stored[there[1]])
@@ -140,8 +144,8 @@ def match_names(source: str, tensors: Mapping[str, TensorEntry], model: nn.Modul
             f"{OPTION}: the weights of '{source}' lack {len(missing)} tensors that its config requires, "
             f"{missing[0]!r} the first. Give a complete causal language model."
         )
-    for parameter, name in stored.items():
-        found, needed = tensors[name].shape, tuple(expected[parameter].shape)
+    for own, name in stored.items():
+        found, needed = tensors[name].shape, tuple(expected[own].shape)
         if found != needed:
             raise UserError(
                 f"{OPTION}: tensor {name!r} of '{source}' has the shape {list(found)}, but its config requires "
@@ -178,14 +182,6 @@ def _own_names(source: str, tensors: Mapping[str, TensorEntry], expected: Mappin
     return stored
 
 
-def _tied_names(expected: Mapping[str, nn.Parameter]) -> list[list[str]]:
-    """Groups of names that stand for one parameter."""
-    groups: dict[int, list[str]] = {}
-    for name, parameter in expected.items():
-        groups.setdefault(id(parameter), []).append(name)
-    return [names for names in groups.values() if len(names) > 1]
-
-
 def _check_copies(source: str, tensors: Mapping[str, TensorEntry], first: str, second: str) -> None:
     """transformers unties a head whose stored copy differs; then the config does not say what the model is."""
     values = []
@@ -212,16 +208,16 @@ def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         ) from None
 
 
-def _shards(path: str, index: Path | None) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
-    assert index is not None
-    weight_map = _weight_map(index)
+def _stored(path: str, files: list[str], weight_map: dict[str, str]) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
+    """File, dtype and shape of the tensors of ``files``, each of which is in the file that ``weight_map`` says."""
     tensors: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
     trouble = f"{OPTION}: the weights cannot be loaded from '{path}':"
-    for shard in sorted(set(weight_map.values())):
+    for shard in files:
         file = find_file(path, shard)
         if file is None:
             raise UserError(
-                f"{trouble} {index.name} names {shard!r}, which is not there. Copy or download the model again."
+                f"{trouble} {SAFE_WEIGHTS_INDEX_NAME} names {shard!r}, which is not there. Copy or download the model "
+                "again."
             )
         for name, entry in _header(file).items():
             if name in tensors or weight_map.get(name, shard) != shard:
@@ -232,8 +228,8 @@ def _shards(path: str, index: Path | None) -> dict[str, tuple[Path, str, tuple[i
             tensors[name] = (file, *entry)
     if lost := sorted(set(weight_map) - set(tensors)):
         raise UserError(
-            f"{trouble} {index.name} names tensor {lost[0]!r}, which {weight_map[lost[0]]!r} does not hold. "
-            f"Copy or download the model again."
+            f"{trouble} {SAFE_WEIGHTS_INDEX_NAME} names tensor {lost[0]!r}, which {weight_map[lost[0]]!r} does not "
+            "hold. Copy or download the model again."
         )
     return tensors
 

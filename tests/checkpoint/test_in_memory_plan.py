@@ -5,7 +5,6 @@ import torch
 
 from lightning_prune.checkpoint.in_memory_plan import InMemoryPlan
 from tests.cutting import cut, layered
-from tests.models.test_layered import logits_by_layers
 from tests.tiny import CUTTABLE, make_tiny, mixed_plan, tiny_tokens
 
 
@@ -20,7 +19,7 @@ def test_logits_are_those_of_the_cut_model(family: str) -> None:
         expected = cut(model, plan, lambda layer: new.get(layer, {}))(input_ids=tokens, use_cache=False).logits
         over = layered(model)
         over.change_layers(InMemoryPlan(plan.layers, lambda layer: new.get(layer, {})))
-        torch.testing.assert_close(logits_by_layers(over, tokens), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(over.logits(tokens), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("onload", ["layer", "model"])
@@ -47,7 +46,7 @@ def test_biases_that_the_dense_model_lacks_come_and_go_with_it() -> None:
     assert not torch.allclose(expected, without, atol=1e-2)
     over = layered(model, onload="model")
     over.change_layers(InMemoryPlan(plan.layers, lambda layer: new.get(layer, {})))
-    torch.testing.assert_close(logits_by_layers(over, tokens), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(over.logits(tokens), expected, rtol=1e-4, atol=1e-4)
     over.change_layers(None)
     assert over.enter(1).mlp.down_proj.bias is None
     assert over.layers[1].self_attn.o_proj.bias is None

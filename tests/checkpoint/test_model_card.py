@@ -100,18 +100,13 @@ def test_front_matter_and_tables_survive_any_name(name: str) -> None:
     assert sum(line.startswith("# ") for line in body.splitlines()) == 1
 
 
-def base_folder(folder: Path, readme: str | None = None, **config: Any) -> str:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama"} | config), encoding="utf-8")
-    if readme is not None:
-        (folder / "README.md").write_text(readme, encoding="utf-8")
-    return str(folder)
-
-
 @pytest.mark.parametrize(
     ("readme", "config", "expected"),
     [
         (None, {}, {}),
+        (None, {"LICENSE": "    Apache License\n  Version 2.0, January 2004\n"}, {"license": "apache-2.0"}),
+        (None, {"LICENSE": "MIT License\n\nCopyright (c)"}, {"license": "mit"}),
+        (None, {"LICENSE": "LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n"}, {}),
         ("# no front matter\nlicense: mit\n", {}, {}),
         ("---\nlicense: apache-2.0\n---\n# A model\n", {}, {"license": "apache-2.0"}),
         ("---\r\nlicense: mit\r\n---\r\n", {}, {"license": "mit"}),
@@ -143,22 +138,14 @@ def base_folder(folder: Path, readme: str | None = None, **config: Any) -> str:
 def test_licence_and_origin_are_what_the_base_model_says(
     tmp_path: Path, readme: str | None, config: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    matter = front_matter(card(base_model=base_folder(tmp_path / "base", readme, **config)))
+    if readme is None:
+        os.mkfifo(tmp_path / "README.md")  # opening it would wait for a writer
+    else:
+        (tmp_path / "README.md").write_text(readme, encoding="utf-8")
+    (tmp_path / "LICENSE").write_text(config.get("LICENSE", ""))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"} | config), encoding="utf-8")
+    matter = front_matter(card(base_model=str(tmp_path)))
     assert {key: matter[key] for key in matter if key not in ("library_name", "pipeline_tag", "tags")} == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("    Apache License\n  Version 2.0, January 2004\n", "apache-2.0"),
-        ("MIT License\n\nCopyright (c)", "mit"),
-        ("LLAMA 3.1 COMMUNITY LICENSE AGREEMENT\n", None),
-    ],
-)
-def test_licence_file_that_names_itself_is_enough(tmp_path: Path, text: str, expected: str | None) -> None:
-    base = base_folder(tmp_path / "base")
-    (tmp_path / "base" / "LICENSE").write_text(text)
-    assert front_matter(card(base_model=base)).get("license") == expected
 
 
 def test_licence_is_read_where_the_model_is_now(tmp_path: Path) -> None:
@@ -167,12 +154,6 @@ def test_licence_is_read_where_the_model_is_now(tmp_path: Path) -> None:
     plan = mixed_plan(make_tiny(), base_model="/where/it/was/made")
     assert front_matter(model_card(plan, "stock", base=Checkpoint.open(str(tmp_path))))["license"] == "mit"
     assert "license" not in front_matter(model_card(plan, "stock"))
-
-
-def test_readme_that_is_no_file_is_not_opened(tmp_path: Path) -> None:
-    base = base_folder(tmp_path / "base")
-    os.mkfifo(tmp_path / "base" / "README.md")  # opening it would wait for a writer
-    assert "license" not in front_matter(card(base_model=base))
 
 
 def test_no_file_of_a_checkpoint_names_the_folder_of_the_base_model(tmp_path: Path) -> None:

@@ -85,12 +85,13 @@ def test_file_that_is_no_score_table_is_refused(path: Path, content: str | None)
         Scores.read(path, "--run")
 
 
-@pytest.mark.parametrize("cut", range(1, 12))
-def test_table_cut_in_the_middle_of_a_row_is_refused(path: Path, cut: int) -> None:
+def test_table_cut_in_the_middle_of_a_row_is_refused(path: Path) -> None:
     table().write(path)
-    path.write_text(path.read_text()[:-cut])
-    with pytest.raises(UserError, match="is not a score table"):
-        Scores.read(path, "--run")
+    text = path.read_text()
+    for cut in range(1, 12):
+        path.write_text(text[:-cut])
+        with pytest.raises(UserError, match="is not a score table"):
+            Scores.read(path, "--run")
 
 
 ROW = 3  # of the table: layer 0, mlp 1

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,37 +22,32 @@ from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.support.errors import UserError
 from tests.cutting import cut, layered, layered_cut
-from tests.tiny import (
-    EVERY_FAMILY,
-    make_tiny,
-    mixed_plan,
-    tiny_plan,
-    tiny_tokenizer,
-    tiny_tokens,
-    uniform_plan,
-)
+from tests.tiny import EVERY_FAMILY, make_tiny, mixed_plan, tiny_plan, tiny_tokenizer, tiny_tokens, uniform_plan
 
 FULL = list(range(40))
 
 
-def no_attention(model: PreTrainedModel) -> PruningPlan:
+def skipped(model: PreTrainedModel, layer: int, attention: bool) -> PruningPlan:
+    """Nothing but ``skip`` differs from the dense model, which stock loaders could miss."""
     heads = list(range(model.config.num_key_value_heads))
-    return tiny_plan(model, [([], FULL), *[(heads, FULL)] * 3])
+    kept = [(heads, FULL)] * 4
+    kept[layer] = ([], FULL) if attention else (heads, [])
+    return tiny_plan(model, kept)
 
 
-def no_mlp(model: PreTrainedModel) -> PruningPlan:
-    heads = list(range(model.config.num_key_value_heads))
-    return tiny_plan(model, [*[(heads, FULL)] * 3, (heads, [])])
-
-
-# In the last two nothing but ``skip`` differs from the dense model: what stock loaders could miss.
-PLANS = {"mixed": mixed_plan, "uniform": uniform_plan, "no_attention": no_attention, "no_mlp": no_mlp}
-KINDS = [
-    *(("llama", kv_heads, "tied", plan) for kv_heads in (4, 2, 1) for plan in PLANS),
-    *(("qwen2", 4, "untied", plan) for plan in ("mixed", "uniform")),
-    *((family, 2, "tied", plan) for family in EVERY_FAMILY if family != "llama" for plan in ("mixed", "uniform")),
-    *((family, 2, "untied", plan) for family in ("gemma2", "phi3", "olmo2") for plan in ("no_attention", "no_mlp")),
+PLANS: dict[str, Callable[[PreTrainedModel], PruningPlan]] = {
+    "mixed": mixed_plan,
+    "uniform": uniform_plan,
+    "no_attention": partial(skipped, layer=0, attention=True),
+    "no_mlp": partial(skipped, layer=3, attention=False),
+}
+KINDS = [  # family, KV heads, whether the head is tied, plan
+    *(f"llama-{kv_heads}-tied-{plan}" for kv_heads in (4, 2, 1) for plan in PLANS),
+    *(f"qwen2-4-untied-{plan}" for plan in ("mixed", "uniform")),
+    *(f"{family}-2-tied-{plan}" for family in EVERY_FAMILY if family != "llama" for plan in ("mixed", "uniform")),
+    *(f"{family}-2-untied-{plan}" for family in ("gemma2", "phi3", "olmo2") for plan in ("no_attention", "no_mlp")),
 ]
+FAST = [kind for kind in KINDS if kind.startswith("llama") or kind in ("gemma2-2-tied-mixed", "olmo2-2-untied-no_mlp")]
 
 # Runs where lightning_prune cannot be imported, installed or not.
 FRESH_PROCESS = """
@@ -81,31 +77,34 @@ print(json.dumps(report))
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One folder per kind of model and plan, with ``expected.safetensors`` (tokens, logits in memory)."""
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``written(kind)``: a folder, made once, with ``expected.safetensors`` (tokens, logits in memory)."""
     root = tmp_path_factory.mktemp("checkpoints")
     tokenizer = tmp_path_factory.mktemp("tokenizer")
     make_tiny().save_pretrained(tokenizer)
     tiny_tokenizer().save_pretrained(tokenizer)
-    folders = {}
-    for family, kv_heads, tied, plan in KINDS:
-        name = f"{family}-{kv_heads}-{tied}-{plan}"
-        dense = make_tiny(family, kv_heads=kv_heads, tied=tied == "tied")
-        if kv_heads == 1:
-            dense = dense.to(torch.bfloat16)
-        beside = Checkpoint.open(str(tokenizer)) if (kv_heads, tied) == (4, "tied") else None
-        write_checkpoint(layered_cut(dense, PLANS[plan](dense)), root / name, beside=beside, card="# card\n")
-        tokens = tiny_tokens()
-        known = {"tokens": tokens, "logits": cut(dense, PLANS[plan](dense))(tokens).logits.detach()}
-        save_file(known, root / name / "expected.safetensors")
-        folders[name] = root / name
-    return folders
+
+    def write(kind: str) -> Path:
+        folder = root / kind
+        if not folder.exists():
+            family, kv_heads, tied, plan = kind.split("-")
+            dense = make_tiny(family, kv_heads=int(kv_heads), tied=tied == "tied")
+            if kv_heads == "1":
+                dense = dense.to(torch.bfloat16)
+            beside = Checkpoint.open(str(tokenizer)) if "-4-tied" in kind else None
+            write_checkpoint(layered_cut(dense, PLANS[plan](dense)), folder, beside=beside, card="# card\n")
+            known = {"tokens": tiny_tokens(), "logits": cut(dense, PLANS[plan](dense))(tiny_tokens()).logits.detach()}
+            save_file(known, folder / "expected.safetensors")
+        return folder
+
+    return write
 
 
 @pytest.mark.slow
-def test_a_process_without_this_package_gets_the_same_logits(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_a_process_without_this_package_gets_the_same_logits(written: Callable[[str], Path], tmp_path: Path) -> None:
+    (root,) = {written(kind).parent for kind in KINDS}
     result = subprocess.run(
-        [sys.executable, "-I", "-c", FRESH_PROCESS, str(next(iter(checkpoints.values())).parent)],
+        [sys.executable, "-I", "-c", FRESH_PROCESS, str(root)],
         cwd=tmp_path,
         env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -114,7 +113,7 @@ def test_a_process_without_this_package_gets_the_same_logits(checkpoints: dict[s
     )
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
-    assert report.keys() == checkpoints.keys()
+    assert report.keys() == set(KINDS)
     for name, (remote, equal, class_name, dtype, *words) in report.items():
         family, kv_heads, _, plan = name.split("-", 3)
         assert equal, f"{name}: logits differ"
@@ -125,44 +124,38 @@ def test_a_process_without_this_package_gets_the_same_logits(checkpoints: dict[s
         assert words == ([7] if "-4-tied" in name else []), name
 
 
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind not in FAST)) for kind in KINDS])
 def test_this_package_gets_the_same_logits_and_stock_loaders_refuse_widths_per_layer(
-    checkpoints: dict[str, Path],
+    written: Callable[[str], Path], kind: str
 ) -> None:
-    always = {"README.md", "config.json", "model.safetensors", "expected.safetensors"}
-    may_read_global_widths = set()
-    for name, folder in checkpoints.items():
-        known, model, stock = (
-            load_file(folder / "expected.safetensors"),
-            lightning_prune.load(folder),
-            "uniform" in name,
-        )
-        assert torch.equal(model(known["tokens"]).logits, known["logits"]), name
-        assert not model.training
-        assert layout_of(model.config) == ("stock" if stock else "per-layer")
-        assert not type(model).__module__.startswith("transformers_modules")
-        wanted = always | (set() if stock else {"modeling_pruned.py"})
-        if "-4-tied" in name:
-            wanted |= {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
-            assert Checkpoint.open(str(folder)).tokenizer("w9 w95").input_ids == [9, 95]  # type: ignore[misc]
-        assert {file.name for file in folder.iterdir()} == wanted, name
-        config = json.loads((folder / "config.json").read_text())
-        assert config["head_dim"] == 8
-        assert ("auto_map" in config) == (not stock)
-        if config.get("allow_global_per_layer_attribute_access"):
-            may_read_global_widths.add(name)
-        if not stock:
-            with pytest.raises(RuntimeError, match=r"per-layer attribute|size mismatch|ignore_mismatched_sizes"):
-                AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    folder, stock = written(kind), "uniform" in kind
+    known, model = load_file(folder / "expected.safetensors"), lightning_prune.load(folder)
+    assert torch.equal(model(known["tokens"]).logits, known["logits"])
+    assert not model.training
+    assert layout_of(model.config) == ("stock" if stock else "per-layer")
+    assert not type(model).__module__.startswith("transformers_modules")
+    files = {"README.md", "config.json", "model.safetensors", "expected.safetensors"}
+    files |= set() if stock else {"modeling_pruned.py"}
+    if "-4-tied" in kind:
+        files |= {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+        assert Checkpoint.open(str(folder)).tokenizer("w9 w95").input_ids == [9, 95]  # type: ignore[misc]
+    assert {file.name for file in folder.iterdir()} == files
+    config = json.loads((folder / "config.json").read_text())
+    assert config["head_dim"] == 8
+    assert ("auto_map" in config) == (not stock)
     # Where configs check them. MQA cannot lose a head without losing attention, so its heads never vary.
-    others = {f"{family}-2-tied-mixed" for family in ("gemma2", "gemma3_text", "phi3")}
-    assert may_read_global_widths == others | {"llama-4-tied-mixed", "llama-2-tied-mixed"}
+    checked = [f"{family}-2-tied-mixed" for family in ("gemma2", "gemma3_text", "phi3", "llama")]
+    assert bool(config.get("allow_global_per_layer_attribute_access")) == (kind in (*checked, "llama-4-tied-mixed"))
+    if not stock:
+        with pytest.raises(RuntimeError, match=r"per-layer attribute|size mismatch|ignore_mismatched_sizes"):
+            AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
 
 
 @pytest.mark.parametrize("name", ["llama-2-tied-mixed", "qwen2-4-untied-mixed", "llama-4-tied-uniform"])
 def test_the_same_model_gives_the_same_bytes_also_after_loading(
-    checkpoints: dict[str, Path], tmp_path: Path, name: str
+    written: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
-    first = checkpoints[name]
+    first = written(name)
     loaded = lightning_prune.load(first)
     write_checkpoint(layered(loaded), tmp_path / "again", beside=None, card="# card\n")
     lightning_prune.load(first).save_pretrained(tmp_path / "plain")

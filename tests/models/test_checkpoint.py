@@ -28,13 +28,6 @@ def opened(folder: Path) -> Checkpoint:
     return Checkpoint.open(str(folder))
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
-def test_dense_model_comes_back_in_eval_mode(tiny_checkpoint: Callable[..., Path], family: str) -> None:
-    model = opened(tiny_checkpoint(family=family)).load(None)
-    assert not model.training
-    assert torch.equal(model(tiny_tokens()).logits, make_tiny(family)(tiny_tokens()).logits)
-
-
 @pytest.mark.parametrize("pruned", [False, True])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("asked", [None, torch.float32, torch.float16])
@@ -43,7 +36,7 @@ def test_weights_have_the_asked_dtype_and_rotary_tables_float32(
 ) -> None:
     model = make_tiny().to(stored)
     (cut(model, mixed_plan(model)) if pruned else model).save_pretrained(tmp_path)
-    loaded = opened(tmp_path).load(asked)
+    loaded = lightning_prune.load(tmp_path, dtype=asked)
     assert {parameter.dtype for parameter in loaded.parameters()} == {asked or stored}
     assert {buffer.dtype for buffer in loaded.buffers()} == {torch.float32}
 
@@ -91,12 +84,8 @@ def test_tokenizer_that_is_not_there_or_damaged(tiny_checkpoint: Callable[..., P
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("/nowhere/at/all", "no folder at"),
-        ("./nowhere", "no folder at"),
-        ("~/nowhere-at-all", "no folder at"),
-        ("a/b/c", "no folder at"),
-        ("nobody/nothing-here", "config cannot be loaded from 'nobody/nothing-here'"),
-        ("nothing here", "config cannot be loaded from 'nothing here'"),
+        *((name, "no folder at") for name in ("/nowhere/at/all", "./nowhere", "~/nowhere-at-all", "a/b/c")),
+        *((name, f"config cannot be loaded from '{name}'") for name in ("nobody/nothing-here", "nothing here")),
     ],
 )
 def test_nothing_there(name: str, message: str) -> None:
@@ -104,12 +93,19 @@ def test_nothing_there(name: str, message: str) -> None:
         Checkpoint.open(name)
 
 
-def test_folder_that_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--model\.pretrained: .*no config\.json"):
-        opened(tmp_path)
-    BertConfig().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"--model\.pretrained: model family 'bert'.*llama"):
-        opened(tmp_path)
+def config(**values: Any) -> Callable[[Path], Any]:
+    """Replaces entries of ``config.json``; None removes one."""
+
+    def edit(folder: Path) -> None:
+        raw = json.loads((folder / "config.json").read_text()) | values
+        kept = {name: value for name, value in raw.items() if name not in values or value is not None}
+        (folder / "config.json").write_text(json.dumps(kept))
+
+    return edit
+
+
+def text(content: str, name: str = "config.json") -> Callable[[Path], Any]:
+    return lambda folder: (folder / name).write_text(content)
 
 
 QUANTISED = {"quant_method": "bitsandbytes", "load_in_8bit": True}
@@ -118,39 +114,33 @@ QUANTISED = {"quant_method": "bitsandbytes", "load_in_8bit": True}
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda raw: "{", "config cannot be loaded"),
-        (lambda raw: "[]", "config cannot be loaded"),
-        (lambda raw: json.dumps({k: v for k, v in raw.items() if k != "model_type"}), "family 'None'"),
-        (lambda raw: json.dumps({**raw, "num_attention_heads": 5}), "config"),
-        (lambda raw: json.dumps({**raw, "hidden_size": "wide"}), "config"),
-        (lambda raw: json.dumps({**raw, "hidden_size": 0}), "hidden_size 0"),
-        (lambda raw: json.dumps({**raw, "quantization_config": QUANTISED}), "quantization_config.*before it was quant"),
-        (lambda raw: json.dumps({**raw, "compression_config": {}}), "compression_config.*before it was quantised"),
+        (lambda folder: (folder / "config.json").unlink(), r"no config\.json"),
+        (text("{"), "config cannot be loaded"),
+        (text("[]"), "config cannot be loaded"),
+        (lambda folder: BertConfig().save_pretrained(folder), "model family 'bert'.*llama"),
+        (config(model_type=None), "family 'None'"),
+        (config(num_attention_heads=5), "config"),
+        (config(hidden_size="wide"), "config"),
+        (config(hidden_size=0), "hidden_size 0"),
+        (config(quantization_config=QUANTISED), "quantization_config.*before it was quant"),
+        (config(compression_config={}), "compression_config.*before it was quantised"),
+        (text("{}", "adapter_config.json"), "holds an adapter"),
+        (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), "loaded.*safetensors"),
     ],
 )
-def test_config_that_is_refused(
-    tiny_checkpoint: Callable[..., Path], edit: Callable[[dict[str, Any]], str], message: str
+def test_folder_that_is_refused(
+    tiny_checkpoint: Callable[..., Path], edit: Callable[[Path], Any], message: str
 ) -> None:
-    file = tiny_checkpoint() / "config.json"
-    file.write_text(edit(json.loads(file.read_text())))
-    with pytest.raises(UserError, match=rf"--model\.pretrained: .*{message}"):
-        opened(file.parent).check()
-
-
-def test_weights_only_as_a_pickle(tiny_checkpoint: Callable[..., Path]) -> None:
-    file = tiny_checkpoint() / "model.safetensors"
-    file.unlink()
-    torch.save(make_tiny().state_dict(), file.parent / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"--model\.pretrained: the weights cannot be loaded.*safetensors"):
-        opened(file.parent)
-    assert Checkpoint.open(str(file.parent), weights=False).config.num_hidden_layers == 4
-
-
-def test_model_with_an_adapter_beside_it(tiny_checkpoint: Callable[..., Path]) -> None:
     folder = tiny_checkpoint()
-    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "demo", "peft_type": "LORA"}))
-    with pytest.raises(UserError, match="holds an adapter"):
-        opened(folder)
+    edit(folder)
+    with pytest.raises(UserError, match=rf"--model\.pretrained: .*{message}"):
+        opened(folder).check()
+
+
+def test_weights_need_not_be_there(tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = tiny_checkpoint()
+    (folder / "model.safetensors").unlink()
+    assert Checkpoint.open(str(folder), weights=False).config.num_hidden_layers == 4
 
 
 def test_model_in_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,10 +162,6 @@ def test_demo_is_the_embedded_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert len(demo.tokenizer) <= demo.load(None).config.vocab_size
 
 
-def test_load_takes_a_path_and_a_dtype(tiny_checkpoint: Callable[..., Path]) -> None:
-    assert lightning_prune.load(tiny_checkpoint(), dtype=torch.bfloat16).dtype == torch.bfloat16
-
-
 def test_importing_the_package_does_not_import_torch() -> None:
     code = "import sys, lightning_prune; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
     root = Path(lightning_prune.__file__).parents[1]
@@ -194,10 +180,9 @@ def test_fingerprint_follows_the_weights_and_the_config_but_not_the_place(
     assert len(found) == 64
     assert opened(copy).fingerprint == found
     assert opened(other).fingerprint != found
-    config = json.loads((first / "config.json").read_text())
-    (first / "config.json").write_text(json.dumps(config | {"transformers_version": "9", "_name_or_path": "x"}))
+    config(transformers_version="9", _name_or_path="x")(first)
     assert opened(first).fingerprint == found
-    (first / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    config(rms_norm_eps=0.5)(first)
     assert opened(first).fingerprint != found
     content = bytearray((copy / "model.safetensors").read_bytes())
     content[-1] ^= 1

@@ -27,20 +27,6 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@torch.no_grad()
-def last_residual(model: LayeredModel, tokens: Tensor) -> Tensor:
-    hidden = model.embed(tokens)
-    for index in range(model.num_layers):
-        with model.layer(index):
-            model.announce(index + 1)
-            hidden = model.run(index, hidden)
-    return hidden
-
-
-def logits_by_layers(model: LayeredModel, tokens: Tensor) -> Tensor:
-    return model.head(last_residual(model, tokens))
-
-
 def resident(model: LayeredModel) -> list[bool]:
     """Of every layer, whether a weight is in memory."""
     return [any(not parameter.is_meta for parameter in layer.parameters()) for layer in model.layers]
@@ -52,16 +38,19 @@ def resident(model: LayeredModel) -> list[bool]:
 def test_layers_one_by_one_give_the_logits_of_the_whole_model(
     tmp_path: Path, family: str, extra: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    make_tiny(family, **extra).to(dtype).save_pretrained(tmp_path, max_shard_size="20KB")
+    dense = make_tiny(family, **extra).to(dtype)
+    dense.save_pretrained(tmp_path, max_shard_size="20KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
     whole = lightning_prune.load(tmp_path)
+    assert not whole.training
+    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in dense.state_dict().items())
     placements: tuple[Onload, ...] = ("layer", "model")
     for onload in placements:
         model = open_layered(Checkpoint.open(str(tmp_path)), None, CPU, onload)
         for shape in ((2, 12), (3, 9)):  # masks and rotary tables follow the shape
             tokens = tiny_tokens(*shape)
             expected = whole(input_ids=tokens, use_cache=False).logits
-            assert torch.equal(logits_by_layers(model, tokens), expected)
+            assert torch.equal(model.logits(tokens), expected)
         model.close()
 
 
@@ -74,7 +63,7 @@ def test_weights_come_in_the_asked_dtype_and_rotary_tables_in_float32(tmp_path: 
     assert {parameter.dtype for parameter in model.net.parameters()} == {asked}
     assert {buffer.dtype for buffer in model.net.buffers()} == {torch.float32}
     expected = lightning_prune.load(tmp_path, dtype=asked)(input_ids=tiny_tokens(), use_cache=False).logits
-    assert torch.equal(logits_by_layers(model, tiny_tokens()), expected)
+    assert torch.equal(model.logits(tiny_tokens()), expected)
 
 
 @pytest.mark.parametrize("plan", [mixed_plan, uniform_plan])
@@ -87,9 +76,8 @@ def test_pruned_checkpoints_run_by_layers_too(
     monkeypatch.setattr(write, "SHARD_BYTES", 12_000)
     write_checkpoint(layered_cut(dense, plan(dense)), tmp_path / "pruned", beside=None, card="")
     expected = lightning_prune.load(tmp_path / "pruned")(input_ids=tiny_tokens(), use_cache=False).logits
-    assert torch.equal(
-        logits_by_layers(open_layered(Checkpoint.open(str(tmp_path / "pruned")), None, CPU), tiny_tokens()), expected
-    )
+    model = open_layered(Checkpoint.open(str(tmp_path / "pruned")), None, CPU)
+    assert torch.equal(model.logits(tiny_tokens()), expected)
 
 
 def test_a_layer_has_weights_between_enter_and_leave_alone() -> None:
@@ -112,7 +100,7 @@ def test_kept_layers_are_read_once_and_changed_ones_again() -> None:
     model = layered(make_tiny(), onload="model")
     read = model.bytes_read
     for _ in range(3):
-        logits_by_layers(model, tiny_tokens())
+        model.logits(tiny_tokens())
     one = sum(parameter.numel() * 4 for parameter in model.layers[0].parameters())
     assert model.bytes_read - read == 4 * one
     assert resident(model) == [True] * 4
@@ -133,7 +121,7 @@ def test_every_layer_is_read_once_per_pass_and_ahead_of_time() -> None:
     source: MemorySource = model._reader.source  # type: ignore[assignment]
     source.asked.clear()
     before = model.bytes_read
-    logits_by_layers(model, tiny_tokens())
+    model.logits(tiny_tokens())
     wanted = [name for names in model.layer_names for name in names.values()]
     assert source.asked == wanted
     assert model.bytes_read - before == sum(p.numel() * 4 for p in dense.model.layers.parameters())
@@ -194,14 +182,18 @@ def test_losses_of_the_head_are_those_of_the_whole_model(family: str) -> None:
     dense, tokens = make_tiny(family, tied=True), tiny_tokens()
     model = layered(dense)
     with torch.no_grad():
-        losses = model.losses(last_residual(model, tokens), tokens)
+        hidden = model.embed(tokens)
+        for index in range(model.num_layers):
+            with model.layer(index):
+                hidden = model.run(index, hidden)
+        losses = model.losses(hidden, tokens)
         logits = dense(input_ids=tokens, use_cache=False).logits
     expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
     torch.testing.assert_close(losses.flatten(), expected, rtol=1e-6, atol=0)
 
 
-def test_what_is_read_ahead_is_used(tmp_path: Path) -> None:
-    """Writing and measuring read every parameter once: no announced layer is read again when its turn comes."""
+def test_writing_reads_every_parameter_once(tmp_path: Path) -> None:
+    """No announced layer is read again when its turn comes."""
     dense = make_tiny()
     model = layered(dense)
     source: MemorySource = model._reader.source  # type: ignore[assignment]

@@ -8,34 +8,19 @@ import logging
 import pickle
 import textwrap
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    Cache,
-    DynamicCache,
-    PreTrainedModel,
-    StaticCache,
-    pipeline,
-)
+from transformers import AutoModel, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel, StaticCache, pipeline
 from transformers.cache_utils import QuantizedLayer
 
 from lightning_prune.models.modeling_pruned import SkippedMixer
 from tests.cutting import cut
-from tests.tiny import (
-    EVERY_FAMILY,
-    FAMILIES,
-    make_tiny,
-    mixed_plan,
-    tiny_plan,
-    tiny_tokenizer,
-    tiny_tokens,
-)
+from tests.tiny import EVERY_FAMILY, FAMILIES, make_tiny, mixed_plan, tiny_plan, tiny_tokenizer, tiny_tokens
 
 FULL = list(range(40))
 
@@ -49,22 +34,17 @@ def all_attention_gone(model: PreTrainedModel) -> Any:
     return tiny_plan(model, [([], FULL)] * 4)
 
 
-def gone(what: str, where: int) -> Any:
+def gone(model: PreTrainedModel, what: str, where: int) -> Any:
     """A plan that takes attention, the MLP or both from one of four layers, and narrows another."""
-
-    def plan(model: PreTrainedModel) -> Any:
-        heads = list(range(model.config.num_key_value_heads))
-        kept = [(heads, FULL)] * 4
-        kept[(where + 1) % 4] = (heads[1:], FULL[::2])
-        kept[where] = ([] if what != "mlp" else heads, [] if what != "attention" else FULL)
-        return tiny_plan(model, kept)
-
-    plan.__name__ = f"{what}_gone_from_{where}"
-    return plan
+    heads = list(range(model.config.num_key_value_heads))
+    kept = [(heads, FULL)] * 4
+    kept[(where + 1) % 4] = (heads[1:], FULL[::2])
+    kept[where] = ([] if what != "mlp" else heads, [] if what != "attention" else FULL)
+    return tiny_plan(model, kept)
 
 
 MAIN = [mixed_plan, last_attention_gone, all_attention_gone]
-PLANS = [*MAIN, *(gone(what, where) for what in ("attention", "mlp", "both") for where in (0, 2, 3))]
+PLANS = [*MAIN, *(partial(gone, what=what, where=at) for what in ("attention", "mlp", "both") for at in (0, 2, 3))]
 WINDOWS = ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1})
 KINDS: list[tuple[str, dict[str, Any]]] = [
     *((family, {}) for family in FAMILIES),
@@ -232,9 +212,13 @@ def test_the_decoder_alone_is_a_model_of_its_own(family: str, tmp_path: Path) ->
         decoder = AutoModel.from_pretrained(tmp_path / folder, trust_remote_code=True)
         assert type(decoder).__name__ == type(model.base_model).__name__
         assert torch.equal(decoder(tokens).last_hidden_state, expected)
-        decoder.set_attn_implementation("eager")
-        configs = [module.config for module in decoder.layers.modules() if hasattr(module, "config")]
+    for net in (model, decoder):  # the implementation of attention reaches the layers
+        net.set_attn_implementation("eager")
+        configs = [module.config for module in net.base_model.layers.modules() if hasattr(module, "config")]
         assert {config._attn_implementation for config in configs} == {"eager"}
+    out = model(tokens, output_hidden_states=True, output_attentions=True)
+    torch.testing.assert_close(out.hidden_states[-1], expected, rtol=1e-4, atol=1e-4)
+    assert len(out.attentions) == 2  # the layers that have attention
 
 
 @pytest.mark.parametrize("family", EVERY_FAMILY)
@@ -268,19 +252,6 @@ def test_checkpoints_say_a_class_that_no_engine_takes_for_its_own(tmp_path: Path
             "AutoModelForSequenceClassification": "modeling_pruned.Qwen2ForSequenceClassification",
             "AutoModelForTokenClassification": "modeling_pruned.Qwen2ForTokenClassification",
         }
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_attention_implementation_reaches_the_layers(family: str) -> None:
-    model = pruned_model(family)
-    sdpa = model(tiny_tokens()).logits
-    model.set_attn_implementation("eager")
-    layers = [m for m in model.model.layers.modules() if hasattr(m, "config")]
-    assert layers
-    assert {m.config._attn_implementation for m in layers} == {"eager"}
-    out = model(tiny_tokens(), output_attentions=True)
-    torch.testing.assert_close(out.logits, sdpa, rtol=1e-4, atol=1e-4)
-    assert len(out.attentions) == 2  # the layers that have attention
 
 
 def test_copies_and_pickles() -> None:

@@ -16,7 +16,6 @@ from lightning_prune.models.layered import open_layered
 from tests.cutting import CPU
 from tests.methods.behaviour import prune
 from tests.methods.running import pruned_by, run_method
-from tests.models.test_layered import logits_by_layers
 from tests.tiny import make_tiny, tiny_tokenizer, tiny_tokens
 
 Edit = Callable[[dict[str, Any]], None]
@@ -48,15 +47,13 @@ def old_gemma_3(config: dict[str, Any]) -> None:
 
 
 ODD: dict[str, tuple[str, dict[str, Any], Edit]] = {
-    "llama without head_dim": ("llama", {}, without("head_dim")),
+    **{f"{name} without head_dim": (name, {}, without("head_dim")) for name in ("llama", "qwen2", "phi3", "granite")},
     "mistral with a null head_dim": ("mistral", {}, null("head_dim")),
-    "qwen2 without head_dim": ("qwen2", {}, without("head_dim")),
-    "phi3 without head_dim": ("phi3", {}, without("head_dim")),
-    "granite without head_dim": ("granite", {}, without("head_dim")),
-    "llama with null KV heads": ("llama", {"kv_heads": 4}, null("num_key_value_heads")),
     "llama without KV heads": ("llama", {"kv_heads": 4}, without("num_key_value_heads")),
-    "olmo2 with null KV heads": ("olmo2", {"kv_heads": 4}, null("num_key_value_heads")),
-    "granite with null KV heads": ("granite", {"kv_heads": 4}, null("num_key_value_heads")),
+    **{
+        f"{name} with null KV heads": (name, {"kv_heads": 4}, null("num_key_value_heads"))
+        for name in ("llama", "olmo2", "granite")
+    },
     "llama of version 4": ("llama", {}, as_before_version_5),
     "qwen2 of version 4": ("qwen2", {}, as_before_version_5),
     "llama with rope_scaling": ("llama", {}, old_rope_scaling),
@@ -78,29 +75,24 @@ def test_odd_configs_give_the_logits_of_transformers_and_are_pruned(tmp_path: Pa
     expected: PreTrainedModel = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     tokens = tiny_tokens()
     model = open_layered(Checkpoint.open(str(tmp_path / "dense")), None, CPU)
-    assert torch.equal(logits_by_layers(model, tokens), expected(tokens).logits)
+    assert torch.equal(model.logits(tokens), expected(tokens).logits)
     with torch.enable_grad():
         method = run_method(HGSP(str(tmp_path / "dense"), 0.2), tiny_tokens(4, 12), tmp_path / "run")
     assert torch.isfinite(pruned_by(method)(tokens).logits).all()
     assert "head_dim" in json.loads((tmp_path / "run" / "pruned" / "config.json").read_text())
 
 
-def test_a_vocabulary_larger_than_the_tokenizers(tmp_path: Path) -> None:
+def test_a_vocabulary_larger_than_the_tokenizers_and_a_pad_token_outside_it(tmp_path: Path) -> None:
     model = make_tiny()
     model.resize_token_embeddings(100, pad_to_multiple_of=64)
+    model.config.pad_token_id = -1
     model.save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
     assert model.config.vocab_size == 128
     np.save(tmp_path / "tokens.npy", tiny_tokens(6, 12).numpy())
     run = prune(Magnitude(str(tmp_path / "dense"), 0.2), tmp_path / "tokens.npy", tmp_path / "runs")
     pruned = AutoModelForCausalLM.from_pretrained(run.pruned, trust_remote_code=True)
-    assert pruned(tiny_tokens()).logits.shape[-1] == 128
+    logits = pruned(tiny_tokens()).logits
+    assert logits.shape[-1] == 128
+    assert torch.isfinite(logits).all()
     assert len(Checkpoint.open(str(run.pruned)).tokenizer) == 96  # type: ignore[arg-type]
-
-
-def test_a_pad_token_outside_the_vocabulary_is_as_in_transformers(tmp_path: Path) -> None:
-    model = make_tiny(layers=2)
-    model.config.pad_token_id = -1
-    model.save_pretrained(tmp_path / "dense")
-    method = run_method(Magnitude(str(tmp_path / "dense"), 0.2), tiny_tokens(4, 12), tmp_path / "run")
-    assert torch.isfinite(pruned_by(method)(tiny_tokens()).logits).all()

@@ -17,7 +17,6 @@ from lightning_prune.models.layered import open_layered
 from lightning_prune.support.errors import UserError
 from tests.cutting import CPU
 from tests.methods.running import pruned_by, run_method
-from tests.models.test_layered import logits_by_layers
 from tests.tiny import tiny_config, tiny_tokens
 
 VISION = {
@@ -64,7 +63,7 @@ def test_the_text_model_gives_the_logits_of_the_whole_for_text(
     expected = several(kind, tmp_path, own_names, tied)
     tokens = tiny_tokens().clamp(max=94)
     assert Checkpoint.open(str(tmp_path)).config.model_type == TEXT[kind]
-    logits = logits_by_layers(open_layered(Checkpoint.open(str(tmp_path)), None, CPU), tokens)
+    logits = open_layered(Checkpoint.open(str(tmp_path)), None, CPU).logits(tokens)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
     loaded = lightning_prune.load(tmp_path)
     assert torch.equal(loaded(tokens).logits, logits)

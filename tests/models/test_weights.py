@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.weights import read_headers
 from lightning_prune.support.errors import UserError
-from tests.cutting import cut
-from tests.tiny import EVERY_FAMILY, make_tiny, mixed_plan, uniform_plan
+from tests.tiny import make_tiny
 
 Edit = Callable[[dict[str, torch.Tensor]], object]
 
@@ -42,23 +41,6 @@ def test_headers_and_source_say_what_is_stored(tmp_path: Path, dtype: torch.dtyp
     assert checkpoint.stored_names["lm_head.weight"] == "model.embed_tokens.weight"
     read = checkpoint.source().read(list(expected), None, torch.device("cpu"))
     assert all(torch.equal(read[name], parameter) for name, parameter in expected.items())
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", EVERY_FAMILY)
-def test_every_parameter_of_a_dense_model_is_found(tmp_path: Path, family: str, tied: bool) -> None:
-    model = make_tiny(family, tied=tied)
-    model.save_pretrained(tmp_path)
-    stored, tensors = Checkpoint.open(str(tmp_path)).stored_names, load_file(tmp_path / "model.safetensors")
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        assert torch.equal(tensors[stored[name]], parameter)
-
-
-@pytest.mark.parametrize("plan", [mixed_plan, uniform_plan])
-def test_pruned_checkpoints_fit_their_configs(tmp_path: Path, plan: Callable[..., Any]) -> None:
-    model = make_tiny()
-    cut(model, plan(model)).save_pretrained(tmp_path)
-    Checkpoint.open(str(tmp_path)).check()
 
 
 def prefix(tensors: dict[str, torch.Tensor], rename: Callable[[str], str]) -> None:
