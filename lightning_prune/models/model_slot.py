@@ -50,11 +50,6 @@ class ModelSlot:
         self._opened: Checkpoint | None = None
 
     @property
-    def is_open(self) -> bool:
-        """Whether a model is open."""
-        return self._model is not None
-
-    @property
     def model(self) -> LayeredModel:
         """The open model."""
         assert self._model is not None, "no model is open; fit and test open it: call them through a Trainer"
