@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from torch import Tensor
 from lightning_prune.calibration.driver import CALIBRATING, REFITTING, CalibrationDriver, Stage
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Pass
+from lightning_prune.checkpoint.cut import parameters_after
 from lightning_prune.checkpoint.family_check import check_family
 from lightning_prune.checkpoint.in_memory_plan import InMemoryPlan
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
@@ -61,6 +63,9 @@ class PruningMethod(L.LightningModule):
     """
 
     steps = 1  # how often it measures and decides
+    step = 1  # the one that is being made
+    measures_text = True  # whether the passes read the calibration set
+    uneven = True  # whether layers end up with widths of their own
     reusable = True  # whether a saved score table is enough to decide again
     # Options that change no measurement:
     decision_options: tuple[str, ...] = ("pruning_ratio", "label", "onload", "save_dtype", "refit", "refit_damping")
@@ -113,11 +118,6 @@ class PruningMethod(L.LightningModule):
         """Set ``self.scores`` and ``self.plan`` from the results of the passes."""
 
     @property
-    def measures_text(self) -> bool:
-        """Whether the passes read the calibration set."""
-        return True
-
-    @property
     def needs_calibration(self) -> bool:
         """Whether the run reads the calibration set at all."""
         return self.refit is not None or (self.saved is None and self.measures_text)
@@ -133,14 +133,9 @@ class PruningMethod(L.LightningModule):
         return self._label or (self.method if self.refit is None else f"{self.method}_refit")
 
     @property
-    def uneven(self) -> bool:
-        """Whether layers end up with widths of their own."""
-        return True
-
-    @property
     def requested_ratio(self) -> float | None:
-        """The requested pruning ratio; None where something else was requested."""
-        return self.pruning_ratio
+        """Of this step, at last the whole; None where something else than a ratio was requested."""
+        return float(Fraction(str(self.pruning_ratio)) * self.step / self.steps)
 
     @property
     def note(self) -> str:
@@ -152,11 +147,7 @@ class PruningMethod(L.LightningModule):
 
     def refit_passes(self, kept: list[LayerPlan], held_out: Callable[[], Tensor]) -> list[Pass]:
         """The passes it makes once it is decided what is ``kept``; their new weights are the pruned model's.
-
-        Args:
-            kept: of every layer.
-            held_out: gives bool ``[N]``, calibration samples to check on.
-        """
+        ``held_out`` gives bool ``[N]``, calibration samples to check on."""
         return [] if self.refit is None else self.refit.passes(kept, held_out())
 
     def details(self) -> dict[str, Any]:
@@ -172,8 +163,6 @@ class PruningMethod(L.LightningModule):
             "prunable_fraction": prunable / self.dense_parameters,
             "onload": self.slot.placement,
         }
-
-    # What others ask of it
 
     def reuse(self, saved: SavedMeasurement) -> None:
         """Decide from an earlier run's scores; calibration data is only opened for a refit."""
@@ -193,8 +182,12 @@ class PruningMethod(L.LightningModule):
             return self.saved.calibration
         return self.datamodule.calibration.manifest.to_json() if self.needs_calibration else None
 
-    def make_plan(self, kept: list[LayerPlan], remaining_parameters: int, weights_updated: bool = False) -> PruningPlan:
-        """A plan with this run's facts filled in."""
+    def make_plan(
+        self, kept: list[LayerPlan], remaining_parameters: int | None = None, weights_updated: bool = False
+    ) -> PruningPlan:
+        """A plan with this run's facts filled in; ``remaining_parameters`` where biases come along."""
+        if remaining_parameters is None:
+            remaining_parameters = parameters_after(self.layers, self.dense_parameters, kept)
         dtype = self.checkpoint.stored_dtype if self.save_dtype == "auto" else getattr(torch, self.save_dtype)
         return PruningPlan(
             method=self.method,
@@ -236,7 +229,7 @@ class PruningMethod(L.LightningModule):
     # The life cycle, in the order Lightning calls it
 
     def check_model(self) -> None:
-        """Refuse what needs no weights and no text, once: model, family, ratio; set ``layers``.
+        """Refuse what needs no weights and no text, once; set ``layers``.
 
         Raises:
             UserError: the model cannot be opened, its family is unknown or a tiny model of it does not behave as its
@@ -254,11 +247,7 @@ class PruningMethod(L.LightningModule):
         self.layers, self.dense_parameters = layers, total
 
     def setup(self, stage: str) -> None:
-        """Everything that can be refused without weights is refused here.
-
-        Raises:
-            UserError: see ``check_model``; or tokens that do not fit the model.
-        """
+        """Refuse what needs no weights: see ``check_model``, and tokens that do not fit the model."""
         self.check_model()
         self.datamodule.check_against_model(*self.checkpoint.limits)
 
@@ -282,7 +271,7 @@ class PruningMethod(L.LightningModule):
     def stages(self) -> Iterator[Stage]:
         """What is calibrated, stage by stage: the name of each and its passes; decisions fall between two of them."""
         for step in range(1, self.steps + 1):
-            self.begin_step(step)
+            self.step = step
             passes = [] if self.saved is not None else self.passes()
             if step == 1:
                 self._expect_work(passes)
@@ -301,9 +290,6 @@ class PruningMethod(L.LightningModule):
         with torch.no_grad():  # the driver exhausts this generator in its last epoch
             self._details = self.details()
 
-    def begin_step(self, step: int) -> None:
-        """Measuring and deciding for the ``step``-th time, from 1 on."""
-
     def on_train_epoch_start(self) -> None:
         """An epoch is a layer of a pass."""
         self.driver.loop.start()
@@ -318,11 +304,11 @@ class PruningMethod(L.LightningModule):
             self.driver.end_epoch()
 
     def _expect_work(self, passes: list[Pass]) -> None:
-        """Tell the progress bar all that is to do, as far as the shapes tell."""
+        """The same from the passes, as if every unit were kept."""
         if not self.progress.shown:
             return
-        everything = [LayerPlan(v.index, list(range(v.num_kv_heads)), list(range(v.num_channels))) for v in self.layers]
-        for phase, of in ((CALIBRATING, passes), (REFITTING, self.refit_passes(everything, lambda: torch.zeros(0)))):
+        refits = self.refit_passes(unpruned(self.layers), lambda: torch.zeros(0))
+        for phase, of in ((CALIBRATING, passes), (REFITTING, refits)):
             if of:
                 self.progress.expect(phase, self.steps * self.driver.work(of))
         if self.writes:
@@ -366,3 +352,8 @@ class PruningMethod(L.LightningModule):
             progress=lambda at: self.progress.advance(WRITING, LAYER_TO_WRITE, f"layer {at + 1} of {layers}"),
         )
         self.progress.finish(WRITING)
+
+
+def unpruned(layers: list[LayerStructure]) -> list[LayerPlan]:
+    """A plan that keeps every unit."""
+    return [LayerPlan(view.index, list(range(view.num_kv_heads)), list(range(view.num_channels))) for view in layers]

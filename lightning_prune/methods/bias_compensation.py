@@ -1,11 +1,11 @@
-"""Biases that take over what the removed columns of o_proj and down_proj put out, and who can carry them (FLAP).
+"""Biases that take over the mean output of removed columns of o_proj and down_proj, where families have them (FLAP).
 
-With P the columns that leave and x̄ the dense model's mean input over the calibration tokens,
+With P the removed columns and x̄ the dense model's mean input over the calibration tokens,
 
     b' = b + W_P · x̄_P
 
-so each of these projections keeps the mean of what it puts out on the dense model's inputs. A block that leaves whole
-has no projection left that could carry one.
+so each of these projections keeps its mean output on the dense model's inputs. A block that is removed whole has no
+projection left that could have one.
 """
 
 from collections.abc import Collection, Sequence
@@ -34,49 +34,36 @@ from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 
 
 @dataclass(frozen=True)
-class Carriers:
-    """What can take over a mean in a model.
+class MeanBiases:
+    """Biases that can take over a mean in a model.
 
     Attributes:
-        roles: those of output and down.
+        roles: those of output and down that can have one; ``without``: those that cannot, though columns are removed.
         keys: of the config, to switch on for them; none where the model has these biases already.
         views, parameters: of the dense model with the biases that the keys give it.
     """
 
     roles: list[str]
+    without: list[str]
     keys: list[str]
     views: list[LayerStructure]
     parameters: int
 
-
-def carriers(config: Any) -> Carriers:
-    """What the family of ``config`` offers."""
-    missing = missing_biases(config)
-    roles = [role for role in _losing(config) if missing.get(role, "") is not None]
-    keys = sorted({key for role in roles if (key := missing.get(role)) is not None})
-    net = skeleton(with_biases(config, keys))
-    return Carriers(roles, keys, layer_structures(net), count_parameters(net))
-
-
-def without_carrier(config: Any) -> list[str]:
-    """Those of output and down whose columns may leave and whose family has no bias for them."""
-    missing = missing_biases(config)
-    return [role for role in _losing(config) if missing.get(role, "") is None]
-
-
-def _losing(config: Any) -> list[str]:
-    """Those of output and down that can lose some of their columns."""
-    whole = {Block.ATTENTION} if family_of(config).whole_attention else set()
-    return [role for block, role in OUTPUT_ROLE.items() if block not in whole]
+    @classmethod
+    def of(cls, config: Any) -> "MeanBiases":
+        """What the family of ``config`` offers."""
+        missing = missing_biases(config)
+        whole = family_of(config).whole_attention is not None
+        losing = [role for block, role in OUTPUT_ROLE.items() if not (whole and block is Block.ATTENTION)]
+        roles = [role for role in losing if missing.get(role, "") is not None]
+        keys = sorted({key for role in roles if (key := missing.get(role)) is not None})
+        net = skeleton(with_biases(config, keys))
+        without = [role for role in losing if role not in roles]
+        return cls(roles, without, keys, layer_structures(net), count_parameters(net))
 
 
 class BiasPass(ForwardPass):
-    """New biases for what a plan keeps, from the dense model's inputs.
-
-    Args:
-        kept: of every layer.
-        roles: which of output and down can carry a bias.
-    """
+    """New biases for what a plan keeps, from the dense model's inputs; ``roles``: those that can have one."""
 
     name = "bias"
 
@@ -102,13 +89,13 @@ class BiasPass(ForwardPass):
             if role not in self.moments:
                 continue
             moments = self.moments[role]
-            where, linear = f"layer {view.index}, input of {role}", view.linears[role]
-            moments.raise_if_not_finite(where)
-            leaving = moments.reduced().reshape(2, -1)[0].clone()
-            kept = torch.tensor(self.kept[view.index].kept(block), dtype=torch.int64, device=leaving.device)
-            leaving[columns_of(kept, linear.in_features // view.units(block))] = 0
+            linear = view.linears[role]
+            moments.raise_if_not_finite(f"layer {view.index}, input of {role}")
+            removed = moments.reduced().reshape(2, -1)[0].clone()
+            kept = torch.tensor(self.kept[view.index].kept(block), dtype=torch.int64, device=removed.device)
+            removed[columns_of(kept, linear.in_features // view.units(block))] = 0
             with full_precision(linear.weight.device):
-                bias = torch.mv(linear.weight.float(), leaving.float())
+                bias = torch.mv(linear.weight.float(), removed.float())
             if linear.bias is not None:
                 bias += linear.bias.float()
             if not bool(torch.isfinite(bias.to(linear.weight.dtype)).all()):

@@ -1,4 +1,4 @@
-"""Fisher importance of units: what the loss feels of each of them, token by token.
+"""Fisher importance of units: mean squared per-token gradient of the loss with respect to each unit's scale.
 
 A unit's mask m multiplies what its columns of o_proj or down_proj read, x. With L the summed token loss,
 
@@ -51,7 +51,6 @@ class FisherPass(BackwardPass):
     name = "importance"
 
     def watch(self, view: LayerStructure) -> None:
-        """One statistic per projection that writes to the residual stream."""
         self.fisher: dict[Block, MaskFisher] = {}
         self._handles: list[RemovableHandle] = []
         for block, role in OUTPUT_ROLE.items():

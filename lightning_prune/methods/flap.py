@@ -12,8 +12,8 @@ it is standardised; here both are as the paper defines them. A GQA group has the
 code knows multi-head attention only). The importance in the records is mean WIFV / std; z is that less its mean.
 
 A bias takes over the removed channels' mean (``bias_compensation``) where the family's own config can say that o_proj
-or down_proj has one. The biases it brings along elsewhere (query, key and value, gate and up) are zero; all of them
-count as parameters, so as many more leave. A refit takes the bias's place, in the weights that are there.
+or down_proj has one. The biases it brings along elsewhere (query, key and value, gate and up) are zero; they count as
+parameters, so the same number of weights is pruned in addition. A refit takes the bias's place, in the kept weights.
 """
 
 from collections.abc import Callable
@@ -32,38 +32,18 @@ from lightning_prune.checkpoint.cut import parameters_after
 from lightning_prune.checkpoint.family_check import check_family
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.checkpoint.scores import Flags, Scores
-from lightning_prune.methods.bias_compensation import BiasPass, Carriers, carriers, without_carrier
+from lightning_prune.methods.bias_compensation import BiasPass, MeanBiases
 from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.scores import group_scores
 from lightning_prune.models.families import LayerStructure, with_biases
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 
 
-def weighted_fluctuation(weight: Tensor, variance: Tensor) -> Tensor:
-    """WIFV_j = v_j · Σ_i W_ij², float64 ``[in]``.
-
-    Args:
-        weight: W ``[out, in]``, any float dtype.
-        variance: v float64 ``[in]``.
-    """
-    return variance * weight.float().square().sum(0).double()
-
-
 def in_deviations(metric: Tensor, units: int) -> Tensor:
-    """Mean of a metric over each unit's channels, in standard deviations (unbiased) of all channels, ``[units]``.
-
-    0 where all channels agree.
-    """
+    """Mean of a metric over each unit's channels, in standard deviations (unbiased) of all channels, ``[units]``; 0
+    where all channels agree."""
     spread = metric.std()
     return metric.reshape(units, -1).mean(1) / spread if float(spread) > 0 else metric.new_zeros(units)
-
-
-def standardised(scores: Scores) -> Tensor:
-    """z ``[U]``: importance less its mean over the units of the same block of the same layer."""
-    z = torch.tensor(scores.importance)
-    for rows in scores.blocks.rows().values():
-        z[rows] -= z[rows].mean()
-    return z
 
 
 class FLAPPass(ForwardPass):
@@ -83,8 +63,9 @@ class FLAPPass(ForwardPass):
         importance = {}
         for block, moments in self.moments.items():
             moments.raise_if_not_finite(f"layer {view.index}, input of {OUTPUT_ROLE[block]}")
-            metric = weighted_fluctuation(view.projection(block).weight, moments.reduced().reshape(2, -1)[1])
-            importance[block] = in_deviations(metric, view.units(block))
+            squares = view.projection(block).weight.float().square().sum(0).double()
+            fluctuation = moments.reduced().reshape(2, -1)[1] * squares  # WIFV ``[in]``
+            importance[block] = in_deviations(fluctuation, view.units(block))
         return LayerResult(importance)
 
 
@@ -94,7 +75,7 @@ class FLAP(GroupPruning):
     Args:
         pretrained: Model folder or hub id to prune. ``demo`` is the small model inside the package.
         pruning_ratio: Share of all parameters (embeddings and head included) to remove, between 0 and 1.
-        bias_compensation: Let biases of o_proj and down_proj take over the mean of what leaves, where the family's
+        bias_compensation: Let biases of o_proj and down_proj take over the mean of what is removed, where the family's
             config has such biases. False leaves the selection alone, and so does a refit.
         group_options: Options of group pruning.
     """
@@ -112,12 +93,15 @@ class FLAP(GroupPruning):
         self.bias_compensation = bias_compensation
 
     @cached_property
-    def carriers(self) -> Carriers | None:
-        """What takes over means; None where nothing does."""
-        if not self.bias_compensation or self.refit is not None:
-            return None
-        found = carriers(self.checkpoint.config)
-        return found if found.roles else None
+    def offered(self) -> MeanBiases:
+        """Biases that the family has."""
+        return MeanBiases.of(self.checkpoint.config)
+
+    @property
+    def biases(self) -> MeanBiases | None:
+        """Biases that take over means; None where none does."""
+        wanted = self.bias_compensation and self.refit is None
+        return self.offered if wanted and self.offered.roles else None
 
     @property
     def label(self) -> str:
@@ -128,41 +112,40 @@ class FLAP(GroupPruning):
 
     @property
     def needs_calibration(self) -> bool:
-        """Means are no part of the scores: they are read off the calibration set again."""
-        return super().needs_calibration or self.carriers is not None
+        """Means are not part of the scores: they are read off the calibration set again."""
+        return super().needs_calibration or self.biases is not None
 
     def refit_passes(self, kept: list[LayerPlan], held_out: Callable[[], Tensor]) -> list[Pass]:
-        if self.carriers is None:
+        if self.biases is None:
             return super().refit_passes(kept, held_out)
-        return [BiasPass(kept, self.carriers.roles)]
+        return [BiasPass(kept, self.biases.roles)]
 
     def check_model(self) -> None:
-        """As in the base class; and the family with these biases does what its record says."""
+        """Also that the family with these biases does what its record says."""
         super().check_model()
-        if self.carriers is not None and self.carriers.keys:
-            check_family(with_biases(self.checkpoint.config, self.carriers.keys))
+        if self.biases is not None and self.biases.keys:
+            check_family(with_biases(self.checkpoint.config, self.biases.keys))
 
     def score(self, scores: Scores) -> Scores:
-        """z itself, not z per parameter; the number of parameters only counts for the ratio."""
-        z = standardised(scores).numpy()
-        return replace(scores, base=z, score=z)
+        """z itself, not z per parameter: importance less its mean over the units of a block of a layer."""
+        z = torch.tensor(scores.importance)
+        for rows in scores.blocks.rows().values():
+            z[rows] -= z[rows].mean()
+        return replace(scores, base=z.numpy(), score=z.numpy())
 
     def select(self, scores: Scores, layers: list[LayerStructure], total_parameters: int) -> Flags:
-        """By what units cost with their biases; as many parameters more are pruned as the biases add."""
-        if self.carriers is None:
+        """By the cost of units with their biases; as many parameters more are pruned as the biases add."""
+        if self.biases is None:
             return super().select(scores, layers, total_parameters)
-        views = self.carriers.views
-        ones = [torch.ones(view.num_kv_heads) for view in views], [torch.ones(view.num_channels) for view in views]
-        scores = replace(scores, cost=group_scores(views, *ones).cost)
-        added = self.carriers.parameters - total_parameters
+        views, added = self.biases.views, self.biases.parameters - total_parameters
+        scores = replace(scores, cost=group_scores(views).cost)
         return self.selection.select(scores, views, total_parameters, self.requested_ratio or 0.0, added)
 
     def decide(self) -> None:
         super().decide()
-        if self.carriers is not None:
-            kept = self.plan.layers
-            left = parameters_after(self.carriers.views, self.carriers.parameters, kept)
-            self.plan = replace(self.make_plan(kept, left), biases=self.carriers.keys)
+        if self.biases is not None:
+            left = parameters_after(self.biases.views, self.biases.parameters, self.plan.layers)
+            self.plan = replace(self.make_plan(self.plan.layers, left), biases=self.biases.keys)
 
     @property
     def note(self) -> str:
@@ -172,18 +155,18 @@ class FLAP(GroupPruning):
 
     def _why_not(self) -> str | None:
         """Why nothing takes over a mean that is lost; None where none is."""
-        if self.refit is not None or not self.bias_compensation:
-            return "what is kept is refitted" if self.refit is not None else "switched off"
-        config = self.checkpoint.config
-        lost = [f"{'o' if role == 'output' else role}_proj" for role in without_carrier(config)]
-        return f"family '{config.model_type}' has no bias for {' and '.join(lost)}" if lost else None
+        if self.refit is not None:
+            return "what is kept is refitted"
+        if not self.bias_compensation:
+            return "switched off"
+        lost = [f"{'o' if role == 'output' else role}_proj" for role in self.offered.without]
+        return f"family '{self.checkpoint.config.model_type}' has no bias for {' and '.join(lost)}" if lost else None
 
     def details(self) -> dict[str, Any]:
-        """Which projections carry what left, by which keys of the config, and why others do not."""
-        found = self.carriers
+        """Which projections have the means, by which keys of the config, and why others do not."""
         compensation = {
-            "projections": [] if found is None else found.roles,
-            "config_keys": [] if found is None else found.keys,
+            "projections": [] if self.biases is None else self.biases.roles,
+            "config_keys": [] if self.biases is None else self.biases.keys,
             "why_not": self._why_not(),
         }
         return {"bias_compensation": compensation, "note": self.note, **super().details()}

@@ -1,19 +1,15 @@
 """Methods that rank GQA groups and MLP channels: importance → score → one ranking → plan."""
 
-from dataclasses import replace
-from fractions import Fraction
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from lightning_prune.checkpoint.cut import parameters_after
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.checkpoint.scores import Flags, Scores
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.methods.group_selection import Allocation, GroupSelection
 from lightning_prune.methods.scores import group_scores
+from lightning_prune.methods.selection import Allocation, GroupSelection
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
@@ -37,14 +33,7 @@ class GroupPruning(PruningMethod):
         run_options: Options of every method.
     """
 
-    decision_options = (
-        *PruningMethod.decision_options,
-        "allocation",
-        "round_to",
-        "freeze_first_n_layers",
-        "freeze_last_n_layers",
-        "min_groups_per_layer",
-    )
+    decision_options = (*PruningMethod.decision_options, *(option.name for option in fields(GroupSelection)))
 
     def __init__(
         self,
@@ -64,74 +53,47 @@ class GroupPruning(PruningMethod):
         self.selection = GroupSelection(
             allocation, round_to, freeze_first_n_layers, freeze_last_n_layers, min_groups_per_layer
         )
-        self.steps = self._step = steps
+        self.uneven = allocation == "global"
+        self.steps = self.step = steps
         self.reusable = steps == 1
-
-    @property
-    def uneven(self) -> bool:
-        return self.selection.allocation == "global"
-
-    @property
-    def requested_ratio(self) -> float | None:
-        """Of the step that is being made; at last the whole."""
-        return float(Fraction(str(self.pruning_ratio)) * self._step / self.steps)
-
-    def begin_step(self, step: int) -> None:
-        """The ratio of this step is its share of the whole."""
-        self._step = step
-
-    def importances(self) -> dict[Block, list[Tensor]]:
-        """Importance per GQA group (L tensors ``[K]``) and per MLP channel (L tensors ``[F]``), fp32 or fp64: the
-        results of the pass called ``importance``."""
-        results = self.results("importance")
-        return {block: [result.importance[block] for result in results] for block in (Block.ATTENTION, Block.MLP)}
 
     def score(self, scores: Scores) -> Scores:
         """Turn importance per cost into the final score; plain methods leave it as it is."""
-        return replace(scores, score=scores.base)
+        return scores
 
     def decide(self) -> None:
-        """Rank all groups and take the lowest until the ratio is met."""
+        """Rank all groups and take the lowest until the ratio is met.
+
+        The importance is what the pass called ``importance`` left of every layer.
+        """
         if self.saved is None:
-            importance = self.importances()
-            measured = group_scores(self.layers, importance[Block.ATTENTION], importance[Block.MLP])
+            measured = group_scores(self.layers, [result.importance for result in self.results("importance")])
         else:
-            measured = self.saved.scores
+            measured = replace(self.saved.scores, score=self.saved.scores.base)
         scores = ranked = self.score(measured)
-        if self._step > 1 and self.steps > 1:
-            scores = _with_earlier_steps(scores, self.scores)
-            ranked = replace(scores, score=np.where(scores.pruned, -np.inf, scores.score))
+        if self.step > 1:
+            gone, before = self.scores.pruned, self.scores
+            scores = replace(
+                scores,
+                **{  # units pruned in earlier steps keep their old scores
+                    name: np.where(gone, getattr(before, name), getattr(scores, name))
+                    for name in ("importance", "prior", "score", "base")
+                },
+            )
+            ranked = replace(scores, score=np.where(gone, -np.inf, scores.score))
         self.scores = replace(scores, pruned=self.select(ranked, self.layers, self.dense_parameters))
-        kept = kept_units(self.scores, len(self.layers))
-        self.plan = self.make_plan(kept, parameters_after(self.layers, self.dense_parameters, kept))
+        blocks = self.scores.blocks.rows().items()
+        units = {block: self.scores.unit[rows[self.scores.kept[rows]]].tolist() for block, rows in blocks}
+        self.plan = self.make_plan(
+            [LayerPlan(i, units[i, Block.ATTENTION], units[i, Block.MLP]) for i in range(len(self.layers))]
+        )
 
     def select(self, scores: Scores, layers: list[LayerStructure], total_parameters: int) -> Flags:
         """Which units are pruned, bool ``[U]``."""
         return self.selection.select(scores, layers, total_parameters, self.requested_ratio or 0.0)
 
     def details(self) -> dict[str, Any]:
-        return {**self.selection.facts(), "steps": self.steps, **super().details()}
+        return {**asdict(self.selection), "steps": self.steps, **super().details()}
 
     def check_ratio(self, layers: list[LayerStructure], total_parameters: int) -> None:
-        attention = [torch.ones(view.num_kv_heads) for view in layers]
-        mlp = [torch.ones(view.num_channels) for view in layers]
-        self.select(group_scores(layers, attention, mlp), layers, total_parameters)
-
-
-def _with_earlier_steps(scores: Scores, before: Scores) -> Scores:
-    """Units pruned in earlier steps keep their old scores."""
-    gone = before.pruned
-    return replace(
-        scores,
-        pruned=gone,
-        **{
-            name: np.where(gone, getattr(before, name), getattr(scores, name))
-            for name in ("importance", "prior", "score", "base")
-        },
-    )
-
-
-def kept_units(scores: Scores, num_layers: int) -> list[LayerPlan]:
-    """What every layer keeps, from the ``pruned`` column."""
-    units = {block: scores.unit[rows[scores.kept[rows]]].tolist() for block, rows in scores.blocks.rows().items()}
-    return [LayerPlan(layer, units[layer, Block.ATTENTION], units[layer, Block.MLP]) for layer in range(num_layers)]
+        self.select(group_scores(layers), layers, total_parameters)

@@ -4,20 +4,20 @@ Every group G of every layer gets one final score, and all groups are ranked tog
 
     final(G) = S(G) · B(G)^T,   S(G) = I(G) / cost(G)
 
-I is the importance (``taylor``, ``fisher``, ``kfac``, ``wanda``, ``magnitude``), cost the parameters
-that leave with G. B is the depth prior: how much the loss grows without G's whole layer, or without its block where the
-layer matters (gate τ).
+I is the importance (``taylor``, ``fisher``, ``kfac``, ``wanda``, ``magnitude``), cost the parameters removed with G. B
+is the depth prior: how much the loss grows without G's whole layer, or without its block where the layer matters (gate
+τ).
 """
 
-from collections.abc import Callable
+import math
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_prune.calibration.backward import BackwardPass
 from lightning_prune.calibration.passes import Pass
 from lightning_prune.calibration.wavefront import PIECES, RemovalPass
 from lightning_prune.checkpoint.scores import Flags, Scores
@@ -29,24 +29,19 @@ from lightning_prune.methods.measurement import SavedMeasurement
 from lightning_prune.methods.taylor import TaylorPass
 from lightning_prune.methods.wanda import WandaPass
 from lightning_prune.models.families import LayerStructure
-from lightning_prune.models.vocabulary import ROLES_OF
+from lightning_prune.models.vocabulary import ROLES_OF, Block
 from lightning_prune.support.errors import UserError
 
 Importance = Literal["taylor", "fisher", "kfac", "wanda", "magnitude"]
-GRADIENTS = ("taylor", "fisher", "kfac")  # importances that differentiate the loss
+# Importances that differentiate the loss.
+GRADIENTS: dict[str, type[BackwardPass]] = {"taylor": TaylorPass, "fisher": FisherPass, "kfac": KFACPass}
 ScoreNorm = Literal["none", "kind", "block"]
-
-
-def gate_threshold(delta_layer: Tensor, tau: float | None) -> float:
-    """τ, by default the 25th percentile (linear interpolation) of Δ_layer over all layers, frozen ones included."""
-    return float(np.percentile(delta_layer.double().numpy(), 25)) if tau is None else tau
 
 
 def depth_prior(delta: Tensor, tau: float) -> Tensor:
     """B = ln(1 + max(Δ, 0)), with Δ of the whole layer where Δ_layer < τ, of the group's own block elsewhere.
 
-    The gate compares the raw Δ_layer; τ = 0 means block-wise always, also for a negative Δ_layer, and τ = ∞ layer-wise
-    always.
+    The gate compares the raw Δ_layer; τ = 0 means block-wise always, also for a negative Δ_layer.
 
     Args:
         delta: ``[3, L]``: loss increase in nats without the layer, its attention, its MLP.
@@ -55,14 +50,13 @@ def depth_prior(delta: Tensor, tau: float) -> Tensor:
     Returns:
         B fp64 ``[2, L]`` for attention and MLP groups.
     """
-    layerwise = (delta[0] < tau) if tau != 0 else torch.zeros_like(delta[0], dtype=torch.bool)
-    chosen = torch.where(layerwise, delta[0], delta[1:])
+    chosen = torch.where((delta[0] < tau) & (tau != 0), delta[0], delta[1:])
     return torch.log1p(chosen.double().clamp_min(0))
 
 
 def normalised(scores: Scores, how: ScoreNorm) -> Tensor:
     """S ``[U]`` fp64, divided by its median over all units of a kind (attention, MLP), or by its mean over the units of
-    one block of one layer. Off by default: S is then importance per parameter as it is."""
+    one block of one layer."""
     base = torch.tensor(scores.base)
     if how == "kind":
         for block in ROLES_OF:
@@ -111,7 +105,7 @@ class HGSP(GroupPruning):
         **group_options: Any,
     ) -> None:
         super().__init__(pretrained, pruning_ratio, **group_options)
-        if not 0 <= temperature < float("inf"):
+        if not 0 <= temperature < math.inf:
             raise UserError(f"--model.temperature: found {temperature:g}; it must be a finite number of 0 or more.")
         if tau is not None and not tau >= 0:
             raise UserError(f"--model.tau: found {tau:g}; it must be 0 or more nats, or .inf.")
@@ -136,12 +130,9 @@ class HGSP(GroupPruning):
         self.temperature = temperature
         self.collapse_epsilon = collapse_epsilon
         self.score_norm: ScoreNorm = score_norm
+        self.measures_text = temperature > 0 or importance != "magnitude"
         self.priors: Tensor | None = None
         self.tau_used: float | None = None
-
-    @property
-    def measures_text(self) -> bool:
-        return self.temperature > 0 or self.importance != "magnitude"
 
     @property
     def method(self) -> str:
@@ -149,17 +140,13 @@ class HGSP(GroupPruning):
 
     def passes(self) -> list[Pass]:
         """One for the importance, one for the prior unless T = 0."""
-        slopes = self.temperature > 0 and self.prior == "gradient"
-        importance: dict[Importance, Callable[[], Pass]] = {
-            "taylor": partial(TaylorPass, priors=slopes),
-            "fisher": partial(FisherPass, priors=slopes),
-            "kfac": partial(KFACPass, priors=slopes),
-            "wanda": WandaPass,
-            "magnitude": MagnitudePass,
-        }
-        passes = [importance[self.importance]()]
+        passes: list[Pass]
+        if self.importance in GRADIENTS:
+            passes = [GRADIENTS[self.importance](priors=self.temperature > 0 and self.prior == "gradient")]
+        else:
+            passes = [WandaPass() if self.importance == "wanda" else MagnitudePass()]
         if self.temperature > 0 and self.prior == "removal":
-            passes.append(RemovalPass(self.prior_num_samples, blocks=self.tau != float("inf")))
+            passes.append(RemovalPass(self.prior_num_samples, blocks=self.tau != math.inf))
         return passes
 
     def reuse(self, saved: SavedMeasurement) -> None:
@@ -173,13 +160,15 @@ class HGSP(GroupPruning):
             self.priors = delta[0] if self.prior == "removal" else delta.T.contiguous()
         if self.temperature > 0:
             assert self.priors is not None
-            self.tau_used = gate_threshold(self.priors[0], self.tau)
+            # The 25th percentile (linear interpolation) over all layers, frozen ones included.
+            self.tau_used = float(np.percentile(self.priors[0].numpy(), 25)) if self.tau is None else self.tau
         return final_scores(scores, self.priors, self.tau_used, self.temperature, self.score_norm)
 
     def select(self, scores: Scores, layers: list[LayerStructure], total_parameters: int) -> Flags:
         """The ranking's choice, then auto-collapse of layers that are almost empty; nothing is refilled."""
         pruned = super().select(scores, layers, total_parameters)
-        return collapse(scores, pruned, self.collapse_epsilon, self.selection.frozen_layers(len(layers)))
+        frozen = self.selection.frozen_layers(len(layers))
+        return collapse(replace(scores, pruned=pruned), self.collapse_epsilon, frozen)
 
     def details(self) -> dict[str, Any]:
         """Priors, gate and what was chosen, so that the decision can be made again with other options."""
@@ -203,23 +192,14 @@ class HGSP(GroupPruning):
 def final_scores(
     scores: Scores, delta: Tensor | None, tau: float | None, temperature: float, score_norm: ScoreNorm
 ) -> Scores:
-    """final = S · B^T for every unit; with temperature 0 the score is S itself.
-
-    Args:
-        scores: importance and cost of U units.
-        delta: ``[3, L]`` measured priors; not read when temperature is 0.
-        tau: the gate, resolved.
-        temperature: T ≥ 0.
-        score_norm: what S is divided by.
+    """final = S · B^T for every unit, from measured priors ``delta`` ``[3, L]``; with temperature 0 it is S itself.
 
     Raises:
         FloatingPointError: a prior is not finite; names the layers.
     """
     base = normalised(scores, score_norm)
     prior = torch.ones_like(base)
-    if temperature > 0:
-        assert delta is not None
-        assert tau is not None
+    if delta is not None and tau is not None and temperature > 0:
         factor = depth_prior(delta, tau)
         bad = (~torch.isfinite(factor)).any(0).nonzero().flatten().tolist()
         if bad:
@@ -232,7 +212,7 @@ def saved_priors(details: dict[str, Any], temperature: float, tau: float | None)
     """Δ ``[3, L]`` from an earlier run's ``method.json``; None where it has none and T = 0 needs none.
 
     Raises:
-        UserError: that run measured no priors, or only those of whole layers where blocks are asked for.
+        UserError: that run measured no priors, or only those of whole layers where blocks are requested.
     """
     delta = details["prior"]["delta"]
     if delta is None and temperature == 0:
@@ -242,28 +222,22 @@ def saved_priors(details: dict[str, Any], temperature: float, tau: float | None)
             f"--model.temperature {temperature:g}: the run was made with temperature 0 and measured no priors. "
             "Decide with --model.temperature 0, or run fit again."
         )
-    priors = torch.tensor(
-        [[float("nan") if x is None else x for x in delta[piece]] for piece in PIECES], dtype=torch.float64
-    )
-    if temperature > 0 and tau != float("inf") and bool(priors.isnan().any()):
+    values = [[math.nan if x is None else x for x in delta[piece]] for piece in PIECES]
+    priors = torch.tensor(values, dtype=torch.float64)
+    if temperature > 0 and tau != math.inf and bool(priors.isnan().any()):
         raise UserError("--model.tau: the run was made with tau .inf and measured no block priors. Run fit again.")
     return priors
 
 
-def collapse(scores: Scores, pruned: Flags, epsilon: float, frozen: set[int]) -> Flags:
+def collapse(scores: Scores, epsilon: float, frozen: set[int]) -> Flags:
     """Remove layers whose mean kept fraction ½(kept groups / K + kept channels / F) is below ε.
 
     Frozen layers never collapse, nor does the last layer that is left.
     """
-    blocks = scores.blocks
-    share = (blocks.sum(~pruned) / blocks.size).tolist()
-    kept: dict[int, float] = {}
-    for (layer, _), part in zip(blocks.keys, share, strict=True):
-        kept[layer] = kept.get(layer, 0.0) + part / 2
-    alive = sum(part > 0 for part in kept.values())
-    gone = []
-    for layer, part in kept.items():
+    kept = (scores.kept_fraction(Block.ATTENTION) + scores.kept_fraction(Block.MLP)) / 2
+    alive, removed = int((kept > 0).sum()), []
+    for layer, part in enumerate(kept):
         if 0 < part < epsilon and layer not in frozen and alive > 1:
-            gone.append(layer)
+            removed.append(layer)
             alive -= 1
-    return pruned | np.isin(scores.layer, gone)
+    return scores.pruned | np.isin(scores.layer, removed)

@@ -1,16 +1,16 @@
-"""K-FAC importance: what the loss feels of a unit once the units that stay make up for it.
+"""K-FAC importance: loss increase without a unit once the units that are kept compensate for it.
 
 Symbols: W ``[d, n]`` the weight of o_proj or down_proj, x its input and g = ∂L/∂y the gradient at its output, L the
 summed token loss. The curvature of L along W is taken for the Kronecker product of A = mean over tokens of x·xᵀ and F =
-mean of g·gᵀ (Martens and Grosse 2015, K-FAC). When the columns b of W go, and those that stay become what the curvature
-wants, L grows by
+mean of g·gᵀ (Martens and Grosse 2015, K-FAC). When the columns b of W are removed, and the others become what the
+curvature wants, L grows by
 
     I = tr(F · W_b · [(A⁻¹)_bb]⁻¹ · W_bᵀ)      times ½, which changes no ranking
 
 (optimal brain surgeon with these factors: van der Ouderaa et al. 2024, "The LLM Surgeon"). With F = C·Cᵀ that is
-SlimGPT's error of Cᵀ·W, so its solver does the work: units leave one after the other until none is left, the others
-make up for them every time, and I is what a unit cost when it left. F makes costs of different layers comparable, which
-SlimGPT's own, in each layer's units of output, are not.
+SlimGPT's error of Cᵀ·W, so its solver does the work: units are removed one after the other until none is left, the
+others compensate for them every time, and I is what a unit cost when it was removed. F makes costs of different layers
+comparable, which SlimGPT's own, in each layer's units of output, are not.
 """
 
 from collections.abc import Callable
@@ -25,19 +25,12 @@ from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Holding, Load, Step
 from lightning_prune.calibration.statistics.gram import InputGram
 from lightning_prune.calibration.statistics.token_statistic import full_precision
-from lightning_prune.methods.slimgpt_math import (
-    NotPositiveDefiniteError,
-    choose_dtype,
-    inverse_hessian,
-    prune_channels,
-    prune_heads,
-    solve_bytes,
-)
+from lightning_prune.methods.slimgpt_math import choose_dtype, inverse_hessian, prune_units, solve_bytes
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 
 DAMPING = 0.01  # of A and of F, times the mean of the diagonal
-ROUNDS = 32  # in which MLP channels leave; on the reference Llama 512 rounds, one channel each, chose no better
+ROUNDS = 32  # in which MLP channels are removed; on the reference Llama 512 rounds, one channel each, chose no better
 
 
 def compensated_costs(
@@ -50,29 +43,27 @@ def compensated_costs(
         xtx: Σ x·xᵀ ``[n, n]`` over the tokens.
         gtg: Σ g·gᵀ ``[d, d]`` over the same tokens.
         tokens: how many.
-        width: columns of one unit; those of width 1 leave in ``ROUNDS`` rounds, others one by one.
+        width: columns of one unit; those of width 1 are removed in ``ROUNDS`` rounds, others one by one.
         dtype: of the computation, fp32 or float64.
 
     Raises:
-        FloatingPointError: a factor holds NaN or infinite values.
-        NotPositiveDefiniteError: A has no inverse.
+        FloatingPointError: a factor holds NaN or infinite values, or A has no inverse.
     """
     units = weight.shape[1] // width
     curvature = gtg.to(dtype, copy=True).div_(tokens)
     mean = curvature.diagonal().mean()
     if not bool(torch.isfinite(curvature).all()):
         raise FloatingPointError("the gradients' second moment holds NaN or infinite values.")
-    if not bool(mean > 0):  # nothing behind it reaches the loss
+    if not bool(mean > 0):  # nothing after it reaches the loss
         return weight.new_zeros(units, dtype=dtype)
     curvature.diagonal().add_(DAMPING * mean)
     with full_precision(weight.device):
-        felt = torch.linalg.cholesky(curvature).T @ weight.to(dtype)
+        scaled = torch.linalg.cholesky(curvature).T @ weight.to(dtype)
     del curvature
     hessian = inverse_hessian(xtx, 2 * tokens, DAMPING, dtype)  # its (2/N)·XᵀX is A for this N
-    if width > 1:
-        return prune_heads(felt, hessian, units, width, "exact").errors
-    each = -(-units // ROUNDS)
-    return prune_channels(felt, hessian, [min(each, units - gone) for gone in range(0, units, each)]).errors
+    each = 1 if width > 1 else -(-units // ROUNDS)
+    rounds = [min(each, units - gone) for gone in range(0, units, each)]
+    return prune_units(scaled, hessian, rounds, width, "exact").errors
 
 
 class KFACPass(BackwardPass):
@@ -81,7 +72,6 @@ class KFACPass(BackwardPass):
     name = "importance"
 
     def watch(self, view: LayerStructure) -> None:
-        """Both factors of the two projections that write to the residual stream."""
         self.factors: dict[Block, tuple[InputGram, InputGram]] = {}
         self._handles: list[RemovableHandle] = []
         for block in OUTPUT_ROLE:
@@ -89,8 +79,7 @@ class KFACPass(BackwardPass):
             d, n = view.projection(block).weight.shape
             inputs, gradients = (InputGram(size).to(self.model.device) for size in (n, d))
             self.factors[block] = inputs, gradients
-            self._handles.append(module.register_forward_pre_hook(_listen_to_inputs(inputs)))
-            self._handles.append(module.register_forward_hook(_listen_to_gradients(gradients)))
+            self._handles.append(module.register_forward_hook(_listener(inputs, gradients)))
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """Also both factors of both projections in fp32, a projection's inputs in fp32, and one solve at a time."""
@@ -130,24 +119,18 @@ class KFACPass(BackwardPass):
         dtype = choose_dtype(len(xtx), self.setting.free_bytes(xtx.device))
         try:
             return compensated_costs(linear.weight, xtx, gtg, tokens, linear.in_features // units, dtype).double()
-        except (NotPositiveDefiniteError, FloatingPointError) as error:
+        except FloatingPointError as error:
             raise FloatingPointError(f"layer {view.index}, {OUTPUT_ROLE[block]} projection: {error}") from None
         finally:
             inputs.give_up()
             gradients.give_up()
 
 
-def _listen_to_inputs(factor: InputGram) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def listen(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        factor.update(args[0])
-
-    return listen
-
-
-def _listen_to_gradients(factor: InputGram) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+def _listener(inputs: InputGram, gradients: InputGram) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     def listen(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        inputs.update(args[0])
         if not output.requires_grad:  # in layer 0 nothing before it does
             output.requires_grad_(True)
-        output.register_hook(factor.update)
+        output.register_hook(gradients.update)
 
     return listen

@@ -1,94 +1,103 @@
-"""Scores of single weights → which of them are zeroed: a share of a row or a tensor, or n kept of every m."""
+"""Scores of single weights → which of them are zeroed: a share of a row or a tensor, or all but n of every m."""
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lightning_prune.calibration.layer_result import LayerResult
+from lightning_prune.calibration.passes import Holding, Load
+from lightning_prune.models.families import LayerStructure
+from lightning_prune.models.vocabulary import ROLES_OF
 from lightning_prune.support.errors import UserError
 
-
-@dataclass(frozen=True)
-class Structure:
-    """What is removed: whole groups, single weights, or single weights so that n of every m inputs of a row stay."""
-
-    kind: Literal["group", "unstructured", "n:m"]
-    n: int = 0
-    m: int = 0
+Pattern = tuple[int, int]  # n kept of every m inputs of a row
 
 
-def parse_structure(text: str) -> Structure:
-    """``group``, ``unstructured``, or ``n:m`` such as 2:4 and 4:8, which keeps n of every m.
+def parse_structure(text: str) -> Pattern | None:
+    """(n, m) of ``n:m`` such as 2:4 and 4:8; None of ``group`` and ``unstructured``.
 
     Raises:
         UserError: anything else, or not 0 < n < m.
     """
-    if text == "group":
-        return Structure("group")
-    if text == "unstructured":
-        return Structure("unstructured")
+    if text in ("group", "unstructured"):
+        return None
     match = re.fullmatch(r"(\d+):(\d+)", text)
     if match and 0 < int(match[1]) < int(match[2]):
-        return Structure("n:m", int(match[1]), int(match[2]))
+        return int(match[1]), int(match[2])
     raise UserError(
         f"--model.structure: '{text}' is not known. Allowed: group, unstructured, or n:m with 0 < n < m (keep n of "
         "every m inputs), for example 2:4 or 4:8."
     )
 
 
-def keep_n_of_m_mask(scores: Tensor, n: int, m: int) -> Tensor:
-    """Prune the m − n lowest of every m consecutive inputs of a row; bool ``[out, in]``, True = pruned.
+@dataclass(frozen=True)
+class MaskRule:
+    """What is zeroed in one projection: all but the ``pattern``, or exactly ⌊size · ratio⌋ weights of each whole matrix
+    (``per_tensor``, magnitude's comparison set, whose released baseline prunes one more) or of each output row
+    (Wanda's). ``frozen``: layers that are not touched."""
 
-    Args:
-        scores: ``[out, in]``, any floating dtype; compared in fp32 or better. Ties: the lower index goes first.
+    pattern: Pattern | None
+    ratio: float
+    per_tensor: bool = False
+    frozen: frozenset[int] = frozenset()
 
-    Raises:
-        UserError: ``in`` is not a multiple of m.
-        FloatingPointError: a score is NaN.
+    def mask(self, scores: Tensor) -> Tensor:
+        """bool ``[out, in]``, True = zeroed, from the scores of one projection, compared in fp32 or better. Among equal
+        scores the lower index is zeroed.
+
+        Raises:
+            FloatingPointError: a score is NaN.
+        """
+        if self.pattern is not None:
+            n, m = self.pattern
+            rows, zeroed = scores.reshape(len(scores), -1, m), m - n
+        else:
+            rows = scores.reshape(1, -1) if self.per_tensor else scores
+            # Of the decimal that was written: 0.29 of 100 is 29, though floats say 28.999…
+            zeroed = math.floor(rows.shape[-1] * Fraction(str(self.ratio)))
+        if bool(rows.isnan().any()):
+            raise FloatingPointError("a score is NaN.")
+        if rows.dtype in (torch.float16, torch.bfloat16):
+            rows = rows.float()
+        lowest = rows.argsort(dim=-1, stable=True)[..., :zeroed]
+        return torch.zeros_like(rows, dtype=torch.bool).scatter_(-1, lowest, True).reshape(scores.shape)
+
+    def check_width(self, columns: int) -> None:
+        """Raise UserError where the pattern does not divide the inputs of a projection."""
+        if self.pattern is not None and columns % self.pattern[1]:
+            n, m = self.pattern
+            raise UserError(
+                f"--model.structure {n}:{m} needs input widths divisible by {m}, found a linear with {columns} inputs. "
+                "Use another n:m or --model.structure unstructured."
+            )
+
+    def holding(self, base: Holding, load: Load) -> Holding:
+        """What a pass with masks holds: also the ranking of one weight (scores, their order and both sorted), and every
+        weight anew."""
+        return replace(base, finishing=24 * load.largest_weight, new_weights=load.layer_weights)
+
+
+def mask_layer(view: LayerStructure, rule: MaskRule, weight_score: Callable[[str], Tensor]) -> LayerResult:
+    """Zero the lowest-scored weights of the seven projections.
+
+    Returns:
+        The new weights; the sum of the scores as every block's importance ``[1]``, fp64; the fact ``zeroed``, how many
+        weights are zero now.
     """
-    rows, columns = scores.shape
-    if columns % m:
-        raise UserError(
-            f"--model.structure {n}:{m} needs input widths divisible by {m}, found a linear with {columns} inputs. Use "
-            "another n:m or --model.structure unstructured."
-        )
-    return _lowest(scores.reshape(rows, columns // m, m), m - n).reshape(rows, columns)
-
-
-def row_mask(scores: Tensor, fraction: float) -> Tensor:
-    """Prune exactly ⌊in · fraction⌋ lowest of each row of ``[out, in]`` (Wanda's comparison set); True = pruned.
-
-    Raises:
-        FloatingPointError: a score is NaN.
-    """
-    return _lowest(scores, share(scores.shape[1], fraction))
-
-
-def tensor_mask(scores: Tensor, fraction: float) -> Tensor:
-    """Prune exactly ⌊size · fraction⌋ lowest of the whole tensor (magnitude's comparison set); True = pruned.
-
-    The released baseline prunes everything up to a threshold, one weight more.
-
-    Raises:
-        FloatingPointError: a score is NaN.
-    """
-    return _lowest(scores.flatten(), share(scores.numel(), fraction)).reshape(scores.shape)
-
-
-def share(size: int, fraction: float) -> int:
-    """⌊size · fraction⌋ of the decimal that was written: 0.29 of 100 is 29, though floats say 28.999…"""
-    return math.floor(size * Fraction(str(fraction)))
-
-
-def _lowest(scores: Tensor, count: int) -> Tensor:
-    """Mark the ``count`` lowest along the last dimension; stable, so among equals the lower index is marked."""
-    if bool(scores.isnan().any()):
-        raise FloatingPointError("a score is NaN.")
-    if scores.dtype in (torch.float16, torch.bfloat16):
-        scores = scores.float()
-    lowest = scores.argsort(dim=-1, stable=True)[..., :count]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, lowest, True)
+    sums = {block: torch.zeros(1, dtype=torch.float64) for block in ROLES_OF}
+    zeroed, weights = 0, {}
+    for block, roles in ROLES_OF.items() if view.index not in rule.frozen else ():
+        for role in roles:
+            scores = weight_score(role)
+            if not bool(torch.isfinite(scores).all()):
+                raise FloatingPointError(f"layer {view.index}, {role} projection: scores are NaN or infinite.")
+            sums[block] += scores.double().sum().cpu()
+            mask = rule.mask(scores)
+            weights[role] = view.linears[role].weight.masked_fill(mask, 0)
+            zeroed += int(mask.sum())
+    return LayerResult(sums, weights, facts={"zeroed": zeroed})

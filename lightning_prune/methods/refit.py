@@ -1,40 +1,60 @@
-"""The refit of what is kept, as an object that a method has (``refit_pass`` is the pass, ``refit_math`` the solver)."""
+"""The refit after a decision: o and down of every layer are refitted on the columns that are kept.
+
+Two residual streams cross the decoder together, the dense model's and the pruned one's. For every block, attention
+before the MLP, with h and h' the dense and the pruned stream before it and f(h) what the dense block adds to h:
+
+    residual:  Y = h + f(h) − h'   the stream after the block meets the dense one, which repairs earlier losses
+    output:    Y = W₀·x'           the whole projection's output on the pruned stream's own inputs (SlimGPT's target)
+
+Where a norm follows the block, what it adds is not linear in W, and ``output`` takes the place of ``residual``.
+"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
+from lightning_prune.calibration.hooks import Hooks
 from lightning_prune.calibration.layer_result import LayerResult
-from lightning_prune.calibration.passes import Pass, Step
+from lightning_prune.calibration.passes import Batch, BlockPass, Holding, Load, Pass, Setting, Step
+from lightning_prune.calibration.statistics.token_statistic import full_precision
 from lightning_prune.checkpoint.plan import LayerPlan
-from lightning_prune.methods.refit_pass import RefitPass, Target
-from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
+from lightning_prune.methods.refit_math import (
+    DAMPINGS,
+    DEFAULT_DAMPING,
+    NormalEquations,
+    equation_bytes,
+    ridge,
+    squared_error,
+)
+from lightning_prune.methods.slimgpt_math import columns_of
+from lightning_prune.models.families import LayerStructure
+from lightning_prune.models.vocabulary import OUTPUT_ROLE, ROLES_OF, Block
 from lightning_prune.support.errors import UserError
+
+Target = Literal["residual", "output"]
 
 
 @dataclass(frozen=True)
 class Refit:
-    """Least squares on what is kept of o_proj and down_proj.
-
-    ``target``: what a projection is fitted to. ``damping``: λ; None chooses it on held-out samples, per projection.
-    """
+    """Least squares on what is kept of o_proj and down_proj; ``damping``: λ, None chooses it as the pass says."""
 
     target: Target
     damping: float | None
 
     @classmethod
-    def of(cls, target: str, damping: float | Literal["auto"]) -> "Refit | None":
+    def of(cls, target: Target | Literal["none"], damping: float | Literal["auto"]) -> "Refit | None":
         """From the options ``refit`` and ``refit_damping``; None without a refit."""
         if damping != "auto" and not 0 < damping <= 100:
             raise UserError(f"--model.refit_damping: found {damping}; it must lie in (0, 100], or be auto.")
         if target == "none":
             return None
-        return cls("residual" if target == "residual" else "output", None if damping == "auto" else damping)
+        return cls(target, None if damping == "auto" else damping)
 
     def passes(self, kept: list[LayerPlan], held_out: Tensor) -> list[Pass]:
-        """The pass over the dense weights, for what is ``kept``; ``held_out`` bool ``[N]`` are samples to check on."""
+        """The pass over the dense weights; ``held_out`` bool ``[N]`` are samples to check on."""
         return [RefitPass(kept, self.target, self.damping, held_out)]
 
     def facts(self, results: Sequence[tuple[Step, LayerResult]]) -> dict[str, Any]:
@@ -51,3 +71,216 @@ class Refit:
             if result.facts
         ]
         return {"target": self.target, "damping": "auto" if self.damping is None else self.damping, "fits": fits}
+
+
+class RefitPass(BlockPass):
+    """Refits what a plan keeps, on the dense model's weights.
+
+    λ of every projection, where it is None, and whether to refit it at all are chosen by the error on ``held_out``
+    (bool ``[N]``), samples of the calibration set that the first solve does not see.
+    """
+
+    name = "refit"
+
+    def __init__(self, kept: Sequence[LayerPlan], target: Target, damping: float | None, held_out: Tensor) -> None:
+        self.kept, self.damping, self.held_out = kept, damping, held_out
+        self.target: Target = target
+
+    def begin(self, setting: Setting) -> None:
+        super().begin(setting)
+        self.dense = self.store("dense")
+
+    def observe(self, view: LayerStructure, block: Block, hooks: Hooks) -> None:
+        """Nothing: targets need both streams, so the batch sums."""
+
+    def start(self, step: Step) -> None:
+        super().start(step)
+        self.columns = self._columns(step)
+        linear = self.projection(step)
+        self.scale = self._scale(step) if self.target == "residual" else None
+        self.held: list[tuple[Tensor, Tensor]] = []  # inputs and targets of held-out samples, on the host
+        self.tokens = 0
+        n, d = len(self.columns), linear.weight.shape[0]
+        enough = equation_bytes(n, d, torch.float64) <= self.setting.free_bytes(self.model.device)
+        dtype = torch.float64 if enough else torch.float32
+        self.equations = NormalEquations.zeros(n, d, dtype, self.model.device)
+
+    @torch.no_grad()
+    def batch(self, step: Step, batch: Batch) -> None:
+        """Both streams cross the block; the kept inputs of the projection, and the target, are summed."""
+        before = self._entering(step, batch)
+        dense = self._dense(step, batch) if self.target == "residual" else None
+        self.tokens += int((batch.weight > 0).sum()) * before.shape[1]
+        if not len(self.columns):
+            return
+        self.catch(step, batch)
+        projection = self.projection(step)
+        inputs = self.inner.get(batch.rows, self.model.device)
+        if self.scale is not None and dense is not None:
+            wanted = (dense.float() - before.float()) / self.scale
+        else:
+            wanted = projection.module(inputs).float()
+        if (bias := getattr(projection.module, "bias", None)) is not None:
+            wanted = wanted - bias.float()
+        self._sum(batch, inputs[..., self.columns], wanted)
+
+    @torch.no_grad()
+    def skip(self, step: Step, batch: Batch) -> None:
+        self.columns = self._columns(step)
+        self._entering(step, batch)
+        if self.target == "residual":
+            self._dense(step, batch)
+        if len(self.columns):
+            self.catch(step, batch)
+
+    def finish(self, step: Step) -> LayerResult:
+        expected = self.setting.samples * self.setting.seq_len
+        if self.tokens != expected:
+            raise RuntimeError(f"the refit saw {self.tokens:,} tokens of {expected:,}.")
+        with torch.no_grad():
+            return self.conclude(self.view(step), self.block(step))
+
+    def conclude(self, view: LayerStructure, block: Block) -> LayerResult:
+        """The refitted weight, zero in the removed columns. Facts: ``target``; ``damping``, 0 where the projection is
+        left as it is; ``before`` and ``after``, the squared error on held-out samples with the old weight and with the
+        one chosen there. Empty for a block that is removed."""
+        if not len(self.columns):
+            return LayerResult()
+        role, linear, equations = OUTPUT_ROLE[block], view.projection(block), self.equations
+        name = f"layer {view.index}, {role} projection"
+        old = linear.weight[:, self.columns].to(equations.gram.dtype)
+        inputs = torch.cat([x for x, _ in self.held] or [old.new_zeros(0, old.shape[1])]).to(self.model.device)
+        wanted = torch.cat([y for _, y in self.held] or [old.new_zeros(0, old.shape[0])]).to(self.model.device)
+        del self.equations, self.held
+        _sum_over_processes(equations.gram, equations.cross)
+        equations.complete()
+        try:
+            with full_precision(self.model.device):
+                damping, before, after = self._choose(equations, old, inputs, wanted)
+                weight = old
+                if damping:
+                    _add_completed(equations, inputs, wanted)
+                    weight = ridge(equations, old, damping)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{name}: {error}") from None
+        self.setting.finished(1.0)
+        refitted = torch.zeros_like(linear.weight)
+        refitted[:, self.columns] = weight.to(refitted.dtype)
+        if not bool(torch.isfinite(refitted).all()):
+            raise FloatingPointError(f"{name}: refitted weights overflow {refitted.dtype}.")
+        target = "residual" if self.scale is not None else "output"
+        facts = {"target": target, "damping": damping, "before": before, "after": after}
+        return LayerResult(weights={role: refitted}, facts=facts)
+
+    def advance(self, step: Step) -> None:
+        """The pruned stream after the block; a removed block adds nothing."""
+        if len(self.columns):
+            super().advance(step)
+
+    def holds(self, view: LayerStructure, load: Load) -> Holding:
+        """Also the dense stream, the normal equations, and an eighth of the tokens held out."""
+        base, d, n = super().holds(view, load), load.hidden_size, load.widest_input
+        dtype = torch.float64 if equation_bytes(n, d, torch.float64) <= load.free else torch.float32
+        held = load.rows * load.seq_len // 8 * (n * load.dtype.itemsize + 4 * d)
+        batch = load.tokens * (n + d) * (dtype.itemsize + 4)
+        return replace(
+            base,
+            running=dtype.itemsize * (n * n + d * n) + batch + (0 if load.accelerated else held),
+            finishing=equation_bytes(n, d, dtype) + 2 * held,
+            stores=(*base.stores, d),
+        )
+
+    def cost(self, view: LayerStructure, step: Step) -> float:
+        linears, projection = view.linears, view.projection(self.block(step))
+        inner, outer = projection.in_features, projection.weight.shape[0]
+        block = sum(linears[role].weight.numel() for role in ROLES_OF[self.block(step)])
+        streams = 2 if self.target == "residual" else 1
+        whole = sum(linear.weight.numel() for linear in linears.values())
+        return (streams * block + inner * inner / 2 + inner * outer) / whole
+
+    def cost_to_finish(self, view: LayerStructure, step: Step) -> float:
+        """A factorisation and two triangular solves per damping, beside two operations per weight and token."""
+        linear = view.projection(self.block(step))
+        inner, outer = linear.in_features, linear.weight.shape[0]
+        solves = 1 + len(DAMPINGS) if self.damping is None else 2
+        one = inner**3 / 3 + 2 * inner * inner * outer
+        return solves * one / (2 * sum(other.weight.numel() for other in view.linears.values()))
+
+    def _columns(self, step: Step) -> Tensor:
+        """Inputs of the projection that are kept, int64."""
+        block = self.block(step)
+        units = self.kept[step.layer].kept(block)
+        width = self.projection(step).in_features // self.view(step).units(block)
+        return columns_of(torch.tensor(units, dtype=torch.int64, device=self.model.device), width)
+
+    def _entering(self, step: Step, batch: Batch) -> Tensor:
+        """The pruned stream before the block; both begin with the embeddings."""
+        if step.layer == 0 and self.block(step) is Block.ATTENTION:
+            hidden = self.model.embed(batch.tokens)
+            self.stream.put(batch.rows, hidden)
+            if self.target == "residual":
+                self.dense.put(batch.rows, hidden)
+        return self.stream.get(batch.rows, self.model.device)
+
+    def _dense(self, step: Step, batch: Batch) -> Tensor:
+        """The dense stream after the block, kept for the next one."""
+        run = self.model.attend if self.block(step) is Block.ATTENTION else self.model.feed
+        after = run(step.layer, self.dense.get(batch.rows, self.model.device))
+        self.dense.put(batch.rows, after)
+        return after
+
+    def _sum(self, batch: Batch, inputs: Tensor, wanted: Tensor) -> None:
+        counted = batch.weight.cpu() > 0
+        # A sample that only fills up a batch has no index of its own.
+        index = batch.index.cpu().clamp(max=len(self.held_out) - 1)
+        chosen = self.held_out[index] & counted
+        fitted = ~self.held_out[index] & counted
+        if bool(chosen.any()):
+            rows = chosen.to(inputs.device)
+            self.held.append((inputs[rows].flatten(0, 1).cpu(), wanted[rows].flatten(0, 1).cpu()))
+        rows = fitted.to(inputs.device)
+        with full_precision(inputs.device):
+            self.equations.add(inputs[rows].flatten(0, 1), wanted[rows].flatten(0, 1))
+
+    def _choose(
+        self, equations: NormalEquations, old: Tensor, inputs: Tensor, wanted: Tensor
+    ) -> tuple[float, float, float]:
+        """λ, and the error on held-out samples of the old weight and of the one with that λ. 0: leave it as it is."""
+        held = torch.tensor(len(inputs), device=inputs.device)
+        _sum_over_processes(held)
+        if not held:
+            return self.damping or DEFAULT_DAMPING, 0.0, 0.0
+        tried = {}
+        for damping in (0.0, *(DAMPINGS if self.damping is None else (self.damping,))):
+            weight = ridge(equations, old, damping) if damping else old
+            error = squared_error(inputs, wanted, weight)
+            _sum_over_processes(error)
+            tried[damping] = float(error)
+        best = min(tried, key=lambda damping: tried[damping])
+        return best, tried[0.0], tried[best]
+
+    def _scale(self, step: Step) -> float | None:
+        """m, where the block adds m times what its projection outputs; None where that is not linear."""
+        weight = self.projection(step).weight
+        ones = torch.ones(1, 1, weight.shape[0], device=self.model.device).to(weight.dtype)
+        once, twice = (
+            self.model.add(step.layer, torch.zeros_like(ones), self.block(step), factor * ones) for factor in (1, 2)
+        )
+        linear = bool((twice == 2 * once).all() and (once == once[..., :1]).all())  # exact in binary floating point
+        return float(once[0, 0, 0]) if linear else None
+
+
+def _add_completed(equations: NormalEquations, inputs: Tensor, targets: Tensor) -> None:
+    """Add the samples of every process to sums that are complete."""
+    more = NormalEquations.zeros(len(equations.gram), len(equations.cross), equations.gram.dtype, inputs.device)
+    more.add(inputs, targets)
+    more.complete()
+    _sum_over_processes(more.gram, more.cross)
+    equations.gram += more.gram
+    equations.cross += more.cross
+
+
+def _sum_over_processes(*tensors: Tensor) -> None:
+    if torch.distributed.is_initialized():
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)

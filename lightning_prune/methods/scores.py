@@ -1,68 +1,53 @@
 """Importances → one row per prunable unit."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_prune.checkpoint.scores import BLOCKS, Scores
+from lightning_prune.checkpoint.scores import BLOCKS, Floats, Integers, Scores
 from lightning_prune.models.families import LayerStructure
-from lightning_prune.models.vocabulary import Block
+from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 
 
-def group_scores(layers: Sequence[LayerStructure], attention: Sequence[Tensor], mlp: Sequence[Tensor]) -> Scores:
+def group_scores(
+    layers: Sequence[LayerStructure], importance: Sequence[Mapping[Block, Tensor]] | None = None
+) -> Scores:
     """Scores of all groups before any prior: score = importance / cost. An attention unit is one KV head with its query
     heads (GQA group), an MLP unit one intermediate channel.
 
     Args:
-        layers: the anatomy of the dense model, L entries.
-        attention: L tensors ``[K]``, importance per GQA group.
-        mlp: L tensors ``[F]``, importance per channel.
+        layers: of the dense model.
+        importance: of every layer, per GQA group ``[K]`` and per channel ``[F]``. None: 1 everywhere.
 
     Raises:
         FloatingPointError: an importance is NaN or infinite; the message names layer and block.
     """
-    parts: list[tuple[int, Block, Tensor, int]] = []
-    for view, groups, channels in zip(layers, attention, mlp, strict=True):
-        parts.append((view.index, Block.ATTENTION, groups, view.unit_cost(Block.ATTENTION)))
-        parts.append((view.index, Block.MLP, channels, view.unit_cost(Block.MLP)))
-    for layer, block, values, _ in parts:
-        if bad := int((~torch.isfinite(values)).sum()):
-            raise FloatingPointError(f"layer {layer}, {block}: {bad} importances are NaN or infinite.")
-    count = [len(values) for *_, values, _ in parts]
-    importance = torch.cat([values.detach().double().cpu() for *_, values, _ in parts]).numpy()
-    cost = np.repeat([cost for *_, cost in parts], count)
-    return Scores(
-        layer=np.repeat([layer for layer, *_ in parts], count),
-        code=np.repeat([BLOCKS.index(block) for _, block, *_ in parts], count),
-        unit=np.concatenate([np.arange(units) for units in count]),
-        importance=importance,
-        cost=cost,
-        prior=np.ones(len(cost)),
-        score=importance / cost,
-        pruned=np.zeros(len(cost), dtype=bool),
-        base=importance / cost,
-    )
+    parts = []
+    for position, view in enumerate(layers):
+        for block in OUTPUT_ROLE:
+            values = torch.ones(view.units(block)) if importance is None else importance[position][block]
+            if bad := int((~torch.isfinite(values)).sum()):
+                raise FloatingPointError(f"layer {view.index}, {block}: {bad} importances are NaN or infinite.")
+            parts.append((view.index, block, values.detach().double().cpu().numpy(), view.unit_cost(block)))
+    layer, block, values, cost = zip(*parts, strict=True)
+    count = [len(one) for one in values]
+    code = np.repeat([BLOCKS.index(one) for one in block], count)
+    unit = np.concatenate([np.arange(units) for units in count])
+    return _table(np.repeat(layer, count), code, unit, np.concatenate(values), np.repeat(cost, count))
 
 
 def layer_scores(importance: Tensor, cost: Sequence[int]) -> Scores:
     """Scores of whole layers (depth pruning): score = importance ``[L]``, cost in parameters per layer."""
     values, count = importance.double().cpu().numpy(), len(cost)
-    return Scores(
-        layer=np.arange(count),
-        code=np.full(count, BLOCKS.index(Block.LAYER)),
-        unit=np.zeros(count, dtype=np.int64),
-        importance=values,
-        cost=np.array(cost, dtype=np.int64),
-        prior=np.ones(count),
-        score=values,
-        pruned=np.zeros(count, dtype=bool),
-        base=values,
+    scores = _table(
+        np.arange(count), np.full(count, BLOCKS.index(Block.LAYER)), np.zeros(count, np.int64), values, np.array(cost)
     )
+    return replace(scores, score=values, base=values)
 
 
-def groups_that_stay(layers: Sequence[LayerStructure]) -> str:
-    """A sentence, with a space before it, on why no GQA group is a candidate; nothing where groups may be pruned."""
-    reason = layers[0].whole_attention
-    return f" GQA groups of this family stay: {reason}. MLP channels and whole layers can go." if reason else ""
+def _table(layer: Integers, code: Integers, unit: Integers, importance: Floats, cost: Integers) -> Scores:
+    base = importance / cost
+    return Scores(layer, code, unit, importance, cost, np.ones(len(cost)), base, np.zeros(len(cost), bool), base)

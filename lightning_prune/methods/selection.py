@@ -1,23 +1,27 @@
-"""Scores → which units go: one global ranking, or the same share of every layer."""
+"""Scores → which units are pruned: one global ranking, or the same share of every layer."""
 
 import math
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Literal
 
 import numpy as np
 
 from lightning_prune.checkpoint.scores import Flags, Integers, Scores
-from lightning_prune.models.vocabulary import Block
+from lightning_prune.models.families import LayerStructure
+from lightning_prune.models.vocabulary import ROLES_OF, Block
 from lightning_prune.support.errors import UserError
+
+Allocation = Literal["global", "uniform"]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many parameters may go, and what leaves together with the last unit of a block.
+    """How many parameters may be removed, and what is removed together with the last unit of a block.
 
     ``overhead[layer, block]`` counts the parameters (norms, output bias) that leave with the whole block, so the
     achieved ratio never exceeds the requested one by them. ``round_to``: every layer keeps a multiple of this
-    many channels. ``added``: parameters that pruning brings along, which leave beside the ratio; costs count them.
+    many channels. ``added``: parameters that pruning brings along, removed beside the ratio; costs count them.
     """
 
     total_parameters: int
@@ -32,11 +36,68 @@ class Budget:
         return math.floor(Fraction(str(self.pruning_ratio)) * self.total_parameters) + self.added
 
 
+@dataclass(frozen=True)
+class GroupSelection:
+    """Takes the lowest scores until the ratio is met; the fields are the options of ``GroupPruning``."""
+
+    allocation: Allocation = "global"
+    round_to: int = 1
+    freeze_first_n_layers: int = 0
+    freeze_last_n_layers: int = 0
+    min_groups_per_layer: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("round_to", "freeze_first_n_layers", "freeze_last_n_layers", "min_groups_per_layer"):
+            if getattr(self, name) < (smallest := int(name == "round_to")):
+                raise UserError(f"--model.{name}: found {getattr(self, name)}; it must be {smallest} or more.")
+
+    def frozen_layers(self, num_layers: int) -> set[int]:
+        """Layers that are never candidates; they are still measured and counted."""
+        last = num_layers - self.freeze_last_n_layers
+        return {layer for layer in range(num_layers) if not self.freeze_first_n_layers <= layer < last}
+
+    def select(
+        self, scores: Scores, layers: list[LayerStructure], total_parameters: int, ratio: float, added: int = 0
+    ) -> Flags:
+        """Which units are pruned, bool ``[U]``.
+
+        Args:
+            scores: of U units.
+            layers: of the dense model, for costs.
+            total_parameters: of the dense model.
+            ratio: share of them to remove.
+            added: parameters that pruning brings along, to be removed in addition.
+
+        Raises:
+            UserError: the ratio cannot be reached.
+        """
+        overhead = {
+            (view.index, block): view.block_cost(block) - view.units(block) * view.unit_cost(block)
+            for view in layers
+            for block in ROLES_OF
+        }
+        budget = Budget(total_parameters, ratio, overhead, self.round_to, added)
+        free = ~np.isin(scores.layer, list(self.frozen_layers(len(layers))))
+        if not free.any():
+            raise UserError(
+                f"--model.freeze_first_n_layers {self.freeze_first_n_layers} and --model.freeze_last_n_layers "
+                f"{self.freeze_last_n_layers} leave none of the {len(layers)} layers to prune."
+            )
+        free &= protect_best(scores, self.min_groups_per_layer)
+        if layers[0].whole_attention is not None:
+            free &= ~scores.of_kind(Block.ATTENTION)
+        choose = select_global if self.allocation == "global" else select_uniform
+        try:
+            return choose(scores, free, budget)
+        except UserError as error:
+            raise UserError(f"{error}{groups_that_stay(layers)}") from None
+
+
 def ranking(scores: Scores) -> Integers:
-    """Unit rows from first to go to last, int64 ``[U]``.
+    """Unit rows, first to be pruned first, int64 ``[U]``.
 
     Ascending by (score, importance per parameter, layer, attention before mlp, unit): H-GSP rule 2, so units
-    whose prior is zero are ordered by what they weigh, and no tie depends on the sort's implementation.
+    whose prior is zero are ordered by their base score, and no tie depends on the sort's implementation.
     """
     return np.lexsort((scores.unit, scores.code, scores.layer, scores.base, scores.score))
 
@@ -146,3 +207,9 @@ def _unreachable(reachable: int, budget: Budget) -> UserError:
         f"ratio is {largest:.4f} of all {budget.total_parameters:,} parameters (embeddings, head and frozen layers "
         "stay). Lower --model.pruning_ratio, or freeze fewer layers."
     )
+
+
+def groups_that_stay(layers: list[LayerStructure]) -> str:
+    """A sentence, with a space before it, on why no GQA group is a candidate; nothing where groups may be pruned."""
+    reason = layers[0].whole_attention
+    return f" GQA groups of this family stay: {reason}. MLP channels and whole layers can go." if reason else ""

@@ -11,42 +11,33 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lightning_prune.calibration.hooks import Hooks
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import ForwardPass, Pass
 from lightning_prune.calibration.statistics.block_influence import BlockInfluence
-from lightning_prune.checkpoint.cut import parameters_after
 from lightning_prune.checkpoint.plan import LayerPlan
-from lightning_prune.methods.base import PruningMethod
+from lightning_prune.methods.base import PruningMethod, unpruned
 from lightning_prune.methods.scores import layer_scores
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 
 
-def layers_to_remove(influence: Tensor, count: int) -> list[int]:
-    """Indices of the ``count`` layers with the smallest BI ``[L]``, ascending; ties go to the lower index."""
-    return sorted(influence.argsort(stable=True)[:count].tolist())
+def layer_cost(view: LayerStructure) -> int:
+    """Parameters of a layer; all layers of a model are equally large."""
+    return view.block_cost(Block.ATTENTION) + view.block_cost(Block.MLP)
 
 
-def nearest_layer_count(cost: Sequence[int], budget: float | Fraction, at_most: bool = False) -> int:
-    """How many layers come nearest to a budget in parameters; of two equally near counts the smaller one.
-
-    Args:
-        cost: parameters per layer; layers of one model are equally large.
-        budget: parameters to remove.
-        at_most: never above the budget.
-    """
+def nearest_layer_count(cost: int, layers: int, budget: float | Fraction, at_most: bool = False) -> int:
+    """How many of ``layers`` that cost as much each come nearest to a budget in parameters, or (``at_most``) do not
+    exceed it; of two equally near counts the smaller one."""
     if at_most:
-        return min(int(budget // cost[0]), len(cost))
-    return min(range(len(cost) + 1), key=lambda count: (abs(count * cost[0] - budget), count))
+        return min(int(budget // cost), layers)
+    return min(range(layers + 1), key=lambda count: (abs(count * cost - budget), count))
 
 
 class BlockInfluencePass(ForwardPass):
-    """BI of every layer."""
-
     name = "influence"
 
     def observe(self, view: LayerStructure, hooks: Hooks) -> None:
@@ -70,6 +61,7 @@ class ShortGPT(PruningMethod):
         run_options: Options of every method.
     """
 
+    uneven = False
     decision_options = (*PruningMethod.decision_options, "n_remove_layers", "at_most")
 
     def __init__(
@@ -89,10 +81,6 @@ class ShortGPT(PruningMethod):
         self.at_most = at_most
 
     @property
-    def uneven(self) -> bool:
-        return False
-
-    @property
     def requested_ratio(self) -> float | None:
         return self.pruning_ratio if self.n_remove_layers is None else None
 
@@ -102,27 +90,23 @@ class ShortGPT(PruningMethod):
         Raises:
             UserError: none or all of them.
         """
-        cost = [view.block_cost(Block.ATTENTION) + view.block_cost(Block.MLP) for view in layers]
-        count = self.n_remove_layers or nearest_layer_count(
-            cost, Fraction(str(self.pruning_ratio)) * total_parameters, self.at_most
-        )
-        if 0 < count < len(layers):
+        cost, most = layer_cost(layers[0]), len(layers) - 1
+        budget = Fraction(str(self.pruning_ratio)) * total_parameters
+        count = self.n_remove_layers or nearest_layer_count(cost, len(layers), budget, self.at_most)
+        if 0 < count <= most:
             return count
         if self.n_remove_layers is not None:
             raise UserError(
                 f"--model.n_remove_layers: found {count}; the model has {len(layers)} layers and one must stay, "
-                f"so at most {len(layers) - 1} can go."
+                f"so at most {most} can go."
             )
-        smallest, largest = cost[0] / total_parameters, cost[0] * (len(layers) - 1) / total_parameters
-        comes = "allows" if self.at_most else "is nearest to"
         raise UserError(
-            f"--model.pruning_ratio: {self.pruning_ratio:g} {comes} removing {count} of {len(layers)} layers. "
-            f"Removing 1 to {len(layers) - 1} layers gives ratios from {smallest:.4f} to {largest:.4f}, "
-            "the largest reachable ratio."
+            f"--model.pruning_ratio: {self.pruning_ratio:g} {'allows' if self.at_most else 'is nearest to'} removing "
+            f"{count} of {len(layers)} layers. Removing 1 to {most} layers gives ratios from "
+            f"{cost / total_parameters:.4f} to {cost * most / total_parameters:.4f}, the largest reachable ratio."
         )
 
     def check_ratio(self, layers: list[LayerStructure], total_parameters: int) -> None:
-        """At least one layer must go and one must stay."""
         self.layer_count(layers, total_parameters)
 
     def passes(self) -> list[Pass]:
@@ -133,17 +117,12 @@ class ShortGPT(PruningMethod):
             influence = torch.cat([result.importance[Block.LAYER] for result in self.results("influence")])
         else:
             influence = torch.from_numpy(self.saved.scores.importance)
-        cost = [view.block_cost(Block.ATTENTION) + view.block_cost(Block.MLP) for view in self.layers]
-        removed = layers_to_remove(influence, self.layer_count(self.layers, self.dense_parameters))
-        scores = layer_scores(influence, cost)
-        self.scores = replace(scores, pruned=np.isin(scores.layer, list(removed)))
-        kept = [
-            LayerPlan(view.index, [], [])
-            if view.index in removed
-            else LayerPlan(view.index, list(range(view.num_kv_heads)), list(range(view.num_channels)))
-            for view in self.layers
-        ]
-        self.plan = self.make_plan(kept, parameters_after(self.layers, self.dense_parameters, kept))
+        count = self.layer_count(self.layers, self.dense_parameters)
+        removed = influence.argsort(stable=True)[:count].tolist()  # of equal ones the lower layer
+        scores = layer_scores(influence, [layer_cost(view) for view in self.layers])
+        self.scores = replace(scores, pruned=np.isin(scores.layer, removed))
+        kept = unpruned(self.layers)
+        self.plan = self.make_plan([LayerPlan(p.layer, [], []) if p.layer in removed else p for p in kept])
 
     def details(self) -> dict[str, Any]:
         asked = {"n_remove_layers": self.n_remove_layers, "at_most": self.at_most}

@@ -2,7 +2,7 @@
 
 Layer by layer, and within a layer attention before the MLP, the columns of o and down that cost least are removed and
 the others are refitted to the layer's own output (``slimgpt_math``). The rows of q, k, v or gate, up that fed them are
-then dropped, which is exact. Every Hessian is taken on what the already pruned part of the model puts out.
+then dropped, which is exact. Every Hessian is taken on what the already pruned part of the model outputs.
 """
 
 import math
@@ -10,28 +10,24 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from lightning_prune.calibration.hooks import Hooks
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import BlockPass, Holding, Load, Pass, Step
 from lightning_prune.calibration.statistics.gram import InputGram
-from lightning_prune.checkpoint.cut import parameters_after
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.methods.scores import group_scores, groups_that_stay
+from lightning_prune.methods.scores import group_scores
+from lightning_prune.methods.selection import groups_that_stay
 from lightning_prune.methods.slimgpt_math import (
     HeadError,
-    InverseHessian,
-    NotPositiveDefiniteError,
-    PrunedLinear,
     choose_dtype,
     columns_of,
     group_size_schedule,
     inverse_hessian,
-    prune_channels,
-    prune_heads,
+    prune_units,
     solve_bytes,
 )
 from lightning_prune.methods.slimgpt_ratios import layer_ratios, unit_counts
@@ -41,7 +37,7 @@ from lightning_prune.support.errors import UserError
 
 
 class SlimGPTPass(BlockPass):
-    """Prunes and refits o, then down, of every layer on what the pruned part before it puts out.
+    """Prunes and refits o, then down, of every layer on what the pruned part before it outputs.
 
     Args:
         counts: (groups, channels) to remove from every layer.
@@ -59,11 +55,9 @@ class SlimGPTPass(BlockPass):
         damping: float,
         max_tokens: int,
     ) -> None:
-        self.counts = counts
+        self.counts, self.damping, self.max_tokens = counts, damping, max_tokens
         self.head_score: HeadError = head_score
         self.ffn_group_size: int | Literal["dynamic"] = ffn_group_size
-        self.damping = damping
-        self.max_tokens = max_tokens
 
     def observe(self, view: LayerStructure, block: Block, hooks: Hooks) -> None:
         role, linear = OUTPUT_ROLE[block], view.projection(block)
@@ -76,6 +70,9 @@ class SlimGPTPass(BlockPass):
         role, linear = OUTPUT_ROLE[block], view.projection(block)
         gram, name = self.gram, f"layer {view.index}, {role} projection"
         del self.gram
+        width = linear.in_features // view.units(block)
+        count = self.counts[view.index][block is Block.MLP]
+        rounds = [1] * count if block is Block.ATTENTION else group_size_schedule(count, self.ffn_group_size)
         try:
             xtx = gram.matrix()
             samples = max(1, int(gram.tokens) // self.setting.seq_len)
@@ -84,18 +81,20 @@ class SlimGPTPass(BlockPass):
             dtype = choose_dtype(len(xtx), self.setting.free_bytes(xtx.device))
             hessian = inverse_hessian(xtx, samples, self.damping, dtype)
             del xtx
-            result = self._prune(view, block, hessian)
-        except (NotPositiveDefiniteError, FloatingPointError) as error:
+            self.setting.finished(0.5)
+            finished = self.setting.finished
+            result = prune_units(
+                linear.weight, hessian, rounds, width, self.head_score, lambda share: finished(0.5 * share)
+            )
+        except FloatingPointError as error:
             raise FloatingPointError(f"{name}: {error}") from None
-        width = linear.in_features // len(result.errors)
-        columns = columns_of(result.kept, width)
         refitted = torch.zeros_like(linear.weight)
-        refitted[:, columns] = result.weight.to(refitted.dtype)
+        refitted[:, columns_of(result.kept, width)] = result.weight.to(refitted.dtype)
         if not bool(torch.isfinite(refitted).all()):
             raise FloatingPointError(f"{name}: refitted weights overflow {str(refitted.dtype).removeprefix('torch.')}.")
         facts = {
             "kept": result.kept.tolist(),
-            "damping": result.damping,
+            "damping": hessian.damping,
             "dtype": str(dtype).removeprefix("torch."),
         }
         return LayerResult({block: result.errors}, {role: refitted}, facts=facts)
@@ -103,11 +102,9 @@ class SlimGPTPass(BlockPass):
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """Also XᵀX of one projection, and what it is solved with."""
         base = super().holds(view, load)
-        solves = [
-            solve_bytes(n, d, load.free, load.accelerated)
-            for d, n in (view.output.weight.shape, view.down.weight.shape)
-        ]
-        return replace(base, running=base.running + 4 * load.widest_input**2, finishing=max(solves))
+        shapes = (view.output.weight.shape, view.down.weight.shape)
+        solve = max(solve_bytes(n, d, load.free, load.accelerated) for d, n in shapes)
+        return replace(base, running=base.running + 4 * load.widest_input**2, finishing=solve)
 
     def cost(self, view: LayerStructure, step: Step) -> float:
         """A block, and the square of its inner width for XᵀX."""
@@ -120,23 +117,6 @@ class SlimGPTPass(BlockPass):
         """n³ operations for H⁻¹, beside two for every weight of the layer and token."""
         inner = view.projection(self.block(step)).in_features
         return inner**3 / (2 * sum(linear.weight.numel() for linear in view.linears.values()))
-
-    def _prune(self, view: LayerStructure, block: Block, hessian: InverseHessian) -> PrunedLinear:
-        groups, channels = self.counts[view.index]
-
-        before = 0
-
-        def on_round(removed: int, total: int) -> None:
-            nonlocal before
-            self.setting.finished(0.5 * (removed - before) / max(1, total))
-            before = removed
-
-        self.setting.finished(0.5)  # H⁻¹ is there
-        if block is Block.ATTENTION:
-            width = view.output.in_features // view.num_kv_heads
-            return prune_heads(view.output.weight, hessian, groups, width, self.head_score, on_round)
-        schedule = group_size_schedule(channels, self.ffn_group_size)
-        return prune_channels(view.down.weight, hessian, schedule, on_round)
 
 
 class SlimGPT(PruningMethod):
@@ -221,25 +201,22 @@ class SlimGPT(PruningMethod):
         return [SlimGPTPass(self.counts, self.head_score, self.ffn_group_size, self.damping, tokens)]
 
     def decide(self) -> None:
-        """Everything is decided; write it down. The score of a unit is its error when it was removed."""
+        """The passes have decided. The score of a unit is its error when it was removed."""
         results = {block: self.results("slimgpt", block) for block in OUTPUT_ROLE}
         self.damping_used = {
             OUTPUT_ROLE[block]: [result.facts["damping"] for result in of] for block, of in results.items()
         }
         self.solver_dtypes = sorted({result.facts["dtype"] for of in results.values() for result in of})
-        kept = [
-            LayerPlan(layer, attention.facts["kept"], mlp.facts["kept"])
-            for layer, (attention, mlp) in enumerate(zip(*results.values(), strict=True))
-        ]
-        errors = {block: [result.importance[block] for result in of] for block, of in results.items()}
-        scores = group_scores(self.layers, errors[Block.ATTENTION], errors[Block.MLP])
-        removed = torch.cat([_removed(self.layers, plan, block) for plan in kept for block in OUTPUT_ROLE])
-        self.scores = replace(scores, score=scores.importance, base=scores.importance, pruned=removed.numpy())
-        left = parameters_after(self.layers, self.dense_parameters, kept)
-        self.plan = self.make_plan(kept, left, weights_updated=True)
+        pairs = list(zip(*results.values(), strict=True))
+        kept = [LayerPlan(i, heads.facts["kept"], mlp.facts["kept"]) for i, (heads, mlp) in enumerate(pairs)]
+        scores = group_scores(self.layers, [heads.importance | mlp.importance for heads, mlp in pairs])
+        pruned = np.ones(len(scores.unit), dtype=bool)
+        for (layer, block), rows in scores.blocks.rows().items():
+            pruned[rows[kept[layer].kept(block)]] = False
+        self.scores = replace(scores, score=scores.importance, base=scores.importance, pruned=pruned)
+        self.plan = self.make_plan(kept, weights_updated=True)
 
     def details(self) -> dict[str, Any]:
-        """Ratios, the damping that was needed, and the head score."""
         return {
             "head_score": self.head_score,
             "ffn_group_size": self.ffn_group_size,
@@ -251,9 +228,3 @@ class SlimGPT(PruningMethod):
             "removed_groups_and_channels": self.counts,
             **super().details(),
         }
-
-
-def _removed(layers: list[LayerStructure], plan: LayerPlan, block: Block) -> Tensor:
-    removed = torch.ones(layers[plan.layer].units(block), dtype=torch.bool)
-    removed[plan.kept(block)] = False
-    return removed

@@ -1,12 +1,12 @@
-"""SlimGPT (Ling et al., 2024): which input columns of one linear to remove, and how the others make up for it.
+"""SlimGPT (Ling et al., 2024): which input columns of one linear to remove, and how the others compensate for it.
 
-Symbols: W ``[out, n]`` the weight of o or down; X ``[tokens, n]`` its inputs; H = (2/N)·XᵀX + λ·mean(diag)·I;
-ε the rise of tr(ΔW·H·ΔWᵀ) = (2/N)·‖ΔW·Xᵀ‖² when columns go and the others are refitted. A unit is one MLP channel
-(1 column) or one GQA group (r·d contiguous columns).
+Symbols: W ``[out, n]`` the weight of o or down; X ``[tokens, n]`` its inputs; H = (2/N)·XᵀX + λ·mean(diag)·I; ε the
+rise of tr(ΔW·H·ΔWᵀ) = (2/N)·‖ΔW·Xᵀ‖² when columns are removed and the others refitted. A unit is one MLP channel (1
+column) or one GQA group (r·d contiguous columns).
 
 Memory: one n × n matrix beside XᵀX, which becomes H, its factor, H⁻¹ and the inverse of what is left, each in the place
-of the one before (on CUDA a second one while H⁻¹ is computed). Temporaries are chunks. While columns leave, only the
-lower triangle is kept up: that halves the work, and a matrix of which half is stored cannot lose its symmetry.
+of the one before (on CUDA a second one while H⁻¹ is computed). Temporaries are chunks. While columns are removed, only
+the lower triangle is updated: that halves the work, and a matrix of which half is stored cannot lose its symmetry.
 """
 
 import math
@@ -21,37 +21,20 @@ from lightning_prune.calibration.statistics.gram import mirror_upper_
 from lightning_prune.calibration.statistics.token_statistic import full_precision
 
 HeadError = Literal["slimgpt", "exact"]
-OnRound = Callable[[int, int], None]
 MAX_DAMPING = 1.0
 CHUNK = 2**21  # elements of a temporary: 16 MB in float64
 UPDATE_ROWS = 512  # the rows of H⁻¹ that one matrix product updates, up to the diagonal
 PACK_BELOW = 0.85  # share of live columns below which they move together: moving costs as much as a small update
 
 
-class NotPositiveDefiniteError(ValueError):
-    """The Hessian has no usable inverse; the caller knows the layer's name and adds it."""
-
-
 @dataclass
 class InverseHessian:
-    """H⁻¹ ``[n, n]`` fp32 or float64, None once it was taken; ``dead``: bool ``[n]``, inputs that were 0 on every
-    token; ``damping``: the λ that was used, which exceeds the requested one if H was not positive definite with that.
-    """
+    """H⁻¹ ``[n, n]`` fp32 or float64, gone once it was used; ``dead``: bool ``[n]``, inputs that were 0 on every token;
+    ``damping``: the λ that was used, which exceeds the requested one if H was not positive definite with that."""
 
-    inverse: Tensor | None
+    inverse: Tensor
     dead: Tensor
     damping: float
-
-    def take(self) -> Tensor:
-        """H⁻¹, to be overwritten by whoever takes it; nothing keeps its memory alive here.
-
-        Raises:
-            ValueError: it was taken before.
-        """
-        if self.inverse is None:
-            raise ValueError("this inverse Hessian was used up by the pruning before; invert XᵀX again.")
-        inverse, self.inverse = self.inverse, None
-        return inverse
 
 
 @dataclass(frozen=True)
@@ -59,21 +42,17 @@ class PrunedLinear:
     """What is left of one linear.
 
     ``kept``: units, int64, ascending. ``weight``: ``[out, kept·width]``, compensated, in the dtype of H⁻¹. ``errors``:
-    ``[units]``, ε when the unit was removed, for a kept one after the last removal. ``damping``: the λ that was used.
+    ``[units]``, ε when the unit was removed, for a kept one after the last removal.
     """
 
     kept: Tensor
     weight: Tensor
     errors: Tensor
-    damping: float
 
 
 def solver_bytes(n: int, dtype: torch.dtype) -> int:
-    """Most memory that inverting and pruning take at once beside XᵀX, for a weight of up to n rows.
-
-    Two n × n matrices (CUDA inverts out of place; later H⁻¹ and the weight), the columns that leave in one round, and
-    chunks.
-    """
+    """Most memory that inverting and pruning take at once beside XᵀX, for a weight of up to n rows: two n × n matrices
+    (CUDA inverts out of place; later H⁻¹ and the weight), the columns removed in one round, and chunks."""
     return dtype.itemsize * (2 * n * n + 1024 * n + 4 * CHUNK)
 
 
@@ -83,37 +62,11 @@ def choose_dtype(n: int, free_bytes: int) -> torch.dtype:
 
 
 def solve_bytes(n: int, rows: int, free_bytes: int, accelerated: bool) -> int:
-    """What XᵀX, inverting it and pruning a weight ``[rows, n]`` take in the dtype that ``choose_dtype`` would take.
-
-    XᵀX is given up in between; an accelerator needs a second matrix to invert.
-    """
+    """What XᵀX, inverting it and pruning a weight ``[rows, n]`` take in the dtype that ``choose_dtype`` would take. XᵀX
+    is freed in between; an accelerator needs a second matrix to invert."""
     size = choose_dtype(n, free_bytes - 4 * n * n).itemsize
     inverting = 4 * n * n + size * n * n * (2 if accelerated else 1)
     return max(inverting, size * (n * n + rows * n + 1024 * n)) + 2 * size * CHUNK
-
-
-def damped_hessian(
-    xtx: Tensor, num_samples: int, damping: float = 0.01, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor]:
-    """H = (2/N)·XᵀX + λ·mean(diag)·I and the dead inputs.
-
-    Dead inputs get a diagonal of 1 before the mean is taken, the order of the released code.
-
-    Args:
-        xtx: XᵀX ``[n, n]``, fp32 or float64.
-        num_samples: N, the calibration sequences. It cancels from every result but for the 1 of dead inputs.
-        damping: λ.
-        dtype: of H, fp32 or float64.
-
-    Returns:
-        H ``[n, n]``, memory of its own, and dead, bool ``[n]``.
-    """
-    hessian = xtx.to(dtype, copy=True, memory_format=torch.contiguous_format).mul_(2 / num_samples)
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0
-    diagonal[dead] = 1
-    diagonal += damping * diagonal.mean()
-    return hessian, dead
 
 
 def inverse_hessian(
@@ -121,26 +74,34 @@ def inverse_hessian(
 ) -> InverseHessian:
     """H⁻¹ at the smallest of λ, 10·λ, 100·λ … ≤ 1 that makes H positive definite (for λ = 0: 0, 0.001, 0.01 …).
 
-    Args: as for ``damped_hessian``. XᵀX is only read, and no longer needed afterwards; it comes in undamped because
-        another λ needs the undamped diagonal.
+    Dead inputs get a diagonal of 1 before its mean is taken, the order of the released code.
+
+    Args:
+        xtx: XᵀX ``[n, n]``, fp32 or float64; only read. Another λ needs its undamped diagonal.
+        num_samples: N, the calibration sequences. It cancels from every result but for the 1 of dead inputs.
+        damping: λ.
+        dtype: of H⁻¹, fp32 or float64.
 
     Raises:
-        NotPositiveDefiniteError: no such λ.
-        FloatingPointError: XᵀX holds NaN or inf.
+        FloatingPointError: XᵀX holds NaN or inf, or no such λ makes H positive definite.
     """
     if not all(bool(torch.isfinite(xtx[rows]).all()) for rows in _chunks(len(xtx), len(xtx))):
         raise FloatingPointError("XᵀX holds NaN or infinite values.")
     used = damping
     while True:
-        hessian, dead = damped_hessian(xtx, num_samples, used, dtype)
+        hessian = xtx.to(dtype, copy=True, memory_format=torch.contiguous_format).mul_(2 / num_samples)
+        diagonal = hessian.diagonal()
+        dead = diagonal == 0
+        diagonal[dead] = 1
+        diagonal += used * diagonal.mean()
         with full_precision(xtx.device):
             inverted = _invert_(hessian)
         if inverted:
             return InverseHessian(hessian, dead, used)
-        del hessian  # before the next one is built
+        del hessian, diagonal  # before the next one is built
         following = 10 * max(used, 1e-4)
         if following > MAX_DAMPING * (1 + 1e-9):
-            raise NotPositiveDefiniteError(
+            raise FloatingPointError(
                 f"the Hessian is not positive definite, neither at damping {damping:g} nor at {used:g}. "
                 "Use more calibration tokens than input channels, or a larger damping."
             )
@@ -173,7 +134,7 @@ def head_errors(weight: Tensor, inverse: Tensor, width: int, kind: HeadError = "
 
 
 def compensate_(weight: Tensor, inverse: Tensor, removed: Tensor) -> None:
-    """Remove columns P and let the survivors S make up for them, in place: W'_S = W_S + W_P·H_PS·H_SS⁻¹, W'_P = 0.
+    """Remove columns P and let the others, S, compensate for them, in place: W'_S = W_S + W_P·H_PS·H_SS⁻¹, W'_P = 0.
 
     Computed as W_S − W_P·[(H⁻¹)_PP]⁻¹·(H⁻¹)_PS, the same thing (block inverse), because H⁻¹ is there for the scores,
     one solve gives both results, eliminating P from a positive definite matrix is stable without pivoting, and it
@@ -186,7 +147,7 @@ def compensate_(weight: Tensor, inverse: Tensor, removed: Tensor) -> None:
         removed: P, int64, distinct, any order.
 
     Raises:
-        NotPositiveDefiniteError: (H⁻¹)_PP is not positive definite, by rounding.
+        FloatingPointError: (H⁻¹)_PP is not positive definite, by rounding.
     """
     removed = removed.sort().values
     columns = torch.arange(weight.shape[1], device=weight.device)
@@ -205,84 +166,50 @@ def compensate_(weight: Tensor, inverse: Tensor, removed: Tensor) -> None:
     inverse.diagonal()[removed] = 1
 
 
-def prune_heads(
+def prune_units(
     weight: Tensor,
     hessian: InverseHessian,
-    num_remove: int,
-    width: int,
+    rounds: Sequence[int],
+    width: int = 1,
     kind: HeadError = "slimgpt",
-    on_round: OnRound | None = None,
+    on_round: Callable[[float], None] = lambda share: None,
 ) -> PrunedLinear:
-    """Greedy: remove the unit with the lowest ε (ties: lower index), compensate, score again, ``num_remove`` times.
+    """Greedy: in every round remove the ``rounds[i]`` units with the lowest ε (ties: lower index), compensate, and
+    score again.
 
     Args:
-        weight: W ``[out, n]`` of the attention output, any floating dtype; it is not changed.
+        weight: W ``[out, n]`` of o or down, any floating dtype; it is not changed.
         hessian: of its inputs; used up, its memory is free when this returns.
-        num_remove: GQA groups to remove, 0 … n / width.
-        width: columns of one group, r·d.
-        kind: see ``head_errors``.
-        on_round: called after every round with (units removed so far, units to remove).
+        rounds: together 0 … n / width units.
+        width: columns of one unit, r·d of a GQA group.
+        kind: see ``head_errors``; a unit of one column has ``channel_errors``.
+        on_round: called after every round with its share of all the units to remove.
 
     Raises:
-        NotPositiveDefiniteError: rounding broke H⁻¹; use float64.
-        ValueError: more units than there are, or the Hessian was used before.
+        FloatingPointError: rounding broke H⁻¹; use float64.
     """
-    return _prune(weight, hessian, width, [1] * num_remove, lambda w, inv: head_errors(w, inv, width, kind), on_round)
 
+    def score() -> Tensor:
+        errors = channel_errors(weight, inverse) if width == 1 else head_errors(weight, inverse, width, kind)
+        if not bool((torch.isfinite(errors) & (errors >= 0)).all()):
+            raise FloatingPointError("pruning errors became negative or NaN: H⁻¹ lost its precision; use float64.")
+        return errors
 
-def prune_channels(
-    weight: Tensor, hessian: InverseHessian, group_sizes: Sequence[int], on_round: OnRound | None = None
-) -> PrunedLinear:
-    """The same loop over single columns; round i removes the ``group_sizes[i]`` lowest (``group_size_schedule``)."""
-    return _prune(weight, hessian, 1, group_sizes, channel_errors, on_round)
-
-
-def group_size_schedule(target: int, group_size: int | Literal["dynamic"] = "dynamic") -> list[int]:
-    """How many MLP channels leave per round; the sum is exactly ``target``.
-
-    A number: always so many. ``dynamic``, the released rule: b₀ = (target − 512)//2, then b ← (b − 512)//2, each
-    clipped to 64 … 1024. Its lower limit is made for thousands of channels: a small MLP would lose everything in one
-    round, without rescoring. At target = 512 the rule takes eight rounds of 64, so below that the limit is target/8,
-    rounded up.
-    """
-    if group_size != "dynamic" and group_size < 1:
-        raise ValueError(f"group_size {group_size} must be at least 1.")
-    smallest = min(64, max(1, math.ceil(target / 8)))
-    sizes: list[int] = []
-    size, left = target, target
-    while left > 0:
-        size = min(1024, max(smallest, (size - 512) // 2)) if group_size == "dynamic" else group_size
-        sizes.append(min(size, left))
-        left -= sizes[-1]
-    return sizes
-
-
-def _prune(
-    weight: Tensor,
-    hessian: InverseHessian,
-    width: int,
-    group_sizes: Sequence[int],
-    score: Callable[[Tensor, Tensor], Tensor],
-    on_round: OnRound | None,
-) -> PrunedLinear:
-    units = weight.shape[1] // width
-    total = sum(group_sizes)
-    if total > units:
-        raise ValueError(f"{total} of {units} units cannot be removed.")
-    inverse = hessian.take()
+    units, total, removed = weight.shape[1] // width, sum(rounds), 0
+    inverse = hessian.inverse
+    del hessian.inverse
     weight = weight.detach()
-    if group_sizes:
+    if rounds:
         weight = weight.to(inverse.dtype, copy=True, memory_format=torch.contiguous_format)
         weight.masked_fill_(hessian.dead, 0)
     else:  # a linear that loses nothing stays as it is, bit for bit
         weight = weight.to(inverse.dtype)
-    unit = torch.arange(units, device=weight.device)  # which unit stands where; what left stays until the next move
+    unit = torch.arange(units, device=weight.device)  # which unit is where; removed ones stay until the next move
     alive = torch.ones_like(unit, dtype=torch.bool)
     errors = torch.zeros(units, dtype=weight.dtype, device=weight.device)
-    removed = 0
     with full_precision(weight.device):
-        for size in group_sizes:
-            current = _finite(score(weight, inverse)).masked_fill(~alive, torch.inf)
+        for size in rounds:
+            current = score().masked_fill(~alive, torch.inf)
             victims = current.argsort(stable=True)[:size]
             errors[unit[victims]] = current[victims]
             alive[victims] = False
@@ -293,11 +220,28 @@ def _prune(
                 weight, inverse = _packed(weight, None, columns), _packed(inverse, columns, columns)
                 unit = unit[alive]
                 alive = torch.ones_like(unit, dtype=torch.bool)
-            if on_round is not None:
-                on_round(removed, total)
+            on_round(size / total)
         if len(unit):
-            errors[unit] = _finite(score(weight, inverse))
-    return PrunedLinear(unit, weight, errors, hessian.damping)
+            errors[unit] = score()
+    return PrunedLinear(unit, weight, errors)
+
+
+def group_size_schedule(target: int, group_size: int | Literal["dynamic"] = "dynamic") -> list[int]:
+    """How many MLP channels are removed per round; the sum is exactly ``target``.
+
+    A number: always so many. ``dynamic``, the released rule: b₀ = (target − 512)//2, then b ← (b − 512)//2, each
+    clipped to 64 … 1024. Its lower limit is made for thousands of channels: a small MLP would lose everything in one
+    round, without rescoring. At target = 512 the rule takes eight rounds of 64, so below that the limit is target/8,
+    rounded up.
+    """
+    smallest = min(64, max(1, math.ceil(target / 8)))
+    sizes: list[int] = []
+    size, left = target, target
+    while left > 0:
+        size = min(1024, max(smallest, (size - 512) // 2)) if group_size == "dynamic" else group_size
+        sizes.append(min(size, left))
+        left -= sizes[-1]
+    return sizes
 
 
 def columns_of(units: Tensor, width: int) -> Tensor:
@@ -332,17 +276,11 @@ def _column_squares(weight: Tensor) -> Tensor:
     return total
 
 
-def _finite(errors: Tensor) -> Tensor:
-    if not bool((torch.isfinite(errors) & (errors >= 0)).all()):
-        raise NotPositiveDefiniteError("pruning errors became negative or NaN: H⁻¹ lost its precision; use float64.")
-    return errors
-
-
 def _cholesky(matrix: Tensor) -> Tensor:
     factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if bool(failed.any()):
-        raise NotPositiveDefiniteError("a block of H⁻¹ is not positive definite: rounding; use float64.")
+        raise FloatingPointError("a block of H⁻¹ is not positive definite: rounding; use float64.")
     return factor
 
 

@@ -9,9 +9,8 @@ def layer_ratios(
 ) -> list[float]:
     """ρ_i = ρ_0 + (ρ_{n−1} − ρ_0)·ln(i + 1)/ln(n) with a mean of ``target``: later layers lose more.
 
-    With m = Σ_i ln(i + 1)/(n·ln n) the mean is ρ_0 + (ρ_{n−1} − ρ_0)·m, which gives ρ_{n−1}. The released code
-    divides by ln 32 whatever n is; ln n is the formula. If ρ_{n−1} would exceed ``max_ratio``, it is set to that
-    and ρ_0 raised.
+    With m = Σ_i ln(i + 1)/(n·ln n) the mean is ρ_0 + (ρ_{n−1} − ρ_0)·m, which gives ρ_{n−1}. The released code divides
+    by ln 32 whatever n is; ln n is the formula. A ρ_{n−1} above ``max_ratio`` is set to that, and ρ_0 raised.
 
     Args:
         num_layers: n.
@@ -54,19 +53,12 @@ def unit_counts(
 ) -> list[tuple[int, int]]:
     """GQA groups and MLP channels to remove from each layer, together at most ``budget`` parameters.
 
-    Starts from ⌊K·ρ + ½⌋ and ⌊F·ρ + ½⌋. What rounding to whole groups moved is put right on the channels, one per layer
-    in turn, largest ρ first (ties: lower layer), so the profile over the layers stays and the shortfall is less than
-    one channel. Groups change only where channels cannot do it: one is given back, or one more taken, in the layer
-    whose rounding was furthest off; if no channel is left and a group is too much, the shortfall stays larger.
-    Every layer keeps a group and a channel; a layer with ρ = 0 loses nothing.
-
-    Args:
-        ratios: ρ per layer.
-        num_groups: K, GQA groups per layer.
-        num_channels: F, MLP channels per layer.
-        attention_unit_cost: parameters of one group.
-        mlp_unit_cost: parameters of one channel.
-        budget: parameters to remove.
+    Starts from ⌊K·ρ + ½⌋ and ⌊F·ρ + ½⌋ with ρ the layer's ratio, K its groups, F its channels. What rounding to whole
+    groups moved is corrected on the channels, one per layer in turn, largest ρ first (ties: lower layer), so the
+    profile over the layers stays and the shortfall is less than one channel. Groups change only where channels cannot
+    do it: one is given back, or one more taken, in the layer whose rounding was furthest off; if no channel is left and
+    a group is too much, the shortfall stays larger. Every layer keeps a group and a channel; a layer with ρ = 0 loses
+    nothing.
 
     Raises:
         ValueError: the budget cannot be reached; the message names the largest reachable one.

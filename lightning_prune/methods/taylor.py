@@ -16,11 +16,6 @@ from lightning_prune.calibration.statistics.groups import group_importance
 from lightning_prune.models.families import LayerStructure
 
 
-def weight_scores(weight: Tensor, gradient: Tensor) -> Tensor:
-    """|w·g|, fp32, shaped like both. ``gradient`` is overwritten: it is as large as the weight."""
-    return gradient.mul_(weight).abs_()
-
-
 class TaylorPass(BackwardPass):
     """I(G) = Σ |w·g| over every weight of the group."""
 
@@ -44,6 +39,8 @@ class TaylorPass(BackwardPass):
         gradients = self.gradients
         del self.gradients
         gradients.remove()
-        return LayerResult(
-            group_importance(view, lambda role: weight_scores(view.linears[role].weight, gradients.take(role)))
-        )
+
+        def score(role: str) -> Tensor:
+            return gradients.take(role).mul_(view.linears[role].weight).abs_()  # in place: as large as the weight
+
+        return LayerResult(group_importance(view, score))

@@ -13,95 +13,55 @@ from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import ForwardPass, Holding, Load, Pass
 from lightning_prune.calibration.statistics.channel_sums import SumOfSquares
 from lightning_prune.calibration.statistics.groups import group_importance
-from lightning_prune.methods.mask_pruning import GroupOrMaskPruning, MaskRule, mask_holding, mask_layer
+from lightning_prune.methods.mask_pruning import GroupOrMaskPruning
+from lightning_prune.methods.masks import MaskRule, mask_layer
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import INPUT_OF, Block
 
 
 def weight_scores(weight: Tensor, input_norms: Tensor) -> Tensor:
-    """S_ij = |W_ij| · ‖X_j‖₂ (Wanda, eq. 1).
-
-    Args:
-        weight: ``[out, in]``, any float dtype.
-        input_norms: ``[in]``, any float dtype, l2 norm of each input channel over all calibration tokens.
-
-    Returns:
-        fp32 ``[out, in]``.
-    """
+    """S_ij = |W_ij| · ‖X_j‖₂ (Wanda, eq. 1), fp32 ``[out, in]``; the norms ``[in]`` of input channels are taken over
+    all calibration tokens."""
     return weight.float().abs() * input_norms.float()
 
 
 def wanda_importance(view: LayerStructure, norms: dict[str, Tensor]) -> dict[Block, Tensor]:
-    """I(G) = Σ |W_ij| · ‖X_j‖₂ over every weight of the group, in all its projections.
-
-    Args:
-        view: one decoder layer.
-        norms: input norms ``[in]`` by role: query, output, gate, down.
-
-    Returns:
-        ``[K]`` per GQA group and ``[F]`` per MLP channel, fp32.
-    """
+    """I(G) = Σ |W_ij| · ‖X_j‖₂ over every weight of the group, ``[K]`` per GQA group and ``[F]`` per MLP channel, fp32;
+    ``norms`` ``[in]`` are those of the inputs of query, output, gate and down."""
     return group_importance(view, lambda role: weight_scores(view.linears[role].weight, norms[INPUT_OF[role]]))
 
 
-class InputNorms:
-    """Collects the norms of a layer's four distinct inputs."""
+class WandaPass(ForwardPass):
+    """Group importance from the dense model's activations.
 
-    def __init__(self, view: LayerStructure, hooks: Hooks) -> None:
-        self.layer = view.index
+    Args:
+        rule: zeroes the lowest-scored weights of each output row, or all but n of every m, instead.
+        sequential: with a rule, calibrate each layer on the output of the masked layers before it.
+    """
+
+    def __init__(self, rule: MaskRule | None = None, sequential: bool = True) -> None:
+        self.rule, self.changes = rule, rule is not None  # also where the next layer is meant not to see it
+        self.name = "masks" if self.changes else "importance"
+        self.rewrites = rule is not None and sequential
+
+    def observe(self, view: LayerStructure, hooks: Hooks) -> None:
         self.sums: dict[str, SumOfSquares] = {}
         for role in sorted(set(INPUT_OF.values())):
             linear = view.linears[role]
             self.sums[role] = SumOfSquares(linear.in_features).to(linear.weight.device)
-            hooks.on_input(self._name(role), linear.module, self.sums[role].update)
+            hooks.on_input(f"layer {view.index}, input of {role}", linear.module, self.sums[role].update)
 
-    def norms(self) -> dict[str, Tensor]:
-        """‖X_j‖₂ fp64 ``[in]`` by the role that reads the input first: query, output, gate, down.
-
-        Raises:
-            FloatingPointError: an activation was NaN or infinite.
-        """
+    def conclude(self, view: LayerStructure) -> LayerResult:
         for role, statistic in self.sums.items():
-            statistic.raise_if_not_finite(self._name(role))
-        return {role: statistic.norms() for role, statistic in self.sums.items()}
-
-    def _name(self, role: str) -> str:
-        return f"layer {self.layer}, input of {role}"
-
-
-class WandaPass(ForwardPass):
-    """Group importance from the dense model's activations."""
-
-    name = "importance"
-
-    def observe(self, view: LayerStructure, hooks: Hooks) -> None:
-        self.inputs = InputNorms(view, hooks)
-
-    def conclude(self, view: LayerStructure) -> LayerResult:
-        return LayerResult(wanda_importance(view, self.inputs.norms()))
-
-
-class WandaMaskPass(WandaPass):
-    """Zeroes the lowest-scored weights of each output row, or n:m.
-
-    Args:
-        rule: what is zeroed.
-        sequential: calibrate each layer on the output of the masked layers before it, as the paper does; false takes
-            all norms from the dense model.
-    """
-
-    name = "masks"
-    changes = True  # though the next layer may be meant not to see it
-
-    def __init__(self, rule: MaskRule, sequential: bool) -> None:
-        self.rule, self.rewrites = rule, sequential
-
-    def conclude(self, view: LayerStructure) -> LayerResult:
-        norms = self.inputs.norms()
+            statistic.raise_if_not_finite(f"layer {view.index}, input of {role}")
+        norms = {role: statistic.norms() for role, statistic in self.sums.items()}
+        if self.rule is None:
+            return LayerResult(wanda_importance(view, norms))
         return mask_layer(view, self.rule, lambda role: weight_scores(view.linears[role].weight, norms[INPUT_OF[role]]))
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
-        return mask_holding(super().holds(view, load), load)
+        base = super().holds(view, load)
+        return base if self.rule is None else self.rule.holding(base, load)
 
 
 class Wanda(GroupOrMaskPruning):
@@ -120,7 +80,7 @@ class Wanda(GroupOrMaskPruning):
         self.sequential = sequential
 
     def passes(self) -> list[Pass]:
-        return [WandaPass()] if self.masks is None else [WandaMaskPass(self.mask_rule(self.masks), self.sequential)]
+        return [WandaPass(self.mask_rule, self.sequential)]
 
     def details(self) -> dict[str, Any]:
-        return {**super().details(), **({} if self.masks is None else {"sequential": self.sequential})}
+        return {**super().details(), **({} if self.structure == "group" else {"sequential": self.sequential})}

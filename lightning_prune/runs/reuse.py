@@ -74,8 +74,7 @@ def _check_units(found: Scores, checkpoint: Checkpoint) -> None:
         cost = [view.block_cost(Block.ATTENTION) + view.block_cost(Block.MLP) for view in layers]
         expected = layer_scores(torch.ones(len(layers)), cost)
     else:
-        attention = [torch.ones(view.num_kv_heads) for view in layers]
-        expected = group_scores(layers, attention, [torch.ones(view.num_channels) for view in layers])
+        expected = group_scores(layers)
     if len(expected.unit) != len(found.unit):
         raise ValueError(f"lists {len(found.unit):,} units, the model has {len(expected.unit):,}.")
     for name in ("layer", "block", "unit", "cost"):

@@ -26,17 +26,10 @@ from tests.tiny import make_tiny, tiny_tokens
 
 @dataclass(frozen=True)
 class System:
-    """A method with its options. ``removes``: what the ratio is made of, which decides how exactly it is met.
-    ``shares``: how groups are spread over layers, by an option or by the method's own rule."""
+    """A method with its options. ``removes``: what the ratio is made of, which decides how exactly it is met."""
 
     make: Callable[..., PruningMethod]
     removes: Literal["groups", "layers", "weights"] = "groups"
-    shares: Literal["option", "own rule"] = "option"
-
-    @property
-    def allocates(self) -> bool:
-        """Whether it takes ``allocation``."""
-        return self.removes == "groups" and self.shares == "option"
 
 
 SYSTEMS: dict[str, System] = {
@@ -49,7 +42,7 @@ SYSTEMS: dict[str, System] = {
     "hgsp_fisher": System(partial(HGSP, importance="fisher", prior="gradient", tau=0)),
     "hgsp_kfac": System(partial(HGSP, importance="kfac", temperature=0)),
     "hgsp_taylor_refit": System(partial(HGSP, importance="taylor", temperature=0, refit="residual")),
-    "slimgpt": System(SlimGPT, shares="own rule"),
+    "slimgpt": System(SlimGPT),
     "shortgpt": System(ShortGPT, removes="layers"),
     "wanda_2to4": System(partial(Wanda, structure="2:4"), removes="weights"),
     "magnitude_unstructured": System(partial(Magnitude, structure="unstructured"), removes="weights"),

@@ -1,84 +1,105 @@
-"""A slow float64 reference of group pruning: loops, own hooks, and every prefix of the ranking tried from scratch.
+"""Slow references of group pruning in float64, as plain as they can be said: loops and hooks.
 
 Nothing of ``lightning_prune`` is used here.
 """
 
+import copy
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
+
+from tests.methods.running import inputs_of, mean_token_loss, projections
+
+Block = tuple[int, int]
+WeightScores = list[dict[str, np.ndarray]]  # of every layer, by projection
 
 
 @dataclass(frozen=True)
-class Unit:
-    """One prunable unit; ``block`` 0 is attention, 1 the MLP."""
+class Row:
+    """One prunable unit with its place in the table; ``block`` 0 is attention, 1 the MLP."""
 
+    place: int
     layer: int
     block: int
     unit: int
-    importance: float
     cost: int
+    base: float
+    score: float
 
 
-def float64_weights(model: Any, layer: int) -> dict[str, np.ndarray]:
-    """The seven weight matrices of a layer by their names in ``transformers``."""
-    block = model.model.layers[layer]
-    modules = {name: getattr(block.self_attn, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
-    modules |= {name: getattr(block.mlp, name) for name in ("gate_proj", "up_proj", "down_proj")}
-    return {name: module.weight.detach().double().numpy() for name, module in modules.items()}
+class UnreachableError(Exception):
+    """The budget cannot be met; ``parameters`` can."""
+
+    def __init__(self, parameters: int) -> None:
+        super().__init__(parameters)
+        self.parameters = parameters
 
 
-def input_norms(model: Any, tokens: Tensor) -> list[dict[str, np.ndarray]]:
-    """‖X_j‖₂ of every projection of every layer, one token after the other, on a float64 model."""
-    found: list[dict[str, np.ndarray]] = [{} for _ in model.model.layers]
-    handles = []
-    for index, block in enumerate(model.model.layers):
-        for name, module in [*block.self_attn.named_children(), *block.mlp.named_children()]:
-            if not name.endswith("_proj"):
-                continue
-            found[index][name] = np.zeros(module.in_features)
-
-            def watch(_: Any, inputs: Any, index: int = index, name: str = name) -> None:
-                for token in inputs[0].detach().numpy().reshape(-1, inputs[0].shape[-1]):
-                    found[index][name] += token**2
-
-            handles.append(module.register_forward_pre_hook(watch))
-    with torch.no_grad():
-        for sample in tokens:
-            model(input_ids=sample[None])
-    for handle in handles:
-        handle.remove()
-    return [{name: np.sqrt(total) for name, total in layer.items()} for layer in found]
+# Scores of single weights
 
 
-def group_units(model: Any, scores: list[dict[str, np.ndarray]]) -> list[Unit]:
-    """Units of a model from per-weight scores by layer and projection: importance is the sum over a unit's weights."""
+def sizes(model: Any, tokens: Tensor) -> WeightScores:
+    """|w|."""
+    return [
+        {name: linear.weight.detach().abs().numpy() for name, linear in projections(model, layer).items()}
+        for layer in range(len(model.model.layers))
+    ]
+
+
+def activations(model: Any, tokens: Tensor) -> WeightScores:
+    """|w|·‖x‖, one token after the other."""
+    found = sizes(model, tokens)
+    for layer, scores in enumerate(found):
+        for name, linear in projections(model, layer).items():
+            total = np.zeros(linear.in_features)
+            for token in inputs_of(model, linear, tokens).numpy():
+                total += token**2
+            scores[name] = scores[name] * np.sqrt(total)
+    return found
+
+
+def slopes(model: Any, tokens: Tensor) -> WeightScores:
+    """|w·g| with autograd through the whole model."""
+    model = copy.deepcopy(model)
+    mean_token_loss(model, tokens).backward()
+    return [
+        {name: (w.weight * w.weight.grad).detach().abs().numpy() for name, w in projections(model, layer).items()}
+        for layer in range(len(model.model.layers))
+    ]
+
+
+# Units
+
+
+def group_rows(model: Any, scores: WeightScores) -> list[Row]:
+    """Units of a model from per-weight scores: importance is the sum over a unit's weights."""
     config = model.config
     d, kv_heads = config.head_dim, config.num_key_value_heads
     r, hidden = config.num_attention_heads // kv_heads, config.hidden_size
-    units = []
+    rows: list[Row] = []
+
+    def add(layer: int, block: int, unit: int, importance: float, cost: int) -> None:
+        rows.append(Row(len(rows), layer, block, unit, cost, importance / cost, importance / cost))
+
     for layer, score in enumerate(scores):
         attention, mlp = model.model.layers[layer].self_attn, model.model.layers[layer].mlp
         for head in range(kv_heads):
-            total, cost = 0.0, 0
-            for query_head in range(head * r, (head + 1) * r):
-                for row in range(query_head * d, (query_head + 1) * d):
-                    total += score["q_proj"][row].sum() + score["o_proj"][:, row].sum()
-                    cost += 2 * hidden + (attention.q_proj.bias is not None)
-            for row in range(head * d, (head + 1) * d):
-                total += score["k_proj"][row].sum() + score["v_proj"][row].sum()
-                cost += 2 * hidden + 2 * (attention.k_proj.bias is not None)
-            units.append(Unit(layer, 0, head, total, cost))
+            queries, keys = range(head * r * d, (head + 1) * r * d), range(head * d, (head + 1) * d)
+            total = sum(score["q_proj"][i].sum() + score["o_proj"][:, i].sum() for i in queries)
+            total += sum(score["k_proj"][i].sum() + score["v_proj"][i].sum() for i in keys)
+            cost = len(queries) * (2 * hidden + (attention.q_proj.bias is not None))
+            add(layer, 0, head, total, cost + len(keys) * 2 * (hidden + (attention.k_proj.bias is not None)))
         for channel in range(config.intermediate_size):
             total = score["gate_proj"][channel].sum() + score["up_proj"][channel].sum()
             total += score["down_proj"][:, channel].sum()
-            units.append(Unit(layer, 1, channel, total, 3 * hidden + 2 * (mlp.gate_proj.bias is not None)))
-    return units
+            add(layer, 1, channel, total, 3 * hidden + 2 * (mlp.gate_proj.bias is not None))
+    return rows
 
 
-def block_extras(model: Any) -> dict[tuple[int, int], int]:
+def block_extras(model: Any) -> dict[Block, int]:
     """Parameters that leave only with a whole block: its norms, and the bias of its output projection."""
     extras = {}
     for layer, block in enumerate(model.model.layers):
@@ -90,47 +111,66 @@ def block_extras(model: Any) -> dict[tuple[int, int], int]:
     return extras
 
 
-def cost_of(units: list[Unit], removed: set[Unit], extras: dict[tuple[int, int], int]) -> int:
-    """Parameters that leave with ``removed``."""
-    total = sum(unit.cost for unit in removed)
-    for block, extra in extras.items():
-        members = [unit for unit in units if (unit.layer, unit.block) == block]
-        total += extra if members and all(unit in removed for unit in members) else 0
-    return total
+# Selection: over the units one after the other
 
 
-def greedy(
-    units: list[Unit],
-    budget: int,
-    extras: dict[tuple[int, int], int],
-    round_to: int = 1,
-    frozen: tuple[int, ...] = (),
-    keep: int = 0,
-) -> set[Unit]:
-    """The longest prefix of the ranking (importance per parameter, lowest first) whose cost fits the budget."""
-    ranked = sorted(units, key=lambda unit: (unit.importance / unit.cost, unit.layer, unit.block, unit.unit))
-    candidates = []
-    for unit in ranked:
-        better = [other for other in ranked if (other.layer, other.block) == (unit.layer, unit.block)]
-        if unit.layer not in frozen and better.index(unit) < len(better) - keep:
-            candidates.append(unit)
-    best: set[Unit] = set()
-    for length in range(len(candidates) + 1):
-        removed = set(candidates[:length])
-        for layer in {unit.layer for unit in units}:
-            channels = [unit for unit in units if (unit.layer, unit.block) == (layer, 1)]
-            gone = [unit for unit in candidates[:length] if unit in channels]
-            while (len(channels) - len(gone)) % round_to and gone:
-                removed.discard(gone.pop())
-        if cost_of(units, removed, extras) <= budget:
-            best = removed
-    return best
+def ranked(rows: list[Row]) -> list[Row]:
+    """First to go first."""
+    return sorted(rows, key=lambda row: (row.score, row.base, row.layer, row.block, row.unit))
 
 
-def kept_lists(units: list[Unit], removed: set[Unit], layers: int) -> list[tuple[list[int], list[int]]]:
-    """(kept KV heads, kept channels) of every layer."""
+def unprotected(rows: list[Row], keep: int) -> set[Row]:
+    """All but the ``keep`` best of every block."""
+    inside: dict[Block, list[Row]] = defaultdict(list)
+    for row in ranked(rows):
+        inside[row.layer, row.block].append(row)
+    return {row for members in inside.values() for row in members[: max(0, len(members) - keep)]}
 
-    def kept(layer: int, block: int) -> list[int]:
-        return [unit.unit for unit in units if (unit.layer, unit.block) == (layer, block) and unit not in removed]
 
-    return [(kept(layer, 0), kept(layer, 1)) for layer in range(layers)]
+def prefix(rows: list[Row], free: set[Row], budget: int, overhead: dict[Block, int], round_to: int) -> set[Row]:
+    """Go up the ranking; channels wait until a multiple of ``round_to`` stays, the first bundle too dear ends it."""
+    left: dict[Block, int] = defaultdict(int)
+    unit_cost = {}
+    for row in rows:
+        left[row.layer, row.block] += 1
+        unit_cost[row.layer, row.block] = row.cost
+    if len(free) == len(rows):
+        everything = sum(row.cost for row in rows) + sum(overhead.get(block, 0) for block in left)
+        last = {block: min(count, round_to if block[1] == 1 else 1) for block, count in left.items()}
+        largest = everything - max(last[block] * unit_cost[block] + overhead.get(block, 0) for block in left)
+        if budget > largest:
+            raise UnreachableError(largest)
+    waiting: dict[Block, list[Row]] = defaultdict(list)
+    removed: set[Row] = set()
+    spent = 0
+    for row in ranked(rows):
+        if row not in free:
+            continue
+        block = row.layer, row.block
+        waiting[block].append(row)
+        stays = left[block] - len(waiting[block])
+        if row.block == 1 and stays % round_to != 0:
+            continue
+        price = sum(member.cost for member in waiting[block])
+        if stays == 0:
+            price += overhead.get(block, 0)
+        if spent + price > budget:
+            return removed
+        spent += price
+        removed.update(waiting[block])
+        left[block] = stays
+        waiting[block] = []
+    if spent < budget:
+        raise UnreachableError(spent)
+    return removed
+
+
+def lowest_of_each(rows: list[Row], free: set[Row], counts: Block) -> set[Row]:
+    """The ``counts`` (groups, channels) lowest candidates of every layer."""
+    seen: dict[Block, int] = defaultdict(int)
+    removed = set()
+    for row in ranked(rows):
+        if row in free and seen[row.layer, row.block] < counts[row.block]:
+            seen[row.layer, row.block] += 1
+            removed.add(row)
+    return removed

@@ -57,34 +57,14 @@ def mean_token_loss(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     return -picked.mean()
 
 
-def reference_groups(model: PreTrainedModel, layer: int, weight_score: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Sum float64 weight scores over each GQA group and MLP channel by explicit loops.
-
-    ``weight_score`` is keyed by projection: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj.
-    """
-    config = model.config
-    kv_heads, size = config.num_key_value_heads, config.head_dim
-    ratio = config.num_attention_heads // kv_heads
-    groups = torch.zeros(kv_heads, dtype=torch.float64)
-    for head in range(kv_heads):
-        queries = [
-            row for query in range(head * ratio, (head + 1) * ratio) for row in range(query * size, (query + 1) * size)
-        ]
-        keys = list(range(head * size, (head + 1) * size))
-        groups[head] = (
-            weight_score["q_proj"][queries].sum()
-            + weight_score["k_proj"][keys].sum()
-            + weight_score["v_proj"][keys].sum()
-            + weight_score["o_proj"][:, queries].sum()
-        )
-    channels = torch.zeros(config.intermediate_size, dtype=torch.float64)
-    for channel in range(config.intermediate_size):
-        channels[channel] = (
-            weight_score["gate_proj"][channel].sum()
-            + weight_score["up_proj"][channel].sum()
-            + weight_score["down_proj"][:, channel].sum()
-        )
-    return groups, channels
+def inputs_of(model: PreTrainedModel, linear: torch.nn.Linear, tokens: Tensor) -> Tensor:
+    """What one linear reads in a whole forward, ``[tokens, in]``."""
+    found: list[Tensor] = []
+    handle = linear.register_forward_pre_hook(lambda _, args: found.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        model(input_ids=tokens, use_cache=False)
+    handle.remove()
+    return found[0]
 
 
 def projections(model: PreTrainedModel, layer: int) -> dict[str, torch.nn.Linear]:

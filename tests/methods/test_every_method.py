@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,46 +28,103 @@ from tests.methods.behaviour import SYSTEMS, Run, logits, prune, save_model, sav
 from tests.tiny import EVERY_FAMILY, FAMILIES, WHOLE_ATTENTION, tiny_tokens
 
 RATIO = 0.29
-KINDS = {  # of attention, by KV heads for 4 query heads
-    f"{name}-{'tied' if tied else 'untied'}": {"kv_heads": kv_heads, "tied": tied}
-    for name, kv_heads in (("gqa", 2), ("mha", 4), ("mqa", 1))
-    for tied in (True, False)
+KINDS: dict[str, dict[str, Any]] = {  # of attention, by KV heads for 4 query heads
+    "gqa-tied": {"kv_heads": 2},
+    "gqa-untied": {"kv_heads": 2, "tied": False},
+    "mha-tied": {"kv_heads": 4},
+    "mqa-untied": {"kv_heads": 1, "tied": False},
 }
 KINDS |= {family: {"family": family} for family in EVERY_FAMILY if family not in FAMILIES}
 every_system = pytest.mark.parametrize("system", SYSTEMS)
-# A family changes what the walk runs, not what a method makes of it: those that are no plain Llamas meet the systems
-# that are promised for every family, and one more kind of pass.
+# A family changes what calibration runs, not what a method makes of it: those that are not plain Llamas meet the
+# systems that are promised for every family, and one more kind of pass.
 EVERYWHERE = ("magnitude", "wanda", "hgsp_taylor", "hgsp_wanda", "slimgpt", "shortgpt", "hgsp_taylor_refit")
 OTHER_FAMILIES = EVERY_FAMILY[len(FAMILIES) :]
 ALIKE = set(OTHER_FAMILIES) - {"phi3", "olmo2"}  # fused projections, and groups that stay, meet every system
-FAST_KINDS = ("gqa-tied", "mqa-untied", "phi3", "gemma3_text", "olmo2")  # one of each layout; the others are slow
+# One of each layout, with one of each kind of pass; the others are slow.
+FAST_KINDS = ("mqa-untied", "phi3", "gemma3_text", "olmo2")
+FAST_SYSTEMS = ("wanda", "slimgpt", "shortgpt", "hgsp_taylor_refit")
+
+
+def slow_unless(fast: bool, *values: str) -> Any:
+    return pytest.param(*values, marks=() if fast else pytest.mark.slow)
+
+
+def is_fast(system: str, kind: str) -> bool:
+    return kind == "gqa-tied" or (kind in FAST_KINDS and system in FAST_SYSTEMS)
+
+
 every_system_and_kind = pytest.mark.parametrize(
     ("system", "kind"),
     [
-        pytest.param(system, kind, marks=() if kind in FAST_KINDS else pytest.mark.slow)
+        slow_unless(is_fast(system, kind), system, kind)
         for kind in KINDS
         for system in (EVERYWHERE if kind in ALIKE else SYSTEMS)
     ],
 )
-allocated = pytest.mark.parametrize("system", [name for name, one in SYSTEMS.items() if one.allocates])
+# What Lightning takes for 16-mixed on the CPU is bf16-mixed; the command refuses it there.
+ROUNDING = {"bf16-true": 2.0**-8, "16-true": 2.0**-11, "bf16-mixed": 2.0**-8}
+
+
+@dataclass
+class Watched:
+    """Dtypes that were seen during a run: of layers that came in, of the open model, and of every statistic whenever it
+    took something up."""
+
+    layers: set[torch.dtype] = field(default_factory=set)
+    states: dict[str, set[torch.dtype]] = field(default_factory=lambda: defaultdict(set))
+
+
+def watch(patch: pytest.MonkeyPatch, method: PruningMethod) -> Watched:
+    seen = Watched()
+    enter, make = LayeredModel.enter, Metric.__init__
+
+    def spy_on_enter(self: LayeredModel, index: int) -> Any:
+        layer = enter(self, index)
+        if method.slot._model is self:  # others write, and read what was written
+            seen.layers.update(parameter.dtype for parameter in layer.parameters())
+            rotary = [buffer for name, buffer in self.net.named_buffers() if name.endswith("inv_freq")]
+            assert all(buffer.dtype == torch.float32 for buffer in rotary)
+        return layer
+
+    def spy_on_statistics(self: Metric, *args: Any, **options: Any) -> None:
+        make(self, *args, **options)
+        update = self.update
+
+        def spy_on_update(*args: Any, **options: Any) -> None:
+            update(*args, **options)
+            seen.states[type(self).__name__].update(getattr(self, name).dtype for name in self._defaults)
+
+        self.update = spy_on_update  # type: ignore[method-assign]
+
+    patch.setattr(LayeredModel, "enter", spy_on_enter)
+    patch.setattr(Metric, "__init__", spy_on_statistics)
+    return seen
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """``shared(system, kind)`` is the run of a system on a kind of model, made once; tests only look at it."""
+    """``shared(system, kind, precision, onload)`` is one run each, and what was seen of it; tests only look at it."""
     root = tmp_path_factory.mktemp("every-method")
     tokens = save_tokens(root / "calibration.npy")
     held_out = save_tokens(root / "held-out.npy", tiny_tokens(6, 16, seed=1))
 
     @lru_cache(None)
-    def run(system: str, kind: str = "gqa-tied", repeat: int = 0) -> Run:
+    def watched(system: str, kind: str, precision: str, onload: str) -> tuple[Run, Watched]:
         model = root / kind
         if not model.exists():
             save_model(model, **KINDS[kind])
-        method = SYSTEMS[system].make(pretrained=str(model), pruning_ratio=RATIO)
-        evaluate_on = [held_out] if kind == "gqa-tied" and not repeat else []
-        return prune(method, tokens, root / f"runs-{kind}-{repeat}", evaluate_on=evaluate_on)
+        method = SYSTEMS[system].make(pretrained=str(model), pruning_ratio=RATIO, onload=onload)
+        evaluate_on = [held_out] if kind == "gqa-tied" else []
+        with pytest.MonkeyPatch.context() as patch:
+            seen = watch(patch, method)
+            folder = root / f"runs-{kind}" / precision / onload
+            return prune(method, tokens, folder, precision, evaluate_on=evaluate_on), seen
 
+    def run(system: str, kind: str = "gqa-tied", precision: str = "32-true", onload: str = "layer") -> Run:
+        return watched(system, kind, precision, onload)[0]
+
+    run.watched = watched  # type: ignore[attr-defined]
     return run
 
 
@@ -166,9 +225,9 @@ def test_checkpoint_gives_back_the_same_logits(shared: Any, system: str, kind: s
     assert not torch.equal(logits(run.model), logits(dense_of(run)))
 
 
-@pytest.mark.parametrize("system", EVERYWHERE)
 @pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=() if kind in FAST_KINDS else pytest.mark.slow) for kind in OTHER_FAMILIES]
+    ("system", "kind"),
+    [slow_unless(is_fast(system, kind), system, kind) for kind in OTHER_FAMILIES for system in EVERYWHERE],
 )
 @torch.no_grad()
 def test_every_family_decodes_with_a_cache_as_without(shared: Any, system: str, kind: str) -> None:
@@ -220,30 +279,19 @@ def test_a_process_without_this_package_loads_every_checkpoint(shared: Any, tmp_
 
 
 @every_system
-def test_a_second_run_gives_the_same_bytes(shared: Any, system: str) -> None:
-    first, second = shared(system), shared(system, repeat=1)
-    assert first.folder != second.folder
-    for name in ("scores.csv", "plan.json", "calibration.json", "pruned/model.safetensors", "pruned/config.json"):
-        assert (first.folder / name).read_bytes() == (second.folder / name).read_bytes(), name
-
-
-@every_system
-@pytest.mark.parametrize(
-    "batch_size", [3, pytest.param(1, marks=pytest.mark.slow), pytest.param(128, marks=pytest.mark.slow)]
-)
-def test_batch_size_does_not_change_the_result(shared: Any, tmp_path: Path, system: str, batch_size: int) -> None:
+@pytest.mark.parametrize("batch_size", [3, slow_unless(False, 1), slow_unless(False, 128)])
+def test_batch_size_and_sample_order_do_not_change_the_result(
+    shared: Any, tmp_path: Path, system: str, batch_size: int
+) -> None:
     expected = shared(system)  # in batches of 4
     method = SYSTEMS[system].make(pretrained=expected.method.pretrained, pruning_ratio=RATIO)
-    run = prune(method, save_tokens(tmp_path / "c.npy"), tmp_path, batch_size=batch_size)
-    assert_same_decision(run, expected)
-
-
-@every_system
-def test_order_of_the_samples_does_not_change_the_result(shared: Any, tmp_path: Path, system: str) -> None:
-    expected = shared(system)
-    method = SYSTEMS[system].make(pretrained=expected.method.pretrained, pruning_ratio=RATIO)
     shuffled = tiny_tokens(10, 16)[torch.tensor([7, 2, 9, 0, 5, 1, 8, 3, 6, 4])]
-    assert_same_decision(prune(method, save_tokens(tmp_path / "c.npy", shuffled), tmp_path), expected)
+    run = prune(method, save_tokens(tmp_path / "c.npy", shuffled), tmp_path, batch_size=batch_size)
+    assert_same_decision(run, expected)
+    for new, old in zip(run.new_weights, expected.new_weights, strict=True):
+        assert new.keys() == old.keys()
+        for role, weight in new.items():
+            torch.testing.assert_close(weight, old[role], rtol=1e-3, atol=1e-4)
 
 
 def assert_same_decision(run: Run, expected: Run) -> None:
@@ -253,58 +301,34 @@ def assert_same_decision(run: Run, expected: Run) -> None:
 
 
 @every_system
-@pytest.mark.parametrize("precision", ["bf16-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
-def test_half_precisions_keep_their_statistics_in_full_precision(
-    shared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str, precision: str
+@pytest.mark.parametrize("precision", ["bf16-true", slow_unless(False, "16-true"), slow_unless(False, "bf16-mixed")])
+def test_half_precision_is_for_the_layers_alone_and_decides_as_single_but_for_rounding(
+    shared: Any, system: str, precision: str
 ) -> None:
-    expected_dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
-    full = shared(system)  # may run the system, so before anything is watched
-    entered: list[set[torch.dtype]] = []
-    states: set[tuple[str, str, torch.dtype]] = set()  # of every statistic whenever it took something up
-    enter, make, begin = LayeredModel.enter, Metric.__init__, PruningMethod.begin_step
-
-    def spy_on_enter(self: LayeredModel, index: int) -> Any:
-        layer = enter(self, index)
-        if self is method.slot._model:  # others write, and read what was written
-            entered.append({parameter.dtype for parameter in layer.parameters()})
-        return layer
-
-    def spy_on_statistics(self: Metric, *args: Any, **options: Any) -> None:
-        make(self, *args, **options)
-        update = self.update
-
-        def spy_on_update(*args: Any, **options: Any) -> None:
-            update(*args, **options)
-            states.update((type(self).__name__, name, getattr(self, name).dtype) for name in self._defaults)
-
-        self.update = spy_on_update  # type: ignore[method-assign]
-
-    def spy_on_stage(self: PruningMethod, step: int) -> None:
-        assert self.model.net.get_input_embeddings().weight.dtype == expected_dtype
-        assert self.model.net.base_model.rotary_emb.inv_freq.dtype == torch.float32
-        begin(self, step)
-
-    monkeypatch.setattr(LayeredModel, "enter", spy_on_enter)
-    monkeypatch.setattr(Metric, "__init__", spy_on_statistics)
-    monkeypatch.setattr(PruningMethod, "begin_step", spy_on_stage)
-    method = SYSTEMS[system].make(pretrained=full.method.pretrained, pruning_ratio=RATIO)
-    tokens = save_tokens(tmp_path / "c.npy")
-    run = prune(
-        method, tokens, tmp_path, precision, evaluate_on=[save_tokens(tmp_path / "e.npy", tiny_tokens(6, 16, 1))]
-    )
-
-    assert entered
-    assert all(dtypes == {expected_dtype} for dtypes in entered)
-    assert {dtype for _, _, dtype in states} <= {torch.float32, torch.float64, torch.int64}, states
-    assert {kind for kind, _, _ in states} - {"Perplexity"} or not method.needs_calibration
+    full, half = shared(system), shared(system, precision=precision)
+    seen = shared.watched(system, "gqa-tied", precision, "layer")[1]
+    expected = {"bf16-true": torch.bfloat16, "16-true": torch.float16}.get(precision, torch.float32)
+    assert seen.layers == {expected}
+    assert set().union(*seen.states.values()) <= {torch.float32, torch.float64, torch.int64}, seen.states
+    assert seen.states.keys() - {"Perplexity"} or not half.method.needs_calibration
     # The checkpoint has the dtype of the dense one, whatever was calculated in.
-    assert lightning_prune.load(run.pruned).dtype == torch.float32
-    assert torch.equal(logits(lightning_prune.load(run.pruned)), logits(run.model))
-    assert run.method.plan.dtype == "float32"
-    values = run.record.metrics["perplexity"]["e.npy"]
-    expected = full.record.metrics["perplexity"]["held-out.npy"]
-    assert values["dense"] == pytest.approx(expected["dense"], rel=0.05)
-    assert json.loads((run.folder / "environment.json").read_text())["precision"] == precision
+    assert lightning_prune.load(half.pruned).dtype == torch.float32
+    assert torch.equal(logits(lightning_prune.load(half.pruned)), logits(half.model))
+    assert half.method.plan.dtype == "float32"
+    assert json.loads((half.folder / "environment.json").read_text())["precision"] == precision
+
+    before, after = full.method.scores, half.method.scores
+    assert after.importance.dtype == before.importance.dtype
+    # A unit can change sides only where rounding moves it past the last one removed: few are so close.
+    assert float((before.pruned != after.pruned).mean()) <= max(8 * ROUNDING[precision], 0.01)
+    if system not in ("slimgpt", "hgsp_kfac"):  # whose errors depend on which units were removed before
+        # Four layers of some ten rounded steps each, most of which average out over a unit's weights; a square has
+        # twice the relative error.
+        steps = 32 if system == "hgsp_fisher" else 16
+        torch.testing.assert_close(after.importance, before.importance, rtol=steps * ROUNDING[precision], atol=0)
+    values = [run.record.metrics["perplexity"]["held-out.npy"] for run in (full, half)]
+    for which in ("dense", "pruned"):
+        assert values[1][which] == pytest.approx(values[0][which], rel=0.05)
 
 
 @every_system
@@ -355,7 +379,7 @@ def test_scores_file_and_plan_say_the_same(shared: Any, system: str) -> None:
     assert all(float(row["importance"]) >= 0 for row in rows)
 
 
-@allocated
+@pytest.mark.parametrize("system", ["wanda", "flap", "hgsp_taylor_refit"])
 def test_uniform_allocation_loads_as_a_stock_model(shared: Any, tmp_path: Path, system: str) -> None:
     make = SYSTEMS[system].make
     method = make(pretrained=shared(system).method.pretrained, pruning_ratio=RATIO, allocation="uniform", round_to=8)
@@ -421,26 +445,19 @@ def test_an_interrupt_while_saving_leaves_no_checkpoint(
 
 
 @every_system
-@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-true", marks=pytest.mark.slow)])
-def test_where_the_weights_are_does_not_change_a_bit(shared: Any, tmp_path: Path, system: str, precision: str) -> None:
-    """One layer at a time on the device, or all of them."""
-    base = shared(system).method.pretrained
-    runs = {}
-    for onload in ("model", "layer"):
-        method = SYSTEMS[system].make(pretrained=base, pruning_ratio=RATIO, onload=onload)
-        held_out = save_tokens(tmp_path / "e.npy", tiny_tokens(6, 16, 1))
-        tokens = save_tokens(tmp_path / "c.npy")
-        runs[onload] = prune(method, tokens, tmp_path / onload, precision, batch_size=3, evaluate_on=[held_out])
-        assert method.slot.placement == onload
-        assert json.loads((runs[onload].folder / "method.json").read_text())["onload"] == onload
+@pytest.mark.parametrize("precision", ["32-true", *(slow_unless(False, precision) for precision in ROUNDING)])
+def test_where_the_weights_are_does_not_change_a_bit(shared: Any, system: str, precision: str) -> None:
+    """One layer at a time on the device, or all of them; so a second run gives the same bytes, too."""
+    runs = [shared(system, precision=precision, onload=onload) for onload in ("model", "layer")]
     for name in ("scores.csv", "plan.json", "calibration.json", "pruned/model.safetensors", "pruned/config.json"):
-        assert (runs["model"].folder / name).read_bytes() == (runs["layer"].folder / name).read_bytes(), name
-    values = [run.record.metrics["perplexity"]["e.npy"] for run in runs.values()]
-    assert values[0] == values[1]
+        assert (runs[0].folder / name).read_bytes() == (runs[1].folder / name).read_bytes(), name
+    assert runs[0].record.metrics["perplexity"] == runs[1].record.metrics["perplexity"]
+    for run, onload in zip(runs, ("model", "layer"), strict=True):
+        assert json.loads((run.folder / "method.json").read_text())["onload"] == onload
 
 
-@every_system
-def test_checkpoint_has_the_dtype_that_is_asked_for(shared: Any, tmp_path: Path, system: str) -> None:
+@pytest.mark.parametrize("system", ["wanda", "flap", "slimgpt", "shortgpt", "wanda_2to4"])
+def test_checkpoint_has_the_requested_dtype(shared: Any, tmp_path: Path, system: str) -> None:
     base = shared(system).method.pretrained
     method = SYSTEMS[system].make(pretrained=base, pruning_ratio=RATIO, save_dtype="bfloat16")
     run = prune(method, save_tokens(tmp_path / "c.npy"), tmp_path)

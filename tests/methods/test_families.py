@@ -35,7 +35,9 @@ def fused(plain: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize(
+    "system", ["wanda", "flap", "hgsp_taylor", "hgsp_kfac", "slimgpt", "hgsp_taylor_refit", "wanda_2to4"]
+)
 def test_a_fused_model_is_pruned_as_the_same_model_in_parts(tmp_path: Path, system: str) -> None:
     plain = make_tiny("mistral", tied=False)
     tokens, runs = save_tokens(tmp_path / "tokens.npy"), []

@@ -9,17 +9,8 @@ from lightning_prune.calibration.statistics.channel_sums import InputMoments
 from lightning_prune.methods import FLAP
 from lightning_prune.methods.flap import in_deviations
 from tests.methods.behaviour import prune, save_tokens
-from tests.methods.running import projections
+from tests.methods.running import inputs_of, projections
 from tests.tiny import make_tiny, tiny_tokens
-
-
-def inputs(model, linear, tokens) -> np.ndarray:
-    found = []
-    handle = linear.register_forward_pre_hook(lambda _, args: found.append(args[0].flatten(0, 1).numpy()))
-    with torch.no_grad():
-        model(input_ids=tokens, use_cache=False)
-    handle.remove()
-    return found[0]
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -33,7 +24,7 @@ def test_scores_equal_a_float64_reference_and_the_lowest_leave(kv_heads: int, tm
     for layer in range(4):
         for name, block, units in (("o_proj", "attention", kv_heads), ("down_proj", "mlp", 40)):
             linear = projections(exact, layer)[name]
-            x, weight = inputs(exact, linear, tokens), linear.weight.detach().numpy()
+            x, weight = inputs_of(exact, linear, tokens).numpy(), linear.weight.detach().numpy()
             metric = [x[:, j].var(ddof=1) * sum(w * w for w in weight[:, j]) for j in range(weight.shape[1])]
             z = (np.array(metric) - np.mean(metric)) / np.std(metric, ddof=1)
             expected = [z[j * len(z) // units : (j + 1) * len(z) // units].mean() for j in range(units)]

@@ -2,7 +2,9 @@
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,31 +12,19 @@ import torch
 from torch import Tensor
 
 from lightning_prune.methods import HGSP
-from lightning_prune.methods.hgsp import collapse, depth_prior, final_scores, gate_threshold, normalised
+from lightning_prune.methods.hgsp import collapse, depth_prior, final_scores, normalised
 from lightning_prune.methods.scores import group_scores
 from lightning_prune.models.families import layer_structures
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
-from tests.methods.running import mean_token_loss, projections, pruned_by, reference_groups, run_method, save_base
+from tests.methods import reference
+from tests.methods.running import mean_token_loss, projections, pruned_by, run_method, save_base
 from tests.tiny import make_tiny, tiny_tokens
 
-SHAPES = {
-    "llama-gqa": {"family": "llama", "heads": 4, "kv_heads": 2},
-    "qwen2-biases": {"family": "qwen2", "heads": 4, "kv_heads": 2},
-    "llama-mha": {"family": "llama", "heads": 4, "kv_heads": 4},
-    "llama-mqa": {"family": "llama", "heads": 4, "kv_heads": 1},
-}
 
-
-def reference_importance(model, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Σ |w·g| with autograd through the whole model in float64."""
-    model = copy.deepcopy(model).double()
-    mean_token_loss(model, tokens).backward()
-    scores = [
-        {name: (linear.weight * linear.weight.grad).detach().abs() for name, linear in projections(model, i).items()}
-        for i in range(len(model.model.layers))
-    ]
-    return [reference_groups(model, i, score) for i, score in enumerate(scores)]
+def scored(views: Any, attention: Tensor, mlp: Tensor) -> Any:
+    """The same importances in every layer."""
+    return group_scores(views, [{Block.ATTENTION: attention, Block.MLP: mlp}] * len(views))
 
 
 def reference_priors(model, tokens: Tensor) -> Tensor:
@@ -54,74 +44,28 @@ def reference_priors(model, tokens: Tensor) -> Tensor:
     return found.detach()
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_taylor_importance_and_selection_equal_a_float64_reference(shape: str, tmp_path: Path) -> None:
-    model = make_tiny(**SHAPES[shape])
-    tokens = tiny_tokens(7, 12)
-    base = save_base(model, tmp_path / "base")
-    method = run_method(HGSP(base, 0.3, temperature=0.7), tokens, tmp_path / "run", batch_size=3)
-
-    expected = reference_importance(model, tokens)
-    for layer, (groups, channels) in enumerate(expected):
-        got = torch.from_numpy(method.scores.importance)
-        torch.testing.assert_close(got[method.scores.of(layer, "attention")], groups, rtol=1e-4, atol=0)
-        torch.testing.assert_close(got[method.scores.of(layer, "mlp")], channels, rtol=1e-4, atol=0)
-
+@pytest.mark.parametrize(
+    "shape", [{}, {"family": "qwen2"}, {"kv_heads": 1}], ids=["llama-gqa", "qwen2-biases", "llama-mqa"]
+)
+def test_priors_and_selection_equal_a_float64_reference(shape: dict[str, Any], run: Any) -> None:
+    model, tokens = make_tiny(**shape), tiny_tokens(7, 12)
+    method = run(model, HGSP, 0.3, tokens, batch_size=3, temperature=0.7)
     delta = reference_priors(model, tokens)
     torch.testing.assert_close(method.priors, delta, rtol=1e-3, atol=2e-6)
-    assert expected_pruned(model, expected, delta, 0.3, 0.7) == {
-        (int(layer), int(block), int(unit))
-        for layer, block, unit, gone in zip(
-            method.scores.layer, method.scores.code, method.scores.unit, method.scores.pruned, strict=True
-        )
-        if gone
-    }
+    # The gate is the first quartile, between the two values beside it.
+    low, high = sorted(delta[0].tolist())[:2]
+    gate = low + 0.75 * (high - low)
 
+    def prior(layer: int, block: int) -> float:
+        effect = delta[0, layer] if delta[0, layer] < gate else delta[1 + block, layer]
+        return math.log(1 + max(float(effect), 0.0)) ** 0.7
 
-def expected_pruned(model, importance, delta: Tensor, ratio: float, temperature: float) -> set[tuple[int, int, int]]:
-    """The ranking and the stop rule, written out with plain sorting."""
-    views = layer_structures(model)
-    tau = sorted(delta[0].tolist())
-    position = 0.25 * (len(tau) - 1)
-    low = math.floor(position)
-    threshold = tau[low] + (position - low) * (tau[min(low + 1, len(tau) - 1)] - tau[low])
-    rows = []
-    for layer, blocks in enumerate(importance):
-        for block, (values, cost) in enumerate(
-            zip(blocks, (views[layer].unit_cost(Block.ATTENTION), views[layer].unit_cost(Block.MLP)), strict=True)
-        ):
-            effect = delta[0, layer] if delta[0, layer] < threshold else delta[1 + block, layer]
-            prior = math.log(1 + max(float(effect), 0.0)) ** temperature
-            rows += [
-                (float(value) / cost * prior, float(value) / cost, layer, block, unit, cost)
-                for unit, value in enumerate(values)
-            ]
-    total = sum(parameter.numel() for parameter in model.parameters())
-    left = {(layer, block): len(importance[layer][block]) for layer in range(len(views)) for block in (0, 1)}
-    removed, spent = set(), 0
-    for _, _, layer, block, unit, cost in sorted(rows):
-        view = views[layer]
-        whole = (view.attention, *view.attention_norms) if block == 0 else (view.mlp, *view.mlp_norms)
-        units = len(importance[layer][block]) * cost
-        rest = sum(p.numel() for module in whole for p in module.parameters()) - units
-        price = cost + (rest if left[layer, block] == 1 else 0)
-        if spent + price > ratio * total:
-            break
-        spent += price
-        left[layer, block] -= 1
-        removed.add((layer, block, unit))
-    return removed
-
-
-def test_gradient_is_of_the_token_mean_even_with_a_short_last_batch(tmp_path: Path) -> None:
-    base = save_base(make_tiny(), tmp_path / "base")
-    tokens = tiny_tokens(14, 8)
-    runs = [
-        run_method(HGSP(base, 0.2, temperature=0), tokens, tmp_path / str(size), batch_size=size) for size in (1, 4, 14)
-    ]
-    for other in runs[1:]:
-        torch.testing.assert_close(other.scores.importance, runs[0].scores.importance, rtol=1e-4, atol=0)
-        assert other.plan.layers == runs[0].plan.layers
+    exact = copy.deepcopy(model).double()
+    rows = reference.group_rows(exact, reference.slopes(exact, tokens))
+    rows = [replace(row, score=row.base * prior(row.layer, row.block)) for row in rows]
+    budget = int(0.3 * sum(parameter.numel() for parameter in model.parameters()))
+    expected = reference.prefix(rows, set(rows), budget, reference.block_extras(model), round_to=1)
+    assert {row for row in rows if method.scores.pruned[row.place]} == expected
 
 
 def test_temperature_zero_computes_no_prior_and_equals_the_base_score(tmp_path: Path, monkeypatch) -> None:
@@ -171,19 +115,13 @@ def test_depth_prior_rules() -> None:
     torch.testing.assert_close(depth_prior(delta, math.inf), layerwise.expand(2, 3))
 
 
-def test_default_gate_is_the_interpolated_first_quartile() -> None:
-    assert gate_threshold(torch.tensor([4.0, 1.0, 2.0, 3.0]), None) == pytest.approx(1.75)
-    assert gate_threshold(torch.tensor([4.0, 1.0]), 0.5) == 0.5
-
-
 def test_units_with_zero_prior_go_first_in_the_order_of_their_base_score(tmp_path: Path) -> None:
     model = make_tiny(layers=2)
     views = layer_structures(model)
     generator = torch.Generator().manual_seed(3)
-    attention = [torch.rand(2, generator=generator) for _ in views]
-    mlp = [torch.rand(40, generator=generator) for _ in views]
+    attention, mlp = (torch.rand(units, generator=generator) for units in (2, 40))
     delta = torch.tensor([[1.0, 1.0], [1.0, 1.0], [-1.0, 1.0]], dtype=torch.float64)  # layer 0's MLP helps when gone
-    scores = final_scores(group_scores(views, attention, mlp), delta, 0.0, 1.0, "none")
+    scores = final_scores(scored(views, attention, mlp), delta, 0.0, 1.0, "none")
     method = HGSP(importance="magnitude", pruning_ratio=0.05)
     gone = method.select(scores, views, sum(p.numel() for p in model.parameters()))
     rows = scores.of(0, "mlp")
@@ -195,22 +133,23 @@ def test_units_with_zero_prior_go_first_in_the_order_of_their_base_score(tmp_pat
 
 def test_collapse_removes_nearly_empty_layers_but_never_frozen_ones_or_the_last() -> None:
     views = layer_structures(make_tiny(layers=3))
-    scores = group_scores(views, [torch.ones(2)] * 3, [torch.ones(40)] * 3)
+    scores = group_scores(views)
     pruned = np.zeros(len(scores.layer), dtype=bool)
     for layer in range(3):  # one group and 36 of 40 channels gone: ½(1/2 + 1/10) = 0.3 kept
         pruned |= scores.of(layer, "attention") & (scores.unit == 0)
         pruned |= scores.of(layer, "mlp") & (scores.unit < 36)
-    assert np.array_equal(collapse(scores, pruned, 0.0, set()), pruned)
-    assert np.array_equal(collapse(scores, pruned, 0.3, set()), pruned)  # strictly below
-    some = collapse(scores, pruned, 0.31, {1})
+    scores = replace(scores, pruned=pruned)
+    assert np.array_equal(collapse(scores, 0.0, set()), pruned)
+    assert np.array_equal(collapse(scores, 0.3, set()), pruned)  # strictly below
+    some = collapse(scores, 0.31, {1})
     assert [bool(some[scores.layer == layer].all()) for layer in range(3)] == [True, False, True]
-    everything = collapse(scores, pruned, 0.31, set())
+    everything = collapse(scores, 0.31, set())
     assert [bool(everything[scores.layer == layer].all()) for layer in range(3)] == [True, True, False]
 
 
 def test_score_norm_makes_kinds_or_blocks_comparable() -> None:
     views = layer_structures(make_tiny(layers=2))
-    scores = group_scores(views, [torch.tensor([1.0, 3.0])] * 2, [torch.arange(1.0, 41.0)] * 2)
+    scores = scored(views, torch.tensor([1.0, 3.0]), torch.arange(1.0, 41.0))
     kind = normalised(scores, "kind")
     assert kind[scores.of_kind(Block.MLP)].median() == pytest.approx(1.0)
     block = normalised(scores, "block")
@@ -276,7 +215,7 @@ def test_senseless_options_are_refused_by_name(options: dict[str, float], name: 
 
 def test_non_finite_priors_name_the_layer() -> None:
     views = layer_structures(make_tiny(layers=2))
-    scores = group_scores(views, [torch.ones(2)] * 2, [torch.ones(40)] * 2)
+    scores = group_scores(views)
     delta = torch.tensor([[1.0, math.nan]] * 3)
     with pytest.raises(FloatingPointError, match=r"layers \[1\]"):
         final_scores(scores, delta, 0.0, 1.0, "none")

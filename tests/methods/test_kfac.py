@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 
 from lightning_prune.methods import HGSP
 from lightning_prune.methods.kfac import DAMPING, ROUNDS, compensated_costs
-from lightning_prune.methods.slimgpt_math import NotPositiveDefiniteError
 from tests.methods.running import projections, run_method, save_base
 from tests.tiny import make_tiny, tiny_tokens
 
@@ -126,5 +125,5 @@ def test_values_that_are_not_finite_are_refused() -> None:
 
 
 def test_a_second_moment_that_is_not_positive_definite_is_refused() -> None:
-    with pytest.raises(NotPositiveDefiniteError, match="damping"):
+    with pytest.raises(FloatingPointError, match="damping"):
         compensated_costs(torch.ones(3, 2), torch.tensor([[1.0, 5.0], [5.0, 1.0]]), torch.eye(3), 5, 1)

@@ -9,8 +9,7 @@ import torch
 from lightning_prune.checkpoint.cut import layout_of
 from lightning_prune.methods import Magnitude, Wanda
 from lightning_prune.support.errors import UserError
-from tests.methods.running import projections, pruned_by, run_method, save_base
-from tests.methods.test_slimgpt import inputs_of
+from tests.methods.running import inputs_of, projections, pruned_by, run_method, save_base
 from tests.tiny import make_tiny, tiny_tokens
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_prune.methods.masks import Structure, keep_n_of_m_mask, parse_structure, row_mask, tensor_mask
+from lightning_prune.methods.masks import MaskRule, parse_structure
 from lightning_prune.support.errors import UserError
 
 
@@ -22,26 +22,28 @@ def test_n_of_every_m_inputs_stay(n: int, m: int) -> None:
         [flag for start in range(0, 24, m) for flag in naive_lowest(row[start : start + m], m - n)]
         for row in scores.double().tolist()
     ]
-    assert keep_n_of_m_mask(scores, n, m).tolist() == expected
+    assert MaskRule((n, m), 0.5).mask(scores).tolist() == expected
 
 
 def test_widths_that_m_does_not_divide_are_refused_with_the_option() -> None:
     with pytest.raises(UserError, match=r"--model\.structure 2:4.*30 inputs"):
-        keep_n_of_m_mask(random_scores(2, 30), 2, 4)
+        MaskRule((2, 4), 0.5).check_width(30)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.99, 1.0])
 def test_each_row_loses_exactly_its_share(fraction: float) -> None:
     scores = random_scores()
     count = {0.0: 0, 0.1: 2, 0.5: 12, 0.99: 23, 1.0: 24}[fraction]
-    assert row_mask(scores, fraction).tolist() == [naive_lowest(row, count) for row in scores.double().tolist()]
+    assert MaskRule(None, fraction).mask(scores).tolist() == [
+        naive_lowest(row, count) for row in scores.double().tolist()
+    ]
 
 
 @pytest.mark.parametrize(("fraction", "count"), [(0.0, 0), (0.29, 41), (0.5, 72), (1.0, 144)])
 def test_a_tensor_loses_exactly_its_share(fraction: float, count: int) -> None:
     scores = random_scores()
     flat = [value for row in scores.double().tolist() for value in row]
-    mask = tensor_mask(scores, fraction)
+    mask = MaskRule(None, fraction, per_tensor=True).mask(scores)
     assert mask.flatten().tolist() == naive_lowest(flat, count)
     assert mask.shape == scores.shape
 
@@ -50,34 +52,31 @@ def test_a_tensor_loses_exactly_its_share(fraction: float, count: int) -> None:
     ("size", "fraction", "count"), [(100, 0.29, 29), (10, 0.7, 7), (1000, 0.57, 570), (30, 0.1, 3)]
 )
 def test_shares_follow_the_decimal_fraction_not_its_rounding(size: int, fraction: float, count: int) -> None:
-    assert int(tensor_mask(torch.rand(size), fraction).sum()) == count
+    assert int(MaskRule(None, fraction).mask(torch.rand(1, size)).sum()) == count
 
 
 def test_ties_prune_the_lower_index_first() -> None:
     equal = torch.ones(3, 64)
-    lower_half = [[True] * 32 + [False] * 32] * 3
-    assert row_mask(equal, 0.5).tolist() == lower_half
-    assert keep_n_of_m_mask(equal, 2, 4).tolist() == [[True, True, False, False] * 16] * 3
-    assert tensor_mask(equal, 0.5).flatten().tolist() == [True] * 96 + [False] * 96
+    assert MaskRule(None, 0.5).mask(equal).tolist() == [[True] * 32 + [False] * 32] * 3
+    assert MaskRule((2, 4), 0.5).mask(equal).tolist() == [[True, True, False, False] * 16] * 3
+    assert MaskRule(None, 0.5, per_tensor=True).mask(equal).flatten().tolist() == [True] * 96 + [False] * 96
 
 
 def test_half_precision_scores_are_ordered_alike() -> None:
     scores = random_scores().bfloat16()
-    assert torch.equal(row_mask(scores, 0.5), row_mask(scores.double(), 0.5))
+    rule = MaskRule(None, 0.5)
+    assert torch.equal(rule.mask(scores), rule.mask(scores.double()))
 
 
 def test_nan_scores_are_refused() -> None:
     scores = random_scores()
     scores[1, 3] = torch.nan
     with pytest.raises(FloatingPointError, match="NaN"):
-        row_mask(scores, 0.5)
+        MaskRule(None, 0.5).mask(scores)
 
 
 def test_structures_are_parsed() -> None:
-    assert parse_structure("group") == Structure("group")
-    assert parse_structure("unstructured") == Structure("unstructured")
-    assert parse_structure("2:4") == Structure("n:m", 2, 4)
-    assert parse_structure("4:8") == Structure("n:m", 4, 8)
+    assert [parse_structure(text) for text in ("group", "unstructured", "2:4", "4:8")] == [None, None, (2, 4), (4, 8)]
 
 
 @pytest.mark.parametrize("text", ["", "4:2", "4:4", "0:4", "2:4:8", "rows", "2-4", "-2:4"])

@@ -14,7 +14,7 @@ def measured() -> Scores:
     views = layer_structures(make_tiny())
     attention = [torch.rand(2, generator=generator) for _ in views]
     mlp = [torch.rand(40, generator=generator, dtype=torch.float64) ** 20 for _ in views]
-    return group_scores(views, attention, mlp)
+    return group_scores(views, [{Block.ATTENTION: a, Block.MLP: m} for a, m in zip(attention, mlp, strict=True)])
 
 
 def test_rows_are_in_the_order_of_layer_block_and_unit() -> None:
@@ -33,7 +33,7 @@ def test_rows_are_in_the_order_of_layer_block_and_unit() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_importance_that_is_not_finite_names_layer_and_block(value: float) -> None:
     views = layer_structures(make_tiny())
-    mlp = [torch.ones(40) for _ in views]
-    mlp[2][7] = value
+    importance = [{Block.ATTENTION: torch.ones(2), Block.MLP: torch.ones(40)} for _ in views]
+    importance[2][Block.MLP][7] = value
     with pytest.raises(FloatingPointError, match="layer 2, mlp: 1 importances are NaN or infinite"):
-        group_scores(views, [torch.ones(2) for _ in views], mlp)
+        group_scores(views, importance)

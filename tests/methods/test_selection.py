@@ -11,7 +11,7 @@ from lightning_prune.checkpoint.scores import BLOCKS, Flags, Scores
 from lightning_prune.methods.selection import Budget, protect_best, ranking, select_global, select_uniform
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
-from tests.methods.naive_selection import Row, UnreachableError, lowest_of_each, prefix, ranked, unprotected
+from tests.methods.reference import Row, UnreachableError, lowest_of_each, prefix, ranked, unprotected
 
 GROUP, CHANNEL = 0, 1  # blocks in ``Row``
 

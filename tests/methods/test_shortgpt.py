@@ -1,14 +1,16 @@
 """ShortGPT: block influence per layer, and which layers go."""
 
 import json
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lightning_prune.checkpoint.cut import layout_of
 from lightning_prune.methods import ShortGPT
-from lightning_prune.methods.shortgpt import layers_to_remove, nearest_layer_count
+from lightning_prune.methods.shortgpt import nearest_layer_count
 from lightning_prune.support.errors import UserError
 from tests.methods.running import pruned_by, run_method, save_base
 from tests.tiny import make_tiny, tiny_tokens
@@ -53,19 +55,25 @@ def test_influence_equals_the_reference_and_the_lowest_layers_go(family: str, tm
     assert sum(p.numel() for p in pruned_by(method).parameters()) == method.plan.parameters["pruned"]
 
 
-def test_ties_go_to_the_lower_layer() -> None:
-    assert layers_to_remove(torch.tensor([0.3, 0.1, 0.1, 0.1]), 2) == [1, 2]
+def test_ties_go_to_the_lower_layer(run: Any) -> None:
+    model = make_tiny(layers=4)
+    with torch.no_grad():
+        for layer in model.model.layers[1:]:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    method = run(model, partial(ShortGPT, n_remove_layers=2))
+    assert method.scores.importance[1:].tolist() == [0.0] * 3
+    assert method.plan.removed_layers == [1, 2]
 
 
-def test_ratio_removes_the_nearest_number_of_layers() -> None:
-    assert nearest_layer_count([10] * 8, 24) == 2
-    assert nearest_layer_count([10] * 8, 26) == 3
-    assert nearest_layer_count([10] * 8, 25) == 2  # equally near: fewer layers go
+@pytest.mark.parametrize(("budget", "count"), [(24, 2), (26, 3), (25, 2)])  # of two equally near ones the fewer
+def test_ratio_removes_the_nearest_number_of_layers(budget: float, count: int) -> None:
+    assert nearest_layer_count(10, 8, budget) == count
 
 
 @pytest.mark.parametrize(("budget", "count"), [(9, 0), (10, 1), (19.9, 1), (29, 2), (80, 8), (1000, 8)])
 def test_at_most_never_removes_more_than_the_budget(budget: float, count: int) -> None:
-    assert nearest_layer_count([10] * 8, budget, at_most=True) == count
+    assert nearest_layer_count(10, 8, budget, at_most=True) == count
 
 
 def test_at_most_keeps_the_ratio_where_the_nearest_number_of_layers_exceeds_it(tmp_path: Path) -> None:
@@ -93,17 +101,6 @@ def test_no_ratio_is_recorded_that_nobody_asked_for(tmp_path: Path) -> None:
     assert method.plan.pruning_ratio is None
     assert json.loads((tmp_path / "run" / "plan.json").read_text())["pruning_ratio"] is None
     assert json.loads((tmp_path / "run" / "method.json").read_text())["n_remove_layers"] == 1
-
-
-def test_an_identity_layer_goes_first(tmp_path: Path) -> None:
-    model = make_tiny(layers=4)
-    with torch.no_grad():
-        model.model.layers[2].self_attn.o_proj.weight.zero_()
-        model.model.layers[2].mlp.down_proj.weight.zero_()
-    base = save_base(model, tmp_path / "base")
-    method = run_method(ShortGPT(base, n_remove_layers=1), tiny_tokens(4, 8), tmp_path / "run")
-    assert method.plan.removed_layers == [2]
-    assert float(method.scores.importance[2]) == 0.0
 
 
 @pytest.mark.parametrize(("ratio", "words"), [(0.01, "nearest to removing 0"), (0.95, "nearest to removing 4")])

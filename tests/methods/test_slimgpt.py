@@ -9,20 +9,10 @@ from torch import Tensor
 
 from lightning_prune.methods import SlimGPT
 from lightning_prune.support.errors import UserError
-from tests.methods.running import projections, pruned_by, run_method, save_base
+from tests.methods.running import inputs_of, projections, pruned_by, run_method, save_base
 from tests.tiny import make_tiny, tiny_tokens
 
 DAMPING = 0.01
-
-
-def inputs_of(model, linear: torch.nn.Linear, tokens: Tensor) -> Tensor:
-    """Inputs ``[tokens, in]`` of one linear in a whole forward."""
-    found: list[Tensor] = []
-    hook = linear.register_forward_pre_hook(lambda module, args: found.append(args[0].double()))
-    with torch.no_grad():
-        model(input_ids=tokens, use_cache=False)
-    hook.remove()
-    return found[0].reshape(-1, linear.in_features)
 
 
 def hessian_of(x: Tensor, samples: int) -> Tensor:
@@ -127,16 +117,6 @@ def test_compensation_is_the_least_squares_optimum_and_beats_masking_on_every_la
             found[name].weight.data = full
 
 
-def test_batch_size_and_sample_order_do_not_change_the_result(tmp_path: Path) -> None:
-    base = save_base(make_tiny(layers=3), tmp_path / "base")
-    tokens = tiny_tokens(10, 16)
-    first = run_method(SlimGPT(base, 0.3), tokens, tmp_path / "a", batch_size=4)
-    for name, other_tokens, size in (("b", tokens, 1), ("c", tokens, 10), ("d", tokens.flip(0), 3)):
-        other = run_method(SlimGPT(base, 0.3), other_tokens, tmp_path / name, batch_size=size)
-        assert other.plan.layers == first.plan.layers
-        torch.testing.assert_close(other.scores.importance, first.scores.importance, rtol=1e-3, atol=1e-9)
-
-
 def test_later_layers_lose_more_and_the_total_is_met(tmp_path: Path) -> None:
     model = make_tiny(layers=6, channels=80)
     base = save_base(model, tmp_path / "base")
@@ -170,13 +150,6 @@ def test_max_tokens_takes_the_first_tokens_whatever_the_batch_size(tmp_path: Pat
         capped = run_method(SlimGPT(base, 0.3, max_tokens=96), tokens, tmp_path / str(size), batch_size=size)
         assert capped.plan.layers == whole.plan.layers
         torch.testing.assert_close(capped.scores.importance, whole.scores.importance, rtol=1e-3, atol=1e-9)
-
-
-def test_the_plan_says_that_it_cannot_be_applied_to_the_base_weights(tmp_path: Path) -> None:
-    base = save_base(make_tiny(layers=2), tmp_path / "base")
-    method = run_method(SlimGPT(base, 0.2), tiny_tokens(8, 16), tmp_path / "run")
-    assert method.plan.weights_updated
-    assert not method.reusable
 
 
 def test_damping_that_had_to_be_raised_is_reported(tmp_path: Path) -> None:

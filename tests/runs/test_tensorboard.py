@@ -22,7 +22,8 @@ def group_table() -> Scores:
     views = layer_structures(make_tiny())
     generator = torch.Generator().manual_seed(0)
     attention = [10 * torch.rand(2, generator=generator) for _ in views]
-    scores = group_scores(views, attention, [torch.rand(40, generator=generator) for _ in views])
+    mlp = [torch.rand(40, generator=generator) for _ in views]
+    scores = group_scores(views, [{Block.ATTENTION: a, Block.MLP: m} for a, m in zip(attention, mlp, strict=True)])
     return replace(scores, pruned=(scores.layer == 1) & (scores.unit % 4 == 0) | (scores.layer == 3))
 
 
