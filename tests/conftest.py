@@ -17,6 +17,18 @@ from tests.tiny import make_tiny
 
 torch.set_num_threads(1)
 
+# One family of every kind of layer: plain, fused projections, norms on both sides, whole attention.
+QUICK_FAMILIES = ("llama", "phi3", "gemma2", "olmo2")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Every other family, and the tables of hostile input, are slow: they are the same test many times over."""
+    for item in items:
+        options = item.callspec.params if hasattr(item, "callspec") else {}
+        if "hostile" in item.path.parts or options.get("family", "llama") not in QUICK_FAMILIES:
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(autouse=True)
 def one_process() -> Iterator[None]:

@@ -13,7 +13,7 @@ from lightning_prune.calibration.stream_checkpoints import StreamCheckpoints
 from tests.calibration.driving import drive
 from tests.calibration.test_results import TOKENS, assert_same, passes_of, undisturbed
 from tests.cutting import layered
-from tests.methods.behaviour import SYSTEMS
+from tests.methods.behaviour import SYSTEMS, one_of_each_kind
 from tests.tiny import make_tiny
 
 READING = [name for name in SYSTEMS if name != "magnitude"]
@@ -27,7 +27,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize("system", READING)
+@pytest.mark.parametrize("system", one_of_each_kind(READING))
 def test_what_comes_before_a_stream_checkpoint_is_not_run_again(system: str, tmp_path: Path) -> None:
     whole = undisturbed(system)
     evaluations, steps = whole.setting.model.evaluations, len(whole.steps)

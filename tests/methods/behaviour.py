@@ -1,6 +1,6 @@
 """What every pruning method goes through in ``test_every_method.py``: one line per system, and one way to run it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import lightning as L
 import numpy as np
+import pytest
 import torch
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -32,6 +33,7 @@ class System:
     removes: Literal["groups", "layers", "weights"] = "groups"
 
 
+FAST_SYSTEMS = ("wanda", "slimgpt", "shortgpt", "hgsp_taylor_refit")  # one of each kind of pass
 SYSTEMS: dict[str, System] = {
     "magnitude": System(Magnitude),
     "wanda": System(Wanda),
@@ -143,3 +145,8 @@ def logits(model: Any) -> Tensor:
     with torch.no_grad():
         result: Tensor = model.eval()(input_ids=tiny_tokens(2, 20, seed=9)).logits
     return result
+
+
+def one_of_each_kind(systems: Iterable[str]) -> list[Any]:
+    """Parameters of a test over ``systems``: those of ``FAST_SYSTEMS`` always, the others where slow tests run."""
+    return [name if name in FAST_SYSTEMS else pytest.param(name, marks=pytest.mark.slow) for name in systems]

@@ -24,7 +24,7 @@ from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.families import LayerStructure, count_parameters, layer_structures
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.vocabulary import ROLES_OF, Block
-from tests.methods.behaviour import SYSTEMS, Run, logits, prune, save_model, save_tokens, temporary_files
+from tests.methods.behaviour import FAST_SYSTEMS, SYSTEMS, Run, logits, prune, save_model, save_tokens, temporary_files
 from tests.tiny import EVERY_FAMILY, FAMILIES, WHOLE_ATTENTION, tiny_tokens
 
 RATIO = 0.29
@@ -43,7 +43,6 @@ OTHER_FAMILIES = EVERY_FAMILY[len(FAMILIES) :]
 ALIKE = set(OTHER_FAMILIES) - {"phi3", "olmo2"}  # fused projections, and groups that stay, meet every system
 # One of each layout, with one of each kind of pass; the others are slow.
 FAST_KINDS = ("mqa-untied", "phi3", "gemma3_text", "olmo2")
-FAST_SYSTEMS = ("wanda", "slimgpt", "shortgpt", "hgsp_taylor_refit")
 
 
 def slow_unless(fast: bool, *values: str) -> Any:
@@ -263,6 +262,7 @@ for line in sys.stdin.read().splitlines():
 """
 
 
+@pytest.mark.slow
 def test_a_process_without_this_package_loads_every_checkpoint(shared: Any, tmp_path: Path) -> None:
     lines = []
     for system in SYSTEMS:

@@ -62,7 +62,7 @@ ODD: dict[str, tuple[str, dict[str, Any], Edit]] = {
 }
 
 
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("name", [name if "4" in name else pytest.param(name, marks=pytest.mark.slow) for name in ODD])
 @torch.no_grad()
 def test_odd_configs_give_the_logits_of_transformers_and_are_pruned(tmp_path: Path, name: str) -> None:
     family, options, edit = ODD[name]

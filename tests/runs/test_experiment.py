@@ -72,6 +72,7 @@ def results(report: Path) -> list[dict[str, str]]:
     return [{key: row[key] for key in row if key not in {*NOT_REPRODUCIBLE, *seconds}} for row in rows]
 
 
+@pytest.mark.slow
 def test_what_runs_share_changes_no_number(shared: tuple[Path, list[Path]], tmp_path: Path) -> None:
     """Shared model, shared tokens, shared dense perplexity and reused scores give what single runs give."""
     experiment, folders = shared
