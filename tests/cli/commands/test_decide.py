@@ -72,7 +72,7 @@ CHANGES = [
 
 @pytest.mark.parametrize(
     ("method", "change"),
-    [*CHANGES[1:4], *(pytest.param(*case, marks=pytest.mark.slow) for case in (CHANGES[0], *CHANGES[4:]))],
+    [*CHANGES[:3], *(pytest.param(*case, marks=pytest.mark.slow) for case in CHANGES[3:])],
 )
 def test_decision_is_the_one_fit_makes_with_the_same_options(
     fitted: Fit, tmp_path: Path, method: str, change: list[str]
