@@ -49,7 +49,7 @@ class Stop:
         """Python's hook for exceptions that cannot be raised where they strike."""
         if isinstance(lost.exc_value, Stopped):
             self._unwinding = lambda: None
-        else:
+        elif self.number is None:  # else the finalizer of something that the signal left half-made
             sys.__unraisablehook__(lost)
 
     def watch(self, wake: socket.socket, done: threading.Event, main: int) -> None:

@@ -136,3 +136,19 @@ def test_process_that_does_not_come_back_to_python_is_ended(number: int) -> None
         process.kill()
     assert process.returncode == 128 + number
     assert "did not end within 10 seconds and was killed" in shown
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_finalizers_of_what_a_signal_left_half_made_say_nothing(
+    interrupted: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class HalfMade:
+        def __del__(self) -> None:
+            raise AttributeError("it was never finished")
+
+    with stoppable() as stop:
+        stop.number = signal.SIGINT if interrupted else None
+        HalfMade()
+        gc.collect()
+        stop.number = None
+    assert ("it was never finished" in capfd.readouterr().err) is not interrupted
