@@ -113,7 +113,6 @@ def slurm_environment(task: int) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("config", "spelling"),
     [
-        ("hgsp_taylor", "--trainer.devices 2"),
         ("slimgpt", "--trainer.devices [0,1]"),
         ("hgsp_taylor_refit", "--trainer.devices 2 --trainer.strategy ddp"),
         ("wanda", "two nodes"),
