@@ -21,6 +21,13 @@ OUTPUT: dict[str, dict[str, Any]] = {
 }
 
 
+def some_path(text: str) -> Path:
+    """A path as an option's value; an empty one would be the working folder."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("found nothing; give a path")
+    return Path(text)
+
+
 class PlainParser(argparse.ArgumentParser):
     """Ends a mistake in one message, as every command does, instead of a page of usage."""
 

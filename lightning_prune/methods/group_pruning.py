@@ -113,6 +113,9 @@ class GroupPruning(PruningMethod):
         return {**self.selection.facts(), "steps": self.steps, **super().details()}
 
     def check_ratio(self, layers: list[LayerStructure], total_parameters: int) -> None:
+        units = sum(view.num_kv_heads + view.num_channels for view in layers)
+        if self.steps > units:
+            raise UserError(f"--model.steps: found {self.steps}; the model has {units} units, and a step takes some.")
         attention = [torch.ones(view.num_kv_heads) for view in layers]
         mlp = [torch.ones(view.num_channels) for view in layers]
         self.select(group_scores(layers, attention, mlp), layers, total_parameters)
