@@ -1,7 +1,9 @@
 """What the commands' own parsers share, and ``--quiet`` and ``--json``."""
 
 import argparse
+import errno
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,10 +24,21 @@ OUTPUT: dict[str, dict[str, Any]] = {
 
 
 def some_path(text: str) -> Path:
-    """A path as an option's value; an empty one would be the working folder."""
+    """A path as an option's value, of which something may be there or not."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("found nothing; give a path")
+        raise argparse.ArgumentTypeError("found nothing; give a path")  # it would be the working folder
+    try:
+        os.stat(text)
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", errno.EINVAL) in (errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP):
+            why = getattr(error, "strerror", None) or error
+            raise argparse.ArgumentTypeError(f"'{text[:200]}' cannot be a path ({why})") from None
     return Path(text)
+
+
+def _model_name(text: str) -> str:
+    some_path(text)  # a hub id has the form of one
+    return text
 
 
 class PlainParser(argparse.ArgumentParser):
@@ -38,7 +51,8 @@ class PlainParser(argparse.ArgumentParser):
     def add_model(self) -> None:
         """The checkpoint that a command takes, dense or pruned."""
         text = "run folder, model folder (dense or pruned), hub id, or 'demo'"
-        self.add_argument("--model", "--model.pretrained", dest="model", required=True, metavar="MODEL", help=text)
+        names = ("--model", "--model.pretrained")
+        self.add_argument(*names, dest="model", type=_model_name, required=True, metavar="MODEL", help=text)
 
 
 def with_method_help(words: Sequence[str]) -> list[str]:

@@ -140,6 +140,11 @@ class LoggedOut(Recorder):
         raise PermissionError("no key: log in first")
 
 
+class NotThere(Recorder):
+    def __init__(self, key: str = "") -> None:
+        raise ModuleNotFoundError("Requirement 'tracker>=1' not met")
+
+
 @pytest.fixture
 def options(tmp_path: Path) -> list[str]:
     words = ["--model.pretrained", str(save_model(tmp_path / "model")), "--trainer.accelerator", "cpu"]
@@ -218,6 +223,13 @@ def test_a_logger_that_fails_at_the_end_costs_no_run(
         "Lost has not got all results (nobody answers)"
     ]
     assert (tmp_path / "root/wanda/version_0/metrics.json").is_file()
+
+
+def test_a_logger_that_cannot_be_made_says_why(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([f"{__name__}.NotThere"], [f"{__name__}.NotThere", "--trainer.logger.key", "x"]):
+        assert main(["test", *options, "--trainer.logger", *words]) == 2
+        (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert "--trainer: NotThere cannot be made (Requirement 'tracker>=1' not met)" in message
 
 
 @pytest.mark.parametrize(
