@@ -15,8 +15,8 @@ from lightning_prune.support.files import finite
 RESUME: dict[str, Any] = {
     "action": "store_true",
     "help": "Go on with the newest unfinished run of the same model, calibration set and options, at the first layer "
-    "(recover: saved state) that is not finished; the result is that of an undisturbed run. Placement and the spelling of "
-    "paths may differ, of fit also the batch sizes.",
+    "(recover: saved state) that is not finished; the result is that of an undisturbed run. Placement and the spelling "
+    "of paths may differ, of fit also the batch sizes.",
 }
 OUTPUT: dict[str, dict[str, Any]] = {
     "quiet": {"action": "store_true", "help": "Print the last line alone and no progress."},
