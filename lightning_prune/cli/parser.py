@@ -38,6 +38,8 @@ def some_path(text: str) -> Path:
 
 
 def _model_name(text: str) -> str:
+    if not text.strip():
+        raise UserError("--model is empty. Give a run folder, a model folder, a hub id or 'demo'.")
     some_path(text)  # a hub id has the form of one
     return text
 
