@@ -9,6 +9,7 @@ from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.checkpoint.write import write_pruned
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import count_parameters
+from lightning_prune.models.weights import DTYPES
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import cannot_write, check_writable
 
@@ -28,7 +29,9 @@ def apply(plan: PruningPlan | str | Path, model: str | Path, output: str | Path,
     Raises:
         UserError: not a plan of this model, one whose method changed the weights it kept, or ``output`` is taken.
     """
-    pretrained, folder = str(model), Path(output)
+    if not str(output).strip():
+        raise UserError("--output is empty. Give a new or an empty folder.")
+    pretrained, folder = str(model), Path(output).absolute()
     if not isinstance(plan, PruningPlan):
         plan = PruningPlan.load(Path(plan))
     if plan.weights_updated:
@@ -43,9 +46,9 @@ def apply(plan: PruningPlan | str | Path, model: str | Path, output: str | Path,
     if taken:
         raise UserError(f"--output: '{folder}' exists and is not an empty folder. Give a new or an empty one.")
     check_writable(folder, "--output")
-    dtype = getattr(torch, plan.dtype, None)
-    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise UserError(f"--plan: dtype '{plan.dtype}' is not known. Allowed: float32, bfloat16, float16.")
+    if getattr(torch, plan.dtype, None) not in DTYPES.values():
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())
+        raise UserError(f"--plan: found dtype '{plan.dtype}', in which no checkpoint is written. Allowed: {allowed}.")
     # Everything that can be wrong is noticed before the weights are read.
     opened = Checkpoint.open(pretrained)
     if (found := count_parameters(opened.meta)) != plan.parameters["dense"]:
@@ -55,5 +58,5 @@ def apply(plan: PruningPlan | str | Path, model: str | Path, output: str | Path,
         )
     write_pruned(opened, plan, lambda layer: {}, folder)
     if verbose:
-        print(f"pruned model: {folder}")
-    return folder
+        print(f"pruned model: {output}")
+    return Path(output)

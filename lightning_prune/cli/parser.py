@@ -1,7 +1,9 @@
 """What the commands' own parsers share, and ``--quiet`` and ``--json``."""
 
 import argparse
+import errno
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,12 +15,33 @@ from lightning_prune.support.files import finite
 RESUME: dict[str, Any] = {
     "action": "store_true",
     "help": "Go on with the newest unfinished run of the same model, calibration set and options, at the first layer "
-    "(recover: saved state) that is not finished; the result is that of an undisturbed run.",
+    "(recover: saved state) that is not finished; the result is that of an undisturbed run. Placement and the spelling "
+    "of paths may differ, of fit also the batch sizes.",
 }
 OUTPUT: dict[str, dict[str, Any]] = {
     "quiet": {"action": "store_true", "help": "Print the last line alone and no progress."},
     "json": {"action": "store_true", "help": "Print the metrics on stdout, all else on stderr."},
 }
+
+
+def some_path(text: str) -> Path:
+    """A path as an option's value, of which something may be there or not."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("found nothing; give a path")  # it would be the working folder
+    try:
+        os.stat(text)
+    except (OSError, ValueError) as error:
+        if getattr(error, "errno", errno.EINVAL) in (errno.EINVAL, errno.ENAMETOOLONG, errno.ELOOP):
+            why = getattr(error, "strerror", None) or error
+            raise argparse.ArgumentTypeError(f"'{text[:200]}' cannot be a path ({why})") from None
+    return Path(text)
+
+
+def _model_name(text: str) -> str:
+    if not text.strip():
+        raise UserError("--model is empty. Give a run folder, a model folder, a hub id or 'demo'.")
+    some_path(text)  # a hub id has the form of one
+    return text
 
 
 class PlainParser(argparse.ArgumentParser):
@@ -31,7 +54,8 @@ class PlainParser(argparse.ArgumentParser):
     def add_model(self) -> None:
         """The checkpoint that a command takes, dense or pruned."""
         text = "run folder, model folder (dense or pruned), hub id, or 'demo'"
-        self.add_argument("--model", "--model.pretrained", dest="model", required=True, metavar="MODEL", help=text)
+        names = ("--model", "--model.pretrained")
+        self.add_argument(*names, dest="model", type=_model_name, required=True, metavar="MODEL", help=text)
 
 
 def with_method_help(words: Sequence[str]) -> list[str]:

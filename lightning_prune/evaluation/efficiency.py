@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import count_parameters, family_of, layers_of
 from lightning_prune.support.errors import UserError
+from lightning_prune.support.memory import free_bytes
 from lightning_prune.support.progress import Progress
 
 WARM_UP = 2  # runs before the measured ones: lazy initialisation, autotuning, cold caches
@@ -149,6 +150,15 @@ def measure(model: PreTrainedModel, checkpoint: Checkpoint, setting: Setting, na
 
 
 def _speed(model: PreTrainedModel, batch_size: int, setting: Setting, done: Callable[[], None]) -> Speed:
+    tokens = setting.prompt_length + setting.decode_length
+    refusal = UserError(
+        f"--batch-sizes: {batch_size} sequences of {tokens} tokens do not fit in the memory of {model.device}. Choose "
+        "smaller --batch-sizes or a shorter --prompt-length."
+    )
+    # The least there is: what enters and what leaves one layer. The CPU would swap, or end the process.
+    least = 2 * setting.prompt_length * model.config.hidden_size * model.dtype.itemsize
+    if batch_size * least > free_bytes(model.device):
+        raise refusal
     shape = (batch_size, setting.prompt_length)
     prompt = torch.randint(model.config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(model.device)
     seconds = []
@@ -159,10 +169,7 @@ def _speed(model: PreTrainedModel, batch_size: int, setting: Setting, done: Call
             seconds.append(_generate(model, prompt, setting.decode_length))
             done()
     except torch.OutOfMemoryError:
-        raise UserError(
-            f"--batch-sizes: {batch_size} sequences of {setting.prompt_length + setting.decode_length} tokens do not "
-            f"fit in the memory of {model.device}. Choose smaller --batch-sizes or a shorter --prompt-length."
-        ) from None
+        raise refusal from None
     prefill, decode = (statistics.median(times) for times in zip(*seconds[WARM_UP:], strict=True))
     return Speed(
         batch_size=batch_size,

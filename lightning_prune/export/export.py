@@ -45,8 +45,10 @@ def export(
     """
     if not str(model):
         raise UserError("--model is empty. Give a run folder, a model folder, a hub id or 'demo'.")
+    if not str(output).strip():
+        raise UserError(f"{OPTION} is empty. Give the file or folder to write.")
     inner, target = Path(model).expanduser() / "pruned", Path(output).expanduser().absolute()
-    source = str(inner) if (inner / "config.json").is_file() else str(model)
+    source = str(inner) if os.path.isfile(inner / "config.json") else str(model)
     if format == "stock" and dtype:
         raise UserError("--dtype belongs to --format gguf; a stock folder keeps the dtype of the weights.")
     if format == "gguf" and find_spec("gguf") is None:

@@ -96,4 +96,7 @@ class GroupPruning(PruningMethod):
         return {**asdict(self.selection), "steps": self.steps, **super().details()}
 
     def check_ratio(self, layers: list[LayerStructure], total_parameters: int) -> None:
+        units = sum(view.num_kv_heads + view.num_channels for view in layers)
+        if self.steps > units:
+            raise UserError(f"--model.steps: found {self.steps}; the model has {units} units, and a step takes some.")
         self.select(group_scores(layers), layers, total_parameters)

@@ -196,6 +196,7 @@ def final_scores(
 
     Raises:
         FloatingPointError: a prior is not finite; names the layers.
+        UserError: it is not when raised to the power of the temperature.
     """
     base = normalised(scores, score_norm)
     prior = torch.ones_like(base)
@@ -205,6 +206,11 @@ def final_scores(
         if bad:
             raise FloatingPointError(f"layers {bad}: the measured prior is NaN or infinite.")
         prior = factor[scores.code, scores.layer] ** temperature
+        if not bool(torch.isfinite(base * prior).all()):
+            raise UserError(
+                f"--model.temperature: found {temperature:g}; a prior of {float(factor.max()):.3g} to that power is "
+                "not finite. Choose a smaller one; 0 leaves the priors out."
+            )
     return replace(scores, base=base.numpy(), prior=prior.numpy(), score=(base * prior).numpy())
 
 

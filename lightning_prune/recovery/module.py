@@ -22,6 +22,7 @@ from lightning_prune.support.progress import Progress
 from lightning_prune.support.timing import Seconds
 
 HELD_OUT = "held_out/loss"
+MOST = 1000.0  # of a learning rate, a decay: what is larger leaves no finite weight
 SCALE = 1000.0  # the bar's units for the whole of training
 
 
@@ -61,9 +62,9 @@ class Recovery(L.LightningModule):
         super().__init__()
         for name, value, fine, allowed in (
             ("distillation", distillation, 0 <= distillation <= 1, "a share from 0 to 1"),
-            ("learning_rate", learning_rate, learning_rate > 0, "a number above 0"),
+            ("learning_rate", learning_rate, 0 < learning_rate <= MOST, f"a number above 0, at most {MOST:g}"),
             ("warmup", warmup, 0 <= warmup < 1, "a share of the run from 0 to below 1"),
-            ("weight_decay", weight_decay, weight_decay >= 0, "a number of 0 or more"),
+            ("weight_decay", weight_decay, 0 <= weight_decay <= MOST, f"a number from 0 to {MOST:g}"),
             ("lora_rank", lora_rank, lora_rank >= 1, "a whole number of 1 or more"),
             ("patience", patience, patience >= 1, "a whole number of 1 or more"),
         ):
@@ -105,6 +106,9 @@ class Recovery(L.LightningModule):
                 f"--trainer.precision {precision} rounds most steps of an optimizer away when all weights are trained "
                 "in it. Choose bf16-mixed or 32-true, or --model.train lora, whose adapters stay in fp32."
             )
+        widest = max(max(entry.shape, default=1) for entry in self.checkpoint.tensors.values())
+        if self.lora_rank > widest:
+            raise UserError(f"--model.lora_rank: found {self.lora_rank}; no matrix here is wider than {widest}.")
         with self.seconds.measure("load"):
             net: Any = self.checkpoint.load(DTYPES[precision])
             self._zeros = zeros_of(net) if masked else None

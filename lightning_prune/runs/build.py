@@ -26,7 +26,7 @@ from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.runs.config_files import check_text, with_config_files
 from lightning_prune.runs.trainer import calibration_trainer
-from lightning_prune.support.errors import UserError
+from lightning_prune.support.errors import UserError, first_line
 from lightning_prune.support.progress import Progress
 
 LARGEST = 2**63 - 1
@@ -99,6 +99,11 @@ class RunBuilder(LightningCLI):
                 raise known from None
             if "jsonargparse" not in traceback.extract_tb(error.__traceback__)[-1].filename:
                 raise
+            if made := re.search(r"Problem with given class_path '[\w.]*?(\w+)':", str(error)):
+                cause: BaseException = error  # a logger's package is missing, or refuses what was given
+                while cause.__cause__ is not None:
+                    cause = cause.__cause__
+                raise UserError(f"--trainer: {made[1]} cannot be made ({first_line(cause)}). See --help.") from None
             given = re.search(r"Given value: (.+)", str(error))  # the innermost comes first
             value = given[1] if given else str(error).partition("\n")[0]
             raise UserError(f"an option's value cannot be used: {value[:200]}. See --help.") from None

@@ -1,5 +1,6 @@
 """One recovery: a finished run's pruned model → trained → a run folder beside that run's."""
 
+import os
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -33,7 +34,8 @@ from lightning_prune.support.quiet import quiet_transformers
 from lightning_prune.support.timing import Seconds
 
 OPTION = "--model.pretrained"
-FREE = ("label", "pretrained", "cache_dir", "eval_datasets", "eval_batch_size", "tokenizer")  # decide no weight
+# Decide no weight, or have a fingerprint. The batch size does decide: a step of the optimizer takes one.
+FREE = ("label", "pretrained", "cache_dir", "dataset", "eval_datasets", "eval_batch_size", "tokenizer")
 DECISIVE = ("precision", "max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val")
 
 
@@ -144,6 +146,8 @@ def _facts(module: Recovery, data: RecoveryDataModule, config: str) -> Facts:
         if (name in DECISIVE if group == "trainer" else name not in FREE)
     }
     weights, tokens = module.checkpoint.fingerprint, data.manifest["fingerprint"]
+    if module.teacher and os.path.isdir(Path(module.teacher).expanduser()):  # however it is spelled
+        options["model.teacher"] = os.path.realpath(Path(module.teacher).expanduser())
     return {**options, "weights of the model (SHA-256)": weights, "training tokens (SHA-256)": tokens}
 
 

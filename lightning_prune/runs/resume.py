@@ -41,16 +41,20 @@ def configuration_sha256(
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
+# Decide nothing: placement, batches (sums are free of their size but for rounding), and how model and text are called,
+# of which there are fingerprints.
+FREE = ("model.label", "model.onload", "model.pretrained", "data.tokenizer", "data.dataset", "data.batch_size")
+
+
 def facts_of(config: str, base_model: str | None, calibration: str | None, processes: int) -> Facts:
-    """What decides every byte of a result: options by name, and fingerprints of what was read."""
+    """What decides a result: options by name, and fingerprints of what was read."""
     parsed = yaml.safe_load(config)
     options = {f"model.{name}": value for name, value in parsed["model"].get("init_args", {}).items()}
     options |= {f"data.{name}": value for name, value in parsed.get("data", {}).items() if not name.startswith("eval")}
-    free = ("model.label", "model.onload", "data.cache_dir")
     return {
         "model": parsed["model"]["class_path"],
-        **{name: value for name, value in options.items() if name not in free},
-        "trainer.precision": parsed.get("trainer", {}).get("precision"),
+        **{name: value for name, value in options.items() if name not in (*FREE, "data.cache_dir")},
+        "trainer.precision": parsed.get("trainer", {}).get("precision") or "32-true",
         "weights of the model (SHA-256)": base_model,
         "calibration tokens (SHA-256)": calibration,
         "processes": processes,
@@ -58,13 +62,10 @@ def facts_of(config: str, base_model: str | None, calibration: str | None, proce
 
 
 def differences(before: Facts, now: Facts) -> list[str]:
-    """What does not agree, each with both values; ``before`` was read from JSON."""
+    """What does not agree, each with both values; ``before`` was read from JSON, and may hold facts of an earlier
+    version that decide nothing."""
     now = json.loads(json.dumps(finite(now)))
-    return [
-        f"{name}: {before.get(name)} then, {now.get(name)} now"
-        for name in dict.fromkeys([*before, *now])
-        if before.get(name) != now.get(name)
-    ]
+    return [f"{name}: {before.get(name)} then, {now[name]} now" for name in now if before.get(name) != now[name]]
 
 
 def unfinished_run(root: Path, label: str, facts: Facts) -> Path:

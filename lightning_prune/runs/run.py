@@ -31,7 +31,7 @@ from lightning_prune.runs.environment import environment, peak_memory_bytes
 from lightning_prune.runs.folder import STARTED, RunFolder, check_label
 from lightning_prune.runs.memory_estimate import place
 from lightning_prune.runs.resume import configuration_sha256, facts_of, read_object, unfinished_run
-from lightning_prune.runs.tensorboard import log_result
+from lightning_prune.runs.tensorboard import close_loggers, log_result, open_loggers
 from lightning_prune.runs.verdict import evaluation_section
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import FULL, write_json, write_text
@@ -160,6 +160,7 @@ def evaluate_and_record(
         }
         record = RunRecord(config, {}, environment(str(trainer.precision), trainer.strategy.root_device), metrics)
         if folder is not None:
+            log_result(trainer, {"model": model.pretrained}, metrics)
             folder.write_results(record.calibration, record.environment, record.metrics)
         path = trainer.strategy.broadcast("" if folder is None else str(folder.path))
     return Path(path), record
@@ -185,15 +186,14 @@ def claimed(
             ours if isinstance(logger, TensorBoardLogger) and Path(logger.root_dir) == root / label else logger
             for logger in trainer.loggers
         ]
+        open_loggers(trainer)
         try:
             yield folder
         except BaseException as error:  # after fit and test, too, where Lightning does not see it
             trainer.strategy.on_exception(error)
             raise
         finally:
-            for logger in trainer.loggers:  # its thread would write to a folder that is being removed
-                if trainer.is_global_zero and isinstance(logger, TensorBoardLogger) and Path(logger.log_dir).is_dir():
-                    logger.experiment.close()
+            close_loggers(trainer)
 
 
 @contextmanager

@@ -1,4 +1,8 @@
-"""What a run shows in TensorBoard, under the same tags for every method, so that runs overlay."""
+"""What a run shows in its loggers, under the same tags for every method and every logger, so that runs overlay.
+
+Every logger of Lightning takes scalars and hyperparameters. Histograms go to TensorBoard, W&B and Comet, the picture to
+these, to MLflow, and to whatever else has ``log_image``.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,32 +10,65 @@ from typing import Any
 import lightning as L
 import matplotlib
 import numpy as np
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CometLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from torch.utils.tensorboard import SummaryWriter
 
 from lightning_prune.checkpoint.scores import BLOCKS, Scores
 from lightning_prune.models.vocabulary import Block
+from lightning_prune.support.errors import UserError, first_line
 from lightning_prune.support.escape import plain
+from lightning_prune.support.files import FULL
 
 
-def log_importance(writer: SummaryWriter, scores: Scores) -> None:
+def log_importance(logger: Logger, scores: Scores) -> None:
     """Importance per layer as scalars whose step is the layer, score histograms, and the kept-fraction map.
 
     ``importance/<block>`` is the block's share of the model's whole importance, so methods of different scales
     overlay; ``score/<block>`` is the mean score of the block's units in the method's own unit.
     """
     total = float(scores.importance.sum()) or 1.0
-    for layer, importance in enumerate(scores.per_layer(scores.importance).tolist()):
-        writer.add_scalar("importance/layer", importance / total, layer)
+    importances = scores.per_layer(scores.importance).tolist()
+    curves: list[dict[str, float]] = [{"importance/layer": importance / total} for importance in importances]
     for (layer, block), rows in scores.blocks.rows().items():
         if block is not Block.LAYER:
-            writer.add_scalar(f"importance/{block}", float(scores.importance[rows].sum()) / total, layer)
-            writer.add_histogram(f"log10 score/{block}", np.log10(scores.score[rows].clip(min=1e-30)), layer)
-        writer.add_scalar(f"score/{block}", float(scores.score[rows].mean()), layer)
-        writer.add_scalar(f"kept fraction/{block}", float(scores.kept[rows].mean()), layer)
-    writer.add_figure("kept fraction", kept_fraction_figure(scores))
+            curves[layer][f"importance/{block}"] = float(scores.importance[rows].sum()) / total
+            _log_histogram(logger, f"log10 score/{block}", np.log10(scores.score[rows].clip(min=1e-30)), layer)
+        curves[layer][f"score/{block}"] = float(scores.score[rows].mean())
+        curves[layer][f"kept fraction/{block}"] = float(scores.kept[rows].mean())
+    for layer, values in enumerate(curves):
+        if isinstance(logger, TensorBoardLogger):  # whose log_metrics hides what a full disk says
+            for tag, value in values.items():
+                logger.experiment.add_scalar(tag, value, layer)
+        else:
+            logger.log_metrics(values, layer)
+    _log_figure(logger, "kept fraction", kept_fraction_figure(scores))
+
+
+def _log_histogram(logger: Logger, tag: str, values: Any, layer: int) -> None:
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_histogram(tag, values, layer)
+    elif isinstance(logger, CometLogger):
+        logger.experiment.log_histogram_3d(values, tag, layer)
+    elif isinstance(logger, WandbLogger):
+        from wandb import Histogram  # type: ignore[import-not-found, unused-ignore]  # there, as its logger is
+
+        logger.log_metrics({tag: Histogram(values)}, layer)
+
+
+def _log_figure(logger: Any, tag: str, figure: Figure) -> None:
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_figure(tag, figure)
+    elif isinstance(logger, MLFlowLogger):
+        logger.experiment.log_figure(logger.run_id, figure, f"{tag}.png")
+    elif isinstance(logger, CometLogger):
+        logger.experiment.log_figure(tag, figure)
+    elif callable(getattr(logger, "log_image", None)):
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        logger.log_image(tag, [np.asarray(canvas.buffer_rgba())[:, :, :3].copy()])
 
 
 def kept_fraction_figure(scores: Scores) -> Figure:
@@ -55,13 +92,52 @@ def log_result(
     scores: Scores | None = None,
     more: Mapping[str, float] = {},
 ) -> None:
-    """At the end of a run: importance, and the HParams row of ``options``, final numbers and ``more``."""
-    results = {"achieved ratio": float(metrics["pruning_ratio"]["achieved"]), **more}
+    """At the end of a run: importance, and ``options`` with the final numbers and ``more``, in every logger.
+
+    A logger that fails, as one whose server is gone, costs a warning and not the run.
+    """
+    results = {"achieved ratio": float(metrics["pruning_ratio"]["achieved"])} if "pruning_ratio" in metrics else {}
     for name, values in metrics["perplexity"].items():
-        results[f"perplexity {plain(name)}"] = float(values["pruned"])
+        results[f"perplexity {plain(name)}"] = float(values["pruned"] if "pruned" in values else values["perplexity"])
+    final = {f"hparams/{name}": value for name, value in (results | dict(more)).items()}
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
+        try:
             if scores is not None:
-                log_importance(logger.experiment, scores)
-            logger.log_hyperparams(options, {f"hparams/{name}": value for name, value in results.items()})
+                log_importance(logger, scores)
+            if isinstance(logger, TensorBoardLogger):  # options and numbers make one row there
+                logger.log_hyperparams(options, final)
+            else:
+                logger.log_hyperparams(options)
+                logger.log_metrics(final, 0)
             logger.finalize("success")
+        except Exception as error:
+            if isinstance(logger, TensorBoardLogger):
+                raise
+            rank_zero_warn(f"{type(logger).__name__} has not got all results ({first_line(error)})")
+
+
+def open_loggers(trainer: L.Trainer) -> None:
+    """Have every logger begin, before anything is calibrated for it.
+
+    Raises:
+        UserError: one cannot: nothing can be written there, nobody answers, nobody is logged in.
+    """
+    for logger in trainer.loggers:
+        try:
+            getattr(logger, "experiment", None)
+        except Exception as error:  # every tracker's client has its own
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise
+            raise UserError(
+                f"--trainer.logger: {type(logger).__name__} cannot begin ({first_line(error)}). Check its options, or "
+                "leave it out."
+            ) from None
+
+
+def close_loggers(trainer: L.Trainer) -> None:
+    """After ``open_loggers``: end what would go on after the run, and take the next run of this process for its own."""
+    for logger in trainer.loggers if trainer.is_global_zero else []:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()
+        elif isinstance(logger, TensorBoardLogger):  # its thread would write to a folder that is being removed
+            logger.experiment.close()

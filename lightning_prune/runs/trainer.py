@@ -75,7 +75,8 @@ def calibration_trainer(
         strategy: ``auto`` or ``ddp``.
         precision: Of weights and sums; default ``32-true``.
         default_root_dir: Where run folders go.
-        logger: ``false`` for none, or loggers of Lightning; by default TensorBoard in the run folder.
+        logger: ``false`` for none, or loggers of Lightning (CSVLogger, WandbLogger, MLFlowLogger, …), which all get the
+            same; by default TensorBoard in the run folder.
         callbacks: Your own, or those of Lightning that only watch.
         enable_progress_bar: ``false`` prints no progress.
         profiler: Lightning's, by name.

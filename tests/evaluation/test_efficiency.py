@@ -96,6 +96,8 @@ def test_peak_memory_forgets_what_was_freed_before(tmp_path: Path) -> None:
         (Setting(16, 16, 32, batch_sizes=(4, 0)), "--batch-sizes: found 4 0"),
         (Setting(16, 16, 32, batch_sizes=()), "--batch-sizes"),
         (Setting(16, 16, 32, repeats=0), "--repeats: found 0"),
+        (Setting(16, 16, 32, batch_sizes=(10**10,)), "--batch-sizes: 10000000000 sequences of 32 tokens do not fit"),
+        (Setting(16, 16, 32, batch_sizes=(2**63 - 1,)), "--batch-sizes: 9223372036854775807 sequences"),
     ],
 )
 def test_setting_that_cannot_be_measured_is_refused(setting: Setting, message: str) -> None:

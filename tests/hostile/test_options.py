@@ -78,6 +78,13 @@ every("--model.max_tokens", config="slimgpt")
 every("--data.batch_size")
 every("--data.eval_seq_len", works="null")
 every("--data.seed")
+for size in ("1000000000", "4611686018427387904"):  # before any arithmetic on them
+    option(f"--model.pretrained demo --data.dataset demo --data.seq_len {size}", f"128 windows of {size}")
+    option(
+        f"--model.pretrained demo --data.eval_datasets [demo] --data.eval_seq_len {size}", f"one window needs {size}"
+    )
+option(f"--model.steps {10**9}", "--model.steps: found 1000000000; the model has 168 units")
+option("--model.save_dtype float8_e4m3fn", "--model.save_dtype: found 'float8_e4m3fn'")
 option("--model.save_dtype float64", ("--model.save_dtype: found 'float64'", "float16"))
 option("--model.at_most true", "at_most")
 option("--resume", ("--resume: no unfinished run", "There is none"))
@@ -135,3 +142,33 @@ def test_configuration_file(name: str, bench: Bench, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("name", ["--seed_everything=-1", "--trainer.max_epochs=1", "--data.batch_size=null"])
 def test_other_commands_refuse_the_same(name: str, bench: Bench) -> None:
     bench.check(Case(name, says=name.partition("=")[0], command="test"))
+
+
+# What the commands with parsers of their own are given.
+OTHERS = {
+    "apply": ("--plan", "--model", "--output"),
+    "decide": ("--run",),
+    "compare": ("--runs", "--config", "--root", "--output"),
+    "evaluate": ("--model", "--dense", "--output", "--include-path"),
+    "export": ("--model", "--output"),
+}
+
+
+@pytest.mark.parametrize("value", ["", " ", "x" * 300, "x" * 5000])
+@pytest.mark.parametrize(("command", "option"), [(name, one) for name, all_ in OTHERS.items() for one in all_])
+def test_a_path_that_cannot_be_one(
+    command: str, option: str, value: str, bench: Bench, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bench.inputs)
+    (bench.inputs / "run").symlink_to(finished / "run")
+    base = [] if (command, option) == ("compare", "--config") else bench.base(Case(command=command))
+    bench.check(Case([*base, option, value], says=option, command=command, base=False))
+    assert os.listdir() == ["run"]
+
+
+@pytest.mark.parametrize("size", [10**9, 2**62])
+def test_check_compares_lengths_before_it_adds_bytes_up(size: int, bench: Bench) -> None:
+    bench.check(
+        Case(f"--config wanda --data.seq_len {size} --data.dataset demo", 2, "has 128 positions", command="check")
+    )
+    bench.check(Case(f"--config wanda --data.num_samples {size} --data.dataset demo", (0, 1), command="check"))

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lightning_prune.runs.folder import RunFolder
-from lightning_prune.runs.resume import unfinished_run
+from lightning_prune.runs.resume import differences, facts_of, unfinished_run
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import Lock, write_json
 from tests.killing import REPOSITORY, Ended, Forks, Kill
@@ -126,6 +127,58 @@ def test_what_the_message_says_works_and_then_nothing_is_unfinished(fit: Fit, in
     assert ended.status == 2
     assert "There is none at all" in ended.printed
     assert os.listdir(interrupted.parent) == ["version_0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("system", ["hgsp_taylor", "slimgpt"])
+def test_smaller_batches_and_other_spellings_go_on_and_end_in_the_same_plan(fit: Fit, system: str) -> None:
+    kill = Kill("lightning_prune.calibration.results:Results.add", 5)
+    assert fit(system, "smaller", kill=kill).status == -signal.SIGKILL
+    folder = fit.folder / "smaller" / system / "version_0"
+    known = {path.name: path.read_bytes() for path in (folder / "findings").glob("step_*")}
+    assert len(known) == 4
+    more = ["--data.batch_size", "1", "--data.eval_batch_size", "3", "--trainer.logger", "false"]
+    more += ["--data.dataset", os.path.relpath(fit.folder / "tokens.npy", REPOSITORY)]
+    more += ["--data.cache_dir", f"{fit.folder}/cache", "--model.onload", "layer"]
+    again = Kill("lightning_prune.calibration.results:Results.add", 1)
+    assert fit(system, "smaller", *more, "--resume", kill=again).status == -signal.SIGKILL
+    assert {path.name: path.read_bytes() for path in (folder / "findings").glob("step_*")} == known  # not made again
+    (fit.folder / "link").unlink(missing_ok=True)
+    (fit.folder / "link").symlink_to(fit.folder / "model")
+    link = ["--model.pretrained", os.path.relpath(fit.folder / "link", REPOSITORY) + "/"]
+    assert fit(system, "smaller", *more, *link, "--resume", kill=again).status == -signal.SIGKILL
+    ended = fit(system, "smaller", *more, "--resume")
+    assert ended.status == 0, ended.printed
+    assert os.listdir(folder.parent) == ["version_0"]
+    assert fit(system, "whole", "--data.batch_size", "4").status == 0
+    expected, found = fit.result(system, "whole"), fit.result(system, "smaller")
+    assert found["plan.json"] == expected["plan.json"]
+
+
+def test_what_changes_no_decision_is_no_fact_and_all_else_is() -> None:
+    model = {"class_path": "Wanda", "init_args": {"pretrained": "a/model", "pruning_ratio": 0.2, "onload": "auto"}}
+    data = {"dataset": "t.npy", "batch_size": 4, "eval_batch_size": 16, "cache_dir": None, "seed": 0, "tokenizer": "a"}
+    trainer = {"precision": None, "logger": None, "enable_progress_bar": True}
+
+    def facts(**changes: object) -> dict[str, object]:
+        groups = {"model": model["init_args"], "data": data, "trainer": trainer}
+        new = {group: dict(options) for group, options in groups.items()}  # type: ignore[call-overload]
+        for name, value in changes.items():
+            group, _, option = name.partition("__")
+            new[group][option] = value
+        config = {"model": {"class_path": "Wanda", "init_args": new["model"]}, "data": new["data"]}
+        return facts_of(yaml.safe_dump(config | {"trainer": new["trainer"]}), "weights", "tokens", 1)
+
+    free = {"model__pretrained": "/x/a/model/", "model__onload": "layer", "model__label": "b", "trainer__logger": False}
+    free |= {"data__batch_size": 1, "data__eval_batch_size": 1, "data__cache_dir": "c", "data__dataset": "/x/t.npy"}
+    free |= {"data__tokenizer": "/x/a", "trainer__precision": "32-true", "trainer__enable_progress_bar": False}
+    for name, value in free.items():
+        assert differences(facts(), facts(**{name: value})) == []
+    for name, value in {"model__pruning_ratio": 0.3, "data__seed": 1, "trainer__precision": "bf16-true"}.items():
+        (difference,) = differences(facts(), facts(**{name: value}))
+        assert difference.startswith(name.replace("__", "."))
+    # What an earlier version wrote down beside that.
+    assert differences(facts() | {"model.pretrained": "a/model", "data.batch_size": 4}, facts()) == []
 
 
 FACTS = {"model": "Wanda", "model.pruning_ratio": 0.2, "processes": 1, "tau": float("inf")}

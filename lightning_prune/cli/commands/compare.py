@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from lightning_prune.cli.commands.evaluate import TASKS
-from lightning_prune.cli.parser import PlainParser
+from lightning_prune.cli.parser import PlainParser, some_path
 from lightning_prune.support.errors import UserError
 
 UNFAIR = 3
@@ -113,10 +113,10 @@ def _parser() -> argparse.ArgumentParser:
         "--data.seed 1 --trainer.precision bf16-true",
     )
     add = parser.add_argument
-    add("--config", type=Path, metavar="FILE", help="the experiment: a file, or the shipped 'compare'")
-    add("--runs", type=Path, nargs="+", metavar="FOLDER", help="run folders: logs/*/version_*")
-    add("--root", type=Path, metavar="FOLDER", help="where runs and report go (default: logs)")
-    add("--output", type=Path, metavar="FOLDER", help="report folder (ROOT/comparison/version_N)")
+    add("--config", type=some_path, metavar="FILE", help="the experiment: a file, or the shipped 'compare'")
+    add("--runs", type=some_path, nargs="+", metavar="FOLDER", help="run folders: logs/*/version_*")
+    add("--root", type=some_path, metavar="FOLDER", help="where runs and report go (default: logs)")
+    add("--output", type=some_path, metavar="FOLDER", help="report folder (ROOT/comparison/version_N)")
     add("--overwrite", action="store_true", help="replace the report at --output")
     add("--pretrained", "--model.pretrained", dest="pretrained", metavar="MODEL", help="a folder, a hub id, or 'demo'")
     add("--ratios", type=float, nargs="+", metavar="R", help="pruning ratios between 0 and 1")
@@ -128,6 +128,6 @@ def _parser() -> argparse.ArgumentParser:
         f"'lightning-prune[eval]'). Without names: {' '.join(TASKS)}"
     )
     add("--zero-shot", nargs="*", metavar="TASK", help=text)
-    add("--include-path", type=Path, metavar="FOLDER", help="folder with further tasks as YAML files")
+    add("--include-path", type=some_path, metavar="FOLDER", help="folder with further tasks as YAML files")
     add("--strict", action="store_true", help="exit with status 3 when runs differ in setting or ratio")
     return parser

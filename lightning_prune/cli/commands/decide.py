@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lightning_prune.cli.parser import OUTPUT, PlainParser, tell
+from lightning_prune.cli.parser import OUTPUT, PlainParser, some_path, tell
 from lightning_prune.runs.config_files import read_config
 from lightning_prune.runs.folder import RunFolder, check_label
 from lightning_prune.support.errors import UserError
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
         allow_abbrev=False,
     )
     text = "the run whose scores are used, as fit left it"
-    parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help=text)
+    parser.add_argument("--run", type=some_path, required=True, metavar="FOLDER", help=text)
     arguments, options = parser.parse_known_args(argv)
     run = RunFolder.open(arguments.run, "--run")
     if run.recovery is not None:

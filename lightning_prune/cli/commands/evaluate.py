@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning_prune.cli.parser import PlainParser
+from lightning_prune.cli.parser import PlainParser, some_path
 from lightning_prune.support.errors import UserError
 
 # The seven common-sense tasks that structured-pruning papers report since LLM-Pruner.
@@ -124,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_model()
     add = parser.add_argument
     add("--dense", metavar="MODEL", help="the base model, measured in the same process and shown beside it")
-    add("--output", type=Path, metavar="FOLDER", help="where the JSON files go. Default: the run folder of --model")
+    add(
+        "--output", type=some_path, metavar="FOLDER", help="where the JSON files go. Default: the run folder of --model"
+    )
     text = "of both models' weights. Default: as --model is stored"
     add("--precision", choices=("32-true", "bf16-true", "16-true"), help=text)
     add("--device", choices=("auto", "cpu", "gpu", "cuda"), default="auto", help="auto is a GPU where there is one")
@@ -145,6 +147,6 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("zero-shot (pip install 'lightning-prune[eval]')").add_argument
     add("--zero-shot", action="store_true", help="accuracy on tasks of the LM Evaluation Harness, no examples given")
     add("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"default: {' '.join(TASKS)}")
-    add("--include-path", type=Path, metavar="FOLDER", help="folder with further tasks as YAML files")
+    add("--include-path", type=some_path, metavar="FOLDER", help="folder with further tasks as YAML files")
     add("--eval-batch-size", type=int, default=16, metavar="N", help="sequences per forward pass. Default: 16")
     return parser

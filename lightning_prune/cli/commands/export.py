@@ -1,8 +1,6 @@
 """``lightning-prune export``: a checkpoint for engines that do not read it as it is."""
 
-from pathlib import Path
-
-from lightning_prune.cli.parser import PlainParser
+from lightning_prune.cli.parser import PlainParser, some_path
 
 
 def main(argv: list[str]) -> int:
@@ -20,7 +18,7 @@ def main(argv: list[str]) -> int:
     parser.add_model()
     add = parser.add_argument
     add("--format", choices=("gguf", "stock"), required=True, help="what to write")
-    add("--output", type=Path, required=True, metavar="PATH", help="the file (gguf) or folder (stock) to write")
+    add("--output", type=some_path, required=True, metavar="PATH", help="the file (gguf) or folder (stock) to write")
     text = "gguf: of the matrices; vectors stay fp32. q8_0 has 8 bits and a scale for every 32 numbers of a row. "
     add("--dtype", choices=("f32", "f16", "bf16", "q8_0"), help=text + "Default: as the weights are stored")
     add("--overwrite", action="store_true", help="replace what is at --output, once the new one is complete")

@@ -57,3 +57,30 @@ def test_plan_that_is_not_a_file_is_one_message(
         make(tmp_path / "plan.json")
     assert apply(tmp_path, "demo", tmp_path / "out") == 2
     assert capsys.readouterr().err.startswith("error: --plan: ")
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float8_e4m3fn", "float8_e5m2", "float4_e2m1fn_x2", "complex64", "int8", "Tensor", ""]
+)
+def test_dtype_that_no_checkpoint_is_written_in(tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str) -> None:
+    make_tiny().save_pretrained(tmp_path / "base")
+    mixed_plan(make_tiny(), dtype=dtype).save(tmp_path / "plan.json")
+    assert apply(tmp_path, str(tmp_path / "base"), tmp_path / "out") == 2
+    message = f"error: --plan: found dtype '{dtype}', in which no checkpoint is written. "
+    assert capsys.readouterr().err.endswith(message + "Allowed: float64, float32, float16, bfloat16.\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_working_folder_is_a_place_to_write_where_it_is_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_tiny().save_pretrained(tmp_path / "base")
+    plan = mixed_plan(make_tiny())
+    plan.save(tmp_path / "plan.json")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert apply(tmp_path, "../base", Path()) == 0
+    assert (tmp_path / "here" / "model.safetensors").is_file()
+    for empty in ("", " "):
+        with pytest.raises(lightning_prune.UserError, match="--output is empty"):
+            lightning_prune.apply(plan, tmp_path / "base", empty)
