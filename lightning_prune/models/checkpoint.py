@@ -27,6 +27,7 @@ from transformers.utils import cached_file
 from lightning_prune.models.families import family_of
 from lightning_prune.models.modeling_pruned import classes_of, pruned_class
 from lightning_prune.models.records import TEXT_PARTS
+from lightning_prune.models.side_files import has_vocabulary, side_files
 from lightning_prune.models.sources import CheckpointSource
 from lightning_prune.models.weights import (
     LAYER,
@@ -43,16 +44,6 @@ from lightning_prune.support.errors import UserError
 from lightning_prune.support.regular_files import expanded, is_special, require_regular
 
 CONFIG_LIMIT = 10_000_000  # bytes
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads")
 HASHED_WHOLE = 64 * 2**20  # bytes; of larger files the fingerprint samples pieces
 PIECES, PIECE = 64, 64 * 2**10
@@ -240,17 +231,14 @@ class Checkpoint:
             return generation  # type: ignore[no-any-return]
 
     @cached_property
-    def tokenizer_files(self) -> list[Path]:
-        """The tokenizer's files beside the weights (of a hub model, in the cache)."""
-        with loading(self.pretrained, "the tokenizer files cannot be found"):
-            absent = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-            files = [cached_file(self.path, name, **absent) for name in TOKENIZER_FILES]
-        return [Path(file) for file in files if file is not None]
+    def side_files(self) -> dict[str, Path]:
+        """The files of tokenizer, templates and processor beside the weights, see ``side_files.side_files``."""
+        return side_files(self.path)
 
     @cached_property
     def tokenizer(self) -> Any | None:
         """The tokenizer beside the weights, None where there is none."""
-        if not self.tokenizer_files:
+        if not has_vocabulary(self.side_files):
             return None
         with loading(self.pretrained, "the tokenizer cannot be loaded"):
             return AutoTokenizer.from_pretrained(self.path, config=self.config, trust_remote_code=False)
