@@ -42,7 +42,7 @@ def model_card(
         layers.append((str(layer.layer), *(str(count or absent) for count in counts)))
     sections = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {markdown(name.rsplit('/', 1)[-1] or name)} pruned with {markdown(plan.method)}",
+        f"# {markdown(name)} pruned with {markdown(plan.method)}",
         _summary(plan, facts, calibration),
         usage(layout),
         LAYERS + markdown_table(("Layer of the base model", "KV heads", "MLP channels"), layers),
@@ -51,8 +51,9 @@ def model_card(
 
 
 def _summary(plan: PruningPlan, facts: dict[str, Any], calibration: dict[str, Any] | None) -> str:
-    base, home = markdown_code(public_name(plan.base_model)), facts.get("base_model")
-    if isinstance(home, str) and home != plan.base_model:
+    name, home = public_name(plan.base_model), facts.get("base_model")
+    base = markdown_code(name)
+    if isinstance(home, str) and home != name:
         base += f" (from {markdown_code(home)})"
     rows = [
         ("Base model", base),
