@@ -258,6 +258,8 @@ def resolve(pretrained: str) -> str:
         from lightning_prune.demo import demo_model_path
 
         return str(demo_model_path())
+    if "\n" in pretrained:
+        raise UserError(f"{OPTION}: no path or hub id, but text that begins with {pretrained[:40]!r}.")
     folder = expanded(pretrained, OPTION)
     config = folder / "config.json"
     if is_special(config):
