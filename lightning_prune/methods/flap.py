@@ -54,6 +54,8 @@ def in_deviations(metric: Tensor, units: int) -> Tensor:
 
     0 where all channels agree.
     """
+    if not units:
+        return metric
     spread = metric.std()
     return metric.reshape(units, -1).mean(1) / spread if float(spread) > 0 else metric.new_zeros(units)
 

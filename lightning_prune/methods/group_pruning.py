@@ -134,4 +134,5 @@ def _with_earlier_steps(scores: Scores, before: Scores) -> Scores:
 def kept_units(scores: Scores, num_layers: int) -> list[LayerPlan]:
     """What every layer keeps, from the ``pruned`` column."""
     units = {block: scores.unit[rows[scores.kept[rows]]].tolist() for block, rows in scores.blocks.rows().items()}
-    return [LayerPlan(layer, units[layer, Block.ATTENTION], units[layer, Block.MLP]) for layer in range(num_layers)]
+    blocks = (Block.ATTENTION, Block.MLP)
+    return [LayerPlan(layer, *(units.get((layer, block), []) for block in blocks)) for layer in range(num_layers)]

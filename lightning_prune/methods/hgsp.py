@@ -9,6 +9,7 @@ that leave with G. B is the depth prior: how much the loss grows without G's who
 layer matters (gate τ).
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -251,15 +252,17 @@ def saved_priors(details: dict[str, Any], temperature: float, tau: float | None)
 
 
 def collapse(scores: Scores, pruned: Flags, epsilon: float, frozen: set[int]) -> Flags:
-    """Remove layers whose mean kept fraction ½(kept groups / K + kept channels / F) is below ε.
+    """Remove layers whose mean kept fraction ½(kept groups / K + kept channels / F) is below ε; of a layer with one
+    block, that block's.
 
     Frozen layers never collapse, nor does the last layer that is left.
     """
     blocks = scores.blocks
     share = (blocks.sum(~pruned) / blocks.size).tolist()
     kept: dict[int, float] = {}
+    has = Counter(layer for layer, _ in blocks.keys)
     for (layer, _), part in zip(blocks.keys, share, strict=True):
-        kept[layer] = kept.get(layer, 0.0) + part / 2
+        kept[layer] = kept.get(layer, 0.0) + part / has[layer]
     alive = sum(part > 0 for part in kept.values())
     gone = []
     for layer, part in kept.items():

@@ -51,7 +51,7 @@ def mask_layer(view: LayerStructure, rule: MaskRule, weight_score: Callable[[str
     zeroed, weights = 0, {}
     if view.index not in rule.frozen:
         for block, roles in ROLES_OF.items():
-            for role in roles:
+            for role in roles if view.units(block) else ():
                 scores = weight_score(role)
                 if not bool(torch.isfinite(scores).all()):
                     raise FloatingPointError(f"layer {view.index}, {role} projection: scores are NaN or infinite.")
@@ -140,7 +140,7 @@ class GroupOrMaskPruning(GroupPruning):
         if self.masks is None:
             super().check_ratio(layers, total_parameters)
         elif self.masks.kind == "n:m":
-            for columns in {linear.in_features for linear in layers[0].linears.values()}:
+            for columns in {linear.in_features for view in layers for linear in view.linears.values()}:
                 keep_n_of_m_mask(torch.zeros(1, columns), self.masks.n, self.masks.m)
 
     @property

@@ -7,6 +7,7 @@ enters layer l. The layers with the smallest BI are removed in one shot; scores 
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -35,13 +36,14 @@ def nearest_layer_count(cost: Sequence[int], budget: float | Fraction, at_most: 
     """How many layers come nearest to a budget in parameters; of two equally near counts the smaller one.
 
     Args:
-        cost: parameters per layer; layers of one model are equally large.
+        cost: parameters per layer, in the order in which they are removed.
         budget: parameters to remove.
         at_most: never above the budget.
     """
+    spent = [0, *accumulate(cost)]
     if at_most:
-        return min(int(budget // cost[0]), len(cost))
-    return min(range(len(cost) + 1), key=lambda count: (abs(count * cost[0] - budget), count))
+        return max(count for count in range(len(spent)) if spent[count] <= budget)
+    return min(range(len(spent)), key=lambda count: (abs(spent[count] - budget), count))
 
 
 class BlockInfluencePass(ForwardPass):
@@ -97,7 +99,7 @@ class ShortGPT(PruningMethod):
         return self.pruning_ratio if self.n_remove_layers is None else None
 
     def layer_count(self, layers: Sequence[LayerStructure], total_parameters: int) -> int:
-        """Layers to remove.
+        """How many of ``layers`` to remove, the first ones.
 
         Raises:
             UserError: none or all of them.
@@ -113,7 +115,7 @@ class ShortGPT(PruningMethod):
                 f"--model.n_remove_layers: found {count}; the model has {len(layers)} layers and one must stay, "
                 f"so at most {len(layers) - 1} can go."
             )
-        smallest, largest = cost[0] / total_parameters, cost[0] * (len(layers) - 1) / total_parameters
+        smallest, largest = cost[0] / total_parameters, sum(cost[:-1]) / total_parameters
         comes = "allows" if self.at_most else "is nearest to"
         raise UserError(
             f"--model.pruning_ratio: {self.pruning_ratio:g} {comes} removing {count} of {len(layers)} layers. "
@@ -122,8 +124,10 @@ class ShortGPT(PruningMethod):
         )
 
     def check_ratio(self, layers: list[LayerStructure], total_parameters: int) -> None:
-        """At least one layer must go and one must stay."""
-        self.layer_count(layers, total_parameters)
+        """At least one layer must go and one must stay. Which go first is not known yet: if layers differ in size, the
+        smallest."""
+        size = lambda view: view.block_cost(Block.ATTENTION) + view.block_cost(Block.MLP)  # noqa: E731
+        self.layer_count(sorted(layers, key=size), total_parameters)
 
     def passes(self) -> list[Pass]:
         return [BlockInfluencePass()]
@@ -134,7 +138,8 @@ class ShortGPT(PruningMethod):
         else:
             influence = torch.from_numpy(self.saved.scores.importance)
         cost = [view.block_cost(Block.ATTENTION) + view.block_cost(Block.MLP) for view in self.layers]
-        removed = layers_to_remove(influence, self.layer_count(self.layers, self.dense_parameters))
+        ranked = [self.layers[layer] for layer in influence.argsort(stable=True).tolist()]
+        removed = layers_to_remove(influence, self.layer_count(ranked, self.dense_parameters))
         scores = layer_scores(influence, cost)
         self.scores = replace(scores, pruned=np.isin(scores.layer, list(removed)))
         kept = [
