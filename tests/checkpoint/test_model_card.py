@@ -72,6 +72,25 @@ def test_a_folder_of_the_hubs_cache_is_the_hub_model(tmp_path: Path, repository:
     assert "0e9e39f" not in text
 
 
+@pytest.mark.parametrize("recovered", [False, True])
+def test_a_model_that_was_pruned_before_names_the_chain(tmp_path: Path, recovered: bool) -> None:
+    recovery = "\n## Recovery\n\n| | |\n" if recovered else ""
+    base, chain = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B"
+    for number, method in enumerate(("wanda", "hgsp_taylor", "slimgpt")):
+        text = card(base_model=base, method=method)
+        assert front_matter(text)["base_model"] == "meta-llama/Llama-3.1-8B"
+        assert text.count("\n# meta-llama/Llama-3.1-8B pruned with ") == 1
+        if number:
+            assert f"| Base model | `pruned` (from `meta-llama/Llama-3.1-8B`) |\n| Before | {chain} |" in text
+        else:
+            assert "Before" not in text
+        chain += f" → {method}" + (" → recovered" if recovered else "")
+        folder = tmp_path / str(number) / "pruned"
+        folder.mkdir(parents=True)
+        (folder / "README.md").write_text(text + recovery)
+        base = str(folder)
+
+
 def test_facts_of_the_run_are_stated_once() -> None:
     text = card(
         parameters={"dense": 1234567, "pruned": 1000000},

@@ -98,3 +98,16 @@ def test_options_of_the_selection(tmp_path: Path, options: dict[str, Any]) -> No
         for layer, (groups, channels) in zip(run.method.plan.layers, UNITS, strict=True):
             lost = groups + channels - len(layer.kept_kv_heads) - len(layer.kept_channels)
             assert lost > 0 or not channels  # a group is more than the share of a layer of two
+
+
+def test_the_new_card_names_what_was_done_before(tmp_path: Path) -> None:
+    make_tiny(layers=5).save_pretrained(tmp_path / "dense")
+    base = tmp_path / "dense"
+    for method in ("magnitude", "wanda"):
+        run = lightning_prune.prune(
+            base, method, 0.1, tiny_tokens(4, 12), folder=tmp_path / method, accelerator="cpu", verbose=False
+        )
+        base = run.folder / "pruned"
+    card = (base / "README.md").read_text()
+    assert "| Before | dense → magnitude |" in card
+    assert "# pruned pruned" not in card
