@@ -48,6 +48,7 @@ def apply(plan: PruningPlan | str | Path, model: str | Path, output: str | Path,
         raise UserError(f"--plan: dtype '{plan.dtype}' is not known. Allowed: float32, bfloat16, float16.")
     # Everything that can be wrong is noticed before the weights are read.
     opened = Checkpoint.open(pretrained)
+    opened.check()
     if (found := count_parameters(opened.meta)) != plan.parameters["dense"]:
         raise UserError(
             f"--model: '{pretrained}' has {found:,} parameters, the plan was made for a model with "

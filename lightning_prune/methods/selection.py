@@ -106,10 +106,10 @@ def select_uniform(scores: Scores, candidates: Flags, budget: Budget) -> Flags:
     drops, reachable, reached = dict.fromkeys(blocks.keys, 0), [], True
     for layer, size in sizes.items():
         share = budget.parameters * size // sum(sizes.values())
-        rows = [
+        attention, mlp = (
             (units.get(key, 0), free.get(key, 0), costs.get(key, 1)) for key in ((layer, kind) for kind in ROLES_OF)
-        ]
-        counts, largest = _uniform_drops(*rows, share, budget.round_to)
+        )
+        counts, largest = _uniform_drops(attention, mlp, share, budget.round_to)
         reachable.append(largest * sum(sizes.values()) // size)
         reached &= share <= largest
         drops |= {(layer, kind): count for kind, count in zip(ROLES_OF, counts, strict=True)}

@@ -147,7 +147,7 @@ class Checkpoint:
         if self.raw["model_type"] in TEXT_PARTS and not _says_tied(self.raw):
             ends = {name: own for own in tensors if (name := text_name(own)) in ENDS}
             head, embedding = (ends.get(name) for name in ENDS)
-            self.config.tie_word_embeddings = None in (head, embedding) or same_values(tensors, head, embedding)
+            self.config.tie_word_embeddings = not head or not embedding or same_values(tensors, head, embedding)
         return tensors, files, left_out
 
     @cached_property
