@@ -28,7 +28,6 @@ from lightning_prune.models.families import family_of
 from lightning_prune.models.modeling_pruned import classes_of, pruned_class
 from lightning_prune.models.records import TEXT_PARTS
 from lightning_prune.models.side_files import has_vocabulary, side_files
-from lightning_prune.models.skipped import fill_skipped
 from lightning_prune.models.sources import CheckpointSource
 from lightning_prune.models.weights import (
     LAYER,
@@ -281,19 +280,13 @@ def resolve(pretrained: str) -> str:
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """A model on the meta device: shapes and names, no storage; a skipped block is one without units.
-
-    Raises:
-        UserError: an inconsistent config.
-    """
+    """A model on the meta device: shapes and names, no storage. Raises UserError for an inconsistent config."""
     trouble = loading(config.name_or_path, "no model can be built from the config")
     with trouble, no_init_weights(), torch.device("meta"):
         build = AutoModelForCausalLM.from_config
         if config.is_heterogeneous:
             build = pruned_class(classes_of(config.model_type)["AutoModelForCausalLM"])
         net: PreTrainedModel = build(config)
-        if config.is_heterogeneous:
-            fill_skipped(net, family_of(config))
     net.tie_weights()  # which transformers counts as a part of the initialisation
     return net
 

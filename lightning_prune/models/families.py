@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_prune.models.records import FAMILIES, GUIDE, Family
 from lightning_prune.models.refusals import ENCODER_DECODER, REFUSED, SEVERAL_MODELS
+from lightning_prune.models.skipped import fill_skipped
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, ROLES, ROLES_OF, Block
 from lightning_prune.support.errors import UserError
 
@@ -159,7 +160,8 @@ def rows_of(config: Any) -> dict[str, int]:
 
 
 def layer_structures(model: nn.Module) -> list[LayerStructure]:
-    """The decoder layers of a causal LM on any device, the meta device included.
+    """The decoder layers of a causal LM on any device, meta included. Blocks that an earlier pruning took out
+    become ``SkippedBlock``s in the model, which computes the same.
 
     Raises:
         UserError: unknown family, or a model whose modules, biases or shapes differ from its family's record.
@@ -167,6 +169,8 @@ def layer_structures(model: nn.Module) -> list[LayerStructure]:
     config: Any = model.config
     layers, family = layers_of(model), family_of(config)
     configs = layer_configs(config)
+    if getattr(config, "is_heterogeneous", False):
+        fill_skipped(model, family)
     return [_layer_structure(family, configs[index], index, layer) for index, layer in enumerate(layers)]
 
 
