@@ -23,13 +23,13 @@ from lightning_prune.data.in_memory import as_dataset, calibration_set
 from lightning_prune.evaluation.perplexity import Evaluation
 from lightning_prune.export.export import export
 from lightning_prune.models.checkpoint import Checkpoint
+from lightning_prune.models.live import unwrapped, written
 from lightning_prune.runs.build import RunBuilder
 from lightning_prune.runs.config_files import config_file, read_config
 from lightning_prune.runs.folder import FinishedRun, RunFolder
 from lightning_prune.runs.records import as_dict
 from lightning_prune.runs.run import prune_and_record
 from lightning_prune.support.errors import UserError
-from lightning_prune.support.quiet import quiet_transformers
 
 HALF = {torch.bfloat16: "bf16-true", torch.float16: "16-true"}  # precisions of a model that is loaded in them
 __all__ = ["PrunedModel", "UserError", "apply", "calibration_set", "compare", "evaluate", "export", "load", "prune"]
@@ -123,8 +123,9 @@ def prune(
     """Calibrate and prune, as ``lightning-prune fit --method <method>`` does.
 
     Args:
-        model: folder, hub id (``demo`` is the model inside the package), or a loaded causal LM, whose weights are
-            written to a temporary folder first: calibration reads them layer by layer from there.
+        model: folder, hub id (``demo`` is the model inside the package), or a loaded causal LM (compiled and
+            data-parallel ones too), whose weights are written to a temporary folder first: calibration reads them layer
+            by layer from there.
         method: a shipped configuration (``wanda``, ``hgsp_taylor_refit``, …) or a YAML file.
         pruning_ratio: share of all parameters to remove, embeddings and head included.
         calibration: name of a corpus, a file, or token ids ``[N, L]`` (``calibration_set``). Default: as ``fit``.
@@ -142,6 +143,7 @@ def prune(
         UserError: a mistake in the arguments; nothing has been written then.
         FloatingPointError: NaN or infinite values; says where.
     """
+    model = unwrapped(model)
     if inplace and not isinstance(model, PreTrainedModel):
         raise UserError("inplace: only a model that is loaded can be turned into the pruned one.")
     keep = tempfile.TemporaryDirectory(prefix="lightning-prune-")
@@ -149,11 +151,7 @@ def prune(
     own = read_config(config_file(method, option="method"), "method")
     pretrained = str(model)
     if isinstance(model, PreTrainedModel):
-        pretrained = str(work / "dense")
-        with quiet_transformers():
-            model.save_pretrained(pretrained)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(pretrained)
+        pretrained = written(model, work / "dense", tokenizer)
         precision = precision or HALF.get(model.dtype)
     dataset = as_dataset(calibration, work, "calibration")
     sets = [as_dataset(one, work, f"evaluation_{number}") for number, one in enumerate(evaluate_on)]
@@ -173,7 +171,7 @@ def prune(
 
 
 def evaluate(
-    model: str | Path | PrunedModel,
+    model: str | Path | PreTrainedModel | PrunedModel,
     on: Sequence[Any],
     *,
     seq_len: int = 128,
@@ -184,7 +182,7 @@ def evaluate(
     """Perplexity by evaluation set, with the protocol of ``lightning-prune test``.
 
     Args:
-        model: folder, hub id, or what ``prune`` returned.
+        model: folder, hub id, loaded causal LM, or what ``prune`` returned.
         on: corpora, files, or token ids ``[N, L]``.
         seq_len: tokens per window of texts.
         precision: of the trainer.
@@ -196,8 +194,10 @@ def evaluate(
     """
     if not on:
         raise UserError("on: nothing to evaluate on. Name at least one corpus, file or token array.")
-    source = model.folder / "pruned" if isinstance(model, PrunedModel) else model
+    source = unwrapped(model.folder / "pruned" if isinstance(model, PrunedModel) else model)
     with tempfile.TemporaryDirectory(prefix="lightning-prune-") as work:
+        if isinstance(source, PreTrainedModel):
+            source = written(source, Path(work) / "model")
         sets = [as_dataset(one, Path(work), f"set_{number}") for number, one in enumerate(on)]
         windows = {} if any(not isinstance(one, str | Path) for one in on) else {"eval_seq_len": seq_len}
         configuration = {

@@ -1,20 +1,24 @@
 """The functions of ``import lightning_prune as lp`` give what the commands give."""
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 import numpy as np
+import peft
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, PreTrainedModel
 
 import lightning_prune as lp
 from lightning_prune.cli import main
 from tests.comparison.fake_run import write_run
 from tests.methods.running import save_base
-from tests.tiny import make_tiny, tiny_tokenizer, tiny_tokens
+from tests.tiny import make_tiny, tiny_config, tiny_tokenizer, tiny_tokens
 
 CPU = {"accelerator": "cpu", "verbose": False}
 
@@ -57,6 +61,73 @@ def test_a_loaded_model_becomes_the_pruned_one_in_place(base: str) -> None:
     with torch.no_grad():
         assert torch.equal(model(tiny_tokens()).logits, pruned.model(tiny_tokens()).logits)
         model.generate(tiny_tokens(1, 4), max_new_tokens=3, pad_token_id=1)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: model.train(),
+        torch.compile,
+        torch.nn.DataParallel,
+        lambda model: torch.nn.DataParallel(torch.compile(model)),
+    ],
+    ids=["training", "compiled", "data-parallel", "both"],
+)
+def test_what_is_plainly_meant_is_unwrapped(wrap: Callable) -> None:
+    model = make_tiny(layers=3)
+    wrapped = wrap(model)
+    training = model.training
+    expected = lp.prune(make_tiny(layers=3), "magnitude", 0.25, **CPU)
+    pruned = lp.prune(wrapped, "magnitude", 0.25, inplace=True, **CPU)
+    assert pruned.plan.layers == expected.plan.layers
+    assert model.training is training
+    with torch.no_grad():
+        assert torch.equal(model.eval()(tiny_tokens()).logits, expected.model(tiny_tokens()).logits)
+
+
+def test_generation_settings_that_transformers_would_not_save_come_along() -> None:
+    model = make_tiny(layers=3)
+    model.generation_config.temperature = 0.6
+    pruned = lp.prune(model, "magnitude", 0.25, **CPU)
+    settings = json.loads((pruned.folder / "pruned" / "generation_config.json").read_text())
+    assert settings["temperature"] == 0.6
+    assert model.generation_config.temperature == 0.6
+
+
+def on_meta() -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(tiny_config())
+
+
+LORA = peft.LoraConfig(target_modules=["q_proj"])
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: peft.get_peft_model(make_tiny(), LORA), "adapter. Give model.merge_and_unload()"),
+        (lambda: torch.nn.DataParallel(peft.get_peft_model(make_tiny(), LORA)), "adapter"),
+        (lambda: (model := make_tiny(), setattr(model, "_hf_peft_config_loaded", True))[0], "adapter"),
+        (lambda: make_tiny().model, "LlamaModel has no language model head"),
+        (lambda: LlamaForSequenceClassification(tiny_config()), "LlamaForSequenceClassification has no language"),
+        (on_meta, "on the meta device and has no weights"),
+        (lambda: torch.nn.Linear(2, 2), "found a Linear"),
+        (lambda: make_tiny().state_dict(), "found a OrderedDict"),
+    ],
+)
+def test_models_that_are_none_of_ours_are_one_sentence(make: Callable, says: str) -> None:
+    for call in (lambda it: lp.prune(it, "magnitude", 0.25, **CPU), lambda it: lp.evaluate(it, [tiny_tokens()], **CPU)):
+        with pytest.raises(lp.UserError, match=re.escape(says)) as raised:
+            call(make())
+        assert len(str(raised.value)) < 200
+    with pytest.raises(lp.UserError) as raised:
+        lp.load(make())
+    assert len(str(raised.value)) < 400
+
+
+def test_a_loaded_model_is_evaluated_as_its_folder(base: str) -> None:
+    on = [tiny_tokens(6, 16, seed=1)]
+    assert lp.evaluate(make_tiny(layers=3), on, **CPU) == lp.evaluate(base, on, **CPU)
 
 
 def test_a_temporary_run_goes_with_its_result_and_one_in_a_folder_stays(base: str, tmp_path: Path) -> None:

@@ -313,6 +313,8 @@ class BlockPass(Pass):
     def catch(self, step: Step, batch: Batch) -> None:
         """What the block's projection reads of the stream, of all columns, goes to the store."""
         projection = self.projection(step).module
+        if not projection.in_features:  # nothing of the block is there to be kept
+            return
         handle = projection.register_forward_pre_hook(lambda _, args: self.inner.put(batch.rows, args[0]))
         run = self.model.attend if self.block(step) is Block.ATTENTION else self.model.feed
         try:
@@ -322,13 +324,14 @@ class BlockPass(Pass):
 
     @torch.no_grad()
     def finish(self, step: Step) -> LayerResult:
-        self.hooks.finish(self.setting.samples * self.setting.seq_len)
+        if self.view(step).units(self.block(step)):
+            self.hooks.finish(self.setting.samples * self.setting.seq_len)
         return self.conclude(self.view(step), self.block(step))
 
     def advance(self, step: Step) -> None:
         """Once the rewritten projection is in place: add what it now outputs to the residual stream."""
         block = self.block(step)
-        if block is Block.MLP and step.layer + 1 == self.model.num_layers:
+        if not self.view(step).units(block) or (block is Block.MLP and step.layer + 1 == self.model.num_layers):
             return
         projection = self.projection(step).module
         with torch.no_grad(), self.setting.context():

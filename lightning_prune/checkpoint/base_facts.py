@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import ModelCard, try_to_load_from_cache
 
 from lightning_prune.models.checkpoint import Checkpoint
-from lightning_prune.support.escape import is_hub_id, plain
+from lightning_prune.support.escape import hub_id_of, is_hub_id, plain
 
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 LONGEST = 2**18  # bytes read of any file; front matter and a licence's title are at its beginning
@@ -49,11 +49,22 @@ def base_facts(pretrained: str, base: Checkpoint | None = None) -> dict[str, Any
     return facts | ({"base_model": home} if home else {})
 
 
+def history(path: str) -> str:
+    """What was done before to a checkpoint that this package wrote, from its card: the first base model, every method,
+    recoveries. Empty for a dense model."""
+    card = _read(path, "README.md")
+    cells: dict[str, str] = dict(re.findall(r"^\| (Base model|Before|Method) \| (.+) \|$", card, re.MULTILINE))
+    if "lightning-prune" not in card or not {"Base model", "Method"} <= cells.keys():
+        return ""
+    steps = [cells.get("Before", cells["Base model"]), cells["Method"]]
+    return re.sub(r"[`\\]", "", " → ".join([*steps, "recovered"] if "\n## Recovery\n" in card else steps))
+
+
 def _home(pretrained: str, card: dict[str, Any], config: dict[str, Any]) -> str | list[str] | None:
     """The hub id; of a local folder the one it was made from, where its config or card names one."""
     for name in (pretrained, config.get("_name_or_path")):
-        if isinstance(name, str) and is_hub_id(name):
-            return name
+        if isinstance(name, str) and (found := hub_id_of(name)):
+            return found
     listed = card.get("base_model")
     listed = listed if isinstance(listed, list) else [listed]
     names = [name for name in listed if isinstance(name, str) and is_hub_id(name)]

@@ -15,6 +15,7 @@ from lightning_prune.models.families import (
     head_dim_of,
     missing_biases,
     rows_of,
+    uniform_config,
     with_biases,
 )
 from lightning_prune.models.modeling_pruned import BLOCK_NORMS
@@ -33,7 +34,7 @@ def kept_part(family: Family, config: Any, kept: LayerPlan, name: str, tensor: T
     """What is kept of one parameter of a decoder layer.
 
     Args:
-        family, config: of the dense model.
+        family, config: of the layer before it is cut.
         kept: what the layer keeps; something of the parameter's block.
         name: of the parameter below the layer, such as ``self_attn.q_proj.weight``.
         tensor: the parameter, whole.
@@ -105,13 +106,11 @@ def parameters_after(layers: list[LayerStructure], dense: int, kept: list[LayerP
 
 
 def pruned_config(config: Any, plan: PruningPlan) -> Any:
-    """The pruned model's config, from the dense one: stock where all kept layers have the same widths and the family's
-    config can say them, else with ``per_layer_config``."""
-    family = family_of(config)
+    """The pruned model's config, from the one before (dense or with widths per layer): stock where all kept layers have
+    the same widths and the family's config can say them, else with ``per_layer_config``."""
+    config, family = uniform_config(config), family_of(config)
     left = [layer for layer in plan.layers if not layer.removed]
     pruned = with_biases(config, plan.biases)
-    for name in ("auto_map", "how_to_load", "block_norms", "logit_scale"):  # of one that was per layer
-        pruned.__dict__.pop(name, None)
     pruned.head_dim = head_dim_of(config)
     pruned.num_hidden_layers = len(left)
     for name in family.per_layer_lists:

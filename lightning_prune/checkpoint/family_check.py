@@ -25,7 +25,7 @@ from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.checkpoint.pruned import open_pruned
 from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.models.checkpoint import NOT_WEIGHTS, Checkpoint
-from lightning_prune.models.families import count_parameters, family_of, head_dim_of, layer_structures
+from lightning_prune.models.families import count_parameters, family_of, head_dim_of, layer_structures, uniform_config
 from lightning_prune.models.layered import open_layered
 from lightning_prune.models.records import GUIDE, Family
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, ROLES_OF, Block
@@ -89,7 +89,8 @@ def _tried(family: Family, values: str) -> str | None:
 def shrunk(config: Any) -> Any:
     """A config of the same kind with a few narrow layers: one of each sort the model has, two heads per group where
     groups have more than one."""
-    tiny, family = copy.deepcopy(config), family_of(config)
+    config, family = uniform_config(config), family_of(config)
+    tiny = copy.deepcopy(config)
     kv_heads = min(2, config.num_key_value_heads)
     ratio = config.num_attention_heads // config.num_key_value_heads
     tiny.num_attention_heads, tiny.num_key_value_heads = kv_heads * min(2, ratio), kv_heads

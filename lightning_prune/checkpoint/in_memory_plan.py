@@ -29,6 +29,8 @@ class InMemoryPlan:
         new = self.new_weights(view.index)
         for block, role in OUTPUT_ROLE.items():
             units, projection = self.kept[view.index].kept(block), view.linears[role]
+            if not view.units(block):
+                continue
             weight = new.get(role, projection.weight).to(projection.weight)
             keeps = torch.zeros(view.units(block), dtype=torch.bool)
             keeps[units] = True

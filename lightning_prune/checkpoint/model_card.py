@@ -7,7 +7,7 @@ from typing import Any, Literal
 from huggingface_hub import ModelCardData
 from jinja2 import StrictUndefined, Template
 
-from lightning_prune.checkpoint.base_facts import base_facts
+from lightning_prune.checkpoint.base_facts import base_facts, history
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.support.escape import markdown, markdown_code, markdown_table, public_name
@@ -30,11 +30,14 @@ def model_card(
             they are not known (a plan applied later) or nothing was calibrated.
         base: the dense model, whose files say licence and origin. Default: what is at the plan's ``base_model``.
     """
-    facts = base_facts(plan.base_model if base is None else base.pretrained, base)
+    pretrained = plan.base_model if base is None else base.pretrained
+    facts, before = base_facts(pretrained, base), history(pretrained if base is None else base.path)
     method = re.sub(r"[^\w.+-]+", "-", plan.method).strip("-")  # a tag is a word
     tags = ["pruning", "lightning-prune", *([method] if method else [])]
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **facts)
     name = public_name(plan.base_model)
+    if before:  # the folder of a pruned model is called "pruned"
+        name = before.partition(" → ")[0]
     layers = []
     for layer in plan.layers:
         absent = "layer removed" if layer.removed else "skipped"
@@ -42,20 +45,22 @@ def model_card(
         layers.append((str(layer.layer), *(str(count or absent) for count in counts)))
     sections = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {markdown(name.rsplit('/', 1)[-1] or name)} pruned with {markdown(plan.method)}",
-        _summary(plan, facts, calibration),
+        f"# {markdown(name)} pruned with {markdown(plan.method)}",
+        _summary(plan, facts, before, calibration),
         usage(layout),
         LAYERS + markdown_table(("Layer of the base model", "KV heads", "MLP channels"), layers),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _summary(plan: PruningPlan, facts: dict[str, Any], calibration: dict[str, Any] | None) -> str:
-    base, home = markdown_code(public_name(plan.base_model)), facts.get("base_model")
-    if isinstance(home, str) and home != plan.base_model:
+def _summary(plan: PruningPlan, facts: dict[str, Any], before: str, calibration: dict[str, Any] | None) -> str:
+    name, home = public_name(plan.base_model), facts.get("base_model")
+    base = markdown_code(name)
+    if isinstance(home, str) and home != name:
         base += f" (from {markdown_code(home)})"
     rows = [
         ("Base model", base),
+        *([("Before", markdown(before))] if before else []),
         ("Method", markdown(plan.method)),
         # Not every method takes a ratio.
         *([] if plan.pruning_ratio is None else [("Pruning ratio requested", f"{plan.pruning_ratio:.4f}")]),

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_prune.checkpoint.cut import check_plan, kept_part, pruned_config
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.models.checkpoint import Checkpoint, skeleton
-from lightning_prune.models.families import family_of, layer_structures, rows_of
+from lightning_prune.models.families import family_of, layer_configs, layer_structures, rows_of
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.records import Family
 from lightning_prune.models.sources import Source
@@ -28,7 +28,7 @@ class PrunedSource:
     """
 
     def __init__(self, dense: Source, config: Any, plan: PruningPlan, new_weights: NewWeights) -> None:
-        self.dense, self.config, self.new_weights = dense, config, new_weights
+        self.dense, self.configs, self.new_weights = dense, layer_configs(config), new_weights
         self.family: Family = family_of(config)
         self.added = {role for role in ROLES if self.family.bias_of(role) in plan.biases}
         self.left = [layer for layer in plan.layers if not layer.removed]
@@ -47,7 +47,7 @@ class PrunedSource:
             if new[0] != kept.layer:
                 new = (kept.layer, self.new_weights(kept.layer))
             whole = self._whole(kept.layer, inside, new[1], dtype, device).to(device=device, dtype=dtype)
-            result[name] = kept_part(self.family, self.config, kept, inside, whole)
+            result[name] = kept_part(self.family, self.configs[kept.layer], kept, inside, whole)
         return result
 
     def _whole(
@@ -60,7 +60,8 @@ class PrunedSource:
             new = {role: new[f"{role}.bias"] for role in roles if f"{role}.bias" in new}
         if len(roles) == 1 and roles[0] in new:
             return new[roles[0]]
-        rows = {**rows_of(self.config), **dict.fromkeys(OUTPUT_ROLE.values(), self.config.hidden_size)}
+        config = self.configs[layer]
+        rows = {**rows_of(config), **dict.fromkeys(OUTPUT_ROLE.values(), config.hidden_size)}
         if kind == "bias" and self.added & set(roles):
             dense = torch.zeros(sum(rows[role] for role in roles))
         else:

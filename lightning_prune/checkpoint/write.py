@@ -45,7 +45,7 @@ def write_checkpoint(
     Args:
         model: gives every layer in the dtype to write.
         folder: takes its name only when everything is written, and replaces what was there.
-        beside: the checkpoint whose tokenizer files and generation config are taken, if it has any.
+        beside: the checkpoint whose side files (tokenizer, templates) and generation config are taken, if it has any.
         card: text of ``README.md``.
         progress: told the number of every layer that has been written.
 
@@ -60,8 +60,9 @@ def write_checkpoint(
         with new_folder(folder) as temporary:
             _write_config(model, temporary)
             if beside is not None:
-                for file in beside.tokenizer_files:
-                    shutil.copyfile(file, temporary / file.name)
+                for name, file in beside.side_files.items():
+                    (temporary / name).parent.mkdir(exist_ok=True)
+                    shutil.copyfile(file, temporary / name)
                 if beside.generation_config is not None:
                     # Not save_pretrained, which refuses settings that several published models have.
                     beside.generation_config.to_json_file(temporary / "generation_config.json", use_diff=True)

@@ -1,6 +1,5 @@
 """A per-layer checkpoint as one that any tool knows: every layer as wide as the widest, by zeros."""
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from lightning_prune.checkpoint.cut import pruned_config
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.models.checkpoint import Checkpoint, meta_model, skeleton
-from lightning_prune.models.families import count_parameters, family_of, rows_of
+from lightning_prune.models.families import count_parameters, family_of, rows_of, uniform_config
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.sources import Source
 from lightning_prune.support.errors import UserError
@@ -56,7 +55,7 @@ def write_stock(checkpoint: Checkpoint, folder: Path, card: str, progress: Progr
     finally:
         source.close()
     shown.finish("padding")
-    before, after, dense = (count_parameters(one) for one in (net, wide, meta_model(_dense(config))))
+    before, after, dense = (count_parameters(one) for one in (net, wide, meta_model(uniform_config(config))))
     saved, back = dense - before, after - before
     share = f"{100 * back / saved:.0f} %" if saved else "nothing"
     return (
@@ -109,7 +108,7 @@ class PaddedSource:
 def stock_config(config: Any) -> Any:
     """The config of the padded model: the widest attention and the widest MLP in every layer, or the next wider
     attention that the family's config can say."""
-    dense, layers = _dense(config), config.per_layer_config
+    dense, layers = uniform_config(config), config.per_layer_config
     channels = max((own.intermediate_size for own in layers if "mlp" not in own.skip), default=1)
     least = 1 if family_of(config).whole_attention is None else dense.num_key_value_heads
     widest = max((own.num_key_value_heads for own in layers if "attention" not in own.skip), default=least)
@@ -119,12 +118,3 @@ def stock_config(config: Any) -> Any:
         if not padded.is_heterogeneous:
             return padded
     raise AssertionError("the dense number of heads is one that the config can say")
-
-
-def _dense(config: Any) -> Any:
-    """The config of as many layers of the dense widths, which are the global ones."""
-    dense = copy.deepcopy(config)
-    dense.per_layer_config = None
-    for name in ("auto_map", "how_to_load", "allow_global_per_layer_attribute_access"):
-        dense.__dict__.pop(name, None)
-    return dense

@@ -34,7 +34,7 @@ def add_vocabulary(writer: Any, checkpoint: Checkpoint, rows: int) -> None:
     Raises:
         UserError: no ``tokenizer.json``, or one that llama.cpp would read otherwise.
     """
-    file = next((path for path in checkpoint.tokenizer_files if path.name == "tokenizer.json"), None)
+    file = checkpoint.side_files.get("tokenizer.json")
     tokenizer: Any = checkpoint.tokenizer
     if file is None or tokenizer is None:
         raise UserError(

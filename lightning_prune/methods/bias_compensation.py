@@ -77,6 +77,8 @@ class BiasPass(ForwardPass):
                 linear = view.linears[role]
                 self.moments[role] = InputMoments(linear.in_features).to(linear.weight.device)
                 hooks.on_input(f"layer {view.index}, input of {role}", linear.module, self.moments[role].update)
+        if not self.moments:  # the tokens that pass are counted all the same
+            hooks.on_input(f"layer {view.index}", view.layer, lambda x, weight: None)
 
     def conclude(self, view: LayerStructure) -> LayerResult:
         """New biases fp32 ``[D]``; none for a block that is removed.

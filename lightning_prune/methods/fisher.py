@@ -36,7 +36,8 @@ class MaskFisher(TokenStatistic):
 
     def update(self, x: Tensor, gradient: Tensor) -> None:
         """Add inputs x ``[B, L, in]`` and ∂L/∂x, of any dtype."""
-        slopes = (x.float() * gradient.float()).unflatten(-1, (self.units, -1)).sum(-1)
+        product = x.float() * gradient.float()
+        slopes = product.unflatten(-1, (self.units, -1)).sum(-1) if self.units else product
         self.squares += slopes.square().sum(1).sum(0, dtype=torch.float64)
         self.tokens += slopes.shape[:2].numel()
 

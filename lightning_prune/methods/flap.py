@@ -42,6 +42,8 @@ from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 def in_deviations(metric: Tensor, units: int) -> Tensor:
     """Mean of a metric over each unit's channels, in standard deviations (unbiased) of all channels, ``[units]``; 0
     where all channels agree."""
+    if not units:
+        return metric
     spread = metric.std()
     return metric.reshape(units, -1).mean(1) / spread if float(spread) > 0 else metric.new_zeros(units)
 

@@ -11,7 +11,6 @@ from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.scores import group_scores
 from lightning_prune.methods.selection import Allocation, GroupSelection
 from lightning_prune.models.families import LayerStructure
-from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 
 
@@ -85,7 +84,7 @@ class GroupPruning(PruningMethod):
         blocks = self.scores.blocks.rows().items()
         units = {block: self.scores.unit[rows[self.scores.kept[rows]]].tolist() for block, rows in blocks}
         self.plan = self.make_plan(
-            [LayerPlan(i, units[i, Block.ATTENTION], units[i, Block.MLP]) for i in range(len(self.layers))]
+            [LayerPlan(i, *(units.get((i, block), []) for block in ROLES_OF)) for i in range(len(self.layers))]
         )
 
     def select(self, scores: Scores, layers: list[LayerStructure], total_parameters: int) -> Flags:

@@ -236,11 +236,13 @@ def saved_priors(details: dict[str, Any], temperature: float, tau: float | None)
 
 
 def collapse(scores: Scores, epsilon: float, frozen: set[int]) -> Flags:
-    """Remove layers whose mean kept fraction ½(kept groups / K + kept channels / F) is below ε.
+    """Remove layers whose mean kept fraction ½(kept groups / K + kept channels / F) is below ε; of a layer with one
+    block, that block's.
 
     Frozen layers never collapse, nor does the last layer that is left.
     """
-    kept = (scores.kept_fraction(Block.ATTENTION) + scores.kept_fraction(Block.MLP)) / 2
+    fractions = np.stack([scores.kept_fraction(block) for block in (Block.ATTENTION, Block.MLP)])
+    kept = np.nansum(fractions, axis=0) / np.maximum(1, (~np.isnan(fractions)).sum(axis=0))
     alive, removed = int((kept > 0).sum()), []
     for layer, part in enumerate(kept):
         if 0 < part < epsilon and layer not in frozen and alive > 1:

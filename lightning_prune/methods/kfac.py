@@ -115,6 +115,8 @@ class KFACPass(BackwardPass):
         """float64, so that scores of both solver precisions look alike."""
         linear, units = view.projection(block), view.units(block)
         inputs, gradients = self.factors.pop(block)
+        if not units:
+            return torch.zeros(0, dtype=torch.float64)
         xtx, gtg, tokens = inputs.matrix(), gradients.matrix(), int(inputs.tokens)
         dtype = choose_dtype(len(xtx), self.setting.free_bytes(xtx.device))
         try:

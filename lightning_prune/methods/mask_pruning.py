@@ -87,8 +87,9 @@ class GroupOrMaskPruning(GroupPruning):
         if (rule := self.mask_rule) is None:
             super().check_ratio(layers, total_parameters)
             return
-        for linear in layers[0].linears.values():
-            rule.check_width(linear.in_features)
+        for view in layers:
+            for linear in view.linears.values():
+                rule.check_width(linear.in_features)
 
     @property
     def note(self) -> str:

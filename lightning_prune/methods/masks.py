@@ -92,7 +92,7 @@ def mask_layer(view: LayerStructure, rule: MaskRule, weight_score: Callable[[str
     sums = {block: torch.zeros(1, dtype=torch.float64) for block in ROLES_OF}
     zeroed, weights = 0, {}
     for block, roles in ROLES_OF.items() if view.index not in rule.frozen else ():
-        for role in roles:
+        for role in roles if view.units(block) else ():
             scores = weight_score(role)
             if not bool(torch.isfinite(scores).all()):
                 raise FloatingPointError(f"layer {view.index}, {role} projection: scores are NaN or infinite.")

@@ -210,7 +210,7 @@ class RefitPass(BlockPass):
         """Inputs of the projection that are kept, int64."""
         block = self.block(step)
         units = self.kept[step.layer].kept(block)
-        width = self.projection(step).in_features // self.view(step).units(block)
+        width = self.projection(step).in_features // max(1, self.view(step).units(block))
         return columns_of(torch.tensor(units, dtype=torch.int64, device=self.model.device), width)
 
     def _entering(self, step: Step, batch: Batch) -> Tensor:

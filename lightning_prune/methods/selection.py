@@ -149,26 +149,56 @@ def select_global(scores: Scores, candidates: Flags, budget: Budget) -> Flags:
 
 
 def select_uniform(scores: Scores, candidates: Flags, budget: Budget) -> Flags:
-    """The same number of groups and of channels from every candidate layer, lowest scores first, bool ``[U]``.
+    """The same share of groups and of channels from every candidate layer, lowest scores first, bool ``[U]``.
 
     ρ = budget / candidate parameters; each layer loses ⌊K·ρ + ½⌋ GQA groups (fewer if that is too much) and as
-    many channels as then fit, so every layer ends with the same widths and the checkpoint is a stock one.
+    many channels as then fit, so layers of the same widths keep the same widths, and a stock checkpoint stays one.
 
     Raises:
         UserError: the ratio cannot be reached while every layer keeps one group and one channel.
     """
-    layers = np.unique(scores.layer[candidates])
-    attention, mlp = (scores.of(int(layers[0]), block) for block in (Block.ATTENTION, Block.MLP))
-    groups, channels = int(attention.sum()), int(mlp.sum())
-    group_cost, channel_cost = int(scores.cost[attention][0]), int(scores.cost[mlp][0])
-    free_groups, free_channels = int((attention & candidates).sum()), int((mlp & candidates).sum())
-    free_groups, free_channels = min(free_groups, groups - 1), min(free_channels, channels - 1)
+    blocks = scores.blocks
+    first = blocks.ids.argsort(kind="stable")[blocks.size.cumsum() - blocks.size]  # a unit of every block
+    costs = dict(zip(blocks.keys, scores.cost[first].tolist(), strict=True))
+    units = dict(zip(blocks.keys, blocks.size.tolist(), strict=True))
+    free = dict(zip(blocks.keys, blocks.sum(candidates).tolist(), strict=True))
+    layers = np.unique(scores.layer[candidates]).tolist()
+    sizes = {i: sum(units.get((i, kind), 0) * costs.get((i, kind), 0) for kind in ROLES_OF) for i in layers}
+    drops, reachable, reached = dict.fromkeys(blocks.keys, 0), [], True
+    for layer, size in sizes.items():
+        share = budget.parameters * size // sum(sizes.values())
+        attention, mlp = (
+            (units.get(key, 0), free.get(key, 0), costs.get(key, 1)) for key in ((layer, kind) for kind in ROLES_OF)
+        )
+        counts, largest = _uniform_drops(attention, mlp, share, budget.round_to)
+        reachable.append(largest * sum(sizes.values()) // size)
+        reached &= share <= largest
+        drops |= {(layer, kind): count for kind, count in zip(ROLES_OF, counts, strict=True)}
+    if not reached:
+        raise _unreachable(min(reachable), budget)
 
-    share = budget.parameters // len(layers)
-    most_channels = _rounded_down(free_channels, channels, budget.round_to)
+    order = ranking(scores)
+    order = order[candidates[order]]
+    drop = np.array([drops[key] for key in blocks.keys])[blocks.ids[order]]
+    pruned = np.zeros(len(scores.layer), dtype=bool)
+    pruned[order[blocks.rank(order) < drop]] = True
+    return pruned
+
+
+def _uniform_drops(
+    attention: tuple[int, int, int], mlp: tuple[int, int, int], share: int, round_to: int
+) -> tuple[tuple[int, int], int]:
+    """Groups and channels to remove from a layer, and the most parameters that can be.
+
+    Args:
+        attention, mlp: units of the block, candidates among them, cost of one.
+        share: parameters to remove.
+        round_to: a multiple of so many channels is kept.
+    """
+    (groups, free_groups, group_cost), (channels, free_channels, channel_cost) = attention, mlp
+    free_groups, free_channels = (max(0, min(free, all - 1)) for all, free, _ in (attention, mlp))
+    most_channels = _rounded_down(free_channels, channels, round_to)
     largest = free_groups * group_cost + most_channels * channel_cost
-    if share > largest:
-        raise _unreachable(len(layers) * largest, budget)
     rho = share / (groups * group_cost + channels * channel_cost)
     most_groups = min(free_groups, share // group_cost)
     drop_groups = min(int(groups * rho + 0.5), most_groups)
@@ -176,14 +206,7 @@ def select_uniform(scores: Scores, candidates: Flags, budget: Budget) -> Flags:
     while drop_groups < most_groups and (share - drop_groups * group_cost) // channel_cost > most_channels:
         drop_groups += 1
     wanted = min((share - drop_groups * group_cost) // channel_cost, most_channels)
-    drop_channels = _rounded_down(wanted, channels, budget.round_to)
-
-    order = ranking(scores)
-    order = order[candidates[order]]
-    drop = np.where(scores.of_kind(Block.ATTENTION), drop_groups, drop_channels)[order]
-    pruned = np.zeros(len(scores.layer), dtype=bool)
-    pruned[order[scores.blocks.rank(order) < drop]] = True
-    return pruned
+    return (drop_groups, _rounded_down(wanted, channels, round_to)), largest
 
 
 def protect_best(scores: Scores, keep: int) -> Flags:

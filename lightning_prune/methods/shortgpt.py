@@ -7,6 +7,7 @@ enters layer l. The layers with the smallest BI are removed in one shot; scores 
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -25,16 +26,22 @@ from lightning_prune.support.errors import UserError
 
 
 def layer_cost(view: LayerStructure) -> int:
-    """Parameters of a layer; all layers of a model are equally large."""
+    """Parameters of a layer."""
     return view.block_cost(Block.ATTENTION) + view.block_cost(Block.MLP)
 
 
-def nearest_layer_count(cost: int, layers: int, budget: float | Fraction, at_most: bool = False) -> int:
-    """How many of ``layers`` that cost as much each come nearest to a budget in parameters, or (``at_most``) do not
-    exceed it; of two equally near counts the smaller one."""
+def nearest_layer_count(cost: Sequence[int], budget: float | Fraction, at_most: bool = False) -> int:
+    """How many layers come nearest to a budget in parameters; of two equally near counts the smaller one.
+
+    Args:
+        cost: parameters per layer, in the order in which they are removed.
+        budget: parameters to remove.
+        at_most: never above the budget.
+    """
+    spent = [0, *accumulate(cost)]
     if at_most:
-        return min(int(budget // cost), layers)
-    return min(range(layers + 1), key=lambda count: (abs(count * cost - budget), count))
+        return max(count for count in range(len(spent)) if spent[count] <= budget)
+    return min(range(len(spent)), key=lambda count: (abs(spent[count] - budget), count))
 
 
 class BlockInfluencePass(ForwardPass):
@@ -85,14 +92,14 @@ class ShortGPT(PruningMethod):
         return self.pruning_ratio if self.n_remove_layers is None else None
 
     def layer_count(self, layers: Sequence[LayerStructure], total_parameters: int) -> int:
-        """Layers to remove.
+        """How many of ``layers`` to remove, the first ones.
 
         Raises:
             UserError: none or all of them.
         """
-        cost, most = layer_cost(layers[0]), len(layers) - 1
+        cost, most = [layer_cost(view) for view in layers], len(layers) - 1
         budget = Fraction(str(self.pruning_ratio)) * total_parameters
-        count = self.n_remove_layers or nearest_layer_count(cost, len(layers), budget, self.at_most)
+        count = self.n_remove_layers or nearest_layer_count(cost, budget, self.at_most)
         if 0 < count <= most:
             return count
         if self.n_remove_layers is not None:
@@ -100,14 +107,16 @@ class ShortGPT(PruningMethod):
                 f"--model.n_remove_layers: found {count}; the model has {len(layers)} layers and one must stay, "
                 f"so at most {most} can go."
             )
+        smallest, largest = cost[0] / total_parameters, sum(cost[:most]) / total_parameters
         raise UserError(
             f"--model.pruning_ratio: {self.pruning_ratio:g} {'allows' if self.at_most else 'is nearest to'} removing "
             f"{count} of {len(layers)} layers. Removing 1 to {most} layers gives ratios from "
-            f"{cost / total_parameters:.4f} to {cost * most / total_parameters:.4f}, the largest reachable ratio."
+            f"{smallest:.4f} to {largest:.4f}, the largest reachable ratio."
         )
 
     def check_ratio(self, layers: list[LayerStructure], total_parameters: int) -> None:
-        self.layer_count(layers, total_parameters)
+        # Which go first is not known yet: if layers differ in size, the smallest.
+        self.layer_count(sorted(layers, key=layer_cost), total_parameters)
 
     def passes(self) -> list[Pass]:
         return [BlockInfluencePass()]
@@ -117,8 +126,8 @@ class ShortGPT(PruningMethod):
             influence = torch.cat([result.importance[Block.LAYER] for result in self.results("influence")])
         else:
             influence = torch.from_numpy(self.saved.scores.importance)
-        count = self.layer_count(self.layers, self.dense_parameters)
-        removed = influence.argsort(stable=True)[:count].tolist()  # of equal ones the lower layer
+        order = influence.argsort(stable=True).tolist()  # of equal ones the lower layer
+        removed = order[: self.layer_count([self.layers[layer] for layer in order], self.dense_parameters)]
         scores = layer_scores(influence, [layer_cost(view) for view in self.layers])
         self.scores = replace(scores, pruned=np.isin(scores.layer, removed))
         kept = unpruned(self.layers)

@@ -61,6 +61,8 @@ class SlimGPTPass(BlockPass):
 
     def observe(self, view: LayerStructure, block: Block, hooks: Hooks) -> None:
         role, linear = OUTPUT_ROLE[block], view.projection(block)
+        if not linear.in_features:
+            return
         self.gram = InputGram(linear.in_features, self.max_tokens).to(self.model.device)
         hooks.on_input(f"layer {view.index}, input of {role}", linear.module, self.gram.update)
 
@@ -68,6 +70,8 @@ class SlimGPTPass(BlockPass):
         """The refitted weight, zero in the removed columns; the error of every unit as its importance. Facts: units
         ``kept``, the ``damping`` λ that was used, and the solver's ``dtype``."""
         role, linear = OUTPUT_ROLE[block], view.projection(block)
+        if not linear.in_features:
+            return LayerResult({block: torch.zeros(0)}, facts={"kept": []})
         gram, name = self.gram, f"layer {view.index}, {role} projection"
         del self.gram
         width = linear.in_features // view.units(block)
@@ -175,15 +179,17 @@ class SlimGPT(PruningMethod):
         Raises:
             UserError: the ratio cannot be reached while every layer keeps a group and a channel.
         """
-        view = layers[0]
         budget = math.floor(Fraction(str(self.pruning_ratio)) * total_parameters)
-        heads, head_cost = (1, 0) if view.whole_attention else (view.num_kv_heads, view.unit_cost(Block.ATTENTION))
-        groups, channels = heads * head_cost, view.num_channels * view.unit_cost(Block.MLP)
-        least = head_cost + view.unit_cost(Block.MLP)
-        largest = len(layers) * (groups + channels - least) / total_parameters
+        head_cost, channel_cost = (max(view.unit_cost(block) for view in layers) for block in OUTPUT_ROLE)
+        heads, channels = ([view.units(block) for view in layers] for block in OUTPUT_ROLE)
+        if layers[0].whole_attention:
+            heads, head_cost = [min(1, count) for count in heads], 0
+        prunable = sum(heads) * head_cost + sum(channels) * channel_cost
+        least = sum(map(bool, heads)) * head_cost + sum(map(bool, channels)) * channel_cost
+        largest = (prunable - least) / total_parameters
         try:
-            ratios = layer_ratios(len(layers), budget / (len(layers) * (groups + channels)), self.first_ratio)
-            counts = unit_counts(ratios, heads, view.num_channels, head_cost, view.unit_cost(Block.MLP), budget)
+            ratios = layer_ratios(len(layers), budget / prunable, self.first_ratio)
+            counts = unit_counts(ratios, heads, channels, head_cost, channel_cost, budget)
         except ValueError as error:
             raise UserError(
                 f"--model.pruning_ratio: {self.pruning_ratio:g} cannot be reached ({error}) The largest reachable "
@@ -204,9 +210,11 @@ class SlimGPT(PruningMethod):
         """The passes have decided. The score of a unit is its error when it was removed."""
         results = {block: self.results("slimgpt", block) for block in OUTPUT_ROLE}
         self.damping_used = {
-            OUTPUT_ROLE[block]: [result.facts["damping"] for result in of] for block, of in results.items()
+            OUTPUT_ROLE[block]: [result.facts.get("damping") for result in of] for block, of in results.items()
         }
-        self.solver_dtypes = sorted({result.facts["dtype"] for of in results.values() for result in of})
+        self.solver_dtypes = sorted(
+            {result.facts["dtype"] for of in results.values() for result in of if result.weights}
+        )
         pairs = list(zip(*results.values(), strict=True))
         kept = [LayerPlan(i, heads.facts["kept"], mlp.facts["kept"]) for i, (heads, mlp) in enumerate(pairs)]
         scores = group_scores(self.layers, [heads.importance | mlp.importance for heads, mlp in pairs])

@@ -45,8 +45,8 @@ def layer_ratios(
 
 def unit_counts(
     ratios: Sequence[float],
-    num_groups: int,
-    num_channels: int,
+    num_groups: int | Sequence[int],
+    num_channels: int | Sequence[int],
     attention_unit_cost: int,
     mlp_unit_cost: int,
     budget: int,
@@ -60,30 +60,40 @@ def unit_counts(
     a group is too much, the shortfall stays larger. Every layer keeps a group and a channel; a layer with ρ = 0 loses
     nothing.
 
+    Args:
+        ratios: ρ per layer.
+        num_groups, num_channels: K and F, of every layer or of each.
+        attention_unit_cost, mlp_unit_cost: parameters of one group and of one channel.
+        budget: parameters to remove.
+
     Raises:
         ValueError: the budget cannot be reached; the message names the largest reachable one.
     """
+    all_groups = [num_groups] * len(ratios) if isinstance(num_groups, int) else num_groups
+    all_channels = [num_channels] * len(ratios) if isinstance(num_channels, int) else num_channels
+    # A block that an earlier pruning took out has no unit to keep.
+    most_groups, most_channels = ([max(0, count - 1) for count in of] for of in (all_groups, all_channels))
     order = sorted((i for i, ratio in enumerate(ratios) if ratio > 0), key=lambda i: (-ratios[i], i))
-    most = len(order) * ((num_groups - 1) * attention_unit_cost + (num_channels - 1) * mlp_unit_cost)
+    most = sum(most_groups[i] * attention_unit_cost + most_channels[i] * mlp_unit_cost for i in order)
     if budget - most >= mlp_unit_cost:
         raise ValueError(
             f"{budget:,} parameters cannot be removed: at most {most:,} can, when every layer keeps one group and one "
             "channel and layers with ratio 0 stay."
         )
-    groups = [min(math.floor(num_groups * ratio + 0.5), num_groups - 1) for ratio in ratios]
-    channels = [min(math.floor(num_channels * ratio + 0.5), num_channels - 1) for ratio in ratios]
+    groups = [min(math.floor(all_groups[i] * ratio + 0.5), most_groups[i]) for i, ratio in enumerate(ratios)]
+    channels = [min(math.floor(all_channels[i] * ratio + 0.5), most_channels[i]) for i, ratio in enumerate(ratios)]
     for i in range(len(ratios)):
         if i not in order:
             groups[i] = channels[i] = 0
 
     def excess(i: int) -> float:
-        return groups[i] - num_groups * ratios[i]
+        return groups[i] - all_groups[i] * ratios[i]
 
     while sum(groups) * attention_unit_cost > budget:
         groups[max((i for i in order if groups[i] > 0), key=lambda i: (excess(i), -i))] -= 1
-    room = len(order) * (num_channels - 1) * mlp_unit_cost
+    room = sum(most_channels[i] for i in order) * mlp_unit_cost
     while budget - sum(groups) * attention_unit_cost - room >= mlp_unit_cost:
-        candidates = [i for i in order if groups[i] < num_groups - 1]
+        candidates = [i for i in order if groups[i] < most_groups[i]]
         if not candidates or (sum(groups) + 1) * attention_unit_cost > budget:
             break
         groups[min(candidates, key=lambda i: (excess(i), i))] += 1
@@ -91,9 +101,9 @@ def unit_counts(
     removed = sum(groups) * attention_unit_cost + sum(channels) * mlp_unit_cost
     correction = (budget - removed) // mlp_unit_cost
     step = 1 if correction > 0 else -1
-    limit = num_channels - 1 if correction > 0 else 0
+    limits = most_channels if correction > 0 else [0] * len(ratios)
     while correction:
-        movable = [i for i in order if channels[i] != limit]
+        movable = [i for i in order if channels[i] != limits[i]]
         if not movable:
             break
         for i in movable[: abs(correction)]:

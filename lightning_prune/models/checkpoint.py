@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -26,6 +27,7 @@ from transformers.utils import cached_file
 from lightning_prune.models.families import family_of
 from lightning_prune.models.modeling_pruned import classes_of, pruned_class
 from lightning_prune.models.records import TEXT_PARTS
+from lightning_prune.models.side_files import has_vocabulary, side_files
 from lightning_prune.models.sources import CheckpointSource
 from lightning_prune.models.weights import (
     LAYER,
@@ -35,25 +37,20 @@ from lightning_prune.models.weights import (
     loading,
     match_names,
     read_headers,
+    same_values,
     text_name,
 )
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.regular_files import expanded, is_special, require_regular
 
 CONFIG_LIMIT = 10_000_000  # bytes
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size", "num_attention_heads")
 HASHED_WHOLE = 64 * 2**20  # bytes; of larger files the fingerprint samples pieces
 PIECES, PIECE = 64, 64 * 2**10
+ENDS = ("lm_head.weight", "model.embed_tokens.weight")
+QUANTISATION = ("quantization_config", "compression_config")
+# Keys of the text model that a model of several may say in its own config instead.
+OUTER = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 NOT_WEIGHTS = ("_name_or_path", "transformers_version")
 
 
@@ -91,12 +88,6 @@ class Checkpoint:
             if not isinstance(raw, dict):
                 raise ValueError("config.json is not a JSON object")
             config = _config_of(raw, path)
-        for key in ("quantization_config", "compression_config"):
-            if raw.get(key) is not None:
-                raise UserError(
-                    f"{OPTION}: the config of '{pretrained}' has a {key}: its weights are quantised, and pruning needs "
-                    "them in 64, 32 or 16 bits floating point. Give the model before it was quantised."
-                )
         if exists(expanded(pretrained, OPTION) / "adapter_config.json"):
             raise UserError(
                 f"{OPTION}: '{pretrained}' holds an adapter (adapter_config.json) beside a model. Merge the adapter "
@@ -130,16 +121,33 @@ class Checkpoint:
         """The stored tensors by name."""
         return self._headers[0]
 
+    @property
+    def notes(self) -> list[str]:
+        """A sentence on each thing that the folder holds and no checkpoint made from it will."""
+        notes = [
+            f"'{self.pretrained}': the config has a {key}, but its weights are not quantised; it is left out."
+            for key in QUANTISATION
+            if any(part.get(key) is not None for part in (self.raw, _text_part(self.raw)))
+        ]
+        if left_out := self._headers[2]:
+            parts = ", ".join(f"{part} ({count})" for part, count in left_out.items())
+            notes.append(f"'{self.pretrained}': tensors beside the language model are left out: {parts}.")
+        return notes
+
     @cached_property
-    def _headers(self) -> tuple[dict[str, TensorEntry], list[Path]]:
-        tensors, files = read_headers(self.path)
+    def _headers(self) -> tuple[dict[str, TensorEntry], list[Path], Counter[str]]:
+        tensors, files, left_out = read_headers(self.path, self.config.num_hidden_layers)
         layers, claimed = {match[1] for name in tensors if (match := LAYER.search(name))}, self.config.num_hidden_layers
         if claimed != len(layers):  # noticed before a model of that many layers is built
             raise UserError(
                 f"{OPTION}: the config of '{self.path}' says num_hidden_layers {claimed}, but its weights have "
                 f"{len(layers)} layers. Give a config.json that belongs to these weights."
             )
-        return tensors, files
+        if self.raw["model_type"] in TEXT_PARTS and not _says_tied(self.raw):
+            ends = {name: own for own in tensors if (name := text_name(own)) in ENDS}
+            head, embedding = (ends.get(name) for name in ENDS)
+            self.config.tie_word_embeddings = not head or not embedding or same_values(tensors, head, embedding)
+        return tensors, files, left_out
 
     @cached_property
     def stored_dtype(self) -> torch.dtype:
@@ -161,8 +169,11 @@ class Checkpoint:
         return match_names(self.path, self.tensors, self.meta)
 
     def check(self) -> None:
-        """Raise UserError for all that can be refused without reading a weight: names, shapes, generation config."""
+        """Raise UserError for all that can be refused without reading a weight (names, shapes, generation config), and
+        warn of what is left out."""
         _ = self.stored_names, self.generation_config
+        for note in self.notes:
+            rank_zero_warn(note)
 
     def skeleton(self) -> PreTrainedModel:
         """See ``skeleton``."""
@@ -220,17 +231,14 @@ class Checkpoint:
             return generation  # type: ignore[no-any-return]
 
     @cached_property
-    def tokenizer_files(self) -> list[Path]:
-        """The tokenizer's files beside the weights (of a hub model, in the cache)."""
-        with loading(self.pretrained, "the tokenizer files cannot be found"):
-            absent = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-            files = [cached_file(self.path, name, **absent) for name in TOKENIZER_FILES]
-        return [Path(file) for file in files if file is not None]
+    def side_files(self) -> dict[str, Path]:
+        """The files of tokenizer, templates and processor beside the weights, see ``side_files.side_files``."""
+        return side_files(self.path)
 
     @cached_property
     def tokenizer(self) -> Any | None:
         """The tokenizer beside the weights, None where there is none."""
-        if not self.tokenizer_files:
+        if not has_vocabulary(self.side_files):
             return None
         with loading(self.pretrained, "the tokenizer cannot be loaded"):
             return AutoTokenizer.from_pretrained(self.path, config=self.config, trust_remote_code=False)
@@ -250,6 +258,8 @@ def resolve(pretrained: str) -> str:
         from lightning_prune.demo import demo_model_path
 
         return str(demo_model_path())
+    if "\n" in pretrained:
+        raise UserError(f"{OPTION}: no path or hub id, but text that begins with {pretrained[:40]!r}.")
     folder = expanded(pretrained, OPTION)
     config = folder / "config.json"
     if is_special(config):
@@ -302,6 +312,11 @@ def skeleton(config: Any) -> PreTrainedModel:
 def _config_of(raw: dict[str, Any], path: str) -> PretrainedConfig:
     """As ``AutoConfig.from_pretrained``, which would read the file once more; of several models the text model's."""
     values = copy.deepcopy(raw)
+    for part in (values, _text_part(values)):
+        for key in QUANTISATION:  # the headers say whether weights are quantised
+            part.pop(key, None)
+        if part.get("tie_word_embeddings", True) is None:
+            del part["tie_word_embeddings"]
     model_type = values.get("model_type")
     if model_type == "mistral" and "layer_types" in values:
         model_type = values["model_type"] = "ministral"
@@ -311,7 +326,21 @@ def _config_of(raw: dict[str, Any], path: str) -> PretrainedConfig:
     if model_type not in TEXT_PARTS:
         return config
     text: PretrainedConfig = config.text_config
-    text.name_or_path, text.tie_word_embeddings = config.name_or_path, config.tie_word_embeddings
+    text.name_or_path = config.name_or_path
+    for key in OUTER:  # as they are written: of those that are not, transformers' defaults for both may disagree
+        if raw.get(key) is not None and _text_part(raw).get(key) is None:
+            setattr(text, key, raw[key])
     if text.dtype is None:
         text.dtype = config.dtype
     return text
+
+
+def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
+    """The text model's config within that of several models, as it is written; empty where there is none."""
+    part = raw.get("text_config")
+    return part if isinstance(part, dict) and raw.get("model_type") in TEXT_PARTS else {}
+
+
+def _says_tied(raw: dict[str, Any]) -> bool:
+    """Whether a config says anywhere if the head is the embedding."""
+    return any(part.get("tie_word_embeddings") is not None for part in (raw, _text_part(raw)))

@@ -9,8 +9,15 @@ from torch import Tensor, nn
 
 from lightning_prune.models.records import FAMILIES, GUIDE, Family
 from lightning_prune.models.refusals import ENCODER_DECODER, REFUSED, SEVERAL_MODELS
+from lightning_prune.models.skipped import fill_skipped
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, ROLES, ROLES_OF, Block
 from lightning_prune.support.errors import UserError
+
+# Of the config of a checkpoint with widths per layer, beside these widths.
+PER_LAYER_KEYS = (
+    *("auto_map", "how_to_load", "block_norms", "logit_scale"),
+    "allow_global_per_layer_attribute_access",
+)
 
 
 @dataclass(eq=False)
@@ -84,8 +91,8 @@ class LayerStructure:
 
     @property
     def queries_per_kv_head(self) -> int:
-        """r, 1 for multi-head attention."""
-        return len(self.query.weight) // len(self.key.weight)
+        """r, 1 for multi-head attention and where there is none."""
+        return len(self.query.weight) // max(1, len(self.key.weight)) or 1
 
     @property
     def num_channels(self) -> int:
@@ -101,10 +108,10 @@ class LayerStructure:
         return self.linears[OUTPUT_ROLE[block]]
 
     def unit_cost(self, block: Block) -> int:
-        """Parameters that are removed with one unit: its rows with their biases, and its columns."""
+        """Parameters that are removed with one unit: its rows with their biases, and its columns; 0 without units."""
         *rows, columns = (self.linears[role] for role in ROLES_OF[block])
         tensors = [columns.weight, *(linear.weight for linear in rows), *(linear.bias for linear in rows)]
-        return sum(tensor.numel() for tensor in tensors if tensor is not None) // self.units(block)
+        return sum(tensor.numel() for tensor in tensors if tensor is not None) // max(1, self.units(block))
 
     def block_cost(self, block: Block) -> int:
         """Parameters that are removed with the whole block: all units, the output bias and the norms."""
@@ -144,27 +151,42 @@ def head_dim_of(config: Any) -> int:
 
 
 def rows_of(config: Any) -> dict[str, int]:
-    """Rows of the weights that have units along their rows, by role, in the dense model."""
-    head_dim, channels = head_dim_of(config), config.intermediate_size
-    query, key = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    """Rows of the weights that have units along their rows, by role, in a model or layer with this config."""
+    skipped = getattr(config, "skip", None) or ()
+    head_dim, channels = head_dim_of(config), 0 if "mlp" in skipped else config.intermediate_size
+    heads, kv_heads = (0, 0) if "attention" in skipped else (config.num_attention_heads, config.num_key_value_heads)
+    query, key = heads * head_dim, kv_heads * head_dim
     return {"query": query, "key": key, "value": key, "gate": channels, "up": channels}
 
 
 def layer_structures(model: nn.Module) -> list[LayerStructure]:
-    """The decoder layers of a causal LM on any device, the meta device included.
+    """The decoder layers of a causal LM on any device, meta included. Blocks that an earlier pruning took out
+    become ``SkippedBlock``s in the model, which computes the same.
 
     Raises:
-        UserError: unknown family, a model that is already pruned per layer, or one whose modules, biases
-            or shapes differ from its family's record.
+        UserError: unknown family, or a model whose modules, biases or shapes differ from its family's record.
     """
     config: Any = model.config
-    family = family_of(config)
+    layers, family = layers_of(model), family_of(config)
+    configs = layer_configs(config)
     if getattr(config, "is_heterogeneous", False):
-        raise UserError(
-            "--model.pretrained: this checkpoint is already pruned with a different width per layer. "
-            "Prune the dense model instead."
-        )
-    return [_layer_structure(family, config, index, layer) for index, layer in enumerate(layers_of(model))]
+        fill_skipped(model, family)
+    return [_layer_structure(family, configs[index], index, layer) for index, layer in enumerate(layers)]
+
+
+def layer_configs(config: Any) -> list[Any]:
+    """The config of every layer: one for all, or each with widths of its own and ``skip``, the blocks it lacks."""
+    own = getattr(config, "is_heterogeneous", False)
+    return list(config.per_layer_config) if own else [config] * config.num_hidden_layers
+
+
+def uniform_config(config: Any) -> Any:
+    """A copy of ``config`` with the widths of the dense model, which are the global ones, in every layer."""
+    uniform = copy.deepcopy(config)
+    uniform.per_layer_config = None
+    for name in PER_LAYER_KEYS:
+        uniform.__dict__.pop(name, None)
+    return uniform
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
@@ -201,7 +223,7 @@ def _layer_structure(family: Family, config: Any, index: int, layer: nn.Module) 
     inputs = {OUTPUT_ROLE[Block.ATTENTION]: rows["query"], OUTPUT_ROLE[Block.MLP]: rows["gate"]}
     for role, linear in view.linears.items():
         shape = (hidden, inputs[role]) if role in inputs else (rows[role], hidden)
-        expected = (shape, has_bias(config, role))
+        expected = (shape, 0 not in shape and has_bias(config, role))
         actual = (tuple(linear.weight.shape), linear.bias is not None)
         if actual != expected:
             raise UserError(

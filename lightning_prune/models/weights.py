@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +20,15 @@ from lightning_prune.support.quiet import quiet_transformers
 OPTION = "--model.pretrained"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by stored name
 INDEX_LIMIT = 100_000_000  # bytes
-# Old Llama checkpoints store the rotary table of every layer; it is computed from the config.
-COMPUTED = re.compile(r"(^|\.)rotary_emb\.inv_freq$")
+# Parts that published checkpoints hold beside the causal language model: rotary tables, which are computed from the
+# config, heads for other purposes, and models for images and sound.
+SIDE_PARTS = re.compile(
+    r"(?:^|\.)(rotary_emb)\.(?:original_)?(?:inv_freq|cos_cached|sin_cached)$"
+    r"|^(?:model\.|base_model\.)*(mtp\w*|v_head|value_head|medusa_head\w*|vision_tower|vision_model|audio_tower"
+    r"|multi_modal_projector|mm_projector)\."
+)
+# Tensors that say how others are to be read.
+QUANTISED = re.compile(r"\.(weight_(scale\w*|packed|shape|zero_point)|qweight|qzeros|scales|absmax|g_idx)$")
 # The text model's tensors within a checkpoint of several models, and what they are called by themselves.
 TEXT_NAMES = {
     r"^(?:model\.)?language_model\.lm_head\.": "lm_head.",
@@ -73,13 +81,14 @@ def find_file(path: str, name: str) -> Path | None:
     return None if file is None else Path(file)
 
 
-def read_headers(path: str) -> tuple[dict[str, TensorEntry], list[Path]]:
-    """The tensors of a checkpoint by the names they are stored under (of several models in one, the text model's), and
-    all its weight files in order.
+def read_headers(path: str, num_layers: int) -> tuple[dict[str, TensorEntry], list[Path], Counter[str]]:
+    """The tensors of a checkpoint by the names they are stored under (of several models in one, the text model's), all
+    its weight files in order, and what is left out: side part -> number of its tensors.
 
     Args:
         path: model folder or hub id. ``model.safetensors`` comes before ``model.safetensors.index.json`` where both
             are there, as in transformers.
+        num_layers: of the config; layers beyond them (multi-token prediction) are side parts.
 
     Raises:
         UserError: no safetensors file, one that is damaged or quantised, or an index that does not fit its files.
@@ -96,17 +105,30 @@ def read_headers(path: str) -> tuple[dict[str, TensorEntry], list[Path]]:
         names = sorted(set(weight_map.values()))
     stored = _stored(path, names, weight_map)
     inside = {name for name in stored if text_name(name) != name}
-    tensors = {}
+    tensors, left_out = {}, Counter[str]()
     for name, (file, dtype, shape) in stored.items():
+        part = _side_part(name, num_layers)
         if inside and name not in inside and not name.startswith("lm_head."):
+            part = part or name.removeprefix("model.").partition(".")[0]
+        if part is not None:
+            left_out[part] += 1
             continue
-        if dtype not in DTYPES:
+        if dtype not in DTYPES or QUANTISED.search(name):
             raise UserError(
-                f"{OPTION}: tensor {name!r} of '{path}' is stored as {dtype}; allowed are {', '.join(DTYPES)}. "
-                f"Give the model before it was quantised."
+                f"{OPTION}: the weights are quantised: tensor {name!r} of '{path}' is stored as {dtype}; allowed are "
+                f"weights alone, in {', '.join(DTYPES)}. Give the model before it was quantised."
             )
         tensors[name] = TensorEntry(file, DTYPES[dtype], shape)
-    return tensors, sorted({file for file, _, _ in stored.values()})
+    return tensors, sorted({file for file, _, _ in stored.values()}), left_out
+
+
+def _side_part(name: str, num_layers: int) -> str | None:
+    """The known part beside the causal language model that a tensor belongs to; None for all others."""
+    own = text_name(name)
+    if match := SIDE_PARTS.search(own):
+        return match[1] or match[2]
+    layer = re.match(r"(?:model\.)*(layers\.(\d+))\.", own)
+    return layer[1] if layer and int(layer[2]) >= num_layers else None
 
 
 def text_name(name: str) -> str:
@@ -120,7 +142,7 @@ def text_name(name: str) -> str:
 def match_names(source: str, tensors: Mapping[str, TensorEntry], model: nn.Module) -> dict[str, str]:
     """Compare names and shapes with what a model (on the meta device) expects.
 
-    Allowed: rotary tables, ``model.`` left out or doubled, and a tied head stored as a copy.
+    Allowed: ``model.`` left out or doubled, equal copies, and a tied head stored as one.
 
     Returns:
         Every parameter of ``model`` (tied ones under all their names) -> the name its values are stored under.
@@ -163,9 +185,8 @@ def _own_names(source: str, tensors: Mapping[str, TensorEntry], expected: Mappin
         spellings = (own, own.removeprefix("model."), f"model.{own}")
         parameter = next((spelling for spelling in spellings if spelling in expected), None)
         if parameter is None:
-            if not COMPUTED.search(name):
-                unknown.append(name)
-        elif parameter in stored:
+            unknown.append(name)
+        elif parameter in stored and not same_values(tensors, stored[parameter], name):
             raise UserError(
                 f"{OPTION}: the weights of '{source}' hold {parameter!r} twice, as {stored[parameter]!r} and as "
                 f"{name!r}. Remove one of them."
@@ -184,15 +205,22 @@ def _own_names(source: str, tensors: Mapping[str, TensorEntry], expected: Mappin
 
 def _check_copies(source: str, tensors: Mapping[str, TensorEntry], first: str, second: str) -> None:
     """transformers unties a head whose stored copy differs; then the config does not say what the model is."""
-    values = []
-    for name in (first, second):
-        with safe_open(tensors[name].file, framework="pt") as file:
-            values.append(file.get_tensor(name))  # a view of the file: takes no memory of its own
-    if values[0].dtype != values[1].dtype or not torch.equal(*(value.view(torch.uint8) for value in values)):
+    if not same_values(tensors, first, second):
         raise UserError(
             f"{OPTION}: the config of '{source}' ties {first!r} and {second!r}, but both are stored and differ. Set "
             f"tie_word_embeddings to false in config.json, or remove the one that is not used."
         )
+
+
+def same_values(tensors: Mapping[str, TensorEntry], first: str, second: str) -> bool:
+    """Whether two stored tensors are equal, bit for bit."""
+    if (tensors[first].dtype, tensors[first].shape) != (tensors[second].dtype, tensors[second].shape):
+        return False
+    values = []
+    for name in (first, second):
+        with safe_open(tensors[name].file, framework="pt") as file:
+            values.append(file.get_tensor(name))  # a view of the file: takes no memory of its own
+    return torch.equal(*(value.view(torch.uint8) for value in values))
 
 
 def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

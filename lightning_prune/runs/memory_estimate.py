@@ -15,6 +15,7 @@ from lightning_prune.data.token_arrays import is_token_array, load_token_array
 from lightning_prune.evaluation.perplexity import STEP_BYTES
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.checkpoint import Checkpoint, meta_model
+from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.head import LOGITS_BYTES
 from lightning_prune.models.layered import Onload
 from lightning_prune.models.model_slot import load_dtype
@@ -110,11 +111,11 @@ class Memory:
     def estimate(self, onload: Onload) -> Estimate:
         """What the run takes with its weights there."""
         method, size = self.method, self.dtype.itemsize
-        view, layers = method.layers[0], len(method.layers)
-        layer = sum(view.block_cost(block) for block in ROLES_OF)
-        outside = method.dense_parameters - layers * layer
+        view, layers = self._largest, len(method.layers)
+        layer, inside = _size(view), sum(map(_size, method.layers))
+        outside = method.dense_parameters - inside
         copied = self.device is not None or self.dtype != self.stored  # else they are views of the files
-        weights = (outside + layer * (1 if onload == "layer" else layers)) * size if copied else 0
+        weights = (outside + (layer if onload == "layer" else inside)) * size if copied else 0
         weights += 2 * layer if "mixed" in str(method.trainer.precision) else 0
         ahead = layer * size if copied and onload == "layer" else 0
         free = self.host - self.held if self.device is None else self.device - DEVICE_OVERHEAD
@@ -147,6 +148,11 @@ class Memory:
             flops=round(method.steps * flops),
         )
 
+    @property
+    def _largest(self) -> LayerStructure:
+        """The layer with the most parameters: all are alike but in a model that was pruned before."""
+        return max(self.method.layers, key=_size)
+
     def _passes(self) -> list[Pass]:
         """All that the method makes, as if every unit were kept."""
         views = self.method.layers
@@ -155,12 +161,12 @@ class Memory:
         return measuring + self.method.refit_passes(kept, lambda: torch.zeros(0))
 
     def _load(self, free: int) -> Load:
-        view = self.method.layers[0]
+        view = self._largest
         sizes = [linear.weight.numel() for linear in view.linears.values()]
         return Load(
             num_layers=len(self.method.layers),
             hidden_size=view.query.in_features,
-            widest_input=max(view.output.in_features, view.down.in_features),
+            widest_input=max(one.projection(block).in_features for one in self.method.layers for block in ROLES_OF),
             layer_weights=sum(sizes),
             largest_weight=max(sizes),
             rows=self.samples,
@@ -181,7 +187,7 @@ class Memory:
 
     def _calibration(self, one: Pass, load: Load) -> tuple[int, int, list[int]]:
         """Bytes where layers run, on the host beside them, and of every residual store."""
-        found, size, rows = one.holds(self.method.layers[0], load), load.dtype.itemsize, _rows(one, load)
+        found, size, rows = one.holds(self._largest, load), load.dtype.itemsize, _rows(one, load)
         running = found.running + (self._forward(load.tokens, load) if one.reads else 0)
         new = found.new_weights * size
         work = max(running, self._head(load.tokens, found.per_logit), found.finishing + new)
@@ -189,7 +195,7 @@ class Memory:
 
     def _forward(self, tokens: int, load: Load) -> int:
         """Three of the MLP's inner states, or as much in attention, beside what enters, as it is and normed."""
-        inner = 3 * max(load.widest_input, 2 * self.method.layers[0].output.in_features)
+        inner = 3 * max(load.widest_input, 2 * max(one.output.in_features for one in self.method.layers))
         return tokens * load.dtype.itemsize * (inner + 2 * load.hidden_size)
 
     def _head(self, tokens: int, per_logit: int) -> int:
@@ -229,6 +235,10 @@ class Memory:
             f"--model.onload {found.onload} takes {needed / 1e9:,.2f} GB of {where} memory ({found.phase}), there is "
             f"room for {there / 1e9:,.2f} GB. {advice(self.method, self.data, found.onload, found.phase)}"
         )
+
+
+def _size(view: LayerStructure) -> int:
+    return sum(view.block_cost(block) for block in ROLES_OF)
 
 
 def _rows(one: Pass, load: Load) -> int:

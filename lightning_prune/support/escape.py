@@ -18,6 +18,7 @@ _LATEX |= {character: "{" + character + "}" for character in "[]*"}  # a row's f
 _MARKDOWN: dict[str, str | int | None] = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 _MARKDOWN |= {character: "\\" + character for character in "\\`*[]|$~"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+_CACHED = re.compile(r"(?:^|[/\\])models--([\w.-]+)[/\\]snapshots[/\\][\w.-]+[/\\]?$", re.ASCII)
 _WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")
 _FILE = re.compile(r"\.(txt|jsonl?|gz|parquet|npy|safetensors)$", re.IGNORECASE)
 
@@ -74,10 +75,23 @@ def is_hub_id(name: str) -> bool:
     return bool(_HUB_ID.fullmatch(name)) and not _is_path(name)
 
 
+def hub_id_of(name: str) -> str | None:
+    """The hub id that ``name`` is or, as a folder of the hub's cache, is a copy of; None for others."""
+    if is_hub_id(name):
+        return name
+    for path in (name, os.path.abspath(os.path.expanduser(name))):
+        if _is_path(path) and (cached := _CACHED.search(path)):
+            return cached[1].replace("--", "/", 1)
+    return None
+
+
 def public_name(name: str) -> str:
-    """The last part of a path, so that the folders of this machine stay private; anything else as it is."""
+    """The hub id of a folder of the hub's cache; of other paths the last part, so that the folders of this machine stay
+    private; anything else as it is."""
     if not _is_path(name):
         return name
+    if cached := hub_id_of(name):
+        return cached
     parts = [part for part in re.split(r"[/\\]" if _WINDOWS.match(name) else "/", name) if part]
     if not parts or parts[-1] in (".", "..", "~"):
         return os.path.basename(os.path.abspath(os.path.expanduser(name))) or name

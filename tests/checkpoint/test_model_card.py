@@ -48,6 +48,49 @@ def test_front_matter_is_what_the_hub_reads(base_model: str, home: str | None, s
     assert "/home" not in text
 
 
+@pytest.mark.parametrize(
+    ("repository", "home"),
+    [
+        ("models--meta-llama--Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),
+        ("models--org--name--with-dashes", "org/name--with-dashes"),
+        ("models--gpt2", "gpt2"),
+    ],
+)
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_of_the_hubs_cache_is_the_hub_model(tmp_path: Path, repository: str, home: str, there: bool) -> None:
+    folder = tmp_path / repository / "snapshots" / "0e9e39f249a16976918f6564b8830bc894c89659"
+    if there:
+        folder.mkdir(parents=True)
+        (folder / "README.md").write_text("---\nbase_model: meta-llama/Llama-3.1-8B\nlicense: llama3.1\n---\n")
+        (folder / "config.json").write_text('{"_name_or_path": "/checkpoints/1"}')
+    text = card(base_model=f"{folder}/", method="wanda")
+    assert front_matter(text)["base_model"] == home
+    assert front_matter(text).get("license") == ("llama3.1" if there else None)
+    assert f"# {home} pruned with wanda" in text
+    assert f"| Base model | `{home}` |" in text
+    assert str(tmp_path) not in text
+    assert "0e9e39f" not in text
+
+
+@pytest.mark.parametrize("recovered", [False, True])
+def test_a_model_that_was_pruned_before_names_the_chain(tmp_path: Path, recovered: bool) -> None:
+    recovery = "\n## Recovery\n\n| | |\n" if recovered else ""
+    base, chain = "meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B"
+    for number, method in enumerate(("wanda", "hgsp_taylor", "slimgpt")):
+        text = card(base_model=base, method=method)
+        assert front_matter(text)["base_model"] == "meta-llama/Llama-3.1-8B"
+        assert text.count("\n# meta-llama/Llama-3.1-8B pruned with ") == 1
+        if number:
+            assert f"| Base model | `pruned` (from `meta-llama/Llama-3.1-8B`) |\n| Before | {chain} |" in text
+        else:
+            assert "Before" not in text
+        chain += f" → {method}" + (" → recovered" if recovered else "")
+        folder = tmp_path / str(number) / "pruned"
+        folder.mkdir(parents=True)
+        (folder / "README.md").write_text(text + recovery)
+        base = str(folder)
+
+
 def test_facts_of_the_run_are_stated_once() -> None:
     text = card(
         parameters={"dense": 1234567, "pruned": 1000000},

@@ -16,8 +16,8 @@ from lightning_prune.models.records import GUIDE, TEXT_PARTS
 from lightning_prune.models.refusals import ENCODER_DECODER, FAMILIES_BY_REASON, REFUSED, SEVERAL_MODELS
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
-from tests.cutting import cut
-from tests.tiny import FAMILIES, make_tiny, mixed_plan, tiny_config, tiny_plan
+from tests.cutting import cut, layered
+from tests.tiny import FAMILIES, make_tiny, mixed_plan, tiny_config, tiny_plan, tiny_tokens
 
 ROOT = Path(__file__).parent.parent.parent
 BIASED = [("llama", {"attention_bias": True, "mlp_bias": True}), ("qwen3", {"attention_bias": True})]
@@ -103,10 +103,15 @@ def test_a_layer_off_the_record_is_named(family: str, place: str, linear: nn.Mod
         layer_structures(model)
 
 
-def test_already_pruned_model_is_refused() -> None:
+def test_pruned_model_has_the_units_that_are_left() -> None:
     model = make_tiny()
-    with pytest.raises(UserError, match="already pruned"):
-        layer_structures(cut(model, mixed_plan(copy.deepcopy(model))))
+    pruned = cut(model, mixed_plan(copy.deepcopy(model)))
+    views = layer_structures(meta_model(pruned.config))
+    assert [(view.num_kv_heads, view.num_channels) for view in views] == [(0, 40), (1, 20), (2, 0)]
+    assert [view.unit_cost(Block.MLP) for view in views] == [3 * 32, 3 * 32, 0]
+    assert [view.block_cost(Block.ATTENTION) for view in views] == [0, 1 * 3 * 2 * 8 * 32 + 32, 2 * 3 * 2 * 8 * 32 + 32]
+    with torch.no_grad():
+        assert torch.equal(layered(pruned).logits(tiny_tokens()), pruned(tiny_tokens()).logits)
 
 
 def test_stock_pruned_model_can_be_pruned_again() -> None:

@@ -71,6 +71,45 @@ def test_the_text_model_gives_the_logits_of_the_whole_for_text(
     assert torch.equal(lightning_prune.load(tmp_path / "text")(tokens).logits, logits)
 
 
+def edited(folder: Path, outer: Any, inner: Any) -> None:
+    """``tie_word_embeddings`` as it is written outside and inside; absent: not at all."""
+    raw = json.loads((folder / "config.json").read_text())
+    for part, value in ((raw, outer), (raw["text_config"], inner)):
+        part.pop("tie_word_embeddings", None)
+        part |= {} if value == "absent" else {"tie_word_embeddings": value}
+    (folder / "config.json").write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("written", ["inside", "outside", "inside against outside", "null", "nowhere"])
+@pytest.mark.parametrize("kind", TEXT)
+@torch.no_grad()
+def test_whether_the_head_is_the_embedding(tmp_path: Path, kind: str, written: str, tied: bool) -> None:
+    expected = several(kind, tmp_path, tied=tied)
+    inner = tied if "inside" in written else None if written == "null" else "absent"
+    outer = tied if written == "outside" else (not tied) if "against" in written else "absent"
+    edited(tmp_path, outer, inner)
+    checkpoint = Checkpoint.open(str(tmp_path))
+    assert checkpoint.config.tie_word_embeddings is tied
+    with pytest.warns(UserWarning, match=r"left out: .*vision_tower \(\d+\)"):
+        checkpoint.check()
+    torch.testing.assert_close(
+        checkpoint.load(None)(tiny_tokens().clamp(max=94)).logits, expected, rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", TEXT)
+def test_token_ids_of_the_outer_config_where_the_text_has_none(tmp_path: Path, kind: str) -> None:
+    several(kind, tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw |= {"eos_token_id": [1, 5], "bos_token_id": 7, "quantization_config": {"quant_method": "fp8"}}
+    raw["text_config"].pop("eos_token_id", None)
+    raw["text_config"]["bos_token_id"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config = Checkpoint.open(str(tmp_path)).config
+    assert (config.eos_token_id, config.bos_token_id) == ([1, 5], 3)
+
+
 def test_it_is_pruned_to_a_text_model(tmp_path: Path) -> None:
     several("gemma3", tmp_path / "dense")
     method = run_method(HGSP(str(tmp_path / "dense"), 0.2), tiny_tokens(4, 12).clamp(max=94), tmp_path / "run")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.weights import read_headers
 from lightning_prune.support.errors import UserError
-from tests.tiny import make_tiny
+from tests.tiny import make_tiny, tiny_tokens
 
 Edit = Callable[[dict[str, torch.Tensor]], object]
 
@@ -75,10 +76,7 @@ BIAS = "model.layers.1.self_attn.o_proj.bias"
 NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
 MISFITS: dict[str, tuple[Edit, str]] = {
     "bias": (lambda t: t.update({BIAS: torch.ones(32)}), rf"1 tensors .* not part of the model.*{BIAS}"),
-    "layer beyond the last": (
-        lambda t: t.update({"model.layers.4.mlp.up_proj.weight": torch.ones(40, 32)}),
-        "num_hidden_layers 4, but its weights have 5 layers",
-    ),
+    "quantised by name": (lambda t: t.update({f"{UP}_scale_inv": torch.ones(1)}), rf"quantised.*{UP}_scale_inv"),
     "unknown name": (lambda t: t.update({"visual.weight": torch.ones(2)}), r"not part of the model.*visual\.weight"),
     "missing": (lambda t: t.pop(NORM), rf"lack 1 tensors .*{NORM}"),
     "no embedding": (lambda t: t.pop("model.embed_tokens.weight"), r"lack 2 tensors .*model\.embed_tokens\.weight"),
@@ -102,7 +100,38 @@ def test_weights_that_do_not_fit_the_config(tiny_checkpoint: Callable[..., Path]
         Checkpoint.open(str(folder)).check()
 
 
-@pytest.mark.parametrize("claimed", [3, 100_000])  # the second would take minutes to build
+SIDE_PARTS: dict[str, tuple[str, str]] = {
+    "multi-token prediction": ("mtp.layers.0.eh_proj.weight", "mtp"),
+    "of MiMo": ("model.mtp_layers.0.hidden_layernorm.weight", "mtp_layers"),
+    "value head": ("v_head.summary.weight", "v_head"),
+    "layer beyond the last": ("model.layers.4.mlp.up_proj.weight", "layers.4"),
+    "far beyond": ("model.layers.61.eh_proj.weight", "layers.61"),
+    "vision tower": ("model.vision_tower.layers.40.norm.weight", "vision_tower"),
+    "rotary table": ("model.layers.0.self_attn.rotary_emb.inv_freq", "rotary_emb"),
+}
+
+
+@pytest.mark.parametrize("name", SIDE_PARTS)
+def test_known_side_parts_are_left_out_and_named(tiny_checkpoint: Callable[..., Path], name: str) -> None:
+    tensor, part = SIDE_PARTS[name]
+    eight = torch.ones(3, 3).to(torch.float8_e4m3fn)  # a part that is not read may be stored in any way
+    folder = rewritten(tiny_checkpoint(), lambda t: t.update({tensor: eight}))
+    checkpoint = Checkpoint.open(str(folder))
+    with pytest.warns(UserWarning, match=rf"left out: {re.escape(part)} \(1\)"):
+        checkpoint.check()
+    assert torch.equal(checkpoint.load(None)(tiny_tokens()).logits, make_tiny()(tiny_tokens()).logits)
+
+
+def test_equal_copies_are_one(tiny_checkpoint: Callable[..., Path]) -> None:
+    folder = rewritten(
+        tiny_checkpoint(tied=False), lambda t: t.update({"model.lm_head.weight": t["lm_head.weight"] + 0})
+    )
+    checkpoint = Checkpoint.open(str(folder))
+    checkpoint.check()
+    assert torch.equal(checkpoint.load(None)(tiny_tokens()).logits, make_tiny(tied=False)(tiny_tokens()).logits)
+
+
+@pytest.mark.parametrize("claimed", [5, 100_000])  # the second would take minutes to build
 def test_config_with_another_number_of_layers(tiny_checkpoint: Callable[..., Path], claimed: int) -> None:
     file = tiny_checkpoint() / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": claimed}))
@@ -135,7 +164,7 @@ def test_damaged_header(tmp_path: Path, damage: str) -> None:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", length or len(text)) + text + data)
     with pytest.raises(UserError, match=r"^--model\.pretrained: .*is damaged"):
-        read_headers(str(tmp_path))
+        read_headers(str(tmp_path), 4)
 
 
 @pytest.mark.timeout(20)
@@ -143,7 +172,7 @@ def test_damaged_header(tmp_path: Path, damage: str) -> None:
 def test_pipe_is_not_read(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / name)
     with pytest.raises(UserError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
-        read_headers(str(tmp_path))
+        read_headers(str(tmp_path), 4)
 
 
 WeightMap = dict[str, Any]
@@ -166,7 +195,7 @@ def test_index_that_does_not_fit_its_files(tmp_path: Path, damage: str) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps(edit(json.loads(index.read_text())["weight_map"])))
     with pytest.raises(UserError, match=rf"^--model\.pretrained: the weights cannot be loaded.*{message}"):
-        read_headers(str(tmp_path))
+        read_headers(str(tmp_path), 4)
 
 
 def test_tensor_in_two_shards(tmp_path: Path) -> None:
@@ -175,4 +204,4 @@ def test_tensor_in_two_shards(tmp_path: Path) -> None:
     tensors = load_file(first)
     save_file(load_file(second) | {next(iter(tensors)): next(iter(tensors.values()))}, second)
     with pytest.raises(UserError, match=r"is in .* and also in"):
-        read_headers(str(tmp_path))
+        read_headers(str(tmp_path), 4)

@@ -28,7 +28,9 @@ def group_importance(view: LayerStructure, weight_score: Callable[[str], Tensor]
         for role in roles:
             scores, units = weight_score(role), view.units(block)
             dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
-            if role == OUTPUT_ROLE[block]:
+            if not units:  # a block that an earlier pruning took out
+                part = scores.new_zeros(0, dtype=dtype)
+            elif role == OUTPUT_ROLE[block]:
                 part = scores.sum(0, dtype=dtype).reshape(units, -1).sum(1)
             else:
                 part = scores.reshape(units, -1).sum(1, dtype=dtype)

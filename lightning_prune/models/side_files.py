@@ -1,0 +1,63 @@
+"""The files of a model folder beside config and weights: tokenizer, templates, processor, their code."""
+
+import json
+from contextlib import suppress
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from lightning_prune.models.weights import find_file
+
+VOCABULARIES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.bpe", "tekken.json", "encoder.json")
+OTHERS = (
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*chat_template*",
+    "*.jinja",
+    "additional_chat_templates/*",
+    "*SYSTEM_PROMPT*.txt",
+    "*processor_config.json",
+    "tokenization_*.py",
+    "*process*.py",
+    "custom_generate/*",
+)
+
+
+def side_files(path: str) -> dict[str, Path]:
+    """All that a folder or hub id has for its tokenizer, chat templates, processor and own decoding, with the Python
+    files that an ``auto_map`` of them names: name below the folder → file, sorted. Of a hub model they are downloaded.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(path, allow_patterns=[*VOCABULARIES, *OTHERS, "*.py"]))
+        except Exception:  # of the hub's client, without a common base; what is in the cache will do
+            config = find_file(path, "config.json")
+            folder = folder if config is None else config.parent
+    files = {file for pattern in (*VOCABULARIES, *OTHERS) for file in folder.glob(pattern)}
+    for file in [file for file in files if file.name.endswith("_config.json") and file.is_file()]:
+        for code in (folder / f"{module}.py" for module in _modules(file)):
+            files.add(code)
+            with suppress(OSError, ValueError):  # code that is not there or not text; importing it says more
+                files.update(map(Path, get_relative_import_files(code)))
+    return {str(file.relative_to(folder)): file for file in sorted(files) if file.is_file()}
+
+
+def has_vocabulary(files: dict[str, Path]) -> bool:
+    """Whether a tokenizer can be among ``side_files``."""
+    return any(fnmatch(name, pattern) for name in files for pattern in VOCABULARIES)
+
+
+def _modules(file: Path) -> set[str]:
+    """The modules of its own folder that the ``auto_map`` of a JSON file names."""
+    try:
+        content: Any = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return set()  # loading the tokenizer says more
+    listed = content.get("auto_map") if isinstance(content, dict) else None
+    entries = listed.values() if isinstance(listed, dict) else [listed]
+    names = [name for entry in entries for name in (entry if isinstance(entry, list | tuple) else [entry])]
+    return {name.partition(".")[0] for name in names if isinstance(name, str) and name.partition(".")[0].isidentifier()}
