@@ -1,0 +1,110 @@
+"""Every method's whole life on the simulated device: the CPU's plan and perplexity in both placements and precisions,
+killed and resumed in the middle of a pass, and advice where memory runs out in the middle of one."""
+
+import json
+import math
+import signal
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.accelerator.conftest import On
+from tests.killing import Ended, Forks, Kill
+from tests.methods.behaviour import save_model, save_tokens
+from tests.tiny import tiny_tokens
+
+FISHER = "--config hgsp_taylor --model.importance fisher --model.prior gradient"
+SYSTEMS = {
+    "magnitude": "--config magnitude",
+    "wanda": "--config wanda",
+    "flap": "--config flap",
+    "hgsp_taylor": "--config hgsp_taylor",
+    "hgsp_wanda": "--config hgsp_wanda",
+    "hgsp_fisher": FISHER,
+    "hgsp_kfac_refit": "--config hgsp_kfac_refit",
+    "gisp": "--config gisp",
+    "slimgpt": "--config slimgpt",
+    "shortgpt": "--config shortgpt",
+    "wanda_refit": "--config wanda_refit",
+    "wanda_2to4": "--config wanda --model.structure 2:4",
+    "magnitude_unstructured": "--config magnitude --model.structure unstructured",
+}
+READING = [name for name in SYSTEMS if not name.startswith("magnitude")]
+# Of perplexities: attention takes another path there than on the CPU.
+TOLERANCES = {"32-true": 1e-5, "bf16-true": 2e-2, "16-true": 2e-3, "bf16-mixed": 2e-2}
+every_system = pytest.mark.parametrize("system", SYSTEMS)
+
+
+class Fit:
+    """``fit`` on a tiny model below a folder, on the device or the CPU."""
+
+    def __init__(self, folder: Path, on_sim: On, forks: Forks) -> None:
+        self.folder, self.on_sim, self.forks = folder, on_sim, forks
+        save_model(folder / "model")
+        save_tokens(folder / "tokens.npy")
+        save_tokens(folder / "held_out.npy", tiny_tokens(6, 16, seed=3))
+
+    def words(self, system: str, root: str, precision: str, onload: str) -> list[str]:
+        words = ["fit", *SYSTEMS[system].split(), "--model.label", system, "--model.pretrained", f"{self.folder}/model"]
+        words += [
+            "--data.dataset",
+            f"{self.folder}/tokens.npy",
+            "--data.eval_datasets",
+            f"[{self.folder}/held_out.npy]",
+        ]
+        words += ["--trainer.default_root_dir", f"{self.folder}/{root}", "--trainer.logger", "false"]
+        return [*words, "--trainer.precision", precision, "--model.onload", onload]
+
+    def sim(
+        self, system: str, root: str, *more: str, before: str = "", kill: Kill | None = None, **options: str
+    ) -> Ended:
+        words = self.words(system, root, options.get("precision", "32-true"), options.get("onload", "layer"))
+        return self.on_sim(*before.split(), *words, *more, kill=kill)
+
+    @lru_cache(None)  # noqa: B019 - of one module's fixture
+    def cpu(self, system: str, precision: str) -> dict[str, Any]:
+        root = f"cpu {precision}"
+        ended = self.forks.run([*self.words(system, root, precision, "layer"), "--trainer.accelerator", "cpu"])
+        assert ended.status == 0, ended.printed
+        return self.result(system, root)
+
+    def result(self, system: str, root: str) -> dict[str, Any]:
+        """What was decided and what it is worth."""
+        folder = self.folder / root / system / "version_0"
+        metrics = json.loads((folder / "metrics.json").read_text())
+        return {"plan": json.loads((folder / "plan.json").read_text()), "perplexity": metrics["perplexity"]}
+
+    def check(self, ended: Ended, system: str, root: str, precision: str = "32-true") -> None:
+        assert ended.status == 0, ended.printed
+        expected, found = self.cpu(system, precision), self.result(system, root)
+        assert found["plan"] == expected["plan"]
+        environment = json.loads((self.folder / root / system / "version_0/environment.json").read_text())
+        assert environment["device"] == "sim:0"
+        for name, value in expected["perplexity"]["held_out.npy"].items():
+            assert found["perplexity"]["held_out.npy"][name] == pytest.approx(value, rel=TOLERANCES[precision]), name
+
+
+@pytest.fixture(scope="module")
+def fit(tmp_path_factory: pytest.TempPathFactory, on_sim: On, forks: Forks) -> Fit:
+    return Fit(tmp_path_factory.mktemp("life"), on_sim, forks)
+
+
+@every_system
+@pytest.mark.parametrize("onload", ["model", "layer"])
+def test_both_placements_decide_as_the_cpu(fit: Fit, system: str, onload: str) -> None:
+    fit.check(fit.sim(system, onload, onload=onload), system, onload)
+
+
+@every_system
+def test_killed_in_the_middle_of_a_pass_and_resumed(fit: Fit, system: str) -> None:
+    kill = Kill("lightning_prune.calibration.loop:CalibrationLoop.finish", 4)
+    ended = fit.sim(system, "killed", before="eager", kill=kill)
+    assert ended.status == -signal.SIGKILL, ended.printed
+    for path in (fit.folder / "killed" / system).rglob("streams_*.pt"):
+        for name, values in torch.load(path, weights_only=True).items():
+            assert bool(torch.isfinite(values).all()), f"{path.name}: {name}"
+    fit.check(fit.sim(system, "killed", "--resume"), system, "killed")
