@@ -1,8 +1,8 @@
 """Runs of the command that are killed: at a named call, at a file operation, or after some seconds.
 
 Importing takes longer than a run on a tiny model. So one process imports everything and does nothing else; every run
-is a fork of it. ``python -m tests.killing`` is that process, ``Forks`` talks to it. What runs is ``main`` of the command
-line, or that of another module that the process is given.
+is a fork of it. ``python -m tests.killing MODULE`` is that process, ``Forks`` talks to it; what runs is the module's
+``main``.
 """
 
 import importlib

@@ -16,7 +16,7 @@ SHARE = 0.25  # of free host memory that one store may take; a larger one is a m
 
 
 class ResidualStore:
-    """``[rows, L, D]`` in host memory (pinned for an accelerator), or in a mapped temporary file when that is too large.
+    """``[rows, L, D]`` in host memory, pinned for an accelerator, or in a mapped temporary file if that is too large.
 
     The file loses its name at once, so that nothing is left, however the process ends. Memory is taken at the first
     ``put``.

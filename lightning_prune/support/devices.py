@@ -1,9 +1,12 @@
 """The one place that asks about devices. CUDA, ROCm, XPU and MPS take the same path: what torch calls the accelerator.
 
-Copies between host and device wait, except to and from pinned memory. There the host has to ``wait`` before it reads what
-such a copy writes or changes what it reads; on the device itself copies and kernels keep their order.
+Copies between host and device wait, except to and from pinned memory. There the host has to ``wait`` before it reads
+what such a copy writes or changes what it reads; on the device itself copies and kernels keep their order.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -26,6 +29,24 @@ def wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """Kernels that give the same bits every time, where an accelerator has them.
+
+    Attention's backward adds in any order unless torch is told so. On CUDA and ROCm each of its kernels then has an
+    order or is not chosen; elsewhere torch warns of an operation without one, and equal bits are not promised.
+    """
+    if device.type == "cpu" or torch.are_deterministic_algorithms_enabled():  # the user's own wish comes first
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch refuses its matrix products without
+    torch.use_deterministic_algorithms(True, warn_only=device.type != "cuda")
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def can_pin(device: torch.device) -> bool:
     """Whether host memory can be pinned for ``device``."""
     return device.type != "cpu" and _can_pin(device.type)
@@ -42,8 +63,8 @@ def _can_pin(kind: str) -> bool:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that this process may still take on ``device``: on the host without swapping, on an accelerator what a limit
-    set with ``set_per_process_memory_fraction`` leaves."""
+    """Memory that this process may still take on ``device``: on the host without swapping, on an accelerator within
+    what ``set_per_process_memory_fraction`` allows."""
     if device.type == "cpu":
         return free_host_bytes()
     try:

@@ -1,5 +1,5 @@
-"""``import tests.accelerator.simulated`` gives torch a device ``sim`` (``simulated.cpp`` says how) and puts every Lightning
-Trainer of this process on it. So it is imported in processes of its own: ``main`` is what they run.
+"""Importing this gives torch a device ``sim`` (``simulated.cpp`` says how) and puts every Lightning Trainer of the
+process on it. So it is imported in processes of its own: ``main`` is what they run.
 
 Needs a C++ compiler and ninja; torch keeps what it compiled (25 s) for the next time.
 """
@@ -104,8 +104,8 @@ L.Trainer.__init__ = _on_sim(L.Trainer.__init__)  # type: ignore[method-assign]
 def main(argv: list[str]) -> int:
     """A command line of the package; or ``call MODULE:FUNCTION STRING…``. Words before it:
 
-    ``eager``: every step leaves a stream checkpoint. ``full MODULE:CLASS.METHOD N``: from its N-th call on, counted from
-    1, the device has no room for another tensor, as where another process takes it.
+    ``eager``: every step leaves a stream checkpoint. ``full MODULE:CLASS.METHOD N``: from its N-th call on, counted
+    from 1, the device has no room for another tensor, as where another process takes it.
     """
     while argv[0] in ("eager", "full"):
         if argv[0] == "eager":

@@ -2,9 +2,7 @@
 killed and resumed in the middle of a pass, and advice where memory runs out in the middle of one."""
 
 import json
-import math
 import signal
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,10 +31,11 @@ SYSTEMS = {
     "wanda_2to4": "--config wanda --model.structure 2:4",
     "magnitude_unstructured": "--config magnitude --model.structure unstructured",
 }
-READING = [name for name in SYSTEMS if not name.startswith("magnitude")]
 # Of perplexities: attention takes another path there than on the CPU.
 TOLERANCES = {"32-true": 1e-5, "bf16-true": 2e-2, "16-true": 2e-3, "bf16-mixed": 2e-2}
-every_system = pytest.mark.parametrize("system", SYSTEMS)
+every_system = pytest.mark.parametrize(
+    "system", [pytest.param(name, marks=pytest.mark.slow) if name == "gisp" else name for name in SYSTEMS]
+)
 
 
 class Fit:
@@ -94,9 +93,26 @@ def fit(tmp_path_factory: pytest.TempPathFactory, on_sim: On, forks: Forks) -> F
 
 
 @every_system
-@pytest.mark.parametrize("onload", ["model", "layer"])
+@pytest.mark.parametrize("onload", ["model", pytest.param("layer", marks=pytest.mark.slow)])  # killed runs are too
 def test_both_placements_decide_as_the_cpu(fit: Fit, system: str, onload: str) -> None:
     fit.check(fit.sim(system, onload, onload=onload), system, onload)
+
+
+@pytest.mark.slow
+@every_system
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed"])
+def test_every_precision_decides_as_the_cpu(fit: Fit, system: str, precision: str) -> None:
+    fit.check(fit.sim(system, precision, precision=precision), system, precision, precision)
+
+
+@pytest.mark.parametrize("system", [name for name in SYSTEMS if "magnitude" not in name and name != "gisp"])
+def test_memory_that_runs_out_in_the_middle_of_a_pass_ends_in_advice(fit: Fit, system: str) -> None:
+    ended = fit.sim(system, "full", before="full lightning_prune.calibration.loop:CalibrationLoop.batch 8")
+    assert ended.status == 2, ended.printed
+    for words in ("Out of memory: sim out of memory", "--data.batch_size", "--trainer.precision bf16-true"):
+        assert words in ended.printed
+    assert "Traceback" not in ended.printed
+    assert not list((fit.folder / "full").rglob("pruned"))
 
 
 @every_system
