@@ -37,6 +37,7 @@ from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.scores import group_scores
 from lightning_prune.models.families import LayerStructure, with_biases
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
+from lightning_prune.support.devices import widened
 
 
 def weighted_fluctuation(weight: Tensor, variance: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ def weighted_fluctuation(weight: Tensor, variance: Tensor) -> Tensor:
         weight: W ``[out, in]``, any float dtype.
         variance: v float64 ``[in]``.
     """
-    return variance * weight.float().square().sum(0).double()
+    return variance * widened(weight.float().square().sum(0))
 
 
 def in_deviations(metric: Tensor, units: int) -> Tensor:

@@ -35,6 +35,7 @@ from lightning_prune.methods.slimgpt_math import (
 )
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
+from lightning_prune.support.devices import widened, widest
 
 DAMPING = 0.01  # of A and of F, times the mean of the diagonal
 ROUNDS = 32  # in which MLP channels leave; on the reference Llama 512 rounds, one channel each, chose no better
@@ -127,9 +128,10 @@ class KFACPass(BackwardPass):
         linear, units = view.projection(block), view.units(block)
         inputs, gradients = self.factors.pop(block)
         xtx, gtg, tokens = inputs.matrix(), gradients.matrix(), int(inputs.tokens)
-        dtype = choose_dtype(len(xtx), self.setting.free_bytes(xtx.device))
+        dtype = choose_dtype(len(xtx), self.setting.free_bytes(xtx.device), widest(xtx.device))
         try:
-            return compensated_costs(linear.weight, xtx, gtg, tokens, linear.in_features // units, dtype).double()
+            width = linear.in_features // units
+            return widened(compensated_costs(linear.weight, xtx, gtg, tokens, width, dtype))
         except (NotPositiveDefiniteError, FloatingPointError) as error:
             raise FloatingPointError(f"layer {view.index}, {OUTPUT_ROLE[block]} projection: {error}") from None
         finally:

@@ -20,6 +20,7 @@ from lightning_prune.methods.masks import Structure, keep_n_of_m_mask, parse_str
 from lightning_prune.methods.scores import group_scores
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import ROLES_OF, Block
+from lightning_prune.support.devices import widened
 from lightning_prune.support.errors import UserError
 
 
@@ -55,7 +56,7 @@ def mask_layer(view: LayerStructure, rule: MaskRule, weight_score: Callable[[str
                 scores = weight_score(role)
                 if not bool(torch.isfinite(scores).all()):
                     raise FloatingPointError(f"layer {view.index}, {role} projection: scores are NaN or infinite.")
-                sums[block] += scores.double().sum().cpu()
+                sums[block] += widened(scores).sum().cpu()
                 mask = rule.mask(scores)
                 weights[role] = view.linears[role].weight.masked_fill(mask, 0)
                 zeroed += int(mask.sum())

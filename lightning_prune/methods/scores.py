@@ -31,7 +31,7 @@ def group_scores(layers: Sequence[LayerStructure], attention: Sequence[Tensor], 
         if bad := int((~torch.isfinite(values)).sum()):
             raise FloatingPointError(f"layer {layer}, {block}: {bad} importances are NaN or infinite.")
     count = [len(values) for *_, values, _ in parts]
-    importance = torch.cat([values.detach().double().cpu() for *_, values, _ in parts]).numpy()
+    importance = torch.cat([values.detach().cpu().double() for *_, values, _ in parts]).numpy()
     cost = np.repeat([cost for *_, cost in parts], count)
     return Scores(
         layer=np.repeat([layer for layer, *_ in parts], count),
@@ -48,7 +48,7 @@ def group_scores(layers: Sequence[LayerStructure], attention: Sequence[Tensor], 
 
 def layer_scores(importance: Tensor, cost: Sequence[int]) -> Scores:
     """Scores of whole layers (depth pruning): score = importance ``[L]``, cost in parameters per layer."""
-    values, count = importance.double().cpu().numpy(), len(cost)
+    values, count = importance.cpu().double().numpy(), len(cost)
     return Scores(
         layer=np.arange(count),
         code=np.full(count, BLOCKS.index(Block.LAYER)),

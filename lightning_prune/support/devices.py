@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from lightning_prune.support.memory import anonymous_bytes, free_host_bytes
 
@@ -60,6 +61,22 @@ def _can_pin(kind: str) -> bool:
         return torch.empty(1, pin_memory=True).is_pinned()
     except RuntimeError:
         return False
+
+
+@cache
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or fp32 on an accelerator that cannot compute in it, as MPS and some of XPU's."""
+    try:
+        return (torch.ones(1, dtype=torch.float64, device=device) + 1).cpu().dtype
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError):
+        return torch.float32
+
+
+def widened(values: Tensor) -> Tensor:
+    """``values`` in the ``widest`` dtype of their device."""
+    return values.to(widest(values.device))
 
 
 def free_bytes(device: torch.device) -> int:

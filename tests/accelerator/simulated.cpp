@@ -5,6 +5,7 @@
 //    (synchronize, .item(), a blocking copy). CUDA does so into pinned memory alone, MPS and XPU into any;
 //  - a copy from pinned memory with non_blocking=True may be late too: who changes that memory before somebody waits is
 //    told so by an error there;
+//  - it may have no float64, as MPS and some of XPU's;
 //  - memory is counted, its peak kept, and a limit raises OutOfMemoryError.
 #include <ATen/EmptyTensor.h>
 #include <ATen/autocast_mode.h>
@@ -200,12 +201,19 @@ Tensor device_view(const Tensor& base, const Tensor& like) {
 
 ScalarType or_default(std::optional<ScalarType> dtype) { return dtype.value_or(c10::get_default_dtype_as_scalartype()); }
 
+std::atomic<bool> has_double{true};
+
+ScalarType allowed(ScalarType dtype) {
+  TORCH_CHECK_TYPE(has_double || dtype != ScalarType::Double, "Cannot convert to float64: the device does not support it.");
+  return dtype;
+}
+
 Tensor empty_strided(IntArrayRef size, IntArrayRef stride, std::optional<ScalarType> dtype, std::optional<Layout>, std::optional<Device>, std::optional<bool>) {
-  return at::detail::empty_strided_generic(size, stride, &device_memory, KEYS, or_default(dtype));
+  return at::detail::empty_strided_generic(size, stride, &device_memory, KEYS, allowed(or_default(dtype)));
 }
 
 Tensor empty(IntArrayRef size, std::optional<ScalarType> dtype, std::optional<Layout>, std::optional<Device>, std::optional<bool>, std::optional<MemoryFormat> format) {
-  return at::detail::empty_generic(size, &device_memory, KEYS, or_default(dtype), format);
+  return at::detail::empty_generic(size, &device_memory, KEYS, allowed(or_default(dtype)), format);
 }
 
 Tensor to_device(const Tensor& host) {
@@ -355,5 +363,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   at::RegisterPrivateUse1HooksInterface(new sim::Hooks());
   m.def("synchronize", [] { sim::wait_for_copies(); });
   m.def("delayed_copies", [] { return sim::delayed.load(); });
+  m.def("set_has_double", [](bool has) { sim::has_double = has; });
   m.def("set_limit", [](int64_t bytes) { sim::limit = bytes; });
 }

@@ -104,15 +104,18 @@ L.Trainer.__init__ = _on_sim(L.Trainer.__init__)  # type: ignore[method-assign]
 def main(argv: list[str]) -> int:
     """A command line of the package; or ``call MODULE:FUNCTION STRING…``. Words before it:
 
-    ``eager``: every step leaves a stream checkpoint. ``full MODULE:CLASS.METHOD N``: from its N-th call on, counted
-    from 1, the device has no room for another tensor, as where another process takes it.
+    ``eager``: every step leaves a stream checkpoint. ``single``: the device has no float64.
+    ``full MODULE:CLASS.METHOD N``: from its N-th call on, counted from 1, the device has no room for another tensor, as
+    where another process takes it.
     """
-    while argv[0] in ("eager", "full"):
-        if argv[0] == "eager":
+    while argv[0] in ("eager", "full", "single"):
+        if argv[0] == "single":
+            device.set_has_double(False)
+        elif argv[0] == "eager":
             stream_checkpoints.WAIT, stream_checkpoints.SHARE = 0.0, float("inf")
         else:
             _fill(argv[1], int(argv[2]))
-        argv = argv[1 if argv[0] == "eager" else 3 :]
+        argv = argv[3 if argv[0] == "full" else 1 :]
     if argv[0] != "call":
         return command(argv)
     name, _, function = argv[1].partition(":")

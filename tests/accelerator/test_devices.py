@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from lightning_prune.methods.taylor import TaylorPass
@@ -19,6 +20,8 @@ MIB = 2**20
 
 
 def _asked() -> None:
+    from tests.accelerator import simulated  # where this runs, it is there
+
     sim = torch.device("sim", 0)
     assert devices.accelerator() == torch.device("sim")
     assert devices.can_pin(sim)
@@ -32,6 +35,13 @@ def _asked() -> None:
     assert (devices.allocated_bytes(), devices.peak_bytes()) == (0, 4 * MIB)
     devices.reset_peak()
     assert devices.peak_bytes() == 0
+    assert (devices.widest(sim), devices.widest(devices.CPU)) == (torch.float64, torch.float64)
+    devices.widest.cache_clear()
+    simulated.device.set_has_double(False)
+    assert devices.widest(sim) == torch.float32
+    with pytest.raises(TypeError, match="float64"):
+        torch.ones(2, device=sim).double()
+    assert devices.widened(torch.ones(2, device=sim)).dtype == torch.float32
 
 
 def test_memory_is_asked_of_the_device(call: Call) -> None:

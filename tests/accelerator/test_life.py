@@ -98,6 +98,31 @@ def test_both_placements_decide_as_the_cpu(fit: Fit, system: str, onload: str) -
     fit.check(fit.sim(system, onload, onload=onload), system, onload)
 
 
+@every_system
+def test_without_float64_decisions_stay(fit: Fit, system: str) -> None:
+    fit.check(fit.sim(system, "single", before="single", onload="model"), system, "single")
+
+
+def test_other_commands_run_there_too(fit: Fit) -> None:
+    assert fit.sim("wanda", "commands").status == 0
+    run = fit.folder / "commands/wanda/version_0"
+    ended = fit.on_sim(
+        *f"evaluate --model {run} --efficiency --device gpu --repeats 1 --batch-sizes 2".split(),
+        *"--prompt-length 8 --decode-length 4".split(),
+    )
+    assert ended.status == 0, ended.printed
+    found = json.loads((run / "efficiency.json").read_text())
+    assert (found["device"], found["environment"]["gpus"][0]["name"]) == ("sim", "sim")
+    weights = (run / "pruned/model.safetensors").stat().st_size
+    assert 0.9 * weights < found["pruned"]["speed"][0]["peak_memory_bytes"] < 10 * weights
+    ended = fit.on_sim("evaluate", "--model", run, "--efficiency", "--device", "cuda")
+    assert ended.status == 2
+    assert "--device: found cuda, but torch finds sim. Choose cpu or auto." in ended.printed
+    words = f"recover --run {run} --data.dataset {fit.folder}/tokens.npy --trainer.max_steps 2".split()
+    ended = fit.on_sim(*words, "--trainer.default_root_dir", fit.folder / "recovered", "--trainer.logger", "false")
+    assert ended.status == 0, ended.printed
+
+
 @pytest.mark.slow
 @every_system
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed"])
