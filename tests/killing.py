@@ -1,7 +1,8 @@
 """Runs of the command that are killed: at a named call, at a file operation, or after some seconds.
 
 Importing takes longer than a run on a tiny model. So one process imports everything and does nothing else; every run
-is a fork of it. ``python -m tests.killing`` is that process, ``Forks`` talks to it.
+is a fork of it. ``python -m tests.killing MODULE`` is that process, ``Forks`` talks to it; what runs is the module's
+``main``.
 """
 
 import importlib
@@ -11,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,12 @@ class Ended:
 
 
 class Forks:
-    """The process that runs are forked from."""
+    """The process that runs are forked from. ``module``: what has the ``main`` that runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, module: str = "lightning_prune.cli") -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.killing"],
+            [sys.executable, "-m", "tests.killing", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -72,8 +73,9 @@ class Forks:
         self._process.communicate()
 
 
-def serve() -> None:
+def serve(module: str) -> None:
     """Fork for every line of stdin."""
+    main = importlib.import_module(module).main
     modules = ["runs.experiment", "comparison.report", "comparison.audit", "checkpoint.write", "evaluation.efficiency"]
     modules += [f"cli.commands.{name}" for name in ("fit", "decide", "test", "compare", "apply", "evaluate")]
     for name in modules:
@@ -87,13 +89,13 @@ def serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         kill = None if request["kill"] is None else Kill(**request["kill"])
-        started = [_fork(argv, kill) for argv in request["argvs"]]
+        started = [_fork(main, argv, kill) for argv in request["argvs"]]
         found = [asdict(_wait(*one, kill)) for one in started]
         answer.write(json.dumps(found) + "\n")
         answer.flush()
 
 
-def _fork(argv: list[str], kill: Kill | None) -> tuple[int, int, float]:
+def _fork(main: Callable[[list[str]], int], argv: list[str], kill: Kill | None) -> tuple[int, int, float]:
     output = os.memfd_create("output")
     begun = time.monotonic()
     child = os.fork()
@@ -104,8 +106,6 @@ def _fork(argv: list[str], kill: Kill | None) -> tuple[int, int, float]:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(output, 1)
             os.dup2(output, 2)
-            from lightning_prune.cli import main
-
             if kill is not None:
                 _prepare(kill)
             status = main(argv)
@@ -173,4 +173,4 @@ def _prepare(kill: Kill) -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1])

@@ -14,6 +14,7 @@ from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Batch, Holding, Load, Pass, Setting, Step
 from lightning_prune.calibration.statistics.removal_slopes import RemovalSlopes
 from lightning_prune.models.families import LayerStructure
+from lightning_prune.support.devices import deterministic
 
 
 class BackwardPass(Pass):
@@ -104,7 +105,9 @@ class BackwardPass(Pass):
             self.expect(samples * (self.setting.seq_len - 1))
         hidden = self.boundaries[step.layer].get(rows, self.model.device).detach()
         slopes = self.slopes if watched else None
-        gradient = self._differentiate(step.layer, hidden, self.cotangent.get(rows, self.model.device), slopes)
+        cotangent = self.cotangent.get(rows, self.model.device)
+        with deterministic(self.model.device):
+            gradient = self._differentiate(step.layer, hidden, cotangent, slopes)
         if gradient is not None:
             self.cotangent.put(rows, gradient)
 

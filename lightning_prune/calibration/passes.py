@@ -19,7 +19,7 @@ from lightning_prune.calibration.residuals import ResidualStore
 from lightning_prune.models.families import LayerStructure, Projection
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.vocabulary import Block
-from lightning_prune.support.memory import free_bytes
+from lightning_prune.support.devices import free_bytes
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class Pass(ABC):
 
     def store(self, name: str) -> ResidualStore:
         """One of ``stores``, made where it is not there yet."""
-        return self.stores.setdefault(name, ResidualStore(self.setting.rows, self.setting.scratch))
+        return self.stores.setdefault(name, ResidualStore(self.setting.rows, self.setting.scratch, self.model.device))
 
     def start(self, step: Step) -> None:  # noqa: B027 - some passes need nothing
         """The layer of ``step`` is in place."""

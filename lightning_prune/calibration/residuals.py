@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_prune.support.devices import CPU, can_pin, wait
 from lightning_prune.support.files import temporary
 from lightning_prune.support.memory import free_host_bytes
 
@@ -15,7 +16,7 @@ SHARE = 0.25  # of free host memory that one store may take; a larger one is a m
 
 
 class ResidualStore:
-    """``[rows, L, D]`` in host memory (pinned for a GPU), or in a mapped temporary file when that is too large.
+    """``[rows, L, D]`` in host memory, pinned for an accelerator, or in a mapped temporary file if that is too large.
 
     The file loses its name at once, so that nothing is left, however the process ends. Memory is taken at the first
     ``put``.
@@ -23,34 +24,52 @@ class ResidualStore:
     Args:
         rows: samples of this process.
         folder: where a temporary file goes.
+        device: where the values come from and go to.
 
     Attributes:
-        values: all of it; None before the first ``put``.
+        pinned: whether copies from and to ``device`` do not wait.
     """
 
-    def __init__(self, rows: int, folder: Path) -> None:
-        self.rows, self.folder = rows, folder
-        self.values: Tensor | None = None
+    def __init__(self, rows: int, folder: Path, device: torch.device = CPU) -> None:
+        self.rows, self.folder, self.device, self.pinned = rows, folder, device, False
+        self._values: Tensor | None = None
+
+    @property
+    def values(self) -> Tensor | None:
+        """All of it, for the host to read: every copy has arrived. None before the first ``put``."""
+        if self.pinned:
+            wait(self.device)
+        return self._values
+
+    @property
+    def nbytes(self) -> int:
+        """Of ``values``, without waiting for them."""
+        return 0 if self._values is None else self._values.nbytes
 
     def put(self, rows: slice, values: Tensor) -> None:
         """Keep ``values`` ``[n, L, D]`` of the samples ``rows``; dtype and shape are those of the first ones."""
-        if self.values is None:
-            self.values = self._new((self.rows, *values.shape[1:]), values.dtype, values.is_cuda)
-        self.values[rows].copy_(values.detach(), non_blocking=True)
+        if self._values is None:
+            self._values = self._new((self.rows, *values.shape[1:]), values.dtype)
+        late = self.pinned and values.device.type != "cpu"
+        store = self._values if late else self.values  # the host would write while older copies are under way
+        assert store is not None
+        store[rows].copy_(values.detach(), non_blocking=late)
 
     def get(self, rows: slice, device: torch.device) -> Tensor:
         """``[n, L, D]`` on ``device``; on the CPU a view that must not be written to."""
-        assert self.values is not None, "nothing was put here"
-        return self.values[rows].to(device, non_blocking=True)
+        store = self.values if device.type == "cpu" else self._values
+        assert store is not None, "nothing was put here"
+        return store[rows].to(device, non_blocking=self.pinned)
 
     def close(self) -> None:
         """Give the memory back."""
-        self.values = None
+        self._values, self.pinned = None, False
 
-    def _new(self, shape: tuple[int, ...], dtype: torch.dtype, pinned: bool) -> Tensor:
+    def _new(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         size = math.prod(shape) * dtype.itemsize
         if size <= SHARE * free_host_bytes():
-            return torch.empty(shape, dtype=dtype, pin_memory=pinned)
+            self.pinned = can_pin(self.device)
+            return torch.empty(shape, dtype=dtype, pin_memory=self.pinned)
         with temporary(self.folder / "residuals") as name:
             # Blocks are taken now: a full disk is an error here, not a SIGBUS in the middle of a layer.
             with name.open("r+b") as file, contextlib.suppress(AttributeError):

@@ -47,9 +47,7 @@ class StreamCheckpoints:
 
     def offer(self, step: int, stores: Mapping[str, ResidualStore]) -> None:
         """Write one after ``step`` where it is worth its time and there is room for it."""
-        values = {name: store.values for name, store in stores.items() if store.values is not None}
-        size = sum(tensor.nbytes for tensor in values.values())
-        worked = time.monotonic() - self._since
+        size, worked = sum(store.nbytes for store in stores.values()), time.monotonic() - self._since
         if self.folder is None or worked < WAIT or size / self._speed > SHARE * worked:
             return
         started = time.monotonic()
@@ -58,6 +56,7 @@ class StreamCheckpoints:
             if size > DISK_SHARE * shutil.disk_usage(self.folder).free:
                 return
             path = self._path(step)
+            values = {name: store.values for name, store in stores.items() if store.nbytes}
             with temporary(path) as partial:
                 torch.save(values, partial)
                 os.replace(partial, path)

@@ -13,6 +13,7 @@ from lightning_prune.calibration.passes import Batch, Holding, Load, Pass, Setti
 from lightning_prune.calibration.statistics.token_statistic import TokenStatistic
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import Block
+from lightning_prune.support.devices import widened
 
 PIECES = (Block.LAYER, Block.ATTENTION, Block.MLP)
 Piece = tuple[Block, int]  # and its layer
@@ -36,10 +37,10 @@ class RemovalLosses(TokenStatistic):
     def update(self, piece: Piece | None, losses: Tensor) -> None:
         """Add token losses without a piece, or of the dense model."""
         if piece is None:
-            self.dense += losses.double().sum()
+            self.dense += widened(losses).sum()
             self.tokens += losses.numel()
         else:
-            self.removed[PIECES.index(piece[0]), piece[1]] += losses.double().sum()
+            self.removed[PIECES.index(piece[0]), piece[1]] += widened(losses).sum()
 
     def compute(self) -> Tensor:
         """Loss increase Δ ``[3, L]`` in nats per token, fp64: layer, attention, mlp."""

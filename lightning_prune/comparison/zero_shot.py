@@ -9,14 +9,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lightning_prune import __version__
 from lightning_prune.comparison.records import Accuracy, Run, Score
 from lightning_prune.evaluation.zero_shot import check_tasks, zero_shot
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.model_slot import DTYPES
 from lightning_prune.runs.folder import REPORTS
+from lightning_prune.support.devices import CPU, accelerator
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import writable, write_json
 from lightning_prune.support.validation import read_json
@@ -75,8 +74,8 @@ class ZeroShot:
 
     def _scores(self, model: Checkpoint, precision: str, made: str) -> dict[str, Scores]:
         """By task; ``made`` says how the checkpoint was made."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        key = _hash([model.fingerprint, made, precision, device])
+        device = accelerator() or CPU
+        key = _hash([model.fingerprint, made, precision, device.type])
         files = {task: self._place(task) / f"{key}.json" for task in self.tasks}
         missing = [task for task, file in files.items() if not file.is_file()]
         if missing:

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import count_parameters, family_of, layers_of
+from lightning_prune.support.devices import free_bytes, peak_bytes, reset_peak, wait
 from lightning_prune.support.errors import UserError
-from lightning_prune.support.memory import free_bytes
 from lightning_prune.support.progress import Progress
 
 WARM_UP = 2  # runs before the measured ones: lazy initialisation, autotuning, cold caches
@@ -43,8 +43,8 @@ class Setting:
 class Speed:
     """Tokens per second of a whole batch, and the peak memory of one prefill and its decoding, in bytes.
 
-    Memory is what torch allocated on a GPU, weights included, and the process's resident set on a CPU, where it
-    contains Python and the libraries too; None where the system cannot reset that peak (Linux can).
+    Memory is what torch allocated on an accelerator, weights included, and the process's resident set on a CPU, where
+    it contains Python and the libraries too; None where the system cannot reset that peak (Linux can).
     """
 
     batch_size: int
@@ -195,22 +195,21 @@ def _generate(model: PreTrainedModel, prompt: torch.Tensor, decode_length: int) 
 
 
 def _now(device: torch.device) -> float:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    wait(device)
     return time.perf_counter()
 
 
 def _reset_peak_memory(device: torch.device) -> None:
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if device.type != "cpu":
+        reset_peak()
     elif sys.platform == "linux":
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS, see proc(5)
 
 
 def _peak_memory_bytes(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
+    if device.type != "cpu":
+        return peak_bytes() or None
     if sys.platform != "linux":
         return None
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())

@@ -14,6 +14,7 @@ from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.layered import choose_onload
 from lightning_prune.models.model_slot import ModelSlot, load_dtype
+from lightning_prune.support.devices import widened
 from lightning_prune.support.progress import Progress
 from lightning_prune.support.timing import Seconds
 
@@ -32,7 +33,7 @@ class Perplexity(TokenStatistic):
     def update(self, losses: Tensor, weight: Tensor) -> None:
         """Add a batch: token losses ``[B, L − 1]``; samples whose weight ``[B]`` is 0 are dropped."""
         counted = losses[weight > 0]
-        self.loss_sum += counted.double().sum()
+        self.loss_sum += widened(counted).sum()
         self.tokens += counted.numel()
 
     def compute(self) -> Tensor:

@@ -12,7 +12,6 @@ fluctuations that removing a unit causes, and there are as many more of them as 
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -22,6 +21,7 @@ from lightning_prune.calibration.passes import Holding, Load
 from lightning_prune.calibration.statistics.token_statistic import TokenStatistic
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
+from lightning_prune.support.devices import widest
 
 
 class MaskFisher(TokenStatistic):
@@ -32,13 +32,13 @@ class MaskFisher(TokenStatistic):
     def __init__(self, units: int) -> None:
         super().__init__()
         self.units = units
-        self.add_state("squares", torch.zeros(units, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_sum("squares", units)
 
     def update(self, x: Tensor, gradient: Tensor) -> None:
         """Add inputs x ``[B, L, in]`` and ∂L/∂x, of any dtype."""
         product = x.float() * gradient.float()
         slopes = product.unflatten(-1, (self.units, -1)).sum(-1) if self.units else product
-        self.squares += slopes.square().sum(1).sum(0, dtype=torch.float64)
+        self.squares += slopes.square().sum(1).sum(0, dtype=widest(slopes.device))
         self.tokens += slopes.shape[:2].numel()
 
     def compute(self) -> Tensor:

@@ -65,7 +65,7 @@ class FLAPPass(ForwardPass):
         importance = {}
         for block, moments in self.moments.items():
             moments.raise_if_not_finite(f"layer {view.index}, input of {OUTPUT_ROLE[block]}")
-            squares = view.projection(block).weight.float().square().sum(0).double()
+            squares = view.projection(block).weight.float().square().sum(0)
             fluctuation = moments.reduced().reshape(2, -1)[1] * squares  # WIFV ``[in]``
             importance[block] = in_deviations(fluctuation, view.units(block))
         return LayerResult(importance)

@@ -11,6 +11,7 @@ from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.scores import group_scores
 from lightning_prune.methods.selection import Allocation, GroupSelection
 from lightning_prune.models.families import LayerStructure
+from lightning_prune.models.vocabulary import ROLES_OF
 from lightning_prune.support.errors import UserError
 
 

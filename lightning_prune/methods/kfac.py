@@ -28,6 +28,7 @@ from lightning_prune.calibration.statistics.token_statistic import full_precisio
 from lightning_prune.methods.slimgpt_math import choose_dtype, inverse_hessian, prune_units, solve_bytes
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
+from lightning_prune.support.devices import widened, widest
 
 DAMPING = 0.01  # of A and of F, times the mean of the diagonal
 ROUNDS = 32  # in which MLP channels are removed; on the reference Llama 512 rounds, one channel each, chose no better
@@ -118,9 +119,10 @@ class KFACPass(BackwardPass):
         if not units:
             return torch.zeros(0, dtype=torch.float64)
         xtx, gtg, tokens = inputs.matrix(), gradients.matrix(), int(inputs.tokens)
-        dtype = choose_dtype(len(xtx), self.setting.free_bytes(xtx.device))
+        dtype = choose_dtype(len(xtx), self.setting.free_bytes(xtx.device), widest(xtx.device))
         try:
-            return compensated_costs(linear.weight, xtx, gtg, tokens, linear.in_features // units, dtype).double()
+            width = linear.in_features // units
+            return widened(compensated_costs(linear.weight, xtx, gtg, tokens, width, dtype))
         except FloatingPointError as error:
             raise FloatingPointError(f"layer {view.index}, {OUTPUT_ROLE[block]} projection: {error}") from None
         finally:

@@ -13,6 +13,7 @@ from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Holding, Load
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import ROLES_OF
+from lightning_prune.support.devices import widened
 from lightning_prune.support.errors import UserError
 
 Pattern = tuple[int, int]  # n kept of every m inputs of a row
@@ -96,7 +97,7 @@ def mask_layer(view: LayerStructure, rule: MaskRule, weight_score: Callable[[str
             scores = weight_score(role)
             if not bool(torch.isfinite(scores).all()):
                 raise FloatingPointError(f"layer {view.index}, {role} projection: scores are NaN or infinite.")
-            sums[block] += scores.double().sum().cpu()
+            sums[block] += widened(scores).sum().cpu()
             mask = rule.mask(scores)
             weights[role] = view.linears[role].weight.masked_fill(mask, 0)
             zeroed += int(mask.sum())

@@ -32,6 +32,7 @@ from lightning_prune.methods.refit_math import (
 from lightning_prune.methods.slimgpt_math import columns_of
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, ROLES_OF, Block
+from lightning_prune.support.devices import widest
 from lightning_prune.support.errors import UserError
 
 Target = Literal["residual", "output"]
@@ -102,7 +103,7 @@ class RefitPass(BlockPass):
         self.tokens = 0
         n, d = len(self.columns), linear.weight.shape[0]
         enough = equation_bytes(n, d, torch.float64) <= self.setting.free_bytes(self.model.device)
-        dtype = torch.float64 if enough else torch.float32
+        dtype = widest(self.model.device) if enough else torch.float32
         self.equations = NormalEquations.zeros(n, d, dtype, self.model.device)
 
     @torch.no_grad()

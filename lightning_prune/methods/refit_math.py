@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.calibration.statistics.gram import add_gram_, mirror_upper_
+from lightning_prune.support.devices import widest
 
 # ``auto`` chooses from these, beside leaving the projection as it is.
 DAMPINGS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -80,4 +81,4 @@ def ridge(equations: NormalEquations, old: Tensor, damping: float) -> Tensor:
 def squared_error(inputs: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
     """‖X·Wᵀ − Y‖² for X ``[T, n]``, Y ``[T, d]``, W ``[d, n]``: a scalar in fp64, computed in W's dtype."""
     difference = inputs.to(weight.dtype) @ weight.T - targets.to(weight.dtype)
-    return difference.square().sum(dtype=torch.float64)
+    return difference.square().sum(dtype=widest(difference.device))

@@ -31,7 +31,7 @@ def group_scores(
             values = torch.ones(view.units(block)) if importance is None else importance[position][block]
             if bad := int((~torch.isfinite(values)).sum()):
                 raise FloatingPointError(f"layer {view.index}, {block}: {bad} importances are NaN or infinite.")
-            parts.append((view.index, block, values.detach().double().cpu().numpy(), view.unit_cost(block)))
+            parts.append((view.index, block, values.detach().cpu().double().numpy(), view.unit_cost(block)))
     layer, block, values, cost = zip(*parts, strict=True)
     count = [len(one) for one in values]
     code = np.repeat([BLOCKS.index(one) for one in block], count)
@@ -41,7 +41,7 @@ def group_scores(
 
 def layer_scores(importance: Tensor, cost: Sequence[int]) -> Scores:
     """Scores of whole layers (depth pruning): score = importance ``[L]``, cost in parameters per layer."""
-    values, count = importance.double().cpu().numpy(), len(cost)
+    values, count = importance.cpu().double().numpy(), len(cost)
     scores = _table(
         np.arange(count), np.full(count, BLOCKS.index(Block.LAYER)), np.zeros(count, np.int64), values, np.array(cost)
     )

@@ -33,6 +33,7 @@ from lightning_prune.methods.slimgpt_math import (
 from lightning_prune.methods.slimgpt_ratios import layer_ratios, unit_counts
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, ROLES_OF, Block
+from lightning_prune.support.devices import widest
 from lightning_prune.support.errors import UserError
 
 
@@ -82,7 +83,7 @@ class SlimGPTPass(BlockPass):
             samples = max(1, int(gram.tokens) // self.setting.seq_len)
             gram.give_up()
             del gram
-            dtype = choose_dtype(len(xtx), self.setting.free_bytes(xtx.device))
+            dtype = choose_dtype(len(xtx), self.setting.free_bytes(xtx.device), widest(xtx.device))
             hessian = inverse_hessian(xtx, samples, self.damping, dtype)
             del xtx
             self.setting.finished(0.5)

@@ -56,9 +56,9 @@ def solver_bytes(n: int, dtype: torch.dtype) -> int:
     return dtype.itemsize * (2 * n * n + 1024 * n + 4 * CHUNK)
 
 
-def choose_dtype(n: int, free_bytes: int) -> torch.dtype:
-    """float64 where ``solver_bytes`` of it are free on the device, else fp32."""
-    return torch.float64 if solver_bytes(n, torch.float64) <= free_bytes else torch.float32
+def choose_dtype(n: int, free_bytes: int, widest: torch.dtype = torch.float64) -> torch.dtype:
+    """``widest`` of the device where ``solver_bytes`` of float64 are free there, else fp32."""
+    return widest if solver_bytes(n, torch.float64) <= free_bytes else torch.float32
 
 
 def solve_bytes(n: int, rows: int, free_bytes: int, accelerated: bool) -> int:

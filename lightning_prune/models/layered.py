@@ -16,7 +16,8 @@ from lightning_prune.models.head import loss_gradient, token_losses
 from lightning_prune.models.overflow import Overflow
 from lightning_prune.models.sources import Prefetching, Source
 from lightning_prune.models.vocabulary import Block
-from lightning_prune.support.memory import free_bytes, give_back_freed_memory, keep_heaps_small
+from lightning_prune.support.devices import free_bytes
+from lightning_prune.support.memory import give_back_freed_memory, keep_heaps_small
 
 Onload = Literal["model", "layer"]
 SHARE = 0.5  # of a device's free memory that the weights may take; calibration needs the rest

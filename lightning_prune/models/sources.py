@@ -10,6 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lightning_prune.support.devices import can_pin
+
 
 class Source(Protocol):
     """Gives parameters by the names they have in the model."""
@@ -58,10 +60,10 @@ class Prefetching:
         self._next: tuple[tuple[str, ...], Future[dict[str, Tensor]]] | None = None
 
     def announce(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device) -> None:
-        """Begin to read ``names``; to the CPU only, in pinned memory where they are then moved to a GPU."""
+        """Begin to read ``names``; to the CPU only, in pinned memory where they then go to an accelerator."""
         key = tuple(names)
         if self._next is None or self._next[0] != key:
-            self._next = (key, self._thread.submit(self._fetch, key, dtype, device.type == "cuda"))
+            self._next = (key, self._thread.submit(self._fetch, key, dtype, can_pin(device)))
 
     def read(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
         """See ``Source``."""
@@ -69,7 +71,7 @@ class Prefetching:
             return self.source.read(names, dtype, device)
         tensors = self._next[1].result()
         self._next = None
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        return {name: tensor.to(device, non_blocking=tensor.is_pinned()) for name, tensor in tensors.items()}
 
     def close(self) -> None:
         """Wait for the thread and forget what it read."""

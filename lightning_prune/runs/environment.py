@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from lightning_prune import __version__
+from lightning_prune.support.devices import accelerators, peak_bytes, runtime_version
 
 PACKAGES = ("torch", "lightning", "transformers", "tokenizers", "datasets", "torchmetrics", "safetensors", "numpy")
 
@@ -25,11 +26,8 @@ def environment(precision: str, device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "cpu": {"name": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpus": [
-            {"name": gpu.name, "memory_bytes": gpu.total_memory}
-            for gpu in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
-        ],
-        "cuda": torch.version.cuda,
+        "gpus": accelerators(),
+        "cuda": runtime_version(),
         "device": str(device),
         "precision": precision,
         "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
@@ -37,9 +35,9 @@ def environment(precision: str, device: torch.device) -> dict[str, Any]:
 
 
 def peak_memory_bytes() -> int:
-    """Peak memory of this process: allocated on the GPU where one is used, resident set otherwise."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return int(torch.cuda.max_memory_allocated())
+    """Peak memory of this process: allocated on the accelerator where one is used, resident set otherwise."""
+    if peak := peak_bytes():
+        return peak
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -10,7 +10,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from lightning_prune.data.datamodule import CalibrationDataModule
@@ -22,6 +21,7 @@ from lightning_prune.runs.resume import configuration_sha256
 from lightning_prune.runs.reuse import known_perplexities, reuse
 from lightning_prune.runs.run import prune_and_record
 from lightning_prune.runs.settings import Settings
+from lightning_prune.support.devices import reset_peak
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import Lock, cannot_write, nearest_existing, remove_empty_parents
 from lightning_prune.support.progress import Progress
@@ -145,9 +145,7 @@ def _make(run: Planned, known: Sequence[tuple[Planned, Path]], progress: Progres
     built = build(run.label, run.configuration)
     method: PruningMethod = built.model
     # Every run's peak memory is its own; the process's would only ever grow.
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    reset_peak()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: forget the high-water mark
     try:

@@ -20,8 +20,9 @@ from lightning_prune.models.head import LOGITS_BYTES
 from lightning_prune.models.layered import Onload
 from lightning_prune.models.model_slot import load_dtype
 from lightning_prune.models.vocabulary import ROLES_OF
+from lightning_prune.support.devices import free_bytes
 from lightning_prune.support.errors import UserError
-from lightning_prune.support.memory import anonymous_bytes, free_bytes, free_host_bytes
+from lightning_prune.support.memory import anonymous_bytes, free_host_bytes
 
 ROOM = 0.9  # of the memory that ``auto`` fills with a whole model: an estimate is no measurement
 # What no tensor shows. Device: context, kernels, workspaces; host: heaps, threads, compiled kernels.

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
 
+from lightning_prune.support.devices import accelerator as find_accelerator
 from lightning_prune.support.errors import UserError
 
 DEFAULT_ROOT = "logs"
@@ -134,7 +135,7 @@ def _trainer(options: dict[str, Any]) -> L.Trainer:
 
 def cpu_processes(accelerator: str, devices: Any) -> Any:
     """``--trainer.devices`` for Lightning, which takes only a number on the CPU: a list counts its entries."""
-    if accelerator != "cpu" and not (accelerator == "auto" and not torch.accelerator.is_available()):
+    if accelerator != "cpu" and not (accelerator == "auto" and find_accelerator() is None):
         return devices
     if devices == "auto":
         return 1

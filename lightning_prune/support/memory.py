@@ -1,4 +1,4 @@
-"""How much memory there is, on the host and on a device."""
+"""How much memory there is on the host."""
 
 import ctypes
 import platform
@@ -6,7 +6,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-import torch
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -24,27 +23,10 @@ def free_host_bytes() -> int:
         return available
 
 
-def free_bytes(device: torch.device) -> int:
-    """The same for any device; for a GPU, what a limit set with ``set_per_process_memory_fraction`` leaves."""
-    if device.type != "cuda":
-        return free_host_bytes()
-    free, total = torch.cuda.mem_get_info(device)
-    allowed = int(total * torch.cuda.get_per_process_memory_fraction(device)) - torch.cuda.memory_allocated(device)
-    return max(0, min(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), allowed))
-
-
 def anonymous_bytes() -> int:
     """Resident memory that this process allocated itself, without mapped files."""
     info = psutil.Process().memory_info()
     return int(info.rss - getattr(info, "shared", 0))
-
-
-def memory_in_use() -> str:
-    """This process's memory in words, that on a GPU beside it where it uses one."""
-    text = f"{anonymous_bytes() / 2**20:,.0f} MiB"
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        text += f", GPU {torch.cuda.memory_allocated() / 2**20:,.0f} MiB"
-    return text
 
 
 def keep_heaps_small() -> None:

@@ -10,7 +10,7 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-from lightning_prune.support.memory import memory_in_use
+from lightning_prune.support.devices import memory_in_use
 
 LINE_EVERY = 30.0  # seconds between two lines of a phase that takes long
 DRAW_EVERY = 0.1  # seconds between two drawings of the rows

@@ -40,6 +40,7 @@ def drive(
         reads = loop.reads
         loop.start()
         for rows in setting.batches() if reads else ():
-            loop.batch(Batch(padded[rows], weight[rows], torch.arange(len(padded))[rows], rows))
+            parts = (padded[rows], weight[rows], torch.arange(len(padded))[rows])
+            loop.batch(Batch(*(part.to(model.device) for part in parts), rows))
         loop.finish()
     return loop

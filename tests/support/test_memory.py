@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lightning_prune.support import memory
-from lightning_prune.support.memory import anonymous_bytes, free_bytes, free_host_bytes, memory_in_use
+from lightning_prune.support.devices import free_bytes, memory_in_use
+from lightning_prune.support.memory import anonymous_bytes, free_host_bytes
 
 MIB = 2**20
 # What a process keeps of blocks that it freed. Each case is a fork of a fresh process: where other tests ran before,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.calibration.statistics.token_statistic import TokenStatistic, counted_samples
+from lightning_prune.support.devices import widened
 
 
 class BlockInfluence(TokenStatistic):
@@ -22,9 +23,9 @@ class BlockInfluence(TokenStatistic):
     def update(self, x_in: Tensor, x_out: Tensor, weight: Tensor | None = None) -> None:
         """Add the residual stream before and after the layer, ``[B, ..., D]`` each; weight ``[B]`` 0 drops."""
         before, after = (counted_samples(x, weight).flatten(0, -2).float() for x in (x_in, x_out))
-        dot = (before * after).sum(-1).double()
+        dot = widened((before * after).sum(-1))
         # One root over the product in float64 is exact for x_out = x_in, so an identity layer gets BI = 0.
-        norm = (before.square().sum(-1).double() * after.square().sum(-1).double()).sqrt()
+        norm = (widened(before.square().sum(-1)) * widened(after.square().sum(-1))).sqrt()
         cosine = torch.where(norm == 0, 0.5, dot / norm)
         self.distance += (1 - cosine).sum()
         self.tokens += len(before)

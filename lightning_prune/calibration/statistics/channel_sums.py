@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.calibration.statistics.token_statistic import TokenStatistic, counted_samples
+from lightning_prune.support.devices import widened, widest
 
 
 class SumOfSquares(TokenStatistic):
@@ -23,7 +24,7 @@ class SumOfSquares(TokenStatistic):
     def update(self, x: Tensor, weight: Tensor | None = None) -> None:
         """Add inputs x ``[B, ..., in]`` of any dtype; samples whose weight ``[B]`` is 0 are dropped."""
         squares = counted_samples(x, weight).float().square().flatten(1, -2)
-        self.sum_of_squares += squares.sum(1).sum(0, dtype=torch.float64)
+        self.sum_of_squares += squares.sum(1).sum(0, dtype=widest(squares.device))
         self.tokens += squares.shape[:2].numel()
 
     def compute(self) -> Tensor:
@@ -54,14 +55,14 @@ class InputMoments(TokenStatistic):
         """Add inputs x ``[B, ..., in]`` of any dtype; samples whose weight ``[B]`` is 0 are dropped."""
         kept = counted_samples(x, weight).float().flatten(1, -2)
         mean = kept.mean(1, keepdim=True)
-        around = (kept - mean).square().sum(1).double()
-        mean, length = mean[:, 0].double(), kept.shape[1]
+        around = widened((kept - mean).square().sum(1))
+        mean, length = widened(mean[:, 0]), kept.shape[1]
         self.sums += (length * mean).sum(0)
         self.squares += (around + length * mean.square()).sum(0)
         self.tokens += kept.shape[:2].numel()
 
     def compute(self) -> Tensor:
         """x̄ and v, float64 ``[2, in]``; v = Σ_t (x_tj − x̄_j)² / (n − 1)."""
-        count = self.tokens.double()
+        count = self.tokens.to(self.sums.dtype)
         mean = self.sums / count
         return torch.stack([mean, ((self.squares - count * mean.square()) / (count - 1)).clamp_min(0)])

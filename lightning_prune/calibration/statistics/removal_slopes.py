@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.calibration.statistics.token_statistic import TokenStatistic
+from lightning_prune.support.devices import widened
 
 
 class RemovalSlopes(TokenStatistic):
@@ -26,7 +27,7 @@ class RemovalSlopes(TokenStatistic):
     def update(self, pieces: list[tuple[Tensor, Tensor]], tokens: int) -> None:
         """Add samples: for every piece the gradient g and what it adds c, ``[B, L, D]`` each; ``tokens`` that all of
         these samples predict."""
-        slopes = torch.stack([(g.float() * c.float()).flatten(1).sum(1).double() for g, c in pieces])
+        slopes = torch.stack([widened((g.float() * c.float()).flatten(1).sum(1)) for g, c in pieces])
         self.slopes += slopes.sum(1)
         self.squares += slopes.square().sum(1)
         self.tokens += tokens

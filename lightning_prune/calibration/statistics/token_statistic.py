@@ -1,11 +1,13 @@
 """What every statistic of a calibration pass shares: which tokens count, how many there were, and the NaN check."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
+
+from lightning_prune.support.devices import widest
 
 
 class TokenStatistic(Metric):
@@ -26,8 +28,17 @@ class TokenStatistic(Metric):
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def add_sum(self, name: str, *shape: int) -> None:
-        """A float64 state."""
+        """A float64 state, fp32 on an accelerator without."""
         self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        """Moving to a device: float64 sums become the ``widest`` that it has."""
+        dtype = widest(fn(torch.zeros(())).device)
+        for name, default in self._defaults.items():
+            if isinstance(default, Tensor) and default.dtype == torch.float64:
+                self._defaults[name] = default.to(dtype)
+                setattr(self, name, getattr(self, name).to(dtype))
+        return super()._apply(fn, exclude_state)
 
     def add_matrix_state(self, name: str, *shape: int) -> None:
         """An fp32 state of a weight's size, of which torchmetrics keeps no second copy as the default."""

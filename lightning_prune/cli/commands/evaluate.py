@@ -104,12 +104,12 @@ def _places(model: str, output: Path | None) -> tuple[str, Path]:
 
 
 def _device(name: str) -> Any:
-    import torch
+    from lightning_prune.support.devices import CPU, accelerator
 
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if accelerator is None and name not in ("auto", "cpu"):
-        raise UserError(f"--device: found {name}, but torch finds no accelerator. Choose cpu or auto.")
-    return torch.device("cpu") if name == "cpu" or accelerator is None else accelerator
+    here = accelerator()
+    if name not in ("auto", "cpu") and (here is None or name not in ("gpu", here.type)):
+        raise UserError(f"--device: found {name}, but torch finds {here or 'no accelerator'}. Choose cpu or auto.")
+    return CPU if name == "cpu" or here is None else here
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -129,7 +129,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     text = "of both models' weights. Default: as --model is stored"
     add("--precision", choices=("32-true", "bf16-true", "16-true"), help=text)
-    add("--device", choices=("auto", "cpu", "gpu", "cuda"), default="auto", help="auto is a GPU where there is one")
+    kinds = ("auto", "cpu", "gpu", "cuda", "xpu", "mps")
+    add("--device", choices=kinds, default="auto", help="auto is an accelerator where there is one")
 
     add = parser.add_argument_group("efficiency").add_argument
     text = (
