@@ -75,7 +75,7 @@ def calibration_split(dataset: str) -> str:
     if splits and "train" not in splits:
         raise UserError(
             f"--data.dataset {dataset} has the splits {', '.join(splits)} but no train: "
-            f"choose one with --data.dataset {dataset}:{splits[0]}"
+            f"choose one with --data.dataset {dataset}:{splits[0]} or --data.split"
         )
     return "train" if splits else "all"
 

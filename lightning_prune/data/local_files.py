@@ -183,7 +183,7 @@ def _files_by_split(name: str) -> dict[str, list[Path]]:
             f"{path} holds several datasets: {', '.join(configurations)}. Choose one with {_OPTIONS}, e.g. "
             f"{path / configurations[0]}"
         )
-    return {split: splits[split] for split in sorted(splits, key=lambda split: split != "train")}
+    return {split: splits[split] for split in sorted(splits, key=lambda split: not split.startswith("train"))}
 
 
 def _split_of(file: Path) -> str | None:
