@@ -131,9 +131,7 @@ def test_a_folder_of_the_hub_has_its_configurations_and_splits(tmp_path: Path) -
     assert text_of(raw / "test-00000-of-00001.parquet") == "test"
 
     parquet(tmp_path / "wikitext" / "wikitext-103-v1" / "train-00000-of-00001.parquet", "large")
-    with pytest.raises(
-        UserError, match=r"several datasets: wikitext-103-v1, wikitext-2-raw-v1\. Choose"
-    ):
+    with pytest.raises(UserError, match=r"several datasets: wikitext-103-v1, wikitext-2-raw-v1\. Choose"):
         text_of(tmp_path / "wikitext")
     assert text_of(raw) == "train"
 
@@ -141,23 +139,8 @@ def test_a_folder_of_the_hub_has_its_configurations_and_splits(tmp_path: Path) -
 LAYOUTS: dict[str, dict[str, str]] = {
     "shards in order": {"train": "ab", "data/train-00001-of-00002.jsonl": "b", "data/train-00000-of-00002.jsonl": "a"},
     "c4": {"train": "ab", "en/c4-train.00000-of-01024.json.gz": "a", "en/c4-train.00001-of-01024.json": "b"},
-        "train": "ab",
-        "test": "",
-        "en/c4-train.00000-of-01024.json.gz": "a",
-        "en/c4-train.00001-of-01024.json.gz": "b",
-    },
     "validation": {"train": "a", "validation": "v", "c4-train.00000-of-01024.json": "a", "c4-validation.json": "v"},
-        "train": "a",
-        "validation": {"train": "a", "validation": "v", "c4-train.00000-of-01024.json": "a", "c4-validation.json": "v"},
-        "c4-train.00000-of-01024.json": "a",
-        "c4-validation.00000-of-00008.json": "v",
-    },
     "others": {"train_sft": "a", "gen": "t", "train_sft-00000-of-00001.jsonl": "a", "gen-00000-of-00001.jsonl": "t"},
-        "train_sft": "a",
-        "test_sft": "t",
-        "train_sft-00000-of-00001.jsonl": "a",
-        "test_sft-00000-of-00001.jsonl": "t",
-    },
     "folders of splits": {"train": "ab", "test": "t", "train/1.jsonl": "a", "train/2.jsonl": "b", "test/1.jsonl": "t"},
     "dev": {"train": "a", "validation": "v", "train.jsonl": "a", "dev.jsonl": "v"},
     "none": {"train": "ab", "1.jsonl": "a", "2.jsonl": "b"},
