@@ -136,7 +136,7 @@ class CalibrationDataModule(LightningDataModule):
         specs = dataset if isinstance(dataset, list) else [] if dataset is None else [dataset]
         specs = [from_home(spec, "--data.dataset") for spec in specs]
         self.parts = [] if isinstance(dataset, str | None) else mixtures.parse(specs)
-        self.dataset = f"[{', '.join(map(str, self.parts))}]" if self.parts else (specs or [None])[0]
+        self.dataset = f"[{', '.join(map(str, self.parts))}]" if self.parts else next(iter(specs), None)
 
     @property
     def source(self) -> str:
@@ -243,7 +243,7 @@ class CalibrationDataModule(LightningDataModule):
             parts.append({key: value for key, value in facts.items() if key not in ("sampling", "stride", "seed")})
         same: dict[str, Any] = {}
         for key in ("tokenizer_sha256", "bos", "rendering", "chat_template_sha256"):
-            values = list(dict.fromkeys(one.get(key) for one in parts if one.get(key) is not None))
+            values = list(dict.fromkeys(str(one[key]) for one in parts if one.get(key) is not None))
             same[key] = ", ".join(values) if values else None
         given = dict.fromkeys(("configuration", "revision", "text_sha256"))
         draw = {"sampling": self.sampling, "stride": self.stride, "seed": self._draw_seed}

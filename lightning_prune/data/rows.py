@@ -66,7 +66,7 @@ class Chat:
         Raises:
             UserError: none, or one without a chat template.
         """
-        tokenizer = None if self._load is None else self._load()
+        tokenizer: Any = None if self._load is None else self._load()
         try:
             template = tokenizer.get_chat_template()
         except (AttributeError, ValueError):
@@ -135,9 +135,9 @@ def _columns(path: Any, table: Table, column: str | None) -> list[str]:
         return pair
     if chats and (len(chats) == 1 or chats[0] in CONVERSATIONS):
         return chats[:1]
-    plain = [] if chats else [name for name in ("text", "sentence") if name in table.strings]
+    plain: list[str] = [] if chats else [name for name in ("text", "sentence") if name in table.strings]
     if plain or pair:
-        return plain[:1] or pair
+        return [*plain[:1]] or pair
     if len(table.strings) == 1 and not chats:
         return list(table.strings)
     raise UserError(

@@ -124,6 +124,7 @@ def test_in_memory_and_in_training_likewise(build: Any, beginning: str, text_fil
 
 
 def test_recovery_follows_the_pruning_run_unless_told_otherwise(build: Any, text_file: str) -> None:
+    given: Any
     for given, run, then in (
         (None, "never", "none"),
         (None, "auto", "every window"),
