@@ -62,7 +62,10 @@ def draw_windows(
     if num_samples is not None and len(starts) < num_samples:
         body = seq_len if bos is None else seq_len - 1
         needed = (num_samples - 1) * (stride or body) + body
-        what, options = f"{num_samples} windows of {seq_len}", "--data.seq_len"
+        what, options = (
+            f"{num_samples} windows of {seq_len}{', bos included' if bos is not None else ''}",
+            "--data.seq_len",
+        )
         if stride is not None:
             what, options = f"{what} tokens, one every {stride}", f"{options}, --data.stride"
         raise UserError(
