@@ -175,6 +175,7 @@ def evaluate(
     on: Sequence[Any],
     *,
     seq_len: int = 128,
+    bos: str = "auto",
     precision: str = "32-true",
     accelerator: str = "auto",
     verbose: bool = True,
@@ -185,6 +186,7 @@ def evaluate(
         model: folder, hub id, loaded causal LM, or what ``prune`` returned.
         on: corpora, files, or token ids ``[N, L]``.
         seq_len: tokens per window of texts.
+        bos: whether they begin with the beginning-of-sequence token, as ``--data.bos``.
         precision: of the trainer.
         accelerator: of the trainer.
         verbose: show progress.
@@ -202,7 +204,7 @@ def evaluate(
         windows = {} if any(not isinstance(one, str | Path) for one in on) else {"eval_seq_len": seq_len}
         configuration = {
             "model": {"pretrained": str(source)},
-            "data": {"eval_datasets": sets, **windows},
+            "data": {"eval_datasets": sets, "bos": bos, **windows},
             "trainer": _trainer(precision, accelerator, verbose, work, logger=False),
         }
         built = RunBuilder(configuration, Evaluation, "test")

@@ -18,6 +18,8 @@ CALIBRATION_FACTS = {
     "calibration revision": "revision",
     "calibration text": "text_sha256",
     "calibration tokenizer": "tokenizer_sha256",
+    "calibration chat template": "chat_template_sha256",
+    "calibration BOS handling": "bos",
     "calibration sampling": "sampling",
     "calibration stride": "stride",
     SEED: "seed",
@@ -28,6 +30,7 @@ CALIBRATION_FACTS = {
 EVALUATION_FACTS = {
     "text": "text_sha256",
     "tokenizer": "tokenizer_sha256",
+    "chat template": "chat_template_sha256",
     "sequence length": "seq_len",
     "stride": "stride",
     "BOS handling": "bos",

@@ -75,7 +75,7 @@ class ZeroShot:
     def _scores(self, model: Checkpoint, precision: str, made: str) -> dict[str, Scores]:
         """By task; ``made`` says how the checkpoint was made."""
         device = accelerator() or CPU
-        key = _hash([model.fingerprint, made, precision, device.type])
+        key = _hash([model.fingerprint, made, precision, device.type, "bos as the tokenizer puts it"])
         files = {task: self._place(task) / f"{key}.json" for task in self.tasks}
         missing = [task for task, file in files.items() if not file.is_file()]
         if missing:

@@ -34,6 +34,10 @@ class CalibrationManifest:
     sampling: str  # `random`, `sequential`, `sliding`; `given` for a token array
     stride: int | None = None  # tokens between two window starts (sliding only)
     seed: int | None = None  # of the random choice (random only)
+    bos: str = "none"  # or `every window`: whether windows begin with the beginning-of-sequence token
+    rendering: str | None = None  # `chat template` where rows were chats
+    chat_template_sha256: str | None = None
+    parts: list[dict[str, Any]] | None = None  # of a mixture: what stands here, its share and samples, for each
     num_samples: int  # windows
     seq_len: int  # tokens in a window
     fingerprint: str
@@ -58,8 +62,9 @@ class EvaluationSet:
     Attributes:
         name: key of this set in `metrics.json`: `wikitext2`, `wikitext2:validation`, `mine.txt`.
         tokens: int64 `[M, seq_len]`, windows that do not overlap; a last partial window is dropped.
-        manifest: dataset, configuration, split, revision, seq_len, stride (= seq_len), bos (`none`),
-            windows, predicted_tokens (`M * (seq_len - 1)`), text_sha256, tokenizer_sha256, fingerprint.
+        manifest: dataset, configuration, split, revision, rendering, chat_template_sha256, seq_len, stride (seq_len,
+            one less with bos), bos (`none` or `every window`), windows, predicted_tokens (`M * (seq_len - 1)`),
+            text_sha256, tokenizer_sha256, fingerprint.
     """
 
     name: str
@@ -69,6 +74,8 @@ class EvaluationSet:
 
 def same_text(seen: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two manifests are of one text: by name and split, by its SHA-256, or by the fingerprint of the tokens."""
+    if parts := seen.get("parts"):
+        return any(same_text({"fingerprint": None, **part}, other) for part in parts)
     same_split = all(seen[key] == other[key] for key in ("dataset", "split"))
     known = seen["text_sha256"] is not None and seen["text_sha256"] == other["text_sha256"]
     return same_split or known or bool(seen["fingerprint"] == other["fingerprint"])

@@ -7,16 +7,16 @@ wikitext2 joins its lines by a blank line, ptb and c4 join by one space.
 import difflib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from os.path import exists
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from lightning_prune.data.local_files import FILE_KINDS, local_splits, read_local
+from lightning_prune.data.local_files import FILE_KINDS, is_local, local_splits, read_local
+from lightning_prune.data.rows import Chat
 from lightning_prune.demo import SPLITS, demo_text
 from lightning_prune.support.errors import UserError, first_line
 from lightning_prune.support.quiet import quiet_datasets
@@ -34,6 +34,8 @@ class Corpus:
     split: str
     revision: str | None
     text: str
+    rendering: str | None = None  # `chat template` where rows were chats
+    chat_template_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def calibration_split(dataset: str) -> str:
     if splits and "train" not in splits:
         raise UserError(
             f"--data.dataset {dataset} has the splits {', '.join(splits)} but no train: "
-            f"choose one with --data.dataset {dataset}:{splits[0]}"
+            f"choose one with --data.dataset {dataset}:{splits[0]} or --data.split"
         )
     return "train" if splits else "all"
 
@@ -86,18 +88,26 @@ def held_out_split(dataset: str) -> str | None:
 def split_spec(spec: str) -> tuple[str, str | None]:
     """`wikitext2:validation` -> (`wikitext2`, `validation`); a path that exists is never split."""
     name, colon, split = spec.rpartition(":")
-    if not colon or exists(Path(spec)) or "/" in split or "\\" in split:
+    if not colon or is_local(spec) or "/" in split or "\\" in split:
         return spec, None
     return name, split
 
 
-def load_corpus(dataset: str, split: str, tokens_wanted: int | None = None) -> Corpus:
+def load_corpus(
+    dataset: str,
+    split: str,
+    tokens_wanted: int | None = None,
+    column: str | None = None,
+    tokenizer: Callable[[], Any] | None = None,
+) -> Corpus:
     """Read the text of one split.
 
     Args:
         dataset: one of `NAMES` or a local path.
         split: one of its splits, or `all` where there are none.
         tokens_wanted: c4 calibration is streamed only until its text has 16 characters for each of these.
+        column: of a local table; by default the one that is clearly the text or a chat.
+        tokenizer: gives the tokenizer whose template chats are rendered with; called when there is one.
 
     Raises:
         UserError: unknown dataset or split, missing or unreadable file, or a hub dataset that cannot be fetched.
@@ -110,15 +120,16 @@ def load_corpus(dataset: str, split: str, tokens_wanted: int | None = None) -> C
         return _from_hub(dataset, split, tokens_wanted)
     if dataset == "demo":
         return Corpus(dataset, None, split, None, demo_text(split))
-    text, revision = read_local(Path(dataset), split)
-    return Corpus(dataset, None, split, revision, text)
+    read = read_local(dataset, split, column, Chat(tokenizer))
+    rendering = "chat template" if read.chat_template_sha256 else None
+    return Corpus(dataset, None, split, read.revision, read.text, rendering, read.chat_template_sha256)
 
 
 def _splits(dataset: str) -> Sequence[str]:
     if dataset in NAMES:
         return SPLITS if dataset == "demo" else HUB[dataset].splits
-    if exists(Path(dataset)):
-        return local_splits(Path(dataset))
+    if is_local(dataset):
+        return local_splits(dataset)
     if "/" in dataset or Path(dataset).suffix:
         problem = f"{dataset!r} is neither a named dataset nor a file or folder that exists"
     else:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
+from lightning_prune.data import mixtures
 from lightning_prune.data.calibration import (
     CalibrationManifest,
     CalibrationSet,
@@ -19,6 +20,7 @@ from lightning_prune.data.calibration import (
     same_text,
 )
 from lightning_prune.data.corpora import calibration_split, held_out_split, split_spec
+from lightning_prune.data.rows import NoSuchColumn
 from lightning_prune.data.sampling import aligned_windows, draw_windows
 from lightning_prune.data.streams import StreamReader, default_cache_dir
 from lightning_prune.data.token_arrays import first_part, is_token_array
@@ -37,13 +39,16 @@ class CalibrationDataModule(LightningDataModule):
 
     Every method calibrates on what this class hands out, so two methods run with the same `--data` options see
     the same tokens; `calibration.json` in the run folder holds the fingerprint that proves it. Text is tokenised
-    whole, without special tokens, into one stream that is cut into windows of full length: nothing is padded.
+    whole, without special tokens, into one stream that is cut into windows of full length: nothing is padded. Rows of
+    chats (messages, conversations, prompt and completion, instruction and output) are written with the tokenizer's
+    chat template, one row one document.
 
     Args:
-        dataset: calibration corpus: demo, wikitext2, ptb, c4, or a local .txt, .jsonl, .json.gz, .json, .csv or
-            .parquet file, a folder of such files or saved by datasets.save_to_disk, or a token array (.npy or
-            .safetensors, int64 [N, L], used as it is). `name:split` reads another split than train. By default demo
-            for the demo model, else wikitext2.
+        dataset: calibration corpus: demo, wikitext2, ptb, c4, or a local text, .jsonl, .json, .csv, .tsv, .parquet
+            or .arrow file, compressed or not, a folder or glob of such files, a folder saved by
+            datasets.save_to_disk, or a token array (.npy or .safetensors, int64 [N, L], used as it is). `name:split`
+            reads another split than train. A mixture is a list with shares of the samples:
+            '[a.jsonl:0.7, b.txt:0.3]'. By default demo for the demo model, else wikitext2.
         num_samples: calibration windows. More of them make the importance estimate steadier and the run longer. By
             default 128; of a token array all rows, or the first num_samples.
         seq_len: tokens per calibration window. By default 128; of a token array whole rows, or their first seq_len
@@ -62,6 +67,10 @@ class CalibrationDataModule(LightningDataModule):
         cache_dir: where tokenised text is kept. By default $XDG_CACHE_HOME/lightning_prune or
             ~/.cache/lightning_prune.
         tokenizer: model folder or hub id whose tokenizer is used; demo is the demo model's.
+        bos: whether windows of text begin with the beginning-of-sequence token, in calibration and evaluation, inside
+            seq_len. auto where the tokenizer puts it before a text by itself.
+        split: split of dataset; the same as `name:split`.
+        column: column of tables that is the text or the chat. By default the one that clearly is.
 
     Attributes:
         needs_calibration: set to False before `setup` by a method that reads weights only; the calibration corpus
@@ -73,7 +82,7 @@ class CalibrationDataModule(LightningDataModule):
 
     def __init__(
         self,
-        dataset: str | None = None,
+        dataset: list[str] | str | None = None,
         num_samples: int | None = None,
         seq_len: int | None = None,
         batch_size: int = 4,
@@ -85,11 +94,17 @@ class CalibrationDataModule(LightningDataModule):
         eval_batch_size: int = 16,
         cache_dir: str | None = None,
         tokenizer: str = "demo",
+        bos: Literal["auto", "never", "always"] = "auto",
+        split: str | None = None,
+        column: str | None = None,
     ) -> None:
         super().__init__()
         # Of a token array only what was requested is cut off, so the defaults must not look like a wish.
         self._requested, self._requested_eval_length = (num_samples, seq_len), eval_seq_len
-        self.dataset = None if dataset is None else from_home(dataset, "--data.dataset")
+        self.dataset: str | None = None
+        self.parts: list[mixtures.Part] = []  # of a mixture
+        self.choose(dataset)
+        self.split, self.column = split, column
         self.eval_datasets = eval_datasets
         self.num_samples = WINDOWS if num_samples is None else num_samples
         self.seq_len = WINDOW_LENGTH if seq_len is None else seq_len
@@ -114,7 +129,14 @@ class CalibrationDataModule(LightningDataModule):
                 f"leave it out or choose --data.sampling sliding"
             )
         self.cache_dir = expanded(cache_dir, "--data.cache_dir") if cache_dir else default_cache_dir()
-        self._streams = StreamReader(tokenizer, self.cache_dir)
+        self._streams = StreamReader(tokenizer, self.cache_dir, bos)
+
+    def choose(self, dataset: list[str] | str | None) -> None:
+        """Take a text, or a list of them with shares, as the calibration dataset; errors as in `mixtures.parse`."""
+        specs = dataset if isinstance(dataset, list) else [] if dataset is None else [dataset]
+        specs = [from_home(spec, "--data.dataset") for spec in specs]
+        self.parts = [] if isinstance(dataset, str | None) else mixtures.parse(specs)
+        self.dataset = f"[{', '.join(map(str, self.parts))}]" if self.parts else next(iter(specs), None)
 
     @property
     def source(self) -> str:
@@ -204,32 +226,67 @@ class CalibrationDataModule(LightningDataModule):
 
     def _calibration_windows(self, num_samples: int | None) -> tuple[Tensor, dict[str, Any]]:
         """Windows `[N, L]`, None for all of a text, and what the manifest says of where they came from."""
-        dataset, split = split_spec(self.source)
+        if self.parts:
+            return self._mixture(num_samples)
+        return self._windows(self.source, num_samples, *self._requested)
+
+    def _mixture(self, num_samples: int | None) -> tuple[Tensor, dict[str, Any]]:
+        """As `_calibration_windows`; every part drawn as it would be alone, one after the other."""
+        if num_samples is None:  # as many as the shares allow
+            all_of = [len(self._windows(part.spec, None, None, self.seq_len)[0]) / part.share for part in self.parts]
+            num_samples = int(min(all_of))
+        tokens, parts = [], []
+        for part, number in zip(self.parts, mixtures.counts(self.parts, num_samples), strict=True):
+            windows, facts = self._windows(part.spec, number, number, self.seq_len)
+            facts |= {"share": part.share, "num_samples": number, "fingerprint": fingerprint(windows)}
+            tokens.append(windows)
+            parts.append({key: value for key, value in facts.items() if key not in ("sampling", "stride", "seed")})
+        same: dict[str, Any] = {}
+        for key in ("tokenizer_sha256", "bos", "rendering", "chat_template_sha256"):
+            values = list(dict.fromkeys(str(one[key]) for one in parts if one.get(key) is not None))
+            same[key] = ", ".join(values) if values else None
+        given = dict.fromkeys(("configuration", "revision", "text_sha256"))
+        draw = {"sampling": self.sampling, "stride": self.stride, "seed": self._draw_seed}
+        return torch.cat(tokens), {**given, **same, **draw, "dataset": self.source, "split": "mixture", "parts": parts}
+
+    @property
+    def _draw_seed(self) -> int | None:
+        return self.seed if self.sampling == "random" else None
+
+    def _windows(
+        self, spec: str, num_samples: int | None, rows: int | None, length: int | None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Windows of one text, or the first `rows` of a token array and their first `length` tokens."""
+        dataset, split = split_spec(spec)
+        if self.split is not None and split not in (None, self.split):
+            raise UserError(f"--data.split is {self.split}, but --data.dataset {spec} names {split}: leave one out")
+        split = split or self.split
         if is_token_array(dataset):
             if self.sampling == "sliding":
                 raise UserError(
                     f"--data.sampling sliding has no meaning for the token array {dataset}, whose rows are the "
                     f"windows: leave it out with --data.stride"
                 )
-            tokens, facts = first_part(dataset, split, *self._requested)
+            tokens, facts = first_part(dataset, split, rows, length)
             return tokens, {**facts, "sampling": "given"}
         wanted = None if num_samples is None else (num_samples - 1) * (self.stride or self.seq_len) + self.seq_len
-        stream, facts = self._streams.read(dataset, split or calibration_split(dataset), wanted)
-        seed = self.seed if self.sampling == "random" else None
-        tokens = draw_windows(stream, num_samples, self.seq_len, self.stride, seed)
+        stream, facts = self._streams.read(dataset, split or calibration_split(dataset), wanted, self.column)
+        seed = self._draw_seed
+        tokens = draw_windows(stream, num_samples, self.seq_len, self.stride, seed, self._streams.start)
         return tokens, {**facts, "sampling": self.sampling, "stride": self.stride, "seed": seed}
 
     def _build_evaluation(self) -> list[EvaluationSet]:
         if self.eval_datasets is not None:
             specs = [from_home(spec, "--data.eval_datasets") for spec in self.eval_datasets]
         else:
-            dataset, _ = split_spec(self.source)
-            if is_token_array(dataset) or held_out_split(dataset) is None:
+            sources = [split_spec(part.spec)[0] for part in self.parts] or [split_spec(self.source)[0]]
+            specs = [name for name in dict.fromkeys(sources) if not is_token_array(name) and held_out_split(name)]
+            if not specs:
                 rank_zero_warn(
-                    f"no evaluation: {dataset} has no held-out split; name evaluation sets with --data.eval_datasets"
+                    f"no evaluation: {', '.join(sources)} has no held-out split; name evaluation sets with "
+                    "--data.eval_datasets"
                 )
                 return []
-            specs = [dataset]
         repeated = [spec for spec in specs if specs.count(spec) > 1]
         if repeated:
             raise UserError(f"--data.eval_datasets lists {repeated[0]} twice")
@@ -244,8 +301,11 @@ class CalibrationDataModule(LightningDataModule):
         else:
             default = held_out_split(dataset) or "all"
             name = name if split in (None, default) else f"{name}:{split}"
-            stream, facts = self._streams.read(dataset, split or default)
-            tokens = aligned_windows(stream, self.eval_seq_len)
+            try:
+                stream, facts = self._streams.read(dataset, split or default, column=self.column)
+            except NoSuchColumn:  # it is calibration's; an evaluation set may have its own
+                stream, facts = self._streams.read(dataset, split or default)
+            tokens = aligned_windows(stream, self.eval_seq_len, self._streams.start)
             if len(tokens) == 0:
                 raise UserError(
                     f"evaluation set {spec} has {len(stream)} tokens, but one window needs {self.eval_seq_len}: "
@@ -255,8 +315,7 @@ class CalibrationDataModule(LightningDataModule):
         manifest = {
             **facts,
             "seq_len": seq_len,
-            "stride": seq_len,
-            "bos": "none",
+            "stride": seq_len if facts["bos"] == "none" else seq_len - 1,
             "windows": windows,
             "predicted_tokens": windows * (seq_len - 1),
             "fingerprint": fingerprint(tokens),

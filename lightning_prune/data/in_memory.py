@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_prune.data.corpora import load_corpus
+from lightning_prune.data.corpora import calibration_split, load_corpus, split_spec
+from lightning_prune.data.local_files import JOINER, of_dataset
+from lightning_prune.data.rows import Chat, Table, documents, is_turns
 from lightning_prune.data.sampling import draw_windows
-from lightning_prune.data.tokenization import load_tokenizer, tokenize
+from lightning_prune.data.tokenization import load_tokenizer, tokenize, window_start
 from lightning_prune.support.errors import UserError
 
 
@@ -21,39 +23,44 @@ def calibration_set(
     num_samples: int = 128,
     seq_len: int = 128,
     seed: int = 0,
-    column: str = "text",
+    column: str | None = None,
+    bos: str = "auto",
 ) -> Tensor:
     """Token ids int64 ``[num_samples, seq_len]``, drawn as the command line draws them.
 
     Args:
-        data: a text, a list of texts, a ``Path`` (a file as ``--data.dataset`` takes it, whole), a ``datasets.Dataset``
-            with a text column, or token ids: ``[T]`` to draw windows from, or ``[N, L]``, whose rows are taken as they
-            are.
+        data: a text, a list of texts, a ``Path`` (a file or folder as ``--data.dataset`` takes it), a
+            ``datasets.Dataset`` or a list of rows with text or chats, a list of chats, or token ids: ``[T]`` to draw
+            windows from, or ``[N, L]``, whose rows are taken as they are.
         tokenizer: of the model, or its folder or hub id; only token ids need none.
         num_samples: N; this and the next two are the unified setting by default, and not read for ``[N, L]``.
         seq_len: L.
         seed: of the draw.
-        column: of a dataset.
+        column: of a table; None takes the one that is clearly the text or the chat.
+        bos: as ``--data.bos``; token ids get none.
 
     Raises:
         UserError: too little text, no tokenizer, the name of a file as a str, or data of another kind.
     """
-    ids = _token_ids(data)
+    ids, start = _token_ids(data), None
     if ids is not None and ids.dim() == 2:
         return ids
     if ids is None:
         if tokenizer is None:
             raise UserError("tokenizer: none given; texts need that of the model (the object, its folder or hub id).")
-        ids = tokenize(load_tokenizer(tokenizer), "\n\n".join(_texts(data, column)))
-    return draw_windows(ids, num_samples, seq_len, seed=seed)
+        loaded = load_tokenizer(tokenizer)
+        ids, start = tokenize(loaded, _text(data, column, loaded)), window_start(loaded, bos)
+    return draw_windows(ids, num_samples, seq_len, seed=seed, bos=start)
 
 
-def as_dataset(calibration: Any, folder: Path, name: str) -> str | None:
+def as_dataset(calibration: Any, folder: Path, name: str) -> list[str] | str | None:
     """What ``--data.dataset`` takes: a name as it is, token ids as a file in ``folder``; None stays the default.
 
     Raises:
         UserError: token ids that are not ``[N, L]``, or something else.
     """
+    if isinstance(calibration, list) and all(isinstance(part, str) for part in calibration):
+        return calibration  # a mixture
     if calibration is None or isinstance(calibration, str | Path):
         return None if calibration is None else str(calibration)
     ids = _token_ids(calibration)
@@ -77,21 +84,29 @@ def _token_ids(data: Any) -> Tensor | None:
     return data.long().cpu()
 
 
-def _texts(data: Any, column: str) -> list[str]:
+def _text(data: Any, column: str | None, tokenizer: Any) -> str:
     if isinstance(data, Path):
-        return [load_corpus(str(data), "all").text]
+        name, split = split_spec(str(data))
+        return load_corpus(name, split or calibration_split(name), None, column, lambda: tokenizer).text
     if isinstance(data, str):
         if os.path.isfile(data):
             raise UserError(f"calibration data: '{data}' is a file; pathlib.Path('{data}') is read, a str is text.")
-        return [data]
+        return data
+    chat, found = Chat(lambda: tokenizer), None
     if hasattr(data, "column_names"):
-        if column not in data.column_names:
-            raise UserError(f"column: the dataset has no '{column}'. Columns: {', '.join(data.column_names)}.")
-        data = data[column]
-    if isinstance(data, Iterable) and not isinstance(data, Mapping):
-        texts = list(data)
-        if texts and all(isinstance(text, str) for text in texts):
-            return texts
-    raise UserError(
-        f"calibration data: give text, a list of texts, a Path, a Dataset or token ids; found {type(data).__name__}."
-    )
+        found = of_dataset(data)
+    elif isinstance(data, Iterable) and not isinstance(data, Mapping):
+        rows = list(data)
+        if rows and all(isinstance(row, str) for row in rows):
+            return JOINER.join(rows)
+        if rows and all(isinstance(row, list) and is_turns(row) for row in rows):
+            rows = [{"messages": row} for row in rows]
+        if rows and all(isinstance(row, Mapping) for row in rows):
+            found = Table.of_rows(rows)
+    if found is None:
+        raise UserError(
+            f"calibration data: give text, a list of texts, rows or chats, a Path, a Dataset or token ids; found "
+            f"{type(data).__name__}."
+        )
+    texts = [text for text in documents("the dataset", found, column, chat) if text is not None]
+    return (chat.joiner(texts[0], JOINER) if chat.sha256 and texts else JOINER).join(texts)

@@ -1,71 +1,196 @@
-"""Text in local files and folders, as `datasets` loads it; JSON lines and parquet in a way that bounds memory."""
+"""Text in local files, folders and globs: compressed or not, in any Unicode encoding, in the hub's layout or flat."""
 
+import bz2
 import glob
 import gzip
+import io
 import json
-from collections.abc import Iterable, Iterator
+import lzma
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from os.path import exists
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+from zipfile import ZipFile
 
 import datasets
+import pandas as pd  # type: ignore[import-untyped]
+import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
+from lightning_prune.data.rows import Chat, Table, documents, is_turns
 from lightning_prune.support.errors import UserError, first_line
 from lightning_prune.support.quiet import quiet_datasets
 from lightning_prune.support.regular_files import is_special, require_regular
 
 FILE_KINDS = (
-    ".txt, .jsonl, .json.gz, .json, .csv or .parquet file, folder of such files or saved by datasets.save_to_disk, "
-    "or token array (.npy, .safetensors)"
+    "text (.txt, .md, …), .jsonl, .json, .csv, .tsv, .parquet or .arrow file (also .gz, .bz2, .xz, .zst, .zip), glob "
+    "or folder of such files, folder saved by datasets.save_to_disk, or token array (.npy, .safetensors)"
 )
-# Ending → loader of `datasets` and its options.
-LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".txt": ("text", {"sample_by": "document"}),
-    ".json": ("json", {}),
-    ".csv": ("csv", {}),
-}
-JSON_LINES = (".jsonl", ".json.gz", ".jsonl.gz")
 JOINER = "\n\n"  # documents of a local file are joined by a blank line
 SIZE_LIMIT = 1 << 32  # bytes and characters: far more than calibration reads, less than it takes to fill a machine
+PROSE = (".txt", ".text", ".md", ".markdown", ".rst", ".raw", ".tokens", ".tex")  # what of a folder is read as text
+METADATA = re.compile(
+    r"([._].*|(readme|license|changelog).*|dataset_infos?\.json|dataset_dict\.json|state\.json|\w*config\.json)", re.I
+)
+KEYWORDS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
+KEYWORDS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+SHARD = re.compile(r"\d{5}-of-\d{5}")
 _OPTIONS = "--data.dataset and --data.eval_datasets"
 
 
-def local_splits(path: Path) -> list[str]:
-    """The splits of a folder; an empty list for a file, and for a saved dataset without splits.
+def _zstd(path: Path) -> Any:
+    return pa.input_stream(path, compression="zstd")
+
+
+def _zip(path: Path) -> Any:
+    archive = ZipFile(path)
+    if len(archive.namelist()) != 1:
+        raise ValueError(f"the archive holds {len(archive.namelist())} files instead of one: unpack it")
+    return archive.open(archive.namelist()[0])
+
+
+COMPRESSED: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+COMPRESSED |= {".zst": _zstd, ".zip": _zip}
+
+
+@dataclass(frozen=True)
+class LocalText:
+    """The text of one split.
+
+    Attributes:
+        revision: the fingerprint that `datasets` keeps with a saved folder, else None.
+        chat_template_sha256: of the template that chats were rendered with; None where the text is no chat.
+    """
+
+    text: str
+    revision: str | None
+    chat_template_sha256: str | None
+
+
+def is_local(name: str) -> bool:
+    """Whether there is a file or folder of this name, or a file that fits it as a glob."""
+    return exists(name) or (glob.has_magic(name) and bool(glob.glob(name, recursive=True)))
+
+
+def local_splits(name: str) -> list[str]:
+    """The splits of a folder or glob; an empty list for a file, and for a saved dataset without splits.
 
     Raises:
-        UserError: a folder that `datasets` cannot load.
+        UserError: a folder that cannot be read.
     """
+    path = Path(name)
+    if path.is_file() or is_special(path):
+        return []
     with _reading(path):
-        tables = _open(path) if path.is_dir() else None
-    return [str(split) for split in tables] if isinstance(tables, dict) else []
+        if _is_saved(path):
+            saved = datasets.load_from_disk(name)
+            return [str(split) for split in saved] if isinstance(saved, dict) else []
+        return list(_files_by_split(name))
 
 
-def read_local(path: Path, split: str) -> tuple[str, str | None]:
-    """The text of one split and its revision (the fingerprint `datasets` keeps with a saved folder, else None).
+def read_local(name: str, split: str, column: str | None = None, chat: Chat | None = None) -> LocalText:
+    """The text of one split.
 
     Args:
-        path: an existing file or folder.
-        split: of a folder that has splits; ignored for everything else.
+        name: an existing file or folder, or a glob.
+        split: of a folder or glob; ignored for a file.
+        column: of tables; None takes the one that is clearly the text or a chat.
+        chat: renders chats.
 
     Raises:
-        UserError: unknown kind, broken content, or no column that is clearly the text.
+        UserError: unknown kind, broken content, no column that is clearly the text, a chat that cannot be rendered.
     """
-    name = path.name.lower()
+    path, chat = Path(name), chat or Chat(None)
     with _reading(path):
-        if name.endswith((*JSON_LINES, ".parquet")) and not path.is_dir():
-            _check_size(path, require_regular(path, _OPTIONS))
-            return _joined(path, _parquet(path) if name.endswith(".parquet") else _json_lines(path)), None
-        tables = _open(path)
-        rows = tables[split] if isinstance(tables, dict) else tables
-        rows = rows if rows.features else rows._resolve_features()
-        kinds = {name: getattr(kind, "dtype", "") for name, kind in rows.features.items()}
-        column = _text_column(path, kinds, {name for name, kind in kinds.items() if "string" in kind})
-        text = _joined(path, (row[column] for row in rows.select_columns(column)))
-    return text, rows._fingerprint if isinstance(rows, datasets.Dataset) else None
+        if _is_saved(path):
+            saved = datasets.load_from_disk(name)
+            rows = saved[split] if isinstance(saved, dict) else saved
+            text = _joined(path, documents(path, of_dataset(rows), column, chat), chat)
+            return LocalText(text, rows._fingerprint, chat.sha256)
+        files = [path] if path.is_file() or is_special(path) else _files_by_split(name)[split]
+        parts = (part for file in files for part in _documents(file, column, chat))
+        text = _joined(path, parts, chat)
+    return LocalText(text, None, chat.sha256)
+
+
+def of_dataset(rows: Any) -> Table:
+    """A `datasets.Dataset`."""
+    return Table.of_schema(rows.features.arrow_schema, rows.select_columns)
+
+
+def _documents(file: Path, column: str | None, chat: Chat) -> Iterator[str | None]:
+    _check_size(file, require_regular(file, _OPTIONS))
+    kind, _ = _kind(file)
+    if kind == ".parquet":
+        table = _parquet(file)
+    elif kind == ".arrow":
+        table = of_dataset(datasets.Dataset.from_file(str(file)))
+    elif kind in (".jsonl", ".json"):
+        table = Table.of_rows(_json(file))
+    elif kind in (".csv", ".tsv"):
+        table = Table.of_rows(_csv(file, "\t" if kind == ".tsv" else ","))
+    else:
+        yield _prose(file)
+        return
+    yield from documents(file, table, column, chat)
+
+
+def _kind(file: Path) -> tuple[str, str]:
+    """The ending without that of a compression, `.jsonl` for all its names; that of the compression."""
+    suffixes = [suffix.lower() for suffix in file.suffixes]
+    packed = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSED else ""
+    kind = suffixes[-1] if suffixes else ""
+    return (".jsonl" if kind in (".ndjson", ".jl") else kind), packed
+
+
+def _is_saved(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json"))
+
+
+def _files_by_split(name: str) -> dict[str, list[Path]]:
+    """The files of a folder or glob, `train` first. Their split is in their names or those of their folders, as on the
+    hub (`train-00000-of-00001.parquet`, `c4-validation.json.gz`, `test/1.txt`); files that name none are `train`."""
+    path = Path(name)
+    base = path if path.is_dir() else next(one for one in path.parents if not glob.has_magic(str(one)))
+    found = [path] if path.is_dir() else [Path(one) for one in glob.glob(name, recursive=True)]
+    files = [file for one in found for file in (sorted(one.rglob("*")) if one.is_dir() else [one])]
+    for file in files:
+        if is_special(file):
+            require_regular(file, _OPTIONS)
+    files = [file for file in files if file.is_file()]
+    if path.is_dir():
+        hidden = [file for file in files if any(METADATA.fullmatch(part) for part in file.relative_to(base).parts)]
+        kinds = {file: _kind(file)[0] for file in files if file not in hidden}
+        texts = [file for file, kind in kinds.items() if kind in PROSE]
+        tables = [
+            file for file, kind in kinds.items() if kind in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+        ]
+        files = tables if len(tables) >= len(texts) else texts
+    if not files:
+        raise UserError(f"cannot read {path}: it holds no files of text; {_OPTIONS} take a {FILE_KINDS}")
+    splits: dict[str, list[Path]] = {}
+    for file in sorted(set(files)):
+        splits.setdefault(_split_of(file.relative_to(base)) or "train", []).append(file)
+    folders = {file.relative_to(base).parent for file in files if SHARD.search(file.name)}
+    configurations = [str(folder) for folder in sorted(folders) if _split_of(folder) is None]
+    if len(configurations) > 1 and path.is_dir():
+        raise UserError(
+            f"{path} holds several datasets: {', '.join(configurations)}. Choose one with {_OPTIONS}, e.g. "
+            f"{path / configurations[0]}"
+        )
+    return {split: splits[split] for split in sorted(splits, key=lambda split: not split.startswith("train"))}
+
+
+def _split_of(file: Path) -> str | None:
+    if shard := re.match(r"(\w+)-\d{5}-of-\d{5}", file.name):
+        return KEYWORDS.get(shard[1], shard[1])
+    words = (word for part in reversed(file.parts) for word in re.split(r"[^a-z]+", part.lower()))
+    return next((KEYWORDS[word] for word in words if word in KEYWORDS), None)
 
 
 @contextmanager
@@ -83,86 +208,110 @@ def _reading(path: Path) -> Iterator[None]:
         raise UserError(f"cannot read {path}: {reason}. Check the file, or choose another with {_OPTIONS}") from error
 
 
-def _open(path: Path) -> Any:
-    """A table of rows, or a dict of them by split. Files are streamed: no copy goes into the cache of `datasets`."""
-    for part in [path, *path.rglob("*")] if path.is_dir() else [path]:
-        if is_special(part):
-            require_regular(part, _OPTIONS)
-    if any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json")):
-        return datasets.load_from_disk(str(path))
-    if path.is_dir():
-        return datasets.load_dataset(str(path), streaming=True)
-    _check_size(path, path.stat().st_size)
-    if path.suffix.lower() not in LOADERS:
-        raise UserError(f"{path} is of an unknown kind; {_OPTIONS} take a {FILE_KINDS}")
-    kind, options = LOADERS[path.suffix.lower()]
-    file = glob.escape(str(path.absolute()))
-    return datasets.load_dataset(kind, data_files=file, split="train", streaming=True, **options)
+@contextmanager
+def _opened(file: Path) -> Iterator[TextIO]:
+    """Unpacked and decoded: what the byte-order mark says, else what JSON's rule for Unicode finds, mostly UTF-8."""
+    opener = COMPRESSED.get(_kind(file)[1])
+    with opener(file) if opener else open(file, "rb") as packed, io.BufferedReader(packed) as binary:
+        encoding = json.detect_encoding(binary.peek(4)[:4])
+        with io.TextIOWrapper(binary, encoding=encoding) as text:
+            yield text
 
 
-def _json_lines(path: Path) -> list[str | None]:
-    """The text column. Not through `datasets`: pyarrow ends the process at a line that says null, takes texts that look
-    like dates for dates, and expects the types of the first 10 MB in all others."""
+def _prose(file: Path) -> str:
+    with _opened(file) as text:
+        content = text.read(SIZE_LIMIT + 1)
+    _check_size(file, len(content))
+    if "\0" in content or content.startswith(("%PDF", "{\\rtf")):
+        raise UserError(f"{file} is of an unknown kind, not text; {_OPTIONS} take a {FILE_KINDS}")
+    return content
+
+
+def _json(file: Path) -> list[dict[str, Any]]:
+    """Rows of JSON lines or of one JSON document. Not through `datasets`: pyarrow ends the process at a line that says
+    null, takes texts that look like dates for dates, and expects the types of the first 10 MB in all others."""
     rows: list[dict[str, Any]] = []
     size = 0
-    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(iter(partial(file.readline, SIZE_LIMIT), ""), start=1):
+    with _opened(file) as text:
+        for number, line in enumerate(iter(partial(text.readline, SIZE_LIMIT), ""), start=1):
             size += len(line)
-            _check_size(path, size)
+            _check_size(file, size)
             if not line.strip():
                 continue
             try:
+                if not rows and line.lstrip().startswith("["):
+                    raise ValueError("a document")
                 rows.append(json.loads(line))
                 rows[-1].items()
             except (ValueError, RecursionError, AttributeError) as error:  # ValueError: also a number of 5000 digits
+                if len(rows) == 0 and (document := _document(line + text.read(SIZE_LIMIT))) is not None:
+                    return document
                 raise UserError(
-                    f"{path}, line {number}: not a JSON object; {_OPTIONS} take one JSON object a line"
+                    f"{file}, line {number}: not a JSON object; {_OPTIONS} take one a line, or a list of them"
                 ) from error
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    strings = {name for name in names if all(isinstance(row.get(name), str | None) for row in rows)}
-    column = _text_column(path, names, strings)
-    return [row.get(column) for row in rows]
+    if len(rows) == 1 and file.suffix.lower() == ".json":
+        return _document(json.dumps(rows[0])) or rows
+    return rows
 
 
-def _parquet(path: Path) -> Iterator[str | None]:
-    """The text column. Not through `datasets`, which unpacks a row group at once, and a small file can stand for 40 GB.
-    As a dictionary, repeated texts stay one until all are counted."""
-    schema = pq.read_schema(path)
-    column = _text_column(path, schema.names, {field.name for field in schema if "string" in str(field.type)})
-    size, parts = 0, []
-    with pq.ParquetFile(path, read_dictionary=[column]) as file:
-        for batch in file.iter_batches(batch_size=32, columns=[column]):
-            parts.append(batch.column(0))
-            lengths = pc.binary_length(parts[-1].dictionary).take(parts[-1].indices)
-            size += pc.sum(lengths).as_py() or 0
-            _check_size(path, size)
-    for part in parts:
-        yield from part.to_pylist()
+def _document(text: str) -> list[dict[str, Any]] | None:
+    """The rows of a list of objects or texts, alone or as the only list in an object; None for anything else."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(content, dict):
+        lists = [value for value in content.values() if isinstance(value, list) and value]
+        content = lists[0] if len(lists) == len(content) == 1 and not is_turns(lists[0]) else [content]
+    if not isinstance(content, list) or not all(isinstance(row, dict | str) for row in content):
+        return None
+    return [{"text": row} if isinstance(row, str) else row for row in content]
 
 
-def _text_column(path: Path, names: Iterable[str], strings: set[str]) -> str:
-    """`text`, else `sentence`, else the only column of strings."""
-    for name in ("text", "sentence"):
-        if name in strings:
-            return name
-    if len(strings) == 1:
-        return next(iter(strings))
-    columns = ", ".join(f"{name} (text)" if name in strings else name for name in names) or "none"
-    raise UserError(
-        f"cannot tell which column of {path} is the text; found: {columns}. Name it text or sentence, or choose "
-        f"another file with {_OPTIONS}"
-    )
-
-
-def _joined(path: Path, documents: Iterable[str | None]) -> str:
-    parts: list[str] = []
+def _csv(file: Path, separator: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
     size = 0
-    for document in documents:
+    with _opened(file) as text, pd.read_csv(text, sep=separator, chunksize=1000) as chunks:
+        for chunk in chunks:
+            rows += chunk.astype(object).where(chunk.notna(), None).to_dict("records")
+            size += sum(len(value) for row in rows[-len(chunk) :] for value in row.values() if isinstance(value, str))
+            _check_size(file, size)
+    return rows
+
+
+def _parquet(path: Path) -> Table:
+    """Not through `datasets`, which unpacks a row group at once, and a small file can stand for 40 GB. As a dictionary,
+    repeated texts stay one until all are counted."""
+    schema = pq.read_schema(path)
+
+    def rows(columns: list[str]) -> Iterator[dict[str, Any]]:
+        size, parts = 0, []
+        plain = len(columns) == 1 and columns[0] in table.strings
+        with pq.ParquetFile(path, read_dictionary=columns if plain else None) as file:
+            for batch in file.iter_batches(batch_size=32, columns=columns):
+                if not plain:
+                    yield from batch.to_pylist()
+                    continue
+                parts.append(batch.column(0))
+                lengths = pc.binary_length(parts[-1].dictionary).take(parts[-1].indices)
+                size += pc.sum(lengths).as_py() or 0
+                _check_size(path, size)
+        for part in parts:
+            yield from ({columns[0]: text} for text in part.to_pylist())
+
+    table = Table.of_schema(schema, rows)
+    return table
+
+
+def _joined(path: Path, parts: Iterable[str | None], chat: Chat) -> str:
+    texts: list[str] = []
+    size = 0
+    for document in parts:
         if document is not None:
-            parts.append(document)
+            texts.append(document)
             size += len(document) + len(JOINER)
             _check_size(path, size)
-    text = JOINER.join(parts)
+    text = (chat.joiner(texts[0], JOINER) if chat.sha256 and texts else JOINER).join(texts)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

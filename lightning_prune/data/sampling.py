@@ -6,27 +6,51 @@ from torch import Tensor
 from lightning_prune.support.errors import UserError
 
 
-def aligned_windows(stream: Tensor, seq_len: int, stride: int | None = None) -> Tensor:
-    """Every window that starts at a multiple of `stride`, by default of `seq_len`; int64 `[M, L]`, a view.
+def window_starts(stream: Tensor, seq_len: int, stride: int | None = None, bos: int | None = None) -> Tensor:
+    """Where windows begin: every multiple of `stride`, by default of the tokens that a window takes; int64 `[M]`.
 
-    A last partial window is dropped.
+    A last partial window is dropped. With `bos`, a window takes `seq_len - 1` tokens of the stream after it; one whose
+    first token is that anyway (as chat templates write it) takes `seq_len`, so that it is never there twice.
     """
-    if len(stream) < seq_len:
-        return stream.new_empty(0, seq_len)
-    return stream.unfold(0, seq_len, stride or seq_len)
+    body = seq_len if bos is None else seq_len - 1
+    starts = torch.arange(0, max(0, len(stream) - body + 1), stride or body)
+    if bos is not None:
+        starts = starts[(stream[starts] != bos) | (starts + seq_len <= len(stream))]
+    return starts
+
+
+def cut(stream: Tensor, starts: Tensor, seq_len: int, bos: int | None = None) -> Tensor:
+    """The windows at `starts`, int64 `[N, L]`; see `window_starts`."""
+    if bos is None or len(starts) == 0:
+        return stream.unfold(0, seq_len, 1)[starts] if len(starts) else stream.new_empty(0, seq_len)
+    windows = torch.cat([stream.new_full((len(starts), 1), bos), stream.unfold(0, seq_len - 1, 1)[starts]], dim=1)
+    if (own := stream[starts] == bos).any():
+        windows[own] = stream.unfold(0, seq_len, 1)[starts[own]]
+    return windows
+
+
+def aligned_windows(stream: Tensor, seq_len: int, bos: int | None = None) -> Tensor:
+    """All windows that do not overlap, int64 `[M, L]`; see `window_starts`."""
+    return cut(stream, window_starts(stream, seq_len, None, bos), seq_len, bos)
 
 
 def draw_windows(
-    stream: Tensor, num_samples: int | None, seq_len: int, stride: int | None = None, seed: int | None = None
+    stream: Tensor,
+    num_samples: int | None,
+    seq_len: int,
+    stride: int | None = None,
+    seed: int | None = None,
+    bos: int | None = None,
 ) -> Tensor:
     """The first of the aligned windows, or with a seed a random choice among them without replacement.
 
     Args:
         stream: int64 `[T]`.
         num_samples: N, windows wanted; None for all.
-        seq_len: L, tokens per window.
+        seq_len: L, tokens per window, `bos` among them.
         stride: tokens between the starts of two windows; None for windows that do not overlap.
         seed: of a `torch.Generator` on the CPU; its first `randperm` gives the windows and their order.
+        bos: the token that every window begins with; None for none.
 
     Returns:
         int64 `[N, L]`, in the order drawn, else in that of the text.
@@ -34,21 +58,23 @@ def draw_windows(
     Raises:
         UserError: fewer than N windows fit.
     """
-    windows = aligned_windows(stream, seq_len, stride)
-    if num_samples is not None and len(windows) < num_samples:
-        needed = (num_samples - 1) * (stride or seq_len) + seq_len
-        what, options = f"{num_samples} windows of {seq_len}", "--data.seq_len"
+    starts = window_starts(stream, seq_len, stride, bos)
+    if num_samples is not None and len(starts) < num_samples:
+        body = seq_len if bos is None else seq_len - 1
+        needed = (num_samples - 1) * (stride or body) + body
+        what, options = (
+            f"{num_samples} windows of {seq_len}{', bos included' if bos is not None else ''}",
+            "--data.seq_len",
+        )
         if stride is not None:
             what, options = f"{what} tokens, one every {stride}", f"{options}, --data.stride"
         raise UserError(
             f"the calibration text has {len(stream)} tokens, but {needed} are needed ({what}): "
             f"lower --data.num_samples, {options} or choose a longer text with --data.dataset"
         )
-    if seed is None:
-        order = torch.arange(len(windows))
-    else:
-        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    return windows.index_select(0, order[:num_samples])
+    if seed is not None:
+        starts = starts[torch.randperm(len(starts), generator=torch.Generator().manual_seed(seed))]
+    return cut(stream, starts[:num_samples], seq_len, bos)
 
 
 def held_out_samples(tokens: Tensor) -> Tensor:

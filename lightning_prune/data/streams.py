@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_prune.data.calibration import fingerprint
 from lightning_prune.data.corpora import load_corpus
-from lightning_prune.data.tokenization import load_tokenizer, tokenize, tokenizer_sha256
+from lightning_prune.data.tokenization import load_tokenizer, tokenize, tokenizer_sha256, window_start
 from lightning_prune.support.files import new_folder, write_json
 
 PROTOCOL = 1  # part of the cache key: raise it when the stream of a text changes
@@ -31,10 +31,11 @@ class StreamReader:
     Args:
         tokenizer: see `load_tokenizer`.
         cache_dir: where streams are kept between runs.
+        bos: see `window_start`.
     """
 
-    def __init__(self, tokenizer: Any, cache_dir: Path) -> None:
-        self.tokenizer, self.cache_dir = tokenizer, cache_dir
+    def __init__(self, tokenizer: Any, cache_dir: Path, bos: str = "auto") -> None:
+        self.tokenizer, self.cache_dir, self.bos = tokenizer, cache_dir, bos
         self.show_progress = False  # of tokenising
 
     @cached_property
@@ -43,7 +44,14 @@ class StreamReader:
         tokenizer = load_tokenizer(self.tokenizer)
         return tokenizer, tokenizer_sha256(tokenizer)
 
-    def read(self, dataset: str, split: str, tokens_wanted: int | None = None) -> tuple[Tensor, dict[str, Any]]:
+    @property
+    def start(self) -> int | None:
+        """The token that every window begins with, or None; errors as in `load_tokenizer` and `window_start`."""
+        return window_start(self._loaded[0], self.bos)
+
+    def read(
+        self, dataset: str, split: str, tokens_wanted: int | None = None, column: str | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
         """Fetch and tokenise one split; arguments and errors as in `load_corpus` and `load_tokenizer`.
 
         An entry of the cache that is incomplete or does not match its own fingerprint is ignored and written again; a
@@ -51,15 +59,16 @@ class StreamReader:
 
         Returns:
             Packed token ids, int64 `[T]`; the fields that every manifest takes over: dataset, configuration, split,
-            revision, text_sha256 and tokenizer_sha256.
+            revision, rendering, chat_template_sha256, text_sha256, tokenizer_sha256 and bos.
         """
-        corpus = load_corpus(dataset, split, tokens_wanted)
+        corpus = load_corpus(dataset, split, tokens_wanted, column, lambda: self._loaded[0])
         tokenizer, tokenizer_digest = self._loaded
         digests = {
             "text_sha256": hashlib.sha256(corpus.text.encode("utf-8")).hexdigest(),
             "tokenizer_sha256": tokenizer_digest,
         }
-        provenance = {key: value for key, value in vars(corpus).items() if key != "text"} | digests
+        bos = "none" if self.start is None else "every window"
+        provenance = {key: value for key, value in vars(corpus).items() if key != "text"} | digests | {"bos": bos}
         identity = {"protocol": PROTOCOL, **digests}
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode("utf-8")).hexdigest()
         entry = self.cache_dir / "tokens" / key

@@ -85,4 +85,4 @@ def first_part(
                 f"ask for at most {there}, or leave it out to take all"
             )
     unknown = dict.fromkeys(("configuration", "revision", "text_sha256", "tokenizer_sha256"))
-    return tokens[:num_samples, :seq_len].contiguous(), {**unknown, "dataset": path, "split": "all"}
+    return tokens[:num_samples, :seq_len].contiguous(), {**unknown, "dataset": path, "split": "all", "bos": "none"}

@@ -28,6 +28,7 @@ from lightning_prune.support.quiet import quiet_transformers
 from lightning_prune.support.regular_files import from_home
 
 TOKENISING = "tokenising"
+BOS = ("auto", "never", "always")
 PIECE = 1 << 16  # characters
 CONTEXT = 256  # characters on either side of a cut that must not notice it
 CANDIDATES = 32  # white-space positions tried before the rest is taken in one piece
@@ -62,6 +63,27 @@ def tokenizer_sha256(tokenizer: Any) -> str:
         for file in sorted(Path(name) for name in tokenizer.save_vocabulary(folder)):
             digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def window_start(tokenizer: Any, bos: str = "auto") -> int | None:
+    """The token that every window of text begins with, or None.
+
+    Args:
+        tokenizer: of the model.
+        bos: `auto` takes the beginning-of-sequence token where the tokenizer puts it before a text by itself, `always`
+            takes it in any case, `never` takes none.
+
+    Raises:
+        UserError: `always`, and the tokenizer has no such token; or another word.
+    """
+    if bos not in BOS:
+        raise UserError(f"--data.bos is {bos!r}: choose {', '.join(BOS)}")
+    token: int | None = getattr(tokenizer, "bos_token_id", None)
+    if bos == "always" and token is None:
+        raise UserError("--data.bos always: the tokenizer has no beginning-of-sequence token; choose auto or never")
+    if bos == "never" or token is None:
+        return None
+    return token if bos == "always" or tokenizer("a")["input_ids"][:1] == [token] else None
 
 
 def tokenize(tokenizer: Any, text: str, progress: bool = False) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 from tabulate import tabulate  # type: ignore[import-untyped]
 from transformers import PreTrainedModel
 
+from lightning_prune.data.tokenization import window_start
 from lightning_prune.support.errors import UserError, first_line
 from lightning_prune.support.escape import plain
 
@@ -102,13 +103,20 @@ def zero_shot(
 ) -> ZeroShotResult:
     """Evaluate a causal LM on its device and in its dtype, without examples in the prompt.
 
+    Every text begins with the beginning-of-sequence token where the tokenizer puts it there by itself.
     ``tasks`` as checked by ``check_tasks``, which returned ``manager``; ``batch_size`` in sequences.
     """
     from lm_eval import __version__ as harness
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    language_model = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device=str(model.device))
+    language_model = HFLM(
+        pretrained=model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        device=str(model.device),
+        add_bos_token=window_start(tokenizer) is not None,
+    )
     options = {"task_manager": manager, "num_fewshot": 0, "log_samples": False}
     results = simple_evaluate(model=language_model, tasks=list(tasks), **options)["results"]
     return ZeroShotResult({name: _metrics(results[name]) for name in tasks}, harness)

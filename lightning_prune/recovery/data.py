@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,12 +19,14 @@ SHARE = 0.01  # of the evaluation windows that may begin with words of the train
 
 
 class RecoveryDataModule(CalibrationDataModule):
-    """Training windows, in full length and without special tokens, and the end of the same text, held out of training.
+    """Training windows, in full length, and the end of the same text, held out of training.
 
     Args:
-        dataset: text to train on: demo, wikitext2, ptb, c4, or a local .txt, .jsonl, .json.gz or .parquet file, a
-            folder saved by datasets.save_to_disk, or a token array (.npy or .safetensors, int64 [N, L]).
-            `name:split` reads another split than train. By default what the pruning run calibrated on.
+        dataset: text to train on: demo, wikitext2, ptb, c4, or a local text, .jsonl, .json, .csv, .tsv, .parquet or
+            .arrow file, compressed or not, a folder or glob of such files, a folder saved by datasets.save_to_disk, or
+            a token array (.npy or .safetensors, int64 [N, L]). `name:split` reads another split than train. A mixture
+            is a list with shares of the windows: '[a.jsonl:0.7, b.txt:0.3]'. By default what the pruning run
+            calibrated on.
         num_samples: windows to read, from the beginning of the text. By default all; of c4, which is streamed, those
             of its first 1100 documents.
         seq_len: tokens per window. By default 128; of a token array whole rows.
@@ -34,6 +36,8 @@ class RecoveryDataModule(CalibrationDataModule):
         seed: order of the training windows.
         eval_datasets: sets to report perplexity on, before and after: names, files or token arrays, `name:split` for
             another split than test. By default those of the pruning run. None of them may be trained on.
+        bos: whether windows of text begin with the beginning-of-sequence token, inside seq_len. auto where the
+            tokenizer puts it before a text by itself. By default as in the pruning run.
 
     Raises:
         UserError: an option is out of range, or (from `setup`) the data cannot be had, is too short, or holds what
@@ -42,13 +46,14 @@ class RecoveryDataModule(CalibrationDataModule):
 
     def __init__(
         self,
-        dataset: str | None = None,
+        dataset: list[str] | str | None = None,
         num_samples: int | None = None,
         seq_len: int | None = None,
         batch_size: int = 16,
         held_out: float = 0.05,
         seed: int = 0,
         eval_datasets: list[str] | None = None,
+        bos: Literal["auto", "never", "always"] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -59,13 +64,25 @@ class RecoveryDataModule(CalibrationDataModule):
                 f"--data.held_out is {held_out:g}: it is a share of the training text and must be between 0 and 1, "
                 "both excluded (0.05 holds a twentieth out)"
             )
+        self._bos = bos
         self.held_out, self.num_held_out = held_out, 0
         self.position = 0  # batches handed out before
         self.batches: ShuffledWindows | None = None
 
-    def follow(self, dataset: str, eval_datasets: list[str], eval_seq_len: int | None) -> None:
-        """Take the protocol of the pruning run: its window length, and its text and sets where no others are given."""
-        self.dataset = dataset if self.dataset is None else self.dataset
+    def follow(
+        self,
+        dataset: list[str] | str,
+        column: str | None,
+        eval_datasets: list[str],
+        eval_seq_len: int | None,
+        bos: str,
+    ) -> None:
+        """Take the protocol of the pruning run: its window length, and its text, sets and beginning of windows where no
+        others are given."""
+        if self.dataset is None:
+            self.choose(dataset)
+            self.column = column if self.column is None else self.column
+        self._streams.bos = self._bos or bos
         self.eval_datasets = eval_datasets if self.eval_datasets is None else self.eval_datasets
         if eval_seq_len is not None:
             self.eval_seq_len = self._requested_eval_length = eval_seq_len
@@ -73,14 +90,18 @@ class RecoveryDataModule(CalibrationDataModule):
     def _calibration_windows(self, num_samples: int | None) -> tuple[Tensor, dict[str, Any]]:
         """All windows in the order of the text, the held-out ones last."""
         windows, facts = super()._calibration_windows(self._requested[0])
-        self.num_held_out = max(1, round(self.held_out * len(windows)))
-        if len(windows) <= self.num_held_out:
+        sizes = [part["num_samples"] for part in facts.get("parts") or ()] or [len(windows)]
+        held_out = [max(1, round(self.held_out * size)) for size in sizes]  # of every text of a mixture
+        self.num_held_out = sum(held_out)
+        if any(size <= number for size, number in zip(sizes, held_out, strict=True)):
             raise UserError(
                 f"the training text {split_spec(self.source)[0]} has {len(windows)} windows, of which "
                 f"{self.num_held_out} would be held out: lower --data.seq_len or --data.held_out, or choose a longer "
                 "text with --data.dataset"
             )
-        return windows, facts
+        texts = list(zip(windows.split(sizes), held_out, strict=True))
+        parts = [text[:-number] for text, number in texts] + [text[-number:] for text, number in texts]
+        return torch.cat(parts), facts
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -98,8 +119,11 @@ class RecoveryDataModule(CalibrationDataModule):
         """
         if self._calibration is None:
             return
-        same = same_text(self.calibration.manifest.to_json(), held_out.manifest)
-        share = 1.0 if same else shared_windows(self.calibration.tokens, held_out.tokens)
+        seen = self.calibration.manifest
+        same = same_text(seen.to_json(), held_out.manifest)
+        # Without the token that is put before every window, so that the windows of a text are one stream again.
+        text, sought = self.calibration.tokens[:, seen.bos != "none" :], held_out.tokens
+        share = 1.0 if same else shared_windows(text, sought[:, held_out.manifest["bos"] != "none" :])
         if share > SHARE:
             reason = "is the text of" if same else f"holds {share:.0%} of the windows of"
             raise UserError(

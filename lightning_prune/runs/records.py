@@ -55,6 +55,9 @@ class _Text(_Open):
     revision: str | None
     text_sha256: str | None
     tokenizer_sha256: str | None
+    bos: str = "none"  # before it was a choice, windows never began with the token
+    rendering: str | None = None
+    chat_template_sha256: str | None = None
 
 
 class EvaluationManifest(_Text):
@@ -62,7 +65,6 @@ class EvaluationManifest(_Text):
 
     seq_len: Count
     stride: Count
-    bos: str
     windows: Count
     predicted_tokens: Count
     fingerprint: str
@@ -130,6 +132,7 @@ class Calibration(_Text):
     num_samples: Count
     seq_len: Count
     fingerprint: str
+    parts: list[dict[str, Any]] | None = None  # of a mixture
 
 
 class MethodDetails(_Open):

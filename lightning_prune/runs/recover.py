@@ -5,6 +5,7 @@ import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -126,13 +127,20 @@ def _follow(run: FinishedRun, data: RecoveryDataModule) -> None:
     def spec(text: Any) -> str:
         return str(text.dataset if text.split == "all" else f"{text.dataset}:{text.split}")
 
+    def calibrated(text: Any) -> str | list[str]:
+        parts = text.parts or ()
+        return [f"{spec(SimpleNamespace(**part))}:{part['share']}" for part in parts] or spec(text)
+
     default = "demo" if Path(run.plan.base_model).name == "demo" else "wikitext2"
+    options = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8")).get("data") or {}
     sets = run.metrics.evaluation.values()
     lengths = {item.seq_len for item in sets}  # token arrays, taken whole, may have several
     data.follow(
-        spec(run.calibration) if run.calibration else default,
+        calibrated(run.calibration) if run.calibration else default,
+        options.get("column"),
         [spec(item) for item in sets],
         lengths.pop() if len(lengths) == 1 else None,
+        options.get("bos") or "never",  # a run before the option began no window with the token
     )
 
 

@@ -208,7 +208,8 @@ BROKEN = {
     "a.json.gz": (b"not gzip", "cannot read.*a.json.gz"),
     "half.json.gz": (gzip.compress(b'{"text": "x"}\n' * 1000)[:-30], "cannot read"),
     "a.parquet": (b"not parquet", "cannot read.*a.parquet"),
-    "a.txt": (b"\xff\xfe\xfa", "cannot read.*utf-8"),
+    "a.txt": (b"ab\xff\xfa", "cannot read.*utf-8"),
+    "b.txt": (b"\xff\xfe\xfa", "cannot read.*utf-16"),
     "a.pdf": (b"%PDF", r"unknown kind.*\.txt"),
     "state.json": (b"{", "cannot read"),  # the folder
     "config.json": (b"{}", "cannot read|cannot tell"),  # the folder

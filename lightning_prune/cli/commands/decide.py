@@ -53,6 +53,7 @@ def main(argv: list[str]) -> int:
             f"--run: '{run.path}' trained what another run had pruned. Decide from that one: '{run.recovery.parent}'."
         )
     config = read_config(run.path / "config.yaml", "--run")
+    (config.get("data") or {}).setdefault("bos", "never")  # of a run before the option
     _ = run.scores  # a damaged table does not wait for torch either
 
     # After the first look, so that --help and a wrong folder do not wait for torch.

@@ -1,0 +1,177 @@
+"""Rows of chats are documents in the words of the tokenizer's chat template."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import lightning_prune
+from lightning_prune.data.corpora import load_corpus
+from lightning_prune.data.datamodule import CalibrationDataModule
+from lightning_prune.support.errors import UserError
+from tests.data.conftest import WORDS
+
+TEMPLATE = (
+    "{{ '<s>' }}{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant', 'tool') %}"
+    "{{ raise_exception('unknown role ' + m.role) }}{% endif %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+)
+SPECIAL = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+
+
+def said(*turns: tuple[str, str]) -> str:
+    """What the template writes, by hand."""
+    return "<s>" + "".join(f"<|{role}|>{content}<|end|>" for role, content in turns)
+
+
+@pytest.fixture(scope="session")
+def chatty(tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.add_special_tokens({"bos_token": "<s>", "additional_special_tokens": SPECIAL})
+    tokenizer.chat_template = TEMPLATE
+    folder = tmp_path_factory.mktemp("chatty")
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def read(path: Path, folder: str, column: str | None = None) -> str:
+    return load_corpus(str(path), "all", None, column, lambda: AutoTokenizer.from_pretrained(folder)).text
+
+
+HELLO = said(("user", "hello"), ("assistant", "hi"))
+ASKED = said(("system", "be kind"), ("user", "hello"), ("assistant", "hi"))
+MESSAGES = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+SENT = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}]
+ROWS: dict[str, tuple[dict[str, Any], str]] = {
+    "messages beside a source": ({"messages": MESSAGES, "source": "web"}, HELLO),
+    "messages beside their text": ({"text": "hello hi", "prompt": "hello", "messages": MESSAGES}, HELLO),
+    "conversations beside an id": ({"id": "7", "conversations": SENT}, HELLO),
+    "conversations with a system column": ({"system": "be kind", "conversations": SENT}, ASKED),
+    "a system turn": ({"messages": [{"role": "system", "content": "be kind"}, *MESSAGES]}, ASKED),
+    "a system turn from": ({"conversations": [{"from": "system", "value": "be kind"}, *SENT]}, ASKED),
+    "any name": ({"dialogue": MESSAGES, "topic": "x"}, HELLO),
+    "parts": ({"messages": [one | {"content": [{"type": "text", "text": one["content"]}]} for one in MESSAGES]}, HELLO),
+    "prompt and completion": ({"prompt": "hello", "completion": "hi"}, HELLO),
+    "prompt and completion of turns": ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, HELLO),
+    "instruction": ({"instruction": "hello", "output": "hi"}, HELLO),
+    "instruction with an empty input": ({"instruction": "hello", "input": "", "output": "hi"}, HELLO),
+    "instruction with an input": (
+        {"instruction": "add", "input": "1 2", "output": "3"},
+        said(("user", "add\n\n1 2"), ("assistant", "3")),
+    ),
+    "system prompt and question": (
+        {"id": "9", "system_prompt": "be kind", "question": "hello", "response": "hi"},
+        ASKED,
+    ),
+    "preferences": ({"prompt": "hello", "chosen": MESSAGES, "rejected": MESSAGES[:1]}, HELLO),
+}
+
+
+@pytest.mark.parametrize("kind", ["a.jsonl", "a.json", "a.parquet", "folder", "saved"])
+@pytest.mark.parametrize("case", ROWS)
+def test_a_row_is_a_document_in_the_words_of_the_template(case: str, kind: str, chatty: str, tmp_path: Path) -> None:
+    row, expected = ROWS[case]
+    path = tmp_path / kind
+    if kind == "folder":
+        path.mkdir()
+        (path / "train.jsonl").write_text("\n".join(map(json.dumps, [row, row])))
+        text = load_corpus(str(path), "train", None, None, lambda: AutoTokenizer.from_pretrained(chatty)).text
+        assert text == expected * 2
+        return
+    if kind in ("a.jsonl", "a.json"):
+        path.write_text(json.dumps([row, row]) if kind == "a.json" else "\n".join(map(json.dumps, [row, row])))
+    else:
+        table = datasets.Dataset.from_list([row, row])
+        _ = table.to_parquet(path) if kind == "a.parquet" else table.save_to_disk(path)
+    assert read(path, chatty) == expected * 2
+
+
+def test_rows_may_differ_and_be_empty(chatty: str, tmp_path: Path) -> None:
+    rows = [{"messages": MESSAGES, "n": 1}, {"messages": None}, {"messages": []}, {"messages": MESSAGES[:1]}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert read(tmp_path / "a.jsonl", chatty) == HELLO + said(("user", "hello"))
+
+
+def test_the_column_is_chosen_where_it_is_said(chatty: str, tmp_path: Path) -> None:
+    rows = [{"messages": MESSAGES, "source": "web", "n": 1}]
+    (tmp_path / "a.jsonl").write_text(json.dumps(rows[0]))
+    assert read(tmp_path / "a.jsonl", chatty, "source") == "web"
+    assert read(tmp_path / "a.jsonl", chatty, "messages") == HELLO
+    with pytest.raises(UserError, match=r"--data\.column no.*not there.*messages \(chat\), source \(text\), n"):
+        read(tmp_path / "a.jsonl", chatty, "no")
+    with pytest.raises(UserError, match=r"--data\.column n: .*neither text"):
+        read(tmp_path / "a.jsonl", chatty, "n")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"a": MESSAGES, "b": MESSAGES, "text": "x"}))
+    with pytest.raises(UserError, match=r"a \(chat\), b \(chat\).*--data\.column"):
+        read(tmp_path / "b.jsonl", chatty)
+
+
+def test_what_cannot_be_rendered_is_one_message(chatty: str, tokenizer_folder: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"messages": MESSAGES, "source": "web"}))
+    with pytest.raises(UserError, match=r"no chat template.*--data\.tokenizer.*--data\.column"):
+        read(path, tokenizer_folder)
+    path.write_text("\n".join(json.dumps({"messages": [{"role": role, "content": "a"}]}) for role in ("user", "judge")))
+    with pytest.raises(UserError, match=r"row 2.*unknown role judge"):
+        read(path, chatty)
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}))
+    with pytest.raises(UserError, match=r"row 1.*not text"):
+        read(path, chatty)
+
+
+def chats(number: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": " ".join(WORDS[row % 7 : row % 7 + 6])},
+                {"role": "assistant", "content": f"{WORDS[row % 11]} {row}"},
+            ],
+            "source": "web",
+        }
+        for row in range(number)
+    ]
+
+
+def test_tokens_are_those_of_the_tokenizers_own_call(chatty: str, tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(map(json.dumps, chats(60))))
+    options = {"num_samples": 11, "seq_len": 16, "sampling": "sequential", "eval_datasets": []}
+    data = CalibrationDataModule(str(path), tokenizer=chatty, cache_dir=str(tmp_path / "cache"), **options)  # type: ignore[arg-type]
+    data.setup("fit")
+    tokenizer = AutoTokenizer.from_pretrained(chatty)
+    stream: list[int] = []
+    for row in chats(60):
+        stream += tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False)
+    assert data.calibration.tokens.flatten().tolist() == stream[: 11 * 16]
+    ids = tokenizer.convert_tokens_to_ids(SPECIAL[1:])
+    assert all((data.calibration.tokens == token).any() for token in ids)
+    manifest = data.calibration.manifest
+    assert (manifest.rendering, len(str(manifest.chat_template_sha256))) == ("chat template", 64)
+
+    # The template writes the token that windows begin with; it is never there twice in a row.
+    data = CalibrationDataModule(
+        str(path), tokenizer=chatty, bos="always", cache_dir=str(tmp_path), num_samples=30, seq_len=8, eval_datasets=[]
+    )
+    data.setup("fit")
+    is_bos = data.calibration.tokens == tokenizer.bos_token_id
+    assert is_bos[:, 0].all()
+    assert is_bos[:, 1:].any()
+    assert not (is_bos[:, :-1] & is_bos[:, 1:]).any()
+
+
+def test_calibration_set_takes_datasets_rows_and_chats(chatty: str, tmp_path: Path) -> None:
+    rows = chats(60)
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    sources = [datasets.Dataset.from_list(rows), rows, [row["messages"] for row in rows], tmp_path / "a.jsonl"]
+    drawn = [lightning_prune.calibration_set(one, chatty, num_samples=9, seq_len=16) for one in sources]
+    assert all(torch.equal(drawn[0], other) for other in drawn[1:])
+    assert AutoTokenizer.from_pretrained(chatty).bos_token_id in drawn[0]
+    with pytest.raises(UserError, match="are needed"):
+        lightning_prune.calibration_set(sources[0], chatty, num_samples=900, seq_len=16)
+    texts = ["web"] * len(rows)
+    web = [lightning_prune.calibration_set(one, chatty, 2, 4, column="source") for one in sources[:2]]
+    assert torch.equal(web[0], lightning_prune.calibration_set(texts, chatty, 2, 4))
+    assert torch.equal(web[0], web[1])

@@ -1,0 +1,218 @@
+"""Files as people have them: the hub's folders, globs, compression, encodings, tables of every kind."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa  # type: ignore[import-untyped]
+import pytest
+
+from lightning_prune.data.corpora import calibration_split, held_out_split, load_corpus, split_spec
+from lightning_prune.data.datamodule import CalibrationDataModule
+from lightning_prune.support.errors import UserError
+from tests.data.conftest import make_text
+
+
+def text_of(path: Path | str, split: str | None = None) -> str:
+    return load_corpus(str(path), split or calibration_split(str(path))).text
+
+
+def lines(*texts: str) -> bytes:
+    return "".join(json.dumps({"text": text, "url": "u"}) + "\n" for text in texts).encode()
+
+
+def zstd(content: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return bytes(sink.getvalue())
+
+
+def zipped(content: bytes) -> bytes:
+    sink = io.BytesIO()
+    with zipfile.ZipFile(sink, "w") as archive:
+        archive.writestr("inside", content)
+    return sink.getvalue()
+
+
+PACKED: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": zstd,
+    ".zip": zipped,
+}
+CONTENTS = {
+    "a.txt": "Grüße,\none".encode(),
+    "a.jsonl": lines("Grüße,\none"),
+    "c4-train.00000-of-01024.json": lines("Grüße,\none"),
+    "a.ndjson": lines("Grüße,\none"),
+    "a.csv": 'text,id\n"Grüße,\none",1\n'.encode(),
+    "a.tsv": 'text\tid\n"Grüße,\none"\t1\n'.encode(),
+}
+
+
+@pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize("name", CONTENTS)
+def test_every_kind_is_read_in_every_compression(name: str, packed: str, tmp_path: Path) -> None:
+    path = tmp_path / (name + packed)
+    path.write_bytes(PACKED[packed](CONTENTS[name]))
+    assert text_of(path) == "Grüße,\none"
+
+
+@pytest.mark.parametrize("packed", [".gz", ".bz2", ".xz", ".zst", ".zip"])
+def test_a_truncated_archive_is_one_message(packed: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.txt{packed}"
+    path.write_bytes(PACKED[packed](make_text(5000).encode())[:-40])
+    with pytest.raises(UserError, match="cannot read") as error:
+        text_of(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv"])
+def test_the_mark_of_an_encoding_is_read_and_no_text(name: str, encoding: str, tmp_path: Path) -> None:
+    content = {"a.txt": "one Grüße", "a.csv": "text\none Grüße\n"}.get(name, '{"text": "one Grüße"}\n')
+    (tmp_path / name).write_bytes(content.encode(encoding))
+    assert text_of(tmp_path / name) == "one Grüße"
+
+
+@pytest.mark.parametrize("name", ["a.md", "wiki.train.tokens", "README", "a.TEXT", "a.rst", "b.py"])
+def test_text_under_any_name_is_text_and_binaries_are_not(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("# one\r\n\ntwo")
+    assert text_of(tmp_path / name) == "# one\n\ntwo"
+    (tmp_path / name).write_bytes(b"one\0two")
+    with pytest.raises(UserError, match=r"unknown kind.*\.parquet"):
+        text_of(tmp_path / name)
+
+
+JSON_DOCUMENTS = {
+    "lines": '{"text": "a"}\n{"text": "b"}\n',
+    "a list": '[{"text": "a"}, {"text": "b"}]',
+    "a list, indented": json.dumps([{"text": "a"}, {"text": "b"}], indent=2),
+    "texts": '["a", "b"]',
+    "a field": '{"data": [{"text": "a"}, {"text": "b"}]}',
+    "a field, indented": json.dumps({"data": [{"text": "a"}, {"text": "b"}]}, indent=2),
+    "dates and numbers": '{"text": "a", "n": 1}\n{"text": "b", "n": "2020-01-01"}\n',
+}
+
+
+@pytest.mark.parametrize("case", JSON_DOCUMENTS)
+def test_json_is_lines_or_a_document(case: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(JSON_DOCUMENTS[case])
+    assert text_of(tmp_path / "a.json") == "a\n\nb"
+
+
+def parquet(path: Path, *texts: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    datasets.Dataset.from_dict({"text": list(texts)}).to_parquet(path)
+
+
+def test_a_folder_of_the_hub_has_its_configurations_and_splits(tmp_path: Path) -> None:
+    raw = tmp_path / "wikitext" / "wikitext-2-raw-v1"
+    for split in ("test", "train", "validation"):
+        parquet(raw / f"{split}-00000-of-00001.parquet", split)
+    (tmp_path / "wikitext" / "README.md").write_text("---\nconfigs: []\n---\n")
+    (tmp_path / "wikitext" / ".gitattributes").write_text("x")
+    (tmp_path / "wikitext" / ".cache" / "huggingface").mkdir(parents=True)
+    (tmp_path / "wikitext" / ".cache" / "huggingface" / "x.json").write_text("{}")
+    for folder in (raw, tmp_path / "wikitext"):
+        assert (calibration_split(str(folder)), held_out_split(str(folder))) == ("train", "test")
+        assert [text_of(folder, split) for split in ("train", "validation", "test")] == ["train", "validation", "test"]
+    assert split_spec(f"{raw}:validation") == (str(raw), "validation")
+    assert text_of(raw / "test-00000-of-00001.parquet") == "test"
+
+    parquet(tmp_path / "wikitext" / "wikitext-103-v1" / "train-00000-of-00001.parquet", "large")
+    with pytest.raises(UserError, match=r"several datasets: wikitext-103-v1, wikitext-2-raw-v1\. Choose"):
+        text_of(tmp_path / "wikitext")
+    assert text_of(raw) == "train"
+
+
+LAYOUTS: dict[str, dict[str, str]] = {
+    "shards in order": {"train": "ab", "data/train-00001-of-00002.jsonl": "b", "data/train-00000-of-00002.jsonl": "a"},
+    "c4": {"train": "ab", "en/c4-train.00000-of-01024.json.gz": "a", "en/c4-train.00001-of-01024.json": "b"},
+    "validation": {"train": "a", "validation": "v", "c4-train.00000-of-01024.json": "a", "c4-validation.json": "v"},
+    "others": {"train_sft": "a", "gen": "t", "train_sft-00000-of-00001.jsonl": "a", "gen-00000-of-00001.jsonl": "t"},
+    "folders of splits": {"train": "ab", "test": "t", "train/1.jsonl": "a", "train/2.jsonl": "b", "test/1.jsonl": "t"},
+    "dev": {"train": "a", "validation": "v", "train.jsonl": "a", "dev.jsonl": "v"},
+    "none": {"train": "ab", "1.jsonl": "a", "2.jsonl": "b"},
+    "kinds": {"train": "a", "test": "t", "train.jsonl": "a", "test.csv": "t"},
+    "prose": {"train": "ab", "chapter1.txt": "a", "more/chapter2.md": "b", "README.md": "no"},
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_the_split_of_a_file_is_in_its_name(case: str, tmp_path: Path) -> None:
+    expected = {name: text for name, text in LAYOUTS[case].items() if "." not in name and text}
+    base = tmp_path / "train and test"  # what the folder itself is called says nothing
+    for name, text in LAYOUTS[case].items():
+        if "." in name:
+            path, content = base / name, f"text\n{text}\n".encode() if name.endswith(".csv") else lines(text)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            prose = name.endswith((".txt", ".md"))
+            path.write_bytes(text.encode() if prose else gzip.compress(content) if name.endswith(".gz") else content)
+    assert {split: text_of(base, split).replace("\n", "") for split in expected} == expected
+    with pytest.raises(UserError, match=", ".join(expected)):
+        text_of(base, "no")
+
+
+def test_globs_are_files_in_order(tmp_path: Path) -> None:
+    for name in ("b", "a", "c"):
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(name))
+    (tmp_path / "x.txt").write_text("x")
+    assert text_of(tmp_path / "*.jsonl") == "a\n\nb\n\nc"
+    assert text_of(tmp_path / "[ab].jsonl") == "a\n\nb"
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "d.jsonl").write_bytes(lines("d"))
+    assert text_of(tmp_path / "**" / "*.jsonl") == "a\n\nb\n\nc\n\nd"
+    (tmp_path / "[ab].jsonl").write_bytes(lines("a file of this very name"))
+    assert text_of(tmp_path / "[ab].jsonl") == "a file of this very name"
+    with pytest.raises(UserError, match=r"neither a named dataset nor a file"):
+        text_of(tmp_path / "*.nothing")
+
+
+def test_an_arrow_file_and_an_empty_folder(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "saved")
+    (arrow,) = (tmp_path / "saved").glob("*.arrow")
+    assert text_of(arrow) == "a\n\nb"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"holds no files of text.*\.parquet"):
+        text_of(tmp_path / "empty")
+
+
+def test_the_split_and_the_column_are_options(tmp_path: Path, tokenizer_folder: str) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for shift, split in enumerate(("train", "validation", "test")):
+        row = json.dumps({"title": "t", "body": make_text(900, shift)})
+        (folder / f"{split}.jsonl").write_text(row)
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"text": make_text(900, 9), "url": "u"}))
+
+    def build(dataset: str, **options: Any) -> CalibrationDataModule:
+        small: dict[str, Any] = {"num_samples": 5, "seq_len": 16, "eval_seq_len": 16, "tokenizer": tokenizer_folder}
+        data = CalibrationDataModule(dataset, **small, cache_dir=str(tmp_path / "cache"), column="body", **options)
+        data.setup("fit")
+        return data
+
+    chosen = build(str(folder), split="validation", eval_datasets=[str(folder), str(other)])
+    assert chosen.calibration.manifest.split == "validation"
+    assert (
+        chosen.calibration.manifest.fingerprint
+        == build(f"{folder}:validation", eval_datasets=[]).calibration.manifest.fingerprint
+    )
+    assert [one.manifest["split"] for one in chosen.evaluation] == ["test", "all"]  # the other file has no such column
+    with pytest.raises(UserError, match=r"--data\.split is test, but.*names validation"):
+        build(f"{folder}:validation", split="test")
+    with pytest.raises(UserError, match=r"no split 'dev'.*train, test, validation"):
+        build(str(folder), split="dev")
+    with pytest.raises(UserError, match=r"--data\.column body.*not there"):
+        build(str(other), eval_datasets=[])
