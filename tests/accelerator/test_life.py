@@ -35,8 +35,9 @@ SYSTEMS = {
 GRADIENTS = ("hgsp_taylor", "hgsp_fisher", "hgsp_kfac_refit", "gisp")
 # Of perplexities: attention takes another path there than on the CPU.
 TOLERANCES = {"32-true": 1e-5, "bf16-true": 2e-2, "16-true": 2e-3, "bf16-mixed": 2e-2}
+QUICK = ("wanda", "slimgpt", "shortgpt", "hgsp_kfac_refit")  # one of each kind of pass; the others are slow
 every_system = pytest.mark.parametrize(
-    "system", [pytest.param(name, marks=pytest.mark.slow) if name == "gisp" else name for name in SYSTEMS]
+    "system", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SYSTEMS]
 )
 
 

@@ -66,7 +66,8 @@ def test_tokenizer_is_lossless_and_fits_the_model(tokenizer, model):
     ids = tokenizer(text)["input_ids"]
     assert 20_000 < len(ids) < 45_000
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
-    assert ids[0] == tokenizer.bos_token_id == model.config.bos_token_id
+    assert tokenizer.bos_token_id == model.config.bos_token_id
+    assert tokenizer.bos_token_id not in ids
     assert tokenizer.eos_token_id == model.config.eos_token_id
     assert max(ids) < model.config.vocab_size == len(tokenizer)
     assert tokenizer.decode(tokenizer("naïve 語")["input_ids"], skip_special_tokens=True) == "naïve 語"

@@ -5,6 +5,8 @@ from typing import Any
 
 import gguf
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig
 
 from lightning_prune.export.vocabulary import add_vocabulary
@@ -15,8 +17,13 @@ from tests.export.checkpoints import TOKENS, save
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A model with the demo model's tokenizer: GPT-2's kind, 1024 tokens, of which 0 begins a text and 1 ends one."""
+    """A model with the demo model's tokenizer: GPT-2's kind, 1024 tokens, of which 0 begins a text and 1 ends one. It
+    puts the first of them in front of a text."""
     save(tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)])
+    tokenizer.save(str(file))
     return tmp_path / "model"
 
 

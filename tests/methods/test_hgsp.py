@@ -223,7 +223,7 @@ def test_non_finite_priors_name_the_layer() -> None:
 
 def test_a_prior_whose_power_overflows_is_a_temperature_too_high() -> None:
     views = layer_structures(make_tiny(layers=2))
-    scores = group_scores(views, [torch.ones(2)] * 2, [torch.ones(40)] * 2)
+    scores = group_scores(views)
     delta = torch.tensor([[math.e**3 - 1, 0.5]] * 3, dtype=torch.float64)  # a prior of 3 and one below 1
     assert np.isfinite(final_scores(scores, delta, 0.0, 600.0, "none").score).all()  # 3^600 is 1.9e286
     for temperature in (700.0, 1e308):

@@ -68,12 +68,12 @@ def test_ties_go_to_the_lower_layer(run: Any) -> None:
 
 @pytest.mark.parametrize(("budget", "count"), [(24, 2), (26, 3), (25, 2)])  # of two equally near ones the fewer
 def test_ratio_removes_the_nearest_number_of_layers(budget: float, count: int) -> None:
-    assert nearest_layer_count(10, 8, budget) == count
+    assert nearest_layer_count([10] * 8, budget) == count
 
 
 @pytest.mark.parametrize(("budget", "count"), [(9, 0), (10, 1), (19.9, 1), (29, 2), (80, 8), (1000, 8)])
 def test_at_most_never_removes_more_than_the_budget(budget: float, count: int) -> None:
-    assert nearest_layer_count(10, 8, budget, at_most=True) == count
+    assert nearest_layer_count([10] * 8, budget, at_most=True) == count
 
 
 def test_at_most_keeps_the_ratio_where_the_nearest_number_of_layers_exceeds_it(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ MISTAKES = {
     "too long": (["--data.dataset", "INPUTS/long.npy"], ["windows of 200 tokens", "128 positions", "--data.seq_len"]),
     "too short": (
         ["--model.pretrained", "demo", "--data.dataset", "INPUTS/short.txt", "--data.cache_dir", "INPUTS/cache"],
-        ["tokens, but 16256 are needed (128 windows of 128, bos included)", "--data.num_samples"],
+        ["tokens, but 16384 are needed (128 windows of 128)", "--data.num_samples"],
     ),
     "no weights": (["--model.pretrained", "INPUTS/no_weights"], ["--model.pretrained", "model.safetensors"]),
     "unknown family": (["--model.pretrained", "INPUTS/gpt2"], ["--model.pretrained", "'gpt2' is not supported"]),
