@@ -146,7 +146,7 @@ def test_every_precision_decides_as_the_cpu(fit: Fit, system: str, precision: st
     fit.check(fit.sim(system, precision, precision=precision), system, precision, precision)
 
 
-@pytest.mark.parametrize("system", [name for name in SYSTEMS if "magnitude" not in name and name != "gisp"])
+@pytest.mark.parametrize("system", QUICK)
 def test_memory_that_runs_out_in_the_middle_of_a_pass_ends_in_advice(fit: Fit, system: str) -> None:
     ended = fit.sim(system, "full", before="full lightning_prune.calibration.loop:CalibrationLoop.batch 8")
     assert ended.status == 2, ended.printed
