@@ -149,7 +149,16 @@ def _kind(file: Path) -> tuple[str, str]:
 
 
 def _is_saved(path: Path) -> bool:
-    return any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json"))
+    saved = any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json"))
+    if saved:
+        _refuse_special(path.rglob("*"))
+    return saved
+
+
+def _refuse_special(files: Iterable[Path]) -> None:
+    for file in files:
+        if is_special(file):
+            require_regular(file, _OPTIONS)
 
 
 def _files_by_split(name: str) -> dict[str, list[Path]]:
@@ -159,9 +168,7 @@ def _files_by_split(name: str) -> dict[str, list[Path]]:
     base = path if path.is_dir() else next(one for one in path.parents if not glob.has_magic(str(one)))
     found = [path] if path.is_dir() else [Path(one) for one in glob.glob(name, recursive=True)]
     files = [file for one in found for file in (sorted(one.rglob("*")) if one.is_dir() else [one])]
-    for file in files:
-        if is_special(file):
-            require_regular(file, _OPTIONS)
+    _refuse_special(files)
     files = [file for file in files if file.is_file()]
     if path.is_dir():
         hidden = [file for file in files if any(METADATA.fullmatch(part) for part in file.relative_to(base).parts)]
