@@ -82,7 +82,8 @@ def calibration_split(dataset: str) -> str:
 
 def held_out_split(dataset: str) -> str | None:
     """The split evaluation reads by default: `test`, else `validation`, else None (a file without splits)."""
-    return next((split for split in ("test", "validation") if split in _splits(dataset)), None)
+    splits = _splits(dataset)
+    return next((split for split in ("test", "validation") if split in splits), None)
 
 
 def split_spec(spec: str) -> tuple[str, str | None]:

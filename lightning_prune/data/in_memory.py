@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.data.corpora import calibration_split, load_corpus, split_spec
-from lightning_prune.data.local_files import JOINER, of_dataset
+from lightning_prune.data.local_files import of_dataset
 from lightning_prune.data.rows import Chat, Table, documents, is_turns
 from lightning_prune.data.sampling import draw_windows
 from lightning_prune.data.tokenization import load_tokenizer, tokenize, window_start
@@ -98,7 +98,7 @@ def _text(data: Any, column: str | None, tokenizer: Any) -> str:
     elif isinstance(data, Iterable) and not isinstance(data, Mapping):
         rows = list(data)
         if rows and all(isinstance(row, str) for row in rows):
-            return JOINER.join(rows)
+            return chat.joined(rows)
         if rows and all(isinstance(row, list) and is_turns(row) for row in rows):
             rows = [{"messages": row} for row in rows]
         if rows and all(isinstance(row, Mapping) for row in rows):
@@ -109,4 +109,4 @@ def _text(data: Any, column: str | None, tokenizer: Any) -> str:
             f"{type(data).__name__}."
         )
     texts = [text for text in documents("the dataset", found, column, chat) if text is not None]
-    return (chat.joiner(texts[0], JOINER) if chat.sha256 and texts else JOINER).join(texts)
+    return chat.joined(texts)

@@ -22,7 +22,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from lightning_prune.data.rows import Chat, Table, documents, is_turns
+from lightning_prune.data.rows import BLANK_LINE, Chat, Table, documents, is_turns
 from lightning_prune.support.errors import UserError, first_line
 from lightning_prune.support.quiet import quiet_datasets
 from lightning_prune.support.regular_files import is_special, require_regular
@@ -31,7 +31,6 @@ FILE_KINDS = (
     "text (.txt, .md, …), .jsonl, .json, .csv, .tsv, .parquet or .arrow file (also .gz, .bz2, .xz, .zst, .zip), glob "
     "or folder of such files, folder saved by datasets.save_to_disk, or token array (.npy, .safetensors)"
 )
-JOINER = "\n\n"  # documents of a local file are joined by a blank line
 SIZE_LIMIT = 1 << 32  # bytes and characters: far more than calibration reads, less than it takes to fill a machine
 PROSE = (".txt", ".text", ".md", ".markdown", ".rst", ".raw", ".tokens", ".tex")  # what of a folder is read as text
 METADATA = re.compile(
@@ -87,8 +86,7 @@ def local_splits(name: str) -> list[str]:
     if path.is_file() or is_special(path):
         return []
     with _reading(path):
-        if _is_saved(path):
-            saved = datasets.load_from_disk(name)
+        if (saved := _saved(path)) is not None:
             return [str(split) for split in saved] if isinstance(saved, dict) else []
         return list(_files_by_split(name))
 
@@ -107,8 +105,7 @@ def read_local(name: str, split: str, column: str | None = None, chat: Chat | No
     """
     path, chat = Path(name), chat or Chat(None)
     with _reading(path):
-        if _is_saved(path):
-            saved = datasets.load_from_disk(name)
+        if (saved := _saved(path)) is not None:
             rows = saved[split] if isinstance(saved, dict) else saved
             text = _joined(path, documents(path, of_dataset(rows), column, chat), chat)
             return LocalText(text, rows._fingerprint, chat.sha256)
@@ -148,11 +145,12 @@ def _kind(file: Path) -> tuple[str, str]:
     return (".jsonl" if kind in (".ndjson", ".jl") else kind), packed
 
 
-def _is_saved(path: Path) -> bool:
-    saved = any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json"))
-    if saved:
-        _refuse_special(path.rglob("*"))
-    return saved
+def _saved(path: Path) -> Any:
+    """What `save_to_disk` of `datasets` left at `path`: a dataset or a dict by split. None for anything else."""
+    if not any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json")):
+        return None
+    _refuse_special(path.rglob("*"))
+    return datasets.load_from_disk(str(path))
 
 
 def _refuse_special(files: Iterable[Path]) -> None:
@@ -251,22 +249,26 @@ def _json(file: Path) -> list[dict[str, Any]]:
                 rows.append(json.loads(line))
                 rows[-1].items()
             except (ValueError, RecursionError, AttributeError) as error:  # ValueError: also a number of 5000 digits
-                if len(rows) == 0 and (document := _document(line + text.read(SIZE_LIMIT))) is not None:
+                document = None if rows else _document(line + text.read(SIZE_LIMIT))
+                if document is not None:
                     return document
                 raise UserError(
                     f"{file}, line {number}: not a JSON object; {_OPTIONS} take one a line, or a list of them"
                 ) from error
-    if len(rows) == 1 and file.suffix.lower() == ".json":
-        return _document(json.dumps(rows[0])) or rows
+    if len(rows) == 1 and _kind(file)[0] == ".json":
+        return _rows_of(rows[0]) or rows
     return rows
 
 
 def _document(text: str) -> list[dict[str, Any]] | None:
-    """The rows of a list of objects or texts, alone or as the only list in an object; None for anything else."""
     try:
-        content = json.loads(text)
+        return _rows_of(json.loads(text))
     except (ValueError, RecursionError):
         return None
+
+
+def _rows_of(content: Any) -> list[dict[str, Any]] | None:
+    """The rows of a list of objects or texts, alone or as the only list in an object; None for anything else."""
     if isinstance(content, dict):
         lists = [value for value in content.values() if isinstance(value, list) and value]
         content = lists[0] if len(lists) == len(content) == 1 and not is_turns(lists[0]) else [content]
@@ -316,9 +318,9 @@ def _joined(path: Path, parts: Iterable[str | None], chat: Chat) -> str:
     for document in parts:
         if document is not None:
             texts.append(document)
-            size += len(document) + len(JOINER)
+            size += len(document) + len(BLANK_LINE)
             _check_size(path, size)
-    text = (chat.joiner(texts[0], JOINER) if chat.sha256 and texts else JOINER).join(texts)
+    text = chat.joined(texts)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

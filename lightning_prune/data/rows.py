@@ -1,7 +1,7 @@
 """Rows of a table as documents: which column is the text, and chats in the words of the tokenizer's chat template."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,7 @@ CONTEXTS, SYSTEM = ("input", "context"), ("system", "system_prompt")
 ROLES = dict.fromkeys(("human", "user"), "user") | {"system": "system"}
 ROLES |= dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "bot", "bard", "bing"), "assistant")
 ROLES |= dict.fromkeys(("tool", "function", "function_response", "observation"), "tool")
+BLANK_LINE = "\n\n"
 _OPTIONS = "--data.dataset and --data.eval_datasets"
 
 
@@ -92,9 +93,11 @@ class Chat:
                 f"row, or choose another tokenizer (--data.tokenizer) or a column of plain text (--data.column)"
             ) from error
 
-    def joiner(self, first: str, blank_line: str) -> str:
-        """Between chats: nothing, where the template marks their beginning with a special token, else a blank line."""
-        return "" if first.startswith(tuple(self.tokenizer.get_added_vocab())) else blank_line
+    def joined(self, texts: Sequence[str]) -> str:
+        """Documents as one text, with a blank line between them; nothing between chats whose template marks their
+        beginning with a special token."""
+        is_marked = bool(texts and self.sha256) and texts[0].startswith(tuple(self.tokenizer.get_added_vocab()))
+        return ("" if is_marked else BLANK_LINE).join(texts)
 
 
 def documents(path: Any, table: Table, column: str | None, chat: Chat) -> Iterator[str | None]:
@@ -113,7 +116,10 @@ def documents(path: Any, table: Table, column: str | None, chat: Chat) -> Iterat
         turns = [turn for name in columns for turn in _turns(row.get(name), _role(name), where)]
         if len(columns) > 2 and isinstance(row.get(columns[1]), str):  # instruction and its input are one turn
             asked = [str(row[name]) for name in columns[:2] if row.get(name)]
-            turns = [{"role": "user", "content": "\n\n".join(asked)}, *_turns(row.get(columns[2]), "assistant", where)]
+            turns = [
+                {"role": "user", "content": BLANK_LINE.join(asked)},
+                *_turns(row.get(columns[2]), "assistant", where),
+            ]
         if system and row.get(system[0]) and turns and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": row[system[0]]})
         yield chat.render(turns, where) if turns else None

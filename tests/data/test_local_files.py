@@ -108,7 +108,8 @@ JSON_DOCUMENTS = {
 @pytest.mark.parametrize("case", JSON_DOCUMENTS)
 def test_json_is_lines_or_a_document(case: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(JSON_DOCUMENTS[case])
-    assert text_of(tmp_path / "a.json") == "a\n\nb"
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(JSON_DOCUMENTS[case].encode()))
+    assert text_of(tmp_path / "a.json") == text_of(tmp_path / "a.json.gz") == "a\n\nb"
 
 
 def parquet(path: Path, *texts: str) -> None:
