@@ -43,7 +43,8 @@ def configuration_sha256(
 
 # Decide nothing: placement, batches (sums are free of their size but for rounding), and how model and text are called,
 # of which there are fingerprints.
-FREE = ("model.label", "model.onload", "model.pretrained", "data.tokenizer", "data.dataset", "data.batch_size")
+FREE = ("model.label", "model.onload", "model.pretrained")
+FREE += ("data.tokenizer", "data.dataset", "data.batch_size", "data.cache_dir")
 
 
 def facts_of(config: str, base_model: str | None, calibration: str | None, processes: int) -> Facts:
@@ -53,7 +54,7 @@ def facts_of(config: str, base_model: str | None, calibration: str | None, proce
     options |= {f"data.{name}": value for name, value in parsed.get("data", {}).items() if not name.startswith("eval")}
     return {
         "model": parsed["model"]["class_path"],
-        **{name: value for name, value in options.items() if name not in (*FREE, "data.cache_dir")},
+        **{name: value for name, value in options.items() if name not in FREE},
         "trainer.precision": parsed.get("trainer", {}).get("precision") or "32-true",
         "weights of the model (SHA-256)": base_model,
         "calibration tokens (SHA-256)": calibration,
