@@ -43,8 +43,10 @@ def configuration_sha256(
 
 # Decide nothing: placement, batches (sums are free of their size but for rounding), and how model and text are called,
 # of which there are fingerprints.
-FREE = ("model.label", "model.onload", "model.pretrained")
-FREE += ("data.tokenizer", "data.dataset", "data.batch_size", "data.cache_dir")
+FREE = (
+    *("model.label", "model.onload", "model.pretrained"),
+    *("data.tokenizer", "data.dataset", "data.batch_size", "data.cache_dir"),
+)
 
 
 def facts_of(config: str, base_model: str | None, calibration: str | None, processes: int) -> Facts:
