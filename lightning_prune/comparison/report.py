@@ -2,20 +2,22 @@
 
 import base64
 import hashlib
-import io
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
-import matplotlib
+from bokeh.resources import Resources
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from matplotlib.figure import Figure
+from markupsafe import Markup
 
 from lightning_prune.comparison.appendix import appendix
 from lightning_prune.comparison.audit import Audit
+from lightning_prune.comparison.charts import GRID, INK, charts
 from lightning_prune.comparison.exports import accuracy_csv, csv_text, latex, results_csv
-from lightning_prune.comparison.plots import plots
 from lightning_prune.comparison.sections import Section, markdown, sections
 from lightning_prune.comparison.selection import precision_rows
 from lightning_prune.comparison.tables import numeric_column
@@ -34,7 +36,7 @@ OTHERS = {"precision.csv", "zero_shot.csv", "tensorboard"}  # not in every repor
 def write_report(audit: Audit, failures: Sequence[Failure], folder: Path) -> list[Section]:
     """Write the report into ``folder``, which exists: ``NAMES``, and ``OTHERS`` where there is something to
     say. Returns its sections, for the terminal."""
-    parts, figures = sections(audit, failures), list(plots(audit))
+    parts, methods = sections(audit, failures), appendix(audit)
     write_text(folder / "report.md", markdown(TITLE, parts))
     write_text(folder / "results.csv", results_csv(audit, failures))
     if any(run.accuracy is not None for run in audit.runs):
@@ -42,25 +44,34 @@ def write_report(audit: Audit, failures: Sequence[Failure], folder: Path) -> lis
     if half := precision_rows(audit.runs):
         write_text(folder / "precision.csv", csv_text(half))
     write_text(folder / "results.tex", latex(audit))
-    write_text(folder / "calibration_appendix.md", appendix(audit))
-    log_comparison(audit, figures, folder)
+    write_text(folder / "calibration_appendix.md", methods)
+    log_comparison(audit, folder)
+    front = bool(audit.runs) + bool(failures)  # what comes before the charts: the answer, and what has failed
+    drawn = charts(audit)
+    folded = [(heading, list(some)) for heading, some in groupby(drawn[1:], lambda one: one.heading)]
+    page = _page(sections=parts, front=front, first=drawn[:1], folded=folded, appendix=methods)
+    write_text(folder / "report.html", page)
+    return parts
+
+
+def _page(**content: Any) -> str:
+    """One file that opens offline: only its own two scripts may run, and nothing is loaded."""
     environment = Environment(
         loader=PackageLoader("lightning_prune.comparison", "."),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=lambda value: value if hasattr(value, "__html__") else plain(value),
     )
-    environment.filters |= {"image": _image, "sha256": _sha256, "numeric_column": numeric_column}
-    page = environment.get_template("report.html.jinja").render(title=TITLE, sections=parts, plots=figures)
-    write_text(folder / "report.html", page)
-    return parts
+    environment.filters |= {"sha256": _sha256, "numeric_column": numeric_column, "data": _data}
+    content["appendix"] = Markup.escape(content["appendix"])  # its cells are plain
+    bokeh = Markup(Resources(mode="inline", components=["bokeh"]).js_raw[0])
+    template = environment.get_template("report.html.jinja")
+    return template.render(title=TITLE, bokeh=bokeh, ink=INK, grid=GRID, **content)
 
 
-def _image(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": TITLE}):  # the same report, the same bytes
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _data(value: object) -> Markup:
+    """JSON inside a script element, which no text in it can close."""
+    return Markup(json.dumps(value).replace("<", "\\u003c"))
 
 
 def _sha256(text: str) -> str:

@@ -1,16 +1,13 @@
-"""The comparison in TensorBoard: the report's figures, and curves over layers.
-
-``tensorboard/`` has the figures and a layout of custom scalars with a category per ratio; below it is a run per system.
+"""The comparison in TensorBoard: a run per system, with its importance and what it keeps as curves over layers, and its
+perplexity over the ratio. ``tensorboard/`` itself has a layout of custom scalars with a category per ratio.
 """
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_prune.comparison.audit import Audit
-from lightning_prune.comparison.plots import Plot, tag
 from lightning_prune.comparison.repeats import repeats
 from lightning_prune.comparison.selection import kept_fraction
 from lightning_prune.models.vocabulary import ROLES_OF
@@ -19,7 +16,7 @@ from lightning_prune.support.escape import plain
 FOLDER = "tensorboard"
 
 
-def log_comparison(audit: Audit, plots: Iterable[Plot], folder: Path) -> None:
+def log_comparison(audit: Audit, folder: Path) -> None:
     """Write ``folder/tensorboard``.
 
     Raises:
@@ -38,7 +35,7 @@ def log_comparison(audit: Audit, plots: Iterable[Plot], folder: Path) -> None:
                 for line in lines:
                     if line.name != name:
                         continue
-                    key = tag(number, line.ratio)
+                    key = f"comparison{table} {line.ratio * 100:g} %"
                     units = line.first.units
                     curves = {"share of importance": units.per_layer(units.importance) / (units.importance.sum() or 1)}
                     curves |= {f"kept fraction {block}": kept_fraction(line.first, block) for block in ROLES_OF}
@@ -47,8 +44,11 @@ def log_comparison(audit: Audit, plots: Iterable[Plot], folder: Path) -> None:
                             writer.add_scalar(f"{key}/{title}", float(value), layer)
                     # TensorBoard smooths every curve but those with a margin, and smoothing over layers would show
                     # another curve; so these have one, of width 0.
+                    for data in line.sets:
+                        if (mean := line.perplexity(data).mean) is not None:
+                            writer.add_scalar(
+                                plain(f"comparison{table}/perplexity/{data}"), mean, round(line.ratio * 100)
+                            )
                     layout[key] = {f"{title} by layer": ["Margin", [f"{key}/{title}"] * 3] for title in curves}
     with SummaryWriter(str(folder / FOLDER)) as writer:
-        for plot in plots:
-            writer.add_figure(plain(plot.tag), plot.figure, close=False)
         writer.add_custom_scalars(layout)

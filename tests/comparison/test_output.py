@@ -10,9 +10,9 @@ from tests.comparison.fake_run import write_run
 
 
 @pytest.fixture(autouse=True)
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take most of the time and change nothing here."""
-    monkeypatch.setattr(report, "plots", lambda audit: [])
+    monkeypatch.setattr(report, "charts", lambda audit: [])
 
 
 def compare(root: Path, *more: object) -> int:

@@ -4,7 +4,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
 
 from lightning_prune.support import escape
 
@@ -96,16 +95,6 @@ def test_plain_text_is_one_visible_line_and_latex_prints_it(text: str) -> None:
     assert not {unicodedata.category(character) for character in line} & {"Cc", "Cf", "Cs", "Zl", "Zp"}
     line.encode("utf-8")
     assert read_latex(escape.latex(text)) == line
-
-
-@pytest.mark.parametrize("text", [*HOSTILE, "_hidden"])
-def test_figures_show_the_text_without_formulas(text: str) -> None:
-    axes = Figure().subplots()
-    (line,) = axes.plot([0, 1], label=escape.figure(text))
-    assert axes.get_legend_handles_labels()[0] == [line]  # a leading underscore hides a line from the legend
-    # The very call that decides between text and formula when the figure is drawn.
-    shown, math = axes.set_title(escape.figure(text))._preprocess_math(escape.figure(text))
-    assert (math, shown.strip()) == (False, escape.plain(text))
 
 
 @pytest.mark.parametrize(

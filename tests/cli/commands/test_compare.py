@@ -10,9 +10,9 @@ from tests.comparison.fake_run import write_run
 
 
 @pytest.fixture(autouse=True)
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take most of the time; tests/comparison looks at them."""
-    monkeypatch.setattr(report, "plots", lambda audit: [])
+    monkeypatch.setattr(report, "charts", lambda audit: [])
 
 
 def test_runs_that_exist_are_compared_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
