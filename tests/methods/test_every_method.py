@@ -325,7 +325,7 @@ def test_half_precision_is_for_the_layers_alone_and_decides_as_single_but_for_ro
         # twice the relative error.
         steps = 32 if system == "hgsp_fisher" else 16
         torch.testing.assert_close(after.importance, before.importance, rtol=steps * ROUNDING[precision], atol=0)
-    values = [run.record.metrics["perplexity"]["held-out.npy"] for run in (full, half)]
+    values = [run.metrics["perplexity"]["held-out.npy"] for run in (full, half)]
     for which in ("dense", "pruned"):
         assert values[1][which] == pytest.approx(values[0][which], rel=0.05)
 
@@ -449,7 +449,7 @@ def test_where_the_weights_are_does_not_change_a_bit(shared: Any, system: str, p
     runs = [shared(system, precision=precision, onload=onload) for onload in ("model", "layer")]
     for name in ("scores.csv", "plan.json", "calibration.json", "pruned/model.safetensors", "pruned/config.json"):
         assert (runs[0].folder / name).read_bytes() == (runs[1].folder / name).read_bytes(), name
-    assert runs[0].record.metrics["perplexity"] == runs[1].record.metrics["perplexity"]
+    assert runs[0].metrics["perplexity"] == runs[1].metrics["perplexity"]
     for run, onload in zip(runs, ("model", "layer"), strict=True):
         assert json.loads((run.folder / "method.json").read_text())["onload"] == onload
 
