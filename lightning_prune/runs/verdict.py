@@ -109,7 +109,30 @@ def summary_table(label: str, metrics: dict[str, Any]) -> str:
         windows = f"{split} in windows of {protocol['seq_len']}" if "seq_len" in protocol else ""
         values = f"dense {item['dense']:.3f}, pruned {item['pruned']:.3f} ({item['tokens']:,} tokens{windows})"
         rows.append((f"perplexity {name}", f"{values}, {verdict(metrics, name)}"))
+    rows += comparison_rows(metrics)
     return _aligned(rows, metrics)
+
+
+def comparison_rows(metrics: dict[str, Any]) -> Rows:
+    """What a ``metrics.json`` says of the distance from the dense model and of both models' continuations."""
+    rows = []
+    for name, item in metrics.get("distance", {}).items():
+        kl, agreement, acceptance = (item[key] for key in ("kl_divergence", "top1_agreement", "expected_acceptance"))
+        value = "not finite"
+        if _finite(kl):
+            value = f"KL {kl:.4g} nats per token, top-1 agreement {agreement:.1%}, expected acceptance {acceptance:.1%}"
+        rows.append((f"distance {name}", value))
+    if written := metrics.get("continuations"):
+        both = [
+            (f"{share(written[side][key])}" for side in ("dense", "pruned")) for key in ("repeated_4grams", "ended")
+        ]
+        repeated, ended = (" → ".join(pair) for pair in both)
+        value = (
+            f"equal for the first {written['common_beginning']:.1f} of {written['new_tokens']} tokens, repeated "
+            f"4-grams {repeated}, ended {ended} ({written['prompts']} prompts)"
+        )
+        rows.append(("continuations", value))
+    return rows
 
 
 def recovery_table(label: str, metrics: dict[str, Any]) -> str:
