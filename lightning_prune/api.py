@@ -33,6 +33,7 @@ from lightning_prune.runs.run import prune_and_record
 from lightning_prune.support.errors import UserError
 
 HALF = {torch.bfloat16: "bf16-true", torch.float16: "16-true"}  # precisions of a model that is loaded in them
+DISTANCES = {"KL": "kl_divergence", "top-1": "top1_agreement", "acceptance": "expected_acceptance"}  # of a column
 __all__ = ["PrunedModel", "UserError", "apply", "calibration_set", "compare", "evaluate", "export", "load", "prune"]
 
 
@@ -248,7 +249,8 @@ def compare(
     """One row per system and ratio, best first within a ratio: what ``lightning-prune compare --runs`` shows.
 
     Runs that differ in nothing but the seed of their calibration samples are one row with mean, sample standard
-    deviation (``deviation …``) and number (``n``), where every system had the same seeds.
+    deviation (``deviation …``) and number (``n``), where every system had the same seeds. ``KL …``, ``top-1 …`` and
+    ``acceptance …`` are the distance from the dense model.
 
     ``attrs["differences"]`` lists what makes runs incomparable (other tokens, evaluation, base model or ratio).
 
@@ -279,6 +281,12 @@ def compare(
         row: dict[str, Any] = {"system": line.first.label, "ratio": line.first.requested}
         row["achieved"] = line.average(lambda run: run.achieved)
         row |= {f"perplexity {name}": line.perplexity(name).mean for name in line.sets}
+        row |= {
+            f"{key} {name}": line.distance(name, field).mean
+            for name in line.sets
+            for key, field in DISTANCES.items()
+            if name in line.first.metrics.distance
+        }
         if len(lines) < len(loaded):
             row |= {f"deviation {name}": line.perplexity(name).deviation for name in line.sets} | {"n": len(line.runs)}
         row |= _accuracies(line.runs, loaded)
