@@ -98,13 +98,10 @@ def recover_and_record(
         with module.seconds.measure("save"):
             self_check, zeroed = _save(folder, module, run)
         # After the training, which may need the memory that the residual streams take.
-        made = Checkpoint.open(str(folder.pruned))
-        if base_model is None:
-            dense, recovered = Measured(made, known or {}), measuring(made, "recovered")
-        else:
-            dense = measuring(base_model, "dense", scratch=folder.path)
-            recovered = measuring(made, "recovered", reference=dense)
-            dense.close()
+        dense = None if base_model is None else measuring(base_model, "dense", scratch=folder.path)
+        recovered = measuring(Checkpoint.open(str(folder.pruned)), "recovered", reference=dense)
+        dense = dense or Measured(recovered.checkpoint, known or {})
+        dense.close()
         record = {
             "parent": str(run.path),
             "parent_label": run.metrics.method.label,
