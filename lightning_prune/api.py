@@ -4,6 +4,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from lightning_prune.comparison.records import Run, load_run
 from lightning_prune.comparison.repeats import repeats
 from lightning_prune.comparison.zero_shot import ZeroShot
 from lightning_prune.data.in_memory import as_dataset, calibration_set
-from lightning_prune.evaluation.perplexity import Evaluation
+from lightning_prune.evaluation.perplexity import Evaluation, measure
 from lightning_prune.export.export import export
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.live import unwrapped, written
@@ -32,6 +33,7 @@ from lightning_prune.runs.run import prune_and_record
 from lightning_prune.support.errors import UserError
 
 HALF = {torch.bfloat16: "bf16-true", torch.float16: "16-true"}  # precisions of a model that is loaded in them
+DISTANCES = {"KL": "kl_divergence", "top-1": "top1_agreement", "acceptance": "expected_acceptance"}  # of a column
 __all__ = ["PrunedModel", "UserError", "apply", "calibration_set", "compare", "evaluate", "export", "load", "prune"]
 
 
@@ -179,8 +181,11 @@ def evaluate(
     precision: str = "32-true",
     accelerator: str = "auto",
     verbose: bool = True,
-) -> dict[str, float]:
-    """Perplexity by evaluation set, with the protocol of ``lightning-prune test``.
+    dense: str | Path | PreTrainedModel | None = None,
+) -> dict[str, float] | dict[str, dict[str, float]]:
+    """Perplexity by evaluation set, with the protocol of ``lightning-prune test``; with ``dense``, by set a mapping of
+    ``perplexity``, ``dense_perplexity``, ``kl_divergence`` (dense ‖ model, nats per token), ``top1_agreement`` and
+    ``expected_acceptance``.
 
     Args:
         model: folder, hub id, loaded causal LM, or what ``prune`` returned.
@@ -190,9 +195,10 @@ def evaluate(
         precision: of the trainer.
         accelerator: of the trainer.
         verbose: show progress.
+        dense: a model with the same tokenizer to compare with.
 
     Raises:
-        UserError: a mistake in the arguments, or nothing to evaluate on.
+        UserError: a mistake in the arguments, nothing to evaluate on, or another vocabulary.
     """
     if not on:
         raise UserError("on: nothing to evaluate on. Name at least one corpus, file or token array.")
@@ -200,21 +206,36 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="lightning-prune-") as work:
         if isinstance(source, PreTrainedModel):
             source = written(source, Path(work) / "model")
+        other = None if dense is None else unwrapped(dense)
+        if isinstance(other, PreTrainedModel):
+            other = written(other, Path(work) / "dense")
         sets = [as_dataset(one, Path(work), f"set_{number}") for number, one in enumerate(on)]
         windows = {} if any(not isinstance(one, str | Path) for one in on) else {"eval_seq_len": seq_len}
         configuration = {
             "model": {"pretrained": str(source)},
-            "data": {"eval_datasets": sets, "bos": bos, **windows},
+            "data": {"eval_datasets": sets, "bos": bos, "continuations": 0, **windows},
             "trainer": _trainer(precision, accelerator, verbose, work, logger=False),
         }
         built = RunBuilder(configuration, Evaluation, "test")
         built.model.check_model()
+        reference = None if other is None else built.model.check_dense(str(other))
         built.datamodule.needs_calibration = False
         built.datamodule.setup("test")
-        with closing(built.model.progress):
-            built.trainer.test(built.model, built.datamodule, verbose=False)
-        built.model.slot.close()
-        return {name: result.perplexity for name, result in built.model.perplexity.items()}
+        dense, model, data = None, built.model, built.datamodule
+        with closing(model.progress):
+            if reference is not None:
+                dense = measure(built.trainer, data, reference, "dense", model.slot, model.progress, Path(work))
+                model.reference = dense
+            built.trainer.test(model, data, verbose=False)
+        model.slot.close()
+        if dense is None:
+            return {name: result.perplexity for name, result in model.perplexity.items()}
+        dense.close()
+        return {
+            name: {"perplexity": result.perplexity, "dense_perplexity": dense.perplexity[name].perplexity}
+            | asdict(model.measured.distance[name])
+            for name, result in model.perplexity.items()
+        }
 
 
 def compare(
@@ -228,7 +249,8 @@ def compare(
     """One row per system and ratio, best first within a ratio: what ``lightning-prune compare --runs`` shows.
 
     Runs that differ in nothing but the seed of their calibration samples are one row with mean, sample standard
-    deviation (``deviation …``) and number (``n``), where every system had the same seeds.
+    deviation (``deviation …``) and number (``n``), where every system had the same seeds. ``KL …``, ``top-1 …`` and
+    ``acceptance …`` are the distance from the dense model.
 
     ``attrs["differences"]`` lists what makes runs incomparable (other tokens, evaluation, base model or ratio).
 
@@ -259,6 +281,12 @@ def compare(
         row: dict[str, Any] = {"system": line.first.label, "ratio": line.first.requested}
         row["achieved"] = line.average(lambda run: run.achieved)
         row |= {f"perplexity {name}": line.perplexity(name).mean for name in line.sets}
+        row |= {
+            f"{key} {name}": line.distance(name, field).mean
+            for name in line.sets
+            for key, field in DISTANCES.items()
+            if name in line.first.metrics.distance
+        }
         if len(lines) < len(loaded):
             row |= {f"deviation {name}": line.perplexity(name).deviation for name in line.sets} | {"n": len(line.runs)}
         row |= _accuracies(line.runs, loaded)

@@ -116,7 +116,6 @@ def tiny_config(
     """A config with 96 tokens and 128 positions; ``extra`` goes to the family's config class as it is."""
     return AutoConfig.for_model(
         family,
-        vocab_size=96,
         hidden_size=hidden,
         intermediate_size=channels,
         num_hidden_layers=layers,
@@ -128,7 +127,7 @@ def tiny_config(
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=None,
-        **{"initializer_range": 0.2} | _switches(family, layers) | extra,
+        **{"vocab_size": 96, "initializer_range": 0.2} | _switches(family, layers) | extra,
     )
 
 

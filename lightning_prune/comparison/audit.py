@@ -132,15 +132,17 @@ def protocol(run: Run) -> Facts:
     parameters, weights = run.metrics.parameters, run.metrics.method.base_model_sha256
     # Masks leave every parameter where it is, so their ratio is not that of a smaller model.
     removed = abs(1 - parameters.pruned / parameters.dense - run.achieved) < 0.001
+    # Long windows are the same texts again; earlier versions had none. What a run lacks is a gap in its line.
+    own = {name: one for name, one in run.metrics.evaluation.items() if one.long_windows_of is None}
     mine: Facts = {
         # The same weights under another path are the same model; without a fingerprint only the name is left.
         "base model": _short(weights) if weights else run.metrics.method.base_model,
         "parameters of the base model": f"{parameters.dense:,}",
         "what the ratio counts": "parameters removed" if removed else "weights set to zero",
         "precision": run.environment.precision,
-        "evaluation sets": ", ".join(sorted(run.metrics.evaluation)) or "none",
+        "evaluation sets": ", ".join(sorted(own)) or "none",
     }
-    for name, manifest in sorted(run.metrics.evaluation.items()):
+    for name, manifest in sorted(own.items()):
         for what, key in EVALUATION_FACTS.items():
             mine[f"evaluation {what} of {name}"] = _short(getattr(manifest, key))
     return mine
@@ -222,10 +224,26 @@ def _notes(runs: Sequence[Run]) -> list[str]:
     soft = {"device": {run: run.environment.device for run in runs}}
     for package in ("torch", "transformers", "lightning-prune"):
         soft[f"{package} version"] = {run: str(run.environment.packages.get(package)) for run in runs}
+    for what, of in _more(runs).items():
+        if len(values := by_value(of)) > 1:
+            notes.append(f"{Difference(what, values)}. What a run has not measured is a gap in the tables.")
     for what, of in soft.items():
         if len(values := by_value(of)) > 1:
             notes.append(f"{Difference(what, values)}. Perplexities may differ in the last digits, seconds do.")
     return notes
+
+
+def _more(runs: Sequence[Run]) -> dict[str, dict[Run, str]]:
+    """What runs measured beside perplexity, which keeps nobody apart."""
+    more: dict[str, dict[Run, str]] = {"distance from the dense model": {}, "long windows": {}, "continuations": {}}
+    for run in runs:
+        metrics, written = run.metrics, run.metrics.continuations
+        long = {str(one.seq_len) for one in metrics.evaluation.values() if one.long_windows_of is not None}
+        more["distance from the dense model"][run] = "measured" if metrics.distance else "not measured"
+        more["long windows"][run] = ", ".join(sorted(long)) or "none"
+        sizes = written and (written.prompts, written.prompt_tokens, written.new_tokens)
+        more["continuations"][run] = "none" if sizes is None else "{} prompts of {} tokens, {} new".format(*sizes)
+    return more
 
 
 def _short(value: Any) -> Any:

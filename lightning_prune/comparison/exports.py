@@ -11,7 +11,7 @@ from lightning_prune.comparison.audit import Audit, Group
 from lightning_prune.comparison.records import Run
 from lightning_prune.comparison.repeats import Repeats, Spread, repeats
 from lightning_prune.comparison.tables import evaluation_sets, number, results, setting, spread
-from lightning_prune.runs.records import Failure
+from lightning_prune.runs.records import DistanceFacts, Failure
 from lightning_prune.runs.verdict import UNUSABLE
 from lightning_prune.support.escape import latex as escape
 from lightning_prune.support.escape import plain
@@ -49,6 +49,7 @@ def _facts(run: Run, line: Repeats, name: str, reached: bool) -> dict[str, Any]:
     method, spent, recovery = run.metrics.method, run.metrics.seconds, run.recovery
     manifest = run.metrics.evaluation.get(name)
     over = line.perplexity(name) if name in line.sets else Spread()
+    distance, kl = run.metrics.distance.get(name), line.distance(name, "kl_divergence")
     return {
         "system": run.label,
         "method": method.name,
@@ -63,7 +64,10 @@ def _facts(run: Run, line: Repeats, name: str, reached: bool) -> dict[str, Any]:
         "n": len(line.runs),
         "perplexity_mean": over.mean,
         "perplexity_sd": over.deviation,
-        "verdict": None if not name else run.verdict(name, run.perplexity(name)),
+        "verdict": None if not name else run.verdict(name, run.perplexity(name), run.divergence(name)),
+        **{key: None if distance is None else getattr(distance, key) for key in DistanceFacts.model_fields},
+        "kl_mean": kl.mean,
+        "kl_sd": kl.deviation,
         "predicted_tokens": None if not name else run.metrics.perplexity[name].tokens,
         "evaluation_seq_len": manifest and manifest.seq_len,
         "parameters_dense": run.metrics.parameters.dense,

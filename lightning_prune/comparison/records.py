@@ -1,5 +1,6 @@
 """One finished run and its accuracy on tasks, as every part of the comparison uses them."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,14 +80,20 @@ class Run:
     def dense(self, name: str) -> float | None:
         return self.metrics.perplexity[name].dense
 
+    def divergence(self, name: str) -> float | None:
+        """KL(dense ‖ pruned) on one evaluation set, infinite where it is not finite; None where nobody measured it."""
+        found = self.metrics.distance.get(name)
+        return None if found is None else math.inf if found.kl_divergence is None else found.kl_divergence
+
     def shown_perplexity(self, name: str) -> float | str:
         """As ``perplexity``, in words where it is not finite."""
         value = self.perplexity(name)
         return "not finite" if value is None else value
 
-    def verdict(self, name: str, perplexity: float | None) -> str:
-        """The word for ``perplexity`` on one evaluation set."""
-        return verdict_word(perplexity, self.dense(name), self.metrics.evaluation[name].unigram_perplexity)
+    def verdict(self, name: str, perplexity: float | None, divergence: float | None) -> str:
+        """The word for ``perplexity`` and ``divergence`` on one evaluation set."""
+        unigram = self.metrics.evaluation[name].unigram_perplexity
+        return verdict_word(perplexity, self.dense(name), unigram, divergence)
 
 
 def load_run(folder: Path) -> Run:

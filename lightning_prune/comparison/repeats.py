@@ -51,8 +51,26 @@ class Repeats:
     def perplexity(self, name: str) -> Spread:
         return Spread.of([run.perplexity(name) for run in self.runs])
 
+    def distance(self, name: str, key: str) -> Spread:
+        """Of one of the ``DistanceFacts``."""
+        facts = [run.metrics.distance.get(name) for run in self.runs]
+        return Spread.of([None if one is None else getattr(one, key) for one in facts])
+
+    def shown_distance(self, name: str, key: str) -> str:
+        """As a cell: shares in percent, and a dash where a run lacks it."""
+        if any(name not in run.metrics.distance for run in self.runs):
+            return "–"
+        mean, deviation = self.distance(name, key)
+        if mean is None:
+            return "not finite"
+        form = "{:.4f}" if key == "kl_divergence" else "{:.1%}"
+        return " ± ".join(form.format(one).replace("%", " %") for one in (mean, deviation) if one is not None)
+
     def verdict(self, name: str) -> str:
-        return self.first.verdict(name, self.perplexity(name).mean)
+        divergences = [run.divergence(name) for run in self.runs]
+        known = [one for one in divergences if one is not None]
+        divergence = statistics.fmean(known) if len(known) == len(divergences) else None
+        return self.first.verdict(name, self.perplexity(name).mean, divergence)
 
     def average(self, read: Callable[[Run], float | None]) -> float | None:
         """The mean of what is known; None where nothing is."""

@@ -12,6 +12,7 @@ from lightning_prune.comparison.records import Run
 from lightning_prune.comparison.repeats import Repeats, repeats
 from lightning_prune.comparison.selection import FULL, precision_rows
 from lightning_prune.comparison.tables import (
+    distances,
     evaluation_sets,
     number,
     repeated,
@@ -31,6 +32,13 @@ from lightning_prune.support.escape import plain, public_name
 REPEATED = (
     "± is the sample standard deviation over n calibration seeds, around their mean; seconds are means, peak memory is "
     "the largest. What draws no calibration samples runs once."
+)
+DISTANCE = (
+    "Distance from the dense model, over the same tokens: KL(dense ‖ pruned) in nats per token; top-1 agreement, the "
+    "share of tokens for which both have the same most probable one; acceptance, the share of the pruned model's "
+    "tokens that the dense one would accept if the pruned one drafted for it, Σ min(p, q). Continuations are greedy: "
+    "how many tokens are equal before both models part; runs of four tokens that repeat, and texts that came to their "
+    "end, dense → pruned, of the lowest seed. NAME@N is the same text in windows of N tokens."
 )
 RECOVERY = (
     "These systems trained the pruned model of the run they came from; the others did not train. Regained is the share "
@@ -78,6 +86,7 @@ def sections(audit: Audit, failures: Sequence[Failure]) -> list[Section]:
         parts.append(Section("Precision", [text], [("", table(rows).drop(columns=["folder", "folder 32 true"]))]))
     if runs:
         legend = [verdict.LEGEND, costs.LEGEND]
+        legend += [DISTANCE] if any(run.metrics.distance for run in runs) else []
         legend += [costs.LEGEND_REUSED] if any(map(costs.reused, runs)) else []
         legend += [REPEATED] if any(repeated(group) for group in audit.groups) else []
         legend += [accuracy.LEGEND] if accuracy.shown_tasks(runs) else []
@@ -116,6 +125,8 @@ def _best(group: Group) -> Section:
             row["perplexity"] = "; ".join(spread(line.perplexity(name)) for line in best) or "–"
             means = [line.perplexity(name).mean for line in best]
             row["times dense"] = "; ".join(f"{mean / dense:.2f}" for mean in means if mean and dense) or "–"
+            if any(name in run.metrics.distance for run in group.runs):
+                row["KL"] = "; ".join(line.shown_distance(name, "kl_divergence") for line in best) or "–"
             row["verdict"] = best[0].verdict(name) if best else verdict.UNUSABLE
             row["seconds to prune"] = "; ".join(seconds(line.average(costs.to_prune)) for line in best) or "–"
             row["next"] = f"{after[0].name} {spread(after[0].perplexity(name))}" if after else "–"
@@ -142,6 +153,8 @@ def _results(index: int, group: Group) -> Section:
     if apart:
         caption = "At another achieved ratio than the one requested; compare with the achieved ratio in mind"
         tables.append((caption, results(apart, group, dense=not near)))
+    if (far := distances(lines, group)) is not None:
+        tables.append(("Distance from the dense model, and continuations", far))
     apart_from = ["Not comparable with Table 1: the audit below says in what they differ."] if index > 1 else []
     return Section(title, [setting(group), *apart_from], tables)
 

@@ -10,6 +10,7 @@ from lightning_prune.comparison import accuracy, costs
 from lightning_prune.comparison.audit import Group
 from lightning_prune.comparison.records import Run
 from lightning_prune.comparison.repeats import Repeats, Spread, repeats
+from lightning_prune.runs.verdict import share
 from lightning_prune.support.escape import plain, public_name
 
 SUFFIX = re.compile(r"\.(txt|jsonl?|json\.gz|gz|parquet|npy|safetensors)$", re.IGNORECASE)
@@ -19,12 +20,14 @@ NUMBER = re.compile(r"[+-]?\d|–|not finite|$")
 def evaluation_sets(runs: Sequence[Run]) -> dict[str, str]:
     """A short name by evaluation set, in order of appearance: without the suffix, and without a last folder that all
     share, so that ``wikitext2/test.txt`` and ``ptb/test.txt`` become ``wikitext2`` and ``ptb``; full names where two
-    would become the same."""
-    names = list(dict.fromkeys(name for run in runs for name in run.sets))
+    would become the same. Long windows have the short name of their set, and their length."""
+    own = {name: run.metrics.evaluation[name].long_windows_of or name for run in runs for name in run.sets}
+    names = list(dict.fromkeys(own.values()))
     short = [SUFFIX.sub("", name) for name in names]
     if len(short) > 1 and all("/" in name for name in short) and len({name.rpartition("/")[2] for name in short}) == 1:
         short = [name.rpartition("/")[0] for name in short]
-    return dict(zip(names, short if len(set(short)) == len(short) else names, strict=True))
+    shorter = dict(zip(names, short if len(set(short)) == len(short) else names, strict=True))
+    return {name: shorter[of] + name.removeprefix(of) for name, of in own.items()}
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> pd.DataFrame:
@@ -40,6 +43,9 @@ def results(lines: Sequence[Repeats], group: Group, dense: bool = True) -> pd.Da
         row = {"system": line.name, "ratio": f"{line.ratio:g}"}
         for name, short in sets.items():
             row[f"perplexity {short}"] = spread(line.perplexity(name)) if name in line.sets else "–"
+        for name, short in sets.items():
+            if any(name in run.metrics.distance for run in group.all):
+                row[f"KL {short}"] = line.shown_distance(name, "kl_divergence")
         row |= {"n": str(len(line.runs))} if repeated(group) else {}
         words = [line.verdict(name) for name in sets if name in line.sets]
         # Where it differs between evaluation sets, one after the other in their order.
@@ -55,6 +61,26 @@ def results(lines: Sequence[Repeats], group: Group, dense: bool = True) -> pd.Da
         rows.append(row)
     if dense:
         rows.insert(0, dict.fromkeys(rows[0], "") | _dense_row(group, sets))
+    return table(rows)
+
+
+def distances(lines: Sequence[Repeats], group: Group) -> pd.DataFrame | None:
+    """What is known of the distance from the dense model beside KL, and of continuations; None where nothing is."""
+    if not any(run.metrics.distance for run in group.all):
+        return None
+    rows = []
+    for line in sorted(lines, key=lambda line: line.ratio):
+        row = {"system": line.name, "ratio": f"{line.ratio:g}"}
+        for name, short in evaluation_sets(group.all).items():
+            row[f"top-1 agreement {short}"] = line.shown_distance(name, "top1_agreement")
+            row[f"acceptance {short}"] = line.shown_distance(name, "expected_acceptance")
+        written = line.first.metrics.continuations
+        if any(run.metrics.continuations for run in group.all):
+            row["equal tokens"] = "–" if written is None else f"{written.common_beginning:.1f} of {written.new_tokens}"
+            for key, name in (("repeated_4grams", "repeated 4-grams"), ("ended", "ended")):
+                sides = [] if written is None else [getattr(one, key) for one in (written.dense, written.pruned)]
+                row[name] = " → ".join(map(share, sides)) or "–"
+        rows.append(row)
     return table(rows)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -60,16 +61,35 @@ class EvaluationSet:
     """Held-out windows for perplexity.
 
     Attributes:
-        name: key of this set in `metrics.json`: `wikitext2`, `wikitext2:validation`, `mine.txt`.
+        name: key of this set in `metrics.json`: `wikitext2`, `wikitext2:validation`, `mine.txt`; `wikitext2@1024` for
+            the same text in long windows.
         tokens: int64 `[M, seq_len]`, windows that do not overlap; a last partial window is dropped.
         manifest: dataset, configuration, split, revision, rendering, chat_template_sha256, seq_len, stride (seq_len,
             one less with bos), bos (`none` or `every window`), windows, predicted_tokens (`M * (seq_len - 1)`),
-            text_sha256, tokenizer_sha256, fingerprint.
+            text_sha256, tokenizer_sha256, fingerprint; of long windows also long_windows_of, the name of the set.
     """
 
     name: str
     tokens: Tensor
     manifest: dict[str, Any]
+
+    @classmethod
+    def of(cls, name: str, tokens: Tensor, facts: dict[str, Any]) -> "EvaluationSet":
+        """Windows with the manifest's protocol; ``facts`` is the rest of it."""
+        windows, seq_len = tokens.shape
+        protocol = {
+            "seq_len": seq_len,
+            "stride": seq_len if facts["bos"] == "none" else seq_len - 1,
+            "windows": windows,
+            "predicted_tokens": windows * (seq_len - 1),
+            "fingerprint": fingerprint(tokens),
+        }
+        return cls(name, tokens, facts | protocol)
+
+    @property
+    def is_long(self) -> bool:
+        """Whether this is another set's text in long windows."""
+        return "long_windows_of" in self.manifest
 
 
 def same_text(seen: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -79,3 +99,14 @@ def same_text(seen: dict[str, Any], other: dict[str, Any]) -> bool:
     same_split = all(seen[key] == other[key] for key in ("dataset", "split"))
     known = seen["text_sha256"] is not None and seen["text_sha256"] == other["text_sha256"]
     return same_split or known or bool(seen["fingerprint"] == other["fingerprint"])
+
+
+def distinct_name(one: EvaluationSet, sets: list[EvaluationSet]) -> str:
+    """Files of the same name in different folders get their folder's name too, or the whole path if need be."""
+    same = [Path(other.manifest["dataset"]) for other in sets if other.name == one.name]
+    if len(same) == 1:
+        return one.name
+    path = Path(one.manifest["dataset"])
+    prefix = path.absolute().parent.name
+    is_enough = [other.absolute().parent.name for other in same].count(prefix) == 1
+    return f"{prefix}/{one.name}" if is_enough else str(path)

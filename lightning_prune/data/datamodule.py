@@ -16,6 +16,7 @@ from lightning_prune.data.calibration import (
     CalibrationManifest,
     CalibrationSet,
     EvaluationSet,
+    distinct_name,
     fingerprint,
     same_text,
 )
@@ -30,8 +31,10 @@ from lightning_prune.support.regular_files import expanded, from_home
 
 Batch = tuple[Tensor, Tensor, Tensor]
 WINDOWS, WINDOW_LENGTH = 128, 128  # the setting that pruning papers share
+LONG_WINDOW_LENGTH = 1024
+PROMPT_LENGTH = 64
 LEAST = dict.fromkeys(("num_samples", "batch_size", "eval_batch_size", "stride"), 1)
-LEAST |= {"seq_len": 2, "eval_seq_len": 2, "seed": 0}
+LEAST |= {"seq_len": 2, "eval_seq_len": 2, "seed": 0, "eval_long_seq_len": 0, "continuations": 0}
 
 
 class CalibrationDataModule(LightningDataModule):
@@ -63,7 +66,8 @@ class CalibrationDataModule(LightningDataModule):
             the calibration corpus; [] skips evaluation.
         eval_seq_len: tokens per evaluation window. Perplexity depends on it: papers use 128 or 2048, never mix them.
             By default 128; of a token array whole rows, or their first eval_seq_len tokens.
-        eval_batch_size: evaluation windows per forward pass. Changes speed and memory, not the result.
+        eval_batch_size: evaluation windows of eval_seq_len tokens per forward pass, of longer ones as many as have
+            these tokens. Changes speed and memory, not the result.
         cache_dir: where tokenised text is kept. By default $XDG_CACHE_HOME/lightning_prune or
             ~/.cache/lightning_prune.
         tokenizer: model folder or hub id whose tokenizer is used; demo is the demo model's.
@@ -71,10 +75,17 @@ class CalibrationDataModule(LightningDataModule):
             seq_len. auto where the tokenizer puts it before a text by itself.
         split: split of dataset; the same as `name:split`.
         column: column of tables that is the text or the chat. By default the one that clearly is.
+        eval_long_seq_len: tokens of the second kind of evaluation windows, over the same texts: what attention to far
+            tokens is worth shows only there. Fewer where the model or the text has fewer; none where they would not
+            be twice eval_seq_len, and of token arrays. 0 leaves them out.
+        continuations: prompts (64 tokens of the first evaluation set each) that the dense and the pruned model
+            continue by 64 greedy tokens. 0 writes nothing.
 
     Attributes:
         needs_calibration: set to False before `setup` by a method that reads weights only; the calibration corpus
             is then never opened.
+        longest_window: tokens of the longest window that the model takes; 0, until somebody says so before `setup`,
+            leaves the long windows out.
 
     Raises:
         UserError: an option is out of range, or (from `setup`) the data cannot be had or is too short.
@@ -97,6 +108,8 @@ class CalibrationDataModule(LightningDataModule):
         bos: Literal["auto", "never", "always"] = "auto",
         split: str | None = None,
         column: str | None = None,
+        eval_long_seq_len: int = LONG_WINDOW_LENGTH,
+        continuations: int = 16,
     ) -> None:
         super().__init__()
         # Of a token array only what was requested is cut off, so the defaults must not look like a wish.
@@ -110,6 +123,7 @@ class CalibrationDataModule(LightningDataModule):
         self.seq_len = WINDOW_LENGTH if seq_len is None else seq_len
         self.eval_seq_len = WINDOW_LENGTH if eval_seq_len is None else eval_seq_len
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.eval_long_seq_len, self.continuations, self.longest_window = eval_long_seq_len, continuations, 0
         self.sampling, self.stride, self.seed = sampling, stride, seed
         self.tokenizer = tokenizer
         self.needs_calibration = True
@@ -162,6 +176,31 @@ class CalibrationDataModule(LightningDataModule):
         """Built by `setup`; empty when there is nothing to evaluate on."""
         return [] if self._evaluation is None else self._evaluation
 
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of the tokens of the evaluation sets. Long windows are the same texts again, so that they decide nothing."""
+        return {one.name: one.manifest["fingerprint"] for one in self.evaluation if not one.is_long}
+
+    @property
+    def prompts(self) -> Tensor | None:
+        """The beginnings of windows that lie evenly in the first evaluation set, int64 `[n, 64]` (less where windows
+        are shorter); None where nothing is to be continued."""
+        number = min(self.continuations, len(self.evaluation[0].tokens)) if self.evaluation else 0
+        if number == 0:
+            return None
+        windows = self.evaluation[0].tokens
+        return windows[torch.arange(number) * len(windows) // number, :PROMPT_LENGTH]
+
+    def eval_batch(self, held_out: EvaluationSet) -> int:
+        """Windows of this set per forward pass."""
+        if not held_out.is_long:
+            return self.eval_batch_size
+        return max(1, self.eval_batch_size * self.eval_seq_len // held_out.tokens.shape[1])
+
+    def take_model(self, max_positions: int | None) -> None:
+        """Say before `setup` how long a sequence the model takes, None for no limit: long windows are cut for it."""
+        self.longest_window = min(self.eval_long_seq_len, max_positions or self.eval_long_seq_len)
+
     def show_progress(self) -> None:
         """Say how far it is while text is tokenised."""
         self._streams.show_progress = True
@@ -181,7 +220,8 @@ class CalibrationDataModule(LightningDataModule):
         if self._evaluation is None:
             self._evaluation = self._build_evaluation()
             for held_out in self._evaluation:
-                self.check_seen(held_out)
+                if not held_out.is_long:
+                    self.check_seen(held_out)
 
     def train_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """Calibration batches `(ids [B, seq_len] int64, weight [B] float32, index [B] int64)`: weight 0 for
@@ -193,8 +233,8 @@ class CalibrationDataModule(LightningDataModule):
 
     def test_dataloader(self) -> list[DataLoader[Batch]]:
         """One loader per evaluation set, in the order of `evaluation`, with the same items as calibration."""
-        windows = self.eval_batch_size * self.eval_batches_per_step
-        return [self._loader(held_out.tokens, windows) for held_out in self.evaluation]
+        steps = self.eval_batches_per_step
+        return [self._loader(held_out.tokens, self.eval_batch(held_out) * steps) for held_out in self.evaluation]
 
     def check_against_model(self, vocab_size: int, max_positions: int | None) -> None:
         """Refuse tokens and lengths the model cannot take.
@@ -290,12 +330,20 @@ class CalibrationDataModule(LightningDataModule):
         repeated = [spec for spec in specs if specs.count(spec) > 1]
         if repeated:
             raise UserError(f"--data.eval_datasets lists {repeated[0]} twice")
-        sets = [self._evaluation_set(spec) for spec in specs]
-        return [replace(one, name=_distinct_name(one, sets)) for one in sets]
+        found = [self._evaluation_sets(spec) for spec in specs]
+        sets: list[EvaluationSet] = []
+        for own, *long in found:
+            name = distinct_name(own, [one for one, *_ in found])
+            sets.append(replace(own, name=name))
+            for one in long:
+                same = {**one.manifest, "long_windows_of": name}
+                sets.append(replace(one, name=f"{name}@{one.tokens.shape[1]}", manifest=same))
+        return sets
 
-    def _evaluation_set(self, spec: str) -> EvaluationSet:
+    def _evaluation_sets(self, spec: str) -> list[EvaluationSet]:
+        """The set, and the same text in long windows where it has some."""
         dataset, split = split_spec(spec)
-        name = Path(dataset).name
+        name, long = Path(dataset).name, []
         if is_token_array(dataset):
             tokens, facts = first_part(dataset, split, None, self._requested_eval_length, "eval_seq_len")
         else:
@@ -305,22 +353,17 @@ class CalibrationDataModule(LightningDataModule):
                 stream, facts = self._streams.read(dataset, split or default, column=self.column)
             except NoSuchColumn:  # it is calibration's; an evaluation set may have its own
                 stream, facts = self._streams.read(dataset, split or default)
-            tokens = aligned_windows(stream, self.eval_seq_len, self._streams.start)
+            start = self._streams.start
+            tokens = aligned_windows(stream, self.eval_seq_len, start)
+            length = min(self.longest_window, len(stream) + (start is not None))
+            if length >= 2 * self.eval_seq_len:
+                long = [aligned_windows(stream, length, start)]
             if len(tokens) == 0:
                 raise UserError(
                     f"evaluation set {spec} has {len(stream)} tokens, but one window needs {self.eval_seq_len}: "
                     f"lower --data.eval_seq_len or choose a longer text with --data.eval_datasets"
                 )
-        windows, seq_len = tokens.shape
-        manifest = {
-            **facts,
-            "seq_len": seq_len,
-            "stride": seq_len if facts["bos"] == "none" else seq_len - 1,
-            "windows": windows,
-            "predicted_tokens": windows * (seq_len - 1),
-            "fingerprint": fingerprint(tokens),
-        }
-        return EvaluationSet(name, tokens, manifest)
+        return [EvaluationSet.of(name, one, facts) for one in (tokens, *long) if len(one)]
 
     def check_seen(self, held_out: EvaluationSet) -> None:
         """Warn of an evaluation set that is the calibration text."""
@@ -342,14 +385,3 @@ class CalibrationDataModule(LightningDataModule):
             # Given here because the sampler that Lightning would add shuffles anew in every epoch.
             sampler = DistributedSampler(dataset, processes, self.trainer.global_rank, shuffle=False)
         return DataLoader(dataset, batch_size=batch_size, shuffle=False, sampler=sampler)  # type: ignore[arg-type]
-
-
-def _distinct_name(one: EvaluationSet, sets: list[EvaluationSet]) -> str:
-    """Files of the same name in different folders get their folder's name too, or the whole path if need be."""
-    same = [Path(other.manifest["dataset"]) for other in sets if other.name == one.name]
-    if len(same) == 1:
-        return one.name
-    path = Path(one.manifest["dataset"])
-    prefix = path.absolute().parent.name
-    is_enough = [other.absolute().parent.name for other in same].count(prefix) == 1
-    return f"{prefix}/{one.name}" if is_enough else str(path)

@@ -1,7 +1,6 @@
 """What pruning saves: parameters, MACs, KV cache, disk, tokens per second, memory."""
 
 import gc
-import inspect
 import re
 import statistics
 import sys
@@ -17,6 +16,7 @@ from tabulate import tabulate  # type: ignore[import-untyped]
 from torch import nn
 from transformers import PreTrainedModel
 
+from lightning_prune.evaluation.continuations import cache_option
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import count_parameters, family_of, layers_of
 from lightning_prune.support.devices import free_bytes, peak_bytes, reset_peak, wait
@@ -183,8 +183,7 @@ def _speed(model: PreTrainedModel, batch_size: int, setting: Setting, done: Call
 def _generate(model: PreTrainedModel, prompt: torch.Tensor, decode_length: int) -> tuple[float, float]:
     """Seconds of the prefill of ``prompt`` ``[B, L]`` and of ``decode_length`` greedy steps."""
     net: Any = model
-    # transformers 5.24 renamed the argument and the output's field; the old name warns there and will go.
-    cache = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+    cache = cache_option(net)
     started = _now(model.device)
     output = net(input_ids=prompt, use_cache=True, logits_to_keep=1)
     filled = _now(model.device)

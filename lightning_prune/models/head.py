@@ -26,7 +26,7 @@ def token_losses(head: Head, hidden: Tensor, tokens: Tensor, vocab_size: int) ->
     batch, length = tokens.shape
     losses = [
         functional.cross_entropy(head(rows).float(), targets, reduction="none")
-        for rows, targets in _chunks(hidden, tokens, vocab_size)
+        for rows, targets in chunks(hidden, tokens, vocab_size)
     ]
     return torch.cat(losses).view(batch, length - 1)
 
@@ -46,7 +46,7 @@ def loss_gradient(head: Head, hidden: Tensor, tokens: Tensor, weight: Tensor, vo
         return gradient
     counts = (weight > 0).float().repeat_interleave(length - 1)
     gradients, start = [], 0
-    for rows, targets in _chunks(hidden, tokens, vocab_size):
+    for rows, targets in chunks(hidden, tokens, vocab_size):
         leaf = rows.detach().requires_grad_(True)
         with torch.enable_grad():
             losses = functional.cross_entropy(head(leaf).float(), targets, reduction="none")
@@ -57,7 +57,7 @@ def loss_gradient(head: Head, hidden: Tensor, tokens: Tensor, weight: Tensor, vo
     return gradient
 
 
-def _chunks(hidden: Tensor, tokens: Tensor, vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def chunks(hidden: Tensor, tokens: Tensor, vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows ``[n, D]`` that predict something, and the tokens ``[n]`` they predict."""
     size = max(1, LOGITS_BYTES // (4 * vocab_size))
     rows, targets = hidden[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()

@@ -33,6 +33,8 @@ class LayeredModel:
         dtype: of the loaded parameters; None: as stored.
         device: where layers run.
         onload: ``model`` keeps every layer that was entered, ``layer`` drops it in ``leave``.
+        head_alone: load the final norm and the head (an embedding only where it is the head too): all that ``head``
+            needs.
 
     Attributes:
         evaluations: layer evaluations so far; a layer's MLP or attention alone counts as one.
@@ -43,7 +45,13 @@ class LayeredModel:
     """
 
     def __init__(
-        self, net: PreTrainedModel, source: Source, dtype: torch.dtype | None, device: torch.device, onload: Onload
+        self,
+        net: PreTrainedModel,
+        source: Source,
+        dtype: torch.dtype | None,
+        device: torch.device,
+        onload: Onload,
+        head_alone: bool = False,
     ) -> None:
         self.net, self.dtype, self.device, self.onload = net, dtype, device, onload
         self.config: Any = net.config
@@ -61,7 +69,13 @@ class LayeredModel:
             for index, layer in enumerate(self.layers)
         ]
         inside = {name for names in self.layer_names for name in names.values()}
-        self.outside = [name for name, _ in net.named_parameters() if name not in inside]
+        ends = [net.get_submodule(family_of(self.config).final_norm), net.get_output_embeddings()]
+        head = {id(parameter) for module in ends for parameter in module.parameters()}
+        self.outside = [
+            name
+            for name, parameter in net.named_parameters()
+            if name not in inside and (not head_alone or id(parameter) in head)
+        ]
         self._assign(net, dict(zip(self.outside, self.outside, strict=True)))
         for module in net.modules():
             module._buffers |= {name: None if it is None else it.to(device) for name, it in module._buffers.items()}
@@ -126,6 +140,32 @@ class LayeredModel:
         for index in range(len(self.layers)):
             self.announce(index)
             self.enter(index)
+
+    @property
+    def layer_bytes(self) -> int:
+        """Of all layers' weights as they are loaded."""
+        size = (self.dtype or self.net.dtype).itemsize
+        return sum(parameter.numel() for layer in self.layers for parameter in layer.parameters()) * size
+
+    @contextmanager
+    def whole(self) -> Iterator[PreTrainedModel]:
+        """The model to be called as it is: every layer is brought in when it runs, and dropped as in ``leave``."""
+        hooks = []
+        for index, layer in enumerate(self.layers):
+
+            def before(*_: Any, index: int = index) -> None:
+                self.enter(index)
+                self.announce(index + 1)
+
+            def after(*_: Any, index: int = index) -> None:
+                self.leave(index)
+
+            hooks += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+        try:
+            yield self.net
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def close(self) -> None:
         """Drop all weights and stop reading."""
@@ -251,6 +291,11 @@ def open_layered(
     """A dense or pruned checkpoint as a ``LayeredModel``; no layer is read yet."""
     keep_heaps_small()
     return LayeredModel(checkpoint.skeleton(), checkpoint.source(), dtype, device, onload)
+
+
+def open_head(checkpoint: Checkpoint, dtype: torch.dtype | None, device: torch.device) -> LayeredModel:
+    """The final norm and the head of a checkpoint; no layer can run."""
+    return LayeredModel(checkpoint.skeleton(), checkpoint.source(), dtype, device, "layer", head_alone=True)
 
 
 def choose_onload(wish: str, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Onload:

@@ -13,12 +13,13 @@ from typing import Any
 import yaml
 
 from lightning_prune.data.datamodule import CalibrationDataModule
+from lightning_prune.evaluation.perplexity import Measured
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.runs.build import build
 from lightning_prune.runs.folder import RunFolder, runs_below, sweep_runs
 from lightning_prune.runs.records import Failure
 from lightning_prune.runs.resume import configuration_sha256
-from lightning_prune.runs.reuse import known_perplexities, reuse
+from lightning_prune.runs.reuse import reuse
 from lightning_prune.runs.run import prune_and_record
 from lightning_prune.runs.settings import Settings
 from lightning_prune.support.devices import reset_peak
@@ -73,9 +74,10 @@ def plan_runs(settings: Settings) -> list[Planned]:
         if method.pretrained not in weights:
             method.checkpoint.check()
             weights[method.pretrained] = method.checkpoint.fingerprint
+        data.take_model(method.checkpoint.limits[1])
         data.setup("fit")
         init = options["model"]["init_args"]
-        evaluation = {item.name: item.manifest["fingerprint"] for item in data.evaluation}
+        evaluation = data.fingerprints
         calibration = data.calibration.manifest.fingerprint if method.needs_calibration else None
         base = (str(built.trainer.precision), weights[method.pretrained])
         name = type(method).__name__
@@ -83,7 +85,8 @@ def plan_runs(settings: Settings) -> list[Planned]:
         if any((run.label, run.sha256) == (label, sha256) for run in planned):
             continue
         measurement = configuration_sha256(name, init | {"pruning_ratio": None}, *base, calibration, {})
-        dense = configuration_sha256("dense", {}, *base, None, evaluation)
+        held_out = {item.name: item.manifest["fingerprint"] for item in data.evaluation}
+        dense = configuration_sha256("dense", {"continuations": data.continuations}, *base, None, held_out)
         planned.append(Planned(label, ratio, seed, configuration, data, sha256, measurement, dense))
     return planned
 
@@ -110,12 +113,12 @@ def run_experiment(settings: Settings) -> tuple[list[Path], list[Failure]]:
         missing = [run for run in planned if run.folder is None]
         finished = len(planned) - len(missing)
         print(f"{len(planned)} runs below {settings.root}: {finished} finished, {len(missing)} to make")
-        with closing(Progress(settings.show_progress)) as progress:
+        with closing(Progress(settings.show_progress)) as progress, closing(_Dense()) as dense:
             for run in missing:
                 progress.expect(run.name, 1)
             for run in missing:
                 try:
-                    run.folder = _make(run, planned, progress)
+                    run.folder = _make(run, planned, dense.of(run), progress)
                 except Exception as error:
                     if not isinstance(error, UserError):
                         traceback.print_exc()
@@ -139,7 +142,27 @@ def _finished(run: Planned, root: Path) -> Path | None:
     return None
 
 
-def _make(run: Planned, planned: Sequence[Planned], progress: Progress) -> Path:
+class _Dense:
+    """What was measured of the dense model last, for the next run that needs the same: its residual streams take
+    memory, so there is one of them at a time."""
+
+    def __init__(self) -> None:
+        self._name, self._measured = "", list[Measured]()
+
+    def of(self, run: Planned) -> list[Measured]:
+        """Empty where ``run`` has to measure it, and leaves it there."""
+        if run.dense != self._name:
+            self.close()
+            self._name = run.dense
+        return self._measured
+
+    def close(self) -> None:
+        """Give the memory back."""
+        while self._measured:
+            self._measured.pop().close()
+
+
+def _make(run: Planned, planned: Sequence[Planned], dense: list[Measured], progress: Progress) -> Path:
     """Make one run, which takes over the measurements of finished ones."""
     known = [(one, one.folder) for one in planned if one.folder is not None]
     built = build(run.label, run.configuration)
@@ -155,9 +178,6 @@ def _make(run: Planned, planned: Sequence[Planned], progress: Progress) -> Path:
         same = (folder for one, folder in known if (one.label, one.measurement) == (run.label, run.measurement))
         if method.reusable and (scored := next(same, None)) is not None:
             reuse(method, RunFolder.open(scored, "--root"))
-        measured = (RunFolder.open(folder, "--root") for one, folder in known if one.dense == run.dense)
-        perplexities = (known_perplexities(one, run.data) for one in measured)
-        dense = next((one for one in perplexities if one is not None), None)
         folder, _ = prune_and_record(built.trainer, method, run.data, built.resolved_config, dense)
     finally:
         del built, method

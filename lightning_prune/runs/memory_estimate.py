@@ -26,6 +26,7 @@ from lightning_prune.support.memory import anonymous_bytes, free_host_bytes
 ROOM = 0.9  # of the memory that ``auto`` fills with a whole model: an estimate is no measurement
 # What no tensor shows. Device: context, kernels, workspaces; host: heaps, threads, compiled kernels.
 DEVICE_OVERHEAD, HOST_OVERHEAD = 700 * 2**20, 110 * 2**20
+UNREAD_TOKENS = 300_000  # of an evaluation text that was not read: about WikiText-2's test split
 UNIT_BYTES = 400  # scores, decision and plan of one unit, and what writing them takes
 
 
@@ -66,6 +67,7 @@ class Memory:
     seq_len: int
     windows: int | None  # of evaluation; None for all that the options allow
     eval_seq_len: int
+    kept_tokens: int = 0  # of the evaluation sets, whose dense residual streams are kept until the end
 
     @classmethod
     def of(
@@ -93,6 +95,11 @@ class Memory:
         elif data.eval_datasets and all(map(is_token_array, data.eval_datasets)):
             shapes = [load_token_array(name).shape for name in data.eval_datasets]
             windows, eval_seq_len = max(shapes, key=lambda shape: shape.numel())
+        kept = sum(one.tokens.numel() for one in data.evaluation)
+        if not kept and windows is not None:
+            kept = sum(load_token_array(name).shape.numel() for name in data.eval_datasets or [])
+        elif not kept:
+            kept = UNREAD_TOKENS * len(data.eval_datasets or [0]) * (2 if data.eval_long_seq_len else 1)
         positions = method.checkpoint.limits[1] or seq_len + eval_seq_len
         for option, length in {"eval_seq_len": eval_seq_len, "seq_len": seq_len}.items():
             if length > positions and (option != "seq_len" or method.needs_calibration):
@@ -106,7 +113,8 @@ class Memory:
         host = host or held + free_host_bytes() // trainer.num_devices
         device = device or (free_bytes(place) if place.type != "cpu" else None)
         samples, dtype = -(-samples // trainer.world_size), load_dtype(str(trainer.precision))
-        return cls(method, data, dtype, stored, host, device, held, samples, seq_len, windows, eval_seq_len)
+        kept = -(-kept // trainer.world_size)
+        return cls(method, data, dtype, stored, host, device, held, samples, seq_len, windows, eval_seq_len, kept)
 
     def estimate(self, onload: Onload) -> Estimate:
         """What the run takes with its weights there."""
@@ -208,11 +216,13 @@ class Memory:
         return min(tokens, max(1, LOGITS_BYTES // (4 * vocabulary))) * vocabulary * per_logit
 
     def _peak(self, work: int, beside: int, stores: Sequence[int] = ()) -> tuple[int, int, int]:
-        """Bytes on device, on the host, and in mapped files: a store is a file where it takes more than its share."""
+        """Bytes on device, on the host, and in mapped files: a store is a file where it takes more than its share. The
+        dense model's residual streams on the evaluation sets are there in every phase."""
+        kept = self.kept_tokens * self.method.checkpoint.config.hidden_size * self.dtype.itemsize
         device = 0 if self.device is None else work + DEVICE_OVERHEAD
         host = self.held + HOST_OVERHEAD + beside + (work if self.device is None else 0)
         mapped = 0
-        for size in sorted(stores):
+        for size in sorted([*stores, kept]):
             fits = size <= SHARE * (self.host - host)
             host, mapped = (host + size, mapped) if fits else (host, mapped + size)
         return device, host, mapped

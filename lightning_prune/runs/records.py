@@ -46,6 +46,45 @@ class Perplexities(_Record):
     tokens: Count
 
 
+class DistanceFacts(_Record):
+    """From the dense model, means over the predicted tokens of one evaluation set: KL(dense ‖ pruned) in nats, shares
+    of equal most probable tokens, and of the pruned model's tokens that the dense one would accept; None as above."""
+
+    kl_divergence: Annotated[float, Field(ge=0)] | None
+    top1_agreement: Share | None
+    expected_acceptance: Share | None
+
+
+class Written(_Record):
+    """Of one model's continuations: the share of runs of four tokens that came before in the same one (None where they
+    are shorter), and the share that came to their end."""
+
+    repeated_4grams: Share | None
+    ended: Share
+
+
+class Example(_Record):
+    """A prompt and both continuations, as text."""
+
+    prompt: str
+    dense: str
+    pruned: str
+
+
+class ContinuationFacts(_Record):
+    """What both models wrote after the same prompts of one evaluation set; ``common_beginning`` is the mean number of
+    tokens before they part."""
+
+    evaluation_set: str
+    prompts: Count
+    prompt_tokens: Count
+    new_tokens: Count
+    common_beginning: Annotated[float, Field(ge=0)]
+    dense: Written
+    pruned: Written
+    examples: list[Example]
+
+
 class _Text(_Open):
     """Where tokens came from; None where nobody knows, as of a token array."""
 
@@ -69,6 +108,7 @@ class EvaluationManifest(_Text):
     predicted_tokens: Count
     fingerprint: str
     unigram_perplexity: PerplexityValue | None = None
+    long_windows_of: str | None = None  # the set whose text this is again, in longer windows
 
 
 class System(_Open):
@@ -83,9 +123,12 @@ class System(_Open):
 
 
 class RunMetrics(_Open):
-    """``metrics.json`` of a pruning run. ``seconds`` is wall-clock time by phase."""
+    """``metrics.json`` of a pruning run. ``seconds`` is wall-clock time by phase. Runs of earlier versions have neither
+    distance nor continuations."""
 
     perplexity: dict[str, Perplexities]
+    distance: dict[str, DistanceFacts] = {}
+    continuations: ContinuationFacts | None = None
     evaluation: dict[str, EvaluationManifest]
     parameters: Parameters
     pruning_ratio: Ratio
@@ -98,6 +141,8 @@ class RunMetrics(_Open):
     def _every_set_has_its_protocol(self) -> "RunMetrics":
         if self.perplexity.keys() != self.evaluation.keys():
             raise ValueError("perplexity and evaluation with the same sets")
+        if self.distance.keys() - self.perplexity.keys():
+            raise ValueError("distance of sets that have a perplexity")
         return self
 
 

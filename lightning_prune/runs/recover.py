@@ -4,6 +4,7 @@ import os
 import time
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml
 
 from lightning_prune.checkpoint.cut import layout_of
 from lightning_prune.checkpoint.model_card import model_card
-from lightning_prune.evaluation.perplexity import PerplexityResult, measure_perplexity
+from lightning_prune.evaluation.perplexity import Measured, measure
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.model_slot import ModelSlot
 from lightning_prune.recovery import Recovery, RecoveryDataModule
@@ -35,7 +36,8 @@ from lightning_prune.support.timing import Seconds
 
 OPTION = "--model.pretrained"
 # Decide no weight, or have a fingerprint. The batch size does decide: a step of the optimizer takes one.
-FREE = ("label", "pretrained", "cache_dir", "dataset", "eval_datasets", "eval_batch_size", "tokenizer")
+FREE = ("label", "pretrained", "cache_dir", "dataset", "tokenizer")
+FREE_OF_EVALUATION = ("eval_datasets", "eval_batch_size", "eval_long_seq_len", "continuations")
 DECISIVE = ("precision", "max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val")
 
 
@@ -75,6 +77,7 @@ def recover_and_record(
     """
     started = time.perf_counter()
     _follow(run, data)
+    data.take_model(module.checkpoint.limits[1])
     with module.seconds.measure("tokenise"):
         data.setup("fit")
     data.check_against_model(*module.checkpoint.limits)
@@ -85,16 +88,20 @@ def recover_and_record(
     with claimed(trainer, module.label, config, again) as folder, closing(module.progress), quiet_transformers():
         assert folder is not None  # one process
         write_json(folder.path / STARTED, facts)
+        measuring = partial(_measure, run=run, data=data, module=module, trainer=trainer)
         # What the pruning run measured, unless other sets are to be reported on.
-        dense, pruned = known_perplexities(run, data), known_perplexities(run, data, "pruned")
-        if dense is None:
-            dense = _measure(Checkpoint.open(run.plan.base_model), "dense", run, data, module, trainer)
+        known, pruned = known_perplexities(run, data), known_perplexities(run, data, "pruned")
         if pruned is None:
-            pruned = _measure(module.checkpoint, "pruned", run, data, module, trainer)
+            pruned = measuring(module.checkpoint, "pruned").perplexity
+        base_model = _base_model(run) if known is not None else Checkpoint.open(run.plan.base_model)
         trained = train(trainer, module, data, folder.path / TRAINING)
         with module.seconds.measure("save"):
             self_check, zeroed = _save(folder, module, run)
-        recovered = _measure(Checkpoint.open(str(folder.pruned)), "recovered", run, data, module, trainer)
+        # After the training, which may need the memory that the residual streams take.
+        dense = None if base_model is None else measuring(base_model, "dense", scratch=folder.path)
+        recovered = measuring(Checkpoint.open(str(folder.pruned)), "recovered", reference=dense)
+        dense = dense or Measured(recovered.checkpoint, known or {})
+        dense.close()
         record = {
             "parent": str(run.path),
             "parent_label": run.metrics.method.label,
@@ -128,7 +135,7 @@ def _follow(run: FinishedRun, data: RecoveryDataModule) -> None:
     if facts := run.calibration_facts:
         text = [f"{spec(part)}:{part['share']}" for part in facts.get("parts") or ()] or spec(facts)
     options = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8")).get("data") or {}
-    sets = run.metrics.evaluation.values()
+    sets = [item for item in run.metrics.evaluation.values() if item.long_windows_of is None]
     lengths = {item.seq_len for item in sets}  # token arrays, taken whole, may have several
     data.follow(
         text,
@@ -146,7 +153,7 @@ def _facts(module: Recovery, data: RecoveryDataModule, config: str) -> Facts:
         f"{group}.{name}": value
         for group in ("model", "data", "trainer")
         for name, value in parsed[group].items()
-        if (name in DECISIVE if group == "trainer" else name not in FREE)
+        if (name in DECISIVE if group == "trainer" else name not in (*FREE, *FREE_OF_EVALUATION))
     }
     weights, tokens = module.checkpoint.fingerprint, data.manifest["fingerprint"]
     if module.teacher and os.path.isdir(Path(module.teacher).expanduser()):  # however it is spelled
@@ -154,18 +161,33 @@ def _facts(module: Recovery, data: RecoveryDataModule, config: str) -> Facts:
     return {**options, "weights of the model (SHA-256)": weights, "training tokens (SHA-256)": tokens}
 
 
+def _base_model(run: FinishedRun) -> Checkpoint | None:
+    """The model that ``run`` pruned; None where it is not there any more, or another one is."""
+    try:
+        found = Checkpoint.open(run.plan.base_model)
+    except UserError:
+        return None
+    return found if run.metrics.method.base_model_sha256 in (None, found.fingerprint) else None
+
+
 def _measure(
-    model: Checkpoint, which: str, run: FinishedRun, data: RecoveryDataModule, module: Recovery, trainer: L.Trainer
-) -> dict[str, PerplexityResult]:
-    """Perplexity in the precision of the pruning run."""
+    model: Checkpoint,
+    which: str,
+    run: FinishedRun,
+    data: RecoveryDataModule,
+    module: Recovery,
+    trainer: L.Trainer,
+    **compare: Any,
+) -> Measured:
+    """``measure`` in the precision of the pruning run."""
     device, precision = trainer.strategy.root_device, run.environment.precision
     if not data.evaluation:
         module.seconds.add("evaluate pruned", 0.0)
-        return {}
+        return Measured(model)
     accelerator, devices = "cpu" if device.type == "cpu" else "auto", 1 if device.index is None else [device.index]
     measuring = calibration_trainer(accelerator, devices, precision=precision, logger=False)  # type: ignore[arg-type]
     slot = ModelSlot("auto", Seconds())
-    measured = measure_perplexity(measuring, data, model, which, slot, module.progress)
+    measured = measure(measuring, data, model, which, slot, module.progress, **compare)
     slot.close()
     module.seconds.add("evaluate pruned", slot.seconds[f"evaluate {which}"])
     return measured

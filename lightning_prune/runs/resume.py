@@ -44,7 +44,7 @@ def configuration_sha256(
 # of which there are fingerprints.
 FREE = (
     *("model.label", "model.onload", "model.pretrained"),
-    *("data.tokenizer", "data.dataset", "data.batch_size", "data.cache_dir"),
+    *("data.tokenizer", "data.dataset", "data.batch_size", "data.cache_dir", "data.continuations"),
 )
 
 

@@ -1,11 +1,11 @@
 """One run, start to end: dense perplexity → calibrate and prune → pruned perplexity → record."""
 
-import json
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import astuple
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.data.calibration import EvaluationSet
 from lightning_prune.data.datamodule import CalibrationDataModule
+from lightning_prune.evaluation.continuations import Continuations, common_beginning, examples
 from lightning_prune.evaluation.perplexity import (
     Evaluation,
-    PerplexityResult,
+    Measured,
     evaluation_phase,
     evaluation_work,
-    measure_perplexity,
+    measure,
     unigram_perplexity,
 )
 from lightning_prune.methods.base import PruningMethod
@@ -30,12 +31,11 @@ from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.runs.environment import environment, peak_memory_bytes
 from lightning_prune.runs.folder import NO_DATA, STARTED, RunFolder, check_label
 from lightning_prune.runs.memory_estimate import advice, place
-from lightning_prune.runs.resume import configuration_sha256, facts_of, read_object, unfinished_run
+from lightning_prune.runs.resume import configuration_sha256, facts_of, unfinished_run
 from lightning_prune.runs.tensorboard import close_loggers, log_result, open_loggers
 from lightning_prune.runs.verdict import evaluation_section
 from lightning_prune.support.errors import UserError, first_line
-from lightning_prune.support.files import FULL, write_json, write_text
-from lightning_prune.support.names import FINDINGS
+from lightning_prune.support.files import FULL, write_json
 
 
 def prune_and_record(
@@ -43,14 +43,15 @@ def prune_and_record(
     method: PruningMethod,
     data: CalibrationDataModule,
     config: str,
-    dense: dict[str, PerplexityResult] | None = None,
+    shared: list[Measured] | None = None,
     resume: bool = False,
 ) -> tuple[Path, dict[str, Any]]:
     """Run one method and leave a complete run folder; its path, and its ``metrics.json``.
 
     The folder is claimed below the ``default_root_dir`` of ``trainer``, a fresh one. ``config`` is the resolved
-    configuration as YAML, ``dense`` the perplexities of the dense model where they are known already. ``resume`` goes
-    on with the unfinished run of the same configuration; the result is that of an undisturbed one.
+    configuration as YAML. ``shared`` holds what an earlier run measured of the dense model on the same sets, or takes
+    it from this one; it stays open. ``resume`` goes on with the unfinished run of the same configuration; the result is
+    that of an undisturbed one.
 
     Raises:
         UserError: a mistake in the input, or a device that is too small; nothing has been written then. Or the disk is
@@ -61,6 +62,7 @@ def prune_and_record(
     check_label(method.label)
     method.check_model()
     data.needs_calibration = method.needs_calibration
+    data.take_model(method.checkpoint.limits[1])
     with method.seconds.measure("tokenise"):
         data.setup("fit")
     place(trainer, method, data)
@@ -81,12 +83,17 @@ def prune_and_record(
         method.progress.expect(evaluation_phase("pruned"), work)
         if folder is not None and method.saved is None:  # what is decided from scores is quickly decided again
             write_json(folder.path / STARTED, facts)
-        if dense is None:
-            dense = _dense(trainer, method, data, folder)
+        known = [] if shared is None else shared
+        if not known:
+            method.expect_roughly(data)
+            scratch = scratch_folder(folder)
+            known += [measure(trainer, data, method.checkpoint, "dense", method.slot, method.progress, scratch)]
+        (dense,) = known
         trainer.fit(method, data)
-        pruned = measure_perplexity(
-            trainer, data, Checkpoint.open(str(method.pruned_folder)), "pruned", method.slot, method.progress
-        )
+        made = Checkpoint.open(str(method.pruned_folder))
+        pruned = measure(trainer, data, made, "pruned", method.slot, method.progress, reference=dense)
+        if shared is None:
+            dense.close()
         method.seconds["total"] = time.perf_counter() - started
         metrics = _metrics(trainer, method, data, config, dense, pruned)
         if folder is not None:
@@ -99,44 +106,34 @@ def prune_and_record(
     return Path(path), metrics
 
 
-def _dense(
-    trainer: L.Trainer, method: PruningMethod, data: CalibrationDataModule, folder: RunFolder | None
-) -> dict[str, PerplexityResult]:
-    """The dense model's perplexities, which a run that goes on may know already."""
-    fingerprints = {item.name: item.manifest["fingerprint"] for item in data.evaluation}
-    # Several processes measure again: they are only started, or joined, by the first fit or test, so that until then
-    # one cannot tell the others what it knows.
-    alone = trainer.world_size == 1 and method.saved is None
-    file = folder.path / FINDINGS / "dense.json" if folder is not None and alone else None
-    known = None if file is None else read_object(file)
-    if known is not None and known["evaluation"] == fingerprints:
-        return {name: PerplexityResult(*pair) for name, pair in known["perplexity"].items()}
-    method.expect_roughly(data)
-    measured = measure_perplexity(trainer, data, method.checkpoint, "dense", method.slot, method.progress)
-    if file is not None and measured:
-        file.parent.mkdir(exist_ok=True)
-        values = {name: astuple(result) for name, result in measured.items()}
-        write_text(file, json.dumps({"evaluation": fingerprints, "perplexity": values}))  # with NaN and infinity
-    return measured
+def scratch_folder(folder: RunFolder | None) -> Path:
+    """Where residual streams go that memory does not hold."""
+    return Path(tempfile.gettempdir()) if folder is None else folder.path
 
 
 def evaluate_and_record(
-    trainer: L.Trainer, model: Evaluation, data: CalibrationDataModule, config: str
+    trainer: L.Trainer, model: Evaluation, data: CalibrationDataModule, config: str, dense: str = ""
 ) -> tuple[Path, dict[str, Any]]:
-    """Measure the perplexity of one model with the protocol of the pruning runs and write it; the run folder, and its
-    ``metrics.json``.
+    """Measure the perplexity of one model with the protocol of the pruning runs, with ``dense`` also its distance from
+    that one, and write it; the run folder, and its ``metrics.json``.
 
     Raises:
         UserError: a mistake in the input, or no evaluation set; nothing has been written then.
     """
     model.check_model()
+    reference = model.check_dense(dense) if dense else None
     with claimed(trainer, "test", config) as folder, closing(model.progress):
         data.needs_calibration = False
+        positions = [one.limits[1] for one in (model.checkpoint, reference) if one is not None]
+        data.take_model(min((one for one in positions if one is not None), default=None))
         data.setup("test")
         if not data.evaluation:
             raise UserError(
                 "--data.eval_datasets: nothing to evaluate on. Name at least one corpus, file or token array."
             )
+        if reference is not None:
+            scratch = scratch_folder(folder)
+            model.reference = measure(trainer, data, reference, "dense", model.slot, model.progress, scratch)
         trainer.test(model, data, verbose=False)
         metrics = {
             "perplexity": {
@@ -149,6 +146,11 @@ def evaluate_and_record(
             "peak_memory_bytes": peak_memory_bytes(),
             "model": model.pretrained,
         }
+        if model.reference is not None:
+            for name, result in model.reference.perplexity.items():
+                metrics["perplexity"][name]["dense"] = result.perplexity
+            metrics |= {"dense": dense, **compared(model.reference, model.measured, data.evaluation)}
+            model.reference.close()
         if folder is not None:
             log_result(trainer, {"model": model.pretrained}, metrics)
             folder.write_results({}, environment(str(trainer.precision), trainer.strategy.root_device), metrics)
@@ -246,8 +248,8 @@ def _metrics(
     method: PruningMethod,
     data: CalibrationDataModule,
     config: str,
-    dense: dict[str, PerplexityResult],
-    pruned: dict[str, PerplexityResult],
+    dense: Measured,
+    pruned: Measured,
 ) -> dict[str, Any]:
     weights = method.checkpoint.fingerprint
     metrics = run_metrics(method.plan, dense, pruned, data.evaluation, method.seconds)
@@ -266,24 +268,25 @@ def _metrics(
         str(trainer.precision),
         weights,
         (method.calibration_facts() or NO_DATA).get("fingerprint"),
-        {item.name: item.manifest["fingerprint"] for item in data.evaluation},
+        data.fingerprints,
     )
     return metrics
 
 
 def run_metrics(
     plan: PruningPlan,
-    dense: dict[str, PerplexityResult],
-    pruned: dict[str, PerplexityResult],
+    dense: Measured,
+    pruned: Measured,
     sets: Sequence[EvaluationSet],
     seconds: dict[str, float],
 ) -> dict[str, Any]:
     """The contents of ``metrics.json``; ``seconds`` are by phase."""
     return {
         "perplexity": {
-            name: {"dense": dense[name].perplexity, "pruned": pruned[name].perplexity, "tokens": dense[name].tokens}
-            for name in dense
+            name: {"dense": one.perplexity, "pruned": pruned.perplexity[name].perplexity, "tokens": one.tokens}
+            for name, one in dense.perplexity.items()
         },
+        **compared(dense, pruned, sets),
         "evaluation": {
             item.name: {**item.manifest, "unigram_perplexity": unigram_perplexity(item.tokens)} for item in sets
         },
@@ -292,3 +295,22 @@ def run_metrics(
         "seconds": {phase: round(value, 3) for phase, value in seconds.items()},
         "peak_memory_bytes": peak_memory_bytes(),
     }
+
+
+def compared(dense: Measured, pruned: Measured, sets: Sequence[EvaluationSet]) -> dict[str, Any]:
+    """Distance and continuations as ``metrics.json`` has them."""
+    facts: dict[str, Any] = {"distance": {name: asdict(one) for name, one in pruned.distance.items()}}
+    if dense.written is None or pruned.written is None:
+        return facts
+    both: dict[str, Continuations] = {"dense": dense.written, "pruned": pruned.written}
+    number, length = dense.written.prompts.shape
+    facts["continuations"] = {
+        "evaluation_set": sets[0].name,
+        "prompts": number,
+        "prompt_tokens": length,
+        "new_tokens": dense.written.new_tokens,
+        "common_beginning": common_beginning(dense.written, pruned.written),
+        **{side: {"repeated_4grams": one.repeated, "ended": one.ended} for side, one in both.items()},
+        "examples": examples(dense.written, pruned.written, dense.checkpoint.tokenizer),
+    }
+    return facts

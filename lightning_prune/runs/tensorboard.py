@@ -99,6 +99,8 @@ def log_result(
     results = {"achieved ratio": float(metrics["pruning_ratio"]["achieved"])} if "pruning_ratio" in metrics else {}
     for name, values in metrics["perplexity"].items():
         results[f"perplexity {plain(name)}"] = float(values["pruned"] if "pruned" in values else values["perplexity"])
+    for name, values in metrics.get("distance", {}).items():
+        results |= {f"{key.replace('_', ' ')} {plain(name)}": float(value) for key, value in values.items()}
     final = {f"hparams/{name}": value for name, value in (results | dict(more)).items()}
     for logger in trainer.loggers:
         try:

@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from lightning_prune.checkpoint.scores import BLOCKS
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.data.sampling import held_out_samples
-from lightning_prune.evaluation.perplexity import measure_perplexity
+from lightning_prune.evaluation.perplexity import measure
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.measurement import SavedMeasurement
@@ -189,8 +189,8 @@ class _Trials:
 def _loss(run: RunBuilder) -> float:
     """Mean token loss in nats on the held-out samples, of what was decided, or of the dense model before that."""
     method = run.model
-    results = measure_perplexity(run.trainer, run.datamodule, method.checkpoint, "", method.slot, method.progress)
-    (result,) = results.values()
+    measured = measure(run.trainer, run.datamodule, method.checkpoint, "", method.slot, method.progress)
+    (result,) = measured.perplexity.values()
     return math.log(result.perplexity)
 
 

@@ -17,19 +17,26 @@ LEGEND = (
     f"Verdict: {NEAR_DENSE} up to {NEAR:g} times the dense perplexity (about what halving a model's size costs), "
     f"{DEGRADED} up to {BIT:g} times (one bit per token lost), {BADLY_DEGRADED} above. {UNUSABLE.capitalize()}, "
     "whatever the ratio: at least half of what the dense model gains over token frequencies without context is lost "
-    "(perplexity at or above √(dense × unigram)), or the perplexity is not finite."
+    "(perplexity at or above √(dense × unigram)), or the perplexity is not finite. A KL divergence of x nats counts as "
+    "e^x times the dense perplexity; the worse of both decides."
 )
 
 
-def verdict_word(pruned: float | None, dense: float | None, unigram: float | None) -> str:
+def verdict_word(
+    pruned: float | None, dense: float | None, unigram: float | None, divergence: float | None = None
+) -> str:
     """One word of the scale in ``LEGEND``.
 
     A language model's gain is ln(unigram) - ln(dense) nats per token, what it knows from context. The loss from
-    pruning is ln(pruned) - ln(dense).
+    pruning is ln(pruned) - ln(dense), or the ``divergence`` KL(dense ‖ pruned) in nats per token, which is the same
+    loss on text that the dense model wrote, whichever is larger.
 
     Perplexities are of the pruned, the dense and the unigram model on the same tokens. None, NaN and infinity: it was
-    not finite, or (unigram) is not known. Without the dense one only the unigram model is left to compare with.
+    not finite, or (unigram) is not known. Without the dense one only the unigram model is left to compare with. The
+    divergence is None where nobody measured it.
     """
+    if divergence is not None and _finite(pruned):
+        pruned = max(pruned, _as_perplexity(divergence, dense))
     limit = unusable_limit(dense, unigram)
     if not _finite(pruned) or (limit is not None and pruned >= limit):
         return UNUSABLE
@@ -50,7 +57,10 @@ def verdict(metrics: dict[str, Any], name: str) -> str:
     """The word and its reason, for one evaluation set of a ``metrics.json``."""
     pruned, dense = metrics["perplexity"][name]["pruned"], metrics["perplexity"][name]["dense"]
     unigram = metrics.get("evaluation", {}).get(name, {}).get("unigram_perplexity")
-    word = verdict_word(pruned, dense, unigram)
+    distance = metrics.get("distance", {}).get(name)
+    divergence = None if distance is None else distance["kl_divergence"]
+    divergence = math.inf if distance is not None and not _finite(divergence) else divergence
+    word = verdict_word(pruned, dense, unigram, divergence)
     if not _finite(pruned):
         return f"{word} (perplexity is not finite)"
     if _finite(unigram) and pruned >= unigram:
@@ -58,21 +68,33 @@ def verdict(metrics: dict[str, Any], name: str) -> str:
     if not _finite(dense):
         return f"{word} (the dense perplexity is not finite)"
     reason = f"{pruned / dense:.2f} times the dense perplexity"
-    if word == UNUSABLE:
+    if divergence is not None and _as_perplexity(divergence, dense) > pruned:
+        pruned = _as_perplexity(divergence, dense)
+        reason = f"a KL divergence of {divergence:.2f} counts as {pruned / dense:.2f} times the dense perplexity"
+    if word == UNUSABLE and _finite(unigram) and _finite(pruned):
         lost = math.log(pruned / dense) / math.log(unigram / dense)
         reason += f", {lost:.0%} of what the dense model gains over token frequencies is lost"
     return f"{word} ({reason})"
+
+
+def _as_perplexity(divergence: float, dense: float | None) -> float:
+    """What a model has that is ``divergence`` nats per token from the dense one, on text that the dense one wrote."""
+    return dense * math.exp(min(divergence, 700.0)) if _finite(dense) and _finite(divergence) else math.inf
 
 
 def evaluation_section(metrics: dict[str, Any]) -> str:
     """The model card's section on how good the pruned model is; empty when nothing was evaluated."""
     if not metrics["perplexity"]:
         return ""
-    rows = []
+    rows, distances = [], metrics.get("distance", {})
     for name, item in metrics["perplexity"].items():
         both = [f"{value:.3f}" if _finite(value) else "not finite" for value in (item["dense"], item["pruned"])]
+        if distances:
+            far = distances[name]
+            both += [f"{kl:.4f}" if _finite(kl := far["kl_divergence"]) else "not finite", share(far["top1_agreement"])]
         rows.append((markdown(public_name(name)), f"{item['tokens']:,}", *both, verdict(metrics, name)))
-    header = ("Set", "Tokens", "Dense perplexity", "Pruned perplexity", "Verdict")
+    more = ("KL", "Top-1 agreement") if distances else ()
+    header = ("Set", "Tokens", "Dense perplexity", "Pruned perplexity", *more, "Verdict")
     return "\n" + "\n\n".join(["## Evaluation", markdown_table(header, rows), LEGEND]) + "\n"
 
 
@@ -90,7 +112,7 @@ def regained(dense: float | None, pruned: float | None, recovered: float | None)
 
 def share(value: float | None) -> str:
     """As a table says it."""
-    return "–" if value is None else f"{value:.0%}"
+    return f"{value:.0%}" if _finite(value) else "–"
 
 
 def summary_table(label: str, metrics: dict[str, Any]) -> str:
@@ -109,7 +131,30 @@ def summary_table(label: str, metrics: dict[str, Any]) -> str:
         windows = f"{split} in windows of {protocol['seq_len']}" if "seq_len" in protocol else ""
         values = f"dense {item['dense']:.3f}, pruned {item['pruned']:.3f} ({item['tokens']:,} tokens{windows})"
         rows.append((f"perplexity {name}", f"{values}, {verdict(metrics, name)}"))
+    rows += comparison_rows(metrics)
     return _aligned(rows, metrics)
+
+
+def comparison_rows(metrics: dict[str, Any]) -> Rows:
+    """What a ``metrics.json`` says of the distance from the dense model and of both models' continuations."""
+    rows = []
+    for name, item in metrics.get("distance", {}).items():
+        kl, agreement, acceptance = (item[key] for key in ("kl_divergence", "top1_agreement", "expected_acceptance"))
+        value = "not finite"
+        if _finite(kl):
+            value = f"KL {kl:.4g} nats per token, top-1 agreement {agreement:.1%}, expected acceptance {acceptance:.1%}"
+        rows.append((f"distance {name}", value))
+    if written := metrics.get("continuations"):
+        both = [
+            (f"{share(written[side][key])}" for side in ("dense", "pruned")) for key in ("repeated_4grams", "ended")
+        ]
+        repeated, ended = (" → ".join(pair) for pair in both)
+        value = (
+            f"equal for the first {written['common_beginning']:.1f} of {written['new_tokens']} tokens, repeated "
+            f"4-grams {repeated}, ended {ended} ({written['prompts']} prompts)"
+        )
+        rows.append(("continuations", value))
+    return rows
 
 
 def recovery_table(label: str, metrics: dict[str, Any]) -> str:

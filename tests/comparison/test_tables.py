@@ -19,6 +19,7 @@ from tests.comparison.fake_run import make_run, seeded
         (["c4.json.gz", "e.npy"], ["c4", "e"]),
         (["a.txt", "a.npy"], ["a.txt", "a.npy"]),  # would be the same
         (["test", "a/test"], ["test", "a/test"]),
+        (["w/test.txt", "w/test.txt@512", "p/test.txt", "p/test.txt@512"], ["w", "w@512", "p", "p@512"]),
         ([], []),
     ],
 )
@@ -26,6 +27,10 @@ def test_short_names_are_short_and_tell_apart(tmp_path: Path, names: list[str], 
     run = make_run(tmp_path)
     perplexity = run.metrics.perplexity.pop("demo")
     run.metrics.perplexity.update(dict.fromkeys(names, perplexity))
+    manifest = run.metrics.evaluation.pop("demo")
+    for name in names:
+        of = name.partition("@")[0] if "@" in name else None
+        run.metrics.evaluation[name] = manifest.model_copy(update={"long_windows_of": of})
     assert evaluation_sets([run]) == dict(zip(names, short, strict=True))
 
 

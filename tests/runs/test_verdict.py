@@ -25,6 +25,33 @@ def test_words_follow_the_stated_thresholds(pruned: float, dense: float, unigram
     assert verdict_word(pruned, dense, unigram) == expected
 
 
+@pytest.mark.parametrize(
+    ("pruned", "unigram", "divergence", "expected"),
+    [
+        (10.0, 1e6, 0.0, "near dense"),
+        (10.0, 1e6, 0.095, "near dense"),  # e^0.095 = 1.0997
+        (10.0, 1e6, 0.096, "degraded"),  # another model, though as good a one
+        (20.5, 1e6, 0.3, "badly degraded"),  # the worse of both
+        (10.0, 1e6, 0.7, "badly degraded"),
+        (10.0, 1000.0, 2.31, "unusable"),  # ln 10 of the ln 100 that context was worth
+        (10.0, None, 1e9, "badly degraded"),
+        (10.0, 1e6, math.inf, "unusable"),
+    ],
+)
+def test_divergence_counts_as_the_perplexity_on_text_of_the_dense_model(
+    pruned: float, unigram: float | None, divergence: float, expected: str
+) -> None:
+    assert verdict_word(pruned, 10.0, unigram, divergence) == expected
+    finite = None if divergence == math.inf else divergence
+    metrics = {
+        "perplexity": {"a": {"dense": 10.0, "pruned": pruned, "tokens": 10}},
+        "evaluation": {"a": {"unigram_perplexity": unigram}},
+        "distance": {"a": {"kl_divergence": finite, "top1_agreement": 0.5, "expected_acceptance": 0.25}},
+    }
+    assert verdict(metrics, "a").startswith(expected)
+    assert ("not finite" if finite is None else f"| {divergence:.4f} | 50% |") in evaluation_section(metrics)
+
+
 @pytest.mark.parametrize("nothing", [None, float("nan"), float("inf")])
 def test_what_is_not_finite_is_unusable_or_not_comparable(nothing: float | None) -> None:
     for dense in (nothing, 5.0):

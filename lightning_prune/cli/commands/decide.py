@@ -23,7 +23,10 @@ DESCRIPTION = (
     "which read the calibration set again; the evaluation sets. What the scores were measured with (model, importance, "
     "prior, calibration set, precision) may not."
 )
-EVALUATION_OPTIONS = ("eval_datasets", "eval_seq_len", "eval_batch_size", "cache_dir")
+EVALUATION_OPTIONS = (
+    *("eval_datasets", "eval_seq_len", "eval_batch_size", "eval_long_seq_len"),
+    *("continuations", "cache_dir"),
+)
 
 
 def main(argv: list[str]) -> int:
@@ -57,7 +60,7 @@ def main(argv: list[str]) -> int:
     _ = run.scores  # a damaged table does not wait for torch either
 
     # After the first look, so that --help and a wrong folder do not wait for torch.
-    from lightning_prune.runs.reuse import known_perplexities, reuse
+    from lightning_prune.runs.reuse import reuse
     from lightning_prune.runs.run import prune_and_record
     from lightning_prune.runs.verdict import summary_table
 
@@ -74,6 +77,7 @@ def main(argv: list[str]) -> int:
         )
     reuse(cli.model, run)
     cli.datamodule.needs_calibration = cli.model.needs_calibration
+    cli.datamodule.take_model(cli.model.checkpoint.limits[1])
     cli.datamodule.setup("fit")
     if cli.model.needs_calibration and run.calibration is not None:
         # A refit, and biases that take over means, must see the text that was scored.
@@ -83,9 +87,7 @@ def main(argv: list[str]) -> int:
                 f"--run: the calibration set is not the one that '{run.path}' measured with (its fingerprint was "
                 f"{before}, now it is {now}). Put the text back, or run fit again."
             )
-    same_device = run.environment.device == str(cli.trainer.strategy.root_device)
-    dense = known_perplexities(run, cli.datamodule) if same_device else None
-    folder, metrics = prune_and_record(cli.trainer, cli.model, cli.datamodule, cli.resolved_config, dense)
+    folder, metrics = prune_and_record(cli.trainer, cli.model, cli.datamodule, cli.resolved_config)
     table = summary_table(cli.model.label, metrics)
     tell(cli, table, metrics, f"pruned model: {folder / 'pruned'}", folder)
     return 0
