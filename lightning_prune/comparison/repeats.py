@@ -63,8 +63,8 @@ class Repeats:
         mean, deviation = self.distance(name, key)
         if mean is None:
             return "not finite"
-        form = "{:.4f}" if key == "kl_divergence" else "{:.1%}"
-        return " ± ".join(form.format(one).replace("%", " %") for one in (mean, deviation) if one is not None)
+        known = [mean] if deviation is None else [mean, deviation]
+        return " ± ".join(f"{one:.4f}" if key == "kl_divergence" else f"{100 * one:.1f} %" for one in known)
 
     def verdict(self, name: str) -> str:
         divergences = [run.divergence(name) for run in self.runs]

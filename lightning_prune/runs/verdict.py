@@ -145,10 +145,10 @@ def comparison_rows(metrics: dict[str, Any]) -> Rows:
             value = f"KL {kl:.4g} nats per token, top-1 agreement {agreement:.1%}, expected acceptance {acceptance:.1%}"
         rows.append((f"distance {name}", value))
     if written := metrics.get("continuations"):
-        both = [
-            (f"{share(written[side][key])}" for side in ("dense", "pruned")) for key in ("repeated_4grams", "ended")
-        ]
-        repeated, ended = (" → ".join(pair) for pair in both)
+        repeated, ended = (
+            " → ".join(share(written[side][key]) for side in ("dense", "pruned"))
+            for key in ("repeated_4grams", "ended")
+        )
         value = (
             f"equal for the first {written['common_beginning']:.1f} of {written['new_tokens']} tokens, repeated "
             f"4-grams {repeated}, ended {ended} ({written['prompts']} prompts)"

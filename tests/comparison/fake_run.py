@@ -43,6 +43,7 @@ def write_run(
     masked: bool = False,
     whole_layers: bool = False,
     seed: int = 0,
+    distance: dict[str, Any] | None = None,
 ) -> Path:
     """Write the system's next folder; ``calibration``, ``evaluation`` and ``environment`` replace single facts,
     ``seed`` is of the scores."""
@@ -58,6 +59,11 @@ def write_run(
         "peak_memory_bytes": 2**29,
         "method": {"name": label, "label": label, "base_model": base_model, "base_model_sha256": weights},
     }
+    if distance is not None:
+        long = EVALUATION | {"seq_len": 512, "long_windows_of": "demo"}
+        metrics["perplexity"]["demo@512"] = {"dense": 10.0, "pruned": 15.0, "tokens": 1000}  # type: ignore[index]
+        metrics["evaluation"]["demo@512"] = long  # type: ignore[index]
+        metrics |= {"distance": {"demo": distance, "demo@512": distance | {"kl_divergence": 0.25}}}
     facts = {"dataset": None, "note": "reads no data"} if no_data else CALIBRATION | (calibration or {})
     _json(folder / "calibration.json", facts)
     _json(folder / "environment.json", ENVIRONMENT | (environment or {}))

@@ -5,7 +5,7 @@ import pytest
 from lightning_prune.comparison.audit import audit
 from lightning_prune.comparison.repeats import repeats
 from lightning_prune.comparison.sections import leaders, sections
-from lightning_prune.comparison.tables import evaluation_sets, results
+from lightning_prune.comparison.tables import distances, evaluation_sets, results
 from tests.comparison.fake_run import make_run, seeded
 
 
@@ -74,3 +74,20 @@ def test_nothing_evaluated_is_said(tmp_path: Path) -> None:
     answer = sections(audit([run]), [])[0]
     assert not answer.tables
     assert "nothing is ranked" in answer.text[0]
+
+
+def test_runs_of_earlier_versions_are_in_the_table_with_gaps(tmp_path: Path) -> None:
+    far = {"kl_divergence": 0.0625, "top1_agreement": 0.875, "expected_acceptance": 0.75}
+    new, old = make_run(tmp_path, "new", perplexity=10.5, distance=far), make_run(tmp_path, "old", perplexity=10.5)
+    found = audit([new, old])
+    assert (len(found.groups), found.differences) == (1, [])
+    assert any(note.startswith("long windows: 512 in new") and "gap in the tables" in note for note in found.notes)
+    lines = repeats([new, old])
+    frame = results(lines, found.groups[0]).set_index("system")
+    cells = ["perplexity demo@512", "KL demo", "KL demo@512", "verdict"]
+    assert list(frame.loc["new", cells]) == ["15.000", "0.0625", "0.2500", "near dense / degraded"]
+    assert list(frame.loc["old", cells]) == ["–", "–", "–", "near dense"]
+    more = distances(lines, found.groups[0])
+    assert more is not None
+    assert list(more.set_index("system").loc["new"])[1:3] == ["87.5 %", "75.0 %"]
+    assert distances(repeats([old]), audit([old]).groups[0]) is None

@@ -86,7 +86,11 @@ def test_bf16_trains_adapters_in_fp32_gradients_accumulate_and_only_phases_are_t
     capsys.readouterr()
     assert recover(pruned, *options, "--model.learning_rate", "0.01", "--trainer.max_steps", "3") == 0
     err = capsys.readouterr().err
-    assert [line.partition(":")[0] for line in err.splitlines()] == ["training", "perplexity of the recovered model"]
+    assert [line.partition(":")[0] for line in err.splitlines()] == [
+        "training",
+        "perplexity of the dense model",
+        "perplexity of the recovered model",
+    ]
     facts = facts_of(tmp_path / "logs" / "wanda_lora" / "version_0")
     assert (facts["precision"], facts["stopped_by"]) == ("bf16-true", "steps")
     assert facts["tokens_seen"] == (38 + 24) * 16  # a round of 38 windows is steps of three batches and two

@@ -173,6 +173,8 @@ def expected(run: Path) -> tuple[list[dict[str, float]], dict[str, float]]:
         layers.append(values)
     metrics = json.loads((run / "metrics.json").read_text())
     final = {"hparams/achieved ratio": metrics["pruning_ratio"]["achieved"]}
+    distance = metrics["distance"]["e.npy"]
+    final |= {f"hparams/{key.replace('_', ' ')} e.npy": value for key, value in distance.items()}
     return layers, final | {"hparams/perplexity e.npy": metrics["perplexity"]["e.npy"]["pruned"]}
 
 
