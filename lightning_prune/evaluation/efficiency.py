@@ -114,7 +114,7 @@ def kv_cache_bytes_per_token(model: PreTrainedModel) -> int:
 def _head_widths(model: PreTrainedModel) -> list[tuple[int, int]]:
     """All query heads and all KV heads, in numbers per token, of every attention block that is there."""
     family = family_of(model.config)
-    blocks = [getattr(layer, family.attention) for layer in layers_of(model)]
+    blocks: list[Any] = [getattr(layer, family.attention, None) for layer in layers_of(model)]
     queries = [(getattr(block, family.output).in_features, block) for block in blocks if hasattr(block, family.output)]
     return [(width, width // block.num_key_value_groups) for width, block in queries]
 

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lightning_prune.checkpoint.cut import check_plan, layout_of, parameters_after, pruned_config
-from lightning_prune.checkpoint.plan import PruningPlan
+from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.models.families import count_parameters, layer_structures
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
@@ -131,3 +131,22 @@ def test_a_per_layer_granite_says_its_scale_under_the_name_that_serving_engines_
     model = make_tiny("granite")
     assert pruned_config(model.config, mixed_plan(model)).logit_scale == 1 / model.config.logits_scaling
     assert not hasattr(pruned_config(model.config, uniform_plan(model)), "logit_scale")
+
+
+@pytest.mark.parametrize(
+    ("layer", "kept", "message"),
+    [
+        (0, {Block.ATTENTION: [0], Block.MLP: [0]}, "layer 0 lists attention, mlp, the model's has mixer, mlp"),
+        (0, {Block.MIXER: [], Block.MLP: [0]}, "layer 0 keeps a part without its mixer"),
+        (0, {Block.MIXER: [1], Block.MLP: [0]}, r"keeps mixer \[1\].*0 to 0"),
+        (3, {Block.ATTENTION: [], Block.MLP: []}, r"every layer with attention \(\[1, 3\]\)"),
+    ],
+)
+def test_plans_that_a_hybrid_cannot_have(layer: int, kept: dict[Block, list[int]], message: str) -> None:
+    model = make_tiny("lfm2")
+    layers = [LayerPlan(view.index, view.all_units) for view in layer_structures(model)]
+    layers[1] = LayerPlan(1, {Block.ATTENTION: [], Block.MLP: []})
+    layers[layer] = LayerPlan(layer, kept)
+    plan = tiny_plan(model, [], layers=layers)
+    with pytest.raises(UserError, match=message):
+        check_plan(layer_structures(model), plan, model.config)

@@ -125,3 +125,8 @@ def test_table_shows_dense_pruned_and_their_ratio() -> None:
     assert "weights on disk: dense bfloat16, pruned float32" in report.table()
     alone = EfficiencyReport(Setting(), "cpu", "float32", 1, pruned, None)
     assert "dense" not in alone.table()
+
+
+def test_only_layers_with_attention_have_a_kv_cache() -> None:
+    """Of a hybrid of four layers two: keys and values of 2 heads of 8 numbers, in fp32."""
+    assert efficiency.kv_cache_bytes_per_token(make_tiny("lfm2")) == 2 * 2 * (2 * 8) * 4

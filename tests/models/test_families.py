@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, BertConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from lightning_prune.models.checkpoint import meta_model
+from lightning_prune.models.checkpoint import Checkpoint, meta_model
 from lightning_prune.models.families import count_parameters, family_of, layer_structures
 from lightning_prune.models.records import FAMILIES as FAMILIES_OF_RECORD
 from lightning_prune.models.records import GUIDE, TEXT_PARTS
@@ -125,3 +125,28 @@ def test_stock_pruned_model_can_be_pruned_again() -> None:
     again = cut(pruned, tiny_plan(pruned, [([1], [3, 4])] * 4))
     assert layer_structures(again)[0].units(Block.ATTENTION) == 1
     assert again(torch.tensor([[3, 4]])).logits.isfinite().all()
+
+
+def test_the_width_of_an_lfm2_is_the_one_that_its_code_makes_of_the_config(tmp_path: Path) -> None:
+    adjusted = {"block_auto_adjust_ff_dim": True, "block_multiple_of": 16, "block_ffn_dim_multiplier": 1.5}
+    model = make_tiny("lfm2", channels=57, **adjusted)
+    model.save_pretrained(tmp_path)
+    opened = Checkpoint.open(str(tmp_path))
+    assert len(model.model.layers[0].feed_forward.w1.weight) == 64  # 1.5 * (57 * 2 // 3), up to a multiple of 16
+    assert (opened.config.intermediate_size, opened.config.block_auto_adjust_ff_dim) == (64, False)
+    assert [view.units(Block.MLP) for view in layer_structures(opened.meta)] == [64] * 4
+    tokens = tiny_tokens()
+    assert torch.equal(opened.load(None)(tokens).logits, model(tokens).logits)
+
+
+def test_a_layer_says_what_it_is_made_of() -> None:
+    mixer, attention = (Block.MIXER, Block.MLP), (Block.ATTENTION, Block.MLP)
+    for family, blocks in {"lfm2": [mixer, attention] * 2, "falcon_h1": [mixer] * 4, "llama": [attention] * 4}.items():
+        views = layer_structures(make_tiny(family))
+        assert [view.blocks for view in views] == blocks
+        assert all(view.cost == count_parameters(view.layer) for view in views)
+
+
+def test_experts_of_a_family_whose_record_has_none_are_refused() -> None:
+    with pytest.raises(UserError, match="'granitemoehybrid' is not supported: it is a mixture of experts"):
+        family_of(tiny_config("granitemoehybrid", num_local_experts=4))
