@@ -301,10 +301,10 @@ def slicegpt(job: Job) -> Outcome:
     adapter = llama_adapter.LlamaModelAdapter(model)
     layernorm_fusion.replace_layers(adapter, verbose=False)
     layernorm_fusion.fuse_modules(adapter)
-    # d dimensions: what scales with d, the shortcuts of every layer, and the head, which keeps its width.
+    # What d dimensions hold: what scales with d, and two shortcuts d × d a layer. Head and last output stay wide.
     layers, wide, head = config.num_hidden_layers, config.hidden_size, model.lm_head.weight.numel()
-    linear = (sum(one.numel() for one in model.parameters()) - head) / wide
-    room = (1 - job.ratio) * total - head
+    linear = (sum(one.numel() for one in model.parameters()) - head) / wide - config.intermediate_size
+    room = (1 - job.ratio) * total - head - config.intermediate_size * wide
     size = next(d for d in range(wide, 0, -1) if linear * d + (2 * layers - 1) * d * d + d * wide <= room)
     rows = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in job.tokens]
     rotate.rotate_and_slice(adapter, rows, slicing_scheduler.ConstSlicingScheduler(size))

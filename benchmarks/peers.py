@@ -147,7 +147,9 @@ def work(job: Job) -> None:
         if outcome.stock:
             how: dict[str, Any] = {"verbose": False, "accelerator": "cpu"}
             quality = {Path(name).stem: value for name, value in lp.evaluate(outcome.model, job.sets, **how).items()}
-        model = outcome.model.model if job.run == "ours" else outcome.model
+        model = outcome.model
+        if job.run == "ours":  # fp32 as theirs, whatever the checkpoint stores
+            model = lp.load(model.folder / "pruned", torch.float32)
         quality = quality or {name: distance(None, model, rows)[0] for name, rows in windows.items()}
         dense = job.dense().eval()
         far = {name: distance(dense, model, rows[: job.kl_windows])[1] for name, rows in windows.items()}
