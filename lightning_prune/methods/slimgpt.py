@@ -135,8 +135,8 @@ class SlimGPT(PruningMethod):
         pruning_ratio: Share of all parameters (embeddings and head included) to remove, between 0 and 1.
         head_score: Error of removing a head (or GQA group): slimgpt is the paper's grouped Cholesky, exact the true
             joint error of its columns.
-        ffn_group_size: MLP channels to remove before errors are computed again: a number, or dynamic, the paper's
-            schedule that shrinks as fewer are left to remove.
+        ffn_group_size: MLP channels to remove before errors are computed again: a number, or dynamic, the authors'
+            schedule that shrinks from 1024 to 64 as fewer are left to remove.
         first_ratio: Ratio of the first layer; later layers lose more, logarithmically. Default: pruning_ratio's share
             of the prunable weights × 0.3125, the paper's proportion for 20 % of LLaMA-7B.
         damping: λ, added to the Hessian's diagonal times its mean. Raised tenfold, and reported, where the Hessian is

@@ -1,0 +1,130 @@
+"""``benchmarks/peers.py``: what it measures with, and how it changes a peer's code; no checkout is needed."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lightning_prune as lp
+from tests.tiny import make_tiny
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def peers() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("peers", BENCHMARKS / "peers.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["peers"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def flags(*values: int) -> np.ndarray:
+    return np.array(values, dtype=bool)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [
+        ({"a": flags(1, 1, 0, 0), "b": flags(0, 1)}, {"a": flags(1, 0, 1, 0), "b": flags(0, 1)}, (2 / 4, 2, 6)),
+        ({"a": flags(1, 0)}, {"a": flags(1, 0)}, (1.0, 0, 2)),
+        ({"a": flags(1, 0)}, {"a": flags(0, 1)}, (0.0, 2, 2)),
+        ({"a": flags(0, 0)}, {"a": flags(0, 0)}, (1.0, 0, 2)),
+    ],
+    ids=["half", "same", "none in common", "nothing removed"],
+)
+def test_agreement_counts_what_both_removed(
+    peers: ModuleType, ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], expected: tuple[float, int, int]
+) -> None:
+    assert peers.agreement(ours, theirs) == expected
+
+
+@pytest.mark.slow  # it evaluates a model
+def test_distance_is_kl_from_the_dense_model_and_the_perplexity_of_evaluate(peers: ModuleType, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    dense, pruned = make_tiny("llama"), make_tiny("llama")
+    with torch.no_grad():
+        for one in pruned.parameters():
+            one.add_(0.02 * torch.randn_like(one))
+    windows = torch.randint(dense.config.vocab_size, (5, 12))
+    truth, guess = (one(input_ids=windows).logits[:, :-1].double().softmax(-1) for one in (dense, pruned))
+    expected = (truth * (truth / guess).log()).sum(-1).mean().detach()
+    perplexity, divergence = peers.distance(dense, pruned, windows, size=2)
+    assert divergence == pytest.approx(float(expected), rel=1e-4)
+    assert perplexity == pytest.approx(next(iter(lp.evaluate(pruned, [windows], verbose=False).values())), rel=1e-5)
+    assert np.isnan(peers.distance(None, pruned, windows)[1])
+
+
+def test_zero_columns_stand_for_removed_units_and_cost_what_they_hold(peers: ModuleType) -> None:
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    total = sum(one.numel() for one in model.parameters())
+    removed = peers.no_units(config)
+    removed["0.attention"][1] = removed["0.mlp"][[0, 23]] = True
+    outcome = peers.peer_code.without_units(model, removed)
+    output, down = model.model.layers[0].self_attn.o_proj.weight, model.model.layers[0].mlp.down_proj.weight
+    assert output.any(0).tolist() == [True] * 16 + [False] * 16
+    assert down.any(0).tolist() == [False] + [True] * 22 + [False]
+    group = 2 * 8 * 16 * 2 + 8 * 16 * 2  # two query heads and their columns of o, a key and a value head
+    assert outcome.achieved == (group + 2 * 3 * 16) / total
+    share = peers.peer_code.share_of_layers(model, outcome.achieved)
+    assert share == pytest.approx((group + 2 * 3 * 16) / (2 * group + 24 * 3 * 16))
+
+
+def test_a_module_is_imported_with_the_models_numbers(
+    peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "of_a_peer.py").write_text(
+        "WIDTH, COST, NAME = 128, 512.0, '128'\ndef first(): return get_loaders()[0][0]\n"
+    )
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    job = SimpleNamespace(checkout=str(tmp_path), tokens=torch.arange(6).view(2, 3))
+    module = peers.peer_code.adapted(job, "of_a_peer", {128: 16, 512.0: 96.0})
+    assert (module.WIDTH, module.COST, module.NAME) == (16, 96.0, "128")
+    assert module.first()[0].tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--peer", "nobody=."], "'nobody' is not known. Choose from wanda"),
+        (["--peer", "wanda=missing"], "no folder at 'missing'"),
+        (["--text", "missing"], "no file at 'missing/validation.txt'"),
+        (["--rounds", "0"], "found 0"),
+    ],
+)
+def test_a_mistake_is_refused_before_anything_runs(
+    peers: ModuleType,
+    change: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("validation.txt", "test.txt"):
+        (tmp_path / name).write_text("text")
+    root = tmp_path / "results"
+    given = ["--model", "m", "--root", str(root), "--text", str(tmp_path), "--peer", f"wanda={tmp_path}", *change]
+    monkeypatch.setattr(sys, "argv", ["peers.py", *given])
+    with pytest.raises(SystemExit) as status:
+        peers.main()
+    assert status.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not root.exists()
