@@ -36,8 +36,10 @@ from lightning_prune.support.timing import Seconds
 
 OPTION = "--model.pretrained"
 # Decide no weight, or have a fingerprint. The batch size does decide: a step of the optimizer takes one.
-FREE = ("label", "pretrained", "cache_dir", "dataset", "tokenizer")
-FREE_OF_EVALUATION = ("eval_datasets", "eval_batch_size", "eval_long_seq_len", "continuations")
+FREE = (
+    *("label", "pretrained", "cache_dir", "dataset", "tokenizer", "continuations"),
+    *("eval_datasets", "eval_batch_size", "eval_long_seq_len"),
+)
 DECISIVE = ("precision", "max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val")
 
 
