@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, P
 
 import lightning_prune as lp
 from lightning_prune.cli import main
+from lightning_prune.models.vocabulary import Block
 from tests.comparison.fake_run import write_run
 from tests.methods.running import save_base
 from tests.tiny import make_tiny, tiny_config, tiny_tokenizer, tiny_tokens
@@ -44,7 +45,7 @@ def test_prune_leaves_what_fit_leaves(base: str, tmp_path: Path) -> None:
     assert pruned.plan.layers == lp.PrunedModel(theirs).plan.layers
     assert len(pruned.scores) == 3 * (2 + 40)
     assert int(pruned.scores["pruned"].sum()) == sum(
-        42 - len(layer.kept_kv_heads) - len(layer.kept_channels) for layer in pruned.plan.layers
+        42 - len(layer.kept[Block.ATTENTION]) - len(layer.kept[Block.MLP]) for layer in pruned.plan.layers
     )
     assert pruned.metrics["pruning_ratio"]["achieved"] <= 0.25
     pruned.save_pretrained(tmp_path / "copy")

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
+from lightning_prune.models.records import DENSE
 
 FAMILIES = (
     "llama",
@@ -28,7 +29,8 @@ CUTTABLE = (
     *("ministral", "ministral3", "gemma", "gemma2", "gemma3_text", "phi3", "granite", "smollm3", "olmo"),
     *("ernie4_5", "seed_oss"),
 )
-EVERY_FAMILY = (*CUTTABLE, *WHOLE_ATTENTION)
+HYBRIDS = ("qwen3_5_text",)  # some layers have a mixer that stays whole
+EVERY_FAMILY = (*CUTTABLE, *WHOLE_ATTENTION, *HYBRIDS)
 SWITCHES: dict[str, dict[str, Any]] = {  # what makes a tiny model of the family unlike a Llama
     "ministral": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "ministral3": {
@@ -60,6 +62,13 @@ SWITCHES: dict[str, dict[str, Any]] = {  # what makes a tiny model of the family
     },
     "smollm3": {"no_rope_layers": [1, 1, 0, 1]},
     "olmo": {"clip_qkv": 1.5},
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 4,
+        "linear_value_head_dim": 4,
+    },
 }
 
 
@@ -128,7 +137,7 @@ def tiny_plan(model: PreTrainedModel, kept: list[tuple[list[int], list[int]]], *
         "parameters": {"dense": dense, "pruned": 0},
         "calibration_fingerprint": None,
         "base_model": "tiny",
-        "layers": [LayerPlan(index, *lists) for index, lists in enumerate(kept)],
+        "layers": [LayerPlan(index, dict(zip(DENSE, lists, strict=True))) for index, lists in enumerate(kept)],
     }
     return PruningPlan(**(defaults | fields))
 

@@ -6,6 +6,8 @@ the chain rule cut at layer boundaries, so the gradients are those of the whole 
 """
 
 from abc import abstractmethod
+from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Batch, Holding, Load, Pass, Setting, Step
 from lightning_prune.calibration.statistics.removal_slopes import RemovalSlopes
 from lightning_prune.models.families import LayerStructure
+from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.devices import deterministic
 
 
@@ -21,16 +24,17 @@ class BackwardPass(Pass):
     """Forward once, backward layer by layer.
 
     Attributes:
-        priors: also estimate the loss increase without the layer and its blocks: the fact ``delta``, three numbers.
+        priors: also estimate the loss increase without the layer and its blocks: the fact ``delta``, three numbers, of
+            the layer and by the blocks' ``place``; 0 where there is no such block.
     """
 
     def __init__(self, priors: bool = False) -> None:
         self.priors = priors
 
-    def steps(self, num_layers: int) -> list[Step]:
+    def steps(self, layers: Sequence[LayerStructure]) -> list[Step]:
         """Two steps per layer: forward in order, backward in reverse."""
-        forward = [Step(layer, "forward") for layer in range(num_layers)]
-        return forward + [Step(layer, "backward") for layer in reversed(range(num_layers))]
+        order = range(len(layers))
+        return [Step(layer, "forward") for layer in order] + [Step(layer, "backward") for layer in reversed(order)]
 
     def begin(self, setting: Setting) -> None:
         """Make room for the residual stream at every boundary and for one gradient."""
@@ -53,7 +57,8 @@ class BackwardPass(Pass):
         self.seen = 0
         if step.phase == "backward":
             self.watch(self.view(step))
-            self.slopes = RemovalSlopes().to(self.model.device) if self.priors else None
+            pieces = 1 + len(self.view(step).blocks)
+            self.slopes = RemovalSlopes(pieces).to(self.model.device) if self.priors else None
 
     def batch(self, step: Step, batch: Batch) -> None:
         self.seen += int((batch.weight > 0).sum())
@@ -74,7 +79,10 @@ class BackwardPass(Pass):
             result = self.conclude(self.view(step))
             if self.slopes is not None:
                 self.slopes.raise_if_not_finite(f"layer {step.layer}, loss increase without its pieces")
-                result.facts["delta"] = self.slopes.reduced().tolist()
+                layer, *blocks = self.slopes.reduced().tolist()
+                result.facts["delta"] = delta = [layer, 0.0, 0.0]
+                for block, value in zip(self.view(step).blocks, blocks, strict=True):
+                    delta[1 + block.place] = value
         return result
 
     def advance(self, step: Step) -> None:
@@ -125,20 +133,23 @@ class BackwardPass(Pass):
         self, layer: int, hidden: Tensor, cotangent: Tensor, slopes: RemovalSlopes | None
     ) -> Tensor | None:
         """The gradient of the layer's input; None for the first layer."""
-        hidden.requires_grad_(layer > 0)
+        # A mixer's weights take no gradients, so that what it hands on would have none in the first layer.
+        mixer = slopes is not None and Block.MIXER in self.model.views[layer].blocks
+        hidden.requires_grad_(layer > 0 or mixer)
         with torch.enable_grad():
             if slopes is None:
                 output = self.model.run(layer, hidden)
             else:
-                middle, output = self.model.split(layer, hidden)
-                middle.retain_grad()
+                before, *between, output = self.model.streams(layer, hidden)
+                for middle in between:
+                    middle.retain_grad()
         if output.requires_grad:  # not the first layer's, when its weights are not watched
             torch.autograd.backward(output, cotangent.to(output.dtype))
         if slopes is not None:
-            at_middle = middle.grad
-            assert at_middle is not None
-            before, middle, after = hidden.detach(), middle.detach(), output.detach()
-            pieces = [(cotangent, after - before), (at_middle, middle - before), (cotangent, after - middle)]
+            gradients = [gradient for middle in between if (gradient := middle.grad) is not None] + [cotangent]
+            streams = [stream.detach() for stream in (before, *between, output)]
+            added = [after - before for before, after in pairwise(streams)]
+            pieces = [(cotangent, streams[-1] - streams[0]), *zip(gradients, added, strict=True)]
             slopes.update(pieces, len(hidden) * (self.setting.seq_len - 1))
         if hidden.grad is not None:
             self.model.overflow.watch(f"layer {layer}, gradient of its input", hidden.grad)

@@ -37,7 +37,7 @@ class CalibrationLoop:
         self.passes, self.setting, self.results = passes, setting, results
         self.streams = streams or StreamCheckpoints(None)
         self.advance = advance
-        layers = setting.model.num_layers
+        layers = setting.model.views
         self.steps: list[tuple[Pass, Step]] = [(current, step) for current in passes for step in current.steps(layers)]
         self.remaining = self._remaining()
         self._open: Pass | None = None

@@ -5,7 +5,7 @@ finished (one value per unit, not a matrix), is up to the subclass. This file ho
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,9 +131,9 @@ class Pass(ABC):
     stores: dict[str, ResidualStore]
     hooks: Hooks
 
-    def steps(self, num_layers: int) -> list[Step]:
+    def steps(self, layers: Sequence[LayerStructure]) -> list[Step]:
         """All steps, in order."""
-        return [Step(layer, "forward") for layer in range(num_layers)]
+        return [Step(layer, "forward") for layer in range(len(layers))]
 
     def begin(self, setting: Setting) -> None:
         """Before the first step."""
@@ -228,8 +228,10 @@ class ForwardPass(Pass):
         """What is left of a layer, from the sums over all processes."""
 
     def start(self, step: Step) -> None:
-        self.hooks = Hooks()
-        self.observe(self.view(step), self.hooks)
+        self.hooks, view = Hooks(), self.view(step)
+        self.observe(view, self.hooks)
+        if not self.hooks.tokens:  # those that pass are counted all the same
+            self.hooks.on_input(f"layer {view.index}", view.layer, lambda x, weight: None)
 
     @torch.no_grad()
     def batch(self, step: Step, batch: Batch) -> None:
@@ -265,7 +267,7 @@ class ForwardPass(Pass):
 
 
 class BlockPass(Pass):
-    """Forward, attention before the MLP of every layer, each rewritten from what the rewritten part before it outputs.
+    """Forward, block by block, each rewritten from what the rewritten part before it outputs; a mixer stays as it is.
 
     The inputs of the two projections that write to the residual stream are kept while their block is open, so that the
     second evaluation of a rewritten block is that projection alone.
@@ -273,8 +275,8 @@ class BlockPass(Pass):
 
     changes = True
 
-    def steps(self, num_layers: int) -> list[Step]:
-        return [Step(layer, block) for layer in range(num_layers) for block in (Block.ATTENTION, Block.MLP)]
+    def steps(self, layers: Sequence[LayerStructure]) -> list[Step]:
+        return [Step(layer, block) for layer, view in enumerate(layers) for block in view.blocks]
 
     def begin(self, setting: Setting) -> None:
         super().begin(setting)
@@ -296,9 +298,14 @@ class BlockPass(Pass):
         """The projection that this step rewrites: the one that writes to the residual stream."""
         return self.view(step).projection(self.block(step))
 
+    def is_first(self, step: Step) -> bool:
+        """Whether this is the model's first block."""
+        return step.layer == 0 and self.block(step) is self.view(step).blocks[0]
+
     def start(self, step: Step) -> None:
         self.hooks = Hooks()
-        self.observe(self.view(step), self.block(step), self.hooks)
+        if self.block(step) is not Block.MIXER:
+            self.observe(self.view(step), self.block(step), self.hooks)
 
     def batch(self, step: Step, batch: Batch) -> None:
         self.hooks.set_weight(batch.weight)
@@ -306,32 +313,40 @@ class BlockPass(Pass):
 
     @torch.no_grad()
     def skip(self, step: Step, batch: Batch) -> None:
-        if step.layer == 0 and self.block(step) is Block.ATTENTION:
+        if self.is_first(step):
             self.stream.put(batch.rows, self.model.embed(batch.tokens))
         self.catch(step, batch)
 
     def catch(self, step: Step, batch: Batch) -> None:
-        """What the block's projection reads of the stream, of all columns, goes to the store."""
+        """What the block's projection reads of the stream, of all columns, goes to the store; what a mixer makes of the
+        stream is the stream from here on."""
+        block, hidden = self.block(step), self.stream.get(batch.rows, self.model.device)
+        if block is Block.MIXER:
+            self.stream.put(batch.rows, self.model.run_block(step.layer, block, hidden))
+            return
         projection = self.projection(step).module
         if not projection.in_features:  # nothing of the block is there to be kept
             return
         handle = projection.register_forward_pre_hook(lambda _, args: self.inner.put(batch.rows, args[0]))
-        run = self.model.attend if self.block(step) is Block.ATTENTION else self.model.feed
         try:
-            run(step.layer, self.stream.get(batch.rows, self.model.device))
+            self.model.run_block(step.layer, block, hidden)
         finally:
             handle.remove()
 
     @torch.no_grad()
     def finish(self, step: Step) -> LayerResult:
-        if self.view(step).units(self.block(step)):
+        view, block = self.view(step), self.block(step)
+        if block is Block.MIXER:
+            return LayerResult()
+        if view.units(block):
             self.hooks.finish(self.setting.samples * self.setting.seq_len)
-        return self.conclude(self.view(step), self.block(step))
+        return self.conclude(view, block)
 
     def advance(self, step: Step) -> None:
         """Once the rewritten projection is in place: add what it now outputs to the residual stream."""
-        block = self.block(step)
-        if not self.view(step).units(block) or (block is Block.MLP and step.layer + 1 == self.model.num_layers):
+        view, block = self.view(step), self.block(step)
+        last = step.layer + 1 == self.model.num_layers and block is view.blocks[-1]
+        if block is Block.MIXER or last or not view.units(block):
             return
         projection = self.projection(step).module
         with torch.no_grad(), self.setting.context():
@@ -343,6 +358,6 @@ class BlockPass(Pass):
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """The residual stream, and the inputs of one projection; those of a batch in fp32."""
-        new = view.output.weight.numel() + view.down.weight.numel()
+        new = sum(view.projection(block).weight.numel() for block in view.prunable)
         stores = (load.hidden_size, load.widest_input)
         return Holding(4 * load.tokens * load.widest_input, stores=stores, new_weights=new)

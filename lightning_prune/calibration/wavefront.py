@@ -15,15 +15,15 @@ from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.devices import widened
 
-PIECES = (Block.LAYER, Block.ATTENTION, Block.MLP)
+PIECES = (Block.LAYER, Block.ATTENTION, Block.MLP)  # of a layer with a mixer, that in the place of attention
 Piece = tuple[Block, int]  # and its layer
 
 
 class RemovalLosses(TokenStatistic):
     """Summed token losses of the dense model and without each piece, fp64.
 
-    ``removed[p, l]``: without piece p (``PIECES``) of layer l, the layer replaced by identity, or only its attention or
-    MLP contributing zero to the residual stream.
+    ``removed[p, l]``: without piece p of layer l: 0 for the layer replaced by identity, 1 + ``Block.place`` for one of
+    its two blocks contributing zero to the residual stream.
     """
 
     dense: Tensor
@@ -40,10 +40,11 @@ class RemovalLosses(TokenStatistic):
             self.dense += widened(losses).sum()
             self.tokens += losses.numel()
         else:
-            self.removed[PIECES.index(piece[0]), piece[1]] += widened(losses).sum()
+            row = 0 if piece[0] is Block.LAYER else 1 + piece[0].place
+            self.removed[row, piece[1]] += widened(losses).sum()
 
     def compute(self) -> Tensor:
-        """Loss increase Δ ``[3, L]`` in nats per token, fp64: layer, attention, mlp."""
+        """Loss increase Δ ``[3, L]`` in nats per token, fp64."""
         return (self.removed - self.dense) / self.tokens
 
 
@@ -59,7 +60,6 @@ class RemovalPass(Pass):
 
     def __init__(self, num_samples: int | None = None, blocks: bool = True) -> None:
         self.num_samples, self.blocks = num_samples, blocks
-        self.pieces = PIECES if blocks else PIECES[:1]
 
     def begin(self, setting: Setting) -> None:
         super().begin(setting)
@@ -76,13 +76,14 @@ class RemovalPass(Pass):
             return
         layer, rows = step.layer, slice(batch.rows.start, batch.rows.start + len(tokens))
         hidden = self.model.embed(tokens) if layer == 0 else self._state(None, rows)
-        for piece in ((kind, earlier) for earlier in range(layer) for kind in self.pieces):
+        for piece in ((kind, earlier) for earlier in range(layer) for kind in self._pieces(earlier)):
             self._keep(step, piece, rows, self.model.run(layer, self._state(piece, rows)), tokens)
-        middle, after = self.model.split(layer, hidden)
+        _, *between, after = self.model.streams(layer, hidden)
         self._keep(step, (Block.LAYER, layer), rows, hidden, tokens)
-        if self.blocks:
-            self._keep(step, (Block.MLP, layer), rows, middle, tokens)
-            self._keep(step, (Block.ATTENTION, layer), rows, self.model.feed(layer, hidden), tokens)
+        if len(self._pieces(layer)) > 1:
+            first, second = self.model.views[layer].blocks
+            self._keep(step, (second, layer), rows, between[0], tokens)
+            self._keep(step, (first, layer), rows, self.model.run_block(layer, second, hidden), tokens)
         self._keep(step, None, rows, after, tokens)
 
     def finish(self, step: Step) -> LayerResult:
@@ -93,9 +94,14 @@ class RemovalPass(Pass):
             expected = min(samples, self.setting.samples) * (self.setting.seq_len - 1)
             assert int(self.losses.tokens) == expected, (int(self.losses.tokens), expected)
         delta = self.losses.reduced().cpu()
-        for piece, layer in (~torch.isfinite(delta[: len(self.pieces)])).nonzero().tolist():
+        for view in self.model.views if self.blocks else ():
+            if len(view.blocks) == 1:  # without its one block it is without anything
+                delta[1:, view.index] = 0
+                delta[1 + view.blocks[0].place, view.index] = delta[0, view.index]
+        measured = PIECES if self.blocks else PIECES[:1]
+        for piece, layer in (~torch.isfinite(delta[: len(measured)])).nonzero().tolist():
             raise FloatingPointError(f"layer {layer}: the loss without its {PIECES[piece]} is NaN or infinite.")
-        delta[len(self.pieces) :] = torch.nan
+        delta[len(measured) :] = torch.nan
         return LayerResult(facts={"delta": delta.tolist()})
 
     def cost(self, view: LayerStructure, step: Step) -> float:
@@ -103,9 +109,14 @@ class RemovalPass(Pass):
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """The dense state, and the variants of every layer but the last, whose losses are taken at once."""
-        states = 1 + len(self.pieces) * (load.num_layers - 1)
+        states = 1 + (3 if self.blocks else 1) * (load.num_layers - 1)
         two = 2 * load.tokens * load.hidden_size * load.dtype.itemsize
         return Holding(running=two, stores=(load.hidden_size,) * states, per_logit=8)
+
+    def _pieces(self, layer: int) -> tuple[Block, ...]:
+        """What the model is run without: the layer, and each of its blocks where there are two."""
+        blocks = self.model.views[layer].blocks if self.blocks else ()
+        return (Block.LAYER, *blocks) if len(blocks) > 1 else (Block.LAYER,)
 
     def _state(self, piece: Piece | None, rows: slice) -> Tensor:
         return self.store(f"without {piece}").get(rows, self.model.device)

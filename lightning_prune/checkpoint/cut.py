@@ -10,17 +10,18 @@ from transformers import CONFIG_MAPPING
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.models.families import (
     LayerStructure,
+    choose_layers,
     family_of,
     has_bias,
     head_dim_of,
     missing_biases,
-    rows_of,
+    shapes_of,
     uniform_config,
     with_biases,
 )
-from lightning_prune.models.modeling_pruned import BLOCK_NORMS
-from lightning_prune.models.records import Family
-from lightning_prune.models.vocabulary import BLOCK_OF, OUTPUT_ROLE, ROLES, ROLES_OF, Block
+from lightning_prune.models.modeling_pruned import BLOCK_MODULES, BLOCK_NORMS
+from lightning_prune.models.records import DENSE, Family
+from lightning_prune.models.vocabulary import BLOCK_OF, OUTPUT_ROLE, ROLES, Block
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.quiet import quiet_transformers
 
@@ -44,14 +45,14 @@ def kept_part(family: Family, config: Any, kept: LayerPlan, name: str, tensor: T
     if not roles:
         return tensor
     block = BLOCK_OF[roles[0]]
-    units = config.num_key_value_heads if block is Block.ATTENTION else config.intermediate_size
-    left = kept.kept(block)
+    units = config.num_key_value_heads if block is Block.ATTENTION else getattr(config, family.width)
+    left = kept.kept[block]
     if roles[0] == OUTPUT_ROLE[block]:
         return _kept(tensor, 1, units, left) if kind == "weight" else tensor
     if len(roles) == 1:
         return _kept(tensor, 0, units, left)
-    rows = rows_of(config)
-    parts: tuple[Tensor, ...] = tensor.split([rows[role] for role in roles])  # type: ignore[no-untyped-call]
+    shapes = shapes_of(config)
+    parts: tuple[Tensor, ...] = tensor.split([shapes[role][0] for role in roles])  # type: ignore[no-untyped-call]
     return torch.cat([_kept(part, 0, units, left) for part in parts])
 
 
@@ -78,11 +79,20 @@ def check_plan(layers: list[LayerStructure], plan: PruningPlan, config: Any) -> 
             f"numbered from 0. Use the model the plan was made for: '{plan.base_model}'."
         )
     for dense, kept in zip(layers, plan.layers, strict=True):
-        for field, block in (("kept_kv_heads", Block.ATTENTION), ("kept_channels", Block.MLP)):
-            indices, size = kept.kept(block), dense.units(block)
+        if kept.kept.keys() != dense.parts.keys():
+            raise UserError(
+                f"--plan: layer {kept.layer} lists {', '.join(kept.kept) or 'nothing'}, the model's has "
+                f"{', '.join(dense.blocks)}. Use the model the plan was made for: '{plan.base_model}'."
+            )
+        if kept.kept.get(Block.MIXER) == [] and not kept.removed:
+            raise UserError(
+                f"--plan: layer {kept.layer} keeps a part without its mixer, which is removed with the whole layer."
+            )
+        for block, indices in kept.kept.items():
+            size = dense.units(block)
             if indices != sorted(set(indices)) or (indices and not 0 <= indices[0] <= indices[-1] < size):
                 raise UserError(
-                    f"--plan: layer {kept.layer} has {field} {_short(indices)}; allowed are ascending numbers from 0 "
+                    f"--plan: layer {kept.layer} keeps {block} {_short(indices)}; allowed are ascending numbers from 0 "
                     f"to {size - 1}, each at most once. Use the model the plan was made for: '{plan.base_model}'."
                 )
     if unknown := sorted(set(plan.biases) - {key for key in missing_biases(config).values() if key}):
@@ -99,8 +109,8 @@ def check_plan(layers: list[LayerStructure], plan: PruningPlan, config: Any) -> 
 def parameters_after(layers: list[LayerStructure], dense: int, kept: list[LayerPlan]) -> int:
     """Unique parameters left of ``dense`` after cutting, which also removes norms and biases of skipped blocks."""
     for layer, plan in zip(layers, kept, strict=True):
-        for block in ROLES_OF:
-            units = len(plan.kept(block))
+        for block in layer.blocks:
+            units = len(plan.kept[block])
             dense -= (layer.units(block) - units) * layer.unit_cost(block) if units else layer.block_cost(block)
     return dense
 
@@ -112,30 +122,28 @@ def pruned_config(config: Any, plan: PruningPlan) -> Any:
     left = [layer for layer in plan.layers if not layer.removed]
     pruned = with_biases(config, plan.biases)
     pruned.head_dim = head_dim_of(config)
-    pruned.num_hidden_layers = len(left)
-    for name in family.per_layer_lists:
-        if getattr(config, name, None) is not None:
-            setattr(pruned, name, [getattr(config, name)[layer.layer] for layer in left])
+    choose_layers(pruned, config, [layer.layer for layer in left])
 
-    widths = {(len(layer.kept_kv_heads), len(layer.kept_channels)) for layer in left}
+    widths = {block: {len(layer.kept[block]) for layer in left if block in layer.kept} for block in Block}
     queries_per_kv_head = config.num_attention_heads // config.num_key_value_heads
-    kv_heads, channels = max(widths)
-    if len(widths) == 1 and kv_heads and channels:
+    if all(len(sizes) < 2 and 0 not in sizes for sizes in widths.values()):
         uniform = copy.deepcopy(pruned)
-        uniform.num_attention_heads, uniform.num_key_value_heads = kv_heads * queries_per_kv_head, kv_heads
-        uniform.intermediate_size = channels
+        for kv_heads in widths[Block.ATTENTION]:
+            uniform.num_attention_heads, uniform.num_key_value_heads = kv_heads * queries_per_kv_head, kv_heads
+        for channels in widths[Block.MLP]:
+            setattr(uniform, family.width, channels)
         if _can_be_read(uniform):
             return uniform
         if family.stock_alias is not None and not any(has_bias(pruned, role) for role in ROLES):
             return _as_alias(uniform, family.stock_alias)
 
     pruned.per_layer_config = dict(enumerate(_overrides(layer, config, queries_per_kv_head) for layer in left))
-    norms = {
-        block: [name for name in pair if name]
-        for block, pair in ((Block.ATTENTION, family.attention_norms), (Block.MLP, family.mlp_norms))
-    }
+    norms = {block: [name for name in family.norms_of(block) if name] for block in DENSE}
     if norms != BLOCK_NORMS:
         pruned.block_norms = norms
+    modules = {block: name for block in DENSE for name in family.modules_of(block)}
+    if modules != BLOCK_MODULES:
+        pruned.block_modules = modules
     if getattr(config, "logits_scaling", None):
         pruned.logit_scale = 1 / config.logits_scaling  # the name under which vLLM's transformers backend looks for it
     # A config that checks its heads against other sizes must be allowed to read the global number. Only then: without
@@ -158,14 +166,15 @@ def _can_be_read(config: Any) -> bool:
 def _overrides(layer: LayerPlan, config: Any, queries_per_kv_head: int) -> dict[str, Any]:
     """An entry of ``per_layer_config``. A skipped block has a size of its own, so that loaders which ignore ``skip``
     refuse the checkpoint instead of starting the block at random."""
-    kv_heads, channels = len(layer.kept_kv_heads), len(layer.kept_channels)
-    sizes: dict[str, Any] = {
-        "skip": [str(block) for block in ROLES_OF if not layer.kept(block)],
-        "num_key_value_heads": kv_heads or (1 if config.num_key_value_heads != 1 else 2),
-        "intermediate_size": channels or (64 if config.intermediate_size != 64 else 128),
-    }
-    if kv_heads:
-        sizes["num_attention_heads"] = kv_heads * queries_per_kv_head
+    sizes: dict[str, Any] = {"skip": [str(block) for block, units in layer.kept.items() if not units]}
+    if Block.ATTENTION in layer.kept:
+        kv_heads = len(layer.kept[Block.ATTENTION])
+        sizes["num_key_value_heads"] = kv_heads or (1 if config.num_key_value_heads != 1 else 2)
+        if kv_heads:
+            sizes["num_attention_heads"] = kv_heads * queries_per_kv_head
+    if Block.MLP in layer.kept:
+        channels, width = len(layer.kept[Block.MLP]), family_of(config).width
+        sizes[width] = channels or (64 if getattr(config, width) != 64 else 128)
     return sizes
 
 

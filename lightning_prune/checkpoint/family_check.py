@@ -8,7 +8,6 @@ masked, written and read back.
 import copy
 import json
 import tempfile
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,17 @@ from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.checkpoint.pruned import open_pruned
 from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.models.checkpoint import NOT_WEIGHTS, Checkpoint
-from lightning_prune.models.families import count_parameters, family_of, head_dim_of, layer_structures, uniform_config
+from lightning_prune.models.families import (
+    choose_layers,
+    count_parameters,
+    family_of,
+    head_dim_of,
+    layer_structures,
+    uniform_config,
+)
 from lightning_prune.models.layered import open_layered
-from lightning_prune.models.records import GUIDE, Family
-from lightning_prune.models.vocabulary import OUTPUT_ROLE, ROLES_OF, Block
+from lightning_prune.models.records import DENSE, GUIDE, Family
+from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import CheckpointError, UserError, first_line
 from lightning_prune.support.quiet import quiet_transformers
 
@@ -96,14 +102,12 @@ def shrunk(config: Any) -> Any:
     tiny.num_attention_heads, tiny.num_key_value_heads = kv_heads * min(2, ratio), kv_heads
     square = config.hidden_size == config.num_attention_heads * head_dim_of(config)
     tiny.hidden_size = tiny.num_attention_heads * HEAD_DIM + (0 if square else 2 * HEAD_DIM)
-    tiny.intermediate_size, tiny.vocab_size = CHANNELS, VOCABULARY
+    tiny.vocab_size = VOCABULARY
+    for name, value in {**family.tiny, family.width: CHANNELS}.items():
+        setattr(tiny, name, value)
     if getattr(config, "head_dim", None) or not square:
         tiny.head_dim = HEAD_DIM
-    layers = _representative(config, family.per_layer_lists)
-    tiny.num_hidden_layers = len(layers)
-    for name in family.per_layer_lists:
-        if getattr(config, name, None):
-            setattr(tiny, name, [getattr(config, name)[layer] for layer in layers])
+    choose_layers(tiny, config, _representative(config, family))
     if getattr(config, "sliding_window", None):
         tiny.sliding_window = WINDOW
     for name, token in (("bos_token_id", 0), ("eos_token_id", 1), ("pad_token_id", None)):
@@ -119,9 +123,9 @@ def shrunk(config: Any) -> Any:
     return tiny
 
 
-def _representative(config: Any, lists: Sequence[str]) -> list[int]:
+def _representative(config: Any, family: Family) -> list[int]:
     """Layers that show every combination of per-layer entries, in order; ``LAYERS`` of them where there are as many."""
-    values = [entries for name in lists if (entries := getattr(config, name, None))]
+    values = [entries for name in (*family.per_layer_lists, family.kinds) if (entries := getattr(config, name, None))]
     first: dict[tuple[str, ...], int] = {}
     for layer in range(config.num_hidden_layers):
         first.setdefault(tuple(str(entries[layer]) for entries in values), layer)
@@ -148,30 +152,29 @@ def _try(config: Any, folder: Path) -> None:
 def _run_by_parts(model: PreTrainedModel, dense: Checkpoint, tokens: Tensor) -> None:
     layered = open_layered(dense, None, torch.device("cpu"))
     whole = model(input_ids=tokens, use_cache=False).logits
-    hidden, outputs = layered.embed(tokens), dict[str, Tensor]()
+    hidden, outputs = layered.embed(tokens), dict[Block, Tensor]()
     for index, view in enumerate(layered.views):
-        over = count_parameters(view.layer) - sum(map(view.block_cost, ROLES_OF))
+        over = count_parameters(view.layer) - view.cost
         if over:
-            raise DiffersError(f"layer {index} has {over} parameters that belong to neither block")
+            raise DiffersError(f"layer {index} has {over} parameters that belong to none of its blocks")
         handles = [
-            view.linears[role].module.register_forward_hook(lambda _, __, out, role=role: outputs.update({role: out}))
-            for role in OUTPUT_ROLE.values()
+            view.projection(block).module.register_forward_hook(
+                lambda _, __, out, block=block: outputs.update({block: out})
+            )
+            for block in view.prunable
         ]
         with layered.layer(index):
             after = layered.run(index, hidden)
             for handle in handles:
                 handle.remove()
-            middle, split = layered.split(index, hidden)
-            attended = layered.attend(index, hidden)
-            added = layered.add(index, hidden, Block.ATTENTION, outputs["output"])
-            for name, found, expected in (
-                ("the residual stream between attention and MLP", middle, attended),
-                ("attention, then MLP", layered.feed(index, attended), after),
-                ("the whole layer, watched", split, after),
-                ("the output projection, added,", added, middle),
-                ("the down projection, added,", layered.add(index, middle, Block.MLP, outputs["down"]), after),
-            ):
-                _same(f"{name} of layer {index}", found, expected)
+            before, *streams = layered.streams(index, hidden)
+            _same(f"the whole layer {index}, watched,", streams[-1], after)
+            for block, stream in zip(view.blocks, streams, strict=True):
+                where = f"the {block} block of layer {index}"
+                _same(f"{where}, alone,", layered.run_block(index, block, before), stream)
+                if block in view.prunable:
+                    _same(f"{where}, its projection added,", layered.add(index, before, block, outputs[block]), stream)
+                before = stream
             hidden = after
     _same("embedding, layers and head one by one", layered.head(hidden), whole)
     _same("the head on single rows", layered.head(hidden[0, :3]), layered.head(hidden[:1, :3])[0])
@@ -186,15 +189,23 @@ def _same(what: str, found: Tensor, expected: Tensor) -> None:
 
 def _plans(model: PreTrainedModel, path: str) -> dict[str, PruningPlan]:
     """Layers of one width, with a group less where groups can be removed; and uneven ones: without attention, without
-    MLP, and removed."""
-    views = layer_structures(model)
-    groups, channels = list(range(views[0].num_kv_heads)), list(range(CHANNELS))
+    MLP, and removed. Where layers are not made of the same blocks, each is all of these in turn."""
+    views, dense = layer_structures(model), count_parameters(model)
+    groups = list(range(max(view.units(Block.ATTENTION) for view in views)))
+    channels, mixer = list(range(CHANNELS)), [0]
     fewer = groups if views[0].whole_attention else groups[1:] or groups
-    uniform = [(fewer, channels[1::2])] * len(views)
-    uneven = [([], channels[3:]), (fewer, channels[::2]), (groups, []), *[([], [])] * (len(views) - 3)]
-    dense, plans = count_parameters(model), {}
-    for name, kept in (("uniform", uniform), ("uneven", uneven)):
-        layers = [LayerPlan(index, *units) for index, units in enumerate(kept)]
+    even = (fewer, channels[1::2], mixer)
+    uneven = [([], channels[3:], mixer), (fewer, channels[::2], mixer), (groups, [], mixer), ([], [], [])]
+    turns = 1 if len({view.blocks for view in views}) == 1 else len(uneven)
+    treatments = {"uniform": [even] * len(views)}
+    for turn in range(turns):
+        order = uneven[turn:] + uneven[:turn]
+        treatments[f"uneven {turn}"] = [order[min(index, len(order) - 1)] for index in range(len(views))]
+    plans = {}
+    for name, treatment in treatments.items():
+        units = [dict(zip((*DENSE, Block.MIXER), kept, strict=True)) for kept in treatment]
+        pairs = zip(views, units, strict=True)
+        layers = [LayerPlan(view.index, {block: kept[block] for block in view.blocks}) for view, kept in pairs]
         counts = {"dense": dense, "pruned": parameters_after(views, dense, layers)}
         plans[name] = PruningPlan("check", None, 0.0, counts, None, path, layers)
     return plans

@@ -7,14 +7,14 @@ from torch import Tensor, nn
 
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.models.families import LayerStructure
-from lightning_prune.models.vocabulary import OUTPUT_ROLE
+from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 
 
 class InMemoryPlan:
     """Changes a layer that has just been loaded: the model then computes what the cut one computes.
 
     Columns of o_proj and down_proj that belong to a removed unit are zero, so nothing of it reaches the residual
-    stream; its other weights stay, and count for nothing.
+    stream; its other weights stay, and count for nothing. A removed mixer is zero throughout.
 
     Args:
         kept: of every layer.
@@ -27,8 +27,8 @@ class InMemoryPlan:
     def __call__(self, view: LayerStructure) -> None:
         """Change the layer of ``view``, whose weights are present."""
         new = self.new_weights(view.index)
-        for block, role in OUTPUT_ROLE.items():
-            units, projection = self.kept[view.index].kept(block), view.linears[role]
+        for block in view.prunable:
+            units, projection, role = self.kept[view.index].kept[block], view.projection(block), OUTPUT_ROLE[block]
             if not view.units(block):
                 continue
             weight = new.get(role, projection.weight).to(projection.weight)
@@ -40,6 +40,9 @@ class InMemoryPlan:
             if bias is not None:
                 bias = bias if units else torch.zeros_like(bias)
                 projection.module.bias = nn.Parameter(bias.to(projection.weight), requires_grad=False)
+        if not self.kept[view.index].kept.get(Block.MIXER, [0]):
+            for parameter in (one for module in view.parts[Block.MIXER].modules for one in module.parameters()):
+                parameter.data = torch.zeros_like(parameter)
         for role in new.keys() & view.linears.keys() - set(OUTPUT_ROLE.values()):
             projection = view.linears[role]
             projection.weight = new[role].to(projection.weight)

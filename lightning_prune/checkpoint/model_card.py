@@ -10,6 +10,8 @@ from jinja2 import StrictUndefined, Template
 from lightning_prune.checkpoint.base_facts import base_facts, history
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.models.checkpoint import Checkpoint
+from lightning_prune.models.records import DENSE
+from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.escape import markdown, markdown_code, markdown_table, public_name
 
 LOADING, LAYERS = "## Loading\n\n", "## What is left of each layer\n\n"
@@ -41,8 +43,9 @@ def model_card(
     layers = []
     for layer in plan.layers:
         absent = "layer removed" if layer.removed else "skipped"
-        counts = len(layer.kept_kv_heads), len(layer.kept_channels)
-        layers.append((str(layer.layer), *(str(count or absent) for count in counts)))
+        other = "whole mixer" if layer.kept.get(Block.MIXER) else absent
+        counts = [str(len(layer.kept[one]) or absent) if one in layer.kept else other for one in DENSE]
+        layers.append((str(layer.layer), *counts))
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {markdown(name)} pruned with {markdown(plan.method)}",

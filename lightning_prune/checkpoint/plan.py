@@ -12,32 +12,30 @@ from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import read_file, write_json
 from lightning_prune.support.validation import LIMIT, parse_json
 
-FORMAT = 1
+FORMAT = 2
+# Of a layer in format 1: dense families alone, with attention and MLP in every layer.
+FORMAT_1 = {"kept_kv_heads": Block.ATTENTION, "kept_channels": Block.MLP}
 Index = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What layer ``layer`` keeps: ascending indices of KV heads (GQA groups) and of MLP channels.
+    """What layer ``layer`` keeps: of every block that it has, ascending indices of units (a GQA group of attention, a
+    channel of an MLP, the one unit of a mixer).
 
-    An empty list means that the block is skipped; two empty lists mean that the layer is removed.
+    An empty list means that the block is skipped; if all are empty, the layer is removed.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     layer: Index
-    kept_kv_heads: list[Index]
-    kept_channels: list[Index]
+    kept: dict[Block, list[Index]]
 
     @property
     def removed(self) -> bool:
         """Whether nothing of the layer is kept."""
-        return not (self.kept_kv_heads or self.kept_channels)
-
-    def kept(self, block: Block) -> list[int]:
-        """The kept units of one block."""
-        return self.kept_kv_heads if block is Block.ATTENTION else self.kept_channels
+        return not any(self.kept.values())
 
 
 @dataclass(frozen=True)
@@ -83,15 +81,31 @@ class PruningPlan:
         """Read ``plan.json``, which ``option`` named.
 
         Raises:
-            UserError: the file is missing, is not JSON, or is not a plan of this format.
+            UserError: the file is missing, is not JSON, or is not a plan of format 1 or 2.
         """
         subject = f"{option}: '{path}'"
         raw = parse_json(read_file(path, LIMIT, option), Any, subject)  # type: ignore[arg-type]
-        if not isinstance(raw, dict) or repr(raw.get("format")) != str(FORMAT):  # true is no 1
+        known = ("1", str(FORMAT))
+        if not isinstance(raw, dict) or repr(raw.get("format")) not in known:  # true is not 1
             found = f"has format {raw.get('format')!r}" if isinstance(raw, dict) else "is no plan"
-            raise UserError(f"{subject} {found}; this version reads format {FORMAT}.")
+            raise UserError(f"{subject} {found}; this version reads the formats {' and '.join(known)}.")
+        if raw["format"] == 1:
+            raw["layers"] = _layers_of_format_1(raw.get("layers"))
         fields = {key: value for key, value in raw.items() if key not in ("format", "removed_layers")}
         plan = parse_json(json.dumps(fields).encode(), cls, subject)
         if missing := sorted({"dense", "pruned"} - plan.parameters.keys()):
             raise UserError(f"{subject} is not valid: parameters.{missing[0]} is missing.")
         return plan
+
+
+def _layers_of_format_1(layers: Any) -> Any:
+    """The layers of a plan of format 1 as those of today; what they lack is noticed when they are parsed."""
+    if not isinstance(layers, list):
+        return layers
+    return [
+        {key: value for key, value in layer.items() if key not in FORMAT_1}
+        | {"kept": {block: layer.get(key) for key, block in FORMAT_1.items()}}
+        if isinstance(layer, dict)
+        else layer
+        for layer in layers
+    ]

@@ -9,11 +9,11 @@ from torch import Tensor
 from lightning_prune.checkpoint.cut import check_plan, kept_part, pruned_config
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.models.checkpoint import Checkpoint, skeleton
-from lightning_prune.models.families import family_of, layer_configs, layer_structures, rows_of
+from lightning_prune.models.families import family_of, layer_configs, layer_structures, shapes_of
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.records import Family
 from lightning_prune.models.sources import Source
-from lightning_prune.models.vocabulary import OUTPUT_ROLE, ROLES
+from lightning_prune.models.vocabulary import ROLES
 
 NewWeights = Callable[[int], dict[str, Tensor]]  # dense layer → new weights by role, of the dense shape
 
@@ -61,7 +61,7 @@ class PrunedSource:
         if len(roles) == 1 and roles[0] in new:
             return new[roles[0]]
         config = self.configs[layer]
-        rows = {**rows_of(config), **dict.fromkeys(OUTPUT_ROLE.values(), config.hidden_size)}
+        rows = {role: shape[0] for role, shape in shapes_of(config).items()}
         if kind == "bias" and self.added & set(roles):
             dense = torch.zeros(sum(rows[role] for role in roles))
         else:

@@ -11,11 +11,11 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from lightning_prune.checkpoint.plan import PruningPlan
-from lightning_prune.models.vocabulary import ROLES_OF, Block
+from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import read_file, write_bytes
 
-BLOCKS = tuple(Block)
+BLOCKS = tuple(block for block in Block if block is not Block.MIXER)
 LIMIT = 2 * 2**30  # bytes; the table of an 8B model has some 40 MB
 TYPES = {
     "layer": pa.int64(),
@@ -142,7 +142,9 @@ class Scores:
             if self.whole_layers:
                 same = bool(kept[index, Block.LAYER]) != layer.removed
             else:
-                same = all(kept.get((index, block), []) == layer.kept(block) for block in ROLES_OF)
+                same = all(
+                    kept.get((index, block), []) == units for block, units in layer.kept.items() if block in BLOCKS
+                )
             if layer.layer != index or not same:
                 raise ValueError(f"layer {index} keeps other units than plan.json says")
 

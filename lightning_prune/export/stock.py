@@ -11,9 +11,10 @@ from lightning_prune.checkpoint.cut import pruned_config
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.models.checkpoint import Checkpoint, meta_model, skeleton
-from lightning_prune.models.families import count_parameters, family_of, rows_of, uniform_config
+from lightning_prune.models.families import count_parameters, family_of, shapes_of, uniform_config
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.sources import Source
+from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.progress import Progress
 
@@ -97,8 +98,8 @@ class PaddedSource:
         roles = family.roles_at(path.rpartition(".")[0])
         old, new = [len(narrow)], [len(padded)]
         if len(roles) > 1:
-            old_rows, new_rows = rows_of(config.per_layer_config[int(layer)]), rows_of(self._wide.config)
-            old, new = [old_rows[role] for role in roles], [new_rows[role] for role in roles]
+            old_shapes, new_shapes = shapes_of(config.per_layer_config[int(layer)]), shapes_of(self._wide.config)
+            old, new = ([of[role][0] for role in roles] for of in (old_shapes, new_shapes))
         parts = zip(padded.split(new), narrow.split(old), strict=True)  # type: ignore[no-untyped-call]
         for view, part in parts:
             view[tuple(slice(0, size) for size in part.shape)] = part
@@ -109,11 +110,13 @@ def stock_config(config: Any) -> Any:
     """The config of the padded model: the widest attention and the widest MLP in every layer, or the next wider
     attention that the family's config can say."""
     dense, layers = uniform_config(config), config.per_layer_config
-    channels = max((own.intermediate_size for own in layers if "mlp" not in own.skip), default=1)
+    channels = max((getattr(own, family_of(config).width) for own in layers if "mlp" not in own.skip), default=1)
     least = 1 if family_of(config).whole_attention is None else dense.num_key_value_heads
     widest = max((own.num_key_value_heads for own in layers if "attention" not in own.skip), default=least)
     for kv_heads in range(widest, dense.num_key_value_heads + 1):
-        kept = [LayerPlan(i, list(range(kv_heads)), list(range(channels))) for i in range(config.num_hidden_layers)]
+        units = {Block.ATTENTION: list(range(kv_heads)), Block.MLP: list(range(channels))}
+        blocks = [family_of(config).blocks_of(config, index) for index in range(config.num_hidden_layers)]
+        kept = [LayerPlan(i, {block: units.get(block, [0]) for block in found}) for i, found in enumerate(blocks)]
         padded = pruned_config(dense, PruningPlan("", None, 0.0, {"dense": 0, "pruned": 0}, None, "", kept))
         if not padded.is_heterogeneous:
             return padded

@@ -29,7 +29,7 @@ from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import LayerStructure, count_parameters, layer_structures
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.model_slot import ModelSlot, load_dtype
-from lightning_prune.models.vocabulary import ROLES_OF, Block
+from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.names import PRUNED
 from lightning_prune.support.progress import Progress
@@ -155,8 +155,8 @@ class PruningMethod(L.LightningModule):
         prunable = sum(
             view.unit_cost(block) * view.units(block)
             for view in self.layers
-            for block in ROLES_OF
-            if block is Block.MLP or not view.whole_attention
+            for block in view.prunable
+            if block is not Block.ATTENTION or not view.whole_attention
         )
         return {
             "refit": None if self.refit is None else self.refit.facts(self.driver.loop.results_of("refit")),
@@ -356,4 +356,4 @@ class PruningMethod(L.LightningModule):
 
 def unpruned(layers: list[LayerStructure]) -> list[LayerPlan]:
     """A plan that keeps every unit."""
-    return [LayerPlan(view.index, list(range(view.num_kv_heads)), list(range(view.num_channels))) for view in layers]
+    return [LayerPlan(view.index, view.all_units) for view in layers]

@@ -72,13 +72,11 @@ class BiasPass(ForwardPass):
 
     def observe(self, view: LayerStructure, hooks: Hooks) -> None:
         self.moments: dict[str, InputMoments] = {}
-        for block, role in OUTPUT_ROLE.items():
-            if role in self.roles and self.kept[view.index].kept(block):
-                linear = view.linears[role]
+        for block in view.prunable:
+            role, linear = OUTPUT_ROLE[block], view.projection(block)
+            if role in self.roles and self.kept[view.index].kept[block]:
                 self.moments[role] = InputMoments(linear.in_features).to(linear.weight.device)
                 hooks.on_input(f"layer {view.index}, input of {role}", linear.module, self.moments[role].update)
-        if not self.moments:  # the tokens that pass are counted all the same
-            hooks.on_input(f"layer {view.index}", view.layer, lambda x, weight: None)
 
     def conclude(self, view: LayerStructure) -> LayerResult:
         """New biases fp32 ``[D]``; none for a block that is removed.
@@ -87,14 +85,14 @@ class BiasPass(ForwardPass):
             FloatingPointError: a mean or a bias is not finite, or does not fit into the model's dtype.
         """
         biases = {}
-        for block, role in OUTPUT_ROLE.items():
+        for block in view.prunable:
+            role, linear = OUTPUT_ROLE[block], view.projection(block)
             if role not in self.moments:
                 continue
             moments = self.moments[role]
-            linear = view.linears[role]
             moments.raise_if_not_finite(f"layer {view.index}, input of {role}")
             removed = moments.reduced().reshape(2, -1)[0].clone()
-            kept = torch.tensor(self.kept[view.index].kept(block), dtype=torch.int64, device=removed.device)
+            kept = torch.tensor(self.kept[view.index].kept[block], dtype=torch.int64, device=removed.device)
             removed[columns_of(kept, linear.in_features // view.units(block))] = 0
             with full_precision(linear.weight.device):
                 bias = torch.mv(linear.weight.float(), removed.float())

@@ -54,8 +54,8 @@ class FisherPass(BackwardPass):
     def watch(self, view: LayerStructure) -> None:
         self.fisher: dict[Block, MaskFisher] = {}
         self._handles: list[RemovableHandle] = []
-        for block, role in OUTPUT_ROLE.items():
-            module = view.linears[role].module
+        for block in view.prunable:
+            module = view.projection(block).module
             self.fisher[block] = MaskFisher(view.units(block)).to(module.weight.device)
             self._handles.append(module.register_forward_pre_hook(self._listener(self.fisher[block])))
 

@@ -55,10 +55,12 @@ class FLAPPass(ForwardPass):
 
     def observe(self, view: LayerStructure, hooks: Hooks) -> None:
         self.moments: dict[Block, InputMoments] = {}
-        for block, role in OUTPUT_ROLE.items():
-            linear = view.linears[role]
+        for block in view.prunable:
+            linear = view.projection(block)
             self.moments[block] = InputMoments(linear.in_features).to(linear.weight.device)
-            hooks.on_input(f"layer {view.index}, input of {role}", linear.module, self.moments[block].update)
+            hooks.on_input(
+                f"layer {view.index}, input of {OUTPUT_ROLE[block]}", linear.module, self.moments[block].update
+            )
 
     def conclude(self, view: LayerStructure) -> LayerResult:
         """Mean WIFV / std per GQA group and per channel."""

@@ -11,7 +11,6 @@ from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.scores import group_scores
 from lightning_prune.methods.selection import Allocation, GroupSelection
 from lightning_prune.models.families import LayerStructure
-from lightning_prune.models.vocabulary import ROLES_OF
 from lightning_prune.support.errors import UserError
 
 
@@ -84,9 +83,11 @@ class GroupPruning(PruningMethod):
         self.scores = replace(scores, pruned=self.select(ranked, self.layers, self.dense_parameters))
         blocks = self.scores.blocks.rows().items()
         units = {block: self.scores.unit[rows[self.scores.kept[rows]]].tolist() for block, rows in blocks}
-        self.plan = self.make_plan(
-            [LayerPlan(i, *(units.get((i, block), []) for block in ROLES_OF)) for i in range(len(self.layers))]
-        )
+        kept = [  # a mixer has no scores and is kept
+            LayerPlan(i, view.all_units | {block: units.get((i, block), []) for block in view.prunable})
+            for i, view in enumerate(self.layers)
+        ]
+        self.plan = self.make_plan(kept)
 
     def select(self, scores: Scores, layers: list[LayerStructure], total_parameters: int) -> Flags:
         """Which units are pruned, bool ``[U]``."""
@@ -96,7 +97,7 @@ class GroupPruning(PruningMethod):
         return {**asdict(self.selection), "steps": self.steps, **super().details()}
 
     def check_ratio(self, layers: list[LayerStructure], total_parameters: int) -> None:
-        units = sum(view.num_kv_heads + view.num_channels for view in layers)
+        units = sum(view.units(block) for view in layers for block in view.prunable)
         if self.steps > units:
             raise UserError(f"--model.steps: found {self.steps}; the model has {units} units, and a step takes some.")
         self.select(group_scores(layers), layers, total_parameters)

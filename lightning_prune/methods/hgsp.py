@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_prune.calibration.backward import BackwardPass
 from lightning_prune.calibration.passes import Pass
 from lightning_prune.calibration.wavefront import PIECES, RemovalPass
-from lightning_prune.checkpoint.scores import Flags, Scores
+from lightning_prune.checkpoint.scores import BLOCKS, Flags, Scores
 from lightning_prune.methods.fisher import FisherPass
 from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.kfac import KFACPass
@@ -205,7 +205,8 @@ def final_scores(
         bad = (~torch.isfinite(factor)).any(0).nonzero().flatten().tolist()
         if bad:
             raise FloatingPointError(f"layers {bad}: the measured prior is NaN or infinite.")
-        prior = factor[scores.code, scores.layer] ** temperature
+        places = np.array([block.place for block in BLOCKS])
+        prior = factor[places[scores.code], scores.layer] ** temperature
         if not bool(torch.isfinite(base * prior).all()):
             raise UserError(
                 f"--model.temperature: found {temperature:g}; a prior of {float(factor.max()):.3g} to that power is "

@@ -75,7 +75,7 @@ class KFACPass(BackwardPass):
     def watch(self, view: LayerStructure) -> None:
         self.factors: dict[Block, tuple[InputGram, InputGram]] = {}
         self._handles: list[RemovableHandle] = []
-        for block in OUTPUT_ROLE:
+        for block in view.prunable:
             module = view.projection(block).module
             d, n = view.projection(block).weight.shape
             inputs, gradients = (InputGram(size).to(self.model.device) for size in (n, d))
@@ -85,32 +85,29 @@ class KFACPass(BackwardPass):
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """Also both factors of both projections in fp32, a projection's inputs in fp32, and one solve at a time."""
         base = super().holds(view, load)
-        shapes = (view.output.weight.shape, view.down.weight.shape)
+        shapes = [view.projection(block).weight.shape for block in view.prunable]
         factors = 4 * sum(d * d + n * n for d, n in shapes)
-        solve = max(solve_bytes(n, d, load.free, load.accelerated) for d, n in shapes)
+        solve = max((solve_bytes(n, d, load.free, load.accelerated) for d, n in shapes), default=0)
         running = base.running + factors + 4 * load.tokens * load.widest_input
         return replace(base, running=running, finishing=factors + solve)
 
     def conclude(self, view: LayerStructure) -> LayerResult:
         while self._handles:
             self._handles.pop().remove()
-        return LayerResult({block: self._costs(view, block) for block in OUTPUT_ROLE})
+        return LayerResult({block: self._costs(view, block) for block in view.prunable})
 
     def cost(self, view: LayerStructure, step: Step) -> float:
         """Backward: run again, gradients of what passes, and both factors."""
         if step.phase == "forward":
             return 1.0
-        linears = view.linears
-        shapes = [linears[role].weight.shape for role in OUTPUT_ROLE.values()]
-        whole = sum(linear.weight.numel() for linear in linears.values())
-        return 2.0 + sum(d * d + n * n for d, n in shapes) / 2 / whole
+        shapes = [view.projection(block).weight.shape for block in view.prunable]
+        return 2.0 + sum(d * d + n * n for d, n in shapes) / 2 / view.num_weights
 
     def cost_to_finish(self, view: LayerStructure, step: Step) -> float:
         """About 2·n³ operations for A⁻¹ and what leaves, beside two for every weight of the layer and token."""
         if step.phase == "forward":
             return 0.0
-        inner = sum(view.linears[role].in_features ** 3 for role in OUTPUT_ROLE.values())
-        return inner / sum(linear.weight.numel() for linear in view.linears.values())
+        return sum(view.projection(block).in_features ** 3 for block in view.prunable) / view.num_weights
 
     def _costs(self, view: LayerStructure, block: Block) -> Tensor:
         """float64, so that scores of both solver precisions look alike."""

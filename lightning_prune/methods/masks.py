@@ -12,7 +12,6 @@ from torch import Tensor
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Holding, Load
 from lightning_prune.models.families import LayerStructure
-from lightning_prune.models.vocabulary import ROLES_OF
 from lightning_prune.support.devices import widened
 from lightning_prune.support.errors import UserError
 
@@ -84,16 +83,16 @@ class MaskRule:
 
 
 def mask_layer(view: LayerStructure, rule: MaskRule, weight_score: Callable[[str], Tensor]) -> LayerResult:
-    """Zero the lowest-scored weights of the seven projections.
+    """Zero the lowest-scored weights of all projections.
 
     Returns:
         The new weights; the sum of the scores as every block's importance ``[1]``, fp64; the fact ``zeroed``, how many
         weights are zero now.
     """
-    sums = {block: torch.zeros(1, dtype=torch.float64) for block in ROLES_OF}
+    sums = {block: torch.zeros(1, dtype=torch.float64) for block in view.prunable}
     zeroed, weights = 0, {}
-    for block, roles in ROLES_OF.items() if view.index not in rule.frozen else ():
-        for role in roles if view.units(block) else ():
+    for block in view.prunable if view.index not in rule.frozen else ():
+        for role in view.parts[block].linears if view.units(block) else ():
             scores = weight_score(role)
             if not bool(torch.isfinite(scores).all()):
                 raise FloatingPointError(f"layer {view.index}, {role} projection: scores are NaN or infinite.")

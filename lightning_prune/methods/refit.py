@@ -31,7 +31,7 @@ from lightning_prune.methods.refit_math import (
 )
 from lightning_prune.methods.slimgpt_math import columns_of
 from lightning_prune.models.families import LayerStructure
-from lightning_prune.models.vocabulary import OUTPUT_ROLE, ROLES_OF, Block
+from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 from lightning_prune.support.devices import widest
 from lightning_prune.support.errors import UserError
 
@@ -96,11 +96,12 @@ class RefitPass(BlockPass):
 
     def start(self, step: Step) -> None:
         super().start(step)
-        self.columns = self._columns(step)
+        self.tokens, self.columns = 0, self._columns(step)
+        if self.block(step) is Block.MIXER:
+            return
         linear = self.projection(step)
         self.scale = self._scale(step) if self.target == "residual" else None
         self.held: list[tuple[Tensor, Tensor]] = []  # inputs and targets of held-out samples, on the host
-        self.tokens = 0
         n, d = len(self.columns), linear.weight.shape[0]
         enough = equation_bytes(n, d, torch.float64) <= self.setting.free_bytes(self.model.device)
         dtype = widest(self.model.device) if enough else torch.float32
@@ -112,9 +113,11 @@ class RefitPass(BlockPass):
         before = self._entering(step, batch)
         dense = self._dense(step, batch) if self.target == "residual" else None
         self.tokens += int((batch.weight > 0).sum()) * before.shape[1]
-        if not len(self.columns):
+        if not self._crosses(step):
             return
         self.catch(step, batch)
+        if not len(self.columns):
+            return
         projection = self.projection(step)
         inputs = self.inner.get(batch.rows, self.model.device)
         if self.scale is not None and dense is not None:
@@ -131,8 +134,12 @@ class RefitPass(BlockPass):
         self._entering(step, batch)
         if self.target == "residual":
             self._dense(step, batch)
-        if len(self.columns):
+        if self._crosses(step):
             self.catch(step, batch)
+
+    def _crosses(self, step: Step) -> bool:
+        """Whether the pruned stream passes the block: something of it is kept."""
+        return bool(self.kept[step.layer].kept[self.block(step)])
 
     def finish(self, step: Step) -> LayerResult:
         expected = self.setting.samples * self.setting.seq_len
@@ -192,31 +199,36 @@ class RefitPass(BlockPass):
         )
 
     def cost(self, view: LayerStructure, step: Step) -> float:
-        linears, projection = view.linears, view.projection(self.block(step))
+        block, streams = self.block(step), 2 if self.target == "residual" else 1
+        if block is Block.MIXER:
+            return streams * view.block_cost(block) / view.num_weights
+        projection = view.projection(block)
         inner, outer = projection.in_features, projection.weight.shape[0]
-        block = sum(linears[role].weight.numel() for role in ROLES_OF[self.block(step)])
-        streams = 2 if self.target == "residual" else 1
-        whole = sum(linear.weight.numel() for linear in linears.values())
-        return (streams * block + inner * inner / 2 + inner * outer) / whole
+        weights = sum(linear.weight.numel() for linear in view.parts[block].linears.values())
+        return (streams * weights + inner * inner / 2 + inner * outer) / view.num_weights
 
     def cost_to_finish(self, view: LayerStructure, step: Step) -> float:
         """A factorisation and two triangular solves per damping, beside two operations per weight and token."""
+        if self.block(step) is Block.MIXER:
+            return 0.0
         linear = view.projection(self.block(step))
         inner, outer = linear.in_features, linear.weight.shape[0]
         solves = 1 + len(DAMPINGS) if self.damping is None else 2
         one = inner**3 / 3 + 2 * inner * inner * outer
-        return solves * one / (2 * sum(other.weight.numel() for other in view.linears.values()))
+        return solves * one / (2 * view.num_weights)
 
     def _columns(self, step: Step) -> Tensor:
         """Inputs of the projection that are kept, int64."""
         block = self.block(step)
-        units = self.kept[step.layer].kept(block)
+        if block is Block.MIXER:
+            return torch.empty(0, dtype=torch.int64)
+        units = self.kept[step.layer].kept[block]
         width = self.projection(step).in_features // max(1, self.view(step).units(block))
         return columns_of(torch.tensor(units, dtype=torch.int64, device=self.model.device), width)
 
     def _entering(self, step: Step, batch: Batch) -> Tensor:
         """The pruned stream before the block; both begin with the embeddings."""
-        if step.layer == 0 and self.block(step) is Block.ATTENTION:
+        if self.is_first(step):
             hidden = self.model.embed(batch.tokens)
             self.stream.put(batch.rows, hidden)
             if self.target == "residual":
@@ -225,8 +237,7 @@ class RefitPass(BlockPass):
 
     def _dense(self, step: Step, batch: Batch) -> Tensor:
         """The dense stream after the block, kept for the next one."""
-        run = self.model.attend if self.block(step) is Block.ATTENTION else self.model.feed
-        after = run(step.layer, self.dense.get(batch.rows, self.model.device))
+        after = self.model.run_block(step.layer, self.block(step), self.dense.get(batch.rows, self.model.device))
         self.dense.put(batch.rows, after)
         return after
 

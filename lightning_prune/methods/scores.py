@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_prune.checkpoint.scores import BLOCKS, Floats, Integers, Scores
 from lightning_prune.models.families import LayerStructure
-from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
+from lightning_prune.models.vocabulary import Block
 
 
 def group_scores(
@@ -27,7 +27,7 @@ def group_scores(
     """
     parts = []
     for position, view in enumerate(layers):
-        for block in OUTPUT_ROLE:
+        for block in view.prunable:
             values = torch.ones(view.units(block)) if importance is None else importance[position][block]
             if bad := int((~torch.isfinite(values)).sum()):
                 raise FloatingPointError(f"layer {view.index}, {block}: {bad} importances are NaN or infinite.")

@@ -74,7 +74,7 @@ class GroupSelection:
         overhead = {
             (view.index, block): view.block_cost(block) - view.units(block) * view.unit_cost(block)
             for view in layers
-            for block in ROLES_OF
+            for block in view.prunable
         }
         budget = Budget(total_parameters, ratio, overhead, self.round_to, added)
         free = ~np.isin(scores.layer, list(self.frozen_layers(len(layers))))

@@ -25,11 +25,6 @@ from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 
 
-def layer_cost(view: LayerStructure) -> int:
-    """Parameters of a layer."""
-    return view.block_cost(Block.ATTENTION) + view.block_cost(Block.MLP)
-
-
 def nearest_layer_count(cost: Sequence[int], budget: float | Fraction, at_most: bool = False) -> int:
     """How many layers come nearest to a budget in parameters; of two equally near counts the smaller one.
 
@@ -97,7 +92,7 @@ class ShortGPT(PruningMethod):
         Raises:
             UserError: none or all of them.
         """
-        cost, most = [layer_cost(view) for view in layers], len(layers) - 1
+        cost, most = [view.cost for view in layers], len(layers) - 1
         budget = Fraction(str(self.pruning_ratio)) * total_parameters
         count = self.n_remove_layers or nearest_layer_count(cost, budget, self.at_most)
         if 0 < count <= most:
@@ -116,7 +111,7 @@ class ShortGPT(PruningMethod):
 
     def check_ratio(self, layers: list[LayerStructure], total_parameters: int) -> None:
         # Which go first is not known yet: if layers differ in size, the smallest.
-        self.layer_count(sorted(layers, key=layer_cost), total_parameters)
+        self.layer_count(sorted(layers, key=lambda view: view.cost), total_parameters)
 
     def passes(self) -> list[Pass]:
         return [BlockInfluencePass()]
@@ -128,10 +123,11 @@ class ShortGPT(PruningMethod):
             influence = torch.from_numpy(self.saved.scores.importance)
         order = influence.argsort(stable=True).tolist()  # of equal ones the lower layer
         removed = order[: self.layer_count([self.layers[layer] for layer in order], self.dense_parameters)]
-        scores = layer_scores(influence, [layer_cost(view) for view in self.layers])
+        scores = layer_scores(influence, [view.cost for view in self.layers])
         self.scores = replace(scores, pruned=np.isin(scores.layer, removed))
         kept = unpruned(self.layers)
-        self.plan = self.make_plan([LayerPlan(p.layer, [], []) if p.layer in removed else p for p in kept])
+        none = {layer: LayerPlan(layer, {block: [] for block in kept[layer].kept}) for layer in removed}
+        self.plan = self.make_plan([none.get(plan.layer, plan) for plan in kept])
 
     def details(self) -> dict[str, Any]:
         asked = {"n_remove_layers": self.n_remove_layers, "at_most": self.at_most}

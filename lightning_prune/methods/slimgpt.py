@@ -17,8 +17,7 @@ from lightning_prune.calibration.hooks import Hooks
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import BlockPass, Holding, Load, Pass, Step
 from lightning_prune.calibration.statistics.gram import InputGram
-from lightning_prune.checkpoint.plan import LayerPlan
-from lightning_prune.methods.base import PruningMethod
+from lightning_prune.methods.base import PruningMethod, unpruned
 from lightning_prune.methods.scores import group_scores
 from lightning_prune.methods.selection import groups_that_stay
 from lightning_prune.methods.slimgpt_math import (
@@ -32,7 +31,7 @@ from lightning_prune.methods.slimgpt_math import (
 )
 from lightning_prune.methods.slimgpt_ratios import layer_ratios, unit_counts
 from lightning_prune.models.families import LayerStructure
-from lightning_prune.models.vocabulary import OUTPUT_ROLE, ROLES_OF, Block
+from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 from lightning_prune.support.devices import widest
 from lightning_prune.support.errors import UserError
 
@@ -107,21 +106,23 @@ class SlimGPTPass(BlockPass):
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """Also XᵀX of one projection, and what it is solved with."""
         base = super().holds(view, load)
-        shapes = (view.output.weight.shape, view.down.weight.shape)
-        solve = max(solve_bytes(n, d, load.free, load.accelerated) for d, n in shapes)
+        shapes = [view.projection(block).weight.shape for block in view.prunable]
+        solve = max((solve_bytes(n, d, load.free, load.accelerated) for d, n in shapes), default=0)
         return replace(base, running=base.running + 4 * load.widest_input**2, finishing=solve)
 
     def cost(self, view: LayerStructure, step: Step) -> float:
         """A block, and the square of its inner width for XᵀX."""
-        linears = view.linears
-        inner = view.projection(self.block(step)).in_features
-        block = sum(linears[role].weight.numel() for role in ROLES_OF[self.block(step)])
-        return (block + inner * inner / 2) / sum(linear.weight.numel() for linear in linears.values())
+        if (block := self.block(step)) is Block.MIXER:
+            return view.block_cost(block) / view.num_weights
+        inner = view.projection(block).in_features
+        weights = sum(linear.weight.numel() for linear in view.parts[block].linears.values())
+        return (weights + inner * inner / 2) / view.num_weights
 
     def cost_to_finish(self, view: LayerStructure, step: Step) -> float:
         """n³ operations for H⁻¹, beside two for every weight of the layer and token."""
-        inner = view.projection(self.block(step)).in_features
-        return inner**3 / (2 * sum(linear.weight.numel() for linear in view.linears.values()))
+        if (block := self.block(step)) is Block.MIXER:
+            return 0.0
+        return view.projection(block).in_features ** 3 / (2 * view.num_weights)
 
 
 class SlimGPT(PruningMethod):
@@ -209,19 +210,20 @@ class SlimGPT(PruningMethod):
 
     def decide(self) -> None:
         """The passes have decided. The score of a unit is its error when it was removed."""
-        results = {block: self.results("slimgpt", block) for block in OUTPUT_ROLE}
-        self.damping_used = {
-            OUTPUT_ROLE[block]: [result.facts.get("damping") for result in of] for block, of in results.items()
-        }
-        self.solver_dtypes = sorted(
-            {result.facts["dtype"] for of in results.values() for result in of if result.weights}
-        )
-        pairs = list(zip(*results.values(), strict=True))
-        kept = [LayerPlan(i, heads.facts["kept"], mlp.facts["kept"]) for i, (heads, mlp) in enumerate(pairs)]
-        scores = group_scores(self.layers, [heads.importance | mlp.importance for heads, mlp in pairs])
+        kept, importance = unpruned(self.layers), [dict[Block, torch.Tensor]() for _ in self.layers]
+        self.damping_used: dict[str, list[float | None]] = {role: [] for role in OUTPUT_ROLE.values()}
+        dtypes = set()
+        for step, result in self.driver.loop.results_of("slimgpt"):
+            importance[step.layer] |= result.importance
+            for block in result.importance:
+                kept[step.layer].kept[block] = result.facts["kept"]
+                self.damping_used[OUTPUT_ROLE[block]].append(result.facts.get("damping"))
+                dtypes |= {result.facts["dtype"]} if "dtype" in result.facts else set()
+        self.solver_dtypes = sorted(dtypes)
+        scores = group_scores(self.layers, importance)
         pruned = np.ones(len(scores.unit), dtype=bool)
         for (layer, block), rows in scores.blocks.rows().items():
-            pruned[rows[kept[layer].kept(block)]] = False
+            pruned[rows[kept[layer].kept[block]]] = False
         self.scores = replace(scores, score=scores.importance, base=scores.importance, pruned=pruned)
         self.plan = self.make_plan(kept, weights_updated=True)
 

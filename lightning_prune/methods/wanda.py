@@ -16,7 +16,7 @@ from lightning_prune.calibration.statistics.groups import group_importance
 from lightning_prune.methods.mask_pruning import GroupOrMaskPruning
 from lightning_prune.methods.masks import MaskRule, mask_layer
 from lightning_prune.models.families import LayerStructure
-from lightning_prune.models.vocabulary import INPUT_OF, Block
+from lightning_prune.models.vocabulary import Block
 
 
 def weight_scores(weight: Tensor, input_norms: Tensor) -> Tensor:
@@ -27,8 +27,8 @@ def weight_scores(weight: Tensor, input_norms: Tensor) -> Tensor:
 
 def wanda_importance(view: LayerStructure, norms: dict[str, Tensor]) -> dict[Block, Tensor]:
     """I(G) = Σ |W_ij| · ‖X_j‖₂ over every weight of the group, ``[K]`` per GQA group and ``[F]`` per MLP channel, fp32;
-    ``norms`` ``[in]`` are those of the inputs of query, output, gate and down."""
-    return group_importance(view, lambda role: weight_scores(view.linears[role].weight, norms[INPUT_OF[role]]))
+    ``norms`` ``[in]`` are those of what ``LayerStructure.read_with`` names."""
+    return group_importance(view, lambda role: weight_scores(view.linears[role].weight, norms[view.read_with(role)]))
 
 
 class WandaPass(ForwardPass):
@@ -46,7 +46,7 @@ class WandaPass(ForwardPass):
 
     def observe(self, view: LayerStructure, hooks: Hooks) -> None:
         self.sums: dict[str, SumOfSquares] = {}
-        for role in sorted(set(INPUT_OF.values())):
+        for role in sorted(set(map(view.read_with, view.linears))):
             linear = view.linears[role]
             self.sums[role] = SumOfSquares(linear.in_features).to(linear.weight.device)
             hooks.on_input(f"layer {view.index}, input of {role}", linear.module, self.sums[role].update)
@@ -57,7 +57,9 @@ class WandaPass(ForwardPass):
         norms = {role: statistic.norms() for role, statistic in self.sums.items()}
         if self.rule is None:
             return LayerResult(wanda_importance(view, norms))
-        return mask_layer(view, self.rule, lambda role: weight_scores(view.linears[role].weight, norms[INPUT_OF[role]]))
+        return mask_layer(
+            view, self.rule, lambda role: weight_scores(view.linears[role].weight, norms[view.read_with(role)])
+        )
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         base = super().holds(view, load)

@@ -1,7 +1,7 @@
 """The prunable weights of a decoder: its family's record (``models.records``) as one ``LayerStructure`` per layer."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from lightning_prune.models.records import FAMILIES, GUIDE, Family
 from lightning_prune.models.refusals import ENCODER_DECODER, REFUSED, SEVERAL_MODELS
 from lightning_prune.models.skipped import fill_skipped
-from lightning_prune.models.vocabulary import OUTPUT_ROLE, ROLES, ROLES_OF, Block
+from lightning_prune.models.vocabulary import BLOCK_OF, OUTPUT_ROLE, Block
 from lightning_prune.support.errors import UserError
 
 # Of the config of a checkpoint with widths per layer, beside these widths.
 PER_LAYER_KEYS = (
-    *("auto_map", "how_to_load", "block_norms", "logit_scale"),
+    *("auto_map", "how_to_load", "block_norms", "block_modules", "logit_scale"),
     "allow_global_per_layer_attribute_access",
 )
 
@@ -58,70 +58,99 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class BlockStructure:
+    """One block of a layer, which adds the outputs of its ``modules`` to the residual stream.
+
+    Attributes:
+        modules: → whether their forward also returns attention weights.
+        norms: of its input and output.
+        entry: the first module after the residual stream, which has the block's input as its own.
+        linears: its projections by role, the one that writes to the residual stream last; none of a mixer.
+        units: GQA groups, channels, or 1 for a mixer.
+    """
+
+    modules: dict[nn.Module, bool]
+    norms: tuple[nn.Module, ...]
+    entry: nn.Module
+    linears: dict[str, Projection]
+    units: int
+
+    @property
+    def cost(self) -> int:
+        """Parameters of the whole block, norms included."""
+        return sum(map(count_parameters, (*self.modules, *self.norms)))
+
+
+@dataclass(frozen=True)
 class LayerStructure:
     """One decoder layer. K KV heads, r query heads per KV head, d = head_dim, F channels, D hidden size.
 
     Weights: query ``[K·r·d, D]``, key and value ``[K·d, D]``, output ``[D, K·r·d]``, gate and up ``[F, D]``,
-    down ``[D, F]``. KV head j serves the contiguous query heads j·r … j·r + r − 1. ``mlp_entry`` is the first module
-    after the residual stream between the blocks, the MLP itself or its norm. ``whole_attention``: why groups cannot be
-    removed one by one, or None.
+    down ``[D, F]``. KV head j serves the contiguous query heads j·r … j·r + r − 1. ``parts``: its blocks in the order
+    of execution. ``whole_attention``: why groups cannot be removed one by one, or None.
     """
 
     index: int
     layer: nn.Module
-    attention: nn.Module
-    query: Projection
-    key: Projection
-    value: Projection
-    output: Projection
-    mlp: nn.Module
-    gate: Projection
-    up: Projection
-    down: Projection
-    attention_norms: tuple[nn.Module, ...]
-    mlp_norms: tuple[nn.Module, ...]
-    mlp_entry: nn.Module
+    parts: dict[Block, BlockStructure]
     head_dim: int
     whole_attention: str | None = None
 
     @property
-    def num_kv_heads(self) -> int:
-        """K."""
-        return len(self.key.weight) // self.head_dim
+    def blocks(self) -> tuple[Block, ...]:
+        """What the layer has, in the order of execution."""
+        return tuple(self.parts)
 
     @property
-    def queries_per_kv_head(self) -> int:
-        """r, 1 for multi-head attention and where there is none."""
-        return len(self.query.weight) // max(1, len(self.key.weight)) or 1
-
-    @property
-    def num_channels(self) -> int:
-        """F."""
-        return len(self.gate.weight)
+    def prunable(self) -> tuple[Block, ...]:
+        """The blocks whose units are scored: all but a mixer."""
+        return tuple(block for block in self.parts if block is not Block.MIXER)
 
     def units(self, block: Block) -> int:
-        """K GQA groups or F MLP channels."""
-        return self.num_kv_heads if block is Block.ATTENTION else self.num_channels
+        """K GQA groups, F MLP channels, 1 for a mixer; 0 where the layer has no such block."""
+        return self.parts[block].units if block in self.parts else 0
+
+    @property
+    def all_units(self) -> dict[Block, list[int]]:
+        """The units of every block: what a plan keeps of an unpruned layer."""
+        return {block: list(range(part.units)) for block, part in self.parts.items()}
 
     def projection(self, block: Block) -> Projection:
         """The projection of a block that writes to the residual stream: o_proj or down_proj."""
-        return self.linears[OUTPUT_ROLE[block]]
+        return self.parts[block].linears[OUTPUT_ROLE[block]]
 
     def unit_cost(self, block: Block) -> int:
         """Parameters that are removed with one unit: its rows with their biases, and its columns; 0 without units."""
-        *rows, columns = (self.linears[role] for role in ROLES_OF[block])
+        if block is Block.MIXER or block not in self.parts:
+            return self.block_cost(block)
+        *rows, columns = self.parts[block].linears.values()
         tensors = [columns.weight, *(linear.weight for linear in rows), *(linear.bias for linear in rows)]
         return sum(tensor.numel() for tensor in tensors if tensor is not None) // max(1, self.units(block))
 
     def block_cost(self, block: Block) -> int:
         """Parameters that are removed with the whole block: all units, the output bias and the norms."""
-        modules = (self.attention, *self.attention_norms) if block is Block.ATTENTION else (self.mlp, *self.mlp_norms)
-        return sum(map(count_parameters, modules))
+        return self.parts[block].cost if block in self.parts else 0
+
+    @property
+    def cost(self) -> int:
+        """Parameters of the layer."""
+        return sum(part.cost for part in self.parts.values())
 
     @property
     def linears(self) -> dict[str, Projection]:
-        """The seven projections by role: query, key, value, output, gate, up, down."""
-        return {role: getattr(self, role) for role in ROLES}
+        """The projections by role, of those there are: query, key, value, output, gate, up, down."""
+        return {role: linear for part in self.parts.values() for role, linear in part.linears.items()}
+
+    @property
+    def num_weights(self) -> int:
+        """Numbers in all projections, and in mixers."""
+        linears = sum(linear.weight.numel() for linear in self.linears.values())
+        return linears + self.block_cost(Block.MIXER)
+
+    def read_with(self, role: str) -> str:
+        """The first of the roles that read the same activation as ``role``, where it is observed."""
+        block = BLOCK_OF[role]
+        return role if role == OUTPUT_ROLE[block] else next(iter(self.parts[block].linears))
 
 
 def family_of(config: Any) -> Family:
@@ -150,13 +179,24 @@ def head_dim_of(config: Any) -> int:
     return int(explicit or config.hidden_size // config.num_attention_heads)
 
 
-def rows_of(config: Any) -> dict[str, int]:
-    """Rows of the weights that have units along their rows, by role, in a model or layer with this config."""
+def shapes_of(config: Any) -> dict[str, tuple[int, int]]:
+    """Shape ``[rows, columns]`` of every role's weight in a model or layer with this config."""
     skipped = getattr(config, "skip", None) or ()
-    head_dim, channels = head_dim_of(config), 0 if "mlp" in skipped else config.intermediate_size
-    heads, kv_heads = (0, 0) if "attention" in skipped else (config.num_attention_heads, config.num_key_value_heads)
-    query, key = heads * head_dim, kv_heads * head_dim
-    return {"query": query, "key": key, "value": key, "gate": channels, "up": channels}
+    family, hidden, head_dim = family_of(config), config.hidden_size, head_dim_of(config)
+    channels = getattr(config, family.width)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if "attention" in skipped:
+        heads, kv_heads = 0, 0
+    if "mlp" in skipped:
+        channels = 0
+    rows = {
+        "query": heads * head_dim * (1 + family.gated_query),
+        "key": kv_heads * head_dim,
+        "value": kv_heads * head_dim,
+    }
+    rows |= {"gate": channels, "up": channels}
+    shapes = {role: (count, hidden) for role, count in rows.items()}
+    return shapes | {"output": (hidden, heads * head_dim), "down": (hidden, channels)}
 
 
 def layer_structures(model: nn.Module) -> list[LayerStructure]:
@@ -189,6 +229,17 @@ def uniform_config(config: Any) -> Any:
     return uniform
 
 
+def choose_layers(target: Any, config: Any, layers: Sequence[int]) -> None:
+    """Give the config ``target`` the entries that ``config`` has for ``layers``, in this order, and their number."""
+    family, target.num_hidden_layers = family_of(config), len(layers)
+    for name in family.per_layer_lists:
+        if (entries := getattr(config, name, None)) is not None:
+            setattr(target, name, [entries[layer] for layer in layers])
+    for name in family.index_lists:
+        if (listed := getattr(config, name, None)) is not None:
+            setattr(target, name, [place for place, layer in enumerate(layers) if layer in listed])
+
+
 def layers_of(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of ``model`` in order."""
     config: Any = model.config
@@ -207,23 +258,24 @@ def _layer_structure(family: Family, config: Any, index: int, layer: nn.Module) 
                 f"'{family.model_type}' expects."
             ) from None
 
-    view = LayerStructure(
-        index=index,
-        layer=layer,
-        attention=find(family.attention),
-        mlp=find(family.mlp),
-        attention_norms=tuple(find(name) for name in family.attention_norms if name),
-        mlp_norms=tuple(find(name) for name in family.mlp_norms if name),
-        mlp_entry=find(family.mlp_norms.before or family.mlp),
-        head_dim=head_dim_of(config),
-        whole_attention=family.whole_attention,
-        **{role: _projection(family, config, role, find(family.path_of(role))) for role in ROLES},
-    )
-    hidden, rows = config.hidden_size, rows_of(config)
-    inputs = {OUTPUT_ROLE[Block.ATTENTION]: rows["query"], OUTPUT_ROLE[Block.MLP]: rows["gate"]}
+    def block_structure(block: Block) -> BlockStructure:
+        modules, norms = family.modules_of(block), family.norms_of(block)
+        linears = {
+            role: _projection(family, config, role, find(family.path_of(role))) for role in family.roles_of(block)
+        }
+        return BlockStructure(
+            modules={find(name): pair for name, pair in modules.items()},
+            norms=tuple(find(name) for name in norms if name),
+            entry=find(norms.before or next(iter(modules))),
+            linears=linears,
+            units=_units(block, linears, head_dim_of(config)),
+        )
+
+    parts = {block: block_structure(block) for block in family.blocks_of(config, index)}
+    view = LayerStructure(index, layer, parts, head_dim_of(config), family.whole_attention)
+    shapes = shapes_of(config)
     for role, linear in view.linears.items():
-        shape = (hidden, inputs[role]) if role in inputs else (rows[role], hidden)
-        expected = (shape, 0 not in shape and has_bias(config, role))
+        expected = (shapes[role], 0 not in shapes[role] and has_bias(config, role))
         actual = (tuple(linear.weight.shape), linear.bias is not None)
         if actual != expected:
             raise UserError(
@@ -233,14 +285,20 @@ def _layer_structure(family: Family, config: Any, index: int, layer: nn.Module) 
     return view
 
 
+def _units(block: Block, linears: dict[str, Projection], head_dim: int) -> int:
+    if block is Block.MIXER:
+        return 1
+    return len(linears["key"].weight) // head_dim if block is Block.ATTENTION else len(linears["up"].weight)
+
+
 def _projection(family: Family, config: Any, role: str, module: nn.Linear) -> Projection:
     roles = family.roles_at(family.path_of(role))
     if len(roles) == 1:
         return Projection(module)
-    sizes, place = rows_of(config), roles.index(role)
-    start = sum(sizes[earlier] for earlier in roles[:place])
+    shapes, place = shapes_of(config), roles.index(role)
+    start = sum(shapes[earlier][0] for earlier in roles[:place])
     # The last one has all other rows, so that a shape with too many is noticed.
-    return Projection(module, slice(start, None if role == roles[-1] else start + sizes[role]))
+    return Projection(module, slice(start, None if role == roles[-1] else start + shapes[role][0]))
 
 
 def has_bias(config: Any, role: str) -> bool:

@@ -138,8 +138,9 @@ class LayeredModel:
     def embed(self, tokens: Tensor) -> Tensor:
         """The residual stream ``[B, L, D]`` that enters layer 0."""
         seen: list[tuple[Tensor, Call]] = []
-        stubs = nn.ModuleList(_Stub(layer, seen) for layer in self.layers)
-        owner, _, leaf = family_of(self.config).layers.rpartition(".")
+        family = family_of(self.config)
+        stubs = nn.ModuleList(_Stub(layer, seen, family.layer_returns) for layer in self.layers)
+        owner, _, leaf = family.layers.rpartition(".")
         setattr(self.net.get_submodule(owner), leaf, stubs)
         try:
             self.net.base_model(input_ids=tokens, use_cache=False)
@@ -165,35 +166,29 @@ class LayeredModel:
         self.overflow.watch(f"layer {index}, output", result)
         return result
 
-    def split(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual stream ``[B, L, D]`` between the layer's attention and its MLP, and after the layer."""
-        seen: list[Tensor] = []
-        entry = self.views[index].mlp_entry
-        handle = entry.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    def streams(self, index: int, hidden: Tensor) -> list[Tensor]:
+        """The residual stream ``[B, L, D]`` before, between and after the layer's blocks, one more than there are."""
+        seen = [hidden]
+        entries = [part.entry for part in self.views[index].parts.values()][1:]
+        handles = [entry.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for entry in entries]
         try:
             after = self.run(index, hidden)
         finally:
-            handle.remove()
-        return seen[0], after
+            for handle in handles:
+                handle.remove()
+        return [*seen, after]
 
-    def attend(self, index: int, hidden: Tensor) -> Tensor:
-        """The residual stream ``[B, L, D]`` between the layer's attention and its MLP; the MLP is not computed."""
-        with _replaced_forward({self.views[index].mlp: _nothing}):
+    def run_block(self, index: int, block: Block, hidden: Tensor) -> Tensor:
+        """The residual stream ``[B, L, D]`` after one block with the input ``hidden``; the others are not computed."""
+        with _replaced_forward(self._without(index, block)):
             return self.run(index, hidden)
-
-    def feed(self, index: int, middle: Tensor) -> Tensor:
-        """The layer's output ``[B, L, D]`` from the residual stream between its attention and its MLP."""
-        with _replaced_forward({self.views[index].attention: _no_attention}):
-            return self.run(index, middle)
 
     def add(self, index: int, hidden: Tensor, block: Block, output: Tensor) -> Tensor:
         """The residual stream after a block with the input ``hidden`` and the output ``output``, ``[B, L, D]`` each,
         through the layer's own norms and multipliers. Does not count as an evaluation."""
-        view = self.views[index]
-        if block == Block.ATTENTION:
-            stubs: dict[nn.Module, Any] = {view.attention: lambda *_, **__: (output, None), view.mlp: _nothing}
-        else:
-            stubs = {view.attention: _no_attention, view.mlp: lambda *_, **__: output}
+        stubs = self._without(index, block)
+        for module, pair in self.views[index].parts[block].modules.items():
+            stubs[module] = lambda *_, pair=pair, **__: (output, None) if pair else output
         with _replaced_forward(stubs):
             return self._evaluate(index, hidden)
 
@@ -217,6 +212,13 @@ class LayeredModel:
         gradient = loss_gradient(self.head, hidden, tokens, weight, self.config.vocab_size)
         self.overflow.watch("head, gradient of the loss", gradient)
         return gradient
+
+    def _without(self, index: int, block: Block) -> dict[nn.Module, Any]:
+        """Stubs in place of the modules of all other blocks of a layer."""
+        others = (part for other, part in self.views[index].parts.items() if other is not block)
+        return {
+            module: _nothing_and_none if pair else _nothing for part in others for module, pair in part.modules.items()
+        }
 
     def _evaluate(self, index: int, hidden: Tensor) -> Tensor:
         shape = (hidden.shape[0], hidden.shape[1])
@@ -260,16 +262,16 @@ def choose_onload(wish: str, checkpoint: Checkpoint, dtype: torch.dtype, device:
 class _Stub(nn.Module):
     """In place of a decoder layer, whose hooks must not fire: passes the residual stream on and notes the call."""
 
-    def __init__(self, layer: nn.Module, seen: list[tuple[Tensor, Call]]) -> None:
+    def __init__(self, layer: nn.Module, seen: list[tuple[Tensor, Call]], returns: int) -> None:
         super().__init__()
-        self._layer, self._seen = [layer], seen  # in a list, so that it is not a submodule
+        self._layer, self._seen, self._returns = [layer], seen, returns  # in a list, so that it is not a submodule
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_layer"][0], name)  # such as attention_type, by which a family picks its mask
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         self._seen.append((hidden_states, (args, kwargs)))
-        return hidden_states
+        return (hidden_states, None)[: self._returns] if self._returns else hidden_states
 
 
 def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -288,11 +290,12 @@ def _replaced_forward(stubs: Mapping[nn.Module, Any]) -> Iterator[None]:
             del module.forward
 
 
-def _nothing(hidden: Tensor) -> Tensor:
-    """Zeros of the shape of ``hidden`` that take no memory: the output of a block that is left out."""
+def _nothing(*args: Any, **kwargs: Any) -> Tensor:
+    """Zeros of the shape of the input that take no memory: the output of a block that is left out."""
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
     return hidden.new_zeros(1).expand_as(hidden)
 
 
-def _no_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """The same for an attention module."""
-    return _nothing(args[0] if args else kwargs["hidden_states"]), None
+def _nothing_and_none(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """The same for a module that also returns attention weights."""
+    return _nothing(*args, **kwargs), None

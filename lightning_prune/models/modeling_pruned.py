@@ -5,7 +5,8 @@ It needs only ``torch`` and ``transformers`` (5.14 and later), so that any class
 ``config.per_layer_config[i]`` holds what layer i has in place of the global values: ``num_attention_heads``,
 ``num_key_value_heads``, ``intermediate_size``, and ``skip``, a list with ``"attention"``, ``"mlp"`` or both. A skipped
 block and its norm hold no parameters; the sizes beside ``skip`` only make loaders that ignore ``skip`` refuse the
-checkpoint. ``config.block_norms`` names the norms of each block where they are not Llama's.
+checkpoint. ``config.block_norms`` and ``config.block_modules`` name the norms and the module of each block where they
+are not Llama's.
 """
 
 import copy
@@ -21,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto
 
 BLOCK_NORMS = {"attention": ["input_layernorm"], "mlp": ["post_attention_layernorm"]}
+BLOCK_MODULES = {"attention": "self_attn", "mlp": "mlp"}
 # In config.json, where a reader looks whose loader reports mismatched sizes.
 HOW_TO_LOAD = "Layers differ in width: pass trust_remote_code=True, or sizes do not match. README.md has the commands."
 # What a checkpoint is loaded through → model type → class. Not every family has the last two.
@@ -156,11 +158,11 @@ def _uniform(config: Any) -> Any:
 
 def _build_layer(layer_class: type[nn.Module], config: Any, index: int) -> nn.Module:
     layer: Any = layer_class(config, index)
-    if "attention" in config.skip:
-        layer.self_attn = SkippedMixer(index, layer.self_attn.head_dim, config)
-    if "mlp" in config.skip:
-        layer.mlp = SkippedMLP()
     for block in config.skip:
+        module = getattr(config, "block_modules", BLOCK_MODULES)[block]
+        attention = block == "attention"
+        dim = getattr(layer, module).head_dim if attention else 0
+        setattr(layer, module, SkippedMixer(index, dim, config) if attention else SkippedMLP())
         for name in getattr(config, "block_norms", BLOCK_NORMS)[block]:
             setattr(layer, name, nn.Identity())
     return layer  # type: ignore[no-any-return]

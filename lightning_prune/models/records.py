@@ -1,9 +1,10 @@
 """What the supported model families look like, one record each."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from lightning_prune.models.vocabulary import BLOCK_OF, ROLES, Block
+from lightning_prune.models.vocabulary import BLOCK_OF, ROLES, ROLES_OF, Block
 
 GUIDE = "docs/add_a_model_family.md"
 
@@ -16,18 +17,28 @@ class Norms(NamedTuple):
 
 
 BEFORE_ATTENTION, BEFORE_MLP = Norms("input_layernorm"), Norms("post_attention_layernorm")
+DENSE = (Block.ATTENTION, Block.MLP)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Family:
     """One model family of ``transformers``. Adding a family is adding one record to ``FAMILIES``.
 
     Multipliers, soft caps, rotary tables and masks need no entry: embedding, layers, blocks and head are always run by
     the model's own code (``LayeredModel``).
 
-    Names are attributes below the decoder layer. Roles that name the same projection share its parameter, in the
-    order of ``ROLES`` from its first row on. A bias entry is True, False, or the name of the config key that decides.
+    ``kinds`` is the config key that lists the kind of every layer, and ``blocks`` what a layer of a kind is made of, in
+    order ("" where there is one kind); other kinds have attention and MLP. ``mixer``: the modules of a mixer → whether
+    they also return attention weights; its norms are those of attention.
+
+    Names are attributes below the decoder layer; ``gate`` is None in an MLP without one. Roles that name the same
+    projection share its parameter, in the order of ``ROLES`` from its first row on. A bias entry is True, False, or the
+    name of the config key that decides.
     ``per_layer_lists`` are config keys holding one entry per layer; entries of removed layers are removed.
+    ``index_lists`` hold the numbers of some layers, and are numbered anew. ``width`` is the config key of F.
+    ``gated_query``: the query's rows are, head by head, query and output gate, so there are twice as many.
+    ``layer_returns``: how many values a layer returns in a tuple; 0 for the residual stream itself. ``tiny`` are config
+    entries that make the mixer of a tiny model small.
     ``stock_alias`` names a family with the same arithmetic that takes head counts which this family's own config
     refuses; it is used only while no projection has a bias. ``whole_attention`` says why GQA groups cannot be removed
     one by one, where they cannot: such a family loses MLP channels and whole layers.
@@ -48,11 +59,39 @@ class Family:
     value: str = "v_proj"
     output: str = "o_proj"
     mlp: str = "mlp"
-    gate: str = "gate_proj"
+    gate: str | None = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
     attention_norms: Norms = BEFORE_ATTENTION
     mlp_norms: Norms = BEFORE_MLP
+    kinds: str = "layer_types"
+    blocks: Mapping[str, tuple[Block, ...]] = field(default_factory=dict)
+    mixer: Mapping[str, bool] = field(default_factory=dict)
+    index_lists: tuple[str, ...] = ()
+    width: str = "intermediate_size"
+    gated_query: bool = False
+    layer_returns: int = 0
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+
+    def blocks_of(self, config: Any, index: int) -> tuple[Block, ...]:
+        """What layer ``index`` of a model with ``config`` is made of, in the order of execution."""
+        kinds = getattr(config, self.kinds, None)
+        return self.blocks.get(kinds[index] if kinds else "", DENSE)
+
+    def modules_of(self, block: Block) -> dict[str, bool]:
+        """The modules whose outputs a block adds to the residual stream, below the layer → whether they also return
+        attention weights."""
+        if block is Block.MIXER:
+            return dict(self.mixer)
+        return {self.attention: True} if block is Block.ATTENTION else {self.mlp: False}
+
+    def norms_of(self, block: Block) -> Norms:
+        """The norms of a block."""
+        return self.mlp_norms if block.place else self.attention_norms
+
+    def roles_of(self, block: Block) -> list[str]:
+        """The roles of a block's projections, the one that writes to the residual stream last."""
+        return [role for role in ROLES_OF.get(block, ()) if getattr(self, role)]
 
     def path_of(self, role: str) -> str:
         """The projection that holds ``role``, below the layer."""
@@ -80,6 +119,8 @@ _SANDWICH: dict[str, Any] = {
     "mlp_norms": Norms("pre_feedforward_layernorm", "post_feedforward_layernorm"),
 }
 _TYPES = ("layer_types",)
+_MIXER = (Block.MIXER, Block.MLP)
+_MAMBA = {"mamba_n_heads": 2, "mamba_d_head": "auto", "mamba_d_state": 4, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -102,6 +143,21 @@ FAMILIES: dict[str, Family] = {
         Family("seed_oss", "attention_bias", "attention_out_bias", "mlp_bias"),
         Family("helium", "attention_bias", mlp_bias="mlp_bias", whole_attention=_FIXED_OUTPUT),
         Family("stablelm", "use_qkv_bias", whole_attention=_FIXED_OUTPUT),
+        Family(
+            "qwen3_5_text",
+            "attention_bias",
+            "attention_bias",
+            per_layer_lists=_TYPES,
+            blocks={"linear_attention": _MIXER},
+            mixer={"linear_attn": False},
+            gated_query=True,
+            tiny={
+                "linear_num_key_heads": 2,
+                "linear_num_value_heads": 4,
+                "linear_key_head_dim": 4,
+                "linear_value_head_dim": 4,
+            },
+        ),
     )
 }
 

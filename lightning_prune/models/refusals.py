@@ -18,7 +18,7 @@ FAMILIES_BY_REASON = {
     """,
     STATES: """
         mamba mamba2 falcon_mamba jamba bamba zamba zamba2 recurrent_gemma rwkv xlstm nemotron_h granitemoehybrid
-        qwen3_next qwen3_5_text falcon_h1 lfm2 olmo_hybrid
+        qwen3_next falcon_h1 lfm2 olmo_hybrid
     """,
     PLAIN_MLP: "gpt2 gpt_neo gpt_bigcode opt bloom mpt codegen xglm biogpt starcoder2 nemotron persimmon openai-gpt",
     PARALLEL: "gpt_neox gptj falcon phi cohere cohere2",

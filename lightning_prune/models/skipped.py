@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_prune.models.records import Family
-from lightning_prune.models.vocabulary import OUTPUT_ROLE, ROLES_OF, Block
+from lightning_prune.models.vocabulary import Block
 
 
 class NoUnits(nn.Module):
@@ -35,10 +35,7 @@ class SkippedBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.block, self.skipped = block, skipped
-        self.inputs = list(
-            dict.fromkeys(getattr(family, role) for role in ROLES_OF[block] if role != OUTPUT_ROLE[block])
-        )
-        self.output = getattr(family, OUTPUT_ROLE[block])
+        *self.inputs, self.output = dict.fromkeys(getattr(family, role) for role in family.roles_of(block))
         for name in self.inputs:
             setattr(self, name, NoUnits(hidden_size, 0, device))
         setattr(self, self.output, NoUnits(0, hidden_size, device))
@@ -55,7 +52,8 @@ def fill_skipped(net: Any, family: Family) -> None:
     """Put ``SkippedBlock``s where ``config.per_layer_config`` skips a block, on the device of the model's buffers."""
     device = next(net.buffers(), torch.zeros(0)).device
     for layer, own in zip(net.get_submodule(family.layers), net.config.per_layer_config, strict=True):
-        for block, name in ((Block.ATTENTION, family.attention), (Block.MLP, family.mlp)):
+        for block in map(Block, own.skip):
+            (name,) = family.modules_of(block)
             skipped = getattr(layer, name)
-            if str(block) in own.skip and not isinstance(skipped, SkippedBlock):
+            if not isinstance(skipped, SkippedBlock):
                 setattr(layer, name, SkippedBlock(family, block, own.hidden_size, skipped, device))

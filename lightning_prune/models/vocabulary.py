@@ -4,11 +4,19 @@ from enum import StrEnum
 
 
 class Block(StrEnum):
-    """What a prunable unit belongs to: a GQA group to ATTENTION, a channel to MLP, a whole decoder layer to LAYER."""
+    """What a unit belongs to: a GQA group to ATTENTION, a channel to MLP, a whole decoder layer to LAYER. A MIXER
+    (state space, linear attention, convolution, or attention beside one) is one unit, kept as long as its layer is."""
 
     ATTENTION = "attention"
     MLP = "mlp"
     LAYER = "layer"
+    MIXER = "mixer"
+
+    @property
+    def place(self) -> int:
+        """0 for a block that mixes tokens, 1 for one that sees each by itself. A layer has at most one of each, in this
+        order."""
+        return 0 if self in (Block.ATTENTION, Block.MIXER) else 1
 
 
 ROLES_OF: dict[Block, tuple[str, ...]] = {
@@ -19,5 +27,3 @@ ROLES = (*ROLES_OF[Block.ATTENTION], *ROLES_OF[Block.MLP])
 BLOCK_OF = {role: block for block, roles in ROLES_OF.items() for role in roles}
 # The projection of a block that writes to the residual stream: its units are columns, those of the others are rows.
 OUTPUT_ROLE = {Block.ATTENTION: "output", Block.MLP: "down"}
-# Projections that read the same activation → the first of them, where it is observed.
-INPUT_OF = {role: role for role in ROLES} | {"key": "query", "value": "query", "up": "gate"}

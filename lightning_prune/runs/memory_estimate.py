@@ -9,17 +9,16 @@ import torch
 
 from lightning_prune.calibration.passes import Load, Pass
 from lightning_prune.calibration.residuals import SHARE
-from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.data.token_arrays import is_token_array, load_token_array
 from lightning_prune.evaluation.perplexity import STEP_BYTES
-from lightning_prune.methods.base import PruningMethod
+from lightning_prune.methods.base import PruningMethod, unpruned
 from lightning_prune.models.checkpoint import Checkpoint, meta_model
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.head import LOGITS_BYTES
 from lightning_prune.models.layered import Onload
 from lightning_prune.models.model_slot import load_dtype
-from lightning_prune.models.vocabulary import ROLES_OF
+from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.devices import free_bytes
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.memory import anonymous_bytes, free_host_bytes
@@ -113,7 +112,7 @@ class Memory:
         """What the run takes with its weights there."""
         method, size = self.method, self.dtype.itemsize
         view, layers = self._largest, len(method.layers)
-        layer, inside = _size(view), sum(map(_size, method.layers))
+        layer, inside = view.cost, sum(one.cost for one in method.layers)
         outside = method.dense_parameters - inside
         copied = self.device is not None or self.dtype != self.stored  # else they are views of the files
         weights = (outside + (layer if onload == "layer" else inside)) * size if copied else 0
@@ -123,7 +122,7 @@ class Memory:
         load, passes = self._load(max(0, free - weights)), self._passes()
         saved = self.stored if method.save_dtype == "auto" else getattr(torch, method.save_dtype)
         writing = 2 * layer * saved.itemsize + (outside * saved.itemsize if saved != self.stored else 0)
-        units = sum(one.num_kv_heads + one.num_channels for one in method.layers) if method.uneven else 0
+        units = sum(one.units(block) for one in method.layers for block in one.prunable) if method.uneven else 0
         work = self._evaluation(load, onload)
         peaks = {
             "evaluation": self._peak(weights + work, ahead + UNIT_BYTES * units),
@@ -152,22 +151,20 @@ class Memory:
     @property
     def _largest(self) -> LayerStructure:
         """The layer with the most parameters: all are alike but in a model that was pruned before."""
-        return max(self.method.layers, key=_size)
+        return max(self.method.layers, key=lambda view: view.cost)
 
     def _passes(self) -> list[Pass]:
         """All that the method makes, as if every unit were kept."""
-        views = self.method.layers
-        kept = [LayerPlan(one.index, list(range(one.num_kv_heads)), list(range(one.num_channels))) for one in views]
         measuring = [] if self.method.saved is not None else self.method.passes()
-        return measuring + self.method.refit_passes(kept, lambda: torch.zeros(0))
+        return measuring + self.method.refit_passes(unpruned(self.method.layers), lambda: torch.zeros(0))
 
     def _load(self, free: int) -> Load:
         view = self._largest
         sizes = [linear.weight.numel() for linear in view.linears.values()]
         return Load(
             num_layers=len(self.method.layers),
-            hidden_size=view.query.in_features,
-            widest_input=max(one.projection(block).in_features for one in self.method.layers for block in ROLES_OF),
+            hidden_size=self.method.checkpoint.config.hidden_size,
+            widest_input=max(one.projection(kind).in_features for one in self.method.layers for kind in one.prunable),
             layer_weights=sum(sizes),
             largest_weight=max(sizes),
             rows=self.samples,
@@ -196,7 +193,12 @@ class Memory:
 
     def _forward(self, tokens: int, load: Load) -> int:
         """Three of the MLP's inner states, or as much in attention, beside what enters, as it is and normed."""
-        inner = 3 * max(load.widest_input, 2 * max(one.output.in_features for one in self.method.layers))
+        attention = [
+            2 * one.projection(Block.ATTENTION).in_features
+            for one in self.method.layers
+            if Block.ATTENTION in one.parts
+        ]
+        inner = 3 * max(load.widest_input, *attention)
         return tokens * load.dtype.itemsize * (inner + 2 * load.hidden_size)
 
     def _head(self, tokens: int, per_logit: int) -> int:
@@ -218,7 +220,7 @@ class Memory:
         """How often a layer is brought in; work of all passes in layers' forwards of a batch; operations."""
         loads, evaluations, flops = 0, 0.0, 0.0
         for one in passes:
-            steps, rows = one.steps(load.num_layers), _rows(one, load)
+            steps, rows = one.steps(self.method.layers), _rows(one, load)
             pairs = [(self.method.layers[step.layer], step) for step in steps]
             loads += 1 + sum(before.layer != step.layer for before, step in pairwise(steps))
             cost = sum(one.cost(*pair) for pair in pairs) if one.reads else 0.0
@@ -236,10 +238,6 @@ class Memory:
             f"--model.onload {found.onload} takes {needed / 1e9:,.2f} GB of {where} memory ({found.phase}), there is "
             f"room for {there / 1e9:,.2f} GB. {advice(self.method, self.data, found.onload, found.phase)}"
         )
-
-
-def _size(view: LayerStructure) -> int:
-    return sum(view.block_cost(block) for block in ROLES_OF)
 
 
 def _rows(one: Pass, load: Load) -> int:

@@ -13,7 +13,6 @@ from lightning_prune.methods.measurement import SavedMeasurement
 from lightning_prune.methods.scores import group_scores, layer_scores
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import layer_structures
-from lightning_prune.models.vocabulary import Block
 from lightning_prune.runs.folder import FinishedRun
 from lightning_prune.runs.records import as_dict
 from lightning_prune.support.errors import UserError
@@ -71,8 +70,7 @@ def _check_units(found: Scores, checkpoint: Checkpoint) -> None:
     """Raise ValueError unless the table lists every unit of the model with its cost."""
     layers = layer_structures(checkpoint.meta)
     if found.whole_layers:
-        cost = [view.block_cost(Block.ATTENTION) + view.block_cost(Block.MLP) for view in layers]
-        expected = layer_scores(torch.ones(len(layers)), cost)
+        expected = layer_scores(torch.ones(len(layers)), [view.cost for view in layers])
     else:
         expected = group_scores(layers)
     if len(expected.unit) != len(found.unit):

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from lightning_prune.checkpoint.cut import check_plan, layout_of, parameters_after, pruned_config
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.models.families import count_parameters, layer_structures
+from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 from tests.cutting import cut
 from tests.tiny import CUTTABLE, FAMILIES, WHOLE_ATTENTION, make_tiny, mixed_plan, tiny_plan, tiny_tokens, uniform_plan
@@ -35,14 +36,14 @@ def zeroed(dense: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     with torch.no_grad():
         for layer, kept in zip(model.model.layers, plan.layers, strict=True):
             for j in range(model.config.num_key_value_heads):
-                if j not in kept.kept_kv_heads:
+                if j not in kept.kept[Block.ATTENTION]:
                     layer.self_attn.o_proj.weight[:, j * r * d : (j + 1) * r * d] = 0
             for c in range(model.config.intermediate_size):
-                if c not in kept.kept_channels:
+                if c not in kept.kept[Block.MLP]:
                     layer.mlp.down_proj.weight[:, c] = 0
             for linear, left in (
-                (layer.self_attn.o_proj, kept.kept_kv_heads),
-                (layer.mlp.down_proj, kept.kept_channels),
+                (layer.self_attn.o_proj, kept.kept[Block.ATTENTION]),
+                (layer.mlp.down_proj, kept.kept[Block.MLP]),
             ):
                 if linear.bias is not None and not left:
                     linear.bias.zero_()
@@ -111,11 +112,11 @@ def test_llama_heads_that_do_not_divide_become_a_mistral_config() -> None:
     ("kept", "message"),
     [
         ([([0, 1], FULL)] * 3, "lists 3 layers"),
-        ([([0, 2], FULL)] * 4, r"kept_kv_heads \[0, 2\].*0 to 1"),
-        ([([-1, 0], FULL)] * 4, "kept_kv_heads"),
+        ([([0, 2], FULL)] * 4, r"keeps attention \[0, 2\].*0 to 1"),
+        ([([-1, 0], FULL)] * 4, "keeps attention"),
         ([([1, 0], FULL)] * 4, "ascending"),
         ([([0, 0], FULL)] * 4, "at most once"),
-        ([([0, 1], [40])] * 4, r"kept_channels \[40\].*0 to 39"),
+        ([([0, 1], [40])] * 4, r"keeps mlp \[40\].*0 to 39"),
         ([([], [])] * 4, "removes all 4 layers"),
     ],
 )

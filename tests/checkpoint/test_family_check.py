@@ -91,8 +91,12 @@ SWAPPED = {
     "mlp_norms": Norms("post_attention_layernorm", "post_feedforward_layernorm"),
 }
 WRONG: list[tuple[Family, dict[str, Any], str]] = [
-    (replace(GEMMA2, **SWAPPED), {}, "between attention and MLP of layer 0: differs"),
-    (replace(GEMMA2, attention_norms=BEFORE_ATTENTION), {}, "layer 0 has 32 parameters that belong to neither block"),
+    (replace(GEMMA2, **SWAPPED), {}, "the attention block of layer 0, alone,: differs"),
+    (
+        replace(GEMMA2, attention_norms=BEFORE_ATTENTION),
+        {},
+        "layer 0 has 32 parameters that belong to none of its blocks",
+    ),
     (replace(FAMILIES["smollm3"], per_layer_lists=()), {"no_rope_layers": [1, 0, 0, 1]}, "family 'smollm3'"),
     (FAMILIES["stablelm"], {"use_parallel_residual": True}, "layer 0 has no 'post_attention_layernorm'"),
     *(

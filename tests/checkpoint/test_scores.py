@@ -10,6 +10,7 @@ import pytest
 
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.checkpoint.scores import BLOCKS, COLUMNS, Scores
+from lightning_prune.models.records import DENSE
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 
@@ -155,13 +156,17 @@ def test_row_that_is_there_twice_and_layers_among_blocks_are_noticed(path: Path)
 def test_plan_must_keep_the_same_units(whole_layers: bool) -> None:
     found = table(whole_layers=whole_layers)
     if whole_layers:
-        layers = [LayerPlan(0, [], []), LayerPlan(1, [0, 1], [0, 1, 2, 3]), LayerPlan(2, [0, 1], [0, 1, 2, 3])]
+        layers = [
+            LayerPlan(0, {Block.ATTENTION: [], Block.MLP: []}),
+            LayerPlan(1, {Block.ATTENTION: [0, 1], Block.MLP: [0, 1, 2, 3]}),
+            LayerPlan(2, {Block.ATTENTION: [0, 1], Block.MLP: [0, 1, 2, 3]}),
+        ]
     else:
         rows = list(zip(found.layer.tolist(), found.block.tolist(), found.unit.tolist(), found.pruned, strict=True))
         layers = [
             LayerPlan(
                 layer,
-                *([unit for *at, unit, gone in rows if at == [layer, b] and not gone] for b in ("attention", "mlp")),
+                {b: [unit for *at, unit, gone in rows if at == [layer, b] and not gone] for b in DENSE},
             )
             for layer in range(3)
         ]
@@ -173,7 +178,7 @@ def test_plan_must_keep_the_same_units(whole_layers: bool) -> None:
     with pytest.raises(ValueError, match=r"it lists 3 layers, plan.json 2"):
         found.check_plan(plan(layers[:-1]))
     with pytest.raises(ValueError, match="layer 2 keeps other units"):
-        found.check_plan(plan([*layers[:2], LayerPlan(2, [], [])]))
+        found.check_plan(plan([*layers[:2], LayerPlan(2, {Block.ATTENTION: [], Block.MLP: []})]))
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -9,6 +9,7 @@ import pandas as pd
 
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.comparison.records import Run, load_run
+from lightning_prune.models.records import DENSE
 
 TEXT = {"dataset": "demo", "configuration": None, "revision": "r1", "tokenizer_sha256": "b" * 64, "seq_len": 128}
 CALIBRATION = TEXT | {"split": "train", "text_sha256": "a" * 64, "fingerprint": "c" * 64, "num_samples": 128}
@@ -25,7 +26,6 @@ ENVIRONMENT: dict[str, Any] = {
 }
 ENVIRONMENT |= {"python": "3.11.7", "platform": "Linux", "device": "cpu", "precision": "32-true"}
 LAYERS, HEADS, CHANNELS = 4, 2, 6
-BLOCKS = ("attention", "mlp")
 
 
 def write_run(
@@ -107,7 +107,7 @@ def _scores(path: Path, ratio: float, whole_layers: bool, seed: int) -> list[Lay
     return [
         LayerPlan(
             layer,
-            *([unit for kind, unit in units if kind == block and (layer, kind, unit) in kept] for block in BLOCKS),
+            {block: [unit for kind, unit in units if kind == block and (layer, kind, unit) in kept] for block in DENSE},
         )
         for layer in range(LAYERS)
     ]

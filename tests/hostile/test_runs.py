@@ -128,7 +128,7 @@ TYPED = {
     "environment.json": "packages/torch cpu/cores gpus device",
     "calibration.json": "dataset sampling seed num_samples fingerprint",
     "method.json": "method label measured_by",
-    "plan.json": "format pruning_ratio parameters/dense base_model layers/0 layers/1/kept_channels weights_updated",
+    "plan.json": "format pruning_ratio parameters/dense base_model layers/0 layers/1/kept/mlp weights_updated",
 }
 for file, names in TYPED.items():
     for name in names.split():
@@ -150,19 +150,21 @@ field("metrics.json", "method/base_model_sha256", "0" * 64, "have changed", comp
 field("calibration.json", "sampling", "magic", "sampling is 'magic'")
 field("calibration.json", "dataset", None, "is not known")
 field("plan.json", "more", 1, "more is not known")
-field("plan.json", "format", 2, "has format 2")
+field("plan.json", "format", 3, "has format 3")
+field("plan.json", "layers/1/kept", {"attention": [0]})
+field("plan.json", "layers/1/kept", {"heads": [0]})
 field("plan.json", "weights_updated", True, "changed the weights", compare=0, decide=0)
 field("plan.json", "dtype", "float3", "dtype 'float3'", compare=0, decide=0)
 field("plan.json", "layers", [])
 field("plan.json", "layers/1/layer", 0)
 for value in ([0, 0], [1, 0], [-1], [2], [10**9], [10**30], list(range(10**5))):
-    field("plan.json", "layers/1/kept_kv_heads", value)
+    field("plan.json", "layers/1/kept/attention", value)
 for value in ([0, 0], [5, 4], [40], [0.0], ["0"]):
-    field("plan.json", "layers/1/kept_channels", value)
+    field("plan.json", "layers/1/kept/mlp", value)
 layers("lists its layers twice", lambda found: found * 2)
 layers("lists its layers backwards", lambda found: found[::-1])
 layers("lacks a layer", lambda found: found[1:])
-layers("keeps nothing", lambda _: [{"layer": n, "kept_kv_heads": [], "kept_channels": []} for n in range(4)])
+layers("keeps nothing", lambda _: [{"layer": n, "kept": {"attention": [], "mlp": []}} for n in range(4)])
 for file in ("metrics.json", "scores.csv", "plan.json"):
     damage("is another run's", file, lambda path: shutil.copy(path.parents[1] / "other" / path.name, path), apply=0)
 for name in ("evaluation", "parameters", "method", "seconds", "perplexity"):

@@ -21,6 +21,7 @@ from lightning_prune.methods import FLAP
 from lightning_prune.methods.bias_compensation import MeanBiases
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import layer_structures
+from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 from tests.methods.behaviour import Run, logits, prune, save_model, save_tokens
 from tests.methods.running import inputs_of, projections
@@ -46,8 +47,8 @@ def test_the_mean_output_of_what_is_kept_is_the_dense_one(tmp_path: Path, kv_hea
     lost, position = 0, 0
     for layer in run.method.plan.layers:
         for name, path, kept, units in (
-            ("o_proj", "self_attn.o_proj", layer.kept_kv_heads, kv_heads),
-            ("down_proj", "mlp.down_proj", layer.kept_channels, 40),
+            ("o_proj", "self_attn.o_proj", layer.kept[Block.ATTENTION], kv_heads),
+            ("down_proj", "mlp.down_proj", layer.kept[Block.MLP], 40),
         ):
             linear = projections(exact, layer.layer)[name]
             x = inputs_of(exact, linear, TOKENS)
@@ -61,7 +62,7 @@ def test_the_mean_output_of_what_is_kept_is_the_dense_one(tmp_path: Path, kv_hea
             expected = linear(x).mean(0)
             torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-5)
             lost += x.shape[1] - len(columns)
-        position += bool(layer.kept_kv_heads or layer.kept_channels)
+        position += bool(layer.kept[Block.ATTENTION] or layer.kept[Block.MLP])
     assert lost
     assert run.method.plan.biases == ([] if dense_biases else ["attention_bias", "mlp_bias"])
 
@@ -127,11 +128,15 @@ def test_the_second_of_two_steps_measures_with_the_biases_of_the_first(tmp_path:
     first = lightning_prune.load(next((tmp_path / "logs").rglob("steps/*/pruned"))).double()
     plan = PruningPlan.load(next((tmp_path / "logs").rglob("steps/*/plan.json")))
     assert plan.weights_updated
-    for position, kept in enumerate(layer for layer in plan.layers if layer.kept_kv_heads or layer.kept_channels):
-        if kept.kept_channels:
+    for position, kept in enumerate(
+        layer for layer in plan.layers if layer.kept[Block.ATTENTION] or layer.kept[Block.MLP]
+    ):
+        if kept.kept[Block.MLP]:
             down = projections(first, position)["down_proj"]
             metric = inputs_of(first, down, TOKENS).var(0) * down.weight.square().sum(0)
-            found = torch.from_numpy(method.scores.importance[method.scores.of(kept.layer, "mlp")][kept.kept_channels])
+            found = torch.from_numpy(
+                method.scores.importance[method.scores.of(kept.layer, "mlp")][kept.kept[Block.MLP]]
+            )
             # All channels of the step share one divisor.
             torch.testing.assert_close(found / found.sum(), (metric / metric.sum()).detach(), rtol=1e-3, atol=1e-6)
 

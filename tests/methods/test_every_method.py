@@ -174,11 +174,11 @@ def test_shapes_and_weights_are_those_of_the_plan(shared: Any, system: str, kind
     run = shared(system, kind)
     plan, dense = plan_of(run), dense_of(run)
     pruned = load_file(run.pruned / "model.safetensors")
-    layers = [layer for layer in plan["layers"] if layer["kept_kv_heads"] or layer["kept_channels"]]
+    layers = [layer for layer in plan["layers"] if layer["kept"]["attention"] or layer["kept"]["mlp"]]
     assert lightning_prune.load(run.pruned).config.num_hidden_layers == len(layers)
     for position, kept in enumerate(layers):
         view = layer_structures(dense)[kept["layer"]]
-        heads, channels = kept["kept_kv_heads"], kept["kept_channels"]
+        heads, channels = kept["kept"]["attention"], kept["kept"]["mlp"]
         parts: dict[str, list[torch.Tensor]] = {}  # what is left of each projection, roles that share one in a row
         for role, linear in view.linears.items():
             path = FUSED.get(dense.config.model_type, {}).get(role, PLAIN[role])
@@ -213,7 +213,7 @@ FUSED = {
 
 def rows(view: LayerStructure, weight: torch.Tensor, heads: list[int]) -> torch.Tensor:
     """The rows that belong to some KV heads."""
-    return weight.unflatten(0, (view.num_kv_heads, -1))[heads].flatten(0, 1)
+    return weight.unflatten(0, (view.units(Block.ATTENTION), -1))[heads].flatten(0, 1)
 
 
 @every_system_and_kind
@@ -237,9 +237,9 @@ def test_every_family_decodes_with_a_cache_as_without(shared: Any, system: str, 
     common = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(pruned.generate(tokens, **common), pruned.generate(tokens, use_cache=False, **common))
     if kind in WHOLE_ATTENTION:
-        groups = list(range(layer_structures(dense_of(run))[0].num_kv_heads))
-        assert all(layer["kept_kv_heads"] in (groups, []) for layer in plan_of(run)["layers"])
-        assert all(layer["kept_kv_heads"] or not layer["kept_channels"] for layer in plan_of(run)["layers"])
+        groups = list(range(layer_structures(dense_of(run))[0].units(Block.ATTENTION)))
+        assert all(layer["kept"]["attention"] in (groups, []) for layer in plan_of(run)["layers"])
+        assert all(layer["kept"]["attention"] or not layer["kept"]["mlp"] for layer in plan_of(run)["layers"])
 
 
 LOAD_ALL = """
@@ -367,14 +367,13 @@ def test_scores_file_and_plan_say_the_same(shared: Any, system: str) -> None:
     rows = scores_table(run)
     pruned = {(int(row["layer"]), row["block"], int(row["unit"])) for row in rows if row["pruned"] == "1"}
     assert pruned or SYSTEMS[system].removes == "weights"
-    everything = {"attention": "kept_kv_heads", "mlp": "kept_channels"}
     for layer in plan_of(run)["layers"]:
         for row in (row for row in rows if int(row["layer"]) == layer["layer"]):
             here = (int(row["layer"]), row["block"], int(row["unit"]))
             if row["block"] == "layer":
-                assert (here in pruned) == (not layer["kept_kv_heads"] and not layer["kept_channels"])
+                assert (here in pruned) == (not any(layer["kept"].values()))
             elif SYSTEMS[system].removes == "groups":
-                assert (here in pruned) == (here[2] not in layer[everything[row["block"]]])
+                assert (here in pruned) == (here[2] not in layer["kept"][row["block"]])
     assert all(float(row["importance"]) >= 0 for row in rows)
 
 
@@ -388,7 +387,7 @@ def test_uniform_allocation_loads_as_a_stock_model(shared: Any, tmp_path: Path, 
     assert "auto_map" not in config
     assert "per_layer_config" not in config
     assert config["intermediate_size"] % 8 == 0
-    assert len({(len(layer.kept_kv_heads), len(layer.kept_channels)) for layer in run.method.plan.layers}) == 1
+    assert len({tuple(map(len, layer.kept.values())) for layer in run.method.plan.layers}) == 1
 
 
 class Interrupted(BaseException):

@@ -13,6 +13,7 @@ from lightning_prune.calibration.passes import BlockPass
 from lightning_prune.checkpoint import family_check as proof
 from lightning_prune.methods import HGSP, ShortGPT, SlimGPT, Wanda
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 from tests.methods.behaviour import SYSTEMS, Run, prune, save_tokens
 from tests.methods.running import pruned_by, run_method, save_base
@@ -135,8 +136,8 @@ def test_uniform_widths_of_a_family_whose_groups_stay_are_stock(tmp_path: Path) 
     base = save_base(make_tiny("olmo2"), tmp_path / "base")
     method = run_method(Wanda(base, 0.2, allocation="uniform"), tiny_tokens(4, 12), tmp_path / "run")
     assert not lightning_prune.load(str(method.pruned_folder)).config.is_heterogeneous
-    assert {len(layer.kept_kv_heads) for layer in method.plan.layers} == {2}
-    assert len({len(layer.kept_channels) for layer in method.plan.layers} - {40}) == 1
+    assert {len(layer.kept[Block.ATTENTION]) for layer in method.plan.layers} == {2}
+    assert len({len(layer.kept[Block.MLP]) for layer in method.plan.layers} - {40}) == 1
 
 
 def test_a_family_that_fails_its_trial_is_refused_before_any_text_is_read(

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 import lightning_prune
 from lightning_prune.methods import Wanda
 from lightning_prune.models.families import count_parameters
+from lightning_prune.models.vocabulary import Block
 from tests.cutting import cut
 from tests.methods.behaviour import SYSTEMS, prune, save_tokens
 from tests.tiny import make_tiny, tiny_plan, tiny_tokens
@@ -42,8 +43,8 @@ def masked(base: PreTrainedModel, layers: list[Any]) -> torch.Tensor:
     model = copy.deepcopy(base)
     for layer, kept in zip(model.model.layers, layers, strict=True):
         for block, name, units in (
-            ("self_attn", "o_proj", kept.kept_kv_heads),
-            ("mlp", "down_proj", kept.kept_channels),
+            ("self_attn", "o_proj", kept.kept[Block.ATTENTION]),
+            ("mlp", "down_proj", kept.kept[Block.MLP]),
         ):
             linear = getattr(getattr(layer, block), name, None)
             if linear is None:
@@ -75,8 +76,8 @@ def test_every_method_prunes_it_again(tmp_path: Path, system: str, family: str) 
     assert plan.parameters == {"dense": total, "pruned": left}
     assert [layer.layer for layer in plan.layers] == [0, 1, 2, 3]
     for layer, (groups, channels) in zip(plan.layers, UNITS, strict=True):  # of the widths that are there
-        assert set(layer.kept_kv_heads) <= set(range(groups))
-        assert set(layer.kept_channels) <= set(range(channels))
+        assert set(layer.kept[Block.ATTENTION]) <= set(range(groups))
+        assert set(layer.kept[Block.MLP]) <= set(range(channels))
     if SYSTEMS[system].removes == "groups":
         assert len(run.method.scores.unit) == sum(map(sum, UNITS))
         assert RATIO * total - GROUP < total - left <= RATIO * total
@@ -96,7 +97,7 @@ def test_options_of_the_selection(tmp_path: Path, options: dict[str, Any]) -> No
     assert RATIO * total - 4 * GROUP < total - left <= RATIO * total
     if "allocation" in options:  # every layer loses about the same share
         for layer, (groups, channels) in zip(run.method.plan.layers, UNITS, strict=True):
-            lost = groups + channels - len(layer.kept_kv_heads) - len(layer.kept_channels)
+            lost = groups + channels - len(layer.kept[Block.ATTENTION]) - len(layer.kept[Block.MLP])
             assert lost > 0 or not channels  # a group is more than the share of a layer of two
 
 

@@ -14,6 +14,7 @@ from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.data.sampling import held_out_samples
 from lightning_prune.methods import HGSP, Magnitude, ShortGPT, SlimGPT, Wanda
 from lightning_prune.methods.refit_math import NormalEquations, ridge, squared_error
+from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 from tests.methods.running import inputs_of, pruned_by, run_method, save_base
 from tests.tiny import make_tiny, tiny_tokens
@@ -58,7 +59,7 @@ def reference(
         layer = pruned.model.layers[index]
         for block in ("attention", "mlp"):
             linear = layer.self_attn.o_proj if block == "attention" else layer.mlp.down_proj
-            units = plan.kept_kv_heads if block == "attention" else plan.kept_channels
+            units = plan.kept[Block.ATTENTION] if block == "attention" else plan.kept[Block.MLP]
             width = linear.in_features // model.config.num_key_value_heads if block == "attention" else 1
             columns = [unit * width + j for unit in units for j in range(width)]
             x = inputs_of(pruned, linear, tokens)

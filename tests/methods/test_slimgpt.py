@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.methods import SlimGPT
+from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 from tests.methods.running import inputs_of, projections, pruned_by, run_method, save_base
 from tests.tiny import make_tiny, tiny_tokens
@@ -82,7 +83,7 @@ def test_whole_run_equals_a_float64_reference(shape: dict, tmp_path: Path) -> No
         return [3] * (channels // 3) + ([channels % 3] if channels % 3 else [])
 
     kept, expected = reference(model, tokens, method.counts, rounds)
-    assert [(plan.kept_kv_heads, plan.kept_channels) for plan in method.plan.layers] == kept
+    assert [(plan.kept[Block.ATTENTION], plan.kept[Block.MLP]) for plan in method.plan.layers] == kept
     with torch.no_grad():
         got = pruned_by(method)(input_ids=tokens, use_cache=False).logits.double()
         want = expected(input_ids=tokens, use_cache=False).logits
@@ -99,8 +100,8 @@ def test_compensation_is_the_least_squares_optimum_and_beats_masking_on_every_la
     for layer, plan in enumerate(method.plan.layers):
         found = projections(zeroed, layer)
         pruned = projections(pruned_by(method), layer)
-        heads = [j for h in plan.kept_kv_heads for j in range(h * 16, (h + 1) * 16)]
-        for name, columns in (("o_proj", heads), ("down_proj", plan.kept_channels)):
+        heads = [j for h in plan.kept[Block.ATTENTION] for j in range(h * 16, (h + 1) * 16)]
+        for name, columns in (("o_proj", heads), ("down_proj", plan.kept[Block.MLP])):
             weight = found[name].weight.data
             x = inputs_of(zeroed, found[name], tokens)
             target = x @ weight.T

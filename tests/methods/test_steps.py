@@ -30,14 +30,14 @@ def test_every_step_prunes_more_of_what_the_one_before_left(refit: str, tmp_path
     assert [plan.pruning_ratio for plan in plans] == pytest.approx([0.1, 0.2, 0.3])
     for plan in plans:
         assert plan.achieved_ratio <= plan.pruning_ratio
-        at_last_unit = any(1 in (len(one.kept_kv_heads), len(one.kept_channels)) for one in plan.layers)
+        at_last_unit = any(1 in (len(one.kept[Block.ATTENTION]), len(one.kept[Block.MLP])) for one in plan.layers)
         dearest = group + (32 if at_last_unit else 0)  # a block's last unit takes the block's norm along
         assert plan.achieved_ratio > plan.pruning_ratio - dearest / plan.parameters["dense"]
         assert plan.weights_updated == (refit != "none")
     for before, after in itertools.pairwise(plans):
         for earlier, later in zip(before.layers, after.layers, strict=True):
-            assert set(later.kept_kv_heads) <= set(earlier.kept_kv_heads)
-            assert set(later.kept_channels) <= set(earlier.kept_channels)
+            assert set(later.kept[Block.ATTENTION]) <= set(earlier.kept[Block.ATTENTION])
+            assert set(later.kept[Block.MLP]) <= set(earlier.kept[Block.MLP])
     for name, plan in zip(("0.1", "0.2"), plans, strict=False):
         loaded = lightning_prune.load(tmp_path / "run" / "steps" / name / "pruned")
         assert sum(parameter.numel() for parameter in loaded.parameters()) == plan.parameters["pruned"]
@@ -57,7 +57,7 @@ def test_the_second_step_measures_the_model_that_the_first_one_left(tmp_path: Pa
         expected = sum((one.weight * one.weight.grad).abs().sum(1) for one in (gate, up))
         expected = expected + (down.weight * down.weight.grad).abs().sum(0)
         rows = method.scores.of(layer, "mlp")
-        found = torch.from_numpy(method.scores.importance[rows])[first.layers[layer].kept_channels]
+        found = torch.from_numpy(method.scores.importance[rows])[first.layers[layer].kept[Block.MLP]]
         torch.testing.assert_close(found, expected.detach(), rtol=1e-3, atol=1e-7)
 
 

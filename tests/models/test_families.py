@@ -32,11 +32,15 @@ def test_shapes_and_costs_on_the_meta_device(family: str, extra: dict[str, Any],
     qkv_bias = (r * d + 2 * d) if family == "qwen2" or "attention_bias" in extra else 0
     assert [layer.index for layer in layers] == [0, 1, 2, 3]
     for layer in layers:
-        assert layer.query.weight.is_meta
-        assert (layer.num_kv_heads, layer.queries_per_kv_head, layer.num_channels) == (kv_heads, r, 40)
+        assert layer.linears["query"].weight.is_meta
+        assert (layer.units(Block.ATTENTION), layer.units(Block.MLP)) == (kv_heads, 40)
         assert layer.unit_cost(Block.ATTENTION) == 2 * r * d * hidden + 2 * d * hidden + qkv_bias
         assert layer.unit_cost(Block.MLP) == 3 * hidden + (2 if "mlp_bias" in extra else 0)
-        assert layer.block_cost(Block.ATTENTION) + layer.block_cost(Block.MLP) == count_parameters(layer.layer)
+        assert (
+            layer.cost
+            == layer.block_cost(Block.ATTENTION) + layer.block_cost(Block.MLP)
+            == count_parameters(layer.layer)
+        )
 
 
 def test_a_family_that_nobody_has_looked_at_leads_to_the_guide() -> None:
@@ -70,11 +74,12 @@ def test_every_name_is_one_that_transformers_knows() -> None:
 
 def test_roles_of_a_fused_projection_are_its_consecutive_rows() -> None:
     model = make_tiny("phi3")
-    layer, fused = layer_structures(model)[1], model.model.layers[1].self_attn.qkv_proj.weight
-    assert [len(part.weight) for part in (layer.query, layer.key, layer.value)] == [32, 16, 16]
-    assert torch.equal(torch.cat([layer.query.weight, layer.key.weight, layer.value.weight]), fused)
+    linears, fused = layer_structures(model)[1].linears, model.model.layers[1].self_attn.qkv_proj.weight
+    parts = [linears[role] for role in ("query", "key", "value")]
+    assert [len(part.weight) for part in parts] == [32, 16, 16]
+    assert torch.equal(torch.cat([part.weight for part in parts]), fused)
     before = fused.clone()
-    layer.key.weight = torch.zeros(16, 32)
+    parts[1].weight = torch.zeros(16, 32)
     after = model.model.layers[1].self_attn.qkv_proj.weight
     assert torch.equal(after[:32], before[:32])
     assert not after[32:48].any()
@@ -107,7 +112,7 @@ def test_pruned_model_has_the_units_that_are_left() -> None:
     model = make_tiny()
     pruned = cut(model, mixed_plan(copy.deepcopy(model)))
     views = layer_structures(meta_model(pruned.config))
-    assert [(view.num_kv_heads, view.num_channels) for view in views] == [(0, 40), (1, 20), (2, 0)]
+    assert [(view.units(Block.ATTENTION), view.units(Block.MLP)) for view in views] == [(0, 40), (1, 20), (2, 0)]
     assert [view.unit_cost(Block.MLP) for view in views] == [3 * 32, 3 * 32, 0]
     assert [view.block_cost(Block.ATTENTION) for view in views] == [0, 1 * 3 * 2 * 8 * 32 + 32, 2 * 3 * 2 * 8 * 32 + 32]
     with torch.no_grad():
@@ -118,5 +123,5 @@ def test_stock_pruned_model_can_be_pruned_again() -> None:
     model = make_tiny(kv_heads=4)
     pruned = cut(model, tiny_plan(model, [([0, 2, 3], list(range(10)))] * 4))
     again = cut(pruned, tiny_plan(pruned, [([1], [3, 4])] * 4))
-    assert layer_structures(again)[0].num_kv_heads == 1
+    assert layer_structures(again)[0].units(Block.ATTENTION) == 1
     assert again(torch.tensor([[3, 4]])).logits.isfinite().all()

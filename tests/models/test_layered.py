@@ -105,10 +105,11 @@ def test_kept_layers_are_read_once_and_changed_ones_again() -> None:
     assert model.bytes_read - read == 4 * one
     assert resident(model) == [True] * 4
     view = model.views[2]
-    view.gate.weight = nn.Parameter(torch.zeros_like(view.gate.weight))
+    gate = view.linears["gate"]
+    gate.weight = nn.Parameter(torch.zeros_like(gate.weight))
     model.leave(2, changed=True)
     model.enter(2)
-    assert bool(view.gate.weight.any())
+    assert bool(gate.weight.any())
     assert model.bytes_read - read == 5 * one
     model.announce(0)
     model.close()
@@ -134,9 +135,9 @@ def test_attention_and_mlp_apart_are_the_layer(family: str) -> None:
     dense = make_tiny(family)
     model, tokens = layered(dense), tiny_tokens()
     kept: dict[str, Tensor] = {}
-    layer = dense.model.layers[1]
+    layer, mlp = dense.model.layers[1], layer_structures(dense)[1].parts[Block.MLP]
     handles = [
-        layer_structures(dense)[1].mlp_entry.register_forward_pre_hook(lambda _, args: kept.update(middle=args[0])),
+        mlp.entry.register_forward_pre_hook(lambda _, args: kept.update(middle=args[0])),
         layer.register_forward_hook(lambda _, args, output: kept.update(after=output)),
     ]
     dense(input_ids=tokens, use_cache=False)
@@ -146,11 +147,11 @@ def test_attention_and_mlp_apart_are_the_layer(family: str) -> None:
     with model.layer(0):
         hidden = model.run(0, hidden)
     with model.layer(1):
-        middle = model.attend(1, hidden)
+        middle = model.run_block(1, Block.ATTENTION, hidden)
         assert torch.equal(middle, kept["middle"])
-        assert torch.equal(model.feed(1, middle), kept["after"])
+        assert torch.equal(model.run_block(1, Block.MLP, middle), kept["after"])
         assert torch.equal(model.run(1, hidden), kept["after"])  # nothing stays replaced
-        for found, expected in zip(model.split(1, hidden), (kept["middle"], kept["after"]), strict=True):
+        for found, expected in zip(model.streams(1, hidden), (hidden, kept["middle"], kept["after"]), strict=True):
             assert torch.equal(found, expected)
     assert model.evaluations == 5
 
@@ -166,7 +167,8 @@ def test_what_a_block_puts_out_is_added_as_the_layer_does(family: str) -> None:
     kept: dict[str, Tensor] = {}
     layer.self_attn.forward = lambda *_, **__: (output, None)
     layer.mlp.forward = lambda *_, **__: 2 * output
-    layer_structures(dense)[0].mlp_entry.register_forward_pre_hook(lambda _, args: kept.update(middle=args[0]))
+    mlp = layer_structures(dense)[0].parts[Block.MLP]
+    mlp.entry.register_forward_pre_hook(lambda _, args: kept.update(middle=args[0]))
     layer.register_forward_hook(lambda _, args, after: kept.update(after=after))
     dense(input_ids=tokens, use_cache=False)
     with model.layer(0):

@@ -87,7 +87,7 @@ def test_the_loss_of_a_trial_is_that_of_the_run_with_its_options(place: Path, ca
     assert math.log(found["pruned"]) == pytest.approx(best["loss"], abs=2e-4)
     assert math.log(found["dense"]) == pytest.approx(kept["dense_loss"], abs=2e-4)
     plan = json.loads((metrics.parent / "plan.json").read_text())
-    assert [len(layer["kept_channels"]) / 40 for layer in plan["layers"]] == pytest.approx(best["kept"]["mlp"])
+    assert [len(layer["kept"]["mlp"]) / 40 for layer in plan["layers"]] == pytest.approx(best["kept"]["mlp"])
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.models.families import LayerStructure
-from lightning_prune.models.vocabulary import OUTPUT_ROLE, ROLES_OF, Block
+from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 
 
 def group_importance(view: LayerStructure, weight_score: Callable[[str], Tensor]) -> dict[Block, Tensor]:
@@ -24,8 +24,8 @@ def group_importance(view: LayerStructure, weight_score: Callable[[str], Tensor]
     channel c is row c of gate and up and column c of down.
     """
     importance: dict[Block, Tensor] = {}
-    for block, roles in ROLES_OF.items():
-        for role in roles:
+    for block in view.prunable:
+        for role in view.parts[block].linears:
             scores, units = weight_score(role), view.units(block)
             dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
             if not units:  # a block that an earlier pruning took out

@@ -1,7 +1,7 @@
 """What the loss would gain without a piece of a layer, from its gradient alone: no evaluation without the piece.
 
-A piece (layer, attention, MLP) adds c to the residual stream, where the loss has the gradient g. For sample i with the
-summed loss ℓ_i, to second order along c and with the empirical Fisher matrix g·gᵀ for the Hessian,
+A piece (a layer, or one of its blocks) adds c to the residual stream, where the loss has the gradient g. For sample i
+with the summed loss ℓ_i, to second order along c and with the empirical Fisher matrix g·gᵀ for the Hessian,
 
     ℓ_i(without) − ℓ_i ≈ −s_i + ½·s_i²,   s_i = Σ over tokens of g·c
 """
@@ -14,15 +14,15 @@ from lightning_prune.support.devices import widened
 
 
 class RemovalSlopes(TokenStatistic):
-    """Σ s_i and Σ s_i² of the three pieces of one layer, float64 ``[3]`` each."""
+    """Σ s_i and Σ s_i² of the P ``pieces`` of one layer, itself the first: float64 ``[P]`` each."""
 
     slopes: Tensor
     squares: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, pieces: int) -> None:
         super().__init__()
-        self.add_sum("slopes", 3)
-        self.add_sum("squares", 3)
+        self.add_sum("slopes", pieces)
+        self.add_sum("squares", pieces)
 
     def update(self, pieces: list[tuple[Tensor, Tensor]], tokens: int) -> None:
         """Add samples: for every piece the gradient g and what it adds c, ``[B, L, D]`` each; ``tokens`` that all of
@@ -33,5 +33,5 @@ class RemovalSlopes(TokenStatistic):
         self.tokens += tokens
 
     def compute(self) -> Tensor:
-        """Δ ``[3]`` in nats per token: layer, attention, mlp."""
+        """Δ ``[P]`` in nats per token: of the layer, then of its blocks in order."""
         return (0.5 * self.squares - self.slopes) / self.tokens

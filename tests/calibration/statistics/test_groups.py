@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from lightning_prune.calibration.statistics.groups import group_importance
-from lightning_prune.models.vocabulary import Block
+from lightning_prune.models.vocabulary import ROLES_OF, Block
 
 HEAD, HIDDEN, CHANNELS = 3, 5, 7
 
 
 def importance(scores: dict[str, Tensor], kv_heads: int, channels: int) -> tuple[Tensor, Tensor]:
-    view: Any = SimpleNamespace(units={Block.ATTENTION: kv_heads, Block.MLP: channels}.__getitem__)
+    parts = {block: SimpleNamespace(linears=roles) for block, roles in ROLES_OF.items()}
+    units = {Block.ATTENTION: kv_heads, Block.MLP: channels}
+    view: Any = SimpleNamespace(prunable=tuple(parts), parts=parts, units=units.__getitem__)
     asked: list[str] = []
     found = group_importance(view, lambda role: (asked.append(role), scores[role])[1])
     assert sorted(asked) == sorted(scores)  # one matrix at a time, each once
