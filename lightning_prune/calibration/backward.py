@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Batch, Holding, Load, Pass, Setting, Step
+from lightning_prune.calibration.residuals import ResidualStore
 from lightning_prune.calibration.statistics.removal_slopes import RemovalSlopes
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import Block
@@ -26,10 +27,17 @@ class BackwardPass(Pass):
     Attributes:
         priors: also estimate the loss increase without the layer and its blocks: the fact ``delta``, three numbers, of
             the layer and by the blocks' ``place``; 0 where there is no such block.
+        gradient_samples: the loss is differentiated for the first so many calibration samples; None: for all.
+        keeps_stream: the residual stream before every layer outlives the pass, in ``boundaries``; whoever takes them
+            closes them.
     """
 
-    def __init__(self, priors: bool = False) -> None:
-        self.priors = priors
+    keeps_stream = False
+    share = 1.0  # of the samples that are differentiated
+    boundaries: Sequence[ResidualStore] = ()
+
+    def __init__(self, priors: bool = False, gradient_samples: int | None = None) -> None:
+        self.priors, self.gradient_samples = priors, gradient_samples
 
     def steps(self, layers: Sequence[LayerStructure]) -> list[Step]:
         """Two steps per layer: forward in order, backward in reverse."""
@@ -39,6 +47,8 @@ class BackwardPass(Pass):
     def begin(self, setting: Setting) -> None:
         """Make room for the residual stream at every boundary and for one gradient."""
         super().begin(setting)
+        if self.gradient_samples is not None:
+            self.share = min(1.0, self.gradient_samples / setting.samples)
         self.boundaries = [self.store(f"boundary {layer}") for layer in range(self.model.num_layers)]
         self.cotangent = self.store("cotangent")
 
@@ -86,11 +96,17 @@ class BackwardPass(Pass):
         return result
 
     def advance(self, step: Step) -> None:
-        if step.phase == "backward":
+        if step.phase == "backward" and not self.keeps_stream:
             self.boundaries[step.layer].close()
 
+    def end(self) -> None:
+        """Give everything back but what outlives the pass."""
+        for layer in range(self.model.num_layers if self.keeps_stream else 0):
+            self.stores.pop(f"boundary {layer}")
+        super().end()
+
     def cost(self, view: LayerStructure, step: Step) -> float:
-        return 3.0 if step.phase == "backward" else 1.0
+        return 1.0 if step.phase == "forward" else 1.0 + 2.0 * self.share
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """A stream at every layer boundary and one gradient; what backward keeps of a layer, and its gradients."""
@@ -105,12 +121,16 @@ class BackwardPass(Pass):
         if step.phase == "forward":
             self._forward(step, batch)
             return
-        samples = int((batch.weight > 0).sum())
-        if samples == 0:
+        samples, chosen = self._counted(batch)
+        rows = slice(batch.rows.start, batch.rows.start + chosen)
+        if watched and chosen < samples:
+            with torch.no_grad():
+                others = self.boundaries[step.layer].get(slice(rows.stop, rows.start + samples), self.model.device)
+                self.model.run(step.layer, others)
+        if chosen == 0:
             return
-        rows = slice(batch.rows.start, batch.rows.start + samples)
         if watched:
-            self.expect(samples * (self.setting.seq_len - 1))
+            self.expect(chosen * (self.setting.seq_len - 1))
         hidden = self.boundaries[step.layer].get(rows, self.model.device).detach()
         slopes = self.slopes if watched else None
         cotangent = self.cotangent.get(rows, self.model.device)
@@ -127,7 +147,18 @@ class BackwardPass(Pass):
         if step.layer + 1 < self.model.num_layers:
             self.boundaries[step.layer + 1].put(batch.rows, output)
         else:
-            self.cotangent.put(batch.rows, self.model.loss_gradient(output, batch.tokens, batch.weight))
+            samples, chosen = self._counted(batch)
+            rows = slice(0, chosen if chosen < samples else len(output))
+            if rows.stop:
+                gradient = self.model.loss_gradient(output[rows], batch.tokens[rows], batch.weight[rows])
+                self.cotangent.put(slice(batch.rows.start, batch.rows.start + rows.stop), gradient)
+
+    def _counted(self, batch: Batch) -> tuple[int, int]:
+        """Samples of weight 1, which are at the batch's front, and those before them all that are differentiated."""
+        counted = batch.index[batch.weight > 0]
+        return len(counted), len(counted) if self.gradient_samples is None else int(
+            (counted < self.gradient_samples).sum()
+        )
 
     def _differentiate(
         self, layer: int, hidden: Tensor, cotangent: Tensor, slopes: RemovalSlopes | None

@@ -32,7 +32,10 @@ def base_facts(pretrained: str, base: Checkpoint | None = None) -> dict[str, Any
         config = None
     config = config if isinstance(config, dict) else {}
     try:
-        card = ModelCard(_read(path, "README.md"), ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call]
+        text = _read(path, "README.md")
+        card = {}
+        if text.lstrip().startswith("---"):  # without front matter ModelCard warns
+            card = ModelCard(text, ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call]
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError):
         card = {}
     home = _home(pretrained, card, config)

@@ -5,7 +5,6 @@ wikitext2 joins its lines by a blank line, ptb and c4 join by one space.
 """
 
 import difflib
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 
 import datasets
 
-from lightning_prune.data.local_files import FILE_KINDS, is_local, local_splits, read_local
+from lightning_prune.data.local_files import FILE_KINDS, is_local, local_splits, read_local, until
 from lightning_prune.data.rows import Chat
 from lightning_prune.demo import SPLITS, demo_text
 from lightning_prune.support.errors import UserError, first_line
@@ -23,6 +22,7 @@ from lightning_prune.support.quiet import quiet_datasets
 
 # English has 3 to 5 characters per token, so 16 leave random sampling about four windows to choose each one from.
 CHARACTERS_PER_TOKEN = 16
+ENOUGH = 1 << 26  # characters of a local text that calibration reads at least, if there are so many
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ def load_corpus(
     Args:
         dataset: one of `NAMES` or a local path.
         split: one of its splits, or `all` where there are none.
-        tokens_wanted: c4 calibration is streamed only until its text has 16 characters for each of these.
+        tokens_wanted: c4 calibration is streamed only until its text has 16 characters for each of these, a local text
+            until it also has ``ENOUGH``. None for all.
         column: of a local table; by default the one that is clearly the text or a chat.
         tokenizer: gives the tokenizer whose template chats are rendered with; called when there is one.
 
@@ -121,9 +122,10 @@ def load_corpus(
         return _from_hub(dataset, split, tokens_wanted)
     if dataset == "demo":
         return Corpus(dataset, None, split, None, demo_text(split))
-    read = read_local(dataset, split, column, Chat(tokenizer))
-    rendering = "chat template" if read.chat_template_sha256 else None
-    return Corpus(dataset, None, split, read.revision, read.text, rendering, read.chat_template_sha256)
+    chat = Chat(tokenizer)
+    enough = None if tokens_wanted is None else max(ENOUGH, tokens_wanted * CHARACTERS_PER_TOKEN)
+    text, revision = read_local(dataset, split, column, chat, enough)
+    return Corpus(dataset, None, split, revision, text, "chat template" if chat.sha256 else None, chat.sha256)
 
 
 def _splits(dataset: str) -> Sequence[str]:
@@ -146,8 +148,10 @@ def _from_hub(dataset: str, split: str, tokens_wanted: int | None) -> Corpus:
     try:
         with quiet_datasets():
             rows = datasets.load_dataset(source.path, split=split, **source.options)
-        if isinstance(rows, datasets.IterableDataset):
-            documents = _streamed(rows, source.column, tokens_wanted if split == "train" else None)
+        if isinstance(rows, datasets.IterableDataset):  # the rest is never downloaded
+            enough = tokens_wanted * CHARACTERS_PER_TOKEN if tokens_wanted and split == "train" else None
+            found = (row[source.column] for row in islice(rows, C4_HELD_OUT_DOCUMENTS if enough is None else None))
+            documents = list(until(found, enough))
         else:
             documents = list(rows[source.column])
     except Exception as error:  # offline, moved, gated, rate-limited: the hub's clients raise dozens of types
@@ -161,15 +165,3 @@ def _from_hub(dataset: str, split: str, tokens_wanted: int | None) -> Corpus:
     commit = re.search(r"@([0-9a-f]{40})/", addresses)
     revision = commit.group(1) if commit else getattr(rows, "_fingerprint", None)
     return Corpus(dataset, source.configuration, split, revision, source.joiner.join(documents))
-
-
-def _streamed(rows: Any, column: str, tokens_wanted: int | None) -> list[str]:
-    """As many documents as the tokens take, else those of the published perplexities; the rest is never downloaded."""
-    documents: list[str] = []
-    missing = math.inf if tokens_wanted is None else tokens_wanted * CHARACTERS_PER_TOKEN
-    for row in islice(rows, C4_HELD_OUT_DOCUMENTS if tokens_wanted is None else None):
-        documents.append(row[column])
-        missing -= len(documents[-1])
-        if missing <= 0:
-            break
-    return documents

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_prune.data.corpora import calibration_split, load_corpus, split_spec
-from lightning_prune.data.local_files import of_dataset
-from lightning_prune.data.rows import Chat, Table, documents, is_turns
+from lightning_prune.data.local_files import rows_of
+from lightning_prune.data.rows import Chat, Rows, documents, is_turns
 from lightning_prune.data.sampling import draw_windows
 from lightning_prune.data.tokenization import load_tokenizer, tokenize, window_start
 from lightning_prune.support.errors import UserError
@@ -49,7 +50,8 @@ def calibration_set(
         if tokenizer is None:
             raise UserError("tokenizer: none given; texts need that of the model (the object, its folder or hub id).")
         loaded = load_tokenizer(tokenizer)
-        ids, start = tokenize(loaded, _text(data, column, loaded)), window_start(loaded, bos)
+        text = _text(data, column, loaded, num_samples * seq_len)
+        ids, start = tokenize(loaded, text), window_start(loaded, bos)
     return draw_windows(ids, num_samples, seq_len, seed=seed, bos=start)
 
 
@@ -84,29 +86,29 @@ def _token_ids(data: Any) -> Tensor | None:
     return data.long().cpu()
 
 
-def _text(data: Any, column: str | None, tokenizer: Any) -> str:
+def _text(data: Any, column: str | None, tokenizer: Any, tokens_wanted: int) -> str:
     if isinstance(data, Path):
         name, split = split_spec(str(data))
-        return load_corpus(name, split or calibration_split(name), None, column, lambda: tokenizer).text
+        return load_corpus(name, split or calibration_split(name), tokens_wanted, column, lambda: tokenizer).text
     if isinstance(data, str):
         if os.path.isfile(data):
             raise UserError(f"calibration data: '{data}' is a file; pathlib.Path('{data}') is read, a str is text.")
         return data
-    chat, found = Chat(lambda: tokenizer), None
+    chat = Chat(lambda: tokenizer)
+    found: Rows | None = None
     if hasattr(data, "column_names"):
-        found = of_dataset(data)
+        found = partial(rows_of, data)
     elif isinstance(data, Iterable) and not isinstance(data, Mapping):
         rows = list(data)
         if rows and all(isinstance(row, str) for row in rows):
             return chat.joined(rows)
-        if rows and all(isinstance(row, list) and is_turns(row) for row in rows):
+        if rows and all(is_turns(row) for row in rows):
             rows = [{"messages": row} for row in rows]
         if rows and all(isinstance(row, Mapping) for row in rows):
-            found = Table.of_rows(rows)
+            found = lambda _: iter(rows)  # noqa: E731
     if found is None:
         raise UserError(
             f"calibration data: give text, a list of texts, rows or chats, a Path, a Dataset or token ids; found "
             f"{type(data).__name__}."
         )
-    texts = [text for text in documents("the dataset", found, column, chat) if text is not None]
-    return chat.joined(texts)
+    return chat.joined(list(documents("the dataset", found, column, chat)))

@@ -1,16 +1,15 @@
 """Text in local files, folders and globs: compressed or not, in any Unicode encoding, in the hub's layout or flat."""
 
-import bz2
 import glob
-import gzip
 import io
 import json
 import lzma
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import chain, islice
 from os.path import exists
 from pathlib import Path
 from typing import Any, TextIO
@@ -19,10 +18,9 @@ from zipfile import ZipFile
 import datasets
 import pandas as pd  # type: ignore[import-untyped]
 import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.compute as pc  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from lightning_prune.data.rows import BLANK_LINE, Chat, Table, documents, is_turns
+from lightning_prune.data.rows import Chat, Row, documents, is_turns
 from lightning_prune.support.errors import UserError, first_line
 from lightning_prune.support.quiet import quiet_datasets
 from lightning_prune.support.regular_files import is_special, require_regular
@@ -31,8 +29,13 @@ FILE_KINDS = (
     "text (.txt, .md, …), .jsonl, .json, .csv, .tsv, .parquet or .arrow file (also .gz, .bz2, .xz, .zst, .zip), glob "
     "or folder of such files, folder saved by datasets.save_to_disk, or token array (.npy, .safetensors)"
 )
-SIZE_LIMIT = 1 << 32  # bytes and characters: far more than calibration reads, less than it takes to fill a machine
+SIZE_LIMIT = 1 << 31  # characters: far more than is measured, less than it takes to fill a machine
+BATCH = 32  # rows
+PIECE = 1 << 16  # characters in which a binary file shows itself
 PROSE = (".txt", ".text", ".md", ".markdown", ".rst", ".raw", ".tokens", ".tex")  # what of a folder is read as text
+TABLES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+OTHER_NAMES = {".ndjson": ".jsonl", ".jl": ".jsonl", ".feather": ".arrow"}
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4", ".xz": "xz", ".zip": "zip"}
 METADATA = re.compile(
     r"([._].*|(readme|license|changelog).*|dataset_infos?\.json|dataset_dict\.json|state\.json|\w*config\.json)", re.I
 )
@@ -40,35 +43,6 @@ KEYWORDS = {"train": "train", "training": "train", "test": "test", "testing": "t
 KEYWORDS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 SHARD = re.compile(r"\d{5}-of-\d{5}")
 _OPTIONS = "--data.dataset and --data.eval_datasets"
-
-
-def _zstd(path: Path) -> Any:
-    return pa.input_stream(path, compression="zstd")
-
-
-def _zip(path: Path) -> Any:
-    archive = ZipFile(path)
-    if len(archive.namelist()) != 1:
-        raise ValueError(f"the archive holds {len(archive.namelist())} files instead of one: unpack it")
-    return archive.open(archive.namelist()[0])
-
-
-COMPRESSED: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-COMPRESSED |= {".zst": _zstd, ".zip": _zip}
-
-
-@dataclass(frozen=True)
-class LocalText:
-    """The text of one split.
-
-    Attributes:
-        revision: the fingerprint that `datasets` keeps with a saved folder, else None.
-        chat_template_sha256: of the template that chats were rendered with; None where the text is no chat.
-    """
-
-    text: str
-    revision: str | None
-    chat_template_sha256: str | None
 
 
 def is_local(name: str) -> bool:
@@ -91,58 +65,95 @@ def local_splits(name: str) -> list[str]:
         return list(_files_by_split(name))
 
 
-def read_local(name: str, split: str, column: str | None = None, chat: Chat | None = None) -> LocalText:
-    """The text of one split.
+def read_local(name: str, split: str, column: str | None, chat: Chat, enough: int | None) -> tuple[str, str | None]:
+    """The text of one split, and the fingerprint that `datasets` keeps with a saved folder.
 
     Args:
         name: an existing file or folder, or a glob.
         split: of a folder or glob; ignored for a file.
         column: of tables; None takes the one that is clearly the text or a chat.
         chat: renders chats.
+        enough: characters; no document that begins after as many is read. None for all.
 
     Raises:
         UserError: unknown kind, broken content, no column that is clearly the text, a chat that cannot be rendered.
     """
-    path, chat = Path(name), chat or Chat(None)
+    path, revision = Path(name), None
     with _reading(path):
         if (saved := _saved(path)) is not None:
             rows = saved[split] if isinstance(saved, dict) else saved
-            text = _joined(path, documents(path, of_dataset(rows), column, chat), chat)
-            return LocalText(text, rows._fingerprint, chat.sha256)
-        files = [path] if path.is_file() or is_special(path) else _files_by_split(name)[split]
-        parts = (part for file in files for part in _documents(file, column, chat))
-        text = _joined(path, parts, chat)
-    return LocalText(text, None, chat.sha256)
+            revision, found = rows._fingerprint, documents(path, partial(rows_of, rows), column, chat)
+        else:
+            files = [path] if path.is_file() or is_special(path) else _files_by_split(name)[split]
+            found = chain.from_iterable(_documents(file, column, chat, enough) for file in files)
+        texts = list(until(found, enough, path))
+    text = chat.joined(texts)
+    if not text.strip():
+        raise UserError(f"{path} holds no text; choose another file with {_OPTIONS}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{path} holds {text[error.start]!a}, half of a character (a lone surrogate), which no tokenizer takes. "
+            f"Repair the text, or choose another with {_OPTIONS}"
+        ) from None
+    return text, revision
 
 
-def of_dataset(rows: Any) -> Table:
-    """A `datasets.Dataset`."""
-    return Table.of_schema(rows.features.arrow_schema, rows.select_columns)
+def until(found: Iterable[str], enough: float | None, path: Any = "the text") -> Iterator[str]:
+    """Documents, the last of them the one that makes it `enough` characters; None for all.
+
+    Raises:
+        UserError: they are too large to be read whole.
+    """
+    size = 0
+    for document in found:
+        yield document
+        size += len(document)
+        if enough is not None and size >= enough:
+            return
+        if size > SIZE_LIMIT:
+            raise UserError(f"{path} holds more than {SIZE_LIMIT} characters, the most that is read; {_OPTIONS}")
 
 
-def _documents(file: Path, column: str | None, chat: Chat) -> Iterator[str | None]:
-    _check_size(file, require_regular(file, _OPTIONS))
-    kind, _ = _kind(file)
-    if kind == ".parquet":
-        table = _parquet(file)
-    elif kind == ".arrow":
-        table = of_dataset(datasets.Dataset.from_file(str(file)))
-    elif kind in (".jsonl", ".json"):
-        table = Table.of_rows(_json(file))
-    elif kind in (".csv", ".tsv"):
-        table = Table.of_rows(_csv(file, "\t" if kind == ".tsv" else ","))
-    else:
-        yield _prose(file)
+def rows_of(rows: Any, columns: list[str] | None) -> Iterator[Row]:
+    """The rows of a `datasets.Dataset`, with `columns` (None: all)."""
+    chosen = rows if columns is None else rows.select_columns(columns)
+    for batch in chosen.with_format("arrow").iter(BATCH):
+        yield from batch.to_pylist()
+
+
+def _documents(file: Path, column: str | None, chat: Chat, enough: int | None) -> Iterator[str]:
+    require_regular(file, _OPTIONS)
+    kind = _kind(file)[0]
+    readers = {".jsonl": _json, ".json": _json, ".parquet": _parquet, ".arrow": _arrow}
+    readers |= {".csv": partial(_csv, separators=",;|"), ".tsv": partial(_csv, separators="\t")}
+    if kind in readers:
+        yield from documents(file, partial(readers[kind], file), column, chat)
         return
-    yield from documents(file, table, column, chat)
+    limit = SIZE_LIMIT + 1 if enough is None else enough
+    with _opened(file) as text:
+        first = text.read(min(PIECE, limit))
+        if "\0" in first or first.startswith(("%PDF", "{\\rtf")):
+            raise UserError(f"{file} is of an unknown kind, not text; {_OPTIONS} take a {FILE_KINDS}")
+        yield first + text.read(limit - len(first))
 
 
 def _kind(file: Path) -> tuple[str, str]:
-    """The ending without that of a compression, `.jsonl` for all its names; that of the compression."""
+    """The ending without that of a compression, one for all its names; the compression."""
     suffixes = [suffix.lower() for suffix in file.suffixes]
-    packed = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSED else ""
+    packed = COMPRESSED.get(suffixes.pop(), "") if suffixes and suffixes[-1] in COMPRESSED else ""
+    if packed == "zip" and not suffixes:
+        suffixes = [Path(_only(ZipFile(file))).suffix.lower()]
     kind = suffixes[-1] if suffixes else ""
-    return (".jsonl" if kind in (".ndjson", ".jl") else kind), packed
+    return OTHER_NAMES.get(kind, kind), packed
+
+
+def _only(archive: ZipFile) -> str:
+    names = [name for name in archive.namelist() if not name.endswith("/")]
+    if len(names) != 1:
+        raise ValueError(f"the archive holds {len(names)} files instead of one: unpack it")
+    return names[0]
 
 
 def _saved(path: Path) -> Any:
@@ -169,12 +180,8 @@ def _files_by_split(name: str) -> dict[str, list[Path]]:
     _refuse_special(files)
     files = [file for file in files if file.is_file()]
     if path.is_dir():
-        hidden = [file for file in files if any(METADATA.fullmatch(part) for part in file.relative_to(base).parts)]
-        kinds = {file: _kind(file)[0] for file in files if file not in hidden}
-        texts = [file for file, kind in kinds.items() if kind in PROSE]
-        tables = [
-            file for file, kind in kinds.items() if kind in (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-        ]
+        shown = [file for file in files if not any(map(METADATA.fullmatch, file.relative_to(base).parts))]
+        texts, tables = ([file for file in shown if _kind(file)[0] in kinds] for kinds in (PROSE, TABLES))
         files = tables if len(tables) >= len(texts) else texts
     if not files:
         raise UserError(f"cannot read {path}: it holds no files of text; {_OPTIONS} take a {FILE_KINDS}")
@@ -206,131 +213,103 @@ def _reading(path: Path) -> Iterator[None]:
             yield
     except UserError:
         raise
-    except Exception as error:  # arrow, gzip, zlib, json, pandas and datasets have no common base
+    except Exception as error:  # arrow, zlib, lzma, json, pandas and datasets have no common base
         reason = first_line(error) if str(error).strip() else "it holds nothing"
         if isinstance(error, AttributeError | TypeError | KeyError):  # their words are about the code of datasets
             reason = "its entries are not those that datasets writes"
+        if isinstance(error, UnicodeDecodeError):
+            reason += "; text in another encoding has to be written as UTF-8 (iconv -f latin1 -t utf-8)"
         raise UserError(f"cannot read {path}: {reason}. Check the file, or choose another with {_OPTIONS}") from error
 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[TextIO]:
     """Unpacked and decoded: what the byte-order mark says, else what JSON's rule for Unicode finds, mostly UTF-8."""
-    opener = COMPRESSED.get(_kind(file)[1])
-    with opener(file) if opener else open(file, "rb") as packed, io.BufferedReader(packed) as binary:
+    packed = _kind(file)[1]
+    with ExitStack() as stack:
+        if packed == "zip":
+            archive = stack.enter_context(ZipFile(file))
+            raw: Any = stack.enter_context(archive.open(_only(archive)))
+        elif packed == "xz":
+            raw = stack.enter_context(lzma.open(file))
+        else:
+            raw = stack.enter_context(pa.input_stream(file, compression=packed or None))
+        binary = stack.enter_context(io.BufferedReader(raw))
         encoding = json.detect_encoding(binary.peek(4)[:4])
-        with io.TextIOWrapper(binary, encoding=encoding) as text:
-            yield text
+        yield stack.enter_context(io.TextIOWrapper(binary, encoding=encoding))
 
 
-def _prose(file: Path) -> str:
-    with _opened(file) as text:
-        content = text.read(SIZE_LIMIT + 1)
-    _check_size(file, len(content))
-    if "\0" in content or content.startswith(("%PDF", "{\\rtf")):
-        raise UserError(f"{file} is of an unknown kind, not text; {_OPTIONS} take a {FILE_KINDS}")
-    return content
-
-
-def _json(file: Path) -> list[dict[str, Any]]:
+def _json(file: Path, _: list[str] | None) -> Iterator[Row]:
     """Rows of JSON lines or of one JSON document. Not through `datasets`: pyarrow ends the process at a line that says
     null, takes texts that look like dates for dates, and expects the types of the first 10 MB in all others."""
-    rows: list[dict[str, Any]] = []
-    size = 0
     with _opened(file) as text:
-        for number, line in enumerate(iter(partial(text.readline, SIZE_LIMIT), ""), start=1):
-            size += len(line)
-            _check_size(file, size)
-            if not line.strip():
-                continue
-            try:
-                if not rows and line.lstrip().startswith("["):
-                    raise ValueError("a document")
-                rows.append(json.loads(line))
-                rows[-1].items()
-            except (ValueError, RecursionError, AttributeError) as error:  # ValueError: also a number of 5000 digits
-                document = None if rows else _document(line + text.read(SIZE_LIMIT))
-                if document is not None:
-                    return document
+        numbered = enumerate(iter(partial(text.readline, SIZE_LIMIT), ""), start=1)
+        lines = ((number, line) for number, line in numbered if line.strip())
+        ahead = list(islice(lines, 2))
+        one = _parsed(ahead[0][1]) if ahead else None
+        if len(ahead) == 1 or (ahead and one is None):
+            whole = one if len(ahead) == 1 else _parsed(ahead[0][1] + ahead[1][1] + text.read(SIZE_LIMIT))
+            if (rows := _rows_in(whole)) is not None:
+                yield from rows
+                return
+        for number, line in chain(ahead, lines):
+            if (row := _row(_parsed(line))) is None:
                 raise UserError(
                     f"{file}, line {number}: not a JSON object; {_OPTIONS} take one a line, or a list of them"
-                ) from error
-    if len(rows) == 1 and _kind(file)[0] == ".json":
-        return _rows_of(rows[0]) or rows
-    return rows
+                )
+            yield row
 
 
-def _document(text: str) -> list[dict[str, Any]] | None:
+def _parsed(text: str) -> Any:
     try:
-        return _rows_of(json.loads(text))
-    except (ValueError, RecursionError):
+        return json.loads(text)
+    except (ValueError, RecursionError):  # ValueError: also a number of 5000 digits
         return None
 
 
-def _rows_of(content: Any) -> list[dict[str, Any]] | None:
-    """The rows of a list of objects or texts, alone or as the only list in an object; None for anything else."""
+def _rows_in(content: Any) -> list[Row] | None:
+    """The rows of a document: a list of rows, alone or as the only thing in an object, or one row."""
     if isinstance(content, dict):
-        lists = [value for value in content.values() if isinstance(value, list) and value]
-        content = lists[0] if len(lists) == len(content) == 1 and not is_turns(lists[0]) else [content]
-    if not isinstance(content, list) or not all(isinstance(row, dict | str) for row in content):
-        return None
-    return [{"text": row} if isinstance(row, str) else row for row in content]
+        (only, *others) = content.values() or [None]
+        inside = _rows_in(only) if isinstance(only, list) and only and not others and not is_turns(only) else None
+        return inside or [content]
+    content = [content] if content and is_turns(content) else content
+    rows = [_row(one) for one in content] if isinstance(content, list) else [None]
+    return None if None in rows else rows  # type: ignore[return-value]
 
 
-def _csv(file: Path, separator: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    size = 0
-    with _opened(file) as text, pd.read_csv(text, sep=separator, chunksize=1000) as chunks:
-        for chunk in chunks:
-            rows += chunk.astype(object).where(chunk.notna(), None).to_dict("records")
-            size += sum(len(value) for row in rows[-len(chunk) :] for value in row.values() if isinstance(value, str))
-            _check_size(file, size)
-    return rows
+def _row(content: Any) -> Row | None:
+    """An object as it is, a text or a chat as the only column; None for anything else."""
+    if isinstance(content, str):
+        return {"text": content}
+    if content and is_turns(content):
+        return {"messages": content}
+    return content if isinstance(content, dict) else None
 
 
-def _parquet(path: Path) -> Table:
-    """Not through `datasets`, which unpacks a row group at once, and a small file can stand for 40 GB. As a dictionary,
-    repeated texts stay one until all are counted."""
-    schema = pq.read_schema(path)
-
-    def rows(columns: list[str]) -> Iterator[dict[str, Any]]:
-        size, parts = 0, []
-        plain = len(columns) == 1 and columns[0] in table.strings
-        with pq.ParquetFile(path, read_dictionary=columns if plain else None) as file:
-            for batch in file.iter_batches(batch_size=32, columns=columns):
-                if not plain:
-                    yield from batch.to_pylist()
-                    continue
-                parts.append(batch.column(0))
-                lengths = pc.binary_length(parts[-1].dictionary).take(parts[-1].indices)
-                size += pc.sum(lengths).as_py() or 0
-                _check_size(path, size)
-        for part in parts:
-            yield from ({columns[0]: text} for text in part.to_pylist())
-
-    table = Table.of_schema(schema, rows)
-    return table
+def _csv(file: Path, _: list[str] | None, separators: str) -> Iterator[Row]:
+    with _opened(file) as text:
+        header = text.readline(SIZE_LIMIT)
+    options: dict[str, Any] = {"sep": max(separators, key=header.count), "index_col": False, "chunksize": 1000}
+    with _opened(file) as text, warnings.catch_warnings():
+        warnings.simplefilter("error", pd.errors.ParserWarning)  # rows with more fields than the header has
+        with pd.read_csv(text, **options) as chunks:
+            for chunk in chunks:
+                yield from chunk.astype(object).where(chunk.notna(), None).to_dict("records")
 
 
-def _joined(path: Path, parts: Iterable[str | None], chat: Chat) -> str:
-    texts: list[str] = []
-    size = 0
-    for document in parts:
-        if document is not None:
-            texts.append(document)
-            size += len(document) + len(BLANK_LINE)
-            _check_size(path, size)
-    text = chat.joined(texts)
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{path} holds {text[error.start]!a}, half of a character (a lone surrogate), which no tokenizer takes. "
-            f"Repair the text, or choose another with {_OPTIONS}"
-        ) from None
-    return text
+def _parquet(file: Path, columns: list[str] | None) -> Iterator[Row]:
+    """Not through `datasets`, which unpacks a row group at once, and a small file can stand for 40 GB."""
+    with pq.ParquetFile(file) as table:
+        for batch in table.iter_batches(BATCH, columns=columns):
+            yield from batch.to_pylist()
 
 
-def _check_size(path: Path, size: int) -> None:
-    if size > SIZE_LIMIT:
-        raise UserError(f"{path} holds more than {SIZE_LIMIT} characters, the most that is read; {_OPTIONS}")
+def _arrow(file: Path, columns: list[str] | None) -> Iterator[Row]:
+    with pa.memory_map(str(file)) as source:
+        try:
+            table = pa.ipc.open_stream(source).read_all()  # as `datasets` writes it
+        except pa.ArrowInvalid:
+            table = pa.ipc.open_file(source).read_all()
+        for batch in table.select(columns or table.column_names).to_batches(BATCH):
+            yield from batch.to_pylist()

@@ -1,22 +1,32 @@
 """Rows of a table as documents: which column is the text, and chats in the words of the tokenizer's chat template."""
 
+import ast
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
-
-import pyarrow as pa  # type: ignore[import-untyped]
 
 from lightning_prune.support.errors import UserError, first_line
 
+Row = dict[str, Any]
+Rows = Callable[[list[str] | None], Iterator[Row]]  # names of columns → rows that have at least these; None for all
+HEAD = 1000  # rows that decide what a column holds
 CONVERSATIONS = ("messages", "conversations", "conversation", "chosen")  # in order of preference
 QUESTIONS = ("prompt", "instruction", "question", "query")
 ANSWERS = ("completion", "output", "response", "answer")
 CONTEXTS, SYSTEM = ("input", "context"), ("system", "system_prompt")
-ROLES = dict.fromkeys(("human", "user"), "user") | {"system": "system"}
-ROLES |= dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "bot", "bard", "bing"), "assistant")
+PLAIN = ("text", "sentence", "content")
+ABOUT = re.compile(
+    r"(\w+_)?(id|uuid|source|url|lang|language|category|dataset|model|split|topic|path|label|date)", re.I
+)
+ROLES = dict.fromkeys(("human", "user", "prompter"), "user") | {"system": "system"}
+ROLES |= dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "bot", "bard", "bing", "function_call"), "assistant")
 ROLES |= dict.fromkeys(("tool", "function", "function_response", "observation"), "tool")
+SENDER, SAID = ("role", "from", "speaker"), ("content", "value", "text")  # the keys of a turn
 BLANK_LINE = "\n\n"
 _OPTIONS = "--data.dataset and --data.eval_datasets"
 
@@ -26,27 +36,27 @@ class NoSuchColumn(UserError):
 
 
 @dataclass(frozen=True)
-class Table:
-    """Columns by what they hold, and a function from names of columns to rows that have at least these."""
+class Columns:
+    """Columns by what the first rows have in them."""
 
     names: list[str]
     strings: set[str]
-    turns: set[str]  # lists of dicts with a role or a sender
-    rows: Callable[[list[str]], Iterable[dict[str, Any]]]
+    turns: set[str]  # lists of dicts with a role or a sender, or such lists written as JSON
+    nested: set[str]  # other lists and dicts
 
     @classmethod
-    def of_schema(cls, schema: Any, rows: Callable[[list[str]], Iterable[dict[str, Any]]]) -> "Table":
-        """From an arrow schema."""
-        strings = {field.name for field in schema if "string" in str(field.type) and not pa.types.is_nested(field.type)}
-        return cls(schema.names, strings, {field.name for field in schema if _lists_turns(field.type)}, rows)
-
-    @classmethod
-    def of_rows(cls, rows: list[dict[str, Any]]) -> "Table":
-        """From rows in memory, which may differ in their columns."""
+    def of(cls, rows: list[Row]) -> "Columns":
+        """What ``rows`` have, which may differ in their columns."""
         names = list(dict.fromkeys(name for row in rows for name in row))
-        strings = {name for name in names if all(isinstance(row.get(name), str | None) for row in rows)}
-        turns = {name for name in set(names) - strings if all(is_turns(row.get(name)) for row in rows)}
-        return cls(names, strings, turns, lambda _: rows)
+        values = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
+        strings = {name for name in names if values[name] and all(isinstance(value, str) for value in values[name])}
+        turns = {name for name in names if any(values[name]) and all(is_turns(decoded(v)) for v in values[name] if v)}
+        nested = {name for name in names if any(isinstance(value, list | dict) for value in values[name])}
+        return cls(names, strings - turns, turns, nested - turns)
+
+    def __str__(self) -> str:
+        kinds = dict.fromkeys(self.strings, " (text)") | dict.fromkeys(self.turns, " (chat)")
+        return ", ".join(f"{name}{kinds.get(name, '')}" for name in self.names) or "none"
 
 
 class Chat:
@@ -78,15 +88,15 @@ class Chat:
         self.sha256 = hashlib.sha256(template.encode("utf-8")).hexdigest()
         return tokenizer
 
-    def render(self, turns: list[dict[str, Any]], where: str) -> str:
-        """One chat as text, special tokens included.
+    def render(self, turns: list[Row], where: str, tools: Any = None) -> str:
+        """One chat as text, special tokens included; ``tools`` as templates take them.
 
         Raises:
             UserError: no template, or one that does not take this chat.
         """
         tokenizer = self.tokenizer
         try:
-            return str(tokenizer.apply_chat_template(turns, tokenize=False))
+            return str(tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False))
         except Exception as error:  # jinja2 and the template itself raise what they like
             raise UserError(
                 f"{where}: the tokenizer's chat template does not take this chat ({first_line(error)}). Change the "
@@ -100,79 +110,87 @@ class Chat:
         return ("" if is_marked else BLANK_LINE).join(texts)
 
 
-def documents(path: Any, table: Table, column: str | None, chat: Chat) -> Iterator[str | None]:
-    """One document per row, None where there is none.
+def documents(path: Any, rows: Rows, column: str | None, chat: Chat) -> Iterator[str]:
+    """One document per row that has one.
 
     Raises:
         UserError: no column that is clearly the text, or a chat that cannot be rendered.
     """
-    columns = _columns(path, table, column)
-    if len(columns) == 1 and columns[0] in table.strings:
-        yield from (row.get(columns[0]) for row in table.rows(columns))
+    found = Columns.of(list(islice(rows(None), HEAD)))
+    if not found.names:  # an empty shard
         return
-    system = [name for name in SYSTEM if name in table.strings][:1]
-    for number, row in enumerate(table.rows([*columns, *system]), start=1):
+    columns = _columns(path, found, column)
+    more = [name for name in SYSTEM if name in found.strings][:1]
+    for number, row in enumerate(rows([*columns, *more, *({"tools"} & set(found.names))]), start=1):
         where = f"{path}, row {number}"
+        if len(columns) == 1 and columns[0] in found.strings:
+            if isinstance(value := row.get(columns[0]), list | dict):
+                raise UserError(f"{where}: {columns[0]} is a list or an object here, and text before")
+            if value is not None:
+                yield str(value)
+            continue
         turns = [turn for name in columns for turn in _turns(row.get(name), _role(name), where)]
         if len(columns) > 2 and isinstance(row.get(columns[1]), str):  # instruction and its input are one turn
-            asked = [str(row[name]) for name in columns[:2] if row.get(name)]
-            turns = [
-                {"role": "user", "content": BLANK_LINE.join(asked)},
-                *_turns(row.get(columns[2]), "assistant", where),
-            ]
-        if system and row.get(system[0]) and turns and turns[0]["role"] != "system":
-            turns.insert(0, {"role": "system", "content": row[system[0]]})
-        yield chat.render(turns, where) if turns else None
+            asked = BLANK_LINE.join(str(row[name]) for name in columns[:2] if row.get(name))
+            turns = [{"role": "user", "content": asked}, *_turns(row.get(columns[2]), "assistant", where)]
+        if more and row.get(more[0]) and turns and turns[0]["role"] != "system":
+            turns.insert(0, {"role": "system", "content": row[more[0]]})
+        if turns:
+            tools = decoded(row.get("tools"))
+            yield chat.render(turns, where, tools if isinstance(tools, list) else None)
 
 
-def _columns(path: Any, table: Table, column: str | None) -> list[str]:
+def _columns(path: Any, found: Columns, column: str | None) -> list[str]:
     """A column of text or turns, or the columns of question, perhaps context, and answer."""
-    readable = table.strings | table.turns
+    strings, turns = found.strings, found.turns
     if column is not None:
-        if column in readable:
+        if column in strings | turns:
             return [column]
-        problem = "neither text nor the turns of a chat" if column in table.names else "not there"
-        raise NoSuchColumn(f"--data.column {column}: in {path} it is {problem}; found: {_listed(table)}")
-    chats = [name for name in CONVERSATIONS if name in table.turns] or sorted(table.turns)
-    question, answer = ([name for name in names if name in readable] for names in (QUESTIONS, ANSWERS))
-    context = [name for name in CONTEXTS if name in table.strings]
-    pair = [*question, *context[:1], *answer] if len(question) == len(answer) == 1 else []
-    if any(name in table.turns for name in pair):
+        problem = "neither text nor the turns of a chat" if column in found.names else "not there"
+        raise NoSuchColumn(f"--data.column {column}: in {path} it is {problem}; found: {found}")
+    chats = [name for name in CONVERSATIONS if name in turns] or sorted(turns - {"tools"})
+    question, answer = ([name for name in names if name in strings | turns] for names in (QUESTIONS, ANSWERS))
+    context = [name for name in CONTEXTS if name in strings][:1]
+    if not question:
+        question, context = context, []
+    if question and not answer:  # of preferences
+        answer = [name for name in ("chosen",) if name in strings]
+    pair = [*question, *context, *answer] if len(question) == len(answer) == 1 else []
+    if any(name in turns for name in pair):
         return pair
     if chats and (len(chats) == 1 or chats[0] in CONVERSATIONS):
         return chats[:1]
-    plain: list[str] = [] if chats else [name for name in ("text", "sentence") if name in table.strings]
+    plain = [] if chats else [name for name in PLAIN if name in strings][:1]
+    if plain == ["content"] and set(SENDER) & set(found.names):  # a table of turns, one a row
+        plain = []
     if plain or pair:
-        return [*plain[:1]] or pair
-    if len(table.strings) == 1 and not chats:
-        return list(table.strings)
+        return plain or pair
+    if len(strings) == 1 and not chats and not (found.nested and ABOUT.fullmatch(next(iter(strings)))):
+        return list(strings)
     raise UserError(
-        f"cannot tell which column of {path} is the text; found: {_listed(table)}. Choose one with --data.column, name "
+        f"cannot tell which column of {path} is the text; found: {found}. Choose one with --data.column, name "
         f"it text, or choose another file with {_OPTIONS}"
     )
 
 
-def _listed(table: Table) -> str:
-    kinds = dict.fromkeys(table.strings, " (text)") | dict.fromkeys(table.turns, " (chat)")
-    return ", ".join(f"{name}{kinds.get(name, '')}" for name in table.names) or "none"
-
-
 def _role(column: str) -> str:
-    return "assistant" if column in ANSWERS else "user"
+    return "assistant" if column in (*ANSWERS, "chosen") else "user"
 
 
-def _turns(value: Any, role: str, where: str) -> list[dict[str, Any]]:
+def _turns(value: Any, role: str, where: str) -> list[Row]:
     """A string as one turn; turns with the keys and roles that templates know. Whatever else a turn has stays."""
     if not value:
         return []
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
+    if not is_turns(value := decoded(found := value)):
+        return [{"role": role, "content": str(found)}]
     turns = []
     for turn in value:
-        more = {key: item for key, item in turn.items() if key not in ("from", "value") and item is not None}
-        sender = turn.get("role") or turn.get("from") or role
-        content = turn.get("content") if turn.get("content") is not None else turn.get("value")
-        turns.append(more | {"role": ROLES.get(str(sender).lower(), sender), "content": _content(content, where)})
+        more = {key: item for key, item in turn.items() if key not in (*SENDER, *SAID) and item is not None}
+        sender = next((turn[key] for key in SENDER if turn.get(key)), role)
+        said = next((turn[key] for key in SAID if turn.get(key) is not None), None)
+        if said is None and "tool_calls" not in more and not set(SAID) & set(turn):
+            raise UserError(f"{where}: a turn says nothing; it needs one of {', '.join(SAID)}, found {', '.join(turn)}")
+        turns.append(more | {"role": ROLES.get(str(sender).lower(), sender), "content": _content(said, where)})
     return turns
 
 
@@ -186,17 +204,17 @@ def _content(content: Any, where: str) -> str:
     return "".join(map(str, texts))
 
 
+def decoded(value: Any) -> Any:
+    """The list that a text writes as JSON, or as Python (pandas does, in a CSV file); any other value as it is."""
+    if isinstance(value, str) and re.match(r"\s*\[\s*\{", value):
+        for read in (json.loads, ast.literal_eval):
+            try:
+                return read(value.strip())
+            except (ValueError, SyntaxError, RecursionError, MemoryError):
+                continue
+    return value
+
+
 def is_turns(value: Any) -> bool:
-    """Whether this is a list of turns, or None."""
-    return value is None or (isinstance(value, list) and all(isinstance(turn, dict) and _sent(turn) for turn in value))
-
-
-def _sent(keys: Iterable[str]) -> bool:
-    return not {"role", "from"}.isdisjoint(keys)
-
-
-def _lists_turns(kind: Any) -> bool:
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
-        return False
-    value = kind.value_type
-    return pa.types.is_struct(value) and _sent(value.field(number).name for number in range(value.num_fields))
+    """Whether this is a list of turns."""
+    return isinstance(value, list) and all(isinstance(turn, dict) and set(SENDER) & set(turn) for turn in value)

@@ -39,11 +39,8 @@ ARCHITECTURES = {
 
 
 def architecture_of(config: Any, biases: set[str]) -> Architecture:
-    """The architecture that holds a model with this config.
-
-    Args:
-        config: of a dense or pruned model.
-        biases: names of the projections that have one, such as ``q_proj``.
+    """The architecture that holds a model with this config, dense or pruned; ``biases`` are names of the projections
+    that have one, such as ``q_proj``.
 
     Raises:
         UserError: none does; the message says which property is in the way.

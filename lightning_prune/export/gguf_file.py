@@ -26,17 +26,9 @@ ROWS = 4096  # converted at a time
 
 
 def write_gguf(checkpoint: Checkpoint, output: Path, dtype: str | None, progress: Progress) -> str:
-    """Write a dense or pruned checkpoint as a GGUF file, one tensor in memory at a time.
+    """Write a dense or pruned checkpoint as a GGUF file, one tensor in memory at a time, whole or not at all.
 
-    Args:
-        checkpoint: a dense or pruned model.
-        output: the file; it takes its name when it is complete, and replaces what was there then.
-        dtype: of the matrices: ``f32``, ``f16``, ``bf16`` or ``q8_0``, or None for that of the weights; vectors are
-            always fp32.
-        progress: told of every tensor that has been written.
-
-    Returns:
-        What differs from the checkpoint, a line each, and what was written.
+    The options are those of ``export``; what differs from the checkpoint comes back, a line each, and what was written.
 
     Raises:
         UserError: the model or its tokenizer cannot be held by any architecture, or a weight does not fit into f16.

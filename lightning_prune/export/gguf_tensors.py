@@ -54,13 +54,7 @@ def filled_config(config: Any, architecture: Architecture) -> Any:
 
 
 def entries(net: Any, filled: Any, architecture: Architecture) -> Iterator[Entry]:
-    """Every tensor, in the order of the layers.
-
-    Args:
-        net: the model, on the meta device.
-        filled: its ``filled_config``.
-        architecture: that holds it.
-    """
+    """Every tensor, in the order of the layers. ``net`` is on the meta device, ``filled`` its ``filled_config``."""
     there = {name for name, _ in net.named_parameters()}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.name.upper()], filled.num_hidden_layers)
     head_dim, rope = head_dim_of(filled), net.config.rope_parameters

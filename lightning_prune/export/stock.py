@@ -19,17 +19,10 @@ from lightning_prune.support.errors import UserError
 from lightning_prune.support.progress import Progress
 
 
-def write_stock(checkpoint: Checkpoint, folder: Path, card: str, progress: Progress | None = None) -> str:
-    """Write the model as a stock checkpoint with the same logits, one layer in memory at a time.
+def write_stock(checkpoint: Checkpoint, folder: Path, card: str, progress: Progress) -> str:
+    """Write the model as a stock checkpoint with the same logits, one layer in memory at a time, whole or not at all.
 
-    Args:
-        checkpoint: with a width per layer.
-        folder: takes its name when it is complete, and replaces what was there then.
-        card: text of ``README.md``.
-        progress: told of every layer that has been written.
-
-    Returns:
-        How much of the saving is lost, in a sentence.
+    ``card`` is the text of ``README.md``. How much of the saving is lost comes back, in a sentence.
 
     Raises:
         UserError: the model is stock already; or the folder cannot be written.
@@ -42,12 +35,12 @@ def write_stock(checkpoint: Checkpoint, folder: Path, card: str, progress: Progr
             f"--format stock: every layer of '{checkpoint.pretrained}' has the same widths, so it is a stock "
             "checkpoint already. Use the folder as it is."
         )
-    wide, shown, layers = skeleton(stock_config(config)), progress or Progress(shown=False), config.num_hidden_layers
+    wide, layers = skeleton(stock_config(config)), config.num_hidden_layers
 
     def show(layer: int) -> None:
-        shown.advance("padding", 1, f"layer {layer + 1} of {layers}")
+        progress.advance("padding", 1, f"layer {layer + 1} of {layers}")
 
-    shown.expect("padding", layers)
+    progress.expect("padding", layers)
     try:
         padded = PaddedSource(source, net, wide)
         model = LayeredModel(wide, padded, checkpoint.stored_dtype, torch.device("cpu"), "layer")
@@ -55,7 +48,7 @@ def write_stock(checkpoint: Checkpoint, folder: Path, card: str, progress: Progr
         model.close()
     finally:
         source.close()
-    shown.finish("padding")
+    progress.finish("padding")
     before, after, dense = (count_parameters(one) for one in (net, wide, meta_model(uniform_config(config))))
     saved, back = dense - before, after - before
     share = f"{100 * back / saved:.0f} %" if saved else "nothing"
@@ -71,9 +64,8 @@ class PaddedSource:
     Every role's rows or columns are padded, also where several roles share one matrix. That keeps the logits, because
     KV heads serve query heads in order and no norm of these families sees the widths.
 
-    Args:
-        narrow: gives the parameters that are there.
-        net, wide: both models on the meta device; parameters of the same name belong together.
+    ``narrow`` gives the parameters that are there; parameters of one name in ``net`` and ``wide``, which are both on
+    the meta device, belong together.
     """
 
     def __init__(self, narrow: Source, net: nn.Module, wide: nn.Module) -> None:

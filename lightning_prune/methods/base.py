@@ -25,6 +25,7 @@ from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.data.sampling import held_out_samples
 from lightning_prune.methods.measurement import DecisionFolder, SavedMeasurement
 from lightning_prune.methods.refit import Refit
+from lightning_prune.methods.target import Target, cache_numbers, groups_of
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import LayerStructure, count_parameters, layer_structures
 from lightning_prune.models.layered import LayeredModel
@@ -55,6 +56,11 @@ class PruningMethod(L.LightningModule):
             the pruned model's inputs. The papers of these methods do not refit, so ``none`` is the default.
         refit_damping: λ, the pull of every column towards the old weight, times ‖x‖² of its input over the tokens.
             ``auto`` tries 0.001 to 1 for every projection on an eighth of the samples that it did not see.
+        target_parameters: Parameters that may be left, such as 4.5B, instead of a pruning ratio; never more are.
+        target_memory: Memory that the model may take, such as 6GiB, instead of a pruning ratio: weights in the saved
+            dtype, and the KV cache of ``batch`` sequences of ``context`` tokens in the same.
+        context: Tokens in the KV cache of ``target_memory``.
+        batch: Sequences in the KV cache of ``target_memory``.
         label: Name of this system in run folders, TensorBoard and tables. Default: the method's own name.
         onload: ``model`` keeps all weights on the device, ``layer`` brings in one decoder layer at a time and needs
             memory for two of them, ``auto`` takes what fits. The result is the same.
@@ -68,7 +74,10 @@ class PruningMethod(L.LightningModule):
     uneven = True  # whether layers end up with widths of their own
     reusable = True  # whether a saved score table is enough to decide again
     # Options that change no measurement:
-    decision_options: tuple[str, ...] = ("pruning_ratio", "label", "onload", "save_dtype", "refit", "refit_damping")
+    decision_options: tuple[str, ...] = (
+        *("pruning_ratio", "target_parameters", "target_memory", "context", "batch"),
+        *("label", "onload", "save_dtype", "refit", "refit_damping"),
+    )
     plan: PruningPlan
     scores: Scores
 
@@ -78,6 +87,10 @@ class PruningMethod(L.LightningModule):
         pruning_ratio: float = 0.2,
         refit: Literal["none", "residual", "output"] = "none",
         refit_damping: float | Literal["auto"] = "auto",
+        target_parameters: str | int | None = None,
+        target_memory: str | None = None,
+        context: int = 8192,
+        batch: int = 1,
         label: str | None = None,
         onload: str = "auto",
         save_dtype: str = "auto",
@@ -93,6 +106,8 @@ class PruningMethod(L.LightningModule):
         self.automatic_optimization = False
         self.pretrained = pretrained
         self.pruning_ratio = pruning_ratio
+        self.target = Target.of(target_parameters, target_memory, context, batch)
+        self.reached: Fraction | None = None  # the ratio that meets the target
         self.refit = Refit.of(refit, refit_damping)
         self.save_dtype = save_dtype
         self._label = label
@@ -135,7 +150,43 @@ class PruningMethod(L.LightningModule):
     @property
     def requested_ratio(self) -> float | None:
         """Of this step, at last the whole; None where something else than a ratio was requested."""
-        return float(Fraction(str(self.pruning_ratio)) * self.step / self.steps)
+        if self.target is None:
+            return float(Fraction(str(self.pruning_ratio)) * self.step / self.steps)
+        return None if self.target.parameters is None else 1 - self.target.parameters / self.dense_parameters
+
+    @property
+    def ratio(self) -> Fraction:
+        """What is removed in this step, exact."""
+        return Fraction(str(self.requested_ratio or 0)) if self.reached is None else self.reached
+
+    def meet_target(self, keep: Callable[[], list[LayerPlan]], layers: list[LayerStructure], total: int) -> None:
+        """Find the ratio with which ``keep``, which decides by ``ratio``, meets the target, if there is one."""
+        if self.target is None:
+            return
+        target, cache = self.target, self.cache(layers)
+
+        def size_at(ratio: Fraction) -> int:
+            self.reached = ratio
+            kept = keep() if ratio else unpruned(layers)
+            left = self.parameters_left(layers, total, kept) if ratio else total
+            return target.size(left, groups_of(kept), cache, self.written_dtype.itemsize)
+
+        self.reached = target.reach(size_at, total)
+
+    def parameters_left(self, layers: list[LayerStructure], total: int, kept: list[LayerPlan]) -> int:
+        """Parameters of the pruned model."""
+        return parameters_after(layers, total, kept)
+
+    def cache(self, layers: list[LayerStructure]) -> list[int]:
+        """Of every layer, the numbers of the target's KV cache that one KV head keeps; none without a target."""
+        if self.target is None:
+            return [0] * len(layers)
+        return cache_numbers(self.checkpoint.config, layers, self.target.context, self.target.batch)
+
+    @property
+    def written_dtype(self) -> torch.dtype:
+        """Of the pruned checkpoint."""
+        return self.checkpoint.stored_dtype if self.save_dtype == "auto" else getattr(torch, self.save_dtype)  # type: ignore[no-any-return]
 
     @property
     def note(self) -> str:
@@ -182,13 +233,9 @@ class PruningMethod(L.LightningModule):
             return self.saved.calibration
         return self.datamodule.calibration.manifest.to_json() if self.needs_calibration else None
 
-    def make_plan(
-        self, kept: list[LayerPlan], remaining_parameters: int | None = None, weights_updated: bool = False
-    ) -> PruningPlan:
-        """A plan with this run's facts filled in; ``remaining_parameters`` where biases come along."""
-        if remaining_parameters is None:
-            remaining_parameters = parameters_after(self.layers, self.dense_parameters, kept)
-        dtype = self.checkpoint.stored_dtype if self.save_dtype == "auto" else getattr(torch, self.save_dtype)
+    def make_plan(self, kept: list[LayerPlan], weights_updated: bool = False) -> PruningPlan:
+        """A plan with this run's facts filled in."""
+        remaining_parameters = self.parameters_left(self.layers, self.dense_parameters, kept)
         return PruningPlan(
             method=self.method,
             pruning_ratio=self.requested_ratio,
@@ -197,7 +244,7 @@ class PruningMethod(L.LightningModule):
             calibration_fingerprint=(self.calibration_facts() or {}).get("fingerprint"),
             base_model=self.pretrained,
             layers=kept,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=str(self.written_dtype).removeprefix("torch."),
             weights_updated=weights_updated,
         )
 

@@ -143,13 +143,17 @@ class FLAP(GroupPruning):
             return super().select(scores, layers, total_parameters)
         views, added = self.biases.views, self.biases.parameters - total_parameters
         scores = replace(scores, cost=group_scores(views).cost)
-        return self.selection.select(scores, views, total_parameters, self.requested_ratio or 0.0, added)
+        return self.selection.select(scores, views, total_parameters, self.ratio, added)
 
     def decide(self) -> None:
         super().decide()
         if self.biases is not None:
-            left = parameters_after(self.biases.views, self.biases.parameters, self.plan.layers)
-            self.plan = replace(self.make_plan(self.plan.layers, left), biases=self.biases.keys)
+            self.plan = replace(self.plan, biases=self.biases.keys)
+
+    def parameters_left(self, layers: list[LayerStructure], total: int, kept: list[LayerPlan]) -> int:
+        if self.biases is None:
+            return super().parameters_left(layers, total, kept)
+        return parameters_after(self.biases.views, self.biases.parameters, kept)
 
     @property
     def note(self) -> str:

@@ -49,6 +49,8 @@ class GroupPruning(PruningMethod):
         super().__init__(pretrained, pruning_ratio, **run_options)
         if steps < 1:
             raise UserError(f"--model.steps: found {steps}; it must be 1 or more.")
+        if steps > 1 and self.target is not None:
+            raise UserError(f"--model.steps {steps} divides a ratio; {self.target.option} is none. Leave one out.")
         self.selection = GroupSelection(
             allocation, round_to, freeze_first_n_layers, freeze_last_n_layers, min_groups_per_layer
         )
@@ -69,6 +71,8 @@ class GroupPruning(PruningMethod):
             measured = group_scores(self.layers, [result.importance for result in self.results("importance")])
         else:
             measured = replace(self.saved.scores, score=self.saved.scores.base)
+        if self.target is not None:
+            measured = self.target.weighed(measured, self.cache(self.layers))
         scores = ranked = self.score(measured)
         if self.step > 1:
             gone, before = self.scores.pruned, self.scores
@@ -80,18 +84,21 @@ class GroupPruning(PruningMethod):
                 },
             )
             ranked = replace(scores, score=np.where(gone, -np.inf, scores.score))
+        self.find_ratio(ranked, self.layers, self.dense_parameters)
         self.scores = replace(scores, pruned=self.select(ranked, self.layers, self.dense_parameters))
-        blocks = self.scores.blocks.rows().items()
-        units = {block: self.scores.unit[rows[self.scores.kept[rows]]].tolist() for block, rows in blocks}
-        kept = [  # a mixer has no scores and is kept
-            LayerPlan(i, view.all_units | {block: units.get((i, block), []) for block in view.prunable})
-            for i, view in enumerate(self.layers)
-        ]
-        self.plan = self.make_plan(kept)
+        self.plan = self.make_plan(kept_units(self.scores, self.layers))
+
+    def find_ratio(self, scores: Scores, layers: list[LayerStructure], total_parameters: int) -> None:
+        """Of a target."""
+
+        def keep() -> list[LayerPlan]:
+            return kept_units(replace(scores, pruned=self.select(scores, layers, total_parameters)), layers)
+
+        self.meet_target(keep, layers, total_parameters)
 
     def select(self, scores: Scores, layers: list[LayerStructure], total_parameters: int) -> Flags:
         """Which units are pruned, bool ``[U]``."""
-        return self.selection.select(scores, layers, total_parameters, self.requested_ratio or 0.0)
+        return self.selection.select(scores, layers, total_parameters, self.ratio)
 
     def details(self) -> dict[str, Any]:
         return {**asdict(self.selection), "steps": self.steps, **super().details()}
@@ -100,4 +107,15 @@ class GroupPruning(PruningMethod):
         units = sum(view.units(block) for view in layers for block in view.prunable)
         if self.steps > units:
             raise UserError(f"--model.steps: found {self.steps}; the model has {units} units, and a step takes some.")
-        self.select(group_scores(layers), layers, total_parameters)
+        scores = group_scores(layers)
+        self.find_ratio(scores, layers, total_parameters)
+        self.select(scores, layers, total_parameters)
+
+
+def kept_units(scores: Scores, layers: list[LayerStructure]) -> list[LayerPlan]:
+    """What every layer keeps: a mixer has no scores and is kept."""
+    units = {block: scores.unit[rows[scores.kept[rows]]].tolist() for block, rows in scores.blocks.rows().items()}
+    return [
+        LayerPlan(i, view.all_units | {block: units.get((i, block), []) for block in view.prunable})
+        for i, view in enumerate(layers)
+    ]

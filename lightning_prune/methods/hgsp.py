@@ -10,6 +10,7 @@ is the depth prior: how much the loss grows without G's whole layer, or without 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from lightning_prune.calibration.backward import BackwardPass
 from lightning_prune.calibration.passes import Pass
 from lightning_prune.calibration.wavefront import PIECES, RemovalPass
+from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.checkpoint.scores import BLOCKS, Flags, Scores
 from lightning_prune.methods.fisher import FisherPass
 from lightning_prune.methods.group_pruning import GroupPruning
@@ -79,6 +81,8 @@ class HGSP(GroupPruning):
             |w|·‖x‖) or magnitude (sum of |w|).
         prior: How layers and blocks are weighed: removal (loss increase without them) or gradient (an estimate of it
             that the pass of taylor, fisher or kfac gives, at no extra evaluation).
+        gradient_samples: With kfac, differentiate the loss for so many calibration samples only, from the front of the
+            shared set; the inputs are observed on all. Default: all.
         prior_num_samples: Calibration samples for the prior, taken from the front of the shared set. Default: all;
             50 is the original setting.
         tau: Gate τ in nats. Layers whose removal costs less are weighed as a whole, others block by block. Default:
@@ -97,6 +101,7 @@ class HGSP(GroupPruning):
         pruning_ratio: float = 0.2,
         importance: Importance = "taylor",
         prior: Literal["removal", "gradient"] = "removal",
+        gradient_samples: int | None = None,
         prior_num_samples: int | None = None,
         tau: float | None = None,
         temperature: float = 1.0,
@@ -113,6 +118,11 @@ class HGSP(GroupPruning):
             raise UserError(f"--model.collapse_epsilon: found {collapse_epsilon:g}; it must lie in [0, 1).")
         if prior_num_samples is not None and prior_num_samples < 1:
             raise UserError(f"--model.prior_num_samples: found {prior_num_samples}; it must be 1 or more.")
+        if gradient_samples is not None and (importance != "kfac" or gradient_samples < 1):
+            raise UserError(
+                f"--model.gradient_samples: found {gradient_samples} with importance {importance}; it is 1 or more and "
+                "of --model.importance kfac alone. Leave it out."
+            )
         if prior == "gradient" and importance not in GRADIENTS:
             raise UserError(
                 f"--model.prior gradient comes out of a backward pass; importance {importance} makes none. Use "
@@ -125,12 +135,14 @@ class HGSP(GroupPruning):
             )
         self.importance = importance
         self.prior = prior
+        self.gradient_samples = gradient_samples
         self.prior_num_samples = prior_num_samples
         self.tau = tau
         self.temperature = temperature
         self.collapse_epsilon = collapse_epsilon
         self.score_norm: ScoreNorm = score_norm
         self.measures_text = temperature > 0 or importance != "magnitude"
+        self.dense_stream: BackwardPass | None = None  # the pass that leaves it for the refit
         self.priors: Tensor | None = None
         self.tau_used: float | None = None
 
@@ -142,12 +154,22 @@ class HGSP(GroupPruning):
         """One for the importance, one for the prior unless T = 0."""
         passes: list[Pass]
         if self.importance in GRADIENTS:
-            passes = [GRADIENTS[self.importance](priors=self.temperature > 0 and self.prior == "gradient")]
+            priors = self.temperature > 0 and self.prior == "gradient"
+            differentiating = GRADIENTS[self.importance](priors, self.gradient_samples)
+            # The refit needs the dense residual stream again, as long as it is that of the dense model.
+            differentiating.keeps_stream = (
+                self.refit is not None and self.refit.target == "residual" and self.steps == 1
+            )
+            self.dense_stream = differentiating if differentiating.keeps_stream else None
+            passes = [differentiating]
         else:
             passes = [WandaPass() if self.importance == "wanda" else MagnitudePass()]
         if self.temperature > 0 and self.prior == "removal":
             passes.append(RemovalPass(self.prior_num_samples, blocks=self.tau != math.inf))
         return passes
+
+    def refit_passes(self, kept: list[LayerPlan], held_out: Callable[[], Tensor]) -> list[Pass]:
+        return [] if self.refit is None else self.refit.passes(kept, held_out(), self.dense_stream)
 
     def reuse(self, saved: SavedMeasurement) -> None:
         super().reuse(saved)
@@ -175,6 +197,7 @@ class HGSP(GroupPruning):
         measured = None if self.priors is None else dict(zip(PIECES, self.priors.tolist(), strict=True))
         return {
             "importance": self.importance,
+            "gradient_samples": self.gradient_samples,
             "prior": {
                 "measure": self.prior,
                 "unit": "nats of mean token loss",

@@ -35,15 +35,20 @@ ROUNDS = 32  # in which MLP channels are removed; on the reference Llama 512 rou
 
 
 def compensated_costs(
-    weight: Tensor, xtx: Tensor, gtg: Tensor, tokens: int, width: int, dtype: torch.dtype = torch.float64
+    weight: Tensor,
+    xtx: Tensor,
+    gtg: Tensor,
+    tokens: tuple[int, int],
+    width: int,
+    dtype: torch.dtype = torch.float64,
 ) -> Tensor:
     """I of every unit as above, ``[n / width]``.
 
     Args:
         weight: W ``[d, n]``, any floating dtype.
         xtx: Σ x·xᵀ ``[n, n]`` over the tokens.
-        gtg: Σ g·gᵀ ``[d, d]`` over the same tokens.
-        tokens: how many.
+        gtg: Σ g·gᵀ ``[d, d]`` over the same tokens, or some of them.
+        tokens: how many, of the first sum and of the second.
         width: columns of one unit; those of width 1 are removed in ``ROUNDS`` rounds, others one by one.
         dtype: of the computation, fp32 or float64.
 
@@ -51,7 +56,7 @@ def compensated_costs(
         FloatingPointError: a factor holds NaN or infinite values, or A has no inverse.
     """
     units = weight.shape[1] // width
-    curvature = gtg.to(dtype, copy=True).div_(tokens)
+    curvature = gtg.to(dtype, copy=True).div_(tokens[1])
     mean = curvature.diagonal().mean()
     if not bool(torch.isfinite(curvature).all()):
         raise FloatingPointError("the gradients' second moment holds NaN or infinite values.")
@@ -61,14 +66,15 @@ def compensated_costs(
     with full_precision(weight.device):
         scaled = torch.linalg.cholesky(curvature).T @ weight.to(dtype)
     del curvature
-    hessian = inverse_hessian(xtx, 2 * tokens, DAMPING, dtype)  # its (2/N)·XᵀX is A for this N
+    hessian = inverse_hessian(xtx, 2 * tokens[0], DAMPING, dtype)  # its (2/N)·XᵀX is A for this N
     each = 1 if width > 1 else -(-units // ROUNDS)
     rounds = [min(each, units - gone) for gone in range(0, units, each)]
     return prune_units(scaled, hessian, rounds, width, "exact").errors
 
 
 class KFACPass(BackwardPass):
-    """I per GQA group and MLP channel. No weight takes a gradient."""
+    """I per GQA group and MLP channel. No weight takes a gradient. A is of every sample; F, which has fewer numbers to
+    be determined, of the first ``gradient_samples``."""
 
     name = "importance"
 
@@ -101,7 +107,8 @@ class KFACPass(BackwardPass):
         if step.phase == "forward":
             return 1.0
         shapes = [view.projection(block).weight.shape for block in view.prunable]
-        return 2.0 + sum(d * d + n * n for d, n in shapes) / 2 / view.num_weights
+        factors = sum(self.share * d * d + n * n for d, n in shapes) / 2 / view.num_weights
+        return 1.0 + self.share + factors
 
     def cost_to_finish(self, view: LayerStructure, step: Step) -> float:
         """About 2·n³ operations for A⁻¹ and what leaves, beside two for every weight of the layer and token."""
@@ -115,7 +122,7 @@ class KFACPass(BackwardPass):
         inputs, gradients = self.factors.pop(block)
         if not units:
             return torch.zeros(0, dtype=torch.float64)
-        xtx, gtg, tokens = inputs.matrix(), gradients.matrix(), int(inputs.tokens)
+        xtx, gtg, tokens = inputs.matrix(), gradients.matrix(), (int(inputs.tokens), int(gradients.tokens))
         dtype = choose_dtype(len(xtx), self.setting.free_bytes(xtx.device), widest(xtx.device))
         try:
             width = linear.in_features // units
@@ -130,6 +137,8 @@ class KFACPass(BackwardPass):
 def _listener(inputs: InputGram, gradients: InputGram) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     def listen(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         inputs.update(args[0])
+        if not torch.is_grad_enabled():  # a sample that only A is of
+            return
         if not output.requires_grad:  # in layer 0 nothing before it does
             output.requires_grad_(True)
         output.register_hook(gradients.update)

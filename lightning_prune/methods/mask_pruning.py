@@ -52,6 +52,11 @@ class GroupOrMaskPruning(GroupPruning):
                 f"--model.structure {structure} zeroes single weights; --model.allocation, --model.round_to, "
                 "--model.min_groups_per_layer and --model.steps belong to --model.structure group."
             )
+        if self.target is not None:
+            raise UserError(
+                f"{self.target.option}: --model.structure {structure} zeroes single weights, which stay in the files. "
+                "Use --model.structure group, or --model.pruning_ratio."
+            )
         if self.refit is not None:
             raise UserError(
                 f"--model.refit {self.refit.target} fits the columns that are kept; --model.structure {structure} "

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_prune.calibration.backward import BackwardPass
 from lightning_prune.calibration.hooks import Hooks
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Batch, BlockPass, Holding, Load, Pass, Setting, Step
@@ -54,9 +55,10 @@ class Refit:
             return None
         return cls(target, None if damping == "auto" else damping)
 
-    def passes(self, kept: list[LayerPlan], held_out: Tensor) -> list[Pass]:
-        """The pass over the dense weights; ``held_out`` bool ``[N]`` are samples to check on."""
-        return [RefitPass(kept, self.target, self.damping, held_out)]
+    def passes(self, kept: list[LayerPlan], held_out: Tensor, earlier: BackwardPass | None = None) -> list[Pass]:
+        """The pass over the dense weights; ``held_out`` bool ``[N]`` are samples to check on. ``earlier`` may have kept
+        the dense residual stream."""
+        return [RefitPass(kept, self.target, self.damping, held_out, earlier)]
 
     def facts(self, results: Sequence[tuple[Step, LayerResult]]) -> dict[str, Any]:
         """What was fitted to what, with which damping, and what it did to the error on held-out samples."""
@@ -78,18 +80,27 @@ class RefitPass(BlockPass):
     """Refits what a plan keeps, on the dense model's weights.
 
     λ of every projection, where it is None, and whether to refit it at all are chosen by the error on ``held_out``
-    (bool ``[N]``), samples of the calibration set that the first solve does not see.
+    (bool ``[N]``), samples of the calibration set that the first solve does not see. The dense residual stream after a
+    layer is what ``earlier`` kept; without it the dense MLP is run.
     """
 
     name = "refit"
 
-    def __init__(self, kept: Sequence[LayerPlan], target: Target, damping: float | None, held_out: Tensor) -> None:
-        self.kept, self.damping, self.held_out = kept, damping, held_out
+    def __init__(
+        self,
+        kept: Sequence[LayerPlan],
+        target: Target,
+        damping: float | None,
+        held_out: Tensor,
+        earlier: BackwardPass | None = None,
+    ) -> None:
+        self.kept, self.damping, self.held_out, self.earlier = kept, damping, held_out, earlier
         self.target: Target = target
 
     def begin(self, setting: Setting) -> None:
         super().begin(setting)
         self.dense = self.store("dense")
+        self.boundaries = [] if self.earlier is None else self.earlier.boundaries
 
     def observe(self, view: LayerStructure, block: Block, hooks: Hooks) -> None:
         """Nothing: targets need both streams, so the batch sums."""
@@ -185,8 +196,14 @@ class RefitPass(BlockPass):
         if len(self.columns):
             super().advance(step)
 
+    def end(self) -> None:
+        super().end()
+        for store in self.boundaries:
+            store.close()
+
     def holds(self, view: LayerStructure, load: Load) -> Holding:
-        """Also the dense stream, the normal equations, and an eighth of the tokens held out."""
+        """Also the dense stream, after this layer or after all, the normal equations, and an eighth of the tokens held
+        out."""
         base, d, n = super().holds(view, load), load.hidden_size, load.widest_input
         dtype = torch.float64 if equation_bytes(n, d, torch.float64) <= load.free else torch.float32
         held = load.rows * load.seq_len // 8 * (n * load.dtype.itemsize + 4 * d)
@@ -195,11 +212,13 @@ class RefitPass(BlockPass):
             base,
             running=dtype.itemsize * (n * n + d * n) + batch + (0 if load.accelerated else held),
             finishing=equation_bytes(n, d, dtype) + 2 * held,
-            stores=(*base.stores, d),
+            stores=(*base.stores, d) + (d,) * (0 if self.earlier is None else load.num_layers),
         )
 
     def cost(self, view: LayerStructure, step: Step) -> float:
-        block, streams = self.block(step), 2 if self.target == "residual" else 1
+        block = self.block(step)
+        walked = self.target == "residual" and (self.earlier is None or block is not view.blocks[-1])
+        streams = 2 if walked else 1
         if block is Block.MIXER:
             return streams * view.block_cost(block) / view.num_weights
         projection = view.projection(block)
@@ -237,7 +256,11 @@ class RefitPass(BlockPass):
 
     def _dense(self, step: Step, batch: Batch) -> Tensor:
         """The dense stream after the block, kept for the next one."""
-        after = self.model.run_block(step.layer, self.block(step), self.dense.get(batch.rows, self.model.device))
+        after_layer = self.block(step) is self.view(step).blocks[-1]
+        if after_layer and step.layer + 1 < len(self.boundaries):
+            after = self.boundaries[step.layer + 1].get(batch.rows, self.model.device)
+        else:
+            after = self.model.run_block(step.layer, self.block(step), self.dense.get(batch.rows, self.model.device))
         self.dense.put(batch.rows, after)
         return after
 
@@ -262,9 +285,9 @@ class RefitPass(BlockPass):
         _sum_over_processes(held)
         if not held:
             return self.damping or DEFAULT_DAMPING, 0.0, 0.0
-        tried = {}
+        tried, rest = {}, equations.cross - old @ equations.gram
         for damping in (0.0, *(DAMPINGS if self.damping is None else (self.damping,))):
-            weight = ridge(equations, old, damping) if damping else old
+            weight = ridge(equations, old, damping, rest) if damping else old
             error = squared_error(inputs, wanted, weight)
             _sum_over_processes(error)
             tried[damping] = float(error)

@@ -54,13 +54,14 @@ def equation_bytes(n: int, d: int, dtype: torch.dtype) -> int:
     return dtype.itemsize * (3 * n * n + 4 * d * n)
 
 
-def ridge(equations: NormalEquations, old: Tensor, damping: float) -> Tensor:
+def ridge(equations: NormalEquations, old: Tensor, damping: float, rest: Tensor | None = None) -> Tensor:
     """W ``[d, n]`` as above, in the dtype of the equations.
 
     Args:
         equations: complete.
         old: W₀ ``[d, n]``.
         damping: λ > 0. Inputs that never move have a zero row in G, and keep their column of W₀.
+        rest: YᵀX − W₀·G, where it is known.
 
     Raises:
         FloatingPointError: G or C holds NaN or infinite values, or G + λ·diag(G) is not positive definite.
@@ -75,7 +76,8 @@ def ridge(equations: NormalEquations, old: Tensor, damping: float) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(damped)
     if int(failed):
         raise FloatingPointError("XᵀX is not positive definite; use more calibration tokens or a larger damping.")
-    return old + torch.cholesky_solve((cross - old @ gram).T, factor).T
+    rest = cross - old @ gram if rest is None else rest
+    return old + torch.cholesky_solve(rest.T, factor).T
 
 
 def squared_error(inputs: Tensor, targets: Tensor, weight: Tensor) -> Tensor:

@@ -25,15 +25,15 @@ class Budget:
     """
 
     total_parameters: int
-    pruning_ratio: float
+    pruning_ratio: Fraction
     overhead: dict[tuple[int, Block], int]
     round_to: int = 1
     added: int = 0
 
     @property
     def parameters(self) -> int:
-        """pruning_ratio × all parameters, rounded down; exact, since 0.29 × 100 is 28.999… in floating point."""
-        return math.floor(Fraction(str(self.pruning_ratio)) * self.total_parameters) + self.added
+        """pruning_ratio × all parameters, rounded down; a fraction, since 0.29 × 100 is 28.999… in floating point."""
+        return math.floor(self.pruning_ratio * self.total_parameters) + self.added
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class GroupSelection:
         return {layer for layer in range(num_layers) if not self.freeze_first_n_layers <= layer < last}
 
     def select(
-        self, scores: Scores, layers: list[LayerStructure], total_parameters: int, ratio: float, added: int = 0
+        self, scores: Scores, layers: list[LayerStructure], total_parameters: int, ratio: Fraction, added: int = 0
     ) -> Flags:
         """Which units are pruned, bool ``[U]``.
 
@@ -226,9 +226,9 @@ def _rounded_down(drop: int, channels: int, round_to: int) -> int:
 def _unreachable(reachable: int, budget: Budget) -> UserError:
     largest = int((reachable - budget.added) / budget.total_parameters * 1e4) / 1e4
     return UserError(
-        f"--model.pruning_ratio: {budget.pruning_ratio:g} cannot be reached with these options. The largest reachable "
-        f"ratio is {largest:.4f} of all {budget.total_parameters:,} parameters (embeddings, head and frozen layers "
-        "stay). Lower --model.pruning_ratio, or freeze fewer layers."
+        f"--model.pruning_ratio: {float(budget.pruning_ratio):g} cannot be reached with these options. The largest "
+        f"reachable ratio is {largest:.4f} of all {budget.total_parameters:,} parameters (embeddings, head and frozen "
+        "layers stay). Lower --model.pruning_ratio, or freeze fewer layers."
     )
 
 

@@ -79,12 +79,14 @@ class ShortGPT(PruningMethod):
             raise UserError(f"--model.n_remove_layers: found {n_remove_layers}; it must be 1 or more.")
         if n_remove_layers is not None and at_most:
             raise UserError("--model.at_most rounds --model.pruning_ratio, which --model.n_remove_layers replaces.")
+        if n_remove_layers is not None and self.target is not None:
+            raise UserError(f"--model.n_remove_layers and {self.target.option}: give one of them.")
         self.n_remove_layers = n_remove_layers
         self.at_most = at_most
 
     @property
     def requested_ratio(self) -> float | None:
-        return self.pruning_ratio if self.n_remove_layers is None else None
+        return super().requested_ratio if self.n_remove_layers is None else None
 
     def layer_count(self, layers: Sequence[LayerStructure], total_parameters: int) -> int:
         """How many of ``layers`` to remove, the first ones.
@@ -93,7 +95,7 @@ class ShortGPT(PruningMethod):
             UserError: none or all of them.
         """
         cost, most = [view.cost for view in layers], len(layers) - 1
-        budget = Fraction(str(self.pruning_ratio)) * total_parameters
+        budget = self.ratio * total_parameters
         count = self.n_remove_layers or nearest_layer_count(cost, budget, self.at_most)
         if 0 < count <= most:
             return count
@@ -104,14 +106,24 @@ class ShortGPT(PruningMethod):
             )
         smallest, largest = cost[0] / total_parameters, sum(cost[:most]) / total_parameters
         raise UserError(
-            f"--model.pruning_ratio: {self.pruning_ratio:g} {'allows' if self.at_most else 'is nearest to'} removing "
+            f"--model.pruning_ratio: {float(self.ratio):g} {'allows' if self.at_most else 'is nearest to'} removing "
             f"{count} of {len(layers)} layers. Removing 1 to {most} layers gives ratios from "
             f"{smallest:.4f} to {largest:.4f}, the largest reachable ratio."
         )
 
     def check_ratio(self, layers: list[LayerStructure], total_parameters: int) -> None:
         # Which go first is not known yet: if layers differ in size, the smallest.
-        self.layer_count(sorted(layers, key=lambda view: view.cost), total_parameters)
+        ordered = sorted(layers, key=lambda view: view.cost)
+        self.find_ratio([view.index for view in ordered], layers, total_parameters)
+        self.layer_count(ordered, total_parameters)
+
+    def find_ratio(self, order: Sequence[int], layers: list[LayerStructure], total_parameters: int) -> None:
+        """Of a target; ``order``: which layers go first."""
+
+        def keep() -> list[LayerPlan]:
+            return without(layers, order[: self.layer_count([layers[one] for one in order], total_parameters)])
+
+        self.meet_target(keep, layers, total_parameters)
 
     def passes(self) -> list[Pass]:
         return [BlockInfluencePass()]
@@ -122,13 +134,19 @@ class ShortGPT(PruningMethod):
         else:
             influence = torch.from_numpy(self.saved.scores.importance)
         order = influence.argsort(stable=True).tolist()  # of equal ones the lower layer
+        self.find_ratio(order, self.layers, self.dense_parameters)
         removed = order[: self.layer_count([self.layers[layer] for layer in order], self.dense_parameters)]
         scores = layer_scores(influence, [view.cost for view in self.layers])
         self.scores = replace(scores, pruned=np.isin(scores.layer, removed))
-        kept = unpruned(self.layers)
-        none = {layer: LayerPlan(layer, {block: [] for block in kept[layer].kept}) for layer in removed}
-        self.plan = self.make_plan([none.get(plan.layer, plan) for plan in kept])
+        self.plan = self.make_plan(without(self.layers, removed))
 
     def details(self) -> dict[str, Any]:
         asked = {"n_remove_layers": self.n_remove_layers, "at_most": self.at_most}
         return {"removed_layers": self.plan.removed_layers, **asked, **super().details()}
+
+
+def without(layers: list[LayerStructure], removed: Sequence[int]) -> list[LayerPlan]:
+    """A plan that removes whole layers."""
+    kept = unpruned(layers)
+    none = {layer: LayerPlan(layer, {block: [] for block in kept[layer].kept}) for layer in removed}
+    return [none.get(plan.layer, plan) for plan in kept]

@@ -7,7 +7,6 @@ then dropped, which is exact. Every Hessian is taken on what the already pruned 
 
 import math
 from dataclasses import replace
-from fractions import Fraction
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +16,7 @@ from lightning_prune.calibration.hooks import Hooks
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import BlockPass, Holding, Load, Pass, Step
 from lightning_prune.calibration.statistics.gram import InputGram
+from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.methods.base import PruningMethod, unpruned
 from lightning_prune.methods.scores import group_scores
 from lightning_prune.methods.selection import groups_that_stay
@@ -181,7 +181,7 @@ class SlimGPT(PruningMethod):
         Raises:
             UserError: the ratio cannot be reached while every layer keeps a group and a channel.
         """
-        budget = math.floor(Fraction(str(self.pruning_ratio)) * total_parameters)
+        budget = math.floor(self.ratio * total_parameters)
         head_cost, channel_cost = (max(view.unit_cost(block) for view in layers) for block in OUTPUT_ROLE)
         heads, channels = ([view.units(block) for view in layers] for block in OUTPUT_ROLE)
         if layers[0].whole_attention:
@@ -194,13 +194,22 @@ class SlimGPT(PruningMethod):
             counts = unit_counts(ratios, heads, channels, head_cost, channel_cost, budget)
         except ValueError as error:
             raise UserError(
-                f"--model.pruning_ratio: {self.pruning_ratio:g} cannot be reached ({error}) The largest reachable "
+                f"--model.pruning_ratio: {float(self.ratio):g} cannot be reached ({error}) The largest reachable "
                 f"ratio is at most {math.floor(largest * 1e4) / 1e4:.4f} of all parameters. Lower "
                 f"--model.pruning_ratio or leave out --model.first_ratio.{groups_that_stay(layers)}"
             ) from None
         return ratios, counts
 
     def check_ratio(self, layers: list[LayerStructure], total_parameters: int) -> None:
+        def keep() -> list[LayerPlan]:  # which units are removed changes no size
+            kept = unpruned(layers)
+            for plan, counts in zip(kept, self.layer_counts(layers, total_parameters)[1], strict=True):
+                for block, count in zip(OUTPUT_ROLE, counts, strict=True):
+                    if count:
+                        plan.kept[block] = plan.kept[block][count:]
+            return kept
+
+        self.meet_target(keep, layers, total_parameters)
         self.layer_counts(layers, total_parameters)
 
     def passes(self) -> list[Pass]:

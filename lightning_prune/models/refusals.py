@@ -9,7 +9,9 @@ PARALLEL = "attention and MLP of a layer read the same input side by side, so a 
 SHARED = "its layers share keys, values or embeddings with each other, so they cannot leave one by one"
 LATENT = "its attention is compressed into a latent space and has no rows per head to remove"
 ENCODER_DECODER = "it is an encoder-decoder; only decoders are pruned"
-SEVERAL_MODELS = "it is made of several models (text with images or sound); give the text model alone"
+SEVERAL_MODELS = (
+    "it is made of several models (text with images or sound); docs/families.md shows how to save its text model alone"
+)
 
 FAMILIES_BY_REASON = {
     EXPERTS: """

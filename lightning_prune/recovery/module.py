@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from functools import cached_property
 from typing import Any, Literal
 
@@ -77,8 +76,6 @@ class Recovery(L.LightningModule):
         self.progress = Progress(shown=False)
         self.seconds = Seconds()
         self.tokens_seen = 0
-        self._seconds_before = 0.0  # of training, in the process that was interrupted
-        self._started = time.perf_counter()
         self._shown = 0.0  # of the bar
         self._net: Any = None
         self._zeros: dict[str, Tensor] | None = None
@@ -163,7 +160,6 @@ class Recovery(L.LightningModule):
             teacher.to(self.device)
         self._shown = 0.0
         self.progress.expect("training", SCALE)
-        self._started = time.perf_counter()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """The loss of one batch of tokens int64 ``[B, L]``."""
@@ -198,17 +194,10 @@ class Recovery(L.LightningModule):
         """Keep what is trained; the rest is in the pruned model's folder."""
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
-        checkpoint["tokens_seen"], checkpoint["seconds"] = self.tokens_seen, self.seconds_trained
+        checkpoint["tokens_seen"] = self.tokens_seen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.tokens_seen, self._seconds_before = checkpoint["tokens_seen"], checkpoint["seconds"]
-
-    # Results
-
-    @property
-    def seconds_trained(self) -> float:
-        """Wall-clock seconds of training so far, held-out loss included, over all processes of this run."""
-        return self._seconds_before + time.perf_counter() - self._started
+        self.tokens_seen = checkpoint["tokens_seen"]
 
     def merged(self) -> tuple[dict[str, Tensor], int | None]:
         """The trained model's parameters by name, adapters merged, and how many weights stayed zero (None: no mask).

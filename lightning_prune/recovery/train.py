@@ -91,17 +91,10 @@ def recovery_trainer(
 
 
 def train(trainer: L.Trainer, module: Recovery, data: RecoveryDataModule, folder: Path) -> dict[str, Any]:
-    """Train until steps, epochs, time or a held-out loss that does not fall end it; ``module`` then has the state with
-    the lowest held-out loss.
+    """Train until steps, epochs, time or a held-out loss that does not fall end it; ``module``, which is open, then has
+    the state with the lowest held-out loss. What ``recovery.json`` says of the training comes back.
 
-    Args:
-        trainer: a fresh one.
-        module: opened.
-        data: set up.
-        folder: where the best and the last state are kept; training goes on from the last one if there is one.
-
-    Returns:
-        What ``recovery.json`` says of the training.
+    The best and the last state are kept in ``folder``; training goes on from the last one if there is one.
 
     Raises:
         UserError: the last state cannot be read.
@@ -112,7 +105,10 @@ def train(trainer: L.Trainer, module: Recovery, data: RecoveryDataModule, folder
     )
     patience = EarlyStopping(HELD_OUT, patience=module.patience, check_on_train_epoch_end=False)
     rate = [LearningRateMonitor("step")] if trainer.loggers else []
-    trainer.callbacks += [*rate, patience, kept]  # type: ignore[attr-defined]
+    # The clock of --trainer.max_time, or one without an end. Its time is part of the states.
+    timer = next((one for one in trainer.callbacks if isinstance(one, Timer)), None)  # type: ignore[attr-defined]
+    clock = timer or Timer(verbose=False)
+    trainer.callbacks += [*([] if timer else [clock]), *rate, patience, kept]  # type: ignore[attr-defined]
     trainer.validate(module, data, verbose=False)
     before = float(trainer.callback_metrics[HELD_OUT])
     last = folder / "last.ckpt"
@@ -127,7 +123,7 @@ def train(trainer: L.Trainer, module: Recovery, data: RecoveryDataModule, folder
         ) from None
     trainer.fit(module, data, ckpt_path=resumed, weights_only=True)
     module.progress.finish("training")
-    seconds = module.seconds["train"] = module.seconds_trained
+    module.seconds["train"] = clock.time_elapsed()
     trainer.validate(module, data, verbose=False)  # steps may end a run between two measurements
     after = float(trainer.callback_metrics[HELD_OUT])
     if kept.best_model_score is not None and float(kept.best_model_score) < after:
@@ -141,16 +137,16 @@ def train(trainer: L.Trainer, module: Recovery, data: RecoveryDataModule, folder
         "trainable_parameters": sum(one.numel() for one in module.parameters() if one.requires_grad),
         "steps": trainer.global_step,
         "tokens_seen": module.tokens_seen,
-        "seconds": round(seconds, 3),
-        "stopped_by": _stopped_by(trainer, patience),
+        "seconds": round(module.seconds["train"], 3),
+        "stopped_by": _stopped_by(trainer, patience, clock),
         "held_out_loss": {"before": before, "after": after},
         "text": data.manifest,
     }
 
 
-def _stopped_by(trainer: L.Trainer, patience: EarlyStopping) -> str:
-    timers = [one for one in trainer.callbacks if isinstance(one, Timer)]  # type: ignore[attr-defined]
-    if any((one.time_remaining() or 0) <= 0 for one in timers):
+def _stopped_by(trainer: L.Trainer, patience: EarlyStopping, clock: Timer) -> str:
+    left = clock.time_remaining()
+    if left is not None and left <= 0:
         return "time"
     if patience.wait_count >= patience.patience:
         return "held-out loss"

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from lightning_prune.support.errors import UserError
-from lightning_prune.support.regular_files import require_regular
+from lightning_prune.support.files import read_file
 
 SIZE_LIMIT = 1_000_000  # bytes
 VALUE_LIMIT = 100_000  # values, counted as often as references name them
@@ -121,11 +121,8 @@ def read_config(path: Path, option: str) -> dict[str, Any]:
     Raises:
         UserError: not a regular file, too large, not UTF-8, not YAML, or not a mapping of options.
     """
-    size = require_regular(path, option)
-    if size > SIZE_LIMIT:
-        raise UserError(f"{option}: '{path}' has {size} bytes; a configuration has at most {SIZE_LIMIT}.")
+    content = read_file(path, SIZE_LIMIT, option)
     try:
-        content = path.read_bytes()
         text = content.decode("utf-8")
         encoding = "utf-8" if sys.flags.utf8_mode else locale.getpreferredencoding(False)
         if not text.isascii() and encoding.lower() != "utf-8":
@@ -135,8 +132,6 @@ def read_config(path: Path, option: str) -> dict[str, Any]:
             )
         found = yaml.load(text, _Loader)
         _check_references(found)
-    except OSError as error:
-        raise UserError(f"{option}: cannot read '{path}' ({error.strerror}). Give a file that can be read.") from None
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise UserError(f"{option}: '{path}', line {line}: not UTF-8. Save the file as UTF-8.") from None

@@ -4,7 +4,7 @@ import gc
 import json
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -23,15 +23,15 @@ from lightning_prune.runs.run import prune_and_record
 from lightning_prune.runs.settings import Settings
 from lightning_prune.support.devices import reset_peak
 from lightning_prune.support.errors import UserError
-from lightning_prune.support.files import Lock, cannot_write, nearest_existing, remove_empty_parents
+from lightning_prune.support.files import Lock, cannot_write, made
 from lightning_prune.support.progress import Progress
 
 LOCK = ".compare.tmp"  # as a temporary file it is swept when its process is gone
 
 
-@dataclass(frozen=True)
+@dataclass
 class Planned:
-    """One run to make; the three hashes are of ``configuration_sha256``."""
+    """One run of the experiment; the three hashes are of ``configuration_sha256``."""
 
     label: str
     ratio: float
@@ -41,6 +41,7 @@ class Planned:
     sha256: str  # names its result
     measurement: str  # names what it measures, which is the same at every ratio of a system
     dense: str  # names the evaluation of the dense model, the same for most systems
+    folder: Path | None = None  # once it is finished
 
     @property
     def name(self) -> str:
@@ -104,31 +105,29 @@ def run_experiment(settings: Settings) -> tuple[list[Path], list[Failure]]:
         planned = plan_runs(settings)
         for label in settings.systems:
             sweep_runs(settings.root / label)
-        folders = [_finished(run, settings.root) for run in planned]
-        missing = [index for index, folder in enumerate(folders) if folder is None]
+        for run in planned:
+            run.folder = _finished(run, settings.root)
+        missing = [run for run in planned if run.folder is None]
         finished = len(planned) - len(missing)
         print(f"{len(planned)} runs below {settings.root}: {finished} finished, {len(missing)} to make")
         with closing(Progress(settings.show_progress)) as progress:
-            for index in missing:
-                progress.expect(planned[index].name, 1)
-            for index in missing:
-                run = planned[index]
-                known = [(other, found) for other, found in zip(planned, folders, strict=True) if found is not None]
+            for run in missing:
+                progress.expect(run.name, 1)
+            for run in missing:
                 try:
-                    folders[index] = _make(run, known, progress)
+                    run.folder = _make(run, planned, progress)
                 except Exception as error:
                     if not isinstance(error, UserError):
                         traceback.print_exc()
+                    seed = "" if run.seed is None else f"seed {run.seed}: "
                     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-                    message = f"{kind}{error}" if run.seed is None else f"seed {run.seed}: {kind}{error}"
-                    failures.append(Failure(run.label, run.ratio, message))
+                    failures.append(Failure(run.label, run.ratio, f"{seed}{kind}{error}"))
                 except BaseException as error:  # an interrupt says what is kept
-                    finished = len(folders) - folders.count(None)
-                    kept = f"{finished} finished runs below '{settings.root}' stay"
-                    error.add_note(f"{kept}; the same command makes the missing ones")
+                    kept = f"{sum(one.folder is not None for one in planned)} finished runs below '{settings.root}'"
+                    error.add_note(f"{kept} stay; the same command makes the missing ones")
                     raise
                 progress.finish(run.name)
-    return [folder for folder in folders if folder is not None], failures
+    return [run.folder for run in planned if run.folder is not None], failures
 
 
 def _finished(run: Planned, root: Path) -> Path | None:
@@ -140,8 +139,9 @@ def _finished(run: Planned, root: Path) -> Path | None:
     return None
 
 
-def _make(run: Planned, known: Sequence[tuple[Planned, Path]], progress: Progress) -> Path:
-    """Make one run; ``known`` are the finished ones, whose measurements it takes over."""
+def _make(run: Planned, planned: Sequence[Planned], progress: Progress) -> Path:
+    """Make one run, which takes over the measurements of finished ones."""
+    known = [(one, one.folder) for one in planned if one.folder is not None]
     built = build(run.label, run.configuration)
     method: PruningMethod = built.model
     # Every run's peak memory is its own; the process's would only ever grow.
@@ -168,18 +168,15 @@ def _make(run: Planned, known: Sequence[tuple[Planned, Path]], progress: Progres
 @contextmanager
 def _only_one(root: Path) -> Iterator[None]:
     """Hold a lock in ``root``; the system lets go of it when the process ends, however it ends."""
-    try:
-        there_before = nearest_existing(root)
-        root.mkdir(parents=True, exist_ok=True)
-        lock = Lock.take(root / LOCK, create=True, own=True)
-    except (OSError, ValueError) as error:
-        raise cannot_write(root, "--root", error) from None
-    if lock is None:
-        raise UserError(
-            f"--root: another 'lightning-prune compare' is running below '{root}'. Wait, or choose another root."
-        )
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(made(root))
+            lock = Lock.take(root / LOCK, create=True, own=True)
+        except (OSError, ValueError) as error:
+            raise cannot_write(root, "--root", error) from None
+        if lock is None:
+            raise UserError(
+                f"--root: another 'lightning-prune compare' is running below '{root}'. Wait, or choose another root."
+            )
+        stack.callback(lock.remove)
         yield
-    finally:
-        lock.remove()
-        remove_empty_parents(root / LOCK, there_before)

@@ -10,8 +10,9 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from filecmp import cmp
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,21 @@ from pydantic import BaseModel
 
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.checkpoint.scores import Scores
-from lightning_prune.runs.records import Calibration, Environment, MethodDetails, NoCalibration, Recovered, RunMetrics
+from lightning_prune.runs.records import (
+    Calibration,
+    Environment,
+    MethodDetails,
+    NoCalibration,
+    Recovered,
+    RunMetrics,
+    as_dict,
+)
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import (
     Lock,
     cannot_write,
     finite,
-    nearest_existing,
-    remove_empty_parents,
+    made,
     sweep,
     writable,
     write_json,
@@ -43,6 +51,7 @@ REQUIRED = (METRICS, "config.yaml", "scores.csv", "plan.json", "method.json", "c
 UNFINISHED = "unfinished"
 STARTED = "started.json"  # what the findings of an unfinished run are made from
 REPORTS = "comparison"  # the name under which ``compare`` leaves reports below a root
+NO_DATA: dict[str, Any] = {"dataset": None, "note": "this method reads no data"}  # its calibration.json
 LABEL = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 # What a killed run cannot be continued from or learned from.
 WORTHLESS = re.compile(
@@ -77,6 +86,11 @@ class FinishedRun:
     plan: PruningPlan
     option: str
     recovery: Recovered | None = None  # where it trained what another run had pruned
+
+    @property
+    def calibration_facts(self) -> dict[str, Any] | None:
+        """``calibration.json``; None for a method that reads no data."""
+        return None if self.calibration is None else as_dict(self.calibration)
 
     @cached_property
     def scores(self) -> Scores:
@@ -116,27 +130,23 @@ class RunFolder:
             UserError: a label that is no name, nothing can be written there, or the run to take up lives.
         """
         check_label(label)
-        parent = Path(root) / label
-        there_before, folder = Path(), None
-        try:
-            there_before = nearest_existing(parent)
-            if again is None:
-                folder = cls._next(parent)
-            elif (lock := Lock.take(again / UNFINISHED)) is not None:
-                folder = cls(again, lock)
-            else:
+        parent = root / label
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(made(parent))
+                folder = cls._next(parent) if again is None else cls(again, Lock.take(again / UNFINISHED))
+            except (OSError, ValueError) as error:
+                raise cannot_write(root, option, error) from error
+            if folder._lock is None:
                 raise UserError(
                     f"--resume: the run in '{again}' is still under way. Wait for it, or leave --resume out."
                 )
-            with writable(Path(root), option):
-                yield folder
-        except BaseException as error:
-            if folder is not None:
-                folder._close_after(error, there_before)
-            elif isinstance(error, (OSError, ValueError)):
-                remove_empty_parents(parent / "x", there_before)
-                raise cannot_write(Path(root), option, error) from error
-            raise
+            try:
+                with writable(root, option):
+                    yield folder
+            except BaseException as error:
+                folder._close_after(error)
+                raise
         folder._finish()
         sweep_runs(parent)
 
@@ -172,7 +182,7 @@ class RunFolder:
         if self._lock is not None:
             self._lock.remove()
 
-    def _close_after(self, error: BaseException, there_before: Path) -> None:
+    def _close_after(self, error: BaseException) -> None:
         """Keep what may be of use, and say so in a note on ``error``; else remove the folder."""
         if not self.path.is_dir():
             return
@@ -188,7 +198,6 @@ class RunFolder:
             error.add_note(f"'{self.path}' stays and {state}; it holds {kept}")
         else:
             shutil.rmtree(self.path, ignore_errors=True)
-            remove_empty_parents(self.path, there_before)
         if self.is_finished:
             self._finish()
         elif useful and (self.path / STARTED).is_file():
@@ -324,13 +333,12 @@ def sweep_runs(parent: Path) -> None:
                 try:
                     if folder.is_finished:
                         folder._finish()
-                    elif not folder.leftovers() or _is_superseded(path):
+                    elif not folder.leftovers() or _made_again(path / "config.yaml"):
                         shutil.rmtree(path, ignore_errors=True)
                 finally:
                     lock.release()
 
 
-def _is_superseded(path: Path) -> bool:
-    config = path / "config.yaml"
-    others = [other / config.name for other in runs_below(path.parent) if RunFolder(other).is_finished]
-    return config.is_file() and any(other.is_file() and other.read_bytes() == config.read_bytes() for other in others)
+def _made_again(config: Path) -> bool:
+    finished = [path / config.name for path in runs_below(config.parents[1]) if RunFolder(path).is_finished]
+    return config.is_file() and any(one.is_file() and cmp(one, config, shallow=False) for one in finished)

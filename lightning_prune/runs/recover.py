@@ -5,7 +5,6 @@ import time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -20,11 +19,11 @@ from lightning_prune.recovery import Recovery, RecoveryDataModule
 from lightning_prune.recovery.train import train
 from lightning_prune.recovery.weights import write_recovered
 from lightning_prune.runs.environment import environment
-from lightning_prune.runs.folder import STARTED, FinishedRun, RunFolder
+from lightning_prune.runs.folder import NO_DATA, STARTED, FinishedRun, RunFolder
 from lightning_prune.runs.records import as_dict
 from lightning_prune.runs.resume import Facts, unfinished_run
 from lightning_prune.runs.reuse import known_perplexities
-from lightning_prune.runs.run import RunRecord, claimed, run_metrics
+from lightning_prune.runs.run import claimed, run_metrics
 from lightning_prune.runs.tensorboard import log_result
 from lightning_prune.runs.trainer import calibration_trainer
 from lightning_prune.runs.verdict import card_section, evaluation_section
@@ -62,8 +61,9 @@ def recover_and_record(
     run: FinishedRun,
     config: str,
     resume: bool = False,
-) -> tuple[Path, RunRecord]:
-    """Train what ``run`` pruned and leave a complete run folder of the same kind; its path, and its record.
+) -> tuple[Path, dict[str, Any]]:
+    """Train what ``run`` pruned and leave a complete run folder of the same kind; its path, and its ``metrics.json``
+    with the ``recovery.json`` under ``recovery``.
 
     The folder is claimed below the ``default_root_dir`` of ``trainer``, a fresh one. ``config`` is the resolved
     configuration as YAML. ``resume`` goes on with the unfinished run of the same one, at its last saved state.
@@ -112,33 +112,28 @@ def recover_and_record(
         log_result(trainer, options, metrics, more={"held-out loss": record["held_out_loss"]["after"]})
         folder.append_to_card(card_section(record, metrics) + evaluation_section(metrics))
         folder.write_recovery(record)
-        calibration = (
-            as_dict(run.calibration) if run.calibration else {"dataset": None, "note": "this method reads no data"}
-        )
         # The precision that perplexity was measured in, which is the pruning run's; recovery.json has the training's.
         surroundings = environment(run.environment.precision, trainer.strategy.root_device)
-        folder.write_results(calibration, surroundings, metrics)
-    return folder.path, RunRecord(config, calibration, surroundings, metrics | {"recovery": record})
+        folder.write_results(run.calibration_facts or NO_DATA, surroundings, metrics)
+    return folder.path, metrics | {"recovery": record}
 
 
 def _follow(run: FinishedRun, data: RecoveryDataModule) -> None:
     """Let ``data`` take what its options leave open from the run that pruned."""
 
-    def spec(text: Any) -> str:
-        return str(text.dataset if text.split == "all" else f"{text.dataset}:{text.split}")
+    def spec(text: dict[str, Any]) -> str:
+        return str(text["dataset"] if text["split"] == "all" else f"{text['dataset']}:{text['split']}")
 
-    def calibrated(text: Any) -> str | list[str]:
-        parts = text.parts or ()
-        return [f"{spec(SimpleNamespace(**part))}:{part['share']}" for part in parts] or spec(text)
-
-    default = "demo" if Path(run.plan.base_model).name == "demo" else "wikitext2"
+    text: str | list[str] = "demo" if Path(run.plan.base_model).name == "demo" else "wikitext2"
+    if facts := run.calibration_facts:
+        text = [f"{spec(part)}:{part['share']}" for part in facts.get("parts") or ()] or spec(facts)
     options = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8")).get("data") or {}
     sets = run.metrics.evaluation.values()
     lengths = {item.seq_len for item in sets}  # token arrays, taken whole, may have several
     data.follow(
-        calibrated(run.calibration) if run.calibration else default,
+        text,
         options.get("column"),
-        [spec(item) for item in sets],
+        [spec(as_dict(item)) for item in sets],
         lengths.pop() if len(lengths) == 1 else None,
         options.get("bos") or "never",  # a run before the option began no window with the token
     )
@@ -182,6 +177,5 @@ def _save(folder: RunFolder, module: Recovery, run: FinishedRun) -> tuple[dict[s
     plan = replace(run.plan, weights_updated=True)
     origin = {"label": module.label, "measured_by": run.details.measured_by or str(run.path)}
     folder.write_decision(run.scores, plan, as_dict(run.details) | origin)
-    calibration = as_dict(run.calibration) if run.calibration else None
-    card = model_card(plan, layout_of(module.checkpoint.config), calibration)
+    card = model_card(plan, layout_of(module.checkpoint.config), run.calibration_facts)
     return write_recovered(state, module.checkpoint, folder.pruned, card), zeroed

@@ -25,9 +25,8 @@ def configuration_sha256(
 ) -> str:
     """SHA-256 of the canonical configuration, 64 hexadecimal digits.
 
-    ``method`` is a class name, ``options`` are all of it, defaults included; the model's path and the label do not
-    count. The others are fingerprints: of the weights, of the calibration set (None where no data is read), and by
-    evaluation set.
+    ``method`` is a class name, ``options`` are all of it; the model's path and the label do not count. The others are
+    fingerprints: of the weights, of the calibration set (None where no data is read), and by evaluation set.
     """
     facts = {
         "version": __version__,

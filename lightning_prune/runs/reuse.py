@@ -38,7 +38,7 @@ def reuse(method: PruningMethod, run: FinishedRun) -> None:
     saved = SavedMeasurement(
         scores=run.scores,
         details=as_dict(run.details),
-        calibration=as_dict(run.calibration) if method.needs_calibration and run.calibration is not None else None,
+        calibration=run.calibration_facts if method.needs_calibration else None,
         run=run.details.measured_by or str(run.path),  # a decision of a decision names the run that calibrated
         seconds=run.metrics.method.measured_seconds or spent,
     )

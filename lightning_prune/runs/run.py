@@ -5,11 +5,12 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -26,26 +27,15 @@ from lightning_prune.evaluation.perplexity import (
 )
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.checkpoint import Checkpoint
-from lightning_prune.runs.advice import advice_on_failure
 from lightning_prune.runs.environment import environment, peak_memory_bytes
-from lightning_prune.runs.folder import STARTED, RunFolder, check_label
-from lightning_prune.runs.memory_estimate import place
+from lightning_prune.runs.folder import NO_DATA, STARTED, RunFolder, check_label
+from lightning_prune.runs.memory_estimate import advice, place
 from lightning_prune.runs.resume import configuration_sha256, facts_of, read_object, unfinished_run
 from lightning_prune.runs.tensorboard import close_loggers, log_result, open_loggers
 from lightning_prune.runs.verdict import evaluation_section
-from lightning_prune.support.errors import UserError
+from lightning_prune.support.errors import UserError, first_line
 from lightning_prune.support.files import FULL, write_json, write_text
 from lightning_prune.support.names import FINDINGS
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """Everything beside the scores, the plan and the checkpoint. ``calibration`` is empty for an evaluation."""
-
-    config: str
-    calibration: dict[str, Any]
-    environment: dict[str, Any]
-    metrics: dict[str, Any]
 
 
 def prune_and_record(
@@ -55,8 +45,8 @@ def prune_and_record(
     config: str,
     dense: dict[str, PerplexityResult] | None = None,
     resume: bool = False,
-) -> tuple[Path, RunRecord]:
-    """Run one method and leave a complete run folder; its path, and its record.
+) -> tuple[Path, dict[str, Any]]:
+    """Run one method and leave a complete run folder; its path, and its ``metrics.json``.
 
     The folder is claimed below the ``default_root_dir`` of ``trainer``, a fresh one. ``config`` is the resolved
     configuration as YAML, ``dense`` the perplexities of the dense model where they are known already. ``resume`` goes
@@ -83,7 +73,7 @@ def prune_and_record(
     events = None if ratio is None else f"{100 * ratio:.4g}%"  # TensorBoard shows a run under the path to its events
     with (
         claimed(trainer, method.label, config, again, events) as folder,
-        advice_on_failure(method, data),
+        _advice_on_failure(method, data),
         closing(method.progress),
     ):
         method.run_folder = folder
@@ -98,15 +88,15 @@ def prune_and_record(
             trainer, data, Checkpoint.open(str(method.pruned_folder)), "pruned", method.slot, method.progress
         )
         method.seconds["total"] = time.perf_counter() - started
-
-        record = _record(trainer, method, data, config, dense, pruned)
+        metrics = _metrics(trainer, method, data, config, dense, pruned)
         if folder is not None:
             options = {"method": method.label, "pruning_ratio": method.pruning_ratio}
-            log_result(trainer, options, record.metrics, method.scores)
-            folder.append_to_card(evaluation_section(record.metrics))
-            folder.write_results(record.calibration, record.environment, record.metrics)
+            log_result(trainer, options, metrics, method.scores)
+            folder.append_to_card(evaluation_section(metrics))
+            surroundings = environment(str(trainer.precision), trainer.strategy.root_device)
+            folder.write_results(method.calibration_facts() or NO_DATA, surroundings, metrics)
         path = trainer.strategy.broadcast("" if folder is None else str(folder.path))
-    return Path(path), record
+    return Path(path), metrics
 
 
 def _dense(
@@ -132,8 +122,9 @@ def _dense(
 
 def evaluate_and_record(
     trainer: L.Trainer, model: Evaluation, data: CalibrationDataModule, config: str
-) -> tuple[Path, RunRecord]:
-    """Measure the perplexity of one model with the protocol of the pruning runs and write it.
+) -> tuple[Path, dict[str, Any]]:
+    """Measure the perplexity of one model with the protocol of the pruning runs and write it; the run folder, and its
+    ``metrics.json``.
 
     Raises:
         UserError: a mistake in the input, or no evaluation set; nothing has been written then.
@@ -158,12 +149,11 @@ def evaluate_and_record(
             "peak_memory_bytes": peak_memory_bytes(),
             "model": model.pretrained,
         }
-        record = RunRecord(config, {}, environment(str(trainer.precision), trainer.strategy.root_device), metrics)
         if folder is not None:
             log_result(trainer, {"model": model.pretrained}, metrics)
-            folder.write_results(record.calibration, record.environment, record.metrics)
+            folder.write_results({}, environment(str(trainer.precision), trainer.strategy.root_device), metrics)
         path = trainer.strategy.broadcast("" if folder is None else str(folder.path))
-    return Path(path), record
+    return Path(path), metrics
 
 
 @contextmanager
@@ -197,6 +187,45 @@ def claimed(
 
 
 @contextmanager
+def _advice_on_failure(method: PruningMethod, data: CalibrationDataModule) -> Iterator[None]:
+    """Complete the messages of numerical trouble and of memory that does not suffice, with what would help.
+
+    Raises:
+        FloatingPointError: the one that was raised. Bad weights are named, else a precision that is not yet in use.
+        UserError: in place of an error that says that memory ran out.
+    """
+    try:
+        yield
+    except FloatingPointError as error:
+        precision = str(method.trainer.precision)
+        others = {"16": "bf16-true or 32-true", "bf": "32-true"}.get(precision[:2])
+        if bad := _bad_weight(method.checkpoint):
+            remedy = f"The weights of '{method.pretrained}' themselves hold NaN or infinite values, first in {bad}: "
+            remedy += "give others."
+        elif others is not None:
+            remedy = f"Use --trainer.precision {others}."
+        else:
+            remedy = f"Precision {precision} is in use already, so the values lie outside its range: look at the model "
+            remedy += "and the text."
+        raise FloatingPointError(f"{error} {remedy}") from error
+    except (MemoryError, RuntimeError) as error:
+        # On the host torch raises a plain RuntimeError.
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        remedy = advice(method, data, method.slot.onload)
+        raise UserError(f"Out of memory: {first_line(error)[:200]} {remedy}") from error
+
+
+def _bad_weight(checkpoint: Checkpoint) -> str | None:
+    """The first parameter of the checkpoint that is not finite."""
+    with closing(checkpoint.source()) as source:
+        for name in source.places:
+            if not bool(torch.isfinite(source.read([name], None, torch.device("cpu"))[name]).all()):
+                return name
+    return None
+
+
+@contextmanager
 def _writer_threads_fail_quietly() -> Iterator[None]:
     """TensorBoard's thread dies with a traceback when the disk is full; the main thread notices and says it better."""
     before = threading.excepthook
@@ -212,16 +241,15 @@ def _writer_threads_fail_quietly() -> Iterator[None]:
         threading.excepthook = before
 
 
-def _record(
+def _metrics(
     trainer: L.Trainer,
     method: PruningMethod,
     data: CalibrationDataModule,
     config: str,
     dense: dict[str, PerplexityResult],
     pruned: dict[str, PerplexityResult],
-) -> RunRecord:
-    calibration = method.calibration_facts() or {"dataset": None, "note": "this method reads no data"}
-    weights, precision = method.checkpoint.fingerprint, str(trainer.precision)
+) -> dict[str, Any]:
+    weights = method.checkpoint.fingerprint
     metrics = run_metrics(method.plan, dense, pruned, data.evaluation, method.seconds)
     metrics["method"] = {
         "name": method.method,
@@ -235,12 +263,12 @@ def _record(
     metrics["configuration_sha256"] = configuration_sha256(
         type(method).__name__,
         yaml.safe_load(config)["model"]["init_args"],
-        precision,
+        str(trainer.precision),
         weights,
-        calibration.get("fingerprint"),
+        (method.calibration_facts() or NO_DATA).get("fingerprint"),
         {item.name: item.manifest["fingerprint"] for item in data.evaluation},
     )
-    return RunRecord(config, calibration, environment(precision, trainer.strategy.root_device), metrics)
+    return metrics
 
 
 def run_metrics(

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -20,18 +19,6 @@ Kind = TypeVar("Kind", bound=BaseModel)
 Ratio = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 
 
-class _Experiment(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    systems: Annotated[dict[str, str | Options], Field(min_length=1)]
-    ratios: Annotated[list[Ratio], Field(min_length=1)] = [0.2, 0.3, 0.5]
-    seeds: list[Annotated[int, Field(ge=0)]] = []
-    pretrained: str = "demo"
-    root: str = "logs"
-    data: Options = {}
-    trainer: Options = {}
-
-
 class _Model(BaseModel):
     class_path: str
     init_args: Options = {}
@@ -45,19 +32,29 @@ class _System(BaseModel):
     trainer: Options = {}
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What an experiment runs."""
+class Settings(BaseModel):
+    """What an experiment runs: ``compare.yaml``, overruled and completed by ``read_settings``."""
 
-    ratios: list[float]
-    systems: dict[str, Options]  # label → what ``lightning-prune fit`` takes, complete but for the pruning ratio
-    root: Path
-    seeds: list[int]  # draw the calibration samples, one run each; without any, those of the configurations do
-    show_progress: bool
+    model_config = ConfigDict(extra="forbid")
+
+    systems: Annotated[dict[str, str | Options], Field(min_length=1)]  # label → what fit takes, but the pruning ratio
+    ratios: Annotated[list[Ratio], Field(min_length=1)] = [0.2, 0.3, 0.5]
+    # Draw the calibration samples, one run each; without any, those of the configurations do.
+    seeds: list[Annotated[int, Field(ge=0)]] = []
+    pretrained: str = "demo"
+    root: Path = Path("logs")
+    data: Options = {}
+    trainer: Options = {}
+
+    @property
+    def show_progress(self) -> bool:
+        """Whether the experiment shows its own, in place of every run's."""
+        return self.trainer.get("enable_progress_bar", True) is not False
 
     def configuration(self, label: str, ratio: float, seed: int | None = None) -> Options:
         """The configuration of one run; ``seed`` overrules that of its ``data`` section."""
         found = deepcopy(self.systems[label])
+        assert isinstance(found, dict)  # as read_settings completes them
         found["model"]["init_args"]["pruning_ratio"] = ratio
         if seed is not None:
             found["data"]["seed"] = seed
@@ -88,7 +85,7 @@ def read_settings(
     given = {"root": root and str(root), "pretrained": pretrained, "ratios": ratios, "seeds": seeds}
     overrules = {name: value for name, value in given.items() if value is not None}
     subject = f"--config: '{path}'{''.join(f' --{name}' for name in overrules)}"
-    file = _validated(read_config(path, "--config") | overrules, _Experiment, subject)
+    file = _validated(read_config(path, "--config") | overrules, Settings, subject)
     for label in file.systems:
         check_label(label, f"--config: systems in '{path}'")
         if label == REPORTS:
@@ -102,14 +99,14 @@ def read_settings(
     shared = {"data": file.data, "trainer": file.trainer}
     for name, text in (options or {}).items():
         shared = _merged(shared, _nested(name, text))
-    show_progress = shared["trainer"].get("enable_progress_bar", True) is not False
     complete: dict[str, Options] = {}
     for label in labels:
         complete[label] = _merged(shared, _system(label, file.systems[label], path.parent))
         complete[label]["model"]["init_args"] |= {"pretrained": file.pretrained, "label": label}
         # Of the whole experiment instead of every run's.
-        complete[label]["trainer"] |= {"enable_progress_bar": False, "default_root_dir": file.root}
-    return Settings(sorted(set(file.ratios)), complete, Path(file.root), sorted(set(file.seeds)), show_progress)
+        complete[label]["trainer"] |= {"enable_progress_bar": False, "default_root_dir": str(file.root)}
+    distinct = {"ratios": sorted(set(file.ratios)), "seeds": sorted(set(file.seeds))}
+    return file.model_copy(update={"systems": complete, **shared, **distinct})
 
 
 def _system(label: str, given: str | Options, folder: Path) -> Options:

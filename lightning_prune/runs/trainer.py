@@ -6,6 +6,7 @@ model without trainable parameters.
 """
 
 import os
+import re
 from typing import Any, Literal
 
 import lightning as L
@@ -137,16 +138,11 @@ def cpu_processes(accelerator: str, devices: Any) -> Any:
     """``--trainer.devices`` for Lightning, which takes only a number on the CPU: a list counts its entries."""
     if accelerator != "cpu" and not (accelerator == "auto" and find_accelerator() is None):
         return devices
-    if devices == "auto":
-        return 1
-    several = isinstance(devices, str) and any(sign in devices for sign in "[,")
-    entries = devices.strip(" []").split(",") if several else devices
-    try:
-        count = len({int(entry) for entry in entries}) if isinstance(entries, list) else int(entries)
-    except (TypeError, ValueError):
-        count = 0
+    text = "1" if devices == "auto" else str(devices)
+    listed = re.findall(r"\d+", text) if re.fullmatch(r"\[?\d+(, *\d+)*\]?", text) else []
+    count = int(text) if re.fullmatch(r"\d{1,9}", text) else len(listed) if len(listed) == len(set(listed)) else 0
     most = max(8, os.cpu_count() or 1)
-    if not 1 <= count <= most or (isinstance(entries, list) and count != len(entries)):
+    if not 1 <= count <= most:
         raise UserError(
             f"--trainer.devices: found {devices}; on the CPU it is the number of processes, from 1 to {most} here."
         )

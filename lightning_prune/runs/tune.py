@@ -8,7 +8,7 @@ keeps what lowers the loss, until a whole round changes nothing or the trials ar
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -34,7 +34,7 @@ from lightning_prune.support.files import write_json
 from lightning_prune.support.progress import Progress
 from lightning_prune.support.validation import read_json
 
-Options = Mapping[str, Any]
+Options = dict[str, Any]
 Axes = tuple[tuple[str, tuple[Any, ...]], ...]
 # In this order: the other options rank differently where a refit follows.
 AXES: Axes = (
@@ -77,12 +77,12 @@ class Tuned:
         return min(self.trials, key=lambda trial: trial.loss)
 
 
-def search(start: Options, axes: Axes, loss: Callable[[dict[str, Any]], float], limit: int) -> Iterator[dict[str, Any]]:
+def search(start: Options, axes: Axes, loss: Callable[[Options], float], limit: int) -> Iterator[Options]:
     """Coordinate descent from ``start`` along the ``axes`` whose option it has.
 
     Yields the options of every trial, every setting once, ``limit`` at most.
     """
-    tried: list[dict[str, Any]] = []
+    tried: list[Options] = []
     current, best, changed = dict(start), math.inf, True
     settings = [{}, *({name: value} for name, values in axes if name in start for value in values)]
     while changed:
@@ -141,7 +141,7 @@ def tune(
         return found.trials[-1].loss
 
     start = {name: given[name] for name, _ in AXES if name in given}
-    axes = AXES if start.get("temperature") else tuple(axis for axis in AXES if axis[0] not in ("temperature", "tau"))
+    axes = AXES if start.get("temperature") else AXES[:-2]  # without temperature and tau
     for _ in search(start, axes, loss, limit):
         yield found
 
@@ -175,7 +175,7 @@ class _Trials:
         kept = {str(block): scores.kept_fraction(block).tolist() for block in BLOCKS if scores.of_kind(block).any()}
         return Trial(options, _loss(run), time.perf_counter() - started, kept)
 
-    def _built(self, options: Options, measured: SavedMeasurement | None = None) -> RunBuilder:
+    def _built(self, options: dict[str, Any], measured: SavedMeasurement | None = None) -> RunBuilder:
         configuration = copy.deepcopy(self.base)
         configuration["model"]["init_args"] |= options
         run = build("tune", configuration)

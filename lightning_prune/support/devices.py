@@ -48,14 +48,10 @@ def deterministic(device: torch.device) -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
+@cache
 def can_pin(device: torch.device) -> bool:
     """Whether host memory can be pinned for ``device``."""
-    return device.type != "cpu" and _can_pin(device.type)
-
-
-@cache
-def _can_pin(kind: str) -> bool:
-    if kind == "mps":  # its memory is the host's, and torch cannot pin there
+    if device.type in ("cpu", "mps"):  # of MPS, its memory is the host's, and torch cannot pin there
         return False
     try:
         return torch.empty(1, pin_memory=True).is_pinned()

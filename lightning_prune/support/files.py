@@ -178,8 +178,6 @@ def read_file(path: Path, limit: int, option: str) -> bytes:
     Raises:
         UserError: missing, not a regular file, too large, or unreadable.
     """
-    if not os.path.exists(path):
-        raise UserError(f"{option}: no file at '{path}'.")
     if (size := require_regular(path, option)) > limit:
         raise UserError(f"{option}: '{path}' has {size:,} bytes; at most {limit:,} are read.")
     try:
@@ -211,25 +209,25 @@ def check_writable(folder: Path, option: str) -> None:
     try:
         with suppress(FileNotFoundError):
             os.stat(folder)  # a name that is too long, or a path that runs in circles
-        with temporary(nearest_existing(folder) / "writable"):
+        parts = (folder.absolute(), *folder.absolute().parents)
+        with temporary(next(part for part in parts if os.path.lexists(part)) / "writable"):
             pass
     except (OSError, ValueError) as error:
         raise cannot_write(folder, option, error) from None
 
 
-def nearest_existing(path: Path) -> Path:
-    """``path`` or its nearest parent that exists, absolute."""
-    return next(part for part in (path.absolute(), *path.absolute().parents) if os.path.lexists(part))
+@contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Make ``folder`` and its parents; those that are new are removed after the block if they are empty.
 
-
-def remove_empty_parents(folder: Path, until: Path) -> None:
-    """Remove the parents of ``folder`` that are empty, up to but not including ``until``."""
-    for parent in folder.absolute().parents:
-        if parent == until or until not in parent.parents:
-            return
-        try:
-            parent.rmdir()
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError):
-            return
+    Raises:
+        OSError: it cannot be made. ValueError: no path has such a name.
+    """
+    new = [part for part in (folder.absolute(), *folder.absolute().parents) if not os.path.lexists(part)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for part in new:
+            with suppress(OSError, ValueError):
+                part.rmdir()

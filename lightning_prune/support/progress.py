@@ -46,26 +46,24 @@ class Progress:
         self.shown = shown
         self._expected: dict[str, float] = {}
         self._done: dict[str, float] = {}
-        self._started: float | None = None
-        self._phase_started = 0.0
+        self._started = self._phase_started = 0.0
         self._phase: str | None = None  # the one that is under way
         self._display: Lines | Rows | None = None
 
     def expect(self, phase: str, work: float) -> None:
         """Announce a phase's work. Again for the same phase: a better estimate replaces the old one."""
-        self._expected[phase] = work
-        if self._started is None:
+        if not self._expected:
             self._started = self._phase_started = time.monotonic()
+        self._expected[phase] = work
 
     def advance(self, phase: str, work: float, at: str = "") -> None:
         """Some of a phase's work is done; ``at`` says where in the phase, such as "layer 3 of 32"."""
         if not self.shown:
             return
-        done = self._done.get(phase, 0.0) + work
+        self._phase, done = phase, self._done.get(phase, 0.0) + work
         # An estimate that was too low grows with the work, rather than holding the bar at its end.
         self.expect(phase, max(self._expected.get(phase, 0.0), done))
         self._done[phase] = done
-        self._phase = phase
         self._show(phase, at)
 
     def finish(self, phase: str) -> None:
@@ -79,7 +77,7 @@ class Progress:
     def close(self) -> None:
         """Nothing more is shown; what was said of finished phases is not taken back."""
         if isinstance(self._display, Rows):
-            self._display.close()
+            self._display.rows.stop()
         self._display = None
 
     @property
@@ -93,9 +91,7 @@ class Progress:
         return _Part(self, phase)
 
     def _show(self, phase: str, at: str) -> None:
-        if self._display is None:
-            self._display = display_for()
-        assert self._started is not None
+        self._display = self._display or display_for()
         seconds, fraction, phases = time.monotonic() - self._started, self.fraction, list(self._expected)
         share = self._done[phase] / self._expected[phase] if self._expected[phase] else 0.0
         left = seconds * (1 / fraction - 1) if fraction else None
@@ -123,20 +119,18 @@ def display_for() -> "Lines | Rows":
 
 
 class Lines:
-    """A line at the end of every phase, and every ``LINE_EVERY`` seconds of a long one."""
+    """A line at the end of every phase (``calibrating: 12.3 s``), and every ``LINE_EVERY`` seconds of a long one."""
 
     def __init__(self) -> None:
         self._last = time.monotonic()
 
     def moved(self, status: Status) -> None:
-        """Some work is done. Called often."""
         if time.monotonic() - self._last >= LINE_EVERY:
             left = "" if status.left is None else f", about {clock(status.left)} left"
             at = f" ({status.at})" if status.at else ""
             self.ended(f"{status.phase}{at}: {status.fraction:.0%} of the run after {clock(status.seconds)}{left}")
 
     def ended(self, line: str) -> None:
-        """A phase is over: ``calibrating: 12.3 s``."""
         print(line, file=sys.stderr, flush=True)
         self._last = time.monotonic()
 
@@ -148,7 +142,7 @@ class Rows:
         from rich.console import Console  # only where there is a terminal to draw on
         from rich.progress import BarColumn, Progress, TextColumn
 
-        self._rows = Progress(
+        self.rows = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=12),
             TextColumn("{task.percentage:>3.0f} %"),
@@ -158,13 +152,12 @@ class Rows:
             transient=True,
             redirect_stdout=sys.stdout.isatty(),  # what is printed to a file must not come here
         )
-        self._phase: Any = self._rows.add_task("", total=1.0, note="", visible=False)
-        self._run: Any = self._rows.add_task("", total=1.0, note="", visible=False)
+        self._phase: Any = self.rows.add_task("", total=1.0, note="", visible=False)
+        self._run: Any = self.rows.add_task("", total=1.0, note="", visible=False)
         self._drawn = float("-inf")
-        self._rows.start()
+        self.rows.start()
 
     def moved(self, status: Status) -> None:
-        """Some work is done. Called often."""
         if time.monotonic() - self._drawn < DRAW_EVERY:
             return
         self._drawn = time.monotonic()
@@ -174,17 +167,12 @@ class Rows:
             (self._phase, status.phase, status.share, status.at),
             (self._run, name, status.fraction, f"{left}{memory_in_use()}"),
         ):
-            self._rows.update(row, description=description, completed=share, note=note, visible=True)
-        self._rows.refresh()
+            self.rows.update(row, description=description, completed=share, note=note, visible=True)
+        self.rows.refresh()
 
     def ended(self, line: str) -> None:
-        """A phase is over."""
         self._drawn = float("-inf")
-        self._rows.console.print(line, markup=False)
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        self._rows.stop()
+        self.rows.console.print(line, markup=False)
 
 
 def clock(seconds: float) -> str:

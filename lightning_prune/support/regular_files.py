@@ -10,11 +10,7 @@ KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "named pipe
 
 
 def require_regular(path: Path, option: str) -> int:
-    """The size in bytes of a regular file (links are followed), which is not opened.
-
-    Args:
-        path: what the user or a file of theirs named.
-        option: begins the message: where the name came from.
+    """The size in bytes of a regular file (links are followed), which is not opened; ``option`` named it.
 
     Raises:
         UserError: missing, unreachable, or a folder, pipe, socket or device.

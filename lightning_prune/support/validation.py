@@ -16,11 +16,7 @@ SHOWN = 5  # wrong fields per message
 def read_json(path: Path, kind: type[T], option: str, hint: str = "") -> T:
     """Read a JSON file as ``kind``: a pydantic model, a dataclass or a built-in type. "3" is not a number.
 
-    Args:
-        path: the file.
-        kind: what it must hold.
-        option: the option that named it, which begins the message.
-        hint: what to do about it, which ends the message.
+    Of the message ``option``, which named the file, is the beginning, and ``hint``, what to do about it, the end.
 
     Raises:
         UserError: no regular file, no JSON, or wrong fields, each with what was found and what is allowed.
@@ -29,11 +25,7 @@ def read_json(path: Path, kind: type[T], option: str, hint: str = "") -> T:
 
 
 def parse_json(data: bytes, kind: type[T], subject: str, hint: str = "") -> T:
-    """Read JSON text as ``kind``; ``subject`` begins the message.
-
-    Raises:
-        UserError: as ``read_json``.
-    """
+    """Read JSON text as ``read_json`` does; ``subject`` begins the message."""
     adapter: TypeAdapter[T] = TypeAdapter(kind)
     try:
         return adapter.validate_json(data, strict=True)

@@ -61,7 +61,7 @@ def test_file_that_is_no_plan(plan: PruningPlan, tmp_path: Path, edit, message: 
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "no file at"), (b"{", "cannot be read as JSON"), (b"\xff\xfe\x00", "as JSON")]
+    ("content", "message"), [(None, "cannot read"), (b"{", "cannot be read as JSON"), (b"\xff\xfe\x00", "as JSON")]
 )
 def test_file_that_is_not_there_or_no_json(tmp_path: Path, content: bytes | None, message: str) -> None:
     if content is not None:

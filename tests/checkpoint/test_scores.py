@@ -82,7 +82,7 @@ def test_table_of_an_8b_model_is_written_and_read_in_seconds(path: Path) -> None
 def test_file_that_is_no_score_table_is_refused(path: Path, content: str | None) -> None:
     if content is not None:
         path.write_text(content)
-    with pytest.raises(UserError, match=r"^--run: .*(is not a score table|no file at)"):
+    with pytest.raises(UserError, match=r"^--run: .*(is not a score table|cannot read)"):
         Scores.read(path, "--run")
 
 

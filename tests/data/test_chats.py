@@ -16,7 +16,8 @@ from lightning_prune.support.errors import UserError
 from tests.data.conftest import WORDS
 
 TEMPLATE = (
-    "{{ '<s>' }}{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant', 'tool') %}"
+    "{{ '<s>' }}{% for tool in tools or [] %}{{ tool.name }}{% endfor %}"
+    "{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant', 'tool') %}"
     "{{ raise_exception('unknown role ' + m.role) }}{% endif %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
 )
 SPECIAL = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -59,18 +60,33 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "instruction": ({"instruction": "hello", "output": "hi"}, HELLO),
     "instruction with an empty input": ({"instruction": "hello", "input": "", "output": "hi"}, HELLO),
     "instruction with an input": (
-        {"instruction": "add", "input": "1 2", "output": "3"},
-        said(("user", "add\n\n1 2"), ("assistant", "3")),
+        {"instruction": "add", "input": "1 2", "output": "three"},
+        said(("user", "add\n\n1 2"), ("assistant", "three")),
     ),
     "system prompt and question": (
         {"id": "9", "system_prompt": "be kind", "question": "hello", "response": "hi"},
         ASKED,
     ),
     "preferences": ({"prompt": "hello", "chosen": MESSAGES, "rejected": MESSAGES[:1]}, HELLO),
+    "preferences in words": ({"prompt": "hello", "chosen": "hi", "rejected": "no"}, HELLO),
+    "input and output": ({"input": "hello", "output": "hi"}, HELLO),
+    "an answer in JSON": ({"query": "hello", "answer": '[{"a": 1}]'}, HELLO.replace("hi", '[{"a": 1}]')),
+    "turns of a speaker": (
+        {"id": "7", "dialogue": [{"speaker": "user", "text": "hello"}, {"speaker": "bot", "text": "hi"}]},
+        HELLO,
+    ),
+    "turns as JSON": ({"id": "7", "source": "web", "messages": json.dumps(MESSAGES)}, HELLO),
+    "turns as Python": ({"id": "7", "conversations": str(SENT)}, HELLO),
+    "a tool's turn": (
+        {"conversations": [SENT[0], {"from": "function_call", "value": "f()"}, {"from": "observation", "value": "3"}]},
+        said(("user", "hello"), ("assistant", "f()"), ("tool", "3")),
+    ),
+    "tools": ({"messages": MESSAGES, "tools": [{"name": "f"}]}, HELLO.replace("<s>", "<s>f")),
+    "tools as JSON": ({"messages": MESSAGES, "tools": '[{"name": "f"}]'}, HELLO.replace("<s>", "<s>f")),
 }
 
 
-@pytest.mark.parametrize("kind", ["a.jsonl", "a.json", "a.parquet", "folder", "saved"])
+@pytest.mark.parametrize("kind", ["a.jsonl", "a.json", "a.parquet", "a.csv", "folder", "saved"])
 @pytest.mark.parametrize("case", ROWS)
 def test_a_row_is_a_document_in_the_words_of_the_template(case: str, kind: str, chatty: str, tmp_path: Path) -> None:
     row, expected = ROWS[case]
@@ -85,7 +101,11 @@ def test_a_row_is_a_document_in_the_words_of_the_template(case: str, kind: str, 
         path.write_text(json.dumps([row, row]) if kind == "a.json" else "\n".join(map(json.dumps, [row, row])))
     else:
         table = datasets.Dataset.from_list([row, row])
-        _ = table.to_parquet(path) if kind == "a.parquet" else table.save_to_disk(path)
+        if kind == "a.csv":  # as pandas and most tools write a list: in JSON, or as Python prints it
+            json_cells = {name: json.dumps(value) for name, value in row.items() if isinstance(value, list)}
+            table = datasets.Dataset.from_list([row | json_cells] * 2)
+        write = {"a.parquet": table.to_parquet, "a.csv": table.to_csv, "saved": table.save_to_disk}
+        write[kind](path)
     assert read(path, chatty) == expected * 2
 
 
@@ -93,6 +113,33 @@ def test_rows_may_differ_and_be_empty(chatty: str, tmp_path: Path) -> None:
     rows = [{"messages": MESSAGES, "n": 1}, {"messages": None}, {"messages": []}, {"messages": MESSAGES[:1]}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert read(tmp_path / "a.jsonl", chatty) == HELLO + said(("user", "hello"))
+
+
+def test_a_chat_may_be_a_list_without_a_name(chatty: str, tmp_path: Path) -> None:
+    for name, content in (
+        ("lists.json", json.dumps([MESSAGES, MESSAGES])),
+        ("lists.jsonl", "\n".join([json.dumps(MESSAGES)] * 2)),
+        ("indented.json", json.dumps({"data": [{"messages": MESSAGES}] * 2}, indent=1)),
+    ):
+        (tmp_path / name).write_text(content)
+        assert read(tmp_path / name, chatty) == HELLO * 2
+    (tmp_path / "one.json").write_text(json.dumps(MESSAGES))
+    assert read(tmp_path / "one.json", chatty) == HELLO
+
+
+WITHOUT_TEXT = {
+    "texts beside an id": {"data": ["hello", "hi"], "id": "7"},
+    "turns of unknown keys beside a source": {"conversation": [{"human": "hello", "bot": "hi"}], "source": "web"},
+    "one turn a row": {"role": "user", "content": "hello"},
+    "a turn that says nothing": {"messages": [{"role": "user", "said": "hello"}]},
+}
+
+
+@pytest.mark.parametrize("case", WITHOUT_TEXT)
+def test_no_column_is_guessed_beside_what_may_be_a_chat(case: str, chatty: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps(WITHOUT_TEXT[case])] * 2))
+    with pytest.raises(UserError, match=r"cannot tell which column|says nothing"):
+        read(tmp_path / "a.jsonl", chatty)
 
 
 def test_the_column_is_chosen_where_it_is_said(chatty: str, tmp_path: Path) -> None:

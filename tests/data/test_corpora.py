@@ -204,7 +204,7 @@ BROKEN = {
     "a.jsonl": (b'{"text": "x"}\n{oops\n', "line 2"),
     "null.jsonl": (b"null\n", "line 1"),
     "surrogate.jsonl": (b'{"text": "a\\ud83db"}\n', "surrogate"),
-    "empty.jsonl": (b"", "cannot tell"),
+    "empty.jsonl": (b"", "holds no text"),
     "a.json.gz": (b"not gzip", "cannot read.*a.json.gz"),
     "half.json.gz": (gzip.compress(b'{"text": "x"}\n' * 1000)[:-30], "cannot read"),
     "a.parquet": (b"not parquet", "cannot read.*a.parquet"),

@@ -7,13 +7,16 @@ import json
 import lzma
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
+from pyarrow import feather
 
+from lightning_prune.data import corpora
 from lightning_prune.data.corpora import calibration_split, held_out_split, load_corpus, split_spec
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.support.errors import UserError
@@ -28,9 +31,9 @@ def lines(*texts: str) -> bytes:
     return "".join(json.dumps({"text": text, "url": "u"}) + "\n" for text in texts).encode()
 
 
-def zstd(content: bytes) -> bytes:
+def packed(content: bytes, kind: str) -> bytes:
     sink = pa.BufferOutputStream()
-    with pa.CompressedOutputStream(sink, "zstd") as stream:
+    with pa.CompressedOutputStream(sink, kind) as stream:
         stream.write(content)
     return bytes(sink.getvalue())
 
@@ -47,7 +50,8 @@ PACKED: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
     ".bz2": bz2.compress,
     ".xz": lzma.compress,
-    ".zst": zstd,
+    ".zst": partial(packed, kind="zstd"),
+    ".lz4": partial(packed, kind="lz4"),
     ".zip": zipped,
 }
 CONTENTS = {
@@ -60,18 +64,18 @@ CONTENTS = {
 }
 
 
-@pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize("ending", PACKED)
 @pytest.mark.parametrize("name", CONTENTS)
-def test_every_kind_is_read_in_every_compression(name: str, packed: str, tmp_path: Path) -> None:
-    path = tmp_path / (name + packed)
-    path.write_bytes(PACKED[packed](CONTENTS[name]))
+def test_every_kind_is_read_in_every_compression(name: str, ending: str, tmp_path: Path) -> None:
+    path = tmp_path / (name + ending)
+    path.write_bytes(PACKED[ending](CONTENTS[name]))
     assert text_of(path) == "Grüße,\none"
 
 
-@pytest.mark.parametrize("packed", [".gz", ".bz2", ".xz", ".zst", ".zip"])
-def test_a_truncated_archive_is_one_message(packed: str, tmp_path: Path) -> None:
-    path = tmp_path / f"a.txt{packed}"
-    path.write_bytes(PACKED[packed](make_text(5000).encode())[:-40])
+@pytest.mark.parametrize("ending", [".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip"])
+def test_a_truncated_archive_is_one_message(ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.txt{ending}"
+    path.write_bytes(PACKED[ending](make_text(5000).encode())[:-40])
     with pytest.raises(UserError, match="cannot read") as error:
         text_of(path)
     assert "\n" not in str(error.value)
@@ -180,10 +184,77 @@ def test_globs_are_files_in_order(tmp_path: Path) -> None:
         text_of(tmp_path / "*.nothing")
 
 
+def test_a_zip_is_of_the_kind_of_its_file(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("folder/", "")
+        archive.writestr("folder/a.jsonl", lines("a", "b"))
+    assert text_of(tmp_path / "a.zip") == "a\n\nb"
+    with zipfile.ZipFile(tmp_path / "a.zip", "a") as archive:
+        archive.writestr("b.jsonl", "")
+    with pytest.raises(UserError, match="holds 2 files instead of one"):
+        text_of(tmp_path / "a.zip")
+
+
+def test_a_csv_file_says_its_separator_in_the_header_and_no_field_is_lost(tmp_path: Path) -> None:
+    for header, row in (("text;id", "hello, you;1"), ("id|text", "1|hello, you"), ("text,id", '"hello, you",1')):
+        (tmp_path / "a.csv").write_text(f"{header}\n{row}\n")
+        assert text_of(tmp_path / "a.csv") == "hello, you"
+    for content in ("text\nhello, you\n", "text,id\na,1\nhello, you,2\n"):  # a comma without quotes
+        (tmp_path / "a.csv").write_text(content)
+        with pytest.raises(UserError, match=r"cannot read.*a\.csv"):
+            text_of(tmp_path / "a.csv")
+
+
+def test_an_empty_shard_is_passed_over_and_a_file_without_text_is_refused(tmp_path: Path) -> None:
+    for name, content in (("a.jsonl", b""), ("b.jsonl", lines("b")), ("c.jsonl", b"\n")):
+        (tmp_path / name).write_bytes(content)
+    assert text_of(tmp_path) == "b"
+    for name, empty in (("a.txt", " \n"), ("a.json", "[]"), ("a.csv", "text,id\n"), ("a.jsonl", '{"text": ""}')):
+        (tmp_path / name).write_text(empty)
+        with pytest.raises(UserError, match="holds no text"):
+            text_of(tmp_path / name)
+
+
+def test_text_of_another_encoding_says_how_to_convert_it(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("Grüße".encode("latin-1"))
+    with pytest.raises(UserError, match="iconv -f latin1 -t utf-8"):
+        text_of(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.csv", "a.parquet", "a.txt", "saved", "folder"])
+def test_calibration_reads_no_further_than_enough(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpora, "ENOUGH", 500)
+    texts = [f"w{number:03}" * 25 for number in range(300)]  # 100 characters each
+    path = tmp_path / name
+    content = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
+    table = datasets.Dataset.from_dict({"text": texts})
+    if name == "folder":
+        path.mkdir()
+        (path / "a.jsonl").write_bytes(content)
+        (path / "b.jsonl").write_text("this one is never opened")
+    elif name == "a.txt":
+        path.write_text("\n\n".join(texts))
+    elif name in ("a.jsonl", "a.json.gz"):
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    else:
+        {"a.csv": table.to_csv, "a.parquet": table.to_parquet, "saved": table.save_to_disk}[name](path)
+    split = calibration_split(str(path))
+    for wanted, documents in ((1, 5), (50, 8)):  # 16 characters for every token, and 500 at least
+        whole = "\n\n".join(texts[:documents])
+        if name == "a.txt":
+            whole = "\n\n".join(texts)[: max(500, 16 * wanted)]
+        assert load_corpus(str(path), split, wanted).text == whole
+    if name != "folder":
+        assert load_corpus(str(path), split).text == "\n\n".join(texts)
+
+
 def test_an_arrow_file_and_an_empty_folder(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "saved")
     (arrow,) = (tmp_path / "saved").glob("*.arrow")
     assert text_of(arrow) == "a\n\nb"
+    for name in ("a.arrow", "a.feather"):  # the format with an index at its end
+        feather.write_feather(pa.table({"text": ["a", "b"], "id": [1, 2]}), tmp_path / name)
+        assert text_of(tmp_path / name) == "a\n\nb"
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"holds no files of text.*\.parquet"):
         text_of(tmp_path / "empty")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from lightning_prune.evaluation import zero_shot
 from lightning_prune.evaluation.zero_shot import Metric, ZeroShotResult, check_tasks
@@ -64,17 +65,23 @@ def task_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @needs_harness
-def test_accuracy_of_a_pruned_model_is_that_of_its_own_log_likelihoods(task_folder: Path) -> None:
+@pytest.mark.parametrize("begins", [False, True])
+def test_accuracy_of_a_pruned_model_is_that_of_its_own_log_likelihoods(task_folder: Path, begins: bool) -> None:
     dense = make_tiny()
     model, tokenizer = cut(dense, mixed_plan(dense)), tiny_tokenizer()
+    if begins:  # as Llama's and Gemma's tokenizers do
+        begin = TemplateProcessing(single="w0 $A", special_tokens=[("w0", 0)])
+        tokenizer.backend_tokenizer.post_processor = begin
     right = 0
     for row in documents():
         likelihoods = []
+        asked = tokenizer(row["question"])["input_ids"]
+        assert (asked[0] == 0) == begins
         for choice in row["choices"]:
             ids = torch.tensor([tokenizer(f"{row['question']} {choice}")["input_ids"]])
             with torch.no_grad():
                 logs = model(ids).logits[0].double().log_softmax(-1)
-            likelihoods.append(sum(float(logs[at - 1, ids[0, at]]) for at in range(4, ids.shape[1])))
+            likelihoods.append(sum(float(logs[at - 1, ids[0, at]]) for at in range(len(asked), ids.shape[1])))
         right += likelihoods.index(max(likelihoods)) == row["answer"]
     assert 0 < right < 20
 

@@ -42,8 +42,8 @@ def on_gpu(method: PruningMethod, tokens: Path, root: Path, precision: str = "32
         num_sanity_val_steps=0,
     )
     data = CalibrationDataModule(dataset=str(tokens), eval_datasets=[], tokenizer=method.pretrained)
-    folder, record = prune_and_record(trainer, method, data, config_of(method))
-    return Run(folder, record, method)
+    folder, metrics = prune_and_record(trainer, method, data, config_of(method))
+    return Run(folder, metrics, method)
 
 
 @every_system

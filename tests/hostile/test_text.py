@@ -92,14 +92,16 @@ dataset(
 )
 dataset("good table", "t.parquet", parquet(text=[WORDS]), status=0)
 dataset("name that is not ASCII", "données-ü-文.txt", WORDS, status=0)
-dataset("empty text", "t.txt", "", "tokens")
+dataset("empty text", "t.txt", "", "holds no text")
 dataset("UTF-16 text", "t.txt", WORDS.encode("utf-16"), status=0)
 dataset("half a UTF-16 text", "t.txt", WORDS.encode("utf-16")[:-1], "cannot read")
 dataset("encoded surrogate in text", "t.txt", WORDS.encode() + b"\xed\xa0\x80", "cannot read")
 dataset("text is a pipe", "t.txt", os.mkfifo, (OPTIONS, "named pipe"))
 dataset("text is a device", "t.txt", lambda path: path.symlink_to("/dev/zero"), (OPTIONS, "device"))
 dataset("text is a folder", "t.txt", Path.mkdir, "cannot read")
-dataset("text is huge", "t.txt", lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_RDWR), 10**12), "the most")
+dataset(
+    "text is huge", "t.txt", lambda path: os.truncate(os.open(path, os.O_CREAT | os.O_RDWR), 10**12), "unknown kind"
+)
 dataset("text of an unknown kind", "t.doc", WORDS, status=0)
 dataset("unknown kind", "t.doc", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(600), "cannot read")
 dataset("lone surrogate", "t.jsonl", '{"text": "' + WORDS + ' \\ud800"}', ("'\\ud800'", "surrogate"))

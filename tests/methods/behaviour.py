@@ -20,7 +20,7 @@ from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.methods import FLAP, HGSP, Magnitude, ShortGPT, SlimGPT, Wanda
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.runs.build import quiet
-from lightning_prune.runs.run import RunRecord, prune_and_record
+from lightning_prune.runs.run import prune_and_record
 from tests.cutting import cut
 from tests.tiny import make_tiny, tiny_tokens
 
@@ -53,10 +53,10 @@ SYSTEMS: dict[str, System] = {
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its folder, its record, the method, and the new weights of every layer as it made them."""
+    """A finished run: its folder, its metrics, the method, and the new weights of every layer as it made them."""
 
     folder: Path
-    record: RunRecord
+    metrics: dict[str, Any]
     method: PruningMethod
     new_weights: list[dict[str, Tensor]]
 
@@ -125,8 +125,8 @@ def prune(
         write(folder)
 
     method._write_pruned = keep_new_weights  # type: ignore[method-assign]
-    folder, record = prune_and_record(trainer_for(method, root, precision), method, data, config_of(method))
-    return Run(folder, record, method, found)
+    folder, metrics = prune_and_record(trainer_for(method, root, precision), method, data, config_of(method))
+    return Run(folder, metrics, method, found)
 
 
 def config_of(method: PruningMethod) -> str:

@@ -23,6 +23,7 @@ from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import layer_structures
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
+from lightning_prune.support.progress import Progress
 from tests.methods.behaviour import Run, logits, prune, save_model, save_tokens
 from tests.methods.running import inputs_of, projections
 from tests.tiny import EVERY_FAMILY, make_tiny, tiny_config, tiny_plan, tiny_tokens
@@ -143,7 +144,7 @@ def test_the_second_of_two_steps_measures_with_the_biases_of_the_first(tmp_path:
 
 def test_padded_to_a_stock_checkpoint_it_computes_the_same(tmp_path: Path) -> None:
     run = flap(tmp_path)
-    write_stock(Checkpoint.open(str(run.pruned)), tmp_path / "padded", "")
+    write_stock(Checkpoint.open(str(run.pruned)), tmp_path / "padded", "", Progress(shown=False))
     padded = AutoModelForCausalLM.from_pretrained(tmp_path / "padded")
     torch.testing.assert_close(logits(padded), logits(lightning_prune.load(run.pruned)), rtol=1e-4, atol=1e-4)
 

@@ -8,7 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_prune.methods import HGSP
+from lightning_prune.methods.hgsp import Importance
 from lightning_prune.methods.kfac import DAMPING, ROUNDS, compensated_costs
+from lightning_prune.support.errors import UserError
 from tests.methods.running import projections, run_method, save_base
 from tests.tiny import make_tiny, tiny_tokens
 
@@ -71,18 +73,23 @@ def statistics(model: PreTrainedModel, tokens: Tensor) -> list[list[tuple[np.nda
     ]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "seed_oss"])
-def test_importance_is_what_a_unit_adds_to_the_least_loss(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "gradients"),
+    [("llama", None), ("gemma2", None), ("seed_oss", None), ("llama", 7), ("llama", 100)],  # of 24, 5 in a batch
+)
+def test_importance_is_what_a_unit_adds_to_the_least_loss(family: str, gradients: int | None, tmp_path: Path) -> None:
     model = make_tiny(family, layers=3)
     tokens = tiny_tokens(24, 16)
     base = save_base(model, tmp_path / "base")
-    method = run_method(HGSP(base, 0.2, importance="kfac", temperature=0), tokens, tmp_path / "run", batch_size=5)
+    method = HGSP(base, 0.2, importance="kfac", temperature=0, gradient_samples=gradients)
+    run_method(method, tokens, tmp_path / "run", batch_size=5)
     exact = copy.deepcopy(model).double()
     found = statistics(exact, tokens)
     for layer, pair in enumerate(found):
         units = (model.config.num_key_value_heads, model.config.intermediate_size)
         for block, name, count, (x, g) in zip(("attention", "mlp"), ("o_proj", "down_proj"), units, pair, strict=True):
             weight = projections(exact, layer)[name].weight.detach().numpy()
+            g = g[: len(g) if gradients is None else gradients * tokens.shape[1]]
             expected = reference(weight, x.T @ x / len(x), g.T @ g / len(g), weight.shape[1] // count)
             costs = torch.from_numpy(method.scores.importance[method.scores.of(layer, block)])
             torch.testing.assert_close(costs, torch.tensor(expected, dtype=torch.float64), rtol=2e-3, atol=1e-9)
@@ -95,7 +102,9 @@ def test_costs_equal_whole_problems_solved_anew(width: int) -> None:
     weight, x = random.standard_normal((8, units * width)), random.standard_normal((400, units * width))
     x[:, 1] += 0.9 * x[:, 4]
     g = random.standard_normal((400, 8)) @ random.standard_normal((8, 8))
-    costs = compensated_costs(*(torch.from_numpy(m) for m in (weight, x.T @ x, g.T @ g)), tokens=400, width=width)
+    costs = compensated_costs(
+        *(torch.from_numpy(m) for m in (weight, x.T @ x, g.T @ g)), tokens=(400, 400), width=width
+    )
     np.testing.assert_allclose(costs, reference(weight, x.T @ x / 400, g.T @ g / 400, width), rtol=1e-8)
 
 
@@ -104,7 +113,7 @@ def test_a_channel_that_others_can_stand_in_for_costs_next_to_nothing() -> None:
     x = torch.randn(500, 30, generator=generator, dtype=torch.float64)  # few enough to leave one by one
     x[:, 7] = 0.5 * x[:, 2] - x[:, 11]
     weight = torch.randn(6, 30, generator=generator, dtype=torch.float64)
-    costs = compensated_costs(weight, x.T @ x, torch.eye(6, dtype=torch.float64), 500, 1)
+    costs = compensated_costs(weight, x.T @ x, torch.eye(6, dtype=torch.float64), (500, 500), 1)
     least = int(costs.argmin())
     assert least in (2, 7, 11)  # whichever goes, the two others make up for it
     assert float(costs[least]) < 0.05 * float(costs.median())
@@ -112,18 +121,24 @@ def test_a_channel_that_others_can_stand_in_for_costs_next_to_nothing() -> None:
 
 
 def test_what_does_not_reach_the_loss_costs_nothing() -> None:
-    costs = compensated_costs(torch.ones(3, 4), torch.eye(4), torch.zeros(3, 3), 5, 2, torch.float32)
+    costs = compensated_costs(torch.ones(3, 4), torch.eye(4), torch.zeros(3, 3), (5, 5), 2, torch.float32)
     assert costs.tolist() == [0.0, 0.0]
 
 
 def test_values_that_are_not_finite_are_refused() -> None:
     bad = torch.full((3, 3), torch.nan)
     with pytest.raises(FloatingPointError, match="gradients"):
-        compensated_costs(torch.ones(3, 4), torch.eye(4), bad, 5, 2)
+        compensated_costs(torch.ones(3, 4), torch.eye(4), bad, (5, 5), 2)
     with pytest.raises(FloatingPointError, match="XᵀX"):
-        compensated_costs(torch.ones(3, 4), torch.full((4, 4), torch.inf), torch.eye(3), 5, 2)
+        compensated_costs(torch.ones(3, 4), torch.full((4, 4), torch.inf), torch.eye(3), (5, 5), 2)
 
 
 def test_a_second_moment_that_is_not_positive_definite_is_refused() -> None:
     with pytest.raises(FloatingPointError, match="damping"):
-        compensated_costs(torch.ones(3, 2), torch.tensor([[1.0, 5.0], [5.0, 1.0]]), torch.eye(3), 5, 1)
+        compensated_costs(torch.ones(3, 2), torch.tensor([[1.0, 5.0], [5.0, 1.0]]), torch.eye(3), (5, 5), 1)
+
+
+@pytest.mark.parametrize(("importance", "samples"), [("taylor", 8), ("kfac", 0)])
+def test_gradient_samples_are_those_of_kfac(importance: Importance, samples: int) -> None:
+    with pytest.raises(UserError, match=rf"--model\.gradient_samples: found {samples} with importance {importance}"):
+        HGSP("demo", 0.2, importance=importance, gradient_samples=samples)

@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_prune.calibration.passes import Pass
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.data.sampling import held_out_samples
 from lightning_prune.methods import HGSP, Magnitude, ShortGPT, SlimGPT, Wanda
+from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.refit_math import NormalEquations, ridge, squared_error
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
@@ -192,6 +194,23 @@ def test_the_stream_comes_closer_to_the_dense_one_on_text_it_did_not_see(tmp_pat
     pairs = list(zip(errors["residual"], errors["none"], strict=True))
     assert all(after < before for after, before in pairs if before)
     assert all(after == 0 for after, before in pairs if not before)  # nothing was lost so far
+
+
+def test_the_dense_stream_that_backward_kept_spares_the_dense_mlps(tmp_path: Path) -> None:
+    base, tokens, layers = save_base(make_tiny(layers=4), tmp_path / "base"), tiny_tokens(16, LENGTH), 4
+
+    class Walking(HGSP):
+        def refit_passes(self, kept: list[LayerPlan], held_out: Any) -> list[Pass]:
+            return PruningMethod.refit_passes(self, kept, held_out)
+
+    runs = {}
+    for kind in (HGSP, Walking):
+        method = kind(base, 0.25, refit="residual", temperature=0)
+        run_method(method, tokens, tmp_path / kind.__name__, batch_size=4)
+        written = (method.pruned_folder / "model.safetensors").read_bytes()  # type: ignore[operator]
+        runs[kind] = written, method.driver.setting.model.evaluations
+    assert runs[HGSP][0] == runs[Walking][0]
+    assert runs[Walking][1] - runs[HGSP][1] == (layers - 1) * 4  # the stream after the last layer was not kept
 
 
 def test_what_does_not_help_on_held_out_samples_is_left_out(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """From a folder that holds a text model with a vision tower, the text model is taken."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,16 @@ def test_it_is_pruned_to_a_text_model(tmp_path: Path) -> None:
     assert type(pruned_by(method)).__name__ == "Gemma3ForCausalLM"
 
 
-def test_other_models_of_several_are_refused(tmp_path: Path) -> None:
-    AutoConfig.for_model("llava").save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="made of several models"):
-        Checkpoint.open(str(tmp_path))
+@torch.no_grad()
+def test_other_models_of_several_are_refused_and_their_text_model_is_taken(tmp_path: Path) -> None:
+    vision = VISION | {"model_type": "clip_vision_model"}
+    config = AutoConfig.for_model("llava", vision_config=vision, text_config=tiny_config().to_dict())
+    whole = AutoModelForImageTextToText.from_config(config).eval()
+    whole.save_pretrained(tmp_path / "dense")
+    with pytest.raises(UserError, match=r"made of several models.*docs/families\.md"):
+        Checkpoint.open(str(tmp_path / "dense"))
+    page = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    exec(code.replace("path/to/llava", str(tmp_path / "dense")).replace("path/to/text", str(tmp_path / "text")), {})
+    text = Checkpoint.open(str(tmp_path / "text")).load(None)
+    assert torch.equal(text(tiny_tokens()).logits, whole(tiny_tokens()).logits)

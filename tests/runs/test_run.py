@@ -109,6 +109,16 @@ def test_decision_from_saved_scores_bears_what_measuring_them_cost(inputs: Path)
     assert 0 < cost <= first.metrics.seconds["total"] - evaluating
 
 
+def test_a_run_from_before_the_option_began_no_window_with_a_token(inputs: Path) -> None:
+    assert main(["fit", *options(inputs, "Magnitude")]) == 0
+    root = inputs / "root" / "magnitude"
+    config = root / "version_0" / "config.yaml"
+    config.write_text(config.read_text().replace("  bos: auto\n", ""))
+    assert "bos" not in config.read_text()
+    assert main(["decide", f"--run={root / 'version_0'}", "--model.pruning_ratio=0.3"]) == 0
+    assert "  bos: never\n" in (root / "version_1" / "config.yaml").read_text()
+
+
 def test_ratio_that_nobody_asked_for_is_not_recorded(inputs: Path) -> None:
     run = prune(ShortGPT(str(inputs / "model"), n_remove_layers=1), inputs / "tokens.npy", inputs / "logs")
     metrics = json.loads((run.folder / "metrics.json").read_text())

@@ -175,7 +175,7 @@ def test_on_a_terminal_there_are_two_rows_and_then_only_what_stays(tmp_path: Pat
     drawn = in_a_terminal(RUN, tmp_path / "out")
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn)
     assert "importance, layer 2 of 4" in text
-    assert re.search(r"phase 1 of 2, 0:00 +\S+ +\d+ % about 0:0\d left, [\d,]+ MiB", text)
+    assert re.search(r"phase 1 of 2, 0:0\d +\S+ +\d+ % about 0:0\d left, [\d,]+ MiB", text)
     assert "phase 2 of 2" in text
     rows = [line for line in re.split(r"[\r\n]+", text) if "MiB" in line or "layer" in line]
     assert max(len(row.rstrip()) for row in rows) <= 80

@@ -85,9 +85,9 @@ def main(argv: list[str]) -> int:
             )
     same_device = run.environment.device == str(cli.trainer.strategy.root_device)
     dense = known_perplexities(run, cli.datamodule) if same_device else None
-    folder, record = prune_and_record(cli.trainer, cli.model, cli.datamodule, cli.resolved_config, dense)
-    table = summary_table(cli.model.label, record.metrics)
-    tell(cli, table, record.metrics, f"pruned model: {folder / 'pruned'}", folder)
+    folder, metrics = prune_and_record(cli.trainer, cli.model, cli.datamodule, cli.resolved_config, dense)
+    table = summary_table(cli.model.label, metrics)
+    tell(cli, table, metrics, f"pruned model: {folder / 'pruned'}", folder)
     return 0
 
 

@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
     """Run the command and print the summary and where the pruned model is."""
     run = RunBuilder(with_method_help(argv), description=DESCRIPTION, options={"resume": RESUME} | OUTPUT)
     resume, config = run.option("resume"), run.resolved_config
-    folder, record = prune_and_record(run.trainer, run.model, run.datamodule, config, resume=resume)
-    table = summary_table(run.model.label, record.metrics)
-    tell(run, table, record.metrics, f"pruned model: {folder / 'pruned'}", folder)
+    folder, metrics = prune_and_record(run.trainer, run.model, run.datamodule, config, resume=resume)
+    table = summary_table(run.model.label, metrics)
+    tell(run, table, metrics, f"pruned model: {folder / 'pruned'}", folder)
     return 0

@@ -40,9 +40,9 @@ class RecoverCLI(RunBuilder):
 def main(argv: list[str]) -> int:
     """Run the command and print what was regained and where the model is."""
     cli = RecoverCLI(argv)
-    folder, record = recover_and_record(
+    folder, metrics = recover_and_record(
         cli.trainer, cli.model, cli.datamodule, cli.run, cli.resolved_config, resume=cli.option("resume")
     )
-    table = recovery_table(cli.model.label, record.metrics)
-    tell(cli, table, record.metrics, f"pruned model: {folder / 'pruned'}", folder)
+    table = recovery_table(cli.model.label, metrics)
+    tell(cli, table, metrics, f"pruned model: {folder / 'pruned'}", folder)
     return 0

@@ -14,10 +14,10 @@ DESCRIPTION = (
 def main(argv: list[str]) -> int:
     """Run the command, print one line per evaluation set, and write ``metrics.json``."""
     run = RunBuilder(argv, Evaluation, "test", DESCRIPTION, OUTPUT)
-    folder, record = evaluate_and_record(run.trainer, run.model, run.datamodule, run.resolved_config)
-    lines = [f"{run.model.pretrained}: {record.metrics['parameters']:,} parameters"]
-    for name, values in record.metrics["perplexity"].items():
-        tokens = f"{values['tokens']:,} tokens in windows of {record.metrics['evaluation'][name]['seq_len']}"
+    folder, metrics = evaluate_and_record(run.trainer, run.model, run.datamodule, run.resolved_config)
+    lines = [f"{run.model.pretrained}: {metrics['parameters']:,} parameters"]
+    for name, values in metrics["perplexity"].items():
+        tokens = f"{values['tokens']:,} tokens in windows of {metrics['evaluation'][name]['seq_len']}"
         lines.append(f"perplexity {name}: {values['perplexity']:.3f} ({tokens})")
-    tell(run, "\n".join(lines), record.metrics, f"metrics: {folder / 'metrics.json'}", folder)
+    tell(run, "\n".join(lines), metrics, f"metrics: {folder / 'metrics.json'}", folder)
     return 0

@@ -15,7 +15,7 @@ from lightning_prune.comparison.exports import csv_text
 from lightning_prune.runs.build import RunBuilder
 from lightning_prune.runs.tune import Tuned, check_tunable, log_kept, log_trial, tune, tuned_config
 from lightning_prune.support.errors import UserError
-from lightning_prune.support.files import check_writable, nearest_existing, remove_empty_parents, writable, write_text
+from lightning_prune.support.files import check_writable, made, writable, write_text
 
 DESCRIPTION = (
     "Choose refit, allocation, normalisation, protection and prior of a method that ranks groups by the loss on an "
@@ -53,8 +53,7 @@ def main(argv: list[str]) -> int:
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(writable(output.parent, "--output"))
-        stack.callback(remove_empty_parents, output, nearest_existing(output.parent))  # of a search that was refused
-        output.parent.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(made(output.parent))
         trials, again, progress = cli.option("trials"), cli.option("resume"), cli.model.progress
         for tuned in tune(configuration, cli.datamodule, Path(folder), trials, kept, again, progress):
             if len(tuned.trials) == 1:  # what an earlier search left stays until there is something to show

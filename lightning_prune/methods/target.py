@@ -1,0 +1,152 @@
+"""The size that is wanted, instead of a ratio: so many parameters, or so much memory with a KV cache.
+
+A target is reached by the smallest pruning ratio whose decision is not above it. Memory is what weights in the saved
+dtype and the KV cache of a context take, so a GQA group is worth its parameters and its share of the cache: the longer
+the context, the more a group is worth beside a channel.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from lightning_prune.checkpoint.plan import LayerPlan
+from lightning_prune.checkpoint.scores import Integers, Scores
+from lightning_prune.models.families import LayerStructure
+from lightning_prune.models.vocabulary import Block
+from lightning_prune.support.errors import UserError
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def parse_size(text: str, option: str, example: str) -> int:
+    """``4.5B``, ``800M`` or ``6GiB`` as a number.
+
+    Raises:
+        UserError: anything else, or nothing.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = None if found is None else next((UNITS[one] for one in UNITS if one.lower() == found[2].lower()), None)
+    if found is None or unit is None or float(found[1]) == 0:
+        raise UserError(f"{option}: found '{text}'; give a size such as {example}.")
+    return int(Fraction(found[1]) * unit)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What may be left of a model: ``parameters``, or ``memory`` in bytes of weights and of the KV cache of ``batch``
+    sequences of ``context`` tokens; the other one is None."""
+
+    parameters: int | None
+    memory: int | None
+    context: int
+    batch: int
+
+    @classmethod
+    def of(cls, parameters: str | int | None, memory: str | None, context: int, batch: int) -> "Target | None":
+        """From the options ``target_parameters``, ``target_memory``, ``context`` and ``batch``; None without a target.
+
+        Raises:
+            UserError: both targets, or a size that is not one.
+        """
+        if parameters is None and memory is None:
+            return None
+        if parameters is not None and memory is not None:
+            raise UserError("--model.target_parameters and --model.target_memory: give one of them.")
+        for name, value in (("context", context), ("batch", batch)):
+            if value < 1:
+                raise UserError(f"--model.{name}: found {value}; it must be 1 or more.")
+        if parameters is not None:
+            return cls(parse_size(str(parameters), "--model.target_parameters", "4.5B or 800M"), None, context, batch)
+        return cls(None, parse_size(str(memory), "--model.target_memory", "6GiB or 800MB"), context, batch)
+
+    @property
+    def option(self) -> str:
+        """As on the command line."""
+        name, value = ("parameters", self.parameters) if self.memory is None else ("memory", self.memory)
+        return f"--model.target_{name} {value:,}"
+
+    @property
+    def limit(self) -> int:
+        """The largest size that is allowed."""
+        return (self.parameters if self.memory is None else self.memory) or 0
+
+    def size(self, parameters: int, groups: Sequence[int], cache: Sequence[int], itemsize: int) -> int:
+        """Parameters, or bytes, of a model.
+
+        Args:
+            parameters: all of them, tied ones once.
+            groups: KV heads of every layer.
+            cache: what one of them keeps, see ``cache_numbers``.
+            itemsize: bytes of a number.
+        """
+        if self.memory is None:
+            return parameters
+        return itemsize * (parameters + sum(count * each for count, each in zip(groups, cache, strict=True)))
+
+    def weighed(self, scores: Scores, cache: Sequence[int]) -> Scores:
+        """Scores per number that a unit takes in memory, its part of the KV cache included; per parameter, as they are,
+        where parameters are the target."""
+        if self.memory is None:
+            return scores
+        price: Integers = scores.cost + np.where(scores.of_kind(Block.ATTENTION), np.array(cache)[scores.layer], 0)
+        base = scores.importance / price
+        return replace(scores, base=base, score=base)
+
+    def reach(self, size_at: Callable[[Fraction], int], total: int) -> Fraction:
+        """The smallest share of ``total`` parameters to remove with which ``size_at`` is not above the target.
+
+        Args:
+            size_at: size after removing a share; falls with it. Raises UserError where a share cannot be removed.
+
+        Raises:
+            UserError: the target is not below the dense size, or no share reaches it.
+        """
+
+        def fits(count: int) -> bool | None:
+            """None: so much cannot be removed."""
+            try:
+                return size_at(Fraction(count, total)) <= self.limit
+            except UserError:
+                return None
+
+        if size_at(Fraction(0)) <= self.limit:
+            raise UserError(
+                f"{self.option}: the dense model has {size_at(Fraction(0)):,} and is not above that. Nothing to prune."
+            )
+        low, high = 0, total  # what is removed: too little, enough or more than can be
+        while high - low > 1:
+            middle = (low + high) // 2
+            if fits(middle) is False:
+                low = middle
+            else:
+                high = middle
+        if not fits(high):
+            smallest = size_at(Fraction(low, total))
+            raise UserError(
+                f"{self.option} cannot be reached with these options: the smallest size is {smallest:,}. Raise the "
+                "target, or freeze and protect less."
+            )
+        return Fraction(high, total)
+
+
+def cache_numbers(config: Any, layers: Sequence[LayerStructure], context: int, batch: int) -> list[int]:
+    """Of every layer, the numbers that one KV head keeps of ``batch`` sequences of ``context`` tokens: keys and values,
+    as far back as the layer looks; 0 for layers without attention."""
+    window: int = getattr(config, "sliding_window", None) or 0
+    kinds = getattr(config, "layer_types", None)
+    found = []
+    for view in layers:
+        sliding = window > 0 and (kinds is None or kinds[view.index] == "sliding_attention")
+        tokens = min(context, window) if sliding and getattr(config, "use_sliding_window", True) else context
+        found.append(2 * view.head_dim * tokens * batch * (view.units(Block.ATTENTION) > 0))
+    return found
+
+
+def groups_of(kept: Sequence[LayerPlan]) -> list[int]:
+    """KV heads that every layer keeps."""
+    return [len(layer.kept.get(Block.ATTENTION, [])) for layer in kept]

@@ -1,0 +1,118 @@
+"""Sizes that are wanted: never above, exact against the saved files, groups weighed by their part of the KV cache."""
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from lightning_prune.methods import HGSP, Magnitude, ShortGPT, SlimGPT, Wanda
+from lightning_prune.methods.flap import FLAP
+from lightning_prune.methods.target import Target, cache_numbers, parse_size
+from lightning_prune.models.families import layer_structures
+from lightning_prune.support.errors import UserError
+from tests.methods.running import run_method, save_base
+from tests.tiny import make_tiny, tiny_tokens
+
+CONTEXT = 4096
+
+
+def saved_numbers(method: Any) -> int:
+    """Numbers in the files that were written."""
+    return sum(
+        tensor.numel() for path in method.pruned_folder.glob("*.safetensors") for tensor in load_file(path).values()
+    )
+
+
+@pytest.mark.parametrize("make", [HGSP, Wanda, Magnitude, FLAP, SlimGPT, ShortGPT])
+def test_parameters_are_never_above_the_target_and_near_it(make: Any, tmp_path: Path) -> None:
+    model = make_tiny(layers=4)
+    base, dense = save_base(model, tmp_path / "base"), sum(one.numel() for one in model.parameters())
+    target = dense * 3 // 4
+    method = run_method(make(base, target_parameters=target), tiny_tokens(8, 12), tmp_path / "run")
+    left = saved_numbers(method)
+    assert left == method.plan.parameters["pruned"]
+    layer = max(view.cost for view in method.layers)
+    unit = layer if make is ShortGPT else max(view.unit_cost(block) for view in method.layers for block in view.blocks)
+    assert target - unit < left <= target
+    assert method.plan.pruning_ratio == pytest.approx(0.25, abs=1e-4)
+
+
+@pytest.mark.parametrize("make", [HGSP, SlimGPT, ShortGPT])
+def test_memory_is_weights_and_cache_as_the_saved_model_has_them(make: Any, tmp_path: Path) -> None:
+    model = make_tiny(layers=4)
+    base, config = save_base(model, tmp_path / "base"), model.config
+    each = 2 * config.head_dim * CONTEXT * 2  # keys and values of a KV head, two sequences
+    dense = sum(one.numel() for one in model.parameters()) + 4 * config.num_key_value_heads * each
+    options = {"target_memory": f"{dense * 4 * 7 // 10}", "context": CONTEXT, "batch": 2}
+    method = run_method(make(base, **options), tiny_tokens(8, 12), tmp_path / "run")
+    groups = sum(len(layer.kept["attention"]) for layer in method.plan.layers)  # type: ignore[index]
+    assert 4 * (saved_numbers(method) + groups * each) <= dense * 4 * 7 // 10
+    assert method.plan.pruning_ratio is None
+
+
+def test_the_longer_the_context_the_more_groups_are_removed(tmp_path: Path) -> None:
+    base = save_base(make_tiny(layers=4), tmp_path / "base")
+    kept = []
+    for context in (1, 100_000):
+        method = Magnitude(base, target_memory="1KB", context=context)
+        scores = method.target and method.target  # the ranking is all that is looked at
+        assert scores is not None
+        layers = layer_structures(make_tiny(layers=4))
+        from lightning_prune.methods.scores import group_scores
+
+        weighed = scores.weighed(group_scores(layers), cache_numbers(make_tiny(layers=4).config, layers, context, 1))
+        attention = weighed.of_kind("attention")  # type: ignore[arg-type]
+        kept.append(float(np.mean(weighed.score[attention]) / np.mean(weighed.score[~attention])))
+    assert kept[1] < kept[0] / 10
+
+
+def test_layers_that_look_back_a_window_keep_no_more_than_that() -> None:
+    model = make_tiny("gemma2", layers=4)
+    model.config.sliding_window = 16
+    numbers = cache_numbers(model.config, layer_structures(model), 100, 3)
+    kinds = model.config.layer_types
+    expected = [2 * model.config.head_dim * (16 if kind == "sliding_attention" else 100) * 3 for kind in kinds]
+    assert numbers == expected
+    assert len(set(numbers)) == 2
+
+
+def test_the_smallest_share_that_is_enough_is_found() -> None:
+    target = Target(700, None, 1, 1)
+    assert target.reach(lambda ratio: 1000 - int(ratio * 1000) // 7 * 7, 1000) == Fraction(301, 1000)
+    with pytest.raises(UserError, match="not above that"):
+        target.reach(lambda ratio: 700, 1000)
+
+    def size_at(ratio: Fraction) -> int:
+        if ratio > Fraction(1, 5):
+            raise UserError("no more than a fifth")
+        return int(1000 * (1 - ratio))
+
+    with pytest.raises(UserError, match="smallest size is 800"):
+        target.reach(size_at, 1000)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4.5B", 4_500_000_000), ("800m", 800_000_000), ("6GiB", 6 * 2**30), ("1.5 KB", 1500), ("77", 77)],
+)
+def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
+    assert parse_size(text, "--model.target_parameters", "4.5B") == size
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"target_parameters": "lots"}, r"--model\.target_parameters: found 'lots'; give a size such as 4\.5B"),
+        ({"target_memory": "0GiB"}, r"--model\.target_memory: found '0GiB'"),
+        ({"target_parameters": "1B", "target_memory": "1GiB"}, "give one of them"),
+        ({"target_memory": "1GiB", "context": 0}, r"--model\.context: found 0"),
+        ({"target_parameters": "1B", "steps": 2}, r"--model\.steps 2"),
+        ({"target_parameters": "1B", "structure": "2:4"}, r"--model\.structure 2:4"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(options: dict[str, Any], found: str) -> None:
+    with pytest.raises(UserError, match=found):
+        Wanda("demo", **options)
