@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
-from lightning_prune.models.records import DENSE
+from lightning_prune.models.families import family_of
+from lightning_prune.models.vocabulary import Block
 
 FAMILIES = (
     "llama",
@@ -29,8 +30,15 @@ CUTTABLE = (
     *("ministral", "ministral3", "gemma", "gemma2", "gemma3_text", "phi3", "granite", "smollm3", "olmo"),
     *("ernie4_5", "seed_oss"),
 )
-HYBRIDS = ("qwen3_5_text",)  # some layers have a mixer that stays whole
+HYBRIDS = (
+    "qwen3_5_text",
+    "lfm2",
+    "granitemoehybrid",
+    "falcon_h1",
+    "bamba",
+)  # some layers have a mixer that stays whole
 EVERY_FAMILY = (*CUTTABLE, *WHOLE_ATTENTION, *HYBRIDS)
+MAMBA = {"mamba_n_heads": 2, "mamba_d_state": 4, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 SWITCHES: dict[str, dict[str, Any]] = {  # what makes a tiny model of the family unlike a Llama
     "ministral": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "ministral3": {
@@ -63,12 +71,34 @@ SWITCHES: dict[str, dict[str, Any]] = {  # what makes a tiny model of the family
     "smollm3": {"no_rope_layers": [1, 1, 0, 1]},
     "olmo": {"clip_qkv": 1.5},
     "qwen3_5_text": {
-        "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+        "layer_types": ["linear_attention", "full_attention"] * 2,
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
         "linear_key_head_dim": 4,
         "linear_value_head_dim": 4,
     },
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
+    "granitemoehybrid": {
+        **MAMBA,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "num_local_experts": 0,
+        "shared_intermediate_size": 40,
+        "position_embedding_type": "rope",
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 2.5,
+    },
+    "falcon_h1": {
+        **MAMBA,
+        "mamba_d_ssm": 32,
+        "key_multiplier": 0.5,
+        "mlp_multipliers": [0.7, 0.6],
+        "ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 0.7],
+        "attention_out_multiplier": 0.6,
+        "embedding_multiplier": 3.0,
+        "lm_head_multiplier": 0.5,
+    },
+    "bamba": {**MAMBA, "attn_layer_indices": [1, 3]},
 }
 
 
@@ -105,7 +135,9 @@ def tiny_config(
 def _switches(family: str, layers: int) -> dict[str, Any]:
     """With one entry per layer where there is one per layer of four."""
     return {
-        name: [value[layer % len(value)] for layer in range(layers)] if isinstance(value, list) else value
+        name: [value[layer % len(value)] for layer in range(layers)]
+        if isinstance(value, list) and len(value) == 4
+        else value
         for name, value in SWITCHES.get(family, {}).items()
     }
 
@@ -128,7 +160,8 @@ def tiny_tokens(batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor
 
 
 def tiny_plan(model: PreTrainedModel, kept: list[tuple[list[int], list[int]]], **fields: Any) -> PruningPlan:
-    """A plan that keeps (KV heads, channels) ``kept[i]`` of layer i; ``fields`` replace the plan's own."""
+    """A plan that keeps (KV heads, channels) ``kept[i]`` of layer i, and a mixer where it keeps anything; ``fields``
+    replace the plan's own."""
     dense = sum(parameter.numel() for parameter in model.parameters())
     defaults: dict[str, Any] = {
         "method": "by-hand",
@@ -137,9 +170,15 @@ def tiny_plan(model: PreTrainedModel, kept: list[tuple[list[int], list[int]]], *
         "parameters": {"dense": dense, "pruned": 0},
         "calibration_fingerprint": None,
         "base_model": "tiny",
-        "layers": [LayerPlan(index, dict(zip(DENSE, lists, strict=True))) for index, lists in enumerate(kept)],
+        "layers": [_layer_plan(model, index, *lists) for index, lists in enumerate(kept)],
     }
     return PruningPlan(**(defaults | fields))
+
+
+def _layer_plan(model: PreTrainedModel, index: int, heads: list[int], channels: list[int]) -> LayerPlan:
+    family = family_of(model.config)
+    units = {Block.ATTENTION: heads, Block.MLP: channels, Block.MIXER: [0] if heads or channels else []}
+    return LayerPlan(index, {block: units[block] for block in family.blocks_of(model.config, index)})
 
 
 def mixed_plan(model: PreTrainedModel, **fields: Any) -> PruningPlan:

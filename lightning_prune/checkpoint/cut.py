@@ -42,9 +42,8 @@ def kept_part(family: Family, config: Any, kept: LayerPlan, name: str, tensor: T
     """
     path, _, kind = name.rpartition(".")
     roles = family.roles_at(path)
-    if not roles:
+    if not roles or (block := BLOCK_OF[roles[0]]) not in kept.kept:  # attention may be a part of a mixer
         return tensor
-    block = BLOCK_OF[roles[0]]
     units = config.num_key_value_heads if block is Block.ATTENTION else getattr(config, family.width)
     left = kept.kept[block]
     if roles[0] == OUTPUT_ROLE[block]:
@@ -99,6 +98,12 @@ def check_plan(layers: list[LayerStructure], plan: PruningPlan, config: Any) -> 
         raise UserError(
             f"--plan: biases {unknown} are no config keys that give this model a bias which it lacks. Use the model "
             f"the plan was made for: '{plan.base_model}'."
+        )
+    attention = [layer.index for layer in layers if Block.ATTENTION in layer.parts]
+    if attention and set(attention) <= set(plan.removed_layers) and len(plan.removed_layers) < len(layers):
+        raise UserError(
+            f"--plan: the plan removes every layer with attention ({_short(attention)}); transformers cannot decode "
+            "with a cache of mixers alone. Keep one of these layers."
         )
     if len(plan.removed_layers) == len(layers):
         raise UserError(

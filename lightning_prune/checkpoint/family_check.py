@@ -73,7 +73,9 @@ def check_family(config: Any) -> None:
 
 @lru_cache(maxsize=64)
 def _tried(family: Family, values: str) -> str | None:
-    with tempfile.TemporaryDirectory(prefix="lightning-prune-") as folder, torch.inference_mode(False), torch.no_grad():
+    untouched = torch.random.fork_rng(devices=[])  # a run's random numbers, of which building a mixer takes some
+    place = tempfile.TemporaryDirectory(prefix="lightning-prune-")
+    with untouched, place as folder, torch.inference_mode(False), torch.no_grad():
         try:
             with quiet_transformers():
                 _try(CONFIG_MAPPING[family.model_type].from_dict(json.loads(values)), Path(folder))
@@ -135,12 +137,11 @@ def _representative(config: Any, family: Family) -> list[int]:
 
 
 def _try(config: Any, folder: Path) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-        for parameter in model.parameters():  # zeros and ones, as norms and biases start, would hide that one is lost
-            new = 0.1 * torch.randn_like(parameter)
-            parameter.copy_(parameter + new if parameter.dim() == 1 else 2 * new)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():  # zeros and ones, as norms and biases start, would hide that one is lost
+        new = 0.1 * torch.randn_like(parameter)
+        parameter.copy_(parameter + new if parameter.dim() == 1 else 2 * new)
     model.save_pretrained(folder / "dense")
     tokens = (torch.arange(2 * 3 * WINDOW).view(2, -1) * 31 + 7) % VOCABULARY
     dense = Checkpoint.open(str(folder / "dense"))

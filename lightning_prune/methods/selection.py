@@ -165,15 +165,22 @@ def select_uniform(scores: Scores, candidates: Flags, budget: Budget) -> Flags:
     layers = np.unique(scores.layer[candidates]).tolist()
     sizes = {i: sum(units.get((i, kind), 0) * costs.get((i, kind), 0) for kind in ROLES_OF) for i in layers}
     drops, reachable, reached = dict.fromkeys(blocks.keys, 0), [], True
-    for layer, size in sizes.items():
+    for together in _alike(layers, units):
+        size = sum(sizes[layer] for layer in together)
         share = budget.parameters * size // sum(sizes.values())
+        keys = [[(layer, kind) for layer in together if (layer, kind) in units] for kind in ROLES_OF]
         attention, mlp = (
-            (units.get(key, 0), free.get(key, 0), costs.get(key, 1)) for key in ((layer, kind) for kind in ROLES_OF)
+            (
+                max([units[k] for k in of], default=0),
+                min([free[k] for k in of], default=0),
+                sum(costs[k] for k in of) or 1,
+            )
+            for of in keys
         )
         counts, largest = _uniform_drops(attention, mlp, share, budget.round_to)
         reachable.append(largest * sum(sizes.values()) // size)
         reached &= share <= largest
-        drops |= {(layer, kind): count for kind, count in zip(ROLES_OF, counts, strict=True)}
+        drops |= {key: count for of, count in zip(keys, counts, strict=True) for key in of}
     if not reached:
         raise _unreachable(min(reachable), budget)
 
@@ -183,6 +190,14 @@ def select_uniform(scores: Scores, candidates: Flags, budget: Budget) -> Flags:
     pruned = np.zeros(len(scores.layer), dtype=bool)
     pruned[order[blocks.rank(order) < drop]] = True
     return pruned
+
+
+def _alike(layers: list[int], units: dict[tuple[int, Block], int]) -> list[list[int]]:
+    """The layers that lose the same together: each by itself, or all where some lack a block (hybrids) and those that
+    have it are equally wide, so that one width is left."""
+    there = [[units[i, kind] for i in layers if (i, kind) in units] for kind in ROLES_OF]
+    hybrid = any(0 < len(sizes) < len(layers) for sizes in there) and all(len(set(sizes)) < 2 for sizes in there)
+    return [layers] if hybrid else [[layer] for layer in layers]
 
 
 def _uniform_drops(

@@ -134,6 +134,10 @@ class ShortGPT(PruningMethod):
         else:
             influence = torch.from_numpy(self.saved.scores.importance)
         order = influence.argsort(stable=True).tolist()  # of equal ones the lower layer
+        # Of a hybrid one layer with attention stays: transformers decodes with no cache of mixers alone.
+        attention = [layer for layer in order if Block.ATTENTION in self.layers[layer].parts]
+        if 0 < len(attention) < len(order):
+            order.append(order.pop(order.index(attention[-1])))
         self.find_ratio(order, self.layers, self.dense_parameters)
         removed = order[: self.layer_count([self.layers[layer] for layer in order], self.dense_parameters)]
         scores = layer_scores(influence, [view.cost for view in self.layers])

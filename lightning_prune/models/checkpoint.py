@@ -298,12 +298,14 @@ def skeleton(config: Any) -> PreTrainedModel:
     try:
         net = meta_model(config)
         with torch.device("cpu"), torch.no_grad():
+            owners = [net.base_model]  # it may fill buffers of its layers
             for module in net.modules():
                 names = [name for name, buffer in module._buffers.items() if buffer is not None]
                 for name in names:  # NaN, so that the family check sees one which transformers forgets
                     module._buffers[name] = torch.full_like(module.get_buffer(name), torch.nan, device="cpu")
-                if names:
-                    net._init_weights(module)  # as from_pretrained does for what no checkpoint holds
+                owners += [module] if names else []
+            for module in owners:
+                net._init_weights(module)  # as from_pretrained does for what no checkpoint holds
     finally:
         torch.set_default_dtype(default)
     return net.eval().requires_grad_(False)
@@ -311,7 +313,7 @@ def skeleton(config: Any) -> PreTrainedModel:
 
 def _config_of(raw: dict[str, Any], path: str) -> PretrainedConfig:
     """As ``AutoConfig.from_pretrained``, which would read the file once more; of several models the text model's."""
-    values = copy.deepcopy(raw)
+    values = PretrainedConfig._decode_special_floats(copy.deepcopy(raw))  # infinite ones are written as a dictionary
     for part in (values, _text_part(values)):
         for key in QUANTISATION:  # the headers say whether weights are quantised
             part.pop(key, None)
@@ -323,6 +325,8 @@ def _config_of(raw: dict[str, Any], path: str) -> PretrainedConfig:
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         family_of(SimpleNamespace(model_type=model_type))  # raises, with the families there are
     config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(values, name_or_path=path)
+    if getattr(config, "block_auto_adjust_ff_dim", False):  # the MLP has another width than the config says
+        config.intermediate_size, config.block_auto_adjust_ff_dim = adjusted_width(config), False
     if model_type not in TEXT_PARTS:
         return config
     text: PretrainedConfig = config.text_config
@@ -333,6 +337,13 @@ def _config_of(raw: dict[str, Any], path: str) -> PretrainedConfig:
     if text.dtype is None:
         text.dtype = config.dtype
     return text
+
+
+def adjusted_width(config: Any) -> int:
+    """The width of an LFM2's MLP, which its code takes from ``intermediate_size``: two thirds, scaled, rounded up."""
+    multiplier = config.block_ffn_dim_multiplier
+    width = int((1 if multiplier is None else multiplier) * int(2 * config.intermediate_size / 3))
+    return int(config.block_multiple_of * -(-width // config.block_multiple_of))
 
 
 def _text_part(raw: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_prune.models.records import FAMILIES, GUIDE, Family
-from lightning_prune.models.refusals import ENCODER_DECODER, REFUSED, SEVERAL_MODELS
+from lightning_prune.models.refusals import ENCODER_DECODER, EXPERTS, REFUSED, SEVERAL_MODELS
 from lightning_prune.models.skipped import fill_skipped
 from lightning_prune.models.vocabulary import BLOCK_OF, OUTPUT_ROLE, Block
 from lightning_prune.support.errors import UserError
@@ -160,10 +160,11 @@ def family_of(config: Any) -> Family:
         UserError: no record; the message lists the known families, and says why where it is known.
     """
     model_type = getattr(config, "model_type", None)
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
+    family = FAMILIES.get(str(model_type))
+    if family is not None and not family.has_experts(config):
+        return family
     several = SEVERAL_MODELS if getattr(config, "sub_configs", None) else ""
-    reason = REFUSED.get(str(model_type), several)
+    reason = EXPERTS if family is not None else REFUSED.get(str(model_type), several)
     if getattr(config, "is_encoder_decoder", False):
         reason = ENCODER_DECODER
     raise UserError(

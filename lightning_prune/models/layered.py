@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import LayerStructure, family_of, layer_structures, layers_of
@@ -186,6 +186,8 @@ class LayeredModel:
     def add(self, index: int, hidden: Tensor, block: Block, output: Tensor) -> Tensor:
         """The residual stream after a block with the input ``hidden`` and the output ``output``, ``[B, L, D]`` each,
         through the layer's own norms and multipliers. Does not count as an evaluation."""
+        scale = family_of(self.config).mlp_scale(self.config) if block is Block.MLP else None
+        output = output if scale is None else output * scale
         stubs = self._without(index, block)
         for module, pair in self.views[index].parts[block].modules.items():
             stubs[module] = lambda *_, pair=pair, **__: (output, None) if pair else output
@@ -196,7 +198,7 @@ class LayeredModel:
         """Logits ``[..., V]`` of residual rows ``[n, D]`` or ``[B, L, D]`` after the last layer, computed by the model
         itself, with its soft caps and scales."""
         norm = self.net.get_submodule(family_of(self.config).final_norm)
-        decoder = BaseModelOutputWithPast(last_hidden_state=norm(hidden if hidden.dim() == 3 else hidden[None]))
+        decoder = MoeModelOutputWithPast(last_hidden_state=norm(hidden if hidden.dim() == 3 else hidden[None]))
         with _replaced_forward({self.net.base_model: lambda *_, **__: decoder}):
             logits: Tensor = self.net(input_ids=None, use_cache=False, return_dict=True).logits
         return logits if hidden.dim() == 3 else logits[0]

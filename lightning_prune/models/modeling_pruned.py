@@ -10,6 +10,7 @@ are not Llama's.
 """
 
 import copy
+import inspect
 import json
 from functools import cache
 from pathlib import Path
@@ -103,14 +104,19 @@ class PrunedMixin:
         config._attn_implementation_internal = self.config._attn_implementation
         self.config = config
         if self.base_model is self:
-            layer_class = type(self.layers[0])
+            stock = self.layers[0]
             self.layers = nn.ModuleList(
-                _build_layer(layer_class, own, index) for index, own in enumerate(config.per_layer_config)
+                _build_layer(stock, own, index) for index, own in enumerate(config.per_layer_config)
             )
         else:
             decoder = pruned_class(type(self.base_model).__name__)(config)
             setattr(self, self.base_model_prefix, decoder)
         self.post_init()
+
+    def _initialize_weights(self, module: nn.Module, *args: Any) -> None:
+        """As for a class of transformers, which this one is but for its layers: of custom code it would leave out what
+        a decoder computes for its layers (the multipliers of Falcon H1)."""
+        super()._initialize_weights(module)  # type: ignore[misc]
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers, and for the configs of the layers too, which are their own."""
@@ -156,8 +162,16 @@ def _uniform(config: Any) -> Any:
     return uniform
 
 
-def _build_layer(layer_class: type[nn.Module], config: Any, index: int) -> nn.Module:
-    layer: Any = layer_class(config, index)
+def _build_layer(stock: nn.Module, config: Any, index: int) -> nn.Module:
+    """Layer ``index``; ``stock``: a layer that the stock model has made, maybe with buffers of its own."""
+    wanted = inspect.signature(type(stock).__init__).parameters
+    kind = {"layer_type": config.layers_block_type[index]} if "layer_type" in wanted else {}
+    layer: Any = type(stock)(config, index, **kind)
+    there = {name for name, _ in layer.named_buffers()}
+    for name, buffer in stock.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        if name not in there and owner in dict(layer.named_modules()):
+            layer.get_submodule(owner).register_buffer(leaf, buffer.clone(), persistent=False)
     for block in config.skip:
         module = getattr(config, "block_modules", BLOCK_MODULES)[block]
         attention = block == "attention"

@@ -1,6 +1,6 @@
 """What the supported model families look like, one record each."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ class Family:
     the model's own code (``LayeredModel``).
 
     ``kinds`` is the config key that lists the kind of every layer, and ``blocks`` what a layer of a kind is made of, in
-    order ("" where there is one kind); other kinds have attention and MLP. ``mixer``: the modules of a mixer → whether
+    order; other kinds have attention and MLP. ``mixer``: the modules of a mixer → whether
     they also return attention weights; its norms are those of attention.
 
     Names are attributes below the decoder layer; ``gate`` is None in an MLP without one. Roles that name the same
@@ -37,8 +37,10 @@ class Family:
     ``per_layer_lists`` are config keys holding one entry per layer; entries of removed layers are removed.
     ``index_lists`` hold the numbers of some layers, and are numbered anew. ``width`` is the config key of F.
     ``gated_query``: the query's rows are, head by head, query and output gate, so there are twice as many.
-    ``layer_returns``: how many values a layer returns in a tuple; 0 for the residual stream itself. ``tiny`` are config
-    entries that make the mixer of a tiny model small.
+    ``layer_returns``: how many values a layer returns in a tuple; 0 for the residual stream itself. ``mlp_scale``:
+    what the MLP multiplies the output of its down projection with, if it does. ``tiny`` are config entries that make
+    the mixer of a tiny model small. ``has_experts`` says of a config that its model has experts, which
+    the record does not treat.
     ``stock_alias`` names a family with the same arithmetic that takes head counts which this family's own config
     refuses; it is used only while no projection has a bias. ``whole_attention`` says why GQA groups cannot be removed
     one by one, where they cannot: such a family loses MLP channels and whole layers.
@@ -71,6 +73,8 @@ class Family:
     width: str = "intermediate_size"
     gated_query: bool = False
     layer_returns: int = 0
+    mlp_scale: Callable[[Any], float | None] = lambda config: None
+    has_experts: Callable[[Any], bool] = lambda config: False
     tiny: Mapping[str, Any] = field(default_factory=dict)
 
     def blocks_of(self, config: Any, index: int) -> tuple[Block, ...]:
@@ -157,6 +161,64 @@ FAMILIES: dict[str, Family] = {
                 "linear_key_head_dim": 4,
                 "linear_value_head_dim": 4,
             },
+        ),
+        Family(
+            "lfm2",
+            per_layer_lists=_TYPES,
+            index_lists=("full_attn_idxs",),
+            final_norm="model.embedding_norm",
+            output="out_proj",
+            mlp="feed_forward",
+            gate="w1",
+            up="w3",
+            down="w2",
+            attention_norms=Norms("operator_norm"),
+            mlp_norms=Norms("ffn_norm"),
+            blocks={"conv": _MIXER},
+            mixer={"conv": False},
+        ),
+        Family(
+            "granitemoehybrid",
+            "attention_bias",
+            "attention_bias",
+            per_layer_lists=_TYPES,
+            mlp="shared_mlp",
+            gate="input_linear",
+            up="input_linear",
+            down="output_linear",
+            blocks={"linear_attention": _MIXER},
+            mixer={"mamba": False},
+            width="shared_intermediate_size",
+            has_experts=lambda config: config.num_local_experts > 0,
+            tiny=_MAMBA,
+        ),
+        Family(
+            "falcon_h1",
+            mlp_bias="mlp_bias",
+            final_norm="model.final_layernorm",
+            mlp="feed_forward",
+            mlp_norms=Norms("pre_ff_layernorm"),
+            kinds="layers_block_type",
+            blocks={"hybrid": _MIXER},
+            mixer={"mamba": False, "self_attn": True},
+            layer_returns=1,
+            mlp_scale=lambda config: config.mlp_multipliers[1],
+            tiny={**_MAMBA, "mamba_d_ssm": 16},
+        ),
+        Family(
+            "bamba",
+            "attention_bias",
+            "attention_bias",
+            "mlp_bias",
+            index_lists=("attn_layer_indices",),
+            final_norm="model.final_layernorm",
+            mlp="feed_forward",
+            mlp_norms=Norms("pre_ff_layernorm"),
+            kinds="layers_block_type",
+            blocks={"linear_attention": _MIXER},
+            mixer={"mamba": False},
+            layer_returns=2,
+            tiny=_MAMBA,
         ),
     )
 }

@@ -2,7 +2,7 @@
 
 EXPERTS = "it is a mixture of experts: a router chooses MLPs token by token, and what a channel is worth depends on it"
 STATES = (
-    "it has state-space, recurrent, convolution or linear-attention layers, which have no attention heads to remove"
+    "it has state-space, recurrent or linear-attention layers, and no record says yet what can be removed around them"
 )
 PLAIN_MLP = "its MLP is not gated, and its projections are not those of a gated decoder (GPT-2 style)"
 PARALLEL = "attention and MLP of a layer read the same input side by side, so a layer cannot be run block by block"
@@ -19,8 +19,7 @@ FAMILIES_BY_REASON = {
         ernie4_5_moe dbrx jetmoe glm4_moe dots1 hunyuan_v1_moe minimax exaone_moe afmoe solar_open
     """,
     STATES: """
-        mamba mamba2 falcon_mamba jamba bamba zamba zamba2 recurrent_gemma rwkv xlstm nemotron_h granitemoehybrid
-        qwen3_next falcon_h1 lfm2 olmo_hybrid
+        mamba mamba2 falcon_mamba jamba zamba zamba2 recurrent_gemma rwkv xlstm nemotron_h qwen3_next olmo_hybrid
     """,
     PLAIN_MLP: "gpt2 gpt_neo gpt_bigcode opt bloom mpt codegen xglm biogpt starcoder2 nemotron persimmon openai-gpt",
     PARALLEL: "gpt_neox gptj falcon phi cohere cohere2",

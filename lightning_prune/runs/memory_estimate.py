@@ -165,7 +165,7 @@ class Memory:
             num_layers=len(self.method.layers),
             hidden_size=self.method.checkpoint.config.hidden_size,
             widest_input=max(one.projection(kind).in_features for one in self.method.layers for kind in one.prunable),
-            layer_weights=sum(sizes),
+            layer_weights=view.num_weights,
             largest_weight=max(sizes),
             rows=self.samples,
             batch_size=min(self.data.batch_size, self.samples),
@@ -192,13 +192,14 @@ class Memory:
         return work, new if load.accelerated else 0, [rows * load.seq_len * width * size for width in found.stores]
 
     def _forward(self, tokens: int, load: Load) -> int:
-        """Three of the MLP's inner states, or as much in attention, beside what enters, as it is and normed."""
+        """Three of the MLP's inner states, or as much in attention, or what a mixer's weights make of the hidden size,
+        beside what enters, as it is and normed."""
+        views = self.method.layers
         attention = [
-            2 * one.projection(Block.ATTENTION).in_features
-            for one in self.method.layers
-            if Block.ATTENTION in one.parts
+            2 * view.projection(Block.ATTENTION).in_features for view in views if Block.ATTENTION in view.parts
         ]
-        inner = 3 * max(load.widest_input, *attention)
+        mixers = [view.block_cost(Block.MIXER) // (3 * load.hidden_size) for view in views]
+        inner = 3 * max(load.widest_input, *attention, *mixers)
         return tokens * load.dtype.itemsize * (inner + 2 * load.hidden_size)
 
     def _head(self, tokens: int, per_logit: int) -> int:

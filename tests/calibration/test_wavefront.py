@@ -1,6 +1,7 @@
 """Removal priors: the numbers of whole forwards for half the layer evaluations, each layer brought in once."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from lightning_prune.calibration.loop import CalibrationLoop
 from lightning_prune.calibration.wavefront import RemovalPass
 from lightning_prune.models.layered import LayeredModel
+from lightning_prune.models.records import FAMILIES
 from tests.calibration.driving import drive
 from tests.cutting import MemorySource, layered
 from tests.methods.test_hgsp import reference_priors
@@ -45,6 +47,10 @@ def test_whole_layers_alone_are_cheaper_and_the_same(tmp_path: Path) -> None:
     assert model.evaluations == layers + layers * (layers - 1) // 2
 
 
+def no_attention(hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    return torch.zeros_like(hidden_states), None
+
+
 @pytest.mark.parametrize("family", EVERY_FAMILY)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_restarting_behind_a_piece_is_bit_identical_to_a_whole_forward(
@@ -70,15 +76,24 @@ def test_restarting_behind_a_piece_is_bit_identical_to_a_whole_forward(
 
     assert float(one.losses.dense) == loss()
     for index, layer in enumerate(model.model.layers):
-        layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
+        values = FAMILIES[family].layer_returns
+        layer.forward = lambda hidden, *_, n=values, **__: (hidden, None)[:n] if n else hidden
         assert float(one.losses.removed[0, index]) == loss()
         del layer.forward
-        layer.self_attn.forward = lambda hidden_states, **kwargs: (torch.zeros_like(hidden_states), None)
+        first = {name: getattr(layer, name, None) for name in ("linear_attn", "conv", "mamba", "self_attn")}
+        for name, module in first.items():
+            if module is not None:
+                zeros = (
+                    no_attention if name == "self_attn" else lambda hidden_states, **_: torch.zeros_like(hidden_states)
+                )
+                module.forward = zeros
         assert float(one.losses.removed[1, index]) == loss()
-        del layer.self_attn.forward
-        layer.mlp.forward = torch.zeros_like
+        for module in filter(None, first.values()):
+            del module.forward
+        mlp = next(getattr(layer, name) for name in ("mlp", "feed_forward", "shared_mlp") if hasattr(layer, name))
+        mlp.forward = torch.zeros_like
         assert float(one.losses.removed[2, index]) == loss()
-        del layer.mlp.forward
+        del mlp.forward
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8])

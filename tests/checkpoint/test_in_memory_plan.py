@@ -4,16 +4,17 @@ import pytest
 import torch
 
 from lightning_prune.checkpoint.in_memory_plan import InMemoryPlan
+from lightning_prune.models.families import layer_structures
 from tests.cutting import cut, layered
-from tests.tiny import CUTTABLE, make_tiny, mixed_plan, tiny_tokens
+from tests.tiny import CUTTABLE, HYBRIDS, make_tiny, mixed_plan, tiny_tokens
 
 
-@pytest.mark.parametrize("family", CUTTABLE)
+@pytest.mark.parametrize("family", [*CUTTABLE, *HYBRIDS])
 def test_logits_are_those_of_the_cut_model(family: str) -> None:
     model = make_tiny(family)
     plan, tokens = mixed_plan(model), tiny_tokens()
     generator = torch.Generator().manual_seed(2)
-    shape = model.model.layers[1].mlp.down_proj.weight.shape
+    shape = layer_structures(model)[1].linears["down"].weight.shape
     new = {1: {"down": torch.randn(shape, generator=generator)}}
     with torch.no_grad():
         expected = cut(model, plan, lambda layer: new.get(layer, {}))(input_ids=tokens, use_cache=False).logits

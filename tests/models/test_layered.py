@@ -17,7 +17,7 @@ from lightning_prune.models.families import layer_structures
 from lightning_prune.models.layered import LayeredModel, Onload, open_layered
 from lightning_prune.models.vocabulary import Block
 from tests.cutting import CPU, MemorySource, layered, layered_cut
-from tests.tiny import EVERY_FAMILY, make_tiny, mixed_plan, tiny_tokens, uniform_plan
+from tests.tiny import CUTTABLE, EVERY_FAMILY, WHOLE_ATTENTION, make_tiny, mixed_plan, tiny_tokens, uniform_plan
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
     *((family, {"tied": tied}) for family in EVERY_FAMILY for tied in (True, False)),
@@ -135,10 +135,11 @@ def test_attention_and_mlp_apart_are_the_layer(family: str) -> None:
     dense = make_tiny(family)
     model, tokens = layered(dense), tiny_tokens()
     kept: dict[str, Tensor] = {}
-    layer, mlp = dense.model.layers[1], layer_structures(dense)[1].parts[Block.MLP]
+    layer, parts = dense.model.layers[1], layer_structures(dense)[1].parts
+    first, second = parts
     handles = [
-        mlp.entry.register_forward_pre_hook(lambda _, args: kept.update(middle=args[0])),
-        layer.register_forward_hook(lambda _, args, output: kept.update(after=output)),
+        parts[second].entry.register_forward_pre_hook(lambda _, args: kept.update(middle=args[0])),
+        layer.register_forward_hook(lambda _, args, out: kept.update(after=out[0] if isinstance(out, tuple) else out)),
     ]
     dense(input_ids=tokens, use_cache=False)
     for handle in handles:
@@ -147,16 +148,16 @@ def test_attention_and_mlp_apart_are_the_layer(family: str) -> None:
     with model.layer(0):
         hidden = model.run(0, hidden)
     with model.layer(1):
-        middle = model.run_block(1, Block.ATTENTION, hidden)
+        middle = model.run_block(1, first, hidden)
         assert torch.equal(middle, kept["middle"])
-        assert torch.equal(model.run_block(1, Block.MLP, middle), kept["after"])
+        assert torch.equal(model.run_block(1, second, middle), kept["after"])
         assert torch.equal(model.run(1, hidden), kept["after"])  # nothing stays replaced
         for found, expected in zip(model.streams(1, hidden), (hidden, kept["middle"], kept["after"]), strict=True):
             assert torch.equal(found, expected)
     assert model.evaluations == 5
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", [*CUTTABLE, *WHOLE_ATTENTION])
 @torch.no_grad()
 def test_what_a_block_puts_out_is_added_as_the_layer_does(family: str) -> None:
     """Of another output than its own: post-norms, multipliers and residuals are those of the layer."""
