@@ -24,11 +24,11 @@ from tests.tiny import make_tiny, tiny_tokens
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 YOURS = {  # what stands for something of the reader's, or would take minutes
-    "../shared/models/llama-4m": "demo",
-    "../shared/data/wikitext2/validation.txt": "my_text.txt",
-    "../shared/data/wikitext2/test.txt": "my_text.txt",
-    "../shared/data/ptb/validation.txt": "my_text.txt",
-    "../shared/data/ptb/test.txt": "my_text.txt",
+    "path/to/wikitext2/validation.txt": "my_text.txt",
+    "path/to/wikitext2/test.txt": "my_text.txt",
+    "path/to/ptb/validation.txt": "my_text.txt",
+    "path/to/ptb/test.txt": "my_text.txt",
+    "~/.cache/lightning-prune/smollm2-135m": "demo",
     "--config targets/smollm2-135m": "--model.pretrained demo",
     "/tmp/benchmark/llama-16-layers": "demo",
     "/tmp/benchmark/tokens.npy": "windows.npy",
@@ -65,6 +65,7 @@ READ = ("magnitude", "slimgpt", "hgsp_taylor", "hgsp_kfac_refit_kind")  # system
 PAGES = [
     *sorted((DOCS / "tutorials").glob("*.md")),
     *sorted((DOCS / "methods").glob("*.md")),
+    *(DOCS / "notes" / f"{name}.md" for name in ("quality", "results")),
     *(DOCS / f"{name}.md" for name in ("comparison", "large_models", "python", "quality", "recover")),
     *(DOCS / f"{name}.md" for name in ("results", "serving")),
     ROOT / "README.md",

@@ -155,7 +155,7 @@ def _facts(module: Recovery, data: RecoveryDataModule, config: str) -> Facts:
         f"{group}.{name}": value
         for group in ("model", "data", "trainer")
         for name, value in parsed[group].items()
-        if (name in DECISIVE if group == "trainer" else name not in (*FREE, *FREE_OF_EVALUATION))
+        if (name in DECISIVE if group == "trainer" else name not in FREE)
     }
     weights, tokens = module.checkpoint.fingerprint, data.manifest["fingerprint"]
     if module.teacher and os.path.isdir(Path(module.teacher).expanduser()):  # however it is spelled
