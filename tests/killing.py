@@ -1,18 +1,21 @@
 """Runs of the command that are killed: at a named call, at a file operation, or after some seconds.
 
-Importing takes longer than a run on a tiny model. So one process imports everything and does nothing else; every run
-is a fork of it. ``python -m tests.killing MODULE`` is that process, ``Forks`` talks to it; what runs is the module's
-``main``.
+Importing takes longer than a run on a tiny model, and so does what the first run of a process pays for. So one process
+imports everything, makes one run and does nothing else; every run that counts is a fork of it. ``python -m
+tests.killing MODULE`` is that process, ``Forks`` talks to it; what runs is the module's ``main``.
 """
 
+import gc
 import importlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,14 +60,18 @@ class Forks:
             cwd=REPOSITORY,
         )
 
-    def run(self, argv: Sequence[str], kill: Kill | None = None) -> Ended:
-        return self.together([argv], kill)[0]
+    def run(self, argv: Sequence[str], kill: Kill | None = None, before: str = "") -> Ended:
+        """One run; ``before``: a statement of Python that its process executes first."""
+        return self.together([argv], kill, [before])[0]
 
-    def together(self, argvs: Sequence[Sequence[str]], kill: Kill | None = None) -> list[Ended]:
+    def together(
+        self, argvs: Sequence[Sequence[str]], kill: Kill | None = None, before: Sequence[str] = ()
+    ) -> list[Ended]:
         """Several runs at once."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         request = {"argvs": [list(argv) for argv in argvs], "kill": None if kill is None else asdict(kill)}
+        request["before"] = list(before) or [""] * len(argvs)
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return [Ended(**found) for found in json.loads(self._process.stdout.readline())]
@@ -80,22 +87,36 @@ def serve(module: str) -> None:
     modules += [f"cli.commands.{name}" for name in ("fit", "decide", "test", "compare", "apply", "evaluate")]
     for name in modules:
         importlib.import_module(f"lightning_prune.{name}")
-    import pandas  # noqa: F401  imported late by others
-    import torch.utils.tensorboard  # noqa: F401
-    from transformers import AutoModelForCausalLM  # noqa: F401
-
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    _make_one_run(main)
     for line in sys.stdin:
         request = json.loads(line)
         kill = None if request["kill"] is None else Kill(**request["kill"])
-        started = [_fork(main, argv, kill) for argv in request["argvs"]]
+        runs = zip(request["argvs"], request["before"], strict=True)
+        started = [_fork(main, argv, kill, before) for argv, before in runs]
         found = [asdict(_wait(*one, kill)) for one in started]
         answer.write(json.dumps(found) + "\n")
         answer.flush()
 
 
-def _fork(main: Callable[[list[str]], int], argv: list[str], kill: Kill | None) -> tuple[int, int, float]:
+def _make_one_run(main: Callable[[list[str]], int]) -> None:
+    """Not of a method that goes backward: on a device that starts threads, which no fork has."""
+    import numpy as np
+
+    from tests.tiny import make_tiny, tiny_tokens
+
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
+        make_tiny().save_pretrained(folder)
+        np.save(f"{folder}/tokens.npy", tiny_tokens(2, 8).numpy())
+        words = f"fit --config wanda --model.pretrained {folder} --data.dataset {folder}/tokens.npy"
+        words += f" --data.eval_datasets [{folder}/tokens.npy] --trainer.default_root_dir {folder}/logs"
+        with redirect_stdout(nowhere), redirect_stderr(nowhere):
+            assert main(words.split()) == 0
+    gc.collect()
+
+
+def _fork(main: Callable[[list[str]], int], argv: list[str], kill: Kill | None, before: str) -> tuple[int, int, float]:
     output = os.memfd_create("output")
     begun = time.monotonic()
     child = os.fork()
@@ -106,6 +127,7 @@ def _fork(main: Callable[[list[str]], int], argv: list[str], kill: Kill | None) 
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(output, 1)
             os.dup2(output, 2)
+            exec(before)
             if kill is not None:
                 _prepare(kill)
             status = main(argv)

@@ -24,7 +24,7 @@ SYSTEMS = {
     "hgsp_wanda": "--config hgsp_wanda",
     "hgsp_fisher": FISHER,
     "hgsp_kfac_refit": "--config hgsp_kfac_refit",
-    "gisp": "--config gisp",
+    "gisp": "--config gisp --model.steps 3",
     "slimgpt": "--config slimgpt",
     "shortgpt": "--config shortgpt",
     "wanda_refit": "--config wanda_refit",
@@ -98,7 +98,7 @@ def fit(tmp_path_factory: pytest.TempPathFactory, on_sim: On, forks: Forks) -> F
     return Fit(tmp_path_factory.mktemp("life"), on_sim, forks)
 
 
-@every_system
+@pytest.mark.parametrize("system", QUICK)
 def test_it_decides_as_the_cpu(fit: Fit, system: str) -> None:
     """With the whole model on the device; killed runs have one layer there."""
     fit.check(fit.sim(system, "model", onload="model"), system, "model")
@@ -106,6 +106,7 @@ def test_it_decides_as_the_cpu(fit: Fit, system: str) -> None:
 
 @every_system
 def test_without_float64_decisions_stay(fit: Fit, system: str) -> None:
+    """With the whole model on the device again."""
     fit.check(fit.sim(system, "single", before="single", onload="model"), system, "single")
 
 
@@ -140,8 +141,15 @@ def test_other_commands_run_there_too(fit: Fit) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("system", QUICK)
-@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    ("system", "precision"),
+    [
+        *(("wanda", precision) for precision in ("bf16-true", "16-true", "bf16-mixed")),
+        ("slimgpt", "16-true"),
+        ("shortgpt", "bf16-mixed"),
+        ("hgsp_kfac_refit", "bf16-true"),
+    ],
+)
 def test_every_precision_decides_as_the_cpu(fit: Fit, system: str, precision: str) -> None:
     fit.check(fit.sim(system, precision, precision=precision), system, precision, precision)
 

@@ -1,12 +1,10 @@
 """The beginning-of-sequence token in front of every window."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from jsonargparse import ArgumentParser
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
@@ -135,14 +133,3 @@ def test_recovery_follows_the_pruning_run_unless_told_otherwise(build: Any, text
         data.follow(text_file, None, [], None, run)
         data.setup("fit")
         assert data.manifest["bos"] == then
-
-
-def test_the_option_is_on_the_command_line() -> None:
-    parser = ArgumentParser()
-    parser.add_class_arguments(CalibrationDataModule, "data")
-    assert parser.parse_args([]).data.bos == "auto"
-    assert parser.parse_args(["--data.bos=never"]).data.bos == "never"
-    parser = ArgumentParser()
-    parser.add_class_arguments(RecoveryDataModule, "data")
-    parsed = json.loads(json.dumps(parser.parse_args(["--data.column=a"]).data.as_dict()))
-    assert (parsed["bos"], parsed["column"]) == (None, "a")

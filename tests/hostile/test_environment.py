@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.hostile.harness import Bench, Case
+from tests.killing import Forks
 
 REPOSITORY = Path(__file__).parents[2]
 NOWHERE = {"HOME": "/nowhere", "XDG_CACHE_HOME": "/nowhere", "TMPDIR": "/nowhere", "HF_HOME": "/proc/x"}
@@ -88,22 +89,24 @@ def test_closed_stream_and_files_for_the_owner_alone(
 
 GARBAGE = {"OMP_NUM_THREADS": "x", "MKL_NUM_THREADS": "-1", "CUDA_VISIBLE_DEVICES": "abc", "TMPDIR": "/nowhere",
            "HF_HOME": "/proc/x", "COLUMNS": "1", "MPLCONFIGDIR": "/proc/x", "LC_ALL": "nowhere"}  # fmt: skip
-SHELL: dict[str, tuple[str, int | tuple[int, ...]]] = {
-    "all variables are garbage": ("{}", 0),
-    "nobody reads on": ("{} | head -c 1 > /dev/null; exit ${{PIPESTATUS[0]}}", (0, 1)),
-    "output is full": ("{} > /dev/full", (1, 2)),
-    "streams are closed": ("{} <&- >&-", 0),
-    "all streams are closed": ("{} <&- >&- 2>&-", 0),
-    "little space": ("ulimit -f 40; {}", 2),
+SHELL: dict[str, tuple[str, str, int | tuple[int, ...]]] = {
+    "all variables are garbage": ("fit", "{}", 0),
+    "all streams are closed": ("fit", "{} <&- >&- 2>&-", 0),
+    "nobody reads on": ("methods", "{} | head -c 1 > /dev/null; exit ${{PIPESTATUS[0]}}", (0, 1)),
+    "output is full": ("methods", "{} > /dev/full", (1, 2)),
+    "streams are closed": ("methods", "{} <&- >&-", 0),
 }
+OUTPUT = "os.dup2(os.open('/dev/full', os.O_WRONLY), 1)"
+SPACE = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (40 * 1024, 40 * 1024))"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", SHELL)
 def test_shell(name: str, bench: Bench) -> None:
-    line, status = SHELL[name]
-    command = " ".join([sys.executable, "-m lightning_prune", *bench.argv(Case("--trainer.enable_progress_bar false"))])
+    command, line, status = SHELL[name]
+    argv = bench.argv(Case("--trainer.enable_progress_bar false")) if command == "fit" else [command]
+    command = " ".join([sys.executable, "-m lightning_prune", *argv])
     done = subprocess.run(
         ["bash", "-c", line.format(command)],
         env=os.environ | (GARBAGE if "variables" in name else {}) | {"PYTHONPATH": str(REPOSITORY)},
@@ -116,5 +119,14 @@ def test_shell(name: str, bench: Bench) -> None:
     assert done.returncode in (status if isinstance(status, tuple) else (status,)), done.stderr[-2000:]
     assert "Traceback" not in done.stderr
     assert not [path for path in bench.folder.rglob(".*") if "cache" not in path.parts]
-    if done.returncode == 0:
+    if argv[0] == "fit":
         assert len(list(bench.root.rglob("metrics.json"))) == 1
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("before", "status"), [(OUTPUT, (1, 2)), (SPACE, (2,))], ids=["output", "disk"])
+def test_no_room(before: str, status: tuple[int, ...], bench: Bench, forks: Forks) -> None:
+    ended = forks.run(bench.argv(Case("--trainer.enable_progress_bar false")), before=before)
+    assert ended.status in status, ended.printed
+    assert "Traceback" not in ended.printed
+    assert not [path for path in bench.folder.rglob(".*") if "cache" not in path.parts]

@@ -39,7 +39,8 @@ every_system = pytest.mark.parametrize("system", SYSTEMS)
 # A family changes what calibration runs, not what a method makes of it: those that are not plain Llamas meet one system
 # of each kind of pass.
 OTHER_FAMILIES = EVERY_FAMILY[len(FAMILIES) :]
-ALIKE = set(OTHER_FAMILIES) - {"phi3", "olmo2"}  # fused projections, and groups that stay, meet every system
+# Fused projections, and groups that stay, meet every system; of the others each meets two kinds of pass, in turn.
+UNLIKE = ("gqa-tied", "phi3", "olmo2")
 # One of each layout; the others are slow.
 FAST_KINDS = ("mqa-untied", "phi3", "gemma3_text", "olmo2")
 
@@ -52,14 +53,24 @@ def is_fast(system: str, kind: str) -> bool:
     return kind == "gqa-tied" or (kind in FAST_KINDS and system in FAST_SYSTEMS)
 
 
+def systems_for(kind: str) -> tuple[str, ...]:
+    if kind in UNLIKE:
+        return tuple(SYSTEMS)
+    return FAST_SYSTEMS if kind in FAST_KINDS else FAST_SYSTEMS[list(KINDS).index(kind) % 2 :: 2]
+
+
 every_system_and_kind = pytest.mark.parametrize(
     ("system", "kind"),
-    [
-        slow_unless(is_fast(system, kind), system, kind)
-        for kind in KINDS
-        for system in (FAST_SYSTEMS if kind in ALIKE else SYSTEMS)
-    ],
+    [slow_unless(is_fast(system, kind), system, kind) for kind in KINDS for system in systems_for(kind)],
 )
+
+
+def every_system_with(fast: Any, *slow: Any) -> list[Any]:
+    """``fast`` for every system; ``slow`` where slow tests run, for one system of each kind of pass."""
+    found = [(system, fast) for system in SYSTEMS]
+    return found + [pytest.param(system, value, marks=pytest.mark.slow) for value in slow for system in FAST_SYSTEMS]
+
+
 # What Lightning takes for 16-mixed on the CPU is bf16-mixed; the command refuses it there.
 ROUNDING = {"bf16-true": 2.0**-8, "16-true": 2.0**-11, "bf16-mixed": 2.0**-8}
 
@@ -225,7 +236,12 @@ def test_checkpoint_gives_back_the_same_logits(shared: Any, system: str, kind: s
 
 @pytest.mark.parametrize(
     ("system", "kind"),
-    [slow_unless(is_fast(system, kind), system, kind) for kind in OTHER_FAMILIES for system in FAST_SYSTEMS],
+    [
+        slow_unless(is_fast(system, kind), system, kind)
+        for kind in OTHER_FAMILIES
+        for system in systems_for(kind)
+        if system in FAST_SYSTEMS
+    ],
 )
 @torch.no_grad()
 def test_every_family_decodes_with_a_cache_as_without(shared: Any, system: str, kind: str) -> None:
@@ -277,8 +293,7 @@ def test_a_process_without_this_package_loads_every_checkpoint(shared: Any, tmp_
     assert done.stdout.splitlines() == [f"{line.split(chr(9))[0]} True" for line in lines]
 
 
-@every_system
-@pytest.mark.parametrize("batch_size", [3, slow_unless(False, 1), slow_unless(False, 128)])
+@pytest.mark.parametrize(("system", "batch_size"), every_system_with(3, 1, 128))
 def test_batch_size_and_sample_order_do_not_change_the_result(
     shared: Any, tmp_path: Path, system: str, batch_size: int
 ) -> None:
@@ -299,8 +314,7 @@ def assert_same_decision(run: Run, expected: Run) -> None:
     assert run.method.plan.layers == expected.method.plan.layers
 
 
-@every_system
-@pytest.mark.parametrize("precision", ["bf16-true", slow_unless(False, "16-true"), slow_unless(False, "bf16-mixed")])
+@pytest.mark.parametrize(("system", "precision"), every_system_with("bf16-true", "16-true", "bf16-mixed"))
 def test_half_precision_is_for_the_layers_alone_and_decides_as_single_but_for_rounding(
     shared: Any, system: str, precision: str
 ) -> None:
@@ -443,8 +457,7 @@ def test_an_interrupt_while_saving_leaves_no_checkpoint(
     assert_no_output(tmp_path / "logs", findings=True)
 
 
-@every_system
-@pytest.mark.parametrize("precision", ["32-true", *(slow_unless(False, precision) for precision in ROUNDING)])
+@pytest.mark.parametrize(("system", "precision"), every_system_with("32-true", *ROUNDING))
 def test_where_the_weights_are_does_not_change_a_bit(shared: Any, system: str, precision: str) -> None:
     """One layer at a time on the device, or all of them; so a second run gives the same bytes, too."""
     runs = [shared(system, precision=precision, onload=onload) for onload in ("model", "layer")]

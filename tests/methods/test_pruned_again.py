@@ -12,7 +12,7 @@ import lightning_prune
 from lightning_prune.methods import Wanda
 from lightning_prune.models.families import count_parameters
 from tests.cutting import cut
-from tests.methods.behaviour import SYSTEMS, prune, save_tokens
+from tests.methods.behaviour import FAST_SYSTEMS, SYSTEMS, prune, save_tokens
 from tests.tiny import make_tiny, tiny_plan, tiny_tokens
 
 RATIO = 0.15
@@ -59,10 +59,14 @@ def masked(base: PreTrainedModel, layers: list[Any]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    "family",
-    ["llama", pytest.param("phi3", marks=pytest.mark.slow), pytest.param("gemma3_text", marks=pytest.mark.slow)],
+    ("system", "family"),
+    [(system, "llama") for system in SYSTEMS]
+    + [
+        pytest.param(system, family, marks=pytest.mark.slow)
+        for family in ("phi3", "gemma3_text")
+        for system in FAST_SYSTEMS
+    ],
 )
-@pytest.mark.parametrize("system", SYSTEMS)
 def test_every_method_prunes_it_again(tmp_path: Path, system: str, family: str) -> None:
     base = save_pruned(tmp_path / "pruned", family)
     tokens = save_tokens(tmp_path / "calibration.npy")

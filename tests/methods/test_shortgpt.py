@@ -66,14 +66,11 @@ def test_ties_go_to_the_lower_layer(run: Any) -> None:
     assert method.plan.removed_layers == [1, 2]
 
 
-@pytest.mark.parametrize(("budget", "count"), [(24, 2), (26, 3), (25, 2)])  # of two equally near ones the fewer
-def test_ratio_removes_the_nearest_number_of_layers(budget: float, count: int) -> None:
-    assert nearest_layer_count([10] * 8, budget) == count
-
-
-@pytest.mark.parametrize(("budget", "count"), [(9, 0), (10, 1), (19.9, 1), (29, 2), (80, 8), (1000, 8)])
-def test_at_most_never_removes_more_than_the_budget(budget: float, count: int) -> None:
-    assert nearest_layer_count([10] * 8, budget, at_most=True) == count
+def test_the_nearest_number_of_layers_or_at_most_the_budget() -> None:
+    for budget, count in ((24, 2), (26, 3), (25, 2)):  # of two equally near ones the fewer
+        assert nearest_layer_count([10] * 8, budget) == count
+    for budget, count in ((9, 0), (10, 1), (19.9, 1), (29, 2), (80, 8), (1000, 8)):
+        assert nearest_layer_count([10] * 8, budget, at_most=True) == count
 
 
 def test_at_most_keeps_the_ratio_where_the_nearest_number_of_layers_exceeds_it(tmp_path: Path) -> None:
@@ -103,14 +100,15 @@ def test_no_ratio_is_recorded_that_nobody_asked_for(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "method.json").read_text())["n_remove_layers"] == 1
 
 
-@pytest.mark.parametrize(("ratio", "words"), [(0.01, "nearest to removing 0"), (0.95, "nearest to removing 4")])
-def test_ratios_that_would_remove_no_or_all_layers_are_refused(ratio: float, words: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"pruning_ratio": 0.01}, "nearest to removing 0"),
+        ({"pruning_ratio": 0.95}, "nearest to removing 4"),
+        ({"n_remove_layers": 4}, "at most 3"),
+    ],
+)
+def test_removing_no_or_all_layers_is_refused(options: dict[str, Any], words: str, tmp_path: Path) -> None:
     base = save_base(make_tiny(layers=4), tmp_path / "base")
     with pytest.raises(UserError, match=words):
-        run_method(ShortGPT(base, ratio), tiny_tokens(4, 8), tmp_path / "run")
-
-
-def test_removing_every_layer_is_refused(tmp_path: Path) -> None:
-    base = save_base(make_tiny(layers=4), tmp_path / "base")
-    with pytest.raises(UserError, match="at most 3"):
-        run_method(ShortGPT(base, n_remove_layers=4), tiny_tokens(4, 8), tmp_path / "run")
+        run_method(ShortGPT(base, **options), tiny_tokens(4, 8), tmp_path / "run")

@@ -69,41 +69,25 @@ def test_counts_meet_the_budget_to_less_than_one_channel() -> None:
         assert counts == unit_counts(layer_ratios(layers, target), groups, channels, group, channel, budget)
 
 
-def test_exact_counts_are_left_alone() -> None:
-    assert unit_counts([0.25, 0.5], 4, 8, 100, 10, 360) == [(1, 2), (2, 4)]
+@pytest.mark.parametrize(
+    ("ratios", "units", "cost", "budget", "expected"),
+    [
+        ([0.25, 0.5], (4, 8), (100, 10), 360, [(1, 2), (2, 4)]),  # exact: left alone
+        ([0.25, 0.5], (4, 8), (100, 10), 370, [(1, 2), (2, 5)]),  # the largest ratio is corrected first
+        ([0.25, 0.5], (4, 8), (100, 10), 385, [(1, 3), (2, 5)]),
+        ([0.25, 0.5], (4, 8), (100, 10), 359, [(1, 2), (2, 3)]),
+        ([0.5, 0.5], (4, 8), (100, 10), 490, [(2, 5), (2, 4)]),
+        ([0.125], (4, 40), (100, 10), 150, [(1, 5)]),  # halves round up
+        ([0.0, 0.5], (4, 8), (100, 10), 260, [(0, 0), (2, 6)]),  # a layer with ratio zero loses nothing
+        ([0.25, 0.3], (2, 10), (100, 1), 104, [(0, 2), (1, 2)]),  # a group is given back: no channels weigh as much
+        ([0.4, 0.4], (4, 4), (100, 10), 430, [(2, 1), (2, 2)]),  # another group: no channel is left
+        ([0.95, 0.95], (4, 8), (100, 10), 740, [(3, 7), (3, 7)]),  # a group and a channel stay everywhere
+    ],
+)
+def test_counts_by_hand(ratios: list[float], units: tuple, cost: tuple, budget: int, expected: list) -> None:
+    assert unit_counts(ratios, *units, *cost, budget) == expected
 
 
-def test_the_largest_ratio_is_corrected_first() -> None:
-    assert unit_counts([0.25, 0.5], 4, 8, 100, 10, 370) == [(1, 2), (2, 5)]
-    assert unit_counts([0.25, 0.5], 4, 8, 100, 10, 385) == [(1, 3), (2, 5)]
-    assert unit_counts([0.25, 0.5], 4, 8, 100, 10, 359) == [(1, 2), (2, 3)]
-    assert unit_counts([0.5, 0.5], 4, 8, 100, 10, 490) == [(2, 5), (2, 4)]
-
-
-def test_halves_round_up() -> None:
-    assert unit_counts([0.125], 4, 40, 100, 10, 150) == [(1, 5)]
-
-
-def test_layers_with_ratio_zero_lose_nothing() -> None:
-    counts = unit_counts([0.0, 0.5], 4, 8, 100, 10, 260)
-    assert counts[0] == (0, 0)
-    assert removed_parameters(counts, 100, 10) == 260
-
-
-def test_groups_are_given_back_where_channels_cannot_make_up_for_them() -> None:
-    # both layers round a group up, the first one by more; one channel is a hundredth of a group
-    counts = unit_counts([0.25, 0.3], 2, 10, 100, 1, 104)
-    assert removed_parameters(counts, 100, 1) == 104
-    assert [groups for groups, _ in counts] == [0, 1]
-
-
-def test_another_group_goes_where_no_channel_is_left() -> None:
-    counts = unit_counts([0.4, 0.4], 4, 4, 100, 10, 430)
-    assert removed_parameters(counts, 100, 10) == 430
-    assert sorted(groups for groups, _ in counts) == [2, 2]
-
-
-def test_every_layer_keeps_a_group_and_a_channel() -> None:
-    assert unit_counts([0.95, 0.95], 4, 8, 100, 10, 740) == [(3, 7), (3, 7)]
+def test_more_than_all_but_a_group_and_a_channel_is_refused() -> None:
     with pytest.raises(ValueError, match="at most 740"):
         unit_counts([0.95, 0.95], 4, 8, 100, 10, 750)

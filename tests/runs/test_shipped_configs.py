@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from lightning_prune.cli import main
+from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.runs import config_files
-from lightning_prune.runs.build import build
+from lightning_prune.runs.build import RunBuilder, build
 from lightning_prune.runs.config_files import config_file, shipped_folder, shipped_names, with_config_files
 from lightning_prune.runs.settings import read_settings
 from lightning_prune.support.errors import UserError
@@ -95,9 +96,25 @@ def test_the_shipped_experiment_goes_by_name_and_own_ones_may_name_shipped_syste
 )
 def test_every_system_of_a_shipped_experiment_builds_its_method(name: str) -> None:
     settings = read_settings(Path(name))
-    for label in settings.systems:
-        method = build(label, settings.configuration(label, settings.ratios[0])).model
+    configurations = {label: settings.configuration(label, settings.ratios[0]) for label in settings.systems}
+    assert len({repr(one) for one in configurations.values()}) == len(configurations) > 1
+    for label, configuration in configurations.items():
+        method = build(label, configuration).model
         assert (method.label, method.pruning_ratio) == (label, settings.ratios[0])
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_names() if not name.startswith(("compare", "recover"))])
+def test_a_shipped_configuration_leaves_the_calibration_defaults_alone(name: str) -> None:
+    """But for ShortGPT's second setting; a target is a model to put after a method."""
+    target = name.startswith("targets/")
+    files = [*(["hgsp_taylor"] if target else []), name]
+    run = RunBuilder([word for file in files for word in ("--config", str(config_file(file)))])
+    assert run.model.label == ("hgsp_taylor" if target else name)
+    assert (run.model.pretrained == "demo") is not target
+    defaults = CalibrationDataModule()
+    setting = ("num_samples", "seq_len", "batch_size", "sampling", "seed")
+    same = all(getattr(run.datamodule, option) == getattr(defaults, option) for option in setting)
+    assert same is not (name == "shortgpt_512")
 
 
 def test_methods_lists_every_shipped_method_once(capsys: pytest.CaptureFixture[str]) -> None:
