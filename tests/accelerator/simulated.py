@@ -19,6 +19,7 @@ from torch.utils.cpp_extension import load
 
 from lightning_prune.calibration import stream_checkpoints
 from lightning_prune.cli import main as command
+from lightning_prune.support import devices
 
 device = load("simulated_accelerator", [str(Path(__file__).with_name("simulated.cpp"))], extra_cflags=["-O1"])
 torch.utils.rename_privateuse1_backend("sim")
@@ -111,6 +112,7 @@ def main(argv: list[str]) -> int:
     while argv[0] in ("eager", "full", "single"):
         if argv[0] == "single":
             device.set_has_double(False)
+            devices.widest.cache_clear()  # what a run of this process found before
         elif argv[0] == "eager":
             stream_checkpoints.WAIT, stream_checkpoints.SHARE = 0.0, float("inf")
         else:
