@@ -14,7 +14,7 @@ from lightning_prune.support.errors import UserError, first_line
 
 Row = dict[str, Any]
 Rows = Callable[[list[str] | None], Iterator[Row]]  # names of columns → rows that have at least these; None for all
-HEAD = 1000  # rows that decide what a column holds
+HEAD, HEAD_SIZE = 1000, 1 << 24  # rows that decide what a column holds, fewer if their texts have more characters
 CONVERSATIONS = ("messages", "conversations", "conversation", "chosen")  # in order of preference
 QUESTIONS = ("prompt", "instruction", "question", "query")
 ANSWERS = ("completion", "output", "response", "answer")
@@ -116,7 +116,7 @@ def documents(path: Any, rows: Rows, column: str | None, chat: Chat) -> Iterator
     Raises:
         UserError: no column that is clearly the text, or a chat that cannot be rendered.
     """
-    found = Columns.of(list(islice(rows(None), HEAD)))
+    found = Columns.of(_head(rows))
     if not found.names:  # an empty shard
         return
     columns = _columns(path, found, column)
@@ -138,6 +138,16 @@ def documents(path: Any, rows: Rows, column: str | None, chat: Chat) -> Iterator
         if turns:
             tools = decoded(row.get("tools"))
             yield chat.render(turns, where, tools if isinstance(tools, list) else None)
+
+
+def _head(rows: Rows) -> list[Row]:
+    head, size = [], 0
+    for row in islice(rows(None), HEAD):
+        head.append(row)
+        size += sum(len(value) for value in row.values() if isinstance(value, str))
+        if size > HEAD_SIZE:
+            break
+    return head
 
 
 def _columns(path: Any, found: Columns, column: str | None) -> list[str]:

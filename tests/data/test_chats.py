@@ -1,6 +1,7 @@
 """Rows of chats are documents in the words of the tokenizer's chat template."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoTokenizer
 import lightning_prune
 from lightning_prune.data.corpora import load_corpus
 from lightning_prune.data.datamodule import CalibrationDataModule
+from lightning_prune.data.rows import Chat, documents
 from lightning_prune.support.errors import UserError
 from tests.data.conftest import WORDS
 
@@ -140,6 +142,18 @@ def test_no_column_is_guessed_beside_what_may_be_a_chat(case: str, chatty: str, 
     (tmp_path / "a.jsonl").write_text("\n".join([json.dumps(WITHOUT_TEXT[case])] * 2))
     with pytest.raises(UserError, match=r"cannot tell which column|says nothing"):
         read(tmp_path / "a.jsonl", chatty)
+
+
+def test_columns_are_told_by_rows_that_fit_in_memory() -> None:
+    read_rows = []
+
+    def rows(_: list[str] | None) -> Iterator[dict[str, Any]]:
+        for number in range(100):
+            read_rows.append(number)
+            yield {"text": "x" * (1 << 22), "id": number}
+
+    assert len(next(documents("a table", rows, None, Chat(None)))) == 1 << 22
+    assert read_rows == [0, 1, 2, 3, 4, 0]  # 16 million characters, then the first document
 
 
 def test_the_column_is_chosen_where_it_is_said(chatty: str, tmp_path: Path) -> None:

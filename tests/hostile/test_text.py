@@ -112,6 +112,7 @@ dataset("text is a number", "t.jsonl", lines({"text": 3}), "cannot tell which co
 dataset("zip is damaged", "t.json.gz", damaged_gzip, "cannot read")
 dataset("table is cut", "t.parquet", cut_parquet, "cannot read")
 dataset("table unpacks to much", "t.parquet", unpacking, "the most that is read")
+del TEXTS["table unpacks to much"]  # calibration stops reading long before
 dataset("table without rows", "t.parquet", lambda p: pq.write_table(pa.table({"text": pa.array([], pa.string())}), p))
 dataset("saved folder of text", "s", lambda path: saved_folder(path, state="x", dataset_info="x"), "cannot read")
 dataset("saved splits are gone", "s", lambda path: saved_folder(path, dataset_dict='{"splits": ["train"]}'), "")
