@@ -25,7 +25,7 @@ from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.data.sampling import held_out_samples
 from lightning_prune.methods.measurement import DecisionFolder, SavedMeasurement
 from lightning_prune.methods.refit import Refit
-from lightning_prune.methods.target import Target, cache_numbers, groups_of
+from lightning_prune.methods.target import Target
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import LayerStructure, count_parameters, layer_structures
 from lightning_prune.models.layered import LayeredModel
@@ -163,25 +163,20 @@ class PruningMethod(L.LightningModule):
         """Find the ratio with which ``keep``, which decides by ``ratio``, meets the target, if there is one."""
         if self.target is None:
             return
-        target, cache = self.target, self.cache(layers)
+        target, cache = self.target, self.target.cache(self.checkpoint.config, layers)
 
         def size_at(ratio: Fraction) -> int:
-            self.reached = ratio
-            kept = keep() if ratio else unpruned(layers)
+            self.reached, kept = ratio, unpruned(layers)
+            if ratio:
+                kept = keep()
             left = self.parameters_left(layers, total, kept) if ratio else total
-            return target.size(left, groups_of(kept), cache, self.written_dtype.itemsize)
+            return target.size(left, kept, cache, self.written_dtype.itemsize)
 
         self.reached = target.reach(size_at, total)
 
     def parameters_left(self, layers: list[LayerStructure], total: int, kept: list[LayerPlan]) -> int:
         """Parameters of the pruned model."""
         return parameters_after(layers, total, kept)
-
-    def cache(self, layers: list[LayerStructure]) -> list[int]:
-        """Of every layer, the numbers of the target's KV cache that one KV head keeps; none without a target."""
-        if self.target is None:
-            return [0] * len(layers)
-        return cache_numbers(self.checkpoint.config, layers, self.target.context, self.target.batch)
 
     @property
     def written_dtype(self) -> torch.dtype:

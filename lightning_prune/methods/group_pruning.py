@@ -72,7 +72,7 @@ class GroupPruning(PruningMethod):
         else:
             measured = replace(self.saved.scores, score=self.saved.scores.base)
         if self.target is not None:
-            measured = self.target.weighed(measured, self.cache(self.layers))
+            measured = self.target.weighed(measured, self.target.cache(self.checkpoint.config, self.layers))
         scores = ranked = self.score(measured)
         if self.step > 1:
             gone, before = self.scores.pruned, self.scores

@@ -25,15 +25,15 @@ class Budget:
     """
 
     total_parameters: int
-    pruning_ratio: Fraction
+    pruning_ratio: float | Fraction
     overhead: dict[tuple[int, Block], int]
     round_to: int = 1
     added: int = 0
 
     @property
     def parameters(self) -> int:
-        """pruning_ratio × all parameters, rounded down; a fraction, since 0.29 × 100 is 28.999… in floating point."""
-        return math.floor(self.pruning_ratio * self.total_parameters) + self.added
+        """pruning_ratio × all parameters, rounded down; exact, since 0.29 × 100 is 28.999… in floating point."""
+        return math.floor(Fraction(str(self.pruning_ratio)) * self.total_parameters) + self.added
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,12 @@ class GroupSelection:
         return {layer for layer in range(num_layers) if not self.freeze_first_n_layers <= layer < last}
 
     def select(
-        self, scores: Scores, layers: list[LayerStructure], total_parameters: int, ratio: Fraction, added: int = 0
+        self,
+        scores: Scores,
+        layers: list[LayerStructure],
+        total_parameters: int,
+        ratio: float | Fraction,
+        added: int = 0,
     ) -> Flags:
         """Which units are pruned, bool ``[U]``.
 

@@ -75,18 +75,22 @@ class Target:
         """The largest size that is allowed."""
         return (self.parameters if self.memory is None else self.memory) or 0
 
-    def size(self, parameters: int, groups: Sequence[int], cache: Sequence[int], itemsize: int) -> int:
+    def cache(self, config: Any, layers: Sequence[LayerStructure]) -> list[int]:
+        """Of every layer, the numbers that one KV head keeps."""
+        return cache_numbers(config, layers, self.context, self.batch)
+
+    def size(self, parameters: int, kept: Sequence[LayerPlan], cache: Sequence[int], itemsize: int) -> int:
         """Parameters, or bytes, of a model.
 
         Args:
             parameters: all of them, tied ones once.
-            groups: KV heads of every layer.
-            cache: what one of them keeps, see ``cache_numbers``.
+            kept: of every layer.
+            cache: what one KV head of a layer keeps, see ``cache_numbers``.
             itemsize: bytes of a number.
         """
         if self.memory is None:
             return parameters
-        return itemsize * (parameters + sum(count * each for count, each in zip(groups, cache, strict=True)))
+        return itemsize * (parameters + sum(count * each for count, each in zip(groups_of(kept), cache, strict=True)))
 
     def weighed(self, scores: Scores, cache: Sequence[int]) -> Scores:
         """Scores per number that a unit takes in memory, its part of the KV cache included; per parameter, as they are,

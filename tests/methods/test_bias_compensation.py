@@ -106,7 +106,7 @@ def test_a_family_without_such_biases_has_the_selection_alone_and_says_so(tmp_pa
 
 def test_who_can_carry_what() -> None:
     found = {family: MeanBiases.of(tiny_config(family)).roles for family in EVERY_FAMILY}
-    both = {"llama", "granite", "smollm3", "ernie4_5", "seed_oss"}
+    both = {"llama", "granite", "smollm3", "ernie4_5", "seed_oss", "bamba"}
     assert {family for family, roles in found.items() if roles == ["output", "down"]} == both
     assert {family for family, roles in found.items() if roles == ["output"]} >= {"qwen3", "gemma", "olmo"}
     assert found["helium"] == ["down"]  # its attention stays whole
