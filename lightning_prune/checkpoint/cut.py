@@ -111,6 +111,11 @@ def check_plan(layers: list[LayerStructure], plan: PruningPlan, config: Any) -> 
         )
 
 
+def unpruned(layers: list[LayerStructure]) -> list[LayerPlan]:
+    """What every layer keeps where nothing is pruned."""
+    return [LayerPlan(view.index, view.all_units) for view in layers]
+
+
 def parameters_after(layers: list[LayerStructure], dense: int, kept: list[LayerPlan]) -> int:
     """Unique parameters left of ``dense`` after cutting, which also removes norms and biases of skipped blocks."""
     for layer, plan in zip(layers, kept, strict=True):

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_prune.calibration.driver import CALIBRATING, REFITTING, CalibrationDriver, Stage
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Pass
-from lightning_prune.checkpoint.cut import parameters_after
+from lightning_prune.checkpoint.cut import parameters_after, unpruned
 from lightning_prune.checkpoint.family_check import check_family
 from lightning_prune.checkpoint.in_memory_plan import InMemoryPlan
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
@@ -394,8 +394,3 @@ class PruningMethod(L.LightningModule):
             progress=lambda at: self.progress.advance(WRITING, LAYER_TO_WRITE, f"layer {at + 1} of {layers}"),
         )
         self.progress.finish(WRITING)
-
-
-def unpruned(layers: list[LayerStructure]) -> list[LayerPlan]:
-    """A plan that keeps every unit."""
-    return [LayerPlan(view.index, view.all_units) for view in layers]

@@ -7,7 +7,7 @@ scores against published numbers, not to make a model smaller.
 from dataclasses import replace
 from typing import Any
 
-from lightning_prune.methods.base import unpruned
+from lightning_prune.checkpoint.cut import unpruned
 from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.masks import MaskRule, parse_structure
 from lightning_prune.methods.scores import group_scores

@@ -17,8 +17,9 @@ from lightning_prune.calibration.hooks import Hooks
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import ForwardPass, Pass
 from lightning_prune.calibration.statistics.block_influence import BlockInfluence
+from lightning_prune.checkpoint.cut import unpruned
 from lightning_prune.checkpoint.plan import LayerPlan
-from lightning_prune.methods.base import PruningMethod, unpruned
+from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.scores import layer_scores
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import Block

@@ -16,8 +16,9 @@ from lightning_prune.calibration.hooks import Hooks
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import BlockPass, Holding, Load, Pass, Step
 from lightning_prune.calibration.statistics.gram import InputGram
+from lightning_prune.checkpoint.cut import unpruned
 from lightning_prune.checkpoint.plan import LayerPlan
-from lightning_prune.methods.base import PruningMethod, unpruned
+from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.scores import group_scores
 from lightning_prune.methods.selection import groups_that_stay
 from lightning_prune.methods.slimgpt_math import (

@@ -9,10 +9,11 @@ import torch
 
 from lightning_prune.calibration.passes import Load, Pass
 from lightning_prune.calibration.residuals import SHARE
+from lightning_prune.checkpoint.cut import unpruned
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.data.token_arrays import is_token_array, load_token_array
 from lightning_prune.evaluation.perplexity import STEP_BYTES
-from lightning_prune.methods.base import PruningMethod, unpruned
+from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.checkpoint import Checkpoint, meta_model
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.head import LOGITS_BYTES
