@@ -40,7 +40,7 @@ def layered(
 def layered_cut(dense: PreTrainedModel, plan: PruningPlan, new_weights: NewWeights = lambda layer: {}) -> LayeredModel:
     """What ``plan`` leaves of a model in memory, in its own dtype."""
     check_plan(layer_structures(dense), plan, dense.config)
-    source = PrunedSource(MemorySource(dense), dense.config, plan, new_weights)
+    source = PrunedSource(MemorySource(dense), dense.config, layer_structures(dense), plan, new_weights)
     return LayeredModel(skeleton(pruned_config(dense.config, plan)), source, dense.dtype, CPU, "model")
 
 

@@ -24,6 +24,7 @@ FAMILIES = (
     "qwen2",
     "qwen3",
 )  # a pre-norm layer of seven plain projections, plain embedding and head
+EXPERTS = ("qwen3_moe",)  # see make_moe
 WHOLE_ATTENTION = ("olmo2", "helium", "stablelm")  # GQA groups cannot leave one by one
 CUTTABLE = (
     *FAMILIES,
@@ -209,3 +210,22 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=words, bos_token="w0", eos_token="w1", unk_token="w2", pad_token="w1", padding_side="left"
     )
+
+
+def make_moe(family: str = "qwen3_moe", seed: int = 0, num_experts: int = 8, width: int = 12, **options: Any) -> Any:
+    """``make_tiny`` with ``num_experts`` experts of ``width``, two per token."""
+    sizes: dict[str, Any] = {"num_experts_per_tok": 2, "num_experts": num_experts, "moe_intermediate_size": width}
+    if family in ("gpt_oss", "mixtral", "granitemoe"):
+        sizes = {"num_experts_per_tok": 2, "num_local_experts": num_experts, "channels": width}
+    return make_tiny(family, seed, **sizes | {"norm_topk_prob": True} | options)
+
+
+def moe_block(model: Any, layer: int = 0) -> Any:
+    """The block of experts of a layer."""
+    return getattr(model.model.layers[layer], "mlp", None) or model.model.layers[layer].block_sparse_moe
+
+
+def in_double(model: Any) -> Any:
+    """The block of experts of the first layer in float64, which transformers' grouped products do not take."""
+    model.config._experts_implementation = "eager"
+    return moe_block(model).double()

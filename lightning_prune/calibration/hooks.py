@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 InputObserver = Callable[[Tensor, Tensor | None], None]
+ExpertObserver = Callable[[Tensor, Tensor, Tensor], None]
 InputOutputObserver = Callable[[Tensor, Tensor, Tensor | None], None]
 
 
@@ -62,6 +63,25 @@ class Hooks:
 
         self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
+    def on_experts(self, name: str, module: nn.Module, observe: ExpertObserver) -> None:
+        """Call ``observe(x, index, weights)`` after each forward of an experts module: the tokens ``[T, D]`` that
+        count, with the experts and the weights ``[T, k]`` that the router gave them.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+        self._reserve(name)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            routed: tuple[Tensor, ...] = args[:3]
+            if self._weight is not None:
+                counted = (self._weight > 0).repeat_interleave(len(routed[0]) // len(self._weight))
+                routed = tuple(part[counted] for part in routed)
+            self.tokens[name] += len(routed[0])
+            observe(*routed)
+
+        self._handles.append(module.register_forward_hook(hook))
+
     def remove(self) -> None:
         """Remove every hook; the token counts stay."""
         while self._handles:
@@ -82,9 +102,7 @@ class Hooks:
             )
 
     def _counter(self, name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Tensor]:
-        if name in self.tokens:
-            raise ValueError(f"'{name}' already has a hook; names must be unique.")
-        self.tokens[name] = 0
+        self._reserve(name)
 
         def counted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
             # transformers passes hidden states by position to layers and linears, by name to attention.
@@ -94,3 +112,8 @@ class Hooks:
             return x
 
         return counted
+
+    def _reserve(self, name: str) -> None:
+        if name in self.tokens:
+            raise ValueError(f"'{name}' already has a hook; names must be unique.")
+        self.tokens[name] = 0

@@ -12,6 +12,7 @@ from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Batch, Pass, Setting, Step
 from lightning_prune.calibration.results import Results
 from lightning_prune.calibration.stream_checkpoints import StreamCheckpoints
+from lightning_prune.models.experts import ROLE
 from lightning_prune.models.vocabulary import Block
 
 
@@ -165,6 +166,9 @@ class CalibrationLoop:
     def _put_weights(self, step: Step, weights: dict[str, Tensor]) -> None:
         view = self.setting.model.views[step.layer]
         for role, weight in weights.items():
+            if role == ROLE and view.experts is not None:
+                view.experts.replace_down(weight)
+                continue
             linear = view.linears[role]
             linear.weight = weight.to(device=linear.weight.device, dtype=linear.weight.dtype)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING
 
+from lightning_prune.checkpoint.expert_plans import as_planned, check_experts, set_sizes
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.models.families import (
     LayerStructure,
@@ -77,6 +78,7 @@ def check_plan(layers: list[LayerStructure], plan: PruningPlan, config: Any) -> 
             f"--plan: the plan lists {len(listed)} layers ({_short(listed)}), the model has {len(layers)}, "
             f"numbered from 0. Use the model the plan was made for: '{plan.base_model}'."
         )
+    layers = [as_planned(*pair) for pair in zip(layers, plan.layers, strict=True)]
     for dense, kept in zip(layers, plan.layers, strict=True):
         if kept.kept.keys() != dense.parts.keys():
             raise UserError(
@@ -94,6 +96,7 @@ def check_plan(layers: list[LayerStructure], plan: PruningPlan, config: Any) -> 
                     f"--plan: layer {kept.layer} keeps {block} {_short(indices)}; allowed are ascending numbers from 0 "
                     f"to {size - 1}, each at most once. Use the model the plan was made for: '{plan.base_model}'."
                 )
+    check_experts(layers, plan.layers)
     if unknown := sorted(set(plan.biases) - {key for key in missing_biases(config).values() if key}):
         raise UserError(
             f"--plan: biases {unknown} are no config keys that give this model a bias which it lacks. Use the model "
@@ -116,9 +119,20 @@ def unpruned(layers: list[LayerStructure]) -> list[LayerPlan]:
     return [LayerPlan(view.index, view.all_units) for view in layers]
 
 
+def prunable_parameters(layers: list[LayerStructure]) -> int:
+    """In units that may be removed one by one."""
+    return sum(
+        view.unit_cost(block) * view.units(block)
+        for view in layers
+        for block in view.scored
+        if block is not Block.ATTENTION or not view.whole_attention
+    )
+
+
 def parameters_after(layers: list[LayerStructure], dense: int, kept: list[LayerPlan]) -> int:
     """Unique parameters left of ``dense`` after cutting, which also removes norms and biases of skipped blocks."""
-    for layer, plan in zip(layers, kept, strict=True):
+    for dense_layer, plan in zip(layers, kept, strict=True):
+        layer = as_planned(dense_layer, plan)
         for block in layer.blocks:
             units = len(plan.kept[block])
             dense -= (layer.units(block) - units) * layer.unit_cost(block) if units else layer.block_cost(block)
@@ -131,6 +145,7 @@ def pruned_config(config: Any, plan: PruningPlan) -> Any:
     config, family = uniform_config(config), family_of(config)
     left = [layer for layer in plan.layers if not layer.removed]
     pruned = with_biases(config, plan.biases)
+    set_sizes(pruned, left)
     pruned.head_dim = head_dim_of(config)
     choose_layers(pruned, config, [layer.layer for layer in left])
 

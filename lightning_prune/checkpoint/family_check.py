@@ -25,6 +25,7 @@ from lightning_prune.checkpoint.pruned import open_pruned
 from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.models.checkpoint import NOT_WEIGHTS, Checkpoint
 from lightning_prune.models.families import (
+    LayerStructure,
     choose_layers,
     count_parameters,
     family_of,
@@ -34,11 +35,12 @@ from lightning_prune.models.families import (
 )
 from lightning_prune.models.layered import open_layered
 from lightning_prune.models.records import DENSE, GUIDE, Family
-from lightning_prune.models.vocabulary import Block
+from lightning_prune.models.vocabulary import EXPERTS, Block
 from lightning_prune.support.errors import CheckpointError, UserError, first_line
 from lightning_prune.support.quiet import quiet_transformers
 
 LAYERS, CHANNELS, HEAD_DIM, VOCABULARY, WINDOW = 4, 12, 8, 64, 5
+EXPERTS_THERE, EXPERT_WIDTH = 8, 16  # two per token, and narrow ones of 8 channels, as their products need
 NOT_KIND = (*NOT_WEIGHTS, "auto_map", "how_to_load", "name_or_path", "architectures", "dtype")
 TOLERANCE = 1e-4  # of the largest logit: cutting changes the order of fp32 sums, a mistake changes logits by their size
 
@@ -107,6 +109,10 @@ def shrunk(config: Any) -> Any:
     tiny.vocab_size = VOCABULARY
     for name, value in {**family.tiny, family.width: CHANNELS}.items():
         setattr(tiny, name, value)
+    if family.experts is not None:
+        sizes = {family.experts.count: EXPERTS_THERE, family.experts.width: EXPERT_WIDTH, "num_experts_per_tok": 2}
+        for name, value in sizes.items():
+            setattr(tiny, name, value)
     if getattr(config, "head_dim", None) or not square:
         tiny.head_dim = HEAD_DIM
     choose_layers(tiny, config, _representative(config, family))
@@ -202,14 +208,31 @@ def _plans(model: PreTrainedModel, path: str) -> dict[str, PruningPlan]:
     for turn in range(turns):
         order = uneven[turn:] + uneven[:turn]
         treatments[f"uneven {turn}"] = [order[min(index, len(order) - 1)] for index in range(len(views))]
+    if any(view.experts for view in views):
+        treatments["fewer experts"] = treatments["uniform"]
     plans = {}
     for name, treatment in treatments.items():
         units = [dict(zip((*DENSE, Block.MIXER), kept, strict=True)) for kept in treatment]
+        views = [
+            view.with_experts_as(Block.EXPERT if name == "fewer experts" else Block.EXPERT_CHANNEL) for view in views
+        ]
+        for view, kept in zip(views, units, strict=True):
+            kept |= _expert_units(view, view.index) if any(kept.values()) else {key: [] for key in EXPERTS}
         pairs = zip(views, units, strict=True)
         layers = [LayerPlan(view.index, {block: kept[block] for block in view.blocks}) for view, kept in pairs]
         counts = {"dense": dense, "pruned": parameters_after(views, dense, layers)}
         plans[name] = PruningPlan("check", None, 0.0, counts, None, path, layers)
     return plans
+
+
+def _expert_units(view: LayerStructure, start: int) -> dict[Block, list[int]]:
+    """Three of four experts, others in every layer; half of every expert's channels, others in every expert."""
+    experts = [number for number in range(EXPERTS_THERE) if (number + start) % 4]
+    starts = [expert * EXPERT_WIDTH + (expert + start) % 2 for expert in range(EXPERTS_THERE)]
+    return {
+        Block.EXPERT: experts,
+        Block.EXPERT_CHANNEL: [channel for at in starts for channel in range(at, at + EXPERT_WIDTH - at % 2, 2)],
+    }
 
 
 def _cut_and_mask(model: PreTrainedModel, dense: Checkpoint, plan: PruningPlan, tokens: Tensor, folder: Path) -> None:

@@ -5,16 +5,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.checkpoint.expert_plans import kept_experts
 from lightning_prune.checkpoint.plan import LayerPlan
+from lightning_prune.models.experts import ROLE, Experts
 from lightning_prune.models.families import LayerStructure
-from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
+from lightning_prune.models.vocabulary import OUTPUT_ROLE
 
 
 class InMemoryPlan:
     """Changes a layer that has just been loaded: the model then computes what the cut one computes.
 
     Columns of o_proj and down_proj that belong to a removed unit are zero, so nothing of it reaches the residual
-    stream; its other weights stay, and count for nothing. A removed mixer is zero throughout.
+    stream; its other weights stay, and count for nothing. A removed mixer, or block of experts, is zero
+    throughout.
 
     Args:
         kept: of every layer.
@@ -40,9 +43,31 @@ class InMemoryPlan:
             if bias is not None:
                 bias = bias if units else torch.zeros_like(bias)
                 projection.module.bias = nn.Parameter(bias.to(projection.weight), requires_grad=False)
-        if not self.kept[view.index].kept.get(Block.MIXER, [0]):
-            for parameter in (one for module in view.parts[Block.MIXER].modules for one in module.parameters()):
+        if self.kept[view.index].removed:
+            whole = (part for block, part in view.parts.items() if block not in view.prunable)
+            for parameter in (one for part in whole for module in part.modules for one in module.parameters()):
                 parameter.data = torch.zeros_like(parameter)
+        if view.experts is not None and not self.kept[view.index].removed:
+            mask_experts(view.experts, self.kept[view.index], new.get(ROLE))
         for role in new.keys() & view.linears.keys() - set(OUTPUT_ROLE.values()):
             projection = view.linears[role]
             projection.weight = new[role].to(projection.weight)
+
+
+def mask_experts(experts: Experts, kept: LayerPlan, down: Tensor | None = None) -> None:
+    """Let experts compute what the cut ones compute: the router knows those that are kept, and columns of the others'
+    channels in the down projections are zero.
+
+    Args:
+        experts: whose weights are present.
+        kept: of their layer, which is not removed.
+        down: in place of the down projections, of the dense shape.
+    """
+    numbers, channels = kept_experts(experts, kept)
+    whole = experts.down if down is None else down.to(experts.down)
+    if channels is not None:
+        keeps = torch.zeros(experts.count, experts.width, dtype=torch.bool).scatter_(1, channels, True)
+        whole = torch.where(keeps[:, None].to(whole.device), whole, torch.zeros_like(whole))
+    if down is not None or channels is not None:
+        experts.replace_down(whole)
+    experts.route_to(numbers)

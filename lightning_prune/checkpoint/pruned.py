@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from lightning_prune.checkpoint.cut import check_plan, kept_part, pruned_config
+from lightning_prune.checkpoint.expert_plans import kept_experts
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.models.checkpoint import Checkpoint, skeleton
-from lightning_prune.models.families import family_of, layer_configs, layer_structures, shapes_of
+from lightning_prune.models.experts import DOWN, ROLE
+from lightning_prune.models.families import LayerStructure, family_of, layer_configs, layer_structures, shapes_of
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.records import Family
 from lightning_prune.models.sources import Source
@@ -22,12 +24,20 @@ class PrunedSource:
     """Gives the parameters of the pruned model.
 
     Args:
-        dense, config: parameters and config of the dense model.
+        dense, config, layers: parameters, config and layers of the dense model; of the layers the shapes are enough.
         plan: what is kept.
         new_weights: what the method made of the weights it keeps: by role the weight, and ``<role>.bias``.
     """
 
-    def __init__(self, dense: Source, config: Any, plan: PruningPlan, new_weights: NewWeights) -> None:
+    def __init__(
+        self,
+        dense: Source,
+        config: Any,
+        layers: Sequence[LayerStructure],
+        plan: PruningPlan,
+        new_weights: NewWeights,
+    ) -> None:
+        self.layers = layers
         self.dense, self.configs, self.new_weights = dense, layer_configs(config), new_weights
         self.family: Family = family_of(config)
         self.added = {role for role in ROLES if self.family.bias_of(role) in plan.biases}
@@ -47,7 +57,11 @@ class PrunedSource:
             if new[0] != kept.layer:
                 new = (kept.layer, self.new_weights(kept.layer))
             whole = self._whole(kept.layer, inside, new[1], dtype, device).to(device=device, dtype=dtype)
-            result[name] = kept_part(self.family, self.configs[kept.layer], kept, inside, whole)
+            experts, block = self.layers[kept.layer].experts, f"{self.family.mlp}."
+            if experts is not None and inside.startswith(block):
+                result[name] = experts.kept_part(inside.removeprefix(block), whole, *kept_experts(experts, kept))
+            else:
+                result[name] = kept_part(self.family, self.configs[kept.layer], kept, inside, whole)
         return result
 
     def _whole(
@@ -60,6 +74,8 @@ class PrunedSource:
             new = {role: new[f"{role}.bias"] for role in roles if f"{role}.bias" in new}
         if len(roles) == 1 and roles[0] in new:
             return new[roles[0]]
+        if ROLE in new and self.family.experts and name == f"{self.family.mlp}.{self.family.experts.experts}.{DOWN}":
+            return self.layers[layer].experts.as_parameter(new[ROLE])  # type: ignore[union-attr]
         config = self.configs[layer]
         rows = {role: shape[0] for role, shape in shapes_of(config).items()}
         if kind == "bias" and self.added & set(roles):
@@ -79,7 +95,8 @@ def open_pruned(dense: Checkpoint, plan: PruningPlan, new_weights: NewWeights = 
     Raises:
         UserError: the plan does not fit the model, or the weights do not fit its config.
     """
-    check_plan(layer_structures(dense.meta), plan, dense.config)
+    layers = layer_structures(dense.meta)
+    check_plan(layers, plan, dense.config)
     net = skeleton(pruned_config(dense.config, plan))
-    source = PrunedSource(dense.source(), dense.config, plan, new_weights)
+    source = PrunedSource(dense.source(), dense.config, layers, plan, new_weights)
     return LayeredModel(net, source, getattr(torch, plan.dtype), torch.device("cpu"), "layer")

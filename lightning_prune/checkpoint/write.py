@@ -18,6 +18,8 @@ from lightning_prune.checkpoint.pruned import NewWeights, open_pruned
 from lightning_prune.checkpoint.self_check import check_checkpoint, compare_logits, probe_tokens
 from lightning_prune.models import modeling_pruned
 from lightning_prune.models.checkpoint import Checkpoint
+from lightning_prune.models.expert_files import stored_parts
+from lightning_prune.models.families import family_of
 from lightning_prune.models.layered import LayeredModel, open_layered
 from lightning_prune.models.weights import DTYPES
 from lightning_prune.support.errors import UserError
@@ -137,14 +139,18 @@ def write_weights(model: LayeredModel, folder: Path, progress: Callable[[int], N
     before, after = model.outside[:1], model.outside[1:]
     order = [*before, *(name for names in model.layer_names for name in names.values()), *after]
     hidden = model.embed(probe_tokens(model.config.vocab_size))
-    with _Shards(folder, {name: tuple(parameters[name].shape) for name in order}, dtype) as shards:
+    # transformers packs and unpacks experts of its own classes alone.
+    experts = None if model.config.is_heterogeneous else family_of(model.config).experts
+    parts = {name: stored_parts(name, parameters[name], experts) for name in order}
+    with _Shards(folder, {name: tuple(part.shape) for of in parts.values() for name, part in of}, dtype) as shards:
         for name in before:
             shards.write(name, parameters[name])
         for index, names in enumerate(model.layer_names):
             with model.layer(index) as layer:
                 model.announce(index + 1)
                 for inner, name in names.items():
-                    shards.write(name, layer.get_parameter(inner))
+                    for part, values in stored_parts(name, layer.get_parameter(inner), experts):
+                        shards.write(part, values)
                 hidden = model.run(index, hidden)
             progress(index)
         for name in after:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_prune.calibration.driver import CALIBRATING, REFITTING, CalibrationDriver, Stage
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Pass
-from lightning_prune.checkpoint.cut import parameters_after, unpruned
+from lightning_prune.checkpoint.cut import parameters_after, prunable_parameters, unpruned
 from lightning_prune.checkpoint.family_check import check_family
 from lightning_prune.checkpoint.in_memory_plan import InMemoryPlan
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
@@ -72,6 +72,7 @@ class PruningMethod(L.LightningModule):
     step = 1  # the one that is being made
     measures_text = True  # whether the passes read the calibration set
     uneven = True  # whether layers end up with widths of their own
+    experts: bool | Literal["only"] = False  # whether models with experts are pruned, or no others
     reusable = True  # whether a saved score table is enough to decide again
     # Options that change no measurement:
     decision_options: tuple[str, ...] = (
@@ -191,6 +192,10 @@ class PruningMethod(L.LightningModule):
     def check_ratio(self, layers: list[LayerStructure], total_parameters: int) -> None:
         """Raise UserError when the ratio cannot be reached; ``layers`` are on the meta device."""
 
+    def arranged(self, layers: list[LayerStructure]) -> list[LayerStructure]:
+        """The layers with the units of experts that this method removes."""
+        return layers
+
     def refit_passes(self, kept: list[LayerPlan], held_out: Callable[[], Tensor]) -> list[Pass]:
         """The passes it makes once it is decided what is ``kept``; their new weights are the pruned model's.
         ``held_out`` gives bool ``[N]``, calibration samples to check on."""
@@ -198,15 +203,9 @@ class PruningMethod(L.LightningModule):
 
     def details(self) -> dict[str, Any]:
         """What the method measured and chose beside its scores, for ``method.json``: thresholds, damping, ratios."""
-        prunable = sum(
-            view.unit_cost(block) * view.units(block)
-            for view in self.layers
-            for block in view.prunable
-            if block is not Block.ATTENTION or not view.whole_attention
-        )
         return {
             "refit": None if self.refit is None else self.refit.facts(self.driver.loop.results_of("refit")),
-            "prunable_fraction": prunable / self.dense_parameters,
+            "prunable_fraction": prunable_parameters(self.layers) / self.dense_parameters,
             "onload": self.slot.placement,
         }
 
@@ -283,7 +282,12 @@ class PruningMethod(L.LightningModule):
 
     def check_shapes(self, net: Any) -> None:
         """The same of a model on the meta device, for which a config is enough."""
-        layers, total = layer_structures(net), count_parameters(net)
+        layers, total = self.arranged(layer_structures(net)), count_parameters(net)
+        if not self.experts and any(view.experts for view in layers):
+            raise UserError(
+                f"--model: '{self.pretrained}' is a mixture of experts, which {self.method} does not prune. Use Wanda, "
+                "Magnitude, HGSP, REAP, HEAPr or ShortGPT."
+            )
         self.check_ratio(layers, total)
         check_family(self.checkpoint.config)
         self.layers, self.dense_parameters = layers, total
@@ -302,7 +306,7 @@ class PruningMethod(L.LightningModule):
         shared = self.trainer.strategy.broadcast(here)
         self._folder = Path(shared) if shared else None
         model = self.slot.open(self.checkpoint, load_dtype(str(self.trainer.precision)), self.device)
-        self.layers = model.views
+        self.layers = self.arranged(model.views)
         data = self.datamodule
         tokens = data.calibration.tokens if self.needs_calibration else torch.empty(0, 1)
         self.driver = CalibrationDriver(

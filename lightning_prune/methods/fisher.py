@@ -18,7 +18,10 @@ from torch.utils.hooks import RemovableHandle
 from lightning_prune.calibration.backward import BackwardPass
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Holding, Load
+from lightning_prune.calibration.statistics.routed import RoutedSlopes
 from lightning_prune.calibration.statistics.token_statistic import TokenStatistic
+from lightning_prune.methods.expert_passes import watch_backward, with_experts
+from lightning_prune.methods.expert_scores import fisher as fisher_of_channels
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 from lightning_prune.support.devices import widest
@@ -50,6 +53,7 @@ class FisherPass(BackwardPass):
     """I per GQA group and MLP channel. No weight takes a gradient, so it costs less than Taylor's pass."""
 
     name = "importance"
+    expert_score = staticmethod(fisher_of_channels)
 
     def watch(self, view: LayerStructure) -> None:
         self.fisher: dict[Block, MaskFisher] = {}
@@ -58,6 +62,9 @@ class FisherPass(BackwardPass):
             module = view.projection(block).module
             self.fisher[block] = MaskFisher(view.units(block)).to(module.weight.device)
             self._handles.append(module.register_forward_pre_hook(self._listener(self.fisher[block])))
+        self.routed = None if view.experts is None else RoutedSlopes(view.experts).to(self.model.device)
+        if self.routed is not None:
+            self._handles.append(watch_backward(self.routed))
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """Also a projection's inputs and their gradient in fp32, and the product."""
@@ -69,7 +76,8 @@ class FisherPass(BackwardPass):
             self._handles.pop().remove()
         for block, statistic in self.fisher.items():
             statistic.raise_if_not_finite(f"layer {view.index}, slopes at the input of {OUTPUT_ROLE[block]}")
-        return LayerResult({block: statistic.reduced().reshape(-1) for block, statistic in self.fisher.items()})
+        dense = LayerResult({block: statistic.reduced().reshape(-1) for block, statistic in self.fisher.items()})
+        return with_experts(f"layer {view.index}", dense, self.routed, self.expert_score)
 
     def _listener(self, statistic: MaskFisher) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         def listen(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

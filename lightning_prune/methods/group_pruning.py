@@ -1,17 +1,22 @@
 """Methods that rank GQA groups and MLP channels: importance → score → one ranking → plan."""
 
 from dataclasses import asdict, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.checkpoint.scores import Flags, Scores
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.methods.expert_passes import expert_details, in_units
+from lightning_prune.methods.expert_selection import select_with_experts
 from lightning_prune.methods.scores import group_scores
 from lightning_prune.methods.selection import Allocation, GroupSelection
 from lightning_prune.models.families import LayerStructure
+from lightning_prune.models.vocabulary import EXPERTS, Block
 from lightning_prune.support.errors import UserError
+
+Units = Literal["auto", "expert_channel", "expert", "all"]
 
 
 class GroupPruning(PruningMethod):
@@ -27,6 +32,11 @@ class GroupPruning(PruningMethod):
         freeze_last_n_layers: Leave this many layers at the output side untouched.
         min_groups_per_layer: Keep at least this many GQA groups and MLP channels in every layer. 0 allows whole
             blocks and layers to be removed.
+        units: Of a mixture of experts: ``expert_channel`` (the default there) removes channels inside every expert,
+            ``expert`` whole experts, equally many of every layer; ``all`` also GQA groups and channels of layers
+            without experts. Without experts there is nothing to choose.
+        super_experts: Whether experts whose output peaks far above all others may be removed whole: ``keep`` or
+            ``remove``.
         steps: Prune in this many equal shares; importance and priors are measured again on what is left, refitted if
             ``refit`` says so. The result of every step is in the run folder as ``steps/<ratio>``.
         run_options: Options of every method.
@@ -43,6 +53,8 @@ class GroupPruning(PruningMethod):
         freeze_first_n_layers: int = 0,
         freeze_last_n_layers: int = 0,
         min_groups_per_layer: int = 0,
+        units: Units = "auto",
+        super_experts: Literal["keep", "remove"] = "keep",
         steps: int = 1,
         **run_options: Any,
     ) -> None:
@@ -54,6 +66,9 @@ class GroupPruning(PruningMethod):
         self.selection = GroupSelection(
             allocation, round_to, freeze_first_n_layers, freeze_last_n_layers, min_groups_per_layer
         )
+        self.units: Units = units
+        self.super_experts = super_experts
+        self._experts: dict[str, Any] = {}
         self.uneven = allocation == "global"
         self.steps = self.step = steps
         self.reusable = steps == 1
@@ -68,7 +83,14 @@ class GroupPruning(PruningMethod):
         The importance is what the pass called ``importance`` left of every layer.
         """
         if self.saved is None:
-            measured = group_scores(self.layers, [result.importance for result in self.results("importance")])
+            results = self.results("importance")
+            self._experts = expert_details(
+                self.layers, results, len(self.datamodule.calibration.tokens) if self.measures_text else 0
+            )
+            importance = [
+                in_units(*pair) for pair in zip(self.layers, (one.importance for one in results), strict=True)
+            ]
+            measured = group_scores(self.layers, importance, self.kinds(self.layers))
         else:
             measured = replace(self.saved.scores, score=self.saved.scores.base)
         if self.target is not None:
@@ -98,16 +120,59 @@ class GroupPruning(PruningMethod):
 
     def select(self, scores: Scores, layers: list[LayerStructure], total_parameters: int) -> Flags:
         """Which units are pruned, bool ``[U]``."""
-        return self.selection.select(scores, layers, total_parameters, self.ratio)
+        if not any(view.experts for view in layers):
+            return self.selection.select(scores, layers, total_parameters, self.ratio)
+        budget = self.selection.budget(layers, total_parameters, self.ratio)
+        return select_with_experts(self.selection, scores, layers, budget, self._super_rows(scores))
+
+    def arranged(self, layers: list[LayerStructure]) -> list[LayerStructure]:
+        return [view.with_experts_as(Block.EXPERT) for view in layers] if self.units == "expert" else layers
+
+    def kinds(self, layers: list[LayerStructure]) -> tuple[Block, ...]:
+        """The kinds of units that may be removed.
+
+        Raises:
+            UserError: experts are requested of a model without, or a method for experts is.
+        """
+        if not any(view.experts for view in layers):
+            if self.units in EXPERTS or self.experts == "only":
+                raise UserError(
+                    f"--model: '{self.pretrained}' has no experts, which {self.method} with --model.units {self.units} "
+                    "prunes. Choose another method, or leave --model.units out."
+                )
+            return (Block.ATTENTION, Block.MLP)
+        if self.steps > 1:
+            raise UserError("--model.steps: experts are pruned in one step. Leave it out.")
+        if self.units == "all" and self.experts == "only":
+            raise UserError(f"--model.units all: {self.method} prunes experts alone. Use expert or expert_channel.")
+        if self.units == "all":
+            return (Block.ATTENTION, Block.MLP, Block.EXPERT_CHANNEL)
+        return (Block.EXPERT if self.units == "expert" else Block.EXPERT_CHANNEL,)
 
     def details(self) -> dict[str, Any]:
-        return {**asdict(self.selection), "steps": self.steps, **super().details()}
+        found = {**asdict(self.selection), "steps": self.steps, **super().details()}
+        if not any(view.experts for view in self.layers):
+            return found
+        return {**found, "units": list(self.kinds(self.layers)), **self._seen_of_experts()}
+
+    def _seen_of_experts(self) -> dict[str, Any]:
+        if self.saved is not None:
+            return {name: self.saved.details[name] for name in ("experts",) if name in self.saved.details}
+        return self._experts
+
+    def _super_rows(self, scores: Scores) -> Flags:
+        """Whole experts that must be kept, bool ``[U]``."""
+        marked = self._seen_of_experts().get("experts", {}).get("super_experts", [])
+        rows = np.zeros(len(scores.layer), dtype=bool)
+        for layer, expert in marked if self.super_experts == "keep" else ():
+            rows |= scores.of(layer, Block.EXPERT) & np.equal(scores.unit, expert)
+        return rows
 
     def check_ratio(self, layers: list[LayerStructure], total_parameters: int) -> None:
-        units = sum(view.units(block) for view in layers for block in view.prunable)
+        units, kinds = sum(view.units(block) for view in layers for block in view.scored), self.kinds(layers)
         if self.steps > units:
             raise UserError(f"--model.steps: found {self.steps}; the model has {units} units, and a step takes some.")
-        scores = group_scores(layers)
+        scores = group_scores(layers, kinds=kinds)
         self.find_ratio(scores, layers, total_parameters)
         self.select(scores, layers, total_parameters)
 
@@ -116,6 +181,6 @@ def kept_units(scores: Scores, layers: list[LayerStructure]) -> list[LayerPlan]:
     """What every layer keeps: a mixer has no scores and is kept."""
     units = {block: scores.unit[rows[scores.kept[rows]]].tolist() for block, rows in scores.blocks.rows().items()}
     return [
-        LayerPlan(i, view.all_units | {block: units.get((i, block), []) for block in view.prunable})
+        LayerPlan(i, view.all_units | {block: units[i, block] for block in view.scored if (i, block) in units})
         for i, view in enumerate(layers)
     ]

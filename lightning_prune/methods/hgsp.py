@@ -93,6 +93,8 @@ class HGSP(GroupPruning):
         group_options: Options of group pruning.
     """
 
+    experts = True
+
     decision_options = (*GroupPruning.decision_options, "tau", "temperature", "collapse_epsilon", "score_norm")
 
     def __init__(

@@ -24,7 +24,9 @@ from lightning_prune.calibration.backward import BackwardPass
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Holding, Load, Step
 from lightning_prune.calibration.statistics.gram import InputGram
+from lightning_prune.calibration.statistics.routed import RoutedGrams
 from lightning_prune.calibration.statistics.token_statistic import full_precision
+from lightning_prune.methods.expert_passes import watch_backward, with_experts
 from lightning_prune.methods.slimgpt_math import choose_dtype, inverse_hessian, prune_units, solve_bytes
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
@@ -65,11 +67,53 @@ def compensated_costs(
     curvature.diagonal().add_(DAMPING * mean)
     with full_precision(weight.device):
         scaled = torch.linalg.cholesky(curvature).T @ weight.to(dtype)
-    del curvature
-    hessian = inverse_hessian(xtx, 2 * tokens[0], DAMPING, dtype)  # its (2/N)·XᵀX is A for this N
+    return removal_costs(scaled, xtx, tokens[0], width, dtype)
+
+
+def removal_costs(scaled: Tensor, xtx: Tensor, tokens: int, width: int, dtype: torch.dtype) -> Tensor:
+    """I of every unit, ``[n / width]``, from ``scaled`` R ``[..., n]`` with RᵀR = WᵀFW; see ``compensated_costs``."""
+    units = scaled.shape[1] // width
+    hessian = inverse_hessian(xtx, 2 * tokens, DAMPING, dtype)  # its (2/N)·XᵀX is A for this N
     each = 1 if width > 1 else -(-units // ROUNDS)
     rounds = [min(each, units - gone) for gone in range(0, units, each)]
     return prune_units(scaled, hessian, rounds, width, "exact").errors
+
+
+def kfac_of_experts(sums: RoutedGrams, dtype: torch.dtype) -> Tensor:
+    """The same loss increase of every channel of experts, ``[E, m]``: A over the expert's tokens, F of the gradient at
+    its output, which holds the router's weight, times the share of all tokens that the expert sees.
+
+    Only Wᵀ·F·W enters, which is there already: its root takes the place of Cᵀ·W.
+
+    Args:
+        sums: complete.
+        dtype: of the computation.
+    """
+    experts = sums.experts[0]
+    costs = torch.zeros(experts.count, experts.width, dtype=torch.float64)
+    for expert, count in enumerate(sums.counts.tolist()):
+        if count:
+            try:
+                costs[expert] = widened(_costs_of_expert(sums, expert, dtype)).cpu() * (count / int(sums.tokens))
+            except FloatingPointError as error:
+                raise FloatingPointError(f"expert {expert}: {error}") from None
+    return costs
+
+
+def _costs_of_expert(sums: RoutedGrams, expert: int, dtype: torch.dtype) -> Tensor:
+    weight = sums.experts[0].down[expert].to(dtype)
+    count = int(sums.counts[expert])
+    curvature = sums.slopes[expert].to(dtype, copy=True).div_(count)
+    mean = float(sums.squares[expert]) / (count * len(weight))
+    if not bool(torch.isfinite(curvature).all()):
+        raise FloatingPointError("the gradients' second moment holds NaN or infinite values.")
+    if not mean > 0:  # nothing after it reaches the loss
+        return weight.new_zeros(weight.shape[1])
+    with full_precision(weight.device):
+        curvature.addmm_(weight.T, weight, alpha=DAMPING * mean)
+        values, vectors = torch.linalg.eigh(curvature)  # it has no Cholesky factor where m exceeds the hidden size
+        root = values.clamp_min(0).sqrt()[:, None] * vectors.T
+    return removal_costs(root, sums.inputs[expert], count, 1, dtype)
 
 
 class KFACPass(BackwardPass):
@@ -87,6 +131,9 @@ class KFACPass(BackwardPass):
             inputs, gradients = (InputGram(size).to(self.model.device) for size in (n, d))
             self.factors[block] = inputs, gradients
             self._handles.append(module.register_forward_hook(_listener(inputs, gradients)))
+        self.routed = None if view.experts is None else RoutedGrams(view.experts).to(self.model.device)
+        if self.routed is not None:
+            self._handles.append(watch_backward(self.routed))
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """Also both factors of both projections in fp32, a projection's inputs in fp32, and one solve at a time."""
@@ -100,7 +147,16 @@ class KFACPass(BackwardPass):
     def conclude(self, view: LayerStructure) -> LayerResult:
         while self._handles:
             self._handles.pop().remove()
-        return LayerResult({block: self._costs(view, block) for block in view.prunable})
+        routed, dense = self.routed, LayerResult({block: self._costs(view, block) for block in view.prunable})
+        if routed is None:
+            return dense
+        dtype = choose_dtype(
+            routed.experts[0].width, self.setting.free_bytes(self.model.device), widest(self.model.device)
+        )
+        try:
+            return with_experts(f"layer {view.index}", dense, routed, lambda sums: kfac_of_experts(sums, dtype))
+        finally:
+            routed.give_up()
 
     def cost(self, view: LayerStructure, step: Step) -> float:
         """Backward: run again, gradients of what passes, and both factors."""

@@ -5,9 +5,11 @@ from torch import Tensor
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Holding, Load, Pass, WeightsPass
 from lightning_prune.calibration.statistics.groups import group_importance
+from lightning_prune.methods.expert_scores import magnitude as magnitude_of_channels
 from lightning_prune.methods.mask_pruning import GroupOrMaskPruning
 from lightning_prune.methods.masks import MaskRule, mask_layer
 from lightning_prune.models.families import LayerStructure
+from lightning_prune.models.vocabulary import Block
 
 
 class MagnitudePass(WeightsPass):
@@ -21,7 +23,12 @@ class MagnitudePass(WeightsPass):
         def size(role: str) -> Tensor:
             return view.linears[role].weight.float().abs()
 
-        return LayerResult(group_importance(view, size)) if self.rule is None else mask_layer(view, self.rule, size)
+        if self.rule is not None:
+            return mask_layer(view, self.rule, size)
+        importance = group_importance(view, size)
+        if view.experts is not None:
+            importance[Block.EXPERT_CHANNEL] = magnitude_of_channels(view.experts).flatten()
+        return LayerResult(importance)
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         base = super().holds(view, load)
@@ -31,6 +38,7 @@ class MagnitudePass(WeightsPass):
 class Magnitude(GroupOrMaskPruning):
     """Magnitude: importance of a group = sum of the absolute values of its weights. Reads no data."""
 
+    experts = True
     measures_text = False
     masks_per_tensor = True
 

@@ -92,6 +92,11 @@ class GroupOrMaskPruning(GroupPruning):
         if (rule := self.mask_rule) is None:
             super().check_ratio(layers, total_parameters)
             return
+        if any(view.experts for view in layers):
+            raise UserError(
+                f"--model.structure {self.structure} zeroes weights of projections, and '{self.pretrained}' is a "
+                "mixture of experts. Use --model.structure group."
+            )
         for view in layers:
             for linear in view.linears.values():
                 rule.check_width(linear.in_features)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_prune.calibration.backward import BackwardPass
@@ -21,18 +22,21 @@ from lightning_prune.calibration.hooks import Hooks
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Batch, BlockPass, Holding, Load, Pass, Setting, Step
 from lightning_prune.calibration.statistics.token_statistic import full_precision
+from lightning_prune.checkpoint.in_memory_plan import mask_experts
 from lightning_prune.checkpoint.plan import LayerPlan
+from lightning_prune.methods.refit_experts import ExpertRefit
 from lightning_prune.methods.refit_math import (
     DAMPINGS,
-    DEFAULT_DAMPING,
     NormalEquations,
+    add_completed,
+    choose_damping,
     equation_bytes,
     ridge,
-    squared_error,
+    sum_over_processes,
 )
 from lightning_prune.methods.slimgpt_math import columns_of
 from lightning_prune.models.families import LayerStructure
-from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
+from lightning_prune.models.vocabulary import EXPERTS, OUTPUT_ROLE, Block
 from lightning_prune.support.devices import widest
 from lightning_prune.support.errors import UserError
 
@@ -65,14 +69,21 @@ class Refit:
         fits = [
             {
                 "layer": step.layer,
-                "projection": OUTPUT_ROLE[Block(step.phase)],
+                "projection": OUTPUT_ROLE.get(Block(step.phase), "down of every expert"),
                 "target": result.facts["target"],
                 "damping": result.facts["damping"] or None,  # None: left as it was
                 "held_out_error": {"before": result.facts["before"], "after": result.facts["after"]},
+                **{name: result.facts[name] for name in ("experts",) if name in result.facts},
             }
             for step, result in results
             if result.facts
         ]
+        dampings = [one for fit in fits if "experts" in fit for one in fit["experts"]["damping"]]
+        if few := dampings.count(None):
+            rank_zero_warn(
+                f"{few} of {len(dampings)} experts saw fewer tokens than they keep channels and were not refitted; a "
+                "larger --data.num_samples reaches more of them."
+            )
         return {"target": self.target, "damping": "auto" if self.damping is None else self.damping, "fits": fits}
 
 
@@ -107,15 +118,20 @@ class RefitPass(BlockPass):
 
     def start(self, step: Step) -> None:
         super().start(step)
-        self.tokens, self.columns = 0, self._columns(step)
+        self.tokens, self.columns, self.routed = 0, self._columns(step), None
         if self.block(step) is Block.MIXER:
             return
-        linear = self.projection(step)
-        self.scale = self._scale(step) if self.target == "residual" else None
+        residual = self.target == "residual" or self.block(step) in EXPERTS
+        self.scale = self._scale(step) if residual else None
+        if (experts := self.view(step).parts[self.block(step)].experts) is not None:
+            if self._crosses(step):
+                n, d = experts.width, experts.hidden
+                dtype = self._dtype(experts.count * 8 * (n * n + d * n) + equation_bytes(n, d, torch.float64))
+                self.routed = ExpertRefit(experts, self.kept[step.layer], self.damping, dtype)
+            return
         self.held: list[tuple[Tensor, Tensor]] = []  # inputs and targets of held-out samples, on the host
-        n, d = len(self.columns), linear.weight.shape[0]
-        enough = equation_bytes(n, d, torch.float64) <= self.setting.free_bytes(self.model.device)
-        dtype = widest(self.model.device) if enough else torch.float32
+        n, d = len(self.columns), self.projection(step).weight.shape[0]
+        dtype = self._dtype(equation_bytes(n, d, torch.float64))
         self.equations = NormalEquations.zeros(n, d, dtype, self.model.device)
 
     @torch.no_grad()
@@ -125,6 +141,9 @@ class RefitPass(BlockPass):
         dense = self._dense(step, batch) if self.target == "residual" else None
         self.tokens += int((batch.weight > 0).sum()) * before.shape[1]
         if not self._crosses(step):
+            return
+        if self.routed is not None:
+            self._sum_routed(self.routed, step, batch, before, dense)
             return
         self.catch(step, batch)
         if not len(self.columns):
@@ -145,12 +164,13 @@ class RefitPass(BlockPass):
         self._entering(step, batch)
         if self.target == "residual":
             self._dense(step, batch)
-        if self._crosses(step):
+        if self._crosses(step) and self.block(step) not in EXPERTS:
             self.catch(step, batch)
 
     def _crosses(self, step: Step) -> bool:
         """Whether the pruned stream passes the block: something of it is kept."""
-        return bool(self.kept[step.layer].kept[self.block(step)])
+        kept, block = self.kept[step.layer], self.block(step)
+        return not kept.removed if block in EXPERTS else bool(kept.kept[block])
 
     def finish(self, step: Step) -> LayerResult:
         expected = self.setting.samples * self.setting.seq_len
@@ -163,6 +183,8 @@ class RefitPass(BlockPass):
         """The refitted weight, zero in the removed columns. Facts: ``target``; ``damping``, 0 where the projection is
         left as it is; ``before`` and ``after``, the squared error on held-out samples with the old weight and with the
         one chosen there. Empty for a block that is removed."""
+        if self.routed is not None:
+            return self._conclude_routed(self.routed, view)
         if not len(self.columns):
             return LayerResult()
         role, linear, equations = OUTPUT_ROLE[block], view.projection(block), self.equations
@@ -171,14 +193,14 @@ class RefitPass(BlockPass):
         inputs = torch.cat([x for x, _ in self.held] or [old.new_zeros(0, old.shape[1])]).to(self.model.device)
         wanted = torch.cat([y for _, y in self.held] or [old.new_zeros(0, old.shape[0])]).to(self.model.device)
         del self.equations, self.held
-        _sum_over_processes(equations.gram, equations.cross)
+        sum_over_processes(equations.gram, equations.cross)
         equations.complete()
         try:
             with full_precision(self.model.device):
-                damping, before, after = self._choose(equations, old, inputs, wanted)
+                damping, before, after = choose_damping(equations, old, inputs, wanted, self.damping)
                 weight = old
                 if damping:
-                    _add_completed(equations, inputs, wanted)
+                    add_completed(equations, inputs, wanted)
                     weight = ridge(equations, old, damping)
         except FloatingPointError as error:
             raise FloatingPointError(f"{name}: {error}") from None
@@ -195,6 +217,15 @@ class RefitPass(BlockPass):
         """The pruned stream after the block; a removed block adds nothing."""
         if len(self.columns):
             super().advance(step)
+        elif self.block(step) in EXPERTS and self._crosses(step):
+            experts = self.view(step).experts
+            assert experts is not None
+            mask_experts(experts, self.kept[step.layer])
+            with torch.no_grad(), self.setting.context():
+                for rows in self.setting.batches():
+                    hidden = self.stream.get(rows, self.model.device)
+                    self.stream.put(rows, self.model.run_block(step.layer, self.block(step), hidden))
+            experts.route_to(None)
 
     def end(self) -> None:
         super().end()
@@ -219,8 +250,8 @@ class RefitPass(BlockPass):
         block = self.block(step)
         walked = self.target == "residual" and (self.earlier is None or block is not view.blocks[-1])
         streams = 2 if walked else 1
-        if block is Block.MIXER:
-            return streams * view.block_cost(block) / view.num_weights
+        if block not in view.prunable:
+            return (streams + 2 * (block in EXPERTS)) * view.block_cost(block) / view.num_weights
         projection = view.projection(block)
         inner, outer = projection.in_features, projection.weight.shape[0]
         weights = sum(linear.weight.numel() for linear in view.parts[block].linears.values())
@@ -228,18 +259,21 @@ class RefitPass(BlockPass):
 
     def cost_to_finish(self, view: LayerStructure, step: Step) -> float:
         """A factorisation and two triangular solves per damping, beside two operations per weight and token."""
-        if self.block(step) is Block.MIXER:
+        if (block := self.block(step)) is Block.MIXER:
             return 0.0
+        solves = 1 + len(DAMPINGS) if self.damping is None else 2
+        if (experts := view.parts[block].experts) is not None:
+            one = experts.width**3 / 3 + 2 * experts.width**2 * experts.hidden
+            return experts.count * solves * one / (2 * view.num_weights)
         linear = view.projection(self.block(step))
         inner, outer = linear.in_features, linear.weight.shape[0]
-        solves = 1 + len(DAMPINGS) if self.damping is None else 2
         one = inner**3 / 3 + 2 * inner * inner * outer
         return solves * one / (2 * view.num_weights)
 
     def _columns(self, step: Step) -> Tensor:
         """Inputs of the projection that are kept, int64."""
         block = self.block(step)
-        if block is Block.MIXER:
+        if block not in self.view(step).prunable:
             return torch.empty(0, dtype=torch.int64)
         units = self.kept[step.layer].kept[block]
         width = self.projection(step).in_features // max(1, self.view(step).units(block))
@@ -264,12 +298,15 @@ class RefitPass(BlockPass):
         self.dense.put(batch.rows, after)
         return after
 
-    def _sum(self, batch: Batch, inputs: Tensor, wanted: Tensor) -> None:
+    def _split(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Samples of a batch that are held out, and those to fit on, bool ``[B]`` each, on the host."""
         counted = batch.weight.cpu() > 0
         # A sample that only fills up a batch has no index of its own.
         index = batch.index.cpu().clamp(max=len(self.held_out) - 1)
-        chosen = self.held_out[index] & counted
-        fitted = ~self.held_out[index] & counted
+        return self.held_out[index] & counted, ~self.held_out[index] & counted
+
+    def _sum(self, batch: Batch, inputs: Tensor, wanted: Tensor) -> None:
+        chosen, fitted = self._split(batch)
         if bool(chosen.any()):
             rows = chosen.to(inputs.device)
             self.held.append((inputs[rows].flatten(0, 1).cpu(), wanted[rows].flatten(0, 1).cpu()))
@@ -277,45 +314,35 @@ class RefitPass(BlockPass):
         with full_precision(inputs.device):
             self.equations.add(inputs[rows].flatten(0, 1), wanted[rows].flatten(0, 1))
 
-    def _choose(
-        self, equations: NormalEquations, old: Tensor, inputs: Tensor, wanted: Tensor
-    ) -> tuple[float, float, float]:
-        """λ, and the error on held-out samples of the old weight and of the one with that λ. 0: leave it as it is."""
-        held = torch.tensor(len(inputs), device=inputs.device)
-        _sum_over_processes(held)
-        if not held:
-            return self.damping or DEFAULT_DAMPING, 0.0, 0.0
-        tried, rest = {}, equations.cross - old @ equations.gram
-        for damping in (0.0, *(DAMPINGS if self.damping is None else (self.damping,))):
-            weight = ridge(equations, old, damping, rest) if damping else old
-            error = squared_error(inputs, wanted, weight)
-            _sum_over_processes(error)
-            tried[damping] = float(error)
-        best = min(tried, key=lambda damping: tried[damping])
-        return best, tried[0.0], tried[best]
+    def _sum_routed(self, routed: ExpertRefit, step: Step, batch: Batch, before: Tensor, dense: Tensor | None) -> None:
+        """What the pruned block lacks, shared out among its experts."""
+        if self.scale is None:
+            return  # what the block adds is not linear in its experts' outputs: they stay as they are
+        block = self.block(step)
+        wanted = self.model.run_block(step.layer, block, before) if dense is None else dense
+        with routed.pruned() as seen:
+            after = self.model.run_block(step.layer, block, before)
+        missing = (wanted.float() - after.float()).flatten(0, 1) / self.scale
+        chosen, fitted = (rows.to(missing.device).repeat_interleave(before.shape[1]) for rows in self._split(batch))
+        routed.add(seen[0], missing, fitted, chosen)
+
+    def _conclude_routed(self, routed: ExpertRefit, view: LayerStructure) -> LayerResult:
+        self.routed = None
+        result = routed.conclude(f"layer {view.index}, experts")
+        self.setting.finished(1.0)
+        return replace(result, facts={"target": self.target, "damping": 0.0, **result.facts})
+
+    def _dtype(self, needed: int) -> torch.dtype:
+        """Of normal equations that take ``needed`` bytes in float64."""
+        enough = needed <= self.setting.free_bytes(self.model.device)
+        return widest(self.model.device) if enough else torch.float32
 
     def _scale(self, step: Step) -> float | None:
         """m, where the block adds m times what its projection outputs; None where that is not linear."""
-        weight = self.projection(step).weight
-        ones = torch.ones(1, 1, weight.shape[0], device=self.model.device).to(weight.dtype)
+        weight = next(iter(self.view(step).linears.values())).weight
+        ones = torch.ones(1, 1, self.model.config.hidden_size, device=self.model.device).to(weight.dtype)
         once, twice = (
             self.model.add(step.layer, torch.zeros_like(ones), self.block(step), factor * ones) for factor in (1, 2)
         )
         linear = bool((twice == 2 * once).all() and (once == once[..., :1]).all())  # exact in binary floating point
         return float(once[0, 0, 0]) if linear else None
-
-
-def _add_completed(equations: NormalEquations, inputs: Tensor, targets: Tensor) -> None:
-    """Add the samples of every process to sums that are complete."""
-    more = NormalEquations.zeros(len(equations.gram), len(equations.cross), equations.gram.dtype, inputs.device)
-    more.add(inputs, targets)
-    more.complete()
-    _sum_over_processes(more.gram, more.cross)
-    equations.gram += more.gram
-    equations.cross += more.cross
-
-
-def _sum_over_processes(*tensors: Tensor) -> None:
-    if torch.distributed.is_initialized():
-        for tensor in tensors:
-            torch.distributed.all_reduce(tensor)

@@ -84,3 +84,45 @@ def squared_error(inputs: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
     """‖X·Wᵀ − Y‖² for X ``[T, n]``, Y ``[T, d]``, W ``[d, n]``: a scalar in fp64, computed in W's dtype."""
     difference = inputs.to(weight.dtype) @ weight.T - targets.to(weight.dtype)
     return difference.square().sum(dtype=widest(difference.device))
+
+
+def choose_damping(
+    equations: NormalEquations, old: Tensor, inputs: Tensor, wanted: Tensor, damping: float | None
+) -> tuple[float, float, float]:
+    """λ, and the error on held-out samples of the old weight and of the one with that λ. 0: leave it as it is.
+
+    Args:
+        equations: complete, without the held-out samples.
+        old: W₀ ``[d, n]``.
+        inputs, wanted: X ``[T, n]`` and Y ``[T, d]`` of the held-out samples of this process.
+        damping: the only λ to try; None tries ``DAMPINGS``.
+    """
+    held = torch.tensor(len(inputs), device=inputs.device)
+    sum_over_processes(held)
+    if not held:
+        return damping or DEFAULT_DAMPING, 0.0, 0.0
+    tried, rest = {}, equations.cross - old @ equations.gram
+    for candidate in (0.0, *(DAMPINGS if damping is None else (damping,))):
+        weight = ridge(equations, old, candidate, rest) if candidate else old
+        error = squared_error(inputs, wanted, weight)
+        sum_over_processes(error)
+        tried[candidate] = float(error)
+    best = min(tried, key=lambda candidate: tried[candidate])
+    return best, tried[0.0], tried[best]
+
+
+def add_completed(equations: NormalEquations, inputs: Tensor, targets: Tensor) -> None:
+    """Add the samples of every process to sums that are complete."""
+    more = NormalEquations.zeros(len(equations.gram), len(equations.cross), equations.gram.dtype, inputs.device)
+    more.add(inputs, targets)
+    more.complete()
+    sum_over_processes(more.gram, more.cross)
+    equations.gram += more.gram
+    equations.cross += more.cross
+
+
+def sum_over_processes(*tensors: Tensor) -> None:
+    """Add up tensors over all processes, in place."""
+    if torch.distributed.is_initialized():
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)

@@ -1,6 +1,6 @@
 """Importances → one row per prunable unit."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +13,9 @@ from lightning_prune.models.vocabulary import Block
 
 
 def group_scores(
-    layers: Sequence[LayerStructure], importance: Sequence[Mapping[Block, Tensor]] | None = None
+    layers: Sequence[LayerStructure],
+    importance: Sequence[Mapping[Block, Tensor]] | None = None,
+    kinds: Collection[Block] = (Block.ATTENTION, Block.MLP),
 ) -> Scores:
     """Scores of all groups before any prior: score = importance / cost. An attention unit is one KV head with its query
     heads (GQA group), an MLP unit one intermediate channel.
@@ -21,13 +23,14 @@ def group_scores(
     Args:
         layers: of the dense model.
         importance: of every layer, per GQA group ``[K]`` and per channel ``[F]``. None: 1 everywhere.
+        kinds: of units that have a row.
 
     Raises:
         FloatingPointError: an importance is NaN or infinite; the message names layer and block.
     """
     parts = []
     for position, view in enumerate(layers):
-        for block in view.prunable:
+        for block in filter(kinds.__contains__, view.scored):
             values = torch.ones(view.units(block)) if importance is None else importance[position][block]
             if bad := int((~torch.isfinite(values)).sum()):
                 raise FloatingPointError(f"layer {view.index}, {block}: {bad} importances are NaN or infinite.")

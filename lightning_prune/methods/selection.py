@@ -56,6 +56,17 @@ class GroupSelection:
         last = num_layers - self.freeze_last_n_layers
         return {layer for layer in range(num_layers) if not self.freeze_first_n_layers <= layer < last}
 
+    def budget(
+        self, layers: list[LayerStructure], total_parameters: int, ratio: float | Fraction, added: int = 0
+    ) -> Budget:
+        """What is to be removed, with what goes with whole blocks; arguments as for ``select``."""
+        overhead = {
+            (view.index, block): view.block_cost(block) - view.units(block) * view.unit_cost(block)
+            for view in layers
+            for block in view.prunable
+        }
+        return Budget(total_parameters, ratio, overhead, self.round_to, added)
+
     def select(
         self,
         scores: Scores,
@@ -76,12 +87,7 @@ class GroupSelection:
         Raises:
             UserError: the ratio cannot be reached.
         """
-        overhead = {
-            (view.index, block): view.block_cost(block) - view.units(block) * view.unit_cost(block)
-            for view in layers
-            for block in view.prunable
-        }
-        budget = Budget(total_parameters, ratio, overhead, self.round_to, added)
+        budget = self.budget(layers, total_parameters, ratio, added)
         free = ~np.isin(scores.layer, list(self.frozen_layers(len(layers))))
         if not free.any():
             raise UserError(

@@ -64,6 +64,8 @@ class ShortGPT(PruningMethod):
         run_options: Options of every method.
     """
 
+    experts = True
+
     uneven = False
     decision_options = (*PruningMethod.decision_options, "n_remove_layers", "at_most")
 

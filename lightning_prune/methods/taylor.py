@@ -13,6 +13,8 @@ from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Holding, Load
 from lightning_prune.calibration.statistics.gradients import LayerGradients
 from lightning_prune.calibration.statistics.groups import group_importance
+from lightning_prune.calibration.statistics.routed import RoutedTokens
+from lightning_prune.methods.expert_passes import watch_tokens, with_experts
 from lightning_prune.models.families import LayerStructure
 
 
@@ -23,6 +25,8 @@ class TaylorPass(BackwardPass):
 
     def watch(self, view: LayerStructure) -> None:
         self.gradients = LayerGradients(view)
+        self.routed = None if view.experts is None else RoutedTokens(view.experts).to(self.model.device)
+        self._handle = None if self.routed is None else watch_tokens(self.routed)
 
     def expect(self, tokens: int) -> None:
         self.gradients.tokens = tokens
@@ -43,4 +47,13 @@ class TaylorPass(BackwardPass):
         def score(role: str) -> Tensor:
             return gradients.take(role).mul_(view.linears[role].weight).abs_()  # in place: as large as the weight
 
-        return LayerResult(group_importance(view, score))
+        importance = group_importance(view, score)
+        if self.routed is None or self._handle is None or view.experts is None:
+            return LayerResult(importance)
+        self._handle.remove()
+        products = {
+            role: view.experts.upright(gradients.take(f"experts_{role}").mul_(weight).abs_())
+            for role, weight in view.experts.weights().items()
+        }
+        channels = view.experts.channel_sums(lambda role, expert: products[role][expert])
+        return with_experts(f"layer {view.index}", LayerResult(importance), self.routed, lambda _: channels)

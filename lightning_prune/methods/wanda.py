@@ -13,6 +13,9 @@ from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import ForwardPass, Holding, Load, Pass
 from lightning_prune.calibration.statistics.channel_sums import SumOfSquares
 from lightning_prune.calibration.statistics.groups import group_importance
+from lightning_prune.calibration.statistics.routed import RoutedOutputs
+from lightning_prune.methods.expert_passes import with_experts
+from lightning_prune.methods.expert_scores import wanda as wanda_of_channels
 from lightning_prune.methods.mask_pruning import GroupOrMaskPruning
 from lightning_prune.methods.masks import MaskRule, mask_layer
 from lightning_prune.models.families import LayerStructure
@@ -50,13 +53,17 @@ class WandaPass(ForwardPass):
             linear = view.linears[role]
             self.sums[role] = SumOfSquares(linear.in_features).to(linear.weight.device)
             hooks.on_input(f"layer {view.index}, input of {role}", linear.module, self.sums[role].update)
+        self.routed = None if view.experts is None else RoutedOutputs(view.experts).to(self.model.device)
+        if self.routed is not None:
+            hooks.on_experts(f"layer {view.index}, experts", self.routed.experts[0].module, self.routed.update)
 
     def conclude(self, view: LayerStructure) -> LayerResult:
         for role, statistic in self.sums.items():
             statistic.raise_if_not_finite(f"layer {view.index}, input of {role}")
         norms = {role: statistic.norms() for role, statistic in self.sums.items()}
         if self.rule is None:
-            return LayerResult(wanda_importance(view, norms))
+            dense = LayerResult(wanda_importance(view, norms))
+            return with_experts(f"layer {view.index}", dense, self.routed, wanda_of_channels)
         return mask_layer(
             view, self.rule, lambda role: weight_scores(view.linears[role].weight, norms[view.read_with(role)])
         )
@@ -74,6 +81,8 @@ class Wanda(GroupOrMaskPruning):
             false takes all norms from the dense model in one pass.
         options: Options of group and mask pruning.
     """
+
+    experts = True
 
     def __init__(
         self, pretrained: str = "demo", pruning_ratio: float = 0.2, sequential: bool = True, **options: Any

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
 
+from lightning_prune.models.expert_files import packed
 from lightning_prune.models.families import family_of
 from lightning_prune.models.modeling_pruned import classes_of, pruned_class
 from lightning_prune.models.records import TEXT_PARTS
@@ -147,7 +148,8 @@ class Checkpoint:
             ends = {name: own for own in tensors if (name := text_name(own)) in ENDS}
             head, embedding = (ends.get(name) for name in ENDS)
             self.config.tie_word_embeddings = not head or not embedding or same_values(tensors, head, embedding)
-        return tensors, files, left_out
+        experts = family_of(self.config).experts
+        return (tensors if experts is None else packed(tensors, experts)), files, left_out
 
     @cached_property
     def stored_dtype(self) -> torch.dtype:
@@ -182,7 +184,10 @@ class Checkpoint:
 
     def source(self) -> CheckpointSource:
         """Its weights, by the names they have in the model."""
-        return CheckpointSource({name: (self.tensors[own].file, own) for name, own in self.stored_names.items()})
+        entries = {name: (own, self.tensors[own]) for name, own in self.stored_names.items()}
+        return CheckpointSource(
+            {name: (entry.shape, entry.parts or [(entry.file, own)]) for name, (own, entry) in entries.items()}
+        )
 
     def load(self, dtype: torch.dtype | None) -> PreTrainedModel:
         """The whole causal LM in eval mode, without remote code, in ``dtype`` (None: as the config says), on the

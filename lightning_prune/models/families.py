@@ -2,15 +2,17 @@
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_prune.models.experts import Experts
 from lightning_prune.models.records import FAMILIES, GUIDE, Family
-from lightning_prune.models.refusals import ENCODER_DECODER, EXPERTS, REFUSED, SEVERAL_MODELS
+from lightning_prune.models.refusals import ENCODER_DECODER, REFUSED, SEVERAL_MODELS
+from lightning_prune.models.refusals import EXPERTS as MIXTURE_OF_EXPERTS
 from lightning_prune.models.skipped import fill_skipped
-from lightning_prune.models.vocabulary import BLOCK_OF, OUTPUT_ROLE, Block
+from lightning_prune.models.vocabulary import BLOCK_OF, EXPERTS, OUTPUT_ROLE, Block
 from lightning_prune.support.errors import UserError
 
 # Of the config of a checkpoint with widths per layer, beside these widths.
@@ -66,7 +68,8 @@ class BlockStructure:
         norms: of its input and output.
         entry: the first module after the residual stream, which has the block's input as its own.
         linears: its projections by role, the one that writes to the residual stream last; none of a mixer.
-        units: GQA groups, channels, or 1 for a mixer.
+        units: GQA groups, channels, 1 for a mixer, experts or the channels of all of them.
+        experts: of a block of experts.
     """
 
     modules: dict[nn.Module, bool]
@@ -74,6 +77,7 @@ class BlockStructure:
     entry: nn.Module
     linears: dict[str, Projection]
     units: int
+    experts: Experts | None = None
 
     @property
     def cost(self) -> int:
@@ -103,8 +107,31 @@ class LayerStructure:
 
     @property
     def prunable(self) -> tuple[Block, ...]:
+        """The blocks of projections, whose units are scored: all but a mixer and experts."""
+        return tuple(block for block in self.parts if block not in (Block.MIXER, *EXPERTS))
+
+    @property
+    def scored(self) -> tuple[Block, ...]:
         """The blocks whose units are scored: all but a mixer."""
         return tuple(block for block in self.parts if block is not Block.MIXER)
+
+    @property
+    def experts(self) -> Experts | None:
+        """The experts of the layer, if it has any."""
+        return next((part.experts for part in self.parts.values() if part.experts is not None), None)
+
+    def with_experts_as(self, unit: Block) -> "LayerStructure":
+        """The same layer, its experts' units being ``unit``: EXPERT or EXPERT_CHANNEL."""
+        if (experts := self.experts) is None:
+            return self
+        units = experts.count if unit is Block.EXPERT else experts.count * experts.width
+        parts = {
+            unit if part.experts is not None else block: replace(part, units=units)
+            if part.experts is not None
+            else part
+            for block, part in self.parts.items()
+        }
+        return replace(self, parts=parts)
 
     def units(self, block: Block) -> int:
         """K GQA groups, F MLP channels, 1 for a mixer; 0 where the layer has no such block."""
@@ -123,6 +150,8 @@ class LayerStructure:
         """Parameters that are removed with one unit: its rows with their biases, and its columns; 0 without units."""
         if block is Block.MIXER or block not in self.parts:
             return self.block_cost(block)
+        if (experts := self.parts[block].experts) is not None:
+            return experts.expert_cost if block is Block.EXPERT else experts.channel_cost
         *rows, columns = self.parts[block].linears.values()
         tensors = [columns.weight, *(linear.weight for linear in rows), *(linear.bias for linear in rows)]
         return sum(tensor.numel() for tensor in tensors if tensor is not None) // max(1, self.units(block))
@@ -143,9 +172,9 @@ class LayerStructure:
 
     @property
     def num_weights(self) -> int:
-        """Numbers in all projections, and in mixers."""
+        """Numbers in all projections, and in mixers and blocks of experts."""
         linears = sum(linear.weight.numel() for linear in self.linears.values())
-        return linears + self.block_cost(Block.MIXER)
+        return linears + sum(self.block_cost(block) for block in self.parts if block not in self.prunable)
 
     def read_with(self, role: str) -> str:
         """The first of the roles that read the same activation as ``role``, where it is observed."""
@@ -164,7 +193,7 @@ def family_of(config: Any) -> Family:
     if family is not None and not family.has_experts(config):
         return family
     several = SEVERAL_MODELS if getattr(config, "sub_configs", None) else ""
-    reason = EXPERTS if family is not None else REFUSED.get(str(model_type), several)
+    reason = MIXTURE_OF_EXPERTS if family is not None else REFUSED.get(str(model_type), several)
     if getattr(config, "is_encoder_decoder", False):
         reason = ENCODER_DECODER
     raise UserError(
@@ -264,15 +293,21 @@ def _layer_structure(family: Family, config: Any, index: int, layer: nn.Module) 
         linears = {
             role: _projection(family, config, role, find(family.path_of(role))) for role in family.roles_of(block)
         }
+        experts = Experts(find(family.mlp), family.experts) if family.experts and block in EXPERTS else None
         return BlockStructure(
             modules={find(name): pair for name, pair in modules.items()},
             norms=tuple(find(name) for name in norms if name),
             entry=find(norms.before or next(iter(modules))),
             linears=linears,
-            units=_units(block, linears, head_dim_of(config)),
+            units=experts.count * experts.width if experts else _units(block, linears, head_dim_of(config)),
+            experts=experts,
         )
 
-    parts = {block: block_structure(block) for block in family.blocks_of(config, index)}
+    parts = {}
+    for block in family.blocks_of(config, index):
+        if block is Block.MLP and family.experts and hasattr(getattr(layer, family.mlp), family.experts.experts):
+            block = Block.EXPERT_CHANNEL  # not in every layer
+        parts[block] = block_structure(block)
     view = LayerStructure(index, layer, parts, head_dim_of(config), family.whole_attention)
     shapes = shapes_of(config)
     for role, linear in view.linears.items():

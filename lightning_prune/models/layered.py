@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from lightning_prune.models.checkpoint import Checkpoint
+from lightning_prune.models.experts import unroute
 from lightning_prune.models.families import LayerStructure, family_of, layer_structures, layers_of
 from lightning_prune.models.head import loss_gradient, token_losses
 from lightning_prune.models.overflow import Overflow
@@ -57,6 +58,8 @@ class LayeredModel:
         self.config: Any = net.config
         self.layers = layers_of(net)
         self.evaluations = 0
+        # The routers' own loss is no part of what is measured.
+        self._options = {} if family_of(net.config).experts is None else {"output_router_logits": False}
         self.overflow = Overflow()
         self.bytes_read = 0
         self.change: Callable[[LayerStructure], None] | None = None
@@ -115,6 +118,8 @@ class LayeredModel:
     def leave(self, index: int, changed: bool = False) -> None:
         """Drop layer ``index``, unless layers stay loaded; a ``changed`` one is dropped all the same."""
         if self.is_present(index) and (self.onload == "layer" or changed):
+            if (experts := self.views[index].experts if "views" in self.__dict__ else None) is not None:
+                unroute(experts.module)
             meta = self._meta.pop(index)
             added = dict(self.layers[index].named_parameters()).keys() - meta.keys()  # biases that a change brought
             for name, parameter in (dict.fromkeys(added) | meta).items():
@@ -183,7 +188,7 @@ class LayeredModel:
         owner, _, leaf = family.layers.rpartition(".")
         setattr(self.net.get_submodule(owner), leaf, stubs)
         try:
-            self.net.base_model(input_ids=tokens, use_cache=False)
+            self.net.base_model(input_ids=tokens, use_cache=False, **self._options)
         finally:
             setattr(self.net.get_submodule(owner), leaf, self.layers)
         # Masks and rotary tables of packed sequences depend on the shape alone.
@@ -240,7 +245,7 @@ class LayeredModel:
         norm = self.net.get_submodule(family_of(self.config).final_norm)
         decoder = MoeModelOutputWithPast(last_hidden_state=norm(hidden if hidden.dim() == 3 else hidden[None]))
         with _replaced_forward({self.net.base_model: lambda *_, **__: decoder}):
-            logits: Tensor = self.net(input_ids=None, use_cache=False, return_dict=True).logits
+            logits: Tensor = self.net(input_ids=None, use_cache=False, return_dict=True, **self._options).logits
         return logits if hidden.dim() == 3 else logits[0]
 
     def losses(self, hidden: Tensor, tokens: Tensor) -> Tensor:

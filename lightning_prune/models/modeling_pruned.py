@@ -102,6 +102,7 @@ class PrunedMixin:
     def __init__(self, config: Any) -> None:
         super().__init__(_uniform(config))  # type: ignore[call-arg]
         config._attn_implementation_internal = self.config._attn_implementation
+        config._experts_implementation_internal = self.config._experts_implementation
         self.config = config
         if self.base_model is self:
             stock = self.layers[0]
@@ -117,6 +118,12 @@ class PrunedMixin:
         """As for a class of transformers, which this one is but for its layers: of custom code it would leave out what
         a decoder computes for its layers (the multipliers of Falcon H1)."""
         super()._initialize_weights(module)  # type: ignore[misc]
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """As the stock class: transformers would search this file for its decorator of experts."""
+        stock: Any = next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))
+        return bool(stock._can_set_experts_implementation())
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers, and for the configs of the layers too, which are their own."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from lightning_prune.models.vocabulary import BLOCK_OF, ROLES, ROLES_OF, Block
+from lightning_prune.models.vocabulary import BLOCK_OF, EXPERTS, ROLES, ROLES_OF, Block
 
 GUIDE = "docs/add_a_model_family.md"
 
@@ -14,6 +14,24 @@ class Norms(NamedTuple):
 
     before: str | None
     after: str | None = None
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """A block of experts, by attribute name below it, and its sizes, by config key.
+
+    ``stored``: how weight files name gate, up and down of one expert, ``<experts>.<number>.<name>.weight`` each; None
+    where they hold the three-dimensional parameters themselves. ``renamed``: parts of names in weight files → in the
+    model. ``pair``: whether the block also returns the router's weights.
+    """
+
+    router: str = "gate"
+    experts: str = "experts"
+    count: str = "num_experts"
+    width: str = "moe_intermediate_size"
+    stored: tuple[str, ...] | None = ("gate_proj", "up_proj", "down_proj")
+    renamed: tuple[tuple[str, str], ...] = ()
+    pair: bool = False
 
 
 BEFORE_ATTENTION, BEFORE_MLP = Norms("input_layernorm"), Norms("post_attention_layernorm")
@@ -66,6 +84,7 @@ class Family:
     down: str = "down_proj"
     attention_norms: Norms = BEFORE_ATTENTION
     mlp_norms: Norms = BEFORE_MLP
+    experts: ExpertNames | None = None
     kinds: str = "layer_types"
     blocks: Mapping[str, tuple[Block, ...]] = field(default_factory=dict)
     mixer: Mapping[str, bool] = field(default_factory=dict)
@@ -87,6 +106,8 @@ class Family:
         attention weights."""
         if block is Block.MIXER:
             return dict(self.mixer)
+        if block in EXPERTS and self.experts is not None:
+            return {self.mlp: self.experts.pair}
         return {self.attention: True} if block is Block.ATTENTION else {self.mlp: False}
 
     def norms_of(self, block: Block) -> Norms:
@@ -147,6 +168,7 @@ FAMILIES: dict[str, Family] = {
         Family("seed_oss", "attention_bias", "attention_out_bias", "mlp_bias"),
         Family("helium", "attention_bias", mlp_bias="mlp_bias", whole_attention=_FIXED_OUTPUT),
         Family("stablelm", "use_qkv_bias", whole_attention=_FIXED_OUTPUT),
+        Family("qwen3_moe", "attention_bias", "attention_bias", experts=ExpertNames()),
         Family(
             "qwen3_5_text",
             "attention_bias",

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lightning_prune.support.devices import can_pin
 
+Place = tuple[Path, str]  # a weight file, and the name of a tensor in it
+
 
 class Source(Protocol):
     """Gives parameters by the names they have in the model."""
@@ -27,10 +29,10 @@ class CheckpointSource:
     On the CPU and in the stored dtype a tensor is a private view of the file, which takes no memory of its own.
 
     Args:
-        places: parameter name → file, and the name its values are stored under.
+        places: parameter name → its shape, and file and name of the tensors that its rows are stored in, in order.
     """
 
-    def __init__(self, places: Mapping[str, tuple[Path, str]]) -> None:
+    def __init__(self, places: Mapping[str, tuple[tuple[int, ...], Sequence[Place]]]) -> None:
         self.places = places
         self._stack = ExitStack()
         self._open: dict[Path, Any] = {}
@@ -39,11 +41,20 @@ class CheckpointSource:
         """See ``Source``. One tensor at a time is in memory twice while it is cast."""
         tensors: dict[str, Tensor] = {}
         for name in names:
-            path, stored = self.places[name]
-            if path not in self._open:
-                self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
-            tensors[name] = self._open[path].get_tensor(stored).to(device=device, dtype=dtype)
+            shape, places = self.places[name]
+            if len(places) == 1:
+                tensors[name] = self._tensor(places[0]).view(shape).to(device=device, dtype=dtype)
+                continue
+            parts = [self._tensor(place).to(dtype=dtype) for place in places]
+            tensors[name] = torch.cat(parts).view(shape).to(device=device)
         return tensors
+
+    def _tensor(self, place: Place) -> Tensor:
+        path, stored = place
+        if path not in self._open:
+            self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+        tensor: Tensor = self._open[path].get_tensor(stored)
+        return tensor
 
     def close(self) -> None:
         """Close the files; views of them stay valid."""

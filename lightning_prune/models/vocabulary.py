@@ -10,6 +10,8 @@ class Block(StrEnum):
     ATTENTION = "attention"
     MLP = "mlp"
     LAYER = "layer"
+    EXPERT = "expert"
+    EXPERT_CHANNEL = "expert_channel"
     MIXER = "mixer"
 
     @property
@@ -19,6 +21,8 @@ class Block(StrEnum):
         return 0 if self in (Block.ATTENTION, Block.MIXER) else 1
 
 
+# A block of experts: its units are whole experts, or the channels of all of them, numbered expert by expert.
+EXPERTS = (Block.EXPERT, Block.EXPERT_CHANNEL)
 ROLES_OF: dict[Block, tuple[str, ...]] = {
     Block.ATTENTION: ("query", "key", "value", "output"),
     Block.MLP: ("gate", "up", "down"),

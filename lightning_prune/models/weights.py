@@ -39,11 +39,12 @@ LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One stored tensor."""
+    """One stored tensor, or several that are consecutive rows of one: ``parts``, file and name of each in order."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
+    parts: tuple[tuple[Path, str], ...] = ()
 
     @property
     def bytes(self) -> int:

@@ -45,6 +45,9 @@ class LayerGradients(nn.Module):
         for role, linear in view.linears.items():
             self.sums[role] = WeightGradient(linear.weight.shape).to(linear.weight.device)
             self._roles.setdefault(linear.module.weight, []).append(role)
+        for role, whole in view.experts.weights().items() if view.experts is not None else ():
+            self.sums[f"experts_{role}"] = WeightGradient(whole.shape).to(whole.device)
+            self._roles[whole] = [f"experts_{role}"]
         self._handles: list[RemovableHandle] = []
         for weight, roles in self._roles.items():
             weight.requires_grad_(True)
@@ -78,7 +81,9 @@ class LayerGradients(nn.Module):
         def consume(weight: Tensor) -> None:
             assert weight.grad is not None
             for role in roles:
-                self.sums[role].update(self.view.linears[role].part(weight.grad.detach()), self.tokens)  # type: ignore[operator]
+                gradient = weight.grad.detach()
+                part = self.view.linears[role].part(gradient) if role in self.view.linears else gradient
+                self.sums[role].update(part, self.tokens)  # type: ignore[operator]
             weight.grad = None
 
         return consume

@@ -1,0 +1,166 @@
+"""Sums over the tokens that a router sends to each expert.
+
+The router's weight g multiplies an expert's output. So a token counts with g in what is measured of activations; the
+gradient of the loss at an expert's output holds g already.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_prune.calibration.statistics.token_statistic import TokenStatistic, full_precision
+from lightning_prune.models.experts import Experts
+from lightning_prune.support.devices import widest
+
+
+class ExpertTokens(NamedTuple):
+    """Of one expert: its tokens' rows ``[T]`` in the batch, x ``[T, D]``, g ``[T, 1]``, a ``[T, m]``, f(x) ``[T, D]``.
+    All but the rows in fp32."""
+
+    expert: int
+    rows: Tensor
+    x: Tensor
+    gate: Tensor
+    inner: Tensor
+    output: Tensor
+
+
+class RoutedTokens(TokenStatistic):
+    """Of every expert: its tokens, ``counts`` ``[E]`` float64, and the largest |f(x)_j|, ``peaks`` ``[E]``."""
+
+    counts: Tensor
+    peaks: Tensor
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        self.experts = [experts]  # in a list, so that its modules are not this one's
+        self.add_sum("counts", experts.count)
+        self.register_buffer("peaks", torch.zeros(experts.count), persistent=False)
+
+    @torch.no_grad()
+    def update(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
+        """Add tokens x ``[T, D]`` with the experts ``[T, k]`` and weights g ``[T, k]`` that the router gave them."""
+        for _ in self._tokens(hidden, index, weights):
+            pass
+
+    def _tokens(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Iterator[ExpertTokens]:
+        """The tokens, counted, expert by expert."""
+        experts = self.experts[0]
+        self.tokens += len(hidden)
+        for expert, rows, gate in experts.routed(index, weights):
+            x = hidden[rows]
+            inner = experts.inner(expert, x)
+            output = experts.output(expert, inner).float()
+            self.counts[expert] += len(rows)
+            self.peaks[expert] = torch.maximum(self.peaks[expert], output.abs().max())
+            yield ExpertTokens(expert, rows, x.float(), gate.float()[:, None], inner.float(), output)
+
+    def reduced(self) -> Tensor:
+        """Also the peaks, of which the largest of all processes is taken."""
+        if not self._summed and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.peaks, torch.distributed.ReduceOp.MAX)
+        return super().reduced()
+
+    def compute(self) -> Tensor:
+        """One number per expert ``[E]``: finite where all that was summed is."""
+        return self.counts + self.peaks
+
+    def facts(self) -> dict[str, Any]:
+        """Tokens and peaks of the experts, for ``LayerResult.facts``; call ``reduced`` before."""
+        return {"experts": {"tokens": [int(count) for count in self.counts.tolist()], "peaks": self.peaks.tolist()}}
+
+
+class RoutedOutputs(RoutedTokens):
+    """Also Σ ‖f(x)‖₂, Σ g·‖f(x)‖₂, Σ g²·x_j² and Σ g²·a_k², float64.
+
+    ``norms`` and ``gated`` are ``[E]``, ``inputs`` ``[E, D]`` and ``inner`` ``[E, m]``.
+    """
+
+    norms: Tensor
+    gated: Tensor
+    inputs: Tensor
+    inner: Tensor
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__(experts)
+        self.add_sum("norms", experts.count)
+        self.add_sum("gated", experts.count)
+        self.add_sum("inputs", experts.count, experts.hidden)
+        self.add_sum("inner", experts.count, experts.width)
+
+    @torch.no_grad()
+    def update(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
+        kind = widest(hidden.device)
+        for expert, _, x, gate, inner, output in self._tokens(hidden, index, weights):
+            norm = output.norm(dim=1)
+            self.norms[expert] += norm.sum(dtype=kind)
+            self.gated[expert] += (gate[:, 0] * norm).sum(dtype=kind)
+            self.inputs[expert] += (gate * x).square().sum(0, dtype=kind)
+            self.inner[expert] += (gate * inner).square().sum(0, dtype=kind)
+
+    def compute(self) -> Tensor:
+        return super().compute() + self.norms + self.gated + self.inputs.sum(1) + self.inner.sum(1)
+
+
+class RoutedSlopes(RoutedTokens):
+    """How the loss moves with the channels of every expert, float64 ``[E, m]``.
+
+    With δ = ∂L/∂y at the experts' summed output y and s_k = g·w_kᵀ·δ, the slope along channel k's output column w_k:
+    ``inner`` Σ a_k², ``slopes`` Σ s_k² and ``products`` Σ (a_k·s_k)².
+    """
+
+    inner: Tensor
+    slopes: Tensor
+    products: Tensor
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__(experts)
+        for name in ("inner", "slopes", "products"):
+            self.add_sum(name, experts.count, experts.width)
+
+    @torch.no_grad()
+    def update(self, hidden: Tensor, index: Tensor, weights: Tensor, gradient: Tensor) -> None:  # type: ignore[override]
+        """Add tokens, with δ ``[T, D]``."""
+        kind, down = widest(hidden.device), self.experts[0].down
+        for expert, rows, _, gate, inner, _ in self._tokens(hidden, index, weights):
+            slope = gate * (gradient[rows].float() @ down[expert].float())
+            self.inner[expert] += inner.square().sum(0, dtype=kind)
+            self.slopes[expert] += slope.square().sum(0, dtype=kind)
+            self.products[expert] += (inner * slope).square().sum(0, dtype=kind)
+
+    def compute(self) -> Tensor:
+        return super().compute() + (self.inner + self.slopes + self.products).sum(1)
+
+
+class RoutedGrams(RoutedTokens):
+    """Both factors of the curvature along every expert's down projection, fp32 ``[E, m, m]``.
+
+    ``inputs`` Σ a·aᵀ and ``slopes`` Σ s·sᵀ = W_downᵀ·(Σ (g·δ)·(g·δ)ᵀ)·W_down; ``squares`` ``[E]`` Σ ‖g·δ‖².
+    """
+
+    squares: Tensor
+    inputs: Tensor
+    slopes: Tensor
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__(experts)
+        self.add_sum("squares", experts.count)
+        for name in ("inputs", "slopes"):
+            self.add_matrix_state(name, experts.count, experts.width, experts.width)
+
+    @torch.no_grad()
+    def update(self, hidden: Tensor, index: Tensor, weights: Tensor, gradient: Tensor) -> None:  # type: ignore[override]
+        """See ``RoutedSlopes``."""
+        kind, down = widest(hidden.device), self.experts[0].down
+        with full_precision(hidden.device):
+            for expert, rows, _, gate, inner, _ in self._tokens(hidden, index, weights):
+                delta = gate * gradient[rows].float()
+                slope = delta @ down[expert].float()
+                self.squares[expert] += delta.square().sum(dtype=kind)
+                self.inputs[expert].addmm_(inner.T, inner)
+                self.slopes[expert].addmm_(slope.T, slope)
+
+    def compute(self) -> Tensor:
+        return super().compute() + sum(gram.diagonal(dim1=1, dim2=2).sum(1) for gram in (self.inputs, self.slopes))

@@ -1,0 +1,74 @@
+"""What a plan keeps of experts: one number of experts and one width of all of them in the whole model."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_prune.checkpoint.plan import LayerPlan
+from lightning_prune.models.experts import Experts
+from lightning_prune.models.families import LayerStructure, family_of
+from lightning_prune.models.vocabulary import EXPERTS, Block
+from lightning_prune.support.errors import UserError
+
+
+def as_planned(view: LayerStructure, plan: LayerPlan) -> LayerStructure:
+    """``view`` with the units of experts that the plan counts in."""
+    return next((view.with_experts_as(block) for block in EXPERTS if block in plan.kept), view)
+
+
+def kept_experts(experts: Experts, plan: LayerPlan) -> tuple[list[int], Tensor | None]:
+    """The experts that a layer keeps, and of each its channels, int64 ``[E', m']``; None where all have all."""
+    every = list(range(experts.count))
+    if Block.EXPERT in plan.kept:
+        return plan.kept[Block.EXPERT], None
+    units = torch.tensor(plan.kept[Block.EXPERT_CHANNEL], dtype=torch.int64)
+    if len(units) == experts.count * experts.width:
+        return every, None
+    return every, units.view(experts.count, -1) % experts.width
+
+
+def check_experts(layers: Sequence[LayerStructure], plans: Sequence[LayerPlan]) -> None:
+    """Check what a plan keeps of experts, its indices being right.
+
+    Raises:
+        UserError: layers or experts keep different numbers, or fewer experts than the router chooses.
+    """
+    kept: dict[tuple[Block, int], int] = {}
+    for view, plan in zip(layers, plans, strict=True):
+        for block in EXPERTS:
+            if (experts := view.experts) is None or block not in plan.kept or plan.removed:
+                continue
+            groups = experts.router_groups if block is Block.EXPERT else experts.count
+            size, units = view.units(block) // groups, torch.tensor(plan.kept[block], dtype=torch.int64)
+            counts = set(torch.bincount(units // size, minlength=groups).tolist())
+            if block is Block.EXPERT and len(units) < experts.fewest:
+                raise UserError(
+                    f"--plan: layer {plan.layer} keeps {len(units)} experts; its router chooses {experts.top_k} for "
+                    f"every token, so at least {experts.fewest} must stay. Lower the pruning ratio."
+                )
+            if len(counts) != 1 or 0 in counts:
+                raise UserError(
+                    f"--plan: layer {plan.layer} keeps {min(counts)} to {max(counts)} {block} units of its "
+                    f"{'router groups' if block is Block.EXPERT else 'experts'}; all must keep equally many."
+                )
+            kept[block, plan.layer] = counts.pop()
+    if len({(block, count) for (block, _), count in kept.items()}) > 1:
+        raise UserError(
+            "--plan: layers keep different numbers of experts, or of channels inside them; a model has one number."
+        )
+
+
+def set_sizes(config: Any, plans: Sequence[LayerPlan]) -> None:
+    """Give ``config`` the number of experts and their width in ``plans``, of layers that are kept."""
+    if (names := family_of(config).experts) is None:
+        return
+    sizes = {block: len(units) for plan in plans for block, units in plan.kept.items() if block in EXPERTS}
+    if Block.EXPERT in sizes:
+        setattr(config, names.count, sizes[Block.EXPERT])
+    if Block.EXPERT_CHANNEL in sizes:
+        setattr(config, names.width, sizes[Block.EXPERT_CHANNEL] // getattr(config, names.count))
+    if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:  # Qwen's two ways
+        config.decoder_sparse_step = 1
+        config.mlp_only_layers = [place for place, plan in enumerate(plans) if not plan.kept.keys() & set(EXPERTS)]

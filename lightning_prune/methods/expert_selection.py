@@ -1,0 +1,169 @@
+"""Which experts, or channels inside experts, are pruned: equally many of every layer, the lowest scores of each.
+
+A model has one number of experts and one width of all of them. So units are pruned in bundles: the lowest unit of every
+group, the next one of every group, and so on, where a group is what must keep equally many: an expert's channels, or
+the experts of a layer (of every group of its router). A bundle has the parameters of its units and their mean score, by
+which it is ranked among GQA groups and MLP channels.
+"""
+
+import math
+from dataclasses import fields, replace
+
+import numpy as np
+
+from lightning_prune.checkpoint.scores import Flags, Integers, Scores
+from lightning_prune.methods.selection import (
+    Allocation,
+    Budget,
+    GroupSelection,
+    protect_best,
+    ranking,
+    select_global,
+    select_uniform,
+)
+from lightning_prune.models.families import LayerStructure
+from lightning_prune.models.vocabulary import Block
+from lightning_prune.support.errors import UserError
+
+# transformers' and vLLM's products of all experts at once take rows of 16 bytes or a multiple, 8 numbers of bfloat16.
+WIDTH_MULTIPLE = 8
+
+
+def expert_rows(scores: Scores) -> Flags:
+    """Rows of experts or of their channels, bool ``[U]``."""
+    return scores.of_kind(Block.EXPERT) | scores.of_kind(Block.EXPERT_CHANNEL)
+
+
+def select_with_experts(
+    selection: GroupSelection, scores: Scores, layers: list[LayerStructure], budget: Budget, protected: Flags
+) -> Flags:
+    """``GroupSelection.select`` for a model with experts.
+
+    Args:
+        protected: whole experts that are kept, bool ``[U]``.
+
+    Raises:
+        UserError: the budget cannot be reached with these options, or without a protected expert.
+    """
+    if selection.freeze_first_n_layers or selection.freeze_last_n_layers:
+        raise UserError(
+            "--model.freeze_first_n_layers and --model.freeze_last_n_layers leave layers untouched, but all layers "
+            "keep equally many experts of one width. Leave them out."
+        )
+    experts = next(view.experts for view in layers if view.experts is not None)
+    whole = bool(scores.of_kind(Block.EXPERT).any())
+    groups = experts.router_groups if whole else experts.count
+    keep = max(-(-experts.fewest // groups) if whole else 1, selection.min_groups_per_layer)
+    multiple = 1 if whole else math.lcm(selection.round_to, WIDTH_MULTIPLE)
+    free = protect_best(scores, selection.min_groups_per_layer) | expert_rows(scores)
+    if layers[0].whole_attention is not None:
+        free &= ~scores.of_kind(Block.ATTENTION)
+    ranked = replace(scores, score=np.where(protected, np.inf, scores.score))
+    pruned = select_experts(ranked, free, budget, selection.allocation, groups, keep, multiple)
+    if (pruned & protected).any():
+        row = int(np.argmax(pruned & protected))
+        raise UserError(
+            f"--model.pruning_ratio: at {float(budget.pruning_ratio):g} layer {scores.layer[row]} loses expert "
+            f"{scores.unit[row]}, whose output peaks above all others. Lower it, or set --model.super_experts remove."
+        )
+    return pruned
+
+
+def select_experts(
+    scores: Scores, free: Flags, budget: Budget, allocation: Allocation, groups: int, keep: int, multiple: int
+) -> Flags:
+    """Which units are pruned, bool ``[U]``.
+
+    Args:
+        scores: of U units, with experts or their channels in some layers.
+        free: candidates among the others, bool ``[U]``; where those of experts are not, experts stay.
+        budget: what to remove.
+        allocation: of the others; ``uniform`` gives them their share of the budget first.
+        groups: that must keep equally many units in every layer: its experts, or the groups of its router.
+        keep: units of a group that are kept at least.
+        multiple: a multiple of so many is kept.
+
+    Raises:
+        UserError: the budget cannot be reached, or it is smaller than one bundle and nothing else is a candidate.
+    """
+    experts = expert_rows(scores)
+    others = ~experts
+    taken = np.zeros(len(free), dtype=bool)
+    if allocation == "uniform" and bool((free & others).any()):
+        part, whole = int(scores.cost[free & others].sum()), int(scores.cost[free].sum())
+        taken[others] = select_uniform(_rows(scores, others), free[others], _share(budget, part, whole))
+        free, budget = free & experts, _share(budget, budget.parameters - int(scores.cost[taken].sum()))
+    bundle = _bundles(scores, free & experts, groups, keep, multiple)
+    table = _bundled(scores, bundle, others)
+    count = int(bundle.max()) + 1
+    candidates = np.arange(count) < count - 1  # the last one stays
+    chosen = select_global(table, np.concatenate([candidates, free[others]]), budget)
+    taken[others] |= chosen[count:]
+    pruned = taken
+    pruned[experts] |= chosen[bundle[experts]]
+    if not pruned.any():
+        smallest = int(table.cost[:1].sum()) / budget.total_parameters
+        raise UserError(
+            f"--model.pruning_ratio: {float(budget.pruning_ratio):g} is less than the smallest step: one unit of every "
+            f"layer's experts is {smallest:.4f} of all parameters. Give at least that."
+        )
+    return pruned
+
+
+def _bundles(scores: Scores, free: Flags, groups: int, keep: int, multiple: int) -> Integers:
+    """The bundle of every unit of experts, from 0, the first one to be pruned; the last one holds those that stay.
+    int64 ``[U]``, -1 for other units."""
+    bundle = np.where(expert_rows(scores), 0, -1)
+    order = ranking(scores)
+    order = order[free[order]]
+    if not len(order):
+        return bundle
+    blocks = scores.blocks
+    size = blocks.size[blocks.ids[order]] // groups  # units per group
+    group = blocks.ids[order] * groups + scores.unit[order] // size
+    by_group = group.argsort(kind="stable")
+    counts = np.bincount(group)
+    rank = np.empty_like(by_group)
+    rank[by_group] = np.arange(len(order)) - (counts.cumsum() - counts)[group[by_group]]
+    left = size - rank - 1  # once the unit is gone
+    # Units wait for the one that leaves a multiple.
+    closing = size - left // multiple * multiple - 1
+    kept = size - closing - 1
+    stays = kept < max(keep, 1 if multiple == 1 else multiple)
+    closing[stays] = size.max()
+    bundle[order] = np.unique(np.append(closing, size.max()), return_inverse=True)[1].reshape(-1)[:-1]
+    return bundle
+
+
+def _bundled(scores: Scores, bundle: Integers, others: Flags) -> Scores:
+    """One row per bundle, then those of ``others``."""
+    rows, count = bundle >= 0, int(bundle.max()) + 1
+    index = bundle[rows]
+    cost = np.zeros(count, dtype=np.int64)
+    np.add.at(cost, index, scores.cost[rows])
+
+    def mean(values: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+        return np.bincount(index, values[rows] * scores.cost[rows], minlength=count) / np.maximum(cost, 1)
+
+    head = {
+        "layer": np.full(count, scores.layer[rows].min()),
+        "code": np.full(count, scores.code[rows][0]),
+        "unit": np.arange(count),
+        "importance": np.bincount(index, scores.importance[rows], minlength=count),
+        "cost": cost,
+        "prior": np.ones(count),
+        "score": mean(scores.score),
+        "pruned": np.zeros(count, dtype=bool),
+        "base": mean(scores.base),
+    }
+    return Scores(**{name: np.concatenate([values, getattr(scores, name)[others]]) for name, values in head.items()})
+
+
+def _rows(scores: Scores, rows: Flags) -> Scores:
+    return Scores(**{one.name: getattr(scores, one.name)[rows] for one in fields(scores)})
+
+
+def _share(budget: Budget, part: int, whole: int | None = None) -> Budget:
+    """The budget of ``part`` of ``whole`` parameters; without ``whole``, of ``part`` parameters to remove."""
+    wanted = part if whole is None else budget.parameters * part // whole
+    return replace(budget, added=budget.added + wanted - budget.parameters)

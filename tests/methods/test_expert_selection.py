@@ -1,0 +1,88 @@
+"""Experts and channels are pruned equally in every group, lowest first, against loops."""
+
+from collections import Counter, defaultdict
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lightning_prune.checkpoint.scores import BLOCKS, Scores
+from lightning_prune.methods.expert_selection import select_experts
+from lightning_prune.methods.selection import Budget
+from lightning_prune.models.vocabulary import Block
+from lightning_prune.support.errors import UserError
+
+LAYERS, GROUPS = 3, 4  # four experts of 24 channels, or four groups of a router with 24 experts each
+
+
+def table(block: Block, units: int = 24, cost: int = 10, attention: int = 0) -> Scores:
+    rows = [
+        (layer, kind, unit, price)
+        for layer in range(LAYERS)
+        for kind, count, price in ((Block.ATTENTION, attention, 35), (block, GROUPS * units, cost))
+        for unit in range(count)
+    ]
+    layer, kind, unit, price = (np.array(column) for column in zip(*rows, strict=True))
+    value = np.random.default_rng(0).random(len(rows)) + 0.5 * layer
+    code = np.array([BLOCKS.index(Block(one)) for one in kind])
+    none = np.zeros(len(rows), dtype=bool)
+    return Scores(layer, code, unit, value * price, price, np.ones(len(rows)), value, none, value)
+
+
+def budget_of(scores: Scores, ratio: float) -> Budget:
+    return Budget(int(scores.cost.sum()), ratio, {})
+
+
+def by_group(scores: Scores, units: int = 24) -> dict[tuple[int, int], list[int]]:
+    found: Any = defaultdict(list)
+    for row in np.flatnonzero(scores.code != BLOCKS.index(Block.ATTENTION)).tolist():
+        found[int(scores.layer[row]), int(scores.unit[row]) // units].append(row)
+    return dict(found)
+
+
+@pytest.mark.parametrize("block", [Block.EXPERT, Block.EXPERT_CHANNEL])
+@pytest.mark.parametrize(("multiple", "ratio", "each"), [(1, 0.3, 7), (8, 0.3, 0), (8, 0.4, 8), (10, 0.2, 4)])
+def test_every_group_loses_its_lowest_units_equally_many_and_never_too_many(
+    block: Block, multiple: int, ratio: float, each: int
+) -> None:
+    scores = table(block)
+    free = np.ones(len(scores.cost), dtype=bool)
+    options: dict[str, Any] = {"allocation": "global", "groups": GROUPS, "keep": 2, "multiple": multiple}
+    if not each:
+        with pytest.raises(UserError, match=r"smallest step: .* is 0\.3333 of all"):
+            select_experts(scores, free, budget_of(scores, ratio), **options)
+        return
+    pruned = select_experts(scores, free, budget_of(scores, ratio), **options)
+    for rows in by_group(scores).values():
+        lowest = sorted(rows, key=lambda row: scores.score[row])[:each]
+        assert set(np.flatnonzero(pruned)) & set(rows) == set(lowest)
+
+
+def test_what_must_be_kept_is_kept_and_more_is_refused() -> None:
+    scores, options = table(Block.EXPERT), {"allocation": "global", "groups": GROUPS, "multiple": 1}
+    free = np.ones(len(scores.cost), dtype=bool)
+    pruned = select_experts(scores, free, budget_of(scores, 0.91), keep=2, **options)
+    assert {int((~pruned[rows]).sum()) for rows in by_group(scores).values()} == {3}
+    with pytest.raises(UserError, match=r"largest reachable ratio is 0\.7500"):
+        select_experts(scores, free, budget_of(scores, 0.91), keep=6, **options)
+
+
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+def test_groups_of_attention_are_ranked_among_bundles(allocation: Any) -> None:
+    scores = table(Block.EXPERT_CHANNEL, attention=6)
+    scores.score[(scores.code == 0) & (scores.layer == 0)] = -1.0  # all of layer 0 are worth least
+    free = np.ones(len(scores.cost), dtype=bool)
+    budget = budget_of(scores, 0.4)
+    pruned = select_experts(scores, free, budget, allocation, GROUPS, 1, 1)
+    assert 0 <= budget.parameters - scores.cost[pruned].sum() < GROUPS * LAYERS * 10
+    attention = Counter(scores.layer[pruned & (scores.code == 0)].tolist())
+    assert attention[0] == 6 if allocation == "global" else set(attention.values()) == {2}
+    assert len({int(pruned[rows].sum()) for rows in by_group(scores).values()}) == 1
+
+
+def test_experts_that_are_no_candidates_stay() -> None:
+    scores = table(Block.EXPERT, attention=6)
+    free = scores.code == 0
+    pruned = select_experts(scores, free, budget_of(scores, 0.02), "global", GROUPS, 2, 1)
+    assert pruned.any()
+    assert not (pruned & ~free).any()
