@@ -18,7 +18,7 @@ from lightning_prune.comparison.appendix import appendix
 from lightning_prune.comparison.audit import Audit
 from lightning_prune.comparison.charts import GRID, INK, charts
 from lightning_prune.comparison.exports import accuracy_csv, csv_text, latex, results_csv
-from lightning_prune.comparison.sections import Section, markdown, sections
+from lightning_prune.comparison.sections import Section, continuations, markdown, sections
 from lightning_prune.comparison.selection import precision_rows
 from lightning_prune.comparison.tables import numeric_column
 from lightning_prune.comparison.tensorboard import log_comparison
@@ -49,7 +49,8 @@ def write_report(audit: Audit, failures: Sequence[Failure], folder: Path) -> lis
     front = bool(audit.runs) + bool(failures)  # what comes before the charts: the answer, and what has failed
     drawn = charts(audit)
     folded = [(heading, list(some)) for heading, some in groupby(drawn[1:], lambda one: one.heading)]
-    page = _page(sections=parts, front=front, first=drawn[:1], folded=folded, appendix=methods)
+    written = continuations(audit)
+    page = _page(sections=parts, front=front, first=drawn[:1], folded=folded, written=written, appendix=methods)
     write_text(folder / "report.html", page)
     return parts
 

@@ -175,6 +175,24 @@ def _recovery(runs: Sequence[Run]) -> list[dict[str, str]]:
     return rows
 
 
+def continuations(audit: Audit) -> list[tuple[str, pd.DataFrame]]:
+    """What the systems of a ratio write after the same prompts, side by side: a table per ratio, a row per prompt."""
+    tables = []
+    for group in audit.groups:
+        for ratio in sorted({line.ratio for line in repeats(group.all)}):
+            here = [(line.name, line.first.metrics.continuations) for line in repeats(group.all) if line.ratio == ratio]
+            told = {name: written.examples for name, written in here if written is not None}
+            rows: dict[str, dict[str, str]] = {}
+            for name, examples in told.items():
+                for one in examples:
+                    rows.setdefault(one.prompt, {"prompt": one.prompt, "dense": one.dense})[name] = one.pruned
+            if rows:
+                caption = f"At a ratio of {ratio * 100:g} %, greedy; a part of the evaluation text."
+                blank = {"prompt": "", "dense": "", **dict.fromkeys(told, "–")}
+                tables.append((caption, table([blank | row for row in rows.values()])))
+    return tables
+
+
 def terminal(parts: Sequence[Section]) -> str:
     """Plain text with aligned tables."""
     lines: list[str] = []

@@ -4,14 +4,18 @@ import hashlib
 import html
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-from lightning_prune.comparison.audit import Audit
+from lightning_prune.comparison.audit import Audit, audit
+from lightning_prune.comparison.report import write_report
 from lightning_prune.comparison.sections import sections, terminal
+from lightning_prune.runs.records import ContinuationFacts
+from tests.comparison.fake_run import make_run
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +129,19 @@ def test_tensorboard_has_a_run_per_system_and_curves_that_are_not_smoothed(repor
         assert len(series) == 3
         assert all(one.value == one.lower == one.upper for one in series)  # a margin of width 0
         assert {one.value for one in series} == {tag for tag in system.Tags()["scalars"] if tag.startswith(f"{title}/")}
+
+
+def test_page_shows_what_systems_write_side_by_side(tmp_path: Path) -> None:
+    runs = []
+    for name in ("a", "b"):
+        run = make_run(tmp_path, name)
+        written = {"repeated_4grams": None, "ended": 0.0}
+        example = {"prompt": "Once <b>", "dense": "upon a time", "pruned": f"there was {name}"}
+        sizes = {"evaluation_set": "demo", "prompts": 1, "prompt_tokens": 3, "new_tokens": 3, "common_beginning": 0.0}
+        facts = ContinuationFacts.model_validate({**sizes, "dense": written, "pruned": written, "examples": [example]})
+        runs.append(replace(run, metrics=run.metrics.model_copy(update={"continuations": facts})))
+    write_report(audit(runs), [], tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    row = "<tr><td>Once &lt;b&gt;</td><td>upon a time</td><td>there was a</td><td>there was b</td></tr>"
+    assert row in page
+    assert page.index("What they write") < page.index("Kept by layer")
