@@ -167,13 +167,13 @@ class PruningMethod(L.LightningModule):
         target, cache = self.target, self.target.cache(self.checkpoint.config, layers)
 
         def size_at(ratio: Fraction) -> int:
-            self.reached, kept = ratio, unpruned(layers)
-            if ratio:
-                kept = keep()
+            self.reached = ratio
+            kept = keep() if ratio else unpruned(layers)
             left = self.parameters_left(layers, total, kept) if ratio else total
             return target.size(left, kept, cache, self.written_dtype.itemsize)
 
         self.reached = target.reach(size_at, total)
+        self.pruning_ratio = float(self.reached)  # as loggers and progress have it
 
     def parameters_left(self, layers: list[LayerStructure], total: int, kept: list[LayerPlan]) -> int:
         """Parameters of the pruned model."""

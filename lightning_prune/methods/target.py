@@ -18,22 +18,21 @@ from lightning_prune.checkpoint.scores import Integers, Scores
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
+from lightning_prune.support.memory import parse_bytes
 
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-UNITS |= {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
-def parse_size(text: str, option: str, example: str) -> int:
-    """``4.5B``, ``800M`` or ``6GiB`` as a number.
+def parse_count(text: str, option: str) -> int:
+    """``4.5B`` or ``800M`` parameters as a number.
 
     Raises:
         UserError: anything else, or nothing.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    unit = None if found is None else next((UNITS[one] for one in UNITS if one.lower() == found[2].lower()), None)
-    if found is None or unit is None or float(found[1]) == 0:
-        raise UserError(f"{option}: found '{text}'; give a size such as {example}.")
-    return int(Fraction(found[1]) * unit)
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMBT]?)", text.strip().upper())
+    if found is None or float(found[1]) == 0:
+        raise UserError(f"{option}: found '{text}'; give a size such as 4.5B or 800M.")
+    return int(Fraction(found[1]) * UNITS[found[2]])
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,8 @@ class Target:
             if value < 1:
                 raise UserError(f"--model.{name}: found {value}; it must be 1 or more.")
         if parameters is not None:
-            return cls(parse_size(str(parameters), "--model.target_parameters", "4.5B or 800M"), None, context, batch)
-        return cls(None, parse_size(str(memory), "--model.target_memory", "6GiB or 800MB"), context, batch)
+            return cls(parse_count(str(parameters), "--model.target_parameters"), None, context, batch)
+        return cls(None, parse_bytes(str(memory), "--model.target_memory"), context, batch)
 
     @property
     def option(self) -> str:

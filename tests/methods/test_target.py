@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 
 from lightning_prune.methods import HGSP, Magnitude, ShortGPT, SlimGPT, Wanda
 from lightning_prune.methods.flap import FLAP
-from lightning_prune.methods.target import Target, cache_numbers, parse_size
+from lightning_prune.methods.target import Target, cache_numbers, parse_count
 from lightning_prune.models.families import layer_structures
 from lightning_prune.support.errors import UserError
+from lightning_prune.support.memory import parse_bytes
 from tests.methods.running import run_method, save_base
 from tests.tiny import make_tiny, tiny_tokens
 
@@ -51,6 +52,7 @@ def test_memory_is_weights_and_cache_as_the_saved_model_has_them(make: Any, tmp_
     groups = sum(len(layer.kept["attention"]) for layer in method.plan.layers)  # type: ignore[index]
     assert 4 * (saved_numbers(method) + groups * each) <= dense * 4 * 7 // 10
     assert method.plan.pruning_ratio is None
+    assert method.pruning_ratio == float(method.ratio) != 0.2  # what loggers are told
 
 
 def test_the_longer_the_context_the_more_groups_are_removed(tmp_path: Path) -> None:
@@ -99,13 +101,17 @@ def test_the_smallest_share_that_is_enough_is_found() -> None:
     [("4.5B", 4_500_000_000), ("800m", 800_000_000), ("6GiB", 6 * 2**30), ("1.5 KB", 1500), ("77", 77)],
 )
 def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
-    assert parse_size(text, "--model.target_parameters", "4.5B") == size
+    parse = parse_bytes if text.endswith("B") and text != "4.5B" else parse_count
+    assert parse(text, "--model.target_parameters") == size
 
 
 @pytest.mark.parametrize(
     ("options", "found"),
     [
-        ({"target_parameters": "lots"}, r"--model\.target_parameters: found 'lots'; give a size such as 4\.5B"),
+        (
+            {"target_parameters": "lots"},
+            r"--model\.target_parameters: found 'lots'; give a size such as 4\.5B",
+        ),
         ({"target_memory": "0GiB"}, r"--model\.target_memory: found '0GiB'"),
         ({"target_parameters": "1B", "target_memory": "1GiB"}, "give one of them"),
         ({"target_memory": "1GiB", "context": 0}, r"--model\.context: found 0"),

@@ -1,14 +1,13 @@
 """``lightning-prune check``: what a run would take, and whether it fits, without reading a weight."""
 
 import json
-import re
 from dataclasses import asdict
 from typing import Any
 
 from lightning_prune.cli.parser import with_method_help
 from lightning_prune.runs.build import RunBuilder
 from lightning_prune.runs.memory_estimate import Estimate, Memory
-from lightning_prune.support.errors import UserError
+from lightning_prune.support.memory import parse_bytes
 
 DESCRIPTION = (
     "Say what a run of fit with the same options would take: device and host memory, disk, bytes read, work. A folder "
@@ -25,7 +24,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def main(argv: list[str]) -> int:
     """Print what every placement takes; 0 where the wished one (or any, for auto) fits, else 1."""
     run = RunBuilder(with_method_help(argv), command="check", description=DESCRIPTION, options=OPTIONS)
-    device, host = (_size(name, run.option(name)) for name in ("memory", "host-memory"))
+    device, host = (
+        parse_bytes(text, f"--{name}") if (text := run.option(name)) else None for name in ("memory", "host-memory")
+    )
     memory = Memory.of(run.trainer, run.model, run.datamodule, device, host)
     estimates = [memory.estimate("layer"), memory.estimate("model")]
     if run.option("json"):
@@ -35,16 +36,6 @@ def main(argv: list[str]) -> int:
     else:
         _print(estimates, memory)
     return 0 if any(one.share <= 1 for one in estimates if run.model.slot.onload in ("auto", one.onload)) else 1
-
-
-def _size(option: str, text: str) -> int | None:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([KMGT])(I?))?B?", text.upper())
-    size = 0.0
-    if match is not None:
-        size = float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2]) if match[2] else 0)
-    if text and size < 1:
-        raise UserError(f"--{option}: found '{text}'; give a size such as 24GiB, 80GB or 512MiB.")
-    return int(size) or None
 
 
 def _print(estimates: list[Estimate], memory: Memory) -> None:
