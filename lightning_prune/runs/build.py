@@ -262,7 +262,8 @@ def plain(message: str, options: Sequence[str], methods: Sequence[str]) -> str:
         start = f"unknown method '{value[:200]}'" if value else "no method is chosen"
         return f"--model: {start}. Methods: {', '.join(methods)}; or by configuration: --config wanda."
     if key and (needed := re.search(r"arguments are required: ([\w, ]+)", message)):
-        return f"--{key}: {needed[1]} must be given too, as {{class_path: …, init_args: {{…}}}}."
+        first = needed[1].partition(",")[0]
+        return f"--{key}: {needed[1]} must be given too: --{key} NAME --{key}.{first} VALUE."
     allowed: list[str] = []
     for kind, literals in re.findall(r"Expected an? (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\])", message):
         allowed += [one.strip(" '") for one in literals.split(",")] if literals else [_WORDS.get(kind, kind)]
