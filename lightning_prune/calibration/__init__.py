@@ -1,0 +1,1 @@
+"""``Checkpoint``, calibration set and passes → one ``LayerResult`` per layer."""

@@ -36,7 +36,7 @@ class LayerResult:
         return LayerResult(_on_host(self.importance), _on_host(self.weights), _on_host(self.biases), self.facts)
 
     def without_weights(self) -> "LayerResult":
-        """What stays in memory when the new weights and biases are on disk."""
+        """What is kept in memory when the new weights and biases are on disk."""
         return LayerResult(self.importance, facts=self.facts)
 
     @property

@@ -1,0 +1,1 @@
+"""A plan and the dense checkpoint → the pruned folder, read back and compared."""

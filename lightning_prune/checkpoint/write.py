@@ -55,8 +55,8 @@ def write_checkpoint(
         What the self-check compared, before the folder took its name.
 
     Raises:
-        CheckpointError, FloatingPointError: see ``checkpoint.self_check``; nothing is left behind.
-        UserError: the folder cannot be written or the disk is full; nothing is left behind.
+        CheckpointError, FloatingPointError: see ``checkpoint.self_check``; nothing is left.
+        UserError: the folder cannot be written or the disk is full; nothing is left.
     """
     try:
         with new_folder(folder) as temporary:

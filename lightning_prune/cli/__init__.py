@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
             left = "; ".join(getattr(error, "__notes__", [])) or "nothing half-written is left"
     if stop.number is None:
         return status
-    # Of several processes that Lightning, torchrun or SLURM started only the first one writes, and knows what stays.
+    # Of several processes that Lightning, torchrun or SLURM started only the first one writes, and knows what is kept.
     ranks = [os.environ[name] for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ]
     if ranks[:1] in ([], ["0"]):
         print(f"interrupted by {signal.Signals(stop.number).name}; {left}", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Finished runs → audit, tables and report."""

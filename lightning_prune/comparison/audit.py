@@ -63,6 +63,7 @@ class Group:
 
     @property
     def all(self) -> list[Run]:
+        """Its runs, those at ratios of their own included."""
         return self.runs + self.other_ratio
 
     @property
@@ -81,6 +82,7 @@ class Audit:
 
     @property
     def runs(self) -> list[Run]:
+        """All runs, group after group."""
         return [run for group in self.groups for run in group.all]
 
 

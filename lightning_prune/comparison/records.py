@@ -52,10 +52,12 @@ class Run:
 
     @property
     def label(self) -> str:
+        """Name of its system."""
         return self.metrics.method.label
 
     @property
     def achieved(self) -> float:
+        """The pruning ratio that was reached."""
         return self.metrics.pruning_ratio.achieved
 
     @property
@@ -71,6 +73,7 @@ class Run:
 
     @property
     def sets(self) -> list[str]:
+        """Names of its evaluation sets."""
         return list(self.metrics.perplexity)
 
     def perplexity(self, name: str) -> float | None:
@@ -78,6 +81,7 @@ class Run:
         return self.metrics.perplexity[name].pruned
 
     def dense(self, name: str) -> float | None:
+        """Perplexity of the dense model on one evaluation set; None where it is not finite."""
         return self.metrics.perplexity[name].dense
 
     def divergence(self, name: str) -> float | None:

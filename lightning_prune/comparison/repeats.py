@@ -21,6 +21,7 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float | None]) -> "Spread":
+        """Mean and sample standard deviation; nothing unless every value is finite."""
         known = [value for value in values if value is not None and math.isfinite(value)]
         if not known or len(known) < len(values):
             return cls()
@@ -41,6 +42,7 @@ class Repeats:
 
     @property
     def ratio(self) -> float:
+        """The pruning ratio requested."""
         return self.first.requested
 
     @property
@@ -49,6 +51,7 @@ class Repeats:
         return [name for name in self.first.sets if all(name in run.sets for run in self.runs)]
 
     def perplexity(self, name: str) -> Spread:
+        """Of the pruned models on one evaluation set."""
         return Spread.of([run.perplexity(name) for run in self.runs])
 
     def distance(self, name: str, key: str) -> Spread:
@@ -67,6 +70,7 @@ class Repeats:
         return " ± ".join(f"{one:.4f}" if key == "kl_divergence" else f"{100 * one:.1f} %" for one in known)
 
     def verdict(self, name: str) -> str:
+        """The verdict on the means."""
         divergences = [run.divergence(name) for run in self.runs]
         known = [one for one in divergences if one is not None]
         divergence = statistics.fmean(known) if len(known) == len(divergences) else None

@@ -85,6 +85,7 @@ def distances(lines: Sequence[Repeats], group: Group) -> pd.DataFrame | None:
 
 
 def repeated(group: Group) -> bool:
+    """Whether a system was run more than once at one ratio."""
     return any(len(line.runs) > 1 for line in repeats(group.all))
 
 
@@ -134,6 +135,7 @@ def number(value: float | None) -> str:
 
 
 def seconds(value: float | None) -> str:
+    """One decimal, or a dash."""
     return "–" if value is None else f"{value:.1f}"
 
 

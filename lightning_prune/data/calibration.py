@@ -9,9 +9,9 @@ from torch import Tensor
 
 
 def fingerprint(tokens: Tensor) -> str:
-    """SHA-256 that two runs share exactly when they saw the same tokens (integers of any shape) in the same order.
+    r"""SHA-256 that two runs share exactly when they saw the same tokens (integers of any shape) in the same order.
 
-    The hashed bytes are the shape as ASCII decimals joined by commas and ended by a newline (`128,128\\n`),
+    The hashed bytes are the shape as ASCII decimals joined by commas and ended by a newline (`128,128\n`),
     then the token ids in row-major order as little-endian int64.
     """
     digest = hashlib.sha256(",".join(str(size) for size in tokens.shape).encode("ascii") + b"\n")
@@ -38,7 +38,7 @@ class CalibrationManifest:
     bos: str = "none"  # or `every window`: whether windows begin with the beginning-of-sequence token
     rendering: str | None = None  # `chat template` where rows were chats
     chat_template_sha256: str | None = None
-    parts: list[dict[str, Any]] | None = None  # of a mixture: what stands here, its share and samples, for each
+    parts: list[dict[str, Any]] | None = None  # of a mixture: the entry here, its share and samples, for each
     num_samples: int  # windows
     seq_len: int  # tokens in a window
     fingerprint: str

@@ -127,6 +127,7 @@ class Evaluation(L.LightningModule):
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
+        """The model, opened once."""
         return Checkpoint.open(self.pretrained)
 
     @cached_property

@@ -56,7 +56,7 @@ class ZeroShotResult:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """The result as it stands in ``zero_shot.json``."""
+        """The result as it is in ``zero_shot.json``."""
         return {"harness": self.harness, "mean": self.mean, **asdict(self)}
 
 

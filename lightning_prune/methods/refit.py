@@ -248,8 +248,8 @@ class RefitPass(BlockPass):
 
     def cost(self, view: LayerStructure, step: Step) -> float:
         block = self.block(step)
-        walked = self.target == "residual" and (self.earlier is None or block is not view.blocks[-1])
-        streams = 2 if walked else 1
+        own_pass = self.target == "residual" and (self.earlier is None or block is not view.blocks[-1])
+        streams = 2 if own_pass else 1
         if block not in view.prunable:
             return (streams + 2 * (block in EXPERTS)) * view.block_cost(block) / view.num_weights
         projection = view.projection(block)

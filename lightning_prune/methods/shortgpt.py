@@ -41,6 +41,8 @@ def nearest_layer_count(cost: Sequence[int], budget: float | Fraction, at_most: 
 
 
 class BlockInfluencePass(ForwardPass):
+    """Measures the block influence of every layer in one forward pass."""
+
     name = "influence"
 
     def observe(self, view: LayerStructure, hooks: Hooks) -> None:

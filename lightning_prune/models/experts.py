@@ -140,7 +140,7 @@ class Experts:
 
         Args:
             score: ``inner`` or ``down`` and the number of an expert → the score of every weight of its ``inner_weight``
-                ``[2m, D]`` or ``down`` ``[D, m]``; asked for one at a time.
+                ``[2m, D]`` or ``down`` ``[D, m]``; requested one at a time.
         """
         sums = []
         for expert in range(self.count):

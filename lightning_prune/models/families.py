@@ -55,7 +55,7 @@ class Projection:
         return self.module.in_features
 
     def part(self, whole: Tensor) -> Tensor:
-        """This role's rows of a tensor that is shaped like the layer's weight or bias."""
+        """The rows of this role of a tensor that is shaped like the layer's weight or bias."""
         return whole if self.rows is None else whole[self.rows]
 
 

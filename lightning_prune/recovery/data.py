@@ -148,6 +148,7 @@ class RecoveryDataModule(CalibrationDataModule):
         return {} if self.batches is None else self.batches.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on at the position that ``state_dict`` had."""
         self.position = state_dict["position"]
 
 
@@ -181,9 +182,11 @@ class ShuffledWindows:
             skipped = 0
 
     def state_dict(self) -> dict[str, int]:
+        """The position in the stream."""
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on there."""
         self.position = state["position"]
 
 

@@ -106,6 +106,7 @@ class StateSource:
         self.state = state
 
     def read(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
+        """As a checkpoint reads its tensors."""
         return {name: self.state[name].to(device=device, dtype=dtype) for name in names}
 
 

@@ -1,0 +1,1 @@
+"""A configuration → a run folder, and an experiment of many."""

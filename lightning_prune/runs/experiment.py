@@ -46,6 +46,7 @@ class Planned:
 
     @property
     def name(self) -> str:
+        """Label, ratio and seed, for messages."""
         return f"{self.label} {self.ratio:g}{'' if self.seed is None else f' seed {self.seed}'}"
 
 

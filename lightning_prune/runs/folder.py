@@ -231,9 +231,11 @@ class RunFolder:
         (self.path / STARTED).unlink(missing_ok=True)
 
     def write_config(self, text: str) -> None:
+        """``config.yaml``: the options that make this run again."""
         write_text(self.path / "config.yaml", text)
 
     def write_decision(self, scores: Scores, plan: PruningPlan, details: dict[str, Any]) -> None:
+        """``scores.csv``, ``plan.json`` and ``method.json``."""
         scores.write(self.path / "scores.csv")
         plan.save(self.path / "plan.json")
         self._write_json("method.json", details, MethodDetails)
@@ -246,6 +248,7 @@ class RunFolder:
         plan.save(place / "plan.json")
 
     def write_recovery(self, facts: dict[str, Any]) -> None:
+        """``recovery.json``: what was trained, on which text, from which run."""
         self._write_json(RECOVERY, facts, Recovered)
 
     def write_results(self, calibration: dict[str, Any], environment: dict[str, Any], metrics: dict[str, Any]) -> None:
@@ -258,6 +261,7 @@ class RunFolder:
         write_json(self.path / METRICS, metrics)
 
     def append_to_card(self, text: str) -> None:
+        """Add ``text`` to the model card of the pruned folder."""
         card = self.pruned / "README.md"
         write_text(card, card.read_text(encoding="utf-8") + text)
 

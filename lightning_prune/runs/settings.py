@@ -110,15 +110,15 @@ def read_settings(
 
 
 def _system(label: str, given: str | Options, folder: Path) -> Options:
-    """``given`` is the path of a method's file, or a mapping that may name one under ``config`` and overlays it."""
-    overlay: Options = {"config": given} if isinstance(given, str) else dict(given)
+    """``given`` is the path of a method's file, or a mapping that may name one under ``config`` and overrides it."""
+    own: Options = {"config": given} if isinstance(given, str) else dict(given)
     option, base = f"systems.{label}", {}
-    if "config" in overlay:
-        file = overlay.pop("config")
+    if "config" in own:
+        file = own.pop("config")
         if not isinstance(file, str):
             raise UserError(f"--config: {option}.config is {file!r}. Give the path of a method's file.")
         base = read_config(config_file(file, folder, option), option)
-    return _validated(_merged(base, overlay), _System, f"--config: system '{label}'").model_dump()
+    return _validated(_merged(base, own), _System, f"--config: system '{label}'").model_dump()
 
 
 def _validated(given: Options, kind: type[Kind], subject: str) -> Kind:

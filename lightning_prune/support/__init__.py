@@ -1,0 +1,1 @@
+"""Errors, files, progress, devices and memory, for every other room."""

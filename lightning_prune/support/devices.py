@@ -113,7 +113,7 @@ def _memory(ask: Any) -> int:
 
 
 def memory_in_use() -> str:
-    """This process's memory in words, that on an accelerator beside it where it uses one."""
+    """Memory of this process in words, that on an accelerator beside it where it uses one."""
     text = f"{anonymous_bytes() / 2**20:,.0f} MiB"
     return f"{text}, GPU {held / 2**20:,.0f} MiB" if (held := allocated_bytes()) else text
 

@@ -24,9 +24,9 @@ _FILE = re.compile(r"\.(txt|jsonl?|gz|parquet|npy|safetensors)$", re.IGNORECASE)
 
 
 def plain(text: object) -> str:
-    """One line of visible text, for terminals, CSV and as the first step of every other format.
+    r"""One line of visible text, for terminals, CSV and as the first step of every other format.
 
-    White space becomes single spaces; control characters, direction marks and lone surrogates become ``\\x1b``.
+    White space becomes single spaces; control characters, direction marks and lone surrogates become ``\x1b``.
     """
     return "".join(
         character.encode("unicode_escape").decode()

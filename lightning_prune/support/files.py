@@ -26,8 +26,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 class Lock:
-    """A file or folder that this process holds, exclusively, until it lets go or ends. (``filelock`` holds neither a
-    folder nor a file whose content it must keep.)"""
+    """A file or folder that this process holds, exclusively, until it lets go or ends.
+
+    ``filelock`` holds neither a folder nor a file whose content it must keep.
+    """
 
     def __init__(self, path: Path, handle: int) -> None:
         self.path, self._handle = path, handle

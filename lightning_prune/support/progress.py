@@ -125,12 +125,14 @@ class Lines:
         self._last = time.monotonic()
 
     def moved(self, status: Status) -> None:
+        """Show where the run is, unless that was shown a moment ago."""
         if time.monotonic() - self._last >= LINE_EVERY:
             left = "" if status.left is None else f", about {clock(status.left)} left"
             at = f" ({status.at})" if status.at else ""
             self.ended(f"{status.phase}{at}: {status.fraction:.0%} of the run after {clock(status.seconds)}{left}")
 
     def ended(self, line: str) -> None:
+        """Print the line of a phase that has ended."""
         print(line, file=sys.stderr, flush=True)
         self._last = time.monotonic()
 
@@ -158,6 +160,7 @@ class Rows:
         self.rows.start()
 
     def moved(self, status: Status) -> None:
+        """Show where the run is, unless that was shown a moment ago."""
         if time.monotonic() - self._drawn < DRAW_EVERY:
             return
         self._drawn = time.monotonic()
@@ -171,6 +174,7 @@ class Rows:
         self.rows.refresh()
 
     def ended(self, line: str) -> None:
+        """Print the line of a phase that has ended."""
         self._drawn = float("-inf")
         self.rows.console.print(line, markup=False)
 

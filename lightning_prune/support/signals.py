@@ -2,7 +2,7 @@
 
 A handler can only raise an exception in the main thread, and that is lost when it strikes inside a finalizer, a
 callback of a library, or an ``except`` that swallows everything. So a thread of its own reads the signal, too: it has
-the exception raised again as long as nobody unwinds, and ends the process when it still stands after a while.
+the exception raised again as long as nobody unwinds, and ends the process when it still runs after a while.
 """
 
 import os

@@ -14,7 +14,7 @@ def group_importance(view: LayerStructure, weight_score: Callable[[str], Tensor]
 
     Args:
         view: one decoder layer.
-        weight_score: role → score of every weight of that projection, shaped like it; asked for one role at a time, so
+        weight_score: role → score of every weight of that projection, shaped like it; requested one role at a time, so
             that one score matrix is in memory.
 
     Returns:

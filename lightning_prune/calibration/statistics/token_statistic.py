@@ -57,7 +57,7 @@ class TokenStatistic(Metric):
         return value
 
     def give_up(self) -> None:
-        """Free the matrices now. A metric refers to itself, so that it lives until the garbage collector comes by."""
+        """Free the matrices now. A metric refers to itself, so that it would live until a garbage collection."""
         for name in self._matrices:
             setattr(self, name, torch.zeros((), dtype=torch.float32))
 
