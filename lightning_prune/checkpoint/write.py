@@ -30,6 +30,7 @@ from lightning_prune.support.quiet import quiet_transformers
 LARGE = 64 * 2**20  # bytes of a checkpoint from which on collecting garbage is worth its time
 WHOLE_SHARE = 0.5  # of free host memory that a model may take to be checked whole
 SHARD_BYTES = 5 * 10**9
+ALIGNED, LENGTH_BYTES = 64, 8  # of a tensor's place in a file; of the number before its header
 STORED_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -177,6 +178,7 @@ class _Shards:
         files = files if count > 1 else ["model.safetensors"]
         self.file_of = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         self._waiting = iter(shapes)
+        self._starts: dict[str, int] = {}  # of the tensors in the open file
         self._open: tuple[str, BinaryIO] | None = None
 
     def __enter__(self) -> "_Shards":
@@ -197,23 +199,28 @@ class _Shards:
         if (name, tuple(tensor.shape)) != (expected, self.shapes[expected]):
             raise RuntimeError(f"{name} {tuple(tensor.shape)} comes where {expected} is announced.")
         values = tensor.detach().to(device="cpu", dtype=self.dtype).contiguous()
-        self._stream(self.file_of[name]).write(values.view(torch.uint8).flatten().numpy().data)
+        stream = self._stream(self.file_of[name])
+        stream.seek(self._starts[name])
+        stream.write(values.view(torch.uint8).flatten().numpy().data)
 
     def _stream(self, file: str) -> BinaryIO:
-        """The open file, its header written."""
+        """The open file, its header written. Tensors of an odd size are the last ones, so that the others begin at
+        multiples of ``ALIGNED``, where a loader that maps the file computes with them as with a copy."""
         if self._open is not None and self._open[0] == file:
             return self._open[1]
         if self._open is not None:
             self._open[1].close()
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        kind, start = STORED_NAMES[self.dtype], 0
-        for name in (name for name, place in self.file_of.items() if place == file):
-            end = start + self.bytes[name]
+        kind, start, starts = STORED_NAMES[self.dtype], 0, dict[str, int]()
+        names = [name for name, place in self.file_of.items() if place == file]
+        for name in sorted(names, key=lambda name: self.bytes[name] % ALIGNED != 0):
+            starts[name], end = start, start + self.bytes[name]
             header[name] = {"dtype": kind, "shape": list(self.shapes[name]), "data_offsets": [start, end]}
             start = end
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-(len(text) + LENGTH_BYTES) % ALIGNED)
+        self._starts = {name: LENGTH_BYTES + len(text) + at for name, at in starts.items()}
         stream = (self.folder / file).open("wb")
         self._open = (file, stream)
-        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
         return stream

@@ -170,6 +170,22 @@ FAMILIES: dict[str, Family] = {
         Family("stablelm", "use_qkv_bias", whole_attention=_FIXED_OUTPUT),
         Family("qwen3_moe", "attention_bias", "attention_bias", experts=ExpertNames()),
         Family(
+            "olmoe",
+            "attention_bias",
+            "attention_bias",
+            whole_attention=_ALL_HEADS,
+            experts=ExpertNames(width="intermediate_size"),
+        ),
+        Family(
+            "mixtral",
+            experts=ExpertNames(
+                count="num_local_experts",
+                width="intermediate_size",
+                stored=("w1", "w3", "w2"),
+                renamed=((".block_sparse_moe.", ".mlp."),),
+            ),
+        ),
+        Family(
             "qwen3_5_text",
             "attention_bias",
             "attention_bias",

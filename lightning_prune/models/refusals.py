@@ -15,7 +15,7 @@ SEVERAL_MODELS = (
 
 FAMILIES_BY_REASON = {
     EXPERTS: """
-        mixtral qwen2_moe olmoe flex_olmo phimoe granitemoe granitemoeshared gpt_oss llama4_text
+        qwen2_moe flex_olmo phimoe granitemoe granitemoeshared gpt_oss llama4_text
         ernie4_5_moe dbrx jetmoe glm4_moe dots1 hunyuan_v1_moe minimax exaone_moe afmoe solar_open
     """,
     STATES: """
