@@ -143,7 +143,8 @@ def write_weights(model: LayeredModel, folder: Path, progress: Callable[[int], N
     # transformers packs and unpacks experts of its own classes alone.
     experts = None if model.config.is_heterogeneous else family_of(model.config).experts
     parts = {name: stored_parts(name, parameters[name], experts) for name in order}
-    with _Shards(folder, {name: tuple(part.shape) for of in parts.values() for name, part in of}, dtype) as shards:
+    kinds = {own: torch.float32 if name in model.wide else dtype for name, of in parts.items() for own, _ in of}
+    with _Shards(folder, {name: tuple(part.shape) for of in parts.values() for name, part in of}, kinds) as shards:
         for name in before:
             shards.write(name, parameters[name])
         for index, names in enumerate(model.layer_names):
@@ -162,9 +163,9 @@ def write_weights(model: LayeredModel, folder: Path, progress: Callable[[int], N
 class _Shards:
     """Safetensors files that are written in order: shapes are known beforehand, so the header can come first."""
 
-    def __init__(self, folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
-        self.folder, self.shapes, self.dtype = folder, shapes, dtype
-        self.bytes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    def __init__(self, folder: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]) -> None:
+        self.folder, self.shapes, self.dtypes = folder, shapes, dtypes
+        self.bytes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
         shards: list[list[str]] = [[]]
         taken = 0
         for name, size in self.bytes.items():
@@ -188,8 +189,8 @@ class _Shards:
         if self._open is not None:
             self._open[1].close()
         if kind is None and len(set(self.file_of.values())) > 1:
-            size = sum(self.bytes.values())
-            metadata = {"total_parameters": size // self.dtype.itemsize, "total_size": size}
+            parameters = sum(map(math.prod, self.shapes.values()))
+            metadata = {"total_parameters": parameters, "total_size": sum(self.bytes.values())}
             index = {"metadata": metadata, "weight_map": self.file_of}
             write_json(self.folder / "model.safetensors.index.json", index)
 
@@ -198,7 +199,7 @@ class _Shards:
         expected = next(self._waiting)
         if (name, tuple(tensor.shape)) != (expected, self.shapes[expected]):
             raise RuntimeError(f"{name} {tuple(tensor.shape)} comes where {expected} is announced.")
-        values = tensor.detach().to(device="cpu", dtype=self.dtype).contiguous()
+        values = tensor.detach().to(device="cpu", dtype=self.dtypes[name]).contiguous()
         stream = self._stream(self.file_of[name])
         stream.seek(self._starts[name])
         stream.write(values.view(torch.uint8).flatten().numpy().data)
@@ -211,10 +212,10 @@ class _Shards:
         if self._open is not None:
             self._open[1].close()
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        kind, start, starts = STORED_NAMES[self.dtype], 0, dict[str, int]()
+        start, starts = 0, dict[str, int]()
         names = [name for name, place in self.file_of.items() if place == file]
-        for name in sorted(names, key=lambda name: self.bytes[name] % ALIGNED != 0):
-            starts[name], end = start, start + self.bytes[name]
+        for name in sorted(names, key=lambda name: (self.bytes[name] % ALIGNED != 0, -self.dtypes[name].itemsize)):
+            starts[name], end, kind = start, start + self.bytes[name], STORED_NAMES[self.dtypes[name]]
             header[name] = {"dtype": kind, "shape": list(self.shapes[name]), "data_offsets": [start, end]}
             start = end
         text = json.dumps(header, separators=(",", ":")).encode()

@@ -42,7 +42,7 @@ def watch_tokens(statistic: RoutedTokens) -> RemovableHandle:
 def with_experts(
     name: str, dense: LayerResult, statistic: RoutedTokens | None, score: Callable[[Any], Tensor]
 ) -> LayerResult:
-    """The result of a layer with that of its experts, if it has any: the importance of every channel ``[E · m]``, and
+    """The result of a layer with that of its experts, if it has any: the importance of every channel ``[(E + n) · m]``, and
     the facts.
 
     Raises:
@@ -60,8 +60,8 @@ def in_units(view: LayerStructure, importance: dict[Block, Tensor]) -> dict[Bloc
     if Block.EXPERT not in view.parts or Block.EXPERT in importance:
         return importance
     assert view.experts is not None
-    channels = importance[Block.EXPERT_CHANNEL].view(view.experts.count, -1)
-    return importance | {Block.EXPERT: channels.sum(1)}
+    channels = importance[Block.EXPERT_CHANNEL].view(view.experts.total, -1)
+    return importance | {Block.EXPERT: channels.sum(1)[: view.experts.count]}
 
 
 def expert_details(layers: Sequence[LayerStructure], results: Sequence[LayerResult], samples: int) -> dict[str, Any]:
