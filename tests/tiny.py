@@ -110,7 +110,6 @@ SWITCHES: dict[str, dict[str, Any]] = {  # what makes a tiny model of the family
     "qwen2_moe": {"shared_expert_intermediate_size": 20, "mlp_only_layers": [1], "decoder_sparse_step": 1},
     "granitemoe": GRANITE,
     "glm4_moe": {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5, "use_qk_norm": True},
-    "ernie4_5_moe": {},
     "gpt_oss": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2},
 }
 
@@ -232,12 +231,12 @@ def make_moe(family: str = "qwen3_moe", seed: int = 0, num_experts: int = 8, wid
     return make_tiny(family, seed, **{top_k: 2, names.count: num_experts, wide: width} | options)
 
 
-def moe_block(model: Any, layer: int = 0) -> Any:
-    """The block of experts of a layer."""
-    return getattr(model.model.layers[layer], "mlp", None) or model.model.layers[layer].block_sparse_moe
+def moe_block(model: Any) -> Any:
+    """The block of experts of the first layer that has one."""
+    return next(part for layer in model.model.layers for part in layer.children() if hasattr(part, "experts"))
 
 
 def in_double(model: Any) -> Any:
-    """The block of experts of the first layer in float64, which transformers' grouped products do not take."""
+    """The block of experts of the first layer with one in float64, which transformers' grouped products do not take."""
     model.config._experts_implementation = "eager"
     return moe_block(model).double()

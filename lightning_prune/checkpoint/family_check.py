@@ -24,12 +24,11 @@ from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.checkpoint.pruned import open_pruned
 from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.models.checkpoint import NOT_WEIGHTS, Checkpoint
+from lightning_prune.models.expert_layers import has_experts
 from lightning_prune.models.families import (
-    LayerStructure,
     choose_layers,
     count_parameters,
     family_of,
-    has_experts,
     head_dim_of,
     layer_structures,
     uniform_config,
@@ -143,7 +142,7 @@ def _sizes_of_experts(config: Any, family: Family) -> dict[str, int]:
 def _representative(config: Any, family: Family) -> list[int]:
     """Layers that show every combination of per-layer entries, in order; ``LAYERS`` of them where there are as many."""
     values = [entries for name in (*family.per_layer_lists, family.kinds) if (entries := getattr(config, name, None))]
-    values.append([has_experts(config, layer) for layer in range(config.num_hidden_layers)])
+    values.append([has_experts(config, family.experts, layer) for layer in range(config.num_hidden_layers)])
     first: dict[tuple[str, ...], int] = {}
     for layer in range(config.num_hidden_layers):
         first.setdefault(tuple(str(entries[layer]) for entries in values), layer)
@@ -227,8 +226,8 @@ def _plans(model: PreTrainedModel, path: str) -> dict[str, PruningPlan]:
             view.with_experts_as(Block.EXPERT if name == "fewer experts" else Block.EXPERT_CHANNEL) for view in views
         ]
         for view, kept in zip(views, units, strict=True):
-            some = any(kept.values()) and view.experts is not None
-            kept |= _expert_units(view.experts.total, view.index) if some else {key: [] for key in EXPERTS}
+            experts = view.experts if any(kept.values()) else None
+            kept |= _expert_units(experts.total, view.index) if experts else {key: [] for key in EXPERTS}
         pairs = zip(views, units, strict=True)
         layers = [LayerPlan(view.index, {block: kept[block] for block in view.blocks}) for view, kept in pairs]
         counts = {"dense": dense, "pruned": parameters_after(views, dense, layers)}

@@ -42,8 +42,8 @@ def watch_tokens(statistic: RoutedTokens) -> RemovableHandle:
 def with_experts(
     name: str, dense: LayerResult, statistic: RoutedTokens | None, score: Callable[[Any], Tensor]
 ) -> LayerResult:
-    """The result of a layer with that of its experts, if it has any: the importance of every channel ``[(E + n) · m]``, and
-    the facts.
+    """The result of a layer with that of its experts, if it has any: the facts, and the importance of every channel,
+    also of shared experts.
 
     Raises:
         FloatingPointError: something that was summed is NaN or infinite.

@@ -1,10 +1,10 @@
 """The refit of experts: the down projection of each on the tokens that the pruned model routes to it.
 
 With R what the block of a token still lacks, g_e the weights of the k experts that were chosen, and G = Σ g_e: if
-every chosen expert adds R/G to its output, the block adds R; shared experts are always chosen, with g = 1. So expert e is fitted to W_e·a_e + R/G, and its tokens
-count with g_e·G. By convexity the block's squared error is at most the sum of the experts' own ones, with equality
-where nothing was fitted yet: where each improves, the block does, and no system of all experts' channels has to be
-solved.
+every chosen expert adds R/G to its output, the block adds R. Shared experts are always chosen, with g = 1. So expert e
+is fitted to W_e·a_e + R/G, and its tokens count with g_e·G. By convexity the block's squared error is at most the sum
+of the experts' own ones, with equality where nothing was fitted yet: where each improves, the block does, and no system
+of all experts' channels has to be solved.
 """
 
 from collections.abc import Iterator

@@ -192,7 +192,7 @@ class Experts:
         if name in (whole := self._router_rows()):
             return self._rows(whole[name].shape, tensor, experts)
         if channels is not None and self.shared is not None and owner.rpartition(".")[0] == self.names.shared:
-            return self._kept_of_shared(owner, leaf, tensor, channels.to(tensor.device))
+            return self._kept_of_shared(owner, leaf, tensor, channels[len(experts) :].to(tensor.device))
         if owner != self.names.experts:
             return tensor
         kept = self._rows(tensor.shape, tensor, experts)
@@ -207,8 +207,8 @@ class Experts:
         return tensor.index_select(shape.index(self.count), torch.tensor(experts, device=tensor.device))
 
     def _kept_of_shared(self, owner: str, leaf: str, tensor: Tensor, channels: Tensor) -> Tensor:
-        starts = torch.arange(self.total - self.count, device=tensor.device)[:, None] * self.width
-        columns = (channels[self.count :] + starts).flatten()
+        starts = torch.arange(len(channels), device=tensor.device)[:, None] * self.width
+        columns = (channels + starts).flatten()
         if owner.endswith(DOWN):
             return tensor if leaf == "bias" else tensor[:, columns]
         return tensor[columns]

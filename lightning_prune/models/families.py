@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_prune.models.expert_layers import has_experts, say_experts
 from lightning_prune.models.experts import Experts
-from lightning_prune.models.records import FAMILIES, GUIDE, ExpertNames, Family
+from lightning_prune.models.records import FAMILIES, GUIDE, Family
 from lightning_prune.models.refusals import ENCODER_DECODER, REFUSED, SEVERAL_MODELS
 from lightning_prune.models.refusals import EXPERTS as MIXTURE_OF_EXPERTS
 from lightning_prune.models.skipped import fill_skipped
@@ -271,40 +272,13 @@ def choose_layers(target: Any, config: Any, layers: Sequence[int]) -> None:
     """
     family, target.num_hidden_layers = family_of(config), len(layers)
     if family.experts is not None:
-        _say_experts(target, family.experts, [has_experts(config, layer) for layer in layers])
+        say_experts(target, family.experts, [has_experts(config, family.experts, layer) for layer in layers])
     for name in family.per_layer_lists:
         if (entries := getattr(config, name, None)) is not None:
             setattr(target, name, [entries[layer] for layer in layers])
     for name in family.index_lists:
         if (listed := getattr(config, name, None)) is not None:
             setattr(target, name, [place for place, layer in enumerate(layers) if layer in listed])
-
-
-def has_experts(config: Any, layer: int) -> bool:
-    """Whether a layer has experts, in any of the ways in which configs say so."""
-    names = family_of(config).experts
-    if names is None or layer in (getattr(config, "mlp_only_layers", None) or ()):
-        return False
-    first, last = getattr(config, names.dense_first or "", 0), getattr(config, "moe_layer_end_index", layer)
-    step = getattr(config, "decoder_sparse_step", None) or getattr(config, "moe_layer_interval", None) or 1
-    return first <= layer <= last and (layer + 1) % step == 0
-
-
-def _say_experts(target: Any, names: ExpertNames, there: list[bool]) -> None:
-    """Let a config say which of its layers have experts."""
-    if hasattr(target, "mlp_only_layers"):
-        target.decoder_sparse_step, target.mlp_only_layers = 1, [i for i, own in enumerate(there) if not own]
-    if names.dense_first is None:
-        return
-    first = there.index(True) if any(there) else len(there)
-    if not all(there[first:]):
-        raise UserError(
-            f"--model.pretrained: in this model layers without experts come after one with experts, which a config of "
-            f"family '{target.model_type}' cannot say once layers are removed. Such models are not pruned."
-        )
-    setattr(target, names.dense_first, first)
-    if hasattr(target, "moe_layer_end_index"):
-        target.moe_layer_end_index, target.moe_layer_interval = len(there) - 1, 1
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList:
