@@ -133,6 +133,7 @@ def _sizes_of_experts(config: Any, family: Family) -> dict[str, int]:
     if family.experts is None:
         return {}
     sizes = {family.experts.count: EXPERTS_THERE, family.experts.width: EXPERT_WIDTH, "num_experts_per_tok": 2}
+    sizes["output_router_logits"] = False  # a loss beside the logits
     if groups := getattr(config, "n_group", None):
         few = min(2, groups)
         sizes |= {"n_group": few, "topk_group": max(1, config.topk_group * few // groups)}
