@@ -17,8 +17,8 @@ from tests.tiny import make_tiny
 
 torch.set_num_threads(1)
 
-# One family of every kind of layer: plain, fused projections, norms on both sides, whole attention.
-QUICK_FAMILIES = ("llama", "phi3", "gemma2", "olmo2")
+# One family of every kind of layer: plain, fused projections, norms on both sides, whole attention, experts.
+QUICK_FAMILIES = ("llama", "phi3", "gemma2", "olmo2", "glm4_moe")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -16,6 +16,7 @@ from transformers import (
 
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.models.families import family_of
+from lightning_prune.models.records import FAMILIES as FAMILIES_OF_RECORD
 from lightning_prune.models.vocabulary import Block
 
 FAMILIES = (
@@ -24,7 +25,9 @@ FAMILIES = (
     "qwen2",
     "qwen3",
 )  # a pre-norm layer of seven plain projections, plain embedding and head
-EXPERTS = ("qwen3_moe",)  # see make_moe
+EXPERTS = (
+    *("qwen3_moe", "olmoe", "mixtral", "qwen2_moe", "granitemoe", "glm4_moe", "ernie4_5_moe", "gpt_oss"),
+)  # see make_moe
 WHOLE_ATTENTION = ("olmo2", "helium", "stablelm")  # GQA groups cannot leave one by one
 CUTTABLE = (
     *FAMILIES,
@@ -40,6 +43,12 @@ HYBRIDS = (
 )  # some layers have a mixer that stays whole
 EVERY_FAMILY = (*CUTTABLE, *WHOLE_ATTENTION, *HYBRIDS)
 MAMBA = {"mamba_n_heads": 2, "mamba_d_state": 4, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 2.5,
+}
 SWITCHES: dict[str, dict[str, Any]] = {  # what makes a tiny model of the family unlike a Llama
     "ministral": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "ministral3": {
@@ -63,12 +72,7 @@ SWITCHES: dict[str, dict[str, Any]] = {  # what makes a tiny model of the family
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
     },
     "phi3": {"partial_rotary_factor": 0.5},
-    "granite": {
-        "embedding_multiplier": 3.0,
-        "residual_multiplier": 0.4,
-        "attention_multiplier": 0.2,
-        "logits_scaling": 2.5,
-    },
+    "granite": GRANITE,
     "smollm3": {"no_rope_layers": [1, 1, 0, 1]},
     "olmo": {"clip_qkv": 1.5},
     "qwen3_5_text": {
@@ -100,6 +104,13 @@ SWITCHES: dict[str, dict[str, Any]] = {  # what makes a tiny model of the family
         "lm_head_multiplier": 0.5,
     },
     "bamba": {**MAMBA, "attn_layer_indices": [1, 3]},
+    "qwen3_moe": {"norm_topk_prob": True},
+    "olmoe": {"clip_qkv": 1.5},
+    "mixtral": {"sliding_window": 5},
+    "qwen2_moe": {"shared_expert_intermediate_size": 20, "mlp_only_layers": [1], "decoder_sparse_step": 1},
+    "granitemoe": GRANITE,
+    "glm4_moe": {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5, "use_qk_norm": True},
+    "gpt_oss": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2},
 }
 
 
@@ -214,18 +225,18 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_moe(family: str = "qwen3_moe", seed: int = 0, num_experts: int = 8, width: int = 12, **options: Any) -> Any:
     """``make_tiny`` with ``num_experts`` experts of ``width``, two per token."""
-    sizes: dict[str, Any] = {"num_experts_per_tok": 2, "num_experts": num_experts, "moe_intermediate_size": width}
-    if family in ("gpt_oss", "mixtral", "granitemoe"):
-        sizes = {"num_experts_per_tok": 2, "num_local_experts": num_experts, "channels": width}
-    return make_tiny(family, seed, **sizes | {"norm_topk_prob": True} | options)
+    names: Any = FAMILIES_OF_RECORD[family].experts
+    wide = "channels" if names.width == "intermediate_size" else names.width
+    top_k = "moe_k" if family == "ernie4_5_moe" else "num_experts_per_tok"
+    return make_tiny(family, seed, **{top_k: 2, names.count: num_experts, wide: width} | options)
 
 
-def moe_block(model: Any, layer: int = 0) -> Any:
-    """The block of experts of a layer."""
-    return getattr(model.model.layers[layer], "mlp", None) or model.model.layers[layer].block_sparse_moe
+def moe_block(model: Any) -> Any:
+    """The block of experts of the first layer that has one."""
+    return next(part for layer in model.model.layers for part in layer.children() if hasattr(part, "experts"))
 
 
 def in_double(model: Any) -> Any:
-    """The block of experts of the first layer in float64, which transformers' grouped products do not take."""
+    """The block of experts of the first layer with one in float64, which transformers' grouped products do not take."""
     model.config._experts_implementation = "eager"
     return moe_block(model).double()

@@ -167,7 +167,7 @@ class CalibrationLoop:
         view = self.setting.model.views[step.layer]
         for role, weight in weights.items():
             if role == ROLE and view.experts is not None:
-                view.experts.replace_down(weight)
+                view.experts.replace_down(view.experts.down_parameters(weight))
                 continue
             linear = view.linears[role]
             linear.weight = weight.to(device=linear.weight.device, dtype=linear.weight.dtype)

@@ -42,6 +42,8 @@ def kept_part(family: Family, config: Any, kept: LayerPlan, name: str, tensor: T
         tensor: the parameter, whole.
     """
     path, _, kind = name.rpartition(".")
+    if family.per_head and name == f"{family.attention}.{family.per_head}":
+        return _kept(tensor, 0, config.num_key_value_heads, kept.kept[Block.ATTENTION])
     roles = family.roles_at(path)
     if not roles or (block := BLOCK_OF[roles[0]]) not in kept.kept:  # attention may be a part of a mixer
         return tensor

@@ -19,14 +19,15 @@ def as_planned(view: LayerStructure, plan: LayerPlan) -> LayerStructure:
 
 
 def kept_experts(experts: Experts, plan: LayerPlan) -> tuple[list[int], Tensor | None]:
-    """The experts that a layer keeps, and of each its channels, int64 ``[E', m']``; None where all have all."""
+    """The experts that a layer keeps, and of each and of the shared ones its channels, int64 ``[E' + n, m']``;
+    None where all have all."""
     every = list(range(experts.count))
     if Block.EXPERT in plan.kept:
         return plan.kept[Block.EXPERT], None
     units = torch.tensor(plan.kept[Block.EXPERT_CHANNEL], dtype=torch.int64)
-    if len(units) == experts.count * experts.width:
+    if len(units) == experts.total * experts.width:
         return every, None
-    return every, units.view(experts.count, -1) % experts.width
+    return every, units.view(experts.total, -1) % experts.width
 
 
 def check_experts(layers: Sequence[LayerStructure], plans: Sequence[LayerPlan]) -> None:
@@ -40,7 +41,7 @@ def check_experts(layers: Sequence[LayerStructure], plans: Sequence[LayerPlan]) 
         for block in EXPERTS:
             if (experts := view.experts) is None or block not in plan.kept or plan.removed:
                 continue
-            groups = experts.router_groups if block is Block.EXPERT else experts.count
+            groups = experts.router_groups if block is Block.EXPERT else experts.total
             size, units = view.units(block) // groups, torch.tensor(plan.kept[block], dtype=torch.int64)
             counts = set(torch.bincount(units // size, minlength=groups).tolist())
             if block is Block.EXPERT and len(units) < experts.fewest:
@@ -68,7 +69,5 @@ def set_sizes(config: Any, plans: Sequence[LayerPlan]) -> None:
     if Block.EXPERT in sizes:
         setattr(config, names.count, sizes[Block.EXPERT])
     if Block.EXPERT_CHANNEL in sizes:
-        setattr(config, names.width, sizes[Block.EXPERT_CHANNEL] // getattr(config, names.count))
-    if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1:  # Qwen's two ways
-        config.decoder_sparse_step = 1
-        config.mlp_only_layers = [place for place, plan in enumerate(plans) if not plan.kept.keys() & set(EXPERTS)]
+        total = getattr(config, names.count) + (getattr(config, names.shared_count) if names.shared else 0)
+        setattr(config, names.width, sizes[Block.EXPERT_CHANNEL] // total)

@@ -24,8 +24,8 @@ from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.checkpoint.pruned import open_pruned
 from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.models.checkpoint import NOT_WEIGHTS, Checkpoint
+from lightning_prune.models.expert_layers import has_experts
 from lightning_prune.models.families import (
-    LayerStructure,
     choose_layers,
     count_parameters,
     family_of,
@@ -107,11 +107,8 @@ def shrunk(config: Any) -> Any:
     square = config.hidden_size == config.num_attention_heads * head_dim_of(config)
     tiny.hidden_size = tiny.num_attention_heads * HEAD_DIM + (0 if square else 2 * HEAD_DIM)
     tiny.vocab_size = VOCABULARY
-    for name, value in {**family.tiny, family.width: CHANNELS}.items():
-        setattr(tiny, name, value)
-    if family.experts is not None:
-        sizes = {family.experts.count: EXPERTS_THERE, family.experts.width: EXPERT_WIDTH, "num_experts_per_tok": 2}
-        for name, value in sizes.items():
+    for name, value in {**family.tiny, family.width: CHANNELS, **_sizes_of_experts(config, family)}.items():
+        if getattr(config, name, None) is not None:
             setattr(tiny, name, value)
     if getattr(config, "head_dim", None) or not square:
         tiny.head_dim = HEAD_DIM
@@ -131,9 +128,22 @@ def shrunk(config: Any) -> Any:
     return tiny
 
 
+def _sizes_of_experts(config: Any, family: Family) -> dict[str, int]:
+    """Of few experts, and of two groups where their router chooses among groups first."""
+    if family.experts is None:
+        return {}
+    sizes = {family.experts.count: EXPERTS_THERE, family.experts.width: EXPERT_WIDTH, "num_experts_per_tok": 2}
+    sizes["output_router_logits"] = False  # a loss beside the logits
+    if groups := getattr(config, "n_group", None):
+        few = min(2, groups)
+        sizes |= {"n_group": few, "topk_group": max(1, config.topk_group * few // groups)}
+    return sizes
+
+
 def _representative(config: Any, family: Family) -> list[int]:
     """Layers that show every combination of per-layer entries, in order; ``LAYERS`` of them where there are as many."""
     values = [entries for name in (*family.per_layer_lists, family.kinds) if (entries := getattr(config, name, None))]
+    values.append([has_experts(config, family.experts, layer) for layer in range(config.num_hidden_layers)])
     first: dict[tuple[str, ...], int] = {}
     for layer in range(config.num_hidden_layers):
         first.setdefault(tuple(str(entries[layer]) for entries in values), layer)
@@ -217,7 +227,8 @@ def _plans(model: PreTrainedModel, path: str) -> dict[str, PruningPlan]:
             view.with_experts_as(Block.EXPERT if name == "fewer experts" else Block.EXPERT_CHANNEL) for view in views
         ]
         for view, kept in zip(views, units, strict=True):
-            kept |= _expert_units(view, view.index) if any(kept.values()) else {key: [] for key in EXPERTS}
+            experts = view.experts if any(kept.values()) else None
+            kept |= _expert_units(experts.total, view.index) if experts else {key: [] for key in EXPERTS}
         pairs = zip(views, units, strict=True)
         layers = [LayerPlan(view.index, {block: kept[block] for block in view.blocks}) for view, kept in pairs]
         counts = {"dense": dense, "pruned": parameters_after(views, dense, layers)}
@@ -225,10 +236,10 @@ def _plans(model: PreTrainedModel, path: str) -> dict[str, PruningPlan]:
     return plans
 
 
-def _expert_units(view: LayerStructure, start: int) -> dict[Block, list[int]]:
+def _expert_units(total: int, start: int) -> dict[Block, list[int]]:
     """Three of four experts, others in every layer; half of every expert's channels, others in every expert."""
     experts = [number for number in range(EXPERTS_THERE) if (number + start) % 4]
-    starts = [expert * EXPERT_WIDTH + (expert + start) % 2 for expert in range(EXPERTS_THERE)]
+    starts = [expert * EXPERT_WIDTH + (expert + start) % 2 for expert in range(total)]
     return {
         Block.EXPERT: experts,
         Block.EXPERT_CHANNEL: [channel for at in starts for channel in range(at, at + EXPERT_WIDTH - at % 2, 2)],

@@ -64,10 +64,9 @@ def mask_experts(experts: Experts, kept: LayerPlan, down: Tensor | None = None) 
         down: in place of the down projections, of the dense shape.
     """
     numbers, channels = kept_experts(experts, kept)
-    whole = experts.down if down is None else down.to(experts.down)
+    if down is not None:
+        experts.replace_down(experts.down_parameters(down))
     if channels is not None:
-        keeps = torch.zeros(experts.count, experts.width, dtype=torch.bool).scatter_(1, channels, True)
-        whole = torch.where(keeps[:, None].to(whole.device), whole, torch.zeros_like(whole))
-    if down is not None or channels is not None:
-        experts.replace_down(whole)
+        keeps = torch.zeros(experts.total, experts.width, dtype=torch.bool).scatter_(1, channels, True)
+        experts.replace_down(experts.masked_down(keeps))
     experts.route_to(numbers)

@@ -10,7 +10,7 @@ from lightning_prune.checkpoint.cut import check_plan, kept_part, pruned_config
 from lightning_prune.checkpoint.expert_plans import kept_experts
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.models.checkpoint import Checkpoint, skeleton
-from lightning_prune.models.experts import DOWN, ROLE
+from lightning_prune.models.experts import ROLE
 from lightning_prune.models.families import LayerStructure, family_of, layer_configs, layer_structures, shapes_of
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.records import Family
@@ -74,8 +74,10 @@ class PrunedSource:
             new = {role: new[f"{role}.bias"] for role in roles if f"{role}.bias" in new}
         if len(roles) == 1 and roles[0] in new:
             return new[roles[0]]
-        if ROLE in new and self.family.experts and name == f"{self.family.mlp}.{self.family.experts.experts}.{DOWN}":
-            return self.layers[layer].experts.as_parameter(new[ROLE])  # type: ignore[union-attr]
+        if ROLE in new and (experts := self.layers[layer].experts) is not None:
+            down = experts.down_parameters(new[ROLE])
+            if (own := name.removeprefix(f"{self.family.mlp}.")) in down:
+                return down[own]
         config = self.configs[layer]
         rows = {role: shape[0] for role, shape in shapes_of(config).items()}
         if kind == "bias" and self.added & set(roles):

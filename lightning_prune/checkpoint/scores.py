@@ -104,6 +104,11 @@ class Scores:
         """Whether the units are decoder layers (depth pruning)."""
         return bool(self.of_kind(Block.LAYER).any())
 
+    @property
+    def experts_alone(self) -> bool:
+        """Whether the units are experts or their channels, which some layers may lack."""
+        return bool((self.of_kind(Block.EXPERT) | self.of_kind(Block.EXPERT_CHANNEL)).all())
+
     @cached_property
     def blocks(self) -> Blocks:
         """The blocks of the layers, and which units belong to which."""
@@ -135,15 +140,16 @@ class Scores:
 
     def check_plan(self, plan: PruningPlan) -> None:
         """Raise ValueError unless ``plan`` keeps exactly the units that are not pruned here."""
-        if len(plan.layers) != self.num_layers:
+        if len(plan.layers) != self.num_layers and not (self.experts_alone and len(plan.layers) > self.num_layers):
             raise ValueError(f"it lists {self.num_layers} layers, plan.json {len(plan.layers)}")
         kept = {key: self.unit[rows[self.kept[rows]]].tolist() for key, rows in self.blocks.rows().items()}
+        kinds = {block for _, block in self.blocks.keys}
         for index, layer in enumerate(plan.layers):
             if self.whole_layers:
                 same = bool(kept[index, Block.LAYER]) != layer.removed
             else:
                 same = all(
-                    kept.get((index, block), []) == units for block, units in layer.kept.items() if block in BLOCKS
+                    kept.get((index, block), []) == units for block, units in layer.kept.items() if block in kinds
                 )
             if layer.layer != index or not same:
                 raise ValueError(f"layer {index} keeps other units than plan.json says")
@@ -190,11 +196,12 @@ class Scores:
         return found
 
     def _check_complete(self) -> None:
-        """Rows are in order, and in every block of every layer units count from 0, one by one."""
+        """Rows are in order, and in every block of every layer units count from 0, one by one; of experts, in every
+        layer that has some."""
         key = self.layer * len(BLOCKS) + self.code
         first = np.diff(key, prepend=-1) != 0
         wrong = self.unit != np.where(first, 0, np.roll(self.unit, 1) + 1)
-        wrong |= (np.diff(key, prepend=0) < 0) | (np.diff(self.layer, prepend=-1) > 1)
+        wrong |= (np.diff(key, prepend=0) < 0) | ((np.diff(self.layer, prepend=-1) > 1) & (not self.experts_alone))
         if wrong.any():
             row = int(np.argmax(wrong))
             raise ValueError(

@@ -30,6 +30,7 @@ from lightning_prune.support.quiet import quiet_transformers
 LARGE = 64 * 2**20  # bytes of a checkpoint from which on collecting garbage is worth its time
 WHOLE_SHARE = 0.5  # of free host memory that a model may take to be checked whole
 SHARD_BYTES = 5 * 10**9
+ALIGNED, LENGTH_BYTES = 64, 8  # of a tensor's place in a file; of the number before its header
 STORED_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -142,7 +143,8 @@ def write_weights(model: LayeredModel, folder: Path, progress: Callable[[int], N
     # transformers packs and unpacks experts of its own classes alone.
     experts = None if model.config.is_heterogeneous else family_of(model.config).experts
     parts = {name: stored_parts(name, parameters[name], experts) for name in order}
-    with _Shards(folder, {name: tuple(part.shape) for of in parts.values() for name, part in of}, dtype) as shards:
+    kinds = {own: torch.float32 if name in model.wide else dtype for name, of in parts.items() for own, _ in of}
+    with _Shards(folder, {name: tuple(part.shape) for of in parts.values() for name, part in of}, kinds) as shards:
         for name in before:
             shards.write(name, parameters[name])
         for index, names in enumerate(model.layer_names):
@@ -161,9 +163,9 @@ def write_weights(model: LayeredModel, folder: Path, progress: Callable[[int], N
 class _Shards:
     """Safetensors files that are written in order: shapes are known beforehand, so the header can come first."""
 
-    def __init__(self, folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
-        self.folder, self.shapes, self.dtype = folder, shapes, dtype
-        self.bytes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    def __init__(self, folder: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]) -> None:
+        self.folder, self.shapes, self.dtypes = folder, shapes, dtypes
+        self.bytes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
         shards: list[list[str]] = [[]]
         taken = 0
         for name, size in self.bytes.items():
@@ -177,6 +179,7 @@ class _Shards:
         files = files if count > 1 else ["model.safetensors"]
         self.file_of = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         self._waiting = iter(shapes)
+        self._starts: dict[str, int] = {}  # of the tensors in the open file
         self._open: tuple[str, BinaryIO] | None = None
 
     def __enter__(self) -> "_Shards":
@@ -186,8 +189,8 @@ class _Shards:
         if self._open is not None:
             self._open[1].close()
         if kind is None and len(set(self.file_of.values())) > 1:
-            size = sum(self.bytes.values())
-            metadata = {"total_parameters": size // self.dtype.itemsize, "total_size": size}
+            parameters = sum(map(math.prod, self.shapes.values()))
+            metadata = {"total_parameters": parameters, "total_size": sum(self.bytes.values())}
             index = {"metadata": metadata, "weight_map": self.file_of}
             write_json(self.folder / "model.safetensors.index.json", index)
 
@@ -196,24 +199,29 @@ class _Shards:
         expected = next(self._waiting)
         if (name, tuple(tensor.shape)) != (expected, self.shapes[expected]):
             raise RuntimeError(f"{name} {tuple(tensor.shape)} comes where {expected} is announced.")
-        values = tensor.detach().to(device="cpu", dtype=self.dtype).contiguous()
-        self._stream(self.file_of[name]).write(values.view(torch.uint8).flatten().numpy().data)
+        values = tensor.detach().to(device="cpu", dtype=self.dtypes[name]).contiguous()
+        stream = self._stream(self.file_of[name])
+        stream.seek(self._starts[name])
+        stream.write(values.view(torch.uint8).flatten().numpy().data)
 
     def _stream(self, file: str) -> BinaryIO:
-        """The open file, its header written."""
+        """The open file, its header written. Tensors of an odd size are the last ones, so that the others begin at
+        multiples of ``ALIGNED``, where a loader that maps the file computes with them as with a copy."""
         if self._open is not None and self._open[0] == file:
             return self._open[1]
         if self._open is not None:
             self._open[1].close()
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        kind, start = STORED_NAMES[self.dtype], 0
-        for name in (name for name, place in self.file_of.items() if place == file):
-            end = start + self.bytes[name]
+        start, starts = 0, dict[str, int]()
+        names = [name for name, place in self.file_of.items() if place == file]
+        for name in sorted(names, key=lambda name: (self.bytes[name] % ALIGNED != 0, -self.dtypes[name].itemsize)):
+            starts[name], end, kind = start, start + self.bytes[name], STORED_NAMES[self.dtypes[name]]
             header[name] = {"dtype": kind, "shape": list(self.shapes[name]), "data_offsets": [start, end]}
             start = end
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-(len(text) + LENGTH_BYTES) % ALIGNED)
+        self._starts = {name: LENGTH_BYTES + len(text) + at for name, at in starts.items()}
         stream = (self.folder / file).open("wb")
         self._open = (file, stream)
-        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
         return stream

@@ -42,8 +42,8 @@ def watch_tokens(statistic: RoutedTokens) -> RemovableHandle:
 def with_experts(
     name: str, dense: LayerResult, statistic: RoutedTokens | None, score: Callable[[Any], Tensor]
 ) -> LayerResult:
-    """The result of a layer with that of its experts, if it has any: the importance of every channel ``[E · m]``, and
-    the facts.
+    """The result of a layer with that of its experts, if it has any: the facts, and the importance of every channel,
+    also of shared experts.
 
     Raises:
         FloatingPointError: something that was summed is NaN or infinite.
@@ -60,8 +60,8 @@ def in_units(view: LayerStructure, importance: dict[Block, Tensor]) -> dict[Bloc
     if Block.EXPERT not in view.parts or Block.EXPERT in importance:
         return importance
     assert view.experts is not None
-    channels = importance[Block.EXPERT_CHANNEL].view(view.experts.count, -1)
-    return importance | {Block.EXPERT: channels.sum(1)}
+    channels = importance[Block.EXPERT_CHANNEL].view(view.experts.total, -1)
+    return importance | {Block.EXPERT: channels.sum(1)[: view.experts.count]}
 
 
 def expert_details(layers: Sequence[LayerStructure], results: Sequence[LayerResult], samples: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What experts and their channels are worth, from sums over the tokens routed to them.
 
-E experts of width m. A token that is not routed to an expert adds nothing, so losses are means over all tokens and
-experts compare with each other; an expert without tokens is worth 0.
+E experts of width m, shared ones included. A token that is not routed to an expert adds nothing, so losses are means
+over all tokens and experts compare with each other; an expert without tokens is worth 0.
 """
 
 from torch import Tensor
@@ -56,4 +56,4 @@ def super_experts(peaks: Tensor) -> Tensor:
 
 
 def _weight(experts: Experts, role: str, expert: int) -> Tensor:
-    return (experts.inner_weight if role == "inner" else experts.down)[expert].detach()
+    return experts.part(role, expert).detach()

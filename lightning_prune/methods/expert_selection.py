@@ -52,7 +52,7 @@ def select_with_experts(
         )
     experts = next(view.experts for view in layers if view.experts is not None)
     whole = bool(scores.of_kind(Block.EXPERT).any())
-    groups = experts.router_groups if whole else experts.count
+    groups = experts.router_groups if whole else experts.total
     keep = max(-(-experts.fewest // groups) if whole else 1, selection.min_groups_per_layer)
     multiple = 1 if whole else math.lcm(selection.round_to, WIDTH_MULTIPLE)
     free = protect_best(scores, selection.min_groups_per_layer) | expert_rows(scores)

@@ -90,7 +90,7 @@ def kfac_of_experts(sums: RoutedGrams, dtype: torch.dtype) -> Tensor:
         dtype: of the computation.
     """
     experts = sums.experts[0]
-    costs = torch.zeros(experts.count, experts.width, dtype=torch.float64)
+    costs = torch.zeros(experts.total, experts.width, dtype=torch.float64)
     for expert, count in enumerate(sums.counts.tolist()):
         if count:
             try:
@@ -101,7 +101,7 @@ def kfac_of_experts(sums: RoutedGrams, dtype: torch.dtype) -> Tensor:
 
 
 def _costs_of_expert(sums: RoutedGrams, expert: int, dtype: torch.dtype) -> Tensor:
-    weight = sums.experts[0].down[expert].to(dtype)
+    weight = sums.experts[0].part("down", expert).to(dtype)
     count = int(sums.counts[expert])
     curvature = sums.slopes[expert].to(dtype, copy=True).div_(count)
     mean = float(sums.squares[expert]) / (count * len(weight))

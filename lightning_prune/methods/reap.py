@@ -42,7 +42,9 @@ class ExpertActivityPass(ForwardPass):
             "frequency": self.sums.counts,
             "ean": self.sums.norms,
         }
-        return LayerResult({Block.EXPERT: scores[self.criterion]}, facts=self.sums.facts())
+        return LayerResult(
+            {Block.EXPERT: scores[self.criterion][: self.sums.experts[0].count]}, facts=self.sums.facts()
+        )
 
 
 class REAP(GroupPruning):

@@ -126,7 +126,7 @@ class RefitPass(BlockPass):
         if (experts := self.view(step).parts[self.block(step)].experts) is not None:
             if self._crosses(step):
                 n, d = experts.width, experts.hidden
-                dtype = self._dtype(experts.count * 8 * (n * n + d * n) + equation_bytes(n, d, torch.float64))
+                dtype = self._dtype(experts.total * 8 * (n * n + d * n) + equation_bytes(n, d, torch.float64))
                 self.routed = ExpertRefit(experts, self.kept[step.layer], self.damping, dtype)
             return
         self.held: list[tuple[Tensor, Tensor]] = []  # inputs and targets of held-out samples, on the host
@@ -264,7 +264,7 @@ class RefitPass(BlockPass):
         solves = 1 + len(DAMPINGS) if self.damping is None else 2
         if (experts := view.parts[block].experts) is not None:
             one = experts.width**3 / 3 + 2 * experts.width**2 * experts.hidden
-            return experts.count * solves * one / (2 * view.num_weights)
+            return experts.total * solves * one / (2 * view.num_weights)
         linear = view.projection(self.block(step))
         inner, outer = linear.in_features, linear.weight.shape[0]
         one = inner**3 / 3 + 2 * inner * inner * outer

@@ -1,10 +1,10 @@
 """The refit of experts: the down projection of each on the tokens that the pruned model routes to it.
 
 With R what the block of a token still lacks, g_e the weights of the k experts that were chosen, and G = Σ g_e: if
-every chosen expert adds R/G to its output, the block adds R. So expert e is fitted to W_e·a_e + R/G, and its tokens
-count with g_e·G. By convexity the block's squared error is at most the sum of the experts' own ones, with equality
-where nothing was fitted yet: where each improves, the block does, and no system of all experts' channels has to be
-solved.
+every chosen expert adds R/G to its output, the block adds R. Shared experts are always chosen, with g = 1. So expert e
+is fitted to W_e·a_e + R/G, and its tokens count with g_e·G. By convexity the block's squared error is at most the sum
+of the experts' own ones, with equality where nothing was fitted yet: where each improves, the block does, and no system
+of all experts' channels has to be solved.
 """
 
 from collections.abc import Iterator
@@ -38,11 +38,12 @@ class ExpertRefit:
     def __init__(self, experts: Experts, kept: LayerPlan, damping: float | None, dtype: torch.dtype) -> None:
         self.experts, self.kept, self.damping = experts, kept, damping
         self.numbers, channels = kept_experts(experts, kept)
+        self.device = experts.module.down_proj.device
+        self.numbers = [*self.numbers, *range(experts.count, experts.total)]
         every = torch.arange(experts.width).expand(len(self.numbers), -1)
-        self.device = experts.down.device
         self.channels = (every if channels is None else channels).to(self.device)
         self.place = {number: place for place, number in enumerate(self.numbers)}
-        self.dense = experts.module.down_proj
+        self.dense = experts.down_parameters()
         n, d = self.channels.shape[1], experts.hidden
         self.equations = [NormalEquations.zeros(n, d, dtype, self.device) for _ in self.numbers]
         self.held: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.numbers]
@@ -58,7 +59,7 @@ class ExpertRefit:
             yield seen
         finally:
             handle.remove()
-            self.experts.module.down_proj = self.dense
+            self.experts.replace_down(self.dense)
             self.experts.route_to(None)
 
     def add(self, routed: Routed, missing: Tensor, fitted: Tensor, chosen: Tensor) -> None:
@@ -70,14 +71,14 @@ class ExpertRefit:
             fitted, chosen: bool ``[T]``, tokens to fit on and those held out.
         """
         hidden, index, weights = routed
-        total = weights.float().sum(1, keepdim=True)
+        total = weights.float().sum(1, keepdim=True) + (self.experts.total - self.experts.count)
         for expert, rows, gate in self.experts.routed(index, weights):
             place = self.place[expert]
             columns, each = self.channels[place], total[rows]
             inner = self.experts.inner(expert, hidden[rows])[:, columns].float()
             root = (gate.float()[:, None] * each).sqrt()
             with full_precision(self.device):
-                output = inner @ self.experts.down[expert][:, columns].float().T
+                output = inner @ self.experts.part("down", expert)[:, columns].float().T
             inputs, wanted = root * inner, root * (output + missing[rows] / each)
             if bool((held := chosen[rows]).any()):
                 self.held[place].append((inputs[held].cpu(), wanted[held].cpu()))
@@ -94,13 +95,14 @@ class ExpertRefit:
             FloatingPointError: sums or weights are not finite; names layer and expert.
         """
         sum_over_processes(self.counts)
-        down = self.experts.down
-        refitted = torch.zeros_like(down, memory_format=torch.contiguous_format)
+        experts, part = self.experts, self.experts.part
+        shape = (experts.total, experts.hidden, experts.width)
+        refitted = torch.zeros(shape, dtype=experts.module.down_proj.dtype, device=self.device)
         dampings: list[float | None] = []
         errors = torch.zeros(2, dtype=torch.float64)
         for place, number in enumerate(self.numbers):
             columns = self.channels[place]
-            old = down[number][:, columns].to(self.equations[place].gram.dtype)
+            old = part("down", number)[:, columns].to(self.equations[place].gram.dtype)
             try:
                 weight, damping, error = self._solve(place, old)
             except FloatingPointError as trouble:

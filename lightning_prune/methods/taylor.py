@@ -52,8 +52,9 @@ class TaylorPass(BackwardPass):
             return LayerResult(importance)
         self._handle.remove()
         products = {
-            role: view.experts.upright(gradients.take(f"experts_{role}").mul_(weight).abs_())
+            role: gradients.take(f"experts_{role}").mul_(weight).abs_()
             for role, weight in view.experts.weights().items()
         }
-        channels = view.experts.channel_sums(lambda role, expert: products[role][expert])
+        part = view.experts.part
+        channels = view.experts.channel_sums(lambda role, expert: part(role, expert, products))
         return with_experts(f"layer {view.index}", LayerResult(importance), self.routed, lambda _: channels)

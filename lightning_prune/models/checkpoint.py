@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -285,7 +287,8 @@ def resolve(pretrained: str) -> str:
 
 
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """A model on the meta device: shapes and names, no storage. Raises UserError for an inconsistent config."""
+    """A model on the meta device: shapes and names, no storage; buffers that files hold (the correction biases of
+    routers) are parameters. Raises UserError for an inconsistent config."""
     trouble = loading(config.name_or_path, "no model can be built from the config")
     with trouble, no_init_weights(), torch.device("meta"):
         build = AutoModelForCausalLM.from_config
@@ -293,7 +296,19 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
             build = pruned_class(classes_of(config.model_type)["AutoModelForCausalLM"])
         net: PreTrainedModel = build(config)
     net.tie_weights()  # which transformers counts as a part of the initialisation
+    for module in net.modules():
+        for name in sorted(module._buffers.keys() - module._non_persistent_buffers_set):
+            module.register_parameter(name, nn.Parameter(module._buffers.pop(name), requires_grad=False))
+            net._keep_in_fp32_modules_strict = {*(net._keep_in_fp32_modules_strict or ()), name}
     return net
+
+
+def kept_in_fp32(net: PreTrainedModel, dtype: torch.dtype | None) -> set[str]:
+    """The parameters of a ``meta_model`` that transformers keeps in fp32 where the others are in ``dtype``."""
+    patterns = {*(net._keep_in_fp32_modules_strict or ())} if dtype in (torch.float16, torch.bfloat16) else set()
+    if dtype is torch.float16:
+        patterns |= {*(net._keep_in_fp32_modules or ())}
+    return {name for name, _ in net.named_parameters() if any(re.search(pattern, name) for pattern in patterns)}
 
 
 def skeleton(config: Any) -> PreTrainedModel:

@@ -3,9 +3,12 @@
 transformers runs all of them through one interface (``use_experts_implementation``), so that this file knows no family.
 For expert e with the input x, its inner activation is a = act(W_gate·x) ⊙ (W_up·x), its output f_e(x) = W_down·a, and
 the block adds up g_e·f_e(x) over the experts that the router chose, with its weights g.
+
+Some blocks add an MLP that sees every token, whose width is a multiple of the experts' by the config. It is n more
+experts here, numbered after the E routed ones, with the weight 1 for every token.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +32,7 @@ class Routed(NamedTuple):
 class Experts:
     """The experts of one layer; their weights are there only while the layer is loaded.
 
-    E experts of width m, k per token, hidden size D.
+    E experts of width m and n shared ones, k per token, hidden size D.
 
     Args:
         block: the module that holds router and experts.
@@ -37,7 +40,8 @@ class Experts:
     """
 
     def __init__(self, block: nn.Module, names: ExpertNames) -> None:
-        self.names = names
+        self.names, self.block = names, block
+        self.shared: Any = getattr(block, names.shared) if names.shared else None
         self.router: Any = block.get_submodule(names.router)
         self.module: Any = block.get_submodule(names.experts)
         self.inner_name = "gate_up_proj" if self.module.has_gate else "up_proj"
@@ -45,7 +49,12 @@ class Experts:
     @property
     def count(self) -> int:
         """E."""
-        return len(self.down)
+        return len(self.module.down_proj)
+
+    @property
+    def total(self) -> int:
+        """E + n."""
+        return self.count + (0 if self.shared is None else self.shared.down_proj.in_features // self.width)
 
     @property
     def width(self) -> int:
@@ -79,38 +88,46 @@ class Experts:
     # Weights
 
     @property
-    def down(self) -> Tensor:
-        """W_down of all experts ``[E, D, m]``, a view of the parameter."""
-        return self.upright(self.module.down_proj)
-
-    @property
     def down_bias(self) -> Tensor | None:
         """``[E, D]``."""
         return self.module.down_proj_bias if self.module.has_bias else None
 
-    @property
-    def inner_weight(self) -> Tensor:
-        """W_gate and W_up of all experts in the order of the file ``[E, 2m, D]``, or W_up alone ``[E, m, D]``."""
-        return self.upright(getattr(self.module, self.inner_name))
-
     def weights(self) -> dict[str, nn.Parameter]:
-        """The two parameters: ``inner`` and ``down``, as they are."""
-        return {"inner": getattr(self.module, self.inner_name), "down": self.module.down_proj}
+        """The parameters as they are: ``inner`` and ``down`` of all routed experts; ``gate``, ``up`` and ``out`` of the
+        shared MLP."""
+        routed = {"inner": getattr(self.module, self.inner_name), "down": self.module.down_proj}
+        if self.shared is None:
+            return routed
+        linears = {"gate": self.shared.gate_proj, "up": self.shared.up_proj, "out": self.shared.down_proj}
+        return routed | {name: linear.weight for name, linear in linears.items()}
+
+    def part(self, role: str, expert: int, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """One expert's part of the weights, or of ``tensors`` shaped like them: ``inner``, W_gate and W_up in the order
+        of the file ``[2m, D]`` (without a gate W_up alone ``[m, D]``), or ``down`` ``[D, m]``."""
+        tensors = self.weights() if tensors is None else tensors
+        if expert < self.count:
+            return self.upright(tensors[role])[expert]
+        own = slice((expert - self.count) * self.width, (expert - self.count + 1) * self.width)
+        return tensors["out"][:, own] if role == "down" else torch.cat([tensors["gate"][own], tensors["up"][own]])
 
     def inner(self, expert: int, x: Tensor) -> Tensor:
         """a ``[T, m]`` of inputs x ``[T, D]``, as the model computes it."""
         bias = getattr(self.module, f"{self.inner_name}_bias")[expert] if self.module.has_bias else None
-        product = functional.linear(x, self.inner_weight[expert], bias)
+        product = functional.linear(x, self.part("inner", expert), bias)
+        if expert >= self.count:
+            gate, up = product.chunk(2, dim=-1)
+            return self.shared.act_fn(gate) * up  # type: ignore[no-any-return]
         result: Tensor = self.module._apply_gate(product) if self.module.has_gate else self.module.act_fn(product)
         return result
 
     def output(self, expert: int, inner: Tensor) -> Tensor:
         """f_e ``[T, D]`` from a ``[T, m]``."""
         bias = None if self.down_bias is None else self.down_bias[expert]
-        return functional.linear(inner, self.down[expert], bias)
+        return functional.linear(inner, self.part("down", expert), bias)
 
     def routed(self, index: Tensor, weights: Tensor) -> Iterator[Routed]:
-        """The tokens of every expert that has any, from the router's choice ``[T, k]`` and its weights ``[T, k]``."""
+        """The tokens of every expert that has any, from the router's choice ``[T, k]`` and its weights ``[T, k]``; of
+        the shared ones all."""
         chosen = index.flatten()
         order = chosen.argsort(stable=True)
         start = 0
@@ -119,6 +136,8 @@ class Experts:
                 places = order[start : start + tokens]
                 yield Routed(expert, places // index.shape[1], weights.flatten()[places])
             start += tokens
+        for expert in range(self.count, self.total):
+            yield Routed(expert, torch.arange(len(index), device=index.device), weights.new_ones(len(index)))
 
     # Units
 
@@ -136,14 +155,14 @@ class Experts:
         return (own + sum(vector.numel() for vector in self._router_rows().values())) // self.count
 
     def channel_sums(self, score: Callable[[str, int], Tensor]) -> Tensor:
-        """Sums of weight scores over every channel of every expert ``[E, m]``, fp32 or fp64.
+        """Sums of weight scores over every channel of every expert ``[E + n, m]``, fp32 or fp64.
 
         Args:
-            score: ``inner`` or ``down`` and the number of an expert → the score of every weight of its ``inner_weight``
-                ``[2m, D]`` or ``down`` ``[D, m]``; requested one at a time.
+            score: ``inner`` or ``down`` and the number of an expert → the score of every weight of that ``part``;
+                requested one at a time.
         """
         sums = []
-        for expert in range(self.count):
+        for expert in range(self.total):
             rows = score("inner", expert)
             total = self.paired(rows.sum(-1, dtype=_wide(rows))).sum(0)
             del rows
@@ -152,7 +171,7 @@ class Experts:
         return torch.stack(sums)
 
     def paired(self, rows: Tensor) -> Tensor:
-        """Values of the rows of ``inner_weight``, ``[..., 2m]``, as those of gate and of up ``[2, ..., m]``; of up
+        """Values of the rows of an ``inner`` part, ``[..., 2m]``, as those of gate and of up ``[2, ..., m]``; of up
         alone ``[1, ..., m]``."""
         if not self.module.has_gate:
             return rows[None]
@@ -161,27 +180,38 @@ class Experts:
         return torch.stack([rows[..., ::2], rows[..., 1::2]])
 
     def kept_part(self, name: str, tensor: Tensor, experts: Sequence[int], channels: Tensor | None) -> Tensor:
-        """What is kept of a parameter or buffer of the block.
+        """What is kept of a parameter of the block.
 
         Args:
             name: below the block, such as ``experts.down_proj``.
             tensor: whole.
-            experts: those that are kept.
-            channels: of each of them the kept ones, int64 ``[E', m']``; None for all.
+            experts: routed ones that are kept.
+            channels: of each of them, and of the shared ones, the kept ones, int64 ``[E' + n, m']``; None for all.
         """
         owner, _, leaf = name.rpartition(".")
-        if f"{owner}.".startswith(f"{self.names.router}."):
-            rows = self._router_rows().get(name.removeprefix(f"{self.names.router}."))
-            if rows is None or len(experts) == self.count:
-                return tensor
-            dim = tensor.shape.index(self.count)
-            return tensor.index_select(dim, torch.tensor(experts, device=tensor.device))
+        if name in (whole := self._router_rows()):
+            return self._rows(whole[name].shape, tensor, experts)
+        if channels is not None and self.shared is not None and owner.rpartition(".")[0] == self.names.shared:
+            return self._kept_of_shared(owner, leaf, tensor, channels[len(experts) :].to(tensor.device))
         if owner != self.names.experts:
             return tensor
-        kept = tensor if len(experts) == self.count else tensor[torch.tensor(experts, device=tensor.device)]
+        kept = self._rows(tensor.shape, tensor, experts)
         if channels is None or leaf == f"{DOWN}_bias":
             return kept
-        return self._kept_channels(leaf, kept, channels.to(tensor.device))
+        return self._kept_channels(leaf, kept, channels[: len(experts)].to(tensor.device))
+
+    def _rows(self, shape: torch.Size, tensor: Tensor, experts: Sequence[int]) -> Tensor:
+        """The experts' rows of a tensor, along the first dimension of ``shape`` that has one for each."""
+        if len(experts) == self.count:
+            return tensor
+        return tensor.index_select(shape.index(self.count), torch.tensor(experts, device=tensor.device))
+
+    def _kept_of_shared(self, owner: str, leaf: str, tensor: Tensor, channels: Tensor) -> Tensor:
+        starts = torch.arange(len(channels), device=tensor.device)[:, None] * self.width
+        columns = (channels + starts).flatten()
+        if owner.endswith(DOWN):
+            return tensor if leaf == "bias" else tensor[:, columns]
+        return tensor[columns]
 
     def _kept_channels(self, leaf: str, tensor: Tensor, channels: Tensor) -> Tensor:
         upright = tensor if tensor.dim() == 2 else self.upright(tensor)
@@ -197,14 +227,27 @@ class Experts:
             parts = upright.gather(1, rows if tensor.dim() == 2 else rows[..., None].expand(-1, -1, upright.shape[2]))
         return (parts if tensor.dim() == 2 else self.upright(parts)).contiguous()
 
-    def as_parameter(self, down: Tensor) -> Tensor:
-        """W_down ``[E, D, m]`` in the layout of the parameter."""
-        return self.upright(down).contiguous()
+    def down_parameters(self, down: Tensor | None = None) -> dict[str, Tensor]:
+        """W_down by the names of its parameters below the block: as it is, or ``down`` ``[E + n, D, m]`` in their
+        layout."""
+        names = [f"{self.names.experts}.{DOWN}", *([f"{self.names.shared}.{DOWN}.weight"] if self.shared else [])]
+        if down is None:
+            return {name: self.block.get_parameter(name) for name in names}
+        layouts = self.upright(down[: self.count]).contiguous(), down[self.count :].transpose(0, 1).flatten(1)
+        return dict(zip(names, layouts, strict=False))
 
-    def replace_down(self, down: Tensor) -> None:
-        """Put W_down ``[E, D, m]`` in place of the present one."""
-        new = self.as_parameter(down).to(self.module.down_proj)
-        self.module.down_proj = nn.Parameter(new, requires_grad=False)
+    def masked_down(self, keeps: Tensor) -> dict[str, Tensor]:
+        """``down_parameters`` with zeros in channels that ``keeps``, bool ``[E + n, m]``, leaves out."""
+        keeps = keeps.to(self.module.down_proj.device)
+        masks = self.upright(keeps[: self.count, None]), keeps[self.count :].flatten()
+        pairs = zip(self.down_parameters().items(), masks, strict=False)
+        return {name: torch.where(mask, whole, torch.zeros_like(whole)) for (name, whole), mask in pairs}
+
+    def replace_down(self, new: Mapping[str, Tensor]) -> None:
+        """Put other ``down_parameters`` in place of the present ones."""
+        for name, tensor in new.items():
+            kept = self.block.get_parameter(name)
+            _put(self.block, name, nn.Parameter(tensor.to(kept), requires_grad=False))
 
     # Fewer experts, without cutting them
 
@@ -217,7 +260,7 @@ class Experts:
         index = torch.tensor(kept, device=self.module.down_proj.device)
         whole = self._router_rows()
         for name, rows in whole.items():
-            _put(self.router, name, rows.index_select(rows.shape.index(self.count), index))
+            _put(self.block, name, nn.Parameter(self._rows(rows.shape, rows, kept), requires_grad=False))
         before = self.router.num_experts
         self.router.num_experts = len(kept)
 
@@ -231,14 +274,18 @@ class Experts:
             handle.remove()
             self.router.num_experts = before
             for name, rows in whole.items():
-                _put(self.router, name, rows)
+                _put(self.block, name, rows)
 
         self.module.undo_routing = undo
 
     def _router_rows(self) -> dict[str, Tensor]:
-        """Tensors of the router with a row per expert, by their name below it."""
-        named = (*self.router.named_parameters(), *self.router.named_buffers())
-        return {name: tensor for name, tensor in named if self.count in tensor.shape[:2]}
+        """Tensors of the router with a row per expert, by their name below the block, which may hold some itself."""
+        named = (*self.block.named_parameters(), *self.block.named_buffers())
+        return {
+            name: tensor
+            for name, tensor in named
+            if (name.startswith(f"{self.names.router}.") or "." not in name) and self.count in tensor.shape[:2]
+        }
 
     def upright(self, tensor: Tensor) -> Tensor:
         """``[E, out, in]`` of a parameter, or a parameter of ``[E, out, in]``."""
@@ -251,15 +298,10 @@ def unroute(module: Any) -> None:
         undo()
 
 
-def _put(router: nn.Module, name: str, value: Tensor) -> None:
+def _put(block: nn.Module, name: str, value: Tensor) -> None:
     owner, _, leaf = name.rpartition(".")
-    module = router.get_submodule(owner)
-    if leaf in module._parameters:
-        module._parameters[leaf] = (
-            value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
-        )
-    else:
-        module._buffers[leaf] = value
+    module = block.get_submodule(owner)
+    (module._parameters if leaf in module._parameters else module._buffers)[leaf] = value  # type: ignore[assignment]
 
 
 def _wide(values: Tensor) -> torch.dtype:

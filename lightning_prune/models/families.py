@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_prune.models.expert_layers import has_experts, say_experts
 from lightning_prune.models.experts import Experts
 from lightning_prune.models.records import FAMILIES, GUIDE, Family
 from lightning_prune.models.refusals import ENCODER_DECODER, REFUSED, SEVERAL_MODELS
@@ -70,6 +71,7 @@ class BlockStructure:
         linears: its projections by role, the one that writes to the residual stream last; none of a mixer.
         units: GQA groups, channels, 1 for a mixer, experts or the channels of all of them.
         experts: of a block of experts.
+        per_head: a parameter of its module with a number for each query head.
     """
 
     modules: dict[nn.Module, bool]
@@ -78,6 +80,7 @@ class BlockStructure:
     linears: dict[str, Projection]
     units: int
     experts: Experts | None = None
+    per_head: str | None = None
 
     @property
     def cost(self) -> int:
@@ -124,7 +127,7 @@ class LayerStructure:
         """The same layer, its experts' units being ``unit``: EXPERT or EXPERT_CHANNEL."""
         if (experts := self.experts) is None:
             return self
-        units = experts.count if unit is Block.EXPERT else experts.count * experts.width
+        units = experts.count if unit is Block.EXPERT else experts.total * experts.width
         parts = {
             unit if part.experts is not None else block: replace(part, units=units)
             if part.experts is not None
@@ -152,8 +155,10 @@ class LayerStructure:
             return self.block_cost(block)
         if (experts := self.parts[block].experts) is not None:
             return experts.expert_cost if block is Block.EXPERT else experts.channel_cost
-        *rows, columns = self.parts[block].linears.values()
+        part = self.parts[block]
+        *rows, columns = part.linears.values()
         tensors = [columns.weight, *(linear.weight for linear in rows), *(linear.bias for linear in rows)]
+        tensors += [getattr(module, part.per_head) for module in part.modules if part.per_head]
         return sum(tensor.numel() for tensor in tensors if tensor is not None) // max(1, self.units(block))
 
     def block_cost(self, block: Block) -> int:
@@ -260,8 +265,14 @@ def uniform_config(config: Any) -> Any:
 
 
 def choose_layers(target: Any, config: Any, layers: Sequence[int]) -> None:
-    """Give the config ``target`` the entries that ``config`` has for ``layers``, in this order, and their number."""
+    """Give the config ``target`` the entries that ``config`` has for ``layers``, in this order, and their number.
+
+    Raises:
+        UserError: layers without experts follow one with experts, where the family's config cannot say that.
+    """
     family, target.num_hidden_layers = family_of(config), len(layers)
+    if family.experts is not None:
+        say_experts(target, family.experts, [has_experts(config, family.experts, layer) for layer in layers])
     for name in family.per_layer_lists:
         if (entries := getattr(config, name, None)) is not None:
             setattr(target, name, [entries[layer] for layer in layers])
@@ -299,8 +310,9 @@ def _layer_structure(family: Family, config: Any, index: int, layer: nn.Module) 
             norms=tuple(find(name) for name in norms if name),
             entry=find(norms.before or next(iter(modules))),
             linears=linears,
-            units=experts.count * experts.width if experts else _units(block, linears, head_dim_of(config)),
+            units=experts.total * experts.width if experts else _units(block, linears, head_dim_of(config)),
             experts=experts,
+            per_head=family.per_head if block is Block.ATTENTION else None,
         )
 
     parts = {}
@@ -358,5 +370,7 @@ def with_biases(config: Any, keys: Iterable[str]) -> Any:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of unique parameters: embeddings, head, norms and biases included, tied weights once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Number of unique parameters: embeddings, head, norms and biases included, tied weights once; buffers that files
+    hold are counted too."""
+    unique = {id(tensor): tensor.numel() for tensor in model.state_dict(keep_vars=True).values()}
+    return sum(unique.values())

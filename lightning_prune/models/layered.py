@@ -1,6 +1,6 @@
 """A causal LM of which one decoder layer at a time is in memory, and the ways to run it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from lightning_prune.models.checkpoint import Checkpoint
+from lightning_prune.models.checkpoint import Checkpoint, kept_in_fp32
 from lightning_prune.models.experts import unroute
 from lightning_prune.models.families import LayerStructure, family_of, layer_structures, layers_of
 from lightning_prune.models.head import loss_gradient, token_losses
@@ -42,6 +42,7 @@ class LayeredModel:
         bytes_read: bytes of parameters loaded so far.
         layer_names: of every layer, the name of each parameter below the layer → its name in the model.
         outside: names of the other parameters.
+        wide: those that are in fp32 whatever ``dtype``, as in transformers: biases and weights of routers.
         overflow: outputs of layers and head that were not finite.
     """
 
@@ -79,6 +80,7 @@ class LayeredModel:
             for name, parameter in net.named_parameters()
             if name not in inside and (not head_alone or id(parameter) in head)
         ]
+        self.wide = kept_in_fp32(net, dtype)
         self._assign(net, dict(zip(self.outside, self.outside, strict=True)))
         for module in net.modules():
             module._buffers |= {name: None if it is None else it.to(device) for name, it in module._buffers.items()}
@@ -113,7 +115,7 @@ class LayeredModel:
     def announce(self, index: int) -> None:
         """Begin to read layer ``index``, the next one."""
         if 0 <= index < len(self.layers) and not self.is_present(index):
-            self._reader.announce(list(self.layer_names[index].values()), self.dtype, self.device)
+            self._reader.announce(self._split(self.layer_names[index].values())[0], self.dtype, self.device)
 
     def leave(self, index: int, changed: bool = False) -> None:
         """Drop layer ``index``, unless layers stay loaded; a ``changed`` one is dropped all the same."""
@@ -278,8 +280,16 @@ class LayeredModel:
 
     # Parameters
 
+    def _split(self, names: Iterable[str]) -> tuple[list[str], list[str]]:
+        """Names of parameters in ``dtype``, and of those in fp32."""
+        names = list(names)
+        return [name for name in names if name not in self.wide], [name for name in names if name in self.wide]
+
     def _assign(self, module: nn.Module, names: dict[str, str]) -> None:
-        read = self._reader.read(list(names.values()), self.dtype, self.device)
+        own, wide = self._split(names.values())
+        read = self._reader.read(own, self.dtype, self.device)
+        if wide:
+            read |= self._reader.read(wide, torch.float32, self.device)
         self.bytes_read += sum(tensor.numel() * tensor.element_size() for tensor in read.values())
         shared: dict[int, list[str]] = {}
         for name, parameter in module.named_parameters(remove_duplicate=False):

@@ -23,6 +23,10 @@ class ExpertNames:
     ``stored``: how weight files name gate, up and down of one expert, ``<experts>.<number>.<name>.weight`` each; None
     where they hold the three-dimensional parameters themselves. ``renamed``: parts of names in weight files → in the
     model. ``pair``: whether the block also returns the router's weights.
+
+    ``shared``: an MLP beside the experts that is ``shared_count`` (a config key) times as wide as one of them, so that
+    it loses channels with them; one with a width of its own stays whole and needs no entry. ``dense_first``: the config
+    key that says how many layers come before the first one with experts.
     """
 
     router: str = "gate"
@@ -32,6 +36,9 @@ class ExpertNames:
     stored: tuple[str, ...] | None = ("gate_proj", "up_proj", "down_proj")
     renamed: tuple[tuple[str, str], ...] = ()
     pair: bool = False
+    shared: str | None = None
+    shared_count: str = ""
+    dense_first: str | None = None
 
 
 BEFORE_ATTENTION, BEFORE_MLP = Norms("input_layernorm"), Norms("post_attention_layernorm")
@@ -55,6 +62,7 @@ class Family:
     ``per_layer_lists`` are config keys holding one entry per layer; entries of removed layers are removed.
     ``index_lists`` hold the numbers of some layers, and are numbered anew. ``width`` is the config key of F.
     ``gated_query``: the query's rows are, head by head, query and output gate, so there are twice as many.
+    ``per_head``: a parameter of the attention with one number for each query head.
     ``layer_returns``: how many values a layer returns in a tuple; 0 for the residual stream itself. ``mlp_scale``:
     what the MLP multiplies the output of its down projection with, if it does. ``tiny`` are config entries that make
     the mixer of a tiny model small. ``has_experts`` says of a config that its model has experts, which
@@ -91,6 +99,7 @@ class Family:
     index_lists: tuple[str, ...] = ()
     width: str = "intermediate_size"
     gated_query: bool = False
+    per_head: str | None = None
     layer_returns: int = 0
     mlp_scale: Callable[[Any], float | None] = lambda config: None
     has_experts: Callable[[Any], bool] = lambda config: False
@@ -145,6 +154,7 @@ _SANDWICH: dict[str, Any] = {
 }
 _TYPES = ("layer_types",)
 _MIXER = (Block.MIXER, Block.MLP)
+_SHARED = {"shared_expert_intermediate_size": 12}
 _MAMBA = {"mamba_n_heads": 2, "mamba_d_head": "auto", "mamba_d_state": 4, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 
 FAMILIES: dict[str, Family] = {
@@ -169,6 +179,73 @@ FAMILIES: dict[str, Family] = {
         Family("helium", "attention_bias", mlp_bias="mlp_bias", whole_attention=_FIXED_OUTPUT),
         Family("stablelm", "use_qkv_bias", whole_attention=_FIXED_OUTPUT),
         Family("qwen3_moe", "attention_bias", "attention_bias", experts=ExpertNames()),
+        Family(
+            "olmoe",
+            "attention_bias",
+            "attention_bias",
+            whole_attention=_ALL_HEADS,
+            experts=ExpertNames(width="intermediate_size"),
+        ),
+        Family(
+            "mixtral",
+            experts=ExpertNames(
+                count="num_local_experts",
+                width="intermediate_size",
+                stored=("w1", "w3", "w2"),
+                renamed=((".block_sparse_moe.", ".mlp."),),
+            ),
+        ),
+        Family("qwen2_moe", "qkv_bias", per_layer_lists=_TYPES, experts=ExpertNames(), tiny=_SHARED),
+        Family(
+            "granitemoe",
+            "attention_bias",
+            "attention_bias",
+            mlp="block_sparse_moe",
+            experts=ExpertNames(
+                router="router",
+                count="num_local_experts",
+                width="intermediate_size",
+                stored=None,
+                renamed=(
+                    (".input_linear.weight", ".experts.gate_up_proj"),
+                    (".output_linear.weight", ".experts.down_proj"),
+                    (".router.layer.", ".router."),
+                ),
+            ),
+        ),
+        Family(
+            "glm4_moe",
+            "attention_bias",
+            experts=ExpertNames(
+                count="n_routed_experts",
+                shared="shared_experts",
+                shared_count="n_shared_experts",
+                dense_first="first_k_dense_replace",
+            ),
+        ),
+        Family(
+            "ernie4_5_moe",
+            "use_bias",
+            "use_bias",
+            "use_bias",
+            experts=ExpertNames(
+                count="moe_num_experts",
+                renamed=((".mlp.moe_statics.", ".mlp.gate.moe_statics."),),
+                shared="shared_experts",
+                shared_count="moe_num_shared_experts",
+                dense_first="moe_layer_start_index",
+            ),
+        ),
+        Family(
+            "gpt_oss",
+            "attention_bias",
+            "attention_bias",
+            per_layer_lists=_TYPES,
+            per_head="sinks",
+            experts=ExpertNames(
+                router="router", count="num_local_experts", width="intermediate_size", stored=None, pair=True
+            ),
+        ),
         Family(
             "qwen3_5_text",
             "attention_bias",

@@ -15,8 +15,8 @@ SEVERAL_MODELS = (
 
 FAMILIES_BY_REASON = {
     EXPERTS: """
-        mixtral qwen2_moe olmoe flex_olmo phimoe granitemoe granitemoeshared gpt_oss llama4_text
-        ernie4_5_moe dbrx jetmoe glm4_moe dots1 hunyuan_v1_moe minimax exaone_moe afmoe solar_open
+        flex_olmo phimoe granitemoeshared llama4_text
+        dbrx jetmoe dots1 hunyuan_v1_moe minimax exaone_moe afmoe solar_open
     """,
     STATES: """
         mamba mamba2 falcon_mamba jamba zamba zamba2 recurrent_gemma rwkv xlstm nemotron_h qwen3_next olmo_hybrid

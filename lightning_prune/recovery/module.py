@@ -208,7 +208,7 @@ class Recovery(L.LightningModule):
         net: nn.Module = self._net.merge_and_unload() if self.train_what == "lora" else self._net
         zeroed = None if self._zeros is None else count_zeros(net, self._zeros)
         self._net, self._teacher = None, []
-        return {name: parameter.detach().cpu() for name, parameter in net.named_parameters()}, zeroed
+        return {name: tensor.detach().cpu() for name, tensor in net.state_dict().items()}, zeroed
 
 
 def _next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:

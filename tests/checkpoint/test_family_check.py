@@ -16,7 +16,7 @@ from lightning_prune.checkpoint import write
 from lightning_prune.checkpoint.family_check import check_family, shrunk
 from lightning_prune.models.records import BEFORE_ATTENTION, FAMILIES, Family, Norms
 from lightning_prune.support.errors import UserError
-from tests.tiny import EVERY_FAMILY, EXPERTS, WHOLE_ATTENTION, tiny_config
+from tests.tiny import EVERY_FAMILY, EXPERTS, WHOLE_ATTENTION, make_moe, tiny_config
 
 LONG_ROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
 
@@ -37,6 +37,29 @@ def test_a_family_does_what_its_record_says(family: str, kv_heads: int, tied: bo
     check_family(config)
     assert config.to_dict() == before
     assert torch.equal(torch.random.get_rng_state(), random)  # a run's random numbers are not touched
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "switches"),
+    [
+        *((family, {}) for family in EXPERTS),
+        ("qwen3_moe", {"attention_bias": True, "decoder_sparse_step": 2}),
+        ("qwen2_moe", {"qkv_bias": False, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}),
+        ("mixtral", {"sliding_window": None}),
+        ("granitemoe", {"attention_bias": True, "tied": False}),
+        ("glm4_moe", {"attention_bias": True, "n_group": 1, "first_k_dense_replace": 3, "n_shared_experts": 2}),
+        ("ernie4_5_moe", {"moe_num_shared_experts": 0, "moe_layer_start_index": 0}),
+        ("gpt_oss", {"attention_bias": False}),
+    ],
+)
+def test_a_mixture_of_experts_does_what_its_record_says(family: str, switches: dict[str, Any]) -> None:
+    check_family(make_moe(family, **switches).config)
+
+
+def test_layers_without_experts_after_some_with_are_refused_where_the_config_cannot_say_so() -> None:
+    with pytest.raises(UserError, match=r"family 'ernie4_5_moe' cannot say once a layer is removed"):
+        check_family(make_moe("ernie4_5_moe", moe_layer_interval=2).config)
 
 
 @pytest.mark.parametrize(

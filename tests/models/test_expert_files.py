@@ -1,5 +1,6 @@
 """Experts between weight files, which hold matrices, and the model, which holds three-dimensional parameters."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,30 +11,71 @@ from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.expert_files import stored_parts
 from lightning_prune.models.families import family_of
 from lightning_prune.support.errors import UserError
-from tests.tiny import make_moe
+from tests.tiny import EXPERTS, make_moe
+
+QWEN = ("experts.7.gate_proj.weight", "experts.7.up_proj.weight", "experts.7.down_proj.weight", "gate.weight")
+# Of every family, below a layer of a published checkpoint: all names of a block of experts, of the last expert alone.
+PUBLISHED = {
+    "qwen3_moe": ("mlp", QWEN),
+    "olmoe": ("mlp", QWEN),
+    "mixtral": ("block_sparse_moe", ("gate.weight", *(f"experts.7.w{number}.weight" for number in (1, 2, 3)))),
+    "qwen2_moe": (
+        "mlp",
+        (*QWEN, "shared_expert_gate.weight", *(f"shared_expert.{name}_proj.weight" for name in ("gate", "up", "down"))),
+    ),
+    "granitemoe": ("block_sparse_moe", ("input_linear.weight", "output_linear.weight", "router.layer.weight")),
+    "glm4_moe": (
+        "mlp",
+        (
+            *QWEN,
+            "gate.e_score_correction_bias",
+            *(f"shared_experts.{name}_proj.weight" for name in ("gate", "up", "down")),
+        ),
+    ),
+    "ernie4_5_moe": (
+        "mlp",
+        (
+            *(*QWEN, "moe_statics.e_score_correction_bias"),
+            *(f"shared_experts.{name}_proj.weight" for name in ("gate", "up", "down")),
+        ),
+    ),
+    "gpt_oss": (
+        "mlp",
+        (
+            *("experts.gate_up_proj", "experts.gate_up_proj_bias", "experts.down_proj", "experts.down_proj_bias"),
+            *("router.weight", "router.bias"),
+        ),
+    ),
+}
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    make_moe().save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
+def saved(tmp_path: Path, family: str) -> Path:
+    make_moe(family).save_pretrained(tmp_path / family)
+    return tmp_path / family
 
 
-def test_parameters_are_read_as_transformers_reads_them_and_written_as_it_writes_them(folder: Path) -> None:
+@pytest.mark.parametrize("family", EXPERTS)
+def test_parameters_are_read_as_transformers_reads_them_and_written_as_it_writes_them(
+    tmp_path: Path, family: str
+) -> None:
+    folder = saved(tmp_path, family)
     stored, checkpoint = load_file(folder / "model.safetensors"), Checkpoint.open(str(folder))
-    assert any(".experts.7.up_proj." in name for name in stored)
-    model, source = checkpoint.load(None), checkpoint.source()
+    block, names = PUBLISHED[family]
+    last = [name.partition(f".layers.3.{block}.")[2] for name in stored]
+    assert {name for name in last if name and not re.match(r"experts\.[0-6]\.", name)} == set(names)
+    model, source = checkpoint.load(None).state_dict(), checkpoint.source()
     written = {}
-    for name, parameter in model.named_parameters():
+    for name, _ in checkpoint.meta.named_parameters():
         read = source.read([name], None, torch.device("cpu"))[name]
-        assert torch.equal(read, parameter), name
+        assert torch.equal(read, model[name]), name
         written |= dict(stored_parts(name, read, family_of(checkpoint.config).experts))
     assert written.keys() == stored.keys()
     assert all(torch.equal(written[name], stored[name]) for name in stored)
 
 
 @pytest.mark.parametrize("damage", ["lost", "narrow"])
-def test_experts_that_are_not_whole_are_refused(folder: Path, damage: str) -> None:
+def test_experts_that_are_not_whole_are_refused(tmp_path: Path, damage: str) -> None:
+    folder = saved(tmp_path, "qwen3_moe")
     stored = load_file(folder / "model.safetensors")
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
     matrix = stored.pop(name)

@@ -7,42 +7,73 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.models.experts import Experts, unroute
-from lightning_prune.models.records import ExpertNames
-from tests.tiny import in_double, make_moe, moe_block
+from lightning_prune.models.families import count_parameters
+from lightning_prune.models.records import FAMILIES
+from tests.tiny import EXPERTS, in_double, make_moe, moe_block
 
-KINDS = ["qwen3_moe", "gpt_oss"]  # [E, 2m, D]; [E, D, 2m] with gate and up interleaved, and biases
+ROUTED: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6}  # routers compute in fp32
+SHARED = ("glm4_moe", "ernie4_5_moe")  # whose width is that of one expert, or of two
+
+
+def weights(router: Any, x: Tensor, family: str, experts: list[int]) -> Tensor:
+    """The router's weights for one token x ``[D]``, ``[len(experts)]``, 0 where an expert is not chosen."""
+    logits = router.weight[experts] @ x
+    if family in ("gpt_oss", "granitemoe"):
+        logits = logits + (router.bias[experts] if family == "gpt_oss" else 0)
+        chosen = logits.topk(router.top_k).indices
+        return torch.zeros_like(logits).scatter(0, chosen, logits[chosen].softmax(0))
+    scores = logits.sigmoid() if family == "glm4_moe" else logits.softmax(0)
+    ranked = scores.clone()
+    if family == "glm4_moe":
+        ranked += router.e_score_correction_bias[experts]
+        groups = ranked.view(router.num_group, -1)
+        best = groups.topk(2).values.sum(1).topk(router.topk_group).indices
+        ranked = torch.full_like(groups, -torch.inf).index_copy(0, best, groups[best]).flatten()
+    if family == "ernie4_5_moe":
+        ranked += router.moe_statics.e_score_correction_bias[0, experts]
+    chosen = ranked.topk(router.top_k).indices
+    share = scores[chosen]
+    if family not in ("olmoe", "qwen2_moe"):  # whose tiny configs do not normalise
+        share = share / share.sum()
+    return torch.zeros_like(logits).scatter(0, chosen, share * getattr(router, "routed_scaling_factor", 1))
 
 
 def naive(block: nn.Module, x: Tensor, family: str, experts: list[int], channels: Tensor | None = None) -> Tensor:
     """The output of the block for x ``[T, D]``, token by token, with some of its experts and channels only."""
     found: Any = block
-    module, router = found.experts, found.router if family == "gpt_oss" else found.gate
-    logits = x @ router.weight[experts].T + (router.bias[experts] if family == "gpt_oss" else 0)
-    out = torch.zeros_like(x)
-    for token, scores in enumerate(logits if family == "gpt_oss" else logits.softmax(-1)):
-        top = scores.topk(router.top_k)
-        share = top.values.softmax(0) if family == "gpt_oss" else top.values / top.values.sum()
-        for gate, place in zip(share, top.indices.tolist(), strict=True):
+    module, router = found.experts, found.router if hasattr(found, "router") else found.gate
+    out, silu = torch.zeros_like(x), nn.functional.silu
+    m = module.down_proj.shape[1 if family == "gpt_oss" else 2]
+    for token, hidden in enumerate(x):
+        for place, gate in enumerate(weights(router, hidden, family, experts)):
             number = experts[place]
-            m = module.down_proj.shape[2 if family != "gpt_oss" else 1]
-            for k in range(m) if channels is None else channels[place].tolist():
+            for k in (range(m) if channels is None else channels[place].tolist()) if gate else ():
+                weight = module.gate_up_proj[number]
                 if family == "gpt_oss":
-                    weight, bias = module.gate_up_proj[number], module.gate_up_proj_bias[number]
-                    g = (x[token] @ weight[:, 2 * k] + bias[2 * k]).clamp(max=module.limit)
-                    u = (x[token] @ weight[:, 2 * k + 1] + bias[2 * k + 1]).clamp(-module.limit, module.limit)
+                    bias = module.gate_up_proj_bias[number]
+                    g = (hidden @ weight[:, 2 * k] + bias[2 * k]).clamp(max=module.limit)
+                    u = (hidden @ weight[:, 2 * k + 1] + bias[2 * k + 1]).clamp(-module.limit, module.limit)
                     out[token] += gate * (u + 1) * g * (g * module.alpha).sigmoid() * module.down_proj[number, k]
                 else:
-                    weight = module.gate_up_proj[number]
-                    g, u = x[token] @ weight[k], x[token] @ weight[m + k]
-                    out[token] += gate * nn.functional.silu(g) * u * module.down_proj[number, :, k]
+                    g, u = hidden @ weight[k], hidden @ weight[m + k]
+                    out[token] += gate * silu(g) * u * module.down_proj[number, :, k]
             if family == "gpt_oss":
                 out[token] += gate * module.down_proj_bias[number]
+        for mlp in [getattr(found, name) for name in ("shared_expert", "shared_experts") if hasattr(found, name)]:
+            inner = silu(mlp.gate_proj(hidden)) * mlp.up_proj(hidden)
+            if family in SHARED and channels is not None:
+                kept = [n * m + k for n, own in enumerate(channels[len(experts) :].tolist()) for k in own]
+                out[token] += mlp.down_proj.weight[:, kept] @ inner[kept]
+            else:
+                gated = found.shared_expert_gate(hidden).sigmoid() if family == "qwen2_moe" else 1
+                out[token] += gated * mlp.down_proj(inner)
     return out
 
 
 def block_of(family: str) -> tuple[nn.Module, Experts]:
-    block = in_double(make_moe(family))
-    return block, Experts(block, ExpertNames(router="router" if family == "gpt_oss" else "gate"))
+    block, names = in_double(make_moe(family)), FAMILIES[family].experts
+    assert names is not None
+    return block, Experts(block, names)
 
 
 def run(block: nn.Module, x: Tensor) -> Tensor:
@@ -53,61 +84,66 @@ def run(block: nn.Module, x: Tensor) -> Tensor:
 X = torch.randn(7, 32, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EXPERTS)
 @torch.no_grad()
 def test_routed_tokens_inner_activations_and_outputs_add_up_to_the_block(kind: str) -> None:
     block, experts = block_of(kind)
-    seen: list[tuple[Tensor, ...]] = []
-    experts.module.register_forward_pre_hook(lambda _, args: seen.append(args))
+    seen: list[tuple[tuple[Tensor, ...], Tensor]] = []
+    experts.module.register_forward_hook(lambda _, args, out: seen.append((args, out)))
     expected = run(block, X)
-    hidden, index, weights = seen[0]
+    (hidden, index, weights), routed = seen[0]
     total = torch.zeros_like(expected)
     for expert, rows, gate in experts.routed(index, weights):
         total[rows] += gate[:, None] * experts.output(expert, experts.inner(expert, hidden[rows]))
-    torch.testing.assert_close(total, expected)
-    torch.testing.assert_close(naive(block, X, kind, list(range(experts.count))), expected)
+    torch.testing.assert_close(total, routed if kind == "qwen2_moe" else expected)  # whose shared expert stays whole
+    torch.testing.assert_close(naive(block, X, kind, list(range(experts.count))), expected, **ROUTED)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EXPERTS)
 @torch.no_grad()
 def test_a_router_that_knows_fewer_experts_is_the_block_without_the_others(kind: str) -> None:
     block, experts = block_of(kind)
-    before, kept = run(block, X), [0, 2, 3, 6]
+    before, kept = run(block, X), [0, 2, 5, 6]
     experts.route_to(kept)
     found = run(block, X)
     unroute(experts.module)
-    torch.testing.assert_close(found, naive(block, X, kind, kept))
+    torch.testing.assert_close(found, naive(block, X, kind, kept), **ROUTED)
     assert torch.equal(run(block, X), before)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EXPERTS)
 @torch.no_grad()
 def test_cut_parameters_are_the_block_of_what_is_kept(kind: str) -> None:
     block, experts = block_of(kind)
     kept = [1, 2, 5, 7]
-    channels = torch.stack([torch.randperm(12, generator=torch.Generator().manual_seed(e))[:5].sort()[0] for e in kept])
+    channels = torch.stack(
+        [
+            torch.randperm(12, generator=torch.Generator().manual_seed(e))[:5].sort()[0]
+            for e in [*kept, *range(8, experts.total)]
+        ]
+    )
     expected = naive(block, X, kind, kept, channels)
     parts = {name: experts.kept_part(name, value, kept, channels) for name, value in block.state_dict().items()}
     cut = in_double(make_moe(kind, num_experts=4, width=5))
     cut.load_state_dict(parts)
-    torch.testing.assert_close(run(cut, X), expected)
+    torch.testing.assert_close(run(cut, X), expected, **ROUTED)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EXPERTS)
 def test_costs_and_sums_are_those_of_what_a_unit_takes_along(kind: str) -> None:
     block, experts = block_of(kind)
     wide, narrow, fewer = (
-        sum(p.numel() for p in moe_block(make_moe(kind, **options)).parameters())
-        for options in ({}, {"width": 11}, {"num_experts": 7})
+        count_parameters(moe_block(make_moe(kind, **options))) for options in ({}, {"width": 11}, {"num_experts": 7})
     )
-    assert experts.count * experts.channel_cost == wide - narrow
+    assert experts.total * experts.channel_cost == wide - narrow
     assert experts.expert_cost == wide - fewer
-    sums = experts.channel_sums(
-        lambda role, e: (experts.inner_weight if role == "inner" else experts.down)[e].detach().abs()
-    )
-    parts = [
-        experts.kept_part(name, value.detach(), [3], torch.tensor([[4]])).abs().sum()
+    sums = experts.channel_sums(lambda role, e: experts.part(role, e).detach().abs())
+    only = torch.tensor([[4]] * (1 + experts.total - experts.count))
+    parts = {
+        name: experts.kept_part(name, value.detach(), [3], only).abs().sum()
         for name, value in block.named_parameters()
-        if name.endswith("_proj")
-    ]
-    torch.testing.assert_close(sums[3, 4], sum(parts))
+        if "_proj" in name and "bias" not in name
+    }
+    torch.testing.assert_close(sums[3, 4], sum(part for name, part in parts.items() if "shared" not in name))
+    if kind in SHARED:
+        torch.testing.assert_close(sums[8:, 4].sum(), sum(part for name, part in parts.items() if "shared" in name))

@@ -1,10 +1,11 @@
 """Sums over the tokens that a router sends to each expert.
 
 The router's weight g multiplies an expert's output. So a token counts with g in what is measured of activations; the
-gradient of the loss at an expert's output holds g already.
+gradient of the loss at an expert's output holds g already. Shared experts are among the E here.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -36,8 +37,8 @@ class RoutedTokens(TokenStatistic):
     def __init__(self, experts: Experts) -> None:
         super().__init__()
         self.experts = [experts]  # in a list, so that its modules are not this one's
-        self.add_sum("counts", experts.count)
-        self.register_buffer("peaks", torch.zeros(experts.count), persistent=False)
+        self.add_sum("counts", experts.total)
+        self.register_buffer("peaks", torch.zeros(experts.total), persistent=False)
 
     @torch.no_grad()
     def update(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
@@ -68,8 +69,9 @@ class RoutedTokens(TokenStatistic):
         return self.counts + self.peaks
 
     def facts(self) -> dict[str, Any]:
-        """Tokens and peaks of the experts, for ``LayerResult.facts``; call ``reduced`` before."""
-        return {"experts": {"tokens": [int(count) for count in self.counts.tolist()], "peaks": self.peaks.tolist()}}
+        """Tokens and peaks of the routed experts, for ``LayerResult.facts``; call ``reduced`` before."""
+        counts, peaks = (values[: self.experts[0].count].tolist() for values in (self.counts, self.peaks))
+        return {"experts": {"tokens": [int(count) for count in counts], "peaks": peaks}}
 
 
 class RoutedOutputs(RoutedTokens):
@@ -85,10 +87,10 @@ class RoutedOutputs(RoutedTokens):
 
     def __init__(self, experts: Experts) -> None:
         super().__init__(experts)
-        self.add_sum("norms", experts.count)
-        self.add_sum("gated", experts.count)
-        self.add_sum("inputs", experts.count, experts.hidden)
-        self.add_sum("inner", experts.count, experts.width)
+        self.add_sum("norms", experts.total)
+        self.add_sum("gated", experts.total)
+        self.add_sum("inputs", experts.total, experts.hidden)
+        self.add_sum("inner", experts.total, experts.width)
 
     @torch.no_grad()
     def update(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
@@ -118,14 +120,14 @@ class RoutedSlopes(RoutedTokens):
     def __init__(self, experts: Experts) -> None:
         super().__init__(experts)
         for name in ("inner", "slopes", "products"):
-            self.add_sum(name, experts.count, experts.width)
+            self.add_sum(name, experts.total, experts.width)
 
     @torch.no_grad()
     def update(self, hidden: Tensor, index: Tensor, weights: Tensor, gradient: Tensor) -> None:  # type: ignore[override]
         """Add tokens, with δ ``[T, D]``."""
-        kind, down = widest(hidden.device), self.experts[0].down
+        kind, down = widest(hidden.device), partial(self.experts[0].part, "down")
         for expert, rows, _, gate, inner, _ in self._tokens(hidden, index, weights):
-            slope = gate * (gradient[rows].float() @ down[expert].float())
+            slope = gate * (gradient[rows].float() @ down(expert).float())
             self.inner[expert] += inner.square().sum(0, dtype=kind)
             self.slopes[expert] += slope.square().sum(0, dtype=kind)
             self.products[expert] += (inner * slope).square().sum(0, dtype=kind)
@@ -146,18 +148,18 @@ class RoutedGrams(RoutedTokens):
 
     def __init__(self, experts: Experts) -> None:
         super().__init__(experts)
-        self.add_sum("squares", experts.count)
+        self.add_sum("squares", experts.total)
         for name in ("inputs", "slopes"):
-            self.add_matrix_state(name, experts.count, experts.width, experts.width)
+            self.add_matrix_state(name, experts.total, experts.width, experts.width)
 
     @torch.no_grad()
     def update(self, hidden: Tensor, index: Tensor, weights: Tensor, gradient: Tensor) -> None:  # type: ignore[override]
         """See ``RoutedSlopes``."""
-        kind, down = widest(hidden.device), self.experts[0].down
+        kind, down = widest(hidden.device), partial(self.experts[0].part, "down")
         with full_precision(hidden.device):
             for expert, rows, _, gate, inner, _ in self._tokens(hidden, index, weights):
                 delta = gate * gradient[rows].float()
-                slope = delta @ down[expert].float()
+                slope = delta @ down(expert).float()
                 self.squares[expert] += delta.square().sum(dtype=kind)
                 self.inputs[expert].addmm_(inner.T, inner)
                 self.slopes[expert].addmm_(slope.T, slope)

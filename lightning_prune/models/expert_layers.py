@@ -1,0 +1,37 @@
+"""Which layers of a model have experts, read from its config and said in another one."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_prune.models.records import ExpertNames
+from lightning_prune.support.errors import UserError
+
+
+def has_experts(config: Any, names: ExpertNames | None, layer: int) -> bool:
+    """Whether a layer has experts, in any of the ways in which configs say so; ``names``: of the family, if any."""
+    if names is None or layer in (getattr(config, "mlp_only_layers", None) or ()):
+        return False
+    first, last = getattr(config, names.dense_first or "", 0), getattr(config, "moe_layer_end_index", layer)
+    step = getattr(config, "decoder_sparse_step", None) or getattr(config, "moe_layer_interval", None) or 1
+    return bool(first <= layer <= last and (layer + 1) % step == 0)
+
+
+def say_experts(target: Any, names: ExpertNames, there: Sequence[bool]) -> None:
+    """Let a config say which of its layers have experts.
+
+    Raises:
+        UserError: a layer without experts comes after one with experts, where the family's config cannot say that.
+    """
+    if hasattr(target, "mlp_only_layers"):
+        target.decoder_sparse_step, target.mlp_only_layers = 1, [i for i, own in enumerate(there) if not own]
+    if names.dense_first is None:
+        return
+    first = sum(not own for own in there)
+    if any(there[:first]):
+        raise UserError(
+            f"--model.pretrained: this model has layers without experts after one with experts, which a config of "
+            f"family '{target.model_type}' cannot say once a layer is removed. Such models are not pruned."
+        )
+    setattr(target, names.dense_first, first)
+    if hasattr(target, "moe_layer_end_index"):
+        target.moe_layer_end_index, target.moe_layer_interval = len(there) - 1, 1
