@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
-from lightning_prune.models.families import family_of
+from lightning_prune.models.families import family_of, kv_heads_of
 from lightning_prune.models.vocabulary import Block
 
 FAMILIES = (
@@ -38,7 +38,8 @@ HYBRIDS = (
     "falcon_h1",
     "bamba",
 )  # some layers have a mixer that stays whole
-EVERY_FAMILY = (*CUTTABLE, *WHOLE_ATTENTION, *HYBRIDS)
+SIDE_BY_SIDE = ("phi", "gpt_neox", "cohere", "cohere2")  # attention, which stays whole, beside the MLP
+EVERY_FAMILY = (*CUTTABLE, *WHOLE_ATTENTION, *HYBRIDS, *SIDE_BY_SIDE)
 MAMBA = {"mamba_n_heads": 2, "mamba_d_state": 4, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 SWITCHES: dict[str, dict[str, Any]] = {  # what makes a tiny model of the family unlike a Llama
     "ministral": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2},
@@ -100,6 +101,10 @@ SWITCHES: dict[str, dict[str, Any]] = {  # what makes a tiny model of the family
         "lm_head_multiplier": 0.5,
     },
     "bamba": {**MAMBA, "attn_layer_indices": [1, 3]},
+    "phi": {"partial_rotary_factor": 0.5},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "cohere": {"logit_scale": 0.5},
+    "cohere2": {"sliding_window": 5, "logit_scale": 0.5, "layer_types": ["sliding_attention", "full_attention"] * 2},
 }
 
 
@@ -115,20 +120,19 @@ def tiny_config(
     **extra: Any,
 ) -> PretrainedConfig:
     """A config with 96 tokens and 128 positions; ``extra`` goes to the family's config class as it is."""
+    groups = {} if family == "gpt_neox" else {"num_key_value_heads": kv_heads, "head_dim": head_dim}
     return AutoConfig.for_model(
         family,
         hidden_size=hidden,
         intermediate_size=channels,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
         max_position_embeddings=128,
         tie_word_embeddings=tied,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=None,
-        **{"vocab_size": 96, "initializer_range": 0.2} | _switches(family, layers) | extra,
+        **groups | {"vocab_size": 96, "initializer_range": 0.2} | _switches(family, layers) | extra,
     )
 
 
@@ -197,7 +201,7 @@ def uniform_plan(model: PreTrainedModel, **fields: Any) -> PruningPlan:
 
 def _group_lists(model: PreTrainedModel) -> tuple[list[int], list[int], list[int]]:
     """All GQA groups, and all but the first or the last where there are several that may leave."""
-    heads = list(range(model.config.num_key_value_heads))
+    heads = list(range(kv_heads_of(model.config)))
     if len(heads) == 1 or model.config.model_type in WHOLE_ATTENTION:
         return heads, heads, heads
     return heads, heads[1:], heads[:-1]

@@ -59,6 +59,8 @@ class Family:
     what the MLP multiplies the output of its down projection with, if it does. ``tiny`` are config entries that make
     the mixer of a tiny model small. ``has_experts`` says of a config that its model has experts, which
     the record does not treat.
+    ``side_by_side``: whether attention (a mixer, which stays whole) and MLP both read the layer's input; True, False,
+    or the config key that decides. ``renamed``: how names in weight files begin → in the model.
     ``stock_alias`` names a family with the same arithmetic that takes head counts which this family's own config
     refuses; it is used only while no projection has a bias. ``whole_attention`` says why GQA groups cannot be removed
     one by one, where they cannot: such a family loses MLP channels and whole layers.
@@ -95,6 +97,8 @@ class Family:
     mlp_scale: Callable[[Any], float | None] = lambda config: None
     has_experts: Callable[[Any], bool] = lambda config: False
     tiny: Mapping[str, Any] = field(default_factory=dict)
+    side_by_side: bool | str = False
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     def blocks_of(self, config: Any, index: int) -> tuple[Block, ...]:
         """What layer ``index`` of a model with ``config`` is made of, in the order of execution."""
@@ -128,6 +132,11 @@ class Family:
             return self.mlp_bias
         return self.o_bias if role == "output" else self.qkv_bias
 
+    @staticmethod
+    def says(config: Any, entry: bool | str) -> bool:
+        """The value of an entry that may name the config key that decides."""
+        return bool(getattr(config, entry, False)) if isinstance(entry, str) else entry
+
     def roles_at(self, path: str) -> list[str]:
         """The roles that the projection ``path`` below the layer holds, in the order of its rows; none for others."""
         return [role for role in ROLES if self.path_of(role) == path]
@@ -135,6 +144,7 @@ class Family:
 
 _ALL_HEADS = "its query and key norms span all heads at once, so the other heads change when one leaves"
 _FIXED_OUTPUT = "transformers derives the shape of its attention from hidden_size, so fewer heads cannot be loaded"
+_BESIDE = "its attention and its MLP read the same input side by side, and the attention is kept as one block"
 _POST_NORMS: dict[str, Any] = {
     "attention_norms": Norms(None, "post_attention_layernorm"),
     "mlp_norms": Norms(None, "post_feedforward_layernorm"),
@@ -241,6 +251,46 @@ FAMILIES: dict[str, Family] = {
             mixer={"mamba": False},
             layer_returns=2,
             tiny=_MAMBA,
+        ),
+        Family(
+            "phi",
+            mlp_bias=True,
+            final_norm="model.final_layernorm",
+            gate=None,
+            up="fc1",
+            down="fc2",
+            mlp_norms=Norms(None),
+            blocks={"": _MIXER},
+            mixer={"self_attn": True},
+            side_by_side=True,
+            whole_attention=_BESIDE,
+        ),
+        Family(
+            "gpt_neox",
+            mlp_bias=True,
+            layers="gpt_neox.layers",
+            final_norm="gpt_neox.final_layer_norm",
+            attention="attention",
+            gate=None,
+            up="dense_h_to_4h",
+            down="dense_4h_to_h",
+            blocks={"": _MIXER},
+            mixer={"attention": True},
+            side_by_side="use_parallel_residual",
+            whole_attention=_BESIDE,
+            renamed={"embed_out.": "lm_head."},
+        ),
+        *(
+            Family(
+                name,
+                per_layer_lists=_TYPES,
+                mlp_norms=Norms(None),
+                blocks=dict.fromkeys(("", "sliding_attention", "full_attention"), _MIXER),
+                mixer={"self_attn": True},
+                side_by_side=True,
+                whole_attention=_BESIDE,
+            )
+            for name in ("cohere", "cohere2")
         ),
     )
 }

@@ -5,7 +5,7 @@ STATES = (
     "it has state-space, recurrent or linear-attention layers, and no record says yet what can be removed around them"
 )
 PLAIN_MLP = "its MLP is not gated, and its projections are not those of a gated decoder (GPT-2 style)"
-PARALLEL = "attention and MLP of a layer read the same input side by side, so a layer cannot be run block by block"
+PARALLEL = "attention and MLP of a layer read the same input side by side, and no record says yet where its weights are"
 SHARED = "its layers share keys, values or embeddings with each other, so they cannot leave one by one"
 LATENT = "its attention is compressed into a latent space and has no rows per head to remove"
 ENCODER_DECODER = "it is an encoder-decoder; only decoders are pruned"
@@ -22,7 +22,7 @@ FAMILIES_BY_REASON = {
         mamba mamba2 falcon_mamba jamba zamba zamba2 recurrent_gemma rwkv xlstm nemotron_h qwen3_next olmo_hybrid
     """,
     PLAIN_MLP: "gpt2 gpt_neo gpt_bigcode opt bloom mpt codegen xglm biogpt starcoder2 nemotron persimmon openai-gpt",
-    PARALLEL: "gpt_neox gptj falcon phi cohere cohere2",
+    PARALLEL: "gptj falcon",
     SHARED: "gemma3n_text gemma4_text",
     LATENT: "deepseek_v2 deepseek_v3 minicpm3",
 }

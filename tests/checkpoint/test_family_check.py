@@ -58,6 +58,9 @@ def test_a_family_does_what_its_record_says(family: str, kv_heads: int, tied: bo
         ("seed_oss", {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True}),
         ("helium", {"attention_bias": True, "mlp_bias": True}),
         ("stablelm", {"use_qkv_bias": True, "qk_layernorm": True}),
+        ("phi", {"partial_rotary_factor": 0.4, "qk_layernorm": True}),  # of 8 dimensions not an even number
+        ("gpt_neox", {"use_parallel_residual": False}),
+        ("cohere", {"use_qk_norm": True, "attention_bias": True}),
     ],
 )
 def test_and_so_with_its_switches(family: str, switches: dict[str, Any]) -> None:

@@ -50,7 +50,7 @@ def test_a_family_that_nobody_has_looked_at_leads_to_the_guide() -> None:
     assert (ROOT / GUIDE).is_file()
 
 
-@pytest.mark.parametrize("model_type", ["t5", "llava", "mixtral", "mamba", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["t5", "llava", "mixtral", "mamba", "gptj"])
 def test_what_is_never_pruned_is_refused_with_a_reason(model_type: str) -> None:
     with pytest.raises(UserError, match=rf"'{model_type}' is not supported: \w+ .* \w+\. Known families: ") as error:
         family_of(AutoConfig.for_model(model_type))
