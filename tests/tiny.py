@@ -37,7 +37,9 @@ HYBRIDS = (
     "granitemoehybrid",
     "falcon_h1",
     "bamba",
+    "nemotron_h",
 )  # some layers have a mixer that stays whole
+ONE_BLOCK = ("nemotron_h",)  # a layer is attention, an MLP or a mixer
 SIDE_BY_SIDE = ("phi", "gpt_neox", "cohere", "cohere2")  # attention, which stays whole, beside the MLP
 EVERY_FAMILY = (*CUTTABLE, *WHOLE_ATTENTION, *HYBRIDS, *SIDE_BY_SIDE)
 MAMBA = {"mamba_n_heads": 2, "mamba_d_state": 4, "mamba_n_groups": 1, "mamba_chunk_size": 8}
@@ -101,6 +103,14 @@ SWITCHES: dict[str, dict[str, Any]] = {  # what makes a tiny model of the family
         "lm_head_multiplier": 0.5,
     },
     "bamba": {**MAMBA, "attn_layer_indices": [1, 3]},
+    "nemotron_h": {
+        "layers_block_type": ["mlp", "mlp", "full_attention", "linear_attention"],
+        "mamba_num_heads": 2,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 4,
+        "n_groups": 1,
+        "chunk_size": 8,
+    },
     "phi": {"partial_rotary_factor": 0.5},
     "gpt_neox": {"rotary_pct": 0.5},
     "cohere": {"logit_scale": 0.5},

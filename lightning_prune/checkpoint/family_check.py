@@ -224,6 +224,9 @@ def _plans(model: PreTrainedModel, path: str) -> dict[str, PruningPlan]:
             kept |= _expert_units(view, view.index) if any(kept.values()) else {key: [] for key in EXPERTS}
         pairs = zip(views, units, strict=True)
         layers = [LayerPlan(view.index, {block: kept[block] for block in view.blocks}) for view, kept in pairs]
+        attention = [layer.layer for layer in layers if Block.ATTENTION in layer.kept]
+        if attention and all(layers[index].removed for index in attention):  # which no plan may do
+            layers[attention[-1]] = LayerPlan(attention[-1], views[attention[-1]].all_units)
         counts = {"dense": dense, "pruned": parameters_after(views, dense, layers)}
         plans[name] = PruningPlan("check", None, 0.0, counts, None, path, layers)
     return plans

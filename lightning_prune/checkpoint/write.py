@@ -114,6 +114,8 @@ def _write_config(model: LayeredModel, folder: Path) -> None:
         shutil.copyfile(modeling_pruned.__file__, folder / "modeling_pruned.py")
     with quiet_transformers():
         config.save_pretrained(folder)
+    if derived := {name: getattr(config, name) for name in family_of(config).derived}:
+        write_json(folder / "config.json", json.loads((folder / "config.json").read_text("utf-8")) | derived)
 
 
 def _check(model: LayeredModel, folder: Path, expected: Tensor) -> dict[str, Any]:

@@ -61,6 +61,7 @@ class Family:
     the record does not treat.
     ``side_by_side``: whether attention (a mixer, which stays whole) and MLP both read the layer's input; True, False,
     or the config key that decides. ``renamed``: how names in weight files begin → in the model.
+    ``derived``: keys that transformers computes from others and does not write, and that other runtimes read.
     ``stock_alias`` names a family with the same arithmetic that takes head counts which this family's own config
     refuses; it is used only while no projection has a bias. ``whole_attention`` says why GQA groups cannot be removed
     one by one, where they cannot: such a family loses MLP channels and whole layers.
@@ -99,6 +100,7 @@ class Family:
     tiny: Mapping[str, Any] = field(default_factory=dict)
     side_by_side: bool | str = False
     renamed: Mapping[str, str] = field(default_factory=dict)
+    derived: tuple[str, ...] = ()
 
     def blocks_of(self, config: Any, index: int) -> tuple[Block, ...]:
         """What layer ``index`` of a model with ``config`` is made of, in the order of execution."""
@@ -291,6 +293,28 @@ FAMILIES: dict[str, Family] = {
                 whole_attention=_BESIDE,
             )
             for name in ("cohere", "cohere2")
+        ),
+        Family(
+            "nemotron_h",
+            mlp_bias="mlp_bias",
+            per_layer_lists=("layers_block_type",),
+            final_norm="model.norm_f",
+            attention="mixer",
+            mlp="mixer",
+            gate=None,
+            attention_norms=Norms("norm"),
+            mlp_norms=Norms("norm"),
+            kinds="layers_block_type",
+            blocks={
+                "linear_attention": (Block.MIXER,),
+                "full_attention": (Block.ATTENTION,),
+                "mlp": (Block.MLP,),
+            },
+            mixer={"mixer": False},
+            has_experts=lambda config: "moe" in config.layers_block_type,
+            tiny={"mamba_num_heads": 2, "mamba_head_dim": 8, "ssm_state_size": 4, "n_groups": 1, "chunk_size": 8},
+            renamed={"backbone.": "model."},
+            derived=("num_hidden_layers", "hybrid_override_pattern"),
         ),
     )
 }

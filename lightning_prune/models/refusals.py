@@ -19,7 +19,7 @@ FAMILIES_BY_REASON = {
         ernie4_5_moe dbrx jetmoe glm4_moe dots1 hunyuan_v1_moe minimax exaone_moe afmoe solar_open
     """,
     STATES: """
-        mamba mamba2 falcon_mamba jamba zamba zamba2 recurrent_gemma rwkv xlstm nemotron_h qwen3_next olmo_hybrid
+        mamba mamba2 falcon_mamba jamba zamba zamba2 recurrent_gemma rwkv xlstm qwen3_next olmo_hybrid
     """,
     PLAIN_MLP: "gpt2 gpt_neo gpt_bigcode opt bloom mpt codegen xglm biogpt starcoder2 nemotron persimmon openai-gpt",
     PARALLEL: "gptj falcon",

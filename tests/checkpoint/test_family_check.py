@@ -77,6 +77,17 @@ def test_a_large_model_is_tried_in_seconds_and_once_per_kind(family: str) -> Non
     assert (proof._tried.cache_info().misses, proof._tried.cache_info().hits) == (1, 1)
 
 
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": {},
+    "nemotron_h": {"hybrid_override_pattern": "M-M-M-M*-M-M-M*-"},
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_a_hybrid_with_few_layers_of_attention_is_tried(family: str) -> None:
+    check_family(AutoConfig.for_model(family, **PUBLISHED[family]))
+
+
 def test_the_small_model_has_every_sort_of_layer_of_the_large_one() -> None:
     config = AutoConfig.for_model("gemma3_text", num_hidden_layers=12)
     small = shrunk(config)

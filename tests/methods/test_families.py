@@ -1,5 +1,6 @@
 """What families of another layout decide is what the same arithmetic decides in the layout of Llama."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,18 @@ def test_uniform_widths_of_a_hybrid_are_stock(tmp_path: Path, family: str) -> No
     assert not lightning_prune.load(str(method.pruned_folder)).config.is_heterogeneous
     assert 0.185 < method.plan.achieved_ratio <= 0.2  # a channel of every layer is 1.2 %
     assert all(layer.kept.get(Block.MIXER, [0]) == [0] for layer in method.plan.layers)
+
+
+def test_a_hybrid_keeps_a_group_of_attention_whatever_its_score(tmp_path: Path) -> None:
+    base = save_base(make_tiny("nemotron_h"), tmp_path / "base")
+    method = run_method(HGSP(base, 0.4, importance="magnitude", temperature=0), tiny_tokens(4, 12), tmp_path / "run")
+    (attention,) = [layer.kept[Block.ATTENTION] for layer in method.plan.layers if Block.ATTENTION in layer.kept]
+    assert len(attention) == 1
+    written = json.loads((method.pruned_folder / "config.json").read_text())
+    kinds = {"linear_attention": "M", "full_attention": "*", "mlp": "-"}  # of the runtimes that read a string
+    assert written["hybrid_override_pattern"] == "".join(kinds[kind] for kind in written["layers_block_type"])
+    assert written["num_hidden_layers"] == len(written["layers_block_type"])
+    assert lightning_prune.load(str(method.pruned_folder)).generate(tiny_tokens(1, 4), max_new_tokens=2).shape[1] > 4
 
 
 def test_a_family_that_fails_its_trial_is_refused_before_any_text_is_read(

@@ -21,6 +21,7 @@ from tests.cutting import CPU, MemorySource, layered, layered_cut
 from tests.tiny import (
     CUTTABLE,
     EVERY_FAMILY,
+    ONE_BLOCK,
     SIDE_BY_SIDE,
     WHOLE_ATTENTION,
     make_tiny,
@@ -139,7 +140,7 @@ def test_every_layer_is_read_once_per_pass_and_ahead_of_time() -> None:
     assert model.evaluations == 4
 
 
-@pytest.mark.parametrize("family", [family for family in EVERY_FAMILY if family not in SIDE_BY_SIDE])
+@pytest.mark.parametrize("family", [family for family in EVERY_FAMILY if family not in (*SIDE_BY_SIDE, *ONE_BLOCK)])
 @torch.no_grad()
 def test_attention_and_mlp_apart_are_the_layer(family: str) -> None:
     dense = make_tiny(family)
