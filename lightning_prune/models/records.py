@@ -147,6 +147,7 @@ class Family:
 _ALL_HEADS = "its query and key norms span all heads at once, so the other heads change when one leaves"
 _FIXED_OUTPUT = "transformers derives the shape of its attention from hidden_size, so fewer heads cannot be loaded"
 _BESIDE = "its attention and its MLP read the same input side by side, and the attention is kept as one block"
+_HYBRID = "its attention and its state space read the same input side by side, and are kept as one block"
 _POST_NORMS: dict[str, Any] = {
     "attention_norms": Norms(None, "post_attention_layernorm"),
     "mlp_norms": Norms(None, "post_feedforward_layernorm"),
@@ -235,6 +236,7 @@ FAMILIES: dict[str, Family] = {
             kinds="layers_block_type",
             blocks={"hybrid": _MIXER},
             mixer={"mamba": False, "self_attn": True},
+            whole_attention=_HYBRID,
             layer_returns=1,
             mlp_scale=lambda config: config.mlp_multipliers[1],
             tiny={**_MAMBA, "mamba_d_ssm": 16},
@@ -319,4 +321,5 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
-TEXT_PARTS = ("gemma3", "mistral3")  # models of several, of which the text model is taken
+# Models of several, of which the text model is taken → a family that it is of.
+TEXT_PARTS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
