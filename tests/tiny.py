@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
-from lightning_prune.models.families import family_of
+from lightning_prune.models.families import family_of, kv_heads_of
 from lightning_prune.models.records import FAMILIES as FAMILIES_OF_RECORD
 from lightning_prune.models.vocabulary import Block
 
@@ -40,8 +40,11 @@ HYBRIDS = (
     "granitemoehybrid",
     "falcon_h1",
     "bamba",
+    "nemotron_h",
 )  # some layers have a mixer that stays whole
-EVERY_FAMILY = (*CUTTABLE, *WHOLE_ATTENTION, *HYBRIDS)
+ONE_BLOCK = ("nemotron_h",)  # a layer is attention, an MLP or a mixer
+SIDE_BY_SIDE = ("phi", "gpt_neox", "cohere", "cohere2")  # attention, which stays whole, beside the MLP
+EVERY_FAMILY = (*CUTTABLE, *WHOLE_ATTENTION, *HYBRIDS, *SIDE_BY_SIDE)
 MAMBA = {"mamba_n_heads": 2, "mamba_d_state": 4, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 GRANITE = {
     "embedding_multiplier": 3.0,
@@ -111,6 +114,18 @@ SWITCHES: dict[str, dict[str, Any]] = {  # what makes a tiny model of the family
     "granitemoe": GRANITE,
     "glm4_moe": {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5, "use_qk_norm": True},
     "gpt_oss": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "nemotron_h": {
+        "layers_block_type": ["mlp", "mlp", "full_attention", "linear_attention"],
+        "mamba_num_heads": 2,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 4,
+        "n_groups": 1,
+        "chunk_size": 8,
+    },
+    "phi": {"partial_rotary_factor": 0.5},
+    "gpt_neox": {"rotary_pct": 0.5},
+    "cohere": {"logit_scale": 0.5},
+    "cohere2": {"sliding_window": 5, "logit_scale": 0.5, "layer_types": ["sliding_attention", "full_attention"] * 2},
 }
 
 
@@ -126,20 +141,19 @@ def tiny_config(
     **extra: Any,
 ) -> PretrainedConfig:
     """A config with 96 tokens and 128 positions; ``extra`` goes to the family's config class as it is."""
+    groups = {} if family == "gpt_neox" else {"num_key_value_heads": kv_heads, "head_dim": head_dim}
     return AutoConfig.for_model(
         family,
         hidden_size=hidden,
         intermediate_size=channels,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
         max_position_embeddings=128,
         tie_word_embeddings=tied,
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=None,
-        **{"vocab_size": 96, "initializer_range": 0.2} | _switches(family, layers) | extra,
+        **groups | {"vocab_size": 96, "initializer_range": 0.2} | _switches(family, layers) | extra,
     )
 
 
@@ -208,7 +222,7 @@ def uniform_plan(model: PreTrainedModel, **fields: Any) -> PruningPlan:
 
 def _group_lists(model: PreTrainedModel) -> tuple[list[int], list[int], list[int]]:
     """All GQA groups, and all but the first or the last where there are several that may leave."""
-    heads = list(range(model.config.num_key_value_heads))
+    heads = list(range(kv_heads_of(model.config)))
     if len(heads) == 1 or model.config.model_type in WHOLE_ATTENTION:
         return heads, heads, heads
     return heads, heads[1:], heads[:-1]

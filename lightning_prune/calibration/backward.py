@@ -172,12 +172,12 @@ class BackwardPass(Pass):
                 output = self.model.run(layer, hidden)
             else:
                 before, *between, output = self.model.streams(layer, hidden)
-                for middle in between:
+                for middle in between:  # of blocks side by side, it is not what the next one reads
                     middle.retain_grad()
         if output.requires_grad:  # not the first layer's, when its weights are not watched
             torch.autograd.backward(output, cotangent.to(output.dtype))
         if slopes is not None:
-            gradients = [gradient for middle in between if (gradient := middle.grad) is not None] + [cotangent]
+            gradients = [cotangent if middle.grad is None else middle.grad for middle in between] + [cotangent]
             streams = [stream.detach() for stream in (before, *between, output)]
             added = [after - before for before, after in pairwise(streams)]
             pieces = [(cotangent, streams[-1] - streams[0]), *zip(gradients, added, strict=True)]

@@ -13,7 +13,6 @@ from lightning_prune.calibration.passes import Batch, Pass, Setting, Step
 from lightning_prune.calibration.results import Results
 from lightning_prune.calibration.stream_checkpoints import StreamCheckpoints
 from lightning_prune.models.experts import ROLE
-from lightning_prune.models.vocabulary import Block
 
 
 class CalibrationLoop:
@@ -119,12 +118,10 @@ class CalibrationLoop:
         if self.remaining:
             self.advance(share * self._finish_work, self._where(self.remaining[0]))
 
-    def results_of(self, name: str, block: Block | None = None) -> list[tuple[Step, LayerResult]]:
-        """Results of the pass ``name`` by layer, without new weights; of one ``block`` where steps are blocks."""
+    def results_of(self, name: str) -> list[tuple[Step, LayerResult]]:
+        """Results of the pass ``name`` by layer, without new weights."""
         found = [
-            (step, self.results.of(number))
-            for number, (current, step) in enumerate(self.steps)
-            if current.name == name and (block is None or step.phase == block)
+            (step, self.results.of(number)) for number, (current, step) in enumerate(self.steps) if current.name == name
         ]
         return sorted(found, key=lambda pair: pair[0].layer)
 

@@ -268,6 +268,7 @@ class ForwardPass(Pass):
 
 class BlockPass(Pass):
     """Forward, block by block, each rewritten from what the rewritten part before it outputs; a mixer stays as it is.
+    One beside the MLP is part of its step, because both read the same stream.
 
     The inputs of the two projections that write to the residual stream are kept while their block is open, so that the
     second evaluation of a rewritten block is that projection alone.
@@ -276,7 +277,7 @@ class BlockPass(Pass):
     changes = True
 
     def steps(self, layers: Sequence[LayerStructure]) -> list[Step]:
-        return [Step(layer, block) for layer, view in enumerate(layers) for block in view.blocks]
+        return [Step(layer, block) for layer, view in enumerate(layers) for block in view.stages]
 
     def begin(self, setting: Setting) -> None:
         super().begin(setting)
@@ -300,7 +301,7 @@ class BlockPass(Pass):
 
     def is_first(self, step: Step) -> bool:
         """Whether this is the model's first block."""
-        return step.layer == 0 and self.block(step) is self.view(step).blocks[0]
+        return step.layer == 0 and self.block(step) is self.view(step).stages[0]
 
     def start(self, step: Step) -> None:
         self.hooks = Hooks()
@@ -346,7 +347,10 @@ class BlockPass(Pass):
         """Once the rewritten projection is in place: add what it now outputs to the residual stream."""
         view, block = self.view(step), self.block(step)
         last = step.layer + 1 == self.model.num_layers and block is view.blocks[-1]
-        if block is Block.MIXER or last or not view.units(block):
+        if block is Block.MIXER or last:
+            return
+        if not view.units(block):
+            self.pass_by(step)
             return
         projection = self.projection(step).module
         with torch.no_grad(), self.setting.context():
@@ -355,6 +359,14 @@ class BlockPass(Pass):
                 output = projection(self.inner.get(rows, self.model.device))
                 self.stream.put(rows, self.model.add(step.layer, hidden, block, output))
         self.inner.close()
+
+    def pass_by(self, step: Step) -> None:
+        """Of the step's block nothing is there: a block beside it still adds to the stream."""
+        if self.view(step).side_by_side:
+            with torch.no_grad(), self.setting.context():
+                for rows in self.setting.batches():
+                    hidden = self.stream.get(rows, self.model.device)
+                    self.stream.put(rows, self.model.beside(step.layer, hidden))
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """The residual stream, and the inputs of one projection; those of a batch in fp32."""

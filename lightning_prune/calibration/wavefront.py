@@ -83,7 +83,7 @@ class RemovalPass(Pass):
         if len(self._pieces(layer)) > 1:
             first, second = self.model.views[layer].blocks
             self._keep(step, (second, layer), rows, between[0], tokens)
-            self._keep(step, (first, layer), rows, self.model.run_block(layer, second, hidden), tokens)
+            self._keep(step, (first, layer), rows, self.model.run_without(layer, first, hidden), tokens)
         self._keep(step, None, rows, after, tokens)
 
     def finish(self, step: Step) -> LayerResult:

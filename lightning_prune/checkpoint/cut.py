@@ -15,6 +15,7 @@ from lightning_prune.models.families import (
     family_of,
     has_bias,
     head_dim_of,
+    kv_heads_of,
     missing_biases,
     shapes_of,
     uniform_config,
@@ -47,7 +48,7 @@ def kept_part(family: Family, config: Any, kept: LayerPlan, name: str, tensor: T
     roles = family.roles_at(path)
     if not roles or (block := BLOCK_OF[roles[0]]) not in kept.kept:  # attention may be a part of a mixer
         return tensor
-    units = config.num_key_value_heads if block is Block.ATTENTION else getattr(config, family.width)
+    units = kv_heads_of(config) if block is Block.ATTENTION else getattr(config, family.width)
     left = kept.kept[block]
     if roles[0] == OUTPUT_ROLE[block]:
         return _kept(tensor, 1, units, left) if kind == "weight" else tensor
@@ -152,7 +153,7 @@ def pruned_config(config: Any, plan: PruningPlan) -> Any:
     choose_layers(pruned, config, [layer.layer for layer in left])
 
     widths = {block: {len(layer.kept[block]) for layer in left if block in layer.kept} for block in Block}
-    queries_per_kv_head = config.num_attention_heads // config.num_key_value_heads
+    queries_per_kv_head = config.num_attention_heads // kv_heads_of(config)
     if all(len(sizes) < 2 and 0 not in sizes for sizes in widths.values()):
         uniform = copy.deepcopy(pruned)
         for kv_heads in widths[Block.ATTENTION]:

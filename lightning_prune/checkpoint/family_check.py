@@ -30,6 +30,7 @@ from lightning_prune.models.families import (
     count_parameters,
     family_of,
     head_dim_of,
+    kv_heads_of,
     layer_structures,
     uniform_config,
 )
@@ -101,8 +102,8 @@ def shrunk(config: Any) -> Any:
     groups have more than one."""
     config, family = uniform_config(config), family_of(config)
     tiny = copy.deepcopy(config)
-    kv_heads = min(2, config.num_key_value_heads)
-    ratio = config.num_attention_heads // config.num_key_value_heads
+    kv_heads = min(2, kv_heads_of(config))
+    ratio = config.num_attention_heads // kv_heads_of(config)
     tiny.num_attention_heads, tiny.num_key_value_heads = kv_heads * min(2, ratio), kv_heads
     square = config.hidden_size == config.num_attention_heads * head_dim_of(config)
     tiny.hidden_size = tiny.num_attention_heads * HEAD_DIM + (0 if square else 2 * HEAD_DIM)
@@ -119,10 +120,12 @@ def shrunk(config: Any) -> Any:
         setattr(tiny, name, token)
     rotary = getattr(tiny, "rope_parameters", None) or {}  # one dictionary, or one per layer type
     for entry in [value for value in rotary.values() if isinstance(value, dict)] or [rotary]:
+        pairs = max(1, round(HEAD_DIM * entry.get("partial_rotary_factor", 1.0)) // 2)  # of dimensions that rotate
+        if "partial_rotary_factor" in entry:
+            entry["partial_rotary_factor"] = 2 * pairs / HEAD_DIM
         for name in ("short_factor", "long_factor"):  # a factor per frequency
             if entry.get(name):
-                rotated = int(HEAD_DIM * entry.get("partial_rotary_factor", 1.0))
-                entry[name] = [float(entry[name][0])] * (rotated // 2)
+                entry[name] = [float(entry[name][0])] * pairs
     for name in NOT_KIND:
         vars(tiny).pop(name, None)
     return tiny
@@ -186,9 +189,10 @@ def _run_by_parts(model: PreTrainedModel, dense: Checkpoint, tokens: Tensor) -> 
                 handle.remove()
             before, *streams = layered.streams(index, hidden)
             _same(f"the whole layer {index}, watched,", streams[-1], after)
-            for block, stream in zip(view.blocks, streams, strict=True):
+            for block, stream in list(zip(view.blocks, streams, strict=True))[-len(view.stages) :]:
                 where = f"the {block} block of layer {index}"
-                _same(f"{where}, alone,", layered.run_block(index, block, before), stream)
+                if not view.side_by_side:
+                    _same(f"{where}, alone,", layered.run_block(index, block, before), stream)
                 if block in view.prunable:
                     _same(f"{where}, its projection added,", layered.add(index, before, block, outputs[block]), stream)
                 before = stream
@@ -231,6 +235,9 @@ def _plans(model: PreTrainedModel, path: str) -> dict[str, PruningPlan]:
             kept |= _expert_units(experts.total, view.index) if experts else {key: [] for key in EXPERTS}
         pairs = zip(views, units, strict=True)
         layers = [LayerPlan(view.index, {block: kept[block] for block in view.blocks}) for view, kept in pairs]
+        attention = [layer.layer for layer in layers if Block.ATTENTION in layer.kept]
+        if attention and all(layers[index].removed for index in attention):  # which no plan may do
+            layers[attention[-1]] = LayerPlan(attention[-1], views[attention[-1]].all_units)
         counts = {"dense": dense, "pruned": parameters_after(views, dense, layers)}
         plans[name] = PruningPlan("check", None, 0.0, counts, None, path, layers)
     return plans

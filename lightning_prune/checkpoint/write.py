@@ -21,7 +21,7 @@ from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.expert_files import stored_parts
 from lightning_prune.models.families import family_of
 from lightning_prune.models.layered import LayeredModel, open_layered
-from lightning_prune.models.weights import DTYPES
+from lightning_prune.models.weights import DTYPES, begun
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import new_folder, write_json, write_text
 from lightning_prune.support.memory import free_host_bytes, give_back_freed_memory
@@ -115,6 +115,8 @@ def _write_config(model: LayeredModel, folder: Path) -> None:
         shutil.copyfile(modeling_pruned.__file__, folder / "modeling_pruned.py")
     with quiet_transformers():
         config.save_pretrained(folder)
+    if derived := {name: getattr(config, name) for name in family_of(config).derived}:
+        write_json(folder / "config.json", json.loads((folder / "config.json").read_text("utf-8")) | derived)
 
 
 def _check(model: LayeredModel, folder: Path, expected: Tensor) -> dict[str, Any]:
@@ -140,23 +142,28 @@ def write_weights(model: LayeredModel, folder: Path, progress: Callable[[int], N
     before, after = model.outside[:1], model.outside[1:]
     order = [*before, *(name for names in model.layer_names for name in names.values()), *after]
     hidden = model.embed(probe_tokens(model.config.vocab_size))
-    # transformers packs and unpacks experts of its own classes alone.
-    experts = None if model.config.is_heterogeneous else family_of(model.config).experts
-    parts = {name: stored_parts(name, parameters[name], experts) for name in order}
+    family, stock = family_of(model.config), not model.config.is_heterogeneous
+    # transformers packs and renames what files of its own classes hold, not of others.
+    experts, published = family.experts if stock else None, {new: old for old, new in family.renamed.items() if stock}
+
+    def stored(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+        return [(begun(part, published), values) for part, values in stored_parts(name, tensor, experts)]
+
+    parts = {name: stored(name, parameters[name]) for name in order}
     kinds = {own: torch.float32 if name in model.wide else dtype for name, of in parts.items() for own, _ in of}
     with _Shards(folder, {name: tuple(part.shape) for of in parts.values() for name, part in of}, kinds) as shards:
         for name in before:
-            shards.write(name, parameters[name])
+            shards.write(*stored(name, parameters[name])[0])
         for index, names in enumerate(model.layer_names):
             with model.layer(index) as layer:
                 model.announce(index + 1)
                 for inner, name in names.items():
-                    for part, values in stored_parts(name, layer.get_parameter(inner), experts):
+                    for part, values in stored(name, layer.get_parameter(inner)):
                         shards.write(part, values)
                 hidden = model.run(index, hidden)
             progress(index)
         for name in after:
-            shards.write(name, parameters[name])
+            shards.write(*stored(name, parameters[name])[0])
     return model.head(hidden)
 
 

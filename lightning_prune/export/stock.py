@@ -11,7 +11,7 @@ from lightning_prune.checkpoint.cut import pruned_config
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.models.checkpoint import Checkpoint, meta_model, skeleton
-from lightning_prune.models.families import count_parameters, family_of, shapes_of, uniform_config
+from lightning_prune.models.families import count_parameters, family_of, kv_heads_of, shapes_of, uniform_config
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.sources import Source
 from lightning_prune.models.vocabulary import Block
@@ -103,9 +103,9 @@ def stock_config(config: Any) -> Any:
     attention that the family's config can say."""
     dense, layers = uniform_config(config), config.per_layer_config
     channels = max((getattr(own, family_of(config).width) for own in layers if "mlp" not in own.skip), default=1)
-    least = 1 if family_of(config).whole_attention is None else dense.num_key_value_heads
-    widest = max((own.num_key_value_heads for own in layers if "attention" not in own.skip), default=least)
-    for kv_heads in range(widest, dense.num_key_value_heads + 1):
+    least = 1 if family_of(config).whole_attention is None else kv_heads_of(dense)
+    widest = max((kv_heads_of(own) for own in layers if "attention" not in own.skip), default=least)
+    for kv_heads in range(widest, kv_heads_of(dense) + 1):
         units = {Block.ATTENTION: list(range(kv_heads)), Block.MLP: list(range(channels))}
         blocks = [family_of(config).blocks_of(config, index) for index in range(config.num_hidden_layers)]
         kept = [LayerPlan(i, {block: units.get(block, [0]) for block in found}) for i, found in enumerate(blocks)]

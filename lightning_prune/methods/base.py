@@ -30,7 +30,6 @@ from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import LayerStructure, count_parameters, layer_structures
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.model_slot import ModelSlot, load_dtype
-from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.names import PRUNED
 from lightning_prune.support.progress import Progress
@@ -213,9 +212,10 @@ class PruningMethod(L.LightningModule):
         """Decide from an earlier run's scores; calibration data is only opened for a refit."""
         self.saved = saved
 
-    def results(self, name: str, block: Block | None = None) -> list[LayerResult]:
-        """Results of the pass ``name`` in the order of the layers; of one ``block`` where its steps are blocks."""
-        return [result for _, result in self.driver.loop.results_of(name, block) if result.importance or result.facts]
+    def results(self, name: str) -> list[LayerResult]:
+        """What the pass ``name`` left of every layer, in order; empty for a layer with nothing to measure."""
+        found = {step.layer: it for step, it in self.driver.loop.results_of(name) if it.importance or it.facts}
+        return [found.get(view.index, LayerResult()) for view in self.layers]
 
     def in_memory_plan(self) -> InMemoryPlan:
         """The plan so far, to be applied to the open dense model."""

@@ -53,8 +53,10 @@ class MeanBiases:
     def of(cls, config: Any) -> "MeanBiases":
         """What the family of ``config`` offers."""
         missing = missing_biases(config)
-        whole = family_of(config).whole_attention is not None
-        losing = [role for block, role in OUTPUT_ROLE.items() if not (whole and block is Block.ATTENTION)]
+        family, layers = family_of(config), range(config.num_hidden_layers)
+        there = {block for layer in layers for block in family.blocks_of(config, layer)}
+        there -= {Block.ATTENTION} if family.whole_attention else set()
+        losing = [role for block, role in OUTPUT_ROLE.items() if block in there]
         roles = [role for role in losing if missing.get(role, "") is not None]
         keys = sorted({key for role in roles if (key := missing.get(role)) is not None})
         net = skeleton(with_biases(config, keys))

@@ -28,6 +28,7 @@ from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.kfac import KFACPass
 from lightning_prune.methods.magnitude import MagnitudePass
 from lightning_prune.methods.measurement import SavedMeasurement
+from lightning_prune.methods.selection import best_attention
 from lightning_prune.methods.taylor import TaylorPass
 from lightning_prune.methods.wanda import WandaPass
 from lightning_prune.models.families import LayerStructure
@@ -180,7 +181,7 @@ class HGSP(GroupPruning):
     def score(self, scores: Scores) -> Scores:
         if self.saved is None and self.temperature > 0:
             results = self.results("importance" if self.prior == "gradient" else "prior")
-            delta = torch.tensor([result.facts["delta"] for result in results], dtype=torch.float64)
+            delta = torch.tensor([result.facts["delta"] for result in results if result.facts], dtype=torch.float64)
             self.priors = delta[0] if self.prior == "removal" else delta.T.contiguous()
         if self.temperature > 0:
             assert self.priors is not None
@@ -192,6 +193,7 @@ class HGSP(GroupPruning):
         """The ranking's choice, then auto-collapse of layers that are almost empty; nothing is refilled."""
         pruned = super().select(scores, layers, total_parameters)
         frozen = self.selection.frozen_layers(len(layers))
+        frozen |= set(scores.layer[best_attention(scores, layers)].tolist())
         return collapse(replace(scores, pruned=pruned), self.collapse_epsilon, frozen)
 
     def details(self) -> dict[str, Any]:

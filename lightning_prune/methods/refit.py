@@ -151,7 +151,7 @@ class RefitPass(BlockPass):
         projection = self.projection(step)
         inputs = self.inner.get(batch.rows, self.model.device)
         if self.scale is not None and dense is not None:
-            wanted = (dense.float() - before.float()) / self.scale
+            wanted = (dense.float() - self.model.beside(step.layer, before).float()) / self.scale
         else:
             wanted = projection.module(inputs).float()
         if (bias := getattr(projection.module, "bias", None)) is not None:
@@ -226,6 +226,8 @@ class RefitPass(BlockPass):
                     hidden = self.stream.get(rows, self.model.device)
                     self.stream.put(rows, self.model.run_block(step.layer, self.block(step), hidden))
             experts.route_to(None)
+        elif not self.kept[step.layer].removed:
+            self.pass_by(step)
 
     def end(self) -> None:
         super().end()
@@ -290,11 +292,14 @@ class RefitPass(BlockPass):
 
     def _dense(self, step: Step, batch: Batch) -> Tensor:
         """The dense stream after the block, kept for the next one."""
-        after_layer = self.block(step) is self.view(step).blocks[-1]
+        block = self.block(step)
+        after_layer = block is self.view(step).blocks[-1]
         if after_layer and step.layer + 1 < len(self.boundaries):
             after = self.boundaries[step.layer + 1].get(batch.rows, self.model.device)
         else:
-            after = self.model.run_block(step.layer, self.block(step), self.dense.get(batch.rows, self.model.device))
+            after = self.dense.get(batch.rows, self.model.device)
+            one = len(self.view(step).stages) == 1
+            after = self.model.run(step.layer, after) if one else self.model.run_block(step.layer, block, after)
         self.dense.put(batch.rows, after)
         return after
 
@@ -342,7 +347,8 @@ class RefitPass(BlockPass):
         weight = next(iter(self.view(step).linears.values())).weight
         ones = torch.ones(1, 1, self.model.config.hidden_size, device=self.model.device).to(weight.dtype)
         once, twice = (
-            self.model.add(step.layer, torch.zeros_like(ones), self.block(step), factor * ones) for factor in (1, 2)
+            self.model.add(step.layer, torch.zeros_like(ones), self.block(step), factor * ones, alone=True)
+            for factor in (1, 2)
         )
         linear = bool((twice == 2 * once).all() and (once == once[..., :1]).all())  # exact in binary floating point
         return float(once[0, 0, 0]) if linear else None

@@ -97,6 +97,7 @@ class GroupSelection:
         free &= protect_best(scores, self.min_groups_per_layer)
         if layers[0].whole_attention is not None:
             free &= ~scores.of_kind(Block.ATTENTION)
+        free[best_attention(scores, layers)] = False
         choose = select_global if self.allocation == "global" else select_uniform
         try:
             return choose(scores, free, budget)
@@ -111,6 +112,15 @@ def ranking(scores: Scores) -> Integers:
     whose prior is zero are ordered by their base score, and no tie depends on the sort's implementation.
     """
     return np.lexsort((scores.unit, scores.code, scores.layer, scores.base, scores.score))
+
+
+def best_attention(scores: Scores, layers: list[LayerStructure]) -> list[int]:
+    """The row of the GQA group that a hybrid keeps in any case, because transformers cannot decode with a cache of
+    mixers alone; none where every layer has attention."""
+    if all(Block.ATTENTION in view.parts for view in layers):
+        return []
+    order = ranking(scores)
+    return [int(row) for row in order[scores.of_kind(Block.ATTENTION)[order]][-1:]]
 
 
 def select_global(scores: Scores, candidates: Flags, budget: Budget) -> Flags:

@@ -40,6 +40,7 @@ from lightning_prune.models.weights import (
     loading,
     match_names,
     read_headers,
+    renamed,
     same_values,
     text_name,
 )
@@ -150,8 +151,9 @@ class Checkpoint:
             ends = {name: own for own in tensors if (name := text_name(own)) in ENDS}
             head, embedding = (ends.get(name) for name in ENDS)
             self.config.tie_word_embeddings = not head or not embedding or same_values(tensors, head, embedding)
-        experts = family_of(self.config).experts
-        return (tensors if experts is None else packed(tensors, experts)), files, left_out
+        family = family_of(self.config)
+        tensors = renamed(tensors, family.renamed)
+        return (tensors if family.experts is None else packed(tensors, family.experts)), files, left_out
 
     @cached_property
     def stored_dtype(self) -> torch.dtype:

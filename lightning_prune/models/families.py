@@ -18,7 +18,7 @@ from lightning_prune.support.errors import UserError
 
 # Of the config of a checkpoint with widths per layer, beside these widths.
 PER_LAYER_KEYS = (
-    *("auto_map", "how_to_load", "block_norms", "block_modules", "logit_scale"),
+    *("auto_map", "how_to_load", "block_norms", "block_modules"),
     "allow_global_per_layer_attribute_access",
 )
 
@@ -94,7 +94,8 @@ class LayerStructure:
 
     Weights: query ``[K·r·d, D]``, key and value ``[K·d, D]``, output ``[D, K·r·d]``, gate and up ``[F, D]``,
     down ``[D, F]``. KV head j serves the contiguous query heads j·r … j·r + r − 1. ``parts``: its blocks in the order
-    of execution. ``whole_attention``: why groups cannot be removed one by one, or None.
+    of execution. ``whole_attention``: why groups cannot be removed one by one, or None. ``side_by_side``: both blocks
+    read the layer's input.
     """
 
     index: int
@@ -102,11 +103,18 @@ class LayerStructure:
     parts: dict[Block, BlockStructure]
     head_dim: int
     whole_attention: str | None = None
+    side_by_side: bool = False
 
     @property
     def blocks(self) -> tuple[Block, ...]:
         """What the layer has, in the order of execution."""
         return tuple(self.parts)
+
+    @property
+    def stages(self) -> tuple[Block, ...]:
+        """The blocks that change the residual stream one after another. Of two side by side it is the last, in whose
+        stage the stream takes both (``LayeredModel.beside``)."""
+        return self.blocks[-1:] if self.side_by_side else self.blocks
 
     @property
     def prunable(self) -> tuple[Block, ...]:
@@ -214,12 +222,17 @@ def head_dim_of(config: Any) -> int:
     return int(explicit or config.hidden_size // config.num_attention_heads)
 
 
+def kv_heads_of(config: Any) -> int:
+    """K: as many as query heads where the config has no number of its own."""
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
 def shapes_of(config: Any) -> dict[str, tuple[int, int]]:
     """Shape ``[rows, columns]`` of every role's weight in a model or layer with this config."""
     skipped = getattr(config, "skip", None) or ()
     family, hidden, head_dim = family_of(config), config.hidden_size, head_dim_of(config)
     channels = getattr(config, family.width)
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    heads, kv_heads = config.num_attention_heads, kv_heads_of(config)
     if "attention" in skipped:
         heads, kv_heads = 0, 0
     if "mlp" in skipped:
@@ -259,7 +272,8 @@ def uniform_config(config: Any) -> Any:
     """A copy of ``config`` with the widths of the dense model, which are the global ones, in every layer."""
     uniform = copy.deepcopy(config)
     uniform.per_layer_config = None
-    for name in PER_LAYER_KEYS:
+    copied = ("logit_scale",) if getattr(config, "logits_scaling", None) else ()  # of others it is a key of their own
+    for name in (*PER_LAYER_KEYS, *copied):
         uniform.__dict__.pop(name, None)
     return uniform
 
@@ -320,7 +334,8 @@ def _layer_structure(family: Family, config: Any, index: int, layer: nn.Module) 
         if block is Block.MLP and family.experts and hasattr(getattr(layer, family.mlp), family.experts.experts):
             block = Block.EXPERT_CHANNEL  # not in every layer
         parts[block] = block_structure(block)
-    view = LayerStructure(index, layer, parts, head_dim_of(config), family.whole_attention)
+    beside = family.says(config, family.side_by_side)
+    view = LayerStructure(index, layer, parts, head_dim_of(config), family.whole_attention, beside)
     shapes = shapes_of(config)
     for role, linear in view.linears.items():
         expected = (shapes[role], 0 not in shapes[role] and has_bias(config, role))
@@ -351,8 +366,8 @@ def _projection(family: Family, config: Any, role: str, module: nn.Linear) -> Pr
 
 def has_bias(config: Any, role: str) -> bool:
     """Whether the projection of ``role`` has a bias in models with ``config``."""
-    bias = family_of(config).bias_of(role)
-    return bool(getattr(config, bias, False)) if isinstance(bias, str) else bias
+    family = family_of(config)
+    return family.says(config, family.bias_of(role))
 
 
 def missing_biases(config: Any) -> dict[str, str | None]:

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from lightning_prune.models.checkpoint import Checkpoint, kept_in_fp32
 from lightning_prune.models.experts import unroute
-from lightning_prune.models.families import LayerStructure, family_of, layer_structures, layers_of
+from lightning_prune.models.families import BlockStructure, LayerStructure, family_of, layer_structures, layers_of
 from lightning_prune.models.head import loss_gradient, token_losses
 from lightning_prune.models.overflow import Overflow
 from lightning_prune.models.sources import Prefetching, Source
@@ -214,7 +214,10 @@ class LayeredModel:
         return result
 
     def streams(self, index: int, hidden: Tensor) -> list[Tensor]:
-        """The residual stream ``[B, L, D]`` before, between and after the layer's blocks, one more than there are."""
+        """The residual stream ``[B, L, D]`` before, between and after the layer's blocks, one more than there are. Of
+        two blocks side by side the first comes first."""
+        if self.views[index].side_by_side:
+            return [hidden, self.beside(index, hidden), self.run(index, hidden)]
         seen = [hidden]
         entries = [part.entry for part in self.views[index].parts.values()][1:]
         handles = [entry.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for entry in entries]
@@ -230,12 +233,24 @@ class LayeredModel:
         with _replaced_forward(self._without(index, block)):
             return self.run(index, hidden)
 
-    def add(self, index: int, hidden: Tensor, block: Block, output: Tensor) -> Tensor:
+    def run_without(self, index: int, block: Block, hidden: Tensor) -> Tensor:
+        """The residual stream ``[B, L, D]`` after the layer whose ``block`` adds nothing."""
+        with _replaced_forward(_silent(self.views[index].parts[block])):
+            return self.run(index, hidden)
+
+    def beside(self, index: int, hidden: Tensor) -> Tensor:
+        """The residual stream ``[B, L, D]`` after the first of two blocks that both read ``hidden``; ``hidden`` itself
+        where blocks come one after another."""
+        view = self.views[index]
+        return self.run_block(index, view.blocks[0], hidden) if view.side_by_side else hidden
+
+    def add(self, index: int, hidden: Tensor, block: Block, output: Tensor, alone: bool = False) -> Tensor:
         """The residual stream after a block with the input ``hidden`` and the output ``output``, ``[B, L, D]`` each,
-        through the layer's own norms and multipliers. Does not count as an evaluation."""
+        through the layer's own norms and multipliers; unless ``alone``, with what a block side by side with it adds.
+        Does not count as an evaluation."""
         scale = family_of(self.config).mlp_scale(self.config) if block is Block.MLP else None
         output = output if scale is None else output * scale
-        stubs = self._without(index, block)
+        stubs = self._without(index, block) if alone or not self.views[index].side_by_side else {}
         for module, pair in self.views[index].parts[block].modules.items():
             stubs[module] = lambda *_, pair=pair, **__: (output, None) if pair else output
         with _replaced_forward(stubs):
@@ -264,10 +279,8 @@ class LayeredModel:
 
     def _without(self, index: int, block: Block) -> dict[nn.Module, Any]:
         """Stubs in place of the modules of all other blocks of a layer."""
-        others = (part for other, part in self.views[index].parts.items() if other is not block)
-        return {
-            module: _nothing_and_none if pair else _nothing for part in others for module, pair in part.modules.items()
-        }
+        others = [part for other, part in self.views[index].parts.items() if other is not block]
+        return {module: stub for part in others for module, stub in _silent(part).items()}
 
     def _evaluate(self, index: int, hidden: Tensor) -> Tensor:
         shape = (hidden.shape[0], hidden.shape[1])
@@ -350,6 +363,11 @@ def _replaced_forward(stubs: Mapping[nn.Module, Any]) -> Iterator[None]:
     finally:
         for module in stubs:
             del module.forward
+
+
+def _silent(part: BlockStructure) -> dict[nn.Module, Any]:
+    """Stubs in place of the modules of a block."""
+    return {module: _nothing_and_none if pair else _nothing for module, pair in part.modules.items()}
 
 
 def _nothing(*args: Any, **kwargs: Any) -> Tensor:

@@ -67,6 +67,9 @@ class Family:
     what the MLP multiplies the output of its down projection with, if it does. ``tiny`` are config entries that make
     the mixer of a tiny model small. ``has_experts`` says of a config that its model has experts, which
     the record does not treat.
+    ``side_by_side``: whether attention (a mixer, which stays whole) and MLP both read the layer's input; True, False,
+    or the config key that decides. ``renamed``: how names in weight files begin → in the model.
+    ``derived``: keys that transformers computes from others and does not write, and that other runtimes read.
     ``stock_alias`` names a family with the same arithmetic that takes head counts which this family's own config
     refuses; it is used only while no projection has a bias. ``whole_attention`` says why GQA groups cannot be removed
     one by one, where they cannot: such a family loses MLP channels and whole layers.
@@ -104,6 +107,9 @@ class Family:
     mlp_scale: Callable[[Any], float | None] = lambda config: None
     has_experts: Callable[[Any], bool] = lambda config: False
     tiny: Mapping[str, Any] = field(default_factory=dict)
+    side_by_side: bool | str = False
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    derived: tuple[str, ...] = ()
 
     def blocks_of(self, config: Any, index: int) -> tuple[Block, ...]:
         """What layer ``index`` of a model with ``config`` is made of, in the order of execution."""
@@ -137,6 +143,11 @@ class Family:
             return self.mlp_bias
         return self.o_bias if role == "output" else self.qkv_bias
 
+    @staticmethod
+    def says(config: Any, entry: bool | str) -> bool:
+        """The value of an entry that may name the config key that decides."""
+        return bool(getattr(config, entry, False)) if isinstance(entry, str) else entry
+
     def roles_at(self, path: str) -> list[str]:
         """The roles that the projection ``path`` below the layer holds, in the order of its rows; none for others."""
         return [role for role in ROLES if self.path_of(role) == path]
@@ -144,6 +155,8 @@ class Family:
 
 _ALL_HEADS = "its query and key norms span all heads at once, so the other heads change when one leaves"
 _FIXED_OUTPUT = "transformers derives the shape of its attention from hidden_size, so fewer heads cannot be loaded"
+_BESIDE = "its attention and its MLP read the same input side by side, and the attention is kept as one block"
+_HYBRID = "its attention and its state space read the same input side by side, and are kept as one block"
 _POST_NORMS: dict[str, Any] = {
     "attention_norms": Norms(None, "post_attention_layernorm"),
     "mlp_norms": Norms(None, "post_feedforward_layernorm"),
@@ -300,6 +313,7 @@ FAMILIES: dict[str, Family] = {
             kinds="layers_block_type",
             blocks={"hybrid": _MIXER},
             mixer={"mamba": False, "self_attn": True},
+            whole_attention=_HYBRID,
             layer_returns=1,
             mlp_scale=lambda config: config.mlp_multipliers[1],
             tiny={**_MAMBA, "mamba_d_ssm": 16},
@@ -319,7 +333,70 @@ FAMILIES: dict[str, Family] = {
             layer_returns=2,
             tiny=_MAMBA,
         ),
+        Family(
+            "phi",
+            mlp_bias=True,
+            final_norm="model.final_layernorm",
+            gate=None,
+            up="fc1",
+            down="fc2",
+            mlp_norms=Norms(None),
+            blocks={"": _MIXER},
+            mixer={"self_attn": True},
+            side_by_side=True,
+            whole_attention=_BESIDE,
+        ),
+        Family(
+            "gpt_neox",
+            mlp_bias=True,
+            layers="gpt_neox.layers",
+            final_norm="gpt_neox.final_layer_norm",
+            attention="attention",
+            gate=None,
+            up="dense_h_to_4h",
+            down="dense_4h_to_h",
+            blocks={"": _MIXER},
+            mixer={"attention": True},
+            side_by_side="use_parallel_residual",
+            whole_attention=_BESIDE,
+            renamed={"embed_out.": "lm_head."},
+        ),
+        *(
+            Family(
+                name,
+                per_layer_lists=_TYPES,
+                mlp_norms=Norms(None),
+                blocks=dict.fromkeys(("", "sliding_attention", "full_attention"), _MIXER),
+                mixer={"self_attn": True},
+                side_by_side=True,
+                whole_attention=_BESIDE,
+            )
+            for name in ("cohere", "cohere2")
+        ),
+        Family(
+            "nemotron_h",
+            mlp_bias="mlp_bias",
+            per_layer_lists=("layers_block_type",),
+            final_norm="model.norm_f",
+            attention="mixer",
+            mlp="mixer",
+            gate=None,
+            attention_norms=Norms("norm"),
+            mlp_norms=Norms("norm"),
+            kinds="layers_block_type",
+            blocks={
+                "linear_attention": (Block.MIXER,),
+                "full_attention": (Block.ATTENTION,),
+                "mlp": (Block.MLP,),
+            },
+            mixer={"mixer": False},
+            has_experts=lambda config: "moe" in config.layers_block_type,
+            tiny={"mamba_num_heads": 2, "mamba_head_dim": 8, "ssm_state_size": 4, "n_groups": 1, "chunk_size": 8},
+            renamed={"backbone.": "model."},
+            derived=("num_hidden_layers", "hybrid_override_pattern"),
+        ),
     )
 }
 
-TEXT_PARTS = ("gemma3", "mistral3")  # models of several, of which the text model is taken
+# Models of several, of which the text model is taken → a family that it is of.
+TEXT_PARTS = {"gemma3": "gemma3_text", "mistral3": "mistral"}

@@ -5,8 +5,16 @@ STATES = (
     "it has state-space, recurrent or linear-attention layers, and no record says yet what can be removed around them"
 )
 PLAIN_MLP = "its MLP is not gated, and its projections are not those of a gated decoder (GPT-2 style)"
-PARALLEL = "attention and MLP of a layer read the same input side by side, so a layer cannot be run block by block"
+PARALLEL = "attention and MLP of a layer read the same input side by side, and no record says yet where its weights are"
 SHARED = "its layers share keys, values or embeddings with each other, so they cannot leave one by one"
+PERIODIC = (
+    "its config says by a period where layers have attention and experts, so few layers could be removed, and these "
+    "layers are classes of their own"
+)
+SCALED = (
+    "every layer scales the whole residual stream by a stored number, its config has sizes per layer of its own, and "
+    "in the smaller models layers share keys and values"
+)
 LATENT = "its attention is compressed into a latent space and has no rows per head to remove"
 ENCODER_DECODER = "it is an encoder-decoder; only decoders are pruned"
 SEVERAL_MODELS = (
@@ -19,11 +27,13 @@ FAMILIES_BY_REASON = {
         dbrx jetmoe dots1 hunyuan_v1_moe minimax exaone_moe afmoe solar_open
     """,
     STATES: """
-        mamba mamba2 falcon_mamba jamba zamba zamba2 recurrent_gemma rwkv xlstm nemotron_h qwen3_next olmo_hybrid
+        mamba mamba2 falcon_mamba zamba zamba2 recurrent_gemma rwkv xlstm qwen3_next olmo_hybrid
     """,
     PLAIN_MLP: "gpt2 gpt_neo gpt_bigcode opt bloom mpt codegen xglm biogpt starcoder2 nemotron persimmon openai-gpt",
-    PARALLEL: "gpt_neox gptj falcon phi cohere cohere2",
-    SHARED: "gemma3n_text gemma4_text",
+    PARALLEL: "gptj falcon",
+    PERIODIC: "jamba",
+    SHARED: "gemma3n_text",
+    SCALED: "gemma4_text",
     LATENT: "deepseek_v2 deepseek_v3 minicpm3",
 }
 REFUSED = {name: reason for reason, names in FAMILIES_BY_REASON.items() for name in names.split()}

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ OPTION = "--model.pretrained"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by stored name
 INDEX_LIMIT = 100_000_000  # bytes
 # Parts that published checkpoints hold beside the causal language model: rotary tables, which are computed from the
-# config, heads for other purposes, and models for images and sound.
+# config, causal masks, heads for other purposes, and models for images and sound.
 SIDE_PARTS = re.compile(
-    r"(?:^|\.)(rotary_emb)\.(?:original_)?(?:inv_freq|cos_cached|sin_cached)$"
+    r"(?:^|\.)(rotary_emb)\.(?:original_)?(?:inv_freq|cos_cached|sin_cached)$|(?:^|\.)(attention\.(?:masked_)?bias)$"
     r"|^(?:model\.|base_model\.)*(mtp\w*|v_head|value_head|medusa_head\w*|vision_tower|vision_model|audio_tower"
     r"|multi_modal_projector|mm_projector)\."
 )
@@ -127,7 +127,7 @@ def _side_part(name: str, num_layers: int) -> str | None:
     """The known part beside the causal language model that a tensor belongs to; None for all others."""
     own = text_name(name)
     if match := SIDE_PARTS.search(own):
-        return match[1] or match[2]
+        return match[match.lastindex or 0]
     layer = re.match(r"(?:model\.)*(layers\.(\d+))\.", own)
     return layer[1] if layer and int(layer[2]) >= num_layers else None
 
@@ -138,6 +138,21 @@ def text_name(name: str) -> str:
         if re.match(pattern, name):
             return re.sub(pattern, own, name)
     return name
+
+
+def renamed(tensors: Mapping[str, TensorEntry], beginnings: Mapping[str, str]) -> dict[str, TensorEntry]:
+    """The tensors by other names: ``beginnings`` of names → what is in their place."""
+    found = {}
+    for stored, entry in tensors.items():
+        name = begun(stored, beginnings)
+        found[name] = entry if name == stored else replace(entry, parts=((entry.file, stored),))
+    return found
+
+
+def begun(name: str, beginnings: Mapping[str, str]) -> str:
+    """``name`` with another beginning, where ``beginnings`` has its own."""
+    old = next((old for old in beginnings if name.startswith(old)), "")
+    return beginnings.get(old, "") + name.removeprefix(old)
 
 
 def match_names(source: str, tensors: Mapping[str, TensorEntry], model: nn.Module) -> dict[str, str]:
@@ -219,8 +234,9 @@ def same_values(tensors: Mapping[str, TensorEntry], first: str, second: str) -> 
         return False
     values = []
     for name in (first, second):
-        with safe_open(tensors[name].file, framework="pt") as file:
-            values.append(file.get_tensor(name))  # a view of the file: takes no memory of its own
+        ((place, stored),) = tensors[name].parts or ((tensors[name].file, name),)
+        with safe_open(place, framework="pt") as file:
+            values.append(file.get_tensor(stored))  # a view of the file: takes no memory of its own
     return torch.equal(*(value.view(torch.uint8) for value in values))
 
 

@@ -8,12 +8,13 @@ import torch
 
 from lightning_prune.calibration.loop import CalibrationLoop
 from lightning_prune.calibration.wavefront import RemovalPass
+from lightning_prune.models.families import layers_of
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.records import FAMILIES
 from tests.calibration.driving import drive
 from tests.cutting import MemorySource, layered
 from tests.methods.test_hgsp import reference_priors
-from tests.tiny import EVERY_FAMILY, make_tiny, tiny_tokens
+from tests.tiny import EVERY_FAMILY, ONE_BLOCK, make_tiny, tiny_tokens
 
 
 def reads_of(model: LayeredModel, layer: int) -> int:
@@ -47,8 +48,15 @@ def test_whole_layers_alone_are_cheaper_and_the_same(tmp_path: Path) -> None:
     assert model.evaluations == layers + layers * (layers - 1) // 2
 
 
+MIXERS = ("linear_attn", "conv", "mamba", "self_attn", "attention")
+
+
 def no_attention(hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
     return torch.zeros_like(hidden_states), None
+
+
+def nothing(hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    return torch.zeros_like(hidden_states)
 
 
 @pytest.mark.parametrize("family", EVERY_FAMILY)
@@ -75,18 +83,17 @@ def test_restarting_behind_a_piece_is_bit_identical_to_a_whole_forward(
         return float(losses.double().sum())
 
     assert float(one.losses.dense) == loss()
-    for index, layer in enumerate(model.model.layers):
+    for index, layer in enumerate(layers_of(model)):
         values = FAMILIES[family].layer_returns
         layer.forward = lambda hidden, *_, n=values, **__: (hidden, None)[:n] if n else hidden
         assert float(one.losses.removed[0, index]) == loss()
         del layer.forward
-        first = {name: getattr(layer, name, None) for name in ("linear_attn", "conv", "mamba", "self_attn")}
+        if family in ONE_BLOCK:
+            continue
+        first = {name: getattr(layer, name, None) for name in MIXERS}
         for name, module in first.items():
             if module is not None:
-                zeros = (
-                    no_attention if name == "self_attn" else lambda hidden_states, **_: torch.zeros_like(hidden_states)
-                )
-                module.forward = zeros
+                module.forward = no_attention if name in ("self_attn", "attention") else nothing
         assert float(one.losses.removed[1, index]) == loss()
         for module in filter(None, first.values()):
             del module.forward

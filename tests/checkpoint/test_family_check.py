@@ -81,6 +81,9 @@ def test_layers_without_experts_after_some_with_are_refused_where_the_config_can
         ("seed_oss", {"attention_bias": False, "attention_out_bias": True, "mlp_bias": True}),
         ("helium", {"attention_bias": True, "mlp_bias": True}),
         ("stablelm", {"use_qkv_bias": True, "qk_layernorm": True}),
+        ("phi", {"partial_rotary_factor": 0.4, "qk_layernorm": True}),  # of 8 dimensions not an even number
+        ("gpt_neox", {"use_parallel_residual": False}),
+        ("cohere", {"use_qk_norm": True, "attention_bias": True}),
     ],
 )
 def test_and_so_with_its_switches(family: str, switches: dict[str, Any]) -> None:
@@ -95,6 +98,17 @@ def test_a_large_model_is_tried_in_seconds_and_once_per_kind(family: str) -> Non
     assert time.perf_counter() - start < 10
     check_family(AutoConfig.for_model(family, hidden_size=2 * large.hidden_size, intermediate_size=77))
     assert (proof._tried.cache_info().misses, proof._tried.cache_info().hits) == (1, 1)
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": {},
+    "nemotron_h": {"hybrid_override_pattern": "M-M-M-M*-M-M-M*-"},
+}
+
+
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_a_hybrid_with_few_layers_of_attention_is_tried(family: str) -> None:
+    check_family(AutoConfig.for_model(family, **PUBLISHED[family]))
 
 
 def test_the_small_model_has_every_sort_of_layer_of_the_large_one() -> None:

@@ -6,10 +6,10 @@ import torch
 from lightning_prune.checkpoint.in_memory_plan import InMemoryPlan
 from lightning_prune.models.families import layer_structures
 from tests.cutting import cut, layered
-from tests.tiny import CUTTABLE, HYBRIDS, make_tiny, mixed_plan, tiny_tokens
+from tests.tiny import CUTTABLE, HYBRIDS, SIDE_BY_SIDE, make_tiny, mixed_plan, tiny_tokens
 
 
-@pytest.mark.parametrize("family", [*CUTTABLE, *HYBRIDS])
+@pytest.mark.parametrize("family", [*CUTTABLE, *HYBRIDS, *SIDE_BY_SIDE])
 def test_logits_are_those_of_the_cut_model(family: str) -> None:
     model = make_tiny(family)
     plan, tokens = mixed_plan(model), tiny_tokens()

@@ -22,7 +22,7 @@ import lightning_prune
 from lightning_prune.checkpoint import write
 from lightning_prune.data.calibration import fingerprint
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.models.families import LayerStructure, count_parameters, layer_structures
+from lightning_prune.models.families import LayerStructure, count_parameters, family_of, layer_structures
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.vocabulary import Block
 from tests.methods.behaviour import FAST_SYSTEMS, SYSTEMS, Run, logits, prune, save_model, save_tokens, temporary_files
@@ -207,10 +207,11 @@ def test_shapes_and_weights_are_those_of_the_plan(shared: Any, system: str, kind
                 continue
             parts.setdefault(path, []).append(part)
         expected = {path: torch.cat(found) for path, found in parts.items()}
-        names = {f"model.layers.{position}.{path}.weight" for path in paths.values()} & pruned.keys()
-        assert names == {f"model.layers.{position}.{name}.weight" for name in expected}
+        layer = f"{family_of(dense.config).layers}.{position}"
+        names = {f"{layer}.{path}.weight" for path in paths.values()} & pruned.keys()
+        assert names == {f"{layer}.{name}.weight" for name in expected}
         for name, weight in expected.items():
-            found = pruned[f"model.layers.{position}.{name}.weight"]
+            found = pruned[f"{layer}.{name}.weight"]
             assert found.shape == weight.shape
             assert plan["weights_updated"] or torch.equal(found, weight), name
 
@@ -233,6 +234,10 @@ NAMES = {
     "granitemoehybrid": dict.fromkeys(("gate", "up"), "shared_mlp.input_linear") | {"down": "shared_mlp.output_linear"},
     "falcon_h1": FEED_FORWARD,
     "bamba": FEED_FORWARD,
+    "nemotron_h": {"up": "mixer.up_proj", "down": "mixer.down_proj"}
+    | {role: f"mixer.{role[0]}_proj" for role in ("query", "key", "value", "output")},
+    "phi": {"up": "mlp.fc1", "down": "mlp.fc2"},
+    "gpt_neox": {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"},
     "phi3": dict.fromkeys(("query", "key", "value"), "self_attn.qkv_proj")
     | dict.fromkeys(("gate", "up"), "mlp.gate_up_proj"),
 }

@@ -25,14 +25,21 @@ SAMPLES, LENGTH, DAMPING = 24, 16, 0.05
 
 
 def residual_streams(model: PreTrainedModel, tokens: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Before every attention (and behind the last layer), and before every MLP's norm: ``[tokens, D]`` each."""
+    """Before every attention (and behind the last layer), and with what attention adds: ``[tokens, D]`` each."""
     before: list[Tensor] = []
     middle: list[Tensor] = []
     handles = []
     for layer in model.model.layers:
         handles.append(layer.register_forward_pre_hook(lambda _, args: before.append(args[0].flatten(0, 1))))
-        norm = getattr(layer, "pre_feedforward_layernorm", None) or layer.post_attention_layernorm
-        handles.append(norm.register_forward_pre_hook(lambda _, args: middle.append(args[0].flatten(0, 1))))
+        norm = getattr(layer, "pre_feedforward_layernorm", None) or getattr(layer, "post_attention_layernorm", None)
+        if norm is None:  # side by side
+            handles.append(
+                layer.self_attn.register_forward_hook(
+                    lambda _, args, out: middle.append(before[-1] + out[0].flatten(0, 1))
+                )
+            )
+        else:
+            handles.append(norm.register_forward_pre_hook(lambda _, args: middle.append(args[0].flatten(0, 1))))
     final = model.model.norm.register_forward_pre_hook(lambda _, args: before.append(args[0].flatten(0, 1)))
     with torch.no_grad():
         model(input_ids=tokens, use_cache=False)
@@ -59,7 +66,7 @@ def reference(
     stream_before, stream_middle = residual_streams(dense, tokens)
     for index, plan in enumerate(kept):
         layer = pruned.model.layers[index]
-        for block in ("attention", "mlp"):
+        for block in (block for block in plan.kept if block is not Block.MIXER):
             linear = layer.self_attn.o_proj if block == "attention" else layer.mlp.down_proj
             units = plan.kept[Block.ATTENTION] if block == "attention" else plan.kept[Block.MLP]
             width = linear.in_features // model.config.num_key_value_heads if block == "attention" else 1
@@ -103,6 +110,7 @@ def close(got: Tensor, want: Tensor) -> float:
         ("llama", "output", False, 1.0),
         ("seed_oss", "residual", True, 1.0),  # o has a bias
         ("granite", "residual", True, 0.4),  # blocks are multiplied before they are added
+        ("cohere", "residual", True, 1.0),  # attention beside the MLP
         ("gemma2", "residual", False, 1.0),  # a norm stands behind the block: output stands in
     ],
 )

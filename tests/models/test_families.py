@@ -18,6 +18,7 @@ from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 from tests.cutting import cut, layered
 from tests.tiny import FAMILIES, make_tiny, mixed_plan, tiny_config, tiny_plan, tiny_tokens
+from tools import families_table
 
 ROOT = Path(__file__).parent.parent.parent
 BIASED = [("llama", {"attention_bias": True, "mlp_bias": True}), ("qwen3", {"attention_bias": True})]
@@ -50,7 +51,7 @@ def test_a_family_that_nobody_has_looked_at_leads_to_the_guide() -> None:
     assert (ROOT / GUIDE).is_file()
 
 
-@pytest.mark.parametrize("model_type", ["t5", "llava", "dbrx", "mamba", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["t5", "llava", "dbrx", "mamba", "gptj"])
 def test_what_is_never_pruned_is_refused_with_a_reason(model_type: str) -> None:
     with pytest.raises(UserError, match=rf"'{model_type}' is not supported: \w+ .* \w+\. Known families: ") as error:
         family_of(AutoConfig.for_model(model_type))
@@ -60,7 +61,9 @@ def test_what_is_never_pruned_is_refused_with_a_reason(model_type: str) -> None:
 def test_the_page_on_families_names_every_record_and_every_refusal() -> None:
     supported, refused = (ROOT / "docs" / "families.md").read_text(encoding="utf-8").split("## Refused")
     named = {name for line in supported.splitlines() if line.startswith("| `") for name in re.findall(r"`(\w+)`", line)}
-    assert named - {"model_type"} == {*FAMILIES_OF_RECORD, *TEXT_PARTS}
+    assert named - {"model_type"} == {*FAMILIES_OF_RECORD, *TEXT_PARTS} == set(families_table.MODELS)
+    page = families_table.PAGE.read_text(encoding="utf-8")
+    assert families_table.written(page) == page, "python tools/families_table.py writes the table anew"
     for reason, names in FAMILIES_BY_REASON.items():
         row = next(line for line in refused.splitlines() if line.startswith(f"| {reason} |"))
         assert re.findall(r"`([\w-]+)`", row) == names.split()

@@ -2,6 +2,7 @@
 
 import contextlib
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,17 @@ from lightning_prune.models.families import layer_structures
 from lightning_prune.models.layered import LayeredModel, Onload, open_layered
 from lightning_prune.models.vocabulary import Block
 from tests.cutting import CPU, MemorySource, layered, layered_cut
-from tests.tiny import CUTTABLE, EVERY_FAMILY, WHOLE_ATTENTION, make_tiny, mixed_plan, tiny_tokens, uniform_plan
+from tests.tiny import (
+    CUTTABLE,
+    EVERY_FAMILY,
+    ONE_BLOCK,
+    SIDE_BY_SIDE,
+    WHOLE_ATTENTION,
+    make_tiny,
+    mixed_plan,
+    tiny_tokens,
+    uniform_plan,
+)
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
     *((family, {"tied": tied}) for family in EVERY_FAMILY for tied in (True, False)),
@@ -129,7 +140,7 @@ def test_every_layer_is_read_once_per_pass_and_ahead_of_time() -> None:
     assert model.evaluations == 4
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", [family for family in EVERY_FAMILY if family not in (*SIDE_BY_SIDE, *ONE_BLOCK)])
 @torch.no_grad()
 def test_attention_and_mlp_apart_are_the_layer(family: str) -> None:
     dense = make_tiny(family)
@@ -155,6 +166,39 @@ def test_attention_and_mlp_apart_are_the_layer(family: str) -> None:
         for found, expected in zip(model.streams(1, hidden), (hidden, kept["middle"], kept["after"]), strict=True):
             assert torch.equal(found, expected)
     assert model.evaluations == 5
+
+
+@pytest.mark.parametrize("family", SIDE_BY_SIDE)
+@torch.no_grad()
+def test_blocks_side_by_side_both_read_the_layers_input(family: str) -> None:
+    model, tokens = layered(make_tiny(family)), tiny_tokens()
+    hidden, added, kept = model.embed(tokens), dict[Block, Tensor](), dict[str, Tensor]()
+    parts = model.views[0].parts
+    assert (list(parts), model.views[0].stages) == ([Block.MIXER, Block.MLP], (Block.MLP,))
+    handles = [
+        module.register_forward_hook(
+            lambda _, args, out, block=block: added.update({block: out[0] if isinstance(out, tuple) else out})
+        )
+        for block, part in parts.items()
+        for module in part.modules
+    ]
+    with model.layer(0):
+        after = model.run(0, hidden)
+        for handle in handles:
+            handle.remove()
+        close = partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
+        close(after, hidden + added[Block.MIXER] + added[Block.MLP])
+        for block, output in added.items():
+            close(model.run_block(0, block, hidden), hidden + output)
+            close(model.run_without(0, block, hidden), after - output)
+        close(model.beside(0, hidden), hidden + added[Block.MIXER])
+        for found, expected in zip(model.streams(0, hidden), (hidden, after - added[Block.MLP], after), strict=True):
+            close(found, expected)
+        projection = model.views[0].projection(Block.MLP).module
+        projection.register_forward_hook(lambda _, args, out: kept.update(output=out))
+        model.run(0, hidden)
+        assert torch.equal(model.add(0, hidden, Block.MLP, kept["output"]), after)
+        close(model.add(0, hidden, Block.MLP, kept["output"], alone=True), after - added[Block.MIXER])
 
 
 @pytest.mark.parametrize("family", [*CUTTABLE, *WHOLE_ATTENTION])

@@ -12,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.models.checkpoint import Checkpoint
+from lightning_prune.models.layered import open_layered
 from lightning_prune.models.weights import read_headers
 from lightning_prune.support.errors import UserError
 from tests.tiny import make_tiny, tiny_tokens
@@ -120,6 +122,25 @@ def test_known_side_parts_are_left_out_and_named(tiny_checkpoint: Callable[..., 
     with pytest.warns(UserWarning, match=rf"left out: {re.escape(part)} \(1\)"):
         checkpoint.check()
     assert torch.equal(checkpoint.load(None)(tiny_tokens()).logits, make_tiny()(tiny_tokens()).logits)
+
+
+def test_names_of_published_files_are_read_and_written(tmp_path: Path) -> None:
+    """GPT-NeoX calls its head otherwise than transformers does, and older files hold its causal masks."""
+    model = make_tiny("gpt_neox", tied=False)
+    model.save_pretrained(tmp_path / "published")
+    names = set(load_file(tmp_path / "published" / "model.safetensors"))
+    assert "embed_out.weight" in names
+    assert "lm_head.weight" not in names
+    mask = "gpt_neox.layers.{}.attention.{}"
+    rewritten(tmp_path / "published", lambda t: t.update({mask.format(0, "bias"): torch.ones(4, 4, dtype=torch.bool)}))
+    rewritten(tmp_path / "published", lambda t: t.update({mask.format(1, "masked_bias"): torch.tensor(-1e9)}))
+    opened = Checkpoint.open(str(tmp_path / "published"))
+    assert len(opened.notes) == 1
+    layers = open_layered(opened, None, torch.device("cpu"))
+    write_checkpoint(layers, tmp_path / "written", beside=None, card="")
+    assert set(load_file(tmp_path / "written" / "model.safetensors")) == names
+    expected, again = model(tiny_tokens()).logits, Checkpoint.open(str(tmp_path / "written"))
+    assert all(torch.equal(one.load(None)(tiny_tokens()).logits, expected) for one in (opened, again))
 
 
 def test_equal_copies_are_one(tiny_checkpoint: Callable[..., Path]) -> None:

@@ -1,0 +1,113 @@
+"""The tables of docs/families.md, supported families from their records and the refused ones with their reasons.
+
+    python tools/families_table.py
+
+writes them anew; a test compares the page with the records.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from lightning_prune.export.architectures import ARCHITECTURES
+from lightning_prune.models.records import DENSE, FAMILIES, TEXT_PARTS, Family
+from lightning_prune.models.refusals import ENCODER_DECODER, FAMILIES_BY_REASON, SEVERAL_MODELS
+from lightning_prune.models.vocabulary import Block
+
+PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+HEADER = "| `model_type` | models | what can be removed | a pruned model runs in |\n|---|---|---|---|\n"
+REFUSED_HEADER = "| Reason | `model_type` |\n|---|---|\n"
+MODELS = {
+    "llama": "Llama 2 and 3, SmolLM2, Yi, Falcon 3, DeepSeek distillations of Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2, Qwen2.5, DeepSeek distillations of Qwen",
+    "qwen3": "Qwen3 (dense)",
+    "ministral": "Ministral",
+    "ministral3": "Ministral 3",
+    "gemma": "Gemma",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3 (text)",
+    "phi3": "Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
+    "granite": "Granite 3 (dense)",
+    "smollm3": "SmolLM3",
+    "olmo": "OLMo",
+    "olmo2": "OLMo 2",
+    "ernie4_5": "ERNIE 4.5 (dense)",
+    "seed_oss": "Seed-OSS",
+    "helium": "Helium",
+    "stablelm": "StableLM 2, StableLM 3B (sequential blocks)",
+    "qwen3_moe": "Qwen3-30B-A3B, Qwen3-Coder ([mixtures of experts](experts.md))",
+    "olmoe": "OLMoE",
+    "mixtral": "Mixtral",
+    "qwen2_moe": "Qwen1.5-MoE, Qwen2-57B-A14B; the shared expert stays whole",
+    "granitemoe": "Granite 3 MoE (1B-A400M, 3B-A800M)",
+    "glm4_moe": "GLM-4.5, GLM-4.6",
+    "ernie4_5_moe": "ERNIE 4.5 (21B-A3B, 300B-A47B)",
+    "gpt_oss": "gpt-oss, as 16-bit weights",
+    "qwen3_5_text": "Qwen3.5 (dense, text)",
+    "lfm2": "LFM2 (dense)",
+    "granitemoehybrid": "Granite 4 without experts",
+    "falcon_h1": "Falcon-H1",
+    "bamba": "Bamba",
+    "phi": "Phi-1, Phi-1.5, Phi-2",
+    "gpt_neox": "GPT-NeoX, Pythia",
+    "cohere": "Command R, Command R+",
+    "cohere2": "Command R7B, Command A",
+    "nemotron_h": "Nemotron-H, Nemotron Nano 2 (without experts)",
+    "gemma3": "the text part of Gemma 3",
+    "mistral3": "the text part of Mistral Small 3 and of Ministral 3",
+}
+MIXERS = {
+    "linear_attn": "linear attention",
+    "conv": "convolution",
+    "mamba": "state space",
+    "mixer": "state space",
+    "self_attn": "attention",
+    "attention": "attention",
+}
+
+
+def removable(family: Family) -> str:
+    """What methods can take out of a model of the family."""
+    blocks = {block for of in family.blocks.values() for block in of} | (set() if "" in family.blocks else set(DENSE))
+    shared = ", shared ones included" if family.experts and family.experts.shared else ""
+    units = [f"channels inside experts{shared}", "experts"] if family.experts else ["channels"]
+    units += ["groups"] if Block.ATTENTION in blocks and family.whole_attention is None else []
+    whole = " and ".join(MIXERS[name] for name in family.mixer)
+    stays = f"; the {whole} {'stay' if len(family.mixer) > 1 else 'stays'} whole" if whole else ""
+    return f"{', '.join([*units, 'layers'])}{stays}"
+
+
+def runtimes(family: Family) -> str:
+    """Where pruned models of the family were run: hybrids and experts in transformers alone."""
+    places = ["transformers"] + ([] if family.mixer or family.experts else ["vLLM"])
+    return ", ".join(places + (["GGUF"] if family.model_type in ARCHITECTURES else []))
+
+
+def rows() -> Iterator[str]:
+    """One per record, then the models of several, whose text part is of a family."""
+    for name, family in {**FAMILIES, **{name: FAMILIES[part] for name, part in TEXT_PARTS.items()}}.items():
+        yield f"| `{name}` | {MODELS[name]} | {removable(family)} | {runtimes(family)} |\n"
+
+
+def refused_rows() -> Iterator[str]:
+    """One per reason."""
+    for reason, names in FAMILIES_BY_REASON.items():
+        yield f"| {reason} | {', '.join(f'`{name}`' for name in names.split())} |\n"
+    yield f"| {ENCODER_DECODER} | T5, BART and all others |\n"
+    yield f"| {SEVERAL_MODELS} | LLaVA, Qwen-VL and all others than those above |\n"
+
+
+def with_table(page: str, start: str, table: str) -> str:
+    """The page with the table that begins with ``start`` replaced."""
+    before, _, rest = page.partition(start)
+    return before + table + rest[rest.index("\n\n") + 1 :]
+
+
+def written(page: str) -> str:
+    """The page with both tables as the records have them."""
+    page = with_table(page, "| `model_type` | models |", HEADER + "".join(rows()))
+    return with_table(page, "| Reason | `model_type` |", REFUSED_HEADER + "".join(refused_rows()))
+
+
+if __name__ == "__main__":
+    PAGE.write_text(written(PAGE.read_text("utf-8")), "utf-8")
