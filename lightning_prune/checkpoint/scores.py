@@ -134,16 +134,19 @@ class Scores:
         return {name: getattr(self, name) for name in COLUMNS}
 
     def check_plan(self, plan: PruningPlan) -> None:
-        """Raise ValueError unless ``plan`` keeps exactly the units that are not pruned here."""
+        """Raise ValueError unless ``plan`` keeps exactly the units that are not pruned here, and all of the kinds that
+        were not ranked, as attention beside experts."""
         if len(plan.layers) != self.num_layers:
             raise ValueError(f"it lists {self.num_layers} layers, plan.json {len(plan.layers)}")
         kept = {key: self.unit[rows[self.kept[rows]]].tolist() for key, rows in self.blocks.rows().items()}
+        ranked = {block for _, block in kept}
         for index, layer in enumerate(plan.layers):
             if self.whole_layers:
                 same = bool(kept[index, Block.LAYER]) != layer.removed
             else:
                 same = all(
-                    kept.get((index, block), []) == units for block, units in layer.kept.items() if block in BLOCKS
+                    units == (kept.get((index, block), []) if block in ranked else list(range(len(units))))
+                    for block, units in layer.kept.items()
                 )
             if layer.layer != index or not same:
                 raise ValueError(f"layer {index} keeps other units than plan.json says")

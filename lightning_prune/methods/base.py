@@ -196,6 +196,10 @@ class PruningMethod(L.LightningModule):
         """The layers with the units of experts that this method removes."""
         return layers
 
+    def kinds(self, layers: list[LayerStructure]) -> tuple[Block, ...]:
+        """The kinds of units that may be removed."""
+        return (Block.ATTENTION, Block.MLP)
+
     def refit_passes(self, kept: list[LayerPlan], held_out: Callable[[], Tensor]) -> list[Pass]:
         """The passes it makes once it is decided what is ``kept``; their new weights are the pruned model's.
         ``held_out`` gives bool ``[N]``, calibration samples to check on."""

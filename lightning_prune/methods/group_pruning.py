@@ -140,7 +140,7 @@ class GroupPruning(PruningMethod):
                     f"--model: '{self.pretrained}' has no experts, which {self.method} with --model.units {self.units} "
                     "prunes. Choose another method, or leave --model.units out."
                 )
-            return (Block.ATTENTION, Block.MLP)
+            return super().kinds(layers)
         if self.steps > 1:
             raise UserError("--model.steps: experts are pruned in one step. Leave it out.")
         if self.units == "all" and self.experts == "only":
