@@ -14,6 +14,8 @@ from lightning_prune.cli.commands.compare import main as compare
 from lightning_prune.cli.commands.fit import main as fit
 from lightning_prune.comparison.audit import audit
 from lightning_prune.comparison.records import load_run
+from lightning_prune.comparison.repeats import repeats
+from lightning_prune.comparison.tables import results as results_table
 from lightning_prune.runs.experiment import plan_runs, run_experiment
 from lightning_prune.runs.settings import read_settings
 from lightning_prune.support import progress
@@ -210,7 +212,10 @@ def test_methods_of_experts_are_in_one_table_with_the_others_and_decide_again_as
     (tmp_path / "compare.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     folders, failures = run_experiment(read_settings(tmp_path / "compare.yaml"))
     assert not failures
-    assert len(audit([load_run(folder) for folder in folders]).groups) == 1
+    (group,) = audit([load_run(folder) for folder in folders]).groups
+    shown = results_table(repeats(group.all), group).set_index("system")["tokens per expert"]
+    assert (shown[list(EXPERTS)[:-1]] == shown["reap"].iloc[0]).all()
+    assert (shown["reap"].iloc[0][:2], shown["shortgpt"].iloc[0]) == ("32", "–")  # 8 × 16 tokens, 2 of 8 experts each
     again = [folder for folder in folders if read(folder, "metrics.json")["method"]["scores_reused"]]
     assert {folder.parent.name for folder in again} == EXPERTS.keys()
     content |= {"ratios": [0.45], "root": str(tmp_path / "anew")}
