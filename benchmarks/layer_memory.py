@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 SYSTEMS: dict[str, list[str]] = {
     "magnitude": ["--config", "magnitude"],
@@ -28,6 +28,10 @@ SYSTEMS: dict[str, list[str]] = {
     "slimgpt": ["--config", "slimgpt"],
     "hgsp_taylor_no_prior": ["--config", "hgsp_taylor", "--model.temperature", "0"],
     "hgsp_taylor": ["--config", "hgsp_taylor"],
+    "reap": ["--config", "reap"],
+    "heapr": ["--config", "heapr"],
+    "hgsp_kfac": ["--config", "hgsp_kfac_refit", "--model.refit", "none"],
+    "hgsp_kfac_refit": ["--config", "hgsp_kfac_refit"],
 }
 
 
@@ -35,7 +39,8 @@ def main() -> None:
     """Measure and print one line per run."""
     arguments = _parser().parse_args()
     folder = arguments.folder
-    model = random_llama(folder / f"llama-{arguments.layers}-layers", arguments.layers)
+    make = random_mixture if arguments.experts else random_llama
+    model = make(folder / f"{make.__name__}-{arguments.layers}-layers", arguments.layers)
     tokens = random_tokens(folder / "tokens.npy", 0)
     held_out = random_tokens(folder / "held_out.npy", 1)
     weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
@@ -109,6 +114,26 @@ def random_llama(folder: Path, layers: int) -> Path:
     return folder
 
 
+def random_mixture(folder: Path, layers: int) -> Path:
+    """Qwen3's: 128 experts of width 512, 8 per token, hidden 512, 8 heads on 4, the rest as ``random_llama``."""
+    if not (folder / "config.json").is_file():
+        config = Qwen3MoeConfig(
+            vocab_size=32_000,
+            hidden_size=512,
+            moe_intermediate_size=512,
+            num_experts=128,
+            num_experts_per_tok=8,
+            num_hidden_layers=layers,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+        )
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
 def random_tokens(path: Path, seed: int) -> Path:
     """128 × 128 token ids."""
     tokens = torch.randint(32_000, (128, 128), generator=torch.Generator().manual_seed(seed))
@@ -127,6 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="NAME")
     parser.add_argument("--onload", nargs="+", choices=("layer", "model"), default=["layer", "model"])
     parser.add_argument("--layers", type=int, default=16, help="decoder layers (default: 16, 1.1 B parameters)")
+    parser.add_argument("--experts", action="store_true", help="a mixture of experts in place of a Llama")
     parser.add_argument("--processes", type=int, default=1, help="that share the samples (default: 1)")
     parser.add_argument("--precision", default="bf16-true", help="of the trainer (default: bf16-true)")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "lightning-prune-benchmark")

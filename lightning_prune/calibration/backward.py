@@ -110,7 +110,7 @@ class BackwardPass(Pass):
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """A stream at every layer boundary and one gradient; what backward keeps of a layer, and its gradients."""
-        kept = 8 * load.hidden_size + 10 * load.widest_input
+        kept = 8 * load.hidden_size + 10 * load.widest_input + 2 * load.routed
         return Holding(
             running=load.tokens * kept * load.dtype.itemsize,
             stores=(load.hidden_size,) * (load.num_layers + 1),

@@ -73,7 +73,8 @@ class Load:
     """What the memory of a pass depends on.
 
     ``hidden_size``: D. ``widest_input``: columns of output or down, whichever has more. ``layer_weights``,
-    ``largest_weight``: numbers in all projections of a layer, and in the largest one. ``rows``: samples of this
+    ``largest_weight``: numbers in all weights of a layer, and in the largest matrix; ``largest_parameter`` may be of
+    all experts. ``routed``: numbers that a block of experts makes of a token, 0 without. ``rows``: samples of this
     process. ``dtype``: of weights and activations. ``accelerated``: layers run on a device of their own. ``free``:
     bytes there beside the weights.
     """
@@ -83,6 +84,8 @@ class Load:
     widest_input: int
     layer_weights: int
     largest_weight: int
+    largest_parameter: int
+    routed: int
     rows: int
     batch_size: int
     seq_len: int

@@ -28,6 +28,7 @@ TYPES = {
     "pruned": pa.int8(),
 }
 COLUMNS = tuple(TYPES)
+SUPER = "super_expert"  # a column of tables that list experts, or their channels
 Integers = NDArray[np.int64]
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -71,7 +72,8 @@ class Scores:
     """U prunable units, in any order; a table that was read is sorted by layer, block and unit.
 
     ``code`` is the unit's index in ``BLOCKS``, ``cost`` in parameters. ``base`` is S, the score before any prior; it
-    breaks ties and is not in the file, where it is importance / cost. All are ``[U]``.
+    breaks ties and is not in the file, where it is importance / cost. ``super_expert``: it is one, or of one, without
+    which the model breaks; None where that was not measured. All are ``[U]``.
     """
 
     layer: Integers
@@ -83,6 +85,7 @@ class Scores:
     score: Floats
     pruned: Flags
     base: Floats
+    super_expert: Flags | None = None
 
     @property
     def block(self) -> NDArray[np.str_]:
@@ -136,20 +139,23 @@ class Scores:
 
     def columns(self) -> dict[str, NDArray[Any]]:
         """The columns of ``scores.csv``, ``[U]`` each."""
-        return {name: getattr(self, name) for name in COLUMNS}
+        found = {name: getattr(self, name) for name in COLUMNS}
+        return found if self.super_expert is None else found | {SUPER: self.super_expert}
 
     def check_plan(self, plan: PruningPlan) -> None:
-        """Raise ValueError unless ``plan`` keeps exactly the units that are not pruned here."""
+        """Raise ValueError unless ``plan`` keeps exactly the units that are not pruned here, and all of the kinds that
+        were not ranked, as attention beside experts."""
         if len(plan.layers) != self.num_layers and not (self.experts_alone and len(plan.layers) > self.num_layers):
             raise ValueError(f"it lists {self.num_layers} layers, plan.json {len(plan.layers)}")
         kept = {key: self.unit[rows[self.kept[rows]]].tolist() for key, rows in self.blocks.rows().items()}
-        kinds = {block for _, block in self.blocks.keys}
+        ranked = {block for _, block in kept}
         for index, layer in enumerate(plan.layers):
             if self.whole_layers:
                 same = bool(kept[index, Block.LAYER]) != layer.removed
             else:
                 same = all(
-                    kept.get((index, block), []) == units for block, units in layer.kept.items() if block in kinds
+                    units == (kept.get((index, block), []) if block in ranked else list(range(len(units))))
+                    for block, units in layer.kept.items()
                 )
             if layer.layer != index or not same:
                 raise ValueError(f"layer {index} keeps other units than plan.json says")
@@ -161,11 +167,11 @@ class Scores:
             ValueError: a wrong value, a gap, or a unit that is there twice.
             OSError: the folder cannot be written or the disk is full.
         """
-        columns = self.columns() | {"pruned": self.pruned.astype(np.int8)}
+        columns = {name: one.astype(np.int8) if one.dtype == bool else one for name, one in self.columns().items()}
         _check_values(columns)
         self._check_complete()
         sink = pa.BufferOutputStream()
-        sink.write((",".join(COLUMNS) + "\n").encode())
+        sink.write((",".join(columns) + "\n").encode())
         options = pa.csv.WriteOptions(include_header=False, quoting_style="none")
         pa.csv.write_csv(pa.table(columns), sink, options)
         write_bytes(path, sink.getvalue())
@@ -183,7 +189,7 @@ class Scores:
             _check_values(columns)  # before they are sorted, so that row numbers are the file's
             block = columns.pop("block")
             columns["code"] = np.select([block == name for name in BLOCKS], list(range(len(BLOCKS))))
-            columns["pruned"] = columns["pruned"].astype(bool)
+            columns |= {name: columns[name].astype(bool) for name in ("pruned", SUPER) if name in columns}
             columns["base"] = columns["importance"] / columns["cost"]
             order = np.lexsort((columns["unit"], columns["code"], columns["layer"]))
             found = cls(**{name: values[order] for name, values in columns.items()})
@@ -215,14 +221,16 @@ class Scores:
 def _parse(data: bytes) -> dict[str, NDArray[Any]]:
     if not data.endswith(b"\n"):
         raise ValueError("its last line is cut off" if data else "it is empty")
+    marked = data.partition(b"\n")[0].endswith(SUPER.encode())
+    types = TYPES | ({SUPER: pa.int8()} if marked else {})
     found = pa.csv.read_csv(
         pa.BufferReader(data),
         read_options=pa.csv.ReadOptions(use_threads=False),
-        convert_options=pa.csv.ConvertOptions(column_types=TYPES, include_columns=COLUMNS, null_values=[]),
+        convert_options=pa.csv.ConvertOptions(column_types=types, include_columns=list(types), null_values=[]),
     )
-    if found.column_names != list(COLUMNS):
+    if found.column_names != list(types):
         raise ValueError(f"its columns are {', '.join(found.column_names)}")
-    columns: dict[str, NDArray[Any]] = {name: found[name].to_numpy() for name in COLUMNS}
+    columns: dict[str, NDArray[Any]] = {name: found[name].to_numpy() for name in types}
     return columns | {"block": columns["block"].astype(np.str_)}
 
 
@@ -235,7 +243,7 @@ def _check_values(columns: dict[str, NDArray[Any]]) -> None:
         *((name, columns[name] < 0, "0 or more") for name in ("layer", "unit")),
         ("cost", columns["cost"] < 1, "1 or more"),
         ("block", ~np.isin(columns["block"], BLOCKS), ", ".join(BLOCKS)),
-        ("pruned", ~np.isin(columns["pruned"], (0, 1)), "0 or 1"),
+        *((name, ~np.isin(columns[name], (0, 1)), "0 or 1") for name in ("pruned", SUPER) if name in columns),
         # Every layer has a row. Checked before anything is allocated from the number.
         ("layer", columns["layer"] >= rows, f"below the number of rows, {rows:,}"),
     ]

@@ -1,6 +1,7 @@
 """The results as pandas tables, and any table as terminal text and Markdown."""
 
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 
 import pandas as pd  # type: ignore[import-untyped]
@@ -50,6 +51,8 @@ def results(lines: Sequence[Repeats], group: Group, dense: bool = True) -> pd.Da
         words = [line.verdict(name) for name in sets if name in line.sets]
         # Where it differs between evaluation sets, one after the other in their order.
         row["verdict"] = " / ".join(words if len(set(words)) > 1 else words[:1]) or "not evaluated"
+        if any(run.details.experts for run in group.all):
+            row["tokens per expert"] = _tokens_per_expert(line.first)
         row |= accuracy.cells(line.runs, group.all)
         row["achieved"] = f"{line.average(lambda run: run.achieved):.4f}"
         row["parameters"] = f"{line.average(lambda run: run.metrics.parameters.pruned):,.0f}"
@@ -62,6 +65,13 @@ def results(lines: Sequence[Repeats], group: Group, dense: bool = True) -> pd.Da
     if dense:
         rows.insert(0, dict.fromkeys(rows[0], "") | _dense_row(group, sets))
     return table(rows)
+
+
+def _tokens_per_expert(run: Run) -> str:
+    if (facts := run.details.experts) is None:
+        return "–"
+    counts = [count for layer in facts.tokens.values() for count in layer]
+    return f"{statistics.median(counts):,.0f}, fewest {facts.fewest_tokens:,}"
 
 
 def distances(lines: Sequence[Repeats], group: Group) -> pd.DataFrame | None:

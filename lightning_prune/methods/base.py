@@ -60,7 +60,8 @@ class PruningMethod(L.LightningModule):
             dtype, and the KV cache of ``batch`` sequences of ``context`` tokens in the same.
         context: Tokens in the KV cache of ``target_memory``.
         batch: Sequences in the KV cache of ``target_memory``.
-        label: Name of this system in run folders, TensorBoard and tables. Default: the method's own name.
+        label: Name of this system in run folders, TensorBoard and tables; ``{method}`` in it is the method's own name,
+            which is the default.
         onload: ``model`` keeps all weights on the device, ``layer`` brings in one decoder layer at a time and needs
             memory for two of them, ``auto`` takes what fits. The result is the same.
         save_dtype: Of the pruned checkpoint's weights: float32, bfloat16, float16, or auto, which keeps the dense
@@ -145,7 +146,8 @@ class PruningMethod(L.LightningModule):
     @property
     def label(self) -> str:
         """The name of this system in run folders and tables; with a refit it is another system."""
-        return self._label or (self.method if self.refit is None else f"{self.method}_refit")
+        own = self.method if self.refit is None else f"{self.method}_refit"
+        return (self._label or own).replace("{method}", own)
 
     @property
     def requested_ratio(self) -> float | None:
@@ -194,6 +196,10 @@ class PruningMethod(L.LightningModule):
     def arranged(self, layers: list[LayerStructure]) -> list[LayerStructure]:
         """The layers with the units of experts that this method removes."""
         return layers
+
+    def kinds(self, layers: list[LayerStructure]) -> tuple[Block, ...]:
+        """The kinds of units that may be removed."""
+        return (Block.ATTENTION, Block.MLP)
 
     def refit_passes(self, kept: list[LayerPlan], held_out: Callable[[], Tensor]) -> list[Pass]:
         """The passes it makes once it is decided what is ``kept``; their new weights are the pruned model's.

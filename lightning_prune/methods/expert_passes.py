@@ -1,8 +1,10 @@
 """What the passes of every method do in a layer with experts, and what the record says of them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -10,9 +12,10 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.statistics.routed import RoutedGrams, RoutedSlopes, RoutedTokens
+from lightning_prune.checkpoint.scores import Scores
 from lightning_prune.methods.expert_scores import super_experts
 from lightning_prune.models.families import LayerStructure
-from lightning_prune.models.vocabulary import Block
+from lightning_prune.models.vocabulary import EXPERTS, Block
 
 
 def watch_backward(statistic: RoutedSlopes | RoutedGrams) -> RemovableHandle:
@@ -62,6 +65,19 @@ def in_units(view: LayerStructure, importance: dict[Block, Tensor]) -> dict[Bloc
     assert view.experts is not None
     channels = importance[Block.EXPERT_CHANNEL].view(view.experts.total, -1)
     return importance | {Block.EXPERT: channels.sum(1)[: view.experts.count]}
+
+
+def marked(scores: Scores, details: dict[str, Any]) -> Scores:
+    """``scores`` with super experts, or their channels, marked; ``details`` of ``expert_details``."""
+    if not details:
+        return scores
+    facts, rows = details["experts"], np.zeros(len(scores.unit), dtype=bool)
+    for layer, expert in facts["super_experts"]:
+        for block in EXPERTS:
+            here = scores.of(layer, block)
+            each = here.sum() // len(facts["tokens"][layer])  # units of one expert
+            rows |= here & np.equal(scores.unit // max(1, each), expert)
+    return replace(scores, super_expert=rows)
 
 
 def expert_details(layers: Sequence[LayerStructure], results: Sequence[LayerResult], samples: int) -> dict[str, Any]:

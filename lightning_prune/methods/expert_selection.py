@@ -160,7 +160,8 @@ def _bundled(scores: Scores, bundle: Integers, others: Flags) -> Scores:
 
 
 def _rows(scores: Scores, rows: Flags) -> Scores:
-    return Scores(**{one.name: getattr(scores, one.name)[rows] for one in fields(scores)})
+    columns = {one.name: getattr(scores, one.name) for one in fields(scores)}
+    return Scores(**{name: None if values is None else values[rows] for name, values in columns.items()})
 
 
 def _share(budget: Budget, part: int, whole: int | None = None) -> Budget:

@@ -68,8 +68,8 @@ class FisherPass(BackwardPass):
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """Also a projection's inputs and their gradient in fp32, and the product."""
-        base = super().holds(view, load)
-        return replace(base, running=base.running + 12 * load.tokens * load.widest_input)
+        base, sums = super().holds(view, load), RoutedSlopes.bytes_of(view.experts)
+        return replace(base, running=base.running + 12 * load.tokens * load.widest_input + sums)
 
     def conclude(self, view: LayerStructure) -> LayerResult:
         while self._handles:

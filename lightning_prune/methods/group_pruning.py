@@ -8,7 +8,7 @@ import numpy as np
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.checkpoint.scores import Flags, Scores
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.methods.expert_passes import expert_details, in_units
+from lightning_prune.methods.expert_passes import expert_details, in_units, marked
 from lightning_prune.methods.expert_selection import select_with_experts
 from lightning_prune.methods.scores import group_scores
 from lightning_prune.methods.selection import Allocation, GroupSelection
@@ -90,7 +90,7 @@ class GroupPruning(PruningMethod):
             importance = [
                 in_units(*pair) for pair in zip(self.layers, (one.importance for one in results), strict=True)
             ]
-            measured = group_scores(self.layers, importance, self.kinds(self.layers))
+            measured = marked(group_scores(self.layers, importance, self.kinds(self.layers)), self._experts)
         else:
             measured = replace(self.saved.scores, score=self.saved.scores.base)
         if self.target is not None:
@@ -140,7 +140,7 @@ class GroupPruning(PruningMethod):
                     f"--model: '{self.pretrained}' has no experts, which {self.method} with --model.units {self.units} "
                     "prunes. Choose another method, or leave --model.units out."
                 )
-            return (Block.ATTENTION, Block.MLP)
+            return super().kinds(layers)
         if self.steps > 1:
             raise UserError("--model.steps: experts are pruned in one step. Leave it out.")
         if self.units == "all" and self.experts == "only":
@@ -162,11 +162,9 @@ class GroupPruning(PruningMethod):
 
     def _super_rows(self, scores: Scores) -> Flags:
         """Whole experts that must be kept, bool ``[U]``."""
-        marked = self._seen_of_experts().get("experts", {}).get("super_experts", [])
-        rows = np.zeros(len(scores.layer), dtype=bool)
-        for layer, expert in marked if self.super_experts == "keep" else ():
-            rows |= scores.of(layer, Block.EXPERT) & np.equal(scores.unit, expert)
-        return rows
+        if scores.super_expert is None or self.super_experts == "remove":
+            return np.zeros(len(scores.layer), dtype=bool)
+        return scores.super_expert & scores.of_kind(Block.EXPERT)
 
     def check_ratio(self, layers: list[LayerStructure], total_parameters: int) -> None:
         units, kinds = sum(view.units(block) for view in layers for block in view.scored), self.kinds(layers)

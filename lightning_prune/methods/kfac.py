@@ -136,10 +136,14 @@ class KFACPass(BackwardPass):
             self._handles.append(watch_backward(self.routed))
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
-        """Also both factors of both projections in fp32, a projection's inputs in fp32, and one solve at a time."""
+        """Also both factors of both projections in fp32, of experts' down projections too, a projection's inputs in
+        fp32, and one solve at a time."""
         base = super().holds(view, load)
         shapes = [view.projection(block).weight.shape for block in view.prunable]
         factors = 4 * sum(d * d + n * n for d, n in shapes)
+        if (experts := view.experts) is not None:
+            shapes.append(torch.Size([experts.width] * 2))
+            factors += RoutedGrams.bytes_of(experts)
         solve = max((solve_bytes(n, d, load.free, load.accelerated) for d, n in shapes), default=0)
         running = base.running + factors + 4 * load.tokens * load.widest_input
         return replace(base, running=running, finishing=factors + solve)

@@ -4,13 +4,14 @@ The score of an expert is the mean, over the tokens routed to it, of the router'
 output: S_e = mean of g_e(x)·‖f_e(x)‖₂. The same number of experts with the lowest scores leaves every layer.
 """
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor
 
 from lightning_prune.calibration.hooks import Hooks
 from lightning_prune.calibration.layer_result import LayerResult
-from lightning_prune.calibration.passes import ForwardPass, Pass
+from lightning_prune.calibration.passes import ForwardPass, Holding, Load, Pass
 from lightning_prune.calibration.statistics.routed import RoutedOutputs
 from lightning_prune.methods.expert_scores import reap
 from lightning_prune.methods.group_pruning import GroupPruning
@@ -45,6 +46,10 @@ class ExpertActivityPass(ForwardPass):
         return LayerResult(
             {Block.EXPERT: scores[self.criterion][: self.sums.experts[0].count]}, facts=self.sums.facts()
         )
+
+    def holds(self, view: LayerStructure, load: Load) -> Holding:
+        base = super().holds(view, load)
+        return replace(base, running=base.running + RoutedOutputs.bytes_of(view.experts))
 
 
 class REAP(GroupPruning):

@@ -235,16 +235,25 @@ class RefitPass(BlockPass):
             store.close()
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
-        """Also the dense stream, after this layer or after all, the normal equations, and an eighth of the tokens held
-        out."""
+        """Also the dense stream, after this layer or after all, the normal equations, of a block of experts those of
+        every one, and an eighth of the tokens held out."""
         base, d, n = super().holds(view, load), load.hidden_size, load.widest_input
         dtype = torch.float64 if equation_bytes(n, d, torch.float64) <= load.free else torch.float32
         held = load.rows * load.seq_len // 8 * (n * load.dtype.itemsize + 4 * d)
         batch = load.tokens * (n + d) * (dtype.itemsize + 4)
+        sums, solving, new = dtype.itemsize * (n * n + d * n), equation_bytes(n, d, dtype), base.new_weights
+        if (experts := view.experts) is not None:
+            count, n = experts.count, experts.width
+            one = equation_bytes(n, d, torch.float64)
+            size = 8 if count * 8 * (n * n + d * n) + one <= load.free else 4
+            held = max(held, load.rows * load.seq_len // 8 * experts.top_k * 4 * (n + d))
+            sums, new = max(sums, count * size * (n * n + d * n)), new + count * d * n
+            solving = max(solving, count * size * (n * n + d * n) + one * size // 8)
         return replace(
             base,
-            running=dtype.itemsize * (n * n + d * n) + batch + (0 if load.accelerated else held),
-            finishing=equation_bytes(n, d, dtype) + 2 * held,
+            new_weights=new,
+            running=sums + batch + (0 if load.accelerated else held),
+            finishing=solving + 2 * held,
             stores=(*base.stores, d) + (d,) * (0 if self.earlier is None else load.num_layers),
         )
 

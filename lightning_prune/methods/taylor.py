@@ -35,7 +35,7 @@ class TaylorPass(BackwardPass):
         """Also an fp32 gradient of every weight of the layer, and the one that backward has just made."""
         base = super().holds(view, load)
         sums = 4 * load.layer_weights
-        new = load.largest_weight * load.dtype.itemsize
+        new = load.largest_parameter * load.dtype.itemsize
         return replace(base, running=base.running + sums + new, finishing=sums + 2 * load.largest_weight)
 
     def conclude(self, view: LayerStructure) -> LayerResult:

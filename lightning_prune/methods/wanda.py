@@ -4,6 +4,7 @@ The paper scores a weight by |W_ij| · ‖X_j‖₂, with ‖X_j‖₂ the l2 no
 Here the importance of a group is the sum of that score over every weight of the group.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -69,7 +70,8 @@ class WandaPass(ForwardPass):
         )
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
-        base = super().holds(view, load)
+        base, sums = super().holds(view, load), RoutedOutputs.bytes_of(view.experts)
+        base = replace(base, running=base.running + sums, finishing=base.finishing + sums)
         return base if self.rule is None else self.rule.holding(base, load)
 
 

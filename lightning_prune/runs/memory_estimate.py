@@ -170,12 +170,20 @@ class Memory:
     def _load(self, free: int) -> Load:
         view = self._largest
         sizes = [linear.weight.numel() for linear in view.linears.values()]
+        # The input, gate and up, the product and the output, as it is and weighed, of every expert of a token.
+        experts, routed, whole = view.experts, 0, []
+        if experts is not None:
+            routed = experts.top_k * (3 * experts.width + 3 * experts.hidden)
+            whole = [weight.numel() for weight in experts.weights().values()]
+            sizes += [each // experts.count for each in whole]
         return Load(
             num_layers=len(self.method.layers),
             hidden_size=self.method.checkpoint.config.hidden_size,
             widest_input=max(one.projection(kind).in_features for one in self.method.layers for kind in one.prunable),
             layer_weights=view.num_weights,
             largest_weight=max(sizes),
+            largest_parameter=max(sizes + whole),
+            routed=routed,
             rows=self.samples,
             batch_size=min(self.data.batch_size, self.samples),
             seq_len=self.seq_len,
@@ -201,14 +209,14 @@ class Memory:
         return work, new if load.accelerated else 0, [rows * load.seq_len * width * size for width in found.stores]
 
     def _forward(self, tokens: int, load: Load) -> int:
-        """Three of the MLP's inner states, or as much in attention, or what a mixer's weights make of the hidden size,
-        beside what enters, as it is and normed."""
+        """Three of the MLP's inner states, or as much in attention, or what a mixer's weights or experts make of the
+        hidden size, beside what enters, as it is and normed."""
         views = self.method.layers
         attention = [
             2 * view.projection(Block.ATTENTION).in_features for view in views if Block.ATTENTION in view.parts
         ]
         mixers = [view.block_cost(Block.MIXER) // (3 * load.hidden_size) for view in views]
-        inner = 3 * max(load.widest_input, *attention, *mixers)
+        inner = max(3 * max(load.widest_input, *attention, *mixers), load.routed)
         return tokens * load.dtype.itemsize * (inner + 2 * load.hidden_size)
 
     def _head(self, tokens: int, per_logit: int) -> int:

@@ -180,6 +180,14 @@ class Calibration(_Text):
     parts: list[dict[str, Any]] | None = None  # of a mixture
 
 
+class ExpertFacts(_Open):
+    """Tokens of every expert by layer, the fewest of one, and the super experts as layer and expert."""
+
+    tokens: dict[int, list[Count]]
+    fewest_tokens: Count
+    super_experts: list[tuple[Count, Count]]
+
+
 class MethodDetails(_Open):
     """``method.json``: what the method measured and chose beside its scores."""
 
@@ -187,6 +195,7 @@ class MethodDetails(_Open):
     label: str
     measured_by: str | None = None
     zeroed_weights: Count | None = None
+    experts: ExpertFacts | None = None
 
 
 class Recovered(_Open):

@@ -11,7 +11,6 @@ from lightning_prune.evaluation.perplexity import PerplexityResult
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.measurement import SavedMeasurement
 from lightning_prune.methods.scores import group_scores, layer_scores
-from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import layer_structures
 from lightning_prune.runs.folder import FinishedRun
 from lightning_prune.runs.records import as_dict
@@ -28,7 +27,7 @@ def reuse(method: PruningMethod, run: FinishedRun) -> None:
     """
     path = run.path / "scores.csv"
     try:
-        _check_units(run.scores, method.checkpoint)
+        _check_units(run.scores, method)
     except ValueError as error:
         raise UserError(
             f"{run.option}: '{path}' {error} '{method.pretrained}' now is another model, or the file was changed. "
@@ -66,13 +65,13 @@ def known_perplexities(
     return found if found.keys() == before.keys() else None
 
 
-def _check_units(found: Scores, checkpoint: Checkpoint) -> None:
+def _check_units(found: Scores, method: PruningMethod) -> None:
     """Raise ValueError unless the table lists every unit of the model with its cost."""
-    layers = layer_structures(checkpoint.meta)
+    layers = method.arranged(layer_structures(method.checkpoint.meta))
     if found.whole_layers:
         expected = layer_scores(torch.ones(len(layers)), [view.cost for view in layers])
     else:
-        expected = group_scores(layers)
+        expected = group_scores(layers, kinds=method.kinds(layers))
     if len(expected.unit) != len(found.unit):
         raise ValueError(f"lists {len(found.unit):,} units, the model has {len(expected.unit):,}.")
     for name in ("layer", "block", "unit", "cost"):

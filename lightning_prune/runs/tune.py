@@ -1,8 +1,10 @@
-"""Options chosen by the loss on calibration samples that no measurement saw: one calibration, then decisions alone.
+"""Options chosen by the distance from the dense model on calibration samples that no measurement saw: one calibration,
+then decisions alone.
 
 An eighth of the shared set is held out. The method measures on the rest once; every trial decides (and refits) from
 those scores on the dense model in memory, so no checkpoint is written. The search goes along one option at a time and
-keeps what lowers the loss, until a whole round changes nothing or the trials are used up.
+keeps what lowers KL(dense ‖ pruned), until a whole round changes nothing or the trials are used up. A divergence
+compares whole distributions, so few tokens tell more than their labels would.
 """
 
 import copy
@@ -22,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from lightning_prune.checkpoint.scores import BLOCKS
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.data.sampling import held_out_samples
-from lightning_prune.evaluation.perplexity import measure
+from lightning_prune.evaluation.perplexity import Measured, measure
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.measurement import SavedMeasurement
@@ -50,10 +52,11 @@ AXES: Axes = (
 
 @dataclass(frozen=True)
 class Trial:
-    """Options of the method, mean token loss in nats on the held-out samples, what it took, and by block the kept
-    fraction of every layer."""
+    """Options of the method, KL(dense ‖ pruned) and loss in nats per held-out token, what it took, and by block the
+    kept fraction of every layer."""
 
     options: dict[str, Any]
+    divergence: float
     loss: float
     seconds: float
     kept: dict[str, list[float]]
@@ -73,11 +76,11 @@ class Tuned:
 
     @property
     def best(self) -> Trial:
-        """The lowest loss; of equal ones the first."""
-        return min(self.trials, key=lambda trial: trial.loss)
+        """The lowest divergence; of equal ones the first."""
+        return min(self.trials, key=lambda trial: trial.divergence)
 
 
-def search(start: Options, axes: Axes, loss: Callable[[Options], float], limit: int) -> Iterator[Options]:
+def search(start: Options, axes: Axes, divergence: Callable[[Options], float], limit: int) -> Iterator[Options]:
     """Coordinate descent from ``start`` along the ``axes`` whose option it has.
 
     Yields the options of every trial, every setting once, ``limit`` at most.
@@ -94,7 +97,7 @@ def search(start: Options, axes: Axes, loss: Callable[[Options], float], limit: 
             if len(tried) == limit:
                 return
             tried.append(options)
-            value = loss(options)
+            value = divergence(options)
             yield options
             if value < best:
                 current, best, changed = options, value, True
@@ -131,18 +134,19 @@ def tune(
     facts = facts_of(yaml.safe_dump(configuration), weights, fingerprint, processes=1)
     before = _read(file, facts) if resume else None
     trials = _Trials(configuration, folder, progress)
-    found = Tuned(facts, trials.measured[1] if before is None else before.dense_loss, int(held_out.sum()), [])
+    dense = _loss(trials.measured[1]) if before is None else before.dense_loss
+    found = Tuned(facts, dense, int(held_out.sum()), [])
 
-    def loss(options: dict[str, Any]) -> float:
+    def divergence(options: dict[str, Any]) -> float:
         known = [] if before is None else [trial for trial in before.trials if trial.options == options]
         found.trials.append(known[0] if known else trials.make(options))
         if not known:
             write_json(file, asdict(found))
-        return found.trials[-1].loss
+        return found.trials[-1].divergence
 
     start = {name: given[name] for name, _ in AXES if name in given}
     axes = AXES if start.get("temperature") else AXES[:-2]  # without temperature and tau
-    for _ in search(start, axes, loss, limit):
+    for _ in search(start, axes, divergence, limit):
         yield found
 
 
@@ -150,7 +154,7 @@ class _Trials:
     """Runs that differ in a few options of the method: measured once on its part of the samples, then decided."""
 
     def __init__(self, configuration: dict[str, Any], folder: Path, progress: Progress) -> None:
-        self.base, self.progress = copy.deepcopy(configuration), progress
+        self.base, self.folder, self.progress = copy.deepcopy(configuration), folder, progress
         parts = {"dataset": str(folder / "measured.npy"), "eval_datasets": [str(folder / "held_out.npy")]}
         # The rows of an array are the windows.
         windows = ("num_samples", "seq_len", "sampling", "stride")
@@ -158,12 +162,12 @@ class _Trials:
         self.base["trainer"] |= {"logger": False, "enable_progress_bar": False, "default_root_dir": str(folder)}
 
     @cached_property
-    def measured(self) -> tuple[SavedMeasurement, float]:
-        """What is measured, and the loss of the dense model."""
+    def measured(self) -> tuple[SavedMeasurement, Measured]:
+        """What is measured, and what the dense model makes of the held-out samples."""
         run = self._built({"refit": "none"})
         run.model.progress = self.progress
         with closing(self.progress):
-            dense = _loss(run)  # before anything is decided
+            dense = _evaluated(run, scratch=self.folder)  # before anything is decided
             run.trainer.fit(run.model, run.datamodule)
         return SavedMeasurement(run.model.scores, run.model.details(), run.model.calibration_facts()), dense
 
@@ -173,7 +177,9 @@ class _Trials:
         run.trainer.fit(run.model, run.datamodule)
         scores = run.model.scores
         kept = {str(block): scores.kept_fraction(block).tolist() for block in BLOCKS if scores.of_kind(block).any()}
-        return Trial(options, _loss(run), time.perf_counter() - started, kept)
+        found = _evaluated(run, reference=self.measured[1])
+        (distance,) = found.distance.values()
+        return Trial(options, distance.kl_divergence, _loss(found), time.perf_counter() - started, kept)
 
     def _built(self, options: dict[str, Any], measured: SavedMeasurement | None = None) -> RunBuilder:
         configuration = copy.deepcopy(self.base)
@@ -186,10 +192,15 @@ class _Trials:
         return run
 
 
-def _loss(run: RunBuilder) -> float:
-    """Mean token loss in nats on the held-out samples, of what was decided, or of the dense model before that."""
+def _evaluated(run: RunBuilder, scratch: Path | None = None, reference: Measured | None = None) -> Measured:
+    """On the held-out samples what was decided, or the dense model before that."""
     method = run.model
-    measured = measure(run.trainer, run.datamodule, method.checkpoint, "", method.slot, method.progress)
+    slot, progress = method.slot, method.progress
+    return measure(run.trainer, run.datamodule, method.checkpoint, "", slot, progress, scratch, reference)
+
+
+def _loss(measured: Measured) -> float:
+    """Mean token loss in nats."""
     (result,) = measured.perplexity.values()
     return math.log(result.perplexity)
 
@@ -226,8 +237,9 @@ def tuned_config(configuration: dict[str, Any], found: Tuned) -> str:
 
 def log_trial(writer: SummaryWriter, found: Tuned) -> None:
     """The newest trial, and the best so far; the step is the trial's number."""
+    writer.add_scalar("held-out KL/trial", found.trials[-1].divergence, len(found.trials))
+    writer.add_scalar("held-out KL/best so far", found.best.divergence, len(found.trials))
     writer.add_scalar("held-out loss/trial", found.trials[-1].loss, len(found.trials))
-    writer.add_scalar("held-out loss/best so far", found.best.loss, len(found.trials))
     writer.flush()
 
 

@@ -50,6 +50,9 @@ module.__dict__.update(
     _lazy_init=lambda: None,
 )
 torch._register_device_module("sim", module)
+# Its kernels are the CPU's, whose histogram takes no integers; transformers gives those to every other device.
+_histc = torch.histc
+torch.histc = lambda values, **options: _histc(values if values.is_floating_point() else values.float(), **options)  # type: ignore[assignment]
 torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
 
 

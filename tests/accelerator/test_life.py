@@ -12,7 +12,7 @@ import torch
 
 from tests.accelerator.conftest import On
 from tests.killing import Ended, Forks, Kill
-from tests.methods.behaviour import save_model, save_tokens
+from tests.methods.behaviour import MODELS, save_model, save_tokens
 from tests.tiny import tiny_tokens
 
 FISHER = "--config hgsp_taylor --model.importance fisher --model.prior gradient"
@@ -30,12 +30,24 @@ SYSTEMS = {
     "wanda_refit": "--config wanda_refit",
     "wanda_2to4": "--config wanda --model.structure 2:4",
     "magnitude_unstructured": "--config magnitude --model.structure unstructured",
+    "experts_kfac_refit": "--config hgsp_kfac_refit",
+    "experts_taylor": "--config hgsp_taylor --model.prior gradient",
+    "heapr": "--config heapr",
+    "reap": "--config reap",
+    "reap_refit": "--config reap --model.refit output",
 }
+EXPERTS = ("experts_kfac_refit", "experts_taylor", "heapr", "reap", "reap_refit")
 # In half precisions the rounding of attention's two paths decides between units of these that are almost alike.
 CLOSE = ("hgsp_taylor", "hgsp_fisher", "hgsp_kfac_refit", "gisp", "slimgpt")
 # Of perplexities: attention takes another path there than on the CPU.
 TOLERANCES = {"32-true": 1e-5, "bf16-true": 2e-2, "16-true": 2e-3, "bf16-mixed": 2e-2}
-QUICK = ("wanda", "slimgpt", "shortgpt", "hgsp_kfac_refit")  # one of each kind of pass; the others are slow
+QUICK = (
+    "wanda",
+    "slimgpt",
+    "shortgpt",
+    "hgsp_kfac_refit",
+    "experts_kfac_refit",
+)  # one of each kind of pass; the others are slow
 every_system = pytest.mark.parametrize(
     "system", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SYSTEMS]
 )
@@ -47,11 +59,14 @@ class Fit:
     def __init__(self, folder: Path, on_sim: On, forks: Forks) -> None:
         self.folder, self.on_sim, self.forks = folder, on_sim, forks
         save_model(folder / "model")
+        save_model(folder / "experts", **MODELS["moe"])
         save_tokens(folder / "tokens.npy")
         save_tokens(folder / "held_out.npy", tiny_tokens(6, 16, seed=3))
 
     def words(self, system: str, root: str, precision: str, onload: str) -> list[str]:
-        words = ["fit", *SYSTEMS[system].split(), "--model.label", system, "--model.pretrained", f"{self.folder}/model"]
+        model, ratio = ("experts", 0.3) if system in EXPERTS else ("model", 0.2)
+        words = ["fit", *SYSTEMS[system].split(), "--model.label", system, "--model.pruning_ratio", f"{ratio}"]
+        words += ["--model.pretrained", f"{self.folder}/{model}"]
         words += [
             "--data.dataset",
             f"{self.folder}/tokens.npy",
@@ -166,7 +181,7 @@ def test_memory_that_runs_out_in_the_middle_of_a_pass_ends_in_advice(fit: Fit, s
 
 @every_system
 def test_killed_in_the_middle_of_a_pass_and_resumed(fit: Fit, system: str) -> None:
-    kill = Kill("lightning_prune.calibration.loop:CalibrationLoop.finish", 4)
+    kill = Kill("lightning_prune.calibration.loop:CalibrationLoop.finish", 3)
     ended = fit.sim(system, "killed", before="eager", kill=kill)
     assert ended.status == -signal.SIGKILL, ended.printed
     for path in (fit.folder / "killed" / system).rglob("streams_*.pt"):

@@ -17,23 +17,32 @@ from transformers import PreTrainedModel
 
 import lightning_prune
 from lightning_prune.data.datamodule import CalibrationDataModule
-from lightning_prune.methods import FLAP, HGSP, Magnitude, ShortGPT, SlimGPT, Wanda
+from lightning_prune.methods import FLAP, HGSP, REAP, HEAPr, Magnitude, ShortGPT, SlimGPT, Wanda
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.runs.build import quiet
 from lightning_prune.runs.run import prune_and_record
 from tests.cutting import cut
-from tests.tiny import make_tiny, tiny_tokens
+from tests.tiny import make_moe, make_tiny, tiny_tokens
 
 
 @dataclass(frozen=True)
 class System:
-    """A method with its options. ``removes``: what the ratio is made of, which decides how exactly it is met."""
+    """A method with its options. ``removes``: what the ratio is made of, which decides how exactly it is met. ``kind``:
+    which of ``MODELS`` it meets first."""
 
     make: Callable[..., PruningMethod]
-    removes: Literal["groups", "layers", "weights"] = "groups"
+    removes: Literal["groups", "layers", "weights", "experts"] = "groups"
+    kind: str = "gqa-tied"
 
 
-FAST_SYSTEMS = ("wanda", "slimgpt", "shortgpt", "hgsp_taylor_refit")  # one of each kind of pass
+MODELS: dict[str, dict[str, Any]] = {"gqa-tied": {"kv_heads": 2}, "moe": {"experts": True, "width": 32, "layers": 3}}
+
+
+def of_experts(make: Callable[..., PruningMethod], **options: Any) -> System:
+    return System(partial(make, **options), "experts", "moe")
+
+
+FAST_SYSTEMS = ("wanda", "slimgpt", "shortgpt", "hgsp_taylor_refit", "experts_kfac_refit")  # one of each kind of pass
 SYSTEMS: dict[str, System] = {
     "magnitude": System(Magnitude),
     "wanda": System(Wanda),
@@ -48,6 +57,14 @@ SYSTEMS: dict[str, System] = {
     "shortgpt": System(ShortGPT, removes="layers"),
     "wanda_2to4": System(partial(Wanda, structure="2:4"), removes="weights"),
     "magnitude_unstructured": System(partial(Magnitude, structure="unstructured"), removes="weights"),
+    "experts_magnitude": of_experts(Magnitude),
+    "experts_wanda": of_experts(Wanda, units="all"),
+    "experts_taylor": of_experts(HGSP, importance="taylor"),
+    "experts_fisher": of_experts(HGSP, importance="fisher", prior="gradient", tau=0, units="expert"),
+    "experts_kfac_refit": of_experts(HGSP, importance="kfac", temperature=0, refit="residual"),
+    "heapr": of_experts(HEAPr),
+    "reap": of_experts(REAP),
+    "reap_refit": of_experts(REAP, refit="output"),
 }
 
 
@@ -73,8 +90,9 @@ class Run:
 
 
 def save_model(folder: Path, **options: Any) -> Path:
-    """A tiny random model (``tests.tiny.make_tiny``) as a Hugging Face folder without a tokenizer."""
-    make_tiny(**options).save_pretrained(folder)
+    """A tiny random model (``tests.tiny.make_tiny``, or ``make_moe`` with ``experts``) as a Hugging Face folder without
+    a tokenizer."""
+    (make_moe if options.pop("experts", False) else make_tiny)(**options).save_pretrained(folder)
     return folder
 
 

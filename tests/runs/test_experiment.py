@@ -12,12 +12,16 @@ import yaml
 
 from lightning_prune.cli.commands.compare import main as compare
 from lightning_prune.cli.commands.fit import main as fit
+from lightning_prune.comparison.audit import audit
+from lightning_prune.comparison.records import load_run
+from lightning_prune.comparison.repeats import repeats
+from lightning_prune.comparison.tables import results as results_table
 from lightning_prune.runs.experiment import plan_runs, run_experiment
 from lightning_prune.runs.settings import read_settings
 from lightning_prune.support import progress
 from lightning_prune.support.errors import UserError
 from tests.killing import Forks, Kill
-from tests.tiny import make_tiny, tiny_tokenizer, tiny_tokens
+from tests.tiny import make_moe, make_tiny, tiny_tokenizer, tiny_tokens
 
 NOT_REPRODUCIBLE = ("folder", "scores_measured_by", "peak_memory_bytes")  # and all seconds
 CLASSES = {"magnitude": "Magnitude", "wanda": "Wanda", "shortgpt": "ShortGPT", "hgsp": "HGSP"}
@@ -188,3 +192,35 @@ def test_kills_at_random_moments_end_in_the_undisturbed_results(experiment: Path
     assert list((tmp_path / "killed").rglob(".*")) == []
     assert list((tmp_path / "killed").rglob("unfinished")) == []
     assert len(list((tmp_path / "killed").glob("*/version_*/plan.json"))) == 4
+
+
+EXPERTS = {
+    "wanda": "wanda",
+    "experts": {"config": "wanda", "model": {"init_args": {"units": "expert"}}},
+    "all": {"config": "wanda", "model": {"init_args": {"units": "all"}}},
+    "reap": "reap",
+    "kfac_refit": "hgsp_kfac_refit",
+    "shortgpt": "shortgpt",
+}
+
+
+@pytest.mark.slow
+def test_methods_of_experts_are_in_one_table_with_the_others_and_decide_again_as_anew(tmp_path: Path) -> None:
+    content = yaml.safe_load(write_experiment(tmp_path).read_text())
+    make_moe(width=32, layers=3).save_pretrained(tmp_path / "model")
+    content |= {"systems": EXPERTS, "ratios": [0.3, 0.45]}
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    folders, failures = run_experiment(read_settings(tmp_path / "compare.yaml"))
+    assert not failures
+    (group,) = audit([load_run(folder) for folder in folders]).groups
+    shown = results_table(repeats(group.all), group).set_index("system")["tokens per expert"]
+    assert (shown[list(EXPERTS)[:-1]] == shown["reap"].iloc[0]).all()
+    assert (shown["reap"].iloc[0][:2], shown["shortgpt"].iloc[0]) == ("32", "–")  # 8 × 16 tokens, 2 of 8 experts each
+    again = [folder for folder in folders if read(folder, "metrics.json")["method"]["scores_reused"]]
+    assert {folder.parent.name for folder in again} == EXPERTS.keys()
+    content |= {"ratios": [0.45], "root": str(tmp_path / "anew")}
+    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    anew, _ = run_experiment(read_settings(tmp_path / "compare.yaml"))
+    for first, second in zip(again, anew, strict=True):
+        for name in ("scores.csv", "pruned/model.safetensors"):
+            assert (first / name).read_bytes() == (second / name).read_bytes(), f"{first.parent.name} {name}"

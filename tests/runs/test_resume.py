@@ -14,18 +14,20 @@ from lightning_prune.runs.resume import differences, facts_of, unfinished_run
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import Lock, write_json
 from tests.killing import REPOSITORY, Ended, Forks, Kill
-from tests.methods.behaviour import save_model, save_tokens
+from tests.methods.behaviour import MODELS, save_model, save_tokens
 from tests.tiny import tiny_tokens
 
 OPTIONS: dict[str, list[str]] = {
     "hgsp_taylor": ["--config", "hgsp_taylor"],
     "slimgpt": ["--config", "slimgpt"],
     "wanda_2to4": ["--config", "wanda", "--model.structure", "2:4", "--model.label", "wanda_2to4"],
+    "experts": ["--config", "hgsp_kfac_refit", "--model.label", "experts", "--model.pruning_ratio", "0.3"],
 }
 # Calls before which the process is killed, one after the other: the second and later ones kill a resumed run.
 PRIOR = Kill("lightning_prune.calibration.wavefront:RemovalPass.batch", 8)
 BACKWARD = Kill("lightning_prune.calibration.backward:BackwardPass._differentiate", 5)
 MLP = Kill("lightning_prune.calibration.loop:CalibrationLoop.finish", 4)
+REFIT = Kill("lightning_prune.methods.refit_experts:ExpertRefit.add", 9)
 KEEPING = Kill("lightning_prune.calibration.results:Results.add", 3)
 DECISION = Kill("lightning_prune.runs.folder:RunFolder.write_decision")
 SHARDS = Kill("lightning_prune.checkpoint.write:_Shards.write", 20)
@@ -41,11 +43,13 @@ class Fit:
     def __init__(self, folder: Path, forks: Forks) -> None:
         self.folder, self.forks = folder, forks
         save_model(folder / "model")
+        save_model(folder / "experts", **MODELS["moe"])
         save_tokens(folder / "tokens.npy")
         save_tokens(folder / "held_out.npy", tiny_tokens(6, 16, seed=3))
 
     def __call__(self, system: str, root: str, *more: str, kill: Kill | None = None) -> Ended:
-        options = ["--model.pretrained", f"{self.folder}/model", "--data.dataset", f"{self.folder}/tokens.npy"]
+        model = "experts" if system == "experts" else "model"
+        options = ["--model.pretrained", f"{self.folder}/{model}", "--data.dataset", f"{self.folder}/tokens.npy"]
         options += ["--data.eval_datasets", f"[{self.folder}/held_out.npy]", "--trainer.accelerator", "cpu"]
         options += ["--trainer.default_root_dir", f"{self.folder}/{root}", "--trainer.enable_progress_bar", "false"]
         return self.forks.run(["fit", *OPTIONS[system], *options, *more], kill)
@@ -70,6 +74,7 @@ def fit(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Fit:
         ("hgsp_taylor", [BACKWARD, KEEPING, PRIOR, STREAMS, SHARDS, EVALUATION]),
         ("slimgpt", [MLP, MLP, DECISION, CHECK]),
         ("wanda_2to4", [KEEPING, SHARDS, RECORD]),
+        ("experts", [BACKWARD, STREAMS, REFIT, MLP, SHARDS, EVALUATION]),
     ],
 )
 def test_a_run_that_was_killed_again_and_again_ends_with_the_bytes_of_an_undisturbed_one(

@@ -105,16 +105,16 @@ def test_every_system_of_a_shipped_experiment_builds_its_method(name: str) -> No
 
 @pytest.mark.parametrize("name", [name for name in shipped_names() if not name.startswith(("compare", "recover"))])
 def test_a_shipped_configuration_leaves_the_calibration_defaults_alone(name: str) -> None:
-    """But for ShortGPT's second setting; a target is a model to put after a method."""
-    target = name.startswith("targets/")
-    files = [*(["hgsp_taylor"] if target else []), name]
+    """But for ShortGPT's second setting and experts' one; a target is a model to put after a method, as that one is."""
+    target, second = name.startswith("targets/"), name.startswith("calibration/")
+    files = [*(["hgsp_taylor"] if target or second else []), name]
     run = RunBuilder([word for file in files for word in ("--config", str(config_file(file)))])
-    assert run.model.label == ("hgsp_taylor" if target else name)
+    assert run.model.label == ("hgsp_taylor" if target else f"hgsp_taylor_{Path(name).name}" if second else name)
     assert (run.model.pretrained == "demo") is not target
     defaults = CalibrationDataModule()
     setting = ("num_samples", "seq_len", "batch_size", "sampling", "seed")
     same = all(getattr(run.datamodule, option) == getattr(defaults, option) for option in setting)
-    assert same is not (name == "shortgpt_512")
+    assert same is not (second or name == "shortgpt_512")
 
 
 def test_methods_lists_every_shipped_method_once(capsys: pytest.CaptureFixture[str]) -> None:

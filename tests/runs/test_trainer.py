@@ -5,7 +5,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from lightning_prune.runs.trainer import CalibrationDDP, calibration_trainer, cp
 from lightning_prune.support.errors import UserError
 from tests.killing import Forks
 from tests.methods.running import save_base
-from tests.tiny import make_tiny, tiny_tokens
+from tests.tiny import make_moe, make_tiny, tiny_tokens
 
 
 def trainer(**options: Any) -> L.Trainer:
@@ -112,22 +113,26 @@ def slurm_environment(task: int, port: int) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "spelling"),
+    ("config", "spelling", "make"),
     [
-        ("hgsp_taylor_refit", "--trainer.devices 2 --trainer.strategy ddp"),
-        ("wanda", "torchrun"),
-        ("wanda", "two nodes"),
-        ("slimgpt", "slurm"),
+        ("hgsp_taylor_refit", "--trainer.devices 2 --trainer.strategy ddp", make_tiny),
+        ("wanda", "torchrun", make_tiny),
+        ("wanda", "two nodes", make_tiny),
+        ("slimgpt", "slurm", make_tiny),
+        *(
+            (config, "--trainer.devices 2", partial(make_moe, width=32))
+            for config in ("hgsp_kfac_refit", "reap", "heapr")
+        ),
     ],
 )
 def test_number_of_processes_does_not_change_the_plan_however_they_are_started(
-    config: str, spelling: str, tmp_path: Path, forks: Forks
+    config: str, spelling: str, make: Callable[..., Any], tmp_path: Path, forks: Forks
 ) -> None:
-    base = save_base(make_tiny(layers=3), tmp_path / "base")
+    base = save_base(make(layers=3), tmp_path / "base")
     np.save(tmp_path / "tokens.npy", tiny_tokens(11, 16).numpy())  # 11 does not divide by 2 processes × batch 2
     words = ["fit", "--config", config, "--model.pretrained", base, "--data.dataset", str(tmp_path / "tokens.npy")]
     words += ["--data.eval_datasets", json.dumps([str(tmp_path / "tokens.npy")]), "--data.batch_size", "2"]
-    words += ["--trainer.accelerator", "cpu", "--trainer.default_root_dir"]
+    words += ["--model.pruning_ratio", "0.3", "--trainer.accelerator", "cpu", "--trainer.default_root_dir"]
     assert main([*words, str(tmp_path / "one")]) == 0
     words += [str(tmp_path / "two"), "--trainer.devices", "2"]
     if spelling in ("two nodes", "slurm"):

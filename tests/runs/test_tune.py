@@ -1,4 +1,4 @@
-"""The search over options, and that a trial's loss is that of the run it stands for."""
+"""The search over options, and that a trial's distance and loss are those of the run it stands for."""
 
 import csv
 import json
@@ -54,7 +54,9 @@ def arguments(place: Path, *more: str) -> list[str]:
     ]
 
 
-def test_the_loss_of_a_trial_is_that_of_the_run_with_its_options(place: Path, capsys: pytest.CaptureFixture) -> None:
+def test_distance_and_loss_of_a_trial_are_those_of_the_run_with_its_options(
+    place: Path, capsys: pytest.CaptureFixture
+) -> None:
     assert main(arguments(place, "--trials", "3")) == 0
     shown = capsys.readouterr()
     assert "calibrating" in shown.err  # may take long; trials have lines of their own
@@ -62,8 +64,9 @@ def test_the_loss_of_a_trial_is_that_of_the_run_with_its_options(place: Path, ca
     with (place / "tuned.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["refit"] for row in rows[:3]] == ["none", "residual", "output"]
-    assert [float(row["held_out_loss"]) for row in rows] == [trial["loss"] for trial in kept["trials"]]
-    best = min(kept["trials"], key=lambda trial: trial["loss"])
+    for name in ("loss", "divergence"):
+        assert [float(row[f"held_out_{name}"]) for row in rows] == [trial[name] for trial in kept["trials"]]
+    best = min(kept["trials"], key=lambda trial: trial["divergence"])
     tuned = yaml.safe_load((place / "tuned.yaml").read_text())["model"]["init_args"]
     assert tuned == tuned | best["options"]
     assert not {"pretrained", "label"} & tuned.keys()
@@ -83,6 +86,8 @@ def test_the_loss_of_a_trial_is_that_of_the_run_with_its_options(place: Path, ca
     words += ["--data.eval_datasets", json.dumps([str(place / "an_eighth.npy")])]
     assert main([*words, "--trainer.default_root_dir", str(place / "logs"), "--trainer.accelerator", "cpu"]) == 0
     (metrics,) = (place / "logs").rglob("metrics.json")
+    (distance,) = json.loads(metrics.read_text())["distance"].values()
+    assert distance["kl_divergence"] == pytest.approx(best["divergence"], abs=2e-5)
     (found,) = json.loads(metrics.read_text())["perplexity"].values()
     assert math.log(found["pruned"]) == pytest.approx(best["loss"], abs=2e-4)
     assert math.log(found["dense"]) == pytest.approx(kept["dense_loss"], abs=2e-4)
@@ -98,7 +103,7 @@ def test_a_search_that_was_killed_goes_on_and_one_of_something_else_does_not(
     assert main(arguments(place, *words)) == 0
     expected = {name: (place / name).read_text() for name in ("tuned.yaml", "tuned.json")}
     whole = json.loads(expected["tuned.json"])
-    by_norm = {trial["options"]["score_norm"]: trial["loss"] for trial in whole["trials"]}
+    by_norm = {trial["options"]["score_norm"]: trial["divergence"] for trial in whole["trials"]}
     assert by_norm["kind"] != by_norm["none"]  # what is tried makes a difference
     assert {trial["options"]["temperature"] for trial in whole["trials"]} == {0.0}  # priors were not measured
     (place / "tuned.yaml").unlink()

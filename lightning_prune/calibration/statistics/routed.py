@@ -40,6 +40,15 @@ class RoutedTokens(TokenStatistic):
         self.add_sum("counts", experts.total)
         self.register_buffer("peaks", torch.zeros(experts.total), persistent=False)
 
+    @classmethod
+    def bytes_of(cls, experts: Experts | None) -> int:
+        """What its states take, and what torchmetrics keeps to reset them; 0 without experts."""
+        if experts is None:
+            return 0
+        with torch.device("meta"):
+            one = cls(experts)
+        return sum(getattr(one, name).nbytes + one._defaults[name].nbytes for name in one._defaults)
+
     @torch.no_grad()
     def update(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
         """Add tokens x ``[T, D]`` with the experts ``[T, k]`` and weights g ``[T, k]`` that the router gave them."""

@@ -18,8 +18,9 @@ from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import check_writable, made, writable, write_text
 
 DESCRIPTION = (
-    "Choose refit, allocation, normalisation, protection and prior of a method that ranks groups by the loss on an "
-    "eighth of the calibration set, which is held out: one calibration, then decisions from its scores. Takes the "
+    "Choose refit, allocation, normalisation, protection and prior of a method that ranks groups by the "
+    "distance from the dense model, KL(dense ‖ pruned), on an eighth of the calibration set, which is held out: one "
+    "calibration, then decisions from its scores. Takes the "
     "options of fit. A temperature of 0 leaves priors out. Example: lightning-prune tune --method hgsp_taylor --output "
     "tuned.yaml"
 )
@@ -63,14 +64,23 @@ def main(argv: list[str]) -> int:
             log_trial(writer, tuned)
             last = tuned.trials[-1]
             text = _text(last.options) + ("  best so far" if tuned.best is last else "")
-            print(f"{len(tuned.trials):3}  loss {last.loss:.4f}  {last.seconds:6.1f} s  {text}", flush=True)
+            print(
+                f"{len(tuned.trials):3}  KL {last.divergence:.4f}  loss {last.loss:.4f}  {last.seconds:6.1f} s  {text}",
+                flush=True,
+            )
     assert tuned is not None
     with writable(output.parent, "--output"):
         log_kept(events, tuned)
-        rows = [one.options | {"held_out_loss": one.loss, "seconds": round(one.seconds, 1)} for one in tuned.trials]
+        measured = ("divergence", "loss")
+        rows = [
+            one.options
+            | {f"held_out_{name}": getattr(one, name) for name in measured}
+            | {"seconds": round(one.seconds, 1)}
+            for one in tuned.trials
+        ]
         write_text(table, csv_text([{"trial": number} | row for number, row in enumerate(rows, start=1)]))
         write_text(output, tuned_config(configuration, tuned))
-    print(f"\nbest: loss {tuned.best.loss:.4f} with {_text(tuned.best.options)}")
+    print(f"\nbest: KL {tuned.best.divergence:.4f} with {_text(tuned.best.options)}")
     print(f"configuration: {output}   trials: {table}, {kept}   TensorBoard: {events}")
     return 0
 
