@@ -3,6 +3,7 @@
 It is symmetric, so only the blocks on and above the diagonal are computed: half the work of a full product.
 """
 
+import torch
 from torch import Tensor
 
 from lightning_prune.calibration.statistics.token_statistic import TokenStatistic, counted_samples, full_precision
@@ -50,11 +51,21 @@ def add_gram_(gram: Tensor, rows: Tensor) -> None:
 
     Args:
         gram: ``[n, n]``, contiguous, overwritten.
-        rows: X ``[T, n]`` in the dtype of ``gram``.
+        rows: X ``[T, n]`` in the dtype of ``gram`` or a narrower one.
     """
     for start in range(0, len(gram), BLOCK):
         stop = start + BLOCK
-        gram[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+        add_product_(gram[start:stop, start:], rows[:, start:stop].T, rows[:, start:])
+
+
+def add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``left @ right`` to ``total``. Where that is wider, the product is made in the narrower dtype: of a batch's
+    tokens in fp32, which is twice as fast as float64 and up to 64 times on a GPU, and only the sum over batches is
+    long enough to need more."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total += torch.mm(left, right)
 
 
 def mirror_upper_(gram: Tensor) -> None:
