@@ -1,6 +1,7 @@
 """What the passes of every method do in a layer with experts, and what the record says of them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def with_experts(
         return dense
     statistic.raise_if_not_finite(f"{name}, experts")
     importance = dense.importance | {Block.EXPERT_CHANNEL: score(statistic).flatten()}
-    return LayerResult(importance, facts=dense.facts | statistic.facts())
+    return replace(dense, importance=importance, facts=dense.facts | statistic.facts())
 
 
 def in_units(view: LayerStructure, importance: dict[Block, Tensor]) -> dict[Block, Tensor]:
