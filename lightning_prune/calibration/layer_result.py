@@ -66,7 +66,7 @@ class LayerResult:
                 parts[kind][rest] = file.get_tensor(name)
             facts = json.loads(file.metadata()["facts"])
         importance = {Block(name): values for name, values in parts["importance"].items()}
-        return cls(**parts | {"importance": importance}, facts=facts)
+        return cls(importance, parts["weights"], parts["biases"], facts, parts["factors"])
 
 
 def _on_host(tensors: dict[Name, Tensor]) -> dict[Name, Tensor]:

@@ -24,17 +24,19 @@ class InputGram(TokenStatistic):
     def __init__(self, in_features: int, max_tokens: int | None = None) -> None:
         super().__init__()
         self.max_tokens = max_tokens
+        self._seen = 0  # ``tokens`` on the host: asking a device for it would wait for all that it has to do
         self.add_matrix_state("gram", in_features, in_features)
 
     def update(self, x: Tensor, weight: Tensor | None = None) -> None:
         """Add inputs x ``[B, ..., in]`` of any dtype; samples whose weight ``[B]`` is 0 are dropped."""
         rows = counted_samples(x, weight).flatten(0, -2)
         if self.max_tokens is not None:
-            rows = rows[: max(0, self.max_tokens - int(self.tokens))]
+            rows = rows[: max(0, self.max_tokens - self._seen)]
         rows = rows.float()
         with full_precision(rows.device):
             add_gram_(self.gram, rows)
         self.tokens += len(rows)
+        self._seen += len(rows)
 
     def compute(self) -> Tensor:
         """XᵀX, whole: while tokens are counted only its upper triangle is kept up."""
