@@ -14,7 +14,6 @@ from torch import Tensor
 
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Batch, Holding, Load, Pass, Setting, Step
-from lightning_prune.calibration.residuals import ResidualStore
 from lightning_prune.calibration.statistics.removal_slopes import RemovalSlopes
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import Block
@@ -27,17 +26,10 @@ class BackwardPass(Pass):
     Attributes:
         priors: also estimate the loss increase without the layer and its blocks: the fact ``delta``, three numbers, of
             the layer and by the blocks' ``place``; 0 where there is no such block.
-        gradient_samples: the loss is differentiated for the first so many calibration samples; None: for all.
-        keeps_stream: the residual stream before every layer outlives the pass, in ``boundaries``; whoever takes them
-            closes them.
     """
 
-    keeps_stream = False
-    share = 1.0  # of the samples that are differentiated
-    boundaries: Sequence[ResidualStore] = ()
-
-    def __init__(self, priors: bool = False, gradient_samples: int | None = None) -> None:
-        self.priors, self.gradient_samples = priors, gradient_samples
+    def __init__(self, priors: bool = False, num_samples: int | None = None) -> None:
+        self.priors, self.num_samples = priors, num_samples
 
     def steps(self, layers: Sequence[LayerStructure]) -> list[Step]:
         """Two steps per layer: forward in order, backward in reverse."""
@@ -47,8 +39,6 @@ class BackwardPass(Pass):
     def begin(self, setting: Setting) -> None:
         """Make room for the residual stream at every boundary and for one gradient."""
         super().begin(setting)
-        if self.gradient_samples is not None:
-            self.share = min(1.0, self.gradient_samples / setting.samples)
         self.boundaries = [self.store(f"boundary {layer}") for layer in range(self.model.num_layers)]
         self.cotangent = self.store("cotangent")
 
@@ -99,14 +89,8 @@ class BackwardPass(Pass):
         if step.phase == "backward" and not self.keeps_stream:
             self.boundaries[step.layer].close()
 
-    def end(self) -> None:
-        """Give everything back but what outlives the pass."""
-        for layer in range(self.model.num_layers if self.keeps_stream else 0):
-            self.stores.pop(f"boundary {layer}")
-        super().end()
-
     def cost(self, view: LayerStructure, step: Step) -> float:
-        return 1.0 if step.phase == "forward" else 1.0 + 2.0 * self.share
+        return 1.0 if step.phase == "forward" else 3.0
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """A stream at every layer boundary and one gradient; what backward keeps of a layer, and its gradients."""
@@ -121,14 +105,10 @@ class BackwardPass(Pass):
         if step.phase == "forward":
             self._forward(step, batch)
             return
-        samples, chosen = self._counted(batch)
-        rows = slice(batch.rows.start, batch.rows.start + chosen)
-        if watched and chosen < samples:
-            with torch.no_grad():
-                others = self.boundaries[step.layer].get(slice(rows.stop, rows.start + samples), self.model.device)
-                self.model.run(step.layer, others)
-        if chosen == 0:
+        chosen = self._chosen(batch)
+        if not chosen:
             return
+        rows = slice(batch.rows.start, batch.rows.start + chosen)
         if watched:
             self.expect(chosen * (self.setting.seq_len - 1))
         hidden = self.boundaries[step.layer].get(rows, self.model.device).detach()
@@ -141,24 +121,22 @@ class BackwardPass(Pass):
 
     @torch.no_grad()
     def _forward(self, step: Step, batch: Batch) -> None:
+        size = len(batch.tokens) if self.num_samples is None else self._chosen(batch)
+        if not size:
+            return
+        tokens, rows = batch.tokens[:size], slice(batch.rows.start, batch.rows.start + size)
         if step.layer == 0:
-            self.boundaries[0].put(batch.rows, self.model.embed(batch.tokens))
-        output = self.model.run(step.layer, self.boundaries[step.layer].get(batch.rows, self.model.device))
+            self.boundaries[0].put(rows, self.model.embed(tokens))
+        output = self.model.run(step.layer, self.boundaries[step.layer].get(rows, self.model.device))
         if step.layer + 1 < self.model.num_layers:
-            self.boundaries[step.layer + 1].put(batch.rows, output)
+            self.boundaries[step.layer + 1].put(rows, output)
         else:
-            samples, chosen = self._counted(batch)
-            rows = slice(0, chosen if chosen < samples else len(output))
-            if rows.stop:
-                gradient = self.model.loss_gradient(output[rows], batch.tokens[rows], batch.weight[rows])
-                self.cotangent.put(slice(batch.rows.start, batch.rows.start + rows.stop), gradient)
+            self.cotangent.put(rows, self.model.loss_gradient(output, tokens, batch.weight[:size]))
 
-    def _counted(self, batch: Batch) -> tuple[int, int]:
-        """Samples of weight 1, which are at the batch's front, and those before them all that are differentiated."""
+    def _chosen(self, batch: Batch) -> int:
+        """How many samples are differentiated: of weight 1, which are at the batch's front, and of the first ones."""
         counted = batch.index[batch.weight > 0]
-        return len(counted), len(counted) if self.gradient_samples is None else int(
-            (counted < self.gradient_samples).sum()
-        )
+        return len(counted) if self.num_samples is None else int((counted < self.num_samples).sum())
 
     def _differentiate(
         self, layer: int, hidden: Tensor, cotangent: Tensor, slopes: RemovalSlopes | None

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_prune.models.vocabulary import Block
 
 Name = TypeVar("Name", bound=str)
-_TENSORS = ("importance", "weights", "biases")
+_TENSORS = ("importance", "weights", "biases", "factors")
 
 
 @dataclass(frozen=True)
@@ -24,19 +24,22 @@ class LayerResult:
         weights: new weights by role, of the dense shape.
         biases: new biases ``[D]`` by role; no pass puts them in place while it measures.
         facts: everything else, as plain JSON.
+        factors: matrices ``[d, d]`` by role that a later pass needs (``Pass.result_of``).
     """
 
     importance: dict[Block, Tensor] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    factors: dict[str, Tensor] = field(default_factory=dict)
 
     def on_host(self) -> "LayerResult":
         """The same with detached, contiguous tensors on the CPU."""
-        return LayerResult(_on_host(self.importance), _on_host(self.weights), _on_host(self.biases), self.facts)
+        tensors = {kind: _on_host(getattr(self, kind)) for kind in _TENSORS}
+        return LayerResult(**tensors, facts=self.facts)
 
     def without_weights(self) -> "LayerResult":
-        """What is kept in memory when the new weights and biases are on disk."""
+        """What is kept in memory when the rest is on disk."""
         return LayerResult(self.importance, facts=self.facts)
 
     @property
@@ -63,7 +66,7 @@ class LayerResult:
                 parts[kind][rest] = file.get_tensor(name)
             facts = json.loads(file.metadata()["facts"])
         importance = {Block(name): values for name, values in parts["importance"].items()}
-        return cls(importance, parts["weights"], parts["biases"], facts)
+        return cls(importance, parts["weights"], parts["biases"], facts, parts["factors"])
 
 
 def _on_host(tensors: dict[Name, Tensor]) -> dict[Name, Tensor]:

@@ -38,6 +38,8 @@ class CalibrationLoop:
         self.streams = streams or StreamCheckpoints(None)
         self.advance = advance
         layers = setting.model.views
+        for current in passes:
+            current.result_of = self.whole_result
         self.steps: list[tuple[Pass, Step]] = [(current, step) for current in passes for step in current.steps(layers)]
         self.remaining = self._remaining()
         self._open: Pass | None = None
@@ -124,6 +126,11 @@ class CalibrationLoop:
             (step, self.results.of(number)) for number, (current, step) in enumerate(self.steps) if current.name == name
         ]
         return sorted(found, key=lambda pair: pair[0].layer)
+
+    def whole_result(self, name: str, layer: int) -> LayerResult:
+        """The last result of a layer in the pass ``name``, with everything that is on disk."""
+        numbers = [n for n, (current, step) in enumerate(self.steps) if (current.name, step.layer) == (name, layer)]
+        return self.results.whole(numbers[-1])
 
     def new_parameters_of(self, layer: int) -> dict[str, Tensor]:
         """New weights of a layer by role, of the dense shape, and ``<role>.bias``; empty where nothing was changed."""

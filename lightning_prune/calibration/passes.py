@@ -124,12 +124,18 @@ class Pass(ABC):
         changes: whether steps leave their layer with other weights.
         num_samples: only the first so many calibration samples are read; None: all.
         stores: everything that later steps need beside results, between two steps.
+        boundaries: the residual stream before every layer; all are one store where a pass keeps none of them.
+        keeps_stream: ``boundaries`` outlive the pass; whoever takes them closes them.
+        result_of: what an earlier pass of the same loop, by name, left of a layer.
     """
 
     name: str
     reads = True
     changes = False
+    keeps_stream = False
     num_samples: int | None = None
+    boundaries: Sequence[ResidualStore] = ()
+    result_of: Callable[[str, int], LayerResult]
     setting: Setting
     stores: dict[str, ResidualStore]
     hooks: Hooks
@@ -144,7 +150,8 @@ class Pass(ABC):
 
     def store(self, name: str) -> ResidualStore:
         """One of ``stores``, made where it is not there yet."""
-        return self.stores.setdefault(name, ResidualStore(self.setting.rows, self.setting.scratch, self.model.device))
+        rows = min(self.setting.rows, self.num_samples or self.setting.rows)
+        return self.stores.setdefault(name, ResidualStore(rows, self.setting.scratch, self.model.device))
 
     def start(self, step: Step) -> None:  # noqa: B027 - some passes need nothing
         """The layer of ``step`` is in place."""
@@ -177,10 +184,12 @@ class Pass(ABC):
         return Holding()
 
     def end(self) -> None:
-        """Give everything back."""
+        """Give everything back but what outlives the pass."""
         self.hooks.remove()
+        kept = self.boundaries if self.keeps_stream else ()
         for store in self.stores.values():
-            store.close()
+            if not any(store is one for one in kept):
+                store.close()
 
     @property
     def model(self) -> LayeredModel:
@@ -220,7 +229,8 @@ class ForwardPass(Pass):
 
     def begin(self, setting: Setting) -> None:
         super().begin(setting)
-        self.stream = self.store("stream")
+        layers = range(self.model.num_layers)
+        self.boundaries = [self.store(f"boundary {layer}" if self.keeps_stream else "stream") for layer in layers]
 
     @abstractmethod
     def observe(self, view: LayerStructure, hooks: Hooks) -> None:
@@ -240,17 +250,17 @@ class ForwardPass(Pass):
     def batch(self, step: Step, batch: Batch) -> None:
         self.hooks.set_weight(batch.weight)
         if step.layer == 0:
-            self.stream.put(batch.rows, self.model.embed(batch.tokens))
-        output = self.model.run(step.layer, self.stream.get(batch.rows, self.model.device))
-        if not self.rewrites:
-            self.stream.put(batch.rows, output)
+            self.boundaries[0].put(batch.rows, self.model.embed(batch.tokens))
+        output = self.model.run(step.layer, self.boundaries[step.layer].get(batch.rows, self.model.device))
+        if not self.rewrites and step.layer + 1 < self.model.num_layers:
+            self.boundaries[step.layer + 1].put(batch.rows, output)
 
     @torch.no_grad()
     def skip(self, step: Step, batch: Batch) -> None:
         if not self.rewrites:
             self.batch(step, batch)
         elif step.layer == 0:
-            self.stream.put(batch.rows, self.model.embed(batch.tokens))
+            self.boundaries[0].put(batch.rows, self.model.embed(batch.tokens))
 
     @torch.no_grad()
     def finish(self, step: Step) -> LayerResult:
@@ -260,13 +270,15 @@ class ForwardPass(Pass):
     def advance(self, step: Step) -> None:
         """Once the changed weights are in place: what this layer now hands on."""
         if self.rewrites and step.layer + 1 < self.model.num_layers:
+            stream = self.boundaries[step.layer]
             with torch.no_grad(), self.setting.context():
                 for rows in self.setting.batches():
-                    self.stream.put(rows, self.model.run(step.layer, self.stream.get(rows, self.model.device)))
+                    stream.put(rows, self.model.run(step.layer, stream.get(rows, self.model.device)))
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """The residual stream; a projection's inputs in fp32, twice; at last a weight and its scores in fp32."""
-        return Holding(8 * load.tokens * load.widest_input, 8 * load.largest_weight, (load.hidden_size,))
+        stores = (load.hidden_size,) * (load.num_layers if self.keeps_stream else 1)
+        return Holding(8 * load.tokens * load.widest_input, 8 * load.largest_weight, stores)
 
 
 class BlockPass(Pass):
@@ -328,14 +340,8 @@ class BlockPass(Pass):
         if block is Block.MIXER:
             self.stream.put(batch.rows, self.model.run_block(step.layer, block, hidden))
             return
-        projection = self.projection(step).module
-        if not projection.in_features:  # nothing of the block is there to be kept
-            return
-        handle = projection.register_forward_pre_hook(lambda _, args: self.inner.put(batch.rows, args[0]))
-        try:
-            self.model.run_block(step.layer, block, hidden)
-        finally:
-            handle.remove()
+        if self.projection(step).in_features:  # else nothing of the block is there to be kept
+            self.inner.put(batch.rows, self.model.inner(step.layer, block, hidden))
 
     @torch.no_grad()
     def finish(self, step: Step) -> LayerResult:

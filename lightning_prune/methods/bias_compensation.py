@@ -8,15 +8,16 @@ so each of these projections keeps its mean output on the dense model's inputs. 
 projection left that could have one.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_prune.calibration.hooks import Hooks
 from lightning_prune.calibration.layer_result import LayerResult
-from lightning_prune.calibration.passes import ForwardPass
+from lightning_prune.calibration.passes import ForwardPass, WeightsPass
 from lightning_prune.calibration.statistics.channel_sums import InputMoments
 from lightning_prune.calibration.statistics.token_statistic import full_precision
 from lightning_prune.checkpoint.plan import LayerPlan
@@ -31,6 +32,7 @@ from lightning_prune.models.families import (
     with_biases,
 )
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
+from lightning_prune.support.devices import widest
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,32 @@ class MeanBiases:
         return cls(roles, without, keys, layer_structures(net), count_parameters(net))
 
 
-class BiasPass(ForwardPass):
-    """New biases for what a plan keeps, from the dense model's inputs; ``roles``: those that can have one."""
+def new_biases(view: LayerStructure, kept: LayerPlan, means: Mapping[str, Tensor]) -> LayerResult:
+    """New biases fp32 ``[D]`` of one layer from mean inputs ``[n]`` by role; none for a block that is removed.
+
+    Raises:
+        FloatingPointError: a bias is not finite, or does not fit into the model's dtype.
+    """
+    biases = {}
+    for block in view.prunable:
+        role, linear = OUTPUT_ROLE[block], view.projection(block)
+        if role not in means or not kept.kept[block]:
+            continue
+        removed = means[role].clone()
+        units = torch.tensor(kept.kept[block], dtype=torch.int64, device=removed.device)
+        removed[columns_of(units, linear.in_features // view.units(block))] = 0
+        with full_precision(linear.weight.device):
+            bias = torch.mv(linear.weight.float(), removed.float())
+        if linear.bias is not None:
+            bias += linear.bias.float()
+        if not bool(torch.isfinite(bias.to(linear.weight.dtype)).all()):
+            raise FloatingPointError(f"layer {view.index}, {role} projection: the new bias is NaN or infinite.")
+        biases[role] = bias
+    return LayerResult(biases=biases)
+
+
+class MeansPass(ForwardPass):
+    """Measures the mean inputs of the projections with ``roles`` on the dense model, for its new biases."""
 
     name = "bias"
 
@@ -73,34 +99,45 @@ class BiasPass(ForwardPass):
         self.kept, self.roles = kept, roles
 
     def observe(self, view: LayerStructure, hooks: Hooks) -> None:
-        self.moments: dict[str, InputMoments] = {}
-        for block in view.prunable:
-            role, linear = OUTPUT_ROLE[block], view.projection(block)
-            if role in self.roles and self.kept[view.index].kept[block]:
-                self.moments[role] = InputMoments(linear.in_features).to(linear.weight.device)
-                hooks.on_input(f"layer {view.index}, input of {role}", linear.module, self.moments[role].update)
+        self.moments = watch_moments(view, hooks, self.roles)
 
     def conclude(self, view: LayerStructure) -> LayerResult:
-        """New biases fp32 ``[D]``; none for a block that is removed.
+        means = {role: moments.reduced().reshape(2, -1)[0] for role, moments in finite(view, self.moments).items()}
+        return new_biases(view, self.kept[view.index], means)
 
-        Raises:
-            FloatingPointError: a mean or a bias is not finite, or does not fit into the model's dtype.
-        """
-        biases = {}
-        for block in view.prunable:
-            role, linear = OUTPUT_ROLE[block], view.projection(block)
-            if role not in self.moments:
-                continue
-            moments = self.moments[role]
-            moments.raise_if_not_finite(f"layer {view.index}, input of {role}")
-            removed = moments.reduced().reshape(2, -1)[0].clone()
-            kept = torch.tensor(self.kept[view.index].kept[block], dtype=torch.int64, device=removed.device)
-            removed[columns_of(kept, linear.in_features // view.units(block))] = 0
-            with full_precision(linear.weight.device):
-                bias = torch.mv(linear.weight.float(), removed.float())
-            if linear.bias is not None:
-                bias += linear.bias.float()
-            if not bool(torch.isfinite(bias.to(linear.weight.dtype)).all()):
-                raise FloatingPointError(f"layer {view.index}, {role} projection: the new bias is NaN or infinite.")
-            biases[role] = bias
-        return LayerResult(biases=biases)
+
+class BiasPass(WeightsPass):
+    """New biases from the ``means`` of every layer by role, which the importance's pass over the dense model had."""
+
+    name = "bias"
+
+    def __init__(self, kept: Sequence[LayerPlan], roles: Collection[str], means: Sequence[dict[str, list[float]]]):
+        self.kept, self.roles, self.means = kept, roles, means
+
+    def conclude(self, view: LayerStructure) -> LayerResult:
+        device = self.model.device
+        means = {
+            role: torch.tensor(values, dtype=widest(device), device=device)
+            for role, values in self.means[view.index].items()
+            if role in self.roles
+        }
+        with torch.no_grad():
+            return new_biases(view, self.kept[view.index], means)
+
+
+def watch_moments(view: LayerStructure, hooks: Hooks, roles: Collection[str]) -> dict[str, InputMoments]:
+    """Mean and variance of what the projections that write to the residual stream read, by role."""
+    moments = {}
+    for block in view.prunable:
+        role, linear = OUTPUT_ROLE[block], view.projection(block)
+        if role in roles:
+            moments[role] = InputMoments(linear.in_features).to(linear.weight.device)
+            hooks.on_input(f"layer {view.index}, input of {role}", linear.module, moments[role].update)
+    return moments
+
+
+def finite(view: LayerStructure, moments: dict[str, InputMoments]) -> dict[str, InputMoments]:
+    """The same, or FloatingPointError that names the projection."""
+    for role, statistic in moments.items():
+        statistic.raise_if_not_finite(f"layer {view.index}, input of {role}")
+    return moments

@@ -55,7 +55,7 @@ def with_experts(
         return dense
     statistic.raise_if_not_finite(f"{name}, experts")
     importance = dense.importance | {Block.EXPERT_CHANNEL: score(statistic).flatten()}
-    return LayerResult(importance, facts=dense.facts | statistic.facts())
+    return replace(dense, importance=importance, facts=dense.facts | statistic.facts())
 
 
 def in_units(view: LayerStructure, importance: dict[Block, Tensor]) -> dict[Block, Tensor]:

@@ -27,16 +27,15 @@ from torch import Tensor
 from lightning_prune.calibration.hooks import Hooks
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import ForwardPass, Pass
-from lightning_prune.calibration.statistics.channel_sums import InputMoments
 from lightning_prune.checkpoint.cut import parameters_after
 from lightning_prune.checkpoint.family_check import check_family
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.checkpoint.scores import Flags, Scores
-from lightning_prune.methods.bias_compensation import BiasPass, MeanBiases
+from lightning_prune.methods.bias_compensation import BiasPass, MeanBiases, MeansPass, finite, watch_moments
 from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.scores import group_scores
 from lightning_prune.models.families import LayerStructure, with_biases
-from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
+from lightning_prune.models.vocabulary import OUTPUT_ROLE
 
 
 def in_deviations(metric: Tensor, units: int) -> Tensor:
@@ -54,23 +53,18 @@ class FLAPPass(ForwardPass):
     name = "importance"
 
     def observe(self, view: LayerStructure, hooks: Hooks) -> None:
-        self.moments: dict[Block, InputMoments] = {}
-        for block in view.prunable:
-            linear = view.projection(block)
-            self.moments[block] = InputMoments(linear.in_features).to(linear.weight.device)
-            hooks.on_input(
-                f"layer {view.index}, input of {OUTPUT_ROLE[block]}", linear.module, self.moments[block].update
-            )
+        self.moments = watch_moments(view, hooks, OUTPUT_ROLE.values())
 
     def conclude(self, view: LayerStructure) -> LayerResult:
-        """Mean WIFV / std per GQA group and per channel."""
-        importance = {}
-        for block, moments in self.moments.items():
-            moments.raise_if_not_finite(f"layer {view.index}, input of {OUTPUT_ROLE[block]}")
+        """Mean WIFV / std per GQA group and per channel; the fact ``means``: x̄ by role."""
+        importance, means = {}, {}
+        moments = finite(view, self.moments)
+        for block in view.prunable:
+            mean, variance = moments[OUTPUT_ROLE[block]].reduced().reshape(2, -1)
             squares = view.projection(block).weight.float().square().sum(0)
-            fluctuation = moments.reduced().reshape(2, -1)[1] * squares  # WIFV ``[in]``
-            importance[block] = in_deviations(fluctuation, view.units(block))
-        return LayerResult(importance)
+            importance[block] = in_deviations(variance * squares, view.units(block))
+            means[OUTPUT_ROLE[block]] = mean.tolist()
+        return LayerResult(importance, facts={"means": means})
 
 
 class FLAP(GroupPruning):
@@ -95,6 +89,7 @@ class FLAP(GroupPruning):
     ) -> None:
         super().__init__(pretrained, pruning_ratio, **group_options)
         self.bias_compensation = bias_compensation
+        self.means: list[dict[str, list[float]]] = []  # of what the projections read, layer by layer
 
     @cached_property
     def offered(self) -> MeanBiases:
@@ -122,7 +117,9 @@ class FLAP(GroupPruning):
     def refit_passes(self, kept: list[LayerPlan], held_out: Callable[[], Tensor]) -> list[Pass]:
         if self.biases is None:
             return super().refit_passes(kept, held_out)
-        return [BiasPass(kept, self.biases.roles)]
+        if self.saved is not None or self.steps > 1:  # scores without means, or means of a model that lost something
+            return [MeansPass(kept, self.biases.roles)]
+        return [BiasPass(kept, self.biases.roles, self.means)]
 
     def check_model(self) -> None:
         """Also that the family with these biases does what its record says."""
@@ -147,6 +144,8 @@ class FLAP(GroupPruning):
 
     def decide(self) -> None:
         super().decide()
+        if self.saved is None:
+            self.means = [result.facts["means"] for result in self.results("importance")]
         if self.biases is not None:
             self.plan = replace(self.plan, biases=self.biases.keys)
 

@@ -25,7 +25,7 @@ from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.checkpoint.scores import BLOCKS, Flags, Scores
 from lightning_prune.methods.fisher import FisherPass
 from lightning_prune.methods.group_pruning import GroupPruning
-from lightning_prune.methods.kfac import KFACPass
+from lightning_prune.methods.kfac import GradientPass, KFACPass
 from lightning_prune.methods.magnitude import MagnitudePass
 from lightning_prune.methods.measurement import SavedMeasurement
 from lightning_prune.methods.selection import best_attention
@@ -37,7 +37,7 @@ from lightning_prune.support.errors import UserError
 
 Importance = Literal["taylor", "fisher", "kfac", "wanda", "magnitude"]
 # Importances that differentiate the loss.
-GRADIENTS: dict[str, type[BackwardPass]] = {"taylor": TaylorPass, "fisher": FisherPass, "kfac": KFACPass}
+GRADIENTS: dict[str, type[BackwardPass]] = {"taylor": TaylorPass, "fisher": FisherPass, "kfac": GradientPass}
 ScoreNorm = Literal["none", "kind", "block"]
 
 
@@ -83,7 +83,7 @@ class HGSP(GroupPruning):
         prior: How layers and blocks are weighed: removal (loss increase without them) or gradient (an estimate of it
             that the pass of taylor, fisher or kfac gives, at no extra evaluation).
         gradient_samples: With kfac, differentiate the loss for so many calibration samples only, from the front of the
-            shared set; the inputs are observed on all. Default: all.
+            shared set; the inputs are observed on all. Default: all. Experts are always measured on all.
         prior_num_samples: Calibration samples for the prior, taken from the front of the shared set. Default: all;
             50 is the original setting.
         tau: Gate τ in nats. Layers whose removal costs less are weighed as a whole, others block by block. Default:
@@ -145,7 +145,7 @@ class HGSP(GroupPruning):
         self.collapse_epsilon = collapse_epsilon
         self.score_norm: ScoreNorm = score_norm
         self.measures_text = temperature > 0 or importance != "magnitude"
-        self.dense_stream: BackwardPass | None = None  # the pass that leaves it for the refit
+        self.dense_stream: Pass | None = None  # the pass that leaves it for the refit
         self.priors: Tensor | None = None
         self.tau_used: float | None = None
 
@@ -158,13 +158,14 @@ class HGSP(GroupPruning):
         passes: list[Pass]
         if self.importance in GRADIENTS:
             priors = self.temperature > 0 and self.prior == "gradient"
-            differentiating = GRADIENTS[self.importance](priors, self.gradient_samples)
+            # Of experts it measures all there is, so it sees every sample.
+            few = None if any(view.experts for view in self.layers) else self.gradient_samples
+            passes = [GRADIENTS[self.importance](priors, few)]
+            passes += [KFACPass()] if self.importance == "kfac" else []
             # The refit needs the dense residual stream again, as long as it is that of the dense model.
-            differentiating.keeps_stream = (
-                self.refit is not None and self.refit.target == "residual" and self.steps == 1
-            )
-            self.dense_stream = differentiating if differentiating.keeps_stream else None
-            passes = [differentiating]
+            if self.refit is not None and self.refit.target == "residual" and self.steps == 1:
+                self.dense_stream = passes[-1]
+                self.dense_stream.keeps_stream = True
         else:
             passes = [WandaPass() if self.importance == "wanda" else MagnitudePass()]
         if self.temperature > 0 and self.prior == "removal":

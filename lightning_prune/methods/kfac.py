@@ -15,14 +15,16 @@ comparable, which SlimGPT's own, in each layer's units of output, are not.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.calibration.backward import BackwardPass
+from lightning_prune.calibration.hooks import Hooks
 from lightning_prune.calibration.layer_result import LayerResult
-from lightning_prune.calibration.passes import Holding, Load, Step
+from lightning_prune.calibration.passes import ForwardPass, Holding, Load, Step
 from lightning_prune.calibration.statistics.gram import InputGram
 from lightning_prune.calibration.statistics.routed import RoutedGrams
 from lightning_prune.calibration.statistics.token_statistic import full_precision
@@ -116,89 +118,113 @@ def _costs_of_expert(sums: RoutedGrams, expert: int, dtype: torch.dtype) -> Tens
     return removal_costs(root, sums.inputs[expert], count, 1, dtype)
 
 
-class KFACPass(BackwardPass):
-    """I per GQA group and MLP channel. No weight takes a gradient. A is of every sample; F, which has fewer numbers to
-    be determined, of the first ``gradient_samples``."""
+class GradientPass(BackwardPass):
+    """F of every projection that writes to the residual stream, and all of the importance of experts. No weight takes a
+    gradient. F has fewer numbers to be determined than A: ``num_samples`` may be fewer than those of ``KFACPass``."""
 
-    name = "importance"
+    name = "gradients"
 
     def watch(self, view: LayerStructure) -> None:
-        self.factors: dict[Block, tuple[InputGram, InputGram]] = {}
+        self.factors: dict[str, InputGram] = {}
         self._handles: list[RemovableHandle] = []
         for block in view.prunable:
-            module = view.projection(block).module
-            d, n = view.projection(block).weight.shape
-            inputs, gradients = (InputGram(size).to(self.model.device) for size in (n, d))
-            self.factors[block] = inputs, gradients
-            self._handles.append(module.register_forward_hook(_listener(inputs, gradients)))
+            gram = InputGram(view.projection(block).weight.shape[0]).to(self.model.device)
+            self.factors[OUTPUT_ROLE[block]] = gram
+            self._handles.append(view.projection(block).module.register_forward_hook(_listener(gram)))
         self.routed = None if view.experts is None else RoutedGrams(view.experts).to(self.model.device)
         if self.routed is not None:
             self._handles.append(watch_backward(self.routed))
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
-        """Also both factors of both projections in fp32, of experts' down projections too, a projection's inputs in
-        fp32, and one solve at a time."""
-        base = super().holds(view, load)
-        shapes = [view.projection(block).weight.shape for block in view.prunable]
-        factors = 4 * sum(d * d + n * n for d, n in shapes)
+        """Also F of both projections in fp32, which are kept for the next pass; sums and one solve of experts."""
+        base, held = super().holds(view, load), 4 * _numbers(view, 0)
+        sums, solve = RoutedGrams.bytes_of(view.experts), 0
         if (experts := view.experts) is not None:
-            shapes.append(torch.Size([experts.width] * 2))
-            factors += RoutedGrams.bytes_of(experts)
-        solve = max((solve_bytes(n, d, load.free, load.accelerated) for d, n in shapes), default=0)
-        running = base.running + factors + 4 * load.tokens * load.widest_input
-        return replace(base, running=running, finishing=factors + solve)
+            solve = solve_bytes(experts.width, experts.width, load.free, load.accelerated)
+        kept = held // load.dtype.itemsize
+        return replace(base, running=base.running + held + sums, finishing=held + sums + solve, new_weights=kept)
 
     def conclude(self, view: LayerStructure) -> LayerResult:
         while self._handles:
             self._handles.pop().remove()
-        routed, dense = self.routed, LayerResult({block: self._costs(view, block) for block in view.prunable})
-        if routed is None:
-            return dense
+        factors = {role: gram.matrix() for role, gram in self.factors.items()}
+        facts = {"tokens": {role: int(gram.tokens) for role, gram in self.factors.items()}}
+        for gram in self.factors.values():
+            gram.give_up()
+        if (routed := self.routed) is None:
+            return LayerResult(factors=factors, facts=facts)
         dtype = choose_dtype(
             routed.experts[0].width, self.setting.free_bytes(self.model.device), widest(self.model.device)
         )
         try:
-            return with_experts(f"layer {view.index}", dense, routed, lambda sums: kfac_of_experts(sums, dtype))
+            score = partial(kfac_of_experts, dtype=dtype)
+            return with_experts(f"layer {view.index}", LayerResult(factors=factors, facts=facts), routed, score)
         finally:
             routed.give_up()
 
     def cost(self, view: LayerStructure, step: Step) -> float:
-        """Backward: run again, gradients of what passes, and both factors."""
-        if step.phase == "forward":
-            return 1.0
+        """Backward: run again, gradients of what passes, and F."""
+        return 1.0 if step.phase == "forward" else 2.0 + _numbers(view, 0) / 2 / view.num_weights
+
+
+class KFACPass(ForwardPass):
+    """I per GQA group and MLP channel: A of every sample, with the F that ``GradientPass`` left."""
+
+    name = "importance"
+
+    def observe(self, view: LayerStructure, hooks: Hooks) -> None:
+        self.inputs: dict[Block, InputGram] = {}
+        for block in view.prunable:
+            self.inputs[block] = gram = InputGram(view.projection(block).in_features).to(self.model.device)
+            name = f"layer {view.index}, input of {OUTPUT_ROLE[block]}"
+            hooks.on_input(name, view.projection(block).module, gram.update)
+
+    def holds(self, view: LayerStructure, load: Load) -> Holding:
+        """Also A of both projections in fp32, and one solve at a time."""
+        base, numbers = super().holds(view, load), _numbers(view, 1)
         shapes = [view.projection(block).weight.shape for block in view.prunable]
-        factors = sum(self.share * d * d + n * n for d, n in shapes) / 2 / view.num_weights
-        return 1.0 + self.share + factors
+        solve = max((solve_bytes(n, d, load.free, load.accelerated) for d, n in shapes), default=0)
+        kept = 4 * numbers + 4 * _numbers(view, 0)
+        return replace(base, running=base.running + 4 * numbers, finishing=kept + solve)
+
+    def conclude(self, view: LayerStructure) -> LayerResult:
+        earlier = self.result_of(GradientPass.name, view.index)
+        importance = {block: self._costs(view, block, earlier) for block in view.prunable}
+        facts = {name: fact for name, fact in earlier.facts.items() if name != "tokens"}
+        return LayerResult(importance | earlier.importance, facts=facts)
+
+    def cost(self, view: LayerStructure, step: Step) -> float:
+        return 1.0 + _numbers(view, 1) / 2 / view.num_weights
 
     def cost_to_finish(self, view: LayerStructure, step: Step) -> float:
         """About 2·n³ operations for A⁻¹ and what leaves, beside two for every weight of the layer and token."""
-        if step.phase == "forward":
-            return 0.0
         return sum(view.projection(block).in_features ** 3 for block in view.prunable) / view.num_weights
 
-    def _costs(self, view: LayerStructure, block: Block) -> Tensor:
+    def _costs(self, view: LayerStructure, block: Block, earlier: LayerResult) -> Tensor:
         """float64, so that scores of both solver precisions look alike."""
-        linear, units = view.projection(block), view.units(block)
-        inputs, gradients = self.factors.pop(block)
+        linear, units, inputs = view.projection(block), view.units(block), self.inputs.pop(block)
         if not units:
             return torch.zeros(0, dtype=torch.float64)
-        xtx, gtg, tokens = inputs.matrix(), gradients.matrix(), (int(inputs.tokens), int(gradients.tokens))
+        role, xtx = OUTPUT_ROLE[block], inputs.matrix()
+        tokens = int(inputs.tokens), earlier.facts["tokens"][role]
         dtype = choose_dtype(len(xtx), self.setting.free_bytes(xtx.device), widest(xtx.device))
         try:
             width = linear.in_features // units
+            gtg = earlier.factors[role].to(xtx.device)
             return widened(compensated_costs(linear.weight, xtx, gtg, tokens, width, dtype))
         except FloatingPointError as error:
-            raise FloatingPointError(f"layer {view.index}, {OUTPUT_ROLE[block]} projection: {error}") from None
+            raise FloatingPointError(f"layer {view.index}, {role} projection: {error}") from None
         finally:
             inputs.give_up()
-            gradients.give_up()
 
 
-def _listener(inputs: InputGram, gradients: InputGram) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+def _numbers(view: LayerStructure, axis: int) -> int:
+    """In the F (axis 0) or the A (axis 1) of both projections."""
+    return sum(int(view.projection(block).weight.shape[axis]) ** 2 for block in view.prunable)
+
+
+def _listener(gradients: InputGram) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     def listen(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        inputs.update(args[0])
-        if not torch.is_grad_enabled():  # a sample that only A is of
-            return
         if not output.requires_grad:  # in layer 0 nothing before it does
             output.requires_grad_(True)
         output.register_hook(gradients.update)

@@ -17,7 +17,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_prune.calibration.backward import BackwardPass
 from lightning_prune.calibration.hooks import Hooks
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Batch, BlockPass, Holding, Load, Pass, Setting, Step
@@ -59,7 +58,7 @@ class Refit:
             return None
         return cls(target, None if damping == "auto" else damping)
 
-    def passes(self, kept: list[LayerPlan], held_out: Tensor, earlier: BackwardPass | None = None) -> list[Pass]:
+    def passes(self, kept: list[LayerPlan], held_out: Tensor, earlier: Pass | None = None) -> list[Pass]:
         """The pass over the dense weights; ``held_out`` bool ``[N]`` are samples to check on. ``earlier`` may have kept
         the dense residual stream."""
         return [RefitPass(kept, self.target, self.damping, held_out, earlier)]
@@ -103,7 +102,7 @@ class RefitPass(BlockPass):
         target: Target,
         damping: float | None,
         held_out: Tensor,
-        earlier: BackwardPass | None = None,
+        earlier: Pass | None = None,
     ) -> None:
         self.kept, self.damping, self.held_out, self.earlier = kept, damping, held_out, earlier
         self.target: Target = target
@@ -132,7 +131,7 @@ class RefitPass(BlockPass):
         self.held: list[tuple[Tensor, Tensor]] = []  # inputs and targets of held-out samples, on the host
         n, d = len(self.columns), self.projection(step).weight.shape[0]
         dtype = self._dtype(equation_bytes(n, d, torch.float64))
-        self.equations = NormalEquations.zeros(n, d, dtype, self.model.device)
+        self.equations = NormalEquations.zeros(n, d, dtype, self.model.device, self.damping)
 
     @torch.no_grad()
     def batch(self, step: Step, batch: Batch) -> None:

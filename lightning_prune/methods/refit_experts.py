@@ -45,7 +45,7 @@ class ExpertRefit:
         self.place = {number: place for place, number in enumerate(self.numbers)}
         self.dense = experts.down_parameters()
         n, d = self.channels.shape[1], experts.hidden
-        self.equations = [NormalEquations.zeros(n, d, dtype, self.device) for _ in self.numbers]
+        self.equations = [NormalEquations.zeros(n, d, dtype, self.device, damping) for _ in self.numbers]
         self.held: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.numbers]
         self.counts = torch.zeros(len(self.numbers), dtype=torch.int64, device=self.device)
 

@@ -10,12 +10,14 @@ column pulled in proportion to its own input's size: with one pull for all, the 
 a trained model that are thousands of times larger than the others would keep those from moving at all.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from lightning_prune.calibration.statistics.gram import add_gram_, mirror_upper_
+from lightning_prune.calibration.statistics.gram import add_gram_, add_product_, mirror_upper_
 from lightning_prune.support.devices import widest
 
 # ``auto`` chooses from these, beside leaving the projection as it is.
@@ -27,22 +29,28 @@ DEFAULT_DAMPING = 1e-2  # where too few samples are there to hold some out
 class NormalEquations:
     """G = XᵀX ``[n, n]`` and C = YᵀX ``[d, n]``, float64 or fp32, summed over tokens.
 
-    Only the upper triangle of G is kept up until ``complete``.
+    Only the upper triangle of G is kept up until ``complete``. A batch's products are made in ``products``, fp32 as a
+    rule: that is 1e-7 of G's diagonal, which every λ of ``DAMPINGS`` exceeds by far.
     """
 
     gram: Tensor
     cross: Tensor
+    products: torch.dtype = torch.float32
 
     @classmethod
-    def zeros(cls, n: int, d: int, dtype: torch.dtype, device: torch.device) -> "NormalEquations":
-        """No tokens yet."""
-        return cls(torch.zeros(n, n, dtype=dtype, device=device), torch.zeros(d, n, dtype=dtype, device=device))
+    def zeros(
+        cls, n: int, d: int, dtype: torch.dtype, device: torch.device, damping: float | None = None
+    ) -> "NormalEquations":
+        """No tokens yet. ``damping``: the λ to come, where it is known; a very small one needs exact products."""
+        gram, cross = (torch.zeros(rows, n, dtype=dtype, device=device) for rows in (n, d))
+        return cls(gram, cross, torch.float32 if damping is None or damping >= DAMPINGS[0] else dtype)
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
         """Add X ``[T, n]`` and Y ``[T, d]``."""
-        x, y = inputs.to(self.gram.dtype), targets.to(self.gram.dtype)
+        exact = self.gram.dtype in (self.products, inputs.dtype)
+        x, y = (values.to(self.gram.dtype if exact else self.products) for values in (inputs, targets))
         add_gram_(self.gram, x)
-        self.cross.addmm_(y.T, x)
+        add_product_(self.cross, y.T, x)
 
     def complete(self) -> None:
         """Fill G's lower triangle."""
@@ -81,8 +89,8 @@ def ridge(equations: NormalEquations, old: Tensor, damping: float, rest: Tensor 
 
 
 def squared_error(inputs: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
-    """‖X·Wᵀ − Y‖² for X ``[T, n]``, Y ``[T, d]``, W ``[d, n]``: a scalar in fp64, computed in W's dtype."""
-    difference = inputs.to(weight.dtype) @ weight.T - targets.to(weight.dtype)
+    """‖X·Wᵀ − Y‖² for X ``[T, n]``, Y ``[T, d]``, W ``[d, n]``: a scalar in fp64, computed in X's dtype."""
+    difference = torch.addmm(targets.to(inputs.dtype), inputs, weight.to(inputs.dtype).T, beta=-1)
     return difference.square().sum(dtype=widest(difference.device))
 
 
@@ -101,19 +109,33 @@ def choose_damping(
     sum_over_processes(held)
     if not held:
         return damping or DEFAULT_DAMPING, 0.0, 0.0
-    tried, rest = {}, equations.cross - old @ equations.gram
-    for candidate in (0.0, *(DAMPINGS if damping is None else (damping,))):
-        weight = ridge(equations, old, candidate, rest) if candidate else old
-        error = squared_error(inputs, wanted, weight)
-        sum_over_processes(error)
-        tried[candidate] = float(error)
-    best = min(tried, key=lambda candidate: tried[candidate])
-    return best, tried[0.0], tried[best]
+    rest = equations.cross - old @ equations.gram
+    x, y = (values if values.dtype == old.dtype else values.float() for values in (inputs, wanted))
+
+    @cache
+    def error(candidate: float) -> float:
+        found = squared_error(x, y, ridge(equations, old, candidate, rest) if candidate else old)
+        sum_over_processes(found)
+        return float(found)
+
+    best = lowest(error, DAMPINGS) if damping is None else damping
+    best = min(0.0, best, key=error)
+    return best, error(0.0), error(best)
+
+
+def lowest(error: Callable[[float], float], candidates: Sequence[float]) -> float:
+    """Where ``error`` is lowest, downhill from the middle: it falls while noise is damped and rises once the fit is, so
+    about four of seven are tried."""
+    at = len(candidates) // 2
+    for step in (-1, 1):
+        while 0 <= at + step < len(candidates) and error(candidates[at + step]) < error(candidates[at]):
+            at += step
+    return candidates[at]
 
 
 def add_completed(equations: NormalEquations, inputs: Tensor, targets: Tensor) -> None:
     """Add the samples of every process to sums that are complete."""
-    more = NormalEquations.zeros(len(equations.gram), len(equations.cross), equations.gram.dtype, inputs.device)
+    more = NormalEquations(torch.zeros_like(equations.gram), torch.zeros_like(equations.cross), equations.products)
     more.add(inputs, targets)
     more.complete()
     sum_over_processes(more.gram, more.cross)

@@ -244,6 +244,20 @@ class LayeredModel:
         view = self.views[index]
         return self.run_block(index, view.blocks[0], hidden) if view.side_by_side else hidden
 
+    def inner(self, index: int, block: Block, hidden: Tensor) -> Tensor:
+        """What the block's output projection reads, ``[B, L, n]``, for the input ``hidden``. The projection's hooks see
+        it; the product itself, a third of a Llama's layer, is not computed."""
+        seen: list[Tensor] = []
+        projection = self.views[index].projection(block)
+
+        def stub(inputs: Tensor) -> Tensor:
+            seen.append(inputs)
+            return hidden.new_zeros(1).expand(*inputs.shape[:-1], projection.weight.shape[0])
+
+        with _replaced_forward({**self._without(index, block), projection.module: stub}):
+            self.run(index, hidden)
+        return seen[0]
+
     def add(self, index: int, hidden: Tensor, block: Block, output: Tensor, alone: bool = False) -> Tensor:
         """The residual stream after a block with the input ``hidden`` and the output ``output``, ``[B, L, D]`` each,
         through the layer's own norms and multipliers; unless ``alone``, with what a block side by side with it adds.

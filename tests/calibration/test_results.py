@@ -99,6 +99,7 @@ def test_a_result_is_read_back_as_it_was(tmp_path: Path) -> None:
         {"down": torch.randn(2, 3).bfloat16()},
         {"output": torch.randn(3)},
         {"damping": 0.1, "kept": [0, 2], "delta": [float("nan"), 1e-300]},
+        {"output": torch.randn(3, 3)},
     )
     (tmp_path / "file").write_bytes(result.to_bytes())
     again = LayerResult.from_file(tmp_path / "file")
@@ -107,6 +108,7 @@ def test_a_result_is_read_back_as_it_was(tmp_path: Path) -> None:
     assert again.new_parameters.keys() == {"down", "output.bias"}
     assert all(torch.equal(again.new_parameters[name], result.new_parameters[name]) for name in again.new_parameters)
     assert again.weights["down"].dtype == torch.bfloat16
+    assert torch.equal(again.factors["output"], result.factors["output"])
     assert repr(again.facts) == repr(result.facts)
 
 

@@ -95,6 +95,16 @@ def test_importance_is_what_a_unit_adds_to_the_least_loss(family: str, gradients
             torch.testing.assert_close(costs, torch.tensor(expected, dtype=torch.float64), rtol=2e-3, atol=1e-9)
 
 
+@pytest.mark.parametrize(("gradients", "differentiated"), [(None, 24), (7, 7)])
+def test_only_samples_that_are_differentiated_are_run_more_than_once(
+    gradients: int | None, differentiated: int, tmp_path: Path
+) -> None:
+    base = save_base(make_tiny(layers=3), tmp_path / "base")
+    method = HGSP(base, 0.2, importance="kfac", temperature=0, gradient_samples=gradients)
+    run_method(method, tiny_tokens(24, 16), tmp_path / "run", batch_size=1)
+    assert method.driver.setting.model.evaluations == 3 * (24 + 2 * differentiated)
+
+
 @pytest.mark.parametrize("width", [1, 3])
 def test_costs_equal_whole_problems_solved_anew(width: int) -> None:
     random = np.random.default_rng(0)

@@ -15,7 +15,8 @@ from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.data.sampling import held_out_samples
 from lightning_prune.methods import HGSP, Magnitude, ShortGPT, SlimGPT, Wanda
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.methods.refit_math import NormalEquations, ridge, squared_error
+from lightning_prune.methods.hgsp import Importance
+from lightning_prune.methods.refit_math import NormalEquations, lowest, ridge, squared_error
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 from tests.methods.running import inputs_of, pruned_by, run_method, save_base
@@ -150,6 +151,45 @@ def test_ridge_equals_least_squares_on_stacked_rows() -> None:
         assert float(squared_error(x, y, found)) == pytest.approx(float((x @ want.T - y).square().sum()), rel=1e-6)
 
 
+@pytest.mark.parametrize("damping", [None, 1e-3])
+def test_products_of_fp32_activations_are_exact_enough_for_every_damping(damping: float | None) -> None:
+    """Against least squares in float64: inputs of very different size, some nearly dependent, in many batches."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(4000, 60, generator=generator) * torch.logspace(-2, 3, 60)
+    x[:, 7] = 1.001 * x[:, 6] + 1e-3 * x[:, 7]
+    y = x @ torch.randn(60, 9, generator=generator) + torch.randn(4000, 9, generator=generator)
+    old = torch.randn(9, 60, generator=generator)
+    equations = NormalEquations.zeros(60, 9, torch.float64, torch.device("cpu"), damping)
+    for rows in torch.arange(4000).split(500):
+        equations.add(x[rows], y[rows])
+    equations.complete()
+    found, want = ridge(equations, old, 1e-3), solution(x.double(), y.double(), old.double(), 1e-3)
+    error, least = ((y.double() - x.double() @ w.T).square().sum() for w in (found, want))
+    assert close(x.double() @ found.T, x.double() @ want.T) < 1e-5
+    assert float(error) == pytest.approx(float(least), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("errors", "tried"),
+    [
+        ([5, 4, 3, 2, 3, 4, 5], 3),  # lowest in the middle
+        ([1, 2, 3, 4, 5, 6, 7], 4),
+        ([7, 6, 5, 4, 3, 2, 1], 5),
+        ([7, 6, 5, 4, 3, 2, 6], 5),
+        ([4, 1, 2, 3, 4, 5, 6], 4),
+    ],
+)
+def test_the_damping_is_searched_downhill(errors: list[float], tried: int) -> None:
+    asked: set[float] = set()
+
+    def error(candidate: float) -> float:
+        asked.add(candidate)
+        return errors[int(candidate)]
+
+    assert errors[int(lowest(error, range(7)))] == min(errors)
+    assert len(asked) == tried
+
+
 def test_a_large_input_does_not_hold_the_others_back() -> None:
     generator = torch.Generator().manual_seed(4)
     x, y = (torch.randn(200, n, generator=generator, dtype=torch.float64) for n in (6, 3))
@@ -204,7 +244,8 @@ def test_the_stream_comes_closer_to_the_dense_one_on_text_it_did_not_see(tmp_pat
     assert all(after == 0 for after, before in pairs if not before)  # nothing was lost so far
 
 
-def test_the_dense_stream_that_backward_kept_spares_the_dense_mlps(tmp_path: Path) -> None:
+@pytest.mark.parametrize("importance", ["taylor", "kfac"])
+def test_the_dense_stream_that_a_pass_kept_spares_the_dense_mlps(importance: Importance, tmp_path: Path) -> None:
     base, tokens, layers = save_base(make_tiny(layers=4), tmp_path / "base"), tiny_tokens(16, LENGTH), 4
 
     class Walking(HGSP):
@@ -213,7 +254,7 @@ def test_the_dense_stream_that_backward_kept_spares_the_dense_mlps(tmp_path: Pat
 
     runs = {}
     for kind in (HGSP, Walking):
-        method = kind(base, 0.25, refit="residual", temperature=0)
+        method = kind(base, 0.25, importance, refit="residual", temperature=0)
         run_method(method, tokens, tmp_path / kind.__name__, batch_size=4)
         written = (method.pruned_folder / "model.safetensors").read_bytes()  # type: ignore[operator]
         runs[kind] = written, method.driver.setting.model.evaluations

@@ -201,6 +201,24 @@ def test_blocks_side_by_side_both_read_the_layers_input(family: str) -> None:
         close(model.add(0, hidden, Block.MLP, kept["output"], alone=True), after - added[Block.MIXER])
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi3"])
+@torch.no_grad()
+def test_what_a_projection_reads_is_known_without_its_product(family: str) -> None:
+    dense = make_tiny(family)
+    model, tokens = layered(dense), tiny_tokens()
+    hidden, seen = model.embed(tokens), []
+    with model.layer(0):
+        for block in model.views[0].prunable:
+            module = model.views[0].projection(block).module
+            handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+            model.run_block(0, block, hidden)
+            inner = model.inner(0, block, hidden)
+            handle.remove()
+            assert all(torch.equal(inner, one) for one in seen[-2:])  # the hook saw it both times
+            assert torch.isfinite(module(inner)).all()  # nothing stays replaced
+    assert len(seen) == 4
+
+
 @pytest.mark.parametrize("family", [*CUTTABLE, *WHOLE_ATTENTION])
 @torch.no_grad()
 def test_what_a_block_puts_out_is_added_as_the_layer_does(family: str) -> None:
