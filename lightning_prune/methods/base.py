@@ -30,6 +30,7 @@ from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import LayerStructure, count_parameters, layer_structures
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.model_slot import ModelSlot, load_dtype
+from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.names import PRUNED
 from lightning_prune.support.progress import Progress
