@@ -102,7 +102,7 @@ def check_plan(layers: list[LayerStructure], plan: PruningPlan, config: Any) -> 
     check_experts(layers, plan.layers)
     if unknown := sorted(set(plan.biases) - {key for key in missing_biases(config).values() if key}):
         raise UserError(
-            f"--plan: biases {unknown} are no config keys that give this model a bias which it lacks. Use the model "
+            f"--plan: biases {unknown} are not config keys that give this model a bias that it lacks. Use the model "
             f"the plan was made for: '{plan.base_model}'."
         )
     attention = [layer.index for layer in layers if Block.ATTENTION in layer.parts]
@@ -113,7 +113,7 @@ def check_plan(layers: list[LayerStructure], plan: PruningPlan, config: Any) -> 
         )
     if len(plan.removed_layers) == len(layers):
         raise UserError(
-            f"--plan: the plan removes all {len(layers)} layers; at least one must stay. Lower the pruning ratio."
+            f"--plan: the plan removes all {len(layers)} layers; at least one must be kept. Lower the pruning ratio."
         )
 
 

@@ -47,7 +47,7 @@ def check_experts(layers: Sequence[LayerStructure], plans: Sequence[LayerPlan]) 
             if block is Block.EXPERT and len(units) < experts.fewest:
                 raise UserError(
                     f"--plan: layer {plan.layer} keeps {len(units)} experts; its router chooses {experts.top_k} for "
-                    f"every token, so at least {experts.fewest} must stay. Lower the pruning ratio."
+                    f"every token, so at least {experts.fewest} must be kept. Lower the pruning ratio."
                 )
             if len(counts) != 1 or 0 in counts:
                 raise UserError(

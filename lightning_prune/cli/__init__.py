@@ -142,7 +142,7 @@ def _prepare_environment() -> None:
 def _check_command(name: str) -> None:
     if name.startswith("-"):
         raise UserError(
-            f"'{name}' stands before the command. Options come after it: "
+            f"'{name}' comes before the command. Options come after it: "
             f"lightning-prune fit {name}{' FILE' if name == '--config' else ''} …"
         )
     if name not in COMMANDS:

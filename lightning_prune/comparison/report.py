@@ -86,14 +86,14 @@ def check_output(output: Path, overwrite: bool) -> None:
             check_writable(output, "--output")
             return
         if output.is_symlink() or not output.is_dir():
-            raise UserError(f"--output: '{output}' exists and is no folder. Give a new one.")
+            raise UserError(f"--output: '{output}' exists and is not a folder. Give a new one.")
         names = set(os.listdir(output))
     except (OSError, ValueError) as error:
         raise cannot_write(output, "--output", error) from None
     strange = sorted(names - NAMES - OTHERS)
     if names and (strange or not names >= NAMES):
         what = f"it holds {strange[0]}" if strange else "files of one are missing"
-        raise UserError(f"--output: '{output}' exists and is no report of this command ({what}). Give a new folder.")
+        raise UserError(f"--output: '{output}' exists and is not a report of this command ({what}). Give a new folder.")
     if names and not overwrite:
         raise UserError(f"--output: '{output}' holds a report. Give a new folder, or --overwrite to replace that one.")
     check_writable(output.absolute().parent, "--output")

@@ -58,12 +58,12 @@ class ZeroShot:
         for run in runs:
             method, precision, folder = run.metrics.method, run.environment.precision, run.folder / "pruned"
             if not folder.is_dir():
-                raise UserError(f"{OPTION}: '{folder}' is gone. Make the run again, or leave it out.")
+                raise UserError(f"{OPTION}: '{folder}' no longer exists. Make the run again, or leave it out.")
             base = opened(method.base_model)
             if method.base_model_sha256 not in (None, base.fingerprint):
                 raise UserError(
-                    f"{OPTION}: '{method.base_model}' is not the model any more that '{run.folder}' pruned. Put that "
-                    "one back, or prune again."
+                    f"{OPTION}: '{method.base_model}' has changed since '{run.folder}' pruned it. Restore "
+                    "it, or prune again."
                 )
             dense = self._scores(base, precision, "")
             # Of large files the fingerprint reads samples, in which two prunings of one model need not differ.

@@ -199,7 +199,9 @@ def _turns(value: Any, role: str, where: str) -> list[Row]:
         sender = next((turn[key] for key in SENDER if turn.get(key)), role)
         said = next((turn[key] for key in SAID if turn.get(key) is not None), None)
         if said is None and "tool_calls" not in more and not set(SAID) & set(turn):
-            raise UserError(f"{where}: a turn says nothing; it needs one of {', '.join(SAID)}, found {', '.join(turn)}")
+            raise UserError(
+                f"{where}: a turn has no content; it needs one of {', '.join(SAID)}, found {', '.join(turn)}"
+            )
         turns.append(more | {"role": ROLES.get(str(sender).lower(), sender), "content": _content(said, where)})
     return turns
 

@@ -82,7 +82,7 @@ def first_part(
         if wanted is not None and wanted > there:
             raise UserError(
                 f"--data.{option}: found {wanted}, but the token array {path} has {rows} rows of {length} tokens: "
-                f"ask for at most {there}, or leave it out to take all"
+                f"give at most {there}, or leave it out to take all"
             )
     unknown = dict.fromkeys(("configuration", "revision", "text_sha256", "tokenizer_sha256"))
     return tokens[:num_samples, :seq_len].contiguous(), {**unknown, "dataset": path, "split": "all", "bos": "none"}

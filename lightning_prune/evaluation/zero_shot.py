@@ -85,8 +85,8 @@ def check_tasks(tasks: Sequence[str], include_path: Path | None = None) -> Any:
     for name in tasks:
         if name not in known:
             raise UserError(
-                f"--tasks: '{name}' is no task or group of the LM Evaluation Harness. 'lm-eval ls tasks' lists them; "
-                "--include-path adds a folder of your own."
+                f"--tasks: '{name}' is not a task or group of the LM Evaluation Harness. 'lm-eval ls tasks' lists "
+                "them; --include-path adds a folder of your own."
             )
         try:
             get_task_dict([name], manager)

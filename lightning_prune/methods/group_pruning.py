@@ -62,7 +62,10 @@ class GroupPruning(PruningMethod):
         if steps < 1:
             raise UserError(f"--model.steps: found {steps}; it must be 1 or more.")
         if steps > 1 and self.target is not None:
-            raise UserError(f"--model.steps {steps} divides a ratio; {self.target.option} is none. Leave one out.")
+            raise UserError(
+                f"--model.steps {steps} divides --model.pruning_ratio, which {self.target.option} replaces. Leave "
+                "one out."
+            )
         self.selection = GroupSelection(
             allocation, round_to, freeze_first_n_layers, freeze_last_n_layers, min_groups_per_layer
         )
@@ -169,7 +172,9 @@ class GroupPruning(PruningMethod):
     def check_ratio(self, layers: list[LayerStructure], total_parameters: int) -> None:
         units, kinds = sum(view.units(block) for view in layers for block in view.scored), self.kinds(layers)
         if self.steps > units:
-            raise UserError(f"--model.steps: found {self.steps}; the model has {units} units, and a step takes some.")
+            raise UserError(
+                f"--model.steps: found {self.steps}; the model has {units} units, and every step removes at least one."
+            )
         scores = group_scores(layers, kinds=kinds)
         self.find_ratio(scores, layers, total_parameters)
         self.select(scores, layers, total_parameters)

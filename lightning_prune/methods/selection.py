@@ -271,4 +271,4 @@ def _unreachable(reachable: int, budget: Budget) -> UserError:
 def groups_that_stay(layers: list[LayerStructure]) -> str:
     """A sentence, with a space before it, on why no GQA group is a candidate; nothing where groups may be pruned."""
     reason = layers[0].whole_attention
-    return f" GQA groups of this family stay: {reason}. MLP channels and whole layers can go." if reason else ""
+    return f" GQA groups of this family are not removed: {reason}. MLP channels and whole layers are." if reason else ""

@@ -106,8 +106,8 @@ class ShortGPT(PruningMethod):
             return count
         if self.n_remove_layers is not None:
             raise UserError(
-                f"--model.n_remove_layers: found {count}; the model has {len(layers)} layers and one must stay, "
-                f"so at most {most} can go."
+                f"--model.n_remove_layers: found {count}; the model has {len(layers)} layers and one must be "
+                f"kept, so at most {most} can be removed."
             )
         smallest, largest = cost[0] / total_parameters, sum(cost[:most]) / total_parameters
         raise UserError(

@@ -268,7 +268,7 @@ def resolve(pretrained: str) -> str:
 
         return str(demo_model_path())
     if "\n" in pretrained:
-        raise UserError(f"{OPTION}: no path or hub id, but text that begins with {pretrained[:40]!r}.")
+        raise UserError(f"{OPTION}: not a path or hub id, but text that begins with {pretrained[:40]!r}.")
     folder = expanded(pretrained, OPTION)
     config = folder / "config.json"
     if is_special(config):

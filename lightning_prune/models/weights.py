@@ -261,8 +261,8 @@ def _stored(path: str, files: list[str], weight_map: dict[str, str]) -> dict[str
         file = find_file(path, shard)
         if file is None:
             raise UserError(
-                f"{trouble} {SAFE_WEIGHTS_INDEX_NAME} names {shard!r}, which is not there. Copy or download the model "
-                "again."
+                f"{trouble} {SAFE_WEIGHTS_INDEX_NAME} names {shard!r}, which does not exist. Copy or download the "
+                "model again."
             )
         for name, entry in _header(file).items():
             if name in tensors or weight_map.get(name, shard) != shard:

@@ -40,7 +40,7 @@ def recovery_trainer(
         UserError: options that Lightning refuses, several devices, or nothing that ends the run.
     """
     if max_epochs == kwargs.get("max_steps", -1) == -1 and kwargs.get("max_time") is None:
-        raise UserError("--trainer.max_epochs: nothing ends this run. Give max_epochs, max_steps or max_time.")
+        raise UserError("--trainer.max_epochs: this run would never end. Give max_epochs, max_steps or max_time.")
     own = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks] if callbacks else []
     if any(isinstance(one, EarlyStopping | ModelCheckpoint) for one in own):
         raise UserError(

@@ -143,7 +143,7 @@ def read_config(path: Path, option: str) -> dict[str, Any]:
     except RecursionError:
         raise UserError(f"{option}: '{path}' is nested too deeply for a configuration.") from None
     if not isinstance(found, dict):
-        raise UserError(f"{option}: '{path}' holds no options and their values, such as 'seed_everything: 0'.")
+        raise UserError(f"{option}: '{path}' is not a list of options and values, such as 'seed_everything: 0'.")
     for name in ("model", "data", "trainer"):
         if isinstance(found.get(name), list):
             raise UserError(f"{option}: '{path}': '{name}' holds a list; it holds options and their values.")

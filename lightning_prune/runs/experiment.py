@@ -128,7 +128,7 @@ def run_experiment(settings: Settings) -> tuple[list[Path], list[Failure]]:
                     failures.append(Failure(run.label, run.ratio, f"{seed}{kind}{error}"))
                 except BaseException as error:  # an interrupt says what is kept
                     kept = f"{sum(one.folder is not None for one in planned)} finished runs below '{settings.root}'"
-                    error.add_note(f"{kept} stay; the same command makes the missing ones")
+                    error.add_note(f"{kept} are kept; the same command makes the missing ones")
                     raise
                 progress.finish(run.name)
     return [run.folder for run in planned if run.folder is not None], failures

@@ -280,7 +280,7 @@ class RunFolder:
         missing = [name for name in REQUIRED if not os.path.isfile(path / name)]
         if missing:
             raise UserError(
-                f"{option}: '{path}' is no finished pruning run: it has no {', '.join(missing)}. Give a folder that "
+                f"{option}: '{path}' is not a finished pruning run: it has no {', '.join(missing)}. Give a folder that "
                 "'lightning-prune fit' has completed, for instance logs/wanda/version_0."
             )
 

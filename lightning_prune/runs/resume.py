@@ -92,7 +92,7 @@ def unfinished_run(root: Path, label: str, facts: Facts) -> Path:
         raise UserError(f"--resume: the run in '{alive}' is still under way. Wait for it, or leave --resume out.")
     raise UserError(
         f"--resume: no unfinished run of this configuration below '{root / label}'. "
-        f"{' '.join(others) or 'There is none at all.'} Leave --resume out to begin anew."
+        f"{' '.join(others) or 'There is none at all.'} Leave --resume out to start again."
     )
 
 

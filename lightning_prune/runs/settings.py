@@ -91,7 +91,7 @@ def read_settings(
         if label == REPORTS:
             raise UserError(f"--config: '{path}' names a system '{label}', like the folder of reports. Rename it.")
     if file.seeds and "data.seed" in (options or {}):
-        raise UserError("--data.seed: the experiment has --seeds, which say the same. Leave one of them out.")
+        raise UserError("--data.seed: the experiment has --seeds, which mean the same. Leave one of them out.")
     labels = list(file.systems) if systems is None else list(dict.fromkeys(systems))
     missing = [label for label in labels if label not in file.systems]
     if missing:

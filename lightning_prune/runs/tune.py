@@ -207,8 +207,8 @@ def _loss(measured: Measured) -> float:
 
 def _read(file: Path, facts: Facts) -> Tuned:
     if not file.is_file():
-        raise UserError(f"--resume: no trials in '{file}'. Leave --resume out to begin anew.")
-    found = read_json(file, Tuned, "--resume", "Leave --resume out and give --overwrite to begin anew.")
+        raise UserError(f"--resume: no trials in '{file}'. Leave --resume out to start again.")
+    found = read_json(file, Tuned, "--resume", "Leave --resume out and give --overwrite to start again.")
     if different := differences(found.facts, facts):
         raise UserError(
             f"--resume: the trials in '{file}' were made from something else: {'; '.join(different)}. Give what they "

@@ -56,7 +56,7 @@ def test_module_runs_like_the_command(tmp_path: Path) -> None:
     ("words", "told"),
     [
         ([], ["usage: lightning-prune <command>"]),
-        (["--config", "wanda", "fit"], ["'--config' stands before the command", "lightning-prune fit --config FILE"]),
+        (["--config", "wanda", "fit"], ["'--config' comes before the command", "lightning-prune fit --config FILE"]),
         (["prune"], ["unknown command 'prune'", *COMMANDS]),
         (["fti"], ["unknown command 'fti'. Did you mean 'fit'?"]),
         *(

@@ -95,7 +95,7 @@ def test_every_checkpoint_is_measured_once_and_a_changed_task_again(
     measure()
     assert len(measured) == 6
     make_tiny(seed=9).save_pretrained(tmp_path / "base")
-    with pytest.raises(UserError, match=r"base' is not the model any more that .*wanda"):
+    with pytest.raises(UserError, match=r"base' has changed since .*wanda"):
         measure()
 
 

@@ -115,7 +115,7 @@ for extra in ("", " --overwrite"):
     place(f"output holds more{extra}", "--output INPUTS/report" + extra, lambda f: (f / "report/x").touch(), "holds x")
     place(f"output below a file{extra}", "--output INPUTS/f/out" + extra, lambda f: (f / "f").touch(), "--output")
 place("output is a report", "--output INPUTS/report", nothing, "or --overwrite")
-place("output is the root of all", "--output / --overwrite", nothing, "is no report")
+place("output is the root of all", "--output / --overwrite", nothing, "is not a report")
 place("output is a report to overwrite", "--output INPUTS/report --overwrite", nothing, status=0)
 place("output is an empty folder", OUT, lambda folder: (folder / "out").mkdir(), status=0)
 place("root is below a file", "--root INPUTS/f/x", lambda folder: (folder / "f").touch(), "--root")

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     if given.config is None:
         of_runs = [name for name in ("pretrained", "ratios", "seeds", "systems") if getattr(given, name) is not None]
         for option in (*of_runs, *options):
-            raise UserError(f"--{option} has no meaning with --runs: those runs are made. Leave it out.")
+            raise UserError(f"--{option} has no meaning with --runs: those runs exist already. Leave it out.")
         folders, root = _finished(given.runs), given.root or Path("logs")
     else:
         from lightning_prune.runs.experiment import run_experiment
@@ -80,7 +80,7 @@ def _finished(folders: list[Path]) -> list[Path]:
         if RunFolder(folder).is_pruning_run:
             finished.append(folder)
         elif not (folder / "report.html").is_file():  # an earlier comparison below the same root
-            print(f"left out, no finished pruning run: {folder}")
+            print(f"left out, not a finished pruning run: {folder}")
     if not finished:
         raise UserError("--runs: none of these folders holds a finished pruning run.")
     return finished

@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
     if run.metrics.method.base_model_sha256 not in (None, cli.model.checkpoint.fingerprint):
         raise UserError(
             f"--run: the config or the weights of '{cli.model.pretrained}' have changed since '{run.path}' measured "
-            "them (SHA-256). Put the model back, or run fit again."
+            "them (SHA-256). Restore the model, or run fit again."
         )
     reuse(cli.model, run)
     cli.datamodule.needs_calibration = cli.model.needs_calibration
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> int:
         if now != before:
             raise UserError(
                 f"--run: the calibration set is not the one that '{run.path}' measured with (its fingerprint was "
-                f"{before}, now it is {now}). Put the text back, or run fit again."
+                f"{before}, now it is {now}). Restore the text, or run fit again."
             )
     folder, metrics = prune_and_record(cli.trainer, cli.model, cli.datamodule, cli.resolved_config)
     table = summary_table(cli.model.label, metrics)

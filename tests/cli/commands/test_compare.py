@@ -22,7 +22,7 @@ def test_runs_that_exist_are_compared_and_reported(tmp_path: Path, capsys: pytes
     arguments = ["--runs", *map(str, [*folders, unfinished]), "--root", str(tmp_path), "--strict"]
     assert main(arguments) == 0
     shown = capsys.readouterr().out
-    assert f"left out, no finished pruning run: {unfinished}" in shown
+    assert f"left out, not a finished pruning run: {unfinished}" in shown
     assert "unusable" in next(line for line in shown.splitlines() if line.startswith("magnitude"))
     assert shown.splitlines()[-1] == f"report: {tmp_path / 'comparison' / 'version_0' / 'report.html'}"
     names = {"report.html", "report.md", "results.csv", "results.tex", "calibration_appendix.md"}
