@@ -24,6 +24,6 @@ FAMILIES_BY_REASON = {
     PLAIN_MLP: "gpt2 gpt_neo gpt_bigcode opt bloom mpt codegen xglm biogpt starcoder2 nemotron persimmon openai-gpt",
     PARALLEL: "gpt_neox gptj falcon phi cohere cohere2",
     SHARED: "gemma3n_text gemma4_text",
-    LATENT: "deepseek_v2 deepseek_v3 minicpm3",
+    LATENT: "deepseek_v2 minicpm3",
 }
 REFUSED = {name: reason for reason, names in FAMILIES_BY_REASON.items() for name in names.split()}
