@@ -27,6 +27,7 @@ FAMILIES = (
 )  # a pre-norm layer of seven plain projections, plain embedding and head
 EXPERTS = (
     *("qwen3_moe", "olmoe", "mixtral", "qwen2_moe", "granitemoe", "glm4_moe", "ernie4_5_moe", "gpt_oss"),
+    *("deepseek_v3", "qwen3_5_moe_text", "lfm2_moe"),
 )  # see make_moe
 WHOLE_ATTENTION = ("olmo2", "helium", "stablelm")  # GQA groups cannot leave one by one
 CUTTABLE = (
@@ -51,6 +52,13 @@ GRANITE = {
     "residual_multiplier": 0.4,
     "attention_multiplier": 0.2,
     "logits_scaling": 2.5,
+}
+QWEN3_5 = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
 }
 SWITCHES: dict[str, dict[str, Any]] = {  # what makes a tiny model of the family unlike a Llama
     "ministral": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2},
@@ -78,13 +86,7 @@ SWITCHES: dict[str, dict[str, Any]] = {  # what makes a tiny model of the family
     "granite": GRANITE,
     "smollm3": {"no_rope_layers": [1, 1, 0, 1]},
     "olmo": {"clip_qkv": 1.5},
-    "qwen3_5_text": {
-        "layer_types": ["linear_attention", "full_attention"] * 2,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 4,
-        "linear_value_head_dim": 4,
-    },
+    "qwen3_5_text": QWEN3_5,
     "lfm2": {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False},
     "granitemoehybrid": {
         **MAMBA,
@@ -113,6 +115,19 @@ SWITCHES: dict[str, dict[str, Any]] = {  # what makes a tiny model of the family
     "qwen2_moe": {"shared_expert_intermediate_size": 20, "mlp_only_layers": [1], "decoder_sparse_step": 1},
     "granitemoe": GRANITE,
     "glm4_moe": {"n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5, "use_qk_norm": True},
+    "deepseek_v3": {
+        "q_lora_rank": 12,
+        "kv_lora_rank": 10,
+        "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 7,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "rope_interleave": True,
+    },
+    "qwen3_5_moe_text": {**QWEN3_5, "shared_expert_intermediate_size": 20},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "gpt_oss": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "nemotron_h": {
         "layers_block_type": ["mlp", "mlp", "full_attention", "linear_attention"],
@@ -242,7 +257,12 @@ def make_moe(family: str = "qwen3_moe", seed: int = 0, num_experts: int = 8, wid
     names: Any = FAMILIES_OF_RECORD[family].experts
     wide = "channels" if names.width == "intermediate_size" else names.width
     top_k = "moe_k" if family == "ernie4_5_moe" else "num_experts_per_tok"
-    return make_tiny(family, seed, **{top_k: 2, names.count: num_experts, wide: width} | options)
+    heads = {"kv_heads": 4} if family == "deepseek_v3" else {}  # which has as many as there are query heads
+    model = make_tiny(family, seed, **heads | {top_k: 2, names.count: num_experts, wide: width} | options)
+    for name, tensor in model.state_dict().items():
+        if name.endswith(("correction_bias", "expert_bias")):  # which initialisation leaves at zero
+            tensor.copy_(0.3 * torch.rand(tensor.shape, generator=torch.Generator().manual_seed(seed)))
+    return model
 
 
 def moe_block(model: Any) -> Any:

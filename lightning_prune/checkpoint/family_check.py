@@ -144,15 +144,23 @@ def _sizes_of_experts(config: Any, family: Family) -> dict[str, int]:
 
 
 def _representative(config: Any, family: Family) -> list[int]:
-    """Layers that show every combination of per-layer entries, in order; ``LAYERS`` of them where there are as many."""
+    """Layers that show every combination of per-layer entries, in order; ``LAYERS`` of them where there are as many,
+    also two of those with attention, without which a hybrid whose others were removed could not decode."""
     values = [entries for name in (*family.per_layer_lists, family.kinds) if (entries := getattr(config, name, None))]
     values.append([has_experts(config, family.experts, layer) for layer in range(config.num_hidden_layers)])
     first: dict[tuple[str, ...], int] = {}
     for layer in range(config.num_hidden_layers):
         first.setdefault(tuple(str(entries[layer]) for entries in values), layer)
-    others = [layer for layer in range(config.num_hidden_layers) if layer not in first.values()]
-    chosen = sorted([*first.values(), *others[: max(0, LAYERS - len(first))]])
-    return chosen + [chosen[-1]] * (LAYERS - len(chosen))  # a model of fewer layers
+    chosen = list(first.values())
+    blocks = [family.blocks_of(config, layer) for layer in range(config.num_hidden_layers)]
+
+    def place(layer: int) -> tuple[int, bool]:
+        """Of those blocks of which there are fewest, a new one before one that is there."""
+        return sum(blocks[one] == blocks[layer] for one in chosen), layer in chosen
+
+    while len(chosen) < LAYERS:
+        chosen.append(min(range(config.num_hidden_layers), key=place))
+    return sorted(chosen)
 
 
 def _try(config: Any, folder: Path) -> None:

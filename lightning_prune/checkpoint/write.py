@@ -21,6 +21,7 @@ from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.expert_files import stored_parts
 from lightning_prune.models.families import family_of
 from lightning_prune.models.layered import LayeredModel, open_layered
+from lightning_prune.models.records import ExpertNames
 from lightning_prune.models.weights import DTYPES, begun
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import new_folder, write_json, write_text
@@ -69,7 +70,8 @@ def write_checkpoint(
                 if beside.generation_config is not None:
                     # Not save_pretrained, which refuses settings that several published models have.
                     beside.generation_config.to_json_file(temporary / "generation_config.json", use_diff=True)
-            expected = write_weights(model, temporary, progress)
+            names = family_of(model.config).experts if beside is None else beside.expert_names
+            expected = write_weights(model, temporary, progress, names)
             write_text(temporary / "README.md", card)
             return _check(model, temporary, expected)
     except OSError as error:
@@ -135,16 +137,23 @@ def _check(model: LayeredModel, folder: Path, expected: Tensor) -> dict[str, Any
 
 
 @torch.no_grad()
-def write_weights(model: LayeredModel, folder: Path, progress: Callable[[int], None]) -> Tensor:
-    """Write every parameter, and run the probe through the layers as they pass: its logits ``[2, 12, V]``."""
+def write_weights(
+    model: LayeredModel, folder: Path, progress: Callable[[int], None], names: ExpertNames | None
+) -> Tensor:
+    """Write every parameter, and run the probe through the layers as they pass: its logits ``[2, 12, V]``.
+
+    Args:
+        model, folder, progress: see ``write_checkpoint``.
+        names: how files hold experts.
+    """
     parameters = dict(model.net.named_parameters())
     dtype = model.dtype or next(iter(parameters.values())).dtype
     before, after = model.outside[:1], model.outside[1:]
-    order = [*before, *(name for names in model.layer_names for name in names.values()), *after]
+    order = [*before, *(name for inside in model.layer_names for name in inside.values()), *after]
     hidden = model.embed(probe_tokens(model.config.vocab_size))
     family, stock = family_of(model.config), not model.config.is_heterogeneous
     # transformers packs and renames what files of its own classes hold, not of others.
-    experts, published = family.experts if stock else None, {new: old for old, new in family.renamed.items() if stock}
+    experts, published = names if stock else None, {new: old for old, new in family.renamed.items() if stock}
 
     def stored(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
         return [(begun(part, published), values) for part, values in stored_parts(name, tensor, experts)]
@@ -154,10 +163,10 @@ def write_weights(model: LayeredModel, folder: Path, progress: Callable[[int], N
     with _Shards(folder, {name: tuple(part.shape) for of in parts.values() for name, part in of}, kinds) as shards:
         for name in before:
             shards.write(*stored(name, parameters[name])[0])
-        for index, names in enumerate(model.layer_names):
+        for index, inside in enumerate(model.layer_names):
             with model.layer(index) as layer:
                 model.announce(index + 1)
-                for inner, name in names.items():
+                for inner, name in inside.items():
                     for part, values in stored(name, layer.get_parameter(inner)):
                         shards.write(part, values)
                 hidden = model.run(index, hidden)

@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from os.path import exists
 from pathlib import Path
@@ -29,7 +29,7 @@ from transformers.utils import cached_file
 from lightning_prune.models.expert_files import packed
 from lightning_prune.models.families import family_of
 from lightning_prune.models.modeling_pruned import classes_of, pruned_class
-from lightning_prune.models.records import TEXT_PARTS
+from lightning_prune.models.records import TEXT_PARTS, ExpertNames
 from lightning_prune.models.side_files import has_vocabulary, side_files
 from lightning_prune.models.sources import CheckpointSource
 from lightning_prune.models.weights import (
@@ -154,6 +154,13 @@ class Checkpoint:
         family = family_of(self.config)
         tensors = renamed(tensors, family.renamed)
         return (tensors if family.experts is None else packed(tensors, family.experts)), files, left_out
+
+    @property
+    def expert_names(self) -> ExpertNames | None:
+        """How its files hold experts: as the family's published ones, or in three-dimensional parameters."""
+        names = family_of(self.config).experts
+        apart = self.config.is_heterogeneous or any(len(entry.parts) > 1 for entry in self.tensors.values())
+        return names if names is None or apart else replace(names, stored=None)
 
     @cached_property
     def stored_dtype(self) -> torch.dtype:

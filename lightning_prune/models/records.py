@@ -167,6 +167,39 @@ _SANDWICH: dict[str, Any] = {
 }
 _TYPES = ("layer_types",)
 _MIXER = (Block.MIXER, Block.MLP)
+_DELTA_NET = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
+}
+_QWEN3_5: dict[str, Any] = {
+    "qkv_bias": "attention_bias",
+    "o_bias": "attention_bias",
+    "per_layer_lists": _TYPES,
+    "blocks": {"linear_attention": _MIXER},
+    "mixer": {"linear_attn": False},
+    "gated_query": True,
+}
+_LFM2: dict[str, Any] = {
+    "per_layer_lists": _TYPES,
+    "final_norm": "model.embedding_norm",
+    "output": "out_proj",
+    "mlp": "feed_forward",
+    "gate": "w1",
+    "up": "w3",
+    "down": "w2",
+    "attention_norms": Norms("operator_norm"),
+    "mlp_norms": Norms("ffn_norm"),
+    "blocks": {"conv": _MIXER},
+    "mixer": {"conv": False},
+}
+_SHARED_EXPERTS = ExpertNames(
+    count="n_routed_experts",
+    shared="shared_experts",
+    shared_count="n_shared_experts",
+    dense_first="first_k_dense_replace",
+)
 _SHARED = {"shared_expert_intermediate_size": 12}
 _MAMBA = {"mamba_n_heads": 2, "mamba_d_head": "auto", "mamba_d_state": 4, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 
@@ -226,16 +259,7 @@ FAMILIES: dict[str, Family] = {
                 ),
             ),
         ),
-        Family(
-            "glm4_moe",
-            "attention_bias",
-            experts=ExpertNames(
-                count="n_routed_experts",
-                shared="shared_experts",
-                shared_count="n_shared_experts",
-                dense_first="first_k_dense_replace",
-            ),
-        ),
+        Family("glm4_moe", "attention_bias", experts=_SHARED_EXPERTS),
         Family(
             "ernie4_5_moe",
             "use_bias",
@@ -260,35 +284,22 @@ FAMILIES: dict[str, Family] = {
             ),
         ),
         Family(
-            "qwen3_5_text",
-            "attention_bias",
-            "attention_bias",
-            per_layer_lists=_TYPES,
-            blocks={"linear_attention": _MIXER},
-            mixer={"linear_attn": False},
-            gated_query=True,
-            tiny={
-                "linear_num_key_heads": 2,
-                "linear_num_value_heads": 4,
-                "linear_key_head_dim": 4,
-                "linear_value_head_dim": 4,
-            },
+            "deepseek_v3",
+            blocks={"": _MIXER},
+            mixer={"self_attn": True},
+            experts=_SHARED_EXPERTS,
+            tiny={"q_lora_rank": 12, "kv_lora_rank": 12, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
         ),
+        Family("qwen3_5_text", **_QWEN3_5, tiny=_DELTA_NET),
         Family(
-            "lfm2",
-            per_layer_lists=_TYPES,
-            index_lists=("full_attn_idxs",),
-            final_norm="model.embedding_norm",
-            output="out_proj",
-            mlp="feed_forward",
-            gate="w1",
-            up="w3",
-            down="w2",
-            attention_norms=Norms("operator_norm"),
-            mlp_norms=Norms("ffn_norm"),
-            blocks={"conv": _MIXER},
-            mixer={"conv": False},
+            "qwen3_5_moe_text",
+            **_QWEN3_5,
+            width="shared_expert_intermediate_size",  # it has no layer without experts
+            experts=ExpertNames(),
+            tiny={**_DELTA_NET, **_SHARED},
         ),
+        Family("lfm2", **_LFM2, index_lists=("full_attn_idxs",)),
+        Family("lfm2_moe", **_LFM2, experts=ExpertNames(stored=("w1", "w3", "w2"), dense_first="num_dense_layers")),
         Family(
             "granitemoehybrid",
             "attention_bias",

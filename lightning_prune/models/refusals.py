@@ -34,6 +34,6 @@ FAMILIES_BY_REASON = {
     PERIODIC: "jamba",
     SHARED: "gemma3n_text",
     SCALED: "gemma4_text",
-    LATENT: "deepseek_v2 deepseek_v3 minicpm3",
+    LATENT: "deepseek_v2 minicpm3",
 }
 REFUSED = {name: reason for reason, names in FAMILIES_BY_REASON.items() for name in names.split()}

@@ -51,6 +51,9 @@ def test_a_family_does_what_its_record_says(family: str, kv_heads: int, tied: bo
         ("glm4_moe", {"attention_bias": True, "n_group": 1, "first_k_dense_replace": 3, "n_shared_experts": 2}),
         ("ernie4_5_moe", {"moe_num_shared_experts": 0, "moe_layer_start_index": 0}),
         ("gpt_oss", {"attention_bias": False}),
+        ("deepseek_v3", {"q_lora_rank": None, "n_group": 1}),
+        ("lfm2_moe", {"use_expert_bias": False}),
+        ("qwen3_5_moe_text", {"attention_bias": True, "tied": False}),
     ],
 )
 def test_a_mixture_of_experts_does_what_its_record_says(family: str, switches: dict[str, Any]) -> None:
@@ -102,6 +105,7 @@ def test_a_large_model_is_tried_in_seconds_and_once_per_kind(family: str) -> Non
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {},
+    "qwen3_5_moe_text": {},
     "nemotron_h": {"hybrid_override_pattern": "M-M-M-M*-M-M-M*-"},
 }
 
@@ -118,6 +122,8 @@ def test_the_small_model_has_every_sort_of_layer_of_the_large_one() -> None:
     assert small.layer_types == ["sliding_attention"] * 3 + ["full_attention"]
     assert (small.num_hidden_layers, small.hidden_size, small.num_key_value_heads) == (4, 48, 2)
     assert config.num_hidden_layers == 12
+    assert shrunk(AutoConfig.for_model("qwen3_5_text")).layer_types == ["linear_attention"] * 2 + ["full_attention"] * 2
+    assert shrunk(AutoConfig.for_model("deepseek_v3")).first_k_dense_replace == 3
     assert shrunk(AutoConfig.for_model("smollm3")).no_rope_layers == [1, 1, 1, 0]
     assert shrunk(AutoConfig.for_model("llama", num_hidden_layers=1)).num_hidden_layers == 4
 

@@ -7,31 +7,37 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.expert_files import stored_parts
 from lightning_prune.models.families import family_of
+from lightning_prune.models.layered import open_layered
 from lightning_prune.support.errors import UserError
 from tests.tiny import EXPERTS, make_moe
 
 QWEN = ("experts.7.gate_proj.weight", "experts.7.up_proj.weight", "experts.7.down_proj.weight", "gate.weight")
+SHARED = (
+    *(*QWEN, "shared_expert_gate.weight"),
+    *(f"shared_expert.{name}_proj.weight" for name in ("gate", "up", "down")),
+)
+GLM = (
+    *(*QWEN, "gate.e_score_correction_bias"),
+    *(f"shared_experts.{name}_proj.weight" for name in ("gate", "up", "down")),
+)
 # Of every family, below a layer of a published checkpoint: all names of a block of experts, of the last expert alone.
 PUBLISHED = {
     "qwen3_moe": ("mlp", QWEN),
+    "deepseek_v3": ("mlp", GLM),
+    "qwen3_5_moe_text": ("mlp", SHARED),
+    "lfm2_moe": (
+        "feed_forward",
+        ("gate.weight", "expert_bias", *(f"experts.7.w{number}.weight" for number in (1, 2, 3))),
+    ),
     "olmoe": ("mlp", QWEN),
     "mixtral": ("block_sparse_moe", ("gate.weight", *(f"experts.7.w{number}.weight" for number in (1, 2, 3)))),
-    "qwen2_moe": (
-        "mlp",
-        (*QWEN, "shared_expert_gate.weight", *(f"shared_expert.{name}_proj.weight" for name in ("gate", "up", "down"))),
-    ),
+    "qwen2_moe": ("mlp", SHARED),
     "granitemoe": ("block_sparse_moe", ("input_linear.weight", "output_linear.weight", "router.layer.weight")),
-    "glm4_moe": (
-        "mlp",
-        (
-            *QWEN,
-            "gate.e_score_correction_bias",
-            *(f"shared_experts.{name}_proj.weight" for name in ("gate", "up", "down")),
-        ),
-    ),
+    "glm4_moe": ("mlp", GLM),
     "ernie4_5_moe": (
         "mlp",
         (
@@ -84,3 +90,14 @@ def test_experts_that_are_not_whole_are_refused(tmp_path: Path, damage: str) -> 
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"experts of 'model\.layers\.1\.mlp\.experts' are not 8 matrices"):
         Checkpoint.open(str(folder))
+
+
+def test_experts_in_one_tensor_stay_in_one(tmp_path: Path) -> None:
+    """As the published Qwen3.5 has them, where transformers saves a new model in matrices."""
+    model = make_moe("qwen3_5_moe_text")
+    model.save_pretrained(tmp_path / "base", save_original_format=False)
+    names = load_file(tmp_path / "base" / "model.safetensors").keys()
+    assert "model.layers.3.mlp.experts.gate_up_proj" in names
+    checkpoint = Checkpoint.open(str(tmp_path / "base"))
+    write_checkpoint(open_layered(checkpoint, None, torch.device("cpu")), tmp_path / "out", beside=checkpoint, card="")
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == names

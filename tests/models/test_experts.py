@@ -12,19 +12,23 @@ from lightning_prune.models.records import FAMILIES
 from tests.tiny import EXPERTS, in_double, make_moe, moe_block
 
 ROUTED: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6}  # routers compute in fp32
-SHARED = ("glm4_moe", "ernie4_5_moe")  # whose width is that of one expert, or of two
+SIGMOID = ("glm4_moe", "deepseek_v3", "lfm2_moe")
+SHARED = ("glm4_moe", "deepseek_v3", "ernie4_5_moe")  # whose width is that of one expert, or of two
 
 
-def weights(router: Any, x: Tensor, family: str, experts: list[int]) -> Tensor:
+def weights(block: Any, x: Tensor, family: str, experts: list[int]) -> Tensor:
     """The router's weights for one token x ``[D]``, ``[len(experts)]``, 0 where an expert is not chosen."""
+    router = block.router if hasattr(block, "router") else block.gate
     logits = router.weight[experts] @ x
     if family in ("gpt_oss", "granitemoe"):
         logits = logits + (router.bias[experts] if family == "gpt_oss" else 0)
         chosen = logits.topk(router.top_k).indices
         return torch.zeros_like(logits).scatter(0, chosen, logits[chosen].softmax(0))
-    scores = logits.sigmoid() if family == "glm4_moe" else logits.softmax(0)
+    scores = logits.sigmoid() if family in SIGMOID else logits.softmax(0)
     ranked = scores.clone()
-    if family == "glm4_moe":
+    if family == "lfm2_moe":
+        ranked += block.expert_bias[experts]
+    if family in ("glm4_moe", "deepseek_v3"):
         ranked += router.e_score_correction_bias[experts]
         groups = ranked.view(router.num_group, -1)
         best = groups.topk(2).values.sum(1).topk(router.topk_group).indices
@@ -41,11 +45,11 @@ def weights(router: Any, x: Tensor, family: str, experts: list[int]) -> Tensor:
 def naive(block: nn.Module, x: Tensor, family: str, experts: list[int], channels: Tensor | None = None) -> Tensor:
     """The output of the block for x ``[T, D]``, token by token, with some of its experts and channels only."""
     found: Any = block
-    module, router = found.experts, found.router if hasattr(found, "router") else found.gate
+    module = found.experts
     out, silu = torch.zeros_like(x), nn.functional.silu
     m = module.down_proj.shape[1 if family == "gpt_oss" else 2]
     for token, hidden in enumerate(x):
-        for place, gate in enumerate(weights(router, hidden, family, experts)):
+        for place, gate in enumerate(weights(found, hidden, family, experts)):
             number = experts[place]
             for k in (range(m) if channels is None else channels[place].tolist()) if gate else ():
                 weight = module.gate_up_proj[number]
@@ -65,7 +69,7 @@ def naive(block: nn.Module, x: Tensor, family: str, experts: list[int], channels
                 kept = [n * m + k for n, own in enumerate(channels[len(experts) :].tolist()) for k in own]
                 out[token] += mlp.down_proj.weight[:, kept] @ inner[kept]
             else:
-                gated = found.shared_expert_gate(hidden).sigmoid() if family == "qwen2_moe" else 1
+                gated = found.shared_expert_gate(hidden).sigmoid() if hasattr(found, "shared_expert_gate") else 1
                 out[token] += gated * mlp.down_proj(inner)
     return out
 
@@ -95,7 +99,8 @@ def test_routed_tokens_inner_activations_and_outputs_add_up_to_the_block(kind: s
     total = torch.zeros_like(expected)
     for expert, rows, gate in experts.routed(index, weights):
         total[rows] += gate[:, None] * experts.output(expert, experts.inner(expert, hidden[rows]))
-    torch.testing.assert_close(total, routed if kind == "qwen2_moe" else expected)  # whose shared expert stays whole
+    alone = hasattr(block, "shared_expert_gate")  # a shared expert that stays whole is not among them
+    torch.testing.assert_close(total, routed if alone else expected)
     torch.testing.assert_close(naive(block, X, kind, list(range(experts.count))), expected, **ROUTED)
 
 
