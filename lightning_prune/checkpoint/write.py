@@ -16,6 +16,7 @@ from lightning_prune.checkpoint.model_card import model_card
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.checkpoint.pruned import NewWeights, open_pruned
 from lightning_prune.checkpoint.self_check import check_checkpoint, compare_logits, probe_tokens
+from lightning_prune.checkpoint.serving_notes import pattern_note
 from lightning_prune.models import modeling_pruned
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.expert_files import stored_parts
@@ -101,7 +102,7 @@ def write_pruned(
     """
     pruned = open_pruned(dense, plan, new_weights)
     card = model_card(plan, layout_of(pruned.config), calibration, dense)
-    card += f"\n{note}\n" if note else ""
+    card += "".join(f"\n{line}\n" for line in (note, pattern_note(pruned.config)) if line)
     check = write_checkpoint(pruned, folder, beside=dense, card=card, progress=progress)
     pruned.close()
     return check

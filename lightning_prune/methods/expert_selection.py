@@ -50,6 +50,8 @@ def select_with_experts(
             "--model.freeze_first_n_layers and --model.freeze_last_n_layers leave layers untouched, but all layers "
             "keep equally many experts of one width. Leave them out."
         )
+    if selection.groups_multiple_of > 1:
+        raise UserError("--model.groups_multiple_of: with experts, groups are not kept in multiples. Leave it out.")
     experts = next(view.experts for view in layers if view.experts is not None)
     whole = bool(scores.of_kind(Block.EXPERT).any())
     groups = experts.router_groups if whole else experts.total

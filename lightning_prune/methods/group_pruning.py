@@ -4,6 +4,7 @@ from dataclasses import asdict, fields, replace
 from typing import Any, Literal
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.checkpoint.scores import Flags, Scores
@@ -32,6 +33,7 @@ class GroupPruning(PruningMethod):
         freeze_last_n_layers: Leave this many layers at the output side untouched.
         min_groups_per_layer: Keep at least this many GQA groups and MLP channels in every layer. 0 allows whole
             blocks and layers to be removed.
+        groups_multiple_of: Keep a multiple of this many GQA groups in every layer: the devices of tensor parallelism.
         units: Of a mixture of experts: ``expert_channel`` (the default there) removes channels inside every expert,
             ``expert`` whole experts, equally many of every layer; ``all`` also GQA groups and channels of layers
             without experts. Without experts there is nothing to choose.
@@ -53,6 +55,7 @@ class GroupPruning(PruningMethod):
         freeze_first_n_layers: int = 0,
         freeze_last_n_layers: int = 0,
         min_groups_per_layer: int = 0,
+        groups_multiple_of: int = 1,
         units: Units = "auto",
         super_experts: Literal["keep", "remove"] = "keep",
         steps: int = 1,
@@ -67,7 +70,8 @@ class GroupPruning(PruningMethod):
                 "one out."
             )
         self.selection = GroupSelection(
-            allocation, round_to, freeze_first_n_layers, freeze_last_n_layers, min_groups_per_layer
+            *(allocation, round_to, freeze_first_n_layers, freeze_last_n_layers),
+            *(min_groups_per_layer, groups_multiple_of),
         )
         self.units: Units = units
         self.super_experts = super_experts
@@ -112,6 +116,8 @@ class GroupPruning(PruningMethod):
         self.find_ratio(ranked, self.layers, self.dense_parameters)
         self.scores = replace(scores, pruned=self.select(ranked, self.layers, self.dense_parameters))
         self.plan = self.make_plan(kept_units(self.scores, self.layers))
+        if said := self.selection.unrounded(self.scores, self.layers):
+            rank_zero_warn(said)
 
     def find_ratio(self, scores: Scores, layers: list[LayerStructure], total_parameters: int) -> None:
         """Of a target."""

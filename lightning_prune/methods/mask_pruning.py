@@ -50,7 +50,8 @@ class GroupOrMaskPruning(GroupPruning):
         if unfrozen != GroupSelection() or self.steps != 1:
             raise UserError(
                 f"--model.structure {structure} zeroes single weights; --model.allocation, --model.round_to, "
-                "--model.min_groups_per_layer and --model.steps belong to --model.structure group."
+                "--model.groups_multiple_of, --model.min_groups_per_layer and --model.steps belong to --model."
+                "structure group."
             )
         if self.target is not None:
             raise UserError(

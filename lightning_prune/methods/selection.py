@@ -1,7 +1,7 @@
 """Scores → which units are pruned: one global ranking, or the same share of every layer."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import Literal
 
@@ -20,8 +20,9 @@ class Budget:
     """How many parameters may be removed, and what is removed together with the last unit of a block.
 
     ``overhead[layer, block]`` counts the parameters (norms, output bias) that leave with the whole block, so the
-    achieved ratio never exceeds the requested one by them. ``round_to``: every layer keeps a multiple of this
-    many channels. ``added``: parameters that pruning brings along, removed beside the ratio; costs count them.
+    achieved ratio never exceeds the requested one by them. ``round_to``, ``groups_multiple_of``: every layer keeps a
+    multiple of this many channels, GQA groups. ``added``: parameters that pruning brings along, removed beside the
+    ratio; costs count them.
     """
 
     total_parameters: int
@@ -29,6 +30,11 @@ class Budget:
     overhead: dict[tuple[int, Block], int]
     round_to: int = 1
     added: int = 0
+    groups_multiple_of: int = 1
+
+    def bundle(self, block: Block) -> int:
+        """Units of the block that are removed together."""
+        return {Block.MLP: self.round_to, Block.ATTENTION: self.groups_multiple_of}.get(block, 1)
 
     @property
     def parameters(self) -> int:
@@ -45,10 +51,11 @@ class GroupSelection:
     freeze_first_n_layers: int = 0
     freeze_last_n_layers: int = 0
     min_groups_per_layer: int = 0
+    groups_multiple_of: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("round_to", "freeze_first_n_layers", "freeze_last_n_layers", "min_groups_per_layer"):
-            if getattr(self, name) < (smallest := int(name == "round_to")):
+        for name in (field.name for field in fields(self) if field.name != "allocation"):
+            if getattr(self, name) < (smallest := int(name in ("round_to", "groups_multiple_of"))):
                 raise UserError(f"--model.{name}: found {getattr(self, name)}; it must be {smallest} or more.")
 
     def frozen_layers(self, num_layers: int) -> set[int]:
@@ -65,7 +72,7 @@ class GroupSelection:
             for view in layers
             for block in view.prunable
         }
-        return Budget(total_parameters, ratio, overhead, self.round_to, added)
+        return Budget(total_parameters, ratio, overhead, self.round_to, added, self.groups_multiple_of)
 
     def select(
         self,
@@ -85,9 +92,16 @@ class GroupSelection:
             added: parameters that pruning brings along, to be removed in addition.
 
         Raises:
-            UserError: the ratio cannot be reached.
+            UserError: the ratio cannot be reached, or a layer's groups are no multiple.
         """
         budget = self.budget(layers, total_parameters, ratio, added)
+        for view in layers:
+            if (groups := view.units(Block.ATTENTION)) % self.groups_multiple_of:
+                allowed = ", ".join(str(number) for number in range(1, groups + 1) if groups % number == 0)
+                raise UserError(
+                    f"--model.groups_multiple_of: found {self.groups_multiple_of}, but layer {view.index} has {groups} "
+                    f"GQA groups; allowed is what divides them: {allowed}."
+                )
         free = ~np.isin(scores.layer, list(self.frozen_layers(len(layers))))
         if not free.any():
             raise UserError(
@@ -98,11 +112,40 @@ class GroupSelection:
         if layers[0].whole_attention is not None:
             free &= ~scores.of_kind(Block.ATTENTION)
         free[best_attention(scores, layers)] = False
+        scores = replace(scores, score=np.where(beyond_multiple(scores, free, budget), -np.inf, scores.score))
         choose = select_global if self.allocation == "global" else select_uniform
         try:
             return choose(scores, free, budget)
         except UserError as error:
             raise UserError(f"{error}{groups_that_stay(layers)}") from None
+
+    def unrounded(self, scores: Scores, layers: list[LayerStructure]) -> str:
+        """A sentence on layers whose MLP does not keep a multiple of ``round_to`` channels; empty where all do."""
+        found = {
+            view.index: kept
+            for view in layers
+            if Block.MLP in view.parts and (kept := int(scores.kept[scores.of(view.index, Block.MLP)].sum()))
+        }
+        left = [f"{layer} ({kept})" for layer, kept in found.items() if kept % self.round_to]
+        if not left:
+            return ""
+        return (
+            f"--model.round_to {self.round_to} does not hold in {len(left)} layers: layer (channels kept) "
+            f"{', '.join(left[:5])}{', …' if len(left) > 5 else ''}. They are frozen, narrower than that, or the ratio "
+            "is too low to make them narrower."
+        )
+
+
+def beyond_multiple(scores: Scores, candidates: Flags, budget: Budget) -> Flags:
+    """The lowest channels of every layer that has more of them than a multiple of ``round_to``, bool ``[U]``: they are
+    removed first, so that the multiple also holds in a layer that loses nothing else."""
+    order, blocks = ranking(scores), scores.blocks
+    order = order[candidates[order]]
+    mlp = np.array([block is Block.MLP for _, block in blocks.keys])
+    many = np.where(mlp & (blocks.size >= budget.round_to), blocks.size % budget.round_to, 0)
+    beyond = np.zeros(len(scores.layer), dtype=bool)
+    beyond[order] = blocks.rank(order) < many[blocks.ids[order]]
+    return beyond
 
 
 def ranking(scores: Scores) -> Integers:
@@ -127,7 +170,8 @@ def select_global(scores: Scores, candidates: Flags, budget: Budget) -> Flags:
     """Longest prefix of the ranking whose parameters stay within the budget (H-GSP rule 8), bool ``[U]``.
 
     It ends at the first unit that does not fit. With ``round_to`` a layer's channels are removed in multiples
-    of it, lowest first; the shortfall is then below one such bundle per layer.
+    of it, lowest first, and with ``groups_multiple_of`` its groups; the shortfall is then below one such bundle per
+    block.
 
     Args:
         scores: U units.
@@ -140,7 +184,7 @@ def select_global(scores: Scores, candidates: Flags, budget: Budget) -> Flags:
     order = order[candidates[order]]
     blocks = scores.blocks
     overhead = np.array([budget.overhead.get(key, 0) for key in blocks.keys], dtype=np.int64)
-    bundle = np.array([budget.round_to if block is Block.MLP else 1 for _, block in blocks.keys])
+    bundle = np.array([budget.bundle(block) for _, block in blocks.keys])
     if len(order) == len(scores.cost):
         # It could take all units, whatever their order. Refuse what does not leave the dearest bundle: then the shapes
         # alone decide, and the answer before calibration is the answer after it.
@@ -198,7 +242,7 @@ def select_uniform(scores: Scores, candidates: Flags, budget: Budget) -> Flags:
             )
             for of in keys
         )
-        counts, largest = _uniform_drops(attention, mlp, share, budget.round_to)
+        counts, largest = _uniform_drops(attention, mlp, share, budget)
         reachable.append(largest * sum(sizes.values()) // size)
         reached &= share <= largest
         drops |= {key: count for of, count in zip(keys, counts, strict=True) for key in of}
@@ -222,25 +266,32 @@ def _alike(layers: list[int], units: dict[tuple[int, Block], int]) -> list[list[
 
 
 def _uniform_drops(
-    attention: tuple[int, int, int], mlp: tuple[int, int, int], share: int, round_to: int
+    attention: tuple[int, int, int], mlp: tuple[int, int, int], share: int, budget: Budget
 ) -> tuple[tuple[int, int], int]:
     """Groups and channels to remove from a layer, and the most parameters that can be.
 
     Args:
         attention, mlp: units of the block, candidates among them, cost of one.
         share: parameters to remove.
-        round_to: a multiple of so many channels is kept.
+        budget: multiples of how many are kept.
     """
     (groups, free_groups, group_cost), (channels, free_channels, channel_cost) = attention, mlp
     free_groups, free_channels = (max(0, min(free, all - 1)) for all, free, _ in (attention, mlp))
+    round_to, together = budget.round_to, budget.groups_multiple_of
     most_channels = _rounded_down(free_channels, channels, round_to)
-    largest = free_groups * group_cost + most_channels * channel_cost
+    most_groups = free_groups // together * together
+    largest = most_groups * group_cost + most_channels * channel_cost
     rho = share / (groups * group_cost + channels * channel_cost)
-    most_groups = min(free_groups, share // group_cost)
-    drop_groups = min(int(groups * rho + 0.5), most_groups)
-    # What the channels cannot give, groups do.
+    most_groups = min(most_groups, share // group_cost // together * together)
+    drop_groups = min(int(groups * rho / together + 0.5) * together, most_groups)
+    # What the channels cannot give, groups do; and groups make room for the channels beyond a multiple.
     while drop_groups < most_groups and (share - drop_groups * group_cost) // channel_cost > most_channels:
-        drop_groups += 1
+        drop_groups += together
+    beyond = channels % round_to if channels >= round_to else 0
+    while drop_groups and beyond <= min(most_channels, share // channel_cost):
+        if (share - drop_groups * group_cost) // channel_cost >= beyond:
+            break
+        drop_groups -= together
     wanted = min((share - drop_groups * group_cost) // channel_cost, most_channels)
     return (drop_groups, _rounded_down(wanted, channels, round_to)), largest
 

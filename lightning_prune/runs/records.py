@@ -122,13 +122,21 @@ class System(_Open):
     measured_seconds: dict[str, Seconds] = {}
 
 
+class Serving(_Record):
+    """Over how many devices the pruned model can be split, and a sentence on who misreads it, if anyone."""
+
+    tensor_parallel: list[Count]
+    note: str
+
+
 class RunMetrics(_Open):
     """``metrics.json`` of a pruning run. ``seconds`` is wall-clock time by phase. Runs of earlier versions have neither
-    distance nor continuations."""
+    distance nor continuations nor serving."""
 
     perplexity: dict[str, Perplexities]
     distance: dict[str, DistanceFacts] = {}
     continuations: ContinuationFacts | None = None
+    serving: Serving | None = None
     evaluation: dict[str, EvaluationManifest]
     parameters: Parameters
     pruning_ratio: Ratio

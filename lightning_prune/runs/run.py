@@ -14,7 +14,9 @@ import torch
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lightning_prune.checkpoint.cut import pruned_config
 from lightning_prune.checkpoint.plan import PruningPlan
+from lightning_prune.checkpoint.serving_notes import pattern_note, tensor_parallel_sizes
 from lightning_prune.data.calibration import EvaluationSet
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.evaluation.continuations import Continuations, common_beginning, examples
@@ -262,6 +264,11 @@ def _metrics(
         "measured_seconds": method.saved.seconds if method.saved is not None else {},
     }
     metrics["self_check"] = method.self_check
+    pruned_as = pruned_config(method.checkpoint.config, method.plan)
+    metrics["serving"] = {
+        "tensor_parallel": tensor_parallel_sizes(pruned_as, method.plan),
+        "note": pattern_note(pruned_as),
+    }
     metrics["configuration_sha256"] = configuration_sha256(
         type(method).__name__,
         yaml.safe_load(config)["model"]["init_args"],

@@ -124,6 +124,11 @@ def summary_table(label: str, metrics: dict[str, Any]) -> str:
         ("parameters", f"{parameters['dense']:,} → {parameters['pruned']:,}"),
         ("pruning ratio", f"{requested}achieved {ratio['achieved']:.4f}"),
     ]
+    serving = metrics.get("serving") or {}
+    if len(sizes := serving.get("tensor_parallel", [])) > 1:
+        rows.append(("tensor parallel", f"on {', '.join(map(str, sizes))} devices"))
+    if serving.get("note"):
+        rows.append(("serving", serving["note"]))
     for name, item in metrics["perplexity"].items():
         # A perplexity says nothing without its protocol: how long the windows are, and of which split.
         protocol = metrics["evaluation"].get(name, {})

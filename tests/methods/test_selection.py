@@ -3,15 +3,29 @@
 import random
 import re
 import time
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from lightning_prune.checkpoint.scores import BLOCKS, Flags, Scores
-from lightning_prune.methods.selection import Budget, protect_best, ranking, select_global, select_uniform
+from lightning_prune.methods.group_pruning import kept_units
+from lightning_prune.methods.scores import group_scores
+from lightning_prune.methods.selection import (
+    Budget,
+    GroupSelection,
+    protect_best,
+    ranking,
+    select_global,
+    select_uniform,
+)
+from lightning_prune.models.families import layer_structures
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 from tests.methods.reference import Row, UnreachableError, lowest_of_each, prefix, ranked, unprotected
+from tests.tiny import make_tiny
 
 GROUP, CHANNEL = 0, 1  # blocks in ``Row``
 
@@ -226,3 +240,52 @@ def test_the_units_of_an_8b_model_are_decided_in_seconds(round_to: int) -> None:
         spent = int(scores.cost[select(scores, free, budget)].sum())
         assert 0 <= budget.parameters - spent < slack + 32 * round_to * 12_288
     assert time.process_time() - start < 8
+
+
+@pytest.mark.parametrize("allocation", ["global", "uniform"])
+@pytest.mark.parametrize("ratio", [0.1, 0.3])
+def test_every_layer_keeps_multiples_of_groups_and_channels(allocation: Any, ratio: float) -> None:
+    """Also where the dense width is no multiple, and where a layer would lose nothing."""
+    views = layer_structures(make_tiny(heads=8, kv_heads=4, channels=45))
+    total, generator = sum(view.cost for view in views), torch.Generator().manual_seed(5)
+    importance = [
+        {block: torch.rand(view.units(block), generator=generator) + 10 * (view.index == 2) for block in view.prunable}
+        for view in views
+    ]
+    scores = group_scores(views, importance)
+    selection = GroupSelection(allocation, round_to=8, groups_multiple_of=2)
+    pruned = replace(scores, pruned=selection.select(scores, views, total, ratio))
+    kept = kept_units(pruned, views)
+    assert all(len(layer.kept[Block.ATTENTION]) % 2 == 0 and len(layer.kept[Block.MLP]) % 8 == 0 for layer in kept)
+    assert len(kept[2].kept[Block.MLP]) == 40 or allocation == "uniform"
+    assert selection.unrounded(pruned, views) == ""
+    removed = int(scores.cost[pruned.pruned].sum())
+    bundles = max(2 * views[0].unit_cost(Block.ATTENTION), 8 * views[0].unit_cost(Block.MLP))
+    assert ratio * total - len(views) * bundles < removed <= ratio * total
+    for layer in kept:  # the lowest are removed, whatever the layer
+        for block, units in layer.kept.items():
+            gone = [unit for unit in range(views[0].units(block)) if unit not in units]
+            values = importance[layer.layer][block]
+            assert not gone or not units or values[gone].max() <= values[units].min()
+
+
+@pytest.mark.parametrize(
+    ("options", "ratio", "layers"),
+    [
+        ({"freeze_first_n_layers": 1}, 0.2, "0 \\(45\\)"),
+        ({}, 0.001, "0 \\(45\\), 1 \\(45\\), 2 \\(45\\), 3 \\(45\\)"),
+    ],
+)
+def test_where_a_multiple_cannot_hold_it_says_so(options: dict[str, int], ratio: float, layers: str) -> None:
+    views = layer_structures(make_tiny(kv_heads=4, channels=45))
+    selection, scores = GroupSelection(round_to=8, **options), group_scores(views)
+    pruned = selection.select(scores, views, sum(view.cost for view in views), ratio)
+    assert re.search(
+        rf"round_to 8 does not hold .* {layers}\. ", selection.unrounded(replace(scores, pruned=pruned), views)
+    )
+
+
+def test_groups_that_are_no_multiple_are_refused_with_those_that_are() -> None:
+    views = layer_structures(make_tiny(kv_heads=4))
+    with pytest.raises(UserError, match=r"groups_multiple_of: found 3, but layer 0 has 4 .* divides them: 1, 2, 4\."):
+        GroupSelection(groups_multiple_of=3).select(group_scores(views), views, 100_000, 0.1)
