@@ -30,6 +30,34 @@ def kept_experts(experts: Experts, plan: LayerPlan) -> tuple[list[int], Tensor |
     return every, units.view(experts.total, -1) % experts.width
 
 
+def active_parameters(layers: Sequence[LayerStructure], total: int, kept: Sequence[LayerPlan]) -> int:
+    """Of ``total`` parameters, which ``kept`` leaves, those that one token passes: all but the experts that its routers
+    do not choose."""
+    for dense_layer, plan in zip(layers, kept, strict=True):
+        view = as_planned(dense_layer, plan)
+        if (experts := view.experts) is None or plan.removed:
+            continue
+        units = {block: len(plan.kept.get(block, range(view.units(block)))) for block in EXPERTS}
+        count = units[Block.EXPERT] or experts.count
+        own = sum(parameter.numel() for parameter in experts.module.parameters()) // experts.count
+        if units[Block.EXPERT_CHANNEL]:
+            own -= (experts.width - units[Block.EXPERT_CHANNEL] // experts.count) * experts.channel_cost
+        total -= (count - experts.top_k) * own
+    return total
+
+
+def parameter_counts(
+    layers: Sequence[LayerStructure], dense: int, kept: Sequence[LayerPlan], left: int
+) -> dict[str, int]:
+    """``parameters`` of a plan: ``dense`` ones, those ``left``, and of both the active ones where there are experts."""
+    found = {"dense": dense, "pruned": left}
+    if any(view.experts for view in layers):
+        whole = [LayerPlan(view.index, view.all_units) for view in layers]
+        found["dense_active"] = active_parameters(layers, dense, whole)
+        found["pruned_active"] = active_parameters(layers, left, kept)
+    return found
+
+
 def check_experts(layers: Sequence[LayerStructure], plans: Sequence[LayerPlan]) -> None:
     """Check what a plan keeps of experts, its indices being right.
 

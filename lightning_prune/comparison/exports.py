@@ -72,6 +72,7 @@ def _facts(run: Run, line: Repeats, name: str, reached: bool) -> dict[str, Any]:
         "evaluation_seq_len": manifest and manifest.seq_len,
         "parameters_dense": run.metrics.parameters.dense,
         "parameters_pruned": run.metrics.parameters.pruned,
+        "parameters_active": run.metrics.parameters.pruned_active,
         "base_model": method.base_model,
         "calibration_fingerprint": run.calibration and run.calibration.fingerprint,
         "precision": run.environment.precision,

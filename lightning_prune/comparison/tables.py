@@ -56,6 +56,8 @@ def results(lines: Sequence[Repeats], group: Group, dense: bool = True) -> pd.Da
         row |= accuracy.cells(line.runs, group.all)
         row["achieved"] = f"{line.average(lambda run: run.achieved):.4f}"
         row["parameters"] = f"{line.average(lambda run: run.metrics.parameters.pruned):,.0f}"
+        if any(run.metrics.parameters.pruned_active for run in group.all):
+            row["active"] = count(line.average(lambda run: run.metrics.parameters.pruned_active))
         # The first seed's runs measured what the other ratios reuse, and so it is with every seed.
         row["calibrate s"] = seconds(line.average(costs.calibration)) + (" *" if costs.reused(line.first) else "")
         row["prune s"] = seconds(line.average(costs.pruning))
@@ -103,6 +105,8 @@ def _dense_row(group: Group, sets: Mapping[str, str]) -> dict[str, str]:
     first = group.all[0]
     row = {"system": "dense", "ratio": "0", "achieved": "0.0000"}
     row["parameters"] = f"{first.metrics.parameters.dense:,}"
+    if any(run.metrics.parameters.dense_active for run in group.all):
+        row["active"] = count(max(run.metrics.parameters.dense_active or 0 for run in group.all))
     for name, short in sets.items():
         row[f"perplexity {short}"] = number(first.dense(name)) if name in first.sets else "–"
     for run in reversed(group.all):  # the first one counts that has them
@@ -142,6 +146,10 @@ def number(value: float | None) -> str:
     if value is None:
         return "not finite"
     return f"{value:.3f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.2e}"
+
+
+def count(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.0f}"
 
 
 def seconds(value: float | None) -> str:

@@ -16,6 +16,7 @@ from lightning_prune.calibration.driver import CALIBRATING, REFITTING, Calibrati
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Pass
 from lightning_prune.checkpoint.cut import parameters_after, prunable_parameters, unpruned
+from lightning_prune.checkpoint.expert_plans import parameter_counts
 from lightning_prune.checkpoint.family_check import check_family
 from lightning_prune.checkpoint.in_memory_plan import InMemoryPlan
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
@@ -23,6 +24,7 @@ from lightning_prune.checkpoint.scores import Scores
 from lightning_prune.checkpoint.write import write_pruned
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.data.sampling import held_out_samples
+from lightning_prune.methods.expected_work import LAYER_TO_WRITE, WRITING, expect_passes
 from lightning_prune.methods.measurement import DecisionFolder, SavedMeasurement
 from lightning_prune.methods.refit import Refit
 from lightning_prune.methods.target import Target
@@ -36,9 +38,6 @@ from lightning_prune.support.names import PRUNED
 from lightning_prune.support.progress import Progress
 from lightning_prune.support.timing import Seconds
 
-WRITING = "writing the pruned model"
-LAYER_TO_WRITE = 1000.0  # about what cutting and writing a layer costs, in tokens through it
-FEW_PASSES = 3  # forwards that calibrating may cost, as long as the passes are not known
 SAVE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -57,6 +56,7 @@ class PruningMethod(L.LightningModule):
         refit_damping: λ, the pull of every column towards the old weight, times ‖x‖² of its input over the tokens.
             ``auto`` tries 0.001 to 1 for every projection on an eighth of the samples that it did not see.
         target_parameters: Parameters that may be left, such as 4.5B, instead of a pruning ratio; never more are.
+        target_active_parameters: The same of those that one token passes: all but the experts that are not chosen.
         target_memory: Memory that the model may take, such as 6GiB, instead of a pruning ratio: weights in the saved
             dtype, and the KV cache of ``batch`` sequences of ``context`` tokens in the same.
         context: Tokens in the KV cache of ``target_memory``.
@@ -77,7 +77,7 @@ class PruningMethod(L.LightningModule):
     reusable = True  # whether a saved score table is enough to decide again
     # Options that change no measurement:
     decision_options: tuple[str, ...] = (
-        *("pruning_ratio", "target_parameters", "target_memory", "context", "batch"),
+        *("pruning_ratio", "target_parameters", "target_active_parameters", "target_memory", "context", "batch"),
         *("label", "onload", "save_dtype", "refit", "refit_damping"),
     )
     plan: PruningPlan
@@ -90,6 +90,7 @@ class PruningMethod(L.LightningModule):
         refit: Literal["none", "residual", "output"] = "none",
         refit_damping: float | Literal["auto"] = "auto",
         target_parameters: str | int | None = None,
+        target_active_parameters: str | int | None = None,
         target_memory: str | None = None,
         context: int = 8192,
         batch: int = 1,
@@ -108,7 +109,8 @@ class PruningMethod(L.LightningModule):
         self.automatic_optimization = False
         self.pretrained = pretrained
         self.pruning_ratio = pruning_ratio
-        self.target = Target.of(target_parameters, target_memory, context, batch)
+        sizes = {"parameters": target_parameters, "active_parameters": target_active_parameters}
+        self.target = Target.of(sizes | {"memory": target_memory}, context, batch)
         self.reached: Fraction | None = None  # the ratio that meets the target
         self.refit = Refit.of(refit, refit_damping)
         self.save_dtype = save_dtype
@@ -155,7 +157,7 @@ class PruningMethod(L.LightningModule):
         """Of this step, at last the whole; None where something else than a ratio was requested."""
         if self.target is None:
             return float(Fraction(str(self.pruning_ratio)) * self.step / self.steps)
-        return None if self.target.parameters is None else 1 - self.target.parameters / self.dense_parameters
+        return 1 - self.target.limit / self.dense_parameters if self.target.kind == "parameters" else None
 
     @property
     def ratio(self) -> Fraction:
@@ -166,13 +168,13 @@ class PruningMethod(L.LightningModule):
         """Find the ratio with which ``keep``, which decides by ``ratio``, meets the target, if there is one."""
         if self.target is None:
             return
-        target, cache = self.target, self.target.cache(self.checkpoint.config, layers)
+        target = self.target
 
         def size_at(ratio: Fraction) -> int:
             self.reached = ratio
             kept = keep() if ratio else unpruned(layers)
             left = self.parameters_left(layers, total, kept) if ratio else total
-            return target.size(left, kept, cache, self.written_dtype.itemsize)
+            return target.size(left, layers, kept, self.checkpoint.config, self.written_dtype.itemsize)
 
         self.reached = target.reach(size_at, total)
         self.pruning_ratio = float(self.reached)  # as loggers and progress have it
@@ -236,12 +238,12 @@ class PruningMethod(L.LightningModule):
 
     def make_plan(self, kept: list[LayerPlan], weights_updated: bool = False) -> PruningPlan:
         """A plan with this run's facts filled in."""
-        remaining_parameters = self.parameters_left(self.layers, self.dense_parameters, kept)
+        left = self.parameters_left(self.layers, self.dense_parameters, kept)
         return PruningPlan(
             method=self.method,
             pruning_ratio=self.requested_ratio,
-            achieved_ratio=1 - remaining_parameters / self.dense_parameters,
-            parameters={"dense": self.dense_parameters, "pruned": remaining_parameters},
+            achieved_ratio=1 - left / self.dense_parameters,
+            parameters=parameter_counts(self.layers, self.dense_parameters, kept, left),
             calibration_fingerprint=(self.calibration_facts() or {}).get("fingerprint"),
             base_model=self.pretrained,
             layers=kept,
@@ -263,16 +265,6 @@ class PruningMethod(L.LightningModule):
     def model(self) -> LayeredModel:
         """The open model."""
         return self.slot.model
-
-    def expect_roughly(self, data: CalibrationDataModule) -> None:
-        """Tell the progress bar what follows the evaluation of the dense model, before the passes are known."""
-        if not self.progress.shown:
-            return
-        layers = len(self.layers)
-        if self.needs_calibration:
-            self.progress.expect(CALIBRATING, float(FEW_PASSES * layers * data.num_samples * data.seq_len))
-        if self.writes:
-            self.progress.expect(WRITING, LAYER_TO_WRITE * layers)
 
     # The life cycle, in the order Lightning calls it
 
@@ -327,7 +319,7 @@ class PruningMethod(L.LightningModule):
             self.step = step
             passes = [] if self.saved is not None else self.passes()
             if step == 1:
-                self._expect_work(passes)
+                expect_passes(self, passes)
             if passes:
                 yield CALIBRATING, passes
             with self.seconds.measure("decide"), torch.no_grad():
@@ -355,17 +347,6 @@ class PruningMethod(L.LightningModule):
         """After the last batch the strategy is still up, so sums are reduced over processes: finish the layer."""
         if self.trainer.is_last_batch:
             self.driver.end_epoch()
-
-    def _expect_work(self, passes: list[Pass]) -> None:
-        """The same from the passes, as if every unit were kept."""
-        if not self.progress.shown:
-            return
-        refits = self.refit_passes(unpruned(self.layers), lambda: torch.zeros(0))
-        for phase, of in ((CALIBRATING, passes), (REFITTING, refits)):
-            if of:
-                self.progress.expect(phase, self.steps * self.driver.work(of))
-        if self.writes:
-            self.progress.expect(WRITING, LAYER_TO_WRITE * len(self.layers))
 
     def on_fit_end(self) -> None:
         """Prune: the strategy is torn down. Rank 0 cuts layer by layer, and writes."""

@@ -16,6 +16,7 @@ from lightning_prune.methods.selection import (
     Allocation,
     Budget,
     GroupSelection,
+    TooLittle,
     protect_best,
     ranking,
     select_global,
@@ -105,7 +106,7 @@ def select_experts(
     pruned[experts] |= chosen[bundle[experts]]
     if not pruned.any():
         smallest = int(table.cost[:1].sum()) / budget.total_parameters
-        raise UserError(
+        raise TooLittle(
             f"--model.pruning_ratio: {float(budget.pruning_ratio):g} is less than the smallest step: one unit of every "
             f"layer's experts is {smallest:.4f} of all parameters. Give at least that."
         )

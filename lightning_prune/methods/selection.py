@@ -15,6 +15,10 @@ from lightning_prune.support.errors import UserError
 Allocation = Literal["global", "uniform"]
 
 
+class TooLittle(UserError):
+    """Less is to be removed than the smallest step."""
+
+
 @dataclass(frozen=True)
 class Budget:
     """How many parameters may be removed, and what is removed together with the last unit of a block.

@@ -1,4 +1,5 @@
-"""The size that is wanted, instead of a ratio: so many parameters, or so much memory with a KV cache.
+"""The size that is wanted, instead of a ratio: so many parameters, in all or for one token, or so much memory with a
+KV cache.
 
 A target is reached by the smallest pruning ratio whose decision is not above it. Memory is what weights in the saved
 dtype and the KV cache of a context take, so a GQA group is worth its parameters and its share of the cache: the longer
@@ -13,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from lightning_prune.checkpoint.expert_plans import active_parameters
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.checkpoint.scores import Integers, Scores
+from lightning_prune.methods.selection import TooLittle
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
@@ -37,64 +40,62 @@ def parse_count(text: str, option: str) -> int:
 
 @dataclass(frozen=True)
 class Target:
-    """What may be left of a model: ``parameters``, or ``memory`` in bytes of weights and of the KV cache of ``batch``
-    sequences of ``context`` tokens; the other one is None."""
+    """What may be left of a model, ``limit`` at most: ``parameters``, ``active_parameters``, which one token passes, or
+    ``memory`` in bytes of weights and of the KV cache of ``batch`` sequences of ``context`` tokens."""
 
-    parameters: int | None
-    memory: int | None
+    kind: str
+    limit: int
     context: int
     batch: int
 
     @classmethod
-    def of(cls, parameters: str | int | None, memory: str | None, context: int, batch: int) -> "Target | None":
-        """From the options ``target_parameters``, ``target_memory``, ``context`` and ``batch``; None without a target.
+    def of(cls, sizes: dict[str, str | int | None], context: int, batch: int) -> "Target | None":
+        """From the options ``target_<kind>``, by kind, ``context`` and ``batch``; None without a target.
 
         Raises:
-            UserError: both targets, or a size that is not one.
+            UserError: several targets, or a size that is not one.
         """
-        if parameters is None and memory is None:
+        given = {kind: str(size) for kind, size in sizes.items() if size is not None}
+        if not given:
             return None
-        if parameters is not None and memory is not None:
-            raise UserError("--model.target_parameters and --model.target_memory: give one of them.")
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(f'--model.target_{kind}' for kind in given)}: give one of them.")
         for name, value in (("context", context), ("batch", batch)):
             if value < 1:
                 raise UserError(f"--model.{name}: found {value}; it must be 1 or more.")
-        if parameters is not None:
-            return cls(parse_count(str(parameters), "--model.target_parameters"), None, context, batch)
-        return cls(None, parse_bytes(str(memory), "--model.target_memory"), context, batch)
+        ((kind, text),) = given.items()
+        parse = parse_bytes if kind == "memory" else parse_count
+        return cls(kind, parse(text, f"--model.target_{kind}"), context, batch)
 
     @property
     def option(self) -> str:
         """As on the command line."""
-        name, value = ("parameters", self.parameters) if self.memory is None else ("memory", self.memory)
-        return f"--model.target_{name} {value:,}"
-
-    @property
-    def limit(self) -> int:
-        """The largest size that is allowed."""
-        return (self.parameters if self.memory is None else self.memory) or 0
+        return f"--model.target_{self.kind} {self.limit:,}"
 
     def cache(self, config: Any, layers: Sequence[LayerStructure]) -> list[int]:
         """Of every layer, the numbers that one KV head keeps."""
         return cache_numbers(config, layers, self.context, self.batch)
 
-    def size(self, parameters: int, kept: Sequence[LayerPlan], cache: Sequence[int], itemsize: int) -> int:
+    def size(
+        self, parameters: int, layers: Sequence[LayerStructure], kept: Sequence[LayerPlan], config: Any, itemsize: int
+    ) -> int:
         """Parameters, or bytes, of a model.
 
         Args:
-            parameters: all of them, tied ones once.
+            parameters: all that are left, tied ones once.
+            layers, config: of the dense model.
             kept: of every layer.
-            cache: what one KV head of a layer keeps, see ``cache_numbers``.
             itemsize: bytes of a number.
         """
-        if self.memory is None:
-            return parameters
-        return itemsize * (parameters + sum(count * each for count, each in zip(groups_of(kept), cache, strict=True)))
+        if self.kind == "memory":
+            heads = zip(groups_of(kept), self.cache(config, layers), strict=True)
+            return itemsize * (parameters + sum(count * each for count, each in heads))
+        return parameters if self.kind == "parameters" else active_parameters(layers, parameters, kept)
 
     def weighed(self, scores: Scores, cache: Sequence[int]) -> Scores:
         """Scores per number that a unit takes in memory, its part of the KV cache included; per parameter, as they are,
         where parameters are the target."""
-        if self.memory is None:
+        if self.kind != "memory":
             return scores
         price: Integers = scores.cost + np.where(scores.of_kind(Block.ATTENTION), np.array(cache)[scores.layer], 0)
         base = scores.importance / price
@@ -114,6 +115,8 @@ class Target:
             """None: so much cannot be removed."""
             try:
                 return size_at(Fraction(count, total)) <= self.limit
+            except TooLittle:
+                return False
             except UserError:
                 return None
 

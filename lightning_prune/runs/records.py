@@ -19,10 +19,12 @@ class _Open(BaseModel):  # a record that others may add facts to
 
 
 class Parameters(_Record):
-    """Unique elements (tied weights once)."""
+    """Unique elements (tied weights once); ``active`` those that one token passes, where there are experts."""
 
     dense: Annotated[Count, Field(ge=1)]
     pruned: Count
+    dense_active: Count | None = None
+    pruned_active: Count | None = None
 
     @model_validator(mode="after")
     def _nothing_is_added(self) -> "Parameters":

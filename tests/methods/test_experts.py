@@ -147,7 +147,7 @@ def test_an_expert_whose_output_peaks_is_kept_unless_asked(tmp_path: Path) -> No
         assert (marked == (method.scores.of(1, Block.EXPERT) & (method.scores.unit == 3))).all()
         method.scores.importance[method.scores.of(1, Block.EXPERT)][3] = 0
         found[choice] = method
-    table = run_method(Wanda(base, 0.4), TOKENS, tmp_path / "channels").scores
+    table = run_method(Wanda(base, 0.3), TOKENS, tmp_path / "channels").scores
     assert np.flatnonzero(table.super_expert).tolist() == list(range((E + 3) * 16, (E + 4) * 16))
     table.write(tmp_path / "scores.csv")
     assert (Scores.read(tmp_path / "scores.csv", "--run").super_expert == table.super_expert).all()

@@ -12,10 +12,11 @@ from lightning_prune.methods import HGSP, Magnitude, ShortGPT, SlimGPT, Wanda
 from lightning_prune.methods.flap import FLAP
 from lightning_prune.methods.target import Target, cache_numbers, parse_count
 from lightning_prune.models.families import layer_structures
+from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.memory import parse_bytes
 from tests.methods.running import run_method, save_base
-from tests.tiny import make_tiny, tiny_tokens
+from tests.tiny import make_moe, make_tiny, tiny_tokens
 
 CONTEXT = 4096
 
@@ -55,6 +56,26 @@ def test_memory_is_weights_and_cache_as_the_saved_model_has_them(make: Any, tmp_
     assert method.pruning_ratio == float(method.ratio) != 0.2  # what loggers are told
 
 
+@pytest.mark.parametrize(
+    ("kind", "near"), [("parameters", 8 * 8 * 3 * 3 * 32), ("active_parameters", 8 * 2 * 3 * 3 * 32)]
+)
+def test_sizes_of_a_mixture_count_all_experts_or_those_of_one_token(tmp_path: Path, kind: str, near: int) -> None:
+    """Near is one step: eight channels of each of eight experts, or of two, in three layers."""
+    model: Any = make_moe(width=64, layers=3)
+    base, own = save_base(model, tmp_path / "base"), 3 * 32 * 64  # of one expert
+    dense = {"parameters": sum(one.numel() for one in model.parameters())}
+    dense["active_parameters"] = dense["parameters"] - 3 * (8 - 2) * own
+    target = dense[kind] * 3 // 4
+    method = run_method(Wanda(base, **{f"target_{kind}": target}), tiny_tokens(8, 12), tmp_path / "run")
+    sizes = method.plan.parameters
+    width = len(method.plan.layers[0].kept[Block.EXPERT_CHANNEL]) // 8
+    left = {"parameters": saved_numbers(method)}
+    left["active_parameters"] = left["parameters"] - 3 * (8 - 2) * 3 * 32 * width
+    assert target - near < left[kind] <= target
+    assert [sizes["pruned"], sizes["pruned_active"]] == list(left.values())
+    assert [sizes["dense"], sizes["dense_active"]] == list(dense.values())
+
+
 def test_the_longer_the_context_the_more_groups_are_removed(tmp_path: Path) -> None:
     base = save_base(make_tiny(layers=4), tmp_path / "base")
     kept = []
@@ -82,7 +103,7 @@ def test_layers_that_look_back_a_window_keep_no_more_than_that() -> None:
 
 
 def test_the_smallest_share_that_is_enough_is_found() -> None:
-    target = Target(700, None, 1, 1)
+    target = Target("parameters", 700, 1, 1)
     assert target.reach(lambda ratio: 1000 - int(ratio * 1000) // 7 * 7, 1000) == Fraction(301, 1000)
     with pytest.raises(UserError, match="not above that"):
         target.reach(lambda ratio: 700, 1000)
