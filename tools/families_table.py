@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lightning_prune.export.architectures import ARCHITECTURES
-from lightning_prune.models.records import DENSE, FAMILIES, TEXT_PARTS, Family
+from lightning_prune.models.family import DENSE, Family
+from lightning_prune.models.records import FAMILIES, TEXT_PARTS
 from lightning_prune.models.refusals import ENCODER_DECODER, FAMILIES_BY_REASON, SEVERAL_MODELS
 from lightning_prune.models.vocabulary import Block
 

@@ -21,8 +21,8 @@ from lightning_prune.models.families import (
     uniform_config,
     with_biases,
 )
+from lightning_prune.models.family import DENSE, Family
 from lightning_prune.models.modeling_pruned import BLOCK_MODULES, BLOCK_NORMS
-from lightning_prune.models.records import DENSE, Family
 from lightning_prune.models.vocabulary import BLOCK_OF, OUTPUT_ROLE, ROLES, Block
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.quiet import quiet_transformers

@@ -34,8 +34,8 @@ from lightning_prune.models.families import (
     layer_structures,
     uniform_config,
 )
+from lightning_prune.models.family import DENSE, GUIDE, Family
 from lightning_prune.models.layered import open_layered
-from lightning_prune.models.records import DENSE, GUIDE, Family
 from lightning_prune.models.vocabulary import EXPERTS, Block
 from lightning_prune.support.errors import CheckpointError, UserError, first_line
 from lightning_prune.support.quiet import quiet_transformers

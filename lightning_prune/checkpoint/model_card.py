@@ -10,7 +10,7 @@ from jinja2 import StrictUndefined, Template
 from lightning_prune.checkpoint.base_facts import base_facts, history
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.models.checkpoint import Checkpoint
-from lightning_prune.models.records import DENSE
+from lightning_prune.models.family import DENSE
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.escape import markdown, markdown_code, markdown_table, public_name
 

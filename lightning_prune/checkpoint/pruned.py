@@ -12,8 +12,8 @@ from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.models.checkpoint import Checkpoint, skeleton
 from lightning_prune.models.experts import ROLE
 from lightning_prune.models.families import LayerStructure, family_of, layer_configs, layer_structures, shapes_of
+from lightning_prune.models.family import Family
 from lightning_prune.models.layered import LayeredModel
-from lightning_prune.models.records import Family
 from lightning_prune.models.sources import Source
 from lightning_prune.models.vocabulary import ROLES
 

@@ -21,8 +21,8 @@ from lightning_prune.models import modeling_pruned
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.expert_files import stored_parts
 from lightning_prune.models.families import family_of
+from lightning_prune.models.family import ExpertNames
 from lightning_prune.models.layered import LayeredModel, open_layered
-from lightning_prune.models.records import ExpertNames
 from lightning_prune.models.weights import DTYPES, begun
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import new_folder, write_json, write_text

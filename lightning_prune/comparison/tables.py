@@ -149,6 +149,7 @@ def number(value: float | None) -> str:
 
 
 def count(value: float | None) -> str:
+    """A whole number, or a dash."""
     return "–" if value is None else f"{value:,.0f}"
 
 

@@ -8,6 +8,7 @@ which it is ranked among GQA groups and MLP channels.
 
 import math
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -163,7 +164,7 @@ def _bundled(scores: Scores, bundle: Integers, others: Flags) -> Scores:
 
 
 def _rows(scores: Scores, rows: Flags) -> Scores:
-    columns = {one.name: getattr(scores, one.name) for one in fields(scores)}
+    columns: dict[str, Any] = {one.name: getattr(scores, one.name) for one in fields(scores)}
     return Scores(**{name: None if values is None else values[rows] for name, values in columns.items()})
 
 

@@ -28,8 +28,9 @@ from transformers.utils import cached_file
 
 from lightning_prune.models.expert_files import packed
 from lightning_prune.models.families import family_of
+from lightning_prune.models.family import ExpertNames
 from lightning_prune.models.modeling_pruned import classes_of, pruned_class
-from lightning_prune.models.records import TEXT_PARTS, ExpertNames
+from lightning_prune.models.records import TEXT_PARTS
 from lightning_prune.models.side_files import has_vocabulary, side_files
 from lightning_prune.models.sources import CheckpointSource
 from lightning_prune.models.weights import (

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from lightning_prune.models.records import ExpertNames
+from lightning_prune.models.family import ExpertNames
 from lightning_prune.models.weights import OPTION, TensorEntry
 from lightning_prune.support.errors import UserError
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_prune.models.records import ExpertNames
+from lightning_prune.models.family import ExpertNames
 from lightning_prune.support.errors import UserError
 
 

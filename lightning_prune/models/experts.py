@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_prune.models.records import ExpertNames
+from lightning_prune.models.family import ExpertNames
 
 DOWN = "down_proj"
 ROLE = "experts.down"  # of all down projections of a block together, in ``LayerResult.weights``

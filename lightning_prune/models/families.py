@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from lightning_prune.models.expert_layers import has_experts, say_experts
 from lightning_prune.models.experts import Experts
-from lightning_prune.models.records import FAMILIES, GUIDE, Family
+from lightning_prune.models.family import GUIDE, Family
+from lightning_prune.models.records import FAMILIES
 from lightning_prune.models.refusals import ENCODER_DECODER, REFUSED, SEVERAL_MODELS
 from lightning_prune.models.refusals import EXPERTS as MIXTURE_OF_EXPERTS
 from lightning_prune.models.skipped import fill_skipped

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_prune.models.records import Family
+from lightning_prune.models.family import Family
 from lightning_prune.models.vocabulary import Block
 
 

@@ -14,7 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCau
 from lightning_prune.checkpoint import family_check as proof
 from lightning_prune.checkpoint import write
 from lightning_prune.checkpoint.family_check import check_family, shrunk
-from lightning_prune.models.records import BEFORE_ATTENTION, FAMILIES, Family, Norms
+from lightning_prune.models.family import BEFORE_ATTENTION, Family, Norms
+from lightning_prune.models.records import FAMILIES
 from lightning_prune.support.errors import UserError
 from tests.tiny import EVERY_FAMILY, EXPERTS, WHOLE_ATTENTION, make_moe, tiny_config
 

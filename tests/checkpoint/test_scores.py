@@ -10,7 +10,7 @@ import pytest
 
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.checkpoint.scores import BLOCKS, COLUMNS, Scores
-from lightning_prune.models.records import DENSE
+from lightning_prune.models.family import DENSE
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.comparison.records import Run, load_run
-from lightning_prune.models.records import DENSE
+from lightning_prune.models.family import DENSE
 
 TEXT = {"dataset": "demo", "configuration": None, "revision": "r1", "tokenizer_sha256": "b" * 64, "seq_len": 128}
 CALIBRATION = TEXT | {"split": "train", "text_sha256": "a" * 64, "fingerprint": "c" * 64, "num_samples": 128}

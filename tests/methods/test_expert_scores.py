@@ -10,7 +10,7 @@ from lightning_prune.calibration.statistics.routed import RoutedGrams, RoutedOut
 from lightning_prune.methods import expert_scores
 from lightning_prune.methods.kfac import compensated_costs, kfac_of_experts
 from lightning_prune.models.experts import Experts
-from lightning_prune.models.records import ExpertNames
+from lightning_prune.models.family import ExpertNames
 from tests.tiny import in_double, make_moe
 
 T, D, E, M = 40, 32, 8, 12

@@ -11,8 +11,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from lightning_prune.models.checkpoint import Checkpoint, meta_model
 from lightning_prune.models.families import count_parameters, family_of, layer_structures
+from lightning_prune.models.family import GUIDE
 from lightning_prune.models.records import FAMILIES as FAMILIES_OF_RECORD
-from lightning_prune.models.records import GUIDE, TEXT_PARTS
+from lightning_prune.models.records import TEXT_PARTS
 from lightning_prune.models.refusals import ENCODER_DECODER, FAMILIES_BY_REASON, REFUSED, SEVERAL_MODELS
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError

@@ -47,7 +47,7 @@ class RoutedTokens(TokenStatistic):
             return 0
         with torch.device("meta"):
             one = cls(experts)
-        return sum(getattr(one, name).nbytes + one._defaults[name].nbytes for name in one._defaults)
+        return sum(2 * getattr(one, name).nbytes for name in one._defaults)
 
     @torch.no_grad()
     def update(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
