@@ -164,8 +164,9 @@ def _bundled(scores: Scores, bundle: Integers, others: Flags) -> Scores:
 
 
 def _rows(scores: Scores, rows: Flags) -> Scores:
-    columns: dict[str, Any] = {one.name: getattr(scores, one.name) for one in fields(scores)}
-    return Scores(**{name: None if values is None else values[rows] for name, values in columns.items()})
+    columns = {one.name: getattr(scores, one.name) for one in fields(scores)}
+    chosen: dict[str, Any] = {name: None if values is None else values[rows] for name, values in columns.items()}
+    return Scores(**chosen)
 
 
 def _share(budget: Budget, part: int, whole: int | None = None) -> Budget:
