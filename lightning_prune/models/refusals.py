@@ -1,6 +1,6 @@
 """Model families that are not pruned, and why."""
 
-EXPERTS = "it is a mixture of experts: a router chooses MLPs token by token, and what a channel is worth depends on it"
+EXPERTS = "it is a mixture of experts, and no record says yet where its router and its experts are"
 STATES = (
     "it has state-space, recurrent or linear-attention layers, and no record says yet what can be removed around them"
 )

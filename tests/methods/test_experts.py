@@ -107,7 +107,10 @@ def test_heapr_of_channels_is_the_loss_of_the_whole_model_to_second_order(base: 
         for e in range(E):
             rows, place = (index == e).nonzero(as_tuple=True)
             a = experts.inner(e, x[rows]).detach().double()
-            slope = weights[rows, place, None].detach().double() * (out.grad[rows] @ experts.down[e]).detach().double()
+            slope = (
+                weights[rows, place, None].detach().double()
+                * (out.grad[rows] @ experts.part("down", e)).detach().double()
+            )
             if len(rows):
                 expected[e] = a.square().mean(0) * slope.square().mean(0) * len(rows) / len(x)
         found = torch.tensor(method.scores.importance[method.scores.of(layer, Block.EXPERT_CHANNEL)])
