@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_prune.checkpoint.cut import layout_of
@@ -17,6 +19,7 @@ from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.checkpoint.pruned import NewWeights, open_pruned
 from lightning_prune.checkpoint.self_check import check_checkpoint, compare_logits, probe_tokens
 from lightning_prune.checkpoint.serving_notes import pattern_note
+from lightning_prune.checkpoint.whole import WHOLE_NOTE, tensors_beside, whole_config, whole_names, why_text_alone
 from lightning_prune.models import modeling_pruned
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.expert_files import stored_parts
@@ -42,6 +45,7 @@ def write_checkpoint(
     *,
     beside: Checkpoint | None,
     card: str,
+    whole: bool = False,
     progress: Callable[[int], None] = lambda layer: None,
 ) -> dict[str, Any]:
     """Write config, generation config, safetensors, tokenizer files, ``README.md`` and, for the per-layer layout,
@@ -52,6 +56,7 @@ def write_checkpoint(
         folder: takes its name only when everything is written, and replaces what was there.
         beside: the checkpoint whose side files (tokenizer, templates) and generation config are taken, if it has any.
         card: text of ``README.md``.
+        whole: write the model of several that ``beside`` holds, with this one for its text model.
         progress: told the number of every layer that has been written.
 
     Returns:
@@ -63,7 +68,7 @@ def write_checkpoint(
     """
     try:
         with new_folder(folder) as temporary:
-            _write_config(model, temporary)
+            _write_config(model, temporary, beside if whole else None)
             if beside is not None:
                 for name, file in beside.side_files.items():
                     (temporary / name).parent.mkdir(exist_ok=True)
@@ -72,9 +77,9 @@ def write_checkpoint(
                     # Not save_pretrained, which refuses settings that several published models have.
                     beside.generation_config.to_json_file(temporary / "generation_config.json", use_diff=True)
             names = family_of(model.config).experts if beside is None else beside.expert_names
-            expected = write_weights(model, temporary, progress, names)
+            expected = write_weights(model, temporary, progress, names, beside if whole else None)
             write_text(temporary / "README.md", card)
-            return _check(model, temporary, expected)
+            return _check(model, temporary, expected, whole)
     except OSError as error:
         raise UserError(
             f"The checkpoint cannot be written to '{folder}' ({error}). Free space there, or choose another "
@@ -90,6 +95,7 @@ def write_pruned(
     *,
     calibration: dict[str, Any] | None = None,
     note: str = "",
+    whole: bool = False,
     progress: Callable[[int], None] = lambda layer: None,
 ) -> dict[str, Any]:
     """Cut the plan out of the dense model, layer by layer, and ``write_checkpoint`` with its card.
@@ -98,17 +104,22 @@ def write_pruned(
         new_weights: dense layer → what the method made of its weights.
         calibration: manifest of the calibration set, for the card.
         note: a sentence that the card must carry.
+        whole: as for ``write_checkpoint``, where that is possible; else a warning says why it is not.
         dense, plan, folder, progress: see ``write_checkpoint`` and ``PruningPlan``.
     """
     pruned = open_pruned(dense, plan, new_weights)
+    if whole and (reason := why_text_alone(dense, pruned.config)):
+        rank_zero_warn(f"--model.keep whole: the text model alone is written, because {reason}.")
+        whole = False
     card = model_card(plan, layout_of(pruned.config), calibration, dense)
-    card += "".join(f"\n{line}\n" for line in (note, pattern_note(pruned.config)) if line)
-    check = write_checkpoint(pruned, folder, beside=dense, card=card, progress=progress)
+    lines = (note, pattern_note(pruned.config), WHOLE_NOTE if whole else "")
+    card += "".join(f"\n{line}\n" for line in lines if line)
+    check = write_checkpoint(pruned, folder, beside=dense, card=card, whole=whole, progress=progress)
     pruned.close()
     return check
 
 
-def _write_config(model: LayeredModel, folder: Path) -> None:
+def _write_config(model: LayeredModel, folder: Path, whole: Checkpoint | None) -> None:
     config = model.config
     config.architectures = [type(model.net).__name__]
     config.dtype = model.dtype
@@ -118,14 +129,17 @@ def _write_config(model: LayeredModel, folder: Path) -> None:
         shutil.copyfile(modeling_pruned.__file__, folder / "modeling_pruned.py")
     with quiet_transformers():
         config.save_pretrained(folder)
+    if whole is not None:
+        write_json(folder / "config.json", whole_config(whole, config))
     if derived := {name: getattr(config, name) for name in family_of(config).derived}:
         write_json(folder / "config.json", json.loads((folder / "config.json").read_text("utf-8")) | derived)
 
 
-def _check(model: LayeredModel, folder: Path, expected: Tensor) -> dict[str, Any]:
-    """Through transformers where the model fits into memory, else layer by layer, and then without decoding."""
+def _check(model: LayeredModel, folder: Path, expected: Tensor, part: bool) -> dict[str, Any]:
+    """Through transformers where the model fits into memory, else, and where it is a ``part`` of the folder's, layer by
+    layer, and then without decoding."""
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    if size <= WHOLE_SHARE * free_host_bytes():
+    if not part and size <= WHOLE_SHARE * free_host_bytes():
         try:
             return check_checkpoint(folder, expected)
         finally:
@@ -139,13 +153,18 @@ def _check(model: LayeredModel, folder: Path, expected: Tensor) -> dict[str, Any
 
 @torch.no_grad()
 def write_weights(
-    model: LayeredModel, folder: Path, progress: Callable[[int], None], names: ExpertNames | None
+    model: LayeredModel,
+    folder: Path,
+    progress: Callable[[int], None],
+    names: ExpertNames | None,
+    whole: Checkpoint | None = None,
 ) -> Tensor:
     """Write every parameter, and run the probe through the layers as they pass: its logits ``[2, 12, V]``.
 
     Args:
         model, folder, progress: see ``write_checkpoint``.
         names: how files hold experts.
+        whole: what it holds beside its text model is written too, and parameters have the names they have there.
     """
     parameters = dict(model.net.named_parameters())
     dtype = model.dtype or next(iter(parameters.values())).dtype
@@ -156,12 +175,16 @@ def write_weights(
     # transformers packs and renames what files of its own classes hold, not of others.
     experts, published = names if stock else None, {new: old for old, new in family.renamed.items() if stock}
 
+    named = (lambda name: begun(name, published)) if whole is None else whole_names(whole)
+
     def stored(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-        return [(begun(part, published), values) for part, values in stored_parts(name, tensor, experts)]
+        return [(named(part), values) for part, values in stored_parts(name, tensor, experts)]
 
     parts = {name: stored(name, parameters[name]) for name in order}
+    others = {} if whole is None else tensors_beside(whole)
     kinds = {own: torch.float32 if name in model.wide else dtype for name, of in parts.items() for own, _ in of}
-    with _Shards(folder, {name: tuple(part.shape) for of in parts.values() for name, part in of}, kinds) as shards:
+    shapes = {name: tuple(part.shape) for of in parts.values() for name, part in of}
+    with _Shards(folder, shapes, kinds, others) as shards:
         for name in before:
             shards.write(*stored(name, parameters[name])[0])
         for index, inside in enumerate(model.layer_names):
@@ -178,10 +201,17 @@ def write_weights(
 
 
 class _Shards:
-    """Safetensors files that are written in order: shapes are known beforehand, so the header can come first."""
+    """Safetensors files that are written in order: shapes are known beforehand, so the header can come first. Tensors
+    ``beside`` these, in any dtype, follow in a file of their own."""
 
-    def __init__(self, folder: Path, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]) -> None:
-        self.folder, self.shapes, self.dtypes = folder, shapes, dtypes
+    def __init__(
+        self,
+        folder: Path,
+        shapes: dict[str, tuple[int, ...]],
+        dtypes: dict[str, torch.dtype],
+        beside: dict[str, Tensor],
+    ) -> None:
+        self.folder, self.shapes, self.dtypes, self.beside = folder, shapes, dtypes, beside
         self.bytes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
         shards: list[list[str]] = [[]]
         taken = 0
@@ -191,10 +221,11 @@ class _Shards:
                 taken = 0
             shards[-1].append(name)
             taken += size
-        count = len(shards)
+        count = len(shards) + bool(beside)
         files = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
         files = files if count > 1 else ["model.safetensors"]
-        self.file_of = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        self.last = files[-1]  # of what is beside
+        self.file_of = {name: file for file, shard in zip(files, shards, strict=False) for name in shard}
         self._waiting = iter(shapes)
         self._starts: dict[str, int] = {}  # of the tensors in the open file
         self._open: tuple[str, BinaryIO] | None = None
@@ -205,10 +236,14 @@ class _Shards:
     def __exit__(self, kind: object, *error: object) -> None:
         if self._open is not None:
             self._open[1].close()
-        if kind is None and len(set(self.file_of.values())) > 1:
-            parameters = sum(map(math.prod, self.shapes.values()))
-            metadata = {"total_parameters": parameters, "total_size": sum(self.bytes.values())}
-            index = {"metadata": metadata, "weight_map": self.file_of}
+        if kind is None and self.beside:
+            save_file(self.beside, self.folder / self.last, {"format": "pt"})
+        places = self.file_of | dict.fromkeys(self.beside, self.last)
+        if kind is None and len(set(places.values())) > 1:
+            others = self.beside.values()
+            parameters = sum(map(math.prod, self.shapes.values())) + sum(tensor.numel() for tensor in others)
+            size = sum(self.bytes.values()) + sum(tensor.nbytes for tensor in others)
+            index = {"metadata": {"total_parameters": parameters, "total_size": size}, "weight_map": places}
             write_json(self.folder / "model.safetensors.index.json", index)
 
     def write(self, name: str, tensor: Tensor) -> None:

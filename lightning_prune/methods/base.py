@@ -63,10 +63,9 @@ class PruningMethod(L.LightningModule):
         batch: Sequences in the KV cache of ``target_memory``.
         label: Name of this system in run folders, TensorBoard and tables; ``{method}`` in it is the method's own name,
             which is the default.
-        onload: ``model`` keeps all weights on the device, ``layer`` brings in one decoder layer at a time and needs
-            memory for two of them, ``auto`` takes what fits. The result is the same.
-        save_dtype: Of the pruned checkpoint's weights: float32, bfloat16, float16, or auto, which keeps the dense
-            checkpoint's own.
+        onload: ``model`` keeps all weights on the device, ``layer`` takes memory for two layers, ``auto`` what fits.
+        save_dtype: Of the pruned weights: float32, bfloat16, float16, or auto, which keeps the dense checkpoint's own.
+        keep: Of a model with vision (Gemma 3, Mistral 3): the ``text`` model, or, with equal layers, the ``whole``.
     """
 
     steps = 1  # how often it measures and decides
@@ -78,7 +77,7 @@ class PruningMethod(L.LightningModule):
     # Options that change no measurement:
     decision_options: tuple[str, ...] = (
         *("pruning_ratio", "target_parameters", "target_active_parameters", "target_memory", "context", "batch"),
-        *("label", "onload", "save_dtype", "refit", "refit_damping"),
+        *("label", "onload", "save_dtype", "keep", "refit", "refit_damping"),
     )
     plan: PruningPlan
     scores: Scores
@@ -97,6 +96,7 @@ class PruningMethod(L.LightningModule):
         label: str | None = None,
         onload: str = "auto",
         save_dtype: str = "auto",
+        keep: Literal["text", "whole"] = "text",
     ) -> None:
         super().__init__()
         if not 0 < pruning_ratio < 1:
@@ -113,7 +113,7 @@ class PruningMethod(L.LightningModule):
         self.target = Target.of(sizes | {"memory": target_memory}, context, batch)
         self.reached: Fraction | None = None  # the ratio that meets the target
         self.refit = Refit.of(refit, refit_damping)
-        self.save_dtype = save_dtype
+        self.save_dtype, self.keep = save_dtype, keep
         self._label = label
         self.seconds = Seconds()
         self.slot = ModelSlot(onload, self.seconds)
@@ -222,7 +222,7 @@ class PruningMethod(L.LightningModule):
         self.saved = saved
 
     def results(self, name: str) -> list[LayerResult]:
-        """What the pass ``name`` left of every layer, in order; empty for a layer with nothing to measure."""
+        """What the pass ``name`` left of every layer; empty where there is nothing to measure."""
         found = {step.layer: it for step, it in self.driver.loop.results_of(name) if it.importance or it.facts}
         return [found.get(view.index, LayerResult()) for view in self.layers]
 
@@ -375,7 +375,6 @@ class PruningMethod(L.LightningModule):
         self.trainer.strategy.barrier()
 
     def _write_pruned(self, folder: Path) -> None:
-        layers = len(self.layers)
         self.self_check = write_pruned(
             self.checkpoint,
             self.plan,
@@ -383,6 +382,7 @@ class PruningMethod(L.LightningModule):
             folder,
             calibration=self.calibration_facts(),
             note=self.note,
-            progress=lambda at: self.progress.advance(WRITING, LAYER_TO_WRITE, f"layer {at + 1} of {layers}"),
+            whole=self.keep == "whole",
+            progress=lambda at: self.progress.advance(WRITING, LAYER_TO_WRITE, f"layer {at + 1} of {len(self.layers)}"),
         )
         self.progress.finish(WRITING)

@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import lightning_prune
-from lightning_prune.methods import HGSP
+from lightning_prune.methods import HGSP, ShortGPT, Wanda
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.layered import open_layered
 from lightning_prune.support.errors import UserError
 from tests.cutting import CPU
 from tests.methods.running import pruned_by, run_method
-from tests.tiny import tiny_config, tiny_tokens
+from tests.tiny import make_tiny, tiny_config, tiny_tokens
 
 VISION = {
     "hidden_size": 16,
@@ -133,3 +133,43 @@ def test_other_models_of_several_are_refused_and_their_text_model_is_taken(tmp_p
     exec(code.replace("path/to/llava", str(tmp_path / "dense")).replace("path/to/text", str(tmp_path / "text")), {})
     text = Checkpoint.open(str(tmp_path / "text")).load(None)
     assert torch.equal(text(tiny_tokens()).logits, whole(tiny_tokens()).logits)
+
+
+@pytest.mark.parametrize("own_names", [True, False])
+@pytest.mark.parametrize("kind", TEXT)
+@torch.no_grad()
+def test_the_whole_model_is_written_around_a_pruned_text_model(tmp_path: Path, kind: str, own_names: bool) -> None:
+    several(kind, tmp_path / "dense", own_names, tied=kind == "gemma3")
+    tokens, dense = tiny_tokens(4, 12).clamp(max=94), load_file(tmp_path / "dense" / "model.safetensors")
+    method = Wanda(str(tmp_path / "dense"), 0.2, allocation="uniform", keep="whole")
+    folder = run_method(method, tokens, tmp_path / "run").pruned_folder
+    assert folder is not None
+    whole: Any = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    assert type(whole) is type(AutoModelForImageTextToText.from_pretrained(tmp_path / "dense"))
+    text = Checkpoint.open(str(folder))
+    logits = open_layered(text, None, CPU).logits(tokens)
+    torch.testing.assert_close(whole(input_ids=tokens).logits, logits, rtol=1e-5, atol=1e-5)
+    assert sum(parameter.numel() for parameter in text.meta.parameters()) == method.plan.parameters["pruned"]
+    written = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert written.keys() == dense.keys()
+    beside = [name for name in dense if "vision_tower" in name or "projector" in name]
+    assert beside
+    assert all(torch.equal(written[name], dense[name]) for name in beside)
+    assert "AutoModelForImageTextToText" in (folder / "README.md").read_text()
+    again = run_method(ShortGPT(str(folder), n_remove_layers=1, keep="whole"), tokens, tmp_path / "again")
+    assert len(again.plan.removed_layers) == 1
+    AutoModelForImageTextToText.from_pretrained(again.pruned_folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"), [("gemma3", "layers differ in width"), ("llama", "a text model and nothing else")]
+)
+def test_where_the_whole_cannot_be_written_the_text_model_is(tmp_path: Path, kind: str, why: str) -> None:
+    if kind == "llama":
+        make_tiny().save_pretrained(tmp_path / "dense")
+    else:
+        several(kind, tmp_path / "dense")
+    method = Wanda(str(tmp_path / "dense"), 0.2, keep="whole")
+    with pytest.warns(UserWarning, match=f"keep whole: the text model alone is written, because .*{why}"):
+        run_method(method, tiny_tokens(4, 12).clamp(max=94), tmp_path / "run")
+    assert lightning_prune.load(str(method.pruned_folder)).config.model_type == TEXT.get(kind, kind)
