@@ -124,6 +124,14 @@ class System(_Open):
     measured_seconds: dict[str, Seconds] = {}
 
 
+class Footprint(_Record):
+    """Of one model: its weight files, memory of weights and KV cache by tokens of context, and operations per token."""
+
+    file_bytes: Count
+    memory_bytes: dict[int, Count]
+    flops_per_token: Count
+
+
 class RunMetrics(_Open):
     """``metrics.json`` of a pruning run. ``seconds`` is wall-clock time by phase. Runs of earlier versions have neither
     distance nor continuations."""
@@ -133,6 +141,7 @@ class RunMetrics(_Open):
     continuations: ContinuationFacts | None = None
     evaluation: dict[str, EvaluationManifest]
     parameters: Parameters
+    footprint: dict[Literal["dense", "pruned"], Footprint] | None = None
     pruning_ratio: Ratio
     seconds: dict[str, Seconds]
     peak_memory_bytes: Count
