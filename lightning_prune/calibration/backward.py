@@ -93,10 +93,11 @@ class BackwardPass(Pass):
         return 1.0 if step.phase == "forward" else 3.0
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
-        """A stream at every layer boundary and one gradient; what backward keeps of a layer, and its gradients."""
+        """A stream at every layer boundary and one gradient; what backward keeps of a layer, and its gradients. The
+        product of all experts makes a gradient of their weights, whether anybody wants it or not."""
         kept = 8 * load.hidden_size + 10 * load.widest_input + 2 * load.routed
         return Holding(
-            running=load.tokens * kept * load.dtype.itemsize,
+            running=(load.tokens * kept + (load.largest_parameter if load.routed else 0)) * load.dtype.itemsize,
             stores=(load.hidden_size,) * (load.num_layers + 1),
             per_logit=12,
         )

@@ -21,6 +21,8 @@ CAPTION = (
     "the achieved ratio where it is not the one requested)."
 )
 
+KL_CAPTION = "KL(dense ‖ pruned) in nats per token after pruning, lower is better (± as for perplexity)."
+
 
 def csv_text(rows: Sequence[dict[str, Any]]) -> str:
     """A line per row: text on one line, numbers with every digit, nothing for None."""
@@ -115,11 +117,14 @@ def accuracy_csv(audit: Audit) -> str:
 
 def latex(audit: Audit) -> str:
     """``results.tex``: booktabs tables of perplexity, systems down and ratios across, one per group of comparable runs,
-    and one more where accuracy was measured."""
+    and one more each where the distance from the dense model, or accuracy, was measured."""
     parts = ["% Needs \\usepackage{booktabs}."]
     for index, group in enumerate(audit.groups, start=1):
         lines = repeats(group.all)
         parts.append(_booktabs(_by_ratio(lines, group), f"{CAPTION} {setting(group)}", f"tab:pruning-{index}"))
+        if any(run.metrics.distance for run in group.all):
+            caption = f"{KL_CAPTION} {setting(group)}"
+            parts.append(_booktabs(_by_ratio(lines, group, "kl_divergence"), caption, f"tab:divergence-{index}"))
         if tasks := list(accuracy.cells(group.all[:1], group.all)):
             frame = results(lines, group).set_index("system").rename_axis(None)[["ratio", *tasks]]
             caption = f"Accuracy after pruning. {accuracy.LEGEND} {setting(group)}"
@@ -127,19 +132,26 @@ def latex(audit: Audit) -> str:
     return "\n".join(parts)
 
 
-def _by_ratio(lines: Sequence[Repeats], group: Group) -> pd.DataFrame:
+def _by_ratio(lines: Sequence[Repeats], group: Group, distance: str | None = None) -> pd.DataFrame:
+    """Perplexity, or a ``distance``, which the dense model has none of."""
     sets, ratios = evaluation_sets(group.all), sorted({line.ratio for line in lines})
     first, cells = group.all[0], {(line.name, line.ratio): line for line in lines}
-    rows = {"Dense": [number(first.dense(name)) if name in first.sets else "–" for name in sets for _ in ratios]}
+    rows = {}
+    if distance is None:
+        rows["Dense"] = [number(first.dense(name)) if name in first.sets else "–" for name in sets for _ in ratios]
     for label in dict.fromkeys(line.name for line in lines):
-        rows[plain(label)] = [_cell(cells.get((label, ratio)), name, group) for name in sets for ratio in ratios]
+        rows[plain(label)] = [
+            _cell(cells.get((label, ratio)), name, group, distance) for name in sets for ratio in ratios
+        ]
     columns = pd.MultiIndex.from_product([list(map(plain, sets)), [f"{ratio * 100:g} %" for ratio in ratios]])
     return pd.DataFrame(list(rows.values()), index=list(rows), columns=columns)
 
 
-def _cell(line: Repeats | None, name: str, group: Group) -> str:
+def _cell(line: Repeats | None, name: str, group: Group, distance: str | None) -> str:
     if line is None or name not in line.sets:
         return "–"
+    if distance is not None:
+        return line.shown_distance(name, distance)
     value = spread(line.perplexity(name))
     if line.verdict(name) == UNUSABLE:
         value = "unusable" if line.perplexity(name).mean is None else f"unusable, {value}"
@@ -148,7 +160,7 @@ def _cell(line: Repeats | None, name: str, group: Group) -> str:
 
 def _booktabs(frame: pd.DataFrame, caption: str, label: str) -> str:
     def tex(cell: str) -> str:
-        return escape(cell).replace("±", r"$\pm$").replace("–", "--").replace("×", r"$\times$")
+        return escape(cell).replace("±", r"$\pm$").replace("–", "--").replace("‖", r"$\|$").replace("×", r"$\times$")
 
     safe = frame.rename(index=tex, columns=tex).map(tex)
     options = {"position_float": "centering", "multicol_align": "c", "column_format": "l" + "r" * len(frame.columns)}

@@ -299,7 +299,7 @@ class RunFolder:
             option=option,
             recovery=read(RECOVERY, Recovered) if os.path.lexists(path / RECOVERY) else None,
         )
-        if run.plan.parameters != run.metrics.parameters.model_dump():
+        if run.plan.parameters != run.metrics.parameters.model_dump(exclude_none=True):
             raise UserError(f"{option}: plan.json and metrics.json in '{path}' are of different runs. Run fit again.")
         return run
 

@@ -131,6 +131,14 @@ class Serving(_Record):
     note: str
 
 
+class Footprint(_Record):
+    """Of one model: its weight files, memory of weights and KV cache by tokens of context, and operations per token."""
+
+    file_bytes: Count
+    memory_bytes: dict[int, Count]
+    flops_per_token: Count
+
+
 class RunMetrics(_Open):
     """``metrics.json`` of a pruning run. ``seconds`` is wall-clock time by phase. Runs of earlier versions have neither
     distance nor continuations nor serving."""
@@ -141,6 +149,7 @@ class RunMetrics(_Open):
     serving: Serving | None = None
     evaluation: dict[str, EvaluationManifest]
     parameters: Parameters
+    footprint: dict[Literal["dense", "pruned"], Footprint] | None = None
     pruning_ratio: Ratio
     seconds: dict[str, Seconds]
     peak_memory_bytes: Count

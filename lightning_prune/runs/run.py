@@ -14,7 +14,7 @@ import torch
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lightning_prune.checkpoint.cut import pruned_config
+from lightning_prune.checkpoint.cut import pruned_config, unpruned
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.checkpoint.serving_notes import pattern_note, tensor_parallel_sizes
 from lightning_prune.data.calibration import EvaluationSet
@@ -30,6 +30,7 @@ from lightning_prune.evaluation.perplexity import (
 )
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.expected_work import expect_roughly
+from lightning_prune.methods.footprint import footprint
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.runs.environment import environment, peak_memory_bytes
 from lightning_prune.runs.folder import NO_DATA, STARTED, RunFolder, check_label
@@ -264,6 +265,7 @@ def _metrics(
         "scores_reused": method.saved is not None,
         "measured_seconds": method.saved.seconds if method.saved is not None else {},
     }
+    metrics["footprint"] = _footprint(method, pruned.checkpoint)
     metrics["self_check"] = method.self_check
     pruned_as = pruned_config(method.checkpoint.config, method.plan)
     metrics["serving"] = {
@@ -279,6 +281,20 @@ def _metrics(
         data.fingerprints,
     )
     return metrics
+
+
+def _footprint(method: PruningMethod, pruned: Checkpoint) -> dict[str, Any]:
+    """Of the dense and the pruned model."""
+    dense, layers, sizes = method.checkpoint, method.layers, method.plan.parameters
+    found = {}
+    for side, checkpoint, kept, dtype in (
+        ("dense", dense, unpruned(layers), dense.stored_dtype),
+        ("pruned", pruned, method.plan.layers, method.written_dtype),
+    ):
+        counts = sizes[side], sizes.get(f"{side}_active", sizes[side])
+        files = sum(path.stat().st_size for path in checkpoint.weight_files)
+        found[side] = {"file_bytes": files, **footprint(layers, dense.config, kept, counts, dtype.itemsize)}
+    return found
 
 
 def run_metrics(

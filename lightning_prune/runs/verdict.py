@@ -136,8 +136,32 @@ def summary_table(label: str, metrics: dict[str, Any]) -> str:
         windows = f"{split} in windows of {protocol['seq_len']}" if "seq_len" in protocol else ""
         values = f"dense {item['dense']:.3f}, pruned {item['pruned']:.3f} ({item['tokens']:,} tokens{windows})"
         rows.append((f"perplexity {name}", f"{values}, {verdict(metrics, name)}"))
-    rows += comparison_rows(metrics)
+    rows += [*comparison_rows(metrics), *_footprint_rows(metrics)]
     return _aligned(rows, metrics)
+
+
+def _footprint_rows(metrics: dict[str, Any]) -> Rows:
+    """What a user of the model will notice."""
+    if (found := metrics.get("footprint")) is None:
+        return []
+    dense, pruned = found["dense"], found["pruned"]
+    sizes = metrics["parameters"]
+    rows = []
+    if "pruned_active" in sizes:
+        rows.append(("active", f"{sizes['dense_active']:,} → {sizes['pruned_active']:,} parameters of one token"))
+    rows.append(("weight files", f"{size(dense['file_bytes'])} → {size(pruned['file_bytes'])}"))
+    memory = zip(dense["memory_bytes"].items(), pruned["memory_bytes"].values(), strict=True)
+    both = [f"{size(before)} → {size(after)} at {int(context):,} tokens" for (context, before), after in memory]
+    rows.append(("memory", f"{', '.join(both)} (weights and KV cache of one sequence)"))
+    before, after = dense["flops_per_token"], pruned["flops_per_token"]
+    text = f"{before / 1e9:.3g} → {after / 1e9:.3g} GFLOPs, {after / before:.0%} of the dense model's"
+    rows.append(("one token", f"{text} (without attention over the context)"))
+    return rows
+
+
+def size(count: int) -> str:
+    """Bytes as MB or GB."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def comparison_rows(metrics: dict[str, Any]) -> Rows:

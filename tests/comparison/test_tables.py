@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from lightning_prune.comparison.audit import audit
+from lightning_prune.comparison.exports import latex
 from lightning_prune.comparison.repeats import repeats
 from lightning_prune.comparison.sections import leaders, sections
 from lightning_prune.comparison.tables import distances, evaluation_sets, results
@@ -91,3 +92,13 @@ def test_runs_of_earlier_versions_are_in_the_table_with_gaps(tmp_path: Path) -> 
     assert more is not None
     assert list(more.set_index("system").loc["new"])[1:3] == ["87.5 %", "75.0 %"]
     assert distances(repeats([old]), audit([old]).groups[0]) is None
+
+
+def test_latex_has_the_divergence_where_it_was_measured(tmp_path: Path) -> None:
+    distance = {"kl_divergence": 0.1234, "top1_agreement": 0.9, "expected_acceptance": 0.8}
+    text = latex(audit([make_run(tmp_path, "wanda", distance=distance)]))
+    before, table = text.split(r"\label{tab:divergence-1}")
+    assert r"KL(dense $\|$ pruned)" in before
+    assert "0.1234" in table
+    assert "Dense" not in table
+    assert "divergence" not in latex(audit([make_run(tmp_path / "other", "wanda")]))

@@ -10,7 +10,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3MoeConfig
 
 from lightning_prune import methods
 from lightning_prune.cli import main
@@ -51,13 +51,15 @@ def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Mem
         host: int = 24 * GB,
         data: dict[str, Any] | None = None,
         precision: Any = "bf16-true",
+        kind: Any = LlamaConfig,
+        rows: int = 128,
         **shape: Any,
     ) -> Memory:
         sizes = {"vocab_size": 32_000, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
         heads = {"num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 4096}
-        config = LlamaConfig(**(sizes | heads | {"tie_word_embeddings": True} | shape), dtype="bfloat16")
+        config = kind(**(sizes | heads | {"tie_word_embeddings": True} | shape), dtype="bfloat16")
         config.save_pretrained(tmp_path)
-        np.save(tmp_path / "tokens.npy", np.zeros((128, 128), dtype=np.int64))
+        np.save(tmp_path / "tokens.npy", np.zeros((rows, 128), dtype=np.int64))
         text = {"dataset": str(tmp_path / "tokens.npy"), "eval_datasets": [str(tmp_path / "tokens.npy")]}
         trainer = L.Trainer(accelerator="cpu", logger=False, precision=precision, enable_checkpointing=False)
         method_of_run = method(pretrained=str(tmp_path), **options or {})
@@ -74,6 +76,17 @@ def test_estimates_are_within_15_percent_of_measured_peaks(
     assert found.estimate("layer").host_bytes / GB == pytest.approx(by_layer, rel=0.15)
     if whole is not None:
         assert found.estimate("model").host_bytes / GB == pytest.approx(whole, rel=0.15)
+
+
+def test_sums_of_every_expert_are_counted(memory: Callable[..., Memory]) -> None:
+    """Measured with `python benchmarks/layer_memory.py`'s way of looking: a whole run on 16 samples, one layer there."""
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 512, "num_experts": 128, "num_experts_per_tok": 8}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096}
+    options = {"importance": "kfac", "temperature": 0.0, "pruning_ratio": 0.3}
+    found = memory(methods.HGSP, options, kind=Qwen3MoeConfig, rows=16, head_dim=32, **sizes).estimate("layer")
+    assert found.phase == "importance"
+    assert found.host_bytes / GB == pytest.approx(0.99, rel=0.15)
+    assert found.host_bytes - IMPORTED > 2 * 128 * 512**2 * 4  # both factors
 
 
 @pytest.mark.parametrize("method", [methods.SlimGPT, pytest.param(methods.HGSP, marks=pytest.mark.slow)])

@@ -15,12 +15,25 @@ def test_summary_says_what_was_pruned_and_what_that_did() -> None:
         "evaluation": {"wikitext2": {"split": "test", "seq_len": 128}},
         "parameters": {"dense": 1_234_567, "pruned": 987_900},
         "pruning_ratio": {"requested": 0.2, "achieved": 0.1998},
+        "footprint": {
+            "dense": {
+                "file_bytes": 2_500_000,
+                "memory_bytes": {2048: 3_000_000, 32768: 4 * 10**9},
+                "flops_per_token": 10,
+            },
+            "pruned": {
+                "file_bytes": 2_000_000,
+                "memory_bytes": {2048: 2_400_000, 32768: 3 * 10**9},
+                "flops_per_token": 8,
+            },
+        },
         "seconds": {"calibrate": 1.235, "total": 20.0},
         "peak_memory_bytes": 3 * 2**20,
     }
     table = summary_table("my wanda", metrics)
     words = ["my wanda", "1,234,567 → 987,900", "requested 0.2000, achieved 0.1998", "dense 12.346, pruned 15.000"]
     words += ["(4,242 tokens of the test split in windows of 128)", "calibrate 1.2", "3 MiB"]
+    words += ["2.5 MB → 2.0 MB", "4.00 GB → 3.00 GB at 32,768 tokens", "80% of the dense model's"]
     assert [word for word in words if word not in table] == []
     metrics["perplexity"]["wikitext2"]["pruned"] = float("inf")
     metrics["pruning_ratio"]["requested"] = None

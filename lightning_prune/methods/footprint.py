@@ -1,0 +1,34 @@
+"""What a model takes and costs in use, from shapes alone: memory with a KV cache, and the work of one token."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_prune.checkpoint.plan import LayerPlan
+from lightning_prune.methods.target import cache_numbers, groups_of
+from lightning_prune.models.families import LayerStructure
+
+CONTEXTS = (2_048, 32_768)  # tokens; a conversation, and a long document
+
+
+def footprint(
+    layers: Sequence[LayerStructure], config: Any, kept: Sequence[LayerPlan], sizes: tuple[int, int], itemsize: int
+) -> dict[str, Any]:
+    """``memory_bytes`` by context, of weights and the KV cache of one sequence, and ``flops_per_token``.
+
+    The work is two operations per weight that a token is multiplied with: all active parameters but an input embedding
+    of its own, which is looked up. Attention's products over the context are left out.
+
+    Args:
+        layers, config: of the dense model.
+        kept: of every layer.
+        sizes: parameters that are left, and those of them that one token passes.
+        itemsize: bytes of a number in the file, and in the cache.
+    """
+    left, active = sizes
+    longest = getattr(config, "max_position_embeddings", None) or max(CONTEXTS)
+    memory = {}
+    for context in sorted({min(one, longest) for one in CONTEXTS}):
+        cache = zip(groups_of(kept), cache_numbers(config, layers, context, 1), strict=True)
+        memory[context] = itemsize * (left + sum(groups * numbers for groups, numbers in cache))
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    return {"memory_bytes": memory, "flops_per_token": 2 * (active - embedding)}
