@@ -15,12 +15,12 @@ from lightning_prune.models.refusals import ENCODER_DECODER, FAMILIES_BY_REASON,
 from lightning_prune.models.vocabulary import Block
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
-HEADER = "| `model_type` | models | what can be removed | a pruned model runs in |\n|---|---|---|---|\n"
+HEADER = "| `model_type`: models | what can be removed | a pruned model runs in |\n|---|---|---|\n"
 REFUSED_HEADER = "| Reason | `model_type` |\n|---|---|\n"
 MODELS = {
-    "llama": "Llama 2 and 3, SmolLM2, Yi, Falcon 3, DeepSeek distillations of Llama",
+    "llama": "Llama 2 and 3, SmolLM2, Yi, Falcon 3, DeepSeek distillations",
     "mistral": "Mistral",
-    "qwen2": "Qwen2, Qwen2.5, DeepSeek distillations of Qwen",
+    "qwen2": "Qwen2, Qwen2.5, DeepSeek distillations",
     "qwen3": "Qwen3 (dense)",
     "ministral": "Ministral",
     "ministral3": "Ministral 3",
@@ -35,17 +35,17 @@ MODELS = {
     "ernie4_5": "ERNIE 4.5 (dense)",
     "seed_oss": "Seed-OSS",
     "helium": "Helium",
-    "stablelm": "StableLM 2, StableLM 3B (sequential blocks)",
-    "qwen3_moe": "Qwen3-30B-A3B, Qwen3-Coder ([mixtures of experts](experts.md))",
+    "stablelm": "StableLM 2 and 3B (sequential blocks)",
+    "qwen3_moe": "Qwen3-30B-A3B, Qwen3-Coder",
     "olmoe": "OLMoE",
     "mixtral": "Mixtral",
-    "qwen2_moe": "Qwen1.5-MoE, Qwen2-57B-A14B; the shared expert stays whole",
+    "qwen2_moe": "Qwen1.5-MoE, Qwen2-57B-A14B",
     "granitemoe": "Granite 3 MoE (1B-A400M, 3B-A800M)",
     "glm4_moe": "GLM-4.5, GLM-4.6",
     "ernie4_5_moe": "ERNIE 4.5 (21B-A3B, 300B-A47B)",
-    "gpt_oss": "gpt-oss, as 16-bit weights",
-    "deepseek_v3": "Moonlight, DeepSeek-V3 as 16-bit weights",
-    "qwen3_5_moe_text": "Qwen3.5 (35B-A3B and larger, text); the shared expert stays whole",
+    "gpt_oss": "gpt-oss (16-bit weights)",
+    "deepseek_v3": "Moonlight, DeepSeek-V3 (16-bit weights)",
+    "qwen3_5_moe_text": "Qwen3.5 (35B-A3B and larger, text)",
     "lfm2_moe": "LFM2 (8B-A1B)",
     "qwen3_5_text": "Qwen3.5 (dense, text)",
     "lfm2": "LFM2 (dense)",
@@ -57,8 +57,8 @@ MODELS = {
     "cohere": "Command R, Command R+",
     "cohere2": "Command R7B, Command A",
     "nemotron_h": "Nemotron-H, Nemotron Nano 2 (without experts)",
-    "gemma3": "the text part of Gemma 3",
-    "mistral3": "the text part of Mistral Small 3 and of Ministral 3",
+    "gemma3": "Gemma 3 (text part)",
+    "mistral3": "Mistral Small 3, Ministral 3 (text part)",
 }
 MIXERS = {
     "linear_attn": "linear attention",
@@ -73,11 +73,11 @@ MIXERS = {
 def removable(family: Family) -> str:
     """What methods can take out of a model of the family."""
     blocks = {block for of in family.blocks.values() for block in of} | (set() if "" in family.blocks else set(DENSE))
-    shared = ", shared ones included" if family.experts and family.experts.shared else ""
+    shared = " (also shared)" if family.experts and family.experts.shared else ""
     units = [f"channels inside experts{shared}", "experts"] if family.experts else ["channels"]
     units += ["groups"] if Block.ATTENTION in blocks and family.whole_attention is None else []
     whole = " and ".join(MIXERS[name] for name in family.mixer)
-    stays = f"; the {whole} {'stay' if len(family.mixer) > 1 else 'stays'} whole" if whole else ""
+    stays = f"; {whole} {'stay' if len(family.mixer) > 1 else 'stays'} whole" if whole else ""
     return f"{', '.join([*units, 'layers'])}{stays}"
 
 
@@ -88,9 +88,12 @@ def runtimes(family: Family) -> str:
 
 
 def rows() -> Iterator[str]:
-    """One per record, then the models of several, whose text part is of a family."""
+    """One for families with equal cells; among them models of several, whose text part is of a family."""
+    alike: dict[str, list[str]] = {}
     for name, family in {**FAMILIES, **{name: FAMILIES[part] for name, part in TEXT_PARTS.items()}}.items():
-        yield f"| `{name}` | {MODELS[name]} | {removable(family)} | {runtimes(family)} |\n"
+        alike.setdefault(f"{removable(family)} | {runtimes(family)}", []).append(f"`{name}`: {MODELS[name]}")
+    for cells, families in alike.items():
+        yield f"| {'<br>'.join(families)} | {cells} |\n"
 
 
 def refused_rows() -> Iterator[str]:
@@ -109,7 +112,7 @@ def with_table(page: str, start: str, table: str) -> str:
 
 def written(page: str) -> str:
     """The page with both tables as the records have them."""
-    page = with_table(page, "| `model_type` | models |", HEADER + "".join(rows()))
+    page = with_table(page, "| `model_type`: models |", HEADER + "".join(rows()))
     return with_table(page, "| Reason | `model_type` |", REFUSED_HEADER + "".join(refused_rows()))
 
 
