@@ -4,7 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 from lightning_prune.checkpoint.plan import PruningPlan
-from lightning_prune.models.families import family_of, kv_heads_of
+from lightning_prune.models.families import family_of, kv_heads_of, layer_configs
 from lightning_prune.models.vocabulary import Block
 
 
@@ -51,11 +51,12 @@ def tensor_parallel_sizes(config: Any, plan: PruningPlan) -> list[int]:
         config: of the pruned model.
         plan: what its layers keep.
     """
-    family, sizes = family_of(config), set[int]()
+    family, sizes, first = family_of(config), set[int](), layer_configs(config)[0]
     for layer in plan.layers:
         sizes |= {len(units) for block, units in layer.kept.items() if block in (Block.ATTENTION, Block.MLP)}
-        sizes |= {kv_heads_of(config)} if layer.kept.get(Block.MIXER) else set()
+    if any(family.mixer.values()):  # attention is a part of it, and keeps all its heads
+        sizes.add(kv_heads_of(first))
     if family.experts is not None:
-        sizes.add(getattr(config, family.experts.width))
+        sizes.add(getattr(first, family.experts.width))
     common = math.gcd(*sizes)  # an absent block counts as 0, which every number divides
     return [size for size in range(1, common + 1) if common % size == 0]

@@ -55,6 +55,8 @@ def test_a_pattern_that_runtimes_take_from_the_place_of_a_layer(family: str, tmp
         ("llama", [(4, 40), (0, 0)], [1, 2, 4]),  # a removed layer, a layer without an MLP
         ("llama", [(4, 0), (4, 38)], [1, 2]),
         ("falcon_h1", [(4, 40), (4, 24)], [1, 2, 4]),  # its attention is part of a mixer
+        ("phi", [(4, 40), (4, 20)], [1, 2, 4]),
+        ("bamba", [(4, 40), (2, 24)], [1, 2]),  # the state space of the first layer has no KV heads
     ],
 )
 def test_devices_divide_every_layers_heads_and_widths(
