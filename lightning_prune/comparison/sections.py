@@ -61,7 +61,7 @@ def sections(audit: Audit, failures: Sequence[Failure]) -> list[Section]:
     runs = audit.runs
     parts = [_best(audit.groups[0])] if runs else []
     if failures:
-        rows = [{"system": one.label, "ratio": f"{one.requested:g}", "error": one.message} for one in failures]
+        rows = [{"system": one.label, "ratio": f"{one.requested}", "error": one.message} for one in failures]
         parts.append(Section("Failed runs", tables=[("", table(rows))]))
     parts += [_results(index, group) for index, group in enumerate(audit.groups, start=1)]
     if not audit.differences:

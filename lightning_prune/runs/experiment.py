@@ -35,7 +35,7 @@ class Planned:
     """One run of the experiment; the three hashes are of ``configuration_sha256``."""
 
     label: str
-    ratio: float
+    size: float | str  # a ratio, or a target
     seed: int | None  # of its calibration samples, None where the experiment has no seeds
     configuration: dict[str, Any]  # what ``fit`` would be given
     data: CalibrationDataModule  # shared by all runs with the same ``data`` section
@@ -46,8 +46,8 @@ class Planned:
 
     @property
     def name(self) -> str:
-        """Label, ratio and seed, for messages."""
-        return f"{self.label} {self.ratio:g}{'' if self.seed is None else f' seed {self.seed}'}"
+        """Label, size and seed, for messages."""
+        return f"{self.label} {self.size}{'' if self.seed is None else f' seed {self.seed}'}"
 
 
 def plan_runs(settings: Settings) -> list[Planned]:
@@ -62,8 +62,8 @@ def plan_runs(settings: Settings) -> list[Planned]:
     weights: dict[str, str] = {}
     planned: list[Planned] = []
     seeds: list[int | None] = [*settings.seeds] or [None]
-    for label, seed, ratio in product(settings.systems, seeds, settings.ratios):
-        configuration = settings.configuration(label, ratio, seed)
+    for label, seed, size in product(settings.systems, seeds, settings.targets or settings.ratios):
+        configuration = settings.configuration(label, size, seed)
         built = build(label, configuration)
         options = yaml.safe_load(built.resolved_config)
         data = shared.setdefault(json.dumps(options["data"], sort_keys=True), built.datamodule)
@@ -85,10 +85,12 @@ def plan_runs(settings: Settings) -> list[Planned]:
         sha256 = configuration_sha256(name, init, *base, calibration, evaluation)
         if any((run.label, run.sha256) == (label, sha256) for run in planned):
             continue
-        measurement = configuration_sha256(name, init | {"pruning_ratio": None}, *base, calibration, {})
+        measurement = configuration_sha256(
+            name, init | {"pruning_ratio": None, "target_parameters": None}, *base, calibration, {}
+        )
         held_out = {item.name: item.manifest["fingerprint"] for item in data.evaluation}
         dense = configuration_sha256("dense", {"continuations": data.continuations}, *base, None, held_out)
-        planned.append(Planned(label, ratio, seed, configuration, data, sha256, measurement, dense))
+        planned.append(Planned(label, size, seed, configuration, data, sha256, measurement, dense))
     return planned
 
 
@@ -125,7 +127,7 @@ def run_experiment(settings: Settings) -> tuple[list[Path], list[Failure]]:
                         traceback.print_exc()
                     seed = "" if run.seed is None else f"seed {run.seed}: "
                     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-                    failures.append(Failure(run.label, run.ratio, f"{seed}{kind}{error}"))
+                    failures.append(Failure(run.label, run.size, f"{seed}{kind}{error}"))
                 except BaseException as error:  # an interrupt says what is kept
                     kept = f"{sum(one.folder is not None for one in planned)} finished runs below '{settings.root}'"
                     error.add_note(f"{kept} are kept; the same command makes the missing ones")

@@ -240,5 +240,5 @@ class Failure(NamedTuple):
     """A run of an experiment that ended in an error, as reports list it."""
 
     label: str
-    requested: float
+    requested: float | str  # a ratio, or a target
     message: str

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+from lightning_prune.methods.target import parse_count
 from lightning_prune.runs.config_files import config_file, read_config
 from lightning_prune.runs.folder import REPORTS, check_label
 from lightning_prune.support.errors import UserError
@@ -39,6 +40,7 @@ class Settings(BaseModel):
 
     systems: Annotated[dict[str, str | Options], Field(min_length=1)]  # label → what fit takes, but the pruning ratio
     ratios: Annotated[list[Ratio], Field(min_length=1)] = [0.2, 0.3, 0.5]
+    targets: list[str] = []  # parameters to leave, as 4.5B, in place of ratios
     # Draw the calibration samples, one run each; without any, those of the configurations do.
     seeds: list[Annotated[int, Field(ge=0)]] = []
     pretrained: str = "demo"
@@ -51,11 +53,12 @@ class Settings(BaseModel):
         """Whether the experiment shows its own, in place of every run's."""
         return self.trainer.get("enable_progress_bar", True) is not False
 
-    def configuration(self, label: str, ratio: float, seed: int | None = None) -> Options:
-        """The configuration of one run; ``seed`` overrules that of its ``data`` section."""
+    def configuration(self, label: str, size: float | str, seed: int | None = None) -> Options:
+        """The configuration of one run; ``size``: a ratio or a target; ``seed`` overrides that of ``data``."""
         found = deepcopy(self.systems[label])
         assert isinstance(found, dict)  # as read_settings completes them
-        found["model"]["init_args"]["pruning_ratio"] = ratio
+        option = "target_parameters" if isinstance(size, str) else "pruning_ratio"
+        found["model"]["init_args"][option] = size
         if seed is not None:
             found["data"]["seed"] = seed
         return found
@@ -69,6 +72,7 @@ def read_settings(
     systems: Sequence[str] | None = None,
     options: Mapping[str, str] | None = None,
     seeds: Sequence[int] | None = None,
+    targets: Sequence[str] | None = None,
 ) -> Settings:
     """Read the file at ``path``, or the shipped one of that name; what is not None overrules it.
 
@@ -77,12 +81,14 @@ def read_settings(
         options: ``data.OPTION`` and ``trainer.OPTION`` with values as on the command line. A system's own ``data``
             section (ShortGPT's second setting) still comes last: it is what makes that system.
         seeds: apply to every system.
+        targets: take the place of the file's ratios.
 
     Raises:
         UserError: no such file, an unknown key or system, a ratio outside 0 and 1, a seed that is not one.
     """
     path = config_file(path)
     given = {"root": root and str(root), "pretrained": pretrained, "ratios": ratios, "seeds": seeds}
+    given["targets"] = targets
     overrules = {name: value for name, value in given.items() if value is not None}
     subject = f"--config: '{path}'{''.join(f' --{name}' for name in overrules)}"
     file = _validated(read_config(path, "--config") | overrules, Settings, subject)
@@ -105,6 +111,8 @@ def read_settings(
         complete[label]["model"]["init_args"] |= {"pretrained": file.pretrained, "label": label}
         # Of the whole experiment instead of every run's.
         complete[label]["trainer"] |= {"enable_progress_bar": False, "default_root_dir": str(file.root)}
+    for text in file.targets:
+        parse_count(text, "--targets")
     distinct = {"ratios": sorted(set(file.ratios)), "seeds": sorted(set(file.seeds))}
     return file.model_copy(update={"systems": complete, **shared, **distinct})
 

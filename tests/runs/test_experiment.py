@@ -195,6 +195,24 @@ def test_kills_at_random_moments_end_in_the_undisturbed_results(experiment: Path
     assert len(list((tmp_path / "killed").glob("*/version_*/plan.json"))) == 4
 
 
+@pytest.mark.slow
+def test_targets_take_the_place_of_ratios_and_share_what_was_measured(tmp_path: Path) -> None:
+    path = write_experiment(tmp_path)
+    dense = sum(one.numel() for one in make_tiny(layers=6).parameters())
+    targets = [str(dense * 3 // 4), str(dense * 2 // 3)]
+    settings = read_settings(path, systems=["wanda", "magnitude"], targets=targets)
+    folders, failures = run_experiment(settings)
+    assert not failures
+    runs = [load_run(folder) for folder in folders]
+    left = [run.metrics.parameters.pruned for run in runs]
+    assert all(0 <= int(target) - size < 1500 for target, size in zip(targets * 2, left, strict=True))
+    assert [run.metrics.method.scores_reused for run in runs] == [False, True] * 2
+    (group,) = audit(runs).groups
+    assert len({line.ratio for line in repeats(group.all)}) == 2
+    with pytest.raises(UserError, match=r"--targets: found 'much'"):
+        read_settings(path, targets=["much"])
+
+
 EXPERTS = {
     "wanda": "wanda",
     "experts": {"config": "wanda", "model": {"init_args": {"units": "expert"}}},

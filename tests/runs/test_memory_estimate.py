@@ -79,7 +79,7 @@ def test_estimates_are_within_15_percent_of_measured_peaks(
 
 
 def test_sums_of_every_expert_are_counted(memory: Callable[..., Memory]) -> None:
-    """Measured with `python benchmarks/layer_memory.py`'s way of looking: a run on 16 samples, layer by layer."""
+    """Measured as `python benchmarks/layer_memory.py` does: a whole run on 16 samples, a layer at a time."""
     sizes = {"hidden_size": 128, "moe_intermediate_size": 512, "num_experts": 128, "num_experts_per_tok": 8}
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096}
     options = {"importance": "kfac", "temperature": 0.0, "pruning_ratio": 0.3}

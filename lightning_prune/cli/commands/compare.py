@@ -40,7 +40,9 @@ def main(argv: list[str]) -> int:
     settings, tasks = None, None
     failures: list[Failure] = []
     if given.config is None:
-        of_runs = [name for name in ("pretrained", "ratios", "seeds", "systems") if getattr(given, name) is not None]
+        of_runs = [
+            name for name in ("pretrained", "ratios", "targets", "seeds", "systems") if getattr(given, name) is not None
+        ]
         for option in (*of_runs, *options):
             raise UserError(f"--{option} has no meaning with --runs: those runs exist already. Leave it out.")
         folders, root = _finished(given.runs), given.root or Path("logs")
@@ -48,7 +50,7 @@ def main(argv: list[str]) -> int:
         from lightning_prune.runs.experiment import run_experiment
         from lightning_prune.runs.settings import read_settings
 
-        choices = (given.pretrained, given.ratios, given.systems, options, given.seeds)
+        choices = (given.pretrained, given.ratios, given.systems, options, given.seeds, given.targets)
         settings = read_settings(given.config, given.root, *choices)
         root = settings.root
     if given.zero_shot is not None:
@@ -119,7 +121,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", type=some_path, metavar="FOLDER", help="report folder (ROOT/comparison/version_N)")
     add("--overwrite", action="store_true", help="replace the report at --output")
     add("--pretrained", "--model.pretrained", dest="pretrained", metavar="MODEL", help="a folder, a hub id, or 'demo'")
-    add("--ratios", type=float, nargs="+", metavar="R", help="pruning ratios between 0 and 1")
+    sizes = parser.add_mutually_exclusive_group()
+    sizes.add_argument("--ratios", type=float, nargs="+", metavar="R", help="pruning ratios between 0 and 1")
+    text = "numbers of parameters to leave at most, as 4.5B, in place of ratios"
+    sizes.add_argument("--targets", nargs="+", metavar="N", help=text)
     text = "repeat every run over these seeds of the calibration samples, and show mean and standard deviation"
     add("--seeds", type=int, nargs="+", metavar="N", help=text)
     add("--systems", nargs="+", metavar="NAME", help="only these systems of the file")

@@ -67,6 +67,8 @@ CHANGES = [
     ("HGSP", ["--model.tau=.inf", "--model.temperature=0.5"]),
     ("HGSP", ["--model.temperature=0"]),
     ("HGSP", ["--model.score_norm=kind"]),
+    ("HGSP", ["--model.target_parameters=24000"]),
+    ("Wanda", ["--model.target_memory=150KB", "--model.context=64"]),
 ]
 
 
