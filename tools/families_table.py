@@ -15,7 +15,7 @@ from lightning_prune.models.refusals import ENCODER_DECODER, FAMILIES_BY_REASON,
 from lightning_prune.models.vocabulary import Block
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
-HEADER = "| `model_type`: models | what can be removed | a pruned model runs in |\n|---|---|---|\n"
+HEADER = "| `model_type`: models | what can be removed, beside layers | also run in |\n|---|---|---|\n"
 REFUSED_HEADER = "| Reason | `model_type` |\n|---|---|\n"
 MODELS = {
     "llama": "Llama 2 and 3, SmolLM2, Yi, Falcon 3, DeepSeek distillations",
@@ -71,20 +71,20 @@ MIXERS = {
 
 
 def removable(family: Family) -> str:
-    """What methods can take out of a model of the family."""
+    """What methods can take out of a layer of the family."""
     blocks = {block for of in family.blocks.values() for block in of} | (set() if "" in family.blocks else set(DENSE))
     shared = " (also shared)" if family.experts and family.experts.shared else ""
-    units = [f"channels inside experts{shared}", "experts"] if family.experts else ["channels"]
+    units = [f"expert channels{shared}", "experts"] if family.experts else ["channels"]
     units += ["groups"] if Block.ATTENTION in blocks and family.whole_attention is None else []
     whole = " and ".join(MIXERS[name] for name in family.mixer)
     stays = f"; {whole} {'stay' if len(family.mixer) > 1 else 'stays'} whole" if whole else ""
-    return f"{', '.join([*units, 'layers'])}{stays}"
+    return f"{', '.join(units)}{stays}"
 
 
 def runtimes(family: Family) -> str:
-    """Where pruned models of the family were run: hybrids and experts in transformers alone."""
-    places = ["transformers"] + ([] if family.mixer or family.experts else ["vLLM"])
-    return ", ".join(places + (["GGUF"] if family.model_type in ARCHITECTURES else []))
+    """Where pruned models of the family were run, beside transformers: hybrids and experts nowhere."""
+    engines = [] if family.mixer or family.experts else ["vLLM"]
+    return ", ".join([*engines, *(["GGUF"] if family.model_type in ARCHITECTURES else [])])
 
 
 def rows() -> Iterator[str]:
