@@ -62,7 +62,8 @@ def plan_runs(settings: Settings) -> list[Planned]:
     weights: dict[str, str] = {}
     planned: list[Planned] = []
     seeds: list[int | None] = [*settings.seeds] or [None]
-    for label, seed, size in product(settings.systems, seeds, settings.targets or settings.ratios):
+    sizes: list[float | str] = [*(settings.targets or settings.ratios)]
+    for label, seed, size in product(settings.systems, seeds, sizes):
         configuration = settings.configuration(label, size, seed)
         built = build(label, configuration)
         options = yaml.safe_load(built.resolved_config)

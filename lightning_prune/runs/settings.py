@@ -87,7 +87,7 @@ def read_settings(
         UserError: no such file, an unknown key or system, a ratio outside 0 and 1, a seed that is not one.
     """
     path = config_file(path)
-    given = {"root": root and str(root), "pretrained": pretrained, "ratios": ratios, "seeds": seeds}
+    given: Options = {"root": root and str(root), "pretrained": pretrained, "ratios": ratios, "seeds": seeds}
     given["targets"] = targets
     overrules = {name: value for name, value in given.items() if value is not None}
     subject = f"--config: '{path}'{''.join(f' --{name}' for name in overrules)}"
