@@ -1,6 +1,6 @@
-"""What the progress bar is told of the work to come."""
+"""What the progress bar is told of the work to come; ``method`` is a ``PruningMethod``, which calls this."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -9,15 +9,12 @@ from lightning_prune.calibration.passes import Pass
 from lightning_prune.checkpoint.cut import unpruned
 from lightning_prune.data.datamodule import CalibrationDataModule
 
-if TYPE_CHECKING:
-    from lightning_prune.methods.base import PruningMethod
-
 WRITING = "writing the pruned model"
 LAYER_TO_WRITE = 1000.0  # about what cutting and writing a layer costs, in tokens through it
 FEW_PASSES = 3  # forwards that calibrating may cost, as long as the passes are not known
 
 
-def expect_roughly(method: "PruningMethod", data: CalibrationDataModule) -> None:
+def expect_roughly(method: Any, data: CalibrationDataModule) -> None:
     """What follows the evaluation of the dense model, before the passes are known."""
     if not method.progress.shown:
         return
@@ -28,7 +25,7 @@ def expect_roughly(method: "PruningMethod", data: CalibrationDataModule) -> None
         method.progress.expect(WRITING, LAYER_TO_WRITE * layers)
 
 
-def expect_passes(method: "PruningMethod", passes: list[Pass]) -> None:
+def expect_passes(method: Any, passes: list[Pass]) -> None:
     """The same from the passes, as if every unit were kept."""
     if not method.progress.shown:
         return
