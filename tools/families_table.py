@@ -15,7 +15,7 @@ from lightning_prune.models.refusals import ENCODER_DECODER, FAMILIES_BY_REASON,
 from lightning_prune.models.vocabulary import Block
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
-HEADER = "| `model_type`: models | what can be removed, beside layers | also run in |\n|---|---|---|\n"
+HEADER = "| `model_type`: models | what can be removed, besides layers | also run in |\n|---|---|---|\n"
 REFUSED_HEADER = "| Reason | `model_type` |\n|---|---|\n"
 MODELS = {
     "llama": "Llama 2 and 3, SmolLM2, Yi, Falcon 3, DeepSeek distillations",
@@ -60,14 +60,6 @@ MODELS = {
     "gemma3": "Gemma 3 (text part)",
     "mistral3": "Mistral Small 3, Ministral 3 (text part)",
 }
-MIXERS = {
-    "linear_attn": "linear attention",
-    "conv": "convolution",
-    "mamba": "state space",
-    "mixer": "state space",
-    "self_attn": "attention",
-    "attention": "attention",
-}
 
 
 def removable(family: Family) -> str:
@@ -75,10 +67,7 @@ def removable(family: Family) -> str:
     blocks = {block for of in family.blocks.values() for block in of} | (set() if "" in family.blocks else set(DENSE))
     shared = " (also shared)" if family.experts and family.experts.shared else ""
     units = [f"expert channels{shared}", "experts"] if family.experts else ["channels"]
-    units += ["groups"] if Block.ATTENTION in blocks and family.whole_attention is None else []
-    whole = " and ".join(MIXERS[name] for name in family.mixer)
-    stays = f"; {whole} {'stay' if len(family.mixer) > 1 else 'stays'} whole" if whole else ""
-    return f"{', '.join(units)}{stays}"
+    return ", ".join([*units, *(["groups"] if Block.ATTENTION in blocks and family.whole_attention is None else [])])
 
 
 def runtimes(family: Family) -> str:
