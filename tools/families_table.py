@@ -57,6 +57,8 @@ MODELS = {
     "cohere": "Command R, Command R+",
     "cohere2": "Command R7B, Command A",
     "nemotron_h": "Nemotron-H, Nemotron Nano 2 (without experts)",
+    "qwen3_5": "Qwen3.5 (dense, text part)",
+    "qwen3_5_moe": "Qwen3.5 (35B-A3B and larger, text part)",
     "gemma3": "Gemma 3 (text part)",
     "mistral3": "Mistral Small 3, Ministral 3 (text part)",
 }

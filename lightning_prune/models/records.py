@@ -262,4 +262,9 @@ FAMILIES: dict[str, Family] = {
 }
 
 # Models of several, of which the text model is taken → a family that it is of.
-TEXT_PARTS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+TEXT_PARTS = {
+    "gemma3": "gemma3_text",
+    "mistral3": "mistral",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text",
+}

@@ -28,15 +28,21 @@ VISION = {
     "image_size": 8,
     "patch_size": 4,
 }
-TEXT = {"gemma3": "gemma3_text", "mistral3": "ministral3"}
+SEES = {"hidden_size": 16, "intermediate_size": 24, "depth": 2, "num_heads": 2, "patch_size": 4, "out_hidden_size": 32}
+TEXT = {"gemma3": "gemma3_text", "mistral3": "ministral3", "qwen3_5": "qwen3_5_text"}
+BESIDE = {"gemma3": "vision_tower", "mistral3": "vision_tower", "qwen3_5": "visual"}
 
 
 def several(kind: str, folder: Path, own_names: bool = False, tied: bool = True) -> Tensor:
     """Save a tiny model that sees and reads; its logits for text alone."""
     text = tiny_config(TEXT[kind], tied=tied).to_dict()
     vision = VISION | {"model_type": "pixtral" if kind == "mistral3" else "siglip_vision_model"}
+    tokens = {"image_token_index": 95}
+    if kind.startswith("qwen"):
+        vision = SEES | {"out_hidden_size": text["hidden_size"]}
+        tokens = {"image_token_id": 95, "video_token_id": 95, "vision_start_token_id": 95, "vision_end_token_id": 95}
     config = AutoConfig.for_model(
-        kind, text_config=text, vision_config=vision, tie_word_embeddings=tied, image_token_index=95, dtype="float32"
+        kind, text_config=text, vision_config=vision, tie_word_embeddings=tied, dtype="float32", **tokens
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -44,8 +50,8 @@ def several(kind: str, folder: Path, own_names: bool = False, tied: bool = True)
     model.save_pretrained(folder)
     file = folder / "model.safetensors"
     names = load_file(file)
-    assert any("vision_tower" in name for name in names)
-    assert any(name.startswith("language_model.model.") for name in names)
+    assert any(BESIDE[kind] in name for name in names)
+    assert any("language_model." in name for name in names)
     if own_names:  # as modules are called: model.language_model.layers …
         state = {name: tensor for name, tensor in model.state_dict().items() if not (tied and "lm_head" in name)}
         save_file(state, file, {"format": "pt"})
@@ -92,7 +98,7 @@ def test_whether_the_head_is_the_embedding(tmp_path: Path, kind: str, written: s
     edited(tmp_path, outer, inner)
     checkpoint = Checkpoint.open(str(tmp_path))
     assert checkpoint.config.tie_word_embeddings is tied
-    with pytest.warns(UserWarning, match=r"left out: .*vision_tower \(\d+\)"):
+    with pytest.warns(UserWarning, match=rf"left out: .*{BESIDE[kind]} \(\d+\)"):
         checkpoint.check()
     torch.testing.assert_close(
         checkpoint.load(None)(tiny_tokens().clamp(max=94)).logits, expected, rtol=1e-5, atol=1e-5
@@ -152,7 +158,7 @@ def test_the_whole_model_is_written_around_a_pruned_text_model(tmp_path: Path, k
     assert sum(parameter.numel() for parameter in text.meta.parameters()) == method.plan.parameters["pruned"]
     written = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert written.keys() == dense.keys()
-    beside = [name for name in dense if "vision_tower" in name or "projector" in name]
+    beside = [name for name in dense if BESIDE[kind] in name or "projector" in name]
     assert beside
     assert all(torch.equal(written[name], dense[name]) for name in beside)
     assert "AutoModelForImageTextToText" in (folder / "README.md").read_text()
