@@ -27,7 +27,7 @@ FAMILIES = (
 )  # a pre-norm layer of seven plain projections, plain embedding and head
 EXPERTS = (
     *("qwen3_moe", "olmoe", "mixtral", "qwen2_moe", "granitemoe", "glm4_moe", "ernie4_5_moe", "gpt_oss"),
-    *("deepseek_v3", "qwen3_5_moe_text", "lfm2_moe"),
+    *("deepseek_v3", "qwen3_5_moe_text", "qwen3_next", "lfm2_moe"),
 )  # see make_moe
 WHOLE_ATTENTION = ("olmo2", "helium", "stablelm")  # GQA groups cannot leave one by one
 CUTTABLE = (
@@ -127,6 +127,7 @@ SWITCHES: dict[str, dict[str, Any]] = {  # what makes a tiny model of the family
         "rope_interleave": True,
     },
     "qwen3_5_moe_text": {**QWEN3_5, "shared_expert_intermediate_size": 20},
+    "qwen3_next": {**QWEN3_5, "shared_expert_intermediate_size": 20},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "gpt_oss": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "nemotron_h": {

@@ -46,6 +46,7 @@ MODELS = {
     "gpt_oss": "gpt-oss (16-bit weights)",
     "deepseek_v3": "Moonlight, DeepSeek-V3 (16-bit weights)",
     "qwen3_5_moe_text": "Qwen3.5 (35B-A3B and larger, text)",
+    "qwen3_next": "Qwen3-Next, Qwen3-Coder-Next",
     "lfm2_moe": "LFM2 (8B-A1B)",
     "qwen3_5_text": "Qwen3.5 (dense, text)",
     "lfm2": "LFM2 (dense)",

@@ -150,6 +150,7 @@ FAMILIES: dict[str, Family] = {
             experts=ExpertNames(),
             tiny={**_DELTA_NET, **_SHARED},
         ),
+        Family("qwen3_next", **_QWEN3_5, experts=ExpertNames(), tiny={**_DELTA_NET, **_SHARED}),
         Family("lfm2", **_LFM2, index_lists=("full_attn_idxs",)),
         Family("lfm2_moe", **_LFM2, experts=ExpertNames(stored=("w1", "w3", "w2"), dense_first="num_dense_layers")),
         Family(

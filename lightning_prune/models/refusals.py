@@ -27,7 +27,7 @@ FAMILIES_BY_REASON = {
         dbrx jetmoe dots1 hunyuan_v1_moe minimax exaone_moe afmoe solar_open
     """,
     STATES: """
-        mamba mamba2 falcon_mamba zamba zamba2 recurrent_gemma rwkv xlstm qwen3_next olmo_hybrid
+        mamba mamba2 falcon_mamba zamba zamba2 recurrent_gemma rwkv xlstm olmo_hybrid
     """,
     PLAIN_MLP: "gpt2 gpt_neo gpt_bigcode opt bloom mpt codegen xglm biogpt starcoder2 nemotron persimmon openai-gpt",
     PARALLEL: "gptj falcon",

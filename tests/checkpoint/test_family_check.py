@@ -107,6 +107,7 @@ def test_a_large_model_is_tried_in_seconds_and_once_per_kind(family: str) -> Non
 PUBLISHED: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {},
     "qwen3_5_moe_text": {},
+    "qwen3_next": {},
     "nemotron_h": {"hybrid_override_pattern": "M-M-M-M*-M-M-M*-"},
 }
 

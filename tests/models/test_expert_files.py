@@ -29,6 +29,7 @@ PUBLISHED = {
     "qwen3_moe": ("mlp", QWEN),
     "deepseek_v3": ("mlp", GLM),
     "qwen3_5_moe_text": ("mlp", SHARED),
+    "qwen3_next": ("mlp", SHARED),
     "lfm2_moe": (
         "feed_forward",
         ("gate.weight", "expert_bias", *(f"experts.7.w{number}.weight" for number in (1, 2, 3))),
