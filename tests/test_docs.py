@@ -54,6 +54,9 @@ ELSEWHERE = {  # commands that are not run here, and why
     ),
     "fit --config hgsp_taylor --model.pretrained path/or/hub-id --trainer.precision bf16-true --model.onload layer "
     "--resume": "tests/runs kills a run first",
+    "fit --config heapr --config calibration/512x2048 --model.pretrained MODEL --data.dataset my_text.jsonl": (
+        "on a million tokens; tests/runs/test_shipped_configs.py reads the overlay"
+    ),
 }
 BEFORE = {  # runs that a page takes for granted
     "python.md": ("wanda",),
@@ -66,7 +69,7 @@ PAGES = [
     *sorted((DOCS / "tutorials").glob("*.md")),
     *sorted((DOCS / "methods").glob("*.md")),
     *(DOCS / "notes" / f"{name}.md" for name in ("quality", "results")),
-    *(DOCS / f"{name}.md" for name in ("comparison", "large_models", "python", "quality", "recover")),
+    *(DOCS / f"{name}.md" for name in ("comparison", "experts", "large_models", "python", "quality", "recover")),
     *(DOCS / f"{name}.md" for name in ("results", "serving")),
     ROOT / "README.md",
 ]
