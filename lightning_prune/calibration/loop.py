@@ -105,6 +105,8 @@ class CalibrationLoop:
         elif current.changes:
             self._put_weights(step, self.results.whole(number).weights)
         current.advance(step)
+        if current.changes:
+            model.overflow.raise_if_any()
         if last or self.steps[number + 1][1].layer != step.layer:
             model.leave(step.layer, changed=current.changes)
         if last:

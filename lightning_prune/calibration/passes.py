@@ -366,7 +366,9 @@ class BlockPass(Pass):
             for rows in self.setting.batches():
                 hidden = self.stream.get(rows, self.model.device)
                 output = projection(self.inner.get(rows, self.model.device))
-                self.stream.put(rows, self.model.add(step.layer, hidden, block, output))
+                added = self.model.add(step.layer, hidden, block, output)
+                self.model.overflow.watch(f"layer {step.layer}, output", added)
+                self.stream.put(rows, added)
         self.inner.close()
 
     def pass_by(self, step: Step) -> None:

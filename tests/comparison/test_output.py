@@ -46,7 +46,7 @@ def test_what_is_no_report_of_ours_is_never_touched(
     write_run(tmp_path / "runs")
     before = everything(tmp_path)
     assert compare(tmp_path / "runs", "--output", output, *overwrite) == 2
-    assert f"error: --output: '{output}' exists and is no " in capsys.readouterr().err
+    assert f"error: --output: '{output}' exists and is not a " in capsys.readouterr().err
     assert everything(tmp_path) == before
 
 

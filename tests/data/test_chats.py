@@ -133,14 +133,14 @@ WITHOUT_TEXT = {
     "texts beside an id": {"data": ["hello", "hi"], "id": "7"},
     "turns of unknown keys beside a source": {"conversation": [{"human": "hello", "bot": "hi"}], "source": "web"},
     "one turn a row": {"role": "user", "content": "hello"},
-    "a turn that says nothing": {"messages": [{"role": "user", "said": "hello"}]},
+    "a turn without content": {"messages": [{"role": "user", "said": "hello"}]},
 }
 
 
 @pytest.mark.parametrize("case", WITHOUT_TEXT)
 def test_no_column_is_guessed_beside_what_may_be_a_chat(case: str, chatty: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("\n".join([json.dumps(WITHOUT_TEXT[case])] * 2))
-    with pytest.raises(UserError, match=r"cannot tell which column|says nothing"):
+    with pytest.raises(UserError, match=r"cannot tell which column|has no content"):
         read(tmp_path / "a.jsonl", chatty)
 
 

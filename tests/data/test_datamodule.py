@@ -220,7 +220,7 @@ def test_of_a_token_array_the_requested_part_is_taken_without_any_tokenizer(
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"num_samples": 6}, r"--data\.num_samples: found 6, .* 5 rows of 12 tokens: ask for at most 5"),
+        ({"num_samples": 6}, r"--data\.num_samples: found 6, .* 5 rows of 12 tokens: give at most 5"),
         ({"num_samples": 128}, r"--data\.num_samples: found 128"),
         ({"seq_len": 13}, r"--data\.seq_len: found 13, .* at most 12"),
         ({"eval_seq_len": 13, "eval_datasets": ["{}"]}, r"--data\.eval_seq_len: found 13, .* at most 12"),

@@ -97,7 +97,7 @@ def test_accuracy_of_a_pruned_model_is_that_of_its_own_log_likelihoods(task_fold
 def test_task_that_cannot_be_had_is_named(task_folder: Path) -> None:
     with pytest.raises(UserError, match=r"--tasks: the data of 'lost_choice' cannot be loaded"):
         check_tasks(["tiny_choice", "lost_choice"], task_folder)
-    with pytest.raises(UserError, match=r"--tasks: 'tiny_chioce' is no task"):
+    with pytest.raises(UserError, match=r"--tasks: 'tiny_chioce' is not a task"):
         check_tasks(["tiny_chioce"], task_folder)
     with pytest.raises(UserError, match=r"--include-path: no folder"):
         check_tasks(["tiny_choice"], task_folder / "nowhere")

@@ -68,6 +68,9 @@ SYSTEMS: dict[str, System] = {
 }
 
 
+DENSE_SYSTEMS = tuple(name for name, system in SYSTEMS.items() if system.kind != "moe")
+
+
 @dataclass(frozen=True)
 class Run:
     """A finished run: its folder, its metrics, the method, and the new weights of every layer as it made them."""

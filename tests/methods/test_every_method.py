@@ -27,6 +27,7 @@ from lightning_prune.models.families import LayerStructure, count_parameters, fa
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.vocabulary import Block
 from tests.methods.behaviour import (
+    DENSE_SYSTEMS,
     FAST_SYSTEMS,
     MODELS,
     SYSTEMS,
@@ -56,7 +57,6 @@ UNLIKE = ("gqa-tied", "phi3", "olmo2")
 FAST_KINDS = ("mqa-untied", "phi3", "gemma3_text", "olmo2")
 
 
-DENSE_SYSTEMS = tuple(name for name, system in SYSTEMS.items() if system.kind != "moe")
 FAST_DENSE = tuple(name for name in FAST_SYSTEMS if name in DENSE_SYSTEMS)
 
 

@@ -134,7 +134,7 @@ def test_record_names_tokens_per_expert_and_warns_where_they_are_few(base: str, 
 
 
 def test_an_expert_whose_output_peaks_is_kept_unless_asked(tmp_path: Path) -> None:
-    model: Any = make_moe(width=16, layers=2)
+    model: Any = make_moe(width=32, layers=2)
     with torch.no_grad():  # so large that its peak stands out, so seldom that every score of a whole expert is lowest
         model.model.layers[1].mlp.experts.down_proj[3].mul_(50)
     base, found = save_base(model, tmp_path / "base"), {}
@@ -151,7 +151,7 @@ def test_an_expert_whose_output_peaks_is_kept_unless_asked(tmp_path: Path) -> No
         method.scores.importance[method.scores.of(1, Block.EXPERT)][3] = 0
         found[choice] = method
     table = run_method(Wanda(base, 0.3), TOKENS, tmp_path / "channels").scores
-    assert np.flatnonzero(table.super_expert).tolist() == list(range((E + 3) * 16, (E + 4) * 16))
+    assert np.flatnonzero(table.super_expert).tolist() == list(range((E + 3) * 32, (E + 4) * 32))
     table.write(tmp_path / "scores.csv")
     assert (Scores.read(tmp_path / "scores.csv", "--run").super_expert == table.super_expert).all()
     counts = torch.tensor(found["keep"].details()["experts"]["tokens"][1])

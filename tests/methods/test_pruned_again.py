@@ -13,7 +13,7 @@ from lightning_prune.methods import Wanda
 from lightning_prune.models.families import count_parameters
 from lightning_prune.models.vocabulary import Block
 from tests.cutting import cut
-from tests.methods.behaviour import FAST_SYSTEMS, SYSTEMS, prune, save_tokens
+from tests.methods.behaviour import DENSE_SYSTEMS, FAST_SYSTEMS, SYSTEMS, prune, save_tokens
 from tests.tiny import make_tiny, tiny_plan, tiny_tokens
 
 RATIO = 0.15
@@ -61,11 +61,12 @@ def masked(base: PreTrainedModel, layers: list[Any]) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("system", "family"),
-    [(system, "llama") for system in SYSTEMS]
+    [(system, "llama") for system in DENSE_SYSTEMS]
     + [
         pytest.param(system, family, marks=pytest.mark.slow)
         for family in ("phi3", "gemma3_text")
         for system in FAST_SYSTEMS
+        if system in DENSE_SYSTEMS
     ],
 )
 def test_every_method_prunes_it_again(tmp_path: Path, system: str, family: str) -> None:

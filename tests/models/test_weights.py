@@ -203,7 +203,7 @@ BAD_INDEX: dict[str, tuple[Callable[[WeightMap], Any], str]] = {
     "number": (lambda names: {"weight_map": names | {NORM: 3}}, "not the name of a safetensors file"),
     "outside": (lambda names: {"weight_map": names | {NORM: "../x.safetensors"}}, "not the name"),
     "pickle": (lambda names: {"weight_map": names | {NORM: "x.bin"}}, "not the name"),
-    "shard not there": (lambda names: {"weight_map": names | {"a": "x.safetensors"}}, "is not there"),
+    "shard not there": (lambda names: {"weight_map": names | {"a": "x.safetensors"}}, "does not exist"),
     "tensor not there": (lambda names: {"weight_map": names | {"a": names[NORM]}}, "names tensor 'a'"),
     "other shard": (lambda names: {"weight_map": names | {NORM: names["model.embed_tokens.weight"]}}, "and also in"),
 }

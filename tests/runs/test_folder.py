@@ -292,7 +292,7 @@ def test_run_without_a_file_names_it_and_a_pipe_is_not_waited_for(tmp_path: Path
     folder = write_run(tmp_path)
     (folder / "scores.csv").unlink()
     os.mkfifo(folder / "scores.csv")
-    with pytest.raises(UserError, match=r"no finished pruning run: it has no scores\.csv"):
+    with pytest.raises(UserError, match=r"not a finished pruning run: it has no scores\.csv"):
         RunFolder.open(folder, "--run")
     with pytest.raises(UserError, match="regular file"):
         files.read_file(folder / "scores.csv", 10, "--run")
