@@ -47,7 +47,8 @@ class RoutedTokens(TokenStatistic):
             return 0
         with torch.device("meta"):
             one = cls(experts)
-        return sum(2 * getattr(one, name).nbytes for name in one._defaults)
+        kept = [value for value in one._defaults.values() if isinstance(value, Tensor)]
+        return sum(value.nbytes for value in (*kept, *(getattr(one, name) for name in one._defaults)))
 
     @torch.no_grad()
     def update(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
