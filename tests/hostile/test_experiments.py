@@ -50,7 +50,7 @@ experiment("label twice", "systems: {a: wanda, a: shortgpt}\n", ("line 1", "'a' 
 # The file itself; what fit's configurations share with it is in test_options.py.
 experiment("a pipe", os.mkfifo, ("--config", "named pipe"))
 experiment("missing", lambda path: None, "--config")
-experiment("empty", "", "holds no options")
+experiment("empty", "", "is not a list of options")
 experiment("two documents", "systems: {a: wanda}\n---\nsystems: {b: wanda}\n", "YAML")
 experiment("unknown key", GOOD + "rations: [0.2]\n", "rations is not known")
 experiment("no systems", "ratios: [0.3]\n", "systems is missing")

@@ -106,7 +106,7 @@ weights("whole numbers", edit_tensors(lambda t: t.update({"model.norm.weight": t
 weights("two heads", edit_tensors(lambda t: t.update({"lm_head.weight": torch.ones(96, 32)})), "both are stored")
 weights("a rotary table", edit_tensors(lambda t: t.update({"model.rotary_emb.inv_freq": torch.ones(4)})), status=0)
 weights("index leads out", lambda m: index(m, '{"weight_map": {"a": "../../x.safetensors"}}'), "not the name")
-weights("index leads nowhere", lambda m: index(m, '{"weight_map": {"a": "x.safetensors"}}'), "not there")
+weights("index leads nowhere", lambda m: index(m, '{"weight_map": {"a": "x.safetensors"}}'), "does not exist")
 weights("index names a pickle", lambda m: index(m, '{"weight_map": {"a": "x.bin"}}'), "not the name")
 weights("generation config is text", replaced("generation_config.json", "x"), "the generation config")
 weights("generation config is a pipe", replaced("generation_config.json", os.mkfifo), status=0)
