@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_prune.checkpoint.plan import LayerPlan
-from lightning_prune.methods.target import cache_numbers, groups_of
+from lightning_prune.methods.target import memory_bytes
 from lightning_prune.models.families import LayerStructure
 
 CONTEXTS = (2_048, 32_768)  # tokens; a conversation, and a long document
@@ -26,9 +26,7 @@ def footprint(
     """
     left, active = sizes
     longest = getattr(config, "max_position_embeddings", None) or max(CONTEXTS)
-    memory = {}
-    for context in sorted({min(one, longest) for one in CONTEXTS}):
-        cache = zip(groups_of(kept), cache_numbers(config, layers, context, 1), strict=True)
-        memory[context] = itemsize * (left + sum(groups * numbers for groups, numbers in cache))
+    contexts = sorted({min(one, longest) for one in CONTEXTS})
+    memory = {context: memory_bytes(left, layers, kept, config, context, 1, itemsize) for context in contexts}
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     return {"memory_bytes": memory, "flops_per_token": 2 * (active - embedding)}

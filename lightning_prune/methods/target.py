@@ -18,7 +18,7 @@ from lightning_prune.checkpoint.expert_plans import active_parameters
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.checkpoint.scores import Integers, Scores
 from lightning_prune.methods.selection import TooLittle
-from lightning_prune.models.families import LayerStructure
+from lightning_prune.models.families import LayerStructure, kv_heads_of
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.memory import parse_bytes
@@ -88,8 +88,7 @@ class Target:
             itemsize: bytes of a number.
         """
         if self.kind == "memory":
-            heads = zip(groups_of(kept), self.cache(config, layers), strict=True)
-            return itemsize * (parameters + sum(count * each for count, each in heads))
+            return memory_bytes(parameters, layers, kept, config, self.context, self.batch, itemsize)
         return parameters if self.kind == "parameters" else active_parameters(layers, parameters, kept)
 
     def weighed(self, scores: Scores, cache: Sequence[int]) -> Scores:
@@ -140,19 +139,35 @@ class Target:
         return Fraction(high, total)
 
 
+def memory_bytes(
+    parameters: int,
+    layers: Sequence[LayerStructure],
+    kept: Sequence[LayerPlan],
+    config: Any,
+    context: int,
+    batch: int,
+    itemsize: int,
+) -> int:
+    """Bytes of weights and of the KV cache of ``batch`` sequences of ``context`` tokens; arguments as for ``size``."""
+    # A mixer is kept whole, so what all of its heads keep counts once.
+    heads = [len(layer.kept.get(Block.ATTENTION, [])) or len(layer.kept.get(Block.MIXER, [])) for layer in kept]
+    cache = zip(heads, cache_numbers(config, layers, context, batch), strict=True)
+    return itemsize * (parameters + sum(count * each for count, each in cache))
+
+
 def cache_numbers(config: Any, layers: Sequence[LayerStructure], context: int, batch: int) -> list[int]:
-    """Of every layer, the numbers that one KV head keeps of ``batch`` sequences of ``context`` tokens: keys and values,
-    as far back as the layer looks; 0 for layers without attention."""
+    """Of every layer, the numbers that one KV head keeps of ``batch`` sequences of ``context`` tokens, and of attention
+    inside a mixer those of all its heads: keys and values, or what they are computed from, as far back as the layer
+    looks; 0 for layers without attention. The states of other mixers, which no context makes larger, are left out."""
     window: int = getattr(config, "sliding_window", None) or 0
     kinds = getattr(config, "layer_types", None)
     found = []
     for view in layers:
         sliding = window > 0 and (kinds is None or kinds[view.index] == "sliding_attention")
         tokens = min(context, window) if sliding and getattr(config, "use_sliding_window", True) else context
-        found.append(2 * view.head_dim * tokens * batch * (view.units(Block.ATTENTION) > 0))
+        each = 2 * view.head_dim * (view.units(Block.ATTENTION) > 0)
+        if Block.MIXER in view.parts and any(view.parts[Block.MIXER].modules.values()):
+            latent = getattr(config, "kv_lora_rank", None)
+            each = latent + config.qk_rope_head_dim if latent else 2 * view.head_dim * kv_heads_of(config)
+        found.append(each * tokens * batch)
     return found
-
-
-def groups_of(kept: Sequence[LayerPlan]) -> list[int]:
-    """KV heads that every layer keeps."""
-    return [len(layer.kept.get(Block.ATTENTION, [])) for layer in kept]

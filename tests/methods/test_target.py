@@ -6,17 +6,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from lightning_prune.checkpoint.cut import unpruned
 from lightning_prune.methods import HGSP, Magnitude, ShortGPT, SlimGPT, Wanda
 from lightning_prune.methods.flap import FLAP
-from lightning_prune.methods.target import Target, cache_numbers, parse_count
+from lightning_prune.methods.target import Target, cache_numbers, memory_bytes, parse_count
 from lightning_prune.models.families import layer_structures
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.memory import parse_bytes
 from tests.methods.running import run_method, save_base
-from tests.tiny import make_moe, make_tiny, tiny_tokens
+from tests.tiny import EVERY_FAMILY, EXPERTS, make_moe, make_tiny, tiny_tokens
 
 CONTEXT = 4096
 
@@ -90,6 +92,19 @@ def test_the_longer_the_context_the_more_groups_are_removed(tmp_path: Path) -> N
         attention = weighed.of_kind("attention")  # type: ignore[arg-type]
         kept.append(float(np.mean(weighed.score[attention]) / np.mean(weighed.score[~attention])))
     assert kept[1] < kept[0] / 10
+
+
+@pytest.mark.parametrize("family", [*EVERY_FAMILY, *EXPERTS])
+@torch.no_grad()
+def test_the_cache_counts_what_transformers_keeps(family: str) -> None:
+    """Of attention beside an MLP, beside a state space and of latent attention too; in less than a sliding window."""
+    model: Any = (make_moe if family in EXPERTS else make_tiny)(family)
+    tokens, layers = tiny_tokens()[:, :4], layer_structures(model)
+    cached = model(input_ids=tokens, use_cache=True).past_key_values.layers
+    found = [getattr(layer, name, None) for layer in cached for name in ("keys", "values")]
+    expected = sum(tensor.numel() for tensor in found if isinstance(tensor, torch.Tensor))
+    assert memory_bytes(7, layers, unpruned(layers), model.config, 4, len(tokens), 2) == 2 * (7 + expected)
+    assert expected
 
 
 def test_layers_that_look_back_a_window_keep_no_more_than_that() -> None:
