@@ -1,6 +1,6 @@
 """``scores.csv``, one row per prunable unit: importance, score, and whether it is pruned. No torch here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,12 @@ class Scores:
     def of(self, layer: int, block: Block) -> Flags:
         """Which rows belong to one block of one layer, ``[U]``."""
         return self.of_kind(block) & np.equal(self.layer, layer)
+
+    def at(self, rows: Flags | Integers) -> "Scores":
+        """The table of some rows."""
+        columns = {one.name: getattr(self, one.name) for one in fields(self)}
+        chosen: dict[str, Any] = {name: None if values is None else values[rows] for name, values in columns.items()}
+        return Scores(**chosen)
 
     def per_layer(self, values: NDArray[Any], block: Block | None = None) -> Floats:
         """Sums of ``values`` ``[U]`` per layer ``[L]``, over one kind of block or all."""

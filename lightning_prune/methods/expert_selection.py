@@ -7,8 +7,7 @@ which it is ranked among GQA groups and MLP channels.
 """
 
 import math
-from dataclasses import fields, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 
@@ -95,7 +94,7 @@ def select_experts(
     taken = np.zeros(len(free), dtype=bool)
     if allocation == "uniform" and bool((free & others).any()):
         part, whole = int(scores.cost[free & others].sum()), int(scores.cost[free].sum())
-        taken[others] = select_uniform(_rows(scores, others), free[others], _share(budget, part, whole))
+        taken[others] = select_uniform(scores.at(others), free[others], _share(budget, part, whole))
         free, budget = free & experts, _share(budget, budget.parameters - int(scores.cost[taken].sum()))
     bundle = _bundles(scores, free & experts, groups, keep, multiple)
     table = _bundled(scores, bundle, others)
@@ -161,12 +160,6 @@ def _bundled(scores: Scores, bundle: Integers, others: Flags) -> Scores:
         "base": mean(scores.base),
     }
     return Scores(**{name: np.concatenate([values, getattr(scores, name)[others]]) for name, values in head.items()})
-
-
-def _rows(scores: Scores, rows: Flags) -> Scores:
-    columns = {one.name: getattr(scores, one.name) for one in fields(scores)}
-    chosen: dict[str, Any] = {name: None if values is None else values[rows] for name, values in columns.items()}
-    return Scores(**chosen)
 
 
 def _share(budget: Budget, part: int, whole: int | None = None) -> Budget:

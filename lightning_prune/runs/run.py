@@ -14,7 +14,7 @@ import torch
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lightning_prune.checkpoint.cut import pruned_config, unpruned
+from lightning_prune.checkpoint.cut import unpruned
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.checkpoint.serving_notes import pattern_note, tensor_parallel_sizes
 from lightning_prune.data.calibration import EvaluationSet
@@ -267,10 +267,10 @@ def _metrics(
     }
     metrics["footprint"] = _footprint(method, pruned.checkpoint)
     metrics["self_check"] = method.self_check
-    pruned_as = pruned_config(method.checkpoint.config, method.plan)
+    written = pruned.checkpoint.config
     metrics["serving"] = {
-        "tensor_parallel": tensor_parallel_sizes(pruned_as, method.plan),
-        "note": pattern_note(pruned_as),
+        "tensor_parallel": tensor_parallel_sizes(written, method.plan),
+        "note": pattern_note(written),
     }
     metrics["configuration_sha256"] = configuration_sha256(
         type(method).__name__,

@@ -1,7 +1,7 @@
 import csv
 import json
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,7 @@ def test_table_in_any_order_with_missing_blocks_equals_a_loop(tmp_path: Path) ->
     whole = group_table()
     order = np.random.default_rng(1).permutation(len(whole.layer))
     order = order[~((whole.layer == 2) & whole.of_kind(Block.ATTENTION))[order]]  # a layer without attention
-    columns = {field.name: getattr(whole, field.name) for field in fields(whole)}
-    scores = Scores(**{name: None if values is None else values[order] for name, values in columns.items()})
+    scores = whole.at(order)
     events = logged(tmp_path, scores)
     names = ("layer", "block", "importance", "score", "pruned")
     rows = list(zip(*(getattr(scores, name).tolist() for name in names), strict=True))
