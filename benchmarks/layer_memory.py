@@ -3,6 +3,7 @@
     python benchmarks/layer_memory.py
     python benchmarks/layer_memory.py --systems wanda hgsp_taylor --onload layer --layers 32
     python benchmarks/layer_memory.py --systems wanda --onload layer --layers 2 --processes 2
+    python benchmarks/layer_memory.py --systems reap hgsp_kfac_refit --experts --layers 2
 
 What is measured is anonymous memory (``RssAnon``): what a process allocates itself. Weights that are views of the
 checkpoint's files do not count; the kernel drops them when memory runs short. Every run is a process of its own, or
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,8 +41,8 @@ def main() -> None:
     """Measure and print one line per run."""
     arguments = _parser().parse_args()
     folder = arguments.folder
-    make = random_mixture if arguments.experts else random_llama
-    model = make(folder / f"{make.__name__}-{arguments.layers}-layers", arguments.layers)
+    kind = "mixture" if arguments.experts else "llama"
+    model = random_model(folder / f"{kind}-{arguments.layers}-layers", arguments.layers, arguments.experts)
     tokens = random_tokens(folder / "tokens.npy", 0)
     held_out = random_tokens(folder / "held_out.npy", 1)
     weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
@@ -95,42 +97,21 @@ def anonymous_bytes(process: int) -> int:
     return 0
 
 
-def random_llama(folder: Path, layers: int) -> Path:
-    """Hidden 2048, MLP 8192, 32 heads on 8, vocabulary 32 000, tied, bf16, in shards; made once."""
+def random_model(folder: Path, layers: int, experts: bool) -> Path:
+    """A Llama of hidden size 2048, MLP 8192 and 32 heads on 8, or a Qwen3-MoE of hidden size 512, 128 experts of width
+    512, 8 per token, and 8 heads on 4; vocabulary 32 000, tied, bf16, in shards, made once."""
     if not (folder / "config.json").is_file():
-        config = LlamaConfig(
-            vocab_size=32_000,
-            hidden_size=2048,
-            intermediate_size=8192,
-            num_hidden_layers=layers,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            max_position_embeddings=4096,
-            tie_word_embeddings=True,
-        )
+        shared: dict[str, Any] = {"vocab_size": 32_000, "max_position_embeddings": 4096, "tie_word_embeddings": True}
+        shared |= {"num_hidden_layers": layers}
+        heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
+        config: Any = LlamaConfig(hidden_size=2048, intermediate_size=8192, **heads, **shared)
+        if experts:
+            heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+            sizes = {"moe_intermediate_size": 512, "num_experts": 128, "num_experts_per_tok": 8}
+            config = Qwen3MoeConfig(hidden_size=512, **sizes, **heads, **shared)
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(folder, max_shard_size="500MB")
-    return folder
-
-
-def random_mixture(folder: Path, layers: int) -> Path:
-    """Qwen3's: 128 experts of width 512, 8 per token, hidden 512, 8 heads on 4, the rest as ``random_llama``."""
-    if not (folder / "config.json").is_file():
-        config = Qwen3MoeConfig(
-            vocab_size=32_000,
-            hidden_size=512,
-            moe_intermediate_size=512,
-            num_experts=128,
-            num_experts_per_tok=8,
-            num_hidden_layers=layers,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            max_position_embeddings=4096,
-            tie_word_embeddings=True,
-        )
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     return folder
 
 

@@ -9,8 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import lightning_prune
+from lightning_prune.checkpoint.in_memory_plan import InMemoryPlan
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.models.families import layer_structures
 from lightning_prune.runs.folder import RunFolder
 
 
@@ -48,6 +50,15 @@ def pruned_by(method: PruningMethod) -> PreTrainedModel:
     """The model that a finished method wrote."""
     assert method.pruned_folder is not None
     return lightning_prune.load(method.pruned_folder)
+
+
+def masked_by(method: PruningMethod) -> PreTrainedModel:
+    """The dense model in float32, whole, with what a finished method removes silenced and its new weights in place."""
+    masked = lightning_prune.load(method.pretrained, torch.float32)
+    mask = InMemoryPlan(method.plan.layers, method.driver.loop.new_parameters_of)
+    for view in layer_structures(masked):
+        mask(view)
+    return masked
 
 
 def mean_token_loss(model: PreTrainedModel, tokens: Tensor) -> Tensor:
