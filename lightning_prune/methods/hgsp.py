@@ -124,7 +124,7 @@ class HGSP(GroupPruning):
         if gradient_samples is not None and (importance != "kfac" or gradient_samples < 1):
             raise UserError(
                 f"--model.gradient_samples: found {gradient_samples} with importance {importance}; it is 1 or more and "
-                "of --model.importance kfac alone. Leave it out."
+                "of --model.importance kfac alone. Leave it out, or set it to null where a configuration has it."
             )
         if prior == "gradient" and importance not in GRADIENTS:
             raise UserError(

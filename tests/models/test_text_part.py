@@ -12,13 +12,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import lightning_prune
-from lightning_prune.methods import HGSP, ShortGPT, Wanda
+from lightning_prune.methods import HGSP, REAP, ShortGPT, Wanda
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.layered import open_layered
 from lightning_prune.support.errors import UserError
 from tests.cutting import CPU
 from tests.methods.running import pruned_by, run_method
-from tests.tiny import make_tiny, tiny_config, tiny_tokens
+from tests.tiny import make_moe, make_tiny, tiny_config, tiny_tokens
 
 VISION = {
     "hidden_size": 16,
@@ -30,12 +30,15 @@ VISION = {
 }
 SEES = {"hidden_size": 16, "intermediate_size": 24, "depth": 2, "num_heads": 2, "patch_size": 4, "out_hidden_size": 32}
 TEXT = {"gemma3": "gemma3_text", "mistral3": "ministral3", "qwen3_5": "qwen3_5_text"}
-BESIDE = {"gemma3": "vision_tower", "mistral3": "vision_tower", "qwen3_5": "visual"}
+BESIDE = {"gemma3": "vision_tower", "mistral3": "vision_tower", "qwen3_5": "visual", "qwen3_5_moe": "visual"}
 
 
 def several(kind: str, folder: Path, own_names: bool = False, tied: bool = True) -> Tensor:
     """Save a tiny model that sees and reads; its logits for text alone."""
-    text = tiny_config(TEXT[kind], tied=tied).to_dict()
+    experts = kind == "qwen3_5_moe"
+    text = (
+        make_moe(f"{kind}_text", width=32, tied=tied).config if experts else tiny_config(TEXT[kind], tied=tied)
+    ).to_dict()
     vision = VISION | {"model_type": "pixtral" if kind == "mistral3" else "siglip_vision_model"}
     tokens = {"image_token_index": 95}
     if kind.startswith("qwen"):
@@ -165,6 +168,18 @@ def test_the_whole_model_is_written_around_a_pruned_text_model(tmp_path: Path, k
     again = run_method(ShortGPT(str(folder), n_remove_layers=1, keep="whole"), tokens, tmp_path / "again")
     assert len(again.plan.removed_layers) == 1
     AutoModelForImageTextToText.from_pretrained(again.pruned_folder)
+
+
+@torch.no_grad()
+def test_a_mixture_that_sees_loses_experts_and_stays_whole(tmp_path: Path) -> None:
+    expected, tokens = several("qwen3_5_moe", tmp_path / "dense", tied=False), tiny_tokens(4, 12).clamp(max=94)
+    dense = open_layered(Checkpoint.open(str(tmp_path / "dense")), None, CPU)
+    torch.testing.assert_close(dense.logits(tiny_tokens().clamp(max=94)), expected, rtol=1e-5, atol=1e-5)
+    folder = run_method(REAP(str(tmp_path / "dense"), 0.3, keep="whole"), tokens, tmp_path / "run").pruned_folder
+    whole: Any = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    assert whole.config.text_config.num_experts < dense.config.num_experts
+    logits = open_layered(Checkpoint.open(str(folder)), None, CPU).logits(tokens)
+    torch.testing.assert_close(whole(input_ids=tokens).logits, logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
