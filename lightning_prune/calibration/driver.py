@@ -14,7 +14,7 @@ from lightning_prune.calibration.passes import Batch, Pass, Setting
 from lightning_prune.calibration.results import Results
 from lightning_prune.calibration.stream_checkpoints import StreamCheckpoints
 from lightning_prune.models.layered import LayeredModel
-from lightning_prune.support.names import FINDINGS
+from lightning_prune.support.names import LAYER_RESULTS
 from lightning_prune.support.progress import Progress
 from lightning_prune.support.timing import Seconds
 
@@ -96,7 +96,7 @@ class CalibrationDriver:
             return
         number, (self._phase, passes) = following
         self._started, self._finishing = time.perf_counter(), self.seconds.get("finish layers", 0.0)
-        folder = self.folder / FINDINGS if self.folder is not None else None
+        folder = self.folder / LAYER_RESULTS if self.folder is not None else None
         folder = folder / f"stage_{number}" if folder is not None and number else folder
         results = Results(folder, self.trainer.is_global_zero)
         # Several processes would have to stop at the same layer: they run a pass from its beginning.

@@ -124,10 +124,10 @@ class CalibrationLoop:
 
     def results_of(self, name: str) -> list[tuple[Step, LayerResult]]:
         """Results of the pass ``name`` by layer, without new weights."""
-        found = [
+        results = [
             (step, self.results.of(number)) for number, (current, step) in enumerate(self.steps) if current.name == name
         ]
-        return sorted(found, key=lambda pair: pair[0].layer)
+        return sorted(results, key=lambda pair: pair[0].layer)
 
     def whole_result(self, name: str, layer: int) -> LayerResult:
         """The last result of a layer in the pass ``name``, with everything that is on disk."""

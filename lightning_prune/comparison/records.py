@@ -86,8 +86,8 @@ class Run:
 
     def divergence(self, name: str) -> float | None:
         """KL(dense ‖ pruned) on one evaluation set, infinite where it is not finite; None where nobody measured it."""
-        found = self.metrics.distance.get(name)
-        return None if found is None else math.inf if found.kl_divergence is None else found.kl_divergence
+        distance = self.metrics.distance.get(name)
+        return None if distance is None else math.inf if distance.kl_divergence is None else distance.kl_divergence
 
     def shown_perplexity(self, name: str) -> float | str:
         """As ``perplexity``, in words where it is not finite."""

@@ -150,8 +150,8 @@ def _from_hub(dataset: str, split: str, tokens_wanted: int | None) -> Corpus:
             rows = datasets.load_dataset(source.path, split=split, **source.options)
         if isinstance(rows, datasets.IterableDataset):  # the rest is never downloaded
             enough = tokens_wanted * CHARACTERS_PER_TOKEN if tokens_wanted and split == "train" else None
-            found = (row[source.column] for row in islice(rows, C4_HELD_OUT_DOCUMENTS if enough is None else None))
-            documents = list(until(found, enough))
+            texts = (row[source.column] for row in islice(rows, C4_HELD_OUT_DOCUMENTS if enough is None else None))
+            documents = list(until(texts, enough))
         else:
             documents = list(rows[source.column])
     except Exception as error:  # offline, moved, gated, rate-limited: the hub's clients raise dozens of types

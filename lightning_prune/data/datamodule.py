@@ -330,10 +330,10 @@ class CalibrationDataModule(LightningDataModule):
         repeated = [spec for spec in specs if specs.count(spec) > 1]
         if repeated:
             raise UserError(f"--data.eval_datasets lists {repeated[0]} twice")
-        found = [self._evaluation_sets(spec) for spec in specs]
+        groups = [self._evaluation_sets(spec) for spec in specs]
         sets: list[EvaluationSet] = []
-        for own, *long in found:
-            name = distinct_name(own, [one for one, *_ in found])
+        for own, *long in groups:
+            name = distinct_name(own, [one for one, *_ in groups])
             sets.append(replace(own, name=name))
             for one in long:
                 same = {**one.manifest, "long_windows_of": name}

@@ -95,9 +95,9 @@ def _text(data: Any, column: str | None, tokenizer: Any, tokens_wanted: int) -> 
             raise UserError(f"calibration data: '{data}' is a file; pathlib.Path('{data}') is read, a str is text.")
         return data
     chat = Chat(lambda: tokenizer)
-    found: Rows | None = None
+    reader: Rows | None = None
     if hasattr(data, "column_names"):
-        found = partial(rows_of, data)
+        reader = partial(rows_of, data)
     elif isinstance(data, Iterable) and not isinstance(data, Mapping):
         rows = list(data)
         if rows and all(isinstance(row, str) for row in rows):
@@ -105,10 +105,10 @@ def _text(data: Any, column: str | None, tokenizer: Any, tokens_wanted: int) -> 
         if rows and all(is_turns(row) for row in rows):
             rows = [{"messages": row} for row in rows]
         if rows and all(isinstance(row, Mapping) for row in rows):
-            found = lambda _: iter(rows)  # noqa: E731
-    if found is None:
+            reader = lambda _: iter(rows)  # noqa: E731
+    if reader is None:
         raise UserError(
             f"calibration data: give text, a list of texts, rows or chats, a Path, a Dataset or token ids; found "
             f"{type(data).__name__}."
         )
-    return chat.joined(list(documents("the dataset", found, column, chat)))
+    return chat.joined(list(documents("the dataset", reader, column, chat)))

@@ -82,11 +82,11 @@ def read_local(name: str, split: str, column: str | None, chat: Chat, enough: in
     with _reading(path):
         if (saved := _saved(path)) is not None:
             rows = saved[split] if isinstance(saved, dict) else saved
-            revision, found = rows._fingerprint, documents(path, partial(rows_of, rows), column, chat)
+            revision, texts_of = rows._fingerprint, documents(path, partial(rows_of, rows), column, chat)
         else:
             files = [path] if path.is_file() or is_special(path) else _files_by_split(name)[split]
-            found = chain.from_iterable(_documents(file, column, chat, enough) for file in files)
-        texts = list(until(found, enough, path))
+            texts_of = chain.from_iterable(_documents(file, column, chat, enough) for file in files)
+        texts = list(until(texts_of, enough, path))
     text = chat.joined(texts)
     if not text.strip():
         raise UserError(f"{path} holds no text; choose another file with {_OPTIONS}")
@@ -100,14 +100,14 @@ def read_local(name: str, split: str, column: str | None, chat: Chat, enough: in
     return text, revision
 
 
-def until(found: Iterable[str], enough: float | None, path: Any = "the text") -> Iterator[str]:
+def until(documents: Iterable[str], enough: float | None, path: Any = "the text") -> Iterator[str]:
     """Documents, the last of them the one that makes it `enough` characters; None for all.
 
     Raises:
         UserError: they are too large to be read whole.
     """
     size = 0
-    for document in found:
+    for document in documents:
         yield document
         size += len(document)
         if enough is not None and size >= enough:
@@ -175,8 +175,8 @@ def _files_by_split(name: str) -> dict[str, list[Path]]:
     hub (`train-00000-of-00001.parquet`, `c4-validation.json.gz`, `test/1.txt`); files that name none are `train`."""
     path = Path(name)
     base = path if path.is_dir() else next(one for one in path.parents if not glob.has_magic(str(one)))
-    found = [path] if path.is_dir() else [Path(one) for one in glob.glob(name, recursive=True)]
-    files = [file for one in found for file in (sorted(one.rglob("*")) if one.is_dir() else [one])]
+    places = [path] if path.is_dir() else [Path(one) for one in glob.glob(name, recursive=True)]
+    files = [file for one in places for file in (sorted(one.rglob("*")) if one.is_dir() else [one])]
     _refuse_special(files)
     files = [file for file in files if file.is_file()]
     if path.is_dir():

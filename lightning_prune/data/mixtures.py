@@ -34,10 +34,11 @@ def parse(specs: Sequence[str]) -> list[Part]:
     total = sum(part.share for part in parts)
     missing = not all(part.spec and part.share > 0 for part in parts)
     if missing or abs(total - 1) > 1e-3:
-        found = "one is missing or not above 0" if missing else f"they sum to {total:g}"
+        problem = "one is missing or not above 0" if missing else f"they sum to {total:g}"
         raise UserError(
             f"--data.dataset [{', '.join(specs)}]: every text of a mixture needs its share of the samples, and the "
-            f"shares must sum to 1 ({found}): e.g. [{', '.join(f'{part.spec}:{1 / len(parts):.3g}' for part in parts)}]"
+            f"shares must sum to 1 ({problem}): e.g. "
+            f"[{', '.join(f'{part.spec}:{1 / len(parts):.3g}' for part in parts)}]"
         )
     if len({part.spec for part in parts}) < len(parts):
         raise UserError(f"--data.dataset [{', '.join(specs)}] names a text twice: give it the sum of its shares")
@@ -51,13 +52,13 @@ def counts(parts: Sequence[Part], num_samples: int) -> list[int]:
         UserError: a part gets none.
     """
     exact = [round(part.share * num_samples, 9) for part in parts]
-    found = [math.floor(value) for value in exact]
-    order = sorted(range(len(parts)), key=lambda number: found[number] - exact[number])
-    for number in order[: num_samples - sum(found)]:
-        found[number] += 1
-    if 0 in found:
+    counts = [math.floor(value) for value in exact]
+    order = sorted(range(len(parts)), key=lambda number: counts[number] - exact[number])
+    for number in order[: num_samples - sum(counts)]:
+        counts[number] += 1
+    if 0 in counts:
         raise UserError(
-            f"--data.dataset: of {num_samples} samples none would be from {parts[found.index(0)]}: raise its share or "
+            f"--data.dataset: of {num_samples} samples none would be from {parts[counts.index(0)]}: raise its share or "
             "--data.num_samples"
         )
-    return found
+    return counts

@@ -116,14 +116,14 @@ def documents(path: Any, rows: Rows, column: str | None, chat: Chat) -> Iterator
     Raises:
         UserError: no column that is clearly the text, or a chat that cannot be rendered.
     """
-    found = Columns.of(_head(rows))
-    if not found.names:  # an empty shard
+    table = Columns.of(_head(rows))
+    if not table.names:  # an empty shard
         return
-    columns = _columns(path, found, column)
-    more = [name for name in SYSTEM if name in found.strings][:1]
-    for number, row in enumerate(rows([*columns, *more, *({"tools"} & set(found.names))]), start=1):
+    columns = _columns(path, table, column)
+    more = [name for name in SYSTEM if name in table.strings][:1]
+    for number, row in enumerate(rows([*columns, *more, *({"tools"} & set(table.names))]), start=1):
         where = f"{path}, row {number}"
-        if len(columns) == 1 and columns[0] in found.strings:
+        if len(columns) == 1 and columns[0] in table.strings:
             if isinstance(value := row.get(columns[0]), list | dict):
                 raise UserError(f"{where}: {columns[0]} is a list or an object here, and text before")
             if value is not None:
@@ -150,14 +150,14 @@ def _head(rows: Rows) -> list[Row]:
     return head
 
 
-def _columns(path: Any, found: Columns, column: str | None) -> list[str]:
+def _columns(path: Any, table: Columns, column: str | None) -> list[str]:
     """A column of text or turns, or the columns of question, perhaps context, and answer."""
-    strings, turns = found.strings, found.turns
+    strings, turns = table.strings, table.turns
     if column is not None:
         if column in strings | turns:
             return [column]
-        problem = "neither text nor the turns of a chat" if column in found.names else "not there"
-        raise NoSuchColumn(f"--data.column {column}: in {path} it is {problem}; found: {found}")
+        problem = "neither text nor the turns of a chat" if column in table.names else "not there"
+        raise NoSuchColumn(f"--data.column {column}: in {path} it is {problem}; found: {table}")
     chats = [name for name in CONVERSATIONS if name in turns] or sorted(turns - {"tools"})
     question, answer = ([name for name in names if name in strings | turns] for names in (QUESTIONS, ANSWERS))
     context = [name for name in CONTEXTS if name in strings][:1]
@@ -171,14 +171,14 @@ def _columns(path: Any, found: Columns, column: str | None) -> list[str]:
     if chats and (len(chats) == 1 or chats[0] in CONVERSATIONS):
         return chats[:1]
     plain = [] if chats else [name for name in PLAIN if name in strings][:1]
-    if plain == ["content"] and set(SENDER) & set(found.names):  # a table of turns, one a row
+    if plain == ["content"] and set(SENDER) & set(table.names):  # a table of turns, one a row
         plain = []
     if plain or pair:
         return plain or pair
-    if len(strings) == 1 and not chats and not (found.nested and ABOUT.fullmatch(next(iter(strings)))):
+    if len(strings) == 1 and not chats and not (table.nested and ABOUT.fullmatch(next(iter(strings)))):
         return list(strings)
     raise UserError(
-        f"cannot tell which column of {path} is the text; found: {found}. Choose one with --data.column, name "
+        f"cannot tell which column of {path} is the text; found: {table}. Choose one with --data.column, name "
         f"it text, or choose another file with {_OPTIONS}"
     )
 
@@ -191,8 +191,8 @@ def _turns(value: Any, role: str, where: str) -> list[Row]:
     """A string as one turn; turns with the keys and roles that templates know. Whatever else a turn has stays."""
     if not value:
         return []
-    if not is_turns(value := decoded(found := value)):
-        return [{"role": role, "content": str(found)}]
+    if not is_turns(value := decoded(raw := value)):
+        return [{"role": role, "content": str(raw)}]
     turns = []
     for turn in value:
         more = {key: item for key, item in turn.items() if key not in (*SENDER, *SAID) and item is not None}

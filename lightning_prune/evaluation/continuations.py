@@ -109,5 +109,5 @@ def _until_end(tokens: Sequence[int], ends: frozenset[int]) -> list[int]:
 
 def _ends(checkpoint: Checkpoint) -> frozenset[int]:
     """The tokens that end a text, of the generation config or else of the config."""
-    found = getattr(checkpoint.generation_config, "eos_token_id", None) or checkpoint.config.eos_token_id
-    return frozenset(() if found is None else [found] if isinstance(found, int) else found)
+    token = getattr(checkpoint.generation_config, "eos_token_id", None) or checkpoint.config.eos_token_id
+    return frozenset(() if token is None else [token] if isinstance(token, int) else token)

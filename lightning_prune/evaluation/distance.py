@@ -77,12 +77,12 @@ def losses_and_distances(
     Returns:
         fp32 ``[B, L − 1]`` and ``[B, L − 1, 3]``.
     """
-    losses, found, size = [], [], max(1, PIECE_BYTES // (4 * vocab_size))
+    losses, of_tokens, size = [], [], max(1, PIECE_BYTES // (4 * vocab_size))
     both = zip(chunks(hidden, tokens, vocab_size), chunks(dense_hidden, tokens, vocab_size), strict=True)
     for (rows, targets), (dense_rows, _) in both:
         q = head(rows).float()
         losses.append(functional.cross_entropy(q, targets, reduction="none"))
         for piece, dense_piece in zip(q.split(size), dense_rows.split(size), strict=True):
-            found.append(distances(dense_head(dense_piece), piece))
+            of_tokens.append(distances(dense_head(dense_piece), piece))
     batch, length = tokens.shape
-    return torch.cat(losses).view(batch, length - 1), torch.cat(found).view(batch, length - 1, 3)
+    return torch.cat(losses).view(batch, length - 1), torch.cat(of_tokens).view(batch, length - 1, 3)

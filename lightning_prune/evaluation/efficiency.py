@@ -211,8 +211,8 @@ def _peak_memory_bytes(device: torch.device) -> int | None:
         return peak_bytes() or None
     if sys.platform != "linux":
         return None
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found.group(1)) * 1024 if found else None
+    line = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(line.group(1)) * 1024 if line else None
 
 
 def _check_setting(config: Any, setting: Setting) -> None:

@@ -108,7 +108,7 @@ def stock_config(config: Any) -> Any:
     for kv_heads in range(widest, kv_heads_of(dense) + 1):
         units = {Block.ATTENTION: list(range(kv_heads)), Block.MLP: list(range(channels))}
         blocks = [family_of(config).blocks_of(config, index) for index in range(config.num_hidden_layers)]
-        kept = [LayerPlan(i, {block: units.get(block, [0]) for block in found}) for i, found in enumerate(blocks)]
+        kept = [LayerPlan(i, {block: units.get(block, [0]) for block in of_layer}) for i, of_layer in enumerate(blocks)]
         padded = pruned_config(dense, PruningPlan("", None, 0.0, {"dense": 0, "pruned": 0}, None, "", kept))
         if not padded.is_heterogeneous:
             return padded

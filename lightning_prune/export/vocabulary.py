@@ -91,18 +91,18 @@ def _tokens(content: dict[str, Any], rows: int, pieces: bool) -> tuple[list[str]
 
 def _split(content: dict[str, Any]) -> str:
     """llama.cpp's name for how GPT-2's kind splits a text into pieces, whose bytes merge in the order of a list."""
-    stated, found = content.get("pre_tokenizer") or {}, None
+    stated, split = content.get("pre_tokenizer") or {}, None
     *before, last = stated["pretokenizers"] if stated.get("type") == "Sequence" else [stated]
     if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
         if last.get("use_regex", True):
             digits = {"type": "Digits", "individual_digits": True}
-            found = ("gpt-2", False) if not before else ("smollm", False) if before == [digits] else None
+            split = ("gpt-2", False) if not before else ("smollm", False) if before == [digits] else None
         elif len(before) == 1 and before[0].get("behavior") == "Isolated" and not before[0].get("invert"):
-            found = SPLITS.get(before[0].get("pattern", {}).get("Regex"))
-    if found is None:
+            split = SPLITS.get(before[0].get("pattern", {}).get("Regex"))
+    if split is None:
         known = ", ".join(["gpt-2", "smollm", *(name for name, _ in SPLITS.values())])
         raise _refusal(f"splits text in a way that has no name here; known are {known}")
-    pre, whole_words = found
+    pre, whole_words = split
     if bool(content["model"].get("ignore_merges")) != whole_words:
         raise _refusal(f"splits text as '{pre}' does, but its ignore_merges is {not whole_words}")
     normalizer = (content.get("normalizer") or {}).get("type", "NFC")

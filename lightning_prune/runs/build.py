@@ -256,9 +256,9 @@ def plain(message: str, options: Sequence[str], methods: Sequence[str]) -> str:
         return f"unknown option {name}.{_nearest(name.lstrip('-'), options)}"
     if linked := re.search(r'Linked "([\w.]+)" must be given via "([\w.]+)"', message):
         return f"--{linked[1]}: it follows --{linked[2].replace('init_args.', '')}. Leave it out."
-    found = re.search(r"(?:Given|Got) value: (?:NestedArg\(key='[\w.]+', val=)?(.*?)\)?$", message, re.MULTILINE)
+    given = re.search(r"(?:Given|Got) value: (?:NestedArg\(key='[\w.]+', val=)?(.*?)\)?$", message, re.MULTILINE)
     if "required: model" in message or key == "model":
-        value = re.sub(r"^\{'class_path': '?([^',}]*).*", r"\1", found[1]) if found else ""
+        value = re.sub(r"^\{'class_path': '?([^',}]*).*", r"\1", given[1]) if given else ""
         start = f"unknown method '{value[:200]}'" if value else "no method is chosen"
         return f"--model: {start}. Methods: {', '.join(methods)}; or by configuration: --config wanda."
     if key and (needed := re.search(r"arguments are required: ([\w, ]+)", message)):
@@ -268,8 +268,8 @@ def plain(message: str, options: Sequence[str], methods: Sequence[str]) -> str:
     for kind, literals in re.findall(r"Expected an? (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\])", message):
         allowed += [one.strip(" '") for one in literals.split(",")] if literals else [_WORDS.get(kind, kind)]
     allowed = [one for one in dict.fromkeys(allowed) if one != "NoneType"]
-    if key and found and allowed:
-        return f"--{key}: found {found[1][:200] or 'nothing'}; allowed: {', '.join(allowed)}."
+    if key and given and allowed:
+        return f"--{key}: found {given[1][:200] or 'nothing'}; allowed: {', '.join(allowed)}."
     if refused := re.search(r"Not of type \w+: (\S+) does not conform to restriction v(.+)", message):
         return f"--{key}: found '{refused[1]}'; allowed: a number {refused[2]}."
     lines = " ".join(line.strip(" -") for line in message.splitlines() if line.strip(" -"))

@@ -51,7 +51,7 @@ def shipped_names() -> list[str]:
 @cache
 def shipped_methods() -> dict[str, Method]:
     """The shipped configurations of one method each, by name."""
-    found = {}
+    methods = {}
     for name in shipped_names():
         path = shipped_folder() / f"{name}.yaml"
         model = read_config(path, "--config").get("model", {})
@@ -60,8 +60,8 @@ def shipped_methods() -> dict[str, Method]:
             paper = next((line.removeprefix("Paper: ") for line in comment if line.startswith("Paper: ")), "")
             sentence = comment[0].partition(". ")[0].rstrip(".") + "."
             class_name = model["class_path"].removeprefix(CLASSES)
-            found[name] = Method(name, class_name, model.get("init_args", {}), sentence, paper)
-    return found
+            methods[name] = Method(name, class_name, model.get("init_args", {}), sentence, paper)
+    return methods
 
 
 def config_file(given: str | Path, beside: Path = Path(), option: str = "--config") -> Path:
@@ -130,8 +130,8 @@ def read_config(path: Path, option: str) -> dict[str, Any]:
                 f"{option}: '{path}' has characters that the locale's encoding ({encoding}) cannot express. "
                 "Set PYTHONUTF8=1."
             )
-        found = yaml.load(text, _Loader)
-        _check_references(found)
+        content = yaml.load(text, _Loader)
+        _check_references(content)
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise UserError(f"{option}: '{path}', line {line}: not UTF-8. Save the file as UTF-8.") from None
@@ -142,12 +142,12 @@ def read_config(path: Path, option: str) -> dict[str, Any]:
         raise UserError(f"{option}: '{path}'{where}: not usable as YAML ({problem}).") from None
     except RecursionError:
         raise UserError(f"{option}: '{path}' is nested too deeply for a configuration.") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise UserError(f"{option}: '{path}' is not a list of options and values, such as 'seed_everything: 0'.")
     for name in ("model", "data", "trainer"):
-        if isinstance(found.get(name), list):
+        if isinstance(content.get(name), list):
             raise UserError(f"{option}: '{path}': '{name}' holds a list; it holds options and their values.")
-    return found
+    return content
 
 
 def _check_references(value: Any) -> None:

@@ -45,6 +45,6 @@ def peak_memory_bytes() -> int:
 def _cpu_name() -> str:
     with suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        if found := re.search(r"^model name\s*:\s*(.+)", text, re.MULTILINE):
-            return found[1].strip()
+        if model := re.search(r"^model name\s*:\s*(.+)", text, re.MULTILINE):
+            return model[1].strip()
     return platform.processor() or platform.machine()

@@ -41,7 +41,7 @@ from lightning_prune.support.files import (
     write_json,
     write_text,
 )
-from lightning_prune.support.names import FINDINGS, PRUNED, TRAINING
+from lightning_prune.support.names import LAYER_RESULTS, PRUNED, TRAINING
 from lightning_prune.support.validation import read_json
 
 ROOT_OPTION = "--trainer.default_root_dir"
@@ -201,7 +201,7 @@ class RunFolder:
         if self.is_finished:
             self._finish()
         elif useful and (self.path / STARTED).is_file():
-            commands = {TRAINING: "recover", FINDINGS: "fit"}
+            commands = {TRAINING: "recover", LAYER_RESULTS: "fit"}
             if command := next((one for name, one in commands.items() if (self.path / name).is_dir()), None):
                 line = f"lightning-prune {command} --config {self.path}/config.yaml --resume"
                 error.add_note(f"'{line}' goes on from there")
@@ -221,12 +221,12 @@ class RunFolder:
     def leftovers(self) -> list[str]:
         """Names of what an unfinished run leaves that may be of use: scores, a plan, a checkpoint, findings."""
         names = sorted(name for name in os.listdir(self.path) if not WORTHLESS.fullmatch(name))
-        states = {FINDINGS: "step_*.safetensors", TRAINING: "*.ckpt"}
+        states = {LAYER_RESULTS: "step_*.safetensors", TRAINING: "*.ckpt"}
         return [name for name in names if name not in states or any((self.path / name).glob(states[name]))]
 
     def forget_findings(self) -> None:
         """Remove what only a run that goes on needs."""
-        for name in (FINDINGS, TRAINING):
+        for name in (LAYER_RESULTS, TRAINING):
             shutil.rmtree(self.path / name, ignore_errors=True)
         (self.path / STARTED).unlink(missing_ok=True)
 
@@ -312,10 +312,10 @@ def version(name: str) -> int:
 def runs_below(parent: Path) -> list[Path]:
     """The ``version_N`` folders in ``parent``, by number."""
     try:
-        found = [entry for entry in parent.iterdir() if version(entry.name) >= 0 and entry.is_dir()]
+        folders = [entry for entry in parent.iterdir() if version(entry.name) >= 0 and entry.is_dir()]
     except OSError:
         return []
-    return sorted(found, key=lambda entry: version(entry.name))
+    return sorted(folders, key=lambda entry: version(entry.name))
 
 
 def sweep_runs(parent: Path) -> None:
@@ -326,7 +326,7 @@ def sweep_runs(parent: Path) -> None:
     """
     sweep(parent)
     for path in runs_below(parent):
-        for place in (path, path / FINDINGS, *(path / FINDINGS).glob("stage_*"), path / PRUNED):
+        for place in (path, path / LAYER_RESULTS, *(path / LAYER_RESULTS).glob("stage_*"), path / PRUNED):
             sweep(place)
         with suppress(OSError):
             if not (path / UNFINISHED).exists():

@@ -202,11 +202,11 @@ class Memory:
 
     def _calibration(self, one: Pass, load: Load) -> tuple[int, int, list[int]]:
         """Bytes where layers run, on the host beside them, and of every residual store."""
-        found, size, rows = one.holds(self._largest, load), load.dtype.itemsize, _rows(one, load)
-        running = found.running + (self._forward(load.tokens, load) if one.reads else 0)
-        new = found.new_weights * size
-        work = max(running, self._head(load.tokens, found.per_logit), found.finishing + new)
-        return work, new if load.accelerated else 0, [rows * load.seq_len * width * size for width in found.stores]
+        holding, size, rows = one.holds(self._largest, load), load.dtype.itemsize, _rows(one, load)
+        running = holding.running + (self._forward(load.tokens, load) if one.reads else 0)
+        new = holding.new_weights * size
+        work = max(running, self._head(load.tokens, holding.per_logit), holding.finishing + new)
+        return work, new if load.accelerated else 0, [rows * load.seq_len * width * size for width in holding.stores]
 
     def _forward(self, tokens: int, load: Load) -> int:
         """Three of the MLP's inner states, or as much in attention, or what a mixer's weights or experts make of the
@@ -249,14 +249,15 @@ class Memory:
             flops += 2 * load.layer_weights * tokens
         return loads, evaluations, flops
 
-    def refusal(self, found: Estimate) -> str:
+    def refusal(self, estimate: Estimate) -> str:
         """What is missing for an estimate that does not fit, and what would help."""
-        needed, there, where = found.host_bytes, self.host, "host"
-        if self.device is not None and (found.device_bytes or 0) > self.device:
-            needed, there, where = found.device_bytes or 0, self.device, "device"
+        needed, there, where = estimate.host_bytes, self.host, "host"
+        if self.device is not None and (estimate.device_bytes or 0) > self.device:
+            needed, there, where = estimate.device_bytes or 0, self.device, "device"
+        remedy = advice(self.method, self.data, estimate.onload, estimate.phase)
         return (
-            f"--model.onload {found.onload} takes {needed / 1e9:,.2f} GB of {where} memory ({found.phase}), there is "
-            f"room for {there / 1e9:,.2f} GB. {advice(self.method, self.data, found.onload, found.phase)}"
+            f"--model.onload {estimate.onload} takes {needed / 1e9:,.2f} GB of {where} memory ({estimate.phase}), "
+            f"there is room for {there / 1e9:,.2f} GB. {remedy}"
         )
 
 
@@ -276,9 +277,9 @@ def place(trainer: L.Trainer, method: PruningMethod, data: CalibrationDataModule
     memory = Memory.of(trainer, method, data)
     if method.slot.onload == "auto":
         method.slot.onload = "model" if memory.estimate("model").share <= ROOM else "layer"
-    found = memory.estimate(method.slot.onload)  # type: ignore[arg-type]
-    if found.share > 1:
-        raise UserError(memory.refusal(found))
+    estimate = memory.estimate(method.slot.onload)  # type: ignore[arg-type]
+    if estimate.share > 1:
+        raise UserError(memory.refusal(estimate))
 
 
 def advice(method: PruningMethod, data: CalibrationDataModule, onload: str, phase: str = "") -> str:

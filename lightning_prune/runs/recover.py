@@ -166,10 +166,10 @@ def _facts(module: Recovery, data: RecoveryDataModule, config: str) -> Facts:
 def _base_model(run: FinishedRun) -> Checkpoint | None:
     """The model that ``run`` pruned; None where it is not there any more, or another one is."""
     try:
-        found = Checkpoint.open(run.plan.base_model)
+        dense = Checkpoint.open(run.plan.base_model)
     except UserError:
         return None
-    return found if run.metrics.method.base_model_sha256 in (None, found.fingerprint) else None
+    return dense if run.metrics.method.base_model_sha256 in (None, dense.fingerprint) else None
 
 
 def _measure(

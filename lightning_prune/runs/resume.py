@@ -99,7 +99,7 @@ def unfinished_run(root: Path, label: str, facts: Facts) -> Path:
 def read_object(path: Path) -> dict[str, Any] | None:
     """A JSON object that one of our own runs wrote; None where there is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return content if isinstance(content, dict) else None

@@ -57,25 +57,25 @@ def known_perplexities(
     before = {name: item.fingerprint for name, item in run.metrics.evaluation.items()}
     if before != {item.name: item.manifest["fingerprint"] for item in data.evaluation}:
         return None
-    found = {
+    values = {
         name: PerplexityResult(value, item.tokens)
         for name, item in run.metrics.perplexity.items()
         if (value := item.dense if which == "dense" else item.pruned) is not None
     }
-    return found if found.keys() == before.keys() else None
+    return values if values.keys() == before.keys() else None
 
 
-def _check_units(found: Scores, method: PruningMethod) -> None:
+def _check_units(scores: Scores, method: PruningMethod) -> None:
     """Raise ValueError unless the table lists every unit of the model with its cost."""
     layers = method.arranged(layer_structures(method.checkpoint.meta))
-    if found.whole_layers:
+    if scores.whole_layers:
         expected = layer_scores(torch.ones(len(layers)), [view.cost for view in layers])
     else:
         expected = group_scores(layers, kinds=method.kinds(layers))
-    if len(expected.unit) != len(found.unit):
-        raise ValueError(f"lists {len(found.unit):,} units, the model has {len(expected.unit):,}.")
+    if len(expected.unit) != len(scores.unit):
+        raise ValueError(f"lists {len(scores.unit):,} units, the model has {len(expected.unit):,}.")
     for name in ("layer", "block", "unit", "cost"):
-        theirs, ours = getattr(found, name), getattr(expected, name)
+        theirs, ours = getattr(scores, name), getattr(expected, name)
         if (wrong := theirs != ours).any():
             row = int(np.argmax(wrong))
             raise ValueError(f"says in row {row + 1} that {name} is {theirs[row]}, the model's is {ours[row]}.")

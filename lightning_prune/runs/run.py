@@ -236,9 +236,9 @@ def _writer_threads_fail_quietly() -> Iterator[None]:
     """TensorBoard's thread dies with a traceback when the disk is full; the main thread notices and says it better."""
     before = threading.excepthook
 
-    def hook(found: threading.ExceptHookArgs) -> None:
-        if not (isinstance(found.exc_value, OSError) and found.exc_value.errno in FULL):
-            before(found)
+    def hook(raised: threading.ExceptHookArgs) -> None:
+        if not (isinstance(raised.exc_value, OSError) and raised.exc_value.errno in FULL):
+            before(raised)
 
     threading.excepthook = hook
     try:
@@ -286,15 +286,15 @@ def _metrics(
 def _footprint(method: PruningMethod, pruned: Checkpoint) -> dict[str, Any]:
     """Of the dense and the pruned model."""
     dense, layers, sizes = method.checkpoint, method.layers, method.plan.parameters
-    found = {}
+    sides = {}
     for side, checkpoint, kept, dtype in (
         ("dense", dense, unpruned(layers), dense.stored_dtype),
         ("pruned", pruned, method.plan.layers, method.written_dtype),
     ):
         counts = sizes[side], sizes.get(f"{side}_active", sizes[side])
         files = sum(path.stat().st_size for path in checkpoint.weight_files)
-        found[side] = {"file_bytes": files, **footprint(layers, dense.config, kept, counts, dtype.itemsize)}
-    return found
+        sides[side] = {"file_bytes": files, **footprint(layers, dense.config, kept, counts, dtype.itemsize)}
+    return sides
 
 
 def run_metrics(

@@ -55,13 +55,13 @@ class Settings(BaseModel):
 
     def configuration(self, label: str, size: float | str, seed: int | None = None) -> Options:
         """The configuration of one run; ``size``: a ratio or a target; ``seed`` overrides that of ``data``."""
-        found = deepcopy(self.systems[label])
-        assert isinstance(found, dict)  # as read_settings completes them
+        configuration = deepcopy(self.systems[label])
+        assert isinstance(configuration, dict)  # as read_settings completes them
         option = "target_parameters" if isinstance(size, str) else "pruning_ratio"
-        found["model"]["init_args"][option] = size
+        configuration["model"]["init_args"][option] = size
         if seed is not None:
-            found["data"]["seed"] = seed
-        return found
+            configuration["data"]["seed"] = seed
+        return configuration
 
 
 def read_settings(
@@ -150,8 +150,8 @@ def _nested(name: str, text: str) -> Options:
 
 def _merged(base: Options, over: Options) -> Options:
     """``over`` wins key by key; mappings are merged."""
-    found = deepcopy(base)
+    merged = deepcopy(base)
     for key, value in over.items():
-        old = found.get(key)
-        found[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else deepcopy(value)
-    return found
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else deepcopy(value)
+    return merged

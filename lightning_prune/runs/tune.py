@@ -135,19 +135,19 @@ def tune(
     before = _read(file, facts) if resume else None
     trials = _Trials(configuration, folder, progress)
     dense = _loss(trials.measured[1]) if before is None else before.dense_loss
-    found = Tuned(facts, dense, int(held_out.sum()), [])
+    tuned = Tuned(facts, dense, int(held_out.sum()), [])
 
     def divergence(options: dict[str, Any]) -> float:
         known = [] if before is None else [trial for trial in before.trials if trial.options == options]
-        found.trials.append(known[0] if known else trials.make(options))
+        tuned.trials.append(known[0] if known else trials.make(options))
         if not known:
-            write_json(file, asdict(found))
-        return found.trials[-1].divergence
+            write_json(file, asdict(tuned))
+        return tuned.trials[-1].divergence
 
     start = {name: given[name] for name, _ in AXES if name in given}
     axes = AXES if start.get("temperature") else AXES[:-2]  # without temperature and tau
     for _ in search(start, axes, divergence, limit):
-        yield found
+        yield tuned
 
 
 class _Trials:
@@ -177,9 +177,9 @@ class _Trials:
         run.trainer.fit(run.model, run.datamodule)
         scores = run.model.scores
         kept = {str(block): scores.kept_fraction(block).tolist() for block in BLOCKS if scores.of_kind(block).any()}
-        found = _evaluated(run, reference=self.measured[1])
-        (distance,) = found.distance.values()
-        return Trial(options, distance.kl_divergence, _loss(found), time.perf_counter() - started, kept)
+        measured = _evaluated(run, reference=self.measured[1])
+        (distance,) = measured.distance.values()
+        return Trial(options, distance.kl_divergence, _loss(measured), time.perf_counter() - started, kept)
 
     def _built(self, options: dict[str, Any], measured: SavedMeasurement | None = None) -> RunBuilder:
         configuration = copy.deepcopy(self.base)
@@ -208,13 +208,13 @@ def _loss(measured: Measured) -> float:
 def _read(file: Path, facts: Facts) -> Tuned:
     if not file.is_file():
         raise UserError(f"--resume: no trials in '{file}'. Leave --resume out to start again.")
-    found = read_json(file, Tuned, "--resume", "Leave --resume out and give --overwrite to start again.")
-    if different := differences(found.facts, facts):
+    tuned = read_json(file, Tuned, "--resume", "Leave --resume out and give --overwrite to start again.")
+    if different := differences(tuned.facts, facts):
         raise UserError(
             f"--resume: the trials in '{file}' were made from something else: {'; '.join(different)}. Give what they "
             "were made from, or --overwrite in place of --resume."
         )
-    return found
+    return tuned
 
 
 def check_tunable(method: PruningMethod) -> None:
@@ -226,26 +226,26 @@ def check_tunable(method: PruningMethod) -> None:
         )
 
 
-def tuned_config(configuration: dict[str, Any], found: Tuned) -> str:
+def tuned_config(configuration: dict[str, Any], tuned: Tuned) -> str:
     """The method's section with the best options, as YAML for ``--config``."""
     model = copy.deepcopy(configuration["model"])
-    model["init_args"] |= found.best.options
+    model["init_args"] |= tuned.best.options
     for name in ("pretrained", "label", "onload"):
         model["init_args"].pop(name, None)
     return str(yaml.safe_dump({"model": model}, sort_keys=False))
 
 
-def log_trial(writer: SummaryWriter, found: Tuned) -> None:
+def log_trial(writer: SummaryWriter, tuned: Tuned) -> None:
     """The newest trial, and the best so far; the step is the trial's number."""
-    writer.add_scalar("held-out KL/trial", found.trials[-1].divergence, len(found.trials))
-    writer.add_scalar("held-out KL/best so far", found.best.divergence, len(found.trials))
-    writer.add_scalar("held-out loss/trial", found.trials[-1].loss, len(found.trials))
+    writer.add_scalar("held-out KL/trial", tuned.trials[-1].divergence, len(tuned.trials))
+    writer.add_scalar("held-out KL/best so far", tuned.best.divergence, len(tuned.trials))
+    writer.add_scalar("held-out loss/trial", tuned.trials[-1].loss, len(tuned.trials))
     writer.flush()
 
 
-def log_kept(folder: Path, found: Tuned) -> None:
+def log_kept(folder: Path, tuned: Tuned) -> None:
     """Kept fraction of both blocks, a run for the first trial and one for the best; the step is the layer."""
-    for name, trial in (("first", found.trials[0]), ("best", found.best)):
+    for name, trial in (("first", tuned.trials[0]), ("best", tuned.best)):
         with SummaryWriter(str(folder / name)) as writer:
             for block, shares in trial.kept.items():
                 for layer, share in enumerate(shares):

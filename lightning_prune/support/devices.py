@@ -124,11 +124,11 @@ def accelerators() -> list[dict[str, str | int]]:
     if kind is None:
         return []
     properties = getattr(torch.get_device_module(kind), "get_device_properties", lambda _: None)
-    found = [properties(index) for index in range(torch.accelerator.device_count())]
+    devices = [properties(index) for index in range(torch.accelerator.device_count())]
     memory = psutil.virtual_memory().total
     return [
         {"name": str(getattr(one, "name", kind.type)), "memory_bytes": int(getattr(one, "total_memory", memory))}
-        for one in found
+        for one in devices
     ]
 
 
