@@ -107,8 +107,8 @@ def audit(runs: Sequence[Run]) -> Audit:
         values = by_value({run: f"{run.achieved:.4f} instead of {run.requested:g}" for run in off})
         differences.append(Difference("achieved ratio", values, remark))
         # A system that missed the ratio with one seed is kept apart with all of them.
-        missed = {(run.label, run.requested) for run in off}
-        off += [run for run in repeated if run not in off and (run.label, run.requested) in missed]
+        missed = {(run.label, run.size) for run in off}
+        off += [run for run in repeated if run not in off and (run.label, run.size) in missed]
     notes = [
         f"Calibration seeds {both}: meant as repetitions, for every system of the table had each of them, and within a "
         "seed all had the same tokens."
@@ -182,14 +182,14 @@ def _joined(runs: Sequence[Run]) -> dict[Run, Facts]:
 def _may_join(one: Drawn, other: Drawn, draws: dict[Drawn, list[Run]]) -> bool:
     if one[0] == other[0] or one[1] == other[1]:
         return False
-    left, right = ({(run.requested, run.label) for run in draws[drawn]} for drawn in (one, other))
-    common = {ratio for ratio, _ in left} & {ratio for ratio, _ in right}
-    return bool(common) and all(ratio not in common for ratio, _ in left ^ right)
+    left, right = ({(run.size, run.label) for run in draws[drawn]} for drawn in (one, other))
+    common = {size for size, _ in left} & {size for size, _ in right}
+    return bool(common) and all(size not in common for size, _ in left ^ right)
 
 
 def run_names(runs: Sequence[Run]) -> str:
     """How runs are called in messages: label, folder and ratio."""
-    return ", ".join(f"{run.label}/{run.folder.name} {run.requested:g}" for run in runs)
+    return ", ".join(f"{run.label}/{run.folder.name} {run.size}" for run in runs)
 
 
 def by_value(of: Mapping[Run, Any]) -> dict[str, list[Run]]:

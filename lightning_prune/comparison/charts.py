@@ -17,7 +17,7 @@ from bokeh.plotting import figure
 
 from lightning_prune.comparison.audit import Audit
 from lightning_prune.comparison.costs import to_prune
-from lightning_prune.comparison.repeats import Repeats, repeats
+from lightning_prune.comparison.repeats import Repeats, by_size, percent, repeats
 from lightning_prune.comparison.selection import Floats, agreement, kept_fraction
 from lightning_prune.comparison.tables import evaluation_sets, seconds, spread
 from lightning_prune.models.vocabulary import ROLES_OF
@@ -64,13 +64,12 @@ def _of_group(audit: Audit, number: int, runs: Sequence[Any]) -> Iterator[tuple[
     where = f" (Table {number})" if len(audit.groups) > 1 else ""
     for name, short in sets.items():
         yield f"Quality and size{where}", EDGE, quality_chart(lines, name, short, styles, achieved, "pruning ratio")
-    for ratio in sorted({line.ratio for line in lines}):
-        here = [line for line in lines if line.ratio == ratio]
+    for size, here in by_size(lines).items():
         for line in here:
-            yield f"Kept by layer at a ratio of {ratio * 100:g} %{where}", plain(line.name), kept_chart(line)
+            yield f"Kept by layer at {percent(size)}{where}", plain(line.name), kept_chart(line)
         ranking = [line for line in here if not line.first.units.whole_layers]
         if len(ranking) > 1:
-            heading, labels = f"Agreement at a ratio of {ratio * 100:g} %{where}", [line.name for line in ranking]
+            heading, labels = f"Agreement at {percent(size)}{where}", [line.name for line in ranking]
             spearman, overlap = agreement([line.first for line in ranking])
             caption = "Spearman's rank correlation of scores; – where two methods do not rank the same units."
             yield heading, caption, matrix_chart(labels, spearman, -1)
@@ -116,7 +115,7 @@ def quality_chart(
             "low": [height - deviation for height, deviation in zip(heights, deviations, strict=True)],
             "high": [min(height + deviation, top) for height, deviation in zip(heights, deviations, strict=True)],
             "system": [plain(system)] * len(mine),
-            "ratio": [f"{line.ratio:g}, achieved {achieved(line):.4f}" for _, line, _ in mine],
+            "ratio": [f"{line.size}, achieved {achieved(line):.4f}" for _, line, _ in mine],
             "perplexity": [spread(one) for _, _, one in mine],
             "verdict": [line.verdict(name) for _, line, _ in mine],
             "seconds": [seconds(cost(line)) for _, line, _ in mine],

@@ -9,7 +9,7 @@ import pandas as pd  # type: ignore[import-untyped]
 from lightning_prune.comparison import accuracy, costs
 from lightning_prune.comparison.audit import Audit, Group
 from lightning_prune.comparison.records import Run
-from lightning_prune.comparison.repeats import Repeats, Spread, repeats
+from lightning_prune.comparison.repeats import Repeats, Spread, by_size, percent, repeats
 from lightning_prune.comparison.tables import evaluation_sets, number, results, setting, spread
 from lightning_prune.runs.records import DistanceFacts, Failure
 from lightning_prune.runs.verdict import UNUSABLE
@@ -134,16 +134,14 @@ def latex(audit: Audit) -> str:
 
 def _by_ratio(lines: Sequence[Repeats], group: Group, distance: str | None = None) -> pd.DataFrame:
     """Perplexity, or a ``distance``, which the dense model has none of."""
-    sets, ratios = evaluation_sets(group.all), sorted({line.ratio for line in lines})
-    first, cells = group.all[0], {(line.name, line.ratio): line for line in lines}
+    sets, sizes = evaluation_sets(group.all), by_size(lines)
+    first, cells = group.all[0], {(line.name, line.size): line for line in lines}
     rows = {}
     if distance is None:
-        rows["Dense"] = [number(first.dense(name)) if name in first.sets else "–" for name in sets for _ in ratios]
+        rows["Dense"] = [number(first.dense(name)) if name in first.sets else "–" for name in sets for _ in sizes]
     for label in dict.fromkeys(line.name for line in lines):
-        rows[plain(label)] = [
-            _cell(cells.get((label, ratio)), name, group, distance) for name in sets for ratio in ratios
-        ]
-    columns = pd.MultiIndex.from_product([list(map(plain, sets)), [f"{ratio * 100:g} %" for ratio in ratios]])
+        rows[plain(label)] = [_cell(cells.get((label, size)), name, group, distance) for name in sets for size in sizes]
+    columns = pd.MultiIndex.from_product([list(map(plain, sets)), list(map(percent, sizes))])
     return pd.DataFrame(list(rows.values()), index=list(rows), columns=columns)
 
 

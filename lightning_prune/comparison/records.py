@@ -67,6 +67,11 @@ class Run:
         return self.achieved if requested is None else requested
 
     @property
+    def size(self) -> str:
+        """What was requested, as tables show it: a ratio, or memory."""
+        return str(self.options.get("target_memory") or f"{self.requested:g}")
+
+    @property
     def seed(self) -> int | None:
         """What drew the calibration samples; None where nothing was drawn."""
         return None if self.calibration is None else self.calibration.seed

@@ -30,7 +30,7 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Repeats:
-    """One system at one ratio: its runs by seed, ascending. Without repetitions there is one."""
+    """One system at one size: its runs by seed, ascending. Without repetitions there is one."""
 
     name: str
     runs: list[Run]
@@ -44,6 +44,11 @@ class Repeats:
     def ratio(self) -> float:
         """The pruning ratio requested."""
         return self.first.requested
+
+    @property
+    def size(self) -> str:
+        """What was requested, as tables show it: a ratio, or memory."""
+        return self.first.size
 
     @property
     def sets(self) -> list[str]:
@@ -88,22 +93,33 @@ def decision(run: Run) -> list[tuple[str, str]]:
 
 
 def repeats(runs: Sequence[Run]) -> list[Repeats]:
-    """``runs``, which must be of one group of the audit, by system and ratio, in order of appearance.
+    """``runs``, which must be of one group of the audit, by system and size, in order of appearance.
 
     Two runs of the same seed repeat nothing, so each starts a line of its own. A line is called by its label, with
-    the run folder where a label comes twice at one ratio.
+    the run folder where a label comes twice at one size.
     """
     lines: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
         parent = None if run.recovery is None else run.recovery.parent_label
-        key = (run.label, run.requested, run.metrics.method.name, tuple(decision(run)), parent)
+        key = (run.label, run.size, run.metrics.method.name, tuple(decision(run)), parent)
         copy = 0
         while any(other.seed == run.seed for other in lines.get((*key, copy), [])):
             copy += 1
         lines.setdefault((*key, copy), []).append(run)
     members = [sorted(line, key=lambda run: run.seed or 0) for line in lines.values()]
-    counts = Counter((line[0].label, line[0].requested) for line in members)
-    names = [
-        f"{one.label}/{one.folder.name}" if counts[one.label, one.requested] > 1 else one.label for one, *_ in members
-    ]
+    counts = Counter((line[0].label, line[0].size) for line in members)
+    names = [f"{one.label}/{one.folder.name}" if counts[one.label, one.size] > 1 else one.label for one, *_ in members]
     return [Repeats(name, line) for name, line in zip(names, members, strict=True)]
+
+
+def by_size(lines: Sequence[Repeats]) -> dict[str, list[Repeats]]:
+    """Lines by what was requested, the smallest ratio first."""
+    sizes: dict[str, list[Repeats]] = {}
+    for line in sorted(lines, key=lambda line: line.ratio):
+        sizes.setdefault(line.size, []).append(line)
+    return sizes
+
+
+def percent(size: str) -> str:
+    """A ratio in percent, memory as it is."""
+    return size if size[-1].isalpha() else f"{float(size) * 100:g} %"

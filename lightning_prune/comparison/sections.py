@@ -9,7 +9,7 @@ import pandas as pd  # type: ignore[import-untyped]
 from lightning_prune.comparison import accuracy, costs
 from lightning_prune.comparison.audit import Audit, Group, run_names
 from lightning_prune.comparison.records import Run
-from lightning_prune.comparison.repeats import Repeats, repeats
+from lightning_prune.comparison.repeats import Repeats, by_size, percent, repeats
 from lightning_prune.comparison.selection import FULL, precision_rows
 from lightning_prune.comparison.tables import (
     distances,
@@ -114,13 +114,13 @@ def leaders(lines: Sequence[Repeats], name: str) -> list[Repeats]:
 def _best(group: Group) -> Section:
     """The answer: who leads at each ratio, by how much, and whether that is more than noise."""
     lines, sets, rows = repeats(group.runs), evaluation_sets(group.runs), []
-    for ratio in sorted({line.ratio for line in lines}):
+    for size, alike in by_size(lines).items():
         for name, short in sets.items():
-            here = [line for line in lines if line.ratio == ratio and name in line.sets]
+            here = [line for line in alike if name in line.sets]
             best = leaders(here, name)
             after = leaders([line for line in here if line not in best], name)
             dense = here[0].first.dense(name) if here else None
-            row = {"ratio": f"{ratio:g}"} | ({"set": short} if len(sets) > 1 else {})
+            row = {"ratio": size} | ({"set": short} if len(sets) > 1 else {})
             row["best"] = ", ".join(line.name for line in best) or "none is usable"
             row["perplexity"] = "; ".join(spread(line.perplexity(name)) for line in best) or "–"
             means = [line.perplexity(name).mean for line in best]
@@ -168,7 +168,7 @@ def _recovery(runs: Sequence[Run]) -> list[dict[str, str]]:
         for name in run.sets:
             dense, before, after = run.dense(name), run.recovery.perplexity.get(name), run.perplexity(name)
             row = {"system": f"{run.label}/{run.folder.name}", "from": run.recovery.parent_label}
-            row |= {"ratio": f"{run.requested:g}", "set": name, "dense": number(dense), "pruned": number(before)}
+            row |= {"ratio": run.size, "set": name, "dense": number(dense), "pruned": number(before)}
             row |= {"recovered": number(after), "regained": share(regained(dense, before, after))}
             row |= {"tokens seen": f"{run.recovery.tokens_seen:,}", "train s": f"{run.recovery.seconds:,.0f}"}
             rows.append(row)
@@ -176,18 +176,18 @@ def _recovery(runs: Sequence[Run]) -> list[dict[str, str]]:
 
 
 def continuations(audit: Audit) -> list[tuple[str, pd.DataFrame]]:
-    """What the systems of a ratio write after the same prompts, side by side: a table per ratio, a row per prompt."""
+    """What systems of one size write after the same prompts, side by side: a table per size, a row per prompt."""
     tables = []
     for group in audit.groups:
-        for ratio in sorted({line.ratio for line in repeats(group.all)}):
-            here = [(line.name, line.first.metrics.continuations) for line in repeats(group.all) if line.ratio == ratio]
-            told = {name: written.examples for name, written in here if written is not None}
+        for size, here in by_size(repeats(group.all)).items():
+            written = {line.name: line.first.metrics.continuations for line in here}
+            told = {name: one.examples for name, one in written.items() if one is not None}
             rows: dict[str, dict[str, str]] = {}
             for name, examples in told.items():
                 for one in examples:
                     rows.setdefault(one.prompt, {"prompt": one.prompt, "dense": one.dense})[name] = one.pruned
             if rows:
-                caption = f"At a ratio of {ratio * 100:g} %, greedy; a part of the evaluation text."
+                caption = f"At {percent(size)}, greedy; a part of the evaluation text."
                 blank = {"prompt": "", "dense": "", **dict.fromkeys(told, "–")}
                 tables.append((caption, table([blank | row for row in rows.values()])))
     return tables

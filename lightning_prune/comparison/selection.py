@@ -47,7 +47,7 @@ def precision_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
     def key(run: Run) -> str:
         tokens, method = None if run.calibration is None else run.calibration.fingerprint, run.metrics.method
         base = method.base_model_sha256 or method.base_model
-        return repr((method.name, decision(run), run.requested, base, tokens))
+        return repr((method.name, decision(run), run.size, base, tokens))
 
     full = {key(run): run for run in reversed(runs) if run.environment.precision == FULL}  # the first one is kept
     rows = []

@@ -41,7 +41,7 @@ def results(lines: Sequence[Repeats], group: Group, dense: bool = True) -> pd.Da
     sets = evaluation_sets(group.all)
     rows: list[dict[str, str]] = []
     for line in sorted(lines, key=lambda line: line.ratio):
-        row = {"system": line.name, "ratio": f"{line.ratio:g}"}
+        row = {"system": line.name, "ratio": line.size}
         for name, short in sets.items():
             row[f"perplexity {short}"] = spread(line.perplexity(name)) if name in line.sets else "–"
         for name, short in sets.items():
@@ -82,7 +82,7 @@ def distances(lines: Sequence[Repeats], group: Group) -> pd.DataFrame | None:
         return None
     rows = []
     for line in sorted(lines, key=lambda line: line.ratio):
-        row = {"system": line.name, "ratio": f"{line.ratio:g}"}
+        row = {"system": line.name, "ratio": line.size}
         for name, short in evaluation_sets(group.all).items():
             row[f"top-1 agreement {short}"] = line.shown_distance(name, "top1_agreement")
             row[f"acceptance {short}"] = line.shown_distance(name, "expected_acceptance")

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_prune.comparison.audit import Audit
-from lightning_prune.comparison.repeats import repeats
+from lightning_prune.comparison.repeats import percent, repeats
 from lightning_prune.comparison.selection import kept_fraction
 from lightning_prune.models.vocabulary import ROLES_OF
 from lightning_prune.support.escape import plain
@@ -35,7 +35,7 @@ def log_comparison(audit: Audit, folder: Path) -> None:
                 for line in lines:
                     if line.name != name:
                         continue
-                    key = f"comparison{table} {line.ratio * 100:g} %"
+                    key = f"comparison{table} {percent(line.size)}"
                     units = line.first.units
                     curves = {"share of importance": units.per_layer(units.importance) / (units.importance.sum() or 1)}
                     curves |= {f"kept fraction {block}": kept_fraction(line.first, block) for block in ROLES_OF}

@@ -38,6 +38,11 @@ def parse_count(text: str, option: str) -> int:
     return int(Fraction(found[1]) * UNITS[found[2]])
 
 
+def kind_of(text: str) -> str:
+    """What a size such as ``4.5B`` or ``6GiB`` is of, as an option names it: ``parameters`` or ``memory``."""
+    return "memory" if re.search(r"[KMGT]I?B *$", text.upper()) else "parameters"
+
+
 @dataclass(frozen=True)
 class Target:
     """What may be left of a model, ``limit`` at most: ``parameters``, ``active_parameters``, which one token passes, or

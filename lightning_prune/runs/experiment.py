@@ -87,7 +87,7 @@ def plan_runs(settings: Settings) -> list[Planned]:
         if any((run.label, run.sha256) == (label, sha256) for run in planned):
             continue
         measurement = configuration_sha256(
-            name, init | {"pruning_ratio": None, "target_parameters": None}, *base, calibration, {}
+            name, init | dict.fromkeys(("pruning_ratio", "target_parameters", "target_memory")), *base, calibration, {}
         )
         held_out = {item.name: item.manifest["fingerprint"] for item in data.evaluation}
         dense = configuration_sha256("dense", {"continuations": data.continuations}, *base, None, held_out)

@@ -9,10 +9,11 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from lightning_prune.methods.target import parse_count
+from lightning_prune.methods.target import kind_of, parse_count
 from lightning_prune.runs.config_files import config_file, read_config
 from lightning_prune.runs.folder import REPORTS, check_label
 from lightning_prune.support.errors import UserError
+from lightning_prune.support.memory import parse_bytes
 from lightning_prune.support.validation import parse_json
 
 Options = dict[str, Any]
@@ -40,7 +41,7 @@ class Settings(BaseModel):
 
     systems: Annotated[dict[str, str | Options], Field(min_length=1)]  # label → what fit takes, but the pruning ratio
     ratios: Annotated[list[Ratio], Field(min_length=1)] = [0.2, 0.3, 0.5]
-    targets: list[str] = []  # parameters to leave, as 4.5B, in place of ratios
+    targets: list[str] = []  # parameters or memory to leave, as 4.5B or 6GiB, in place of ratios
     # Draw the calibration samples, one run each; without any, those of the configurations do.
     seeds: list[Annotated[int, Field(ge=0)]] = []
     pretrained: str = "demo"
@@ -57,7 +58,7 @@ class Settings(BaseModel):
         """The configuration of one run; ``size``: a ratio or a target; ``seed`` overrides that of ``data``."""
         configuration = deepcopy(self.systems[label])
         assert isinstance(configuration, dict)  # as read_settings completes them
-        option = "target_parameters" if isinstance(size, str) else "pruning_ratio"
+        option = f"target_{kind_of(size)}" if isinstance(size, str) else "pruning_ratio"
         configuration["model"]["init_args"][option] = size
         if seed is not None:
             configuration["data"]["seed"] = seed
@@ -112,7 +113,7 @@ def read_settings(
         # Of the whole experiment instead of every run's.
         complete[label]["trainer"] |= {"enable_progress_bar": False, "default_root_dir": str(file.root)}
     for text in file.targets:
-        parse_count(text, "--targets")
+        (parse_bytes if kind_of(text) == "memory" else parse_count)(text, "--targets")
     distinct = {"ratios": sorted(set(file.ratios)), "seeds": sorted(set(file.seeds))}
     return file.model_copy(update={"systems": complete, **shared, **distinct})
 
