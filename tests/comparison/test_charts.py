@@ -67,4 +67,4 @@ def test_methods_that_remove_layers_are_left_out_of_the_agreement_of_units(resul
     text = repr(kept.item)
     assert all(name in text for name in ("magnitude", "hgsp_taylor", "wanda <b>&"))
     assert "shortgpt" not in text
-    assert "Kept by layer at a ratio of 20 % (Table 2)" in {chart.heading for chart in drawn}
+    assert "Kept by layer at 20 % (Table 2)" in {chart.heading for chart in drawn}

@@ -99,7 +99,7 @@ def test_page_begins_with_the_picture_and_the_answer_and_ends_with_the_appendix(
     assert headings[:3] == ["Best per ratio", "Failed runs", "Table 1: demo, calibrated on 128 × 128 tokens"]
     assert page.index('<div id="chart-0">') < page.index("Best per ratio") < page.index('<div id="chart-1">')
     assert "<td>wanda &lt;b&gt;&amp;</td>" in page
-    assert "Kept by layer at a ratio of 20 % (Table 1)" in page
+    assert "Kept by layer at 20 % (Table 1)" in page
     appendix = re.findall(r'<pre id="appendix">(.*?)</pre>', page, flags=re.DOTALL)[0]
     assert html.unescape(appendix).splitlines() == (report / "calibration_appendix.md").read_text().splitlines()
 
