@@ -334,7 +334,7 @@ class BlockPass(Pass):
         self.catch(step, batch)
 
     def catch(self, step: Step, batch: Batch) -> None:
-        """What the block's projection reads of the stream, of all columns, goes to the store; what a mixer makes of the
+        """What the block's projection reads of the stream, of all columns, is stored; what a mixer makes of the
         stream is the stream from here on."""
         block, hidden = self.block(step), self.stream.get(batch.rows, self.model.device)
         if block is Block.MIXER:

@@ -1,4 +1,4 @@
-"""Residual streams on disk between two layers, so that a pass that was killed goes on there."""
+"""Residual streams on disk between two layers, so that a pass that was killed continues there."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from lightning_prune.support.files import temporary
 
 WAIT = 10.0  # seconds of work that one must at least save
 SHARE = 0.1  # of the time of a pass that may be spent on writing them
-DISK_SHARE = 0.25  # of the free disk that one may take; the one before it goes only when it is whole
+DISK_SHARE = 0.25  # of the free disk that one may take; the one before it is removed only when it is whole
 SPEED = 200e6  # bytes per second, until the first was written
 
 
@@ -51,7 +51,7 @@ class StreamCheckpoints:
         if self.folder is None or worked < WAIT or size / self._speed > SHARE * worked:
             return
         started = time.monotonic()
-        with suppress(OSError):  # a full disk: the run goes on without
+        with suppress(OSError):  # a full disk: the run continues without
             self.folder.mkdir(exist_ok=True)
             if size > DISK_SHARE * shutil.disk_usage(self.folder).free:
                 return

@@ -155,7 +155,7 @@ def _speed(model: PreTrainedModel, batch_size: int, setting: Setting, done: Call
         f"--batch-sizes: {batch_size} sequences of {tokens} tokens do not fit in the memory of {model.device}. Choose "
         "smaller --batch-sizes or a shorter --prompt-length."
     )
-    # The least there is: what enters and what leaves one layer. The CPU would swap, or end the process.
+    # The least there is: input and output of one layer. The CPU would swap, or end the process.
     least = 2 * setting.prompt_length * model.config.hidden_size * model.dtype.itemsize
     if batch_size * least > free_bytes(model.device):
         raise refusal

@@ -145,7 +145,7 @@ class HGSP(GroupPruning):
         self.collapse_epsilon = collapse_epsilon
         self.score_norm: ScoreNorm = score_norm
         self.measures_text = temperature > 0 or importance != "magnitude"
-        self.dense_stream: Pass | None = None  # the pass that leaves it for the refit
+        self.dense_stream: Pass | None = None  # the pass that keeps it for the refit
         self.priors: Tensor | None = None
         self.tau_used: float | None = None
 

@@ -1,7 +1,7 @@
 """REAP (Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression", arXiv 2510.13999).
 
 The score of an expert is the mean, over the tokens routed to it, of the router's weight times the norm of the expert's
-output: S_e = mean of g_e(x)·‖f_e(x)‖₂. The same number of experts with the lowest scores leaves every layer.
+output: S_e = mean of g_e(x)·‖f_e(x)‖₂. Every layer loses the same number of experts, the lowest ones.
 """
 
 from dataclasses import replace

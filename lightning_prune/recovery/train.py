@@ -94,7 +94,7 @@ def train(trainer: L.Trainer, module: Recovery, data: RecoveryDataModule, folder
     """Train until steps, epochs, time or a held-out loss that does not fall end it; ``module``, which is open, then has
     the state with the lowest held-out loss. What ``recovery.json`` says of the training comes back.
 
-    The best and the last state are kept in ``folder``; training goes on from the last one if there is one.
+    The best and the last state are kept in ``folder``; training continues from the last one if there is one.
 
     Raises:
         UserError: the last state cannot be read.

@@ -99,7 +99,7 @@ def run_experiment(settings: Settings) -> tuple[list[Path], list[Failure]]:
     """Make what is missing below ``settings.root`` and keep what is there.
 
     A run that was being made when this process was killed is made again by the next call, and nothing else is lost. A
-    run that raises is reported and the others go on.
+    run that raises is reported and the others are still made.
 
     Returns:
         Folders of all finished runs of the experiment, in its order, and what failed.

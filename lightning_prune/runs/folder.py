@@ -49,7 +49,7 @@ METRICS = "metrics.json"  # written last: a folder that has it is that of a fini
 RECOVERY = "recovery.json"
 REQUIRED = (METRICS, "config.yaml", "scores.csv", "plan.json", "method.json", "calibration.json", "environment.json")
 UNFINISHED = "unfinished"
-STARTED = "started.json"  # what the findings of an unfinished run are made from
+STARTED = "started.json"  # what the layer results of an unfinished run are made from
 REPORTS = "comparison"  # the name under which ``compare`` leaves reports below a root
 NO_DATA: dict[str, Any] = {"dataset": None, "note": "this method reads no data"}  # its calibration.json
 LABEL = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
@@ -178,7 +178,7 @@ class RunFolder:
                     raise
 
     def _finish(self) -> None:
-        self.forget_findings()
+        self.forget_progress()
         if self._lock is not None:
             self._lock.remove()
 
@@ -190,7 +190,7 @@ class RunFolder:
         # emptied.
         mistake = isinstance(error, UserError) and not isinstance(error.__cause__, OSError)
         if mistake or isinstance(error, FloatingPointError):
-            self.forget_findings()
+            self.forget_progress()
         useful = self.is_finished or self.leftovers()
         if useful:
             kept = ", ".join(sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")))
@@ -204,7 +204,7 @@ class RunFolder:
             commands = {TRAINING: "recover", LAYER_RESULTS: "fit"}
             if command := next((one for name, one in commands.items() if (self.path / name).is_dir()), None):
                 line = f"lightning-prune {command} --config {self.path}/config.yaml --resume"
-                error.add_note(f"'{line}' goes on from there")
+                error.add_note(f"'{line}' continues from there")
         if self._lock is not None:
             self._lock.release()
 
@@ -219,13 +219,13 @@ class RunFolder:
         return all((self.path / name).is_file() for name in REQUIRED)
 
     def leftovers(self) -> list[str]:
-        """Names of what an unfinished run leaves that may be of use: scores, a plan, a checkpoint, findings."""
+        """Names of what an unfinished run leaves that may be of use: scores, a plan, a checkpoint, layer results."""
         names = sorted(name for name in os.listdir(self.path) if not WORTHLESS.fullmatch(name))
         states = {LAYER_RESULTS: "step_*.safetensors", TRAINING: "*.ckpt"}
         return [name for name in names if name not in states or any((self.path / name).glob(states[name]))]
 
-    def forget_findings(self) -> None:
-        """Remove what only a run that goes on needs."""
+    def forget_progress(self) -> None:
+        """Remove what only an unfinished run needs."""
         for name in (LAYER_RESULTS, TRAINING):
             shutil.rmtree(self.path / name, ignore_errors=True)
         (self.path / STARTED).unlink(missing_ok=True)

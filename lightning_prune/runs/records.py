@@ -41,7 +41,7 @@ class Ratio(_Record):
 
 
 class Perplexities(_Record):
-    """On one evaluation set; None stands for a value that was not finite. ``tokens`` counts predicted tokens."""
+    """On one evaluation set; None is a value that was not finite. ``tokens`` counts predicted tokens."""
 
     dense: PerplexityValue | None
     pruned: PerplexityValue | None

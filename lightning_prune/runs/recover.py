@@ -70,7 +70,7 @@ def recover_and_record(
     with the ``recovery.json`` under ``recovery``.
 
     The folder is claimed below the ``default_root_dir`` of ``trainer``, a fresh one. ``config`` is the resolved
-    configuration as YAML. ``resume`` goes on with the unfinished run of the same one, at its last saved state.
+    configuration as YAML. ``resume`` continues the unfinished run of the same one, at its last saved state.
 
     Raises:
         UserError: a mistake in the input; nothing has been written then. Or the disk is full.

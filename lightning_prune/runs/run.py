@@ -54,7 +54,7 @@ def prune_and_record(
 
     The folder is claimed below the ``default_root_dir`` of ``trainer``, a fresh one. ``config`` is the resolved
     configuration as YAML. ``shared`` holds what an earlier run measured of the dense model on the same sets, or takes
-    it from this one; it stays open. ``resume`` goes on with the unfinished run of the same configuration; the result is
+    it from this one; it stays open. ``resume`` continues the unfinished run of the same configuration; the result is
     that of an undisturbed one.
 
     Raises:

@@ -137,7 +137,7 @@ def open_loggers(trainer: L.Trainer) -> None:
 
 
 def close_loggers(trainer: L.Trainer) -> None:
-    """After ``open_loggers``: end what would go on after the run, and take the next run of this process for its own."""
+    """After ``open_loggers``: end what would outlive the run, and take the next run of this process for its own."""
     for logger in trainer.loggers if trainer.is_global_zero else []:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()

@@ -64,9 +64,9 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tuned:
-    """All trials so far, in order: the file that is left after every one of them, so that a killed search goes on.
+    """All trials so far, in order: the file that is left after every one of them, so that a killed search can continue.
 
-    ``facts`` are what a search that goes on must share; ``dense_loss`` is the dense model's on the held-out samples.
+    ``facts`` are what a search that continues must share; ``dense_loss`` is the dense model's on the held-out samples.
     """
 
     facts: Facts
@@ -119,7 +119,7 @@ def tune(
     ``resume`` those in it are not made again.
 
     Raises:
-        UserError: too few samples, or nothing to go on with.
+        UserError: too few samples, or nothing to resume.
         FloatingPointError: NaN or infinite values.
     """
     data.eval_datasets = []

@@ -29,7 +29,7 @@ def parse_bytes(text: str, option: str) -> int:
 
 def free_host_bytes() -> int:
     """Memory that this process may still take without swapping: what the system calls available, or what the
-    container's limit leaves, whichever is less."""
+    container's limit allows, whichever is less."""
     available: int = psutil.virtual_memory().available
     try:
         limit, used = (int((CGROUP / name).read_text(encoding="ascii")) for name in ("memory.max", "memory.current"))

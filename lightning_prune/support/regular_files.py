@@ -1,4 +1,4 @@
-"""Regular files only: reading a pipe, a socket or a device given by mistake would wait or go on for ever."""
+"""Regular files only: reading a pipe, a socket or a device given by mistake would wait or read for ever."""
 
 import os
 import stat

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end the command, whoever would rather go on.
+"""SIGINT and SIGTERM end the command, whatever library code would rather continue.
 
 A handler can only raise an exception in the main thread, and that is lost when it strikes inside a finalizer, a
 callback of a library, or an ``except`` that swallows everything. So a thread of its own reads the signal, too: it has

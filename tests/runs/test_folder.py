@@ -111,7 +111,7 @@ def findings(folder: RunFolder) -> None:
             KeyboardInterrupt(),
             findings,
             ["'{path}' stays and is not finished; it holds config.yaml, findings, started.json, unfinished",
-             "'lightning-prune fit --config {path}/config.yaml --resume' goes on from there"],
+             "'lightning-prune fit --config {path}/config.yaml --resume' continues from there"],
         ),
         (UserError("would end the same way again"), findings, None),
         (FloatingPointError("would end the same way again"), findings, None),

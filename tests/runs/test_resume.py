@@ -104,7 +104,7 @@ def interrupted(fit: Fit) -> Path:
     ended = fit("wanda_2to4", "interrupted", kill=kill)
     folder = fit.folder / "interrupted" / "wanda_2to4" / "version_0"
     assert ended.status == 143
-    assert f"'lightning-prune fit --config {folder}/config.yaml --resume' goes on from there" in ended.printed
+    assert f"'lightning-prune fit --config {folder}/config.yaml --resume' continues from there" in ended.printed
     return folder
 
 

@@ -110,7 +110,7 @@ def test_a_search_that_was_killed_goes_on_and_one_of_something_else_does_not(
     (place / "tuned.json").write_text(json.dumps(whole | {"trials": whole["trials"][:4]}))  # as if killed then
     capsys.readouterr()
     assert main(arguments(place, *words)) == 2
-    assert "go on with its trials: --resume" in capsys.readouterr().err
+    assert "--resume to continue it" in capsys.readouterr().err
     decided = []
     real = HGSP.decide
     monkeypatch.setattr(HGSP, "decide", lambda method: decided.append(method) or real(method))

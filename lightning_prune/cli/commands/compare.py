@@ -107,9 +107,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="lightning-prune compare",
         allow_abbrev=False,
         description="Compare pruning methods on one model, one calibration set and one evaluation. With --config, run "
-        "every system at every ratio (what is finished already is kept, so an interrupted experiment goes on where it "
-        "stopped); with --runs, take runs that exist. Both check that the runs may be compared and write report.html, "
-        "report.md, results.csv, results.tex and calibration_appendix.md.",
+        "every system at every ratio (what is finished already is kept, so an interrupted experiment can be "
+        "continued); with --runs, take runs that exist. Both check that the runs may be compared and write "
+        "report.html, report.md, results.csv, results.tex and calibration_appendix.md.",
         epilog="Options of the calibration set (--data.OPTION) and of Lightning (--trainer.OPTION) overrule the file. "
         "example: lightning-prune compare --config compare --ratios 0.2 0.5 --systems wanda hgsp_taylor "
         "--data.seed 1 --trainer.precision bf16-true",

@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     for file in (output, table, kept):
         if file.exists() and not cli.option("overwrite") and not cli.option("resume"):
             raise UserError(
-                f"--output: '{file}' exists. Choose another name, give --overwrite, or go on with its trials: --resume."
+                f"--output: '{file}' exists. Choose another name, give --overwrite, or --resume to continue it."
             )
     check_writable(output.parent, "--output")
     configuration = yaml.safe_load(cli.resolved_config)

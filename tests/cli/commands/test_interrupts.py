@@ -74,7 +74,7 @@ def test_signal_after_saving_names_the_folder_and_what_it_holds(
     message, stays, held, resume = capsys.readouterr().err.splitlines()[-1].split("; ")
     assert message == f"interrupted by {signal.Signals(number).name}"
     assert stays == f"'{folder}' stays and is not finished"
-    assert resume == f"'lightning-prune fit --config {folder}/config.yaml --resume' goes on from there"
+    assert resume == f"'lightning-prune fit --config {folder}/config.yaml --resume' continues from there"
     assert set(held.removeprefix("it holds ").split(", ")) == {path.name for path in folder.iterdir()}
     assert {"pruned", "scores.csv", "plan.json", "unfinished"} <= {path.name for path in folder.iterdir()}
     monkeypatch.undo()
