@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 DESCRIPTION = (
     "Make another pruning decision from the scores of a finished run: a new run folder in seconds, without "
     "calibrating, with the plan that fit makes for the same options. Everything that is not given is as in that run. "
-    "May change: --model.pruning_ratio and --model.label of every method; allocation, round_to, groups_multiple_of, "
-    "freeze_first_n_layers, freeze_last_n_layers and min_groups_per_layer where groups are ranked; H-GSP's tau, "
-    "temperature, collapse_epsilon and score_norm; ShortGPT's n_remove_layers and at_most; refit and refit_damping, "
-    "and FLAP's bias_compensation, which read the calibration set again; the evaluation sets. What the scores were "
-    "measured with (model, importance, prior, calibration set, precision) may not."
+    "May change: --model.pruning_ratio or a --model.target_SIZE, and --model.label of every method; allocation, "
+    "round_to, groups_multiple_of, freeze_first_n_layers, freeze_last_n_layers and min_groups_per_layer where groups "
+    "are ranked; H-GSP's tau, temperature, collapse_epsilon and score_norm; ShortGPT's n_remove_layers and at_most; "
+    "refit and refit_damping, and FLAP's bias_compensation, which read the calibration set again; the evaluation "
+    "sets. What the scores were measured with (model, importance, prior, calibration set, precision) may not."
 )
 EVALUATION_OPTIONS = (
     *("eval_datasets", "eval_seq_len", "eval_batch_size", "eval_long_seq_len"),
