@@ -146,19 +146,15 @@ def test_commands_and_snippets_of_a_page_run_in_their_order(page: Path, folder: 
     assert found or names
 
 
-def test_commands_that_are_run_elsewhere_are_still_there() -> None:
+def test_pages_with_commands_are_all_run_and_commands_that_are_not_are_still_there() -> None:
+    assert {page for page in DOCS.rglob("*.md") if commands(page)} <= set(PAGES)
     assert set(ELSEWHERE) <= {command for page in PAGES for command in commands(page)}
 
 
-def test_pages_with_commands_are_all_run() -> None:
-    told = {page for page in DOCS.rglob("*.md") if commands(page)}
-    assert told <= set(PAGES)
-
-
-@pytest.mark.parametrize("page", sorted(DOCS.rglob("*.md")), ids=lambda page: str(page.relative_to(DOCS)))
-def test_snippets_of_a_page_are_python(page: Path) -> None:
-    for snippet in blocks(page, "python"):
-        compile(snippet, str(page), "exec")
+def test_snippets_of_pages_are_python() -> None:
+    for page in DOCS.rglob("*.md"):
+        for snippet in blocks(page, "python"):
+            compile(snippet, str(page), "exec")
 
 
 def test_the_example_of_a_new_method_prunes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -181,12 +177,6 @@ def test_the_example_of_a_new_method_prunes(monkeypatch: pytest.MonkeyPatch, tmp
     expected = (gate.weight.abs() @ narrow) + (up.weight.abs() @ narrow) + down.weight.abs().sum(0) * wide
     found = torch.from_numpy(method.scores.importance[method.scores.of(2, "mlp")])
     torch.testing.assert_close(found.float(), expected.detach())
-
-
-def test_every_file_that_the_readme_names_is_there() -> None:
-    named = re.findall(r"(configs/[\w.]+|docs/[\w.]+|CONTRIBUTING\.md|CHANGELOG\.md)", (ROOT / "README.md").read_text())
-    assert named
-    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_every_page_is_in_the_navigation_once_and_every_entry_is_a_page() -> None:

@@ -215,12 +215,6 @@ def test_an_empty_shard_is_passed_over_and_a_file_without_text_is_refused(tmp_pa
             text_of(tmp_path / name)
 
 
-def test_text_of_another_encoding_says_how_to_convert_it(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_bytes("Grüße".encode("latin-1"))
-    with pytest.raises(UserError, match="iconv -f latin1 -t utf-8"):
-        text_of(tmp_path / "a.txt")
-
-
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.csv", "a.parquet", "a.txt", "saved", "folder"])
 def test_calibration_reads_no_further_than_enough(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpora, "ENOUGH", 500)

@@ -86,6 +86,7 @@ def test_the_command_line_and_yaml_take_a_list_or_a_name() -> None:
     given = parser.parse_args(["--data.dataset", "[a.jsonl:0.7, wikitext2:test:0.3]"]).data.dataset
     assert given == ["a.jsonl:0.7", "wikitext2:test:0.3"]
     assert [str(part) for part in CalibrationDataModule(given).parts] == given
+    assert parser.parse_args(["--data.eval_datasets=[wikitext2:validation, ptb]"]).data.eval_datasets[1] == "ptb"
     for name in ("wikitext2:validation", "a.txt", "data/*.jsonl", "~/a b.txt"):
         assert parser.parse_args(["--data.dataset", name]).data.dataset == name
 
