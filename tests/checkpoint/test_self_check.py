@@ -43,7 +43,9 @@ def narrower_by_turns(model: Any) -> Any:
     ("family", "dtype", "plan"),
     [
         *product(EVERY_FAMILY, [torch.float32], [mixed_plan]),
-        *product(("llama", "qwen2", "gemma2"), HALF, [mixed_plan, uniform_plan]),
+        *(("llama", dtype, plan) for dtype, plan in zip(HALF, (uniform_plan, mixed_plan), strict=True)),
+        *(("qwen2", dtype, plan) for dtype, plan in zip(HALF, (mixed_plan, uniform_plan), strict=True)),
+        *(("gemma2", dtype, mixed_plan) for dtype in HALF),
         *product(["llama"], [torch.float32, *HALF], [narrower_by_turns]),
     ],
 )

@@ -107,9 +107,9 @@ def compared(
     return results[0], results[1]
 
 
-@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
-    ("batch_size", "onload", "mapped"), [(1, "layer", False), (3, "model", True), (16, "layer", True)]
+    ("batch_size", "onload", "mapped", "tied"),
+    [(1, "layer", False, False), (3, "model", True, False), (16, "layer", True, True)],
 )
 def test_two_models_are_as_far_apart_as_in_float64(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, batch_size: int, onload: str, mapped: bool

@@ -56,10 +56,13 @@ def in_except_that_swallows_everything(number: int) -> None:
         pass
 
 
-@pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize(
-    "strike",
-    [kill, Finalized, in_garbage_collection, in_weak_reference_callback, in_except_that_swallows_everything],
+    ("strike", "number"),
+    [
+        *((kill, number) for number in SIGNALS),
+        *((Finalized, signal.SIGINT), (in_garbage_collection, signal.SIGTERM)),
+        *((in_weak_reference_callback, signal.SIGINT), (in_except_that_swallows_everything, signal.SIGTERM)),
+    ],
 )
 def test_command_ends_although_the_exception_is_lost(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], strike: Callable[[int], object], number: int
