@@ -1,5 +1,6 @@
 import hashlib
 import os
+import shutil
 import warnings
 from inspect import signature
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_defaults_are_the_unified_setting(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_the_demo_set_is_the_one_that_results_were_published_on(tmp_path: Path) -> None:
     """Frozen on purpose: text, tokenizer, sampling and fingerprint of the default, all in one."""
-    data = CalibrationDataModule(cache_dir=str(tmp_path), bos="never")
+    data = CalibrationDataModule(cache_dir=str(tmp_path), bos="never", eval_datasets=[])
     calibrated(data)
     assert data.calibration.manifest.fingerprint == "3531bacb1fefca12254d51435cbbf34a8fb1f9627dc024181c5b1136671334f2"
 
@@ -86,22 +87,12 @@ def test_tokens_and_manifest_of_a_text_follow_from_text_tokenizer_and_seed(build
     order = torch.randperm(len(stream) // 16, generator=torch.Generator().manual_seed(5)).tolist()
     assert tokens.tolist() == [stream[16 * i : 16 * i + 16] for i in order[:11]]
     assert tokens.dtype == torch.int64
-    assert data.calibration.manifest.to_json() == {
-        "dataset": text_file,
-        "configuration": None,
-        "split": "all",
-        "revision": None,
+    nothing = ("configuration", "revision", "stride", "rendering", "chat_template_sha256", "parts")
+    expected = {"dataset": text_file, "split": "all", "sampling": "random", "seed": 5, "bos": "none"}
+    expected |= {"num_samples": 11, "seq_len": 16}
+    assert data.calibration.manifest.to_json() == dict.fromkeys(nothing) | expected | {
         "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "tokenizer_sha256": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "sampling": "random",
-        "stride": None,
-        "seed": 5,
-        "bos": "none",
-        "rendering": None,
-        "chat_template_sha256": None,
-        "parts": None,
-        "num_samples": 11,
-        "seq_len": 16,
         "fingerprint": hashlib.sha256(b"11,16\n" + tokens.numpy().astype("<i8").tobytes()).hexdigest(),
     }
 
@@ -277,16 +268,9 @@ def test_only_what_a_stage_needs_is_opened_and_once(
 def test_calibrating_on_the_evaluation_text_warns(
     build: Any, split_folder: str, text_file: str, array_file: str, tmp_path: Path
 ) -> None:
-    copies = [tmp_path / "copy.txt", tmp_path / "copy.npy"]
-    for copy, original in zip(copies, (text_file, array_file), strict=True):
-        copy.write_bytes(Path(original).read_bytes())
-    for dataset, evaluated in (
-        (text_file, text_file),
-        (text_file, str(copies[0])),
-        (split_folder, f"{split_folder}:train"),
-        (f"{split_folder}:test", split_folder),
-        (array_file, str(copies[1])),
-    ):
+    copies = [shutil.copyfile(one, f"{tmp_path}/copy{Path(one).suffix}") for one in (text_file, array_file)]
+    same = [(text_file, text_file), (split_folder, f"{split_folder}:train"), (f"{split_folder}:test", split_folder)]
+    for dataset, evaluated in [*same, *zip((text_file, array_file), copies, strict=True)]:
         with pytest.warns(UserWarning, match=r"calibrated on.*--data\.eval_datasets"):
             build(dataset=dataset, eval_datasets=[evaluated]).setup("fit")
 
