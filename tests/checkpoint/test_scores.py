@@ -25,17 +25,9 @@ def table(layers: int = 3, heads: int = 2, channels: int = 4, whole_layers: bool
     values = np.where(np.isfinite(bits), bits, 0.1)
     values[:, :3] = [[1.0, 5e-324, -0.0]] * 3
     cost = np.arange(1, len(layer) + 1)
-    return Scores(
-        layer=np.array(layer),
-        code=np.array([BLOCKS.index(one) for one in block]),
-        unit=np.array(unit),
-        importance=values[0],
-        cost=cost,
-        prior=values[1],
-        score=values[2],
-        pruned=np.arange(len(layer)) % 3 == 0,
-        base=values[0] / cost,
-    )
+    code, pruned = np.array([BLOCKS.index(one) for one in block]), np.arange(len(layer)) % 3 == 0
+    rows = (np.array(layer), code, np.array(unit), values[0], cost, values[1], values[2], pruned, values[0] / cost)
+    return Scores(*rows)
 
 
 @pytest.fixture
@@ -155,21 +147,10 @@ def test_row_that_is_there_twice_and_layers_among_blocks_are_noticed(path: Path)
 @pytest.mark.parametrize("whole_layers", [False, True])
 def test_plan_must_keep_the_same_units(whole_layers: bool) -> None:
     found = table(whole_layers=whole_layers)
-    if whole_layers:
-        layers = [
-            LayerPlan(0, {Block.ATTENTION: [], Block.MLP: []}),
-            LayerPlan(1, {Block.ATTENTION: [0, 1], Block.MLP: [0, 1, 2, 3]}),
-            LayerPlan(2, {Block.ATTENTION: [0, 1], Block.MLP: [0, 1, 2, 3]}),
-        ]
-    else:
-        rows = list(zip(found.layer.tolist(), found.block.tolist(), found.unit.tolist(), found.pruned, strict=True))
-        layers = [
-            LayerPlan(
-                layer,
-                {b: [unit for *at, unit, gone in rows if at == [layer, b] and not gone] for b in DENSE},
-            )
-            for layer in range(3)
-        ]
+    units = [(Block.ATTENTION, 0), (Block.ATTENTION, 1), *((Block.MLP, unit) for unit in range(4))]
+    gone = found.pruned.reshape(3, -1).repeat(6 if whole_layers else 1, axis=1)
+    kept = [[unit for unit, pruned in zip(units, row, strict=True) if not pruned] for row in gone]
+    layers = [LayerPlan(i, {b: [u for of, u in row if of == b] for b in DENSE}) for i, row in enumerate(kept)]
 
     def plan(layers: list[LayerPlan]) -> PruningPlan:
         return PruningPlan("m", 0.2, 0.2, {"dense": 10, "pruned": 8}, None, "base", layers)

@@ -131,7 +131,10 @@ def test_two_models_are_as_far_apart_as_in_float64(
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
-def test_placement_changes_nothing_and_perplexity_is_that_without_comparison(tmp_path: Path, precision: str) -> None:
+def test_placement_changes_nothing_and_perplexity_is_that_without_comparison(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    monkeypatch.setattr(continuations, "NEW_TOKENS", 8)  # each of them reads every layer
     save(tmp_path, "dense"), save(tmp_path, "other", seed=3)
     file = save_tokens(tmp_path / "tokens.npy")
     model, layer = (compared(tmp_path, [file], 4, onload, precision)[1] for onload in ("model", "layer"))
