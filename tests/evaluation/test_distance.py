@@ -130,7 +130,7 @@ def test_two_models_are_as_far_apart_as_in_float64(
     assert not list(tmp_path.glob("residuals*"))
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])  # in fp32 both are as in float64, see above
 def test_placement_changes_nothing_and_perplexity_is_that_without_comparison(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
