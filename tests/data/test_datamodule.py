@@ -209,19 +209,20 @@ def test_of_a_token_array_the_requested_part_is_taken_without_any_tokenizer(
         ({"num_samples": 6}, r"--data\.num_samples: found 6, .* 5 rows of 12 tokens: give at most 5"),
         ({"num_samples": 128}, r"--data\.num_samples: found 128"),
         ({"seq_len": 13}, r"--data\.seq_len: found 13, .* at most 12"),
-        ({"eval_seq_len": 13, "eval_datasets": ["{}"]}, r"--data\.eval_seq_len: found 13, .* at most 12"),
+        ({"eval_seq_len": 13, "eval_datasets": ["ARRAY"]}, r"--data\.eval_seq_len: found 13, .* at most 12"),
+        ({"eval_seq_len": 10**5, "eval_datasets": ["TEXT"]}, r"one window needs 100000.*--data\.eval_seq_len"),
         ({"sampling": "sliding", "stride": 3}, r"--data\.sampling sliding has no meaning for the token array"),
-        ({"dataset": "{}:test"}, "no splits"),
+        ({"dataset": "ARRAY:test"}, "no splits"),
     ],
 )
-def test_more_than_a_token_array_holds_is_refused(
-    build: Any, array_file: str, options: dict[str, Any], words: str
+def test_more_than_an_array_or_a_text_holds_is_refused(
+    build: Any, array_file: str, text_file: str, options: dict[str, Any], words: str
 ) -> None:
-    filled = {"dataset": array_file, **options}
-    filled["dataset"] = filled["dataset"].format(array_file)
-    filled["eval_datasets"] = [array_file for _ in options.get("eval_datasets", [])]
+    given = {"dataset": "ARRAY", **options}
+    given["dataset"] = given["dataset"].replace("ARRAY", array_file)
+    given["eval_datasets"] = [{"ARRAY": array_file, "TEXT": text_file}[one] for one in options.get("eval_datasets", [])]
     with pytest.raises(UserError, match=words):
-        build(**filled).setup("fit")
+        build(**given).setup("fit")
 
 
 @pytest.mark.parametrize("kind", ["text", "array"])
@@ -293,11 +294,6 @@ def test_calibrating_on_the_evaluation_text_warns(
 def test_options_out_of_range_are_refused_at_once(options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         CalibrationDataModule(**options)
-
-
-def test_too_little_text_to_evaluate_on_names_the_option(build: Any, text_file: str) -> None:
-    with pytest.raises(UserError, match=r"one window needs 100000.*--data\.eval_seq_len"):
-        build(eval_datasets=[text_file], eval_seq_len=100000).setup("test")
 
 
 def test_ids_and_lengths_beyond_the_model_are_refused(build: Any, array_file: str, tmp_path: Path) -> None:

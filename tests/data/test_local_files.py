@@ -18,7 +18,6 @@ from pyarrow import feather
 
 from lightning_prune.data import corpora
 from lightning_prune.data.corpora import calibration_split, held_out_split, load_corpus, split_spec
-from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.support.errors import UserError
 from tests.data.conftest import make_text
 
@@ -255,7 +254,7 @@ def test_an_arrow_file_and_an_empty_folder(tmp_path: Path) -> None:
         text_of(tmp_path / "empty")
 
 
-def test_the_split_and_the_column_are_options(tmp_path: Path, tokenizer_folder: str) -> None:
+def test_the_split_and_the_column_are_options(tmp_path: Path, set_up: Any) -> None:
     folder = tmp_path / "corpus"
     folder.mkdir()
     for shift, split in enumerate(("train", "validation", "test")):
@@ -264,12 +263,7 @@ def test_the_split_and_the_column_are_options(tmp_path: Path, tokenizer_folder: 
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"text": make_text(900, 9), "url": "u"}))
 
-    def build(dataset: str, **options: Any) -> CalibrationDataModule:
-        small: dict[str, Any] = {"num_samples": 5, "seq_len": 16, "eval_seq_len": 16, "tokenizer": tokenizer_folder}
-        data = CalibrationDataModule(dataset, **small, cache_dir=str(tmp_path / "cache"), column="body", **options)
-        data.setup("fit")
-        return data
-
+    build = partial(set_up, num_samples=5, eval_seq_len=16, column="body")
     chosen = build(str(folder), split="validation", eval_datasets=[str(folder), str(other)])
     named = build(f"{folder}:validation", eval_datasets=[])
     assert chosen.calibration.manifest.split == "validation"

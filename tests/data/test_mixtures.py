@@ -1,6 +1,7 @@
 """Several texts in one calibration set, by shares of samples."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,14 @@ from tests.data.conftest import make_text
 
 
 @pytest.fixture
-def build(tokenizer_folder: str, tmp_path: Path) -> Any:
+def build(set_up: Any, tmp_path: Path) -> Any:
     for shift, name in enumerate("abc"):
         (tmp_path / f"{name}.txt").write_text(make_text(1500 + 500 * shift, shift))
     folder = tmp_path / "corpus"
     folder.mkdir()
     for shift, split in enumerate(("train", "validation"), start=5):
         (folder / f"{split}.jsonl").write_text(json.dumps({"text": make_text(1500, shift)}))
-
-    def make(dataset: Any, kind: Any = CalibrationDataModule, **options: Any) -> Any:
-        small = {"num_samples": 11, "seq_len": 16, "eval_datasets": [], "tokenizer": tokenizer_folder, "seed": 3}
-        data = kind(dataset, **{**small, "cache_dir": str(tmp_path / "cache"), **options})
-        data.setup("fit")
-        return data
-
-    return make
+    return partial(set_up, seed=3)
 
 
 def test_every_part_is_drawn_as_it_would_be_alone(build: Any, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lightning_prune.data import streams, tokenization
@@ -61,17 +60,6 @@ def test_pieces_join_to_the_tokenisation_of_the_whole_text(
 
     assert tokenize(counted, text).tolist() == reference(used, text)
     assert (max(lengths) < 1000) == in_pieces
-
-
-def test_no_special_token_is_added_and_empty_text_is_an_empty_stream(tokenizer: Any) -> None:
-    plain = tokenize(tokenizer, "the cat sat").tolist()
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="a $A b", special_tokens=[("a", 1), ("b", 2)]
-    )
-    assert len(tokenizer("the cat sat")["input_ids"]) == len(plain) + 2
-    assert tokenize(tokenizer, "the cat sat").tolist() == plain
-    assert tokenize(tokenizer, "").shape == (0,)
-    assert tokenize(tokenizer, "").dtype == torch.int64
 
 
 def test_tokenizer_sha256_is_that_of_its_serialisation_and_tells_tokenizers_apart(tokenizer: Any) -> None:

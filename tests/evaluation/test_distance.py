@@ -207,9 +207,7 @@ def run_test(folder: Path, *more: str, model: str = "other") -> int:
     return main(["test", *options, *more])
 
 
-def test_command_and_function_compare_any_two_models_in_both_windows(
-    text: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_and_function_compare_any_two_models_in_both_windows(text: Path, capsys: pytest.CaptureFixture) -> None:
     assert run_test(text, f"--dense={text / 'dense'}") == 0
     (file,) = (text / "logs").glob("test/version_0/metrics.json")
     metrics = json.loads(file.read_text())

@@ -37,9 +37,7 @@ def test_padded_model_is_stock_and_gives_the_same_logits(
     torch.testing.assert_close(padded.double()(tiny_tokens()).logits, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_layers_are_as_wide_as_the_widest_and_the_loss_is_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_layers_are_as_wide_as_the_widest_and_the_loss_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Of four heads in four KV groups of size 8, hidden 32, three groups and 30 of 40 channels are the widest."""
     pruned = save(
         tmp_path / "model",
