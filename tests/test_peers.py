@@ -4,11 +4,11 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lightning_prune as lp
 from tests.tiny import make_tiny
@@ -27,24 +27,13 @@ def peers() -> ModuleType:
     return module
 
 
-def flags(*values: int) -> np.ndarray:
-    return np.array(values, dtype=bool)
+def test_agreement_counts_what_both_removed(peers: ModuleType) -> None:
+    def of(ours: dict[str, list[int]], theirs: dict[str, list[int]]) -> Any:
+        return peers.agreement(*({name: np.array(row) > 0 for name, row in one.items()} for one in (ours, theirs)))
 
-
-@pytest.mark.parametrize(
-    ("ours", "theirs", "expected"),
-    [
-        ({"a": flags(1, 1, 0, 0), "b": flags(0, 1)}, {"a": flags(1, 0, 1, 0), "b": flags(0, 1)}, (2 / 4, 2, 6)),
-        ({"a": flags(1, 0)}, {"a": flags(1, 0)}, (1.0, 0, 2)),
-        ({"a": flags(1, 0)}, {"a": flags(0, 1)}, (0.0, 2, 2)),
-        ({"a": flags(0, 0)}, {"a": flags(0, 0)}, (1.0, 0, 2)),
-    ],
-    ids=["half", "same", "none in common", "nothing removed"],
-)
-def test_agreement_counts_what_both_removed(
-    peers: ModuleType, ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray], expected: tuple[float, int, int]
-) -> None:
-    assert peers.agreement(ours, theirs) == expected
+    assert of({"a": [1, 1, 0, 0], "b": [0, 1]}, {"a": [1, 0, 1, 0], "b": [0, 1]}) == (2 / 4, 2, 6)
+    assert of({"a": [1, 0]}, {"a": [0, 1]}) == (0.0, 2, 2)
+    assert of({"a": [0, 0]}, {"a": [0, 0]}) == (1.0, 0, 2)  # nothing removed
 
 
 @pytest.mark.slow  # it evaluates a model
@@ -64,18 +53,8 @@ def test_distance_is_kl_from_the_dense_model_and_the_perplexity_of_evaluate(peer
 
 
 def test_zero_columns_stand_for_removed_units_and_cost_what_they_hold(peers: ModuleType) -> None:
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config)
-    total = sum(one.numel() for one in model.parameters())
+    model: Any = make_tiny(hidden=16, channels=24, layers=1)  # 4 query heads of 8, 2 KV heads
+    config, total = model.config, sum(one.numel() for one in model.parameters())
     removed = peers.no_units(config)
     removed["0.attention"][1] = removed["0.mlp"][[0, 23]] = True
     outcome = peers.peer_code.without_units(model, removed)
@@ -91,9 +70,8 @@ def test_zero_columns_stand_for_removed_units_and_cost_what_they_hold(peers: Mod
 def test_a_module_is_imported_with_the_models_numbers(
     peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "of_a_peer.py").write_text(
-        "WIDTH, COST, NAME = 128, 512.0, '128'\ndef first(): return get_loaders()[0][0]\n"
-    )
+    code = "WIDTH, COST, NAME = 128, 512.0, '128'\ndef first(): return get_loaders()[0][0]\n"
+    (tmp_path / "of_a_peer.py").write_text(code)
     monkeypatch.setattr(sys, "path", list(sys.path))
     job = SimpleNamespace(checkout=str(tmp_path), tokens=torch.arange(6).view(2, 3))
     module = peers.peer_code.adapted(job, "of_a_peer", {128: 16, 512.0: 96.0})
@@ -111,12 +89,7 @@ def test_a_module_is_imported_with_the_models_numbers(
     ],
 )
 def test_a_mistake_is_refused_before_anything_runs(
-    peers: ModuleType,
-    change: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    peers: ModuleType, change: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     for name in ("validation.txt", "test.txt"):
         (tmp_path / name).write_text("text")

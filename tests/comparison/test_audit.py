@@ -41,6 +41,8 @@ def test_given_tokens_are_the_same_set_whatever_file_they_came_in(
         ({"calibration": {"fingerprint": OTHER, "seq_len": 512}}, "calibration sequence length", "512 in taylor"),
         ({"calibration": {"fingerprint": OTHER, "num_samples": 64}}, "calibration samples", "64 in taylor"),
         ({"calibration": {"revision": "r2"}}, "calibration revision", "r2 in taylor"),
+        # The other run is from before the option.
+        ({"calibration": {"bos": "every window"}}, "calibration BOS handling", "every window in taylor"),
         ({"calibration": {"tokenizer_sha256": OTHER}}, "calibration tokenizer", "999999999999"),
         ({"evaluation": {"tokenizer_sha256": OTHER}}, "evaluation tokenizer of demo", "999999999999"),
         ({"evaluation": {"seq_len": 64}}, "evaluation sequence length of demo", "64 in taylor"),

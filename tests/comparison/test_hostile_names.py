@@ -85,12 +85,9 @@ def test_every_line_of_markdown_was_written_by_the_report(report: Path, name: st
         columns = found
 
 
-def test_csv_keeps_one_line_per_run(report: Path) -> None:
+def test_csv_has_one_line_per_run_and_latex_rows_keep_their_cells(report: Path) -> None:
     text = (report / "results.csv").read_text(encoding="utf-8")
     assert len(text.splitlines()) == len(list(csv.reader(text.splitlines()))) == 1 + 3 + 1
-
-
-def test_latex_rows_keep_their_cells(report: Path) -> None:
     text = (report / "results.tex").read_text(encoding="utf-8")
     rows = [line for line in text.splitlines() if line.endswith(r"12.500 \\") and "script" in line]
     assert len(rows) == 2

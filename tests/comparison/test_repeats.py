@@ -36,15 +36,21 @@ def test_mean_deviation_and_number_are_in_every_format(repeated: Audit) -> None:
     assert {(row["n"], row["perplexity_mean"], row["perplexity_sd"]) for row in rows} == {("3", "13.0", "1.0")}
 
 
-@pytest.mark.parametrize("values", [(1.0,), (1.0, None), (None,), (float("inf"), 2.0)])
-def test_deviation_needs_two_finite_values(values: tuple[float | None, ...]) -> None:
-    assert Spread.of(values).deviation is None
+def labels(result: Audit) -> list[list[str]]:
+    return [[run.label for run in group.runs] for group in result.groups]
 
 
-def test_seed_that_a_system_lacks_is_apart(tmp_path: Path) -> None:
-    result = audit(seeded(tmp_path, {"wanda": [12.0, 13.0], "taylor": [11.0]}))
-    assert [[run.label for run in group.runs] for group in result.groups] == [["wanda", "taylor"], ["wanda"]]
+def test_what_is_no_repetition_is_apart(tmp_path: Path) -> None:
+    """A seed that one system lacks; other tokens within one seed; the same seed twice."""
+    result = audit(seeded(tmp_path / "lacks", {"wanda": [12.0, 13.0], "taylor": [11.0]}))
+    assert labels(result) == [["wanda", "taylor"], ["wanda"]]
     assert any(item.what == "calibration seed" for item in result.differences)
+    other = [make_run(tmp_path, "taylor", calibration=drawn(seed, "ab"[seed])) for seed in (0, 1)]
+    result = audit([*seeded(tmp_path, {"wanda": [12.0, 13.0]}), *other])
+    assert result.differences
+    assert [set(group) for group in labels(result)] == [{"wanda"}, {"taylor"}]
+    (group,) = audit([make_run(tmp_path), make_run(tmp_path)]).groups
+    assert [len(line.runs) for line in repeats(group.runs)] == [1, 1]
 
 
 def test_ratio_with_fewer_seeds_keeps_them_for_all(tmp_path: Path) -> None:
@@ -52,18 +58,6 @@ def test_ratio_with_fewer_seeds_keeps_them_for_all(tmp_path: Path) -> None:
     result = audit([*runs, *seeded(tmp_path, {"wanda": [30.0], "taylor": [31.0]}, ratio=0.5)])
     assert not result.differences
     assert [len(line.runs) for line in repeats(result.groups[0].runs)] == [2, 2, 1, 1]
-
-
-def test_other_tokens_within_one_seed_are_never_joined(tmp_path: Path) -> None:
-    other = [make_run(tmp_path, "taylor", calibration=drawn(seed, "ab"[seed])) for seed in (0, 1)]
-    result = audit([*seeded(tmp_path, {"wanda": [12.0, 13.0]}), *other])
-    assert result.differences
-    assert [{run.label for run in group.all} for group in result.groups] == [{"wanda"}, {"taylor"}]
-
-
-def test_same_seed_twice_repeats_nothing(tmp_path: Path) -> None:
-    (group,) = audit([make_run(tmp_path), make_run(tmp_path)]).groups
-    assert [len(line.runs) for line in repeats(group.runs)] == [1, 1]
 
 
 def test_system_that_missed_its_ratio_with_one_seed_is_apart_with_all(tmp_path: Path) -> None:
@@ -75,5 +69,6 @@ def test_system_that_missed_its_ratio_with_one_seed_is_apart_with_all(tmp_path: 
 
 def test_one_value_that_is_not_finite_leaves_no_mean(tmp_path: Path) -> None:
     (line,) = repeats(audit(seeded(tmp_path, {"wanda": [12.0, None]})).groups[0].runs)
-    assert line.perplexity("demo").mean is None
-    assert line.verdict("demo") == "unusable"
+    assert (line.perplexity("demo").mean, line.verdict("demo")) == (None, "unusable")
+    for values in ((1.0,), (1.0, None), (None,), (float("inf"), 2.0)):
+        assert Spread.of(values).deviation is None

@@ -34,9 +34,9 @@ def folders(tmp_path: Path) -> list[Path]:
     tiny_tokenizer().save_pretrained(base)
     opened = Checkpoint.open(str(base))
     for seed, label in enumerate(("wanda", "taylor"), start=1):
-        folder, model = (
-            write_run(tmp_path, label, base_model=str(base), weights=opened.fingerprint),
+        model, folder = (
             make_tiny(seed=seed),
+            write_run(tmp_path, label, base_model=str(base), weights=opened.fingerprint),
         )
         write_checkpoint(layered_cut(model, mixed_plan(model)), folder / "pruned", beside=opened, card="")
         found.append(folder)

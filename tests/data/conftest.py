@@ -5,6 +5,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from lightning_prune.data.datamodule import CalibrationDataModule
+
 TEXT = "the cat sat on a mat while rain fell over old town nobody came for it"
 WORDS = TEXT.split()
 
@@ -44,3 +46,16 @@ def text_file(tmp_path: Path) -> str:
     path = tmp_path / "corpus.txt"
     path.write_text(make_text(3000), encoding="utf-8")
     return str(path)
+
+
+@pytest.fixture
+def set_up(tokenizer_folder: str, text_file: str, tmp_path: Path) -> Any:
+    """``set_up(dataset, kind, **options)``: a data module on 11 windows of 16 tokens, its sets opened."""
+
+    def make(dataset: Any = text_file, kind: Any = CalibrationDataModule, **options: Any) -> Any:
+        small = {"num_samples": 11, "seq_len": 16, "eval_datasets": [], "tokenizer": tokenizer_folder}
+        data = kind(dataset, **{**small, "cache_dir": str(tmp_path / "cache"), **options})
+        data.setup("fit")
+        return data
+
+    return make

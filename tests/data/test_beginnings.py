@@ -1,5 +1,6 @@
 """The beginning-of-sequence token in front of every window."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 import lightning_prune
-from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.data.sampling import aligned_windows, draw_windows
 from lightning_prune.data.tokenization import window_start
 from lightning_prune.recovery.data import RecoveryDataModule, shared_windows
@@ -34,15 +34,8 @@ def beginning(tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture
-def build(beginning: str, text_file: str, tmp_path: Path) -> Any:
-    def make(kind: Any = CalibrationDataModule, **options: Any) -> Any:
-        small = {"dataset": text_file, "num_samples": 11, "seq_len": 16, "eval_datasets": [text_file]}
-        small |= {"tokenizer": beginning, "cache_dir": str(tmp_path / "cache")}
-        data = kind(**{**small, **options})
-        data.setup("fit")
-        return data
-
-    return make
+def build(set_up: Any, beginning: str, text_file: str) -> Any:
+    return partial(set_up, tokenizer=beginning, eval_datasets=[text_file])
 
 
 def stream_of(folder: str, text_file: str) -> tuple[list[int], int]:
@@ -110,7 +103,7 @@ def test_in_memory_and_in_training_likewise(build: Any, beginning: str, text_fil
 
     other = tmp_path / "other.txt"
     other.write_text(make_text(400, shift=7))
-    data = build(RecoveryDataModule, num_samples=None, eval_datasets=[str(other)])
+    data = build(kind=RecoveryDataModule, num_samples=None, eval_datasets=[str(other)])
     assert data.calibration.tokens.tolist() == expected
     assert data.manifest["bos"] == "every window"
     # A window of the text is found again in it, though the token is put elsewhere there.
@@ -118,16 +111,13 @@ def test_in_memory_and_in_training_likewise(build: Any, beginning: str, text_fil
     part = tmp_path / "part.txt"
     part.write_text(text[len(text) // 3 :])
     with pytest.raises(UserError, match=r"holds 9\d% of the windows"):
-        build(RecoveryDataModule, num_samples=None, eval_datasets=[str(part)])
+        build(kind=RecoveryDataModule, num_samples=None, eval_datasets=[str(part)])
 
 
 def test_recovery_follows_the_pruning_run_unless_told_otherwise(build: Any, text_file: str) -> None:
     given: Any
-    for given, run, then in (
-        (None, "never", "none"),
-        (None, "auto", "every window"),
-        ("auto", "never", "every window"),
-    ):
+    cases = (None, "never", "none"), (None, "auto", "every window"), ("auto", "never", "every window")
+    for given, run, then in cases:
         data = RecoveryDataModule(None, seq_len=16, bos=given)
         data._streams.tokenizer = build().tokenizer
         data.follow(text_file, None, [], None, run)

@@ -40,8 +40,8 @@ def chatty(tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> s
     return str(folder)
 
 
-def read(path: Path, folder: str, column: str | None = None) -> str:
-    return load_corpus(str(path), "all", None, column, lambda: AutoTokenizer.from_pretrained(folder)).text
+def read(path: Path, folder: str, column: str | None = None, split: str = "all") -> str:
+    return load_corpus(str(path), split, None, column, lambda: AutoTokenizer.from_pretrained(folder)).text
 
 
 HELLO = said(("user", "hello"), ("assistant", "hi"))
@@ -65,10 +65,7 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
         {"instruction": "add", "input": "1 2", "output": "three"},
         said(("user", "add\n\n1 2"), ("assistant", "three")),
     ),
-    "system prompt and question": (
-        {"id": "9", "system_prompt": "be kind", "question": "hello", "response": "hi"},
-        ASKED,
-    ),
+    "a question": ({"id": "9", "system_prompt": "be kind", "question": "hello", "response": "hi"}, ASKED),
     "preferences": ({"prompt": "hello", "chosen": MESSAGES, "rejected": MESSAGES[:1]}, HELLO),
     "preferences in words": ({"prompt": "hello", "chosen": "hi", "rejected": "no"}, HELLO),
     "input and output": ({"input": "hello", "output": "hi"}, HELLO),
@@ -88,17 +85,11 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["a.jsonl", "a.json", "a.parquet", "a.csv", "folder", "saved"])
+@pytest.mark.parametrize("kind", ["a.jsonl", "a.json", "a.parquet", "a.csv", "saved"])
 @pytest.mark.parametrize("case", ROWS)
 def test_a_row_is_a_document_in_the_words_of_the_template(case: str, kind: str, chatty: str, tmp_path: Path) -> None:
     row, expected = ROWS[case]
     path = tmp_path / kind
-    if kind == "folder":
-        path.mkdir()
-        (path / "train.jsonl").write_text("\n".join(map(json.dumps, [row, row])))
-        text = load_corpus(str(path), "train", None, None, lambda: AutoTokenizer.from_pretrained(chatty)).text
-        assert text == expected * 2
-        return
     if kind in ("a.jsonl", "a.json"):
         path.write_text(json.dumps([row, row]) if kind == "a.json" else "\n".join(map(json.dumps, [row, row])))
     else:
@@ -115,6 +106,9 @@ def test_rows_may_differ_and_be_empty(chatty: str, tmp_path: Path) -> None:
     rows = [{"messages": MESSAGES, "n": 1}, {"messages": None}, {"messages": []}, {"messages": MESSAGES[:1]}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert read(tmp_path / "a.jsonl", chatty) == HELLO + said(("user", "hello"))
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "a.jsonl").rename(tmp_path / "corpus" / "b.jsonl")
+    assert read(tmp_path / "corpus", chatty, split="train") == HELLO + said(("user", "hello"))
 
 
 def test_a_chat_may_be_a_list_without_a_name(chatty: str, tmp_path: Path) -> None:
@@ -184,16 +178,9 @@ def test_what_cannot_be_rendered_is_one_message(chatty: str, tokenizer_folder: s
 
 
 def chats(number: int) -> list[dict[str, Any]]:
-    return [
-        {
-            "messages": [
-                {"role": "user", "content": " ".join(WORDS[row % 7 : row % 7 + 6])},
-                {"role": "assistant", "content": f"{WORDS[row % 11]} {row}"},
-            ],
-            "source": "web",
-        }
-        for row in range(number)
-    ]
+    asked = [{"role": "user", "content": " ".join(WORDS[row % 7 : row % 7 + 6])} for row in range(number)]
+    said = [{"role": "assistant", "content": f"{WORDS[row % 11]} {row}"} for row in range(number)]
+    return [{"messages": [*pair], "source": "web"} for pair in zip(asked, said, strict=True)]
 
 
 def test_tokens_are_those_of_the_tokenizers_own_call(chatty: str, tmp_path: Path) -> None:
@@ -224,7 +211,7 @@ def test_tokens_are_those_of_the_tokenizers_own_call(chatty: str, tmp_path: Path
 
 
 def test_calibration_set_takes_datasets_rows_and_chats(chatty: str, tmp_path: Path) -> None:
-    rows = chats(60)
+    rows = chats(24)
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     sources = [datasets.Dataset.from_list(rows), rows, [row["messages"] for row in rows], tmp_path / "a.jsonl"]
     drawn = [lightning_prune.calibration_set(one, chatty, num_samples=9, seq_len=16) for one in sources]

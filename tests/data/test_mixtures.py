@@ -1,6 +1,7 @@
 """Several texts in one calibration set, by shares of samples."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,14 @@ from tests.data.conftest import make_text
 
 
 @pytest.fixture
-def build(tokenizer_folder: str, tmp_path: Path) -> Any:
+def build(set_up: Any, tmp_path: Path) -> Any:
     for shift, name in enumerate("abc"):
         (tmp_path / f"{name}.txt").write_text(make_text(1500 + 500 * shift, shift))
     folder = tmp_path / "corpus"
     folder.mkdir()
     for shift, split in enumerate(("train", "validation"), start=5):
         (folder / f"{split}.jsonl").write_text(json.dumps({"text": make_text(1500, shift)}))
-
-    def make(dataset: Any, kind: Any = CalibrationDataModule, **options: Any) -> Any:
-        small = {"num_samples": 11, "seq_len": 16, "eval_datasets": [], "tokenizer": tokenizer_folder, "seed": 3}
-        data = kind(dataset, **{**small, "cache_dir": str(tmp_path / "cache"), **options})
-        data.setup("fit")
-        return data
-
-    return make
+    return partial(set_up, seed=3)
 
 
 def test_every_part_is_drawn_as_it_would_be_alone(build: Any, tmp_path: Path) -> None:
@@ -62,22 +56,18 @@ def test_counts_are_the_largest_remainders_and_sum_to_the_samples() -> None:
         of([0.999, 0.001], 100)
 
 
-WRONG = {
-    "no sum": (["a.txt:0.7", "b.txt:0.7"], "sum to 1.4"),
-    "no share": (["a.txt:0.7", "b.txt"], "missing"),
-    "a negative share": (["a.txt:1.5", "b.txt:-0.5"], "not above 0"),
-    "not a number": (["a.txt:nan", "b.txt:1"], "missing or not above 0"),
-    "twice": (["a.txt:0.5", "a.txt:0.5"], "twice"),
-    "none": ([], "sum to 1"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_shares_are_one_message(case: str) -> None:
-    specs, words = WRONG[case]
-    with pytest.raises(UserError, match=words) as error:
-        CalibrationDataModule(specs)
-    assert "--data.dataset" in str(error.value)
+def test_wrong_shares_are_one_message() -> None:
+    for specs, words in (
+        (["a.txt:0.7", "b.txt:0.7"], r"sum to 1\.4"),
+        (["a.txt:0.7", "b.txt"], "missing"),
+        (["a.txt:1.5", "b.txt:-0.5"], "not above 0"),
+        (["a.txt:nan", "b.txt:1"], "missing or not above 0"),
+        (["a.txt:0.5", "a.txt:0.5"], "twice"),
+        ([], "sum to 1"),
+    ):
+        with pytest.raises(UserError, match=words) as error:
+            CalibrationDataModule(specs)
+        assert "--data.dataset" in str(error.value)
 
 
 def test_the_command_line_and_yaml_take_a_list_or_a_name() -> None:
@@ -86,6 +76,7 @@ def test_the_command_line_and_yaml_take_a_list_or_a_name() -> None:
     given = parser.parse_args(["--data.dataset", "[a.jsonl:0.7, wikitext2:test:0.3]"]).data.dataset
     assert given == ["a.jsonl:0.7", "wikitext2:test:0.3"]
     assert [str(part) for part in CalibrationDataModule(given).parts] == given
+    assert parser.parse_args(["--data.eval_datasets=[wikitext2:validation, ptb]"]).data.eval_datasets[1] == "ptb"
     for name in ("wikitext2:validation", "a.txt", "data/*.jsonl", "~/a b.txt"):
         assert parser.parse_args(["--data.dataset", name]).data.dataset == name
 

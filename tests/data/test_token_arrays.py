@@ -1,3 +1,4 @@
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +26,16 @@ def test_npy_and_safetensors_are_taken_as_they_are(tmp_path: Path) -> None:
         assert torch.equal(tokens, TOKENS)
 
 
-@pytest.mark.parametrize(
-    ("array", "words"),
-    [
-        (np.zeros((2, 4), np.int32), "int32"),
-        (np.zeros((2, 4), np.float32), "float32"),
-        (np.zeros(8, np.int64), r"\[8\]"),
-        (np.zeros((0, 4), np.int64), r"\[0, 4\]"),
-        (np.zeros((4, 1), np.int64), r"\[4, 1\]"),
-        (np.array([["a"]]), "cannot read"),
-        (b"", "cannot read"),
-        (b"not an array at all", "cannot read"),
-    ],
-)
-def test_wrong_arrays_are_refused(tmp_path: Path, array: Any, words: str) -> None:
-    names = ["a.npy", "a.safetensors"] if isinstance(array, bytes) else ["a.npy"]
-    for name in names:
-        if isinstance(array, bytes):
-            (tmp_path / name).write_bytes(array)
-        else:
-            np.save(tmp_path / name, array)
+def test_wrong_arrays_are_refused(tmp_path: Path) -> None:
+    shapes = {(2, 4): "int32", (8,): r"\[8\]", (0, 4): r"\[0, 4\]", (4, 1): r"\[4, 1\]"}
+    wrong = [(np.zeros(shape, np.int32 if words == "int32" else np.int64), words) for shape, words in shapes.items()]
+    for array, words in [*wrong, (np.zeros((2, 4), np.float32), "float32"), (np.array([["a"]]), "cannot read")]:
+        np.save(tmp_path / "a.npy", array)
         with pytest.raises(UserError, match=f"{words}.*int64.*--data.dataset"):
+            load_token_array(str(tmp_path / "a.npy"))
+    for content, name in product((b"", b"not an array at all"), ("a.npy", "a.safetensors")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=r"cannot read.*int64.*--data\.dataset"):
             load_token_array(str(tmp_path / name))
 
 

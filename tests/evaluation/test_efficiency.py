@@ -26,7 +26,7 @@ def make(kind: str, family: str = "llama", **options: Any) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3", "granite", "olmo2"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "olmo2"])  # plain, with biases, fused, whole attention
 def test_counts_are_those_of_torch_and_of_a_filled_cache(family: str, kind: str) -> None:
     """Half the flops of one decoded token are its MACs."""
     model = make(kind, family)

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.demo import demo_model_path
 from lightning_prune.models.sources import CheckpointSource
 from tests.cutting import cut
-from tests.tiny import WHOLE_ATTENTION, tiny_config, tiny_plan
+from tests.tiny import WHOLE_ATTENTION, make_tiny, tiny_plan
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")  # that GGUF holds, and that were seen in the engines
 TOKENS = 1024  # of the demo model's tokenizer, which these checkpoints carry
@@ -30,17 +30,10 @@ def save(
     Returns:
         The model as it was saved, in fp32.
     """
-    config = tiny_config(family, **options)
-    config.vocab_size = TOKENS
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.dim() == 1:
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-                parameter.copy_(parameter.to(dtype))
-    model.eval()
+    model = make_tiny(family, vocab_size=TOKENS, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(dtype))
     model = model if plan is None else cut(model, plan(model))
     copy.deepcopy(model).to(dtype).save_pretrained(folder)  # a copy: the rotary tables would be rounded too
     for file in demo_model_path().glob("tokenizer*"):

@@ -97,26 +97,20 @@ def test_plain_text_is_one_visible_line_and_latex_prints_it(text: str) -> None:
     assert read_latex(escape.latex(text)) == line
 
 
-@pytest.mark.parametrize(
-    ("name", "public"),
-    [
-        ("/home/me/models/llama", "llama"),
-        ("/home/me/models/llama/", "llama"),
-        ("../data/validation.txt", "validation.txt"),
-        ("data/train.jsonl", "train.jsonl"),
-        ("~/corpus.npy", "corpus.npy"),
-        ("C:\\Users\\me\\text.txt", "text.txt"),
-        ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.1-8B"),
-        ("wikitext2", "wikitext2"),
-        ("", ""),
-    ],
-)
-def test_folders_of_this_machine_are_not_published(name: str, public: str) -> None:
-    assert escape.public_name(name) == public
+PUBLIC = {
+    "/home/me/models/llama": "llama",
+    "/home/me/models/llama/": "llama",
+    "../data/validation.txt": "validation.txt",
+    "data/train.jsonl": "train.jsonl",
+    "~/corpus.npy": "corpus.npy",
+    "C:\\Users\\me\\text.txt": "text.txt",
+    **{name: name for name in ("meta-llama/Llama-3.1-8B", "models/llama", "wikitext2", "")},  # as on the hub
+}
 
 
-def test_a_folder_that_is_here_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_of_this_machine_are_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    assert {name: escape.public_name(name) for name in PUBLIC} == PUBLIC
     assert escape.is_hub_id("models/llama")
     (tmp_path / "models" / "llama").mkdir(parents=True)
     assert not escape.is_hub_id("models/llama")

@@ -74,13 +74,10 @@ def test_sweep_takes_what_nobody_holds_and_leaves_what_lives(tmp_path: Path) -> 
         assert (folder / "x").exists()
         assert not any(path.exists() for path in dead)
     assert set(tmp_path.iterdir()) == {*others, tmp_path / "alive"}
-
-
-def test_next_write_of_a_file_removes_what_a_killed_one_left(tmp_path: Path) -> None:
-    (tmp_path / ".a.txt.12ab.tmp").touch()
-    (tmp_path / ".b.txt.12ab.tmp").touch()
-    write_text(tmp_path / "a.txt", "x")
-    assert {path.name for path in tmp_path.iterdir()} == {"a.txt", ".b.txt.12ab.tmp"}
+    for name in (".a.txt.12ab.tmp", ".b.txt.12ab.tmp"):
+        (tmp_path / name).touch()
+    write_text(tmp_path / "a.txt", "x")  # the next write of a file sweeps what is its own
+    assert set(tmp_path.iterdir()) == {*others, *(tmp_path / one for one in ("alive", "a.txt", ".b.txt.12ab.tmp"))}
 
 
 def test_lock_is_exclusive_until_it_is_let_go(tmp_path: Path) -> None:

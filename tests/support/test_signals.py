@@ -56,10 +56,13 @@ def in_except_that_swallows_everything(number: int) -> None:
         pass
 
 
-@pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize(
-    "strike",
-    [kill, Finalized, in_garbage_collection, in_weak_reference_callback, in_except_that_swallows_everything],
+    ("strike", "number"),
+    [
+        *((kill, number) for number in SIGNALS),
+        *((Finalized, signal.SIGINT), (in_garbage_collection, signal.SIGTERM)),
+        *((in_weak_reference_callback, signal.SIGINT), (in_except_that_swallows_everything, signal.SIGTERM)),
+    ],
 )
 def test_command_ends_although_the_exception_is_lost(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], strike: Callable[[int], object], number: int
@@ -110,7 +113,6 @@ def test_signal_at_the_last_moment_is_not_hidden() -> None:
 
 @pytest.mark.slow
 def test_process_that_does_not_come_back_to_python_is_ended() -> None:
-    number = signal.SIGINT
     code = (
         "import sys, time\nfrom lightning_prune.support import signals\nsignals.GRACE = 2\n"
         "from lightning_prune import cli\nfrom lightning_prune.cli.commands import apply\n"
@@ -122,20 +124,16 @@ def test_process_that_does_not_come_back_to_python_is_ended() -> None:
         "            kept.append(error)\n"  # as if somebody were unwinding, for ever
         "kept = []\napply.main = never\nsys.exit(cli.main(['apply']))"
     )
-    process: Any = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(lightning_prune.__file__).parents[1])},
-    )
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    here = {**os.environ, "PYTHONPATH": str(Path(lightning_prune.__file__).parents[1])}
+    process: Any = subprocess.Popen([sys.executable, "-c", code], env=here, **pipes)
     assert process.stdout.readline() == "ready\n"
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     try:
         _, shown = process.communicate(timeout=20)
     finally:
         process.kill()
-    assert process.returncode == 128 + number
+    assert process.returncode == 130
     assert "did not end within 2 seconds and was killed" in shown
 
 

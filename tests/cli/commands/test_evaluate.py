@@ -62,19 +62,16 @@ def test_checkpoint_folder_of_a_run_writes_beside_its_metrics_unless_told_otherw
     assert (run / "efficiency.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (["RUN"], "Add --efficiency, --zero-shot, or both"),
+def test_what_cannot_be_measured_or_written_is_refused(run: Path, base: Path) -> None:
+    for words, says in (
+        ([run], "Add --efficiency, --zero-shot, or both"),
         (["a/b/c", "--efficiency", "--output", "."], "^--model: no folder at"),
-        (["RUN", "--dense", "a/b/c", "--efficiency"], "^--dense: no folder at"),
-        (["RUN", "--efficiency", "--batch-sizes", "0"], "--batch-sizes: found 0"),
-        (["BASE", "--efficiency"], r"^--output: .* not part of a run folder"),
-    ],
-)
-def test_what_cannot_be_measured_or_written_is_refused(run: Path, base: Path, words: list[str], says: str) -> None:
-    with pytest.raises(UserError, match=says):
-        main(["--model", *(word.replace("RUN", str(run)).replace("BASE", str(base)) for word in words)])
+        ([run, "--dense", "a/b/c", "--efficiency"], "^--dense: no folder at"),
+        ([run, "--efficiency", "--batch-sizes", "0"], "--batch-sizes: found 0"),
+        ([base, "--efficiency"], r"^--output: .* not part of a run folder"),
+    ):
+        with pytest.raises(UserError, match=says):
+            main(["--model", *map(str, words)])
     assert not (run / "efficiency.json").exists()
 
 

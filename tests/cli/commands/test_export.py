@@ -46,14 +46,6 @@ def test_what_exists_is_replaced_only_on_request(form: str, model: Path, tmp_pat
     assert before
 
 
-@pytest.mark.parametrize(("form", "make"), [("gguf", Path.mkdir), ("stock", Path.touch)])
-def test_a_file_does_not_take_the_place_of_a_folder(
-    form: str, make: Callable, tmp_path: Path, export: Callable
-) -> None:
-    make(tmp_path / "out")
-    assert f"--output: '{tmp_path / 'out'}' is " in export(form, "--overwrite")
-
-
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, export: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     values, written = gguf_file._values, []
 
