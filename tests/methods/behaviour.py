@@ -1,6 +1,6 @@
 """What every pruning method goes through in ``test_every_method.py``: one line per system, and one way to run it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,6 +69,7 @@ SYSTEMS: dict[str, System] = {
 
 
 DENSE_SYSTEMS = tuple(name for name, system in SYSTEMS.items() if system.kind != "moe")
+FAST_DENSE = tuple(name for name in FAST_SYSTEMS if name in DENSE_SYSTEMS)
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,8 @@ def logits(model: Any) -> Tensor:
     return result
 
 
-def one_of_each_kind(systems: Iterable[str]) -> list[Any]:
-    """Parameters of a test over ``systems``: those of ``FAST_SYSTEMS`` always, the others where slow tests run."""
-    return [name if name in FAST_SYSTEMS else pytest.param(name, marks=pytest.mark.slow) for name in systems]
+# Of all others, whose passes are those of one above, the ones with a statistic of their own.
+MEASURES = ("flap", "hgsp_fisher", "hgsp_kfac", "hgsp_wanda", "wanda_2to4", "experts_wanda", "experts_taylor", "heapr",
+            "reap")  # fmt: skip
+# Parameters of a test: one of each kind of pass always, those where slow tests run.
+EACH_PASS = [*FAST_SYSTEMS, *(pytest.param(name, marks=pytest.mark.slow) for name in MEASURES)]

@@ -25,7 +25,9 @@ from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.vocabulary import Block
 from tests.methods.behaviour import (
     DENSE_SYSTEMS,
+    FAST_DENSE,
     FAST_SYSTEMS,
+    MEASURES,
     MODELS,
     SYSTEMS,
     Run,
@@ -50,8 +52,6 @@ every_system = pytest.mark.parametrize("system", SYSTEMS)
 # Groups that stay meet every system; of the others each meets two kinds of pass, in turn.
 UNLIKE = ("gqa-tied", "olmo2")
 FAST_KINDS = ("mqa-untied", "phi3", "gemma3_text", "olmo2")  # one of each layout; the others are slow
-
-FAST_DENSE = tuple(name for name in FAST_SYSTEMS if name in DENSE_SYSTEMS)
 
 
 def slow_unless(fast: bool, *values: Any) -> Any:
@@ -220,10 +220,6 @@ def test_batch_size_and_sample_order_do_not_change_the_result(
         assert new.keys() == old.keys()
         for role, weight in new.items():
             torch.testing.assert_close(weight, old[role], rtol=1e-3, atol=1e-4)
-
-
-# Of the others those whose statistics are none of theirs.
-MEASURES = ("flap", "hgsp_fisher", "hgsp_kfac", "wanda_2to4", "experts_wanda", "experts_taylor", "heapr", "reap")
 
 
 @pytest.mark.parametrize(

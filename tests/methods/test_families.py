@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 import lightning_prune
 from lightning_prune.calibration.passes import BlockPass
 from lightning_prune.checkpoint import family_check as proof
-from lightning_prune.methods import HGSP, ShortGPT, SlimGPT, Wanda
+from lightning_prune.methods import HGSP, SlimGPT, Wanda
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 from tests.methods.behaviour import SYSTEMS, Run, prune, save_tokens
 from tests.methods.running import pruned_by, run_method, save_base
-from tests.tiny import HYBRIDS, SIDE_BY_SIDE, WHOLE_ATTENTION, make_tiny, tiny_tokens
+from tests.tiny import HYBRIDS, SIDE_BY_SIDE, make_tiny, tiny_tokens
 
 
 def fused(plain: PreTrainedModel) -> PreTrainedModel:
@@ -37,9 +37,8 @@ def fused(plain: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-@pytest.mark.parametrize(
-    "system", ["wanda", "flap", "hgsp_taylor", "hgsp_kfac", "slimgpt", "hgsp_taylor_refit", "wanda_2to4"]
-)
+# Those that read all seven matrices, single weights of them, or rewrite two.
+@pytest.mark.parametrize("system", ["wanda", "wanda_2to4", "hgsp_taylor_refit", "slimgpt"])
 def test_a_fused_model_is_pruned_as_the_same_model_in_parts(tmp_path: Path, system: str) -> None:
     plain = make_tiny("mistral", tied=False)
     tokens, runs = save_tokens(tmp_path / "tokens.npy"), []
@@ -126,29 +125,14 @@ def test_every_block_is_refitted_on_what_the_pruned_part_before_it_puts_out(
         torch.testing.assert_close(hidden, expected[place], rtol=1e-3, atol=1e-3, msg=str(place))
 
 
-@pytest.mark.parametrize("family", [*WHOLE_ATTENTION, *SIDE_BY_SIDE])
-def test_where_groups_stay_a_ratio_that_channels_cannot_reach_says_why(tmp_path: Path, family: str) -> None:
-    base = save_base(make_tiny(family), tmp_path / "base")
-    for method in (Wanda(base, 0.6), Wanda(base, 0.6, allocation="uniform"), SYSTEMS["slimgpt"].make(base, 0.6)):
-        with pytest.raises(UserError, match=r"cannot be reached.*GQA groups of this family are not removed"):
-            run_method(method, tiny_tokens(4, 12), tmp_path / "run")
-    run_method(ShortGPT(base, 0.6), tiny_tokens(4, 12), tmp_path / "layers")
-
-
-def test_uniform_widths_of_a_family_whose_groups_stay_are_stock(tmp_path: Path) -> None:
-    base = save_base(make_tiny("olmo2"), tmp_path / "base")
-    method = run_method(Wanda(base, 0.2, allocation="uniform"), tiny_tokens(4, 12), tmp_path / "run")
-    assert not lightning_prune.load(str(method.pruned_folder)).config.is_heterogeneous
-    assert {len(layer.kept[Block.ATTENTION]) for layer in method.plan.layers} == {2}
-    assert len({len(layer.kept[Block.MLP]) for layer in method.plan.layers} - {40}) == 1
-
-
-@pytest.mark.parametrize("family", [*HYBRIDS, *SIDE_BY_SIDE])
-def test_uniform_widths_of_a_hybrid_are_stock(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("family", ["olmo2", *HYBRIDS, *SIDE_BY_SIDE])
+def test_uniform_widths_are_stock_where_attention_or_a_mixer_stays(tmp_path: Path, family: str) -> None:
     base = save_base(make_tiny(family), tmp_path / "base")
     method = run_method(Wanda(base, 0.2, allocation="uniform"), tiny_tokens(4, 12), tmp_path / "run")
     assert not lightning_prune.load(str(method.pruned_folder)).config.is_heterogeneous
     assert 0.185 < method.plan.achieved_ratio <= 0.2  # a channel of every layer is 1.2 %
+    if family == "olmo2":
+        assert {len(layer.kept[Block.ATTENTION]) for layer in method.plan.layers} == {2}
     assert all(layer.kept.get(Block.MIXER, [0]) == [0] for layer in method.plan.layers)
 
 

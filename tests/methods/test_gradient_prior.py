@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_prune.methods import HGSP
-from lightning_prune.support.errors import UserError
 from tests.methods.running import run_method, save_base
 from tests.tiny import make_tiny, tiny_tokens
 
@@ -76,13 +75,3 @@ def test_gradient_prior_makes_no_evaluation_of_its_own(tmp_path: Path) -> None:
         run_method(method, tokens, tmp_path / str(temperature))
         counts.append(method.driver.setting.model.evaluations)
     assert counts[0] == counts[1] > 0
-
-
-def test_it_comes_from_every_sample() -> None:
-    with pytest.raises(UserError, match=r"--model\.prior_num_samples: found 16"):
-        HGSP("demo", 0.2, prior="gradient", prior_num_samples=16)
-
-
-def test_an_importance_without_gradients_has_no_such_prior() -> None:
-    with pytest.raises(UserError, match=r"--model\.prior gradient .* --model\.importance taylor"):
-        HGSP("demo", 0.2, importance="wanda", prior="gradient")

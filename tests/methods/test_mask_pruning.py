@@ -8,7 +8,6 @@ import torch
 
 from lightning_prune.checkpoint.cut import layout_of
 from lightning_prune.methods import Magnitude, Wanda
-from lightning_prune.support.errors import UserError
 from tests.methods.running import inputs_of, projections, pruned_by, run_method, save_base
 from tests.tiny import make_tiny, tiny_tokens
 
@@ -97,14 +96,3 @@ def test_embeddings_head_and_frozen_layers_are_untouched(tmp_path: Path) -> None
     for name, linear in projections(pruned_by(method), 0).items():
         assert torch.equal(linear.weight, projections(model, 0)[name].weight)
     assert int((projections(pruned_by(method), 1)["q_proj"].weight == 0).sum()) == 32 * 16
-
-
-def test_pattern_that_does_not_divide_the_widths_is_refused_before_loading(tmp_path: Path) -> None:
-    base = save_base(make_tiny(layers=2, channels=42), tmp_path / "base")
-    with pytest.raises(UserError, match="divisible by 4"):
-        run_method(Wanda(base, structure="2:4"), tiny_tokens(2, 8), tmp_path / "run")
-
-
-def test_group_options_are_refused_for_masks() -> None:
-    with pytest.raises(UserError, match=r"--model.round_to"):
-        Wanda(structure="2:4", round_to=8)

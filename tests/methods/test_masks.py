@@ -77,9 +77,3 @@ def test_nan_scores_are_refused() -> None:
 
 def test_structures_are_parsed() -> None:
     assert [parse_structure(text) for text in ("group", "unstructured", "2:4", "4:8")] == [None, None, (2, 4), (4, 8)]
-
-
-@pytest.mark.parametrize("text", ["", "4:2", "4:4", "0:4", "2:4:8", "rows", "2-4", "-2:4"])
-def test_unknown_structures_name_what_is_allowed(text: str) -> None:
-    with pytest.raises(UserError, match=r"--model\.structure.*group, unstructured, or n:m"):
-        parse_structure(text)

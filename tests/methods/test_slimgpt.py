@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor
 
 from lightning_prune.methods import SlimGPT
 from lightning_prune.models.vocabulary import Block
-from lightning_prune.support.errors import UserError
 from tests.methods.running import inputs_of, projections, pruned_by, run_method, save_base
 from tests.tiny import make_tiny, tiny_tokens
 
@@ -64,19 +64,20 @@ def reference(model, tokens: Tensor, counts: list[tuple[int, int]], rounds) -> t
 
 
 @pytest.mark.parametrize(
-    "shape",
+    ("precision", "shape"),
     [
-        {"family": "llama", "heads": 4, "kv_heads": 2},
-        {"family": "qwen2", "heads": 4, "kv_heads": 2},
-        {"family": "llama", "heads": 4, "kv_heads": 4},
+        ("32-true", {"family": "llama", "heads": 4, "kv_heads": 2}),
+        ("32-true", {"family": "qwen2", "heads": 4, "kv_heads": 2}),  # with biases
+        ("64-true", {"family": "llama", "heads": 4, "kv_heads": 4}),
     ],
-    ids=["llama-gqa", "qwen2-biases", "llama-mha"],
 )
-def test_whole_run_equals_a_float64_reference(shape: dict, tmp_path: Path) -> None:
+def test_whole_run_equals_a_float64_reference(precision: str, shape: dict[str, Any], tmp_path: Path) -> None:
     model = make_tiny(layers=3, **shape)
     tokens = tiny_tokens(12, 16)
     base = save_base(model, tmp_path / "base")
-    method = run_method(SlimGPT(base, 0.4, ffn_group_size=3), tokens, tmp_path / "run")
+    method: Any = run_method(SlimGPT(base, 0.4, ffn_group_size=3), tokens, tmp_path / "run", precision=precision)
+    assert method.ratios == sorted(method.ratios)
+    assert method.ratios[0] < method.ratios[-1]  # later layers lose more
     assert any(groups for groups, _ in method.counts), "the case must remove heads too"
 
     def rounds(channels: int) -> list[int]:
@@ -118,39 +119,13 @@ def test_compensation_is_the_least_squares_optimum_and_beats_masking_on_every_la
             found[name].weight.data = full
 
 
-def test_later_layers_lose_more_and_the_total_is_met(tmp_path: Path) -> None:
-    model = make_tiny(layers=6, channels=80)
-    base = save_base(model, tmp_path / "base")
-    method = run_method(SlimGPT(base, 0.3), tiny_tokens(12, 16), tmp_path / "run")
-    ratios = method.ratios
-    assert ratios == sorted(ratios)
-    assert ratios[0] < ratios[-1]
-    channel = 3 * 32
-    dense = method.plan.parameters["dense"]
-    assert 0 <= int(0.3 * dense) - (dense - method.plan.parameters["pruned"]) < channel
-
-
-def test_double_precision_gives_the_decision_of_single(tmp_path: Path) -> None:
-    base = save_base(make_tiny(layers=3), tmp_path / "base")
-    tokens = tiny_tokens(10, 16)
-    single = run_method(SlimGPT(base, 0.1), tokens, tmp_path / "single")
-    assert any(groups == 0 for groups, _ in single.counts), "the case must leave a projection untouched"
-    double = run_method(SlimGPT(base, 0.1), tokens, tmp_path / "double", precision="64-true")
-    assert double.plan.layers == single.plan.layers
-    for layer in range(3):
-        for name, linear in projections(pruned_by(double), layer).items():
-            other = projections(pruned_by(single), layer)[name].weight
-            torch.testing.assert_close(linear.weight, other, rtol=1e-4, atol=1e-5)
-
-
-def test_max_tokens_takes_the_first_tokens_whatever_the_batch_size(tmp_path: Path) -> None:
+def test_max_tokens_takes_the_first_tokens(tmp_path: Path) -> None:
     base = save_base(make_tiny(layers=2), tmp_path / "base")
     tokens = tiny_tokens(12, 16)
     whole = run_method(SlimGPT(base, 0.3), tokens[:6], tmp_path / "six")
-    for size in (1, 5):
-        capped = run_method(SlimGPT(base, 0.3, max_tokens=96), tokens, tmp_path / str(size), batch_size=size)
-        assert capped.plan.layers == whole.plan.layers
-        torch.testing.assert_close(capped.scores.importance, whole.scores.importance, rtol=1e-3, atol=1e-9)
+    capped = run_method(SlimGPT(base, 0.3, max_tokens=96), tokens, tmp_path / "capped", batch_size=5)
+    assert capped.plan.layers == whole.plan.layers
+    torch.testing.assert_close(capped.scores.importance, whole.scores.importance, rtol=1e-3, atol=1e-9)
 
 
 def test_damping_that_had_to_be_raised_is_reported(tmp_path: Path) -> None:
@@ -159,20 +134,6 @@ def test_damping_that_had_to_be_raised_is_reported(tmp_path: Path) -> None:
     assert all(used > 0 for used in method._details["damping_used"]["down"])
     fine = run_method(SlimGPT(base, 0.2), tiny_tokens(12, 16), tmp_path / "fine")
     assert fine._details["damping_used"]["down"] == [0.01, 0.01]
-
-
-def test_unreachable_ratio_names_the_largest(tmp_path: Path) -> None:
-    base = save_base(make_tiny(layers=2), tmp_path / "base")
-    with pytest.raises(UserError, match=r"largest reachable ratio is at most 0\.\d+"):
-        run_method(SlimGPT(base, 0.95), tiny_tokens(4, 8), tmp_path / "run")
-
-
-@pytest.mark.parametrize(
-    "option", [{"damping": -0.1}, {"max_tokens": 0}, {"ffn_group_size": 0}, {"first_ratio": 1.0}], ids=str
-)
-def test_senseless_options_are_refused_by_name(option: dict) -> None:
-    with pytest.raises(UserError, match=f"--model.{next(iter(option))}"):
-        SlimGPT(**option)
 
 
 def test_every_block_runs_once_however_deep_the_model_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
