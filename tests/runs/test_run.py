@@ -122,7 +122,8 @@ def test_a_run_from_before_the_option_began_no_window_with_a_token(inputs: Path)
 def test_ratio_that_nobody_asked_for_is_not_recorded(inputs: Path) -> None:
     run = prune(ShortGPT(str(inputs / "model"), n_remove_layers=1), inputs / "tokens.npy", inputs / "logs")
     metrics = json.loads((run.folder / "metrics.json").read_text())
-    assert metrics["pruning_ratio"]["requested"] is None
+    assert metrics["pruning_ratio"]["requested"] is run.method.plan.pruning_ratio is None
+    assert json.loads((run.folder / "method.json").read_text())["n_remove_layers"] == 1
     assert load_run(run.folder).requested == metrics["pruning_ratio"]["achieved"]
     assert "Pruning ratio requested" not in (run.pruned / "README.md").read_text()
 

@@ -119,10 +119,7 @@ def slurm_environment(task: int, port: int) -> dict[str, str]:
         ("wanda", "torchrun", make_tiny),
         ("wanda", "two nodes", make_tiny),
         ("slimgpt", "slurm", make_tiny),
-        *(
-            (config, "--trainer.devices 2", partial(make_moe, width=32))
-            for config in ("hgsp_kfac_refit", "reap", "heapr")
-        ),
+        *((config, "slurm", partial(make_moe, width=32)) for config in ("hgsp_kfac_refit", "reap", "heapr")),
     ],
 )
 def test_number_of_processes_does_not_change_the_plan_however_they_are_started(
