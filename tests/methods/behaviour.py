@@ -106,15 +106,16 @@ def save_tokens(path: Path, tokens: Tensor | None = None) -> Path:
     return path
 
 
-def trainer_for(method: PruningMethod, root: Path, precision: str = "32-true") -> L.Trainer:
-    """The trainer of the command line, on the CPU and without a progress bar."""
+def trainer_for(method: PruningMethod, root: Path, precision: str = "32-true", logged: bool = False) -> L.Trainer:
+    """The trainer of the command line, on the CPU and without a progress bar; TensorBoard's picture takes a third of a
+    run on a tiny model, so ``logged`` runs alone have it."""
     quiet()
     return L.Trainer(
         accelerator="cpu",
         devices=1,
         max_epochs=1,
         precision=precision,  # type: ignore[arg-type]
-        logger=TensorBoardLogger(root, name=method.label, default_hp_metric=False),
+        logger=logged and TensorBoardLogger(root, name=method.label, default_hp_metric=False),
         default_root_dir=root,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -130,6 +131,7 @@ def prune(
     precision: str = "32-true",
     batch_size: int = 4,
     evaluate_on: list[Path] | None = None,
+    logged: bool = False,
 ) -> Run:
     """One run through ``prune_and_record``; no evaluation unless asked for."""
     data = CalibrationDataModule(
@@ -147,7 +149,8 @@ def prune(
         write(folder)
 
     method._write_pruned = keep_new_weights  # type: ignore[method-assign]
-    folder, metrics = prune_and_record(trainer_for(method, root, precision), method, data, config_of(method))
+    trainer = trainer_for(method, root, precision, logged)
+    folder, metrics = prune_and_record(trainer, method, data, config_of(method))
     return Run(folder, metrics, method, found)
 
 

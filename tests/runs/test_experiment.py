@@ -40,7 +40,7 @@ def write_experiment(tmp_path: Path) -> Path:
         "ratios": [0.2, 0.4],
         "systems": systems,
         "data": {"dataset": str(tmp_path / "calibration.npy"), "eval_datasets": [str(tmp_path / "test.npy")]},
-        "trainer": {"accelerator": "cpu"},
+        "trainer": {"accelerator": "cpu", "logger": False},
         "root": str(tmp_path / "logs"),
     }
     (tmp_path / "compare.yaml").write_text(yaml.safe_dump(content, sort_keys=False))

@@ -51,7 +51,7 @@ class Fit:
         model = "experts" if system == "experts" else "model"
         options = ["--model.pretrained", f"{self.folder}/{model}", "--data.dataset", f"{self.folder}/tokens.npy"]
         options += ["--data.eval_datasets", f"[{self.folder}/held_out.npy]", "--trainer.accelerator", "cpu"]
-        options += ["--trainer.default_root_dir", f"{self.folder}/{root}", "--trainer.enable_progress_bar", "false"]
+        options += ["--trainer.default_root_dir", f"{self.folder}/{root}", "--trainer.logger", "false"]
         return self.forks.run(["fit", *OPTIONS[system], *options, *more], kill)
 
     def result(self, system: str, root: str) -> dict[str, bytes]:
@@ -142,7 +142,7 @@ def test_smaller_batches_and_other_spellings_go_on_and_end_in_the_same_plan(fit:
     folder = fit.folder / "smaller" / system / "version_0"
     known = {path.name: path.read_bytes() for path in (folder / "findings").glob("step_*")}
     assert len(known) == 4
-    more = ["--data.batch_size", "1", "--data.eval_batch_size", "3", "--trainer.logger", "false"]
+    more = ["--data.batch_size", "1", "--data.eval_batch_size", "3", "--trainer.enable_progress_bar", "false"]
     more += ["--data.dataset", os.path.relpath(fit.folder / "tokens.npy", REPOSITORY)]
     more += ["--data.cache_dir", f"{fit.folder}/cache", "--model.onload", "layer"]
     again = Kill("lightning_prune.calibration.results:Results.add", 1)

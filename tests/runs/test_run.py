@@ -39,6 +39,7 @@ def options(inputs: Path, method: str = "Magnitude", root: str = "root") -> list
         f"--trainer.default_root_dir={inputs / root}",
         "--trainer.accelerator=cpu",
         "--trainer.enable_progress_bar=false",
+        "--trainer.logger=false",
     ]
 
 
@@ -80,7 +81,7 @@ def test_full_disk_under_tensorboard_is_one_message(
 
     monkeypatch.setattr(RecordWriter, "write", write)
     arguments = options(inputs)
-    assert main([command, *(arguments if command == "fit" else arguments[1:])]) == 2
+    assert main([command, *(arguments if command == "fit" else arguments[1:]), "--trainer.logger=true"]) == 2
     shown = capfd.readouterr().err
     assert "Traceback" not in shown
     assert shown.splitlines()[-1].startswith("error: --trainer.default_root_dir: cannot write below")

@@ -83,7 +83,7 @@ def test_depth_pruning_shares_the_layer_curve(tmp_path: Path, importance: list[f
 
 def test_depth_pruning_logs_the_same_layer_curve(tmp_path: Path) -> None:
     method, tokens = ShortGPT(str(save_model(tmp_path / "model")), 0.3), save_tokens(tmp_path / "c.npy")
-    run = prune(method, tokens, tmp_path / "logs", evaluate_on=[save_tokens(tmp_path / "e.npy")])
+    run = prune(method, tokens, tmp_path / "logs", evaluate_on=[save_tokens(tmp_path / "e.npy")], logged=True)
     (folder,) = run.folder.glob("*%")  # TensorBoard shows the path, and so the ratio
     events = read(folder)
     assert [point.step for point in events.Scalars("importance/layer")] == [0, 1, 2, 3]
