@@ -41,12 +41,3 @@ def test_importance_is_the_mean_square_of_the_masks_slopes(family: str, tmp_path
         for block, expected in zip(("attention", "mlp"), pair, strict=True):
             found = torch.from_numpy(method.scores.importance[method.scores.of(layer, block)])
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-9)
-
-
-def test_gradient_prior_comes_with_it(tmp_path: Path) -> None:
-    base = save_base(make_tiny(layers=3), tmp_path / "base")
-    priors = []
-    for importance in ("fisher", "taylor"):
-        method = HGSP(base, 0.2, importance=importance, prior="gradient")
-        priors.append(run_method(method, tiny_tokens(7, 12), tmp_path / importance).priors)
-    torch.testing.assert_close(priors[0], priors[1], rtol=1e-4, atol=1e-7)

@@ -36,8 +36,9 @@ def slopes(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     return torch.autograd.grad(losses.sum(), factors)[0][..., 0, 0]
 
 
-@pytest.mark.parametrize("family", ["llama", "granite"])
-@pytest.mark.parametrize("importance", ["taylor", "fisher", "kfac"])
+@pytest.mark.parametrize(
+    ("family", "importance"), [("llama", "taylor"), ("granite", "taylor"), ("llama", "fisher"), ("llama", "kfac")]
+)
 def test_priors_are_the_second_order_estimate_along_each_piece(family: str, importance: str, tmp_path: Path) -> None:
     model = make_tiny(family, layers=3)
     tokens = tiny_tokens(7, 12)
@@ -49,21 +50,6 @@ def test_priors_are_the_second_order_estimate_along_each_piece(family: str, impo
     expected = (0.5 * s.square() - s).sum(2) / (7 * 11)
     assert method.priors is not None
     torch.testing.assert_close(method.priors, expected, rtol=1e-3, atol=1e-5)
-
-
-def test_where_pieces_add_little_the_estimate_is_the_removal_prior(tmp_path: Path) -> None:
-    model = make_tiny(layers=4)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.o_proj.weight *= 1e-5
-            layer.mlp.down_proj.weight *= 1e-5
-    base = save_base(model, tmp_path / "base")
-    found = {}
-    for prior in ("gradient", "removal"):
-        options = {"prior": prior}
-        method = run_method(HGSP(base, 0.2, **options), tiny_tokens(16, 12), tmp_path / prior, precision="64-true")
-        found[prior] = method.priors
-    torch.testing.assert_close(found["gradient"], found["removal"], rtol=0.02, atol=1e-7)
 
 
 def test_gradient_prior_makes_no_evaluation_of_its_own(tmp_path: Path) -> None:

@@ -151,20 +151,6 @@ def test_score_norm_makes_kinds_or_blocks_comparable() -> None:
     assert np.array_equal(normalised(scores, "none"), scores.importance / scores.cost)
 
 
-def test_frozen_layers_are_measured_but_never_pruned(tmp_path: Path) -> None:
-    base = save_base(make_tiny(layers=4), tmp_path / "base")
-    tokens = tiny_tokens(4, 8)
-    free = run_method(HGSP(base, 0.2, importance="wanda"), tokens, tmp_path / "free")
-    frozen = run_method(
-        HGSP(base, 0.2, importance="wanda", freeze_first_n_layers=1, freeze_last_n_layers=1),
-        tokens,
-        tmp_path / "frozen",
-    )
-    assert np.array_equal(free.scores.score, frozen.scores.score)
-    assert set(frozen.scores.layer[frozen.scores.pruned].tolist()) <= {1, 2}
-    assert frozen.plan.achieved_ratio <= 0.2
-
-
 def test_a_layer_that_loses_both_blocks_is_removed(tmp_path: Path) -> None:
     model = make_tiny(layers=4)
     with torch.no_grad():

@@ -92,33 +92,6 @@ def test_whole_run_equals_a_float64_reference(precision: str, shape: dict[str, A
     assert sum(p.numel() for p in pruned_by(method).parameters()) == method.plan.parameters["pruned"]
 
 
-def test_compensation_is_the_least_squares_optimum_and_beats_masking_on_every_layer(tmp_path: Path) -> None:
-    model = make_tiny(layers=3)
-    tokens = tiny_tokens(40, 16)
-    base = save_base(model, tmp_path / "base")
-    method = run_method(SlimGPT(base, 0.3, damping=1e-6), tokens, tmp_path / "run")
-    zeroed = copy.deepcopy(model).double()
-    for layer, plan in enumerate(method.plan.layers):
-        found = projections(zeroed, layer)
-        pruned = projections(pruned_by(method), layer)
-        heads = [j for h in plan.kept[Block.ATTENTION] for j in range(h * 16, (h + 1) * 16)]
-        for name, columns in (("o_proj", heads), ("down_proj", plan.kept[Block.MLP])):
-            weight = found[name].weight.data
-            x = inputs_of(zeroed, found[name], tokens)
-            target = x @ weight.T
-            optimum = torch.linalg.lstsq(x[:, columns], target).solution
-            best = (x[:, columns] @ optimum - target).norm() / target.norm()
-            ours = pruned[name].weight.data.double()
-            error = (x[:, columns] @ ours.T - target).norm() / target.norm()
-            masked = (x[:, columns] @ weight[:, columns].T - target).norm() / target.norm()
-            assert float(error - best) < 1e-3
-            if len(columns) < weight.shape[1]:
-                assert error < masked
-            full = torch.zeros_like(weight)
-            full[:, columns] = ours
-            found[name].weight.data = full
-
-
 def test_max_tokens_takes_the_first_tokens(tmp_path: Path) -> None:
     base = save_base(make_tiny(layers=2), tmp_path / "base")
     tokens = tiny_tokens(12, 16)
@@ -132,8 +105,6 @@ def test_damping_that_had_to_be_raised_is_reported(tmp_path: Path) -> None:
     base = save_base(make_tiny(layers=2), tmp_path / "base")
     method = run_method(SlimGPT(base, 0.2, damping=0.0), tiny_tokens(2, 8), tmp_path / "run")  # 16 tokens, 40 channels
     assert all(used > 0 for used in method._details["damping_used"]["down"])
-    fine = run_method(SlimGPT(base, 0.2), tiny_tokens(12, 16), tmp_path / "fine")
-    assert fine._details["damping_used"]["down"] == [0.01, 0.01]
 
 
 def test_every_block_runs_once_however_deep_the_model_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
