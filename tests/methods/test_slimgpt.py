@@ -11,55 +11,30 @@ from torch import Tensor
 from lightning_prune.methods import SlimGPT
 from lightning_prune.models.vocabulary import Block
 from tests.methods.running import inputs_of, projections, pruned_by, run_method, save_base
+from tests.methods.test_slimgpt_math import naive_channel_errors, naive_greedy, naive_head_errors, naive_hessian
 from tests.tiny import make_tiny, tiny_tokens
 
-DAMPING = 0.01
 
-
-def hessian_of(x: Tensor, samples: int) -> Tensor:
-    hessian = 2 / samples * x.T @ x
-    return hessian + DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
-
-
-def greedy(weight: Tensor, hessian: Tensor, width: int, rounds: list[int]) -> tuple[list[int], Tensor]:
-    """Remove units of ``width`` columns round by round, each time refitting by solving the normal equations."""
-    units = list(range(weight.shape[1] // width))
-    columns = list(range(weight.shape[1]))
-    current, h = weight.clone(), hessian.clone()
-    for size in rounds:
-        inverse = torch.linalg.inv(h)
-        errors = []
-        for position in range(len(units)):
-            block = slice(position * width, (position + 1) * width)
-            factor = torch.linalg.cholesky(inverse[block, block])
-            error = sum(float((current[:, position * width + j] ** 2).sum() / factor[j, j] ** 2) for j in range(width))
-            errors.append((error, position))
-        gone = sorted(position for _, position in sorted(errors)[:size])
-        stay = [p for p in range(len(units)) if p not in gone]
-        s = [p * width + j for p in stay for j in range(width)]
-        g = [p * width + j for p in gone for j in range(width)]
-        current = current[:, s] + current[:, g] @ h[g][:, s] @ torch.linalg.inv(h[s][:, s])
-        h = h[s][:, s]
-        units = [units[p] for p in stay]
-        columns = [columns[i] for i in s]
-    full = torch.zeros_like(weight)
-    full[:, columns] = current
-    return units, full
-
-
-def reference(model, tokens: Tensor, counts: list[tuple[int, int]], rounds) -> tuple[list, object]:
-    model = copy.deepcopy(model).double()
-    kept = []
+def reference(model: Any, tokens: Tensor, counts: list[tuple[int, int]]) -> tuple[list[Any], Any]:
+    """The units kept of every layer and the model, layer by layer; channels leave three at a time."""
+    model, config, kept = copy.deepcopy(model).double(), model.config, []
+    width = config.head_dim * config.num_attention_heads // config.num_key_value_heads
     for layer, (groups, channels) in enumerate(counts):
-        found = projections(model, layer)
-        width = model.config.head_dim * model.config.num_attention_heads // model.config.num_key_value_heads
-        x = inputs_of(model, found["o_proj"], tokens)
-        heads, weight = greedy(found["o_proj"].weight.data, hessian_of(x, len(tokens)), width, [1] * groups)
-        found["o_proj"].weight.data = weight
-        x = inputs_of(model, found["down_proj"], tokens)
-        units, weight = greedy(found["down_proj"].weight.data, hessian_of(x, len(tokens)), 1, rounds(channels))
-        found["down_proj"].weight.data = weight
-        kept.append((heads, units))
+        threes = [3] * (channels // 3) + [channels % 3] * (channels % 3 > 0)
+        kept.append([])
+        for name, columns, rounds, errors in (
+            ("o_proj", width, [1] * groups, naive_head_errors(width, "slimgpt")),
+            ("down_proj", 1, threes, naive_channel_errors),
+        ):
+            linear = projections(model, layer)[name]
+            hessian = naive_hessian(inputs_of(model, linear, tokens), len(tokens), 0.01)
+            weight = linear.weight.data
+            units, new, _ = naive_greedy(weight.numpy(), hessian, columns, rounds, errors)
+            linear.weight.data = torch.zeros_like(weight)
+            linear.weight.data[:, [unit * columns + j for unit in units for j in range(columns)]] = torch.from_numpy(
+                new
+            )
+            kept[-1].append(units)
     return kept, model
 
 
@@ -80,11 +55,8 @@ def test_whole_run_equals_a_float64_reference(precision: str, shape: dict[str, A
     assert method.ratios[0] < method.ratios[-1]  # later layers lose more
     assert any(groups for groups, _ in method.counts), "the case must remove heads too"
 
-    def rounds(channels: int) -> list[int]:
-        return [3] * (channels // 3) + ([channels % 3] if channels % 3 else [])
-
-    kept, expected = reference(model, tokens, method.counts, rounds)
-    assert [(plan.kept[Block.ATTENTION], plan.kept[Block.MLP]) for plan in method.plan.layers] == kept
+    kept, expected = reference(model, tokens, method.counts)
+    assert [[plan.kept[Block.ATTENTION], plan.kept[Block.MLP]] for plan in method.plan.layers] == kept
     with torch.no_grad():
         got = pruned_by(method)(input_ids=tokens, use_cache=False).logits.double()
         want = expected(input_ids=tokens, use_cache=False).logits
