@@ -127,7 +127,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if not model.exists():
             save_model(model, **KINDS[kind])
         method = SYSTEMS[system].make(pretrained=str(model), pruning_ratio=RATIO, onload=onload)
-        evaluate_on = [held_out] if kind == SYSTEMS[system].kind else []
+        evaluate_on = [held_out] if system in FAST_SYSTEMS and kind == SYSTEMS[system].kind else []  # half of a run
         with pytest.MonkeyPatch.context() as patch:
             seen = watch(patch, method)
             folder = root / f"runs-{kind}" / precision / onload
@@ -255,9 +255,10 @@ def test_half_precision_is_for_the_layers_alone_and_decides_as_single_but_for_ro
         # twice the relative error.
         steps = 32 if system == "hgsp_fisher" else 16
         torch.testing.assert_close(after.importance, before.importance, rtol=steps * ROUNDING[precision], atol=0)
-    values = [run.metrics["perplexity"]["held-out.npy"] for run in (full, half)]
-    for which in ("dense", "pruned"):
-        assert values[1][which] == pytest.approx(values[0][which], rel=0.05)
+    if system in FAST_SYSTEMS:
+        values = [run.metrics["perplexity"]["held-out.npy"] for run in (full, half)]
+        for which in ("dense", "pruned"):
+            assert values[1][which] == pytest.approx(values[0][which], rel=0.05)
 
 
 @every_system
@@ -276,9 +277,12 @@ def test_the_run_folder_is_complete_and_its_files_agree(shared: Any, system: str
         "achieved": run.method.plan.achieved_ratio,
     }
     assert metrics["parameters"] == run.method.plan.parameters
-    assert metrics["perplexity"]["held-out.npy"]["tokens"] == 6 * 15
     assert metrics["peak_memory_bytes"] > 0
-    assert {"load", "prune", "save", "evaluate dense", "evaluate pruned", "total"} <= metrics["seconds"].keys()
+    phases = {"load", "prune", "save", "total"}
+    if system in FAST_SYSTEMS:
+        assert metrics["perplexity"]["held-out.npy"]["tokens"] == 6 * 15
+        phases |= {"evaluate dense", "evaluate pruned"}
+    assert phases <= metrics["seconds"].keys()
     assert plan_of(run) == run.method.plan.to_json()
     calibration = json.loads((run.folder / "calibration.json").read_text())
     if run.method.needs_calibration:

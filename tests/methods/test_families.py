@@ -97,7 +97,7 @@ MLP_ENTRY = {"gemma2": "pre_feedforward_layernorm", "gemma3_text": "pre_feedforw
     "family", ["llama", "gemma2", "gemma3_text", "phi3", "granite", "olmo2", "qwen3_5_text", "phi"]
 )
 def test_every_block_is_refitted_on_what_the_pruned_part_before_it_puts_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+    run: Any, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     seen, run = {}, BlockPass.catch
 
@@ -108,8 +108,7 @@ def test_every_block_is_refitted_on_what_the_pruned_part_before_it_puts_out(
 
     monkeypatch.setattr(BlockPass, "catch", spy)
     tokens = tiny_tokens(12, 16)
-    base = save_base(make_tiny(family), tmp_path / "base")
-    pruned: Any = pruned_by(run_method(SlimGPT(base, 0.25), tokens, tmp_path / "run", batch_size=12))
+    pruned: Any = pruned_by(run(make_tiny(family), SlimGPT, 0.25, tokens, batch_size=12))
     expected: dict[tuple[int, str], Tensor] = {}
     for index, layer in enumerate(pruned.model.layers):
         for phase, module in (
@@ -126,9 +125,8 @@ def test_every_block_is_refitted_on_what_the_pruned_part_before_it_puts_out(
 
 
 @pytest.mark.parametrize("family", ["llama", "olmo2", *HYBRIDS, *SIDE_BY_SIDE])
-def test_uniform_widths_are_stock(tmp_path: Path, family: str) -> None:
-    base = save_base(make_tiny(family), tmp_path / "base")
-    method = run_method(Wanda(base, 0.2, allocation="uniform"), tiny_tokens(4, 12), tmp_path / "run")
+def test_uniform_widths_are_stock(run: Any, family: str) -> None:
+    method = run(make_tiny(family), Wanda, 0.2, tiny_tokens(4, 12), allocation="uniform")
     assert not lightning_prune.load(str(method.pruned_folder)).config.is_heterogeneous
     assert not (method.pruned_folder / "modeling_pruned.py").exists()
     assert 0.185 < method.plan.achieved_ratio <= 0.2  # a channel of every layer is 1.2 %
@@ -137,9 +135,8 @@ def test_uniform_widths_are_stock(tmp_path: Path, family: str) -> None:
     assert all(layer.kept.get(Block.MIXER, [0]) == [0] for layer in method.plan.layers)
 
 
-def test_a_hybrid_keeps_a_group_of_attention_whatever_its_score(tmp_path: Path) -> None:
-    base = save_base(make_tiny("nemotron_h"), tmp_path / "base")
-    method = run_method(HGSP(base, 0.4, importance="magnitude", temperature=0), tiny_tokens(4, 12), tmp_path / "run")
+def test_a_hybrid_keeps_a_group_of_attention_whatever_its_score(run: Any) -> None:
+    method = run(make_tiny("nemotron_h"), HGSP, 0.4, tiny_tokens(4, 12), importance="magnitude", temperature=0)
     (attention,) = [layer.kept[Block.ATTENTION] for layer in method.plan.layers if Block.ATTENTION in layer.kept]
     assert len(attention) == 1
     written = json.loads((method.pruned_folder / "config.json").read_text())

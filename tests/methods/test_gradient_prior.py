@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,13 +40,10 @@ def slopes(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("family", "importance"), [("llama", "taylor"), ("granite", "taylor"), ("llama", "fisher"), ("llama", "kfac")]
 )
-def test_priors_are_the_second_order_estimate_along_each_piece(family: str, importance: str, tmp_path: Path) -> None:
+def test_priors_are_the_second_order_estimate_along_each_piece(family: str, importance: str, run: Any) -> None:
     model = make_tiny(family, layers=3)
     tokens = tiny_tokens(7, 12)
-    base = save_base(model, tmp_path / "base")
-    method = run_method(
-        HGSP(base, 0.2, importance=importance, prior="gradient"), tokens, tmp_path / "run", batch_size=3
-    )
+    method = run(model, HGSP, 0.2, tokens, batch_size=3, importance=importance, prior="gradient")
     s = slopes(model, tokens)
     expected = (0.5 * s.square() - s).sum(2) / (7 * 11)
     assert method.priors is not None

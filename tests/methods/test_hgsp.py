@@ -18,7 +18,7 @@ from lightning_prune.models.families import layer_structures
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 from tests.methods import reference
-from tests.methods.running import mean_token_loss, projections, pruned_by, run_method, save_base
+from tests.methods.running import mean_token_loss, projections, pruned_by
 from tests.tiny import make_tiny, tiny_tokens
 
 
@@ -66,13 +66,12 @@ def test_priors_and_selection_equal_a_float64_reference(shape: dict[str, Any], r
     assert {row for row in rows if method.scores.pruned[row.place]} == expected
 
 
-def test_temperature_zero_computes_no_prior_and_equals_the_base_score(tmp_path: Path, monkeypatch) -> None:
+def test_temperature_zero_computes_no_prior_and_equals_the_base_score(run: Any, monkeypatch) -> None:
     def explode(*args: object, **kwargs: object) -> None:
         raise AssertionError("a prior was measured")
 
     monkeypatch.setattr("lightning_prune.methods.hgsp.RemovalPass", explode)
-    base = save_base(make_tiny(), tmp_path / "base")
-    method = run_method(HGSP(base, 0.2, importance="wanda", temperature=0), tiny_tokens(4, 8), tmp_path / "run")
+    method = run(make_tiny(), HGSP, 0.2, tiny_tokens(4, 8), importance="wanda", temperature=0)
     assert method.priors is None
     assert [current.name for current, _ in method.driver.loop.steps] == ["importance"] * 4
     assert np.array_equal(method.scores.score, method.scores.importance / method.scores.cost)
@@ -84,9 +83,8 @@ def test_prior_reads_only_its_prefix_of_the_shared_set(run: Any) -> None:
     torch.testing.assert_close(method.priors, reference_priors(model, tokens[:5]), rtol=1e-3, atol=2e-6)
 
 
-def test_tau_infinity_measures_no_blocks(tmp_path: Path) -> None:
-    base = save_base(make_tiny(), tmp_path / "base")
-    method = run_method(HGSP(base, 0.2, importance="magnitude", tau=math.inf), tiny_tokens(4, 8), tmp_path / "run")
+def test_tau_infinity_measures_no_blocks(run: Any) -> None:
+    method = run(make_tiny(), HGSP, 0.2, tiny_tokens(4, 8), importance="magnitude", tau=math.inf)
     layers = 4
     batches = 1
     assert method.driver.loop.setting.model.evaluations == batches * (layers + layers * (layers - 1) // 2)
@@ -151,13 +149,12 @@ def test_score_norm_makes_kinds_or_blocks_comparable() -> None:
     assert np.array_equal(normalised(scores, "none"), scores.importance / scores.cost)
 
 
-def test_a_layer_that_loses_both_blocks_is_removed(tmp_path: Path) -> None:
+def test_a_layer_that_loses_both_blocks_is_removed(run: Any) -> None:
     model = make_tiny(layers=4)
     with torch.no_grad():
         for linear in projections(model, 2).values():
             linear.weight.mul_(1e-4)  # worth nothing by any importance
-    base = save_base(model, tmp_path / "base")
-    method = run_method(HGSP(base, 0.25, importance="magnitude", temperature=0), tiny_tokens(4, 8), tmp_path / "run")
+    method = run(model, HGSP, 0.25, tiny_tokens(4, 8), importance="magnitude", temperature=0)
     assert method.plan.removed_layers == [2]
     assert pruned_by(method).config.num_hidden_layers == 3
     assert sum(p.numel() for p in pruned_by(method).parameters()) == method.plan.parameters["pruned"]

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,13 +47,10 @@ def reference_wanda(model, tokens: torch.Tensor, structure: str, sequential: boo
 
 @pytest.mark.parametrize("structure", ["unstructured", "2:4", "4:8"])
 @pytest.mark.parametrize("sequential", [True, False])
-def test_wanda_masks_equal_the_reference(structure: str, sequential: bool, tmp_path: Path) -> None:
+def test_wanda_masks_equal_the_reference(structure: str, sequential: bool, run: Any) -> None:
     model = make_tiny("qwen2", layers=2)
     tokens = tiny_tokens(6, 10)
-    base = save_base(model, tmp_path / "base")
-    method = run_method(
-        Wanda(base, 0.5, structure=structure, sequential=sequential), tokens, tmp_path / "run", batch_size=4
-    )
+    method = run(model, Wanda, 0.5, tokens, batch_size=4, structure=structure, sequential=sequential)
     expected = reference_wanda(model, tokens, structure, sequential)
     for layer in range(2):
         for name, linear in projections(pruned_by(method), layer).items():
@@ -61,10 +59,9 @@ def test_wanda_masks_equal_the_reference(structure: str, sequential: bool, tmp_p
             torch.testing.assert_close(linear.weight.double(), want.detach(), rtol=1e-6, atol=0)
 
 
-def test_magnitude_masks_prune_exactly_the_share_of_every_matrix(tmp_path: Path) -> None:
+def test_magnitude_masks_prune_exactly_the_share_of_every_matrix(run: Any) -> None:
     model = make_tiny(layers=2)
-    base = save_base(model, tmp_path / "base")
-    method = run_method(Magnitude(base, 0.29, structure="unstructured"), tiny_tokens(2, 8), tmp_path / "run")
+    method = run(model, Magnitude, 0.29, tiny_tokens(2, 8), structure="unstructured")
     for layer in range(2):
         for name, linear in projections(pruned_by(method), layer).items():
             before = projections(model, layer)[name].weight
@@ -85,12 +82,9 @@ def test_masked_checkpoints_are_stock_and_say_that_nothing_gets_smaller(tmp_path
     assert method.plan.weights_updated
 
 
-def test_embeddings_head_and_frozen_layers_are_untouched(tmp_path: Path) -> None:
+def test_embeddings_head_and_frozen_layers_are_untouched(run: Any) -> None:
     model = make_tiny(layers=3, tied=False)
-    base = save_base(model, tmp_path / "base")
-    method = run_method(
-        Wanda(base, 0.5, structure="unstructured", freeze_first_n_layers=1), tiny_tokens(4, 8), tmp_path / "run"
-    )
+    method = run(model, Wanda, 0.5, tiny_tokens(4, 8), structure="unstructured", freeze_first_n_layers=1)
     assert torch.equal(pruned_by(method).model.embed_tokens.weight, model.model.embed_tokens.weight)
     assert torch.equal(pruned_by(method).lm_head.weight, model.lm_head.weight)
     for name, linear in projections(pruned_by(method), 0).items():

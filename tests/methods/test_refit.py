@@ -115,14 +115,13 @@ def close(got: Tensor, want: Tensor) -> float:
     ],
 )
 def test_whole_run_equals_least_squares_in_float64(
-    family: str, target: str, as_residual: bool, factor: float, tmp_path: Path
+    family: str, target: str, as_residual: bool, factor: float, run: Any
 ) -> None:
     extra = {"attention_out_bias": True} if family == "seed_oss" else {}
     model = make_tiny(family, layers=3, **extra)
     tokens = tiny_tokens(SAMPLES, LENGTH)
-    base = save_base(model, tmp_path / "base")
     options = {"refit": target, "refit_damping": DAMPING, "temperature": 0}
-    method = run_method(HGSP(base, 0.25, **options), tokens, tmp_path / "run", precision="64-true")
+    method = run(model, HGSP, 0.25, tokens, precision="64-true", **options)
     expected = reference(model, tokens, method.plan.layers, as_residual, factor)
     fits = method.details()["refit"]["fits"]
     assert {fit["target"] for fit in fits} == {"residual" if as_residual else "output"}

@@ -46,11 +46,10 @@ def reference(model: Any, tokens: Tensor, counts: list[tuple[int, int]]) -> tupl
         ("64-true", {"family": "llama", "heads": 4, "kv_heads": 4}),
     ],
 )
-def test_whole_run_equals_a_float64_reference(precision: str, shape: dict[str, Any], tmp_path: Path) -> None:
+def test_whole_run_equals_a_float64_reference(precision: str, shape: dict[str, Any], run: Any) -> None:
     model = make_tiny(layers=3, **shape)
     tokens = tiny_tokens(12, 16)
-    base = save_base(model, tmp_path / "base")
-    method: Any = run_method(SlimGPT(base, 0.4, ffn_group_size=3), tokens, tmp_path / "run", precision=precision)
+    method: Any = run(model, SlimGPT, 0.4, tokens, precision=precision, ffn_group_size=3)
     assert method.ratios == sorted(method.ratios)
     assert method.ratios[0] < method.ratios[-1]  # later layers lose more
     assert any(groups for groups, _ in method.counts), "the case must remove heads too"
@@ -73,13 +72,12 @@ def test_max_tokens_takes_the_first_tokens(tmp_path: Path) -> None:
     torch.testing.assert_close(capped.scores.importance, whole.scores.importance, rtol=1e-3, atol=1e-9)
 
 
-def test_damping_that_had_to_be_raised_is_reported(tmp_path: Path) -> None:
-    base = save_base(make_tiny(layers=2), tmp_path / "base")
-    method = run_method(SlimGPT(base, 0.2, damping=0.0), tiny_tokens(2, 8), tmp_path / "run")  # 16 tokens, 40 channels
+def test_damping_that_had_to_be_raised_is_reported(run: Any) -> None:
+    method = run(make_tiny(layers=2), SlimGPT, 0.2, tiny_tokens(2, 8), damping=0.0)  # 16 tokens, 40 channels
     assert all(used > 0 for used in method._details["damping_used"]["down"])
 
 
-def test_every_block_runs_once_however_deep_the_model_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_block_runs_once_however_deep_the_model_is(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once for its Hessian; then the pruned projection alone, for what it now puts out: never the model per layer."""
     calls = dict.fromkeys(("query", "output", "gate", "down"), 0)
 
@@ -92,8 +90,7 @@ def test_every_block_runs_once_however_deep_the_model_is(tmp_path: Path, monkeyp
 
     start = SlimGPT.on_fit_start
     monkeypatch.setattr(SlimGPT, "on_fit_start", lambda self: (start(self), count(self))[0])
-    base = save_base(make_tiny(layers=5), tmp_path / "base")
-    run_method(SlimGPT(base, 0.3), tiny_tokens(12, 16), tmp_path / "run", batch_size=4)
+    run(make_tiny(layers=5), SlimGPT, 0.3, tiny_tokens(12, 16), batch_size=4)
     batches, layers = 3, 5
     once, again = layers * batches, (layers - 1) * batches  # nothing follows the last layer
     assert calls == {"query": once, "output": 2 * once, "gate": once, "down": once + again}
