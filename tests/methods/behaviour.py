@@ -139,6 +139,7 @@ def prune(
         batch_size=batch_size,
         eval_datasets=[str(path) for path in evaluate_on or []],
         tokenizer=method.pretrained,
+        continuations=0,
         cache_dir=str(root / "cache"),
     )
     found: list[dict[str, Tensor]] = []

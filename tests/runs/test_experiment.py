@@ -39,7 +39,8 @@ def write_experiment(tmp_path: Path) -> Path:
         "pretrained": str(tmp_path / "model"),
         "ratios": [0.2, 0.4],
         "systems": systems,
-        "data": {"dataset": str(tmp_path / "calibration.npy"), "eval_datasets": [str(tmp_path / "test.npy")]},
+        "data": {"dataset": str(tmp_path / "calibration.npy"), "eval_datasets": [str(tmp_path / "test.npy")]}
+        | {"continuations": 0},
         "trainer": {"accelerator": "cpu", "logger": False},
         "root": str(tmp_path / "logs"),
     }

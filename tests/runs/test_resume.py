@@ -52,6 +52,7 @@ class Fit:
         options = ["--model.pretrained", f"{self.folder}/{model}", "--data.dataset", f"{self.folder}/tokens.npy"]
         options += ["--data.eval_datasets", f"[{self.folder}/held_out.npy]", "--trainer.accelerator", "cpu"]
         options += ["--trainer.default_root_dir", f"{self.folder}/{root}", "--trainer.logger", "false"]
+        options += ["--data.continuations", "0"]
         return self.forks.run(["fit", *OPTIONS[system], *options, *more], kill)
 
     def result(self, system: str, root: str) -> dict[str, bytes]:

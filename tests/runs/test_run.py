@@ -36,6 +36,7 @@ def options(inputs: Path, method: str = "Magnitude", root: str = "root") -> list
         f"--data.dataset={inputs / 'tokens.npy'}",
         f"--data.eval_datasets=[{inputs / 'held_out.npy'}]",
         f"--data.cache_dir={inputs / 'cache'}",
+        "--data.continuations=0",
         f"--trainer.default_root_dir={inputs / root}",
         "--trainer.accelerator=cpu",
         "--trainer.enable_progress_bar=false",

@@ -130,7 +130,7 @@ def test_number_of_processes_does_not_change_the_plan_however_they_are_started(
     words = ["fit", "--config", config, "--model.pretrained", base, "--data.dataset", str(tmp_path / "tokens.npy")]
     words += ["--data.eval_datasets", json.dumps([str(tmp_path / "tokens.npy")]), "--data.batch_size", "2"]
     words += ["--model.pruning_ratio", "0.3", "--trainer.accelerator", "cpu", "--trainer.logger", "false"]
-    words += ["--trainer.default_root_dir"]
+    words += ["--data.continuations", "0", "--trainer.default_root_dir"]
     assert main([*words, str(tmp_path / "one")]) == 0
     words += [str(tmp_path / "two"), "--trainer.devices", "2"]
     if spelling in ("two nodes", "slurm"):
