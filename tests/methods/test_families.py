@@ -99,12 +99,12 @@ MLP_ENTRY = {"gemma2": "pre_feedforward_layernorm", "gemma3_text": "pre_feedforw
 def test_every_block_is_refitted_on_what_the_pruned_part_before_it_puts_out(
     run: Any, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    seen, run = {}, BlockPass.catch
+    seen, catch = {}, BlockPass.catch
 
     def spy(self: BlockPass, step: Any, batch: Any) -> None:
         if not self.is_first(step):  # whose input is the embedding
             seen[step.layer, step.phase] = self.stream.get(batch.rows, torch.device("cpu")).clone()
-        run(self, step, batch)
+        catch(self, step, batch)
 
     monkeypatch.setattr(BlockPass, "catch", spy)
     tokens = tiny_tokens(12, 16)
