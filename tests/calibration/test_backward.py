@@ -64,8 +64,9 @@ def assert_close(found: list[Matrices], expected: list[Matrices], tolerance: flo
             assert float(error) < tolerance, (layer, role)
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("family", "batch_size"), [("llama", 1), ("llama", 5), *((family, 2) for family in EVERY_FAMILY)]
+)
 def test_gradients_are_those_of_the_mean_loss_in_the_whole_model(tmp_path: Path, family: str, batch_size: int) -> None:
     model, tokens = make_tiny(family), tiny_tokens(5, 9)
     found = walked(model, tokens, tmp_path, batch_size=batch_size)

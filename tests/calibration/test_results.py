@@ -18,7 +18,7 @@ from lightning_prune.models.families import count_parameters, layer_structures
 from lightning_prune.models.vocabulary import Block
 from tests.calibration.driving import drive
 from tests.cutting import layered
-from tests.methods.behaviour import SYSTEMS, one_of_each_kind, trainer_for
+from tests.methods.behaviour import EACH_PASS, SYSTEMS, trainer_for
 from tests.tiny import make_tiny, tiny_tokens
 
 TOKENS = tiny_tokens(5, 12)
@@ -70,7 +70,7 @@ def undisturbed(system: str) -> CalibrationLoop:
     return drive(passes_of(system, scratch), layered(make_tiny(), onload="layer"), TOKENS, scratch)
 
 
-@pytest.mark.parametrize("system", one_of_each_kind(SYSTEMS))
+@pytest.mark.parametrize("system", EACH_PASS)
 def test_a_killed_loop_continues_at_the_first_unknown_step_to_the_same_bits(tmp_path: Path, system: str) -> None:
     """Wherever the weights are; and a loop that is finished reads no layer again."""
     total = len(undisturbed(system).steps)

@@ -13,10 +13,8 @@ from lightning_prune.calibration.stream_checkpoints import StreamCheckpoints
 from tests.calibration.driving import drive
 from tests.calibration.test_results import TOKENS, assert_same, passes_of, undisturbed
 from tests.cutting import layered
-from tests.methods.behaviour import SYSTEMS, one_of_each_kind
+from tests.methods.behaviour import EACH_PASS
 from tests.tiny import make_tiny
-
-READING = [name for name in SYSTEMS if name != "magnitude"]
 
 
 @pytest.fixture
@@ -27,7 +25,7 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize("system", one_of_each_kind(READING))
+@pytest.mark.parametrize("system", EACH_PASS)
 def test_what_comes_before_a_stream_checkpoint_is_not_run_again(system: str, tmp_path: Path) -> None:
     whole = undisturbed(system)
     evaluations, steps = whole.setting.model.evaluations, len(whole.steps)

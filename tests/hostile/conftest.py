@@ -45,6 +45,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, hostile_model: Path, host
     words = ["compare", "--config", f"{folder}/compare.yaml", "--root", f"{folder}/root"]
     words += ["--output", f"{folder}/report", "--pretrained", str(hostile_model), "--trainer.accelerator", "cpu"]
     words += ["--data.dataset", str(hostile_tokens), "--data.eval_datasets", f"[{hostile_tokens}]"]
+    words += ["--trainer.logger", "false"]
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         assert main(words) == 0
     for number, name in enumerate(("run", "other")):

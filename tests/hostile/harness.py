@@ -25,7 +25,7 @@ LIMIT = 20  # seconds; tests/hostile/conftest.py puts it on every test
 CONFIGS = Path(__file__).parents[2] / "configs"
 # What the commands that read a run folder are asked, where RUN in INPUTS is one.
 READERS = {
-    "decide": "--run INPUTS/run --trainer.default_root_dir ROOT --trainer.accelerator cpu",
+    "decide": "--run INPUTS/run --trainer.default_root_dir ROOT --trainer.accelerator cpu --trainer.logger false",
     "compare": "--runs INPUTS/run --root ROOT",
     "apply": "--plan INPUTS/run/plan.json --model MODEL --output ROOT",
     "evaluate": "--model INPUTS/run --output ROOT --efficiency --prompt-length 2 --decode-length 2 --repeats 1 "
@@ -84,6 +84,7 @@ class Bench:
         options = ["--config", str(CONFIGS / f"{case.config}.yaml")] if case.command == "fit" else []
         options += ["--model.pretrained", str(self.model), "--trainer.default_root_dir", str(self.root)]
         options += ["--trainer.accelerator", "cpu", "--data.cache_dir", str(self.folder / "cache")]
+        options += ["--trainer.logger", "false"]  # whose picture takes a third of a run
         if case.command == "test":
             return [*options, "--data.eval_datasets", f"[{self.tokens}]"]
         return [*options, "--data.dataset", str(self.tokens), "--data.eval_datasets", "[]"]

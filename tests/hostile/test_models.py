@@ -15,14 +15,7 @@ from tests.hostile.harness import Bench, Case, Change, Says, Status, making, unr
 
 USE = "--model.pretrained INPUTS/model"
 NUMBERS: list[Any] = [0, -1, 1.5, "4", [], True, 10**30]
-SIZES = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "vocab_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-)
+SIZES = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads")
 
 CONFIGS: dict[str, Case] = {}  # one key of config.json replaced
 WEIGHTS: dict[str, Case] = {}  # files of the folder damaged
@@ -62,12 +55,14 @@ def replaced(name: str, content: Change | str | bytes) -> Change:
     return run
 
 
-for key in SIZES:
-    for value in NUMBERS:
-        config(**{key: value})
-    config(status=2 if key != "num_key_value_heads" else (0, 2), **{key: None})
 for value in NUMBERS:
+    config(num_hidden_layers=value)
     config(status=(0, 2) if value == 0 else 2, head_dim=value)  # 0 and null: hidden_size / heads
+for key in SIZES:
+    for value in (0, "4", 10**30):
+        config(**{key: value})
+for key in ("num_hidden_layers", *SIZES):
+    config(status=2 if key != "num_key_value_heads" else (0, 2), **{key: None})
 config(num_hidden_layers=100_000, says="weights have 4 layers")
 config(intermediate_size=39, says=("shape", "[32, 40]", "[32, 39]"))
 config(head_dim=16, says="shape")

@@ -7,7 +7,7 @@ import pytest
 
 from tests.hostile.harness import Bench, Case, Change, Says, making
 
-SILLY = ["", "null", "true", "-1", "1.5", ".nan", ".inf", "1e308", "9" * 20, "abc", "[]", "{a: 1}", "a: b: c", "\udcff"]
+SILLY = ["", "null", "true", "-1", "1.5", ".nan", ".inf", "1e308", "9" * 20, "abc", "[]", "a: b: c", "\udcff"]
 
 OPTIONS: dict[str, Case] = {}
 FILES: dict[str, Case] = {}
@@ -154,7 +154,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("value", ["", " ", "x" * 300, "x" * 5000])
+@pytest.mark.parametrize("value", ["", " ", "x" * 5000])
 @pytest.mark.parametrize(("command", "option"), [(name, one) for name, all_ in OTHERS.items() for one in all_])
 def test_a_path_that_cannot_be_one(
     command: str, option: str, value: str, bench: Bench, finished: Path, monkeypatch: pytest.MonkeyPatch

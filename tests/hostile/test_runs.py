@@ -26,18 +26,22 @@ READERS = {
     "pruned/model.safetensors": ("evaluate", TEST, "load"),
     "pruned/modeling_pruned.py": ("evaluate", TEST, "load"),
 }
+# Who stands for all that read a file in the same way, where what is wrong is inside it.
+DOORS = READERS | {"metrics.json": ("decide",), "scores.csv": ("decide",), "plan.json": ("decide", "apply")}
+DOORS |= dict.fromkeys(("environment.json", "calibration.json", "method.json"), ("compare",))
 CASES: dict[str, tuple[str, Change, str, Status, Says]] = {}  # command, change, file, status, says
 
 
-def damage(name: str, file: str, change: Change, says: Says = "", **status: Status) -> None:
-    """A case for every command that reads ``file``: refused, unless ``status`` says otherwise of a command."""
-    for command in READERS[file]:
+def damage(name: str, file: str, change: Change, says: Says = "", inside: bool = False, **status: Status) -> None:
+    """A case for every command that reads ``file``: refused, unless ``status`` says otherwise of a command. With
+    something wrong ``inside`` it, for one of those that refuse alike."""
+    for command in DOORS[file] if inside and not status else READERS[file]:
         CASES[f"{command}: {file} {name}"] = (command, change, file, status.get(command, status.get("every", 2)), says)
 
 
 def field(file: str, where: str, value: Any, says: Says = "", **status: Status) -> None:
     """One value of a JSON file replaced; ``where`` is its path, such as ``layers.0.layer``."""
-    damage(f"{where} = {value!r:.30}", file, lambda path: edit(path, where, value), says, **status)
+    damage(f"{where} = {value!r:.30}", file, lambda path: edit(path, where, value), says, True, **status)
 
 
 def rows(name: str, change: Callable[[list[str]], list[str]], says: str = "", **status: Status) -> None:
@@ -47,7 +51,7 @@ def rows(name: str, change: Callable[[list[str]], list[str]], says: str = "", **
         header, *found = path.read_text().splitlines()
         path.write_text("\n".join([header, *change(found)]) + "\n")
 
-    damage(name, "scores.csv", run, says, **status)
+    damage(name, "scores.csv", run, says, True, **status)
 
 
 def cell(column: str, value: Any, says: str = "", row: int = 3, **status: Status) -> None:
@@ -78,7 +82,11 @@ def without(path: Path, key: str) -> None:
 
 def layers(name: str, change: Callable[[list[Any]], list[Any]]) -> None:
     """The layers of ``plan.json`` changed."""
-    damage(name, "plan.json", lambda path: edit(path, "layers", change(json.loads(path.read_text())["layers"])))
+
+    def run(path: Path) -> None:
+        edit(path, "layers", change(json.loads(path.read_text())["layers"]))
+
+    damage(name, "plan.json", run, inside=True)
 
 
 def replaced(old: str, new: str) -> Change:
@@ -115,9 +123,9 @@ for file in READERS:
     damage("is binary", file, making(bytes(range(256)) * 9), **code)
     damage("is cut late", file, cut_late, **code)
 for file in JSON:
-    damage("is null", file, making("null"))
-    damage("is an empty object", file, making("{}"))
-    damage("gives every key twice", file, twice)
+    damage("is null", file, making("null"), inside=True)
+    damage("is an empty object", file, making("{}"), inside=True)
+    damage("gives every key twice", file, twice, inside=True)
 
 damage("names another folder", "config.yaml", replaced("label: a", "label: ../../evil"), "--model.label")
 

@@ -1,6 +1,6 @@
 """What every pruning method goes through in ``test_every_method.py``: one line per system, and one way to run it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -69,6 +69,7 @@ SYSTEMS: dict[str, System] = {
 
 
 DENSE_SYSTEMS = tuple(name for name, system in SYSTEMS.items() if system.kind != "moe")
+FAST_DENSE = tuple(name for name in FAST_SYSTEMS if name in DENSE_SYSTEMS)
 
 
 @dataclass(frozen=True)
@@ -105,15 +106,16 @@ def save_tokens(path: Path, tokens: Tensor | None = None) -> Path:
     return path
 
 
-def trainer_for(method: PruningMethod, root: Path, precision: str = "32-true") -> L.Trainer:
-    """The trainer of the command line, on the CPU and without a progress bar."""
+def trainer_for(method: PruningMethod, root: Path, precision: str = "32-true", logged: bool = False) -> L.Trainer:
+    """The trainer of the command line, on the CPU and without a progress bar; TensorBoard's picture takes a third of a
+    run on a tiny model, so ``logged`` runs alone have it."""
     quiet()
     return L.Trainer(
         accelerator="cpu",
         devices=1,
         max_epochs=1,
         precision=precision,  # type: ignore[arg-type]
-        logger=TensorBoardLogger(root, name=method.label, default_hp_metric=False),
+        logger=logged and TensorBoardLogger(root, name=method.label, default_hp_metric=False),
         default_root_dir=root,
         enable_checkpointing=False,
         enable_model_summary=False,
@@ -129,6 +131,7 @@ def prune(
     precision: str = "32-true",
     batch_size: int = 4,
     evaluate_on: list[Path] | None = None,
+    logged: bool = False,
 ) -> Run:
     """One run through ``prune_and_record``; no evaluation unless asked for."""
     data = CalibrationDataModule(
@@ -136,6 +139,7 @@ def prune(
         batch_size=batch_size,
         eval_datasets=[str(path) for path in evaluate_on or []],
         tokenizer=method.pretrained,
+        continuations=0,
         cache_dir=str(root / "cache"),
     )
     found: list[dict[str, Tensor]] = []
@@ -146,7 +150,8 @@ def prune(
         write(folder)
 
     method._write_pruned = keep_new_weights  # type: ignore[method-assign]
-    folder, metrics = prune_and_record(trainer_for(method, root, precision), method, data, config_of(method))
+    trainer = trainer_for(method, root, precision, logged)
+    folder, metrics = prune_and_record(trainer, method, data, config_of(method))
     return Run(folder, metrics, method, found)
 
 
@@ -168,6 +173,8 @@ def logits(model: Any) -> Tensor:
     return result
 
 
-def one_of_each_kind(systems: Iterable[str]) -> list[Any]:
-    """Parameters of a test over ``systems``: those of ``FAST_SYSTEMS`` always, the others where slow tests run."""
-    return [name if name in FAST_SYSTEMS else pytest.param(name, marks=pytest.mark.slow) for name in systems]
+# Of all others, whose passes are those of one above, the ones with a statistic of their own.
+MEASURES = ("flap", "hgsp_fisher", "hgsp_kfac", "hgsp_wanda", "wanda_2to4", "experts_wanda", "experts_taylor", "heapr",
+            "reap")  # fmt: skip
+# Parameters of a test: one of each kind of pass always, those where slow tests run.
+EACH_PASS = [*FAST_SYSTEMS, *(pytest.param(name, marks=pytest.mark.slow) for name in MEASURES)]

@@ -2,9 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,20 +12,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
 import lightning_prune
-from lightning_prune.checkpoint import write
 from lightning_prune.data.calibration import fingerprint
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.models.families import LayerStructure, count_parameters, family_of, layer_structures
+from lightning_prune.models.families import LayerStructure, count_parameters, layer_structures
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.vocabulary import Block
 from tests.methods.behaviour import (
     DENSE_SYSTEMS,
+    FAST_DENSE,
     FAST_SYSTEMS,
+    MEASURES,
     MODELS,
     SYSTEMS,
     Run,
@@ -50,17 +48,12 @@ KINDS |= {family: {"family": family} for family in EVERY_FAMILY if family not in
 every_system = pytest.mark.parametrize("system", SYSTEMS)
 # A family changes what calibration runs, not what a method makes of it: those that are not plain Llamas meet one system
 # of each kind of pass.
-OTHER_FAMILIES = EVERY_FAMILY[len(FAMILIES) :]
-# Fused projections, and groups that stay, meet every system; of the others each meets two kinds of pass, in turn.
-UNLIKE = ("gqa-tied", "phi3", "olmo2")
-# One of each layout; the others are slow.
-FAST_KINDS = ("mqa-untied", "phi3", "gemma3_text", "olmo2")
+# Groups that stay meet every system; of the others each meets two kinds of pass, in turn.
+UNLIKE = ("gqa-tied", "olmo2")
+FAST_KINDS = ("mqa-untied", "phi3", "gemma3_text", "olmo2")  # one of each layout; the others are slow
 
 
-FAST_DENSE = tuple(name for name in FAST_SYSTEMS if name in DENSE_SYSTEMS)
-
-
-def slow_unless(fast: bool, *values: str) -> Any:
+def slow_unless(fast: bool, *values: Any) -> Any:
     return pytest.param(*values, marks=() if fast else pytest.mark.slow)
 
 
@@ -76,16 +69,9 @@ def systems_for(kind: str) -> tuple[str, ...]:
     return FAST_DENSE if kind in FAST_KINDS else FAST_DENSE[list(KINDS).index(kind) % 2 :: 2]
 
 
-every_system_and_kind = pytest.mark.parametrize(
-    ("system", "kind"),
-    [slow_unless(is_fast(system, kind), system, kind) for kind in KINDS for system in systems_for(kind)],
-)
-
-
-def every_system_with(fast: Any, *slow: Any) -> list[Any]:
-    """``fast`` for every system; ``slow`` where slow tests run, for one system of each kind of pass."""
-    found = [(system, fast) for system in SYSTEMS]
-    return found + [pytest.param(system, value, marks=pytest.mark.slow) for value in slow for system in FAST_SYSTEMS]
+def each_pass_with(fast: Any, *slow: Any) -> list[Any]:
+    """One system of each kind of pass with ``fast``, and where slow tests run with ``slow``."""
+    return [slow_unless(value == fast, system, value) for value in (fast, *slow) for system in FAST_SYSTEMS]
 
 
 # What Lightning takes for 16-mixed on the CPU is bf16-mixed; the command refuses it there.
@@ -141,7 +127,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if not model.exists():
             save_model(model, **KINDS[kind])
         method = SYSTEMS[system].make(pretrained=str(model), pruning_ratio=RATIO, onload=onload)
-        evaluate_on = [held_out] if kind == SYSTEMS[system].kind else []
+        evaluate_on = [held_out] if system in FAST_SYSTEMS and kind == SYSTEMS[system].kind else []  # half of a run
         with pytest.MonkeyPatch.context() as patch:
             seen = watch(patch, method)
             folder = root / f"runs-{kind}" / precision / onload
@@ -158,28 +144,32 @@ def dense_of(run: Run) -> PreTrainedModel:
     return lightning_prune.load(run.method.pretrained)
 
 
-def scores_table(run: Run) -> list[dict[str, str]]:
-    with (run.folder / "scores.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def plan_of(run: Run) -> dict[str, Any]:
     plan: dict[str, Any] = json.loads((run.folder / "plan.json").read_text())
     return plan
 
 
-@every_system_and_kind
-def test_ratio_is_met(shared: Any, system: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("system", "kind"),
+    [slow_unless(is_fast(system, kind), system, kind) for kind in KINDS for system in systems_for(kind)],
+)
+def test_the_ratio_is_met_and_the_checkpoint_is_what_was_decided(shared: Any, system: str, kind: str) -> None:
     """Never more than asked, and short by less than one unit, or one step of experts; whole layers: the nearest
     count."""
     run = shared(system, kind)
-    dense = dense_of(run)
-    total, left = count_parameters(dense), count_parameters(run.model)
+    dense, decided = dense_of(run), run.model
+    assert torch.equal(logits(lightning_prune.load(run.pruned)), logits(decided))
+    assert not torch.equal(logits(decided), logits(dense))
+    total, left = count_parameters(dense), count_parameters(decided)
     plan = run.method.plan
     assert (plan.parameters["dense"], plan.parameters["pruned"]) == (total, left)
+    if kind in WHOLE_ATTENTION:
+        groups = list(range(layer_structures(dense)[0].units(Block.ATTENTION)))
+        attention = [(layer.kept[Block.ATTENTION], layer.kept[Block.MLP]) for layer in plan.layers]
+        assert all(kept == groups or not (kept or channels) for kept, channels in attention)
     if SYSTEMS[system].removes == "weights":  # masks keep the shapes; their ratio is one of the projections' weights
         assert total == left
-        projections = [linear for view in layer_structures(run.model) for linear in view.linears.values()]
+        projections = [linear for view in layer_structures(decided) for linear in view.linears.values()]
         zeros = sum(int((linear.weight == 0).sum()) for linear in projections)
         assert plan.achieved_ratio == zeros / sum(linear.weight.numel() for linear in projections)
         assert plan.pruning_ratio - 0.01 < plan.achieved_ratio <= plan.pruning_ratio
@@ -212,141 +202,9 @@ def smallest_step(layers: list[LayerStructure]) -> int:
     return sum(8 * one.count * one.channel_cost for one in experts)
 
 
-@every_system_and_kind
-def test_shapes_and_weights_are_those_of_the_plan(shared: Any, system: str, kind: str) -> None:
-    run = shared(system, kind)
-    plan, dense = plan_of(run), dense_of(run)
-    began = {new: old for old, new in family_of(dense.config).renamed.items()}  # names of files are the published ones
-    stored = load_file(run.pruned / "model.safetensors")
-    pruned = {
-        next((new + name.removeprefix(old) for new, old in began.items() if name.startswith(old)), name): tensor
-        for name, tensor in stored.items()
-    }
-    layers = [layer for layer in plan["layers"] if any(layer["kept"].values())]
-    assert lightning_prune.load(run.pruned).config.num_hidden_layers == len(layers)
-    for position, kept in enumerate(layers):
-        view = layer_structures(dense)[kept["layer"]]
-        heads, channels = (kept["kept"].get(block, []) for block in ("attention", "mlp"))
-        parts: dict[str, list[torch.Tensor]] = {}  # what is left of each projection, roles that share one in a row
-        paths = {role: NAMES.get(dense.config.model_type, {}).get(role, PLAIN[role]) for role in view.linears}
-        for role, linear in view.linears.items():
-            path = paths[role]
-            if role in ("gate", "up", "down") and channels:
-                part = linear.weight[:, channels] if role == "down" else linear.weight[channels]
-            elif role not in ("gate", "up", "down") and heads:
-                part = rows(view, linear.weight.T, heads).T if role == "output" else rows(view, linear.weight, heads)
-            else:
-                continue
-            parts.setdefault(path, []).append(part)
-        expected = {path: torch.cat(found) for path, found in parts.items()}
-        layer = f"{family_of(dense.config).layers}.{position}"
-        names = {f"{layer}.{path}.weight" for path in paths.values()} & pruned.keys()
-        assert names == {f"{layer}.{name}.weight" for name in expected}
-        for name, weight in expected.items():
-            found = pruned[f"{layer}.{name}.weight"]
-            assert found.shape == weight.shape
-            assert plan["weights_updated"] or torch.equal(found, weight), name
-
-
-PLAIN = dict(
-    zip(
-        ("query", "key", "value", "output", "gate", "up", "down"),
-        (*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down"))),
-        strict=True,
-    )
-)
-FEED_FORWARD = {role: f"feed_forward.{role}_proj" for role in ("gate", "up", "down")}
-NAMES = {
-    "lfm2": {
-        "output": "self_attn.out_proj",
-        "gate": "feed_forward.w1",
-        "up": "feed_forward.w3",
-        "down": "feed_forward.w2",
-    },
-    "granitemoehybrid": dict.fromkeys(("gate", "up"), "shared_mlp.input_linear") | {"down": "shared_mlp.output_linear"},
-    "falcon_h1": FEED_FORWARD,
-    "bamba": FEED_FORWARD,
-    "nemotron_h": {"up": "mixer.up_proj", "down": "mixer.down_proj"}
-    | {role: f"mixer.{role[0]}_proj" for role in ("query", "key", "value", "output")},
-    "phi": {"up": "mlp.fc1", "down": "mlp.fc2"},
-    "gpt_neox": {"up": "mlp.dense_h_to_4h", "down": "mlp.dense_4h_to_h"},
-    "phi3": dict.fromkeys(("query", "key", "value"), "self_attn.qkv_proj")
-    | dict.fromkeys(("gate", "up"), "mlp.gate_up_proj"),
-}
-
-
-def rows(view: LayerStructure, weight: torch.Tensor, heads: list[int]) -> torch.Tensor:
-    """The rows that belong to some KV heads."""
-    return weight.unflatten(0, (view.units(Block.ATTENTION), -1))[heads].flatten(0, 1)
-
-
-@every_system_and_kind
-def test_checkpoint_gives_back_the_same_logits(shared: Any, system: str, kind: str) -> None:
-    run = shared(system, kind)
-    assert torch.equal(logits(lightning_prune.load(run.pruned)), logits(run.model))
-    assert not torch.equal(logits(run.model), logits(dense_of(run)))
-
-
 @pytest.mark.parametrize(
-    ("system", "kind"),
-    [
-        slow_unless(is_fast(system, kind), system, kind)
-        for kind in OTHER_FAMILIES
-        for system in systems_for(kind)
-        if system in FAST_SYSTEMS
-    ],
+    ("system", "batch_size"), [*((system, 3) for system in SYSTEMS), *each_pass_with(3, 128)[len(FAST_SYSTEMS) :]]
 )
-@torch.no_grad()
-def test_every_family_decodes_with_a_cache_as_without(shared: Any, system: str, kind: str) -> None:
-    run = shared(system, kind)
-    pruned = lightning_prune.load(run.pruned)
-    tokens = tiny_tokens(2, 9)
-    mask = torch.ones_like(tokens)
-    mask[0, :4] = 0
-    common = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(pruned.generate(tokens, **common), pruned.generate(tokens, use_cache=False, **common))
-    if kind in WHOLE_ATTENTION:
-        groups = list(range(layer_structures(dense_of(run))[0].units(Block.ATTENTION)))
-        assert all(layer["kept"]["attention"] in (groups, []) for layer in plan_of(run)["layers"])
-        assert all(layer["kept"]["attention"] or not layer["kept"]["mlp"] for layer in plan_of(run)["layers"])
-
-
-LOAD_ALL = """
-import sys
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "lightning_prune":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Blocker())
-import pathlib, torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
-torch.set_num_threads(1)
-for line in sys.stdin.read().splitlines():
-    folder, known = line.split("\\t")
-    known = load_file(known)
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    print(folder, bool(torch.equal(model(input_ids=known["tokens"]).logits, known["logits"])))
-"""
-
-
-@pytest.mark.slow
-def test_a_process_without_this_package_loads_every_checkpoint(shared: Any, tmp_path: Path) -> None:
-    lines = []
-    for system in SYSTEMS:
-        run, known = shared(system), tmp_path / f"{system}.safetensors"
-        save_file({"tokens": tiny_tokens(2, 20, seed=9), "logits": logits(run.model)}, known)
-        lines.append(f"{run.pruned}\t{known}")
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", LOAD_ALL]
-    done = subprocess.run(
-        command, input="\n".join(lines), text=True, capture_output=True, timeout=120, cwd=tmp_path, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines() == [f"{line.split(chr(9))[0]} True" for line in lines]
-
-
-@pytest.mark.parametrize(("system", "batch_size"), every_system_with(3, 1, 128))
 def test_batch_size_and_sample_order_do_not_change_the_result(
     shared: Any, tmp_path: Path, system: str, batch_size: int
 ) -> None:
@@ -354,20 +212,20 @@ def test_batch_size_and_sample_order_do_not_change_the_result(
     method = SYSTEMS[system].make(pretrained=expected.method.pretrained, pruning_ratio=RATIO)
     shuffled = tiny_tokens(10, 16)[torch.tensor([7, 2, 9, 0, 5, 1, 8, 3, 6, 4])]
     run = prune(method, save_tokens(tmp_path / "c.npy", shuffled), tmp_path, batch_size=batch_size)
-    assert_same_decision(run, expected)
+    torch.testing.assert_close(run.method.scores.importance, expected.method.scores.importance, rtol=1e-5, atol=0)
+    assert (run.method.scores.pruned == expected.method.scores.pruned).all()
+    assert run.method.plan.layers == expected.method.plan.layers
     for new, old in zip(run.new_weights, expected.new_weights, strict=True):
         assert new.keys() == old.keys()
         for role, weight in new.items():
             torch.testing.assert_close(weight, old[role], rtol=1e-3, atol=1e-4)
 
 
-def assert_same_decision(run: Run, expected: Run) -> None:
-    torch.testing.assert_close(run.method.scores.importance, expected.method.scores.importance, rtol=1e-5, atol=0)
-    assert (run.method.scores.pruned == expected.method.scores.pruned).all()
-    assert run.method.plan.layers == expected.method.plan.layers
-
-
-@pytest.mark.parametrize(("system", "precision"), every_system_with("bf16-true", "16-true", "bf16-mixed"))
+@pytest.mark.parametrize(
+    ("system", "precision"),
+    each_pass_with("bf16-true", "16-true", "bf16-mixed")
+    + [slow_unless(False, system, "bf16-true") for system in MEASURES],
+)
 def test_half_precision_is_for_the_layers_alone_and_decides_as_single_but_for_rounding(
     shared: Any, system: str, precision: str
 ) -> None:
@@ -397,18 +255,16 @@ def test_half_precision_is_for_the_layers_alone_and_decides_as_single_but_for_ro
         # twice the relative error.
         steps = 32 if system == "hgsp_fisher" else 16
         torch.testing.assert_close(after.importance, before.importance, rtol=steps * ROUNDING[precision], atol=0)
-    values = [run.metrics["perplexity"]["held-out.npy"] for run in (full, half)]
-    for which in ("dense", "pruned"):
-        assert values[1][which] == pytest.approx(values[0][which], rel=0.05)
+    if system in FAST_SYSTEMS:
+        values = [run.metrics["perplexity"]["held-out.npy"] for run in (full, half)]
+        for which in ("dense", "pruned"):
+            assert values[1][which] == pytest.approx(values[0][which], rel=0.05)
 
 
 @every_system
-def test_run_folder_is_complete(shared: Any, system: str) -> None:
+def test_the_run_folder_is_complete_and_its_files_agree(shared: Any, system: str) -> None:
     run = shared(system)
     names = {path.name for path in run.folder.iterdir()}
-    events = [path.parent.name for path in run.folder.rglob("events.out.tfevents.*")]
-    asked = json.loads((run.folder / "plan.json").read_text())["pruning_ratio"]
-    assert set(events) == {f"{asked * 100:g}%"}  # TensorBoard shows the path
     wanted = {"config.yaml", "calibration.json", "environment.json", "scores.csv", "plan.json", "method.json"}
     assert wanted | {"metrics.json", "pruned"} <= names
     assert temporary_files(run.folder) == []
@@ -421,9 +277,12 @@ def test_run_folder_is_complete(shared: Any, system: str) -> None:
         "achieved": run.method.plan.achieved_ratio,
     }
     assert metrics["parameters"] == run.method.plan.parameters
-    assert metrics["perplexity"]["held-out.npy"]["tokens"] == 6 * 15
     assert metrics["peak_memory_bytes"] > 0
-    assert {"load", "prune", "save", "evaluate dense", "evaluate pruned", "total"} <= metrics["seconds"].keys()
+    phases = {"load", "prune", "save", "total"}
+    if system in FAST_SYSTEMS:
+        assert metrics["perplexity"]["held-out.npy"]["tokens"] == 6 * 15
+        phases |= {"evaluate dense", "evaluate pruned"}
+    assert phases <= metrics["seconds"].keys()
     assert plan_of(run) == run.method.plan.to_json()
     calibration = json.loads((run.folder / "calibration.json").read_text())
     if run.method.needs_calibration:
@@ -432,11 +291,8 @@ def test_run_folder_is_complete(shared: Any, system: str) -> None:
     else:
         assert calibration["dataset"] is None
 
-
-@every_system
-def test_scores_file_and_plan_say_the_same(shared: Any, system: str) -> None:
-    run = shared(system)
-    rows = scores_table(run)
+    with (run.folder / "scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
     pruned = {(int(row["layer"]), row["block"], int(row["unit"])) for row in rows if row["pruned"] == "1"}
     assert pruned or SYSTEMS[system].removes == "weights"
     for layer in plan_of(run)["layers"]:
@@ -449,72 +305,30 @@ def test_scores_file_and_plan_say_the_same(shared: Any, system: str) -> None:
     assert all(float(row["importance"]) >= 0 for row in rows)
 
 
-@pytest.mark.parametrize("system", ["wanda", "flap", "hgsp_taylor_refit"])
-def test_uniform_allocation_loads_as_a_stock_model(shared: Any, tmp_path: Path, system: str) -> None:
-    make = SYSTEMS[system].make
-    method = make(pretrained=shared(system).method.pretrained, pruning_ratio=RATIO, allocation="uniform", round_to=8)
-    run = prune(method, save_tokens(tmp_path / "c.npy"), tmp_path)
-    assert not (run.pruned / "modeling_pruned.py").exists()
-    config = json.loads((run.pruned / "config.json").read_text())
-    assert "auto_map" not in config
-    assert "per_layer_config" not in config
-    assert config["intermediate_size"] % 8 == 0
-    assert len({tuple(map(len, layer.kept.values())) for layer in run.method.plan.layers}) == 1
-
-
 class Interrupted(BaseException):
     """Stands for what a signal handler raises."""
 
 
-@every_system
+@pytest.mark.parametrize("system", FAST_SYSTEMS)
 def test_an_interrupted_calibration_leaves_nothing(
     shared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str
 ) -> None:
     method = SYSTEMS[system].make(pretrained=shared(system).method.pretrained, pruning_ratio=RATIO)
-    where = "training_step" if method.needs_calibration else "decide"
-    calls, real = [], getattr(type(method), where)
+    calls, real = [], type(method).training_step
 
     def interrupted(self: PruningMethod, *args: Any) -> None:
         calls.append(args)
-        if where == "decide" or len(calls) == 2:
+        if len(calls) == 2:
             raise Interrupted
         real(self, *args)
 
-    monkeypatch.setattr(type(method), where, interrupted)
+    monkeypatch.setattr(type(method), "training_step", interrupted)
     with pytest.raises(Interrupted):
         prune(method, save_tokens(tmp_path / "c.npy"), tmp_path / "logs")
-    assert_no_output(tmp_path / "logs", findings=where == "decide")
+    assert not [path for path in tmp_path.rglob("logs/**/*") if path.is_file()]
 
 
-@pytest.mark.parametrize(
-    ("system", "place"), [("wanda", "shard"), ("slimgpt", "card"), ("shortgpt", "shard"), ("wanda_2to4", "card")]
-)
-def test_an_interrupt_while_saving_leaves_no_checkpoint(
-    shared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str, place: str
-) -> None:
-    method = SYSTEMS[system].make(pretrained=shared(system).method.pretrained, pruning_ratio=RATIO)
-    real, calls = write._Shards.write, []
-
-    def interrupted_shard(self: Any, name: str, tensor: torch.Tensor) -> None:
-        real(self, name, tensor)
-        calls.append(name)
-        if len(calls) == 8:
-            raise Interrupted
-
-    def interrupted_card(path: Path, text: str) -> None:
-        assert (path.parent / "model.safetensors").stat().st_size > 0
-        raise Interrupted
-
-    if place == "shard":
-        monkeypatch.setattr(write._Shards, "write", interrupted_shard)
-    else:
-        monkeypatch.setattr(write, "write_text", interrupted_card)
-    with pytest.raises(Interrupted):
-        prune(method, save_tokens(tmp_path / "c.npy"), tmp_path / "logs")
-    assert_no_output(tmp_path / "logs", findings=True)
-
-
-@pytest.mark.parametrize(("system", "precision"), every_system_with("32-true", *ROUNDING))
+@pytest.mark.parametrize(("system", "precision"), each_pass_with("32-true", "bf16-true", "bf16-mixed"))
 def test_where_the_weights_are_does_not_change_a_bit(shared: Any, system: str, precision: str) -> None:
     """One layer at a time on the device, or all of them; so a second run gives the same bytes, too."""
     runs = [shared(system, precision=precision, onload=onload) for onload in ("model", "layer")]
@@ -525,7 +339,7 @@ def test_where_the_weights_are_does_not_change_a_bit(shared: Any, system: str, p
         assert json.loads((run.folder / "method.json").read_text())["onload"] == onload
 
 
-@pytest.mark.parametrize("system", ["wanda", "flap", "slimgpt", "shortgpt", "wanda_2to4"])
+@pytest.mark.parametrize("system", ["flap", "slimgpt"])
 def test_checkpoint_has_the_requested_dtype(shared: Any, tmp_path: Path, system: str) -> None:
     base = shared(system).method.pretrained
     method = SYSTEMS[system].make(pretrained=base, pruning_ratio=RATIO, save_dtype="bfloat16")
@@ -536,19 +350,3 @@ def test_checkpoint_has_the_requested_dtype(shared: Any, tmp_path: Path, system:
     found = load_file(run.pruned / "model.safetensors")
     assert found.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name].bfloat16()) for name, tensor in found.items())
-
-
-def assert_no_output(root: Path, findings: bool = False) -> None:
-    """No checkpoint, no temporary files and nothing that says a run was finished.
-
-    With ``findings`` a layer was finished: the folder says that it is unfinished, and keeps what it would go on from.
-    """
-    files = [path for path in root.rglob("*") if path.is_file() and "findings" not in path.parts]
-    names = {path.name for path in files if not path.name.startswith("events.out.tfevents.")} - {"hparams.yaml"}
-    if findings:
-        assert "unfinished" in names
-        names -= {"scores.csv", "plan.json", "method.json", "unfinished", "config.yaml", "started.json"}
-    assert names == set()
-    assert all(path.name.startswith(("step_", "stage_")) for path in root.rglob("findings/**/*"))
-    assert not list(root.rglob("pruned"))
-    assert temporary_files(root) == []

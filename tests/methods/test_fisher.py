@@ -1,5 +1,5 @@
 import copy
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_prune.methods import HGSP
-from tests.methods.running import projections, run_method, save_base
+from tests.methods.running import projections
 from tests.tiny import make_tiny, tiny_tokens
 
 
@@ -32,21 +32,11 @@ def reference(model: PreTrainedModel, tokens: Tensor) -> list[list[Tensor]]:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_importance_is_the_mean_square_of_the_masks_slopes(family: str, tmp_path: Path) -> None:
+def test_importance_is_the_mean_square_of_the_masks_slopes(family: str, run: Any) -> None:
     model = make_tiny(family, layers=3)
     tokens = tiny_tokens(7, 12)
-    base = save_base(model, tmp_path / "base")
-    method = run_method(HGSP(base, 0.2, importance="fisher", temperature=0), tokens, tmp_path / "run", batch_size=3)
+    method = run(model, HGSP, 0.2, tokens, batch_size=3, importance="fisher", temperature=0)
     for layer, pair in enumerate(reference(model, tokens)):
         for block, expected in zip(("attention", "mlp"), pair, strict=True):
             found = torch.from_numpy(method.scores.importance[method.scores.of(layer, block)])
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-9)
-
-
-def test_gradient_prior_comes_with_it(tmp_path: Path) -> None:
-    base = save_base(make_tiny(layers=3), tmp_path / "base")
-    priors = []
-    for importance in ("fisher", "taylor"):
-        method = HGSP(base, 0.2, importance=importance, prior="gradient")
-        priors.append(run_method(method, tiny_tokens(7, 12), tmp_path / importance).priors)
-    torch.testing.assert_close(priors[0], priors[1], rtol=1e-4, atol=1e-7)

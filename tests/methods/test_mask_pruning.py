@@ -2,13 +2,13 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lightning_prune.checkpoint.cut import layout_of
 from lightning_prune.methods import Magnitude, Wanda
-from lightning_prune.support.errors import UserError
 from tests.methods.running import inputs_of, projections, pruned_by, run_method, save_base
 from tests.tiny import make_tiny, tiny_tokens
 
@@ -47,13 +47,10 @@ def reference_wanda(model, tokens: torch.Tensor, structure: str, sequential: boo
 
 @pytest.mark.parametrize("structure", ["unstructured", "2:4", "4:8"])
 @pytest.mark.parametrize("sequential", [True, False])
-def test_wanda_masks_equal_the_reference(structure: str, sequential: bool, tmp_path: Path) -> None:
+def test_wanda_masks_equal_the_reference(structure: str, sequential: bool, run: Any) -> None:
     model = make_tiny("qwen2", layers=2)
     tokens = tiny_tokens(6, 10)
-    base = save_base(model, tmp_path / "base")
-    method = run_method(
-        Wanda(base, 0.5, structure=structure, sequential=sequential), tokens, tmp_path / "run", batch_size=4
-    )
+    method = run(model, Wanda, 0.5, tokens, batch_size=4, structure=structure, sequential=sequential)
     expected = reference_wanda(model, tokens, structure, sequential)
     for layer in range(2):
         for name, linear in projections(pruned_by(method), layer).items():
@@ -62,10 +59,9 @@ def test_wanda_masks_equal_the_reference(structure: str, sequential: bool, tmp_p
             torch.testing.assert_close(linear.weight.double(), want.detach(), rtol=1e-6, atol=0)
 
 
-def test_magnitude_masks_prune_exactly_the_share_of_every_matrix(tmp_path: Path) -> None:
+def test_magnitude_masks_prune_exactly_the_share_of_every_matrix(run: Any) -> None:
     model = make_tiny(layers=2)
-    base = save_base(model, tmp_path / "base")
-    method = run_method(Magnitude(base, 0.29, structure="unstructured"), tiny_tokens(2, 8), tmp_path / "run")
+    method = run(model, Magnitude, 0.29, tiny_tokens(2, 8), structure="unstructured")
     for layer in range(2):
         for name, linear in projections(pruned_by(method), layer).items():
             before = projections(model, layer)[name].weight
@@ -86,25 +82,11 @@ def test_masked_checkpoints_are_stock_and_say_that_nothing_gets_smaller(tmp_path
     assert method.plan.weights_updated
 
 
-def test_embeddings_head_and_frozen_layers_are_untouched(tmp_path: Path) -> None:
+def test_embeddings_head_and_frozen_layers_are_untouched(run: Any) -> None:
     model = make_tiny(layers=3, tied=False)
-    base = save_base(model, tmp_path / "base")
-    method = run_method(
-        Wanda(base, 0.5, structure="unstructured", freeze_first_n_layers=1), tiny_tokens(4, 8), tmp_path / "run"
-    )
+    method = run(model, Wanda, 0.5, tiny_tokens(4, 8), structure="unstructured", freeze_first_n_layers=1)
     assert torch.equal(pruned_by(method).model.embed_tokens.weight, model.model.embed_tokens.weight)
     assert torch.equal(pruned_by(method).lm_head.weight, model.lm_head.weight)
     for name, linear in projections(pruned_by(method), 0).items():
         assert torch.equal(linear.weight, projections(model, 0)[name].weight)
     assert int((projections(pruned_by(method), 1)["q_proj"].weight == 0).sum()) == 32 * 16
-
-
-def test_pattern_that_does_not_divide_the_widths_is_refused_before_loading(tmp_path: Path) -> None:
-    base = save_base(make_tiny(layers=2, channels=42), tmp_path / "base")
-    with pytest.raises(UserError, match="divisible by 4"):
-        run_method(Wanda(base, structure="2:4"), tiny_tokens(2, 8), tmp_path / "run")
-
-
-def test_group_options_are_refused_for_masks() -> None:
-    with pytest.raises(UserError, match=r"--model.round_to"):
-        Wanda(structure="2:4", round_to=8)

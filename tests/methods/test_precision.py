@@ -7,15 +7,16 @@ import pytest
 import torch
 
 from lightning_prune.calibration.passes import BlockPass, ForwardPass
-from lightning_prune.models.head import loss_gradient
-from tests.methods.behaviour import DENSE_SYSTEMS, SYSTEMS, prune, save_model, save_tokens
-from tests.tiny import make_tiny, tiny_tokens
+from tests.methods.behaviour import SYSTEMS, prune, save_model, save_tokens
+from tests.tiny import make_tiny
 
 RATIO = 0.29
 
 
-@pytest.mark.parametrize("system", ["slimgpt", "wanda_2to4"])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "16-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    ("system", "precision"),
+    [*(("slimgpt", one) for one in ("bf16-true", "16-true", "bf16-mixed")), ("wanda_2to4", "bf16-mixed")],
+)
 def test_work_between_the_steps_runs_in_the_precision_of_the_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str, precision: str
 ) -> None:
@@ -49,7 +50,7 @@ def test_work_between_the_steps_runs_in_the_precision_of_the_steps(
     monkeypatch.setattr(torch.nn.Linear, "forward", spy_on_linear)
     method = SYSTEMS[system].make(pretrained=str(save_model(tmp_path / "model")), pruning_ratio=RATIO)
     prune(method, save_tokens(tmp_path / "c.npy"), tmp_path, precision)
-    computed = {"32-true": torch.float32, "16-true": torch.float16}.get(precision, torch.bfloat16)
+    computed = {"16-true": torch.float16}.get(precision, torch.bfloat16)
     default = computed if precision.endswith("true") else torch.float32
     assert found["batch"] == found["advance"] == {(default, precision.endswith("mixed"), computed)}
 
@@ -57,7 +58,7 @@ def test_work_between_the_steps_runs_in_the_precision_of_the_steps(
 # Overflow
 
 
-@pytest.mark.parametrize("system", [name for name in DENSE_SYSTEMS if not name.startswith("magnitude")])
+@pytest.mark.parametrize("system", ["wanda", "flap", "slimgpt", "shortgpt", "hgsp_taylor", "hgsp_kfac"])
 def test_overflowing_activations_name_the_layer(tmp_path: Path, system: str) -> None:
     """Every weight fits fp16, but what layer 2 puts out does not; in the other precisions all is well."""
     model = make_tiny()
@@ -76,7 +77,7 @@ def test_overflowing_activations_name_the_layer(tmp_path: Path, system: str) -> 
         prune(method, tokens, tmp_path / "logs", "bf16-true")
 
 
-@pytest.mark.parametrize("system", ["magnitude", "wanda", "hgsp_taylor", "slimgpt"])
+@pytest.mark.parametrize("system", ["magnitude", "wanda"])
 def test_weights_beyond_fp16_name_the_layer(tmp_path: Path, system: str) -> None:
     model = make_tiny()
     with torch.no_grad():
@@ -99,18 +100,3 @@ def test_an_overflowing_gradient_of_the_residual_stream_names_the_layer_that_mad
     method = SYSTEMS["hgsp_taylor"].make(pretrained=str(tmp_path / "model"), pruning_ratio=RATIO, temperature=0)
     with pytest.raises(FloatingPointError, match="layer 1, gradient of its input"):
         prune(method, save_tokens(tmp_path / "c.npy"), tmp_path / "logs", "16-true")
-
-
-def test_a_mean_loss_would_underflow_in_fp16_where_the_sum_does_not() -> None:
-    """Of 4096 tokens, with gradients of about 1e-5 each: their mean's gradients lie below fp16's 6e-8."""
-    hidden = torch.randn(4, 1025, 8, generator=torch.Generator().manual_seed(1)).half()
-    head = (1e-4 * torch.randn(96, 8, generator=torch.Generator().manual_seed(2))).half()
-    tokens = tiny_tokens(4, 1025)
-    found = loss_gradient(lambda rows: rows @ head.T, hidden, tokens, torch.ones(4), 96)
-    rows = hidden[:, :-1].double().flatten(0, 1)
-    chosen = torch.nn.functional.one_hot(tokens[:, 1:].flatten(), 96)
-    expected = (torch.softmax(rows @ head.double().T, -1) - chosen) @ head.double()
-    mean = (expected / len(rows)).half()
-    assert float((mean == 0).double().mean()) > 0.5
-    torch.testing.assert_close(found[:, :-1].flatten(0, 1).double(), expected, rtol=0.05, atol=1e-6)
-    assert bool((found[:, :-1] != 0).double().mean() > 0.98)

@@ -1,6 +1,7 @@
 """A checkpoint with widths per layer is a base model like any other: every method prunes it again."""
 
 import copy
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from lightning_prune.methods import Wanda
 from lightning_prune.models.families import count_parameters
 from lightning_prune.models.vocabulary import Block
 from tests.cutting import cut
-from tests.methods.behaviour import DENSE_SYSTEMS, FAST_SYSTEMS, SYSTEMS, prune, save_tokens
+from tests.methods.behaviour import DENSE_SYSTEMS, FAST_DENSE, MEASURES, SYSTEMS, prune, save_tokens
 from tests.tiny import make_tiny, tiny_plan, tiny_tokens
 
 RATIO = 0.15
@@ -31,8 +32,6 @@ UNITS = [(4, 40), (0, 32), (3, 20), (2, 0)]
 
 def save_pruned(folder: Path, family: str = "llama") -> PreTrainedModel:
     dense = make_tiny(family, heads=8, kv_heads=4, layers=5)
-    if family == "qwen3":  # per-layer entries of layers that differ
-        dense.config.layer_types = ["full_attention"] * 5
     cut(dense, tiny_plan(dense, KEPT)).save_pretrained(folder)
     return lightning_prune.load(folder)
 
@@ -59,15 +58,13 @@ def masked(base: PreTrainedModel, layers: list[Any]) -> torch.Tensor:
     return model(tiny_tokens()).logits
 
 
+OWN = [name for name in MEASURES if name in DENSE_SYSTEMS]  # where a layer has no attention, or no MLP
+
+
 @pytest.mark.parametrize(
     ("system", "family"),
-    [(system, "llama") for system in DENSE_SYSTEMS]
-    + [
-        pytest.param(system, family, marks=pytest.mark.slow)
-        for family in ("phi3", "gemma3_text")
-        for system in FAST_SYSTEMS
-        if system in DENSE_SYSTEMS
-    ],
+    [(system, "llama") for system in (*FAST_DENSE, *OWN)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in product(FAST_DENSE, ("phi3", "gemma3_text"))],
 )
 def test_every_method_prunes_it_again(tmp_path: Path, system: str, family: str) -> None:
     base = save_pruned(tmp_path / "pruned", family)
@@ -104,16 +101,3 @@ def test_options_of_the_selection(tmp_path: Path, options: dict[str, Any]) -> No
         for layer, (groups, channels) in zip(run.method.plan.layers, UNITS, strict=True):
             lost = groups + channels - len(layer.kept[Block.ATTENTION]) - len(layer.kept[Block.MLP])
             assert lost > 0 or not channels  # a group is more than the share of a layer of two
-
-
-def test_the_new_card_names_what_was_done_before(tmp_path: Path) -> None:
-    make_tiny(layers=5).save_pretrained(tmp_path / "dense")
-    base = tmp_path / "dense"
-    for method in ("magnitude", "wanda"):
-        run = lightning_prune.prune(
-            base, method, 0.1, tiny_tokens(4, 12), folder=tmp_path / method, accelerator="cpu", verbose=False
-        )
-        base = run.folder / "pruned"
-    card = (base / "README.md").read_text()
-    assert "| Before | dense → magnitude |" in card
-    assert "# pruned pruned" not in card

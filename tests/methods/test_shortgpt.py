@@ -1,8 +1,6 @@
 """ShortGPT: block influence per layer, and which layers go."""
 
-import json
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +9,7 @@ import torch
 from lightning_prune.checkpoint.cut import layout_of
 from lightning_prune.methods import ShortGPT
 from lightning_prune.methods.shortgpt import nearest_layer_count
-from lightning_prune.support.errors import UserError
-from tests.methods.running import pruned_by, run_method, save_base
+from tests.methods.running import pruned_by
 from tests.tiny import make_tiny, tiny_tokens
 
 
@@ -41,13 +38,12 @@ def reference_influence(model, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_influence_equals_the_reference_and_the_lowest_layers_go(family: str, tmp_path: Path) -> None:
+def test_influence_equals_the_reference_and_the_lowest_layers_go(family: str, run: Any) -> None:
     model = make_tiny(family, layers=5)
     tokens = tiny_tokens(7, 12)
     expected = reference_influence(model, tokens)
-    base = save_base(model, tmp_path / "base")
-    for size in (1, 3, 7):
-        method = run_method(ShortGPT(base, n_remove_layers=2), tokens, tmp_path / str(size), batch_size=size)
+    for size in (3, 7):
+        method = run(model, ShortGPT, batch_size=size, tokens=tokens, n_remove_layers=2)
         torch.testing.assert_close(torch.from_numpy(method.scores.importance), expected, rtol=1e-4, atol=1e-8)
         assert method.plan.removed_layers == sorted(sorted(range(5), key=lambda i: float(expected[i]))[:2])
     assert layout_of(pruned_by(method).config) == "stock"
@@ -73,42 +69,15 @@ def test_the_nearest_number_of_layers_or_at_most_the_budget() -> None:
         assert nearest_layer_count([10] * 8, budget, at_most=True) == count
 
 
-def test_at_most_keeps_the_ratio_where_the_nearest_number_of_layers_exceeds_it(tmp_path: Path) -> None:
+def test_at_most_keeps_the_ratio_where_the_nearest_number_of_layers_exceeds_it(run: Any) -> None:
     model = make_tiny(layers=5)
     total, layer = (
         sum(p.numel() for p in model.parameters()),
         sum(p.numel() for p in model.model.layers[0].parameters()),
     )
     ratio = round(1.7 * layer / total, 4)
-    base = save_base(model, tmp_path / "base")
     for at_most, gone in ((False, 2), (True, 1)):
-        method = run_method(ShortGPT(base, ratio, at_most=at_most), tiny_tokens(4, 8), tmp_path / str(at_most))
+        method = run(model, ShortGPT, ratio, tiny_tokens(4, 8), at_most=at_most)
         assert len(method.plan.removed_layers) == gone
         assert (method.plan.achieved_ratio <= ratio) == at_most
         assert method.plan.pruning_ratio == ratio
-    with pytest.raises(UserError, match="allows removing 0 of 5 layers"):
-        run_method(ShortGPT(base, 0.9 * layer / total, at_most=True), tiny_tokens(4, 8), tmp_path / "none")
-    with pytest.raises(UserError, match=r"--model.at_most rounds"):
-        ShortGPT(base, n_remove_layers=1, at_most=True)
-
-
-def test_no_ratio_is_recorded_that_nobody_asked_for(tmp_path: Path) -> None:
-    base = save_base(make_tiny(layers=4), tmp_path / "base")
-    method = run_method(ShortGPT(base, n_remove_layers=1), tiny_tokens(4, 8), tmp_path / "run")
-    assert method.plan.pruning_ratio is None
-    assert json.loads((tmp_path / "run" / "plan.json").read_text())["pruning_ratio"] is None
-    assert json.loads((tmp_path / "run" / "method.json").read_text())["n_remove_layers"] == 1
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"pruning_ratio": 0.01}, "nearest to removing 0"),
-        ({"pruning_ratio": 0.95}, "nearest to removing 4"),
-        ({"n_remove_layers": 4}, "at most 3"),
-    ],
-)
-def test_removing_no_or_all_layers_is_refused(options: dict[str, Any], words: str, tmp_path: Path) -> None:
-    base = save_base(make_tiny(layers=4), tmp_path / "base")
-    with pytest.raises(UserError, match=words):
-        run_method(ShortGPT(base, **options), tiny_tokens(4, 8), tmp_path / "run")

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,81 +10,52 @@ from torch import Tensor
 
 from lightning_prune.methods import SlimGPT
 from lightning_prune.models.vocabulary import Block
-from lightning_prune.support.errors import UserError
 from tests.methods.running import inputs_of, projections, pruned_by, run_method, save_base
+from tests.methods.test_slimgpt_math import naive_channel_errors, naive_greedy, naive_head_errors, naive_hessian
 from tests.tiny import make_tiny, tiny_tokens
 
-DAMPING = 0.01
 
-
-def hessian_of(x: Tensor, samples: int) -> Tensor:
-    hessian = 2 / samples * x.T @ x
-    return hessian + DAMPING * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
-
-
-def greedy(weight: Tensor, hessian: Tensor, width: int, rounds: list[int]) -> tuple[list[int], Tensor]:
-    """Remove units of ``width`` columns round by round, each time refitting by solving the normal equations."""
-    units = list(range(weight.shape[1] // width))
-    columns = list(range(weight.shape[1]))
-    current, h = weight.clone(), hessian.clone()
-    for size in rounds:
-        inverse = torch.linalg.inv(h)
-        errors = []
-        for position in range(len(units)):
-            block = slice(position * width, (position + 1) * width)
-            factor = torch.linalg.cholesky(inverse[block, block])
-            error = sum(float((current[:, position * width + j] ** 2).sum() / factor[j, j] ** 2) for j in range(width))
-            errors.append((error, position))
-        gone = sorted(position for _, position in sorted(errors)[:size])
-        stay = [p for p in range(len(units)) if p not in gone]
-        s = [p * width + j for p in stay for j in range(width)]
-        g = [p * width + j for p in gone for j in range(width)]
-        current = current[:, s] + current[:, g] @ h[g][:, s] @ torch.linalg.inv(h[s][:, s])
-        h = h[s][:, s]
-        units = [units[p] for p in stay]
-        columns = [columns[i] for i in s]
-    full = torch.zeros_like(weight)
-    full[:, columns] = current
-    return units, full
-
-
-def reference(model, tokens: Tensor, counts: list[tuple[int, int]], rounds) -> tuple[list, object]:
-    model = copy.deepcopy(model).double()
-    kept = []
+def reference(model: Any, tokens: Tensor, counts: list[tuple[int, int]]) -> tuple[list[Any], Any]:
+    """The units kept of every layer and the model, layer by layer; channels leave three at a time."""
+    model, config, kept = copy.deepcopy(model).double(), model.config, []
+    width = config.head_dim * config.num_attention_heads // config.num_key_value_heads
     for layer, (groups, channels) in enumerate(counts):
-        found = projections(model, layer)
-        width = model.config.head_dim * model.config.num_attention_heads // model.config.num_key_value_heads
-        x = inputs_of(model, found["o_proj"], tokens)
-        heads, weight = greedy(found["o_proj"].weight.data, hessian_of(x, len(tokens)), width, [1] * groups)
-        found["o_proj"].weight.data = weight
-        x = inputs_of(model, found["down_proj"], tokens)
-        units, weight = greedy(found["down_proj"].weight.data, hessian_of(x, len(tokens)), 1, rounds(channels))
-        found["down_proj"].weight.data = weight
-        kept.append((heads, units))
+        threes = [3] * (channels // 3) + [channels % 3] * (channels % 3 > 0)
+        kept.append([])
+        for name, columns, rounds, errors in (
+            ("o_proj", width, [1] * groups, naive_head_errors(width, "slimgpt")),
+            ("down_proj", 1, threes, naive_channel_errors),
+        ):
+            linear = projections(model, layer)[name]
+            hessian = naive_hessian(inputs_of(model, linear, tokens), len(tokens), 0.01)
+            weight = linear.weight.data
+            units, new, _ = naive_greedy(weight.numpy(), hessian, columns, rounds, errors)
+            linear.weight.data = torch.zeros_like(weight)
+            linear.weight.data[:, [unit * columns + j for unit in units for j in range(columns)]] = torch.from_numpy(
+                new
+            )
+            kept[-1].append(units)
     return kept, model
 
 
 @pytest.mark.parametrize(
-    "shape",
+    ("precision", "shape"),
     [
-        {"family": "llama", "heads": 4, "kv_heads": 2},
-        {"family": "qwen2", "heads": 4, "kv_heads": 2},
-        {"family": "llama", "heads": 4, "kv_heads": 4},
+        ("32-true", {"family": "llama", "heads": 4, "kv_heads": 2}),
+        ("32-true", {"family": "qwen2", "heads": 4, "kv_heads": 2}),  # with biases
+        ("64-true", {"family": "llama", "heads": 4, "kv_heads": 4}),
     ],
-    ids=["llama-gqa", "qwen2-biases", "llama-mha"],
 )
-def test_whole_run_equals_a_float64_reference(shape: dict, tmp_path: Path) -> None:
+def test_whole_run_equals_a_float64_reference(precision: str, shape: dict[str, Any], run: Any) -> None:
     model = make_tiny(layers=3, **shape)
     tokens = tiny_tokens(12, 16)
-    base = save_base(model, tmp_path / "base")
-    method = run_method(SlimGPT(base, 0.4, ffn_group_size=3), tokens, tmp_path / "run")
+    method: Any = run(model, SlimGPT, 0.4, tokens, precision=precision, ffn_group_size=3)
+    assert method.ratios == sorted(method.ratios)
+    assert method.ratios[0] < method.ratios[-1]  # later layers lose more
     assert any(groups for groups, _ in method.counts), "the case must remove heads too"
 
-    def rounds(channels: int) -> list[int]:
-        return [3] * (channels // 3) + ([channels % 3] if channels % 3 else [])
-
-    kept, expected = reference(model, tokens, method.counts, rounds)
-    assert [(plan.kept[Block.ATTENTION], plan.kept[Block.MLP]) for plan in method.plan.layers] == kept
+    kept, expected = reference(model, tokens, method.counts)
+    assert [[plan.kept[Block.ATTENTION], plan.kept[Block.MLP]] for plan in method.plan.layers] == kept
     with torch.no_grad():
         got = pruned_by(method)(input_ids=tokens, use_cache=False).logits.double()
         want = expected(input_ids=tokens, use_cache=False).logits
@@ -91,91 +63,21 @@ def test_whole_run_equals_a_float64_reference(shape: dict, tmp_path: Path) -> No
     assert sum(p.numel() for p in pruned_by(method).parameters()) == method.plan.parameters["pruned"]
 
 
-def test_compensation_is_the_least_squares_optimum_and_beats_masking_on_every_layer(tmp_path: Path) -> None:
-    model = make_tiny(layers=3)
-    tokens = tiny_tokens(40, 16)
-    base = save_base(model, tmp_path / "base")
-    method = run_method(SlimGPT(base, 0.3, damping=1e-6), tokens, tmp_path / "run")
-    zeroed = copy.deepcopy(model).double()
-    for layer, plan in enumerate(method.plan.layers):
-        found = projections(zeroed, layer)
-        pruned = projections(pruned_by(method), layer)
-        heads = [j for h in plan.kept[Block.ATTENTION] for j in range(h * 16, (h + 1) * 16)]
-        for name, columns in (("o_proj", heads), ("down_proj", plan.kept[Block.MLP])):
-            weight = found[name].weight.data
-            x = inputs_of(zeroed, found[name], tokens)
-            target = x @ weight.T
-            optimum = torch.linalg.lstsq(x[:, columns], target).solution
-            best = (x[:, columns] @ optimum - target).norm() / target.norm()
-            ours = pruned[name].weight.data.double()
-            error = (x[:, columns] @ ours.T - target).norm() / target.norm()
-            masked = (x[:, columns] @ weight[:, columns].T - target).norm() / target.norm()
-            assert float(error - best) < 1e-3
-            if len(columns) < weight.shape[1]:
-                assert error < masked
-            full = torch.zeros_like(weight)
-            full[:, columns] = ours
-            found[name].weight.data = full
-
-
-def test_later_layers_lose_more_and_the_total_is_met(tmp_path: Path) -> None:
-    model = make_tiny(layers=6, channels=80)
-    base = save_base(model, tmp_path / "base")
-    method = run_method(SlimGPT(base, 0.3), tiny_tokens(12, 16), tmp_path / "run")
-    ratios = method.ratios
-    assert ratios == sorted(ratios)
-    assert ratios[0] < ratios[-1]
-    channel = 3 * 32
-    dense = method.plan.parameters["dense"]
-    assert 0 <= int(0.3 * dense) - (dense - method.plan.parameters["pruned"]) < channel
-
-
-def test_double_precision_gives_the_decision_of_single(tmp_path: Path) -> None:
-    base = save_base(make_tiny(layers=3), tmp_path / "base")
-    tokens = tiny_tokens(10, 16)
-    single = run_method(SlimGPT(base, 0.1), tokens, tmp_path / "single")
-    assert any(groups == 0 for groups, _ in single.counts), "the case must leave a projection untouched"
-    double = run_method(SlimGPT(base, 0.1), tokens, tmp_path / "double", precision="64-true")
-    assert double.plan.layers == single.plan.layers
-    for layer in range(3):
-        for name, linear in projections(pruned_by(double), layer).items():
-            other = projections(pruned_by(single), layer)[name].weight
-            torch.testing.assert_close(linear.weight, other, rtol=1e-4, atol=1e-5)
-
-
-def test_max_tokens_takes_the_first_tokens_whatever_the_batch_size(tmp_path: Path) -> None:
+def test_max_tokens_takes_the_first_tokens(tmp_path: Path) -> None:
     base = save_base(make_tiny(layers=2), tmp_path / "base")
     tokens = tiny_tokens(12, 16)
     whole = run_method(SlimGPT(base, 0.3), tokens[:6], tmp_path / "six")
-    for size in (1, 5):
-        capped = run_method(SlimGPT(base, 0.3, max_tokens=96), tokens, tmp_path / str(size), batch_size=size)
-        assert capped.plan.layers == whole.plan.layers
-        torch.testing.assert_close(capped.scores.importance, whole.scores.importance, rtol=1e-3, atol=1e-9)
+    capped = run_method(SlimGPT(base, 0.3, max_tokens=96), tokens, tmp_path / "capped", batch_size=5)
+    assert capped.plan.layers == whole.plan.layers
+    torch.testing.assert_close(capped.scores.importance, whole.scores.importance, rtol=1e-3, atol=1e-9)
 
 
-def test_damping_that_had_to_be_raised_is_reported(tmp_path: Path) -> None:
-    base = save_base(make_tiny(layers=2), tmp_path / "base")
-    method = run_method(SlimGPT(base, 0.2, damping=0.0), tiny_tokens(2, 8), tmp_path / "run")  # 16 tokens, 40 channels
+def test_damping_that_had_to_be_raised_is_reported(run: Any) -> None:
+    method = run(make_tiny(layers=2), SlimGPT, 0.2, tiny_tokens(2, 8), damping=0.0)  # 16 tokens, 40 channels
     assert all(used > 0 for used in method._details["damping_used"]["down"])
-    fine = run_method(SlimGPT(base, 0.2), tiny_tokens(12, 16), tmp_path / "fine")
-    assert fine._details["damping_used"]["down"] == [0.01, 0.01]
 
 
-def test_unreachable_ratio_names_the_largest(tmp_path: Path) -> None:
-    base = save_base(make_tiny(layers=2), tmp_path / "base")
-    with pytest.raises(UserError, match=r"largest reachable ratio is at most 0\.\d+"):
-        run_method(SlimGPT(base, 0.95), tiny_tokens(4, 8), tmp_path / "run")
-
-
-@pytest.mark.parametrize(
-    "option", [{"damping": -0.1}, {"max_tokens": 0}, {"ffn_group_size": 0}, {"first_ratio": 1.0}], ids=str
-)
-def test_senseless_options_are_refused_by_name(option: dict) -> None:
-    with pytest.raises(UserError, match=f"--model.{next(iter(option))}"):
-        SlimGPT(**option)
-
-
-def test_every_block_runs_once_however_deep_the_model_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_block_runs_once_however_deep_the_model_is(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once for its Hessian; then the pruned projection alone, for what it now puts out: never the model per layer."""
     calls = dict.fromkeys(("query", "output", "gate", "down"), 0)
 
@@ -188,8 +90,7 @@ def test_every_block_runs_once_however_deep_the_model_is(tmp_path: Path, monkeyp
 
     start = SlimGPT.on_fit_start
     monkeypatch.setattr(SlimGPT, "on_fit_start", lambda self: (start(self), count(self))[0])
-    base = save_base(make_tiny(layers=5), tmp_path / "base")
-    run_method(SlimGPT(base, 0.3), tiny_tokens(12, 16), tmp_path / "run", batch_size=4)
+    run(make_tiny(layers=5), SlimGPT, 0.3, tiny_tokens(12, 16), batch_size=4)
     batches, layers = 3, 5
     once, again = layers * batches, (layers - 1) * batches  # nothing follows the last layer
     assert calls == {"query": once, "output": 2 * once, "gate": once, "down": once + again}

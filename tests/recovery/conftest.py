@@ -21,6 +21,7 @@ def prune(folder: Path, config: str = "wanda", *options: str) -> Path:
     fixed = ["--model.pretrained", f"{folder}/model", "--trainer.default_root_dir", f"{folder}/logs"]
     fixed += ["--data.dataset", f"{folder}/calibration.npy", "--data.eval_datasets", f"[{folder}/evaluation.npy]"]
     fixed += ["--trainer.accelerator", "cpu", "--trainer.logger", "false", "--model.pruning_ratio", "0.3"]
+    fixed += ["--data.continuations", "0"]
     assert main(["fit", "--config", str(CONFIGS / f"{config}.yaml"), *fixed, *options]) == 0
     return folder / "logs" / config / "version_0" / "pruned"
 

@@ -37,10 +37,10 @@ def test_divergence_is_that_of_a_loop_over_tokens_and_teaches_the_student_only()
     torch.testing.assert_close(student.grad, expected, rtol=1e-4, atol=1e-6)
 
 
-def with_trained_adapters(net: nn.Module, keep_zeros: bool = False) -> tuple[nn.Module, torch.Tensor]:
+def with_trained_adapters(net: nn.Module) -> tuple[nn.Module, torch.Tensor]:
     """The merged model, and the logits with adapters as training would leave them: B is zero at first."""
     before = net(TOKENS).logits.detach()
-    adapted = attach_adapters(net, 3, keep_zeros)
+    adapted = attach_adapters(net, 3, False)
     trained = {name: one for name, one in adapted.named_parameters() if one.requires_grad}
     assert trained
     assert all("lora_" in name for name in trained)
@@ -53,7 +53,7 @@ def with_trained_adapters(net: nn.Module, keep_zeros: bool = False) -> tuple[nn.
     return adapted.merge_and_unload(), logits
 
 
-@pytest.mark.parametrize("family", ["uneven widths", "phi3", "gemma2", "granite", "olmo2", "qwen2"])
+@pytest.mark.parametrize("family", ["uneven widths", "phi3", "qwen2"])
 def test_every_linear_of_the_layers_is_adapted_and_merged(family: str, pruned: Path) -> None:
     net: Any = Checkpoint.open(str(pruned)).load(torch.float32) if family == "uneven widths" else make_tiny(family)
     if family == "uneven widths":
@@ -66,25 +66,11 @@ def test_every_linear_of_the_layers_is_adapted_and_merged(family: str, pruned: P
     assert changed == {f"{name}.weight" for name in linears_of(merged)}
 
 
-def zeroed_model() -> Any:
-    net = make_tiny()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for linear in linears_of(net).values():
-            linear.weight.mul_(torch.rand_like(linear.weight) > 0.5)
-    return net
-
-
-def test_adapters_never_reach_zeroed_weights_and_training_knows_it() -> None:
-    net = zeroed_model()
-    zeros = zeros_of(net)
-    merged, logits = with_trained_adapters(net, keep_zeros=True)
-    assert count_zeros(merged, zeros) == sum(int(mask.sum()) for mask in zeros.values()) > 0
-    torch.testing.assert_close(merged(TOKENS).logits, logits, rtol=1e-4, atol=1e-4)
-
-
 def test_zeroed_weights_stay_zero_under_an_optimizer_and_the_count_sees_one_that_does_not() -> None:
-    net = zeroed_model()
+    net: Any = make_tiny()
+    torch.manual_seed(0)
+    for linear in linears_of(net).values():
+        linear.weight.data.mul_(torch.rand_like(linear.weight) > 0.5)
     zeros = zeros_of(net)
     hold_zeros(net, zeros)
     before = {name: linear.weight.detach().clone() for name, linear in linears_of(net).items()}
@@ -123,14 +109,11 @@ def test_evaluation_text_inside_a_longer_text_is_found_wherever_it_begins() -> N
     assert shared_windows(tiny_tokens(1, 8), evaluation) == 0  # shorter than a window
 
 
-@pytest.mark.parametrize("kind", ["same file", "copy", "longer text"])
-def test_evaluation_text_is_not_trained_on(kind: str, tmp_path: Path) -> None:
+def test_evaluation_text_inside_a_longer_one_is_not_trained_on(tmp_path: Path) -> None:
     tokens = tiny_tokens(20, 80).numpy()
-    training = {"same file": tokens, "copy": tokens, "longer text": np.concatenate([tiny_tokens(9, 80, 7), tokens])}
     np.save(tmp_path / "evaluation.npy", tokens)
-    np.save(tmp_path / "training.npy", training[kind])
-    name = "evaluation" if kind == "same file" else "training"
-    data = RecoveryDataModule(f"{tmp_path}/{name}.npy", eval_datasets=[f"{tmp_path}/evaluation.npy"])
+    np.save(tmp_path / "training.npy", np.concatenate([tiny_tokens(9, 80, 7), tokens]))
+    data = RecoveryDataModule(f"{tmp_path}/training.npy", eval_datasets=[f"{tmp_path}/evaluation.npy"])
     with pytest.raises(UserError, match=r"--data\.dataset.*evaluation\.npy.*--data\.eval_datasets"):
         data.setup("fit")
 

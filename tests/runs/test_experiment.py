@@ -1,9 +1,6 @@
 import csv
 import json
-import random
 import re
-import shutil
-import signal
 import statistics
 from pathlib import Path
 
@@ -21,7 +18,6 @@ from lightning_prune.runs.experiment import plan_runs, run_experiment
 from lightning_prune.runs.settings import read_settings
 from lightning_prune.support import progress
 from lightning_prune.support.errors import UserError
-from tests.killing import Forks, Kill
 from tests.tiny import make_moe, make_tiny, tiny_tokenizer, tiny_tokens
 
 NOT_REPRODUCIBLE = ("folder", "scores_measured_by", "peak_memory_bytes")  # and all seconds
@@ -43,8 +39,9 @@ def write_experiment(tmp_path: Path) -> Path:
         "pretrained": str(tmp_path / "model"),
         "ratios": [0.2, 0.4],
         "systems": systems,
-        "data": {"dataset": str(tmp_path / "calibration.npy"), "eval_datasets": [str(tmp_path / "test.npy")]},
-        "trainer": {"accelerator": "cpu"},
+        "data": {"dataset": str(tmp_path / "calibration.npy"), "eval_datasets": [str(tmp_path / "test.npy")]}
+        | {"continuations": 0},
+        "trainer": {"accelerator": "cpu", "logger": False},
         "root": str(tmp_path / "logs"),
     }
     (tmp_path / "compare.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
@@ -171,31 +168,6 @@ def test_two_experiments_do_not_share_a_root(experiment: Path, monkeypatch: pyte
 
 
 @pytest.mark.slow
-def test_kills_at_random_moments_end_in_the_undisturbed_results(experiment: Path, tmp_path: Path, forks: Forks) -> None:
-    systems = ["wanda", "shortgpt"]  # benchmarks/kills.py kills every system
-    arguments = ["compare", "--config", str(experiment), "--systems", *systems, "--root"]
-    calm = forks.run([*arguments, str(tmp_path / "calm")])
-    assert calm.status == 0, calm.printed
-    moments = random.Random(0)
-    kills, pace = 0, 1.0
-    while kills < 4:
-        kill = Kill(seconds=calm.seconds * moments.uniform(0, 0.3) * pace)
-        if forks.run([*arguments, str(tmp_path / "killed")], kill).status == -signal.SIGKILL:
-            kills += 1
-        else:  # everything was finished already: lose a run, so that there is work to disturb
-            lost = moments.choice(sorted((tmp_path / "killed").glob("*/version_*/plan.json")))
-            shutil.rmtree(lost.parent)
-            pace *= 0.8  # the machine is faster than when it was measured
-    last = forks.run([*arguments, str(tmp_path / "killed")])
-    assert last.status == 0, last.printed
-    reports = sorted((tmp_path / "killed" / "comparison").glob("version_*"), key=lambda path: int(path.name[8:]))
-    assert results(reports[-1]) == results(tmp_path / "calm" / "comparison" / "version_0")
-    assert list((tmp_path / "killed").rglob(".*")) == []
-    assert list((tmp_path / "killed").rglob("unfinished")) == []
-    assert len(list((tmp_path / "killed").glob("*/version_*/plan.json"))) == 4
-
-
-@pytest.mark.slow
 def test_targets_take_the_place_of_ratios_and_share_what_was_measured(tmp_path: Path) -> None:
     path = write_experiment(tmp_path)
     dense = sum(one.numel() for one in make_tiny(layers=6).parameters())
@@ -216,7 +188,6 @@ def test_targets_take_the_place_of_ratios_and_share_what_was_measured(tmp_path: 
 EXPERTS = {
     "wanda": "wanda",
     "experts": {"config": "wanda", "model": {"init_args": {"units": "expert"}}},
-    "all": {"config": "wanda", "model": {"init_args": {"units": "all"}}},
     "reap": "reap",
     "kfac_refit": "hgsp_kfac_refit",
     "shortgpt": "shortgpt",

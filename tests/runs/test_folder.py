@@ -261,25 +261,19 @@ WRONG = [  # one of a kind; tests/hostile/test_runs.py damages every field
     ("metrics.json", "perplexity", "demo", {"dense": "10", "pruned": 1.0, "tokens": 1},
      "perplexity.demo.dense is '10', allowed: a valid number"),
     ("metrics.json", "perplexity", "other", {}, "perplexity.other.dense is missing"),
-    ("metrics.json", "perplexity", "demo", {"dense": 1.0, "pruned": 1.0, "tokens": 1, "x": 1}, "x is not known"),
     ("metrics.json", "evaluation", "other", EVALUATION, "perplexity and evaluation with the same sets"),
     ("metrics.json", "parameters", "dense", True, "parameters.dense is True, allowed: a valid integer"),
-    ("metrics.json", "peak_memory_bytes", None, -1, "peak_memory_bytes is -1, allowed: greater than or equal"),
-    ("environment.json", "packages", None, ["torch"], "packages is ['torch']"),
-    ("method.json", "method", None, 3, "method is 3"),
-    ("calibration.json", "sampling", None, "by hand", "sampling is 'by hand', allowed: 'random', 'sequential'"),
-    ("plan.json", "format", None, 9, "has format 9"),
     ("plan.json", "parameters", "dense", 999, "metrics.json in '{folder}' are of different runs"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "field", "inner", "value", "message"), WRONG)
 def test_wrong_field_is_named_with_what_was_found_and_what_is_allowed(
-    tmp_path: Path, name: str, field: str, inner: str | None, value: Any, message: str
+    tmp_path: Path, name: str, field: str, inner: str, value: Any, message: str
 ) -> None:
     folder = write_run(tmp_path)
     raw = json.loads((folder / name).read_text())
-    raw[field] = value if inner is None else raw[field] | {inner: value}
+    raw[field] |= {inner: value}
     (folder / name).write_text(json.dumps(raw))
     with pytest.raises(UserError) as error:
         RunFolder.open(folder, "--run")

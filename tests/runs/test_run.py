@@ -36,9 +36,11 @@ def options(inputs: Path, method: str = "Magnitude", root: str = "root") -> list
         f"--data.dataset={inputs / 'tokens.npy'}",
         f"--data.eval_datasets=[{inputs / 'held_out.npy'}]",
         f"--data.cache_dir={inputs / 'cache'}",
+        "--data.continuations=0",
         f"--trainer.default_root_dir={inputs / root}",
         "--trainer.accelerator=cpu",
         "--trainer.enable_progress_bar=false",
+        "--trainer.logger=false",
     ]
 
 
@@ -80,7 +82,7 @@ def test_full_disk_under_tensorboard_is_one_message(
 
     monkeypatch.setattr(RecordWriter, "write", write)
     arguments = options(inputs)
-    assert main([command, *(arguments if command == "fit" else arguments[1:])]) == 2
+    assert main([command, *(arguments if command == "fit" else arguments[1:]), "--trainer.logger=true"]) == 2
     shown = capfd.readouterr().err
     assert "Traceback" not in shown
     assert shown.splitlines()[-1].startswith("error: --trainer.default_root_dir: cannot write below")
@@ -122,7 +124,8 @@ def test_a_run_from_before_the_option_began_no_window_with_a_token(inputs: Path)
 def test_ratio_that_nobody_asked_for_is_not_recorded(inputs: Path) -> None:
     run = prune(ShortGPT(str(inputs / "model"), n_remove_layers=1), inputs / "tokens.npy", inputs / "logs")
     metrics = json.loads((run.folder / "metrics.json").read_text())
-    assert metrics["pruning_ratio"]["requested"] is None
+    assert metrics["pruning_ratio"]["requested"] is run.method.plan.pruning_ratio is None
+    assert json.loads((run.folder / "method.json").read_text())["n_remove_layers"] == 1
     assert load_run(run.folder).requested == metrics["pruning_ratio"]["achieved"]
     assert "Pruning ratio requested" not in (run.pruned / "README.md").read_text()
 

@@ -14,11 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_prune.checkpoint.scores import Scores
 from lightning_prune.cli import main
+from lightning_prune.methods import ShortGPT
 from lightning_prune.methods.scores import group_scores, layer_scores
 from lightning_prune.models.families import layer_structures
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.runs.tensorboard import kept_fraction_figure, log_importance
-from tests.methods.behaviour import SYSTEMS, prune, save_model, save_tokens
+from tests.methods.behaviour import prune, save_model, save_tokens
 from tests.tiny import make_tiny
 
 
@@ -80,12 +81,9 @@ def test_depth_pruning_shares_the_layer_curve(tmp_path: Path, importance: list[f
     assert kept_fraction_figure(scores).axes[0].get_xlabel() == "layer"
 
 
-@pytest.mark.parametrize("system", ["wanda", "shortgpt"])
-def test_runs_log_the_same_layer_curve(tmp_path: Path, system: str) -> None:
-    method = SYSTEMS[system].make(pretrained=str(save_model(tmp_path / "model")), pruning_ratio=0.3)
-    run = prune(
-        method, save_tokens(tmp_path / "c.npy"), tmp_path / "logs", evaluate_on=[save_tokens(tmp_path / "e.npy")]
-    )
+def test_depth_pruning_logs_the_same_layer_curve(tmp_path: Path) -> None:
+    method, tokens = ShortGPT(str(save_model(tmp_path / "model")), 0.3), save_tokens(tmp_path / "c.npy")
+    run = prune(method, tokens, tmp_path / "logs", evaluate_on=[save_tokens(tmp_path / "e.npy")], logged=True)
     (folder,) = run.folder.glob("*%")  # TensorBoard shows the path, and so the ratio
     events = read(folder)
     assert [point.step for point in events.Scalars("importance/layer")] == [0, 1, 2, 3]
@@ -178,36 +176,27 @@ def expected(run: Path) -> tuple[list[dict[str, float]], dict[str, float]]:
     return layers, final | {"hparams/perplexity e.npy": metrics["perplexity"]["e.npy"]["pruned"]}
 
 
-def test_csv_has_a_row_per_layer_the_final_numbers_and_the_options(tmp_path: Path, options: list[str]) -> None:
+def test_every_logger_gets_a_row_per_layer_the_final_numbers_and_the_options(
+    tmp_path: Path, options: list[str]
+) -> None:
+    """A file, TensorBoard, and one with a place for pictures and without an ``experiment``."""
     several = ["--trainer.logger+=CSVLogger", f"--trainer.logger.save_dir={tmp_path}/csv"]
     several += ["--trainer.logger+=TensorBoardLogger", f"--trainer.logger.save_dir={tmp_path}/events"]
-    assert fit(options, tmp_path, *several) == 0
-    folder = tmp_path / "csv/lightning_logs/version_0"
-    assert yaml.safe_load((folder / "hparams.yaml").read_text()) == {"method": "wanda", "pruning_ratio": 0.2}
+    assert fit(options, tmp_path, *several, f"--trainer.logger+={__name__}.Pictures") == 0
+    folder, chosen = tmp_path / "csv/lightning_logs/version_0", {"method": "wanda", "pruning_ratio": 0.2}
+    assert yaml.safe_load((folder / "hparams.yaml").read_text()) == Recorder.options == chosen
     with (folder / "metrics.csv").open() as file:
         rows = [{tag: float(value) for tag, value in row.items() if value} for row in csv.DictReader(file)]
     layers, final = expected(tmp_path / "root/wanda/version_0")
-    for number, (row, values) in enumerate(zip(rows, [*layers, final], strict=True)):
+    for number, (row, values, (found, step)) in enumerate(zip(rows, [*layers, final], Recorder.rows, strict=True)):
         assert row == pytest.approx(values | {"step": number % 4}, rel=1e-6)
+        assert (found, step) == (pytest.approx(values, rel=1e-6), number % 4)
     events = read(tmp_path / "events/lightning_logs/version_0")
-    tags = {tag for row in rows for tag in row} - {"step"}
-    assert tags <= set(events.Tags()["scalars"])
-
-
-def test_a_logger_with_a_place_for_pictures_gets_one_and_no_experiment_is_assumed(
-    tmp_path: Path, options: list[str]
-) -> None:
-    assert fit(options, tmp_path, "--trainer.logger", f"{__name__}.Pictures") == 0
-    layers, final = expected(tmp_path / "root/wanda/version_0")
-    assert [step for _, step in Recorder.rows] == [0, 1, 2, 3, 0]
-    for (found, _), values in zip(Recorder.rows, [*layers, final], strict=True):
-        assert found == pytest.approx(values, rel=1e-6)
-    assert Recorder.options == {"method": "wanda", "pruning_ratio": 0.2}
+    assert {tag for row in rows for tag in row} - {"step"} <= set(events.Tags()["scalars"])
     assert Recorder.ended[-1] == "success"
     ((key, (picture,)),) = Pictures.pictures.items()
     assert key == "kept fraction"
-    assert picture.dtype == np.uint8
-    assert picture.shape[2] == 3
+    assert (picture.dtype, picture.shape[2]) == (np.uint8, 3)
     assert picture.min() < 50 < 200 < picture.max()  # something was drawn
 
 
