@@ -1,6 +1,6 @@
 """A causal LM of which one decoder layer at a time is in memory, and the ways to run it."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -230,8 +230,10 @@ class LayeredModel:
 
     def run_block(self, index: int, block: Block, hidden: Tensor) -> Tensor:
         """The residual stream ``[B, L, D]`` after one block with the input ``hidden``; the others are not computed."""
-        with replaced_forward(self._without(index, block)):
-            return self.run(index, hidden)
+        self.evaluations += 1
+        result = self._evaluate_to(index, block, self._without(index, block), hidden)
+        self.overflow.watch(f"layer {index}, output", result)
+        return result
 
     def run_without(self, index: int, block: Block, hidden: Tensor) -> Tensor:
         """The residual stream ``[B, L, D]`` after the layer whose ``block`` adds nothing."""
@@ -267,16 +269,17 @@ class LayeredModel:
         stubs = self._without(index, block) if alone or not self.views[index].side_by_side else {}
         for module, pair in self.views[index].parts[block].modules.items():
             stubs[module] = lambda *_, pair=pair, **__: (output, None) if pair else output
-        with replaced_forward(stubs):
-            return self._evaluate(index, hidden)
+        return self._evaluate_to(index, block, stubs, hidden)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., V]`` of residual rows ``[n, D]`` or ``[B, L, D]`` after the last layer, computed by the model
         itself, with its soft caps and scales."""
         norm = self.net.get_submodule(family_of(self.config).final_norm)
-        decoder = MoeModelOutputWithPast(last_hidden_state=norm(hidden if hidden.dim() == 3 else hidden[None]))
+        rows = hidden if hidden.dim() == 3 else hidden[None]
+        decoder = MoeModelOutputWithPast(last_hidden_state=norm(rows))
+        decoder.shared_kv_states = None  # which Gemma 4 hands on
         with replaced_forward({self.net.base_model: lambda *_, **__: decoder}):
-            logits: Tensor = self.net(input_ids=None, use_cache=False, return_dict=True, **self._options).logits
+            logits: Tensor = self.net(inputs_embeds=rows, use_cache=False, return_dict=True, **self._options).logits
         return logits if hidden.dim() == 3 else logits[0]
 
     def losses(self, hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -296,12 +299,31 @@ class LayeredModel:
         others = [part for other, part in self.views[index].parts.items() if other is not block]
         return {module: stub for part in others for module, stub in silent(part).items()}
 
+    def _evaluate_to(self, index: int, block: Block, stubs: dict[nn.Module, Any], hidden: Tensor) -> Tensor:
+        """The residual stream after ``block``, as the next one finds it: of the last, or one side by side, the layer's
+        output."""
+        view, seen = self.views[index], list[Tensor]()
+        later = [] if view.side_by_side else view.blocks[view.blocks.index(block) + 1 :]
+        handles = [
+            view.parts[one].entry.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for one in later[:1]
+        ]
+        try:
+            with replaced_forward(stubs):
+                after = self._evaluate(index, hidden)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen[0] if seen else after
+
     def _evaluate(self, index: int, hidden: Tensor) -> Tensor:
         shape = (hidden.shape[0], hidden.shape[1])
         if shape not in self._calls:
             self.embed(torch.zeros(shape, dtype=torch.int64, device=hidden.device))
         args, kwargs = self._calls[shape][index]
         output = self.layers[index](hidden, *args, **kwargs)
+        for value in kwargs.values():
+            if isinstance(value, MutableMapping):  # in which Gemma 4 hands keys and values on to no one
+                value.clear()
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
