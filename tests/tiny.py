@@ -61,6 +61,7 @@ QWEN3_5 = {
     "linear_value_head_dim": 4,
 }
 GEMMA4 = {
+    "initializer_range": 0.1,
     "sliding_window": 5,
     "global_head_dim": 16,
     "attention_k_eq_v": True,
@@ -90,7 +91,7 @@ SWITCHES: dict[str, dict[str, Any]] = {  # what makes a tiny model of the family
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
     },
     "gemma4_text": {**GEMMA4, "hidden_size_per_layer_input": 0},
-    "gemma4_unified_text": {**GEMMA4, "num_global_key_value_heads": 1},
+    "gemma4_unified_text": {**GEMMA4, "attention_k_eq_v": False},
     "phi3": {"partial_rotary_factor": 0.5},
     "granite": GRANITE,
     "smollm3": {"no_rope_layers": [1, 1, 0, 1]},

@@ -120,7 +120,8 @@ class Family:
         """Whether layers differ in more than the family's own config says, so that they need the modeling file."""
         if not self.own_heads or not config.is_heterogeneous:
             return bool(config.is_heterogeneous)
-        return bool(config.per_layer_attributes - set(OWN_HEADS)) or any(own.skip for own in config.per_layer_config)
+        more = config.per_layer_attributes - set(OWN_HEADS) or hasattr(config, "kept_layer_types")
+        return bool(more) or any(own.skip for own in config.per_layer_config)
 
     def blocks_of(self, config: Any, index: int) -> tuple[Block, ...]:
         """What layer ``index`` of a model with ``config`` is made of, in the order of execution."""
