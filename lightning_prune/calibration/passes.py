@@ -374,12 +374,12 @@ class BlockPass(Pass):
 
     def pass_by(self, step: Step) -> None:
         """Of the step's block nothing is there: a block beside it still adds to the stream, which a layer may scale."""
-        if self.view(step).side_by_side or self.view(step).scale:
+        view = self.view(step)
+        if view.side_by_side or (view.scale and self.block(step) is view.blocks[-1]):
             with torch.no_grad(), self.setting.context():
                 for rows in self.setting.batches():
-                    hidden = self.stream.get(rows, self.model.device)
-                    nothing = torch.zeros_like(hidden)
-                    self.stream.put(rows, self.model.add(step.layer, hidden, self.block(step), nothing))
+                    hidden = self.model.beside(step.layer, self.stream.get(rows, self.model.device))
+                    self.stream.put(rows, self.model.scaled(step.layer, hidden))
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """The residual stream, and the inputs of one projection; those of a batch in fp32."""

@@ -246,6 +246,11 @@ class LayeredModel:
         view = self.views[index]
         return self.run_block(index, view.blocks[0], hidden) if view.side_by_side else hidden
 
+    def scaled(self, index: int, hidden: Tensor) -> Tensor:
+        """What the layer makes of the stream ``[B, L, D]`` after its last block: most families leave it as it is."""
+        view = self.views[index]
+        return hidden if view.scale is None else (hidden * getattr(view.layer, view.scale)).to(hidden.dtype)
+
     def inner(self, index: int, block: Block, hidden: Tensor) -> Tensor:
         """What the block's output projection reads, ``[B, L, n]``, for the input ``hidden``. The projection's hooks see
         it; the product itself, a third of a Llama's layer, is not computed."""
