@@ -21,7 +21,7 @@ class MemorySource:
     """Copies of a model's parameters; ``asked`` lists every name that was read, in order."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.parameters = model.state_dict()
         self.asked: list[str] = []
 
     def read(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:

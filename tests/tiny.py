@@ -33,7 +33,7 @@ WHOLE_ATTENTION = ("olmo2", "helium", "stablelm")  # GQA groups cannot leave one
 CUTTABLE = (
     *FAMILIES,
     *("ministral", "ministral3", "gemma", "gemma2", "gemma3_text", "phi3", "granite", "smollm3", "olmo"),
-    *("ernie4_5", "seed_oss"),
+    *("ernie4_5", "seed_oss", "gemma4_text", "gemma4_unified_text"),
 )
 HYBRIDS = (
     "qwen3_5_text",
@@ -60,6 +60,14 @@ QWEN3_5 = {
     "linear_key_head_dim": 4,
     "linear_value_head_dim": 4,
 }
+GEMMA4 = {
+    "initializer_range": 0.1,
+    "sliding_window": 5,
+    "global_head_dim": 16,
+    "attention_k_eq_v": True,
+    "final_logit_softcapping": 3.0,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
+}
 SWITCHES: dict[str, dict[str, Any]] = {  # what makes a tiny model of the family unlike a Llama
     "ministral": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "ministral3": {
@@ -82,6 +90,8 @@ SWITCHES: dict[str, dict[str, Any]] = {  # what makes a tiny model of the family
         "query_pre_attn_scalar": 16,
         "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
     },
+    "gemma4_text": {**GEMMA4, "hidden_size_per_layer_input": 0},
+    "gemma4_unified_text": {**GEMMA4, "attention_k_eq_v": False},
     "phi3": {"partial_rotary_factor": 0.5},
     "granite": GRANITE,
     "smollm3": {"no_rope_layers": [1, 1, 0, 1]},
@@ -192,6 +202,9 @@ def make_tiny(family: str = "llama", seed: int = 0, **options: Any) -> PreTraine
             for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter.add_(0.1 * torch.randn_like(parameter))
+            for name, buffer in model.state_dict().items():
+                if name.endswith("layer_scalar"):
+                    buffer.add_(0.1 * torch.randn_like(buffer))
     return model.eval()
 
 

@@ -27,6 +27,8 @@ MODELS = {
     "gemma": "Gemma",
     "gemma2": "Gemma 2",
     "gemma3_text": "Gemma 3 (text)",
+    "gemma4_text": "Gemma 4 (31B, text; E2B and E4B share keys and values between layers and are refused)",
+    "gemma4_unified_text": "Gemma 4 (12B, text)",
     "phi3": "Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
     "granite": "Granite 3 (dense)",
     "smollm3": "SmolLM3",
@@ -61,6 +63,8 @@ MODELS = {
     "qwen3_5": "Qwen3.5 (dense, text part)",
     "qwen3_5_moe": "Qwen3.5 (35B-A3B and larger, text part)",
     "gemma3": "Gemma 3 (text part)",
+    "gemma4": "Gemma 4 (31B, text part)",
+    "gemma4_unified": "Gemma 4 (12B, text part)",
     "mistral3": "Mistral Small 3, Ministral 3 (text part)",
 }
 
@@ -74,8 +78,8 @@ def removable(family: Family) -> str:
 
 
 def runtimes(family: Family) -> str:
-    """Where pruned models of the family were run, beside transformers: hybrids and experts nowhere."""
-    engines = [] if family.mixer or family.experts else ["vLLM"]
+    """Where pruned models of the family were run, beside transformers: hybrids, experts and Gemma 4 nowhere."""
+    engines = [] if family.mixer or family.experts or family.own_heads else ["vLLM"]
     return ", ".join([*engines, *(["GGUF"] if family.model_type in ARCHITECTURES else [])])
 
 

@@ -7,7 +7,6 @@ the chain rule cut at layer boundaries, so the gradients are those of the whole 
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -158,7 +157,8 @@ class BackwardPass(Pass):
         if slopes is not None:
             gradients = [cotangent if middle.grad is None else middle.grad for middle in between] + [cotangent]
             streams = [stream.detach() for stream in (before, *between, output)]
-            added = [after - before for before, after in pairwise(streams)]
+            ends = [*streams[:-2], self.model.scaled(layer, streams[-2])]  # what is there without each block
+            added = [after - without for without, after in zip(ends, streams[1:], strict=True)]
             pieces = [(cotangent, streams[-1] - streams[0]), *zip(gradients, added, strict=True)]
             slopes.update(pieces, len(hidden) * (self.setting.seq_len - 1))
         if hidden.grad is not None:

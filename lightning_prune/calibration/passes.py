@@ -16,8 +16,9 @@ from torch import Tensor
 from lightning_prune.calibration.hooks import Hooks
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.residuals import ResidualStore
-from lightning_prune.models.families import LayerStructure, Projection
+from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.layered import LayeredModel
+from lightning_prune.models.projection import Projection
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.devices import free_bytes
 
@@ -372,12 +373,13 @@ class BlockPass(Pass):
         self.inner.close()
 
     def pass_by(self, step: Step) -> None:
-        """Of the step's block nothing is there: a block beside it still adds to the stream."""
-        if self.view(step).side_by_side:
+        """Of the step's block nothing is there: a block beside it still adds to the stream, which a layer may scale."""
+        view = self.view(step)
+        if view.side_by_side or (view.scale and self.block(step) is view.blocks[-1]):
             with torch.no_grad(), self.setting.context():
                 for rows in self.setting.batches():
-                    hidden = self.stream.get(rows, self.model.device)
-                    self.stream.put(rows, self.model.beside(step.layer, hidden))
+                    hidden = self.model.beside(step.layer, self.stream.get(rows, self.model.device))
+                    self.stream.put(rows, self.model.scaled(step.layer, hidden))
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """The residual stream, and the inputs of one projection; those of a batch in fp32."""

@@ -82,7 +82,7 @@ class RemovalPass(Pass):
         self._keep(step, (Block.LAYER, layer), rows, hidden, tokens)
         if len(self._pieces(layer)) > 1:
             first, second = self.model.views[layer].blocks
-            self._keep(step, (second, layer), rows, between[0], tokens)
+            self._keep(step, (second, layer), rows, self.model.scaled(layer, between[0]), tokens)
             self._keep(step, (first, layer), rows, self.model.run_without(layer, first, hidden), tokens)
         self._keep(step, None, rows, after, tokens)
 

@@ -1,6 +1,7 @@
 """A PruningPlan as shapes: the config of the pruned model, its parameter count, and what is kept of every tensor."""
 
 import copy
+from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -16,12 +17,13 @@ from lightning_prune.models.families import (
     has_bias,
     head_dim_of,
     kv_heads_of,
+    layer_configs,
     missing_biases,
     shapes_of,
     uniform_config,
     with_biases,
 )
-from lightning_prune.models.family import DENSE, Family
+from lightning_prune.models.family import DENSE, OWN_HEADS, Family
 from lightning_prune.models.modeling_pruned import BLOCK_MODULES, BLOCK_NORMS
 from lightning_prune.models.vocabulary import BLOCK_OF, OUTPUT_ROLE, ROLES, Block
 from lightning_prune.support.errors import UserError
@@ -30,7 +32,7 @@ from lightning_prune.support.quiet import quiet_transformers
 
 def layout_of(config: Any) -> Literal["stock", "per-layer"]:
     """Whether stock tools load a checkpoint with this config as it is, or need the modeling file in its folder."""
-    return "per-layer" if config.is_heterogeneous else "stock"
+    return "per-layer" if family_of(config).per_layer(config) else "stock"
 
 
 def kept_part(family: Family, config: Any, kept: LayerPlan, name: str, tensor: Tensor) -> Tensor:
@@ -136,6 +138,9 @@ def parameters_after(layers: list[LayerStructure], dense: int, kept: list[LayerP
     """Unique parameters left of ``dense`` after cutting, which also removes norms and biases of skipped blocks."""
     for dense_layer, plan in zip(layers, kept, strict=True):
         layer = as_planned(dense_layer, plan)
+        if plan.removed:
+            dense -= layer.cost
+            continue
         for block in layer.blocks:
             units = len(plan.kept[block])
             dense -= (layer.units(block) - units) * layer.unit_cost(block) if units else layer.block_cost(block)
@@ -149,23 +154,28 @@ def pruned_config(config: Any, plan: PruningPlan) -> Any:
     left = [layer for layer in plan.layers if not layer.removed]
     pruned = with_biases(config, plan.biases)
     set_sizes(pruned, left)
-    pruned.head_dim = head_dim_of(config)
+    if not family.own_heads:
+        pruned.head_dim = head_dim_of(config)
     choose_layers(pruned, config, [layer.layer for layer in left])
 
-    widths = {block: {len(layer.kept[block]) for layer in left if block in layer.kept} for block in Block}
-    queries_per_kv_head = config.num_attention_heads // kv_heads_of(config)
-    if all(len(sizes) < 2 and 0 not in sizes for sizes in widths.values()):
+    dense, own_heads = layer_configs(config), set(OWN_HEADS if family.own_heads else ())
+    sizes = [_sizes(layer, dense[layer.layer]) for layer in left]
+    skips = [[str(block) for block, units in layer.kept.items() if not units] for layer in left]
+    of_all = {name: {of[name] for of in sizes if name in of} for name in chain(*sizes) if name not in own_heads}
+    if not any(skips) and all(len(values) == 1 for values in of_all.values()):
         uniform = copy.deepcopy(pruned)
-        for kv_heads in widths[Block.ATTENTION]:
-            uniform.num_attention_heads, uniform.num_key_value_heads = kv_heads * queries_per_kv_head, kv_heads
-        for channels in widths[Block.MLP]:
-            setattr(uniform, family.width, channels)
-        if _can_be_read(uniform):
+        for name, (value,) in of_all.items():
+            setattr(uniform, name, value)
+        if own_heads:
+            uniform.per_layer_config = dict(enumerate(sizes))
+        if (again := _read_again(uniform)) is not None and _entries(again) == _entries(uniform):
             return uniform
         if family.stock_alias is not None and not any(has_bias(pruned, role) for role in ROLES):
             return _as_alias(uniform, family.stock_alias)
 
-    pruned.per_layer_config = dict(enumerate(_overrides(layer, config, queries_per_kv_head) for layer in left))
+    pruned.per_layer_config = {
+        index: {"skip": skip, **of} for index, (skip, of) in enumerate(zip(skips, sizes, strict=True))
+    }
     norms = {block: [name for name in family.norms_of(block) if name] for block in DENSE}
     if norms != BLOCK_NORMS:
         pruned.block_norms = norms
@@ -176,33 +186,48 @@ def pruned_config(config: Any, plan: PruningPlan) -> Any:
         pruned.logit_scale = 1 / config.logits_scaling  # the name under which vLLM's transformers backend looks for it
     # A config that checks its heads against other sizes must be allowed to read the global number. Only then: without
     # the permission, stock loaders refuse the checkpoint at once.
-    if not _can_be_read(pruned):
+    if (again := _read_again(pruned)) is None:
         pruned.allow_global_per_layer_attribute_access = True
+    elif _entries(again) != _entries(pruned):
+        pruned.kept_layer_types = pruned.layer_types
     return pruned
 
 
-def _can_be_read(config: Any) -> bool:
-    """Whether the config's own class takes what it wrote."""
+def _read_again(config: Any) -> Any | None:
+    """What the config's own class makes of what it wrote; None where it does not take that."""
     with quiet_transformers():
         try:
-            type(config).from_dict(config.to_dict())
+            return type(config).from_dict(config.to_dict())
         except Exception:  # ValueError, errors of strict dataclasses and of per-layer attributes have no common base
-            return False
-    return True
+            return None
 
 
-def _overrides(layer: LayerPlan, config: Any, queries_per_kv_head: int) -> dict[str, Any]:
-    """An entry of ``per_layer_config``. A skipped block has a size of its own, so that loaders which ignore ``skip``
-    refuse the checkpoint instead of starting the block at random."""
-    sizes: dict[str, Any] = {"skip": [str(block) for block, units in layer.kept.items() if not units]}
+def _entries(config: Any) -> list[Any]:
+    """What a config says of its layers one by one: Gemma 4's makes the last one attend fully."""
+    return [getattr(config, name, None) for name in family_of(config).per_layer_lists]
+
+
+def _sizes(layer: LayerPlan, config: Any) -> dict[str, int]:
+    """The widths of a layer, by config key. A skipped block has a size of its own, so that loaders which ignore
+    ``skip`` refuse the checkpoint instead of starting the block at random.
+
+    Args:
+        layer: what is kept.
+        config: of the layer before.
+    """
+    family, sizes = family_of(config), dict[str, int]()
     if Block.ATTENTION in layer.kept:
         kv_heads = len(layer.kept[Block.ATTENTION])
         sizes["num_key_value_heads"] = kv_heads or (1 if config.num_key_value_heads != 1 else 2)
-        if kv_heads:
-            sizes["num_attention_heads"] = kv_heads * queries_per_kv_head
+        if kv_heads or family.own_heads:  # of which ``uniform_config`` takes the ratio
+            sizes["num_attention_heads"] = (
+                sizes["num_key_value_heads"] * config.num_attention_heads // kv_heads_of(config)
+            )
+    if family.own_heads:
+        sizes["head_dim"] = config.head_dim
     if Block.MLP in layer.kept:
-        channels, width = len(layer.kept[Block.MLP]), family_of(config).width
-        sizes[width] = channels or (64 if getattr(config, width) != 64 else 128)
+        channels = len(layer.kept[Block.MLP])
+        sizes[family.width] = channels or (64 if getattr(config, family.width) != 64 else 128)
     return sizes
 
 

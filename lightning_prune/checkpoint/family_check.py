@@ -31,10 +31,11 @@ from lightning_prune.models.families import (
     family_of,
     head_dim_of,
     kv_heads_of,
+    layer_configs,
     layer_structures,
     uniform_config,
 )
-from lightning_prune.models.family import DENSE, GUIDE, Family
+from lightning_prune.models.family import GUIDE, OWN_HEADS, Family
 from lightning_prune.models.layered import open_layered
 from lightning_prune.models.vocabulary import EXPERTS, Block
 from lightning_prune.support.errors import CheckpointError, UserError, first_line
@@ -101,19 +102,25 @@ def shrunk(config: Any) -> Any:
     """A config of the same kind with a few narrow layers: one of each sort the model has, two heads per group where
     groups have more than one."""
     config, family = uniform_config(config), family_of(config)
-    tiny = copy.deepcopy(config)
-    kv_heads = min(2, kv_heads_of(config))
-    ratio = config.num_attention_heads // kv_heads_of(config)
+    tiny, layers = copy.deepcopy(config), layer_configs(config)
+    most, least = max(map(kv_heads_of, layers)), min(map(head_dim_of, layers))
+    kv_heads = min(4 if family.own_heads else 2, most)
+    ratio = config.num_attention_heads // most
     tiny.num_attention_heads, tiny.num_key_value_heads = kv_heads * min(2, ratio), kv_heads
-    square = config.hidden_size == config.num_attention_heads * head_dim_of(config)
+    square = config.hidden_size == config.num_attention_heads * least
     tiny.hidden_size = tiny.num_attention_heads * HEAD_DIM + (0 if square else 2 * HEAD_DIM)
     tiny.vocab_size = VOCABULARY
     for name, value in {**family.tiny, family.width: CHANNELS, **_sizes_of_experts(config, family)}.items():
         if getattr(config, name, None) is not None:
             setattr(tiny, name, value)
-    if getattr(config, "head_dim", None) or not square:
+    if getattr(layers[0], "head_dim", None) or not square:
         tiny.head_dim = HEAD_DIM
-    choose_layers(tiny, config, _representative(config, family))
+    chosen = _representative(config, family)
+    choose_layers(tiny, config, chosen)
+    if family.own_heads:  # as many groups as before to one another, two where there are
+        heads = [(head_dim_of(layers[one]), kv_heads_of(layers[one])) for one in chosen]
+        sizes = [(HEAD_DIM * dim // least, max(min(2, count), kv_heads * count // most)) for dim, count in heads]
+        tiny.per_layer_config = {one: dict(zip(OWN_HEADS, of, strict=True)) for one, of in enumerate(sizes)}
     if getattr(config, "sliding_window", None):
         tiny.sliding_window = WINDOW
     for name, token in (("bos_token_id", 0), ("eos_token_id", 1), ("pad_token_id", None)):
@@ -166,7 +173,9 @@ def _representative(config: Any, family: Family) -> list[int]:
 def _try(config: Any, folder: Path) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    for parameter in model.parameters():  # zeros and ones, as norms and biases start, would hide that one is lost
+    for (
+        parameter
+    ) in model.state_dict().values():  # zeros and ones, as norms and biases start, would hide that one is lost
         new = 0.1 * torch.randn_like(parameter)
         parameter.copy_(parameter + new if parameter.dim() == 1 else 2 * new)
     model.save_pretrained(folder / "dense")
@@ -217,15 +226,18 @@ def _same(what: str, found: Tensor, expected: Tensor) -> None:
 
 
 def _plans(model: PreTrainedModel, path: str) -> dict[str, PruningPlan]:
-    """Layers of one width, with a group less where groups can be removed; and uneven ones: without attention, without
-    MLP, and removed. Where layers are not made of the same blocks, each is all of these in turn."""
+    """Layers of one width, with half the groups where groups can be removed; and uneven ones: without attention,
+    without MLP, and removed. Where layers are not made of the same blocks or sizes, each is all of these in turn."""
     views, dense = layer_structures(model), count_parameters(model)
-    groups = list(range(max(view.units(Block.ATTENTION) for view in views)))
+    groups = [view.all_units.get(Block.ATTENTION, []) for view in views]
+    halves = [
+        every if view.whole_attention else every[len(every) // 2 :] for view, every in zip(views, groups, strict=True)
+    ]
+    nothing: list[list[int]] = [[]] * len(views)
     channels, mixer = list(range(CHANNELS)), [0]
-    fewer = groups if views[0].whole_attention else groups[1:] or groups
-    even = (fewer, channels[1::2], mixer)
-    uneven = [([], channels[3:], mixer), (fewer, channels[::2], mixer), (groups, [], mixer), ([], [], [])]
-    turns = 1 if len({view.blocks for view in views}) == 1 else len(uneven)
+    even = (groups if any(len(every) == 1 for every in groups) else halves, channels[1::2], mixer)
+    uneven = [(nothing, channels[3:], mixer), (halves, channels[::2], mixer), (groups, [], mixer), (nothing, [], [])]
+    turns = 1 if len({(view.blocks, view.head_dim) for view in views}) == 1 else len(uneven)
     treatments = {"uniform": [even] * len(views)}
     for turn in range(turns):
         order = uneven[turn:] + uneven[:turn]
@@ -234,7 +246,10 @@ def _plans(model: PreTrainedModel, path: str) -> dict[str, PruningPlan]:
         treatments["fewer experts"] = treatments["uniform"]
     plans = {}
     for name, treatment in treatments.items():
-        units = [dict(zip((*DENSE, Block.MIXER), kept, strict=True)) for kept in treatment]
+        units = [
+            {Block.ATTENTION: attention[index], Block.MLP: mlp, Block.MIXER: mixer}
+            for index, (attention, mlp, mixer) in enumerate(treatment)
+        ]
         views = [
             view.with_experts_as(Block.EXPERT if name == "fewer experts" else Block.EXPERT_CHANNEL) for view in views
         ]

@@ -17,7 +17,7 @@ class InMemoryPlan:
 
     Columns of o_proj and down_proj that belong to a removed unit are zero, so nothing of it reaches the residual
     stream; its other weights stay, and count for nothing. A removed mixer, or block of experts, is zero
-    throughout.
+    throughout; a removed layer does not scale the stream.
 
     Args:
         kept: of every layer.
@@ -47,6 +47,9 @@ class InMemoryPlan:
             whole = (part for block, part in view.parts.items() if block not in view.prunable)
             for parameter in (one for part in whole for module in part.modules for one in module.parameters()):
                 parameter.data = torch.zeros_like(parameter)
+            if view.scale:
+                scale = getattr(view.layer, view.scale)
+                scale.data = torch.ones_like(scale)
         if view.experts is not None and not self.kept[view.index].removed:
             mask_experts(view.experts, self.kept[view.index], new.get(ROLE))
         for role in new.keys() & view.linears.keys() - set(OUTPUT_ROLE.values()):

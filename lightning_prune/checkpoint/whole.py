@@ -22,7 +22,7 @@ def why_text_alone(dense: Checkpoint, config: Any) -> str:
     """Why a text model with ``config`` cannot be put back into the folder it is from; empty where it can."""
     if dense.raw["model_type"] not in TEXT_PARTS:
         return f"'{dense.pretrained}' holds a text model and nothing else"
-    if config.is_heterogeneous:
+    if family_of(config).per_layer(config):
         return (
             "its layers differ in width, which the config of the whole model cannot say; --model.allocation uniform "
             "keeps them alike"

@@ -123,7 +123,7 @@ def _write_config(model: LayeredModel, folder: Path, whole: Checkpoint | None) -
     config = model.config
     config.architectures = [type(model.net).__name__]
     config.dtype = model.dtype
-    if config.is_heterogeneous:
+    if layout_of(config) == "per-layer":
         for key, value in modeling_pruned.identity(type(model.net).__name__).items():
             setattr(config, key, value)
         shutil.copyfile(modeling_pruned.__file__, folder / "modeling_pruned.py")
@@ -171,7 +171,7 @@ def write_weights(
     before, after = model.outside[:1], model.outside[1:]
     order = [*before, *(name for inside in model.layer_names for name in inside.values()), *after]
     hidden = model.embed(probe_tokens(model.config.vocab_size))
-    family, stock = family_of(model.config), not model.config.is_heterogeneous
+    family, stock = family_of(model.config), layout_of(model.config) == "stock"
     # transformers packs and renames what files of its own classes hold, not of others.
     experts, published = names if stock else None, {new: old for old, new in family.renamed.items() if stock}
 

@@ -8,6 +8,7 @@ have the same widths go under the name of their own family.
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_prune.checkpoint.cut import layout_of
 from lightning_prune.support.errors import UserError
 
 
@@ -45,7 +46,7 @@ def architecture_of(config: Any, biases: set[str]) -> Architecture:
     Raises:
         UserError: none does; the message says which property is in the way.
     """
-    instead = "Use --format stock" if config.is_heterogeneous else "It is a stock folder"
+    instead = "Use --format stock" if layout_of(config) == "per-layer" else "It is a stock folder"
 
     def refuse(what: str) -> UserError:
         return UserError(

@@ -7,11 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.checkpoint.cut import pruned_config
+from lightning_prune.checkpoint.cut import layout_of, pruned_config
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.models.checkpoint import Checkpoint, meta_model, skeleton
-from lightning_prune.models.families import count_parameters, family_of, kv_heads_of, shapes_of, uniform_config
+from lightning_prune.models.families import (
+    count_parameters,
+    family_of,
+    kv_heads_of,
+    layer_configs,
+    shapes_of,
+    uniform_config,
+)
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.sources import Source
 from lightning_prune.models.vocabulary import Block
@@ -30,7 +37,7 @@ def write_stock(checkpoint: Checkpoint, folder: Path, card: str, progress: Progr
     """
     net, source = checkpoint.skeleton(), checkpoint.source()
     config: Any = net.config
-    if not config.is_heterogeneous:
+    if layout_of(config) == "stock":
         raise UserError(
             f"--format stock: every layer of '{checkpoint.pretrained}' has the same widths, so it is a stock "
             "checkpoint already. Use the folder as it is."
@@ -103,13 +110,21 @@ def stock_config(config: Any) -> Any:
     attention that the family's config can say."""
     dense, layers = uniform_config(config), config.per_layer_config
     channels = max((getattr(own, family_of(config).width) for own in layers if "mlp" not in own.skip), default=1)
-    least = 1 if family_of(config).whole_attention is None else kv_heads_of(dense)
-    widest = max((kv_heads_of(own) for own in layers if "attention" not in own.skip), default=least)
-    for kv_heads in range(widest, kv_heads_of(dense) + 1):
-        units = {Block.ATTENTION: list(range(kv_heads)), Block.MLP: list(range(channels))}
-        blocks = [family_of(config).blocks_of(config, index) for index in range(config.num_hidden_layers)]
-        kept = [LayerPlan(i, {block: units.get(block, [0]) for block in of_layer}) for i, of_layer in enumerate(blocks)]
+    groups = [kv_heads_of(own) for own in layer_configs(dense)]
+    most = max(groups)  # of a family whose own layers differ, the others have as large a share of theirs
+    least = 1 if family_of(config).whole_attention is None else most
+    there = [(kv_heads_of(own), of) for own, of in zip(layers, groups, strict=True) if "attention" not in own.skip]
+    widest = max((-(-kept * most // of) for kept, of in there), default=least)
+    for kv_heads in range(widest, most + 1):
+        kept = []
+        for index, of in enumerate(groups):
+            units = {Block.ATTENTION: list(range(-(-kv_heads * of // most))), Block.MLP: list(range(channels))}
+            blocks = family_of(config).blocks_of(config, index)
+            kept.append(LayerPlan(index, {block: units.get(block, [0]) for block in blocks}))
         padded = pruned_config(dense, PruningPlan("", None, 0.0, {"dense": 0, "pruned": 0}, None, "", kept))
-        if not padded.is_heterogeneous:
+        if layout_of(padded) == "stock":
             return padded
-    raise AssertionError("the dense number of heads is one that the config can say")
+    raise UserError(
+        f"--format stock: a config of family '{config.model_type}' cannot say the kinds of the layers that are left "
+        f"({', '.join(config.layer_types)}), however wide they are. Use the folder as it is."
+    )

@@ -113,15 +113,16 @@ class GroupSelection:
                 f"{self.freeze_last_n_layers} leave none of the {len(layers)} layers to prune."
             )
         free &= protect_best(scores, self.min_groups_per_layer)
-        if layers[0].whole_attention is not None:
+        uniform = self.allocation == "uniform"
+        if groups_that_stay(layers, uniform):
             free &= ~scores.of_kind(Block.ATTENTION)
         free[best_attention(scores, layers)] = False
         scores = replace(scores, score=np.where(beyond_multiple(scores, free, budget), -np.inf, scores.score))
-        choose = select_global if self.allocation == "global" else select_uniform
+        choose = select_uniform if uniform else select_global
         try:
             return choose(scores, free, budget)
         except UserError as error:
-            raise UserError(f"{error}{groups_that_stay(layers)}") from None
+            raise UserError(f"{error}{groups_that_stay(layers, uniform)}") from None
 
     def unrounded(self, scores: Scores, layers: list[LayerStructure]) -> str:
         """A sentence on layers whose MLP does not keep a multiple of ``round_to`` channels; empty where all do."""
@@ -234,7 +235,7 @@ def select_uniform(scores: Scores, candidates: Flags, budget: Budget) -> Flags:
     layers = np.unique(scores.layer[candidates]).tolist()
     sizes = {i: sum(units.get((i, kind), 0) * costs.get((i, kind), 0) for kind in ROLES_OF) for i in layers}
     drops, reachable, reached = dict.fromkeys(blocks.keys, 0), [], True
-    for together in _alike(layers, units):
+    for together in _alike(layers, units, free, sizes):
         size = sum(sizes[layer] for layer in together)
         share = budget.parameters * size // sum(sizes.values())
         keys = [[(layer, kind) for layer in together if (layer, kind) in units] for kind in ROLES_OF]
@@ -261,12 +262,14 @@ def select_uniform(scores: Scores, candidates: Flags, budget: Budget) -> Flags:
     return pruned
 
 
-def _alike(layers: list[int], units: dict[tuple[int, Block], int]) -> list[list[int]]:
-    """The layers that lose the same together: each by itself, or all where some lack a block (hybrids) and those that
-    have it are equally wide, so that one width is left."""
-    there = [[units[i, kind] for i in layers if (i, kind) in units] for kind in ROLES_OF]
-    hybrid = any(0 < len(sizes) < len(layers) for sizes in there) and all(len(set(sizes)) < 2 for sizes in there)
-    return [layers] if hybrid else [[layer] for layer in layers]
+def _alike(
+    layers: list[int], units: dict[tuple[int, Block], int], free: dict[tuple[int, Block], int], sizes: dict[int, int]
+) -> list[list[int]]:
+    """The layers that lose the same together: each by itself, or all where some are larger (hybrids, heads of two
+    sizes) and what may lose units is equally wide, so that one width is left."""
+    kinds = [kind for kind in ROLES_OF if any(free.get((i, kind)) for i in layers)]
+    alike = all(len({units[i, kind] for i in layers if (i, kind) in units}) < 2 for kind in kinds)
+    return [layers] if alike and len({sizes[i] for i in layers}) > 1 else [[layer] for layer in layers]
 
 
 def _uniform_drops(
@@ -323,7 +326,9 @@ def _unreachable(reachable: int, budget: Budget) -> UserError:
     )
 
 
-def groups_that_stay(layers: list[LayerStructure]) -> str:
+def groups_that_stay(layers: list[LayerStructure], uniform: bool = False) -> str:
     """A sentence, with a space before it, on why no GQA group is a candidate; nothing where groups may be pruned."""
     reason = layers[0].whole_attention
+    if uniform and len({view.head_dim for view in layers if Block.ATTENTION in view.parts}) > 1:
+        reason = "the same share of two kinds of layers leaves them with different numbers of query heads"
     return f" GQA groups of this family are not removed: {reason}. MLP channels and whole layers are." if reason else ""

@@ -159,8 +159,9 @@ class Checkpoint:
     @property
     def expert_names(self) -> ExpertNames | None:
         """How its files hold experts: as the family's published ones, or in three-dimensional parameters."""
-        names = family_of(self.config).experts
-        apart = self.config.is_heterogeneous or any(len(entry.parts) > 1 for entry in self.tensors.values())
+        family = family_of(self.config)
+        names = family.experts
+        apart = family.per_layer(self.config) or any(len(entry.parts) > 1 for entry in self.tensors.values())
         return names if names is None or apart else replace(names, stored=None)
 
     @cached_property
@@ -302,7 +303,7 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     trouble = loading(config.name_or_path, "no model can be built from the config")
     with trouble, no_init_weights(), torch.device("meta"):
         build = AutoModelForCausalLM.from_config
-        if config.is_heterogeneous:
+        if family_of(config).per_layer(config):
             build = pruned_class(classes_of(config.model_type)["AutoModelForCausalLM"])
         net: PreTrainedModel = build(config)
     net.tie_weights()  # which transformers counts as a part of the initialisation
@@ -355,6 +356,8 @@ def _config_of(raw: dict[str, Any], path: str) -> PretrainedConfig:
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         family_of(SimpleNamespace(model_type=model_type))  # raises, with the families there are
     config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(values, name_or_path=path)
+    if kinds := values.get("kept_layer_types"):
+        config.layer_types = kinds
     if getattr(config, "block_auto_adjust_ff_dim", False):  # the MLP has another width than the config says
         config.intermediate_size, config.block_auto_adjust_ff_dim = adjusted_width(config), False
     if model_type not in TEXT_PARTS:

@@ -5,60 +5,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_prune.models.expert_layers import has_experts, say_experts
 from lightning_prune.models.experts import Experts
-from lightning_prune.models.family import GUIDE, Family
+from lightning_prune.models.family import GUIDE, OWN_HEADS, Family
+from lightning_prune.models.projection import Projection
 from lightning_prune.models.records import FAMILIES
 from lightning_prune.models.refusals import ENCODER_DECODER, REFUSED, SEVERAL_MODELS
-from lightning_prune.models.refusals import EXPERTS as MIXTURE_OF_EXPERTS
 from lightning_prune.models.skipped import fill_skipped
 from lightning_prune.models.vocabulary import BLOCK_OF, EXPERTS, OUTPUT_ROLE, Block
 from lightning_prune.support.errors import UserError
 
 # Of the config of a checkpoint with widths per layer, beside these widths.
 PER_LAYER_KEYS = (
-    *("auto_map", "how_to_load", "block_norms", "block_modules"),
+    *("auto_map", "how_to_load", "block_norms", "block_modules", "kept_layer_types"),
     "allow_global_per_layer_attribute_access",
 )
-
-
-@dataclass(eq=False)
-class Projection:
-    """The part of a linear layer that has one role: all of it, or consecutive ``rows`` of its weight ``[rows, in]`` and
-    bias where roles share a parameter."""
-
-    module: nn.Linear
-    rows: slice | None = None
-
-    @property
-    def weight(self) -> Tensor:
-        """``[out_features, in_features]``: the parameter itself, or a view of it."""
-        return self.part(self.module.weight)
-
-    @weight.setter
-    def weight(self, new: Tensor) -> None:
-        if self.rows is not None:
-            whole = self.module.weight.detach().clone()
-            whole[self.rows] = new.detach()
-            new = whole
-        self.module.weight = nn.Parameter(new, requires_grad=False)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """``[out_features]``, None without one."""
-        bias = self.module.bias
-        return bias if bias is None else self.part(bias)
-
-    @property
-    def in_features(self) -> int:
-        """Columns of the weight."""
-        return self.module.in_features
-
-    def part(self, whole: Tensor) -> Tensor:
-        """The rows of this role of a tensor that is shaped like the layer's weight or bias."""
-        return whole if self.rows is None else whole[self.rows]
 
 
 @dataclass(frozen=True)
@@ -96,7 +59,7 @@ class LayerStructure:
     Weights: query ``[K·r·d, D]``, key and value ``[K·d, D]``, output ``[D, K·r·d]``, gate and up ``[F, D]``,
     down ``[D, F]``. KV head j serves the contiguous query heads j·r … j·r + r − 1. ``parts``: its blocks in the order
     of execution. ``whole_attention``: why groups cannot be removed one by one, or None. ``side_by_side``: both blocks
-    read the layer's input.
+    read the layer's input. ``scale``: the name of a number that the layer multiplies its output with, if there is one.
     """
 
     index: int
@@ -105,6 +68,7 @@ class LayerStructure:
     head_dim: int
     whole_attention: str | None = None
     side_by_side: bool = False
+    scale: str | None = None
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -177,7 +141,8 @@ class LayerStructure:
     @property
     def cost(self) -> int:
         """Parameters of the layer."""
-        return sum(part.cost for part in self.parts.values())
+        scale = getattr(self.layer, self.scale).numel() if self.scale else 0
+        return scale + sum(part.cost for part in self.parts.values())
 
     @property
     def linears(self) -> dict[str, Projection]:
@@ -204,10 +169,11 @@ def family_of(config: Any) -> Family:
     """
     model_type = getattr(config, "model_type", None)
     family = FAMILIES.get(str(model_type))
-    if family is not None and not family.has_experts(config):
+    if family is not None and not (reason := family.refused(config)):
         return family
-    several = SEVERAL_MODELS if getattr(config, "sub_configs", None) else ""
-    reason = MIXTURE_OF_EXPERTS if family is not None else REFUSED.get(str(model_type), several)
+    if family is None:
+        several = SEVERAL_MODELS if getattr(config, "sub_configs", None) else ""
+        reason = REFUSED.get(str(model_type), several)
     if getattr(config, "is_encoder_decoder", False):
         reason = ENCODER_DECODER
     raise UserError(
@@ -270,9 +236,19 @@ def layer_configs(config: Any) -> list[Any]:
 
 
 def uniform_config(config: Any) -> Any:
-    """A copy of ``config`` with the widths of the dense model, which are the global ones, in every layer."""
-    uniform = copy.deepcopy(config)
+    """A copy of ``config`` with the widths of the dense model, which are the global ones, in every layer; of a family
+    whose heads differ by layer, with as many KV heads per query head as the layer has."""
+    uniform, layers = copy.deepcopy(config), layer_configs(config)
     uniform.per_layer_config = None
+    if family_of(config).own_heads:
+        heads = uniform.num_attention_heads
+        uniform.per_layer_config = {
+            index: {
+                "head_dim": own.head_dim,
+                "num_key_value_heads": own.num_key_value_heads * heads // own.num_attention_heads,
+            }
+            for index, own in enumerate(layers)
+        }
     copied = ("logit_scale",) if getattr(config, "logits_scaling", None) else ()  # of others it is a key of their own
     for name in (*PER_LAYER_KEYS, *copied):
         uniform.__dict__.pop(name, None)
@@ -288,6 +264,10 @@ def choose_layers(target: Any, config: Any, layers: Sequence[int]) -> None:
     family, target.num_hidden_layers = family_of(config), len(layers)
     if family.experts is not None:
         say_experts(target, family.experts, [has_experts(config, family.experts, layer) for layer in layers])
+    if family.own_heads:
+        of = config.per_layer_config
+        own = [{name: getattr(of[layer], name) for name in OWN_HEADS} for layer in layers]
+        target.per_layer_config = dict(enumerate(own))
     for name in family.per_layer_lists:
         if (entries := getattr(config, name, None)) is not None:
             setattr(target, name, [entries[layer] for layer in layers])
@@ -314,11 +294,15 @@ def _layer_structure(family: Family, config: Any, index: int, layer: nn.Module) 
                 f"'{family.model_type}' expects."
             ) from None
 
+    def there(path: str) -> bool:
+        """Some attention of Gemma 4 takes its values from the keys."""
+        owner, _, name = path.rpartition(".")
+        return getattr(find(owner), name, path) is not None
+
     def block_structure(block: Block) -> BlockStructure:
         modules, norms = family.modules_of(block), family.norms_of(block)
-        linears = {
-            role: _projection(family, config, role, find(family.path_of(role))) for role in family.roles_of(block)
-        }
+        paths = {role: family.path_of(role) for role in family.roles_of(block)}
+        linears = {role: _projection(family, config, role, find(path)) for role, path in paths.items() if there(path)}
         experts = Experts(find(family.mlp), family.experts) if family.experts and block in EXPERTS else None
         return BlockStructure(
             modules={find(name): pair for name, pair in modules.items()},
@@ -336,7 +320,7 @@ def _layer_structure(family: Family, config: Any, index: int, layer: nn.Module) 
             block = Block.EXPERT_CHANNEL  # not in every layer
         parts[block] = block_structure(block)
     beside = family.says(config, family.side_by_side)
-    view = LayerStructure(index, layer, parts, head_dim_of(config), family.whole_attention, beside)
+    view = LayerStructure(index, layer, parts, head_dim_of(config), family.whole_attention, beside, family.scale)
     shapes = shapes_of(config)
     for role, linear in view.linears.items():
         expected = (shapes[role], 0 not in shapes[role] and has_bias(config, role))

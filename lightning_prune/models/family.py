@@ -43,6 +43,7 @@ class ExpertNames:
 
 BEFORE_ATTENTION, BEFORE_MLP = Norms("input_layernorm"), Norms("post_attention_layernorm")
 DENSE = (Block.ATTENTION, Block.MLP)
+OWN_HEADS = ("head_dim", "num_key_value_heads")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +66,10 @@ class Family:
     ``per_head``: a parameter of the attention with one number for each query head.
     ``layer_returns``: how many values a layer returns in a tuple; 0 for the residual stream itself. ``mlp_scale``:
     what the MLP multiplies the output of its down projection with, if it does. ``tiny`` are config entries that make
-    the mixer of a tiny model small. ``has_experts`` says of a config that its model has experts, which
-    the record does not treat.
+    the mixer of a tiny model small. ``refused`` says why the record does not treat models with a config; empty where
+    it does.
+    ``own_heads``: the family's config says head size and number of KV heads layer by layer, so that it is heterogeneous
+    before anything is pruned. ``scale``: a stored number that every layer multiplies the residual stream with.
     ``side_by_side``: whether attention (a mixer, which stays whole) and MLP both read the layer's input; True, False,
     or the config key that decides. ``renamed``: how names in weight files begin → in the model.
     ``derived``: keys that transformers computes from others and does not write, and that other runtimes read.
@@ -105,11 +108,20 @@ class Family:
     per_head: str | None = None
     layer_returns: int = 0
     mlp_scale: Callable[[Any], float | None] = lambda config: None
-    has_experts: Callable[[Any], bool] = lambda config: False
+    refused: Callable[[Any], str] = lambda config: ""
     tiny: Mapping[str, Any] = field(default_factory=dict)
     side_by_side: bool | str = False
     renamed: Mapping[str, str] = field(default_factory=dict)
     derived: tuple[str, ...] = ()
+    own_heads: bool = False
+    scale: str | None = None
+
+    def per_layer(self, config: Any) -> bool:
+        """Whether layers differ in more than the family's own config says, so that they need the modeling file."""
+        if not self.own_heads or not config.is_heterogeneous:
+            return bool(config.is_heterogeneous)
+        more = config.per_layer_attributes - set(OWN_HEADS) or hasattr(config, "kept_layer_types")
+        return bool(more) or any(own.skip for own in config.per_layer_config)
 
     def blocks_of(self, config: Any, index: int) -> tuple[Block, ...]:
         """What layer ``index`` of a model with ``config`` is made of, in the order of execution."""

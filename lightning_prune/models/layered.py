@@ -1,6 +1,6 @@
 """A causal LM of which one decoder layer at a time is in memory, and the ways to run it."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -12,17 +12,17 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from lightning_prune.models.checkpoint import Checkpoint, kept_in_fp32
 from lightning_prune.models.experts import unroute
-from lightning_prune.models.families import BlockStructure, LayerStructure, family_of, layer_structures, layers_of
+from lightning_prune.models.families import LayerStructure, family_of, layer_structures, layers_of
 from lightning_prune.models.head import loss_gradient, token_losses
 from lightning_prune.models.overflow import Overflow
 from lightning_prune.models.sources import Prefetching, Source
+from lightning_prune.models.stubs import Call, Stub, replaced_forward, silent
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.devices import free_bytes
 from lightning_prune.support.memory import give_back_freed_memory, keep_heaps_small
 
 Onload = Literal["model", "layer"]
 SHARE = 0.5  # of a device's free memory that the weights may take; calibration needs the rest
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class LayeredModel:
@@ -186,7 +186,7 @@ class LayeredModel:
         """The residual stream ``[B, L, D]`` that enters layer 0."""
         seen: list[tuple[Tensor, Call]] = []
         family = family_of(self.config)
-        stubs = nn.ModuleList(_Stub(layer, seen, family.layer_returns) for layer in self.layers)
+        stubs = nn.ModuleList(Stub(layer, seen, family.layer_returns) for layer in self.layers)
         owner, _, leaf = family.layers.rpartition(".")
         setattr(self.net.get_submodule(owner), leaf, stubs)
         try:
@@ -230,12 +230,14 @@ class LayeredModel:
 
     def run_block(self, index: int, block: Block, hidden: Tensor) -> Tensor:
         """The residual stream ``[B, L, D]`` after one block with the input ``hidden``; the others are not computed."""
-        with _replaced_forward(self._without(index, block)):
-            return self.run(index, hidden)
+        self.evaluations += 1
+        result = self._evaluate_to(index, block, self._without(index, block), hidden)
+        self.overflow.watch(f"layer {index}, output", result)
+        return result
 
     def run_without(self, index: int, block: Block, hidden: Tensor) -> Tensor:
         """The residual stream ``[B, L, D]`` after the layer whose ``block`` adds nothing."""
-        with _replaced_forward(_silent(self.views[index].parts[block])):
+        with replaced_forward(silent(self.views[index].parts[block])):
             return self.run(index, hidden)
 
     def beside(self, index: int, hidden: Tensor) -> Tensor:
@@ -243,6 +245,11 @@ class LayeredModel:
         where blocks come one after another."""
         view = self.views[index]
         return self.run_block(index, view.blocks[0], hidden) if view.side_by_side else hidden
+
+    def scaled(self, index: int, hidden: Tensor) -> Tensor:
+        """What the layer makes of the stream ``[B, L, D]`` after its last block: most families leave it as it is."""
+        view = self.views[index]
+        return hidden if view.scale is None else (hidden * getattr(view.layer, view.scale)).to(hidden.dtype)
 
     def inner(self, index: int, block: Block, hidden: Tensor) -> Tensor:
         """What the block's output projection reads, ``[B, L, n]``, for the input ``hidden``. The projection's hooks see
@@ -254,7 +261,7 @@ class LayeredModel:
             seen.append(inputs)
             return hidden.new_zeros(1).expand(*inputs.shape[:-1], projection.weight.shape[0])
 
-        with _replaced_forward({**self._without(index, block), projection.module: stub}):
+        with replaced_forward({**self._without(index, block), projection.module: stub}):
             self.run(index, hidden)
         return seen[0]
 
@@ -267,16 +274,17 @@ class LayeredModel:
         stubs = self._without(index, block) if alone or not self.views[index].side_by_side else {}
         for module, pair in self.views[index].parts[block].modules.items():
             stubs[module] = lambda *_, pair=pair, **__: (output, None) if pair else output
-        with _replaced_forward(stubs):
-            return self._evaluate(index, hidden)
+        return self._evaluate_to(index, block, stubs, hidden)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., V]`` of residual rows ``[n, D]`` or ``[B, L, D]`` after the last layer, computed by the model
         itself, with its soft caps and scales."""
         norm = self.net.get_submodule(family_of(self.config).final_norm)
-        decoder = MoeModelOutputWithPast(last_hidden_state=norm(hidden if hidden.dim() == 3 else hidden[None]))
-        with _replaced_forward({self.net.base_model: lambda *_, **__: decoder}):
-            logits: Tensor = self.net(input_ids=None, use_cache=False, return_dict=True, **self._options).logits
+        rows = hidden if hidden.dim() == 3 else hidden[None]
+        decoder = MoeModelOutputWithPast(last_hidden_state=norm(rows))
+        decoder.shared_kv_states = None  # which Gemma 4 hands on
+        with replaced_forward({self.net.base_model: lambda *_, **__: decoder}):
+            logits: Tensor = self.net(inputs_embeds=rows, use_cache=False, return_dict=True, **self._options).logits
         return logits if hidden.dim() == 3 else logits[0]
 
     def losses(self, hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -294,7 +302,23 @@ class LayeredModel:
     def _without(self, index: int, block: Block) -> dict[nn.Module, Any]:
         """Stubs in place of the modules of all other blocks of a layer."""
         others = [part for other, part in self.views[index].parts.items() if other is not block]
-        return {module: stub for part in others for module, stub in _silent(part).items()}
+        return {module: stub for part in others for module, stub in silent(part).items()}
+
+    def _evaluate_to(self, index: int, block: Block, stubs: dict[nn.Module, Any], hidden: Tensor) -> Tensor:
+        """The residual stream after ``block``, as the next one finds it: of the last, or one side by side, the layer's
+        output."""
+        view, seen = self.views[index], list[Tensor]()
+        later = [] if view.side_by_side else view.blocks[view.blocks.index(block) + 1 :]
+        handles = [
+            view.parts[one].entry.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for one in later[:1]
+        ]
+        try:
+            with replaced_forward(stubs):
+                after = self._evaluate(index, hidden)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen[0] if seen else after
 
     def _evaluate(self, index: int, hidden: Tensor) -> Tensor:
         shape = (hidden.shape[0], hidden.shape[1])
@@ -302,6 +326,9 @@ class LayeredModel:
             self.embed(torch.zeros(shape, dtype=torch.int64, device=hidden.device))
         args, kwargs = self._calls[shape][index]
         output = self.layers[index](hidden, *args, **kwargs)
+        for value in kwargs.values():
+            if isinstance(value, MutableMapping):  # in which Gemma 4 hands keys and values on to no one
+                value.clear()
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
@@ -348,48 +375,6 @@ def choose_onload(wish: str, checkpoint: Checkpoint, dtype: torch.dtype, device:
     return "model" if elements * dtype.itemsize <= SHARE * free_bytes(device) else "layer"
 
 
-class _Stub(nn.Module):
-    """In place of a decoder layer, whose hooks must not fire: passes the residual stream on and notes the call."""
-
-    def __init__(self, layer: nn.Module, seen: list[tuple[Tensor, Call]], returns: int) -> None:
-        super().__init__()
-        self._layer, self._seen, self._returns = [layer], seen, returns  # in a list, so that it is not a submodule
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_layer"][0], name)  # such as attention_type, by which a family picks its mask
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self._seen.append((hidden_states, (args, kwargs)))
-        return (hidden_states, None)[: self._returns] if self._returns else hidden_states
-
-
 def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
     owner, _, leaf = name.rpartition(".")
     module.get_submodule(owner)._parameters[leaf] = parameter
-
-
-@contextmanager
-def _replaced_forward(stubs: Mapping[nn.Module, Any]) -> Iterator[None]:
-    for module, stub in stubs.items():
-        module.forward = stub
-    try:
-        yield
-    finally:
-        for module in stubs:
-            del module.forward
-
-
-def _silent(part: BlockStructure) -> dict[nn.Module, Any]:
-    """Stubs in place of the modules of a block."""
-    return {module: _nothing_and_none if pair else _nothing for module, pair in part.modules.items()}
-
-
-def _nothing(*args: Any, **kwargs: Any) -> Tensor:
-    """Zeros of the shape of the input that take no memory: the output of a block that is left out."""
-    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden.new_zeros(1).expand_as(hidden)
-
-
-def _nothing_and_none(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """The same for a module that also returns attention weights."""
-    return _nothing(*args, **kwargs), None

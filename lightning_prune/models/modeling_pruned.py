@@ -100,6 +100,8 @@ class PrunedMixin:
     post_init: Any
 
     def __init__(self, config: Any) -> None:
+        if hasattr(config, "kept_layer_types"):  # the config of Gemma 4 makes the last layer attend fully
+            config.layer_types = config.kept_layer_types
         super().__init__(_uniform(config))  # type: ignore[call-arg]
         config._attn_implementation_internal = self.config._attn_implementation
         config._experts_implementation_internal = self.config._experts_implementation
@@ -161,11 +163,16 @@ def classes_of(model_type: str) -> dict[str, str]:
 
 
 def _uniform(config: Any) -> Any:
-    """A copy of ``config`` with one layer of the global widths: enough for embeddings, rotary and head."""
+    """A copy of ``config`` with one layer of the global widths: enough for embeddings, rotary and head. Gemma 4 needs
+    them all, of their head sizes: its loop counts them, and it has a rotary table for each size."""
     uniform = copy.deepcopy(config)
     uniform.per_layer_config = None
     uniform.__dict__.pop("auto_map", None)  # a classifier makes its decoder through AutoModel, which would ask
-    uniform.num_hidden_layers = 1
+    if hasattr(config, "num_kv_shared_layers"):
+        heads = {index: {"head_dim": own.head_dim} for index, own in enumerate(config.per_layer_config)}
+        uniform.per_layer_config = heads
+    else:
+        uniform.num_hidden_layers = 1
     return uniform
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning_prune.models.family import ExpertNames, Family, Norms
+from lightning_prune.models.refusals import EXPERTS, SHARED
 from lightning_prune.models.vocabulary import Block
 
 _ALL_HEADS = "its query and key norms span all heads at once, so the other heads change when one leaves"
@@ -18,6 +19,14 @@ _SANDWICH: dict[str, Any] = {
     "mlp_norms": Norms("pre_feedforward_layernorm", "post_feedforward_layernorm"),
 }
 _TYPES = ("layer_types",)
+_GEMMA4: dict[str, Any] = {
+    "qkv_bias": "attention_bias",
+    "o_bias": "attention_bias",
+    "per_layer_lists": _TYPES,
+    "own_heads": True,
+    "scale": "layer_scalar",
+    **_SANDWICH,
+}
 _MIXER = (Block.MIXER, Block.MLP)
 _DELTA_NET = {
     "linear_num_key_heads": 2,
@@ -67,6 +76,18 @@ FAMILIES: dict[str, Family] = {
         Family("gemma", "attention_bias", "attention_bias"),
         Family("gemma2", "attention_bias", "attention_bias", per_layer_lists=_TYPES, **_SANDWICH),
         Family("gemma3_text", "attention_bias", "attention_bias", per_layer_lists=_TYPES, **_SANDWICH),
+        Family(
+            "gemma4_text",
+            **_GEMMA4,
+            refused=lambda config: (
+                EXPERTS
+                if config.enable_moe_block
+                else SHARED
+                if config.num_kv_shared_layers or config.hidden_size_per_layer_input
+                else ""
+            ),
+        ),
+        Family("gemma4_unified_text", **_GEMMA4, refused=lambda config: SHARED if config.num_kv_shared_layers else ""),
         Family("phi3", query="qkv_proj", key="qkv_proj", value="qkv_proj", gate="gate_up_proj", up="gate_up_proj"),
         Family("granite", "attention_bias", "attention_bias", "mlp_bias"),
         Family("smollm3", "attention_bias", "attention_bias", "mlp_bias", (*_TYPES, "no_rope_layers")),
@@ -165,7 +186,7 @@ FAMILIES: dict[str, Family] = {
             blocks={"linear_attention": _MIXER},
             mixer={"mamba": False},
             width="shared_intermediate_size",
-            has_experts=lambda config: config.num_local_experts > 0,
+            refused=lambda config: EXPERTS if config.num_local_experts > 0 else "",
             tiny=_MAMBA,
         ),
         Family(
@@ -254,7 +275,7 @@ FAMILIES: dict[str, Family] = {
                 "mlp": (Block.MLP,),
             },
             mixer={"mixer": False},
-            has_experts=lambda config: "moe" in config.layers_block_type,
+            refused=lambda config: EXPERTS if "moe" in config.layers_block_type else "",
             tiny={"mamba_num_heads": 2, "mamba_head_dim": 8, "ssm_state_size": 4, "n_groups": 1, "chunk_size": 8},
             renamed={"backbone.": "model."},
             derived=("num_hidden_layers", "hybrid_override_pattern"),
@@ -265,6 +286,8 @@ FAMILIES: dict[str, Family] = {
 # Models of several, of which the text model is taken → a family that it is of.
 TEXT_PARTS = {
     "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "gemma4_unified": "gemma4_unified_text",
     "mistral3": "mistral",
     "qwen3_5": "qwen3_5_text",
     "qwen3_5_moe": "qwen3_5_moe_text",

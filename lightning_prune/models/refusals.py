@@ -11,10 +11,6 @@ PERIODIC = (
     "its config says by a period where layers have attention and experts, so few layers could be removed, and these "
     "layers are classes of their own"
 )
-SCALED = (
-    "every layer scales the whole residual stream by a stored number, its config has sizes per layer of its own, and "
-    "in the smaller models layers share keys and values"
-)
 LATENT = "its attention is compressed into a latent space and has no rows per head to remove"
 ENCODER_DECODER = "it is an encoder-decoder; only decoders are pruned"
 SEVERAL_MODELS = (
@@ -33,7 +29,6 @@ FAMILIES_BY_REASON = {
     PARALLEL: "gptj falcon",
     PERIODIC: "jamba",
     SHARED: "gemma3n_text",
-    SCALED: "gemma4_text",
     LATENT: "deepseek_v2 minicpm3",
 }
 REFUSED = {name: reason for reason, names in FAMILIES_BY_REASON.items() for name in names.split()}

@@ -1,16 +1,22 @@
 import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+import lightning_prune
 from lightning_prune.checkpoint.cut import check_plan, layout_of, parameters_after, pruned_config
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
+from lightning_prune.checkpoint.pruned import open_pruned
+from lightning_prune.checkpoint.write import write_checkpoint
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import count_parameters, layer_structures
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
-from tests.cutting import cut
+from tests.cutting import cut, layered_cut
 from tests.tiny import CUTTABLE, FAMILIES, WHOLE_ATTENTION, make_tiny, mixed_plan, tiny_plan, tiny_tokens, uniform_plan
 
 KINDS = [
@@ -32,10 +38,12 @@ FULL = list(range(40))
 def zeroed(dense: PreTrainedModel, plan: PruningPlan) -> PreTrainedModel:
     """The dense model with the removed units' outputs set to zero, weight by weight."""
     model = copy.deepcopy(dense)
-    d, r = model.config.head_dim, model.config.num_attention_heads // model.config.num_key_value_heads
     with torch.no_grad():
-        for layer, kept in zip(model.model.layers, plan.layers, strict=True):
-            for j in range(model.config.num_key_value_heads):
+        for layer, kept, own in zip(model.model.layers, plan.layers, model.config.per_layer_config, strict=True):
+            d, r = own.head_dim, own.num_attention_heads // own.num_key_value_heads
+            if kept.removed and hasattr(layer, "layer_scalar"):
+                layer.layer_scalar.fill_(1)
+            for j in range(own.num_key_value_heads):
                 if j not in kept.kept[Block.ATTENTION]:
                     layer.self_attn.o_proj.weight[:, j * r * d : (j + 1) * r * d] = 0
             for c in range(model.config.intermediate_size):
@@ -67,6 +75,48 @@ def test_cutting_equals_zeroing(family: str, kv_heads: int, extra: dict[str, Any
         if plan_name == "mixed" or (kv_heads == 4 and ("attention_bias" in extra or family in CHECK_THEIR_HEADS))
         else "stock"
     )
+
+
+# Gemma 4: query heads are as many in every layer, KV heads and head sizes differ by its kind.
+HEADS_OF_ITS_OWN = {
+    "heads": 8,
+    "kv_heads": 4,
+    "num_global_key_value_heads": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+OTHER_HEADS = {
+    "as many query heads left": ([([1, 3], FULL[8:]), ([0], FULL[:32])] * 2, "stock", [(4, 2, 8), (4, 1, 16)] * 2),
+    "others left": ([([1, 2, 3], FULL), ([1], FULL)] * 2, "per-layer", [(6, 3, 8), (4, 1, 16)] * 2),
+    "a full attention gone": ([([0, 1, 2, 3], FULL), ([], FULL)] * 2, "per-layer", [(8, 4, 8), (4, 1, 16)] * 2),
+    "channels": ([([0, 1, 2, 3], FULL[8:]), ([0, 1], FULL[:32])] * 2, "stock", [(8, 4, 8), (8, 2, 16)] * 2),
+    "a layer": ([([], []), *[([0, 1], FULL), ([0, 1, 2, 3], FULL)], ([0, 1], FULL)], "stock", [(8, 2, 16), (8, 4, 8)]),
+    "the last layer": ([*[([0, 1, 2, 3], FULL), ([0, 1], FULL)], ([0, 1, 2, 3], FULL), ([], [])], "per-layer", []),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_HEADS)
+@torch.no_grad()
+def test_layers_with_heads_of_their_own_stay_so_and_can_be_pruned_again(case: str, tmp_path: Path) -> None:
+    kept, layout, heads = OTHER_HEADS[case]
+    dense = make_tiny("gemma4_text", **HEADS_OF_ITS_OWN)
+    plan, tokens = tiny_plan(dense, kept), tiny_tokens()
+    pruned = layered_cut(dense, plan)
+    assert layout_of(pruned.config) == layout
+    found = [(own.num_attention_heads, own.num_key_value_heads, own.head_dim) for own in pruned.config.per_layer_config]
+    assert found[: len(heads)] == heads
+    write_checkpoint(pruned, tmp_path / "once", beside=None, card="")
+    torch.testing.assert_close(
+        lightning_prune.load(tmp_path / "once")(tokens).logits, zeroed(dense, plan)(tokens).logits, rtol=1e-5, atol=1e-5
+    )
+    once = Checkpoint.open(str(tmp_path / "once"))
+    assert once.config.layer_types == [dense.config.layer_types[one.layer] for one in plan.layers if not one.removed]
+    views = layer_structures(once.meta)
+    units = [{**view.all_units, Block.MLP: FULL[4 : view.units(Block.MLP)]} for view in views]
+    again = replace(plan, layers=[LayerPlan(index, of) for index, of in enumerate(units)])
+    twice = open_pruned(once, again)
+    write_checkpoint(twice, tmp_path / "twice", beside=None, card="")
+    found = [vars(own)["num_key_value_heads"] for own in twice.config.per_layer_config]
+    assert found == [vars(own)["num_key_value_heads"] for own in once.config.per_layer_config]
 
 
 def test_layers_are_renumbered_and_their_types_follow() -> None:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MistralForCausalLM
 
+from lightning_prune.checkpoint.cut import layout_of
 from lightning_prune.cli import main
 from tests.export.checkpoints import FULL, Plan, gone, save, watch_reads
 from tests.tiny import EVERY_FAMILY, mixed_plan, tiny_plan, tiny_tokens
@@ -31,7 +32,7 @@ def test_padded_model_is_stock_and_gives_the_same_logits(
 ) -> None:
     pruned = save(tmp_path / "model", family, plan, **options)
     padded = export(tmp_path / "model")
-    assert not padded.config.is_heterogeneous
+    assert layout_of(padded.config) == "stock"
     assert not (tmp_path / "out" / "modeling_pruned.py").exists()
     expected = pruned.double()(tiny_tokens()).logits
     torch.testing.assert_close(padded.double()(tiny_tokens()).logits, expected, rtol=1e-9, atol=1e-9)

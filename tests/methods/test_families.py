@@ -90,11 +90,16 @@ def test_multipliers_are_in_priors_losses_and_gradients(tmp_path: Path) -> None:
         torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=1e-6)
 
 
-MLP_ENTRY = {"gemma2": "pre_feedforward_layernorm", "gemma3_text": "pre_feedforward_layernorm", "olmo2": "mlp"}
+MLP_ENTRY = {
+    "gemma2": "pre_feedforward_layernorm",
+    "gemma3_text": "pre_feedforward_layernorm",
+    "gemma4_text": "pre_feedforward_layernorm",
+    "olmo2": "mlp",
+}
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "gemma2", "gemma3_text", "phi3", "granite", "olmo2", "qwen3_5_text", "phi"]
+    "family", ["llama", "gemma2", "gemma3_text", "gemma4_text", "phi3", "granite", "olmo2", "qwen3_5_text", "phi"]
 )
 def test_every_block_is_refitted_on_what_the_pruned_part_before_it_puts_out(
     run: Any, monkeypatch: pytest.MonkeyPatch, family: str

@@ -14,6 +14,9 @@ from tests.methods.running import run_method, save_base
 from tests.tiny import make_tiny, tiny_tokens
 
 
+ADDS = {"gemma4_text": ("post_attention_layernorm", "post_feedforward_layernorm")}  # what comes last in a block
+
+
 def slopes(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """d(summed loss of a sample) / d(factor of what a piece adds) ``[3, L, N]``: factors 1 that take gradients."""
     model = copy.deepcopy(model).double()
@@ -30,7 +33,8 @@ def slopes(model: PreTrainedModel, tokens: Tensor) -> Tensor:
         module.register_forward_hook(hook)
 
     for index, layer in enumerate(layers):
-        for piece, module in enumerate((layer, layer.self_attn, layer.mlp)):
+        adds = ADDS.get(model.config.model_type, ("self_attn", "mlp"))
+        for piece, module in enumerate((layer, *(getattr(layer, name) for name in adds))):
             scale(piece, index, module)
     logits = model(input_ids=tokens, use_cache=False).logits.log_softmax(-1)
     losses = -logits[:, :-1].gather(2, tokens[:, 1:, None]).sum((1, 2))
@@ -38,7 +42,8 @@ def slopes(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("family", "importance"), [("llama", "taylor"), ("granite", "taylor"), ("llama", "fisher"), ("llama", "kfac")]
+    ("family", "importance"),
+    [("llama", "taylor"), ("granite", "taylor"), ("gemma4_text", "taylor"), ("llama", "fisher"), ("llama", "kfac")],
 )
 def test_priors_are_the_second_order_estimate_along_each_piece(family: str, importance: str, run: Any) -> None:
     model = make_tiny(family, layers=3)

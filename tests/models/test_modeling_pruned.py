@@ -34,7 +34,7 @@ from tests.tiny import (
 )
 
 FULL = list(range(40))
-WITHOUT_CLASSIFIER = ("granite", "ernie4_5", *HYBRIDS[1:], "cohere", "cohere2")
+WITHOUT_CLASSIFIER = ("granite", "ernie4_5", "gemma4_text", "gemma4_unified_text", *HYBRIDS[1:], "cohere", "cohere2")
 
 
 def last_attention_gone(model: PreTrainedModel) -> Any:

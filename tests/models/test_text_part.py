@@ -29,8 +29,15 @@ VISION = {
     "patch_size": 4,
 }
 SEES = {"hidden_size": 16, "intermediate_size": 24, "depth": 2, "num_heads": 2, "patch_size": 4, "out_hidden_size": 32}
-TEXT = {"gemma3": "gemma3_text", "mistral3": "ministral3", "qwen3_5": "qwen3_5_text"}
-BESIDE = {"gemma3": "vision_tower", "mistral3": "vision_tower", "qwen3_5": "visual", "qwen3_5_moe": "visual"}
+VISION_4 = VISION | {"num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 16}
+TEXT = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "mistral3": "ministral3", "qwen3_5": "qwen3_5_text"}
+BESIDE = {
+    "gemma3": "vision_tower",
+    "gemma4": "vision_tower",
+    "mistral3": "vision_tower",
+    "qwen3_5": "visual",
+    "qwen3_5_moe": "visual",
+}
 
 
 def several(kind: str, folder: Path, own_names: bool = False, tied: bool = True) -> Tensor:
@@ -41,6 +48,9 @@ def several(kind: str, folder: Path, own_names: bool = False, tied: bool = True)
     ).to_dict()
     vision = VISION | {"model_type": "pixtral" if kind == "mistral3" else "siglip_vision_model"}
     tokens = {"image_token_index": 95}
+    if kind == "gemma4":
+        vision, text["pad_token_id"] = VISION_4, 0
+        tokens = {"image_token_id": 95, "video_token_id": 95, "audio_token_id": 95}
     if kind.startswith("qwen"):
         vision = SEES | {"out_hidden_size": text["hidden_size"]}
         tokens = {"image_token_id": 95, "video_token_id": 95, "vision_start_token_id": 95, "vision_end_token_id": 95}

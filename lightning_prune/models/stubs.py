@@ -1,0 +1,54 @@
+"""What runs in place of a layer, or of a block that is left out."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_prune.models.families import BlockStructure
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Stub(nn.Module):
+    """In place of a decoder layer, whose hooks must not fire: passes the residual stream on and notes the call."""
+
+    def __init__(self, layer: nn.Module, seen: list[tuple[Tensor, Call]], returns: int) -> None:
+        super().__init__()
+        self._layer, self._seen, self._returns = [layer], seen, returns  # in a list, so that it is not a submodule
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_layer"][0], name)  # such as attention_type, by which a family picks its mask
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._seen.append((hidden_states, (args, kwargs)))
+        return (hidden_states, None)[: self._returns] if self._returns else hidden_states
+
+
+@contextmanager
+def replaced_forward(stubs: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """With other functions for the forwards of modules."""
+    for module, stub in stubs.items():
+        module.forward = stub
+    try:
+        yield
+    finally:
+        for module in stubs:
+            del module.forward
+
+
+def silent(part: BlockStructure) -> dict[nn.Module, Any]:
+    """Stubs in place of the modules of a block."""
+    return {module: _nothing_and_none if pair else _nothing for module, pair in part.modules.items()}
+
+
+def _nothing(*args: Any, **kwargs: Any) -> Tensor:
+    """Zeros of the shape of the input that take no memory: the output of a block that is left out."""
+    hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden.new_zeros(1).expand_as(hidden)
+
+
+def _nothing_and_none(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    """The same for a module that also returns attention weights."""
+    return _nothing(*args, **kwargs), None
