@@ -61,6 +61,9 @@ MODELS = {
     "qwen3_5": "Qwen3.5 (dense, text part)",
     "qwen3_5_moe": "Qwen3.5 (35B-A3B and larger, text part)",
     "gemma3": "Gemma 3 (text part)",
+    "qwen2_vl": "Qwen2-VL (text part)",
+    "qwen2_5_vl": "Qwen2.5-VL (text part)",
+    "qwen3_vl": "Qwen3-VL (dense, text part)",
     "mistral3": "Mistral Small 3, Ministral 3 (text part)",
 }
 
@@ -93,7 +96,7 @@ def refused_rows() -> Iterator[str]:
     for reason, names in FAMILIES_BY_REASON.items():
         yield f"| {reason} | {', '.join(f'`{name}`' for name in names.split())} |\n"
     yield f"| {ENCODER_DECODER} | T5, BART and all others |\n"
-    yield f"| {SEVERAL_MODELS} | LLaVA, Qwen-VL and all others than those above |\n"
+    yield f"| {SEVERAL_MODELS} | LLaVA and all others than those above |\n"
 
 
 def with_table(page: str, start: str, table: str) -> str:
