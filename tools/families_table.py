@@ -65,6 +65,9 @@ MODELS = {
     "gemma3": "Gemma 3 (text part)",
     "gemma4": "Gemma 4 (31B, text part)",
     "gemma4_unified": "Gemma 4 (12B, text part)",
+    "qwen2_vl": "Qwen2-VL (text part)",
+    "qwen2_5_vl": "Qwen2.5-VL (text part)",
+    "qwen3_vl": "Qwen3-VL (dense, text part)",
     "mistral3": "Mistral Small 3, Ministral 3 (text part)",
 }
 
@@ -97,7 +100,7 @@ def refused_rows() -> Iterator[str]:
     for reason, names in FAMILIES_BY_REASON.items():
         yield f"| {reason} | {', '.join(f'`{name}`' for name in names.split())} |\n"
     yield f"| {ENCODER_DECODER} | T5, BART and all others |\n"
-    yield f"| {SEVERAL_MODELS} | LLaVA, Qwen-VL and all others than those above |\n"
+    yield f"| {SEVERAL_MODELS} | LLaVA and all others than those above |\n"
 
 
 def with_table(page: str, start: str, table: str) -> str:

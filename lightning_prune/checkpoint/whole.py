@@ -1,25 +1,28 @@
 """A pruned text model put back into the model of several that it was taken from: tower and projector as they were."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from safetensors import safe_open
 from torch import Tensor
+from transformers import CONFIG_MAPPING
 
 from lightning_prune.models.checkpoint import NOT_WEIGHTS, QUANTISATION, Checkpoint
 from lightning_prune.models.families import family_of
-from lightning_prune.models.records import TEXT_PARTS
+from lightning_prune.models.records import SAME_TEXT, TEXT_PARTS
 from lightning_prune.models.weights import text_name
 
 HEAD = "lm_head.weight"
+LEFT_OUT = (*QUANTISATION, "torch_dtype")
 WHOLE_NOTE = (
     "This folder holds the whole model, of which the text model was pruned: load it with `AutoModelForImageTextToText`."
 )
 
 
-def why_text_alone(dense: Checkpoint, config: Any) -> str:
-    """Why a text model with ``config`` cannot be put back into the folder it is from; empty where it can."""
+def why_text_alone(dense: Checkpoint, config: Any, removed: Sequence[int]) -> str:
+    """Why a text model with ``config``, without the layers ``removed``, cannot be put back into the folder it is from;
+    empty where it can."""
     if dense.raw["model_type"] not in TEXT_PARTS:
         return f"'{dense.pretrained}' holds a text model and nothing else"
     if family_of(config).per_layer(config):
@@ -27,13 +30,25 @@ def why_text_alone(dense: Checkpoint, config: Any) -> str:
             "its layers differ in width, which the config of the whole model cannot say; --model.allocation uniform "
             "keeps them alike"
         )
+    deep = len(getattr(_config(dense).vision_config, "deepstack_visual_indexes", ()))
+    if any(layer < deep for layer in removed):
+        return (
+            f"layers {sorted(removed)} are removed, and the tower adds features of its own after each of the first "
+            f"{deep}; remove channels or groups there, or only later layers"
+        )
     return ""
 
 
 def whole_config(dense: Checkpoint, config: Any) -> dict[str, Any]:
     """The content of the whole model's ``config.json``, with ``config`` for its text model."""
     text = {key: value for key, value in config.to_dict().items() if key not in (*NOT_WEIGHTS, "architectures")}
-    raw = {key: copy.deepcopy(value) for key, value in dense.raw.items() if key not in (*QUANTISATION, "torch_dtype")}
+    dense_text = _config(dense).text_config.to_dict()
+    if dense_text["model_type"] in SAME_TEXT:  # with what the family that it was opened as does not have
+        own = {key: dense_text[key] for key in ("model_type", "rope_parameters")}
+        text = {key: value for key, value in text.items() if key in dense_text} | own
+    # Older folders of Qwen2-VL have the keys of the text model among their own.
+    moved = set() if "text_config" in dense.raw else {*text, "rope_theta", "rope_scaling"} - {"model_type"}
+    raw = {key: copy.deepcopy(value) for key, value in dense.raw.items() if key not in {*LEFT_OUT, *moved}}
     return raw | {"text_config": text, "dtype": text["dtype"], "tie_word_embeddings": config.tie_word_embeddings}
 
 
@@ -53,3 +68,8 @@ def tensors_beside(dense: Checkpoint) -> dict[str, Tensor]:
             names = [name for name in file.keys() if name not in dense.tensors]  # noqa: SIM118 (no mapping)
             found |= {name: file.get_tensor(name) for name in names if text_name(name) == name}
     return found
+
+
+def _config(dense: Checkpoint) -> Any:
+    """Of the whole model."""
+    return CONFIG_MAPPING[dense.raw["model_type"]].from_dict(copy.deepcopy(dense.raw))

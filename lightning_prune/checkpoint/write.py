@@ -108,7 +108,7 @@ def write_pruned(
         dense, plan, folder, progress: see ``write_checkpoint`` and ``PruningPlan``.
     """
     pruned = open_pruned(dense, plan, new_weights)
-    if whole and (reason := why_text_alone(dense, pruned.config)):
+    if whole and (reason := why_text_alone(dense, pruned.config, plan.removed_layers)):
         rank_zero_warn(f"--model.keep whole: the text model alone is written, because {reason}.")
         whole = False
     card = model_card(plan, layout_of(pruned.config), calibration, dense)

@@ -65,7 +65,7 @@ class PruningMethod(L.LightningModule):
             which is the default.
         onload: ``model`` keeps all weights on the device, ``layer`` takes memory for two layers, ``auto`` what fits.
         save_dtype: Of the pruned weights: float32, bfloat16, float16, or auto, which keeps the dense checkpoint's own.
-        keep: Of Gemma 3, Mistral 3 and Qwen3.5: the ``text`` model, or, where layers are equal, the ``whole``.
+        keep: Of Gemma 3, Mistral 3, Qwen-VL and Qwen3.5: the ``text`` model, or, where layers are equal, the ``whole``.
     """
 
     steps = 1  # how often it measures and decides

@@ -33,6 +33,7 @@ from lightning_prune.models.modeling_pruned import classes_of, pruned_class
 from lightning_prune.models.records import TEXT_PARTS
 from lightning_prune.models.side_files import has_vocabulary, side_files
 from lightning_prune.models.sources import CheckpointSource
+from lightning_prune.models.text_part import says_tied, text_config, text_part
 from lightning_prune.models.weights import (
     LAYER,
     OPTION,
@@ -54,8 +55,6 @@ HASHED_WHOLE = 64 * 2**20  # bytes; of larger files the fingerprint samples piec
 PIECES, PIECE = 64, 64 * 2**10
 ENDS = ("lm_head.weight", "model.embed_tokens.weight")
 QUANTISATION = ("quantization_config", "compression_config")
-# Keys of the text model that a model of several may say in its own config instead.
-OUTER = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 NOT_WEIGHTS = ("_name_or_path", "transformers_version")
 
 
@@ -132,7 +131,7 @@ class Checkpoint:
         notes = [
             f"'{self.pretrained}': the config has a {key}, but its weights are not quantised; it is left out."
             for key in QUANTISATION
-            if any(part.get(key) is not None for part in (self.raw, _text_part(self.raw)))
+            if any(part.get(key) is not None for part in (self.raw, text_part(self.raw)))
         ]
         if left_out := self._headers[2]:
             parts = ", ".join(f"{part} ({count})" for part, count in left_out.items())
@@ -148,7 +147,7 @@ class Checkpoint:
                 f"{OPTION}: the config of '{self.path}' says num_hidden_layers {claimed}, but its weights have "
                 f"{len(layers)} layers. Give a config.json that belongs to these weights."
             )
-        if self.raw["model_type"] in TEXT_PARTS and not _says_tied(self.raw):
+        if self.raw["model_type"] in TEXT_PARTS and not says_tied(self.raw):
             ends = {name: own for own in tensors if (name := text_name(own)) in ENDS}
             head, embedding = (ends.get(name) for name in ENDS)
             self.config.tie_word_embeddings = not head or not embedding or same_values(tensors, head, embedding)
@@ -345,7 +344,7 @@ def skeleton(config: Any) -> PreTrainedModel:
 def _config_of(raw: dict[str, Any], path: str) -> PretrainedConfig:
     """As ``AutoConfig.from_pretrained``, which would read the file once more; of several models the text model's."""
     values = PretrainedConfig._decode_special_floats(copy.deepcopy(raw))  # infinite ones are written as a dictionary
-    for part in (values, _text_part(values)):
+    for part in (values, text_part(values)):
         for key in QUANTISATION:  # the headers say whether weights are quantised
             part.pop(key, None)
         if part.get("tie_word_embeddings", True) is None:
@@ -360,16 +359,7 @@ def _config_of(raw: dict[str, Any], path: str) -> PretrainedConfig:
         config.layer_types = kinds
     if getattr(config, "block_auto_adjust_ff_dim", False):  # the MLP has another width than the config says
         config.intermediate_size, config.block_auto_adjust_ff_dim = adjusted_width(config), False
-    if model_type not in TEXT_PARTS:
-        return config
-    text: PretrainedConfig = config.text_config
-    text.name_or_path = config.name_or_path
-    for key in OUTER:  # as they are written: of those that are not, transformers' defaults for both may disagree
-        if raw.get(key) is not None and _text_part(raw).get(key) is None:
-            setattr(text, key, raw[key])
-    if text.dtype is None:
-        text.dtype = config.dtype
-    return text
+    return text_config(config, raw) if model_type in TEXT_PARTS else config
 
 
 def adjusted_width(config: Any) -> int:
@@ -377,14 +367,3 @@ def adjusted_width(config: Any) -> int:
     multiplier = config.block_ffn_dim_multiplier
     width = int((1 if multiplier is None else multiplier) * int(2 * config.intermediate_size / 3))
     return int(config.block_multiple_of * -(-width // config.block_multiple_of))
-
-
-def _text_part(raw: dict[str, Any]) -> dict[str, Any]:
-    """The text model's config within that of several models, as it is written; empty where there is none."""
-    part = raw.get("text_config")
-    return part if isinstance(part, dict) and raw.get("model_type") in TEXT_PARTS else {}
-
-
-def _says_tied(raw: dict[str, Any]) -> bool:
-    """Whether a config says anywhere if the head is the embedding."""
-    return any(part.get("tie_word_embeddings") is not None for part in (raw, _text_part(raw)))

@@ -24,8 +24,8 @@ INDEX_LIMIT = 100_000_000  # bytes
 # config, causal masks, heads for other purposes, and models for images and sound.
 SIDE_PARTS = re.compile(
     r"(?:^|\.)(rotary_emb)\.(?:original_)?(?:inv_freq|cos_cached|sin_cached)$|(?:^|\.)(attention\.(?:masked_)?bias)$"
-    r"|^(?:model\.|base_model\.)*(mtp\w*|v_head|value_head|medusa_head\w*|vision_tower|vision_model|audio_tower"
-    r"|multi_modal_projector|mm_projector)\."
+    r"|^(?:model\.|base_model\.)*(mtp\w*|v_head|value_head|medusa_head\w*|vision_tower|vision_model|visual"
+    r"|audio_tower|multi_modal_projector|mm_projector)\."
 )
 # Tensors that say how others are to be read.
 QUANTISED = re.compile(r"\.(weight_(scale\w*|packed|shape|zero_point)|qweight|qzeros|scales|absmax|g_idx)$")

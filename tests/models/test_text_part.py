@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import lightning_prune
+from lightning_prune.checkpoint.write import write_pruned
 from lightning_prune.methods import HGSP, REAP, ShortGPT, Wanda
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.layered import open_layered
 from lightning_prune.support.errors import UserError
 from tests.cutting import CPU
 from tests.methods.running import pruned_by, run_method
-from tests.tiny import make_moe, make_tiny, tiny_config, tiny_tokens
+from tests.tiny import make_moe, make_tiny, tiny_config, tiny_plan, tiny_tokens
 
 VISION = {
     "hidden_size": 16,
@@ -29,15 +31,23 @@ VISION = {
     "patch_size": 4,
 }
 SEES = {"hidden_size": 16, "intermediate_size": 24, "depth": 2, "num_heads": 2, "patch_size": 4, "out_hidden_size": 32}
-VISION_4 = VISION | {"num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 16}
-TEXT = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "mistral3": "ministral3", "qwen3_5": "qwen3_5_text"}
-BESIDE = {
-    "gemma3": "vision_tower",
-    "gemma4": "vision_tower",
-    "mistral3": "vision_tower",
-    "qwen3_5": "visual",
-    "qwen3_5_moe": "visual",
+DEEP = {"deepstack_visual_indexes": [1], "num_position_embeddings": 16}
+VISIONS: dict[str, dict[str, Any]] = {
+    "gemma3": VISION | {"model_type": "siglip_vision_model"},
+    "gemma4": VISION | {"num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 16},
+    "mistral3": VISION | {"model_type": "pixtral"},
+    "qwen2_vl": {"hidden_size": 32, "embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 4},
+    "qwen2_5_vl": SEES | {"fullatt_block_indexes": [1]},
+    "qwen3_vl": SEES | DEEP,
 }
+TEXT = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "mistral3": "ministral3", "qwen3_5": "qwen3_5_text"} | {
+    kind: kind.partition("_")[0] for kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+}
+
+
+def tower(kind: str) -> str:
+    """A part of the names of its tensors."""
+    return "visual" if kind.startswith("qwen") else "vision_tower"
 
 
 def several(kind: str, folder: Path, own_names: bool = False, tied: bool = True) -> Tensor:
@@ -46,14 +56,16 @@ def several(kind: str, folder: Path, own_names: bool = False, tied: bool = True)
     text = (
         make_moe(f"{kind}_text", width=32, tied=tied).config if experts else tiny_config(TEXT[kind], tied=tied)
     ).to_dict()
-    vision = VISION | {"model_type": "pixtral" if kind == "mistral3" else "siglip_vision_model"}
     tokens = {"image_token_index": 95}
     if kind == "gemma4":
-        vision, text["pad_token_id"] = VISION_4, 0
+        text["pad_token_id"] = 0
         tokens = {"image_token_id": 95, "video_token_id": 95, "audio_token_id": 95}
     if kind.startswith("qwen"):
-        vision = SEES | {"out_hidden_size": text["hidden_size"]}
         tokens = {"image_token_id": 95, "video_token_id": 95, "vision_start_token_id": 95, "vision_end_token_id": 95}
+    if kind.endswith("_vl"):
+        rotary = {"mrope_section": [2, 1, 1]} | ({"mrope_interleaved": True} if kind == "qwen3_vl" else {})
+        text |= {"model_type": f"{kind}_text", "rope_parameters": text["rope_parameters"] | rotary}
+    vision = VISIONS.get(kind, SEES | {"out_hidden_size": text["hidden_size"]})
     config = AutoConfig.for_model(
         kind, text_config=text, vision_config=vision, tie_word_embeddings=tied, dtype="float32", **tokens
     )
@@ -62,33 +74,13 @@ def several(kind: str, folder: Path, own_names: bool = False, tied: bool = True)
         model: Any = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
     model.save_pretrained(folder)
     file = folder / "model.safetensors"
-    names = load_file(file)
-    assert any(BESIDE[kind] in name for name in names)
-    assert any("language_model." in name for name in names)
+    assert any(tower(kind) in name for name in load_file(file))
     if own_names:  # as modules are called: model.language_model.layers …
         state = {name: tensor for name, tensor in model.state_dict().items() if not (tied and "lm_head" in name)}
         save_file(state, file, {"format": "pt"})
     with torch.no_grad():
         logits: Tensor = model(input_ids=tiny_tokens().clamp(max=94)).logits
     return logits
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("own_names", [True, False])
-@pytest.mark.parametrize("kind", TEXT)
-@torch.no_grad()
-def test_the_text_model_gives_the_logits_of_the_whole_for_text(
-    tmp_path: Path, kind: str, own_names: bool, tied: bool
-) -> None:
-    expected = several(kind, tmp_path, own_names, tied)
-    tokens = tiny_tokens().clamp(max=94)
-    assert Checkpoint.open(str(tmp_path)).config.model_type == TEXT[kind]
-    logits = open_layered(Checkpoint.open(str(tmp_path)), None, CPU).logits(tokens)
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-    loaded = lightning_prune.load(tmp_path)
-    assert torch.equal(loaded(tokens).logits, logits)
-    loaded.save_pretrained(tmp_path / "text")
-    assert torch.equal(lightning_prune.load(tmp_path / "text")(tokens).logits, logits)
 
 
 def edited(folder: Path, outer: Any, inner: Any) -> None:
@@ -111,7 +103,7 @@ def test_whether_the_head_is_the_embedding(tmp_path: Path, kind: str, written: s
     edited(tmp_path, outer, inner)
     checkpoint = Checkpoint.open(str(tmp_path))
     assert checkpoint.config.tie_word_embeddings is tied
-    with pytest.warns(UserWarning, match=rf"left out: .*{BESIDE[kind]} \(\d+\)"):
+    with pytest.warns(UserWarning, match=rf"left out: .*{tower(kind)} \(\d+\)"):
         checkpoint.check()
     torch.testing.assert_close(
         checkpoint.load(None)(tiny_tokens().clamp(max=94)).logits, expected, rtol=1e-5, atol=1e-5
@@ -171,13 +163,67 @@ def test_the_whole_model_is_written_around_a_pruned_text_model(tmp_path: Path, k
     assert sum(parameter.numel() for parameter in text.meta.parameters()) == method.plan.parameters["pruned"]
     written = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert written.keys() == dense.keys()
-    beside = [name for name in dense if BESIDE[kind] in name or "projector" in name]
+    beside = [name for name in dense if tower(kind) in name or "projector" in name]
     assert beside
     assert all(torch.equal(written[name], dense[name]) for name in beside)
     assert "AutoModelForImageTextToText" in (folder / "README.md").read_text()
     again = run_method(ShortGPT(str(folder), n_remove_layers=1, keep="whole"), tokens, tmp_path / "again")
     assert len(again.plan.removed_layers) == 1
     AutoModelForImageTextToText.from_pretrained(again.pruned_folder)
+
+
+def as_published(folder: Path) -> None:
+    """The keys of the text model among those of the whole, as Qwen2-VL and Qwen2.5-VL are published."""
+    raw = json.loads((folder / "config.json").read_text())
+    text = {key: value for key, value in raw.pop("text_config").items() if key != "model_type"}
+    rotary = text.pop("rope_parameters")
+    text["rope_theta"] = rotary.pop("rope_theta")
+    rotary.pop("rope_type")
+    text["rope_scaling"] = {"type": "mrope", "mrope_section": rotary["mrope_section"]}
+    (folder / "config.json").write_text(json.dumps(raw | text))
+
+
+@pytest.mark.parametrize(
+    ("kind", "flat"), [("qwen2_vl", True), ("qwen2_5_vl", True), ("qwen2_5_vl", False), ("qwen3_vl", False)]
+)
+@torch.no_grad()
+def test_what_is_seen_is_computed_as_in_the_dense_model_without_the_layer(
+    tmp_path: Path, kind: str, flat: bool
+) -> None:
+    several(kind, tmp_path / "dense")
+    whole: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "dense").eval()
+    if flat:
+        as_published(tmp_path / "dense")
+    dense = Checkpoint.open(str(tmp_path / "dense"))
+    plan = tiny_plan(dense.meta, [([0, 1], list(range(40)))] * 2 + [([], []), ([0, 1], list(range(40)))])
+    write_pruned(dense, plan, lambda layer: {}, tmp_path / "pruned", whole=True)
+    pruned: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "pruned").eval()
+    assert not json.loads((tmp_path / "pruned" / "config.json").read_text()).keys() & {"hidden_size", "rope_scaling"}
+    assert dense.config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+    assert pruned.config.text_config.rope_parameters["mrope_section"] == [2, 1, 1]
+    del whole.model.language_model.layers[2]
+    tokens = tiny_tokens(1, 12).clamp(max=94)
+    tokens[:, 3:7] = 95
+    image = torch.randn(16, 96, generator=torch.Generator().manual_seed(3))
+    inputs = {"pixel_values": image, "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    inputs |= {"input_ids": tokens, "mm_token_type_ids": (tokens == 95).int()}
+    seen = pruned(**inputs).logits
+    assert torch.equal(seen, whole(**inputs, use_cache=False).logits)
+    assert not torch.equal(seen, pruned(**inputs | {"pixel_values": -image}).logits)
+
+
+@pytest.mark.parametrize(("removed", "alone"), [(0, True), (1, False)])
+def test_layers_that_the_tower_adds_features_to_are_not_removed_from_the_whole(
+    tmp_path: Path, removed: int, alone: bool
+) -> None:
+    several("qwen3_vl", tmp_path / "dense")  # one tensor of features, after layer 0
+    dense = Checkpoint.open(str(tmp_path / "dense"))
+    kept = [([], []) if layer == removed else ([0, 1], list(range(40))) for layer in range(4)]
+    why = "the first 1; remove channels or groups there"
+    with pytest.warns(UserWarning, match=why) if alone else nullcontext():
+        write_pruned(dense, tiny_plan(dense.meta, kept), lambda layer: {}, tmp_path / "pruned", whole=True)
+    written = json.loads((tmp_path / "pruned" / "config.json").read_text())["model_type"]
+    assert written == ("qwen3" if alone else "qwen3_vl")
 
 
 @torch.no_grad()
