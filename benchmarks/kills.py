@@ -167,7 +167,7 @@ class Bench:
         self.check(len(finished) == expected, f"{name}: finished {finished}")
         for one in finished:
             for left in (
-                *one.parent.glob("findings"),
+                *one.parent.glob("layer_results"),
                 *one.parent.glob("started.json"),
                 *one.parent.glob("unfinished"),
             ):
@@ -369,7 +369,7 @@ class Bench:
         self.check(sorted(found) == ratios, f"{name}: {sorted(found)} of {ratios}")
 
 
-LEFT = ("findings", "started.json", "unfinished")
+LEFT = ("layer_results", "started.json", "unfinished")
 
 
 def result_of(pruned: Path) -> Bytes:

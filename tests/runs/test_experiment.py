@@ -12,7 +12,7 @@ from lightning_prune.cli.commands.compare import main as compare
 from lightning_prune.cli.commands.fit import main as fit
 from lightning_prune.comparison.audit import audit
 from lightning_prune.comparison.records import load_run
-from lightning_prune.comparison.repeats import repeats
+from lightning_prune.comparison.repeats import by_size, repeats
 from lightning_prune.comparison.tables import results as results_table
 from lightning_prune.runs.experiment import plan_runs, run_experiment
 from lightning_prune.runs.settings import read_settings
@@ -170,17 +170,19 @@ def test_two_experiments_do_not_share_a_root(experiment: Path, monkeypatch: pyte
 @pytest.mark.slow
 def test_targets_take_the_place_of_ratios_and_share_what_was_measured(tmp_path: Path) -> None:
     path = write_experiment(tmp_path)
-    dense = sum(one.numel() for one in make_tiny(layers=6).parameters())
-    targets = [str(dense * 3 // 4), str(dense * 2 // 3)]
-    settings = read_settings(path, systems=["wanda", "magnitude"], targets=targets)
+    model = make_tiny(layers=6)
+    dense, config = sum(one.numel() for one in model.parameters()), model.config
+    cache = 2 * 6 * config.num_key_value_heads * config.head_dim * 8192
+    memory = f"{4 * (dense + cache) * 3 // 4000}KB"
+    settings = read_settings(path, systems=["wanda", "magnitude"], targets=[memory, str(dense * 2 // 3)])
     folders, failures = run_experiment(settings)
     assert not failures
     runs = [load_run(folder) for folder in folders]
-    left = [run.metrics.parameters.pruned for run in runs]
-    assert all(0 <= int(target) - size < 1500 for target, size in zip(targets * 2, left, strict=True))
     assert [run.metrics.method.scores_reused for run in runs] == [False, True] * 2
+    assert all(0 <= dense * 2 // 3 - run.metrics.parameters.pruned < 1500 for run in runs[1::2])
     (group,) = audit(runs).groups
-    assert len({line.ratio for line in repeats(group.all)}) == 2
+    sizes = by_size(repeats(group.all))  # whatever ratio each system needs for the same memory
+    assert {size: len(lines) for size, lines in sizes.items()} == {memory: 2, runs[1].size: 2}
     with pytest.raises(UserError, match=r"--targets: found 'much'"):
         read_settings(path, targets=["much"])
 

@@ -87,10 +87,10 @@ def test_run_that_fails_early_leaves_nothing_not_even_the_root(tmp_path: Path) -
     assert not hasattr(error.value, "__notes__")
 
 
-def findings(folder: RunFolder) -> None:
+def layer_results(folder: RunFolder) -> None:
     (folder.path / "started.json").touch()
-    (folder.path / "findings").mkdir()
-    (folder.path / "findings" / "step_00001.safetensors").touch()
+    (folder.path / "layer_results").mkdir()
+    (folder.path / "layer_results" / "step_00001.safetensors").touch()
 
 
 @pytest.mark.parametrize(
@@ -109,12 +109,12 @@ def findings(folder: RunFolder) -> None:
         ),
         (
             KeyboardInterrupt(),
-            findings,
-            ["'{path}' stays and is not finished; it holds config.yaml, findings, started.json, unfinished",
+            layer_results,
+            ["'{path}' stays and is not finished; it holds config.yaml, layer_results, started.json, unfinished",
              "'lightning-prune fit --config {path}/config.yaml --resume' continues from there"],
         ),
-        (UserError("would end the same way again"), findings, None),
-        (FloatingPointError("would end the same way again"), findings, None),
+        (UserError("would end the same way again"), layer_results, None),
+        (FloatingPointError("would end the same way again"), layer_results, None),
     ],
 )  # fmt: skip
 def test_run_that_fails_late_keeps_what_is_of_use_and_says_so(
@@ -136,8 +136,8 @@ def test_run_that_fails_late_keeps_what_is_of_use_and_says_so(
 def test_next_run_tidies_up_after_killed_ones(tmp_path: Path) -> None:
     useless = killed(tmp_path, "version_0", "7.5%", ".pruned.ab12.tmp", "report.md", "results.csv", "tensorboard")
     scored = killed(tmp_path, "version_1", "scores.csv", ".scores.csv.ab12.tmp", config="b: 2\n")
-    (scored / "findings").mkdir()
-    (scored / "findings" / ".step_00002.safetensors.ab12.tmp").touch()
+    (scored / "layer_results").mkdir()
+    (scored / "layer_results" / ".step_00002.safetensors.ab12.tmp").touch()
     finished = finish(tmp_path, config="c: 3\n")
     (finished / ".metrics.json.ab12.tmp").touch()
     (finished / UNFINISHED).touch()  # killed after the last file and before the mark was taken away
@@ -147,7 +147,7 @@ def test_next_run_tidies_up_after_killed_ones(tmp_path: Path) -> None:
     newest = finish(tmp_path, config="d: 4\n")
     assert [path.name for path in tmp_path.rglob(".*")] == []
     assert {path.name for path in (tmp_path / "wanda").iterdir()} == {scored.name, finished.name, newest.name}
-    assert {path.name for path in scored.iterdir()} == {UNFINISHED, "config.yaml", "findings", "scores.csv"}
+    assert {path.name for path in scored.iterdir()} == {UNFINISHED, "config.yaml", "layer_results", "scores.csv"}
     assert not (finished / UNFINISHED).exists()
     # A finished run of the same configuration takes the place of the killed one.
     finish(tmp_path, config="b: 2\n")

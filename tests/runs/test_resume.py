@@ -91,7 +91,7 @@ def test_a_run_that_was_killed_again_and_again_ends_with_the_bytes_of_an_undistu
     assert ended.status == 0, ended.printed
     folder = fit.folder / "killed" / system / "version_0"
     left = {path.name for path in folder.rglob("*")}
-    assert not left & {"unfinished", "findings", "started.json"}
+    assert not left & {"unfinished", "layer_results", "started.json"}
     assert not [name for name in left if name.startswith(".")]
     expected, found = fit.result(system, "undisturbed"), fit.result(system, "killed")
     expected["config.yaml"] = expected["config.yaml"].replace(b"onload: auto", b"onload: layer")
@@ -120,7 +120,7 @@ def test_what_differs_is_named_and_nothing_is_lost(fit: Fit, interrupted: Path) 
         ended = fit("wanda_2to4", "interrupted", option, value, "--resume")
         assert ended.status == 2
         assert named in ended.printed
-        assert (interrupted / "findings").is_dir()
+        assert (interrupted / "layer_results").is_dir()
     ended = fit("wanda_2to4", "interrupted", "--resum")
     assert ended.status == 2
 
@@ -141,14 +141,16 @@ def test_smaller_batches_and_other_spellings_go_on_and_end_in_the_same_plan(fit:
     kill = Kill("lightning_prune.calibration.results:Results.add", 5)
     assert fit(system, "smaller", kill=kill).status == -signal.SIGKILL
     folder = fit.folder / "smaller" / system / "version_0"
-    known = {path.name: path.read_bytes() for path in (folder / "findings").glob("step_*")}
+    known = {path.name: path.read_bytes() for path in (folder / "layer_results").glob("step_*")}
     assert len(known) == 4
     more = ["--data.batch_size", "1", "--data.eval_batch_size", "3", "--trainer.enable_progress_bar", "false"]
     more += ["--data.dataset", os.path.relpath(fit.folder / "tokens.npy", REPOSITORY)]
     more += ["--data.cache_dir", f"{fit.folder}/cache", "--model.onload", "layer"]
     again = Kill("lightning_prune.calibration.results:Results.add", 1)
     assert fit(system, "smaller", *more, "--resume", kill=again).status == -signal.SIGKILL
-    assert {path.name: path.read_bytes() for path in (folder / "findings").glob("step_*")} == known  # not made again
+    assert {
+        path.name: path.read_bytes() for path in (folder / "layer_results").glob("step_*")
+    } == known  # not made again
     (fit.folder / "link").unlink(missing_ok=True)
     (fit.folder / "link").symlink_to(fit.folder / "model")
     link = ["--model.pretrained", os.path.relpath(fit.folder / "link", REPOSITORY) + "/"]

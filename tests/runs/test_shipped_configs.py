@@ -75,7 +75,16 @@ def test_only_config_options_are_touched() -> None:
 def test_the_shipped_experiment_goes_by_name_and_own_ones_may_name_shipped_systems(tmp_path: Path) -> None:
     shipped = read_settings(Path("compare"))
     assert shipped == read_settings(ROOT / "configs" / "compare.yaml")
-    names = ["magnitude", "wanda", "slimgpt", "shortgpt", "shortgpt_512", "hgsp_taylor", "hgsp_wanda"]
+    names = [
+        "magnitude",
+        "wanda",
+        "slimgpt",
+        "shortgpt",
+        "shortgpt_512",
+        "hgsp_taylor",
+        "hgsp_wanda",
+        "hgsp_kfac_refit",
+    ]
     assert list(shipped.systems) == names
     assert shipped.ratios == [0.2, 0.3, 0.5]
     (tmp_path / "mine.yaml").write_text("systems: {a: wanda, b: {config: hgsp_taylor}}")

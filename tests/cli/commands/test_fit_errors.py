@@ -138,7 +138,7 @@ def test_full_disk_leaves_no_checkpoint(
     message = capsys.readouterr().err
     for words in ("No space left on device", "--trainer.default_root_dir", "stays and is not finished"):
         assert words in message
-    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "findings"]
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "layer_results"]
     names = {path.name for path in files if "tfevents" not in path.name}
     kept = {"config.yaml", "scores.csv", "plan.json", "method.json", "hparams.yaml", "unfinished", "started.json"}
     assert names == kept
