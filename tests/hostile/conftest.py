@@ -18,7 +18,7 @@ from tests.tiny import make_tiny, tiny_tokens
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.timeout(LIMIT))
+            item.add_marker(pytest.mark.timeout(LIMIT, func_only=True))  # shared runs are no case's
 
 
 @pytest.fixture(scope="session")
