@@ -63,7 +63,7 @@ ELSEWHERE = {  # commands that are not run here, and why
 }
 MADE = ("wanda", "hgsp_taylor")  # runs that several pages make, or take for granted; here they are made once
 BEFORE = {"python.md": "wanda", "quality.md": "hgsp_taylor", "serving.md": "wanda", "README.md": "wanda"}
-READ = ("magnitude", "slimgpt", "hgsp_taylor", "hgsp_kfac_refit_kind")  # systems of experiments
+READ = ("magnitude", "slimgpt", "hgsp_kfac_refit_kind")  # systems of experiments that a page reads afterwards
 PAGES = [
     *sorted((DOCS / "tutorials").glob("*.md")),
     *sorted((DOCS / "methods").glob("*.md")),
@@ -125,11 +125,11 @@ def run(command: str) -> None:
 
 
 def of_an_experiment(words: list[str]) -> list[str]:
-    """One ratio, and of the systems, which all have to be there, those that a page reads afterwards."""
+    """One ratio, and of the systems, which all have to be there, those of ``READ`` or the first."""
     systems = words[words.index("--systems") + 1 :] if "--systems" in words else []
     systems = list(takewhile(lambda word: not word.startswith("--"), systems))
     known = list(read_settings(Path(words[words.index("--config") + 1]), systems=systems or None).systems)
-    few = [name for name in known if name in READ]
+    few = [name for name in known if name in READ] or known[:1]
     return ["--systems", *few, *(["--ratios", "0.2"] if "--ratios" not in words else [])]
 
 

@@ -1,6 +1,7 @@
 """The house: imports only go down, and nothing in it is too long to read."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "lightning_prune"
@@ -13,6 +14,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LONGEST_FILE, LONGEST_FUNCTION = 400, 50  # lines; code lines of a function, docstring and blank lines aside
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def room(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
@@ -20,7 +26,7 @@ def room(path: Path) -> str:
 def imported(path: Path) -> set[str]:
     """The modules of this package that a file imports, anywhere in it."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("lightning_prune."):
             names.add(node.module)
         elif isinstance(node, ast.Import):
@@ -65,5 +71,5 @@ def test_files_and_functions_are_short() -> None:
     for path in FILES:
         lines = path.read_text(encoding="utf-8").splitlines()
         assert len(lines) <= LONGEST_FILE, path
-        functions = [node for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, ast.FunctionDef)]
+        functions = [node for node in ast.walk(parsed(path)) if isinstance(node, ast.FunctionDef)]
         assert [node.name for node in functions if code_lines(node, lines) > LONGEST_FUNCTION] == [], path
