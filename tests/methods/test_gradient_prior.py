@@ -13,7 +13,6 @@ from lightning_prune.support.errors import UserError
 from tests.methods.running import run_method, save_base
 from tests.tiny import make_tiny, tiny_tokens
 
-
 ADDS = {"gemma4_text": ("post_attention_layernorm", "post_feedforward_layernorm")}  # what comes last in a block
 
 

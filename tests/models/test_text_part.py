@@ -31,7 +31,13 @@ VISION = {
 SEES = {"hidden_size": 16, "intermediate_size": 24, "depth": 2, "num_heads": 2, "patch_size": 4, "out_hidden_size": 32}
 VISION_4 = VISION | {"num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 16}
 TEXT = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "mistral3": "ministral3", "qwen3_5": "qwen3_5_text"}
-BESIDE = {"gemma3": "vision_tower", "gemma4": "vision_tower", "mistral3": "vision_tower", "qwen3_5": "visual", "qwen3_5_moe": "visual"}
+BESIDE = {
+    "gemma3": "vision_tower",
+    "gemma4": "vision_tower",
+    "mistral3": "vision_tower",
+    "qwen3_5": "visual",
+    "qwen3_5_moe": "visual",
+}
 
 
 def several(kind: str, folder: Path, own_names: bool = False, tied: bool = True) -> Tensor:
