@@ -120,7 +120,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "num_attention_heads": 16,
         "num_key_value_heads": 8,
         "num_global_key_value_heads": 1,
-        "layer_types": ("sliding_attention", "full_attention"] * 15,
+        "layer_types": ["sliding_attention", "full_attention"] * 15,
     },
     "nemotron_h": {"hybrid_override_pattern": "M-M-M-M*-M-M-M*-"},
 }
