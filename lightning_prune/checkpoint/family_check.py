@@ -167,7 +167,9 @@ def _representative(config: Any, family: Family) -> list[int]:
 
     while len(chosen) < LAYERS:
         chosen.append(min(range(config.num_hidden_layers), key=place))
-    return sorted(chosen)
+    last = "full_attention" if family.own_heads else ""  # the only kind that Gemma 4's config takes for the last layer
+    kinds = getattr(config, family.kinds, None) or [""] * config.num_hidden_layers
+    return sorted(chosen, key=lambda layer: (kinds[layer] == last, layer))
 
 
 def _try(config: Any, folder: Path) -> None:

@@ -108,6 +108,20 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {},
     "qwen3_5_moe_text": {},
     "qwen3_next": {},
+    "gemma4_text": {
+        "hidden_size_per_layer_input": 0,
+        "attention_k_eq_v": True,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "num_global_key_value_heads": 4,
+    },
+    "gemma4_unified_text": {
+        "attention_k_eq_v": True,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "num_global_key_value_heads": 1,
+        "layer_types": ["sliding_attention", "full_attention"] * 15,
+    },
     "nemotron_h": {"hybrid_override_pattern": "M-M-M-M*-M-M-M*-"},
 }
 
