@@ -1,13 +1,14 @@
 """Peak memory of whole runs: calibrate, prune, save and evaluate a random 1.1 B Llama, every method, both placements.
+With ``--experts`` layers of Qwen3-30B-A3B's shape.
 
     python benchmarks/layer_memory.py
     python benchmarks/layer_memory.py --systems wanda hgsp_taylor --onload layer --layers 32
     python benchmarks/layer_memory.py --systems wanda --onload layer --layers 2 --processes 2
-    python benchmarks/layer_memory.py --systems reap hgsp_kfac_refit --experts --layers 2
+    python benchmarks/layer_memory.py --systems reap wanda hgsp_kfac_refit --experts --layers 1 --samples 8 --windows 1
 
 What is measured is anonymous memory (``RssAnon``): what a process allocates itself. Weights that are views of the
 checkpoint's files do not count; the kernel drops them when memory runs short. Every run is a process of its own, or
-several (``--processes``), of which the largest counts.
+several (``--processes``), of which the largest counts. Further options are those of ``fit``.
 """
 
 import argparse
@@ -39,32 +40,43 @@ SYSTEMS: dict[str, list[str]] = {
 
 def main() -> None:
     """Measure and print one line per run."""
-    arguments = _parser().parse_args()
+    arguments, further = _parser().parse_known_args()
     folder = arguments.folder
     kind = "mixture" if arguments.experts else "llama"
     model = random_model(folder / f"{kind}-{arguments.layers}-layers", arguments.layers, arguments.experts)
-    tokens = random_tokens(folder / "tokens.npy", 0)
-    held_out = random_tokens(folder / "held_out.npy", 1)
+    tokens = random_tokens(folder / "tokens.npy", 0, arguments.samples)
+    held_out = random_tokens(folder / "held_out.npy", 1, arguments.windows)
     weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    print(f"weights {weights / 1e9:.2f} GB, {arguments.layers} layers, 128 × 128 tokens, {arguments.precision}")
+    print(
+        f"weights {weights / 1e9:.2f} GB, {arguments.layers} layers, {arguments.samples} × 128 tokens, "
+        f"{arguments.precision}; peak measured (as check says)"
+    )
     for system in arguments.systems:
         for onload in arguments.onload:
+            options = [*_config(SYSTEMS[system]), "--model.pretrained", str(model), "--model.onload", onload]
+            options += ["--data.dataset", str(tokens), "--data.eval_datasets", f"[{held_out}]"]
+            options += ["--trainer.precision", arguments.precision, *further]
+            if arguments.processes > 1:
+                options += ["--trainer.accelerator", "cpu", "--trainer.devices", str(arguments.processes)]
+            said = estimate(options, onload)
             with tempfile.TemporaryDirectory(dir=folder) as root:
-                peak, seconds, phases = measured_run(system, onload, model, tokens, held_out, Path(root), arguments)
+                peak, seconds, phases = measured_run(options, Path(root))
+            peaks = f"peak {peak / 1e9:5.2f} GB ({said / 1e9:.2f} GB)"
             phases_text = ", ".join(f"{phase} {value:.0f}" for phase, value in phases.items())
-            print(f"{system:<22} {onload:<6} peak {peak / 1e9:5.2f} GB  {seconds:6.0f} s  ({phases_text})", flush=True)
+            print(f"{system:<22} {onload:<6} {peaks}  {seconds:6.0f} s  ({phases_text})", flush=True)
 
 
-def measured_run(
-    system: str, onload: str, model: Path, tokens: Path, held_out: Path, root: Path, arguments: argparse.Namespace
-) -> tuple[int, float, dict[str, float]]:
+def estimate(options: list[str], onload: str) -> int:
+    """Peak of host memory in bytes, as ``check`` says."""
+    command = [sys.executable, "-m", "lightning_prune", "check", *options, "--json"]
+    rows = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=False).stdout)
+    return next(row["host_bytes"] for row in rows if row["onload"] == onload)
+
+
+def measured_run(options: list[str], root: Path) -> tuple[int, float, dict[str, float]]:
     """Peak RssAnon in bytes, wall-clock seconds, and the run's own seconds by phase."""
-    command = [sys.executable, "-m", "lightning_prune", "fit", *_config(SYSTEMS[system])]
-    command += ["--model.pretrained", str(model), "--model.onload", onload, "--data.dataset", str(tokens)]
-    command += ["--data.eval_datasets", f"[{held_out}]", "--trainer.precision", arguments.precision]
+    command = [sys.executable, "-m", "lightning_prune", "fit", *options]
     command += ["--trainer.default_root_dir", str(root), "--trainer.enable_progress_bar", "false"]
-    if arguments.processes > 1:
-        command += ["--trainer.accelerator", "cpu", "--trainer.devices", str(arguments.processes)]
     started, peak = time.perf_counter(), 0
     with (root / "output.txt").open("w+") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -98,26 +110,27 @@ def anonymous_bytes(process: int) -> int:
 
 
 def random_model(folder: Path, layers: int, experts: bool) -> Path:
-    """A Llama of hidden size 2048, MLP 8192 and 32 heads on 8, or a Qwen3-MoE of hidden size 512, 128 experts of width
-    512, 8 per token, and 8 heads on 4; vocabulary 32 000, tied, bf16, in shards, made once."""
+    """A Llama of hidden size 2048, MLP 8192 and 32 heads on 8, vocabulary 32 000, tied; or Qwen3-30B-A3B with fewer
+    layers. bf16, in shards, made once."""
     if not (folder / "config.json").is_file():
-        shared: dict[str, Any] = {"vocab_size": 32_000, "max_position_embeddings": 4096, "tie_word_embeddings": True}
-        shared |= {"num_hidden_layers": layers}
-        heads = {"num_attention_heads": 32, "num_key_value_heads": 8}
-        config: Any = LlamaConfig(hidden_size=2048, intermediate_size=8192, **heads, **shared)
+        shared: dict[str, Any] = {"hidden_size": 2048, "num_attention_heads": 32, "num_hidden_layers": layers}
+        shared |= {"max_position_embeddings": 4096}
         if experts:
-            heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
-            sizes = {"moe_intermediate_size": 512, "num_experts": 128, "num_experts_per_tok": 8}
-            config = Qwen3MoeConfig(hidden_size=512, **sizes, **heads, **shared)
+            sizes = {"num_experts": 128, "moe_intermediate_size": 768, "num_experts_per_tok": 8, "head_dim": 128}
+            config: Any = Qwen3MoeConfig(vocab_size=151_936, num_key_value_heads=4, **sizes, **shared)
+        else:
+            config = LlamaConfig(
+                vocab_size=32_000, intermediate_size=8192, num_key_value_heads=8, tie_word_embeddings=True, **shared
+            )
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(folder, max_shard_size="500MB")
     return folder
 
 
-def random_tokens(path: Path, seed: int) -> Path:
-    """128 × 128 token ids."""
-    tokens = torch.randint(32_000, (128, 128), generator=torch.Generator().manual_seed(seed))
+def random_tokens(path: Path, seed: int, samples: int) -> Path:
+    """``samples`` × 128 token ids."""
+    tokens = torch.randint(32_000, (samples, 128), generator=torch.Generator().manual_seed(seed))
     np.save(path, tokens.numpy())
     return path
 
@@ -133,7 +146,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="NAME")
     parser.add_argument("--onload", nargs="+", choices=("layer", "model"), default=["layer", "model"])
     parser.add_argument("--layers", type=int, default=16, help="decoder layers (default: 16, 1.1 B parameters)")
-    parser.add_argument("--experts", action="store_true", help="a mixture of experts in place of a Llama")
+    parser.add_argument("--experts", action="store_true", help="layers of Qwen3-30B-A3B in place of a Llama's")
+    parser.add_argument("--samples", type=int, default=128, help="of 128 tokens to calibrate on (default: 128)")
+    parser.add_argument("--windows", type=int, default=128, help="of 128 tokens to evaluate on (default: 128)")
     parser.add_argument("--processes", type=int, default=1, help="that share the samples (default: 1)")
     parser.add_argument("--precision", default="bf16-true", help="of the trainer (default: bf16-true)")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "lightning-prune-benchmark")

@@ -15,7 +15,7 @@ from lightning_prune.data.token_arrays import is_token_array, load_token_array
 from lightning_prune.evaluation.perplexity import STEP_BYTES
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.checkpoint import Checkpoint, meta_model
-from lightning_prune.models.families import LayerStructure
+from lightning_prune.models.families import LayerStructure, family_of
 from lightning_prune.models.head import LOGITS_BYTES
 from lightning_prune.models.layered import Onload
 from lightning_prune.models.model_slot import load_dtype
@@ -124,13 +124,20 @@ class Memory:
         layer, inside = view.cost, sum(one.cost for one in method.layers)
         outside = method.dense_parameters - inside
         copied = self.device is not None or self.dtype != self.stored  # else they are views of the files
+        joined = 0 if copied else self._joined  # of each layer, copies all the same
         weights = (outside + (layer if onload == "layer" else inside)) * size if copied else 0
+        weights += joined * (1 if onload == "layer" else layers)
         weights += 2 * layer if "mixed" in str(method.trainer.precision) else 0
-        ahead = layer * size if copied and onload == "layer" else 0
+        ahead = 0 if onload == "model" or layers == 1 else layer * size if copied else joined
         free = self.host - self.held if self.device is None else self.device - DEVICE_OVERHEAD
         load, passes = self._load(max(0, free - weights)), self._passes()
         saved = self.stored if method.save_dtype == "auto" else getattr(torch, method.save_dtype)
-        writing = 2 * layer * saved.itemsize + (outside * saved.itemsize if saved != self.stored else 0)
+        # One layer and the next, cut, and a parameter of experts before it is cut.
+        removed = 0.0 if method.uneven else (method.requested_ratio or 0.0) * method.dense_parameters / layers
+        writing = (
+            int(min(2, layers) * (layer - removed)) * saved.itemsize + (load.largest_parameter if joined else 0) * size
+        )
+        writing += outside * saved.itemsize if saved != self.stored else 0
         units = sum(one.units(block) for one in method.layers for block in one.prunable) if method.uneven else 0
         work = self._evaluation(load, onload)
         peaks = {
@@ -156,6 +163,13 @@ class Memory:
             layer_evaluations=round(method.steps * evaluations),
             flops=round(method.steps * flops),
         )
+
+    @property
+    def _joined(self) -> int:
+        """Bytes of a layer's experts, where files hold every matrix of them apart."""
+        experts, names = self._largest.experts, family_of(self.method.checkpoint.config).experts
+        apart = experts is not None and names is not None and names.stored is not None
+        return experts.count * experts.expert_cost * self.dtype.itemsize if apart and experts else 0
 
     @property
     def _largest(self) -> LayerStructure:

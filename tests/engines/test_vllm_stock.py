@@ -1,0 +1,100 @@
+"""Folders in which every layer is cut alike run in vLLM's own model of the family, with no code beside them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
+from lightning_prune.checkpoint.write import write_pruned
+from lightning_prune.models.checkpoint import Checkpoint
+from lightning_prune.models.families import LayerStructure, layer_structures
+from lightning_prune.models.vocabulary import Block
+from tests.engines.asking import ask, needs
+from tests.tiny import EXPERTS, HYBRIDS, SIDE_BY_SIDE, make_moe, make_tiny, tiny_plan
+
+pytestmark = [pytest.mark.engines, needs("vllm")]
+
+LENGTH = 4
+SIZES: dict[str, Any] = {"hidden": 128, "channels": 64, "head_dim": 32, "initializer_range": 0.1}  # as its kernels need
+OWN: dict[str, dict[str, Any]] = {
+    "olmoe": {"clip_qkv": None, "tied": False},  # both of which its own model does not read
+    "glm4_moe": {"tied": False},
+    "gpt_oss": {"tied": False},
+    "deepseek_v3": {"topk_method": "noaux_tc"}  # as published configs say
+    | dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 32),
+    "lfm2": {"conv_dim": 128},  # the same
+    "lfm2_moe": {"conv_dim": 128},
+    "phi": {"kv_heads": 4},
+}
+# Its own models take the head's size from hidden_size, so that heads cannot be fewer.
+HEADS_STAY = ("qwen2_moe", "granitemoe", "lfm2", "lfm2_moe", "granitemoehybrid")
+
+
+def prompts() -> list[list[int]]:
+    """8 of different length, which the engine batches as they come."""
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randint(2, 96, (length,), generator=generator).tolist() for length in range(1, 90, 12)]
+
+
+def kept_of(view: LayerStructure, block: Block, heads_stay: bool) -> list[int]:
+    """Equally many in every layer, others in each: all groups but one, half of the channels, three of four experts."""
+    units = range(view.units(block))
+    if block is Block.MLP:
+        return list(units[view.index % 2 :: 2])
+    if block is Block.EXPERT:
+        return [unit for unit in units if unit % 4 != view.index % 4]
+    stay = block is Block.MIXER or view.whole_attention or len(units) == 1 or heads_stay
+    return [unit for unit in units if stay or unit != view.index % len(units)]
+
+
+def cut_alike(model: PreTrainedModel) -> PruningPlan:
+    """A plan of a stock folder."""
+    heads_stay = model.config.model_type in HEADS_STAY
+    layers = [view.with_experts_as(Block.EXPERT) for view in layer_structures(model)]
+    kept = [
+        LayerPlan(view.index, {block: kept_of(view, block, heads_stay) for block in view.blocks}) for view in layers
+    ]
+    return tiny_plan(model, [], layers=kept)
+
+
+def models_of(family: str, folder: Path) -> dict[str, PreTrainedModel]:
+    """Saves a dense model and what is left of it."""
+    options = SIZES | OWN.get(family, {})
+    model = make_moe(family, width=32, **options) if family in EXPERTS else make_tiny(family, **options)
+    names = {part: f"{family}-{part}" for part in ("dense", "cut")}
+    model.save_pretrained(folder / names["dense"])
+    dense = Checkpoint.open(str(folder / names["dense"]))
+    write_pruned(dense, cut_alike(model), lambda layer: {}, folder / names["cut"])
+    return {name: AutoModelForCausalLM.from_pretrained(folder / name).eval() for name in names.values()}
+
+
+@torch.no_grad()
+def compare(model: PreTrainedModel, answers: list[dict[str, Any]]) -> float:
+    """The largest difference of log-probabilities, infinite where greedy tokens differ."""
+    largest = 0.0
+    for prompt, answer in zip(prompts(), answers, strict=True):
+        expected = model.generate(torch.tensor([prompt]), max_new_tokens=LENGTH, do_sample=False, eos_token_id=None)
+        if answer["tokens"] != expected[0, len(prompt) :].tolist():
+            return float("inf")
+        logs = model(expected).logits[0].log_softmax(-1)
+        for step, found in enumerate(answer["top"]):
+            wanted = logs[len(prompt) - 1 + step, [int(token) for token in found]]
+            largest = max(largest, (torch.tensor(list(found.values())) - wanted).abs().max().item())
+    return largest
+
+
+@pytest.mark.parametrize("family", [*EXPERTS, *HYBRIDS, *SIDE_BY_SIDE])
+def test_log_probabilities_and_greedy_tokens_are_those_of_transformers(tmp_path: Path, family: str) -> None:
+    models = models_of(family, tmp_path)
+    answers = ask("vllm", tmp_path, {"models": list(models), "prompts": prompts(), "length": LENGTH})
+    dense, cut = (answers[name] for name in models)
+    if isinstance(dense, str):
+        pytest.skip(f"vLLM refuses the dense model too: {dense}")
+    difference = compare(models[f"{family}-dense"], dense)
+    if not difference < 1e-4:
+        pytest.skip(f"vLLM computes the dense model otherwise than transformers, by {difference}")
+    assert not isinstance(cut, str), cut  # the words of a refusal
+    assert compare(models[f"{family}-cut"], cut) < 1e-4
