@@ -133,7 +133,7 @@ def shrunk(config: Any) -> Any:
 
 def _sizes_of_experts(config: Any, family: Family) -> dict[str, int]:
     """Of few experts, and of two groups where their router chooses among groups first."""
-    if family.experts is None:
+    if family.experts is None or not getattr(config, family.experts.count):
         return {}
     sizes = {family.experts.count: EXPERTS_THERE, family.experts.width: EXPERT_WIDTH, "num_experts_per_tok": 2}
     sizes["output_router_logits"] = False  # a loss beside the logits

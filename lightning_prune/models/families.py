@@ -12,7 +12,6 @@ from lightning_prune.models.experts import Experts
 from lightning_prune.models.family import GUIDE, Family
 from lightning_prune.models.records import FAMILIES
 from lightning_prune.models.refusals import ENCODER_DECODER, REFUSED, SEVERAL_MODELS
-from lightning_prune.models.refusals import EXPERTS as MIXTURE_OF_EXPERTS
 from lightning_prune.models.skipped import fill_skipped
 from lightning_prune.models.vocabulary import BLOCK_OF, EXPERTS, OUTPUT_ROLE, Block
 from lightning_prune.support.errors import UserError
@@ -203,11 +202,10 @@ def family_of(config: Any) -> Family:
         UserError: no record; the message lists the known families, and says why where it is known.
     """
     model_type = getattr(config, "model_type", None)
-    family = FAMILIES.get(str(model_type))
-    if family is not None and not family.has_experts(config):
+    if (family := FAMILIES.get(str(model_type))) is not None:
         return family
     several = SEVERAL_MODELS if getattr(config, "sub_configs", None) else ""
-    reason = MIXTURE_OF_EXPERTS if family is not None else REFUSED.get(str(model_type), several)
+    reason = REFUSED.get(str(model_type), several)
     if getattr(config, "is_encoder_decoder", False):
         reason = ENCODER_DECODER
     raise UserError(
@@ -319,7 +317,7 @@ def _layer_structure(family: Family, config: Any, index: int, layer: nn.Module) 
         linears = {
             role: _projection(family, config, role, find(family.path_of(role))) for role in family.roles_of(block)
         }
-        experts = Experts(find(family.mlp), family.experts) if family.experts and block in EXPERTS else None
+        experts = Experts(find(family.expert_block), family.experts) if family.experts and block in EXPERTS else None
         return BlockStructure(
             modules={find(name): pair for name, pair in modules.items()},
             norms=tuple(find(name) for name in norms if name),
@@ -332,7 +330,8 @@ def _layer_structure(family: Family, config: Any, index: int, layer: nn.Module) 
 
     parts = {}
     for block in family.blocks_of(config, index):
-        if block is Block.MLP and family.experts and hasattr(getattr(layer, family.mlp), family.experts.experts):
+        module = getattr(layer, family.expert_block, None)
+        if block is Block.MLP and family.experts and hasattr(module, family.experts.experts):
             block = Block.EXPERT_CHANNEL  # not in every layer
         parts[block] = block_structure(block)
     beside = family.says(config, family.side_by_side)

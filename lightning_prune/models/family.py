@@ -24,12 +24,14 @@ class ExpertNames:
     where they hold the three-dimensional parameters themselves. ``renamed``: parts of names in weight files → in the
     model. ``pair``: whether the block also returns the router's weights.
 
-    ``shared``: an MLP beside the experts that is ``shared_count`` (a config key) times as wide as one of them, so that
+    ``block``: the module with router and experts, where it is beside the family's MLP, which then stays whole; the two
+    add up. ``shared``: an MLP beside the experts that is ``shared_count`` (a config key) times as wide as one of them, so that
     it loses channels with them; one with a width of its own stays whole and needs no entry. ``dense_first``: the config
     key that says how many layers come before the first one with experts.
     """
 
     router: str = "gate"
+    block: str | None = None
     experts: str = "experts"
     count: str = "num_experts"
     width: str = "moe_intermediate_size"
@@ -65,8 +67,7 @@ class Family:
     ``per_head``: a parameter of the attention with one number for each query head.
     ``layer_returns``: how many values a layer returns in a tuple; 0 for the residual stream itself. ``mlp_scale``:
     what the MLP multiplies the output of its down projection with, if it does. ``tiny`` are config entries that make
-    the mixer of a tiny model small. ``has_experts`` says of a config that its model has experts, which
-    the record does not treat.
+    the mixer of a tiny model small.
     ``side_by_side``: whether attention (a mixer, which stays whole) and MLP both read the layer's input; True, False,
     or the config key that decides. ``renamed``: how names in weight files begin → in the model.
     ``derived``: keys that transformers computes from others and does not write, and that other runtimes read.
@@ -105,7 +106,6 @@ class Family:
     per_head: str | None = None
     layer_returns: int = 0
     mlp_scale: Callable[[Any], float | None] = lambda config: None
-    has_experts: Callable[[Any], bool] = lambda config: False
     tiny: Mapping[str, Any] = field(default_factory=dict)
     side_by_side: bool | str = False
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -122,8 +122,13 @@ class Family:
         if block is Block.MIXER:
             return dict(self.mixer)
         if block in EXPERTS and self.experts is not None:
-            return {self.mlp: self.experts.pair}
+            return {self.mlp: False, self.expert_block: self.experts.pair}
         return {self.attention: True} if block is Block.ATTENTION else {self.mlp: False}
+
+    @property
+    def expert_block(self) -> str:
+        """The module with router and experts, below a layer that has them."""
+        return (self.experts and self.experts.block) or self.mlp
 
     def norms_of(self, block: Block) -> Norms:
         """The norms of a block."""

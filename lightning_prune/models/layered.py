@@ -265,8 +265,9 @@ class LayeredModel:
         scale = family_of(self.config).mlp_scale(self.config) if block is Block.MLP else None
         output = output if scale is None else output * scale
         stubs = self._without(index, block) if alone or not self.views[index].side_by_side else {}
-        for module, pair in self.views[index].parts[block].modules.items():
-            stubs[module] = lambda *_, pair=pair, **__: (output, None) if pair else output
+        (module, pair), *others = self.views[index].parts[block].modules.items()
+        stubs |= dict.fromkeys((other for other, _ in others), _nothing)  # the modules of a block add up
+        stubs[module] = lambda *_, **__: (output, None) if pair else output
         with _replaced_forward(stubs):
             return self._evaluate(index, hidden)
 

@@ -1,5 +1,6 @@
 """What the supported model families look like, one record each."""
 
+from dataclasses import replace
 from typing import Any
 
 from lightning_prune.models.family import ExpertNames, Family, Norms
@@ -53,6 +54,17 @@ _SHARED_EXPERTS = ExpertNames(
     dense_first="first_k_dense_replace",
 )
 _SHARED = {"shared_expert_intermediate_size": 12}
+_GRANITE_EXPERTS = ExpertNames(
+    router="router",
+    count="num_local_experts",
+    width="intermediate_size",
+    stored=None,
+    renamed=(
+        (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
+        (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
+        (".router.layer.", ".router."),
+    ),
+)
 _MAMBA = {"mamba_n_heads": 2, "mamba_d_head": "auto", "mamba_d_state": 4, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 
 FAMILIES: dict[str, Family] = {
@@ -99,17 +111,7 @@ FAMILIES: dict[str, Family] = {
             "attention_bias",
             "attention_bias",
             mlp="block_sparse_moe",
-            experts=ExpertNames(
-                router="router",
-                count="num_local_experts",
-                width="intermediate_size",
-                stored=None,
-                renamed=(
-                    (".input_linear.weight", ".experts.gate_up_proj"),
-                    (".output_linear.weight", ".experts.down_proj"),
-                    (".router.layer.", ".router."),
-                ),
-            ),
+            experts=_GRANITE_EXPERTS,
         ),
         Family("glm4_moe", "attention_bias", experts=_SHARED_EXPERTS),
         Family(
@@ -165,7 +167,7 @@ FAMILIES: dict[str, Family] = {
             blocks={"linear_attention": _MIXER},
             mixer={"mamba": False},
             width="shared_intermediate_size",
-            has_experts=lambda config: config.num_local_experts > 0,
+            experts=replace(_GRANITE_EXPERTS, block="block_sparse_moe"),
             tiny=_MAMBA,
         ),
         Family(

@@ -55,6 +55,9 @@ def test_a_family_does_what_its_record_says(family: str, kv_heads: int, tied: bo
         ("deepseek_v3", {"q_lora_rank": None, "n_group": 1}),
         ("lfm2_moe", {"use_expert_bias": False}),
         ("qwen3_5_moe_text", {"attention_bias": True, "tied": False}),
+        ("nemotron_h", {"n_group": 2, "topk_group": 1, "mlp_bias": True}),
+        ("nemotron_h", {"moe_latent_size": 20}),
+        ("granitemoehybrid", {"attention_bias": True, "tied": False}),
     ],
 )
 def test_a_mixture_of_experts_does_what_its_record_says(family: str, switches: dict[str, Any]) -> None:
@@ -108,7 +111,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "qwen3_5_text": {},
     "qwen3_5_moe_text": {},
     "qwen3_next": {},
-    "nemotron_h": {"hybrid_override_pattern": "M-M-M-M*-M-M-M*-"},
+    "nemotron_h": {"hybrid_override_pattern": "M-M-M-M*-M-M-M*-MEM*E"},
 }
 
 

@@ -114,7 +114,7 @@ def test_taylor_of_channels_is_that_of_the_whole_model_without_the_loss_of_route
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["glm4_moe", "ernie4_5_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["glm4_moe", "ernie4_5_moe", "gpt_oss", "nemotron_h", "granitemoehybrid"])
 def test_a_refit_brings_the_stream_nearer_to_the_dense_one(base: str, tmp_path: Path, family: str) -> None:
     dense, errors, fresh = lightning_prune.load(base, torch.float32), [], tiny_tokens(16, 32, seed=1)
     for refit in ("none", "residual"):

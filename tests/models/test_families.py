@@ -149,8 +149,3 @@ def test_a_layer_says_what_it_is_made_of() -> None:
         views = layer_structures(make_tiny(family))
         assert [view.blocks for view in views] == blocks
         assert all(view.cost == count_parameters(view.layer) for view in views)
-
-
-def test_experts_of_a_family_whose_record_has_none_are_refused() -> None:
-    with pytest.raises(UserError, match="'granitemoehybrid' is not supported: it is a mixture of experts"):
-        family_of(tiny_config("granitemoehybrid", num_local_experts=4))
