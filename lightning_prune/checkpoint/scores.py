@@ -203,8 +203,8 @@ class Scores:
         return found
 
     def _check_complete(self) -> None:
-        """Rows are in order, and in every block of every layer units count from 0, one by one. A layer may have none: it
-        is a mixer, or without experts where these alone are ranked."""
+        """Rows are in order, and in every block of every layer units count from 0, one by one. A layer may have none:
+        it is a mixer, or without experts where these alone are ranked."""
         key = self.layer * len(BLOCKS) + self.code
         first = np.diff(key, prepend=-1) != 0
         wrong = self.unit != np.where(first, 0, np.roll(self.unit, 1) + 1)

@@ -25,9 +25,9 @@ class ExpertNames:
     model. ``pair``: whether the block also returns the router's weights.
 
     ``block``: the module with router and experts, where it is beside the family's MLP, which then stays whole; the two
-    add up. ``shared``: an MLP beside the experts that is ``shared_count`` (a config key) times as wide as one of them, so that
-    it loses channels with them; one with a width of its own stays whole and needs no entry. ``dense_first``: the config
-    key that says how many layers come before the first one with experts.
+    add up. ``shared``: an MLP beside the experts that is ``shared_count`` (a config key) times as wide as one of them,
+    so that it loses channels with them; one with a width of its own stays whole and needs no entry. ``dense_first``:
+    the config key that says how many layers come before the first one with experts.
     """
 
     router: str = "gate"

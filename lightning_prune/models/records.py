@@ -259,8 +259,13 @@ FAMILIES: dict[str, Family] = {
             mixer={"mixer": False},
             experts=ExpertNames(count="n_routed_experts", stored=("up_proj", "down_proj")),
             tiny={
-                **{"mamba_num_heads": 2, "mamba_head_dim": 8, "ssm_state_size": 4, "n_groups": 1, "chunk_size": 8},
-                **{"moe_shared_expert_intermediate_size": 12, "moe_latent_size": 24},
+                "mamba_num_heads": 2,
+                "mamba_head_dim": 8,
+                "ssm_state_size": 4,
+                "n_groups": 1,
+                "chunk_size": 8,
+                "moe_shared_expert_intermediate_size": 12,
+                "moe_latent_size": 24,
                 "time_step_min": 1e-6,  # in transformers the least of a prefill alone, not of a decoding step
             },
             renamed={"backbone.": "model."},
