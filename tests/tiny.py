@@ -131,7 +131,7 @@ SWITCHES: dict[str, dict[str, Any]] = {  # what makes a tiny model of the family
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "gpt_oss": {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "nemotron_h": {
-        "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"],
+        "layers_block_type": ["mlp", "mlp", "full_attention", "linear_attention"],
         "mamba_num_heads": 2,
         "mamba_head_dim": 8,
         "ssm_state_size": 4,
