@@ -28,6 +28,7 @@ FAMILIES = (
 EXPERTS = (
     *("qwen3_moe", "olmoe", "mixtral", "qwen2_moe", "granitemoe", "glm4_moe", "ernie4_5_moe", "gpt_oss"),
     *("deepseek_v3", "qwen3_5_moe_text", "qwen3_next", "lfm2_moe", "nemotron_h", "granitemoehybrid"),
+    "jamba",
 )  # see make_moe
 WHOLE_ATTENTION = ("olmo2", "helium", "stablelm")  # GQA groups cannot leave one by one
 CUTTABLE = (
@@ -42,11 +43,20 @@ HYBRIDS = (
     "falcon_h1",
     "bamba",
     "nemotron_h",
+    "jamba",
 )  # some layers have a mixer that stays whole
 ONE_BLOCK = ("nemotron_h",)  # a layer is attention, an MLP or a mixer
 SIDE_BY_SIDE = ("phi", "gpt_neox", "cohere", "cohere2")  # attention, which stays whole, beside the MLP
 EVERY_FAMILY = (*CUTTABLE, *WHOLE_ATTENTION, *HYBRIDS, *SIDE_BY_SIDE)
 MAMBA = {"mamba_n_heads": 2, "mamba_d_state": 4, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+JAMBA = {
+    "mamba_d_state": 8,
+    "mamba_dt_rank": 8,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+}
 GRANITE = {
     "embedding_multiplier": 3.0,
     "residual_multiplier": 0.4,
@@ -139,6 +149,7 @@ SWITCHES: dict[str, dict[str, Any]] = {  # what makes a tiny model of the family
         "chunk_size": 8,
         "time_step_min": 1e-6,  # transformers has a least step in the prefill alone
     },
+    "jamba": {**JAMBA, "num_experts": 1},
     "phi": {"partial_rotary_factor": 0.5},
     "gpt_neox": {"rotary_pct": 0.5},
     "cohere": {"logit_scale": 0.5},
@@ -148,6 +159,7 @@ SWITCHES: dict[str, dict[str, Any]] = {  # what makes a tiny model of the family
 
 # The same of one with experts, where the family has models without, too.
 SWITCHES_OF_EXPERTS: dict[str, dict[str, Any]] = {
+    "jamba": {**JAMBA, "attn_layer_period": 3},
     "nemotron_h": {
         "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
         "moe_shared_expert_intermediate_size": 20,

@@ -53,6 +53,7 @@ MODELS = {
     "granitemoehybrid": "Granite 4, with and without experts",
     "falcon_h1": "Falcon-H1",
     "bamba": "Bamba",
+    "jamba": "Jamba",
     "phi": "Phi-1, Phi-1.5, Phi-2",
     "gpt_neox": "GPT-NeoX, Pythia",
     "cohere": "Command R, Command R+",

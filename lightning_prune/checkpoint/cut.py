@@ -154,6 +154,12 @@ def pruned_config(config: Any, plan: PruningPlan) -> Any:
 
     widths = {block: {len(layer.kept[block]) for layer in left if block in layer.kept} for block in Block}
     queries_per_kv_head = config.num_attention_heads // kv_heads_of(config)
+    if (
+        family.experts
+        and family.experts.width == family.width
+        and (widths[Block.EXPERT] or widths[Block.EXPERT_CHANNEL])
+    ):
+        widths[Block.MLP].add(getattr(pruned, family.width))  # one key says both
     if all(len(sizes) < 2 and 0 not in sizes for sizes in widths.values()):
         uniform = copy.deepcopy(pruned)
         for kv_heads in widths[Block.ATTENTION]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_prune.models.expert_layers import has_experts, say_experts
+from lightning_prune.models.expert_layers import has_experts, say_experts, say_period
 from lightning_prune.models.experts import Experts
 from lightning_prune.models.family import GUIDE, Family
 from lightning_prune.models.records import FAMILIES
@@ -281,11 +281,15 @@ def choose_layers(target: Any, config: Any, layers: Sequence[int]) -> None:
     """Give the config ``target`` the entries that ``config`` has for ``layers``, in this order, and their number.
 
     Raises:
-        UserError: layers without experts follow one with experts, where the family's config cannot say that.
+        UserError: layers without experts follow one with experts, or layers of a kind are at unequal distances, where
+            the family's config cannot say that.
     """
     family, target.num_hidden_layers = family_of(config), len(layers)
     if family.experts is not None:
         say_experts(target, family.experts, [has_experts(config, family.experts, layer) for layer in layers])
+    if family.period:
+        kinds = getattr(config, family.kinds)
+        say_period(target, family.period, [kinds[layer] not in family.blocks for layer in layers])
     for name in family.per_layer_lists:
         if (entries := getattr(config, name, None)) is not None:
             setattr(target, name, [entries[layer] for layer in layers])

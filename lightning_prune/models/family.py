@@ -70,6 +70,7 @@ class Family:
     the mixer of a tiny model small.
     ``side_by_side``: whether attention (a mixer, which stays whole) and MLP both read the layer's input; True, False,
     or the config key that decides. ``renamed``: how names in weight files begin → in the model.
+    ``period``: the keys ``<period>_period`` and ``<period>_offset`` say which layers have no mixer.
     ``derived``: keys that transformers computes from others and does not write, and that other runtimes read.
     ``stock_alias`` names a family with the same arithmetic that takes head counts which this family's own config
     refuses; it is used only while no projection has a bias. ``whole_attention`` says why GQA groups cannot be removed
@@ -109,6 +110,7 @@ class Family:
     tiny: Mapping[str, Any] = field(default_factory=dict)
     side_by_side: bool | str = False
     renamed: Mapping[str, str] = field(default_factory=dict)
+    period: str = ""
     derived: tuple[str, ...] = ()
 
     def blocks_of(self, config: Any, index: int) -> tuple[Block, ...]:

@@ -200,6 +200,18 @@ FAMILIES: dict[str, Family] = {
             tiny=_MAMBA,
         ),
         Family(
+            "jamba",
+            final_norm="model.final_layernorm",
+            mlp="feed_forward",
+            mlp_norms=Norms("pre_ff_layernorm"),
+            kinds="layers_block_type",
+            blocks={"mamba": _MIXER},
+            mixer={"mamba": False},
+            experts=ExpertNames(router="router", width="intermediate_size"),
+            period="attn_layer",
+            tiny={"mamba_d_state": 8, "mamba_dt_rank": 8},  # of fewer rows products depend on their place in memory
+        ),
+        Family(
             "phi",
             mlp_bias=True,
             final_norm="model.final_layernorm",

@@ -7,10 +7,6 @@ STATES = (
 PLAIN_MLP = "its MLP is not gated, and its projections are not those of a gated decoder (GPT-2 style)"
 PARALLEL = "attention and MLP of a layer read the same input side by side, and no record says yet where its weights are"
 SHARED = "its layers share keys, values or embeddings with each other, so they cannot leave one by one"
-PERIODIC = (
-    "its config says by a period where layers have attention and experts, so few layers could be removed, and these "
-    "layers are classes of their own"
-)
 SCALED = (
     "every layer scales the whole residual stream by a stored number, its config has sizes per layer of its own, and "
     "in the smaller models layers share keys and values"
@@ -31,7 +27,6 @@ FAMILIES_BY_REASON = {
     """,
     PLAIN_MLP: "gpt2 gpt_neo gpt_bigcode opt bloom mpt codegen xglm biogpt starcoder2 nemotron persimmon openai-gpt",
     PARALLEL: "gptj falcon",
-    PERIODIC: "jamba",
     SHARED: "gemma3n_text",
     SCALED: "gemma4_text",
     LATENT: "deepseek_v2 minicpm3",

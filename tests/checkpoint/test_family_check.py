@@ -58,6 +58,8 @@ def test_a_family_does_what_its_record_says(family: str, kv_heads: int, tied: bo
         ("nemotron_h", {"n_group": 2, "topk_group": 1, "mlp_bias": True}),
         ("nemotron_h", {"moe_latent_size": 20}),
         ("granitemoehybrid", {"attention_bias": True, "tied": False}),
+        ("jamba", {"layers": 16, "attn_layer_period": 8, "attn_layer_offset": 4}),  # as published
+        ("jamba", {"layers": 16, "attn_layer_period": 8, "attn_layer_offset": 3}),
     ],
 )
 def test_a_mixture_of_experts_does_what_its_record_says(family: str, switches: dict[str, Any]) -> None:

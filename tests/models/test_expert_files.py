@@ -35,6 +35,7 @@ PUBLISHED = {
         "feed_forward",
         ("gate.weight", "expert_bias", *(f"experts.7.w{number}.weight" for number in (1, 2, 3))),
     ),
+    "jamba": ("feed_forward", tuple(name.replace("gate.w", "router.w") for name in QWEN)),
     "nemotron_h": ("mixer", tuple(name for name in GLM if "gate_proj" not in name)),
     "granitemoehybrid": ("block_sparse_moe", GRANITE),
     "olmoe": ("mlp", QWEN),

@@ -38,7 +38,7 @@ def weights(block: Any, x: Tensor, family: str, experts: list[int]) -> Tensor:
         ranked += router.moe_statics.e_score_correction_bias[0, experts]
     chosen = ranked.topk(router.top_k).indices
     share = scores[chosen]
-    if family not in ("olmoe", "qwen2_moe"):  # whose tiny configs do not normalise
+    if family not in ("olmoe", "qwen2_moe", "jamba"):  # whose tiny configs do not normalise
         share = share / share.sum()
     return torch.zeros_like(logits).scatter(0, chosen, share * getattr(router, "routed_scaling_factor", 1))
 
