@@ -38,12 +38,12 @@ CUTTABLE = (
 )
 HYBRIDS = (
     "qwen3_5_text",
+    "jamba",
     "lfm2",
     "granitemoehybrid",
     "falcon_h1",
     "bamba",
     "nemotron_h",
-    "jamba",
 )  # some layers have a mixer that stays whole
 ONE_BLOCK = ("nemotron_h",)  # a layer is attention, an MLP or a mixer
 SIDE_BY_SIDE = ("phi", "gpt_neox", "cohere", "cohere2")  # attention, which stays whole, beside the MLP
@@ -51,7 +51,7 @@ EVERY_FAMILY = (*CUTTABLE, *WHOLE_ATTENTION, *HYBRIDS, *SIDE_BY_SIDE)
 MAMBA = {"mamba_n_heads": 2, "mamba_d_state": 4, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 JAMBA = {
     "mamba_d_state": 8,
-    "mamba_dt_rank": 8,
+    "mamba_dt_rank": 1,  # with more, products of few tokens depend on where in memory a weight is
     "attn_layer_period": 2,
     "attn_layer_offset": 1,
     "expert_layer_period": 2,

@@ -209,7 +209,7 @@ FAMILIES: dict[str, Family] = {
             mixer={"mamba": False},
             experts=ExpertNames(router="router", width="intermediate_size"),
             period="attn_layer",
-            tiny={"mamba_d_state": 8, "mamba_dt_rank": 8},  # of fewer rows products depend on their place in memory
+            tiny={"mamba_d_state": 8, "mamba_dt_rank": 1},  # whose products are the same wherever weights are in memory
         ),
         Family(
             "phi",
