@@ -27,7 +27,8 @@ FAMILIES = (
 )  # a pre-norm layer of seven plain projections, plain embedding and head
 EXPERTS = (
     *("qwen3_moe", "olmoe", "mixtral", "qwen2_moe", "granitemoe", "glm4_moe", "ernie4_5_moe", "gpt_oss"),
-    *("deepseek_v3", "qwen3_5_moe_text", "qwen3_next", "lfm2_moe"),
+    *("deepseek_v3", "qwen3_5_moe_text", "qwen3_next", "lfm2_moe", "nemotron_h", "granitemoehybrid"),
+    "jamba",
 )  # see make_moe
 WHOLE_ATTENTION = ("olmo2", "helium", "stablelm")  # GQA groups cannot leave one by one
 CUTTABLE = (
@@ -37,6 +38,7 @@ CUTTABLE = (
 )
 HYBRIDS = (
     "qwen3_5_text",
+    "jamba",
     "lfm2",
     "granitemoehybrid",
     "falcon_h1",
@@ -47,6 +49,14 @@ ONE_BLOCK = ("nemotron_h",)  # a layer is attention, an MLP or a mixer
 SIDE_BY_SIDE = ("phi", "gpt_neox", "cohere", "cohere2")  # attention, which stays whole, beside the MLP
 EVERY_FAMILY = (*CUTTABLE, *WHOLE_ATTENTION, *HYBRIDS, *SIDE_BY_SIDE)
 MAMBA = {"mamba_n_heads": 2, "mamba_d_state": 4, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+JAMBA = {
+    "mamba_d_state": 8,
+    "mamba_dt_rank": 1,  # with more, products of few tokens depend on where in memory a weight is
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+}
 GRANITE = {
     "embedding_multiplier": 3.0,
     "residual_multiplier": 0.4,
@@ -147,11 +157,24 @@ SWITCHES: dict[str, dict[str, Any]] = {  # what makes a tiny model of the family
         "ssm_state_size": 4,
         "n_groups": 1,
         "chunk_size": 8,
+        "time_step_min": 1e-6,  # transformers has a least step in the prefill alone
     },
+    "jamba": {**JAMBA, "num_experts": 1},
     "phi": {"partial_rotary_factor": 0.5},
     "gpt_neox": {"rotary_pct": 0.5},
     "cohere": {"logit_scale": 0.5},
     "cohere2": {"sliding_window": 5, "logit_scale": 0.5, "layer_types": ["sliding_attention", "full_attention"] * 2},
+}
+
+
+# The same of one with experts, where the family has models without, too.
+SWITCHES_OF_EXPERTS: dict[str, dict[str, Any]] = {
+    "jamba": {**JAMBA, "attn_layer_period": 3},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+        "moe_shared_expert_intermediate_size": 20,
+        "routed_scaling_factor": 1.5,
+    },
 }
 
 
@@ -179,17 +202,17 @@ def tiny_config(
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=None,
-        **groups | {"vocab_size": 96, "initializer_range": 0.2} | _switches(family, layers) | extra,
+        **groups | {"vocab_size": 96, "initializer_range": 0.2} | _switches(SWITCHES, family, layers) | extra,
     )
 
 
-def _switches(family: str, layers: int) -> dict[str, Any]:
+def _switches(of: dict[str, dict[str, Any]], family: str, layers: int) -> dict[str, Any]:
     """With one entry per layer where there is one per layer of four."""
     return {
         name: [value[layer % len(value)] for layer in range(layers)]
         if isinstance(value, list) and len(value) == 4
         else value
-        for name, value in SWITCHES.get(family, {}).items()
+        for name, value in of.get(family, {}).items()
     }
 
 
@@ -271,8 +294,9 @@ def make_moe(family: str = "qwen3_moe", seed: int = 0, num_experts: int = 8, wid
     names: Any = FAMILIES_OF_RECORD[family].experts
     wide = "channels" if names.width == "intermediate_size" else names.width
     top_k = "moe_k" if family == "ernie4_5_moe" else "num_experts_per_tok"
-    heads = {"kv_heads": 4} if family == "deepseek_v3" else {}  # which has as many as there are query heads
-    model = make_tiny(family, seed, **heads | {top_k: 2, names.count: num_experts, wide: width} | options)
+    own = _switches(SWITCHES_OF_EXPERTS, family, options.get("layers", 4))
+    own |= {"kv_heads": 4} if family == "deepseek_v3" else {}  # which has as many as there are query heads
+    model = make_tiny(family, seed, **own | {top_k: 2, names.count: num_experts, wide: width} | options)
     for name, tensor in model.state_dict().items():
         if name.endswith(("correction_bias", "expert_bias")):  # which initialisation leaves at zero
             tensor.copy_(0.3 * torch.rand(tensor.shape, generator=torch.Generator().manual_seed(seed)))

@@ -25,7 +25,7 @@ from lightning_prune.models.families import (
 )
 from lightning_prune.models.family import DENSE, OWN_HEADS, Family
 from lightning_prune.models.modeling_pruned import BLOCK_MODULES, BLOCK_NORMS
-from lightning_prune.models.vocabulary import BLOCK_OF, OUTPUT_ROLE, ROLES, Block
+from lightning_prune.models.vocabulary import BLOCK_OF, EXPERTS, OUTPUT_ROLE, ROLES, Block
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.quiet import quiet_transformers
 
@@ -162,6 +162,9 @@ def pruned_config(config: Any, plan: PruningPlan) -> Any:
     sizes = [_sizes(layer, dense[layer.layer]) for layer in left]
     skips = [[str(block) for block, units in layer.kept.items() if not units] for layer in left]
     of_all = {name: {of[name] for of in sizes if name in of} for name in chain(*sizes) if name not in own_heads}
+    names = family.experts
+    if names and names.width == family.width and any(block in layer.kept for layer in left for block in EXPERTS):
+        of_all.setdefault(family.width, set()).add(getattr(pruned, family.width))  # one key says both
     if not any(skips) and all(len(values) == 1 for values in of_all.values()):
         uniform = copy.deepcopy(pruned)
         for name, (value,) in of_all.items():

@@ -8,6 +8,7 @@ masked, written and read back.
 import copy
 import json
 import tempfile
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.checkpoint.pruned import open_pruned
 from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.models.checkpoint import NOT_WEIGHTS, Checkpoint
-from lightning_prune.models.expert_layers import has_experts
+from lightning_prune.models.expert_layers import NoPeriodError, has_experts
 from lightning_prune.models.families import (
     choose_layers,
     count_parameters,
@@ -140,7 +141,7 @@ def shrunk(config: Any) -> Any:
 
 def _sizes_of_experts(config: Any, family: Family) -> dict[str, int]:
     """Of few experts, and of two groups where their router chooses among groups first."""
-    if family.experts is None:
+    if family.experts is None or (getattr(config, family.experts.count) or 0) < 2:
         return {}
     sizes = {family.experts.count: EXPERTS_THERE, family.experts.width: EXPERT_WIDTH, "num_experts_per_tok": 2}
     sizes["output_router_logits"] = False  # a loss beside the logits
@@ -155,10 +156,12 @@ def _representative(config: Any, family: Family) -> list[int]:
     also two of those with attention, without which a hybrid whose others were removed could not decode."""
     values = [entries for name in (*family.per_layer_lists, family.kinds) if (entries := getattr(config, name, None))]
     values.append([has_experts(config, family.experts, layer) for layer in range(config.num_hidden_layers)])
-    first: dict[tuple[str, ...], int] = {}
-    for layer in range(config.num_hidden_layers):
-        first.setdefault(tuple(str(entries[layer]) for entries in values), layer)
-    chosen = list(first.values())
+    sorts = list(zip(*(map(str, entries) for entries in values), strict=False))
+    if family.period:  # neighbours have one
+        sizes = range(min(LAYERS, len(sorts)), len(sorts) + 1)
+        runs = (range(start, start + size) for size in sizes for start in range(len(sorts) - size + 1))
+        return list(next(run for run in runs if {sorts[layer] for layer in run} == set(sorts)))
+    chosen = [sorts.index(sort) for sort in dict.fromkeys(sorts)]
     blocks = [family.blocks_of(config, layer) for layer in range(config.num_hidden_layers)]
 
     def place(layer: int) -> tuple[int, bool]:
@@ -185,7 +188,8 @@ def _try(config: Any, folder: Path) -> None:
     dense = Checkpoint.open(str(folder / "dense"))
     _run_by_parts(model, dense, tokens)
     for name, plan in _plans(model, dense.path).items():
-        _cut_and_mask(model, dense, plan, tokens, folder / name)
+        with suppress(NoPeriodError):  # such a plan is refused
+            _cut_and_mask(model, dense, plan, tokens, folder / name)
 
 
 def _run_by_parts(model: PreTrainedModel, dense: Checkpoint, tokens: Tensor) -> None:
@@ -262,7 +266,11 @@ def _plans(model: PreTrainedModel, path: str) -> dict[str, PruningPlan]:
         layers = [LayerPlan(view.index, {block: kept[block] for block in view.blocks}) for view, kept in pairs]
         attention = [layer.layer for layer in layers if Block.ATTENTION in layer.kept]
         if attention and all(layers[index].removed for index in attention):  # which no plan may do
-            layers[attention[-1]] = LayerPlan(attention[-1], views[attention[-1]].all_units)
+            last = views[attention[-1]]
+            own = _expert_units(last.experts.total, last.index) if last.experts else {}
+            layers[last.index] = LayerPlan(
+                last.index, {key: own.get(key, all_) for key, all_ in last.all_units.items()}
+            )
         counts = {"dense": dense, "pruned": parameters_after(views, dense, layers)}
         plans[name] = PruningPlan("check", None, 0.0, counts, None, path, layers)
     return plans

@@ -57,7 +57,7 @@ class PrunedSource:
             if new[0] != kept.layer:
                 new = (kept.layer, self.new_weights(kept.layer))
             whole = self._whole(kept.layer, inside, new[1], dtype, device).to(device=device, dtype=dtype)
-            experts, block = self.layers[kept.layer].experts, f"{self.family.mlp}."
+            experts, block = self.layers[kept.layer].experts, f"{self.family.expert_block}."
             if experts is not None and inside.startswith(block):
                 result[name] = experts.kept_part(inside.removeprefix(block), whole, *kept_experts(experts, kept))
             else:
@@ -76,7 +76,7 @@ class PrunedSource:
             return new[roles[0]]
         if ROLE in new and (experts := self.layers[layer].experts) is not None:
             down = experts.down_parameters(new[ROLE])
-            if (own := name.removeprefix(f"{self.family.mlp}.")) in down:
+            if (own := name.removeprefix(f"{self.family.expert_block}.")) in down:
                 return down[own]
         config = self.configs[layer]
         rows = {role: shape[0] for role, shape in shapes_of(config).items()}

@@ -99,18 +99,13 @@ class Scores:
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers of the dense model."""
+        """Decoder layers of the dense model, up to the last one with units."""
         return int(self.layer.max()) + 1
 
     @property
     def whole_layers(self) -> bool:
         """Whether the units are decoder layers (depth pruning)."""
         return bool(self.of_kind(Block.LAYER).any())
-
-    @property
-    def experts_alone(self) -> bool:
-        """Whether the units are experts or their channels, which some layers may lack."""
-        return bool((self.of_kind(Block.EXPERT) | self.of_kind(Block.EXPERT_CHANNEL)).all())
 
     @cached_property
     def blocks(self) -> Blocks:
@@ -151,7 +146,7 @@ class Scores:
     def check_plan(self, plan: PruningPlan) -> None:
         """Raise ValueError unless ``plan`` keeps exactly the units that are not pruned here, and all of the kinds that
         were not ranked, as attention beside experts."""
-        if len(plan.layers) != self.num_layers and not (self.experts_alone and len(plan.layers) > self.num_layers):
+        if len(plan.layers) < self.num_layers or (self.whole_layers and len(plan.layers) > self.num_layers):
             raise ValueError(f"it lists {self.num_layers} layers, plan.json {len(plan.layers)}")
         kept = {key: self.unit[rows[self.kept[rows]]].tolist() for key, rows in self.blocks.rows().items()}
         ranked = {block for _, block in kept}
@@ -208,12 +203,12 @@ class Scores:
         return found
 
     def _check_complete(self) -> None:
-        """Rows are in order, and in every block of every layer units count from 0, one by one; of experts, in every
-        layer that has some."""
+        """Rows are in order, and in every block of every layer units count from 0, one by one. A layer may have none:
+        it is a mixer, or without experts where these alone are ranked."""
         key = self.layer * len(BLOCKS) + self.code
         first = np.diff(key, prepend=-1) != 0
         wrong = self.unit != np.where(first, 0, np.roll(self.unit, 1) + 1)
-        wrong |= (np.diff(key, prepend=0) < 0) | ((np.diff(self.layer, prepend=-1) > 1) & (not self.experts_alone))
+        wrong |= (np.diff(key, prepend=0) < 0) | ((np.diff(self.layer, prepend=-1) > 1) & self.whole_layers)
         if wrong.any():
             row = int(np.argmax(wrong))
             raise ValueError(

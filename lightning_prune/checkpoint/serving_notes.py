@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.models.families import family_of, kv_heads_of, layer_configs
-from lightning_prune.models.vocabulary import Block
+from lightning_prune.models.vocabulary import EXPERTS, Block
 
 
 class _Pattern(NamedTuple):
@@ -56,7 +56,7 @@ def tensor_parallel_sizes(config: Any, plan: PruningPlan) -> list[int]:
         sizes |= {len(units) for block, units in layer.kept.items() if block in (Block.ATTENTION, Block.MLP)}
     if any(family.mixer.values()):  # attention is a part of it, and keeps all its heads
         sizes.add(kv_heads_of(first))
-    if family.experts is not None:
+    if family.experts is not None and any(block in layer.kept for layer in plan.layers for block in EXPERTS):
         sizes.add(getattr(first, family.experts.width))
     common = math.gcd(*sizes)  # an absent block counts as 0, which every number divides
     return [size for size in range(1, common + 1) if common % size == 0]

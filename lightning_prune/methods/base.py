@@ -58,7 +58,7 @@ class PruningMethod(L.LightningModule):
         target_parameters: Parameters that may be left, such as 4.5B, instead of a pruning ratio; never more are.
         target_active_parameters: The same of those that one token passes: all but the experts that are not chosen.
         target_memory: Memory that the model may take, such as 6GiB, instead of a pruning ratio: weights in the saved
-            dtype, and the KV cache of ``batch`` sequences of ``context`` tokens in the same.
+            dtype, and the KV cache of ``batch`` sequences of ``context`` tokens in the same, without states of mixers.
         context: Tokens in the KV cache of ``target_memory``.
         batch: Sequences in the KV cache of ``target_memory``.
         label: Name of this system in run folders, TensorBoard and tables; ``{method}`` in it is the method's own name,

@@ -351,9 +351,13 @@ class RefitPass(BlockPass):
         return widest(self.model.device) if enough else torch.float32
 
     def _scale(self, step: Step) -> float | None:
-        """m, where the block adds m times what its projection outputs; None where that is not linear."""
-        weight = next(iter(self.view(step).linears.values())).weight
-        ones = torch.ones(1, 1, self.model.config.hidden_size, device=self.model.device).to(weight.dtype)
+        """m, where the block adds m times what its projection outputs; None where that is not linear, or where experts
+        write to a latent space."""
+        size = self.model.config.hidden_size
+        if (experts := self.view(step).parts[self.block(step)].experts) is not None and experts.hidden != size:
+            return None
+        weight = self.projection(step).weight if experts is None else experts.module.down_proj
+        ones = torch.ones(1, 1, size, device=self.model.device).to(weight.dtype)
         once, twice = (
             self.model.add(step.layer, torch.zeros_like(ones), self.block(step), factor * ones, alone=True)
             for factor in (1, 2)

@@ -28,7 +28,7 @@ def packed(tensors: Mapping[str, TensorEntry], names: ExpertNames) -> dict[str, 
             parameter, expert, part = place
             groups.setdefault(parameter, {})[expert, part] = stored, entry
         else:
-            found[name] = entry if name == stored else replace(entry, parts=((entry.file, stored),))
+            found[name] = entry if name == stored else replace(entry, parts=entry.parts or ((entry.file, stored),))
     for parameter, parts in groups.items():
         found[parameter] = _joined(parameter, parts)
     return found
@@ -85,5 +85,5 @@ def _joined(parameter: str, parts: dict[tuple[int, int], tuple[str, TensorEntry]
         )
     order = [parts[expert, kind] for expert in range(experts) for kind in range(kinds)]
     rows, columns = first.shape
-    places = tuple((entry.file, stored) for stored, entry in order)
+    places = tuple(place for stored, entry in order for place in entry.parts or [(entry.file, stored)])
     return TensorEntry(first.file, first.dtype, (experts, kinds * rows, columns), places)

@@ -11,9 +11,33 @@ def has_experts(config: Any, names: ExpertNames | None, layer: int) -> bool:
     """Whether a layer has experts, in any of the ways in which configs say so; ``names``: of the family, if any."""
     if names is None or layer in (getattr(config, "mlp_only_layers", None) or ()):
         return False
+    if (counts := getattr(config, "layers_num_experts", None)) is not None:
+        return bool(counts[layer] > 1)
     first, last = getattr(config, names.dense_first or "", 0), getattr(config, "moe_layer_end_index", layer)
     step = getattr(config, "decoder_sparse_step", None) or getattr(config, "moe_layer_interval", None) or 1
     return bool(first <= layer <= last and (layer + 1) % step == 0)
+
+
+class NoPeriodError(UserError):
+    """Layers of one kind do not come at equal distances, as the family's config must say."""
+
+
+def say_period(target: Any, what: str, there: Sequence[bool]) -> None:
+    """Let the keys ``<what>_period`` and ``<what>_offset`` of a config say which of its layers are of a kind.
+
+    Raises:
+        NoPeriodError: no period says it.
+    """
+    for period in range(1, len(there) + 2):
+        for offset in range(period):
+            if all((layer % period == offset) == own for layer, own in enumerate(there)):
+                vars(target)[f"{what}_period"], vars(target)[f"{what}_offset"] = period, offset
+                return
+    places = ", ".join(str(layer) for layer, own in enumerate(there) if own)
+    raise NoPeriodError(
+        f"--plan: of the {len(there)} layers that are kept, those named by {what}_period and {what}_offset would be "
+        f"{places}, which no period says. Remove no layers of family '{target.model_type}', or whole periods of them."
+    )
 
 
 def say_experts(target: Any, names: ExpertNames, there: Sequence[bool]) -> None:
@@ -24,6 +48,8 @@ def say_experts(target: Any, names: ExpertNames, there: Sequence[bool]) -> None:
     """
     if hasattr(target, "mlp_only_layers"):
         target.decoder_sparse_step, target.mlp_only_layers = 1, [i for i, own in enumerate(there) if not own]
+    if hasattr(target, "expert_layer_period"):
+        say_period(target, "expert_layer", there)
     if names.dense_first is None:
         return
     first = sum(not own for own in there)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_prune.models.expert_layers import has_experts, say_experts
+from lightning_prune.models.expert_layers import has_experts, say_experts, say_period
 from lightning_prune.models.experts import Experts
 from lightning_prune.models.family import GUIDE, OWN_HEADS, Family
 from lightning_prune.models.projection import Projection
@@ -259,7 +259,8 @@ def choose_layers(target: Any, config: Any, layers: Sequence[int]) -> None:
     """Give the config ``target`` the entries that ``config`` has for ``layers``, in this order, and their number.
 
     Raises:
-        UserError: layers without experts follow one with experts, where the family's config cannot say that.
+        UserError: layers without experts follow one with experts, or layers of a kind are at unequal distances, where
+            the family's config cannot say that.
     """
     family, target.num_hidden_layers = family_of(config), len(layers)
     if family.experts is not None:
@@ -268,6 +269,9 @@ def choose_layers(target: Any, config: Any, layers: Sequence[int]) -> None:
         of = config.per_layer_config
         own = [{name: getattr(of[layer], name) for name in OWN_HEADS} for layer in layers]
         target.per_layer_config = dict(enumerate(own))
+    if family.period:
+        kinds = getattr(config, family.kinds)
+        say_period(target, family.period, [kinds[layer] not in family.blocks for layer in layers])
     for name in family.per_layer_lists:
         if (entries := getattr(config, name, None)) is not None:
             setattr(target, name, [entries[layer] for layer in layers])
@@ -303,7 +307,7 @@ def _layer_structure(family: Family, config: Any, index: int, layer: nn.Module) 
         modules, norms = family.modules_of(block), family.norms_of(block)
         paths = {role: family.path_of(role) for role in family.roles_of(block)}
         linears = {role: _projection(family, config, role, find(path)) for role, path in paths.items() if there(path)}
-        experts = Experts(find(family.mlp), family.experts) if family.experts and block in EXPERTS else None
+        experts = Experts(find(family.expert_block), family.experts) if family.experts and block in EXPERTS else None
         return BlockStructure(
             modules={find(name): pair for name, pair in modules.items()},
             norms=tuple(find(name) for name in norms if name),
@@ -316,7 +320,8 @@ def _layer_structure(family: Family, config: Any, index: int, layer: nn.Module) 
 
     parts = {}
     for block in family.blocks_of(config, index):
-        if block is Block.MLP and family.experts and hasattr(getattr(layer, family.mlp), family.experts.experts):
+        module = getattr(layer, family.expert_block, None)
+        if block is Block.MLP and family.experts and hasattr(module, family.experts.experts):
             block = Block.EXPERT_CHANNEL  # not in every layer
         parts[block] = block_structure(block)
     beside = family.says(config, family.side_by_side)

@@ -24,12 +24,14 @@ class ExpertNames:
     where they hold the three-dimensional parameters themselves. ``renamed``: parts of names in weight files → in the
     model. ``pair``: whether the block also returns the router's weights.
 
-    ``shared``: an MLP beside the experts that is ``shared_count`` (a config key) times as wide as one of them, so that
-    it loses channels with them; one with a width of its own stays whole and needs no entry. ``dense_first``: the config
-    key that says how many layers come before the first one with experts.
+    ``block``: the module with router and experts, where it is beside the family's MLP, which then stays whole; the two
+    add up. ``shared``: an MLP beside the experts that is ``shared_count`` (a config key) times as wide as one of them,
+    so that it loses channels with them; one with a width of its own stays whole and needs no entry. ``dense_first``:
+    the config key that says how many layers come before the first one with experts.
     """
 
     router: str = "gate"
+    block: str | None = None
     experts: str = "experts"
     count: str = "num_experts"
     width: str = "moe_intermediate_size"
@@ -72,6 +74,7 @@ class Family:
     before anything is pruned. ``scale``: a stored number that every layer multiplies the residual stream with.
     ``side_by_side``: whether attention (a mixer, which stays whole) and MLP both read the layer's input; True, False,
     or the config key that decides. ``renamed``: how names in weight files begin → in the model.
+    ``period``: the keys ``<period>_period`` and ``<period>_offset`` say which layers have no mixer.
     ``derived``: keys that transformers computes from others and does not write, and that other runtimes read.
     ``stock_alias`` names a family with the same arithmetic that takes head counts which this family's own config
     refuses; it is used only while no projection has a bias. ``whole_attention`` says why GQA groups cannot be removed
@@ -112,6 +115,7 @@ class Family:
     tiny: Mapping[str, Any] = field(default_factory=dict)
     side_by_side: bool | str = False
     renamed: Mapping[str, str] = field(default_factory=dict)
+    period: str = ""
     derived: tuple[str, ...] = ()
     own_heads: bool = False
     scale: str | None = None
@@ -134,8 +138,13 @@ class Family:
         if block is Block.MIXER:
             return dict(self.mixer)
         if block in EXPERTS and self.experts is not None:
-            return {self.mlp: self.experts.pair}
+            return {self.mlp: False, self.expert_block: self.experts.pair}
         return {self.attention: True} if block is Block.ATTENTION else {self.mlp: False}
+
+    @property
+    def expert_block(self) -> str:
+        """The module with router and experts, below a layer that has them."""
+        return (self.experts and self.experts.block) or self.mlp
 
     def norms_of(self, block: Block) -> Norms:
         """The norms of a block."""

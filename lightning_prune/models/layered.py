@@ -272,8 +272,10 @@ class LayeredModel:
         scale = family_of(self.config).mlp_scale(self.config) if block is Block.MLP else None
         output = output if scale is None else output * scale
         stubs = self._without(index, block) if alone or not self.views[index].side_by_side else {}
-        for module, pair in self.views[index].parts[block].modules.items():
-            stubs[module] = lambda *_, pair=pair, **__: (output, None) if pair else output
+        part = self.views[index].parts[block]
+        (module, pair), *_ = part.modules.items()
+        stubs |= silent(part)  # the modules of a block add up
+        stubs[module] = lambda *_, **__: (output, None) if pair else output
         return self._evaluate_to(index, block, stubs, hidden)
 
     def head(self, hidden: Tensor) -> Tensor:

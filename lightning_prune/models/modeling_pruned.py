@@ -12,6 +12,7 @@ are not Llama's.
 import copy
 import inspect
 import json
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,9 @@ def _build_layer(stock: nn.Module, config: Any, index: int) -> nn.Module:
     """Layer ``index``; ``stock``: a layer that the stock model has made, maybe with buffers of its own."""
     wanted = inspect.signature(type(stock).__init__).parameters
     kind = {"layer_type": config.layers_block_type[index]} if "layer_type" in wanted else {}
-    layer: Any = type(stock)(config, index, **kind)
+    classes = getattr(sys.modules[type(stock).__module__], "ALL_DECODER_LAYER_TYPES", None)  # of Jamba
+    made = classes[config.layers_block_type[index]] if classes else type(stock)
+    layer: Any = made(config, index, **kind)
     there = {name for name, _ in layer.named_buffers()}
     for name, buffer in stock.named_buffers():
         owner, _, leaf = name.rpartition(".")

@@ -1,5 +1,6 @@
 """What the supported model families look like, one record each."""
 
+from dataclasses import replace
 from typing import Any
 
 from lightning_prune.models.family import ExpertNames, Family, Norms
@@ -62,6 +63,17 @@ _SHARED_EXPERTS = ExpertNames(
     dense_first="first_k_dense_replace",
 )
 _SHARED = {"shared_expert_intermediate_size": 12}
+_GRANITE_EXPERTS = ExpertNames(
+    router="router",
+    count="num_local_experts",
+    width="intermediate_size",
+    stored=None,
+    renamed=(
+        (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
+        (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
+        (".router.layer.", ".router."),
+    ),
+)
 _MAMBA = {"mamba_n_heads": 2, "mamba_d_head": "auto", "mamba_d_state": 4, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 
 FAMILIES: dict[str, Family] = {
@@ -120,17 +132,7 @@ FAMILIES: dict[str, Family] = {
             "attention_bias",
             "attention_bias",
             mlp="block_sparse_moe",
-            experts=ExpertNames(
-                router="router",
-                count="num_local_experts",
-                width="intermediate_size",
-                stored=None,
-                renamed=(
-                    (".input_linear.weight", ".experts.gate_up_proj"),
-                    (".output_linear.weight", ".experts.down_proj"),
-                    (".router.layer.", ".router."),
-                ),
-            ),
+            experts=_GRANITE_EXPERTS,
         ),
         Family("glm4_moe", "attention_bias", experts=_SHARED_EXPERTS),
         Family(
@@ -186,7 +188,7 @@ FAMILIES: dict[str, Family] = {
             blocks={"linear_attention": _MIXER},
             mixer={"mamba": False},
             width="shared_intermediate_size",
-            refused=lambda config: EXPERTS if config.num_local_experts > 0 else "",
+            experts=replace(_GRANITE_EXPERTS, block="block_sparse_moe"),
             tiny=_MAMBA,
         ),
         Family(
@@ -217,6 +219,18 @@ FAMILIES: dict[str, Family] = {
             mixer={"mamba": False},
             layer_returns=2,
             tiny=_MAMBA,
+        ),
+        Family(
+            "jamba",
+            final_norm="model.final_layernorm",
+            mlp="feed_forward",
+            mlp_norms=Norms("pre_ff_layernorm"),
+            kinds="layers_block_type",
+            blocks={"mamba": _MIXER},
+            mixer={"mamba": False},
+            experts=ExpertNames(router="router", width="intermediate_size"),
+            period="attn_layer",
+            tiny={"mamba_d_state": 8, "mamba_dt_rank": 1},  # whose products are the same wherever weights are in memory
         ),
         Family(
             "phi",
@@ -273,10 +287,20 @@ FAMILIES: dict[str, Family] = {
                 "linear_attention": (Block.MIXER,),
                 "full_attention": (Block.ATTENTION,),
                 "mlp": (Block.MLP,),
+                "moe": (Block.MLP,),
             },
             mixer={"mixer": False},
-            refused=lambda config: EXPERTS if "moe" in config.layers_block_type else "",
-            tiny={"mamba_num_heads": 2, "mamba_head_dim": 8, "ssm_state_size": 4, "n_groups": 1, "chunk_size": 8},
+            experts=ExpertNames(count="n_routed_experts", stored=("up_proj", "down_proj")),
+            tiny={
+                "mamba_num_heads": 2,
+                "mamba_head_dim": 8,
+                "ssm_state_size": 4,
+                "n_groups": 1,
+                "chunk_size": 8,
+                "moe_shared_expert_intermediate_size": 12,
+                "moe_latent_size": 24,
+                "time_step_min": 1e-6,  # in transformers the least of a prefill alone, not of a decoding step
+            },
             renamed={"backbone.": "model."},
             derived=("num_hidden_layers", "hybrid_override_pattern"),
         ),

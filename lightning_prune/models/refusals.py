@@ -7,10 +7,6 @@ STATES = (
 PLAIN_MLP = "its MLP is not gated, and its projections are not those of a gated decoder (GPT-2 style)"
 PARALLEL = "attention and MLP of a layer read the same input side by side, and no record says yet where its weights are"
 SHARED = "its layers share keys, values or embeddings with each other, so they cannot leave one by one"
-PERIODIC = (
-    "its config says by a period where layers have attention and experts, so few layers could be removed, and these "
-    "layers are classes of their own"
-)
 LATENT = "its attention is compressed into a latent space and has no rows per head to remove"
 ENCODER_DECODER = "it is an encoder-decoder; only decoders are pruned"
 SEVERAL_MODELS = (
@@ -27,7 +23,6 @@ FAMILIES_BY_REASON = {
     """,
     PLAIN_MLP: "gpt2 gpt_neo gpt_bigcode opt bloom mpt codegen xglm biogpt starcoder2 nemotron persimmon openai-gpt",
     PARALLEL: "gptj falcon",
-    PERIODIC: "jamba",
     SHARED: "gemma3n_text",
     LATENT: "deepseek_v2 minicpm3",
 }

@@ -50,11 +50,16 @@ def test_a_family_does_what_its_record_says(family: str, kv_heads: int, tied: bo
         ("mixtral", {"sliding_window": None}),
         ("granitemoe", {"attention_bias": True, "tied": False}),
         ("glm4_moe", {"attention_bias": True, "n_group": 1, "first_k_dense_replace": 3, "n_shared_experts": 2}),
-        ("ernie4_5_moe", {"moe_num_shared_experts": 0, "moe_layer_start_index": 0}),
+        ("ernie4_5_moe", {"moe_num_shared_experts": 0, "moe_layer_start_index": 0, "use_bias": True}),
         ("gpt_oss", {"attention_bias": False}),
         ("deepseek_v3", {"q_lora_rank": None, "n_group": 1}),
         ("lfm2_moe", {"use_expert_bias": False}),
         ("qwen3_5_moe_text", {"attention_bias": True, "tied": False}),
+        ("nemotron_h", {"n_group": 2, "topk_group": 1, "mlp_bias": True}),
+        ("nemotron_h", {"moe_latent_size": 20}),
+        ("granitemoehybrid", {"attention_bias": True, "tied": False}),
+        ("jamba", {"layers": 16, "attn_layer_period": 8, "attn_layer_offset": 4}),  # as published
+        ("jamba", {"layers": 16, "attn_layer_period": 8, "attn_layer_offset": 3}),
     ],
 )
 def test_a_mixture_of_experts_does_what_its_record_says(family: str, switches: dict[str, Any]) -> None:
@@ -64,6 +69,12 @@ def test_a_mixture_of_experts_does_what_its_record_says(family: str, switches: d
 def test_layers_without_experts_after_some_with_are_refused_where_the_config_cannot_say_so() -> None:
     with pytest.raises(UserError, match=r"family 'ernie4_5_moe' cannot say once a layer is removed"):
         check_family(make_moe("ernie4_5_moe", moe_layer_interval=2).config)
+
+
+def test_shared_experts_with_biases_that_routed_ones_lack_are_refused() -> None:
+    """A channel of them would cost more than one of a routed expert."""
+    with pytest.raises(UserError, match=r"family 'ernie4_5_moe' .* where the costs of its units say"):
+        check_family(make_moe("ernie4_5_moe", use_bias=True).config)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +133,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "num_global_key_value_heads": 1,
         "layer_types": ["sliding_attention", "full_attention"] * 15,
     },
-    "nemotron_h": {"hybrid_override_pattern": "M-M-M-M*-M-M-M*-"},
+    "nemotron_h": {"hybrid_override_pattern": "M-M-M-M*-M-M-M*-MEM*E"},
 }
 
 

@@ -132,6 +132,24 @@ def test_rows_that_are_missing_or_there_twice_and_layers_among_blocks_are_notice
         assert len(Scores.read(path, "--run").unit) == 17
 
 
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_layer_without_units_has_no_rows(path: Path, layer: int) -> None:
+    """It is a mixer alone, wherever it is; only the plan can tell it from one whose rows are lost."""
+    whole = table()
+    whole.at(whole.layer != layer).write(path)
+    found = Scores.read(path, "--run")
+    kept = [{block: found.unit[found.of(i, block) & found.kept].tolist() for block in DENSE} for i in range(3)]
+    layers = [LayerPlan(i, units if i != layer else {Block.MIXER: [0]}) for i, units in enumerate(kept)]
+
+    def plan(layers: list[LayerPlan]) -> PruningPlan:
+        return PruningPlan("m", 0.2, 0.2, {"dense": 10, "pruned": 8}, None, "base", layers)
+
+    found.check_plan(plan(layers))
+    layers[layer] = LayerPlan(layer, {Block.MLP: [0]})
+    with pytest.raises(ValueError, match=f"layer {layer} keeps other units"):
+        found.check_plan(plan(layers))
+
+
 @pytest.mark.parametrize("whole_layers", [False, True])
 def test_plan_must_keep_the_same_units(whole_layers: bool) -> None:
     found = table(whole_layers=whole_layers)

@@ -43,7 +43,8 @@ def test_the_folder_is_what_the_masked_model_computes(base: str, tmp_path: Path,
         expected, found = (model(input_ids=TOKENS).logits for model in (masked_by(method), pruned))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert method.plan.parameters["pruned"] == count_parameters(pruned)
-    if units == "all" and pruned.config.is_heterogeneous:
+    if pruned.config.is_heterogeneous:
+        assert units == "all" or (family, units) == ("jamba", "expert_channel")  # where one key says both widths
         return
     stock = AutoModelForCausalLM.from_pretrained(method.pruned_folder)  # without the folder's code
     assert type(stock).__module__.startswith("transformers.models.")
@@ -109,7 +110,7 @@ def test_taylor_of_channels_is_that_of_the_whole_model_without_the_loss_of_route
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["glm4_moe", "ernie4_5_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["glm4_moe", "ernie4_5_moe", "gpt_oss", "nemotron_h", "granitemoehybrid"])
 def test_a_refit_brings_the_stream_nearer_to_the_dense_one(base: str, tmp_path: Path, family: str) -> None:
     dense, errors, fresh = lightning_prune.load(base, torch.float32), [], tiny_tokens(16, 32, seed=1)
     for refit in ("none", "residual"):

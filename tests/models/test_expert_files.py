@@ -24,6 +24,7 @@ GLM = (
     *(*QWEN, "gate.e_score_correction_bias"),
     *(f"shared_experts.{name}_proj.weight" for name in ("gate", "up", "down")),
 )
+GRANITE = ("input_linear.weight", "output_linear.weight", "router.layer.weight")
 # Of every family, below a layer of a published checkpoint: all names of a block of experts, of the last expert alone.
 PUBLISHED = {
     "qwen3_moe": ("mlp", QWEN),
@@ -34,10 +35,13 @@ PUBLISHED = {
         "feed_forward",
         ("gate.weight", "expert_bias", *(f"experts.7.w{number}.weight" for number in (1, 2, 3))),
     ),
+    "jamba": ("feed_forward", tuple(name.replace("gate.w", "router.w") for name in QWEN)),
+    "nemotron_h": ("mixer", tuple(name for name in GLM if "gate_proj" not in name)),
+    "granitemoehybrid": ("block_sparse_moe", GRANITE),
     "olmoe": ("mlp", QWEN),
     "mixtral": ("block_sparse_moe", ("gate.weight", *(f"experts.7.w{number}.weight" for number in (1, 2, 3)))),
     "qwen2_moe": ("mlp", SHARED),
-    "granitemoe": ("block_sparse_moe", ("input_linear.weight", "output_linear.weight", "router.layer.weight")),
+    "granitemoe": ("block_sparse_moe", GRANITE),
     "glm4_moe": ("mlp", GLM),
     "ernie4_5_moe": (
         "mlp",

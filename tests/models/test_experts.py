@@ -12,7 +12,8 @@ from lightning_prune.models.records import FAMILIES
 from tests.tiny import EXPERTS, in_double, make_moe, moe_block
 
 ROUTED: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6}  # routers compute in fp32
-SIGMOID = ("glm4_moe", "deepseek_v3", "lfm2_moe")
+GROUPED = ("glm4_moe", "deepseek_v3", "nemotron_h")
+SIGMOID = (*GROUPED, "lfm2_moe")
 SHARED = ("glm4_moe", "deepseek_v3", "ernie4_5_moe")  # whose width is that of one expert, or of two
 
 
@@ -20,7 +21,7 @@ def weights(block: Any, x: Tensor, family: str, experts: list[int]) -> Tensor:
     """The router's weights for one token x ``[D]``, ``[len(experts)]``, 0 where an expert is not chosen."""
     router = block.router if hasattr(block, "router") else block.gate
     logits = router.weight[experts] @ x
-    if family in ("gpt_oss", "granitemoe"):
+    if family in ("gpt_oss", "granitemoe", "granitemoehybrid"):
         logits = logits + (router.bias[experts] if family == "gpt_oss" else 0)
         chosen = logits.topk(router.top_k).indices
         return torch.zeros_like(logits).scatter(0, chosen, logits[chosen].softmax(0))
@@ -28,7 +29,7 @@ def weights(block: Any, x: Tensor, family: str, experts: list[int]) -> Tensor:
     ranked = scores.clone()
     if family == "lfm2_moe":
         ranked += block.expert_bias[experts]
-    if family in ("glm4_moe", "deepseek_v3"):
+    if family in GROUPED:
         ranked += router.e_score_correction_bias[experts]
         groups = ranked.view(router.num_group, -1)
         best = groups.topk(2).values.sum(1).topk(router.topk_group).indices
@@ -37,7 +38,7 @@ def weights(block: Any, x: Tensor, family: str, experts: list[int]) -> Tensor:
         ranked += router.moe_statics.e_score_correction_bias[0, experts]
     chosen = ranked.topk(router.top_k).indices
     share = scores[chosen]
-    if family not in ("olmoe", "qwen2_moe"):  # whose tiny configs do not normalise
+    if family not in ("olmoe", "qwen2_moe", "jamba"):  # whose tiny configs do not normalise
         share = share / share.sum()
     return torch.zeros_like(logits).scatter(0, chosen, share * getattr(router, "routed_scaling_factor", 1))
 
@@ -52,8 +53,10 @@ def naive(block: nn.Module, x: Tensor, family: str, experts: list[int], channels
         for place, gate in enumerate(weights(found, hidden, family, experts)):
             number = experts[place]
             for k in (range(m) if channels is None else channels[place].tolist()) if gate else ():
-                weight = module.gate_up_proj[number]
-                if family == "gpt_oss":
+                weight = module.up_proj[number] if family == "nemotron_h" else module.gate_up_proj[number]
+                if family == "nemotron_h":
+                    out[token] += gate * (hidden @ weight[k]).relu() ** 2 * module.down_proj[number, :, k]
+                elif family == "gpt_oss":
                     bias = module.gate_up_proj_bias[number]
                     g = (hidden @ weight[:, 2 * k] + bias[2 * k]).clamp(max=module.limit)
                     u = (hidden @ weight[:, 2 * k + 1] + bias[2 * k + 1]).clamp(-module.limit, module.limit)
@@ -64,7 +67,8 @@ def naive(block: nn.Module, x: Tensor, family: str, experts: list[int], channels
             if family == "gpt_oss":
                 out[token] += gate * module.down_proj_bias[number]
         for mlp in [getattr(found, name) for name in ("shared_expert", "shared_experts") if hasattr(found, name)]:
-            inner = silu(mlp.gate_proj(hidden)) * mlp.up_proj(hidden)
+            up = mlp.up_proj(hidden)
+            inner = up.relu() ** 2 if family == "nemotron_h" else silu(mlp.gate_proj(hidden)) * up
             if family in SHARED and channels is not None:
                 kept = [n * m + k for n, own in enumerate(channels[len(experts) :].tolist()) for k in own]
                 out[token] += mlp.down_proj.weight[:, kept] @ inner[kept]
@@ -99,7 +103,7 @@ def test_routed_tokens_inner_activations_and_outputs_add_up_to_the_block(kind: s
     total = torch.zeros_like(expected)
     for expert, rows, gate in experts.routed(index, weights):
         total[rows] += gate[:, None] * experts.output(expert, experts.inner(expert, hidden[rows]))
-    alone = hasattr(block, "shared_expert_gate")  # a shared expert that stays whole is not among them
+    alone = hasattr(block, "shared_expert_gate") or kind == "nemotron_h"  # whose shared expert stays whole
     torch.testing.assert_close(total, routed if alone else expected)
     torch.testing.assert_close(naive(block, X, kind, list(range(experts.count))), expected, **ROUTED)
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, BertConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from lightning_prune.models.checkpoint import Checkpoint, meta_model
-from lightning_prune.models.families import count_parameters, family_of, layer_structures
+from lightning_prune.models.families import choose_layers, count_parameters, family_of, layer_structures
 from lightning_prune.models.family import GUIDE
 from lightning_prune.models.records import FAMILIES as FAMILIES_OF_RECORD
 from lightning_prune.models.records import TEXT_PARTS
@@ -18,7 +18,7 @@ from lightning_prune.models.refusals import ENCODER_DECODER, FAMILIES_BY_REASON,
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 from tests.cutting import cut, layered
-from tests.tiny import FAMILIES, make_tiny, mixed_plan, tiny_config, tiny_plan, tiny_tokens
+from tests.tiny import FAMILIES, make_moe, make_tiny, mixed_plan, tiny_config, tiny_plan, tiny_tokens
 from tools import families_table
 
 ROOT = Path(__file__).parent.parent.parent
@@ -151,6 +151,19 @@ def test_a_layer_says_what_it_is_made_of() -> None:
         assert all(view.cost == count_parameters(view.layer) for view in views)
 
 
-def test_experts_of_a_family_whose_record_has_none_are_refused() -> None:
-    with pytest.raises(UserError, match="'granitemoehybrid' is not supported: it is a mixture of experts"):
-        family_of(tiny_config("granitemoehybrid", num_local_experts=4))
+@pytest.mark.parametrize(
+    ("left", "keys"),
+    [([0, 1, 4, 5], (2, 1)), ([1, 2, 3, 4], (2, 0)), ([0, 2, 6], (4, 3)), ([0, 1, 2, 3], (2, 1)), ([1, 3, 4, 5], None)],
+)
+def test_layers_by_period_keep_one_or_are_refused(left: list[int], keys: tuple[int, int] | None) -> None:
+    """Experts in layers 1, 3, 5 and 7, attention in 3 and 7."""
+    config = make_moe("jamba", layers=8, attn_layer_period=4, attn_layer_offset=3).config
+    target = copy.deepcopy(config)
+    if keys is None:
+        with pytest.raises(UserError, match=r"expert_layer_offset would be 0, 1, 3, which no period says. Remove no"):
+            choose_layers(target, config, left)
+        return
+    choose_layers(target, config, left)
+    assert (target.expert_layer_period, target.expert_layer_offset) == keys
+    assert target.layers_num_experts == [config.layers_num_experts[layer] for layer in left]
+    assert target.layers_block_type == [config.layers_block_type[layer] for layer in left]
