@@ -266,6 +266,7 @@ NAMES = {
     "granitemoehybrid": dict.fromkeys(("gate", "up"), "shared_mlp.input_linear") | {"down": "shared_mlp.output_linear"},
     "falcon_h1": FEED_FORWARD,
     "bamba": FEED_FORWARD,
+    "jamba": FEED_FORWARD,
     "nemotron_h": {"up": "mixer.up_proj", "down": "mixer.down_proj"}
     | {role: f"mixer.{role[0]}_proj" for role in ("query", "key", "value", "output")},
     "phi": {"up": "mlp.fc1", "down": "mlp.fc2"},
