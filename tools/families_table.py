@@ -81,10 +81,16 @@ def removable(family: Family) -> str:
     return ", ".join([*units, *(["groups"] if Block.ATTENTION in blocks and family.whole_attention is None else [])])
 
 
+# Whose stock folders vLLM's own models ran, of those that vLLM's transformers backend was not tried with: see
+# docs/notes/engines.md.
+STOCK_IN_VLLM = ("qwen3_moe", "mixtral", "falcon_h1", "nemotron_h", "phi", "gpt_neox", "cohere")
+
+
 def runtimes(family: Family) -> str:
-    """Where pruned models of the family were run, beside transformers: hybrids, experts and Gemma 4 nowhere."""
-    engines = [] if family.mixer or family.experts or family.own_heads else ["vLLM"]
-    return ", ".join([*engines, *(["GGUF"] if family.model_type in ARCHITECTURES else [])])
+    """Where pruned models of the family were run, beside transformers."""
+    newer = family.mixer or family.experts or family.own_heads or family.side_by_side
+    stock = ["vLLM (stock)"] if family.model_type in STOCK_IN_VLLM else []
+    return ", ".join([*(stock if newer else ["vLLM"]), *(["GGUF"] if family.model_type in ARCHITECTURES else [])])
 
 
 def rows() -> Iterator[str]:
