@@ -161,7 +161,7 @@ SWAPPED = {
     "mlp_norms": Norms("post_attention_layernorm", "post_feedforward_layernorm"),
 }
 WRONG: list[tuple[Family, dict[str, Any], str]] = [
-    (replace(GEMMA2, **SWAPPED), {}, "the attention block of layer 0, alone,: differs"),
+    (replace(GEMMA2, **SWAPPED), {}, "block of layer 0, alone,: differs"),
     (
         replace(GEMMA2, attention_norms=BEFORE_ATTENTION),
         {},

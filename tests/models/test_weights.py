@@ -79,7 +79,7 @@ NORM, UP = "model.norm.weight", "model.layers.0.mlp.up_proj.weight"
 MISFITS: dict[str, tuple[Edit, str]] = {
     "bias": (lambda t: t.update({BIAS: torch.ones(32)}), rf"1 tensors .* not part of the model.*{BIAS}"),
     "quantised by name": (lambda t: t.update({f"{UP}_scale_inv": torch.ones(1)}), rf"quantised.*{UP}_scale_inv"),
-    "unknown name": (lambda t: t.update({"visual.weight": torch.ones(2)}), r"not part of the model.*visual\.weight"),
+    "unknown name": (lambda t: t.update({"sound.weight": torch.ones(2)}), r"not part of the model.*sound\.weight"),
     "missing": (lambda t: t.pop(NORM), rf"lack 1 tensors .*{NORM}"),
     "no embedding": (lambda t: t.pop("model.embed_tokens.weight"), r"lack 2 tensors .*model\.embed_tokens\.weight"),
     "shape": (lambda t: t.update({NORM: torch.ones(31)}), rf"{NORM}.*\[31\].*\[32\]"),
@@ -109,6 +109,7 @@ SIDE_PARTS: dict[str, tuple[str, str]] = {
     "layer beyond the last": ("model.layers.4.mlp.up_proj.weight", "layers.4"),
     "far beyond": ("model.layers.61.eh_proj.weight", "layers.61"),
     "vision tower": ("model.vision_tower.layers.40.norm.weight", "vision_tower"),
+    "published Qwen-VL": ("visual.blocks.0.norm1.weight", "visual"),
     "rotary table": ("model.layers.0.self_attn.rotary_emb.inv_freq", "rotary_emb"),
 }
 
