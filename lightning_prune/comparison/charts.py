@@ -102,6 +102,7 @@ def quality_chart(
     top = min(1.2 * max(known, default=limit or 1.0), BEYOND * (limit or math.inf))
     plot = _new(label, f"perplexity on {short}", height=480)
     plot.y_range.end = 1.02 * top
+    plot.x_range.start = 0  # where the dense model is; runs of one ratio differ by their rounding alone
     items, marks = [], []
     for system, style in styles.items():
         mine = [(at, line, line.perplexity(name)) for at, line in points if line.name == system]

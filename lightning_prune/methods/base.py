@@ -59,7 +59,7 @@ class PruningMethod(L.LightningModule):
         target_active_parameters: The same of those that one token passes: all but the experts that are not chosen.
         target_memory: Memory that the model may take, such as 6GiB, instead of a pruning ratio: weights in the saved
             dtype, and the KV cache of ``batch`` sequences of ``context`` tokens in the same, without states of mixers.
-        context: Tokens in the KV cache of ``target_memory``.
+        context: Tokens in the KV cache of ``target_memory``, at most those that the model has positions for.
         batch: Sequences in the KV cache of ``target_memory``.
         label: Name of this system in run folders, TensorBoard and tables; ``{method}`` in it is the method's own name,
             which is the default.
@@ -287,6 +287,8 @@ class PruningMethod(L.LightningModule):
                 f"--model: '{self.pretrained}' is a mixture of experts, which {self.method} does not prune. Use Wanda, "
                 "Magnitude, HGSP, REAP, HEAPr or ShortGPT."
             )
+        if self.target is not None and (positions := self.checkpoint.limits[1]) is not None:
+            self.target = replace(self.target, context=min(self.target.context, positions))
         self.check_ratio(layers, total)
         check_family(self.checkpoint.config)
         self.layers, self.dense_parameters = layers, total

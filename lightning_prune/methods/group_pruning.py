@@ -116,6 +116,12 @@ class GroupPruning(PruningMethod):
         self.find_ratio(ranked, self.layers, self.dense_parameters)
         self.scores = replace(scores, pruned=self.select(ranked, self.layers, self.dense_parameters))
         self.plan = self.make_plan(kept_units(self.scores, self.layers))
+        bare = sum(layer.kept.get(Block.ATTENTION) == [] for layer in self.plan.layers)
+        if 2 * bare > len(self.layers):
+            rank_zero_warn(
+                f"{bare} of {len(self.layers)} layers keep no attention, so the model can hardly read its context. "
+                "Remove less, or keep some with --model.min_groups_per_layer 1."
+            )
         if said := self.selection.unrounded(self.scores, self.layers):
             rank_zero_warn(said)
 

@@ -322,7 +322,7 @@ def _unreachable(reachable: int, budget: Budget) -> UserError:
     return UserError(
         f"--model.pruning_ratio: {float(budget.pruning_ratio):g} cannot be reached with these options. The largest "
         f"reachable ratio is {largest:.4f} of all {budget.total_parameters:,} parameters (embeddings, head and frozen "
-        "layers stay). Lower --model.pruning_ratio, or freeze fewer layers."
+        "layers stay). Lower --model.pruning_ratio, or freeze and protect less."
     )
 
 

@@ -8,6 +8,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint, Timer
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_prune.models.model_slot import DTYPES
 from lightning_prune.recovery.data import RecoveryDataModule
@@ -92,7 +93,8 @@ def recovery_trainer(
 
 def train(trainer: L.Trainer, module: Recovery, data: RecoveryDataModule, folder: Path) -> dict[str, Any]:
     """Train until steps, epochs, time or a held-out loss that does not fall end it; ``module``, which is open, then has
-    the state with the lowest held-out loss. What ``recovery.json`` says of the training comes back.
+    the state with the lowest held-out loss, which may be the one before training. What ``recovery.json`` says of the
+    training comes back.
 
     The best and the last state are kept in ``folder``; training continues from the last one if there is one.
 
@@ -121,6 +123,9 @@ def train(trainer: L.Trainer, module: Recovery, data: RecoveryDataModule, folder
             f"--resume: the state in '{last}' cannot be read ({type(error).__name__}). Leave --resume out to begin "
             "anew."
         ) from None
+    folder.mkdir(exist_ok=True)
+    trained = [name for name, one in module.named_parameters() if one.requires_grad]
+    torch.save({name: module.get_parameter(name).detach() for name in trained}, folder / "start.ckpt")
     trainer.fit(module, data, ckpt_path=resumed, weights_only=True)
     module.progress.finish("training")
     module.seconds["train"] = clock.time_elapsed()
@@ -130,6 +135,13 @@ def train(trainer: L.Trainer, module: Recovery, data: RecoveryDataModule, folder
         after = float(kept.best_model_score)
         best = torch.load(kept.best_model_path, map_location="cpu", weights_only=True)
         module.load_state_dict(best["state_dict"], strict=False)
+    if after > before:
+        rank_zero_warn(
+            f"no state had a lower held-out loss than the pruned model's {before:.4f}, the best {after:.4f}: the "
+            "weights are left as they were. Lower --model.learning_rate, or train on more text."
+        )
+        after = before
+        module.load_state_dict(torch.load(folder / "start.ckpt", map_location="cpu", weights_only=True), strict=False)
     return {
         "train": module.train_what,
         "teacher": module.teacher if module.distillation > 0 else None,

@@ -32,6 +32,7 @@ from lightning_prune.support.progress import Progress
 LARGEST = 2**63 - 1
 LARGEST_SEED = 2**32 - 1  # numpy's
 _UNKNOWN = r"unrecognized arguments: (\S+)|Group '([\w.]+)' does not accept option '([\w.]+)'|Option '([\w.]+)' is not"
+SIZES = ("--model.pruning_ratio", "--model.target_")
 _WORDS = {"int": "a whole number", "float": "a number", "bool": "true, false", "str": "text", "list": "a list"}
 
 
@@ -73,6 +74,9 @@ class RunBuilder(LightningCLI):
     ) -> None:
         quiet()
         self._own = dict(options)
+        sizes = {name for name in map(_name_of, arguments) if name.startswith(SIZES)}
+        if "--model.pruning_ratio" in sizes and len(sizes) > 1:
+            raise UserError(f"{' and '.join(sorted(sizes))}: give one of them.")
         chosen = model_class is PruningMethod
         try:
             super().__init__(
@@ -217,6 +221,10 @@ def _user_error_in(error: BaseException | None) -> UserError | None:
     return error
 
 
+def _name_of(argument: str) -> str:
+    return argument.partition("=")[0]
+
+
 def _refuse_nulls(owner: type, options: Mapping[str, Any]) -> None:
     """The parser lets null through for the options of a class that it picks."""
     hints: dict[str, Any] = {}
@@ -250,7 +258,7 @@ def plain(message: str, options: Sequence[str], methods: Sequence[str]) -> str:
         key = f"model.{key}"  # an error of the method's own parser
     if unknown := re.search(_UNKNOWN, message):
         word, group, member, option = unknown.groups()
-        name = word.partition("=")[0] if word else f"--{group}.{member}" if group else f"--{option}"
+        name = _name_of(word) if word else f"--{group}.{member}" if group else f"--{option}"
         if not name.startswith("-"):
             return f"unexpected argument '{name}': options are written --NAME VALUE. See --help."
         return f"unknown option {name}.{_nearest(name.lstrip('-'), options)}"
@@ -269,7 +277,8 @@ def plain(message: str, options: Sequence[str], methods: Sequence[str]) -> str:
         allowed += [one.strip(" '") for one in literals.split(",")] if literals else [_WORDS.get(kind, kind)]
     allowed = [one for one in dict.fromkeys(allowed) if one != "NoneType"]
     if key and given and allowed:
-        return f"--{key}: found {given[1][:200] or 'nothing'}; allowed: {', '.join(allowed)}."
+        example = f", such as --{key} '[{given[1][:200]}]'" if allowed == ["a list"] else ""
+        return f"--{key}: found {given[1][:200] or 'nothing'}; allowed: {', '.join(allowed)}{example}."
     if refused := re.search(r"Not of type \w+: (\S+) does not conform to restriction v(.+)", message):
         return f"--{key}: found '{refused[1]}'; allowed: a number {refused[2]}."
     lines = " ".join(line.strip(" -") for line in message.splitlines() if line.strip(" -"))

@@ -139,6 +139,16 @@ class Footprint(_Record):
     flops_per_token: Count
 
 
+class TargetFacts(_Record):
+    """What was allowed, and what is left: parameters, or bytes with the KV cache of ``batch`` × ``context`` tokens."""
+
+    kind: Literal["parameters", "active_parameters", "memory"]
+    limit: Count
+    reached: Count
+    context: Count
+    batch: Count
+
+
 class RunMetrics(_Open):
     """``metrics.json`` of a pruning run. ``seconds`` is wall-clock time by phase. Runs of earlier versions have neither
     distance nor continuations nor serving."""
@@ -151,6 +161,7 @@ class RunMetrics(_Open):
     parameters: Parameters
     footprint: dict[Literal["dense", "pruned"], Footprint] | None = None
     pruning_ratio: Ratio
+    target: TargetFacts | None = None
     seconds: dict[str, Seconds]
     peak_memory_bytes: Count
     method: System

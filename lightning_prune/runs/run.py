@@ -266,6 +266,10 @@ def _metrics(
         "measured_seconds": method.saved.seconds if method.saved is not None else {},
     }
     metrics["footprint"] = _footprint(method, pruned.checkpoint)
+    if (target := method.target) is not None:
+        left, kept, size = method.plan.parameters["pruned"], method.plan.layers, method.written_dtype.itemsize
+        reached = target.size(left, method.layers, kept, method.checkpoint.config, size)
+        metrics["target"] = asdict(target) | {"reached": reached}
     metrics["self_check"] = method.self_check
     written = pruned.checkpoint.config
     metrics["serving"] = {

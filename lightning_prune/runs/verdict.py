@@ -12,6 +12,7 @@ UNKNOWN = "not comparable"  # the dense perplexity is missing, and the pruned on
 NEAR = 1.1
 BIT = 2.0  # one bit per token
 LEAST = 0.01  # nats: a share of what is lost to rounding means nothing
+LOST = 1.2  # times the dense perplexity in short windows: more context should lower it
 Rows = list[tuple[str, str]]
 LEGEND = (
     f"Verdict: {NEAR_DENSE} up to {NEAR:g} times the dense perplexity (about what halving a model's size costs), "
@@ -124,6 +125,13 @@ def summary_table(label: str, metrics: dict[str, Any]) -> str:
         ("parameters", f"{parameters['dense']:,} → {parameters['pruned']:,}"),
         ("pruning ratio", f"{requested}achieved {ratio['achieved']:.4f}"),
     ]
+    if target := metrics.get("target"):
+        memory = target["kind"] == "memory"
+        most, reached = (size(target[key]) if memory else f"{target[key]:,}" for key in ("limit", "reached"))
+        what = target["kind"].replace("_", " ")
+        if memory:
+            what = f"weights and KV cache of {target['batch']} × {target['context']:,} tokens"
+        rows.append(("target", f"at most {most}, reached {reached} ({what})"))
     serving = metrics.get("serving") or {}
     if len(sizes := serving.get("tensor_parallel", [])) > 1:
         rows.append(("tensor parallel", f"on {', '.join(map(str, sizes))} devices"))
@@ -135,9 +143,18 @@ def summary_table(label: str, metrics: dict[str, Any]) -> str:
         split = "" if protocol.get("split") in (None, "all") else f" of the {protocol['split']} split"
         windows = f"{split} in windows of {protocol['seq_len']}" if "seq_len" in protocol else ""
         values = f"dense {item['dense']:.3f}, pruned {item['pruned']:.3f} ({item['tokens']:,} tokens{windows})"
-        rows.append((f"perplexity {name}", f"{values}, {verdict(metrics, name)}"))
+        rows.append((f"perplexity {name}", f"{values}, {verdict(metrics, name)}{_too_long(metrics, name)}"))
     rows += [*comparison_rows(metrics), *_footprint_rows(metrics)]
     return _aligned(rows, metrics)
+
+
+def _too_long(metrics: dict[str, Any], name: str) -> str:
+    """That the dense model itself is lost in windows longer than those that it was trained on."""
+    short = metrics["perplexity"].get(metrics["evaluation"].get(name, {}).get("long_windows_of"), {}).get("dense")
+    long = metrics["perplexity"][name]["dense"]
+    if not (_finite(short) and _finite(long) and long > LOST * short):
+        return ""
+    return f"; the dense model itself is {long / short:.1f} times worse in these longer windows, so they say little"
 
 
 def _footprint_rows(metrics: dict[str, Any]) -> Rows:
@@ -220,7 +237,8 @@ def _recovery_rows(record: dict[str, Any], metrics: dict[str, Any]) -> Rows:
             (
                 f"perplexity {public_name(name)}",
                 f"dense {dense}, pruned {pruned}, recovered {recovered} ({item['tokens']:,} tokens): "
-                f"{share(regained(*values))} of the lost log-perplexity regained",
+                + (f"a further {share(-back)} lost" if _finite(back := regained(*values)) and back < 0 else "")
+                + (f"{share(back)} of the lost log-perplexity regained" if not _finite(back) or back >= 0 else ""),
             )
         )
     if record["zeroed_weights"] is not None:

@@ -48,10 +48,15 @@ def test_parameters_are_never_above_the_target_and_near_it(make: Any, tmp_path: 
 @pytest.mark.parametrize("make", [Magnitude, SlimGPT, ShortGPT])
 def test_memory_is_weights_and_cache_as_the_saved_model_has_them(make: Any, tmp_path: Path) -> None:
     model = make_tiny(layers=4)
+    model.config.max_position_embeddings = CONTEXT
     base, config = save_base(model, tmp_path / "base"), model.config
     each = 2 * config.head_dim * CONTEXT * 2  # keys and values of a KV head, two sequences
     dense = sum(one.numel() for one in model.parameters()) + 4 * config.num_key_value_heads * each
-    options = {"target_memory": f"{dense * 4 * 7 // 10}", "context": CONTEXT, "batch": 2}
+    options = {
+        "target_memory": f"{dense * 4 * 7 // 10}",
+        "context": 2 * CONTEXT,
+        "batch": 2,
+    }  # of which the model reads half
     method = run_method(make(base, **options), tiny_tokens(8, 12), tmp_path / "run")
     groups = sum(len(layer.kept["attention"]) for layer in method.plan.layers)  # type: ignore[index]
     assert 4 * (saved_numbers(method) + groups * each) <= dense * 4 * 7 // 10

@@ -75,11 +75,13 @@ def test_parameters_are_read_as_transformers_reads_them_and_written_as_it_writes
     last = [name.partition(f".layers.3.{block}.")[2] for name in stored]
     assert {name for name in last if name and not re.match(r"experts\.[0-6]\.", name)} == set(names)
     model, source = checkpoint.load(None).state_dict(), checkpoint.source()
-    written = {}
+    written, own = {}, family_of(checkpoint.config)
     for name, _ in checkpoint.meta.named_parameters():
         read = source.read([name], None, torch.device("cpu"))[name]
         assert torch.equal(read, model[name]), name
-        written |= dict(stored_parts(name, read, family_of(checkpoint.config).experts))
+        for part, values in stored_parts(name, read, own.experts):
+            began = next((old for old, new in own.renamed.items() if part.startswith(new)), "")
+            written[began + part.removeprefix(own.renamed.get(began, ""))] = values
     assert written.keys() == stored.keys()
     assert all(torch.equal(written[name], stored[name]) for name in stored)
 

@@ -172,7 +172,7 @@ def test_targets_take_the_place_of_ratios_and_share_what_was_measured(tmp_path: 
     path = write_experiment(tmp_path)
     model = make_tiny(layers=6)
     dense, config = sum(one.numel() for one in model.parameters()), model.config
-    cache = 2 * 6 * config.num_key_value_heads * config.head_dim * 8192
+    cache = 2 * 6 * config.num_key_value_heads * config.head_dim * config.max_position_embeddings
     memory = f"{4 * (dense + cache) * 3 // 4000}KB"
     settings = read_settings(path, systems=["wanda", "magnitude"], targets=[memory, str(dense * 2 // 3)])
     folders, failures = run_experiment(settings)

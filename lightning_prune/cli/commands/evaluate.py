@@ -20,7 +20,9 @@ def main(argv: list[str]) -> int:
     """
     given = _parser().parse_args(argv)
     if not (given.efficiency or given.zero_shot):
-        raise UserError("Nothing to measure. Add --efficiency, --zero-shot, or both.")
+        raise UserError(
+            "Nothing to measure: add --efficiency, --zero-shot, or both. lightning-prune test measures perplexity."
+        )
     model_folder, output = _places(given.model, given.output)
 
     # After the arguments, so that --help does not wait for torch.

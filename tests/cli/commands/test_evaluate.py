@@ -64,7 +64,7 @@ def test_checkpoint_folder_of_a_run_writes_beside_its_metrics_unless_told_otherw
 
 def test_what_cannot_be_measured_or_written_is_refused(run: Path, base: Path) -> None:
     for words, says in (
-        ([run], "Add --efficiency, --zero-shot, or both"),
+        ([run], "add --efficiency, --zero-shot, or both"),
         (["a/b/c", "--efficiency", "--output", "."], "^--model: no folder at"),
         ([run, "--dense", "a/b/c", "--efficiency"], "^--dense: no folder at"),
         ([run, "--efficiency", "--batch-sizes", "0"], "--batch-sizes: found 0"),
