@@ -56,7 +56,7 @@ def test_memory_is_weights_and_cache_as_the_saved_model_has_them(make: Any, tmp_
         "target_memory": f"{dense * 4 * 7 // 10}",
         "context": 2 * CONTEXT,
         "batch": 2,
-    }  # of which the model reads half
+    }
     method = run_method(make(base, **options), tiny_tokens(8, 12), tmp_path / "run")
     groups = sum(len(layer.kept["attention"]) for layer in method.plan.layers)  # type: ignore[index]
     assert 4 * (saved_numbers(method) + groups * each) <= dense * 4 * 7 // 10

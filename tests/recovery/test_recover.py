@@ -111,6 +111,15 @@ def test_training_lowers_the_loss_it_trains(pruned: Path, recover: Command, tmp_
     assert divergence(tmp_path / "logs" / "wanda_full" / "version_0" / "pruned") < 0.9 * divergence(pruned)
 
 
+def test_training_that_only_harms_leaves_the_model_as_it_was(pruned: Path, recover: Command, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="no state had a lower held-out loss"):
+        assert recover(pruned, "--model.train", "all", "--model.learning_rate", "10", "--trainer.max_steps", "2") == 0
+    run = tmp_path / "logs" / "wanda_full" / "version_0"
+    before, after = weights(pruned), weights(run / "pruned")
+    assert all(torch.equal(before[name], values) for name, values in after.items())
+    assert facts_of(run)["held_out_loss"]["before"] == facts_of(run)["held_out_loss"]["after"]
+
+
 @pytest.fixture
 def power_cut(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """The ninth step fails; calling it brings the power back."""

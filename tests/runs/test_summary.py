@@ -42,6 +42,28 @@ def test_summary_says_what_was_pruned_and_what_that_did() -> None:
     assert "pruning ratio         achieved 0.1998" in table
 
 
+def test_summary_says_what_a_target_reached_and_where_long_windows_say_little() -> None:
+    metrics = {
+        "perplexity": {
+            name: {"dense": dense, "pruned": 30.0, "tokens": 99} for name, dense in (("a", 20.0), ("a@8", 50.0))
+        },
+        "evaluation": {"a": {"seq_len": 4}, "a@8": {"seq_len": 8, "long_windows_of": "a"}},
+        "parameters": {"dense": 10, "pruned": 8},
+        "pruning_ratio": {"requested": None, "achieved": 0.2},
+        "target": {"kind": "memory", "limit": 9_400_000, "reached": 9_300_000, "context": 1024, "batch": 2},
+        "seconds": {},
+        "peak_memory_bytes": 1,
+    }
+    table = summary_table("wanda", metrics)
+    assert "at most 9.4 MB, reached 9.3 MB (weights and KV cache of 2 × 1,024 tokens)" in table
+    assert table.count("2.5 times worse in these longer windows") == 1
+    metrics["target"] = {"kind": "active_parameters", "limit": 9, "reached": 8, "context": 1, "batch": 1}
+    metrics["perplexity"]["a@8"]["dense"] = 23.9  # type: ignore[index]
+    table = summary_table("wanda", metrics)
+    assert "at most 9, reached 8 (active parameters)" in table
+    assert "longer windows" not in table
+
+
 def test_environment_is_enough_for_a_papers_appendix() -> None:
     found = environment("bf16-true", torch.device("cpu"))
     assert json.loads(json.dumps(found)) == found

@@ -82,6 +82,10 @@ MISTAKES = {
     "no value": (["--data.seed"], ["--data.seed", "expected one argument"]),
     "ratio type": (["--model.pruning_ratio", "abc"], ["--model.pruning_ratio: found abc", "a number"]),
     "integer type": (["--data.num_samples", "1.5"], ["--data.num_samples: found 1.5", "a whole number"]),
+    "two sizes": (
+        ["--model.pruning_ratio=0.3", "--model.target_memory", "9MiB"],
+        ["--model.pruning_ratio and --model.target_memory: give one of them"],
+    ),
     "list type": (["--data.eval_datasets", "wikitext2"], ["--data.eval_datasets: found wikitext2", "a list"]),
     "method choice": (["--model.allocation", "sideways"], ["--model.allocation: found sideways", "global, uniform"]),
     "null": (["--model.pruning_ratio", "null"], ["--model.pruning_ratio: found null", "float"]),
