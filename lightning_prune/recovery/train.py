@@ -114,15 +114,7 @@ def train(trainer: L.Trainer, module: Recovery, data: RecoveryDataModule, folder
     trainer.validate(module, data, verbose=False)
     before = float(trainer.callback_metrics[HELD_OUT])
     last = folder / "last.ckpt"
-    resumed = str(last) if last.is_file() else None
-    try:
-        if resumed:
-            torch.load(resumed, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and torch have no error in common
-        raise UserError(
-            f"--resume: the state in '{last}' cannot be read ({type(error).__name__}). Leave --resume out to begin "
-            "anew."
-        ) from None
+    resumed = _readable(last) if last.is_file() else None
     folder.mkdir(exist_ok=True)
     trained = [name for name, one in module.named_parameters() if one.requires_grad]
     torch.save({name: module.get_parameter(name).detach() for name in trained}, folder / "start.ckpt")
@@ -154,6 +146,18 @@ def train(trainer: L.Trainer, module: Recovery, data: RecoveryDataModule, folder
         "held_out_loss": {"before": before, "after": after},
         "text": data.manifest,
     }
+
+
+def _readable(last: Path) -> str:
+    """The path of a kept state, after a look at it."""
+    try:
+        torch.load(last, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch have no error in common
+        raise UserError(
+            f"--resume: the state in '{last}' cannot be read ({type(error).__name__}). Leave --resume out to begin "
+            "anew."
+        ) from None
+    return str(last)
 
 
 def _stopped_by(trainer: L.Trainer, patience: EarlyStopping, clock: Timer) -> str:

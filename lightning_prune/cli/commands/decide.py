@@ -38,18 +38,7 @@ def main(argv: list[str]) -> int:
         UserError: no finished run there, a method whose scores cannot be reused, an option that would change the
             measurement, or a base model that is no longer the same.
     """
-    parser = PlainParser(
-        prog="lightning-prune decide",
-        usage="lightning-prune decide --run FOLDER [--model.OPTION VALUE ...] [--data.eval_OPTION VALUE ...] "
-        "[--trainer.OPTION VALUE ...]",
-        description=DESCRIPTION,
-        epilog="example: lightning-prune decide --run logs/hgsp_taylor/version_0 --model.pruning_ratio 0.3 "
-        "--model.temperature 0.5; lightning-prune fit --method NAME --help says what a method's options mean",
-        allow_abbrev=False,
-    )
-    text = "the run whose scores are used, as fit left it"
-    parser.add_argument("--run", type=some_path, required=True, metavar="FOLDER", help=text)
-    arguments, options = parser.parse_known_args(argv)
+    arguments, options = _parser().parse_known_args(argv)
     run = RunFolder.open(arguments.run, "--run")
     if run.recovery is not None:
         raise UserError(
@@ -127,3 +116,18 @@ def _built(config: dict[str, Any], options: list[str], run: Path) -> "RunBuilder
 def _options(parsed: Any) -> dict[str, Any]:
     """Options by the name they have on the command line; ``model`` is the class."""
     return {name.replace(".init_args", "").replace(".class_path", ""): value for name, value in parsed.items()}
+
+
+def _parser() -> PlainParser:
+    parser = PlainParser(
+        prog="lightning-prune decide",
+        usage="lightning-prune decide --run FOLDER [--model.OPTION VALUE ...] [--data.eval_OPTION VALUE ...] "
+        "[--trainer.OPTION VALUE ...]",
+        description=DESCRIPTION,
+        epilog="example: lightning-prune decide --run logs/hgsp_taylor/version_0 --model.pruning_ratio 0.3 "
+        "--model.temperature 0.5; lightning-prune fit --method NAME --help says what a method's options mean",
+        allow_abbrev=False,
+    )
+    text = "the run whose scores are used, as fit left it"
+    parser.add_argument("--run", type=some_path, required=True, metavar="FOLDER", help=text)
+    return parser
