@@ -130,7 +130,8 @@ def train(trainer: L.Trainer, module: Recovery, data: RecoveryDataModule, folder
     if after > before:
         rank_zero_warn(
             f"no state had a lower held-out loss than the pruned model's {before:.4f}, the best {after:.4f}: the "
-            "weights are left as they were. Lower --model.learning_rate, or train on more text."
+            f"weights are left as they were. Lower --model.learning_rate, now {module.learning_rate:g}, or train on "
+            "more text."
         )
         after = before
         module.load_state_dict(torch.load(folder / "start.ckpt", map_location="cpu", weights_only=True), strict=False)

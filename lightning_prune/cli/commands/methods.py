@@ -3,7 +3,7 @@
 from lightning_prune.cli.parser import PlainParser
 from lightning_prune.runs.config_files import shipped_methods
 
-HEADINGS = {"none": "as their papers have them", "residual": "with what is kept refitted (docs/quality.md)"}
+HEADINGS = {"none": "without a refit", "residual": "with what is kept refitted (docs/quality.md)"}
 
 
 def main(argv: list[str]) -> int:
