@@ -178,11 +178,10 @@ def _representative(config: Any, family: Family) -> list[int]:
 def _try(config: Any, folder: Path) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    for (
-        parameter
-    ) in model.state_dict().values():  # zeros and ones, as norms and biases start, would hide that one is lost
-        new = 0.1 * torch.randn_like(parameter)
-        parameter.copy_(parameter + new if parameter.dim() == 1 else 2 * new)
+    # Zeros and ones, as norms and biases start, would hide that one is lost.
+    for tensor in model.state_dict().values():
+        new = 0.1 * torch.randn_like(tensor)
+        tensor.copy_(tensor + new if tensor.dim() == 1 else 2 * new)
     model.save_pretrained(folder / "dense")
     tokens = (torch.arange(2 * 3 * WINDOW).view(2, -1) * 31 + 7) % VOCABULARY
     dense = Checkpoint.open(str(folder / "dense"))

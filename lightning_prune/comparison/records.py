@@ -69,7 +69,8 @@ class Run:
     @property
     def size(self) -> str:
         """What was requested, as tables show it: a ratio, or memory."""
-        return str(self.options.get("target_memory") or f"{self.requested:g}")
+        memory = str(self.options.get("target_memory") or "")
+        return (memory if memory[-1:].isalpha() else f"{memory} B") if memory else f"{self.requested:g}"
 
     @property
     def seed(self) -> int | None:

@@ -3,6 +3,7 @@
 import re
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import pandas as pd  # type: ignore[import-untyped]
 from tabulate import tabulate  # type: ignore[import-untyped]
@@ -10,7 +11,7 @@ from tabulate import tabulate  # type: ignore[import-untyped]
 from lightning_prune.comparison import accuracy, costs
 from lightning_prune.comparison.audit import Group
 from lightning_prune.comparison.records import Run
-from lightning_prune.comparison.repeats import Repeats, Spread, repeats
+from lightning_prune.comparison.repeats import Repeats, Spread, by_size, repeats
 from lightning_prune.runs.verdict import share
 from lightning_prune.support.escape import plain, public_name
 
@@ -40,7 +41,7 @@ def results(lines: Sequence[Repeats], group: Group, dense: bool = True) -> pd.Da
     """Lines of one group by ratio and then in the order given, as text; the dense model first."""
     sets = evaluation_sets(group.all)
     rows: list[dict[str, str]] = []
-    for line in sorted(lines, key=lambda line: line.ratio):
+    for line in chain.from_iterable(by_size(lines).values()):
         row = {"system": line.name, "ratio": line.size}
         for name, short in sets.items():
             row[f"perplexity {short}"] = spread(line.perplexity(name)) if name in line.sets else "–"
@@ -81,7 +82,7 @@ def distances(lines: Sequence[Repeats], group: Group) -> pd.DataFrame | None:
     if not any(run.metrics.distance for run in group.all):
         return None
     rows = []
-    for line in sorted(lines, key=lambda line: line.ratio):
+    for line in chain.from_iterable(by_size(lines).values()):
         row = {"system": line.name, "ratio": line.size}
         for name, short in evaluation_sets(group.all).items():
             row[f"top-1 agreement {short}"] = line.shown_distance(name, "top1_agreement")

@@ -43,6 +43,11 @@ def kind_of(text: str) -> str:
     return "memory" if re.search(r"[KMGT]I?B *$", text.upper()) else "parameters"
 
 
+def parse_size(text: str, kind: str, option: str) -> int:
+    """Bytes of ``memory``, or a number of parameters, from text such as ``6GiB`` or ``4.5B``."""
+    return parse_bytes(text, option) if kind == "memory" else parse_count(text, option)
+
+
 @dataclass(frozen=True)
 class Target:
     """What may be left of a model, ``limit`` at most: ``parameters``, ``active_parameters``, which one token passes, or
@@ -69,8 +74,7 @@ class Target:
             if value < 1:
                 raise UserError(f"--model.{name}: found {value}; it must be 1 or more.")
         ((kind, text),) = given.items()
-        parse = parse_bytes if kind == "memory" else parse_count
-        return cls(kind, parse(text, f"--model.target_{kind}"), context, batch)
+        return cls(kind, parse_size(text, kind, f"--model.target_{kind}"), context, batch)
 
     @property
     def option(self) -> str:

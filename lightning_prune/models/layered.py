@@ -16,7 +16,7 @@ from lightning_prune.models.families import LayerStructure, family_of, layer_str
 from lightning_prune.models.head import loss_gradient, token_losses
 from lightning_prune.models.overflow import Overflow
 from lightning_prune.models.sources import Prefetching, Source
-from lightning_prune.models.stubs import Call, Stub, replaced_forward, silent
+from lightning_prune.models.stubs import Call, Stub, entering, replaced_forward, silent
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.devices import free_bytes
 from lightning_prune.support.memory import give_back_freed_memory, keep_heaps_small
@@ -218,15 +218,9 @@ class LayeredModel:
         two blocks side by side the first comes first."""
         if self.views[index].side_by_side:
             return [hidden, self.beside(index, hidden), self.run(index, hidden)]
-        seen = [hidden]
-        entries = [part.entry for part in self.views[index].parts.values()][1:]
-        handles = [entry.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for entry in entries]
-        try:
+        with entering(list(self.views[index].parts.values())[1:]) as seen:
             after = self.run(index, hidden)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return [*seen, after]
+        return [hidden, *seen, after]
 
     def run_block(self, index: int, block: Block, hidden: Tensor) -> Tensor:
         """The residual stream ``[B, L, D]`` after one block with the input ``hidden``; the others are not computed."""
@@ -309,17 +303,10 @@ class LayeredModel:
     def _evaluate_to(self, index: int, block: Block, stubs: dict[nn.Module, Any], hidden: Tensor) -> Tensor:
         """The residual stream after ``block``, as the next one finds it: of the last, or one side by side, the layer's
         output."""
-        view, seen = self.views[index], list[Tensor]()
+        view = self.views[index]
         later = [] if view.side_by_side else view.blocks[view.blocks.index(block) + 1 :]
-        handles = [
-            view.parts[one].entry.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for one in later[:1]
-        ]
-        try:
-            with replaced_forward(stubs):
-                after = self._evaluate(index, hidden)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with entering([view.parts[one] for one in later[:1]]) as seen, replaced_forward(stubs):
+            after = self._evaluate(index, hidden)
         return seen[0] if seen else after
 
     def _evaluate(self, index: int, hidden: Tensor) -> Tensor:

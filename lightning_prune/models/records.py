@@ -20,6 +20,11 @@ _SANDWICH: dict[str, Any] = {
     "mlp_norms": Norms("pre_feedforward_layernorm", "post_feedforward_layernorm"),
 }
 _TYPES = ("layer_types",)
+_FEED_FORWARD: dict[str, Any] = {
+    "final_norm": "model.final_layernorm",
+    "mlp": "feed_forward",
+    "mlp_norms": Norms("pre_ff_layernorm"),
+}
 _GEMMA4: dict[str, Any] = {
     "qkv_bias": "attention_bias",
     "o_bias": "attention_bias",
@@ -194,9 +199,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "falcon_h1",
             mlp_bias="mlp_bias",
-            final_norm="model.final_layernorm",
-            mlp="feed_forward",
-            mlp_norms=Norms("pre_ff_layernorm"),
+            **_FEED_FORWARD,
             kinds="layers_block_type",
             blocks={"hybrid": _MIXER},
             mixer={"mamba": False, "self_attn": True},
@@ -211,9 +214,7 @@ FAMILIES: dict[str, Family] = {
             "attention_bias",
             "mlp_bias",
             index_lists=("attn_layer_indices",),
-            final_norm="model.final_layernorm",
-            mlp="feed_forward",
-            mlp_norms=Norms("pre_ff_layernorm"),
+            **_FEED_FORWARD,
             kinds="layers_block_type",
             blocks={"linear_attention": _MIXER},
             mixer={"mamba": False},
@@ -222,9 +223,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             "jamba",
-            final_norm="model.final_layernorm",
-            mlp="feed_forward",
-            mlp_norms=Norms("pre_ff_layernorm"),
+            **_FEED_FORWARD,
             kinds="layers_block_type",
             blocks={"mamba": _MIXER},
             mixer={"mamba": False},

@@ -1,6 +1,6 @@
 """What runs in place of a layer, or of a block that is left out."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +36,18 @@ def replaced_forward(stubs: Mapping[nn.Module, Any]) -> Iterator[None]:
     finally:
         for module in stubs:
             del module.forward
+
+
+@contextmanager
+def entering(parts: Iterable[BlockStructure]) -> Iterator[list[Tensor]]:
+    """The residual streams ``[B, L, D]`` that enter these blocks inside, in the order of execution."""
+    seen: list[Tensor] = []
+    handles = [part.entry.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for part in parts]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def silent(part: BlockStructure) -> dict[nn.Module, Any]:

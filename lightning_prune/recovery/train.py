@@ -117,7 +117,7 @@ def train(trainer: L.Trainer, module: Recovery, data: RecoveryDataModule, folder
     resumed = _readable(last) if last.is_file() else None
     folder.mkdir(exist_ok=True)
     trained = [name for name, one in module.named_parameters() if one.requires_grad]
-    torch.save({name: module.get_parameter(name).detach() for name in trained}, folder / "start.ckpt")
+    torch.save({name: module.get_parameter(name).detach() for name in trained}, folder / "start.pt")
     trainer.fit(module, data, ckpt_path=resumed, weights_only=True)
     module.progress.finish("training")
     module.seconds["train"] = clock.time_elapsed()
@@ -134,7 +134,7 @@ def train(trainer: L.Trainer, module: Recovery, data: RecoveryDataModule, folder
             "more text."
         )
         after = before
-        module.load_state_dict(torch.load(folder / "start.ckpt", map_location="cpu", weights_only=True), strict=False)
+        module.load_state_dict(torch.load(folder / "start.pt", map_location="cpu", weights_only=True), strict=False)
     return {
         "train": module.train_what,
         "teacher": module.teacher if module.distillation > 0 else None,

@@ -9,11 +9,10 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from lightning_prune.methods.target import kind_of, parse_count
+from lightning_prune.methods.target import kind_of, parse_size
 from lightning_prune.runs.config_files import config_file, read_config
 from lightning_prune.runs.folder import REPORTS, check_label
 from lightning_prune.support.errors import UserError
-from lightning_prune.support.memory import parse_bytes
 from lightning_prune.support.validation import parse_json
 
 Options = dict[str, Any]
@@ -113,7 +112,7 @@ def read_settings(
         # Of the whole experiment instead of every run's.
         complete[label]["trainer"] |= {"enable_progress_bar": False, "default_root_dir": str(file.root)}
     for text in file.targets:
-        (parse_bytes if kind_of(text) == "memory" else parse_count)(text, "--targets")
+        parse_size(text, kind_of(text), "--targets")
     distinct = {"ratios": sorted(set(file.ratios)), "seeds": sorted(set(file.seeds))}
     return file.model_copy(update={"systems": complete, **shared, **distinct})
 

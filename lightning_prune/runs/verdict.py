@@ -111,6 +111,12 @@ def regained(dense: float | None, pruned: float | None, recovered: float | None)
     return math.log(pruned / recovered) / lost if lost >= LEAST else None
 
 
+def _given_back(value: float | None) -> str:
+    if _finite(value) and value < 0:
+        return f"a further {share(-value)} lost"
+    return f"{share(value)} of the lost log-perplexity regained"
+
+
 def share(value: float | None) -> str:
     """As a table says it."""
     return f"{value:.0%}" if _finite(value) else "–"
@@ -237,8 +243,7 @@ def _recovery_rows(record: dict[str, Any], metrics: dict[str, Any]) -> Rows:
             (
                 f"perplexity {public_name(name)}",
                 f"dense {dense}, pruned {pruned}, recovered {recovered} ({item['tokens']:,} tokens): "
-                + (f"a further {share(-back)} lost" if _finite(back := regained(*values)) and back < 0 else "")
-                + (f"{share(back)} of the lost log-perplexity regained" if not _finite(back) or back >= 0 else ""),
+                f"{_given_back(regained(*values))}",
             )
         )
     if record["zeroed_weights"] is not None:
