@@ -102,7 +102,7 @@ class Bench:
         """A command line: two systems at two ratios."""
         return [
             *("compare", "--config", "compare", "--root", str(root), "--systems", "magnitude", "wanda", "--ratios"),
-            *("0.2", "0.3", "--pretrained", f"{self.folder}/model", "--data.dataset", f"{self.folder}/tokens.npy"),
+            *("0.2", "0.3", "--model", f"{self.folder}/model", "--data.dataset", f"{self.folder}/tokens.npy"),
             *("--data.eval_datasets", f"[{self.folder}/held_out.npy]", "--trainer.accelerator", "cpu"),
         ]
 

@@ -98,10 +98,10 @@ class PrunedModel:
         model.train(training)
 
     def __repr__(self) -> str:
-        parameters, ratio = self.plan.parameters, self.plan.achieved_ratio
+        label, parameters, ratio = self.run.metrics.method.label, self.plan.parameters, self.plan.achieved_ratio
         words = [f"{name}: {dense:.2f} → {pruned:.2f}" for name, (dense, pruned) in self.perplexity.items()]
         return (
-            f"PrunedModel({self.plan.method}, {parameters['dense']:,} → {parameters['pruned']:,} parameters "
+            f"PrunedModel({label}, {parameters['dense']:,} → {parameters['pruned']:,} parameters "
             f"({ratio:.1%} less), perplexity {', '.join(words) or 'not measured'})"
         )
 

@@ -48,7 +48,7 @@ YOURS = {  # what stands for something of the reader's, or would take minutes
 }
 ELSEWHERE = {  # commands that are not run here, and why
     "compare --config compare": "tests/comparison runs an experiment; this one takes minutes",
-    "compare --config compare --ratios 0.2 0.5 --systems wanda hgsp_taylor --pretrained path/to/llama --data.dataset "
+    "compare --config compare --ratios 0.2 0.5 --systems wanda hgsp_taylor --model path/to/llama --data.dataset "
     "wikitext2 --trainer.precision bf16-true --root logs/llama": "the tutorial's, on a model of one's own",
     "compare --config compare --seeds 0 1 2": "tests/comparison repeats an experiment",
     "compare --runs logs/*/version_* --zero-shot piqa boolq": "tasks of the hub; tests/comparison has one of its own",

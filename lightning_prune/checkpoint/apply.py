@@ -52,9 +52,9 @@ def apply(plan: PruningPlan | str | Path, model: str | Path, output: str | Path,
     # Everything that can be wrong is noticed before the weights are read.
     opened = Checkpoint.open(pretrained)
     opened.check()
-    if (found := count_parameters(opened.meta)) != plan.parameters["dense"]:
+    if (count := count_parameters(opened.meta)) != plan.parameters["dense"]:
         raise UserError(
-            f"--model: '{pretrained}' has {found:,} parameters, the plan was made for a model with "
+            f"--model: '{pretrained}' has {count:,} parameters, the plan was made for a model with "
             f"{plan.parameters['dense']:,} ('{plan.base_model}'). Give that model."
         )
     write_pruned(opened, plan, lambda layer: {}, folder)

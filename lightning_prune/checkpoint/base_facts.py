@@ -66,8 +66,8 @@ def history(path: str) -> str:
 def _home(pretrained: str, card: dict[str, Any], config: dict[str, Any]) -> str | list[str] | None:
     """The hub id; of a local folder the one it was made from, where its config or card names one."""
     for name in (pretrained, config.get("_name_or_path")):
-        if isinstance(name, str) and (found := hub_id_of(name)):
-            return found
+        if isinstance(name, str) and (hub_id := hub_id_of(name)):
+            return hub_id
     listed = card.get("base_model")
     listed = listed if isinstance(listed, list) else [listed]
     names = [name for name in listed if isinstance(name, str) and is_hub_id(name)]
@@ -77,8 +77,8 @@ def _home(pretrained: str, card: dict[str, Any], config: dict[str, Any]) -> str 
 def _license(value: Any) -> str | list[str] | None:
     """An identifier or a list of them, as the hub takes it."""
     if isinstance(value, list):
-        found = [item for item in map(_license, value) if isinstance(item, str)]
-        return found if found and len(found) == len(value) else None
+        names = [item for item in map(_license, value) if isinstance(item, str)]
+        return names if names and len(names) == len(value) else None
     return value if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][\w.+-]*", value, re.ASCII) else None
 
 

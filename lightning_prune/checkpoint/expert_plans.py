@@ -50,12 +50,12 @@ def parameter_counts(
     layers: Sequence[LayerStructure], dense: int, kept: Sequence[LayerPlan], left: int
 ) -> dict[str, int]:
     """``parameters`` of a plan: ``dense`` ones, those ``left``, and of both the active ones where there are experts."""
-    found = {"dense": dense, "pruned": left}
+    counts = {"dense": dense, "pruned": left}
     if any(view.experts for view in layers):
         whole = [LayerPlan(view.index, view.all_units) for view in layers]
-        found["dense_active"] = active_parameters(layers, dense, whole)
-        found["pruned_active"] = active_parameters(layers, left, kept)
-    return found
+        counts["dense_active"] = active_parameters(layers, dense, whole)
+        counts["pruned_active"] = active_parameters(layers, left, kept)
+    return counts
 
 
 def check_experts(layers: Sequence[LayerStructure], plans: Sequence[LayerPlan]) -> None:

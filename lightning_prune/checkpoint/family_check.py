@@ -92,8 +92,8 @@ def _tried(family: Family, values: str) -> str | None:
             if isinstance(error.__cause__, OSError):
                 raise error.__cause__ from None
             return str(error).removeprefix("--model.pretrained: ").rstrip(".")
-        except (DiffersError, CheckpointError, FloatingPointError) as found:
-            return str(found)
+        except (DiffersError, CheckpointError, FloatingPointError) as difference:
+            return str(difference)
         except Exception as error:  # of a model that is not what was expected: whatever its code raises
             return f"{type(error).__name__}: {first_line(error)}"
     return None
@@ -224,9 +224,9 @@ def _run_by_parts(model: PreTrainedModel, dense: Checkpoint, tokens: Tensor) -> 
     layered.close()
 
 
-def _same(what: str, found: Tensor, expected: Tensor) -> None:
-    if not torch.equal(found, expected):
-        apart = float((found - expected).abs().max()) if found.shape == expected.shape else float("inf")
+def _same(what: str, actual: Tensor, expected: Tensor) -> None:
+    if not torch.equal(actual, expected):
+        apart = float((actual - expected).abs().max()) if actual.shape == expected.shape else float("inf")
         raise DiffersError(f"{what}: differs from the model as transformers runs it (by {apart:.2g})")
 
 

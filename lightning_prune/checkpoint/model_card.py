@@ -92,8 +92,8 @@ def usage(layout: Literal["stock", "per-layer"]) -> str:
 def stock_card(card: str) -> str:
     """The card of the padded form of a checkpoint, from the checkpoint's own; an empty one gives a new one."""
     note = "Every layer is padded with zeros to the widest, so that tools without widths per layer load it.\n\n"
-    before, found, rest = card.partition(LOADING)
-    if not found:
+    before, marker, rest = card.partition(LOADING)
+    if not marker:
         before, rest = card + ("\n\n" if card else "# A pruned model, padded\n\n"), ""
     _, next_section, layers = rest.partition(LAYERS)
     return before + note + usage("stock") + "\n" + ("\n" + next_section + layers if next_section else "")

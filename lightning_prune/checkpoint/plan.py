@@ -87,8 +87,8 @@ class PruningPlan:
         raw = parse_json(read_file(path, LIMIT, option), Any, subject)  # type: ignore[arg-type]
         known = ("1", str(FORMAT))
         if not isinstance(raw, dict) or repr(raw.get("format")) not in known:  # true is not 1
-            found = f"has format {raw.get('format')!r}" if isinstance(raw, dict) else "is no plan"
-            raise UserError(f"{subject} {found}; this version reads the formats {' and '.join(known)}.")
+            fault = f"has format {raw.get('format')!r}" if isinstance(raw, dict) else "is no plan"
+            raise UserError(f"{subject} {fault}; this version reads the formats {' and '.join(known)}.")
         if raw["format"] == 1:
             raw["layers"] = _layers_of_format_1(raw.get("layers"))
         fields = {key: value for key, value in raw.items() if key not in ("format", "removed_layers")}

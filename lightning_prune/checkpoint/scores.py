@@ -110,8 +110,8 @@ class Scores:
     @cached_property
     def blocks(self) -> Blocks:
         """The blocks of the layers, and which units belong to which."""
-        found, ids, size = np.unique(self.layer * len(BLOCKS) + self.code, return_inverse=True, return_counts=True)
-        keys = [(key // len(BLOCKS), BLOCKS[key % len(BLOCKS)]) for key in found.tolist()]
+        blocks, ids, size = np.unique(self.layer * len(BLOCKS) + self.code, return_inverse=True, return_counts=True)
+        keys = [(key // len(BLOCKS), BLOCKS[key % len(BLOCKS)]) for key in blocks.tolist()]
         return Blocks(keys, ids.reshape(-1), size)
 
     def of_kind(self, block: Block) -> Flags:
@@ -140,8 +140,8 @@ class Scores:
 
     def columns(self) -> dict[str, NDArray[Any]]:
         """The columns of ``scores.csv``, ``[U]`` each."""
-        found = {name: getattr(self, name) for name in COLUMNS}
-        return found if self.super_expert is None else found | {SUPER: self.super_expert}
+        columns = {name: getattr(self, name) for name in COLUMNS}
+        return columns if self.super_expert is None else columns | {SUPER: self.super_expert}
 
     def check_plan(self, plan: PruningPlan) -> None:
         """Raise ValueError unless ``plan`` keeps exactly the units that are not pruned here, and all of the kinds that
@@ -193,14 +193,14 @@ class Scores:
             columns |= {name: columns[name].astype(bool) for name in ("pruned", SUPER) if name in columns}
             columns["base"] = columns["importance"] / columns["cost"]
             order = np.lexsort((columns["unit"], columns["code"], columns["layer"]))
-            found = cls(**{name: values[order] for name, values in columns.items()})
-            found._check_complete()
+            scores = cls(**{name: values[order] for name, values in columns.items()})
+            scores._check_complete()
         except (ValueError, KeyError, pa.ArrowException) as error:
             raise UserError(
                 f"{option}: '{path}' is not a score table with the columns {', '.join(COLUMNS)} "
                 f"({' '.join(str(error).split())})."
             ) from None
-        return found
+        return scores
 
     def _check_complete(self) -> None:
         """Rows are in order, and in every block of every layer units count from 0, one by one. A layer may have none:
@@ -224,14 +224,14 @@ def _parse(data: bytes) -> dict[str, NDArray[Any]]:
         raise ValueError("its last line is cut off" if data else "it is empty")
     marked = data.partition(b"\n")[0].endswith(SUPER.encode())
     types = TYPES | ({SUPER: pa.int8()} if marked else {})
-    found = pa.csv.read_csv(
+    table = pa.csv.read_csv(
         pa.BufferReader(data),
         read_options=pa.csv.ReadOptions(use_threads=False),
         convert_options=pa.csv.ConvertOptions(column_types=types, include_columns=list(types), null_values=[]),
     )
-    if found.column_names != list(types):
-        raise ValueError(f"its columns are {', '.join(found.column_names)}")
-    columns: dict[str, NDArray[Any]] = {name: found[name].to_numpy() for name in types}
+    if table.column_names != list(types):
+        raise ValueError(f"its columns are {', '.join(table.column_names)}")
+    columns: dict[str, NDArray[Any]] = {name: table[name].to_numpy() for name in types}
     return columns | {"block": columns["block"].astype(np.str_)}
 
 

@@ -66,21 +66,21 @@ def check_checkpoint(folder: Path, expected: Tensor) -> dict[str, Any]:
         return compare_logits(probe_logits(model), expected) | _compare_decoding(model)
 
 
-def compare_logits(found: Tensor, expected: Tensor) -> dict[str, Any]:
+def compare_logits(actual: Tensor, expected: Tensor) -> dict[str, Any]:
     """The first comparison of ``check_checkpoint``, with the logits ``found`` of the checkpoint read back."""
     if not expected.isfinite().all():
         raise FloatingPointError(
             "the pruned model outputs NaN or infinite logits, so no checkpoint of it was kept. Prune in another "
             "precision, or remove less."
         )
-    if found.dtype != expected.dtype or found.shape != expected.shape:
+    if actual.dtype != expected.dtype or actual.shape != expected.shape:
         raise CheckpointError(
-            f"the checkpoint read back gives logits {tuple(found.shape)} in {found.dtype}, the model in memory "
+            f"the checkpoint read back gives logits {tuple(actual.shape)} in {actual.dtype}, the model in memory "
             f"{tuple(expected.shape)} in {expected.dtype}"
         )
-    if torch.equal(found, expected):
-        return {"logits": "equal", "tokens": expected.shape[:2].numel(), "dtype": str(found.dtype).partition(".")[2]}
-    apart = (found.double() - expected.double()).abs().amax(-1)
+    if torch.equal(actual, expected):
+        return {"logits": "equal", "tokens": expected.shape[:2].numel(), "dtype": str(actual.dtype).partition(".")[2]}
+    apart = (actual.double() - expected.double()).abs().amax(-1)
     sequence, position = divmod(int(apart.argmax()), expected.shape[1])
     raise CheckpointError(
         f"the checkpoint read back is another model than the one in memory: the logits of {int((apart != 0).sum())} of "

@@ -62,12 +62,12 @@ def whole_names(dense: Checkpoint) -> Callable[[str], str]:
 
 def tensors_beside(dense: Checkpoint) -> dict[str, Tensor]:
     """The tensors of the dense folder that are no part of its text model, views of its files."""
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for path in dense.weight_files:
         with safe_open(path, framework="pt") as file:
             names = [name for name in file.keys() if name not in dense.tensors]  # noqa: SIM118 (no mapping)
-            found |= {name: file.get_tensor(name) for name in names if text_name(name) == name}
-    return found
+            tensors |= {name: file.get_tensor(name) for name in names if text_name(name) == name}
+    return tensors
 
 
 def _config(dense: Checkpoint) -> Any:

@@ -9,6 +9,7 @@ import signal
 import sys
 
 from lightning_prune import __version__
+from lightning_prune.runs.config_files import with_config_files
 from lightning_prune.support.errors import CheckpointError, UserError
 from lightning_prune.support.files import FULL
 from lightning_prune.support.signals import stoppable
@@ -26,6 +27,8 @@ COMMANDS = {
     "apply": "re-create a pruned checkpoint from a plan.json, without calibrating",
     "export": "a checkpoint as a GGUF file for llama.cpp, or padded for tools that know no widths per layer",
 }
+
+BUILT_FROM_CONFIGS = ("fit", "check", "tune", "recover", "test")
 
 # Lightning reads them as numbers, some when it is imported.
 LAUNCHER = ("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_PORT")
@@ -99,6 +102,8 @@ def _run(arguments: list[str]) -> int:
     try:
         _check_command(arguments[0])
         _prepare_environment()
+        if arguments[0] in BUILT_FROM_CONFIGS:  # a name that is mistyped is answered before ten seconds of imports
+            with_config_files(arguments[1:])
         status = int(importlib.import_module(f"lightning_prune.cli.commands.{arguments[0]}").main(arguments[1:]))
         if sys.stdout is not None:
             sys.stdout.flush()  # Python would say only at its end that nothing more can be written

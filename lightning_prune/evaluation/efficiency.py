@@ -219,8 +219,8 @@ def _check_setting(config: Any, setting: Setting) -> None:
     for field, values in asdict(setting).items():
         values = values if isinstance(values, tuple) else (values,)
         if not values or min(values) < 1:
-            found = " ".join(map(str, values))
-            raise UserError(f"--{field.replace('_', '-')}: found {found}; whole numbers of 1 or more are allowed.")
+            value = " ".join(map(str, values))
+            raise UserError(f"--{field.replace('_', '-')}: found {value}; whole numbers of 1 or more are allowed.")
     longest, positions = setting.prompt_length + setting.decode_length, config.max_position_embeddings
     if longest > positions:
         raise UserError(

@@ -223,8 +223,8 @@ class PruningMethod(L.LightningModule):
 
     def results(self, name: str) -> list[LayerResult]:
         """What the pass ``name`` left of every layer; empty where there is nothing to measure."""
-        found = {step.layer: it for step, it in self.driver.loop.results_of(name) if it.importance or it.facts}
-        return [found.get(view.index, LayerResult()) for view in self.layers]
+        results = {step.layer: it for step, it in self.driver.loop.results_of(name) if it.importance or it.facts}
+        return [results.get(view.index, LayerResult()) for view in self.layers]
 
     def in_memory_plan(self) -> InMemoryPlan:
         """The plan so far, to be applied to the open dense model."""

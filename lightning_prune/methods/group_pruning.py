@@ -165,10 +165,10 @@ class GroupPruning(PruningMethod):
         return (Block.EXPERT if self.units == "expert" else Block.EXPERT_CHANNEL,)
 
     def details(self) -> dict[str, Any]:
-        found = {**asdict(self.selection), "steps": self.steps, **super().details()}
+        details = {**asdict(self.selection), "steps": self.steps, **super().details()}
         if not any(view.experts for view in self.layers):
-            return found
-        return {**found, "units": list(self.kinds(self.layers)), **self._seen_of_experts()}
+            return details
+        return {**details, "units": list(self.kinds(self.layers)), **self._seen_of_experts()}
 
     def _seen_of_experts(self) -> dict[str, Any]:
         if self.saved is not None:

@@ -114,9 +114,9 @@ def choose_damping(
 
     @cache
     def error(candidate: float) -> float:
-        found = squared_error(x, y, ridge(equations, old, candidate, rest) if candidate else old)
-        sum_over_processes(found)
-        return float(found)
+        error_sum = squared_error(x, y, ridge(equations, old, candidate, rest) if candidate else old)
+        sum_over_processes(error_sum)
+        return float(error_sum)
 
     best = lowest(error, DAMPINGS) if damping is None else damping
     best = min(0.0, best, key=error)

@@ -126,12 +126,12 @@ class GroupSelection:
 
     def unrounded(self, scores: Scores, layers: list[LayerStructure]) -> str:
         """A sentence on layers whose MLP does not keep a multiple of ``round_to`` channels; empty where all do."""
-        found = {
+        channels = {
             view.index: kept
             for view in layers
             if Block.MLP in view.parts and (kept := int(scores.kept[scores.of(view.index, Block.MLP)].sum()))
         }
-        left = [f"{layer} ({kept})" for layer, kept in found.items() if kept % self.round_to]
+        left = [f"{layer} ({kept})" for layer, kept in channels.items() if kept % self.round_to]
         if not left:
             return ""
         return (

@@ -32,10 +32,10 @@ def parse_count(text: str, option: str) -> int:
     Raises:
         UserError: anything else, or nothing.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMBT]?)", text.strip().upper())
-    if found is None or float(found[1]) == 0:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMBT]?)", text.strip().upper())
+    if match is None or float(match[1]) == 0:
         raise UserError(f"{option}: found '{text}'; give a size such as 4.5B or 800M.")
-    return int(Fraction(found[1]) * UNITS[found[2]])
+    return int(Fraction(match[1]) * UNITS[match[2]])
 
 
 def kind_of(text: str) -> str:
@@ -170,7 +170,7 @@ def cache_numbers(config: Any, layers: Sequence[LayerStructure], context: int, b
     looks; 0 for layers without attention. The states of other mixers, which no context makes larger, are left out."""
     window: int = getattr(config, "sliding_window", None) or 0
     kinds = getattr(config, "layer_types", None)
-    found = []
+    sizes = []
     for view in layers:
         sliding = window > 0 and (kinds is None or kinds[view.index] == "sliding_attention")
         tokens = min(context, window) if sliding and getattr(config, "use_sliding_window", True) else context
@@ -178,5 +178,5 @@ def cache_numbers(config: Any, layers: Sequence[LayerStructure], context: int, b
         if Block.MIXER in view.parts and any(view.parts[Block.MIXER].modules.values()):
             latent = getattr(config, "kv_lora_rank", None)
             each = latent + config.qk_rope_head_dim if latent else 2 * view.head_dim * kv_heads_of(config)
-        found.append(each * tokens * batch)
-    return found
+        sizes.append(each * tokens * batch)
+    return sizes

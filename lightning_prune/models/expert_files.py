@@ -20,7 +20,7 @@ def packed(tensors: Mapping[str, TensorEntry], names: ExpertNames) -> dict[str, 
     Raises:
         UserError: the experts of a layer are not numbered from 0, lack a matrix, or differ in shape or dtype.
     """
-    found: dict[str, TensorEntry] = {}
+    entries: dict[str, TensorEntry] = {}
     groups: dict[str, dict[tuple[int, int], tuple[str, TensorEntry]]] = {}
     for stored, entry in tensors.items():
         name = _renamed(stored, names.renamed)
@@ -28,10 +28,10 @@ def packed(tensors: Mapping[str, TensorEntry], names: ExpertNames) -> dict[str, 
             parameter, expert, part = place
             groups.setdefault(parameter, {})[expert, part] = stored, entry
         else:
-            found[name] = entry if name == stored else replace(entry, parts=entry.parts or ((entry.file, stored),))
+            entries[name] = entry if name == stored else replace(entry, parts=entry.parts or ((entry.file, stored),))
     for parameter, parts in groups.items():
-        found[parameter] = _joined(parameter, parts)
-    return found
+        entries[parameter] = _joined(parameter, parts)
+    return entries
 
 
 def stored_parts(name: str, tensor: Tensor, names: ExpertNames | None) -> list[tuple[str, Tensor]]:

@@ -142,11 +142,11 @@ def text_name(name: str) -> str:
 
 def renamed(tensors: Mapping[str, TensorEntry], beginnings: Mapping[str, str]) -> dict[str, TensorEntry]:
     """The tensors by other names: ``beginnings`` of names → what is in their place."""
-    found = {}
+    entries = {}
     for stored, entry in tensors.items():
         name = begun(stored, beginnings)
-        found[name] = entry if name == stored else replace(entry, parts=((entry.file, stored),))
-    return found
+        entries[name] = entry if name == stored else replace(entry, parts=((entry.file, stored),))
+    return entries
 
 
 def begun(name: str, beginnings: Mapping[str, str]) -> str:
@@ -183,10 +183,10 @@ def match_names(source: str, tensors: Mapping[str, TensorEntry], model: nn.Modul
             f"{missing[0]!r} the first. Give a complete causal language model."
         )
     for own, name in stored.items():
-        found, needed = tensors[name].shape, tuple(expected[own].shape)
-        if found != needed:
+        shape, needed = tensors[name].shape, tuple(expected[own].shape)
+        if shape != needed:
             raise UserError(
-                f"{OPTION}: tensor {name!r} of '{source}' has the shape {list(found)}, but its config requires "
+                f"{OPTION}: tensor {name!r} of '{source}' has the shape {list(shape)}, but its config requires "
                 f"{list(needed)}. Give a config.json that belongs to these weights."
             )
     return stored

@@ -258,7 +258,7 @@ def plain(message: str, options: Sequence[str], methods: Sequence[str]) -> str:
         key = f"model.{key}"  # an error of the method's own parser
     if unknown := re.search(_UNKNOWN, message):
         word, group, member, option = unknown.groups()
-        name = _name_of(word) if word else f"--{group}.{member}" if group else f"--{option}"
+        name = _name_of(word) if word else f"--{group}.{member}" if group else f"--{key}.{option}"
         if not name.startswith("-"):
             return f"unexpected argument '{name}': options are written --NAME VALUE. See --help."
         return f"unknown option {name}.{_nearest(name.lstrip('-'), options)}"
@@ -290,5 +290,5 @@ def _nearest(name: str, options: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.75)
     if not close:
         last = {option.rpartition(".")[2]: option for option in options}
-        close = [last[found] for found in difflib.get_close_matches(name.rpartition(".")[2], last, n=1, cutoff=0.8)]
+        close = [last[one] for one in difflib.get_close_matches(name.rpartition(".")[2], last, n=1, cutoff=0.8)]
     return f" Did you mean --{close[0]}?" if close else " See --help for the options."

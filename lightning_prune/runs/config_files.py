@@ -3,6 +3,7 @@
 ``--config wanda`` means the shipped ``wanda.yaml``. Those of methods are the one table of what there is to prune with.
 """
 
+import difflib
 import locale
 import os
 import re
@@ -77,7 +78,9 @@ def config_file(given: str | Path, beside: Path = Path(), option: str = "--confi
     if str(given) in names:
         return shipped_folder() / f"{given}.yaml"
     if Path(given).name == str(given) and not str(given).endswith((".yaml", ".yml", ".json")) and not exists(path):
-        raise UserError(f"{option}: no file and no shipped configuration '{given}'. Shipped: {', '.join(names)}.")
+        close = "".join(f" Did you mean '{one}'?" for one in difflib.get_close_matches(str(given), names, n=1))
+        listed = f"Shipped: {', '.join(names)}."
+        raise UserError(f"{option}: no file and no shipped configuration '{given}'.{close} {listed}")
     return path
 
 

@@ -165,9 +165,9 @@ def _too_long(metrics: dict[str, Any], name: str) -> str:
 
 def _footprint_rows(metrics: dict[str, Any]) -> Rows:
     """What a user of the model will notice."""
-    if (found := metrics.get("footprint")) is None:
+    if (footprint := metrics.get("footprint")) is None:
         return []
-    dense, pruned = found["dense"], found["pruned"]
+    dense, pruned = footprint["dense"], footprint["pruned"]
     sizes = metrics["parameters"]
     rows = []
     if "pruned_active" in sizes:

@@ -41,7 +41,7 @@ def markdown(text: object) -> str:
     line = plain(text).translate(str.maketrans(_MARKDOWN))
     # Between letters and digits an underscore is no emphasis, so hgsp_taylor stays readable in the source.
     line = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", line)
-    line = re.sub(r"(?i)(?<=\w)://|(?<=www)\.", lambda found: "\\" + found.group(), line)  # addresses become links
+    line = re.sub(r"(?i)(?<=\w)://|(?<=www)\.", lambda match: "\\" + match.group(), line)  # addresses become links
     # What starts a heading, list or rule only at the beginning of a line.
     return re.sub(r"^(\d*)(?=[.)](\s|$)|[-+#=]+(\s|$))", r"\1\\", line)
 

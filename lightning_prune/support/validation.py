@@ -45,7 +45,7 @@ def _problem(one: dict[str, Any]) -> str:
         return f"{field} is missing"
     if one["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{field} is not known"
-    found = repr(one["input"])
-    found = found if len(found) <= 60 else f"{found[:57]}..."
+    value = repr(one["input"])
+    value = value if len(value) <= 60 else f"{value[:57]}..."
     allowed = one["msg"].removeprefix("Value error, ").removeprefix("Input ").removeprefix("should be ")
-    return f"{field} is {found}, allowed: {allowed}"
+    return f"{field} is {value}, allowed: {allowed}"

@@ -65,7 +65,7 @@ def test_half_a_command_is_told_what_is_missing(
         ("check", "--data.num_samples --trainer.precision"),
         ("tune", "--output --trials --data.num_samples"),
         ("test", "--model.pretrained --data.eval_datasets --data.eval_seq_len perplexity --quiet"),
-        ("compare", "--config --runs --root --output --pretrained --ratios --systems --seeds --zero-shot --strict"),
+        ("compare", "--config --runs --root --output --model --ratios --systems --seeds --zero-shot --strict"),
         ("apply", "--plan --model --output"),
         ("evaluate", "--efficiency --zero-shot --device"),
         ("export", "--format --dtype"),

@@ -43,7 +43,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, hostile_model: Path, host
     folder = tmp_path_factory.mktemp("finished")
     (folder / "compare.yaml").write_text("systems: {a: wanda}\nratios: [0.3, 0.4]\n")
     words = ["compare", "--config", f"{folder}/compare.yaml", "--root", f"{folder}/root"]
-    words += ["--output", f"{folder}/report", "--pretrained", str(hostile_model), "--trainer.accelerator", "cpu"]
+    words += ["--output", f"{folder}/report", "--model", str(hostile_model), "--trainer.accelerator", "cpu"]
     words += ["--data.dataset", str(hostile_tokens), "--data.eval_datasets", f"[{hostile_tokens}]"]
     words += ["--trainer.logger", "false"]
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):

@@ -9,7 +9,7 @@ import pytest
 from tests.hostile.harness import Bench, Case, Change, Says, making
 
 HARMLESS = (
-    "--pretrained MODEL --data.dataset TOKENS --data.eval_datasets [TOKENS] --data.cache_dir INPUTS/cache "
+    "--model MODEL --data.dataset TOKENS --data.eval_datasets [TOKENS] --data.cache_dir INPUTS/cache "
     "--trainer.accelerator cpu --trainer.logger false"
 )
 GOOD = "systems: {a: wanda}\nratios: [0.3]\n"
@@ -126,7 +126,7 @@ place("run is a pipe", "--runs INPUTS/f", lambda folder: os.mkfifo(folder / "f")
 place("run is unfinished", "--runs INPUTS/run", lambda folder: (folder / "run/metrics.json").unlink(), "finished")
 place("run twice by another path", "--runs INPUTS/run INPUTS/report/../run", nothing, "twice")
 place("run beside a foreign folder", "--runs INPUTS/run INPUTS/report INPUTS", nothing, status=0)
-for option in ("--pretrained x", "--ratios 0.2", "--systems a", "--data.seed 1"):
+for option in ("--model x", "--ratios 0.2", "--systems a", "--data.seed 1"):
     place(f"runs and {option}", option, nothing, "has no meaning with --runs")
 
 

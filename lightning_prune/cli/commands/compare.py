@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--root", type=some_path, metavar="FOLDER", help="where runs and report go (default: logs)")
     add("--output", type=some_path, metavar="FOLDER", help="report folder (ROOT/comparison/version_N)")
     add("--overwrite", action="store_true", help="replace the report at --output")
-    add("--pretrained", "--model.pretrained", dest="pretrained", metavar="MODEL", help="a folder, a hub id, or 'demo'")
+    add("--model", "--model.pretrained", dest="pretrained", metavar="MODEL", help="a folder, a hub id, or 'demo'")
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--ratios", type=float, nargs="+", metavar="R", help="pruning ratios between 0 and 1")
     text = "parameters (4.5B) or memory with the KV cache (6GiB) to leave at most, in place of ratios"
