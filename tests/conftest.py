@@ -25,6 +25,8 @@ QUICK_FAMILIES = ("llama", "phi3", "gemma2", "olmo2", "glm4_moe")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Every other family, and the tables of hostile input, are slow: they are the same test many times over."""
     for item in items:
+        if item.get_closest_marker("families"):
+            continue
         options = item.callspec.params if hasattr(item, "callspec") else {}
         if "hostile" in item.path.parts or options.get("family", "llama") not in QUICK_FAMILIES:
             item.add_marker(pytest.mark.slow)

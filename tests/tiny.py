@@ -28,7 +28,7 @@ FAMILIES = (
 EXPERTS = (
     *("qwen3_moe", "olmoe", "mixtral", "qwen2_moe", "granitemoe", "glm4_moe", "ernie4_5_moe", "gpt_oss"),
     *("deepseek_v3", "qwen3_5_moe_text", "qwen3_next", "lfm2_moe", "nemotron_h", "granitemoehybrid"),
-    "jamba",
+    *("jamba", "gemma4_text"),
 )  # see make_moe
 WHOLE_ATTENTION = ("olmo2", "helium", "stablelm")  # GQA groups cannot leave one by one
 CUTTABLE = (
@@ -169,6 +169,7 @@ SWITCHES: dict[str, dict[str, Any]] = {  # what makes a tiny model of the family
 
 # The same of one with experts, where the family has models without, too.
 SWITCHES_OF_EXPERTS: dict[str, dict[str, Any]] = {
+    "gemma4_text": {"enable_moe_block": True},
     "jamba": {**JAMBA, "attn_layer_period": 3},
     "nemotron_h": {
         "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
@@ -293,7 +294,7 @@ def make_moe(family: str = "qwen3_moe", seed: int = 0, num_experts: int = 8, wid
     """``make_tiny`` with ``num_experts`` experts of ``width``, two per token."""
     names: Any = FAMILIES_OF_RECORD[family].experts
     wide = "channels" if names.width == "intermediate_size" else names.width
-    top_k = "moe_k" if family == "ernie4_5_moe" else "num_experts_per_tok"
+    top_k = names.top_k or ("moe_k" if family == "ernie4_5_moe" else "num_experts_per_tok")
     own = _switches(SWITCHES_OF_EXPERTS, family, options.get("layers", 4))
     own |= {"kv_heads": 4} if family == "deepseek_v3" else {}  # which has as many as there are query heads
     model = make_tiny(family, seed, **own | {top_k: 2, names.count: num_experts, wide: width} | options)
@@ -303,8 +304,22 @@ def make_moe(family: str = "qwen3_moe", seed: int = 0, num_experts: int = 8, wid
     return model
 
 
+class Beside(torch.nn.Module):
+    """Router and experts of a layer that holds them itself, without its norms."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.router, self.experts = layer.router, layer.experts
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _, weights, index = self.router(x.flatten(0, -2))
+        return self.experts(x.flatten(0, -2), index, weights.to(x)).view_as(x)  # type: ignore[no-any-return]
+
+
 def moe_block(model: Any) -> Any:
     """The block of experts of the first layer that has one."""
+    if hasattr(first := model.model.layers[0], "experts"):
+        return Beside(first)
     return next(part for layer in model.model.layers for part in layer.children() if hasattr(part, "experts"))
 
 

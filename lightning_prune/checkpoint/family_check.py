@@ -143,7 +143,11 @@ def _sizes_of_experts(config: Any, family: Family) -> dict[str, int]:
     """Of few experts, and of two groups where their router chooses among groups first."""
     if family.experts is None or (getattr(config, family.experts.count) or 0) < 2:
         return {}
-    sizes = {family.experts.count: EXPERTS_THERE, family.experts.width: EXPERT_WIDTH, "num_experts_per_tok": 2}
+    sizes = {
+        family.experts.count: EXPERTS_THERE,
+        family.experts.width: EXPERT_WIDTH,
+        family.experts.top_k or "num_experts_per_tok": 2,
+    }
     sizes["output_router_logits"] = False  # a loss beside the logits
     if groups := getattr(config, "n_group", None):
         few = min(2, groups)

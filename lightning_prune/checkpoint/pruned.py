@@ -57,9 +57,9 @@ class PrunedSource:
             if new[0] != kept.layer:
                 new = (kept.layer, self.new_weights(kept.layer))
             whole = self._whole(kept.layer, inside, new[1], dtype, device).to(device=device, dtype=dtype)
-            experts, block = self.layers[kept.layer].experts, f"{self.family.expert_block}."
-            if experts is not None and inside.startswith(block):
-                result[name] = experts.kept_part(inside.removeprefix(block), whole, *kept_experts(experts, kept))
+            experts, own = self.layers[kept.layer].experts, self.family.name_in_experts(inside)
+            if experts is not None and own is not None:
+                result[name] = experts.kept_part(own, whole, *kept_experts(experts, kept))
             else:
                 result[name] = kept_part(self.family, self.configs[kept.layer], kept, inside, whole)
         return result
@@ -76,7 +76,7 @@ class PrunedSource:
             return new[roles[0]]
         if ROLE in new and (experts := self.layers[layer].experts) is not None:
             down = experts.down_parameters(new[ROLE])
-            if (own := name.removeprefix(f"{self.family.expert_block}.")) in down:
+            if (own := self.family.name_in_experts(name)) in down:
                 return down[own]
         config = self.configs[layer]
         rows = {role: shape[0] for role, shape in shapes_of(config).items()}

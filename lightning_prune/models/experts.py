@@ -69,7 +69,7 @@ class Experts:
     @property
     def top_k(self) -> int:
         """k."""
-        return int(self.router.top_k)
+        return int(getattr(self.router.config, self.names.top_k) if self.names.top_k else self.router.top_k)
 
     @property
     def router_groups(self) -> int:
@@ -261,7 +261,7 @@ class Experts:
         whole = self._router_rows()
         for name, rows in whole.items():
             _put(self.block, name, nn.Parameter(self._rows(rows.shape, rows, kept), requires_grad=False))
-        before = self.router.num_experts
+        before = getattr(self.router, "num_experts", None)
         self.router.num_experts = len(kept)
 
         def dense_numbers(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

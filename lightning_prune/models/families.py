@@ -30,7 +30,7 @@ class BlockStructure:
 
     Attributes:
         modules: → whether their forward also returns attention weights.
-        norms: of its input and output.
+        norms: of its input and output, and a router that is in none of the modules.
         entry: the first module after the residual stream, which has the block's input as its own.
         linears: its projections by role, the one that writes to the residual stream last; none of a mixer.
         units: GQA groups, channels, 1 for a mixer, experts or the channels of all of them.
@@ -304,14 +304,16 @@ def _layer_structure(family: Family, config: Any, index: int, layer: nn.Module) 
         return getattr(find(owner), name, path) is not None
 
     def block_structure(block: Block) -> BlockStructure:
-        modules, norms = family.modules_of(block), family.norms_of(block)
+        modules, norms = family.modules_of(block), [name for name in family.norms_of(block) if name]
         paths = {role: family.path_of(role) for role in family.roles_of(block)}
         linears = {role: _projection(family, config, role, find(path)) for role, path in paths.items() if there(path)}
         experts = Experts(find(family.expert_block), family.experts) if family.experts and block in EXPERTS else None
         return BlockStructure(
             modules={find(name): pair for name, pair in modules.items()},
-            norms=tuple(find(name) for name in norms if name),
-            entry=find(norms.before or next(iter(modules))),
+            norms=tuple(
+                find(name) for name in (*norms, *(family.experts.beside if experts and family.experts else ()))
+            ),
+            entry=find(family.norms_of(block).before or next(iter(modules))),
             linears=linears,
             units=experts.total * experts.width if experts else _units(block, linears, head_dim_of(config)),
             experts=experts,
@@ -320,7 +322,7 @@ def _layer_structure(family: Family, config: Any, index: int, layer: nn.Module) 
 
     parts = {}
     for block in family.blocks_of(config, index):
-        module = getattr(layer, family.expert_block, None)
+        module = getattr(layer, family.expert_block, None) if family.expert_block else layer
         if block is Block.MLP and family.experts and hasattr(module, family.experts.experts):
             block = Block.EXPERT_CHANNEL  # not in every layer
         parts[block] = block_structure(block)

@@ -25,13 +25,17 @@ class ExpertNames:
     model. ``pair``: whether the block also returns the router's weights.
 
     ``block``: the module with router and experts, where it is beside the family's MLP, which then stays whole; the two
-    add up. ``shared``: an MLP beside the experts that is ``shared_count`` (a config key) times as wide as one of them,
-    so that it loses channels with them; one with a width of its own stays whole and needs no entry. ``dense_first``:
-    the config key that says how many layers come before the first one with experts.
+    add up. Empty for the layer itself, where ``beside`` names the router and norms that belong to them. ``top_k``: the
+    config key of k, where the router itself has no ``top_k``. ``shared``: an MLP beside the experts that is
+    ``shared_count`` (a config key) times as wide as one of them, so that it loses channels with them; one with a width
+    of its own stays whole and needs no entry. ``dense_first``: the config key that says how many layers come before the
+    first one with experts.
     """
 
     router: str = "gate"
     block: str | None = None
+    beside: tuple[str, ...] = ()
+    top_k: str = ""
     experts: str = "experts"
     count: str = "num_experts"
     width: str = "moe_intermediate_size"
@@ -138,13 +142,21 @@ class Family:
         if block is Block.MIXER:
             return dict(self.mixer)
         if block in EXPERTS and self.experts is not None:
-            return {self.mlp: False, self.expert_block: self.experts.pair}
+            return {self.mlp: False, self.expert_block or self.experts.experts: self.experts.pair}
         return {self.attention: True} if block is Block.ATTENTION else {self.mlp: False}
 
     @property
     def expert_block(self) -> str:
         """The module with router and experts, below a layer that has them."""
-        return (self.experts and self.experts.block) or self.mlp
+        return self.mlp if self.experts is None or self.experts.block is None else self.experts.block
+
+    def name_in_experts(self, name: str) -> str | None:
+        """The name below the block of experts of a parameter ``name`` below the layer; None for other parameters."""
+        owner, _, below = name.partition(".")
+        if self.experts is None or self.expert_block == owner:
+            return below if self.experts else None
+        beside = not self.expert_block and owner in (self.experts.router, self.experts.experts)
+        return name if beside else None
 
     def norms_of(self, block: Block) -> Norms:
         """The norms of a block."""

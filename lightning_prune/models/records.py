@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from lightning_prune.models.family import ExpertNames, Family, Norms
-from lightning_prune.models.refusals import EXPERTS, SHARED
+from lightning_prune.models.refusals import SHARED
 from lightning_prune.models.vocabulary import Block
 
 _ALL_HEADS = "its query and key norms span all heads at once, so the other heads change when one leaves"
@@ -33,6 +33,7 @@ _GEMMA4: dict[str, Any] = {
     "scale": "layer_scalar",
     **_SANDWICH,
 }
+_NORMS_BESIDE = ("post_feedforward_layernorm_1", "pre_feedforward_layernorm_2", "post_feedforward_layernorm_2")
 _MIXER = (Block.MIXER, Block.MLP)
 _DELTA_NET = {
     "linear_num_key_heads": 2,
@@ -96,13 +97,14 @@ FAMILIES: dict[str, Family] = {
         Family(
             "gemma4_text",
             **_GEMMA4,
-            refused=lambda config: (
-                EXPERTS
-                if config.enable_moe_block
-                else SHARED
-                if config.num_kv_shared_layers or config.hidden_size_per_layer_input
-                else ""
+            experts=ExpertNames(
+                router="router",
+                block="",
+                beside=("router", *_NORMS_BESIDE),
+                top_k="top_k_experts",
+                stored=None,
             ),
+            refused=lambda config: SHARED if config.num_kv_shared_layers or config.hidden_size_per_layer_input else "",
         ),
         Family("gemma4_unified_text", **_GEMMA4, refused=lambda config: SHARED if config.num_kv_shared_layers else ""),
         Family("phi3", query="qkv_proj", key="qkv_proj", value="qkv_proj", gate="gate_up_proj", up="gate_up_proj"),

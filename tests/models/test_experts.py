@@ -1,5 +1,6 @@
 """Experts of real classes of transformers, taken apart and routed token by token."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,6 +21,12 @@ SHARED = ("glm4_moe", "deepseek_v3", "ernie4_5_moe")  # whose width is that of o
 def weights(block: Any, x: Tensor, family: str, experts: list[int]) -> Tensor:
     """The router's weights for one token x ``[D]``, ``[len(experts)]``, 0 where an expert is not chosen."""
     router = block.router if hasattr(block, "router") else block.gate
+    if family == "gemma4_text":
+        normed = x / (x.square().mean() + router.eps).sqrt() * router.scale / len(x) ** 0.5
+        shares = (router.proj.weight[experts] @ normed).float().softmax(0).to(x)
+        best = shares.topk(router.config.top_k_experts).indices
+        scaled = shares[best] / shares[best].sum() * router.per_expert_scale[experts][best]
+        return torch.zeros_like(shares).scatter(0, best, scaled)
     logits = router.weight[experts] @ x
     if family in ("gpt_oss", "granitemoe", "granitemoehybrid"):
         logits = logits + (router.bias[experts] if family == "gpt_oss" else 0)
@@ -48,6 +55,7 @@ def naive(block: nn.Module, x: Tensor, family: str, experts: list[int], channels
     found: Any = block
     module = found.experts
     out, silu = torch.zeros_like(x), nn.functional.silu
+    act = partial(nn.functional.gelu, approximate="tanh") if family == "gemma4_text" else silu
     m = module.down_proj.shape[1 if family == "gpt_oss" else 2]
     for token, hidden in enumerate(x):
         for place, gate in enumerate(weights(found, hidden, family, experts)):
@@ -63,7 +71,7 @@ def naive(block: nn.Module, x: Tensor, family: str, experts: list[int], channels
                     out[token] += gate * (u + 1) * g * (g * module.alpha).sigmoid() * module.down_proj[number, k]
                 else:
                     g, u = hidden @ weight[k], hidden @ weight[m + k]
-                    out[token] += gate * silu(g) * u * module.down_proj[number, :, k]
+                    out[token] += gate * act(g) * u * module.down_proj[number, :, k]
             if family == "gpt_oss":
                 out[token] += gate * module.down_proj_bias[number]
         for mlp in [getattr(found, name) for name in ("shared_expert", "shared_experts") if hasattr(found, name)]:
