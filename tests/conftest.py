@@ -1,11 +1,13 @@
 """Fixtures every folder uses. The factories themselves are plain functions in ``tests/tiny.py``."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+gc.disable()  # a tenth of all tests goes into looking through what imports have made; see pytest_collection_finish
 
 import pytest
 import torch
@@ -30,6 +32,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         options = item.callspec.params if hasattr(item, "callspec") else {}
         if "hostile" in item.path.parts or options.get("family", "llama") not in QUICK_FAMILIES:
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """All modules are imported."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

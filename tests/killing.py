@@ -114,6 +114,7 @@ def _make_one_run(main: Callable[[list[str]], int]) -> None:
         with redirect_stdout(nowhere), redirect_stderr(nowhere):
             assert main(words.split()) == 0
     gc.collect()
+    gc.freeze()
 
 
 def _fork(main: Callable[[list[str]], int], argv: list[str], kill: Kill | None, before: str) -> tuple[int, int, float]:
