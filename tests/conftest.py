@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-gc.disable()  # a tenth of all tests goes into looking through what imports have made; see pytest_collection_finish
 
 import pytest
 import torch

@@ -75,8 +75,8 @@ PAGES = [
 ADDED = {  # behind a command of the reader's, so that it takes seconds
     # In float32, which a processor without bf16 instructions calculates ten times as fast.
     "fit": "--data.num_samples 4 --data.eval_datasets [windows.npy] --trainer.enable_progress_bar false "
-    "--trainer.precision 32-true",
-    "compare": "--data.num_samples 4 --data.eval_datasets [windows.npy]",
+    "--trainer.precision 32-true --data.continuations 0",
+    "compare": "--data.num_samples 4 --data.eval_datasets [windows.npy] --data.continuations 0",
     "evaluate": "--batch-sizes 1 --repeats 1 --prompt-length 8 --decode-length 4",
     "check": "--data.num_samples 8 --model.refit none --model.onload layer",
     "recover": "--data.num_samples 32 --data.eval_datasets [windows.npy] --trainer.max_steps 2 "

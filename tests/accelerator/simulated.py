@@ -1,7 +1,7 @@
 """Importing this gives torch a device ``sim`` (``simulated.cpp`` says how) and puts every Lightning Trainer of the
 process on it. So it is imported in processes of its own: ``main`` is what they run.
 
-Needs a C++ compiler and ninja; torch keeps what it compiled (25 s) for the next time.
+Needs a C++ compiler and ninja; torch keeps what it compiled (17 s) for the next time.
 """
 
 import functools
