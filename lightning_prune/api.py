@@ -166,10 +166,12 @@ def prune(
     }
     built = RunBuilder(configuration)
     path, _ = prune_and_record(built.trainer, built.model, built.datamodule, built.resolved_config)
-    pruned = PrunedModel(path, keep)
     if inplace and isinstance(model, PreTrainedModel):
-        pruned.into(model)
-    return pruned
+        PrunedModel(path).into(model)
+    try:
+        return PrunedModel(path, keep)
+    finally:
+        del keep  # exceptions that jsonargparse holds on to would keep it alive through this frame
 
 
 def evaluate(

@@ -258,7 +258,7 @@ def plain(message: str, options: Sequence[str], methods: Sequence[str]) -> str:
         key = f"model.{key}"  # an error of the method's own parser
     if unknown := re.search(_UNKNOWN, message):
         word, group, member, option = unknown.groups()
-        name = _name_of(word) if word else f"--{group}.{member}" if group else f"--{key}.{option}"
+        name = _name_of(word) if word else f"--{group}.{member}" if group else f"--{key}{'.' if key else ''}{option}"
         if not name.startswith("-"):
             return f"unexpected argument '{name}': options are written --NAME VALUE. See --help."
         return f"unknown option {name}.{_nearest(name.lstrip('-'), options)}"
