@@ -91,7 +91,7 @@ experiment_line("--data.seed=2020-01-01")
 experiment_line("--trainer.devices=2", "one device")
 experiment_line("--trainer.precision=8", "--trainer.precision")
 experiment_line("--model.round_to 8", "--model.round_to")
-experiment_line("--pretrained /nowhere", "--model.pretrained")
+experiment_line("--model /nowhere", "--model.pretrained")
 experiment_line("--runs INPUTS", "either --config")
 experiment_line("--overwrite", "--overwrite belongs to --output")
 
