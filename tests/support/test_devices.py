@@ -56,6 +56,7 @@ def test_free_memory_counts_what_is_cached_and_what_is_allowed(
 def test_deterministic_kernels_are_asked_for_and_given_back(
     monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
+    torch.use_deterministic_algorithms(False)  # a Trainer of an earlier test may have set it for the whole process
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # so that it is put back
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     with suppress(ZeroDivisionError), devices.deterministic(device):
