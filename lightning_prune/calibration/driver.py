@@ -49,13 +49,11 @@ class CalibrationDriver:
         progress: Progress,
         seconds: Seconds,
     ) -> None:
-        world = trainer.world_size
-        padded = len(tokens) if world == 1 else -(-len(tokens) // (world * batch_size)) * world * batch_size
         self.trainer, self.folder, self.progress, self.seconds = trainer, folder, progress, seconds
         self.setting = Setting(
             model=model,
-            rows=padded // world,
-            samples=len(range(trainer.global_rank, len(tokens), world)),
+            rows=-(-len(tokens) // trainer.world_size),  # as many as the loader gives every process
+            samples=len(range(trainer.global_rank, len(tokens), trainer.world_size)),
             batch_size=batch_size,
             seq_len=tokens.shape[1],
             scratch=folder or Path(tempfile.gettempdir()),

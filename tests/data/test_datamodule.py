@@ -5,7 +5,7 @@ import warnings
 from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -14,10 +14,13 @@ import torch
 from jsonargparse import ArgumentParser
 from transformers import AutoTokenizer
 
+from lightning_prune.calibration.driver import CalibrationDriver
 from lightning_prune.data import datamodule, streams
 from lightning_prune.data.calibration import fingerprint
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.support.errors import UserError
+from lightning_prune.support.progress import Progress
+from lightning_prune.support.timing import Seconds
 from tests.data.conftest import make_text
 
 ARRAY = torch.arange(60).view(5, 12)
@@ -121,7 +124,7 @@ def test_a_tilde_is_the_home_folder(
 
 
 # The whole set in one batch, and batches that come out even in none of these numbers of processes.
-@pytest.mark.parametrize(("batch_size", "world_size"), [(1, 1), (4, 1), (100, 1), (2, 1), (2, 2), (2, 3)])
+@pytest.mark.parametrize(("batch_size", "world_size"), [(1, 1), (4, 1), (100, 1), (2, 1), (2, 2), (2, 3), (4, 2)])
 def test_ranks_see_every_sample_once_in_any_batches_and_padding_weighs_nothing(
     build: Any, batch_size: int, world_size: int
 ) -> None:
@@ -135,6 +138,12 @@ def test_ranks_see_every_sample_once_in_any_batches_and_padding_weighs_nothing(
         loader = data.train_dataloader()
         assert len(loader) == -(-rows // batch_size)
         assert [len(batch[0]) for batch in loader][:-1] == [batch_size] * (len(loader) - 1)
+        precision = SimpleNamespace(forward_context=None)
+        trainer: Any = SimpleNamespace(**vars(data.trainer), precision_plugin=precision)
+        driver = CalibrationDriver(
+            trainer, cast(Any, SimpleNamespace(views=[])), tokens, batch_size, None, Progress(False), Seconds()
+        )
+        assert driver.setting.rows == rows  # no row of a residual store is left that no batch fills
         ids, weight, index = (torch.cat(part) for part in zip(*loader, strict=True))
         assert torch.equal(ids, torch.cat([batch[0] for batch in loader]))  # every epoch alike
         assert index.tolist() == list(range(rank, rows * world_size, world_size))
