@@ -63,6 +63,9 @@ def with_method_help(words: Sequence[str]) -> list[str]:
     if not {"-h", "--help"}.isdisjoint(words):
         for word in words:
             if (method := shipped_methods().get(word.rpartition("=")[2])) is not None:
+                own = ", ".join(f"{name} {value}" for name, value in method.options.items())
+                print(f"{method.name} is {method.class_name} with {own or 'its defaults'}. {method.sentence}")
+                print("Options of the text and the trainer: lightning-prune fit --help.\n")
                 return [f"--model.help={method.class_name}"]
     return list(words)
 

@@ -81,6 +81,11 @@ class Repeats:
         divergence = statistics.fmean(known) if len(known) == len(divergences) else None
         return self.first.verdict(name, self.perplexity(name).mean, divergence)
 
+    def shown_verdict(self, name: str) -> str:
+        """The verdict, and whether the KL divergence decided it."""
+        word = self.verdict(name)
+        return word if word == self.first.verdict(name, self.perplexity(name).mean, None) else f"{word} (KL)"
+
     def average(self, read: Callable[[Run], float | None]) -> float | None:
         """The mean of what is known; None where nothing is."""
         known = [value for run in self.runs if (value := read(run)) is not None]

@@ -40,6 +40,7 @@ DISTANCE = (
     "how many tokens are equal before both models part; runs of four tokens that repeat, and texts that came to their "
     "end, dense → pruned, of the lowest seed. NAME@N is the same text in windows of N tokens."
 )
+TRAINED = "Systems that were trained after pruning are not ranked here; see the section on recovery."
 RECOVERY = (
     "These systems trained the pruned model of the run they came from; the others did not train. Regained is the share "
     "of the lost log-perplexity: (ln pruned − ln recovered) / (ln pruned − ln dense)."
@@ -113,7 +114,8 @@ def leaders(lines: Sequence[Repeats], name: str) -> list[Repeats]:
 
 def _best(group: Group) -> Section:
     """The answer: who leads at each ratio, by how much, and whether that is more than noise."""
-    lines, sets, rows = repeats(group.runs), evaluation_sets(group.runs), []
+    untrained = [run for run in group.runs if run.recovery is None]
+    lines, sets, rows, closer = repeats(untrained), evaluation_sets(untrained), [], []
     for size, alike in by_size(lines).items():
         for name, short in sets.items():
             here = [line for line in alike if name in line.sets]
@@ -131,6 +133,7 @@ def _best(group: Group) -> Section:
             row["seconds to prune"] = "; ".join(seconds(line.average(costs.to_prune)) for line in best) or "–"
             row["next"] = f"{after[0].name} {spread(after[0].perplexity(name))}" if after else "–"
             rows.append(row)
+            closer += _closer(here, best, name, f"At {size} on {short}") if best else []
     if not rows:
         return Section("Best per ratio", ["No run reached its ratio and was evaluated, so nothing is ranked."])
     noise = (
@@ -140,7 +143,26 @@ def _best(group: Group) -> Section:
         else "Nothing was repeated, so a small lead may be chance: --seeds 0 1 2 measures the spread."
     )
     ranked = "Lowest perplexity among the usable runs of Table 1 that reached their ratio; other tables are not ranked."
-    return Section("Best per ratio", [ranked, noise], [("", table(rows))])
+    text = [ranked, noise, *closer]
+    text += [TRAINED] if len(untrained) < len(group.runs) else []
+    return Section("Best per ratio", text, [("", table(rows))])
+
+
+def _closer(lines: Sequence[Repeats], best: Sequence[Repeats], name: str, where: str) -> list[str]:
+    """A sentence where another usable system is nearer to the dense model than those with the lowest perplexity."""
+
+    def divergence(line: Repeats) -> float:
+        mean = line.distance(name, "kl_divergence").mean
+        return math.inf if mean is None or line.verdict(name) == verdict.UNUSABLE else mean
+
+    nearest = min(lines, key=divergence)
+    if nearest in best or not divergence(nearest) < min(map(divergence, best)):
+        return []
+    least, own = (one.shown_distance(name, "kl_divergence") for one in (nearest, min(best, key=divergence)))
+    return [
+        f"{where}, {nearest.name} is closer to the dense model than {best[0].name} (KL {least}, {own}): a lower "
+        "perplexity at a larger distance can come from other confidence on this text instead of what the model knows."
+    ]
 
 
 def _results(index: int, group: Group) -> Section:

@@ -49,7 +49,7 @@ def results(lines: Sequence[Repeats], group: Group, dense: bool = True) -> pd.Da
             if any(name in run.metrics.distance for run in group.all):
                 row[f"KL {short}"] = line.shown_distance(name, "kl_divergence")
         row |= {"n": str(len(line.runs))} if repeated(group) else {}
-        words = [line.verdict(name) for name in sets if name in line.sets]
+        words = [line.shown_verdict(name) for name in sets if name in line.sets]
         # Where it differs between evaluation sets, one after the other in their order.
         row["verdict"] = " / ".join(words if len(set(words)) > 1 else words[:1]) or "not evaluated"
         if any(run.details.experts for run in group.all):
@@ -109,7 +109,8 @@ def _dense_row(group: Group, sets: Mapping[str, str]) -> dict[str, str]:
     if any(run.metrics.parameters.dense_active for run in group.all):
         row["active"] = count(max(run.metrics.parameters.dense_active or 0 for run in group.all))
     for name, short in sets.items():
-        row[f"perplexity {short}"] = number(first.dense(name)) if name in first.sets else "–"
+        having = next((run for run in group.all if name in run.sets), None)
+        row[f"perplexity {short}"] = "–" if having is None else number(having.dense(name))
     for run in reversed(group.all):  # the first one counts that has them
         if costs.EVALUATE_DENSE in run.metrics.seconds:
             row["evaluate s"] = seconds(run.metrics.seconds[costs.EVALUATE_DENSE])

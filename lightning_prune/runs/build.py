@@ -43,11 +43,11 @@ class Parser(LightningArgumentParser):
         """Raise UserError: the method's or datamodule's own where that is the cause, else a plain one."""
         if not self.exit_on_error:  # a parser within the parser, for one class: the outer one reports
             super().error(message, ex)
-        classes = {base for name in methods.__all__ for base in getattr(methods, name).__mro__}
-        own = [base for base in classes if base.__module__.startswith("lightning_prune.")]
-        options = {f"model.{name}" for base in own for name in inspect.signature(base).parameters}
+        owners = {name: _options_of(getattr(methods, name)) for name in methods.__all__}
+        chosen = re.search(r"given class_path '[\w.]*?(\w+)'", message)
+        options = owners.get(chosen[1] if chosen else "") or set().union(*owners.values())
         options |= {option.lstrip("-") for option in self._option_string_actions}
-        raise _user_error_in(ex) or UserError(plain(message, sorted(options), methods.__all__)) from None
+        raise _user_error_in(ex) or UserError(plain(message, sorted(options), owners)) from None
 
 
 class RunBuilder(LightningCLI):
@@ -247,10 +247,15 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def plain(message: str, options: Sequence[str], methods: Sequence[str]) -> str:
+def _options_of(method: type) -> set[str]:
+    own = [base for base in method.__mro__ if base.__module__.startswith("lightning_prune.")]
+    return {f"model.{name}" for base in own for name in inspect.signature(base).parameters}
+
+
+def plain(message: str, options: Sequence[str], methods: Mapping[str, set[str]]) -> str:
     """Rewrite a parser error, which has line breaks and nested lists of everything that was tried.
 
-    ``options`` are all names without dashes, the methods' as ``model.<name>``; ``methods`` are class names.
+    ``options`` are all names without dashes, the method's as ``model.<name>``; ``methods``: class name → its options.
     """
     keys = [name for name in re.findall(r'Parser key "([\w.]+)"', message) if name != "config"]
     key = keys[-1] if keys else ""
@@ -261,7 +266,9 @@ def plain(message: str, options: Sequence[str], methods: Sequence[str]) -> str:
         name = _name_of(word) if word else f"--{group}.{member}" if group else f"--{key}{'.' if key else ''}{option}"
         if not name.startswith("-"):
             return f"unexpected argument '{name}': options are written --NAME VALUE. See --help."
-        return f"unknown option {name}.{_nearest(name.lstrip('-'), options)}"
+        return _unknown(name, options, methods)
+    if key == "model" and (dashed := re.search(r"NestedArg\(key='(\w+-[\w-]+)'", message)):
+        return _unknown(f"--model.{dashed[1]}", options, methods)
     if linked := re.search(r'Linked "([\w.]+)" must be given via "([\w.]+)"', message):
         return f"--{linked[1]}: it follows --{linked[2].replace('init_args.', '')}. Leave it out."
     given = re.search(r"(?:Given|Got) value: (?:NestedArg\(key='[\w.]+', val=)?(.*?)\)?$", message, re.MULTILINE)
@@ -285,9 +292,17 @@ def plain(message: str, options: Sequence[str], methods: Sequence[str]) -> str:
     return re.sub(r'Parser key "([\w.]+)":', r"--\1:", lines)[:500]
 
 
+def _unknown(name: str, options: Sequence[str], methods: Mapping[str, set[str]]) -> str:
+    word = name.lstrip("-")
+    if word not in options and (having := [method for method, own in methods.items() if word in own]):
+        return f"unknown option {name} of this method; methods that have it: {', '.join(having)}."
+    return f"unknown option {name}.{_nearest(word.replace('-', '_'), options)}"
+
+
 def _nearest(name: str, options: Sequence[str]) -> str:
     """The option that was probably meant: of the same group, or of that name in another group."""
-    close = difflib.get_close_matches(name, options, n=1, cutoff=0.75)
+    part = [option for option in options if option.endswith(f"_{name.rpartition('.')[2]}")]
+    close = part if len(part) == 1 else difflib.get_close_matches(name, options, n=1, cutoff=0.75)
     if not close:
         last = {option.rpartition(".")[2]: option for option in options}
         close = [last[one] for one in difflib.get_close_matches(name.rpartition(".")[2], last, n=1, cutoff=0.8)]

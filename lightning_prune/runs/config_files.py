@@ -23,7 +23,7 @@ from lightning_prune.support.files import read_file
 SIZE_LIMIT = 1_000_000  # bytes
 VALUE_LIMIT = 100_000  # values, counted as often as references name them
 CLASSES = "lightning_prune.methods."
-FILE_OPTIONS = ("--config", "--model", "--data", "--trainer")
+FILE_OPTIONS = ("--config", "--method", "--model", "--data", "--trainer")
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,12 @@ def config_file(given: str | Path, beside: Path = Path(), option: str = "--confi
     if str(given) in names:
         return shipped_folder() / f"{given}.yaml"
     if Path(given).name == str(given) and not str(given).endswith((".yaml", ".yml", ".json")) and not exists(path):
-        close = "".join(f" Did you mean '{one}'?" for one in difflib.get_close_matches(str(given), names, n=1))
-        listed = f"Shipped: {', '.join(names)}."
-        raise UserError(f"{option}: no file and no shipped configuration '{given}'.{close} {listed}")
+        names = names if option == "--config" else list(shipped_methods())
+        near = [name for name in names if name.startswith(str(given))] or difflib.get_close_matches(str(given), names)
+        close = f" Did you mean '{near[0]}'?" if near else ""
+        raise UserError(
+            f"{option}: no file and no shipped configuration '{given}'.{close} Shipped: {', '.join(names)}."
+        )
     return path
 
 
@@ -90,17 +93,21 @@ def with_config_files(arguments: Sequence[str]) -> list[str]:
     Raises:
         UserError: an argument that is not UTF-8, or as ``config_file`` and ``read_config``.
     """
-    words = [re.sub(r"^--method(=|$)", r"--config\1", word) for word in arguments]
+    words, option = list(arguments), ""
     for index, word in enumerate(words):
         check_text(word, "command line")
-        before = words[index - 1] if index else ""
-        option, equals, value = (before, "", word) if before in FILE_OPTIONS else word.partition("=")
-        if option == "--config" and (equals or option is before):
-            path = config_file(value)
-            read_config(path.expanduser(), option)
+        name, equals, value = (option, "", word) if option in FILE_OPTIONS else word.partition("=")
+        if name in ("--config", "--method") and (equals or name is option):
+            path = config_file(value, option=name)
+            if "systems" in read_config(path.expanduser(), name):
+                raise UserError(
+                    f"{name}: '{value}' is an experiment. Run it with lightning-prune compare --config {value}"
+                )
             words[index] = f"--config={path}" if equals else str(path)
-        elif option in FILE_OPTIONS and value and exists(Path(value)):
-            read_config(Path(value), option)
+        elif name in FILE_OPTIONS and value and exists(Path(value)):
+            read_config(Path(value), name)
+        option = "" if name is option else word
+        words[index] = re.sub("^--method$", "--config", words[index])
     return words
 
 

@@ -277,6 +277,8 @@ class RunFolder:
         Raises:
             UserError: no finished run there, or a file that is not what it should be.
         """
+        if not os.path.isdir(path):
+            raise UserError(f"{option}: there is no folder '{path}'. Give a run folder, such as logs/wanda/version_0.")
         missing = [name for name in REQUIRED if not os.path.isfile(path / name)]
         if missing:
             raise UserError(

@@ -24,6 +24,7 @@ from lightning_prune.support.devices import free_bytes
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.memory import anonymous_bytes, free_host_bytes
 
+ERROR = 1.15  # times as much as estimated a run may take
 ROOM = 0.9  # of the memory that ``auto`` fills with a whole model: an estimate is no measurement
 # What no tensor shows. Device: context, kernels, workspaces; host: heaps, threads, compiled kernels.
 DEVICE_OVERHEAD, HOST_OVERHEAD = 700 * 2**20, 110 * 2**20
@@ -268,7 +269,8 @@ class Memory:
         needed, there, where = estimate.host_bytes, self.host, "host"
         if self.device is not None and (estimate.device_bytes or 0) > self.device:
             needed, there, where = estimate.device_bytes or 0, self.device, "device"
-        remedy = advice(self.method, self.data, estimate.onload, estimate.phase)
+        layer_is_smaller = self.estimate("layer").share < estimate.share
+        remedy = advice(self.method, self.data, estimate.onload if layer_is_smaller else "layer", estimate.phase)
         return (
             f"--model.onload {estimate.onload} takes {needed / 1e9:,.2f} GB of {where} memory ({estimate.phase}), "
             f"there is room for {there / 1e9:,.2f} GB. {remedy}"

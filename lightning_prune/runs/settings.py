@@ -1,5 +1,6 @@
 """``compare.yaml`` and the command line, as the list of runs to make."""
 
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -10,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from lightning_prune.methods.target import kind_of, parse_size
-from lightning_prune.runs.config_files import config_file, read_config
+from lightning_prune.runs.config_files import config_file, read_config, shipped_folder, shipped_methods
 from lightning_prune.runs.folder import REPORTS, check_label
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.validation import parse_json
@@ -77,7 +78,7 @@ def read_settings(
     """Read the file at ``path``, or the shipped one of that name; what is not None overrules it.
 
     Args:
-        systems: only these labels of the file.
+        systems: only these labels of the file, or names of methods.
         options: ``data.OPTION`` and ``trainer.OPTION`` with values as on the command line. A system's own ``data``
             section (ShortGPT's second setting) still comes last: it is what makes that system.
         seeds: apply to every system.
@@ -99,9 +100,17 @@ def read_settings(
     if file.seeds and "data.seed" in (options or {}):
         raise UserError("--data.seed: the experiment has --seeds, which mean the same. Leave one of them out.")
     labels = list(file.systems) if systems is None else list(dict.fromkeys(systems))
-    missing = [label for label in labels if label not in file.systems]
-    if missing:
-        raise UserError(f"--systems: '{path}' has no system '{missing[0]}'. Systems: {', '.join(file.systems)}.")
+    for label in labels:
+        if label in file.systems:
+            continue
+        if label not in (shipped := shipped_methods()):
+            near = difflib.get_close_matches(label, [*file.systems, *shipped], n=1)
+            guess = f" Did you mean '{near[0]}'?" if near else ""
+            raise UserError(
+                f"--systems: no system '{label}' in '{path}', and no such method.{guess} "
+                f"Systems: {', '.join(file.systems)}. Methods: {', '.join(shipped)}."
+            )
+        file.systems[label] = str(shipped_folder() / f"{label}.yaml")
     shared = {"data": file.data, "trainer": file.trainer}
     for name, text in (options or {}).items():
         shared = _merged(shared, _nested(name, text))

@@ -125,7 +125,7 @@ def share(value: float | None) -> str:
 def summary_table(label: str, metrics: dict[str, Any]) -> str:
     """Of a run's ``metrics.json``."""
     parameters, ratio = metrics["parameters"], metrics["pruning_ratio"]
-    requested = "" if ratio["requested"] is None else f"requested {ratio['requested']:.4f}, "
+    requested = "" if ratio["requested"] is None or metrics.get("target") else f"requested {ratio['requested']:.4f}, "
     rows = [
         ("method", label),
         ("parameters", f"{parameters['dense']:,} → {parameters['pruned']:,}"),

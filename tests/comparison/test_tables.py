@@ -50,6 +50,22 @@ def test_answer_names_best_and_next_of_what_is_usable_and_reached_its_ratio(tmp_
     assert list(results(repeats(group.all), group).columns[:4]) == ["system", "ratio", "perplexity demo", "verdict"]
 
 
+def test_the_answer_says_who_is_closer_to_the_dense_model_than_the_lowest_perplexity(tmp_path: Path) -> None:
+    near, far = ({"kl_divergence": value, "top1_agreement": 0.9, "expected_acceptance": 0.8} for value in (0.02, 0.06))
+    runs = [make_run(tmp_path, "confident", perplexity=9.9, distance=far)]
+    runs.append(make_run(tmp_path, "close", perplexity=10.2, distance=near))
+    text = sections(audit(runs), [])[0].text
+    assert any("close is closer to the dense model than confident (KL 0.0200, 0.0600)" in one for one in text)
+    runs.append(make_run(tmp_path, "both", perplexity=9.8, distance=near))
+    assert not any("closer to the dense model" in one for one in sections(audit(runs), [])[0].text[:2])
+
+
+def test_where_the_divergence_decides_the_verdict_the_cell_says_so(tmp_path: Path) -> None:
+    distance = {"kl_divergence": 0.5, "top1_agreement": 0.6, "expected_acceptance": 0.6}
+    (line,) = repeats([make_run(tmp_path, "far", perplexity=10.5, distance=distance)])
+    assert (line.shown_verdict("demo"), line.verdict("demo")) == ("degraded (KL)", "degraded")
+
+
 @pytest.mark.parametrize(
     ("values", "leading", "after"),
     [

@@ -53,6 +53,12 @@ def test_inline_system_overlays_a_file(tmp_path: Path) -> None:
     assert found["model"]["init_args"]["allocation"] == "uniform"
 
 
+def test_methods_that_the_file_does_not_name_are_systems_too(tmp_path: Path) -> None:
+    systems = read_settings(write(tmp_path), systems=["own", "flap"]).systems
+    assert list(systems) == ["own", "flap"]
+    assert systems["flap"]["model"]["class_path"] == "lightning_prune.methods.FLAP"  # type: ignore[index]
+
+
 def test_mistakes_are_named(tmp_path: Path) -> None:
     """Here what is not in the file alone; tests/hostile/test_experiments.py has the file's own."""
     with pytest.raises(UserError, match=r"seeds.* is 0.5"):
@@ -61,7 +67,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         read_settings(write(tmp_path), seeds=[1, -1])
     with pytest.raises(UserError, match=r"--data.seed: the experiment has --seeds"):
         read_settings(write(tmp_path), seeds=[0], options={"data.seed": "1"})
-    with pytest.raises(UserError, match=r"has no system 'wandaa'\. Systems: wanda, own"):
+    with pytest.raises(UserError, match=r"'wandaa' .*no such method\. Did you mean 'wanda'\? Systems: wanda, own\."):
         read_settings(write(tmp_path), systems=["wandaa"])
     with pytest.raises(UserError, match=r"--config: cannot read .*none.yaml"):
         read_settings(tmp_path / "none.yaml")

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning_prune.cli.parser import with_method_help
 from lightning_prune.runs.build import RunBuilder
-from lightning_prune.runs.memory_estimate import Estimate, Memory
+from lightning_prune.runs.memory_estimate import ERROR, ROOM, Estimate, Memory
 from lightning_prune.support.memory import parse_bytes
 
 DESCRIPTION = (
@@ -41,19 +41,28 @@ def main(argv: list[str]) -> int:
 def _print(estimates: list[Estimate], memory: Memory) -> None:
     method, work = memory.method, estimates[0]
     text = f"{memory.samples} × {memory.seq_len} tokens" if method.needs_calibration else "no calibration text"
-    parameters = f"{method.dense_parameters / 1e9:.2f} B parameters ({len(method.layers)} layers)"
+    count = method.dense_parameters
+    size = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
+    parameters = f"{size} parameters ({len(method.layers)} layers)"
     print(f"{method.label} on {parameters}, {method.trainer.precision}, {text}")
     host = f"{_gb(memory.host)} on the host"
     print(f"free: {host}" if memory.device is None else f"free: {_gb(memory.device)} on the device, {host}")
-    print(f"\n{'onload':<8}{'device':>10}{'host':>10}{'disk':>10}{'read':>10}  fits  largest in")
+    print(f"\n{'onload':<8}{'device':>10}{'host':>10}{'disk':>10}{'read':>10}  fits   largest in")
     for one in estimates:
         device = "–" if one.device_bytes is None else _gb(one.device_bytes)
         sizes = "".join(f"{size:>10}" for size in (device, *map(_gb, (one.host_bytes, one.disk, one.bytes_read))))
-        print(f"{one.onload:<8}{sizes}  {'yes' if one.share <= 1 else 'no':<4}  {one.phase}")
-    print(f"\nwork: {work.layer_evaluations:,} forwards of a batch through a layer, {work.flops:.2e} operations")
+        print(f"{one.onload:<8}{sizes}  {_fits(one):<5}  {one.phase}")
+    chosen = "model" if estimates[1].share <= ROOM else "layer"
+    print(f"\n--model.onload auto, the default, takes {chosen}; tight: an estimate can be {ERROR - 1:.0%} too low")
+    print(f"work: {work.layer_evaluations:,} forwards of a batch through a layer, {work.flops:.2e} operations")
     for one in estimates:
         if one.share > 1 and method.slot.onload in ("auto", one.onload):
             print(memory.refusal(one))
+
+
+def _fits(estimate: Estimate) -> str:
+    """``tight`` within what an estimate may be wrong by."""
+    return "no" if estimate.share > 1 else "tight" if estimate.share * ERROR > 1 else "yes"
 
 
 def _gb(size: int) -> str:

@@ -1,6 +1,7 @@
 """``lightning-prune compare``: the whole experiment, or runs that exist, as one audited report."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from lightning_prune.cli.commands.evaluate import TASKS
@@ -61,6 +62,11 @@ def main(argv: list[str]) -> int:
     if settings is not None:
         folders, failures = run_experiment(settings)
 
+    if not folders:
+        for one in failures:
+            print(f"{one.label} at {one.requested}: {one.message}", file=sys.stderr)
+        print("no run finished, so there is nothing to compare", file=sys.stderr)
+        return 1
     runs = [load_run(folder) for folder in folders]
     result = audit(runs if tasks is None else tasks.measure(runs))
     with report_folder(root, given.output, given.overwrite) as (folder, name):
@@ -127,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     sizes.add_argument("--targets", nargs="+", metavar="N", help=text)
     text = "repeat every run over these seeds of the calibration samples, and show mean and standard deviation"
     add("--seeds", type=int, nargs="+", metavar="N", help=text)
-    add("--systems", nargs="+", metavar="NAME", help="only these systems of the file")
+    add("--systems", nargs="+", metavar="NAME", help="only these systems of the file, or other methods by name")
     text = (
         "add accuracy on tasks of the LM Evaluation Harness, each measured once per checkpoint (pip install "
         f"'lightning-prune[eval]'). Without names: {' '.join(TASKS)}"

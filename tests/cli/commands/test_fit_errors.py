@@ -74,6 +74,16 @@ MISTAKES = {
     "unknown family": (["--model.pretrained", "INPUTS/gpt2"], ["--model.pretrained", "'gpt2' is not supported"]),
     "freeze all": (["--model.freeze_first_n_layers", "4"], ["--model.freeze_first_n_layers 4", "none of the 4 layers"]),
     "model option": (["--model.pruning_ratoi", "0.2"], ["pruning_ratoi", "Did you mean --model.pruning_ratio?"]),
+    "dashed option": (
+        ["--model.pruning-ratio", "0.2"],
+        ["--model.pruning-ratio.", "Did you mean --model.pruning_ratio?"],
+    ),
+    "option of another method": (
+        ["--model.importance", "kfac"],
+        ["--model.importance of this method; methods that have it: HGSP"],
+    ),
+    "part of a name": (["--ratio", "0.2"], ["unknown option --ratio. Did you mean --model.pruning_ratio?"]),
+    "an experiment": (["--config", "compare"], ["'compare' is an experiment", "lightning-prune compare --config"]),
     "joined option": (["--model.pruning_ratoi=0.2"], ["pruning_ratoi", "Did you mean --model.pruning_ratio?"]),
     "data option": (["--data.num_sample", "3"], ["unknown option --data.num_sample", "--data.num_samples?"]),
     "no group": (["--num_samples", "3"], ["unknown option --num_samples", "--data.num_samples?"]),
