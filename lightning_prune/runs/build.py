@@ -301,9 +301,14 @@ def _unknown(name: str, options: Sequence[str], methods: Mapping[str, set[str]])
 
 def _nearest(name: str, options: Sequence[str]) -> str:
     """The option that was probably meant: of the same group, or of that name in another group."""
-    part = [option for option in options if option.endswith(f"_{name.rpartition('.')[2]}")]
-    close = part if len(part) == 1 else difflib.get_close_matches(name, options, n=1, cutoff=0.75)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.75)
+    last = {option.rpartition(".")[2]: option for option in options}
+    word = name.rpartition(".")[2]
     if not close:
-        last = {option.rpartition(".")[2]: option for option in options}
-        close = [last[one] for one in difflib.get_close_matches(name.rpartition(".")[2], last, n=1, cutoff=0.8)]
-    return f" Did you mean --{close[0]}?" if close else " See --help for the options."
+        close = [last[one] for one in difflib.get_close_matches(word, last, n=1, cutoff=0.8)]
+    close = close or [option for short, option in last.items() if short.endswith(f"_{word}")]
+    return (
+        f" Did you mean {' or '.join(f'--{one}' for one in sorted(close))}?"
+        if close
+        else " See --help for the options."
+    )

@@ -82,7 +82,7 @@ MISTAKES = {
         ["--model.importance", "kfac"],
         ["--model.importance of this method; methods that have it: HGSP"],
     ),
-    "part of a name": (["--ratio", "0.2"], ["unknown option --ratio. Did you mean --model.pruning_ratio?"]),
+    "part of a name": (["--ratio", "0.2"], ["unknown option --ratio. Did you mean", "--model.pruning_ratio"]),
     "an experiment": (["--config", "compare"], ["'compare' is an experiment", "lightning-prune compare --config"]),
     "joined option": (["--model.pruning_ratoi=0.2"], ["pruning_ratoi", "Did you mean --model.pruning_ratio?"]),
     "data option": (["--data.num_sample", "3"], ["unknown option --data.num_sample", "--data.num_samples?"]),
