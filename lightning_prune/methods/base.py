@@ -72,6 +72,7 @@ class PruningMethod(L.LightningModule):
     step = 1  # the one that is being made
     measures_text = True  # whether the passes read the calibration set
     uneven = True  # whether layers end up with widths of their own
+    whole_layers = False  # whether nothing smaller than a layer is removed
     experts: bool | Literal["only"] = False  # whether models with experts are pruned, or no others
     reusable = True  # whether a saved score table is enough to decide again
     # Options that change no measurement:

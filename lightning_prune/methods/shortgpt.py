@@ -69,6 +69,7 @@ class ShortGPT(PruningMethod):
     experts = True
 
     uneven = False
+    whole_layers = True
     decision_options = (*PruningMethod.decision_options, "n_remove_layers", "at_most")
 
     def __init__(

@@ -10,6 +10,7 @@ import torch
 from lightning_prune.calibration.passes import Load, Pass
 from lightning_prune.calibration.residuals import SHARE
 from lightning_prune.checkpoint.cut import unpruned
+from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.data.token_arrays import is_token_array, load_token_array
 from lightning_prune.evaluation.perplexity import STEP_BYTES
@@ -178,9 +179,12 @@ class Memory:
         return max(self.method.layers, key=lambda view: view.cost)
 
     def _passes(self) -> list[Pass]:
-        """All that the method makes, as if every unit were kept."""
+        """All that the method makes, as if every unit were kept, but of a method that removes layers the last one."""
         measuring = [] if self.method.saved is not None else self.method.passes()
-        return measuring + self.method.refit_passes(unpruned(self.method.layers), lambda: torch.zeros(0))
+        kept = unpruned(self.method.layers)
+        if self.method.whole_layers:
+            kept[-1] = LayerPlan(kept[-1].layer, {block: [] for block in kept[-1].kept})
+        return measuring + self.method.refit_passes(kept, lambda: torch.zeros(0))
 
     def _load(self, free: int) -> Load:
         view = self._largest

@@ -1,6 +1,7 @@
 """The refit behind a selection, against explicit float64 least squares on whole forwards of both models."""
 
 import copy
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def reference(
     stream_before, stream_middle = residual_streams(dense, tokens)
     for index, plan in enumerate(kept):
         layer = pruned.model.layers[index]
+        after = next((other for other in range(index + 1, len(kept)) if not kept[other].removed), len(kept))
         for block in (block for block in plan.kept if block is not Block.MIXER):
             linear = layer.self_attn.o_proj if block == "attention" else layer.mlp.down_proj
             units = plan.kept[Block.ATTENTION] if block == "attention" else plan.kept[Block.MLP]
@@ -74,7 +76,7 @@ def reference(
             x = inputs_of(pruned, linear, tokens)
             own = x @ linear.weight.data.T
             if residual:
-                goal = stream_middle[index] if block == "attention" else stream_before[index + 1]
+                goal = stream_middle[index] if block == "attention" else stream_before[after]
                 before, middle = residual_streams(pruned, tokens)
                 y = (goal - (before[index] if block == "attention" else middle[index])) / factor
             else:
@@ -127,6 +129,18 @@ def test_whole_run_equals_least_squares_in_float64(
     assert {fit["target"] for fit in fits} == {"residual" if as_residual else "output"}
     assert any(fit["damping"] for fit in fits)
     # The checkpoint is fp32, so the outputs agree to its rounding; the solution itself is tested below.
+    assert close(logits_of(pruned_by(method), tokens), logits_of(expected, tokens)) < 1e-5
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_before_removed_layers_the_refit_aims_at_what_comes_after_them(count: int, run: Any) -> None:
+    model, tokens = make_tiny(layers=5), tiny_tokens(SAMPLES, LENGTH)
+    options = {"refit": "residual", "refit_damping": DAMPING, "n_remove_layers": count}
+    method = run(model, ShortGPT, 0.3, tokens, precision="64-true", **options)
+    removed = [layer.removed for layer in method.plan.layers]
+    assert (False, True) in pairwise(removed)
+    expected = reference(model, tokens, method.plan.layers, True, 1.0)
+    assert any(fit["damping"] for fit in method.details()["refit"]["fits"])
     assert close(logits_of(pruned_by(method), tokens), logits_of(expected, tokens)) < 1e-5
 
 

@@ -20,6 +20,7 @@ from tests.tiny import tiny_tokens
 OPTIONS: dict[str, list[str]] = {
     "hgsp_taylor": ["--config", "hgsp_taylor"],
     "slimgpt": ["--config", "slimgpt"],
+    "shortgpt": ["--config", "shortgpt_refit", "--model.label", "shortgpt"],
     "wanda_2to4": ["--config", "wanda", "--model.structure", "2:4", "--model.label", "wanda_2to4"],
     "experts": ["--config", "hgsp_kfac_refit", "--model.label", "experts", "--model.pruning_ratio", "0.3"],
 }
@@ -28,6 +29,7 @@ PRIOR = Kill("lightning_prune.calibration.wavefront:RemovalPass.batch", 8)
 BACKWARD = Kill("lightning_prune.calibration.backward:BackwardPass._differentiate", 5)
 MLP = Kill("lightning_prune.calibration.loop:CalibrationLoop.finish", 4)
 REFIT = Kill("lightning_prune.methods.refit_experts:ExpertRefit.add", 9)
+AHEAD = Kill("lightning_prune.methods.refit_pass:RefitPass._run_ahead", 5)
 KEEPING = Kill("lightning_prune.calibration.results:Results.add", 3)
 DECISION = Kill("lightning_prune.runs.folder:RunFolder.write_decision")
 SHARDS = Kill("lightning_prune.checkpoint.write:_Shards.write", 20)
@@ -74,6 +76,7 @@ def fit(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> Fit:
     [
         ("hgsp_taylor", [BACKWARD, KEEPING, PRIOR, STREAMS, SHARDS, EVALUATION]),
         ("slimgpt", [MLP, MLP, DECISION, CHECK]),
+        ("shortgpt", [AHEAD, MLP, STREAMS, DECISION]),
         ("wanda_2to4", [KEEPING, SHARDS, RECORD]),
         ("experts", [BACKWARD, STREAMS, REFIT, MLP, SHARDS, EVALUATION]),
     ],

@@ -63,7 +63,7 @@ def read(run: Path, name: str) -> dict:
 CHANGES = [
     ("Wanda", ["--model.allocation=uniform", "--model.min_groups_per_layer=1", "--model.freeze_first_n_layers=1"]),
     ("Magnitude", ["--model.pruning_ratio=0.4", "--model.round_to=8"]),
-    ("ShortGPT", ["--model.n_remove_layers=2"]),
+    ("ShortGPT", ["--model.n_remove_layers=2", "--model.refit=residual"]),
     ("HGSP", ["--model.pruning_ratio=0.35", "--model.collapse_epsilon=0.4"]),
     ("HGSP", ["--model.tau=0"]),
     ("HGSP", ["--model.tau=.inf", "--model.temperature=0.5"]),
