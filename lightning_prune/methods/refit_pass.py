@@ -112,7 +112,7 @@ class RefitPass(BlockPass):
             self._run_ahead(step, batch)
             return
         before = self._entering(step, batch)
-        dense = self._dense(step, batch) if self.target == "residual" else None
+        dense = self._dense(step, batch) if self._follows_dense(step) else None
         if not self._crosses(step):
             return
         if self.routed is not None:
@@ -138,10 +138,14 @@ class RefitPass(BlockPass):
             return
         self.columns = self._columns(step)
         self._entering(step, batch)
-        if self.target == "residual":
+        if self._follows_dense(step):
             self._dense(step, batch)
         if self._crosses(step) and self.block(step) not in EXPERTS:
             self.catch(step, batch)
+
+    def _follows_dense(self, step: Step) -> bool:
+        """Whether the dense stream is needed after the block: not in a removed layer where it is known beyond it."""
+        return self.target == "residual" and not (self.ahead and self.kept[step.layer].removed)
 
     def _crosses(self, step: Step) -> bool:
         """Whether the pruned stream passes the block: something of it is kept."""
