@@ -275,6 +275,8 @@ def plain(message: str, options: Sequence[str], methods: Mapping[str, set[str]])
     if "required: model" in message or key == "model":
         value = re.sub(r"^\{'class_path': '?([^',}]*).*", r"\1", given[1]) if given else ""
         start = f"unknown method '{value[:200]}'" if value else "no method is chosen"
+        if "." in value and not value.startswith("lightning_prune."):
+            start += ", which Python does not find as a class (is its folder on PYTHONPATH?)"
         return f"--model: {start}. Methods: {', '.join(methods)}; or by configuration: --config wanda."
     if key and (needed := re.search(r"arguments are required: ([\w, ]+)", message)):
         first = needed[1].partition(",")[0]

@@ -104,7 +104,10 @@ MISTAKES = {
     "callback without its options": (["--trainer.callbacks+=GradientAccumulationScheduler"], ["scheduling"]),
     "method class": (["--model", "Wandaa"], ["unknown method 'Wandaa'", "Magnitude, ShortGPT, SlimGPT"]),
     "half a method": (["--model", "GroupPruning"], ["'GroupPruning' is not a method", "Magnitude, ShortGPT, SlimGPT"]),
-    "method module": (["--model", "nowhere.Foo"], ["unknown method 'nowhere.Foo'"]),
+    "method module": (
+        ["--model", "nowhere.Foo"],
+        ["unknown method 'nowhere.Foo', which Python does not find", "PYTHONPATH"],
+    ),
     "group in a file": (["--config", "INPUTS/unknown_group.yaml"], ["unknown option --modle.a"]),
     "data option in a file": (
         ["--config", "INPUTS/unknown_data.yaml"],
