@@ -164,5 +164,6 @@ def _check_command(name: str) -> None:
             f"lightning-prune fit {name}{' FILE' if name == '--config' else ''} …"
         )
     if name not in COMMANDS:
-        close = "".join(f" Did you mean '{one}'?" for one in difflib.get_close_matches(name, COMMANDS, n=1))
+        near = ["fit"] if name == "prune" else difflib.get_close_matches(name, COMMANDS, n=1)
+        close = "".join(f" Did you mean '{one}'?" for one in near)
         raise UserError(f"unknown command '{name}'.{close} Commands: {', '.join(COMMANDS)}.")

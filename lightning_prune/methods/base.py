@@ -224,6 +224,8 @@ class PruningMethod(L.LightningModule):
 
     def results(self, name: str) -> list[LayerResult]:
         """What the pass ``name`` left of every layer; empty where there is nothing to measure."""
+        if name not in (own := [one.name for one in self.driver.loop.passes]):
+            raise UserError(f"{type(self).__name__}: none of its passes is named '{name}'; they are {', '.join(own)}.")
         results = {step.layer: it for step, it in self.driver.loop.results_of(name) if it.importance or it.facts}
         return [results.get(view.index, LayerResult()) for view in self.layers]
 

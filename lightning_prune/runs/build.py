@@ -9,6 +9,7 @@ import inspect
 import logging
 import os
 import re
+import sys
 import traceback
 import typing
 import warnings
@@ -44,8 +45,9 @@ class Parser(LightningArgumentParser):
         if not self.exit_on_error:  # a parser within the parser, for one class: the outer one reports
             super().error(message, ex)
         owners = {name: _options_of(getattr(methods, name)) for name in methods.__all__}
-        chosen = re.search(r"given class_path '[\w.]*?(\w+)'", message)
-        options = owners.get(chosen[1] if chosen else "") or set().union(*owners.values())
+        chosen = re.search(r"given class_path '([\w.]+)\.(\w+)'", message)
+        method = chosen and getattr(sys.modules.get(chosen[1]), chosen[2], None)
+        options = _options_of(method) if isinstance(method, type) else set().union(*owners.values())
         options |= {option.lstrip("-") for option in self._option_string_actions}
         raise _user_error_in(ex) or UserError(plain(message, sorted(options), owners)) from None
 
@@ -247,8 +249,21 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
+def _import_fault(path: str) -> str:
+    module, _, name = path.rpartition(".")
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        return f"{error}; is its folder on PYTHONPATH?" if error.name == module else str(error)
+    except Exception as error:
+        return f"{type(error).__name__}: {first_line(error)}"
+    return f"the module has no class '{name}'"
+
+
 def _options_of(method: type) -> set[str]:
-    own = [base for base in method.__mro__ if base.__module__.startswith("lightning_prune.")]
+    own = [
+        base for base in method.__mro__ if not base.__module__.startswith(("lightning.", "torch.", "builtins", "abc"))
+    ]
     return {f"model.{name}" for base in own for name in inspect.signature(base).parameters}
 
 
@@ -276,7 +291,7 @@ def plain(message: str, options: Sequence[str], methods: Mapping[str, set[str]])
         value = re.sub(r"^\{'class_path': '?([^',}]*).*", r"\1", given[1]) if given else ""
         start = f"unknown method '{value[:200]}'" if value else "no method is chosen"
         if "." in value and not value.startswith("lightning_prune."):
-            start += ", which Python does not find as a class (is its folder on PYTHONPATH?)"
+            start += f", which cannot be imported ({_import_fault(value)})"
         return f"--model: {start}. Methods: {', '.join(methods)}; or by configuration: --config wanda."
     if key and (needed := re.search(r"arguments are required: ([\w, ]+)", message)):
         first = needed[1].partition(",")[0]

@@ -53,7 +53,8 @@ def _print(estimates: list[Estimate], memory: Memory) -> None:
         sizes = "".join(f"{size:>10}" for size in (device, *map(_gb, (one.host_bytes, one.disk, one.bytes_read))))
         print(f"{one.onload:<8}{sizes}  {_fits(one):<5}  {one.phase}")
     chosen = "model" if estimates[1].share <= ROOM else "layer"
-    print(f"\n--model.onload auto, the default, takes {chosen}; tight: an estimate can be {ERROR - 1:.0%} too low")
+    legend = f"; tight: an estimate can be {ERROR - 1:.0%} too low" if "tight" in map(_fits, estimates) else ""
+    print(f"\n--model.onload auto, the default, takes {chosen}{legend}")
     print(f"work: {work.layer_evaluations:,} forwards of a batch through a layer, {work.flops:.2e} operations")
     for one in estimates:
         if one.share > 1 and method.slot.onload in ("auto", one.onload):

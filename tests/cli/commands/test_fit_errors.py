@@ -106,7 +106,7 @@ MISTAKES = {
     "half a method": (["--model", "GroupPruning"], ["'GroupPruning' is not a method", "Magnitude, ShortGPT, SlimGPT"]),
     "method module": (
         ["--model", "nowhere.Foo"],
-        ["unknown method 'nowhere.Foo', which Python does not find", "PYTHONPATH"],
+        ["unknown method 'nowhere.Foo', which cannot be imported (No module named 'nowhere'", "PYTHONPATH"],
     ),
     "group in a file": (["--config", "INPUTS/unknown_group.yaml"], ["unknown option --modle.a"]),
     "data option in a file": (
