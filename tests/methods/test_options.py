@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from lightning_prune.calibration.passes import Pass
 from lightning_prune.methods import FLAP, HGSP, REAP, HEAPr, ShortGPT, SlimGPT, Wanda
 from lightning_prune.support.errors import UserError
-from tests.methods.running import save_base
-from tests.tiny import SIDE_BY_SIDE, WHOLE_ATTENTION, make_moe, make_tiny
+from tests.methods.running import run_method, save_base
+from tests.tiny import SIDE_BY_SIDE, WHOLE_ATTENTION, make_moe, make_tiny, tiny_tokens
 
 SENSELESS: list[tuple[Any, dict[str, Any], str]] = [
     (HGSP, {"temperature": -1.0}, "--model.temperature"),
@@ -87,3 +88,15 @@ def test_what_the_model_cannot_be(model: str, make: Any, options: dict[str, Any]
     base = save_base(MODELS[model](), tmp_path / "base")
     with pytest.raises(UserError, match=says):
         make(base, **({"pruning_ratio": 0.3} | options)).check_model()
+
+
+def test_a_pass_of_another_name_is_missed_by_name(tmp_path: Path) -> None:
+    class Misnamed(Wanda):
+        def passes(self) -> list[Pass]:
+            (own,) = super().passes()
+            own.name = "variance"
+            return [own]
+
+    method = Misnamed(save_base(make_tiny(), tmp_path / "base"), 0.2)
+    with pytest.raises(UserError, match=r"Misnamed: none of its passes is named 'importance'; they are variance\."):
+        run_method(method, tiny_tokens(4, 8), tmp_path / "run")

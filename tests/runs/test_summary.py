@@ -35,6 +35,10 @@ def test_summary_says_what_was_pruned_and_what_that_did() -> None:
     words += ["(4,242 tokens of the test split in windows of 128)", "calibrate 1.2", "3 MiB"]
     words += ["2.5 MB → 2.0 MB", "4.00 GB → 3.00 GB at 32,768 tokens", "80% of the dense model's"]
     assert [word for word in words if word not in table] == []
+    assert "the next step" not in table
+    metrics["pruning_ratio"] = {"requested": 0.2, "achieved": 0.15}  # of experts, which are removed in steps
+    assert "achieved 0.1500, since the next step would remove more" in summary_table("reap", metrics)
+    metrics["pruning_ratio"]["achieved"] = 0.1998
     metrics["perplexity"]["wikitext2"]["pruned"] = float("inf")
     metrics["pruning_ratio"]["requested"] = None
     table = summary_table("shortgpt", metrics)
