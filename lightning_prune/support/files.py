@@ -152,15 +152,20 @@ def temporary(path: Path, folder: bool = False) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent, path.name)
-    lock = None
-    while lock is None:  # another process may sweep between the making and the lock
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        partial.mkdir() if folder else partial.touch(mode=0o644, exist_ok=False)
-        lock = Lock.take(partial, own=True)
-    try:
+    lock = partial = None
+    try:  # from here on: a signal may come between the making and the lock
+        while lock is None:  # another process may sweep in between
+            partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+            partial.mkdir() if folder else partial.touch(mode=0o644, exist_ok=False)
+            lock = Lock.take(partial, own=True)
+        assert partial is not None
         yield partial
     finally:
-        lock.remove()
+        if lock is not None:
+            lock.remove()
+        elif partial is not None:
+            with suppress(OSError):
+                partial.rmdir() if folder else partial.unlink()
 
 
 def sweep(folder: Path, name: str = "") -> None:

@@ -96,7 +96,7 @@ option("--config targets/../wanda", "--config")
 option("--config ''", "--config")
 option("--config", "--config")
 option("--config /etc/passwd", "--config")
-option("--config compare", "--systems")
+option("--config compare", "'compare' is an experiment")
 option(f"--config {'a' * 300}", "--config")
 
 # Configuration files.
