@@ -1,6 +1,5 @@
 """The ``lightning-prune`` command: picks a subcommand and imports only what that one needs."""
 
-import difflib
 import errno
 import gc
 import importlib
@@ -12,7 +11,7 @@ from typing import Any
 
 from lightning_prune import __version__
 from lightning_prune.runs.config_files import with_config_files
-from lightning_prune.support.errors import CheckpointError, UserError
+from lightning_prune.support.errors import CheckpointError, UserError, did_you_mean
 from lightning_prune.support.files import FULL
 from lightning_prune.support.signals import stoppable
 
@@ -164,6 +163,5 @@ def _check_command(name: str) -> None:
             f"lightning-prune fit {name}{' FILE' if name == '--config' else ''} …"
         )
     if name not in COMMANDS:
-        near = ["fit"] if name == "prune" else difflib.get_close_matches(name, COMMANDS, n=1)
-        close = "".join(f" Did you mean '{one}'?" for one in near)
+        close = did_you_mean("fit" if name == "prune" else name, list(COMMANDS))
         raise UserError(f"unknown command '{name}'.{close} Commands: {', '.join(COMMANDS)}.")

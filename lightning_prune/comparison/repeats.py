@@ -5,6 +5,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 from lightning_prune.comparison.records import Run
@@ -123,6 +124,11 @@ def by_size(lines: Sequence[Repeats]) -> dict[str, list[Repeats]]:
     for line in sorted(lines, key=lambda line: line.ratio):
         sizes.setdefault(line.size, []).append(line)
     return sizes
+
+
+def in_order(lines: Sequence[Repeats]) -> list[Repeats]:
+    """Lines of one size together, the smallest ratio first."""
+    return list(chain.from_iterable(by_size(lines).values()))
 
 
 def percent(size: str) -> str:

@@ -3,7 +3,6 @@
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from itertools import chain
 
 import pandas as pd  # type: ignore[import-untyped]
 from tabulate import tabulate  # type: ignore[import-untyped]
@@ -11,7 +10,7 @@ from tabulate import tabulate  # type: ignore[import-untyped]
 from lightning_prune.comparison import accuracy, costs
 from lightning_prune.comparison.audit import Group
 from lightning_prune.comparison.records import Run
-from lightning_prune.comparison.repeats import Repeats, Spread, by_size, repeats
+from lightning_prune.comparison.repeats import Repeats, Spread, in_order, repeats
 from lightning_prune.runs.verdict import share
 from lightning_prune.support.escape import plain, public_name
 
@@ -41,7 +40,7 @@ def results(lines: Sequence[Repeats], group: Group, dense: bool = True) -> pd.Da
     """Lines of one group by ratio and then in the order given, as text; the dense model first."""
     sets = evaluation_sets(group.all)
     rows: list[dict[str, str]] = []
-    for line in chain.from_iterable(by_size(lines).values()):
+    for line in in_order(lines):
         row = {"system": line.name, "ratio": line.size}
         for name, short in sets.items():
             row[f"perplexity {short}"] = spread(line.perplexity(name)) if name in line.sets else "–"
@@ -82,7 +81,7 @@ def distances(lines: Sequence[Repeats], group: Group) -> pd.DataFrame | None:
     if not any(run.metrics.distance for run in group.all):
         return None
     rows = []
-    for line in chain.from_iterable(by_size(lines).values()):
+    for line in in_order(lines):
         row = {"system": line.name, "ratio": line.size}
         for name, short in evaluation_sets(group.all).items():
             row[f"top-1 agreement {short}"] = line.shown_distance(name, "top1_agreement")

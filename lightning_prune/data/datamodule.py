@@ -32,7 +32,7 @@ from lightning_prune.support.regular_files import expanded, from_home
 Batch = tuple[Tensor, Tensor, Tensor]
 WINDOWS, WINDOW_LENGTH = 128, 128  # the setting that pruning papers share
 LONG_WINDOW_LENGTH = 1024
-CONTINUATIONS, PROMPT_LENGTH = 16, 64
+PROMPT_LENGTH = 64
 LEAST = dict.fromkeys(("num_samples", "batch_size", "eval_batch_size", "stride"), 1)
 LEAST |= {"seq_len": 2, "eval_seq_len": 2, "seed": 0, "eval_long_seq_len": 0, "continuations": 0}
 
@@ -109,7 +109,7 @@ class CalibrationDataModule(LightningDataModule):
         split: str | None = None,
         column: str | None = None,
         eval_long_seq_len: int = LONG_WINDOW_LENGTH,
-        continuations: int = CONTINUATIONS,
+        continuations: int = 16,
     ) -> None:
         super().__init__()
         # Of a token array only what was requested is cut off, so the defaults must not look like a wish.

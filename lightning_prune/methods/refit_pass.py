@@ -88,7 +88,7 @@ class RefitPass(BlockPass):
         if step.phase == AHEAD:
             return
         super().start(step)
-        self.tokens, self.columns, self.routed = 0, self._columns(step), None
+        self.columns, self.routed = self._columns(step), None
         if self.block(step) is Block.MIXER:
             return
         residual = self.target == "residual" or self.block(step) in EXPERTS

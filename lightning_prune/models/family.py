@@ -153,10 +153,11 @@ class Family:
     def name_in_experts(self, name: str) -> str | None:
         """The name below the block of experts of a parameter ``name`` below the layer; None for other parameters."""
         owner, _, below = name.partition(".")
-        if self.experts is None or self.expert_block == owner:
-            return below if self.experts else None
-        beside = not self.expert_block and owner in (self.experts.router, self.experts.experts)
-        return name if beside else None
+        if self.experts is None:
+            return None
+        if self.expert_block:
+            return below if owner == self.expert_block else None
+        return name if owner in (self.experts.router, self.experts.experts) else None
 
     def norms_of(self, block: Block) -> Norms:
         """The norms of a block."""

@@ -1,6 +1,6 @@
 """Text to train on: the corpora, files and token arrays that calibration takes, with a share held out of training."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import count
 from typing import Any, Literal
 
@@ -38,6 +38,9 @@ class RecoveryDataModule(CalibrationDataModule):
             another split than test. By default those of the pruning run. None of them may be trained on.
         bos: whether windows of text begin with the beginning-of-sequence token, inside seq_len. auto where the
             tokenizer puts it before a text by itself. By default as in the pruning run.
+        eval_long_seq_len: tokens of the second kind of evaluation windows; 0 for none. By default as in the pruning
+            run.
+        continuations: prompts that the models continue for comparison; 0 for none. By default as in the pruning run.
 
     Raises:
         UserError: an option is out of range, or (from `setup`) the data cannot be had, is too short, or holds what
@@ -54,11 +57,16 @@ class RecoveryDataModule(CalibrationDataModule):
         seed: int = 0,
         eval_datasets: list[str] | None = None,
         bos: Literal["auto", "never", "always"] | None = None,
+        eval_long_seq_len: int | None = None,
+        continuations: int | None = None,
         **kwargs: Any,
     ) -> None:
+        asked = {"eval_long_seq_len": eval_long_seq_len, "continuations": continuations}
+        kwargs |= {name: value for name, value in asked.items() if value is not None}
         super().__init__(
             dataset, num_samples, seq_len, batch_size, "sequential", None, seed, eval_datasets, None, **kwargs
         )
+        self._left_open = [name for name, value in asked.items() if value is None]
         if not 0 < held_out < 1:
             raise UserError(
                 f"--data.held_out is {held_out:g}: it is a share of the training text and must be between 0 and 1, "
@@ -76,9 +84,12 @@ class RecoveryDataModule(CalibrationDataModule):
         eval_datasets: list[str],
         eval_seq_len: int | None,
         bos: str,
+        measured: Mapping[str, int],
     ) -> None:
-        """Take the protocol of the pruning run: its window length, and its text, sets and beginning of windows where no
-        others are given."""
+        """Take the protocol of the pruning run: its window length, and its text, sets, beginning of windows and what it
+        ``measured`` beside perplexity where nothing else is given."""
+        for name in self._left_open:
+            setattr(self, name, measured.get(name, getattr(self, name)))
         if self.dataset is None:
             self.choose(dataset)
             self.column = column if self.column is None else self.column

@@ -3,7 +3,6 @@
 ``--config wanda`` means the shipped ``wanda.yaml``. Those of methods are the one table of what there is to prune with.
 """
 
-import difflib
 import locale
 import os
 import re
@@ -17,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from lightning_prune.support.errors import UserError
+from lightning_prune.support.errors import UserError, did_you_mean
 from lightning_prune.support.files import read_file
 
 SIZE_LIMIT = 1_000_000  # bytes
@@ -79,8 +78,7 @@ def config_file(given: str | Path, beside: Path = Path(), option: str = "--confi
         return shipped_folder() / f"{given}.yaml"
     if Path(given).name == str(given) and not str(given).endswith((".yaml", ".yml", ".json")) and not exists(path):
         names = names if option == "--config" else list(shipped_methods())
-        near = [name for name in names if name.startswith(str(given))] or difflib.get_close_matches(str(given), names)
-        close = f" Did you mean '{near[0]}'?" if near else ""
+        close = did_you_mean(str(given), names)
         raise UserError(
             f"{option}: no file and no shipped configuration '{given}'.{close} Shipped: {', '.join(names)}."
         )

@@ -10,11 +10,11 @@ import torch
 from lightning_prune.calibration.passes import Load, Pass
 from lightning_prune.calibration.residuals import SHARE
 from lightning_prune.checkpoint.cut import unpruned
-from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.data.token_arrays import is_token_array, load_token_array
 from lightning_prune.evaluation.perplexity import STEP_BYTES
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.methods.shortgpt import without
 from lightning_prune.models.checkpoint import Checkpoint, meta_model
 from lightning_prune.models.families import LayerStructure, family_of
 from lightning_prune.models.head import LOGITS_BYTES
@@ -181,9 +181,8 @@ class Memory:
     def _passes(self) -> list[Pass]:
         """All that the method makes, as if every unit were kept, but of a method that removes layers the last one."""
         measuring = [] if self.method.saved is not None else self.method.passes()
-        kept = unpruned(self.method.layers)
-        if self.method.whole_layers:
-            kept[-1] = LayerPlan(kept[-1].layer, {block: [] for block in kept[-1].kept})
+        layers = self.method.layers
+        kept = without(layers, [len(layers) - 1]) if self.method.whole_layers else unpruned(layers)
         return measuring + self.method.refit_passes(kept, lambda: torch.zeros(0))
 
     def _load(self, free: int) -> Load:

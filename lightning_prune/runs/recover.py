@@ -13,7 +13,6 @@ import yaml
 
 from lightning_prune.checkpoint.cut import layout_of
 from lightning_prune.checkpoint.model_card import model_card
-from lightning_prune.data.datamodule import CONTINUATIONS, LONG_WINDOW_LENGTH
 from lightning_prune.evaluation.perplexity import Measured, measure
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.model_slot import ModelSlot
@@ -140,15 +139,13 @@ def _follow(run: FinishedRun, data: RecoveryDataModule) -> None:
     options = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8")).get("data") or {}
     sets = [item for item in run.metrics.evaluation.values() if item.long_windows_of is None]
     lengths = {item.seq_len for item in sets}  # token arrays, taken whole, may have several
-    for name, default in {"eval_long_seq_len": LONG_WINDOW_LENGTH, "continuations": CONTINUATIONS}.items():
-        if getattr(data, name) == default:
-            setattr(data, name, options.get(name, default))
     data.follow(
         text,
         options.get("column"),
         [spec(as_dict(item)) for item in sets],
         lengths.pop() if len(lengths) == 1 else None,
         options.get("bos") or "never",  # a run before the option began no window with the token
+        {name: options[name] for name in ("eval_long_seq_len", "continuations") if name in options},
     )
 
 

@@ -1,6 +1,5 @@
 """``compare.yaml`` and the command line, as the list of runs to make."""
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -13,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from lightning_prune.methods.target import kind_of, parse_size
 from lightning_prune.runs.config_files import config_file, read_config, shipped_folder, shipped_methods
 from lightning_prune.runs.folder import REPORTS, check_label
-from lightning_prune.support.errors import UserError
+from lightning_prune.support.errors import UserError, did_you_mean
 from lightning_prune.support.validation import parse_json
 
 Options = dict[str, Any]
@@ -104,8 +103,7 @@ def read_settings(
         if label in file.systems:
             continue
         if label not in (shipped := shipped_methods()):
-            near = difflib.get_close_matches(label, [*file.systems, *shipped], n=1)
-            guess = f" Did you mean '{near[0]}'?" if near else ""
+            guess = did_you_mean(label, [*file.systems, *shipped])
             raise UserError(
                 f"--systems: no system '{label}' in '{path}', and no such method.{guess} "
                 f"Systems: {', '.join(file.systems)}. Methods: {', '.join(shipped)}."
