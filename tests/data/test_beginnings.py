@@ -120,6 +120,7 @@ def test_recovery_follows_the_pruning_run_unless_told_otherwise(build: Any, text
     for given, run, then in cases:
         data = RecoveryDataModule(None, seq_len=16, bos=given)
         data._streams.tokenizer = build().tokenizer
-        data.follow(text_file, None, [], None, run)
+        data.follow(text_file, None, [], None, run, {"continuations": 3})
         data.setup("fit")
         assert data.manifest["bos"] == then
+        assert data.continuations == 3
