@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from transformers import AutoTokenizer
 
 import lightning_prune as lp
 from lightning_prune.cli import main
 from lightning_prune.comparison import report
-from lightning_prune.demo import demo_text
+from lightning_prune.demo import demo_model_path, demo_text
 from lightning_prune.runs.settings import read_settings
 from tests.methods.running import run_method, save_base
-from tests.tiny import make_tiny, tiny_tokens
+from tests.tiny import make_moe, make_tiny, tiny_tokens
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -39,6 +40,7 @@ YOURS = {  # what stands for something of the reader's, or would take minutes
     "/tmp/": "",
     "path/or/hub-id": "demo",
     "path/to/model": "demo",
+    "MODEL": "experts",
     "path/to/llama": "demo",
     "wikitext2": "demo",
     "00:00:10:00": "00:00:00:01",
@@ -109,6 +111,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     with contextlib.chdir(folder):
         np.save("windows.npy", lp.calibration_set(demo_text("test"), "demo", num_samples=8).numpy())
+        make_moe(vocab_size=1024, width=64).save_pretrained("experts")
+        AutoTokenizer.from_pretrained(demo_model_path()).save_pretrained("experts")
         for name in ("my_text.txt", "part.txt", "ptb_part.txt"):
             Path(name).write_text(demo_text("train")[:100_000], encoding="utf-8")
         for name in MADE:
