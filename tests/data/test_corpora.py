@@ -101,7 +101,7 @@ def test_default_splits() -> None:
 def test_wrong_names_and_splits_say_what_is_allowed() -> None:
     with pytest.raises(UserError) as error:
         calibration_split("wikitext")
-    for word in ("did you mean wikitext2?", "demo", "ptb", "c4", ".jsonl", ".npy", "save_to_disk", "--data.dataset"):
+    for word in ("Did you mean 'wikitext2'?", "demo", "ptb", "c4", ".jsonl", ".npy", "save_to_disk", "--data.dataset"):
         assert word in str(error.value)
     with pytest.raises(UserError, match=r"no/such/text\.txt.*exists"):
         held_out_split("no/such/text.txt")
