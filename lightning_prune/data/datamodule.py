@@ -74,7 +74,6 @@ class CalibrationDataModule(LightningDataModule):
         continuations: prompts (64 tokens of the first evaluation set each) that the dense and the pruned model
             continue by 64 greedy tokens. 0 writes nothing.
 
-
     Raises:
         UserError: an option is out of range, or (from `setup`) the data cannot be had or is too short.
     """
@@ -168,10 +167,10 @@ class CalibrationDataModule(LightningDataModule):
     def prompts(self) -> Tensor | None:
         """The beginnings of windows that lie evenly in the first evaluation set, int64 `[n, 64]` (less where windows
         are shorter); None where nothing is to be continued."""
-        number = min(self.continuations, len(self.evaluation[0].tokens)) if self.evaluation else 0
-        if number == 0:
+        if not (self.evaluation and self.continuations):
             return None
         windows = self.evaluation[0].tokens
+        number = min(self.continuations, len(windows))
         return windows[torch.arange(number) * len(windows) // number, :PROMPT_LENGTH]
 
     def eval_batch(self, held_out: EvaluationSet) -> int:
@@ -338,16 +337,14 @@ class CalibrationDataModule(LightningDataModule):
 
     def _loader(self, tokens: Tensor, batch_size: int) -> DataLoader[Batch]:
         """Every process gets equally many batches: unequal counts hang Lightning, repeated samples bias the sums."""
-        processes = 1 if self.trainer is None else self.trainer.world_size
+        processes, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
         missing = -len(tokens) % processes  # a batch may be smaller, for every process alike
         weight = torch.cat([torch.ones(len(tokens)), torch.zeros(missing)])
         padded = torch.cat([tokens, tokens[:1].expand(missing, -1)])
         dataset = TensorDataset(padded, weight, torch.arange(len(padded)))
-        sampler: DistributedSampler[tuple[Tensor, ...]] | None = None
-        if self.trainer is not None and processes > 1:
-            # Given here because the sampler that Lightning would add shuffles anew in every epoch.
-            sampler = DistributedSampler(dataset, processes, self.trainer.global_rank, shuffle=False)
-        return DataLoader(dataset, batch_size=batch_size, shuffle=False, sampler=sampler)  # type: ignore[arg-type]
+        # Given here because the sampler that Lightning would add shuffles anew in every epoch.
+        sampler: Any = DistributedSampler(dataset, processes, rank, shuffle=False)
+        return DataLoader(dataset, batch_size=batch_size, sampler=sampler)  # type: ignore[arg-type]
 
 
 def set_names(specs: list[str]) -> list[str]:
