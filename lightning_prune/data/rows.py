@@ -114,7 +114,9 @@ def documents(path: Any, rows: Rows, column: str | None, chat: Chat) -> Iterator
             if value is not None:
                 yield str(value)
             continue
-        turns = [turn for name in columns for turn in _turns(row.get(name), _role(name), where)]
+        turns = []
+        for name in columns:
+            turns += _turns(row.get(name), "assistant" if name in (*ANSWERS, "chosen") else "user", where)
         if len(columns) > 2 and isinstance(row.get(columns[1]), str):  # instruction and its input are one turn
             asked = BLANK_LINE.join(str(row[name]) for name in columns[:2] if row.get(name))
             turns = [{"role": "user", "content": asked}, *_turns(row.get(columns[2]), "assistant", where)]
@@ -166,10 +168,6 @@ def _columns(path: Any, table: Columns, column: str | None) -> list[str]:
         f"cannot tell which column of {path} is the text; found: {table}. Choose one with --data.column, name "
         f"it text, or choose another file with {OPTIONS}"
     )
-
-
-def _role(column: str) -> str:
-    return "assistant" if column in (*ANSWERS, "chosen") else "user"
 
 
 def _turns(value: Any, role: str, where: str) -> list[Row]:

@@ -11,6 +11,8 @@ import sys
 import termios
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -20,23 +22,11 @@ from lightning_prune.support.progress import Lines, Progress, Status, clock, dis
 ROOT = Path(__file__).parents[2]
 
 
-class Recorded:
-    """A display that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.statuses: list[Status] = []
-        self.endings: list[str] = []
-
-    def moved(self, status: Status) -> None:
-        self.statuses.append(status)
-
-    def ended(self, line: str) -> None:
-        self.endings.append(line)
-
-
 @pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
-    found = Recorded()
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What the display was told."""
+    found = SimpleNamespace(statuses=[], endings=[])
+    found.moved, found.ended = found.statuses.append, found.endings.append
     monkeypatch.setattr(module, "display_for", lambda: found)
     return found
 
@@ -49,7 +39,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return found
 
 
-def test_the_status_names_phase_place_and_what_is_left(recorded: Recorded, now: list[float]) -> None:
+def test_the_status_names_phase_place_and_what_is_left(recorded: Any, now: list[float]) -> None:
     progress = Progress()
     progress.expect("calibrating", 30)
     progress.expect("writing", 10)
@@ -68,7 +58,7 @@ def test_the_status_names_phase_place_and_what_is_left(recorded: Recorded, now: 
     assert recorded.endings == ["calibrating: 20.0 s", "writing: 0.0 s"]
 
 
-def test_nothing_is_shown_where_nothing_is_wanted_or_done(recorded: Recorded) -> None:
+def test_nothing_is_shown_where_nothing_is_wanted_or_done(recorded: Any) -> None:
     unwanted, idle = Progress(shown=False), Progress()
     for progress in (unwanted, idle):
         progress.expect("calibrating", 4)
@@ -103,7 +93,7 @@ def test_off_a_terminal_a_phase_is_a_line_and_a_long_one_says_how_far_it_is(
     assert not set(shown.err) & {"\r", "\x1b"}
 
 
-def test_a_part_tells_the_whole_and_takes_nothing_back(recorded: Recorded) -> None:
+def test_a_part_tells_the_whole_and_takes_nothing_back(recorded: Any) -> None:
     whole = Progress()
     whole.expect("wanda 0.2", 1)
     whole.expect("wanda 0.3", 1)
