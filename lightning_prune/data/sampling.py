@@ -6,7 +6,7 @@ from torch import Tensor
 from lightning_prune.support.errors import UserError
 
 
-def window_starts(stream: Tensor, seq_len: int, stride: int | None = None, bos: int | None = None) -> Tensor:
+def window_starts(stream: Tensor, seq_len: int, stride: int | None, bos: int | None) -> Tensor:
     """Where windows begin: every multiple of `stride`, by default of the tokens that a window takes; int64 `[M]`.
 
     A last partial window is dropped. With `bos`, a window takes `seq_len - 1` tokens of the stream after it; one whose
@@ -19,7 +19,7 @@ def window_starts(stream: Tensor, seq_len: int, stride: int | None = None, bos: 
     return starts
 
 
-def cut(stream: Tensor, starts: Tensor, seq_len: int, bos: int | None = None) -> Tensor:
+def cut(stream: Tensor, starts: Tensor, seq_len: int, bos: int | None) -> Tensor:
     """The windows at `starts`, int64 `[N, L]`; see `window_starts`."""
     if len(starts) == 0:
         return stream.new_empty(0, seq_len)
@@ -33,7 +33,7 @@ def cut(stream: Tensor, starts: Tensor, seq_len: int, bos: int | None = None) ->
 
 def aligned_windows(stream: Tensor, seq_len: int, bos: int | None = None) -> Tensor:
     """All windows that do not overlap, int64 `[M, L]`; see `window_starts`."""
-    return cut(stream, window_starts(stream, seq_len, None, bos), seq_len, bos)
+    return draw_windows(stream, None, seq_len, bos=bos)
 
 
 def draw_windows(
