@@ -97,20 +97,16 @@ def test_rows_may_differ_and_be_empty(chatty: str, tmp_path: Path) -> None:
     assert read(file, chatty) == read(file.parent, chatty, split="train") == HELLO + said(("user", "hello"))
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "times"),
-    [
-        ("lists.json", [MESSAGES, MESSAGES], 2),
-        ("indented.json", {"data": [{"messages": MESSAGES}] * 2}, 2),
-        ("one.json", MESSAGES, 1),
-    ],
-)
-def test_a_chat_may_be_a_list_without_a_name(name: str, content: Any, times: int, chatty: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(json.dumps(content, indent=1 if name == "indented.json" else None))
-    assert read(tmp_path / name, chatty) == HELLO * times
-    if name == "lists.json":
-        (tmp_path / "lines.jsonl").write_text("\n".join(map(json.dumps, content)))
-        assert read(tmp_path / "lines.jsonl", chatty) == HELLO * times
+def test_a_chat_may_be_a_list_without_a_name(chatty: str, tmp_path: Path) -> None:
+    for name, content in (
+        ("lists.json", json.dumps([MESSAGES, MESSAGES])),
+        ("lists.jsonl", "\n".join([json.dumps(MESSAGES)] * 2)),
+        ("indented.json", json.dumps({"data": [{"messages": MESSAGES}] * 2}, indent=1)),
+    ):
+        (tmp_path / name).write_text(content)
+        assert read(tmp_path / name, chatty) == HELLO * 2
+    (tmp_path / "one.json").write_text(json.dumps(MESSAGES))
+    assert read(tmp_path / "one.json", chatty) == HELLO
 
 
 NO_TEXT = r"cannot tell which column"
