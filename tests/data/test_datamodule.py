@@ -237,9 +237,11 @@ def test_calibrating_on_the_evaluation_text_warns(
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [  # batch_size, eval_seq_len and seed are in tests/hostile
+    [  # the seed is in tests/hostile
         ({"num_samples": 0}, "--data.num_samples is 0.*at least 1"),
         ({"seq_len": 1}, "--data.seq_len is 1.*at least 2"),
+        ({"eval_seq_len": 1}, "--data.eval_seq_len is 1"),
+        ({"batch_size": 0}, "--data.batch_size is 0"),
         ({"eval_batch_size": -1}, "--data.eval_batch_size is -1"),
         ({"sampling": "sliding"}, "needs --data.stride"),
         ({"sampling": "sliding", "stride": 0}, "--data.stride is 0"),
