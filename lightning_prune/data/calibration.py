@@ -2,18 +2,14 @@
 
 import hashlib
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 
 def fingerprint(tokens: Tensor) -> str:
-    r"""SHA-256 that two runs share exactly when they saw the same tokens (integers of any shape) in the same order.
-
-    The hashed bytes are the shape as ASCII decimals joined by commas and ended by a newline (`128,128\n`),
-    then the token ids in row-major order as little-endian int64.
-    """
+    r"""SHA-256 that two runs share exactly when they saw the same tokens (integers of any shape) in the same order: of
+    the shape in ASCII decimals (`128,128\n`), then the ids in row-major order as little-endian int64."""
     digest = hashlib.sha256(",".join(str(size) for size in tokens.shape).encode("ascii") + b"\n")
     digest.update(tokens.detach().cpu().contiguous().numpy().astype("<i8", copy=False).tobytes())
     return digest.hexdigest()
@@ -21,10 +17,8 @@ def fingerprint(tokens: Tensor) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationManifest:
-    """Everything needed to rebuild a calibration set, and its fingerprint to check the result.
-
-    What a ready token array does not say is None: it has no text and no tokenizer.
-    """
+    """Everything needed to rebuild a calibration set, and its fingerprint to check the result. What a ready token array
+    does not say is None: it has no text and no tokenizer."""
 
     dataset: str  # corpus name or local path
     configuration: str | None  # of a dataset on the hub, e.g. `wikitext-2-raw-v1`
@@ -74,8 +68,8 @@ class EvaluationSet:
     manifest: dict[str, Any]
 
     @classmethod
-    def of(cls, name: str, tokens: Tensor, facts: dict[str, Any]) -> "EvaluationSet":
-        """Windows with the manifest's protocol; ``facts`` is the rest of it."""
+    def of(cls, name: str, tokens: Tensor, facts: dict[str, Any], **more: str) -> "EvaluationSet":
+        """Windows with the manifest's protocol; ``facts`` and ``more`` are the rest of it."""
         windows, seq_len = tokens.shape
         protocol = {
             "seq_len": seq_len,
@@ -84,7 +78,7 @@ class EvaluationSet:
             "predicted_tokens": windows * (seq_len - 1),
             "fingerprint": fingerprint(tokens),
         }
-        return cls(name, tokens, facts | protocol)
+        return cls(name, tokens, facts | protocol | more)
 
     @property
     def is_long(self) -> bool:
@@ -99,14 +93,3 @@ def same_text(seen: dict[str, Any], other: dict[str, Any]) -> bool:
     same_split = all(seen[key] == other[key] for key in ("dataset", "split"))
     known = seen["text_sha256"] is not None and seen["text_sha256"] == other["text_sha256"]
     return same_split or known or bool(seen["fingerprint"] == other["fingerprint"])
-
-
-def distinct_name(one: EvaluationSet, sets: list[EvaluationSet]) -> str:
-    """Files of the same name in different folders get their folder's name too, or the whole path if need be."""
-    same = [Path(other.manifest["dataset"]) for other in sets if other.name == one.name]
-    if len(same) == 1:
-        return one.name
-    path = Path(one.manifest["dataset"])
-    prefix = path.absolute().parent.name
-    is_enough = [other.absolute().parent.name for other in same].count(prefix) == 1
-    return f"{prefix}/{one.name}" if is_enough else str(path)

@@ -1,10 +1,5 @@
-"""Named corpora and where their text comes from; everything else a `--data.dataset` can be is a local path.
+"""Named corpora and where their text comes from; everything else a `--data.dataset` can be is a local path."""
 
-How documents become one text follows the loaders the pruning papers share, because perplexity depends on it:
-wikitext2 joins its lines by a blank line, ptb and c4 join by one space.
-"""
-
-import difflib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,8 +11,9 @@ import datasets
 
 from lightning_prune.data.local_files import FILE_KINDS, is_local, local_splits, read_local, until
 from lightning_prune.data.rows import Chat
+from lightning_prune.data.token_arrays import OPTIONS
 from lightning_prune.demo import SPLITS, demo_text
-from lightning_prune.support.errors import UserError, first_line
+from lightning_prune.support.errors import UserError, did_you_mean, first_line
 from lightning_prune.support.quiet import quiet_datasets
 
 # English has 3 to 5 characters per token, so 16 leave random sampling about four windows to choose each one from.
@@ -40,12 +36,12 @@ class Corpus:
 
 @dataclass(frozen=True)
 class HubCorpus:
-    """Where a named corpus lives on the Hugging Face hub and how its documents are joined."""
+    """Where a named corpus is on the Hugging Face hub."""
 
     path: str
     configuration: str
     column: str
-    joiner: str
+    joiner: str  # of documents, as in the loaders that the pruning papers share: perplexity depends on it
     splits: tuple[str, ...]
     options: dict[str, Any]  # of `datasets.load_dataset`
 
@@ -66,11 +62,8 @@ C4_HELD_OUT_DOCUMENTS = 1100  # the published c4 perplexities read the first 110
 
 
 def calibration_split(dataset: str) -> str:
-    """The split calibration reads by default: `train`, or `all` for a file without splits.
-
-    Raises:
-        UserError: unknown dataset, missing file, or a folder of splits without `train`.
-    """
+    """The split calibration reads by default: `train`, or `all` for a file without splits. UserError for an unknown
+    dataset, a missing file, or a folder of splits without `train`."""
     splits = _splits(dataset)
     if splits and "train" not in splits:
         raise UserError(
@@ -101,11 +94,9 @@ def load_corpus(
     column: str | None = None,
     tokenizer: Callable[[], Any] | None = None,
 ) -> Corpus:
-    """Read the text of one split.
+    """Read the text of one split, `all` where there are none, of one of `NAMES` or a local path.
 
     Args:
-        dataset: one of `NAMES` or a local path.
-        split: one of its splits, or `all` where there are none.
         tokens_wanted: c4 calibration is streamed only until its text has 16 characters for each of these, a local text
             until it also has ``ENOUGH``. None for all.
         column: of a local table; by default the one that is clearly the text or a chat.
@@ -117,7 +108,7 @@ def load_corpus(
     splits = _splits(dataset)
     if split not in (splits or ("all",)):
         allowed = f"one of {', '.join(splits)}" if splits else "none: leave the split out"
-        raise UserError(f"{dataset} has no split {split!r}; allowed: {allowed} (--data.dataset, --data.eval_datasets)")
+        raise UserError(f"{dataset} has no split {split!r}; allowed: {allowed} ({OPTIONS})")
     if dataset in HUB:
         return _from_hub(dataset, split, tokens_wanted)
     if dataset == "demo":
@@ -133,13 +124,10 @@ def _splits(dataset: str) -> Sequence[str]:
         return SPLITS if dataset == "demo" else HUB[dataset].splits
     if is_local(dataset):
         return local_splits(dataset)
-    if "/" in dataset or Path(dataset).suffix:
-        problem = f"{dataset!r} is neither a named dataset nor a file or folder that exists"
-    else:
-        near = difflib.get_close_matches(dataset.lower(), NAMES, n=1)
-        problem = f"unknown dataset {dataset!r}" + (f" (did you mean {near[0]}?)" if near else "")
+    hint = "" if "/" in dataset or Path(dataset).suffix else did_you_mean(dataset.lower(), NAMES)
     raise UserError(
-        f"{problem}; --data.dataset and --data.eval_datasets take {', '.join(NAMES)}, or a local {FILE_KINDS}"
+        f"{dataset!r} is neither a named dataset nor a file or folder that exists; {OPTIONS} take {', '.join(NAMES)}, "
+        f"or a local {FILE_KINDS}.{hint}"
     )
 
 
@@ -158,7 +146,7 @@ def _from_hub(dataset: str, split: str, tokens_wanted: int | None) -> Corpus:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
             f"could not fetch {dataset} ({source.path}, {split}) from the hub: {reason}. Check the network and "
-            f"HF_HUB_OFFLINE, or give a local {FILE_KINDS} with --data.dataset and --data.eval_datasets"
+            f"HF_HUB_OFFLINE, or give a local {FILE_KINDS} with {OPTIONS}"
         ) from error
     # The commit is in the addresses that the dataset was downloaded from.
     addresses = " ".join(getattr(rows.info, "download_checksums", None) or {})

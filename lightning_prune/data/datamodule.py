@@ -1,7 +1,7 @@
 """The one way text reaches a pruning method: a LightningDataModule whose defaults are the common setting."""
 
 import os
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,14 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_prune.data import mixtures
-from lightning_prune.data.calibration import (
-    CalibrationManifest,
-    CalibrationSet,
-    EvaluationSet,
-    distinct_name,
-    fingerprint,
-    same_text,
-)
+from lightning_prune.data.calibration import CalibrationManifest, CalibrationSet, EvaluationSet, fingerprint, same_text
 from lightning_prune.data.corpora import calibration_split, held_out_split, split_spec
 from lightning_prune.data.rows import NoSuchColumn
 from lightning_prune.data.sampling import aligned_windows, draw_windows
@@ -81,12 +74,6 @@ class CalibrationDataModule(LightningDataModule):
         continuations: prompts (64 tokens of the first evaluation set each) that the dense and the pruned model
             continue by 64 greedy tokens. 0 writes nothing.
 
-    Attributes:
-        needs_calibration: set to False before `setup` by a method that reads weights only; the calibration corpus
-            is then never opened.
-        longest_window: tokens of the longest window that the model takes; 0, until somebody says so before `setup`,
-            leaves the long windows out.
-
     Raises:
         UserError: an option is out of range, or (from `setup`) the data cannot be had or is too short.
     """
@@ -123,18 +110,17 @@ class CalibrationDataModule(LightningDataModule):
         self.seq_len = WINDOW_LENGTH if seq_len is None else seq_len
         self.eval_seq_len = WINDOW_LENGTH if eval_seq_len is None else eval_seq_len
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.eval_long_seq_len, self.continuations, self.longest_window = eval_long_seq_len, continuations, 0
+        self.eval_long_seq_len, self.continuations = eval_long_seq_len, continuations
+        self.longest_window = 0  # without `take_model` there are no long windows
         self.sampling, self.stride, self.seed = sampling, stride, seed
         self.tokenizer = tokenizer
-        self.needs_calibration = True
+        self.needs_calibration = True  # False before `setup`: the calibration corpus is never opened
         self.eval_batches_per_step = 1  # more where a model is brought in layer by layer for every step
         self._calibration: CalibrationSet | None = None
         self._evaluation: list[EvaluationSet] | None = None
         for name, least in LEAST.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise UserError(f"--data.{name} is {value}: it must be at least {least}")
-        if sampling not in ("random", "sequential", "sliding"):
-            raise UserError(f"--data.sampling is {sampling!r}: choose random, sequential or sliding")
         if sampling == "sliding" and stride is None:
             raise UserError("--data.sampling sliding needs --data.stride, the tokens between two window starts")
         if sampling != "sliding" and stride is not None:
@@ -162,11 +148,7 @@ class CalibrationDataModule(LightningDataModule):
 
     @property
     def calibration(self) -> CalibrationSet:
-        """Built by `setup("fit")` unless `needs_calibration` is False.
-
-        Raises:
-            RuntimeError: it was not built.
-        """
+        """Built by `setup("fit")` unless `needs_calibration` is False; before that a RuntimeError."""
         if self._calibration is None:
             raise RuntimeError('no calibration set: call setup("fit") first, with needs_calibration True')
         return self._calibration
@@ -174,7 +156,7 @@ class CalibrationDataModule(LightningDataModule):
     @property
     def evaluation(self) -> list[EvaluationSet]:
         """Built by `setup`; empty when there is nothing to evaluate on."""
-        return [] if self._evaluation is None else self._evaluation
+        return self._evaluation or []
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -185,10 +167,10 @@ class CalibrationDataModule(LightningDataModule):
     def prompts(self) -> Tensor | None:
         """The beginnings of windows that lie evenly in the first evaluation set, int64 `[n, 64]` (less where windows
         are shorter); None where nothing is to be continued."""
-        number = min(self.continuations, len(self.evaluation[0].tokens)) if self.evaluation else 0
-        if number == 0:
+        if not (self.evaluation and self.continuations):
             return None
         windows = self.evaluation[0].tokens
+        number = min(self.continuations, len(windows))
         return windows[torch.arange(number) * len(windows) // number, :PROMPT_LENGTH]
 
     def eval_batch(self, held_out: EvaluationSet) -> int:
@@ -213,10 +195,8 @@ class CalibrationDataModule(LightningDataModule):
         """Build what the stage needs, once: calibration for `fit` or None, evaluation sets for every stage."""
         if self._calibration is None and self.needs_calibration and stage in (None, "fit"):
             tokens, facts = self._calibration_windows(self.num_samples)
-            num_samples, seq_len = tokens.shape
-            sizes: dict[str, Any] = {"num_samples": num_samples, "seq_len": seq_len}
-            manifest = CalibrationManifest(**facts, **sizes, fingerprint=fingerprint(tokens))
-            self._calibration = CalibrationSet(tokens, manifest)
+            facts |= {"num_samples": len(tokens), "seq_len": tokens.shape[1], "fingerprint": fingerprint(tokens)}
+            self._calibration = CalibrationSet(tokens, CalibrationManifest(**facts))
         if self._evaluation is None:
             self._evaluation = self._build_evaluation()
             for held_out in self._evaluation:
@@ -224,11 +204,8 @@ class CalibrationDataModule(LightningDataModule):
                     self.check_seen(held_out)
 
     def train_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Calibration batches `(ids [B, seq_len] int64, weight [B] float32, index [B] int64)`: weight 0 for
-        samples that only give every process equally many, index in the calibration set.
-
-        Empty for a method that reads no data; Lightning then skips the epochs.
-        """
+        """Calibration batches `(ids [B, seq_len] int64, weight [B] float32, index [B] int64)`: weight 0 for samples
+        that only give every process equally many, index in the calibration set. Lightning skips the epochs of none."""
         return self._loader(self.calibration.tokens, self.batch_size) if self.needs_calibration else []
 
     def test_dataloader(self) -> list[DataLoader[Batch]]:
@@ -237,15 +214,8 @@ class CalibrationDataModule(LightningDataModule):
         return [self._loader(held_out.tokens, self.eval_batch(held_out) * steps) for held_out in self.evaluation]
 
     def check_against_model(self, vocab_size: int, max_positions: int | None) -> None:
-        """Refuse tokens and lengths the model cannot take.
-
-        Args:
-            vocab_size: rows of the embedding.
-            max_positions: longest sequence the model was made for; None for no limit.
-
-        Raises:
-            UserError: a token id outside `0 … vocab_size - 1`, or windows longer than `max_positions`.
-        """
+        """UserError for a token id outside `0 … vocab_size - 1`, and windows longer than `max_positions`, the longest
+        sequence that the model was made for (None for no limit)."""
         checks = [
             (f"evaluation set {one.name}", one.tokens, "eval_seq_len", "eval_datasets") for one in self.evaluation
         ]
@@ -280,18 +250,19 @@ class CalibrationDataModule(LightningDataModule):
             windows, facts = self._windows(part.spec, number, number, self.seq_len)
             facts |= {"share": part.share, "num_samples": number, "fingerprint": fingerprint(windows)}
             tokens.append(windows)
-            parts.append({key: value for key, value in facts.items() if key not in ("sampling", "stride", "seed")})
+            parts.append({key: value for key, value in facts.items() if key not in self._draw})
         same: dict[str, Any] = {}
         for key in ("tokenizer_sha256", "bos", "rendering", "chat_template_sha256"):
             values = list(dict.fromkeys(str(one[key]) for one in parts if one.get(key) is not None))
             same[key] = ", ".join(values) if values else None
-        given = dict.fromkeys(("configuration", "revision", "text_sha256"))
-        draw = {"sampling": self.sampling, "stride": self.stride, "seed": self._draw_seed}
-        return torch.cat(tokens), {**given, **same, **draw, "dataset": self.source, "split": "mixture", "parts": parts}
+        own = {"dataset": self.source, "split": "mixture", "parts": parts}
+        return torch.cat(tokens), dict.fromkeys(("configuration", "revision", "text_sha256")) | same | self._draw | own
 
     @property
-    def _draw_seed(self) -> int | None:
-        return self.seed if self.sampling == "random" else None
+    def _draw(self) -> dict[str, Any]:
+        """What the manifest says of how windows are drawn."""
+        seed = self.seed if self.sampling == "random" else None
+        return {"sampling": self.sampling, "stride": self.stride, "seed": seed}
 
     def _windows(
         self, spec: str, num_samples: int | None, rows: int | None, length: int | None
@@ -308,12 +279,12 @@ class CalibrationDataModule(LightningDataModule):
                     f"windows: leave it out with --data.stride"
                 )
             tokens, facts = first_part(dataset, split, rows, length)
-            return tokens, {**facts, "sampling": "given"}
+            return tokens, facts | {"sampling": "given"}
         wanted = None if num_samples is None else (num_samples - 1) * (self.stride or self.seq_len) + self.seq_len
         stream, facts = self._streams.read(dataset, split or calibration_split(dataset), wanted, self.column)
-        seed = self._draw_seed
-        tokens = draw_windows(stream, num_samples, self.seq_len, self.stride, seed, self._streams.start)
-        return tokens, {**facts, "sampling": self.sampling, "stride": self.stride, "seed": seed}
+        draw = self._draw
+        tokens = draw_windows(stream, num_samples, self.seq_len, self.stride, draw["seed"], self._streams.start)
+        return tokens, facts | draw
 
     def _build_evaluation(self) -> list[EvaluationSet]:
         if self.eval_datasets is not None:
@@ -330,40 +301,31 @@ class CalibrationDataModule(LightningDataModule):
         repeated = [spec for spec in specs if specs.count(spec) > 1]
         if repeated:
             raise UserError(f"--data.eval_datasets lists {repeated[0]} twice")
-        groups = [self._evaluation_sets(spec) for spec in specs]
-        sets: list[EvaluationSet] = []
-        for own, *long in groups:
-            name = distinct_name(own, [one for one, *_ in groups])
-            sets.append(replace(own, name=name))
-            for one in long:
-                same = {**one.manifest, "long_windows_of": name}
-                sets.append(replace(one, name=f"{name}@{one.tokens.shape[1]}", manifest=same))
-        return sets
+        named = zip(specs, set_names(specs), strict=True)
+        return [one for spec, name in named for one in self._evaluation_sets(spec, name)]
 
-    def _evaluation_sets(self, spec: str) -> list[EvaluationSet]:
+    def _evaluation_sets(self, spec: str, name: str) -> Iterator[EvaluationSet]:
         """The set, and the same text in long windows where it has some."""
         dataset, split = split_spec(spec)
-        name, long = Path(dataset).name, []
         if is_token_array(dataset):
-            tokens, facts = first_part(dataset, split, None, self._requested_eval_length, "eval_seq_len")
-        else:
-            default = held_out_split(dataset) or "all"
-            name = name if split in (None, default) else f"{name}:{split}"
-            try:
-                stream, facts = self._streams.read(dataset, split or default, column=self.column)
-            except NoSuchColumn:  # it is calibration's; an evaluation set may have its own
-                stream, facts = self._streams.read(dataset, split or default)
-            start = self._streams.start
-            tokens = aligned_windows(stream, self.eval_seq_len, start)
-            length = min(self.longest_window, len(stream) + (start is not None))
-            if length >= 2 * self.eval_seq_len:
-                long = [aligned_windows(stream, length, start)]
-            if len(tokens) == 0:
-                raise UserError(
-                    f"evaluation set {spec} has {len(stream)} tokens, but one window needs {self.eval_seq_len}: "
-                    f"lower --data.eval_seq_len or choose a longer text with --data.eval_datasets"
-                )
-        return [EvaluationSet.of(name, one, facts) for one in (tokens, *long) if len(one)]
+            yield EvaluationSet.of(name, *first_part(dataset, split, None, self._requested_eval_length, "eval_seq_len"))
+            return
+        split = split or held_out_split(dataset) or "all"
+        try:
+            stream, facts = self._streams.read(dataset, split, column=self.column)
+        except NoSuchColumn:  # it is calibration's; an evaluation set may have its own
+            stream, facts = self._streams.read(dataset, split)
+        start = self._streams.start
+        tokens = aligned_windows(stream, self.eval_seq_len, start)
+        if len(tokens) == 0:
+            raise UserError(
+                f"evaluation set {spec} has {len(stream)} tokens, but one window needs {self.eval_seq_len}: "
+                f"lower --data.eval_seq_len or choose a longer text with --data.eval_datasets"
+            )
+        yield EvaluationSet.of(name, tokens, facts)
+        length = min(self.longest_window, len(stream) + (start is not None))
+        if length >= 2 * self.eval_seq_len and len(long := aligned_windows(stream, length, start)):
+            yield EvaluationSet.of(f"{name}@{length}", long, facts, long_windows_of=name)
 
     def check_seen(self, held_out: EvaluationSet) -> None:
         """Warn of an evaluation set that is the calibration text."""
@@ -375,13 +337,27 @@ class CalibrationDataModule(LightningDataModule):
 
     def _loader(self, tokens: Tensor, batch_size: int) -> DataLoader[Batch]:
         """Every process gets equally many batches: unequal counts hang Lightning, repeated samples bias the sums."""
-        processes = 1 if self.trainer is None else self.trainer.world_size
+        processes, rank = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
         missing = -len(tokens) % processes  # a batch may be smaller, for every process alike
         weight = torch.cat([torch.ones(len(tokens)), torch.zeros(missing)])
         padded = torch.cat([tokens, tokens[:1].expand(missing, -1)])
         dataset = TensorDataset(padded, weight, torch.arange(len(padded)))
-        sampler: DistributedSampler[tuple[Tensor, ...]] | None = None
-        if self.trainer is not None and processes > 1:
-            # Given here because the sampler that Lightning would add shuffles anew in every epoch.
-            sampler = DistributedSampler(dataset, processes, self.trainer.global_rank, shuffle=False)
-        return DataLoader(dataset, batch_size=batch_size, shuffle=False, sampler=sampler)  # type: ignore[arg-type]
+        # Given here because the sampler that Lightning would add shuffles anew in every epoch.
+        sampler: Any = DistributedSampler(dataset, processes, rank, shuffle=False)
+        return DataLoader(dataset, batch_size=batch_size, sampler=sampler)  # type: ignore[arg-type]
+
+
+def set_names(specs: list[str]) -> list[str]:
+    """Keys of evaluation sets in `metrics.json`: the name of corpus or file, and a split that is not the default. Files
+    of the same name in different folders get their folder's name too, or the whole path if need be."""
+    names, longer, paths = [], [], []
+    for dataset, split in map(split_spec, specs):
+        path = Path(dataset)
+        is_default = split is None or is_token_array(dataset) or split == (held_out_split(dataset) or "all")
+        names.append(path.name if is_default else f"{path.name}:{split}")
+        longer.append(f"{path.absolute().parent.name}/{names[-1]}")
+        paths.append(str(path))
+    return [
+        name if names.count(name) == 1 else long if longer.count(long) == 1 else path
+        for name, long, path in zip(names, longer, paths, strict=True)
+    ]

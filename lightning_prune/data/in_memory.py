@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_prune.data.corpora import calibration_split, load_corpus, split_spec
 from lightning_prune.data.local_files import rows_of
-from lightning_prune.data.rows import Chat, Rows, documents, is_turns
+from lightning_prune.data.rows import Chat, documents, is_turns
 from lightning_prune.data.sampling import draw_windows
 from lightning_prune.data.tokenization import load_tokenizer, tokenize, window_start
 from lightning_prune.support.errors import UserError
@@ -56,11 +56,8 @@ def calibration_set(
 
 
 def as_dataset(calibration: Any, folder: Path, name: str) -> list[str] | str | None:
-    """What ``--data.dataset`` takes: a name as it is, token ids as a file in ``folder``; None stays the default.
-
-    Raises:
-        UserError: token ids that are not ``[N, L]``, or something else.
-    """
+    """What ``--data.dataset`` takes: a name as it is, token ids ``[N, L]`` as a file in ``folder``; None stays the
+    default, and UserError for anything else."""
     if isinstance(calibration, list) and all(isinstance(part, str) for part in calibration):
         return calibration  # a mixture
     if calibration is None or isinstance(calibration, str | Path):
@@ -95,20 +92,16 @@ def _text(data: Any, column: str | None, tokenizer: Any, tokens_wanted: int) -> 
             raise UserError(f"calibration data: '{data}' is a file; pathlib.Path('{data}') is read, a str is text.")
         return data
     chat = Chat(lambda: tokenizer)
-    reader: Rows | None = None
     if hasattr(data, "column_names"):
-        reader = partial(rows_of, data)
-    elif isinstance(data, Iterable) and not isinstance(data, Mapping):
-        rows = list(data)
-        if rows and all(isinstance(row, str) for row in rows):
-            return chat.joined(rows)
-        if rows and all(is_turns(row) for row in rows):
-            rows = [{"messages": row} for row in rows]
-        if rows and all(isinstance(row, Mapping) for row in rows):
-            reader = lambda _: iter(rows)  # noqa: E731
-    if reader is None:
+        return chat.joined(list(documents("the dataset", partial(rows_of, data), column, chat)))
+    rows = list(data) if isinstance(data, Iterable) and not isinstance(data, Mapping) else []
+    if rows and all(isinstance(row, str) for row in rows):
+        return chat.joined(rows)
+    if all(is_turns(row) for row in rows):
+        rows = [{"messages": row} for row in rows]
+    if not rows or not all(isinstance(row, Mapping) for row in rows):
         raise UserError(
             f"calibration data: give text, a list of texts, rows or chats, a Path, a Dataset or token ids; found "
             f"{type(data).__name__}."
         )
-    return chat.joined(list(documents("the dataset", reader, column, chat)))
+    return chat.joined(list(documents("the dataset", lambda _: iter(rows), column, chat)))

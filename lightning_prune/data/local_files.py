@@ -21,6 +21,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from lightning_prune.data.rows import Chat, Row, documents, is_turns
+from lightning_prune.data.token_arrays import OPTIONS
 from lightning_prune.support.errors import UserError, first_line
 from lightning_prune.support.quiet import quiet_datasets
 from lightning_prune.support.regular_files import is_special, require_regular
@@ -42,7 +43,6 @@ METADATA = re.compile(
 KEYWORDS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test"}
 KEYWORDS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 SHARD = re.compile(r"\d{5}-of-\d{5}")
-_OPTIONS = "--data.dataset and --data.eval_datasets"
 
 
 def is_local(name: str) -> bool:
@@ -51,11 +51,7 @@ def is_local(name: str) -> bool:
 
 
 def local_splits(name: str) -> list[str]:
-    """The splits of a folder or glob; an empty list for a file, and for a saved dataset without splits.
-
-    Raises:
-        UserError: a folder that cannot be read.
-    """
+    """The splits of a folder or glob; an empty list for a file, and for a saved dataset without splits."""
     path = Path(name)
     if path.is_file() or is_special(path):
         return []
@@ -66,14 +62,8 @@ def local_splits(name: str) -> list[str]:
 
 
 def read_local(name: str, split: str, column: str | None, chat: Chat, enough: int | None) -> tuple[str, str | None]:
-    """The text of one split, and the fingerprint that `datasets` keeps with a saved folder.
-
-    Args:
-        name: an existing file or folder, or a glob.
-        split: of a folder or glob; ignored for a file.
-        column: of tables; None takes the one that is clearly the text or a chat.
-        chat: renders chats.
-        enough: characters; no document that begins after as many is read. None for all.
+    """The text of one split of a folder or glob, or of a file, and the fingerprint that `datasets` keeps with a saved
+    folder. No document that begins after ``enough`` characters is read; None for all.
 
     Raises:
         UserError: unknown kind, broken content, no column that is clearly the text, a chat that cannot be rendered.
@@ -89,23 +79,20 @@ def read_local(name: str, split: str, column: str | None, chat: Chat, enough: in
         texts = list(until(texts_of, enough, path))
     text = chat.joined(texts)
     if not text.strip():
-        raise UserError(f"{path} holds no text; choose another file with {_OPTIONS}")
+        raise UserError(f"{path} holds no text; choose another file with {OPTIONS}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(
             f"{path} holds {text[error.start]!a}, half of a character (a lone surrogate), which no tokenizer takes. "
-            f"Repair the text, or choose another with {_OPTIONS}"
+            f"Repair the text, or choose another with {OPTIONS}"
         ) from None
     return text, revision
 
 
 def until(documents: Iterable[str], enough: float | None, path: Any = "the text") -> Iterator[str]:
-    """Documents, the last of them the one that makes it `enough` characters; None for all.
-
-    Raises:
-        UserError: they are too large to be read whole.
-    """
+    """Documents, the last of them the one that makes it `enough` characters; None for all, and UserError where they are
+    too large to be read whole."""
     size = 0
     for document in documents:
         yield document
@@ -113,7 +100,7 @@ def until(documents: Iterable[str], enough: float | None, path: Any = "the text"
         if enough is not None and size >= enough:
             return
         if size > SIZE_LIMIT:
-            raise UserError(f"{path} holds more than {SIZE_LIMIT} characters, the most that is read; {_OPTIONS}")
+            raise UserError(f"{path} holds more than {SIZE_LIMIT} characters, the most that is read; {OPTIONS}")
 
 
 def rows_of(rows: Any, columns: list[str] | None) -> Iterator[Row]:
@@ -124,7 +111,7 @@ def rows_of(rows: Any, columns: list[str] | None) -> Iterator[Row]:
 
 
 def _documents(file: Path, column: str | None, chat: Chat, enough: int | None) -> Iterator[str]:
-    require_regular(file, _OPTIONS)
+    require_regular(file, OPTIONS)
     kind = _kind(file)[0]
     readers = {".jsonl": _json, ".json": _json, ".parquet": _parquet, ".arrow": _arrow}
     readers |= {".csv": partial(_csv, separators=",;|"), ".tsv": partial(_csv, separators="\t")}
@@ -135,7 +122,7 @@ def _documents(file: Path, column: str | None, chat: Chat, enough: int | None) -
     with _opened(file) as text:
         first = text.read(min(PIECE, limit))
         if "\0" in first or first.startswith(("%PDF", "{\\rtf")):
-            raise UserError(f"{file} is of an unknown kind, not text; {_OPTIONS} take a {FILE_KINDS}")
+            raise UserError(f"{file} is of an unknown kind, not text; {OPTIONS} take a {FILE_KINDS}")
         yield first + text.read(limit - len(first))
 
 
@@ -167,7 +154,7 @@ def _saved(path: Path) -> Any:
 def _refuse_special(files: Iterable[Path]) -> None:
     for file in files:
         if is_special(file):
-            require_regular(file, _OPTIONS)
+            require_regular(file, OPTIONS)
 
 
 def _files_by_split(name: str) -> dict[str, list[Path]]:
@@ -184,7 +171,7 @@ def _files_by_split(name: str) -> dict[str, list[Path]]:
         texts, tables = ([file for file in shown if _kind(file)[0] in kinds] for kinds in (PROSE, TABLES))
         files = tables if len(tables) >= len(texts) else texts
     if not files:
-        raise UserError(f"cannot read {path}: it holds no files of text; {_OPTIONS} take a {FILE_KINDS}")
+        raise UserError(f"cannot read {path}: it holds no files of text; {OPTIONS} take a {FILE_KINDS}")
     splits: dict[str, list[Path]] = {}
     for file in sorted(set(files)):
         splits.setdefault(_split_of(file.relative_to(base)) or "train", []).append(file)
@@ -192,7 +179,7 @@ def _files_by_split(name: str) -> dict[str, list[Path]]:
     configurations = [str(folder) for folder in sorted(folders) if _split_of(folder) is None]
     if len(configurations) > 1 and path.is_dir():
         raise UserError(
-            f"{path} holds several datasets: {', '.join(configurations)}. Choose one with {_OPTIONS}, e.g. "
+            f"{path} holds several datasets: {', '.join(configurations)}. Choose one with {OPTIONS}, e.g. "
             f"{path / configurations[0]}"
         )
     return {split: splits[split] for split in sorted(splits, key=lambda split: not split.startswith("train"))}
@@ -219,7 +206,7 @@ def _reading(path: Path) -> Iterator[None]:
             reason = "its entries are not those that datasets writes"
         if isinstance(error, UnicodeDecodeError):
             reason += "; text in another encoding has to be written as UTF-8 (iconv -f latin1 -t utf-8)"
-        raise UserError(f"cannot read {path}: {reason}. Check the file, or choose another with {_OPTIONS}") from error
+        raise UserError(f"cannot read {path}: {reason}. Check the file, or choose another with {OPTIONS}") from error
 
 
 @contextmanager
@@ -255,7 +242,7 @@ def _json(file: Path, _: list[str] | None) -> Iterator[Row]:
         for number, line in chain(ahead, lines):
             if (row := _row(_parsed(line))) is None:
                 raise UserError(
-                    f"{file}, line {number}: not a JSON object; {_OPTIONS} take one a line, or a list of them"
+                    f"{file}, line {number}: not a JSON object; {OPTIONS} take one a line, or a list of them"
                 )
             yield row
 

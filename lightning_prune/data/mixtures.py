@@ -46,11 +46,8 @@ def parse(specs: Sequence[str]) -> list[Part]:
 
 
 def counts(parts: Sequence[Part], num_samples: int) -> list[int]:
-    """Samples of every part: their shares by largest remainder, the earlier part first where remainders are equal.
-
-    Raises:
-        UserError: a part gets none.
-    """
+    """Samples of every part: their shares by largest remainder, the earlier part first where remainders are equal;
+    UserError where a part gets none."""
     exact = [round(part.share * num_samples, 9) for part in parts]
     counts = [math.floor(value) for value in exact]
     order = sorted(range(len(parts)), key=lambda number: counts[number] - exact[number])

@@ -10,6 +10,7 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
+from lightning_prune.data.token_arrays import OPTIONS
 from lightning_prune.support.errors import UserError, first_line
 
 Row = dict[str, Any]
@@ -28,7 +29,6 @@ ROLES |= dict.fromkeys(("gpt", "chatgpt", "assistant", "model", "bot", "bard", "
 ROLES |= dict.fromkeys(("tool", "function", "function_response", "observation"), "tool")
 SENDER, SAID = ("role", "from", "speaker"), ("content", "value", "text")  # the keys of a turn
 BLANK_LINE = "\n\n"
-_OPTIONS = "--data.dataset and --data.eval_datasets"
 
 
 class NoSuchColumn(UserError):
@@ -60,23 +60,15 @@ class Columns:
 
 
 class Chat:
-    """Renders chats with a tokenizer that is loaded at the first one.
-
-    Attributes:
-        sha256: of the chat template, once it was used.
-    """
+    """Renders chats with a tokenizer that is loaded at the first one."""
 
     def __init__(self, load: Callable[[], Any] | None) -> None:
         self._load = load
-        self.sha256: str | None = None
+        self.sha256: str | None = None  # of the chat template, once it was used
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer.
-
-        Raises:
-            UserError: none, or one without a chat template.
-        """
+        """The tokenizer; UserError for none, or one without a chat template."""
         tokenizer: Any = None if self._load is None else self._load()
         try:
             template = tokenizer.get_chat_template()
@@ -89,11 +81,8 @@ class Chat:
         return tokenizer
 
     def render(self, turns: list[Row], where: str, tools: Any = None) -> str:
-        """One chat as text, special tokens included; ``tools`` as templates take them.
-
-        Raises:
-            UserError: no template, or one that does not take this chat.
-        """
+        """One chat as text, special tokens included; ``tools`` as templates take them. UserError where there is no
+        template, or one that does not take this chat."""
         tokenizer = self.tokenizer
         try:
             return str(tokenizer.apply_chat_template(turns, tools=tools or None, tokenize=False))
@@ -111,11 +100,7 @@ class Chat:
 
 
 def documents(path: Any, rows: Rows, column: str | None, chat: Chat) -> Iterator[str]:
-    """One document per row that has one.
-
-    Raises:
-        UserError: no column that is clearly the text, or a chat that cannot be rendered.
-    """
+    """A document per row that has one; UserError where no column is clearly the text, or a chat cannot be rendered."""
     table = Columns.of(_head(rows))
     if not table.names:  # an empty shard
         return
@@ -129,7 +114,9 @@ def documents(path: Any, rows: Rows, column: str | None, chat: Chat) -> Iterator
             if value is not None:
                 yield str(value)
             continue
-        turns = [turn for name in columns for turn in _turns(row.get(name), _role(name), where)]
+        turns = []
+        for name in columns:
+            turns += _turns(row.get(name), "assistant" if name in (*ANSWERS, "chosen") else "user", where)
         if len(columns) > 2 and isinstance(row.get(columns[1]), str):  # instruction and its input are one turn
             asked = BLANK_LINE.join(str(row[name]) for name in columns[:2] if row.get(name))
             turns = [{"role": "user", "content": asked}, *_turns(row.get(columns[2]), "assistant", where)]
@@ -179,12 +166,8 @@ def _columns(path: Any, table: Columns, column: str | None) -> list[str]:
         return list(strings)
     raise UserError(
         f"cannot tell which column of {path} is the text; found: {table}. Choose one with --data.column, name "
-        f"it text, or choose another file with {_OPTIONS}"
+        f"it text, or choose another file with {OPTIONS}"
     )
-
-
-def _role(column: str) -> str:
-    return "assistant" if column in (*ANSWERS, "chosen") else "user"
 
 
 def _turns(value: Any, role: str, where: str) -> list[Row]:

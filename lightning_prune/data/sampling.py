@@ -6,7 +6,7 @@ from torch import Tensor
 from lightning_prune.support.errors import UserError
 
 
-def window_starts(stream: Tensor, seq_len: int, stride: int | None = None, bos: int | None = None) -> Tensor:
+def window_starts(stream: Tensor, seq_len: int, stride: int | None, bos: int | None) -> Tensor:
     """Where windows begin: every multiple of `stride`, by default of the tokens that a window takes; int64 `[M]`.
 
     A last partial window is dropped. With `bos`, a window takes `seq_len - 1` tokens of the stream after it; one whose
@@ -19,10 +19,12 @@ def window_starts(stream: Tensor, seq_len: int, stride: int | None = None, bos: 
     return starts
 
 
-def cut(stream: Tensor, starts: Tensor, seq_len: int, bos: int | None = None) -> Tensor:
+def cut(stream: Tensor, starts: Tensor, seq_len: int, bos: int | None) -> Tensor:
     """The windows at `starts`, int64 `[N, L]`; see `window_starts`."""
-    if bos is None or len(starts) == 0:
-        return stream.unfold(0, seq_len, 1)[starts] if len(starts) else stream.new_empty(0, seq_len)
+    if len(starts) == 0:
+        return stream.new_empty(0, seq_len)
+    if bos is None:
+        return stream.unfold(0, seq_len, 1)[starts]
     windows = torch.cat([stream.new_full((len(starts), 1), bos), stream.unfold(0, seq_len - 1, 1)[starts]], dim=1)
     if (own := stream[starts] == bos).any():
         windows[own] = stream.unfold(0, seq_len, 1)[starts[own]]
@@ -31,7 +33,7 @@ def cut(stream: Tensor, starts: Tensor, seq_len: int, bos: int | None = None) ->
 
 def aligned_windows(stream: Tensor, seq_len: int, bos: int | None = None) -> Tensor:
     """All windows that do not overlap, int64 `[M, L]`; see `window_starts`."""
-    return cut(stream, window_starts(stream, seq_len, None, bos), seq_len, bos)
+    return draw_windows(stream, None, seq_len, bos=bos)
 
 
 def draw_windows(
@@ -42,30 +44,20 @@ def draw_windows(
     seed: int | None = None,
     bos: int | None = None,
 ) -> Tensor:
-    """The first of the aligned windows, or with a seed a random choice among them without replacement.
+    """The first `num_samples` windows (None for all) of a stream int64 `[T]`, see `window_starts`, as int64 `[N, L]`.
 
-    Args:
-        stream: int64 `[T]`.
-        num_samples: N, windows wanted; None for all.
-        seq_len: L, tokens per window, `bos` among them.
-        stride: tokens between the starts of two windows; None for windows that do not overlap.
-        seed: of a `torch.Generator` on the CPU; its first `randperm` gives the windows and their order.
-        bos: the token that every window begins with; None for none.
-
-    Returns:
-        int64 `[N, L]`, in the order drawn, else in that of the text.
+    With a seed they are a random choice without replacement: the first `randperm` of a `torch.Generator` on the CPU
+    gives the windows and their order.
 
     Raises:
-        UserError: fewer than N windows fit.
+        UserError: fewer fit.
     """
     starts = window_starts(stream, seq_len, stride, bos)
     if num_samples is not None and len(starts) < num_samples:
         body = seq_len if bos is None else seq_len - 1
         needed = (num_samples - 1) * (stride or body) + body
-        what, options = (
-            f"{num_samples} windows of {seq_len}{', bos included' if bos is not None else ''}",
-            "--data.seq_len",
-        )
+        what = f"{num_samples} windows of {seq_len}{'' if bos is None else ', bos included'}"
+        options = "--data.seq_len"
         if stride is not None:
             what, options = f"{what} tokens, one every {stride}", f"{options}, --data.stride"
         raise UserError(
@@ -78,11 +70,8 @@ def draw_windows(
 
 
 def held_out_samples(tokens: Tensor) -> Tensor:
-    """Every eighth sample in the order of their tokens, bool `[N]`: the same ones whatever the order of the set.
-
-    Args:
-        tokens: int64 `[N, L]`, the calibration set.
-    """
+    """Of a calibration set int64 `[N, L]` every eighth sample in the order of their tokens, bool `[N]`: the same ones
+    whatever the order of the set."""
     order = sorted(range(len(tokens)), key=lambda row: tokens[row].tolist())
     chosen = torch.zeros(len(tokens), dtype=torch.bool)
     chosen[torch.tensor(order, dtype=torch.int64)[7::8]] = True

@@ -26,13 +26,8 @@ def default_cache_dir() -> Path:
 
 
 class StreamReader:
-    """Reads corpora with one tokenizer, which is loaded at the first text: token arrays never need it.
-
-    Args:
-        tokenizer: see `load_tokenizer`.
-        cache_dir: where streams are kept between runs.
-        bos: see `window_start`.
-    """
+    """Reads corpora with one tokenizer, which is loaded at the first text: token arrays never need it. `cache_dir` is
+    where streams are kept between runs; `bos` as in `window_start`."""
 
     def __init__(self, tokenizer: Any, cache_dir: Path, bos: str = "auto") -> None:
         self.tokenizer, self.cache_dir, self.bos = tokenizer, cache_dir, bos
@@ -58,15 +53,13 @@ class StreamReader:
         folder that cannot be written costs the next run its time, nothing else.
 
         Returns:
-            Packed token ids, int64 `[T]`; the fields that every manifest takes over: dataset, configuration, split,
-            revision, rendering, chat_template_sha256, text_sha256, tokenizer_sha256 and bos.
+            Packed token ids, int64 `[T]`; the fields that every manifest takes over: those of `Corpus` but the text,
+            text_sha256, tokenizer_sha256 and bos.
         """
         corpus = load_corpus(dataset, split, tokens_wanted, column, lambda: self._loaded[0])
         tokenizer, tokenizer_digest = self._loaded
-        digests = {
-            "text_sha256": hashlib.sha256(corpus.text.encode("utf-8")).hexdigest(),
-            "tokenizer_sha256": tokenizer_digest,
-        }
+        text_digest = hashlib.sha256(corpus.text.encode("utf-8")).hexdigest()
+        digests = {"text_sha256": text_digest, "tokenizer_sha256": tokenizer_digest}
         bos = "none" if self.start is None else "every window"
         provenance = {key: value for key, value in vars(corpus).items() if key != "text"} | digests | {"bos": bos}
         identity = {"protocol": PROTOCOL, **digests}

@@ -1,6 +1,5 @@
 """Ready token ids: `.npy` and `.safetensors` arrays, int64 `[N, L]`, taken as they are."""
 
-from os.path import exists
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.regular_files import require_regular
 
-OPTIONS = "--data.dataset, --data.eval_datasets"
+OPTIONS = "--data.dataset and --data.eval_datasets"
 
 
 def is_token_array(dataset: str) -> bool:
@@ -21,19 +20,12 @@ def is_token_array(dataset: str) -> bool:
 
 
 def load_token_array(path: str) -> Tensor:
-    """Read token ids without ever unpickling.
-
-    Args:
-        path: `.npy`, or `.safetensors` with one tensor (or one of several named `tokens`).
-
-    Returns:
-        int64 `[N, L]` with `N >= 1` and `L >= 2`.
+    """Token ids int64 `[N, L]`, `N >= 1` and `L >= 2`, of a `.npy` file or of `.safetensors` with one tensor (or one of
+    several named `tokens`), read without ever unpickling.
 
     Raises:
         UserError: missing or broken file, another dtype or rank, or an empty array.
     """
-    if not exists(Path(path)):
-        raise UserError(f"no token array at {path}: check {OPTIONS}")
     require_regular(Path(path), OPTIONS)
     try:
         if path.lower().endswith(".npy"):
@@ -60,19 +52,12 @@ def load_token_array(path: str) -> Tensor:
 def first_part(
     path: str, split: str | None, num_samples: int | None, seq_len: int | None, length_option: str = "seq_len"
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The first `num_samples` rows of an array (None for all) and their first `seq_len` tokens (None for all).
-
-    Args:
-        path: see `load_token_array`.
-        split: what the user wrote after a colon; an array has none.
-        num_samples, seq_len: what is requested.
-        length_option: the option that requests `seq_len`.
-
-    Returns:
-        int64 `[num_samples, seq_len]`; the fields that `StreamReader.read` gives, of which it knows dataset and split.
+    """The first `num_samples` rows of an array and their first `seq_len` tokens (None for all), and of the facts that
+    `StreamReader.read` gives those that it has.
 
     Raises:
-        UserError: as `load_token_array`; or a split, or more is wanted than is there.
+        UserError: as `load_token_array`; a `split`, which an array has none of; more is wanted than is there, which
+            names `length_option` for `seq_len`.
     """
     if split is not None:
         raise UserError(f"the token array {path} has no splits: leave out :{split}")

@@ -1,16 +1,9 @@
-"""Text to one packed token stream.
-
-The stream is what the tokenizer gives for the whole text in one call, without special tokens. Long texts are
-tokenised piece by piece, so that one sees how far it is, and memory stays small; a cut is made only at white
-space, and only where tokenising the 256 characters on either side gives the same ids with the cut as without.
-A tokenizer that has no such place (one that marks the start of every text it is given) gets the rest in one piece.
-"""
+"""Text to one packed token stream: what the tokenizer gives for the whole text in one call, without special tokens."""
 
 import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -35,11 +28,8 @@ CANDIDATES = 32  # white-space positions tried before the rest is taken in one p
 
 
 def load_tokenizer(source: Any) -> Any:
-    """The tokenizer of a model folder or hub id; `demo` is the embedded model's; a tokenizer is returned as it is.
-
-    Raises:
-        UserError: there is none, or it cannot be read.
-    """
+    """The tokenizer of a model folder or hub id (UserError where there is none); `demo` is the embedded model's; a
+    tokenizer is returned as it is."""
     if not isinstance(source, str | Path):
         return source
     try:
@@ -66,12 +56,8 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 
 def window_start(tokenizer: Any, bos: str = "auto") -> int | None:
-    """The token that every window of text begins with, or None.
-
-    Args:
-        tokenizer: of the model.
-        bos: `auto` takes the beginning-of-sequence token where the tokenizer puts it before a text by itself, `always`
-            takes it in any case, `never` takes none.
+    """The token that every window of text begins with, or None: `bos` is `auto` for the beginning-of-sequence token
+    where the tokenizer puts it before a text by itself, `always` for it in any case, `never` for none.
 
     Raises:
         UserError: `always`, and the tokenizer has no such token; or another word.
@@ -87,26 +73,23 @@ def window_start(tokenizer: Any, bos: str = "auto") -> int | None:
 
 
 def tokenize(tokenizer: Any, text: str, progress: bool = False) -> Tensor:
-    """The packed stream of a text of any length: int64 `[T]`, no special tokens, no padding."""
-    stream = [np.empty(0, np.int64)]
+    """The packed stream of a text: int64 `[T]`, no special tokens, no padding. A long one is tokenised piece by piece,
+    so that one sees how far it is, and memory stays small."""
+    stream, start = [np.empty(0, np.int64)], 0
     with closing(Progress(shown=progress)) as shown:
         shown.expect(TOKENISING, len(text))
-        for piece in _pieces(tokenizer, text):
-            stream.append(np.asarray(_ids(tokenizer, piece), dtype=np.int64))
-            shown.advance(TOKENISING, len(piece))
+        while start < len(text):
+            end = _safe_cut(tokenizer, text, start + PIECE)
+            stream.append(np.asarray(_ids(tokenizer, text[start:end]), dtype=np.int64))
+            shown.advance(TOKENISING, end - start)
+            start = end
         shown.finish(TOKENISING)
     return torch.from_numpy(np.concatenate(stream))
 
 
-def _pieces(tokenizer: Any, text: str) -> Iterator[str]:
-    start = 0
-    while start < len(text):
-        cut = len(text) if len(text) - start <= PIECE else _safe_cut(tokenizer, text, start + PIECE)
-        yield text[start:cut]
-        start = cut
-
-
 def _safe_cut(tokenizer: Any, text: str, begin: int) -> int:
+    """The first white space from `begin` on where the text around it gives the same ids with a cut as without. Where
+    there is none (one kind of tokenizer marks the start of every text it is given), the end of the text."""
     for space in islice(re.compile(r"\s").finditer(text, begin), CANDIDATES):
         for cut in (space.start(), space.end()):
             left, right = text[cut - CONTEXT : cut], text[cut : cut + CONTEXT]

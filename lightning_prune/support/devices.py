@@ -1,14 +1,11 @@
 """The one place that asks about devices. CUDA, ROCm, XPU and MPS take the same path: what torch calls the accelerator.
-
-Copies between host and device wait, except to and from pinned memory. There the host has to ``wait`` before it reads
-what such a copy writes or changes what it reads; on the device itself copies and kernels keep their order.
-"""
+Copies to and from pinned memory do not wait for themselves: the host has to ``wait`` before it reads what such a copy
+writes or changes what it reads; on the device itself copies and kernels keep their order."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
 
 import psutil
 import torch
@@ -32,11 +29,8 @@ def wait(device: torch.device) -> None:
 
 @contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """Kernels that give the same bits every time, where an accelerator has them.
-
-    Attention's backward adds in any order unless torch is told so. On CUDA and ROCm each of its kernels then has an
-    order or is not chosen; elsewhere torch warns of an operation without one, and equal bits are not promised.
-    """
+    """Kernels that give the same bits every time, where an accelerator has them: attention's backward adds in any order
+    unless torch is told so. Beyond CUDA and ROCm torch warns of an operation without one, and promises nothing."""
     if device.type == "cpu" or torch.are_deterministic_algorithms_enabled():  # the user's own wish comes first
         yield
         return
@@ -105,7 +99,7 @@ def reset_peak() -> None:
         _memory(reset)
 
 
-def _memory(ask: Any) -> int:
+def _memory(ask: Callable[[], int | None]) -> int:
     try:
         return 0 if accelerator() is None else int(ask() or 0)
     except RuntimeError:
@@ -120,15 +114,13 @@ def memory_in_use() -> str:
 
 def accelerators() -> list[dict[str, str | int]]:
     """``name`` and ``memory_bytes`` of every accelerator here; the host's memory where one has none of its own."""
-    kind = accelerator()
-    if kind is None:
+    if (kind := accelerator()) is None:
         return []
     properties = getattr(torch.get_device_module(kind), "get_device_properties", lambda _: None)
-    devices = [properties(index) for index in range(torch.accelerator.device_count())]
     memory = psutil.virtual_memory().total
     return [
         {"name": str(getattr(one, "name", kind.type)), "memory_bytes": int(getattr(one, "total_memory", memory))}
-        for one in devices
+        for one in map(properties, range(torch.accelerator.device_count()))
     ]
 
 

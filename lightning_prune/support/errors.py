@@ -5,10 +5,8 @@ from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """A mistake in the input: the command line prints the message alone and exits with status 2.
-
-    The message says what was found, what is allowed, and which option to change.
-    """
+    """A mistake in the input: the command line prints the message alone and exits with status 2. It says what was
+    found, what is allowed, and which option to change."""
 
 
 class CheckpointError(Exception):

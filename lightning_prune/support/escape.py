@@ -1,8 +1,5 @@
-"""Names and messages that come from outside, made harmless for the format they are shown in.
-
-A newline ends a table row, an escape sequence clears the terminal. Every writer of text passes what it did not write
-itself through here; HTML pages are escaped by their templates.
-"""
+"""Names and messages that come from outside, made harmless for the format they are shown in: a newline ends a table
+row, an escape sequence clears the terminal. HTML pages are escaped by their templates."""
 
 import os
 import re
@@ -24,10 +21,8 @@ _FILE = re.compile(r"\.(txt|jsonl?|gz|parquet|npy|safetensors)$", re.IGNORECASE)
 
 
 def plain(text: object) -> str:
-    r"""One line of visible text, for terminals, CSV and as the first step of every other format.
-
-    White space becomes single spaces; control characters, direction marks and lone surrogates become ``\x1b``.
-    """
+    r"""One line of visible text, for terminals, CSV and as the first step of every other format: white space becomes
+    single spaces, control characters, direction marks and lone surrogates become ``\x1b``."""
     return "".join(
         character.encode("unicode_escape").decode()
         if unicodedata.category(character) in _HIDDEN and character not in _SHAPERS

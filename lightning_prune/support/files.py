@@ -1,9 +1,6 @@
-"""Files and folders that appear whole or not at all, and locks that say whether their writer still lives.
-
-Everything is written under a hidden temporary name beside its target (``.<name>.<random>.tmp``), which the writer holds
-with ``flock`` until the one rename at the end. The system lets go of the lock however the process ends, so a temporary
-file that nobody holds belongs to a process that was killed, and ``sweep`` may remove it.
-"""
+"""Files and folders that appear whole or not at all: written under ``.<name>.<random>.tmp`` beside their target, which
+the writer holds with ``flock`` until the rename at the end. The system lets go of a lock however the process ends, so a
+temporary file that nobody holds belongs to a process that was killed, and ``sweep`` may remove it."""
 
 import errno
 import fcntl
@@ -26,10 +23,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 
 
 class Lock:
-    """A file or folder that this process holds, exclusively, until it lets go or ends.
-
-    ``filelock`` holds neither a folder nor a file whose content it must keep.
-    """
+    """A file or folder that this process holds, exclusively, until it lets go or ends. Not ``filelock``, which holds
+    neither a folder nor a file whose content it must keep."""
 
     def __init__(self, path: Path, handle: int) -> None:
         self.path, self._handle = path, handle
@@ -38,11 +33,8 @@ class Lock:
     def take(cls, path: Path, create: bool = False, own: bool = False) -> "Lock | None":
         """Hold a file or folder; None where another process does, or where it is gone or was replaced meanwhile.
 
-        Args:
-            path: of the file or folder.
-            create: make an empty file if there is none.
-            own: this process made it, so it counts as held even where the file system has no locks. Others cannot hold
-                it there, and never take it to be dead.
+        ``create`` makes an empty file if there is none. What is this process's ``own`` counts as held even where the
+        file system has no locks: others cannot hold it there, and never take it to be dead.
 
         Raises:
             OSError: it cannot be opened.
@@ -71,13 +63,13 @@ class Lock:
         os.pwrite(self._handle, text.encode(), 0)
 
     def release(self) -> None:
-        """Let go; what was held is not removed. Twice is harmless."""
+        """Let go without removing it; twice is harmless."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
 
     def remove(self) -> None:
-        """Remove the held file or folder, then let go."""
+        """Remove it, then let go; nothing where that was done before."""
         if self._handle < 0:
             return
         if self.path.is_dir() and not self.path.is_symlink():
@@ -93,11 +85,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, data: Any) -> None:
-    """Write a bytes-like object to ``path``, whole or not at all.
-
-    Raises:
-        OSError: the folder cannot be written or the disk is full; ``path`` is then unchanged.
-    """
+    """Write a bytes-like object to ``path``, whole or not at all: after an OSError it is unchanged."""
     with temporary(path) as partial:
         with partial.open("wb") as file:
             file.write(data)
@@ -125,8 +113,7 @@ def new_folder(path: Path, replace: bool = True) -> Iterator[Path]:
     removed otherwise (KeyboardInterrupt and SystemExit included).
 
     Raises:
-        OSError: the parent cannot be written, the disk is full, or what is at ``path`` is not a folder, or is not empty
-            and ``replace`` is false; ``path`` is then unchanged.
+        OSError: it cannot be written, or ``path`` is not a folder, or not an empty one and ``replace`` is false.
     """
     with temporary(path, folder=True) as partial:
         yield partial
@@ -145,11 +132,7 @@ def new_folder(path: Path, replace: bool = True) -> Iterator[Path]:
 
 @contextmanager
 def temporary(path: Path, folder: bool = False) -> Iterator[Path]:
-    """A held sibling of ``path``, a new file or folder, which is gone afterwards: renamed by the block, or removed.
-
-    Raises:
-        OSError: the parent cannot be written.
-    """
+    """A held sibling of ``path``, a new file or folder, which is gone afterwards: renamed by the block, or removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent, path.name)
     lock = partial = None
@@ -180,11 +163,7 @@ def sweep(folder: Path, name: str = "") -> None:
 
 
 def read_file(path: Path, limit: int, option: str) -> bytes:
-    """The content of a regular file of at most ``limit`` bytes.
-
-    Raises:
-        UserError: missing, not a regular file, too large, or unreadable.
-    """
+    """The content of a regular file of at most ``limit`` bytes; UserError where there is none or it is unreadable."""
     if (size := require_regular(path, option)) > limit:
         raise UserError(f"{option}: '{path}' has {size:,} bytes; at most {limit:,} are read.")
     try:
@@ -225,11 +204,8 @@ def check_writable(folder: Path, option: str) -> None:
 
 @contextmanager
 def made(folder: Path) -> Iterator[None]:
-    """Make ``folder`` and its parents; those that are new are removed after the block if they are empty.
-
-    Raises:
-        OSError: it cannot be made. ValueError: no path has such a name.
-    """
+    """Make ``folder`` and its parents (OSError, or ValueError where no path has such a name); those that are new are
+    removed after the block if they are empty."""
     new = [part for part in (folder.absolute(), *folder.absolute().parents) if not os.path.lexists(part)]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -14,11 +14,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def parse_bytes(text: str, option: str) -> int:
-    """Bytes of a size as people write it: ``24GiB``, ``80GB``, ``512 MiB``, ``1024``.
-
-    Raises:
-        UserError: anything else, or less than one.
-    """
+    """Bytes of a size as people write it: ``24GiB``, ``80GB``, ``512 MiB``, ``1024``; UserError for anything else."""
     match, size = re.fullmatch(r"(\d+(?:\.\d+)?) *(?:([KMGT])(I?))?B?", text.strip().upper()), 0.0
     if match is not None:
         size = float(match[1]) * (1024 if match[3] else 1000) ** (1 + "KMGT".index(match[2]) if match[2] else 0)

@@ -1,9 +1,5 @@
-"""How far a whole run is: every phase takes from one amount of work, so there is one estimate for all.
-
-The unit of work is one token through one decoder layer. Other work is stated in it: a backward costs about two more, a
-solver what its matrix products cost. It is shown on stderr: two rows that are drawn anew on a terminal, lines
-elsewhere, since in a log file or a notebook cell what is drawn over would pile up.
-"""
+"""How far a whole run is. The unit of work is one token through one decoder layer; other work is stated in it (a
+backward costs about two more, a solver what its matrix products cost), so there is one estimate for all phases."""
 
 import os
 import sys
@@ -17,30 +13,21 @@ DRAW_EVERY = 0.1  # seconds between two drawings of the rows
 
 
 class Status(NamedTuple):
-    """Where a run is: in the ``number``-th of ``phases``, of whose work ``share`` is done, and ``fraction`` of all.
-    ``left``: seconds to the run's end, where they can be told."""
+    """Where a run is."""
 
     phase: str
-    at: str
-    number: int
+    at: str  # where in the phase
+    number: int  # of the phase
     phases: int
-    share: float
-    fraction: float
+    share: float  # of the phase's work that is done
+    fraction: float  # of all work
     seconds: float
-    left: float | None
+    left: float | None  # seconds to the run's end, where they can be told
 
 
 class Progress:
-    """Shown on stderr, or nowhere where ``shown`` is false.
-
-    Example::
-
-        progress = Progress()
-        progress.expect("calibrating", 16_384 * 32)
-        progress.advance("calibrating", 512, "layer 1 of 32")
-        progress.finish("calibrating")
-        progress.close()
-    """
+    """Phases, announced by ``expect``, then each with ``advance`` and ``finish``, and ``close`` at the end. Shown on
+    stderr, or nowhere where ``shown`` is false."""
 
     def __init__(self, shown: bool = True) -> None:
         self.shown = shown
@@ -75,7 +62,7 @@ class Progress:
         self._phase, self._phase_started = None, time.monotonic()
 
     def close(self) -> None:
-        """Nothing more is shown; what was said of finished phases is not taken back."""
+        """Nothing more is shown; the lines of finished phases stay."""
         if isinstance(self._display, Rows):
             self._display.rows.stop()
         self._display = None
@@ -112,10 +99,10 @@ class _Part(Progress):
 
 
 def display_for() -> "Lines | Rows":
-    """Rows where stderr is a terminal that can move its cursor, else lines."""
-    if sys.stderr.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown"):
-        return Rows()
-    return Lines()
+    """Rows where stderr is a terminal that can move its cursor, else lines: in a log file or a notebook cell what is
+    drawn over would pile up."""
+    can_move = sys.stderr.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+    return Rows() if can_move else Lines()
 
 
 class Lines:
@@ -125,14 +112,12 @@ class Lines:
         self._last = time.monotonic()
 
     def moved(self, status: Status) -> None:
-        """Show where the run is, unless that was shown a moment ago."""
         if time.monotonic() - self._last >= LINE_EVERY:
             left = "" if status.left is None else f", about {clock(status.left)} left"
             at = f" ({status.at})" if status.at else ""
             self.ended(f"{status.phase}{at}: {status.fraction:.0%} of the run after {clock(status.seconds)}{left}")
 
     def ended(self, line: str) -> None:
-        """Print the line of a phase that has ended."""
         print(line, file=sys.stderr, flush=True)
         self._last = time.monotonic()
 
@@ -160,7 +145,6 @@ class Rows:
         self.rows.start()
 
     def moved(self, status: Status) -> None:
-        """Show where the run is, unless that was shown a moment ago."""
         if time.monotonic() - self._drawn < DRAW_EVERY:
             return
         self._drawn = time.monotonic()
@@ -174,7 +158,6 @@ class Rows:
         self.rows.refresh()
 
     def ended(self, line: str) -> None:
-        """Print the line of a phase that has ended."""
         self._drawn = float("-inf")
         self.rows.console.print(line, markup=False)
 

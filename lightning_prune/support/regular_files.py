@@ -10,11 +10,8 @@ KINDS = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "named pipe
 
 
 def require_regular(path: Path, option: str) -> int:
-    """The size in bytes of a regular file (links are followed), which is not opened; ``option`` named it.
-
-    Raises:
-        UserError: missing, unreachable, or a folder, pipe, socket or device.
-    """
+    """The size in bytes of a regular file (links are followed), which is not opened; UserError, which begins with
+    ``option``, for a folder, pipe, socket or device and where there is nothing."""
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the name
@@ -32,11 +29,7 @@ def is_special(path: Path) -> bool:
 
 
 def expanded(path: str, option: str) -> Path:
-    """``path`` with ``~`` replaced.
-
-    Raises:
-        UserError: ``~name`` of a user who is not known here.
-    """
+    """``path`` with ``~`` replaced; UserError for a user who is not known here."""
     try:
         return Path(path).expanduser()
     except RuntimeError:

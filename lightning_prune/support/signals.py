@@ -1,9 +1,6 @@
-"""SIGINT and SIGTERM end the command, whatever library code would rather continue.
-
-A handler can only raise an exception in the main thread, and that is lost when it strikes inside a finalizer, a
-callback of a library, or an ``except`` that swallows everything. So a thread of its own reads the signal, too: it has
-the exception raised again as long as nobody unwinds, and ends the process when it still runs after a while.
-"""
+"""SIGINT and SIGTERM end the command. A handler can only raise an exception in the main thread, and that is lost inside
+a finalizer, a callback of a library, or an ``except`` that swallows everything. So a thread of its own reads signals,
+too: it has the exception raised again as long as nobody unwinds, and ends a process that still runs after a while."""
 
 import os
 import signal

@@ -16,10 +16,9 @@ SHOWN = 5  # wrong fields per message
 def read_json(path: Path, kind: type[T], option: str, hint: str = "") -> T:
     """Read a JSON file as ``kind``: a pydantic model, a dataclass or a built-in type. "3" is not a number.
 
-    Of the message ``option``, which named the file, is the beginning, and ``hint``, what to do about it, the end.
-
     Raises:
-        UserError: no regular file, no JSON, or wrong fields, each with what was found and what is allowed.
+        UserError: no regular file, no JSON, or wrong fields, each with what was found and what is allowed, between
+            ``option``, which named the file, and ``hint``, what to do about it.
     """
     return parse_json(read_file(path, LIMIT, option), kind, f"{option}: '{path}'", hint)
 

@@ -1,6 +1,9 @@
+import gzip
+import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -9,10 +12,6 @@ from lightning_prune.data.datamodule import CalibrationDataModule
 
 TEXT = "the cat sat on a mat while rain fell over old town nobody came for it"
 WORDS = TEXT.split()
-
-
-def explode(*args: Any, **kwargs: Any) -> Any:
-    raise AssertionError("must not be called")
 
 
 def make_text(words: int, shift: int = 0) -> str:
@@ -25,6 +24,21 @@ def make_text(words: int, shift: int = 0) -> str:
             lines.append(" ".join(line) + ("\n" if number % 44 == 43 else ""))
             line = []
     return "\n".join([*lines, " ".join(line)])
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """A table in the kind of file that the name says, without an ending a folder saved by `datasets`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    contents = {".jsonl": lines, ".json": json.dumps(rows, indent=1).encode(), ".gz": gzip.compress(lines)}
+    if path.suffix in contents:
+        path.write_bytes(contents[path.suffix])
+        return path
+    if path.suffix == ".csv":  # as most tools write a list there
+        rows = [{key: json.dumps(one) if isinstance(one, list) else one for key, one in row.items()} for row in rows]
+    table = datasets.Dataset.from_list(rows)
+    {".parquet": table.to_parquet, ".csv": table.to_csv, "": table.save_to_disk}[path.suffix](path)
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -49,12 +63,24 @@ def text_file(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def set_up(tokenizer_folder: str, text_file: str, tmp_path: Path) -> Any:
-    """``set_up(dataset, kind, **options)``: a data module on 11 windows of 16 tokens, its sets opened."""
+def build(tokenizer_folder: str, text_file: str, tmp_path: Path) -> Any:
+    """``build(dataset, kind, **options)``: a data module on 11 windows of 16 tokens; its sets are not opened."""
+    small = {"num_samples": 11, "seq_len": 16, "eval_datasets": []}
+    small |= {"tokenizer": tokenizer_folder, "cache_dir": str(tmp_path / "cache")}
 
     def make(dataset: Any = text_file, kind: Any = CalibrationDataModule, **options: Any) -> Any:
-        small = {"num_samples": 11, "seq_len": 16, "eval_datasets": [], "tokenizer": tokenizer_folder}
-        data = kind(dataset, **{**small, "cache_dir": str(tmp_path / "cache"), **options})
+        evaluated = {"eval_seq_len": 16} if kind is CalibrationDataModule else {}
+        return kind(dataset, **small | evaluated | options)
+
+    return make
+
+
+@pytest.fixture
+def set_up(build: Any) -> Any:
+    """As ``build``, with its sets opened."""
+
+    def make(*given: Any, **options: Any) -> Any:
+        data = build(*given, **options)
         data.setup("fit")
         return data
 

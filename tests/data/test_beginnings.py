@@ -67,7 +67,7 @@ def test_never_gives_the_tokens_without_it(build: Any, beginning: str, text_file
     stream, _ = stream_of(beginning, text_file)
     assert data.calibration.tokens.flatten().tolist() == stream[: 11 * 16]
     assert (data.calibration.manifest.bos, data.evaluation[0].manifest["bos"]) == ("none", "none")
-    assert data.evaluation[0].manifest["stride"] == 128
+    assert data.evaluation[0].manifest["stride"] == 16
 
 
 def test_auto_is_what_the_tokenizer_does(tokenizer_folder: str, beginning: str) -> None:

@@ -12,10 +12,9 @@ from transformers import AutoTokenizer
 
 import lightning_prune
 from lightning_prune.data.corpora import load_corpus
-from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.data.rows import Chat, documents
 from lightning_prune.support.errors import UserError
-from tests.data.conftest import WORDS
+from tests.data.conftest import WORDS, write_rows
 
 TEMPLATE = (
     "{{ '<s>' }}{% for tool in tools or [] %}{{ tool.name }}{% endfor %}"
@@ -89,26 +88,13 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", ROWS)
 def test_a_row_is_a_document_in_the_words_of_the_template(case: str, kind: str, chatty: str, tmp_path: Path) -> None:
     row, expected = ROWS[case]
-    path = tmp_path / kind
-    if kind in ("a.jsonl", "a.json"):
-        path.write_text(json.dumps([row, row]) if kind == "a.json" else "\n".join(map(json.dumps, [row, row])))
-    else:
-        table = datasets.Dataset.from_list([row, row])
-        if kind == "a.csv":  # as pandas and most tools write a list: in JSON, or as Python prints it
-            json_cells = {name: json.dumps(value) for name, value in row.items() if isinstance(value, list)}
-            table = datasets.Dataset.from_list([row | json_cells] * 2)
-        write = {"a.parquet": table.to_parquet, "a.csv": table.to_csv, "saved": table.save_to_disk}
-        write[kind](path)
-    assert read(path, chatty) == expected * 2
+    assert read(write_rows(tmp_path / kind, [row, row]), chatty) == expected * 2
 
 
 def test_rows_may_differ_and_be_empty(chatty: str, tmp_path: Path) -> None:
     rows = [{"messages": MESSAGES, "n": 1}, {"messages": None}, {"messages": []}, {"messages": MESSAGES[:1]}]
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert read(tmp_path / "a.jsonl", chatty) == HELLO + said(("user", "hello"))
-    (tmp_path / "corpus").mkdir()
-    (tmp_path / "a.jsonl").rename(tmp_path / "corpus" / "b.jsonl")
-    assert read(tmp_path / "corpus", chatty, split="train") == HELLO + said(("user", "hello"))
+    file = write_rows(tmp_path / "corpus" / "a.jsonl", rows)
+    assert read(file, chatty) == read(file.parent, chatty, split="train") == HELLO + said(("user", "hello"))
 
 
 def test_a_chat_may_be_a_list_without_a_name(chatty: str, tmp_path: Path) -> None:
@@ -123,19 +109,36 @@ def test_a_chat_may_be_a_list_without_a_name(chatty: str, tmp_path: Path) -> Non
     assert read(tmp_path / "one.json", chatty) == HELLO
 
 
-WITHOUT_TEXT = {
-    "texts beside an id": {"data": ["hello", "hi"], "id": "7"},
-    "turns of unknown keys beside a source": {"conversation": [{"human": "hello", "bot": "hi"}], "source": "web"},
-    "one turn a row": {"role": "user", "content": "hello"},
-    "a turn without content": {"messages": [{"role": "user", "said": "hello"}]},
+NO_TEXT = r"cannot tell which column"
+REFUSED: dict[str, tuple[dict[str, Any], str | None, str]] = {  # a row, --data.column, and what the message says
+    "texts beside an id": ({"data": ["hello", "hi"], "id": "7"}, None, NO_TEXT),
+    "unknown keys": ({"conversation": [{"human": "hello", "bot": "hi"}], "source": "web"}, None, NO_TEXT),
+    "one turn a row": ({"role": "user", "content": "hello"}, None, NO_TEXT),
+    "no content": ({"messages": [{"role": "user", "said": "hello"}]}, None, "row 1: a turn has no content"),
+    "two chats": ({"a": MESSAGES, "b": MESSAGES, "text": "x"}, None, r"a \(chat\), b \(chat\).*--data\.column"),
+    "no such column": (
+        {"messages": MESSAGES, "source": "web", "n": 1},
+        "no",
+        r"--data\.column no.*not there.*messages \(chat\), source \(text\), n",
+    ),
+    "a column of numbers": ({"messages": MESSAGES, "n": 1}, "n", r"--data\.column n: .*neither text"),
+    "an unknown role": ({"messages": [{"role": "judge", "content": "a"}]}, None, "row 1.*unknown role judge"),
+    "an image": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, None, "row 1.*not text"),
 }
 
 
-@pytest.mark.parametrize("case", WITHOUT_TEXT)
-def test_no_column_is_guessed_beside_what_may_be_a_chat(case: str, chatty: str, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps(WITHOUT_TEXT[case])] * 2))
-    with pytest.raises(UserError, match=r"cannot tell which column|has no content"):
-        read(tmp_path / "a.jsonl", chatty)
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_no_text_or_cannot_be_rendered_is_one_message(case: str, chatty: str, tmp_path: Path) -> None:
+    row, column, words = REFUSED[case]
+    with pytest.raises(UserError, match=words):
+        read(write_rows(tmp_path / "a.jsonl", [row, row]), chatty, column)
+
+
+def test_a_tokenizer_without_a_template_reads_columns_of_text_alone(tokenizer_folder: str, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": MESSAGES, "source": "web"}])
+    with pytest.raises(UserError, match=r"no chat template.*--data\.tokenizer.*--data\.column"):
+        read(path, tokenizer_folder)
+    assert read(path, tokenizer_folder, "source") == "web"
 
 
 def test_columns_are_told_by_rows_that_fit_in_memory() -> None:
@@ -150,61 +153,28 @@ def test_columns_are_told_by_rows_that_fit_in_memory() -> None:
     assert read_rows == [0, 1, 2, 3, 4, 0]  # 16 million characters, then the first document
 
 
-def test_the_column_is_chosen_where_it_is_said(chatty: str, tmp_path: Path) -> None:
-    rows = [{"messages": MESSAGES, "source": "web", "n": 1}]
-    (tmp_path / "a.jsonl").write_text(json.dumps(rows[0]))
-    assert read(tmp_path / "a.jsonl", chatty, "source") == "web"
-    assert read(tmp_path / "a.jsonl", chatty, "messages") == HELLO
-    with pytest.raises(UserError, match=r"--data\.column no.*not there.*messages \(chat\), source \(text\), n"):
-        read(tmp_path / "a.jsonl", chatty, "no")
-    with pytest.raises(UserError, match=r"--data\.column n: .*neither text"):
-        read(tmp_path / "a.jsonl", chatty, "n")
-    (tmp_path / "b.jsonl").write_text(json.dumps({"a": MESSAGES, "b": MESSAGES, "text": "x"}))
-    with pytest.raises(UserError, match=r"a \(chat\), b \(chat\).*--data\.column"):
-        read(tmp_path / "b.jsonl", chatty)
-
-
-def test_what_cannot_be_rendered_is_one_message(chatty: str, tokenizer_folder: str, tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_text(json.dumps({"messages": MESSAGES, "source": "web"}))
-    with pytest.raises(UserError, match=r"no chat template.*--data\.tokenizer.*--data\.column"):
-        read(path, tokenizer_folder)
-    path.write_text("\n".join(json.dumps({"messages": [{"role": role, "content": "a"}]}) for role in ("user", "judge")))
-    with pytest.raises(UserError, match=r"row 2.*unknown role judge"):
-        read(path, chatty)
-    path.write_text(json.dumps({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}))
-    with pytest.raises(UserError, match=r"row 1.*not text"):
-        read(path, chatty)
-
-
 def chats(number: int) -> list[dict[str, Any]]:
     asked = [{"role": "user", "content": " ".join(WORDS[row % 7 : row % 7 + 6])} for row in range(number)]
     said = [{"role": "assistant", "content": f"{WORDS[row % 11]} {row}"} for row in range(number)]
     return [{"messages": [*pair], "source": "web"} for pair in zip(asked, said, strict=True)]
 
 
-def test_tokens_are_those_of_the_tokenizers_own_call(chatty: str, tmp_path: Path) -> None:
-    path = tmp_path / "chats.jsonl"
-    path.write_text("\n".join(map(json.dumps, chats(60))))
-    options = {"num_samples": 11, "seq_len": 16, "sampling": "sequential", "eval_datasets": []}
-    data = CalibrationDataModule(str(path), tokenizer=chatty, cache_dir=str(tmp_path / "cache"), **options)  # type: ignore[arg-type]
-    data.setup("fit")
+def test_tokens_are_those_of_the_tokenizers_own_call(chatty: str, set_up: Any, tmp_path: Path) -> None:
+    path = str(write_rows(tmp_path / "chats.jsonl", chats(60)))
+    calibration = set_up(path, tokenizer=chatty, sampling="sequential").calibration
     tokenizer = AutoTokenizer.from_pretrained(chatty)
     stream: list[int] = []
     for row in chats(60):
         stream += tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False)
-    assert data.calibration.tokens.flatten().tolist() == stream[: 11 * 16]
+    assert calibration.tokens.flatten().tolist() == stream[: 11 * 16]
     ids = tokenizer.convert_tokens_to_ids(SPECIAL[1:])
-    assert all((data.calibration.tokens == token).any() for token in ids)
-    manifest = data.calibration.manifest
+    assert all((calibration.tokens == token).any() for token in ids)
+    manifest = calibration.manifest
     assert (manifest.rendering, len(str(manifest.chat_template_sha256))) == ("chat template", 64)
 
     # The template writes the token that windows begin with; it is never there twice in a row.
-    data = CalibrationDataModule(
-        str(path), tokenizer=chatty, bos="always", cache_dir=str(tmp_path), num_samples=30, seq_len=8, eval_datasets=[]
-    )
-    data.setup("fit")
-    is_bos = data.calibration.tokens == tokenizer.bos_token_id
+    calibration = set_up(path, tokenizer=chatty, bos="always", num_samples=30, seq_len=8).calibration
+    is_bos = calibration.tokens == tokenizer.bos_token_id
     assert is_bos[:, 0].all()
     assert is_bos[:, 1:].any()
     assert not (is_bos[:, :-1] & is_bos[:, 1:]).any()
@@ -212,8 +182,8 @@ def test_tokens_are_those_of_the_tokenizers_own_call(chatty: str, tmp_path: Path
 
 def test_calibration_set_takes_datasets_rows_and_chats(chatty: str, tmp_path: Path) -> None:
     rows = chats(24)
-    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    sources = [datasets.Dataset.from_list(rows), rows, [row["messages"] for row in rows], tmp_path / "a.jsonl"]
+    file = write_rows(tmp_path / "a.jsonl", rows)
+    sources = [datasets.Dataset.from_list(rows), rows, [row["messages"] for row in rows], file]
     drawn = [lightning_prune.calibration_set(one, chatty, num_samples=9, seq_len=16) for one in sources]
     assert all(torch.equal(drawn[0], other) for other in drawn[1:])
     assert AutoTokenizer.from_pretrained(chatty).bos_token_id in drawn[0]

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +20,7 @@ from pyarrow import feather
 from lightning_prune.data import corpora
 from lightning_prune.data.corpora import calibration_split, held_out_split, load_corpus, split_spec
 from lightning_prune.support.errors import UserError
-from tests.data.conftest import make_text
+from tests.data.conftest import make_text, write_rows
 
 
 def text_of(path: Path | str, split: str | None = None) -> str:
@@ -59,6 +60,8 @@ CONTENTS = {
     "c4-train.00000-of-01024.json": lines("Grüße,\none"),
     "a.ndjson": lines("Grüße,\none"),
     "a.csv": 'text,id\n"Grüße,\none",1\n'.encode(),
+    "semicolons.csv": 'text;id\n"Grüße,\none";1\n'.encode(),
+    "bars.csv": 'id|text\n1|"Grüße,\none"\n'.encode(),
     "a.tsv": 'text\tid\n"Grüße,\none"\t1\n'.encode(),
 }
 
@@ -106,6 +109,7 @@ JSON_DOCUMENTS = {
     "a field": '{"data": [{"text": "a"}, {"text": "b"}]}',
     "a field, indented": json.dumps({"data": [{"text": "a"}, {"text": "b"}]}, indent=2),
     "dates and numbers": '{"text": "a", "n": 1}\n{"text": "b", "n": "2020-01-01"}\n',
+    "rows that differ": '{"text": "a"}\n\n{"text": null}\n{"y": [1, {"z": 2}], "text": "b"}\n{"y": []}',
 }
 
 
@@ -116,26 +120,80 @@ def test_json_is_lines_or_a_document(case: str, tmp_path: Path) -> None:
     assert text_of(tmp_path / "a.json") == text_of(tmp_path / "a.json.gz") == "a\n\nb"
 
 
-def parquet(path: Path, *texts: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_dict({"text": list(texts)}).to_parquet(path)
+@pytest.mark.parametrize("kind", ["a.jsonl", "a.json", "a.json.gz", "a.csv", "a.parquet", "a_folder"])
+def test_every_table_finds_its_text_column(tmp_path: Path, kind: str) -> None:
+    documents = ["Grüße, one.", "two\nlines", "three"]
+    for name in ("text", "sentence", "whatever"):
+        rows = [{"id": number, name: text} for number, text in enumerate(documents)]
+        urls = [row | {"url": "u"} if name == "text" else row for row in rows]
+        assert text_of(write_rows(tmp_path / name / kind, urls)) == "Grüße, one.\n\ntwo\nlines\n\nthree"
+    missing = [{"text": "one"}, {"text": None}, {"text": "two"}]
+    assert text_of(write_rows(tmp_path / "missing" / kind, missing)) == "one\n\ntwo"
+    path = write_rows(tmp_path / kind, [{"title": text, "body": text, "id": 1} for text in documents])
+    with pytest.raises(UserError, match=r"title.*body.*id.*--data\.dataset"):
+        text_of(path)
+
+
+def test_saved_splits_are_separate_corpora_with_a_revision(tmp_path: Path) -> None:
+    rows = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("train", "validation")}
+    folder = str(tmp_path / "d")
+    datasets.DatasetDict(rows).save_to_disk(folder)
+    assert (calibration_split(folder), held_out_split(folder)) == ("train", "validation")
+    train, held_out = load_corpus(folder, "train"), load_corpus(folder, "validation")
+    assert (train.text, held_out.text) == ("train", "validation")
+    assert train.revision
+    assert train.revision != held_out.revision
+    with pytest.raises(UserError, match=r"no split 'test'.*train, validation"):
+        load_corpus(folder, "test")
+    datasets.DatasetDict({"dev": rows["train"]}).save_to_disk(tmp_path / "dev")
+    with pytest.raises(UserError, match=r"no train.*:dev"):
+        text_of(tmp_path / "dev")
+
+
+BROKEN = {  # more of them are in tests/hostile
+    "a.jsonl": (b'{"text": "x"}\n{oops\n', "line 2"),
+    "null.jsonl": (b"null\n", "line 1"),
+    "a.json.gz": (b"not gzip", "cannot read.*a.json.gz"),
+    "a.txt": ("Grüße".encode("latin-1"), "cannot read.*utf-8.*iconv -f latin1 -t utf-8"),
+    "a.pdf": (b"%PDF", r"unknown kind.*\.txt"),
+    "folder/config.json": (b"{}", "holds no files of text.*parquet"),
+    "without text.txt": (b" \n", "holds no text"),
+    "without text.json": (b"[]", "holds no text"),
+    "without text.csv": (b"text,id\n", "holds no text"),
+    "without text.jsonl": (b'{"text": ""}', "holds no text"),
+    "a comma.csv": (b"text\nhello, you\n", "cannot read.*a comma.csv"),
+    "a comma more.csv": (b"text,id\na,1\nhello, you,2\n", "cannot read.*a comma more.csv"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_and_folders_are_one_message(tmp_path: Path, name: str, capfd: Any) -> None:
+    content, words = BROKEN[name]
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        text_of(path.parent if "/" in name else path)
+    assert re.search(words, str(error.value))
+    assert "--data.dataset" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_folder_of_the_hub_has_its_configurations_and_splits(tmp_path: Path) -> None:
     raw = tmp_path / "wikitext" / "wikitext-2-raw-v1"
     for split in ("test", "train", "validation"):
-        parquet(raw / f"{split}-00000-of-00001.parquet", split)
-    (tmp_path / "wikitext" / "README.md").write_text("---\nconfigs: []\n---\n")
-    (tmp_path / "wikitext" / ".gitattributes").write_text("x")
-    (tmp_path / "wikitext" / ".cache" / "huggingface").mkdir(parents=True)
-    (tmp_path / "wikitext" / ".cache" / "huggingface" / "x.json").write_text("{}")
+        write_rows(raw / f"{split}-00000-of-00001.parquet", [{"text": split}])
+    for name in ("README.md", ".gitattributes", ".cache/huggingface/x.json"):  # are no text of it
+        (tmp_path / "wikitext" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "wikitext" / name).write_text("{}")
     for folder in (raw, tmp_path / "wikitext"):
         assert (calibration_split(str(folder)), held_out_split(str(folder))) == ("train", "test")
         assert [text_of(folder, split) for split in ("train", "validation", "test")] == ["train", "validation", "test"]
     assert split_spec(f"{raw}:validation") == (str(raw), "validation")
     assert text_of(raw / "test-00000-of-00001.parquet") == "test"
 
-    parquet(tmp_path / "wikitext" / "wikitext-103-v1" / "train-00000-of-00001.parquet", "large")
+    write_rows(tmp_path / "wikitext" / "wikitext-103-v1" / "train-00000-of-00001.parquet", [{"text": "large"}])
     with pytest.raises(UserError, match=r"several datasets: wikitext-103-v1, wikitext-2-raw-v1\. Choose"):
         text_of(tmp_path / "wikitext")
     assert text_of(raw) == "train"
@@ -195,75 +253,48 @@ def test_a_zip_is_of_the_kind_of_its_file(tmp_path: Path) -> None:
         text_of(tmp_path / "a.zip")
 
 
-def test_a_csv_file_says_its_separator_in_the_header_and_no_field_is_lost(tmp_path: Path) -> None:
-    for header, row in (("text;id", "hello, you;1"), ("id|text", "1|hello, you"), ("text,id", '"hello, you",1')):
-        (tmp_path / "a.csv").write_text(f"{header}\n{row}\n")
-        assert text_of(tmp_path / "a.csv") == "hello, you"
-    for content in ("text\nhello, you\n", "text,id\na,1\nhello, you,2\n"):  # a comma without quotes
-        (tmp_path / "a.csv").write_text(content)
-        with pytest.raises(UserError, match=r"cannot read.*a\.csv"):
-            text_of(tmp_path / "a.csv")
-
-
-def test_an_empty_shard_is_passed_over_and_a_file_without_text_is_refused(tmp_path: Path) -> None:
+def test_an_empty_shard_is_passed_over(tmp_path: Path) -> None:
     for name, content in (("a.jsonl", b""), ("b.jsonl", lines("b")), ("c.jsonl", b"\n")):
         (tmp_path / name).write_bytes(content)
     assert text_of(tmp_path) == "b"
-    for name, empty in (("a.txt", " \n"), ("a.json", "[]"), ("a.csv", "text,id\n"), ("a.jsonl", '{"text": ""}')):
-        (tmp_path / name).write_text(empty)
-        with pytest.raises(UserError, match="holds no text"):
-            text_of(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.csv", "a.parquet", "a.txt", "saved", "folder"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.csv", "a.parquet", "a.txt", "saved", "folder/a.jsonl"])
 def test_calibration_reads_no_further_than_enough(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpora, "ENOUGH", 500)
     texts = [f"w{number:03}" * 25 for number in range(300)]  # 100 characters each
     path = tmp_path / name
-    content = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts)
-    table = datasets.Dataset.from_dict({"text": texts})
-    if name == "folder":
-        path.mkdir()
-        (path / "a.jsonl").write_bytes(content)
-        (path / "b.jsonl").write_text("this one is never opened")
-    elif name == "a.txt":
+    if name == "a.txt":
         path.write_text("\n\n".join(texts))
-    elif name in ("a.jsonl", "a.json.gz"):
-        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     else:
-        {"a.csv": table.to_csv, "a.parquet": table.to_parquet, "saved": table.save_to_disk}[name](path)
+        write_rows(path, [{"text": text} for text in texts])
+    if name == "folder/a.jsonl":
+        path = path.parent
+        (path / "b.jsonl").write_text("this one is never opened")
     split = calibration_split(str(path))
     for wanted, documents in ((1, 5), (50, 8)):  # 16 characters for every token, and 500 at least
         whole = "\n\n".join(texts[:documents])
         if name == "a.txt":
             whole = "\n\n".join(texts)[: max(500, 16 * wanted)]
         assert load_corpus(str(path), split, wanted).text == whole
-    if name != "folder":
-        assert load_corpus(str(path), split).text == "\n\n".join(texts)
+    if name != "folder/a.jsonl":
+        assert text_of(path) == "\n\n".join(texts)
 
 
-def test_an_arrow_file_and_an_empty_folder(tmp_path: Path) -> None:
-    datasets.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "saved")
-    (arrow,) = (tmp_path / "saved").glob("*.arrow")
+def test_arrow_files_in_both_formats(tmp_path: Path) -> None:
+    (arrow,) = write_rows(tmp_path / "saved", [{"text": "a"}, {"text": "b"}]).glob("*.arrow")
     assert text_of(arrow) == "a\n\nb"
     for name in ("a.arrow", "a.feather"):  # the format with an index at its end
         feather.write_feather(pa.table({"text": ["a", "b"], "id": [1, 2]}), tmp_path / name)
         assert text_of(tmp_path / name) == "a\n\nb"
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"holds no files of text.*\.parquet"):
-        text_of(tmp_path / "empty")
 
 
 def test_the_split_and_the_column_are_options(tmp_path: Path, set_up: Any) -> None:
     folder = tmp_path / "corpus"
-    folder.mkdir()
     for shift, split in enumerate(("train", "validation", "test")):
-        row = json.dumps({"title": "t", "body": make_text(900, shift)})
-        (folder / f"{split}.jsonl").write_text(row)
-    other = tmp_path / "other.jsonl"
-    other.write_text(json.dumps({"text": make_text(900, 9), "url": "u"}))
-
-    build = partial(set_up, num_samples=5, eval_seq_len=16, column="body")
+        write_rows(folder / f"{split}.jsonl", [{"title": "t", "body": make_text(900, shift)}])
+    other = write_rows(tmp_path / "other.jsonl", [{"text": make_text(900, 9), "url": "u"}])
+    build = partial(set_up, num_samples=5, column="body")
     chosen = build(str(folder), split="validation", eval_datasets=[str(folder), str(other)])
     named = build(f"{folder}:validation", eval_datasets=[])
     assert chosen.calibration.manifest.split == "validation"

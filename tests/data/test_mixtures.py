@@ -1,6 +1,5 @@
 """Several texts in one calibration set, by shares of samples."""
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,15 @@ from lightning_prune.data.calibration import fingerprint
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.recovery.data import RecoveryDataModule
 from lightning_prune.support.errors import UserError
-from tests.data.conftest import make_text
+from tests.data.conftest import make_text, write_rows
 
 
 @pytest.fixture
 def build(set_up: Any, tmp_path: Path) -> Any:
-    for shift, name in enumerate("abc"):
+    for shift, name in enumerate("ab"):
         (tmp_path / f"{name}.txt").write_text(make_text(1500 + 500 * shift, shift))
-    folder = tmp_path / "corpus"
-    folder.mkdir()
     for shift, split in enumerate(("train", "validation"), start=5):
-        (folder / f"{split}.jsonl").write_text(json.dumps({"text": make_text(1500, shift)}))
+        write_rows(tmp_path / "corpus" / f"{split}.jsonl", [{"text": make_text(1500, shift)}])
     return partial(set_up, seed=3)
 
 

@@ -9,15 +9,6 @@ from lightning_prune.support.errors import UserError
 STREAM = torch.arange(103)
 
 
-def test_with_a_seed_windows_are_aligned_and_follow_its_permutation_alone() -> None:
-    torch.manual_seed(1)  # of no effect
-    order = torch.randperm(10, generator=torch.Generator().manual_seed(3)).tolist()
-    windows = draw_windows(STREAM, 6, 10, seed=3)
-    assert windows.tolist() == [list(range(10 * i, 10 * i + 10)) for i in order[:6]]
-    assert not torch.equal(windows, draw_windows(STREAM, 6, 10, seed=4))
-    assert sorted(draw_windows(STREAM, 10, 10, seed=0)[:, 0].tolist()) == list(range(0, 100, 10))
-
-
 @pytest.mark.parametrize("stride", [None, 1, 3, 10, 20])
 def test_without_a_seed_window_i_starts_at_i_times_the_stride(stride: int | None) -> None:
     stream = STREAM.clone()
@@ -39,7 +30,8 @@ def test_a_last_partial_window_is_dropped() -> None:
     [(10, {"seed": 0}, 110), (10, {}, 110), (10, {"stride": 10}, 110), (94, {"stride": 1}, 104)],
 )
 def test_too_little_text_says_how_much_there_is_and_is_needed(fits: int, options: dict[str, Any], needed: int) -> None:
-    assert len(draw_windows(STREAM, fits, 10, **options)) == fits
+    starts = draw_windows(STREAM, fits, 10, **options)[:, 0].tolist()
+    assert len(set(starts)) == fits  # also without replacement
     with pytest.raises(UserError) as error:
         draw_windows(STREAM, fits + 1, 10, **options)
     for word in ["103 tokens", f"{needed} are needed", "--data.num_samples", "--data.seq_len", "--data.dataset"]:

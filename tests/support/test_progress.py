@@ -1,42 +1,23 @@
 """Progress of a whole run: it never promises what is not there, draws on terminals only, and can be told by another."""
 
-import fcntl
 import io
-import os
-import pty
 import re
-import struct
-import subprocess
 import sys
-import termios
-from contextlib import suppress
-from pathlib import Path
+from contextlib import closing
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from lightning_prune.support import progress as module
 from lightning_prune.support.progress import Lines, Progress, Status, clock, display_for
 
-ROOT = Path(__file__).parents[2]
-
-
-class Recorded:
-    """A display that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.statuses: list[Status] = []
-        self.endings: list[str] = []
-
-    def moved(self, status: Status) -> None:
-        self.statuses.append(status)
-
-    def ended(self, line: str) -> None:
-        self.endings.append(line)
-
 
 @pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
-    found = Recorded()
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What the display was told."""
+    found = SimpleNamespace(statuses=[], endings=[])
+    found.moved, found.ended = found.statuses.append, found.endings.append
     monkeypatch.setattr(module, "display_for", lambda: found)
     return found
 
@@ -49,7 +30,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return found
 
 
-def test_the_status_names_phase_place_and_what_is_left(recorded: Recorded, now: list[float]) -> None:
+def test_the_status_names_phase_place_and_what_is_left(recorded: Any, now: list[float]) -> None:
     progress = Progress()
     progress.expect("calibrating", 30)
     progress.expect("writing", 10)
@@ -68,7 +49,7 @@ def test_the_status_names_phase_place_and_what_is_left(recorded: Recorded, now: 
     assert recorded.endings == ["calibrating: 20.0 s", "writing: 0.0 s"]
 
 
-def test_nothing_is_shown_where_nothing_is_wanted_or_done(recorded: Recorded) -> None:
+def test_nothing_is_shown_where_nothing_is_wanted_or_done(recorded: Any) -> None:
     unwanted, idle = Progress(shown=False), Progress()
     for progress in (unwanted, idle):
         progress.expect("calibrating", 4)
@@ -103,7 +84,7 @@ def test_off_a_terminal_a_phase_is_a_line_and_a_long_one_says_how_far_it_is(
     assert not set(shown.err) & {"\r", "\x1b"}
 
 
-def test_a_part_tells_the_whole_and_takes_nothing_back(recorded: Recorded) -> None:
+def test_a_part_tells_the_whole_and_takes_nothing_back(recorded: Any) -> None:
     whole = Progress()
     whole.expect("wanda 0.2", 1)
     whole.expect("wanda 0.3", 1)
@@ -124,55 +105,38 @@ def test_clock() -> None:
     assert [clock(seconds) for seconds in (0.4, 65, 3599.6, 7325)] == ["0:00", "1:05", "1:00:00", "2:02:05"]
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 @pytest.mark.parametrize("term", ["dumb", "unknown", None])
 def test_a_terminal_that_cannot_move_its_cursor_gets_lines(term: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
     monkeypatch.setattr(sys, "stderr", Terminal())
     monkeypatch.delenv("TERM", raising=False) if term is None else monkeypatch.setenv("TERM", term)
     assert isinstance(display_for(), Lines)
 
 
-def in_a_terminal(code: str, out: Path) -> str:
-    """What a program writes to a pseudo-terminal as stderr; its stdout goes to the file ``out``."""
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    environment = {**os.environ, "TERM": "xterm", "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"}
-    for name in ("COLUMNS", "LINES", "NO_COLOR"):
-        environment.pop(name, None)
-    with out.open("wb") as stdout:
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=stdout, stderr=theirs, env=environment)
-    os.close(theirs)
-    shown = b""
-    with suppress(OSError):  # Linux's end of a terminal that nobody writes to
-        while piece := os.read(ours, 65536):
-            shown += piece
-    os.close(ours)
-    assert process.wait(60) == 0, shown.decode()
-    return shown.decode()
-
-
 PHASES = ("perplexity of the dense model", "writing the pruned model")
-RUN = f"""
-import time
-from contextlib import closing
-from lightning_prune.support.progress import Progress
-with closing(Progress()) as progress:
-    for phase in {PHASES}:
-        progress.expect(phase, 4)
-    for phase in {PHASES}:
-        for layer in range(4):
-            time.sleep(0.12)
-            progress.advance(phase, 1, f"importance, layer {{layer + 1}} of 4")
-        print("to stdout", phase)
-        progress.finish(phase)
-"""
 
 
-def test_on_a_terminal_there_are_two_rows_and_then_only_what_stays(tmp_path: Path) -> None:
-    drawn = in_a_terminal(RUN, tmp_path / "out")
+def test_on_a_terminal_there_are_two_rows_and_then_only_what_stays(
+    now: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    for name, value in {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}.items():
+        monkeypatch.setenv(name, value)
+    with closing(Progress()) as progress:
+        for phase in PHASES:
+            progress.expect(phase, 4)
+        for phase in PHASES:
+            for layer in range(4):
+                now[0] += 0.12
+                progress.advance(phase, 1, f"importance, layer {layer + 1} of 4")
+            print("to stdout", phase)
+            progress.finish(phase)
+    drawn = terminal.getvalue()
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn)
     assert "importance, layer 2 of 4" in text
     assert re.search(r"phase 1 of 2, 0:0\d +\S+ +\d+ % about 0:0\d left, [\d,]+ MiB", text)
@@ -184,4 +148,4 @@ def test_on_a_terminal_there_are_two_rows_and_then_only_what_stays(tmp_path: Pat
     assert tuple(line.partition(":")[0] for line in stays) == PHASES
     assert drawn.rfind("\x1b[?25h") > drawn.rfind("\x1b[?25l") >= 0
     assert "to stdout" not in text
-    assert (tmp_path / "out").read_text().splitlines() == [f"to stdout {phase}" for phase in PHASES]
+    assert capsys.readouterr().out.splitlines() == [f"to stdout {phase}" for phase in PHASES]
