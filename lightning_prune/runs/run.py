@@ -52,10 +52,9 @@ def prune_and_record(
 ) -> tuple[Path, dict[str, Any]]:
     """Run one method and leave a complete run folder; its path, and its ``metrics.json``.
 
-    The folder is claimed below the ``default_root_dir`` of ``trainer``, a fresh one. ``config`` is the resolved
+    ``trainer`` is a fresh one, below whose ``default_root_dir`` the folder is claimed, ``config`` the resolved
     configuration as YAML. ``shared`` holds what an earlier run measured of the dense model on the same sets, or takes
-    it from this one; it stays open. ``resume`` continues the unfinished run of the same configuration; the result is
-    that of an undisturbed one.
+    it from this one; it stays open. ``resume`` continues the unfinished run of the same configuration.
 
     Raises:
         UserError: a mistake in the input, or a device that is too small; nothing has been written then. Or the disk is
@@ -71,7 +70,7 @@ def prune_and_record(
         data.setup("fit")
     place(trainer, method, data)
     calibration = data.calibration.manifest.fingerprint if method.needs_calibration else None
-    facts = facts_of(config, method.checkpoint.fingerprint, calibration, trainer.world_size)
+    facts = facts_of(yaml.safe_load(config), method.checkpoint.fingerprint, calibration, trainer.world_size)
     again = None
     if resume and trainer.is_global_zero:
         again = unfinished_run(Path(trainer.default_root_dir), method.label, facts)
@@ -91,7 +90,7 @@ def prune_and_record(
         if not known:
             expect_roughly(method, data)
             scratch = scratch_folder(folder)
-            known += [measure(trainer, data, method.checkpoint, "dense", method.slot, method.progress, scratch)]
+            known.append(measure(trainer, data, method.checkpoint, "dense", method.slot, method.progress, scratch))
         (dense,) = known
         trainer.fit(method, data)
         made = Checkpoint.open(str(method.pruned_folder))
@@ -194,12 +193,8 @@ def claimed(
 
 @contextmanager
 def _advice_on_failure(method: PruningMethod, data: CalibrationDataModule) -> Iterator[None]:
-    """Complete the messages of numerical trouble and of memory that does not suffice, with what would help.
-
-    Raises:
-        FloatingPointError: the one that was raised. Bad weights are named, else a precision that is not yet in use.
-        UserError: in place of an error that says that memory ran out.
-    """
+    """Complete the message of numerical trouble, and make a UserError of memory that does not suffice, with what would
+    help."""
     try:
         yield
     except FloatingPointError as error:
@@ -272,10 +267,7 @@ def _metrics(
         metrics["target"] = asdict(target) | {"reached": reached}
     metrics["self_check"] = method.self_check
     written = pruned.checkpoint.config
-    metrics["serving"] = {
-        "tensor_parallel": tensor_parallel_sizes(written, method.plan),
-        "note": pattern_note(written),
-    }
+    metrics["serving"] = {"tensor_parallel": tensor_parallel_sizes(written, method.plan), "note": pattern_note(written)}
     metrics["configuration_sha256"] = configuration_sha256(
         type(method).__name__,
         yaml.safe_load(config)["model"]["init_args"],
@@ -302,11 +294,7 @@ def _footprint(method: PruningMethod, pruned: Checkpoint) -> dict[str, Any]:
 
 
 def run_metrics(
-    plan: PruningPlan,
-    dense: Measured,
-    pruned: Measured,
-    sets: Sequence[EvaluationSet],
-    seconds: dict[str, float],
+    plan: PruningPlan, dense: Measured, pruned: Measured, sets: Sequence[EvaluationSet], seconds: dict[str, float]
 ) -> dict[str, Any]:
     """The contents of ``metrics.json``; ``seconds`` are by phase."""
     return {
