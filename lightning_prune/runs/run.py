@@ -118,17 +118,13 @@ def evaluate_and_record(
     trainer: L.Trainer, model: Evaluation, data: CalibrationDataModule, config: str, dense: str = ""
 ) -> tuple[Path, dict[str, Any]]:
     """Measure the perplexity of one model with the protocol of the pruning runs, with ``dense`` also its distance from
-    that one, and write it; the run folder, and its ``metrics.json``.
-
-    Raises:
-        UserError: a mistake in the input, or no evaluation set; nothing has been written then.
-    """
+    that one, and write it; the run folder, and its ``metrics.json``. After a UserError nothing has been written."""
     model.check_model()
     reference = model.check_dense(dense) if dense else None
     with claimed(trainer, "test", config) as folder, closing(model.progress):
         data.needs_calibration = False
         positions = [one.limits[1] for one in (model.checkpoint, reference) if one is not None]
-        data.take_model(min((one for one in positions if one is not None), default=None))
+        data.take_model(min(filter(None, positions), default=None))
         data.setup("test")
         if not data.evaluation:
             raise UserError(
@@ -139,10 +135,7 @@ def evaluate_and_record(
             model.reference = measure(trainer, data, reference, "dense", model.slot, model.progress, scratch)
         trainer.test(model, data, verbose=False)
         metrics = {
-            "perplexity": {
-                name: {"perplexity": result.perplexity, "tokens": result.tokens}
-                for name, result in model.perplexity.items()
-            },
+            "perplexity": {name: asdict(result) for name, result in model.perplexity.items()},
             "evaluation": {item.name: item.manifest for item in data.evaluation},
             "parameters": sum(parameter.numel() for parameter in model.slot.model.net.parameters()),
             "seconds": {phase: round(value, 3) for phase, value in model.seconds.items()},
