@@ -17,10 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
 import lightning as L
-from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_prune import methods
 from lightning_prune.data.datamodule import CalibrationDataModule
@@ -47,7 +45,7 @@ class Parser(LightningArgumentParser):
         owners = {name: _options_of(getattr(methods, name)) for name in methods.__all__}
         chosen = re.search(r"given class_path '([\w.]+)\.(\w+)'", message)
         method = chosen and getattr(sys.modules.get(chosen[1]), chosen[2], None)
-        options = _options_of(method) if isinstance(method, type) else set().union(*owners.values())
+        options = set(_options_of(method)) if isinstance(method, type) else set().union(*owners.values())
         options |= {option.lstrip("-") for option in self._option_string_actions}
         raise _user_error_in(ex) or UserError(plain(message, sorted(options), owners)) from None
 
@@ -76,7 +74,7 @@ class RunBuilder(LightningCLI):
     ) -> None:
         quiet()
         self._own = dict(options)
-        sizes = {name for name in map(_name_of, arguments) if name.startswith(SIZES)}
+        sizes = {name for word in arguments if (name := word.partition("=")[0]).startswith(SIZES)}
         if "--model.pruning_ratio" in sizes and len(sizes) > 1:
             raise UserError(f"{' and '.join(sorted(sizes))}: give one of them.")
         chosen = model_class is PruningMethod
@@ -126,12 +124,15 @@ class RunBuilder(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Refuse what the parser lets through: text that is not UTF-8, numbers too large, null for a value."""
         super().parse_arguments(parser, args)
-        model = self.config.get("model")
-        if self.subclass_mode_model and model is not None:
+        kinds: dict[str, Any] = {}  # the parser lets null through for the options of a class that it picks
+        if self.subclass_mode_model and (model := self.config.get("model")) is not None:
             module, _, name = model.class_path.rpartition(".")
-            _refuse_nulls(getattr(importlib.import_module(module), name), dict(model.get("init_args") or {}))
+            kinds = _options_of(getattr(importlib.import_module(module), name))
         for name, value in _leaves("", self.config.as_dict()):
-            option = f"--{name.replace('init_args.', '')}"
+            name = name.replace("init_args.", "")
+            option = f"--{name}"
+            if value is None and name in kinds and type(None) not in typing.get_args(kinds[name]):
+                raise UserError(f"{option}: found null; it needs a value ({inspect.formatannotation(kinds[name])}).")
             if isinstance(value, str):
                 check_text(value, option)
             elif isinstance(value, int) and abs(value) > LARGEST:
@@ -145,16 +146,15 @@ class RunBuilder(LightningCLI):
         """The trainer of the user's options, with what the run itself brings: progress, unless the options forbid it
         or bring a bar, and TensorBoard below ``<root>/<label>``, unless another logger or none is given."""
         options = dict(self._get(self.config_init, "trainer"))
-        callbacks = options["callbacks"] if isinstance(options["callbacks"], list) else [options["callbacks"]]
-        silent = options["enable_progress_bar"] is False or self.option("quiet")
-        if not silent and not any(isinstance(one, ProgressBar) for one in callbacks):
-            self.model.progress = Progress(shown=getattr(rank_zero_only, "rank", 0) == 0)
-            if self.model.progress.shown:
-                self.datamodule.show_progress()
         label = self.label()  # refuses a bad one, whatever the logger
         if options["logger"] in (None, True):
             options["logger"] = TensorBoardLogger(options["default_root_dir"], name=label, default_hp_metric=False)
         trainer: L.Trainer = self.trainer_maker(**options)
+        silent = options["enable_progress_bar"] is False or self.option("quiet")
+        if not silent and trainer.progress_bar_callback is None:
+            self.model.progress = Progress(shown=trainer.is_global_zero)
+            if self.model.progress.shown:
+                self.datamodule.show_progress()
         return trainer
 
     def label(self) -> str:
@@ -175,11 +175,7 @@ class RunBuilder(LightningCLI):
 
 
 def build(label: str, configuration: Mapping[str, Any]) -> RunBuilder:
-    """Trainer, method and data of one run of an experiment.
-
-    Raises:
-        UserError: names the system, ``label``.
-    """
+    """Trainer, method and data of one run of an experiment; a UserError names its system, ``label``."""
     try:
         built = RunBuilder(configuration)
     except UserError as error:
@@ -223,21 +219,6 @@ def _user_error_in(error: BaseException | None) -> UserError | None:
     return error
 
 
-def _name_of(argument: str) -> str:
-    return argument.partition("=")[0]
-
-
-def _refuse_nulls(owner: type, options: Mapping[str, Any]) -> None:
-    """The parser lets null through for the options of a class that it picks."""
-    hints: dict[str, Any] = {}
-    for base in reversed(owner.__mro__):
-        if "__init__" in vars(base):
-            hints |= typing.get_type_hints(vars(base)["__init__"])
-    for name, value in options.items():
-        if value is None and name in hints and type(None) not in typing.get_args(hints[name]):
-            raise UserError(f"--model.{name}: found null; it needs a value ({inspect.formatannotation(hints[name])}).")
-
-
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -260,14 +241,16 @@ def _import_fault(path: str) -> str:
     return f"the module has no class '{name}'"
 
 
-def _options_of(method: type) -> set[str]:
-    own = [
-        base for base in method.__mro__ if not base.__module__.startswith(("lightning.", "torch.", "builtins", "abc"))
-    ]
-    return {f"model.{name}" for base in own for name in inspect.signature(base).parameters}
+def _options_of(method: type) -> dict[str, Any]:
+    """The types of a method's options, those of its bases included, by ``model.<name>``."""
+    kinds: dict[str, Any] = {}
+    for base in reversed(method.__mro__):
+        if "__init__" in vars(base) and not base.__module__.startswith(("lightning.", "torch.", "builtins", "abc")):
+            kinds |= typing.get_type_hints(vars(base)["__init__"])
+    return {f"model.{name}": kind for name, kind in kinds.items() if name != "return"}
 
 
-def plain(message: str, options: Sequence[str], methods: Mapping[str, set[str]]) -> str:
+def plain(message: str, options: Sequence[str], methods: Mapping[str, Mapping[str, Any]]) -> str:
     """Rewrite a parser error, which has line breaks and nested lists of everything that was tried.
 
     ``options`` are all names without dashes, the method's as ``model.<name>``; ``methods``: class name → its options.
@@ -278,7 +261,13 @@ def plain(message: str, options: Sequence[str], methods: Mapping[str, set[str]])
         key = f"model.{key}"  # an error of the method's own parser
     if unknown := re.search(_UNKNOWN, message):
         word, group, member, option = unknown.groups()
-        name = _name_of(word) if word else f"--{group}.{member}" if group else f"--{key}{'.' if key else ''}{option}"
+        name = (
+            word.partition("=")[0]
+            if word
+            else f"--{group}.{member}"
+            if group
+            else f"--{key}{'.' if key else ''}{option}"
+        )
         if not name.startswith("-"):
             return f"unexpected argument '{name}': options are written --NAME VALUE. See --help."
         return _unknown(name, options, methods)
@@ -309,23 +298,19 @@ def plain(message: str, options: Sequence[str], methods: Mapping[str, set[str]])
     return re.sub(r'Parser key "([\w.]+)":', r"--\1:", lines)[:500]
 
 
-def _unknown(name: str, options: Sequence[str], methods: Mapping[str, set[str]]) -> str:
+def _unknown(name: str, options: Sequence[str], methods: Mapping[str, Mapping[str, Any]]) -> str:
+    """Of other methods that have the option, else the one that was probably meant: of the same group, or of that name
+    in another group."""
     word = name.lstrip("-")
     if word not in options and (having := [method for method, own in methods.items() if word in own]):
         return f"unknown option {name} of this method; methods that have it: {', '.join(having)}."
-    return f"unknown option {name}.{_nearest(word.replace('-', '_'), options)}"
-
-
-def _nearest(name: str, options: Sequence[str]) -> str:
-    """The option that was probably meant: of the same group, or of that name in another group."""
-    close = difflib.get_close_matches(name, options, n=1, cutoff=0.75)
+    word = word.replace("-", "_")
     last = {option.rpartition(".")[2]: option for option in options}
-    word = name.rpartition(".")[2]
-    if not close:
-        close = [last[one] for one in difflib.get_close_matches(word, last, n=1, cutoff=0.8)]
-    close = close or [option for short, option in last.items() if short.endswith(f"_{word}")]
-    return (
-        f" Did you mean {' or '.join(f'--{one}' for one in sorted(close))}?"
-        if close
-        else " See --help for the options."
+    short = word.rpartition(".")[2]
+    close = (
+        difflib.get_close_matches(word, options, n=1, cutoff=0.75)
+        or [last[one] for one in difflib.get_close_matches(short, last, n=1, cutoff=0.8)]
+        or sorted(option for one, option in last.items() if one.endswith(f"_{short}"))
     )
+    guess = f"Did you mean {' or '.join(f'--{one}' for one in close)}?" if close else "See --help for the options."
+    return f"unknown option {name}. {guess}"

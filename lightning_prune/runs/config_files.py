@@ -1,7 +1,4 @@
-"""Configuration files: shipped ones by name, others by path; regular, small, UTF-8, and meaning what they seem to.
-
-``--config wanda`` means the shipped ``wanda.yaml``. Those of methods are the one table of what there is to prune with.
-"""
+"""Configuration files: shipped ones by name, others by path; regular, small, UTF-8, and meaning what they seem to."""
 
 import locale
 import os
@@ -50,7 +47,7 @@ def shipped_names() -> list[str]:
 
 @cache
 def shipped_methods() -> dict[str, Method]:
-    """The shipped configurations of one method each, by name."""
+    """The shipped configurations of one method each, by name: the one table of what there is to prune with."""
     methods = {}
     for name in shipped_names():
         path = shipped_folder() / f"{name}.yaml"
@@ -65,11 +62,8 @@ def shipped_methods() -> dict[str, Method]:
 
 
 def config_file(given: str | Path, beside: Path = Path(), option: str = "--config") -> Path:
-    """The file that ``given`` means: one that exists relative to ``beside``, else the shipped one of that name.
-
-    Raises:
-        UserError: a bare name that is neither. (A path comes back as it is: its reader says what is wrong with it.)
-    """
+    """The file that ``given`` means: one that exists relative to ``beside``, else the shipped one of that name; for a
+    bare name that is neither UserError. A path comes back as it is: its reader says what is wrong with it."""
     path = beside / given
     if os.path.isfile(path):  # false for a name too long to be one, where Path.is_file raises
         return path
@@ -86,11 +80,8 @@ def config_file(given: str | Path, beside: Path = Path(), option: str = "--confi
 
 
 def with_config_files(arguments: Sequence[str]) -> list[str]:
-    """A command line in which every ``--config`` names a file that can be read; ``--method`` says the same.
-
-    Raises:
-        UserError: an argument that is not UTF-8, or as ``config_file`` and ``read_config``.
-    """
+    """A command line in which every ``--config`` names a file that can be read; ``--method`` says the same. Raises
+    UserError as ``check_text``, ``config_file`` and ``read_config``."""
     words, option = list(arguments), ""
     for index, word in enumerate(words):
         check_text(word, "command line")
@@ -124,11 +115,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_config(path: Path, option: str) -> dict[str, Any]:
-    """The options in a configuration file; ``option`` begins the message of an error.
-
-    Raises:
-        UserError: not a regular file, too large, not UTF-8, not YAML, or not a mapping of options.
-    """
+    """The options in a configuration file; UserError, which ``option`` begins, for one that is not a regular file, too
+    large, not UTF-8, not YAML, or not a mapping of options."""
     content = read_file(path, SIZE_LIMIT, option)
     try:
         text = content.decode("utf-8")
@@ -170,11 +158,7 @@ def _check_references(value: Any) -> None:
 
 
 def check_text(value: str, where: str) -> None:
-    """Refuse text that no file can hold.
-
-    Raises:
-        UserError: surrogates, as which Python reads bytes that are not UTF-8, or a NUL character.
-    """
+    """Raise UserError for text that no file can hold: NUL, and surrogates, as which Python reads what is not UTF-8."""
     if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value):
         raise UserError(
             f"{where}: {value!a} is not text in UTF-8. Rename the file or write the value in UTF-8; where the "

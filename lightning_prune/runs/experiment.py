@@ -51,13 +51,8 @@ class Planned:
 
 
 def plan_runs(settings: Settings) -> list[Planned]:
-    """Check every run's options, by building it, and tokenise every calibration setting once.
-
-    A system on which another seed changes nothing (it reads no data, or token ids as given) runs once.
-
-    Raises:
-        UserError: a mistake in any of them; nothing has been run then.
-    """
+    """Check every run's options, by building it, and tokenise every calibration setting once. A system on which another
+    seed changes nothing (it reads no data, or token ids as given) runs once. UserError for a mistake in any of them."""
     shared: dict[str, CalibrationDataModule] = {}
     weights: dict[str, str] = {}
     planned: list[Planned] = []
@@ -79,16 +74,14 @@ def plan_runs(settings: Settings) -> list[Planned]:
         data.take_model(method.checkpoint.limits[1])
         data.setup("fit")
         init = options["model"]["init_args"]
-        evaluation = data.fingerprints
         calibration = data.calibration.manifest.fingerprint if method.needs_calibration else None
         base = (str(built.trainer.precision), weights[method.pretrained])
         name = type(method).__name__
-        sha256 = configuration_sha256(name, init, *base, calibration, evaluation)
+        sha256 = configuration_sha256(name, init, *base, calibration, data.fingerprints)
         if any((run.label, run.sha256) == (label, sha256) for run in planned):
             continue
-        measurement = configuration_sha256(
-            name, init | dict.fromkeys(("pruning_ratio", "target_parameters", "target_memory")), *base, calibration, {}
-        )
+        sizeless = init | dict.fromkeys(("pruning_ratio", "target_parameters", "target_memory"))
+        measurement = configuration_sha256(name, sizeless, *base, calibration, {})
         held_out = {item.name: item.manifest["fingerprint"] for item in data.evaluation}
         dense = configuration_sha256("dense", {"continuations": data.continuations}, *base, None, held_out)
         planned.append(Planned(label, size, seed, configuration, data, sha256, measurement, dense))
@@ -96,13 +89,7 @@ def plan_runs(settings: Settings) -> list[Planned]:
 
 
 def run_experiment(settings: Settings) -> tuple[list[Path], list[Failure]]:
-    """Make what is missing below ``settings.root`` and keep what is there.
-
-    A run that was being made when this process was killed is made again by the next call, and nothing else is lost. A
-    run that raises is reported and the others are still made.
-
-    Returns:
-        Folders of all finished runs of the experiment, in its order, and what failed.
+    """Make what is missing below ``settings.root``; folders of all finished runs in their order, and what failed.
 
     Raises:
         UserError: a mistake in the settings, or another experiment is running below the same root.
@@ -117,12 +104,19 @@ def run_experiment(settings: Settings) -> tuple[list[Path], list[Failure]]:
         missing = [run for run in planned if run.folder is None]
         finished = len(planned) - len(missing)
         print(f"{len(planned)} runs below {settings.root}: {finished} finished, {len(missing)} to make")
-        with closing(Progress(settings.show_progress)) as progress, closing(_Dense()) as dense:
+        with closing(Progress(settings.show_progress)) as progress, ExitStack() as stack:
             for run in missing:
                 progress.expect(run.name, 1)
+            # Of the last run's dense model, for the next one that needs the same: its residual streams take memory.
+            dense: list[Measured] = []
+            stack.callback(_forget, dense)
+            measured = ""
             for run in missing:
+                if run.dense != measured:
+                    _forget(dense)
+                    measured = run.dense
                 try:
-                    run.folder = _make(run, planned, dense.of(run), progress)
+                    run.folder = _make(run, planned, dense, progress)
                 except Exception as error:
                     if not isinstance(error, UserError):
                         traceback.print_exc()
@@ -146,52 +140,32 @@ def _finished(run: Planned, root: Path) -> Path | None:
     return None
 
 
-class _Dense:
-    """What was measured of the dense model last, for the next run that needs the same: its residual streams take
-    memory, so there is one of them at a time."""
-
-    def __init__(self) -> None:
-        self._name, self._measured = "", list[Measured]()
-
-    def of(self, run: Planned) -> list[Measured]:
-        """Empty where ``run`` has to measure it, and leaves it there."""
-        if run.dense != self._name:
-            self.close()
-            self._name = run.dense
-        return self._measured
-
-    def close(self) -> None:
-        """Give the memory back."""
-        while self._measured:
-            self._measured.pop().close()
+def _forget(dense: list[Measured]) -> None:
+    while dense:
+        dense.pop().close()
 
 
 def _make(run: Planned, planned: Sequence[Planned], dense: list[Measured], progress: Progress) -> Path:
     """Make one run, which takes over the measurements of finished ones."""
-    known = [(one, one.folder) for one in planned if one.folder is not None]
-    built = build(run.label, run.configuration)
-    method: PruningMethod = built.model
-    # Every run's peak memory is its own; the process's would only ever grow.
+    # Every run's peak memory is its own: without what the last one left, and the process's would only ever grow.
+    gc.collect()
     reset_peak()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: forget the high-water mark
-    try:
-        method.trainer = built.trainer
-        method.progress = progress.part(run.name)
-        # What the same system measured for another ratio.
-        same = (folder for one, folder in known if (one.label, one.measurement) == (run.label, run.measurement))
-        if method.reusable and (scored := next(same, None)) is not None:
-            reuse(method, RunFolder.open(scored, "--root"))
-        folder, _ = prune_and_record(built.trainer, method, run.data, built.resolved_config, dense)
-    finally:
-        del built, method
-        gc.collect()
-    return folder
+    built = build(run.label, run.configuration)
+    method: PruningMethod = built.model
+    method.trainer = built.trainer
+    method.progress = progress.part(run.name)
+    # What the same system measured for another ratio.
+    for one in planned:
+        if one.folder and (one.label, one.measurement) == (run.label, run.measurement) and method.reusable:
+            reuse(method, RunFolder.open(one.folder, "--root"))
+            break
+    return prune_and_record(built.trainer, method, run.data, built.resolved_config, dense)[0]
 
 
 @contextmanager
 def _only_one(root: Path) -> Iterator[None]:
-    """Hold a lock in ``root``; the system lets go of it when the process ends, however it ends."""
     with ExitStack() as stack:
         try:
             stack.enter_context(made(root))

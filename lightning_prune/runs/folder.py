@@ -1,8 +1,7 @@
 """The run folder: claimed by one process, written file by whole file, read back as types. Nothing else touches it.
 
-``<root>/<label>/version_N/`` belongs to whoever made it with ``mkdir``. While its run is under way it holds a file
-``unfinished``, which the process holds with ``flock``; the file is gone when the run is finished. A folder whose
-``unfinished`` nobody holds is that of a run that was killed or failed.
+Whoever made it with ``mkdir`` holds its file ``unfinished`` with ``flock`` until the run is finished; an ``unfinished``
+that nobody holds is that of a run that was killed or failed.
 """
 
 import json
@@ -31,20 +30,10 @@ from lightning_prune.runs.records import (
     as_dict,
 )
 from lightning_prune.support.errors import UserError
-from lightning_prune.support.files import (
-    Lock,
-    cannot_write,
-    finite,
-    made,
-    sweep,
-    writable,
-    write_json,
-    write_text,
-)
+from lightning_prune.support.files import Lock, cannot_write, finite, made, sweep, writable, write_json, write_text
 from lightning_prune.support.names import LAYER_RESULTS, PRUNED, TRAINING
 from lightning_prune.support.validation import read_json
 
-ROOT_OPTION = "--trainer.default_root_dir"
 METRICS = "metrics.json"  # written last: a folder that has it is that of a finished run
 RECOVERY = "recovery.json"
 REQUIRED = (METRICS, "config.yaml", "scores.csv", "plan.json", "method.json", "calibration.json", "environment.json")
@@ -61,11 +50,7 @@ WORTHLESS = re.compile(
 
 
 def check_label(label: str, option: str = "--model.label") -> str:
-    """``label`` if it may name a folder.
-
-    Raises:
-        UserError: anything but letters, digits, ``.``, ``_`` and ``-``, a leading ``.``, or more than 200 characters.
-    """
+    """``label``, which may name a folder, else UserError."""
     if not LABEL.fullmatch(label):
         raise UserError(
             f"{option}: found {label[:200]!r}; a name consists of up to 200 letters, digits, '.', '_' and '-' and "
@@ -94,11 +79,7 @@ class FinishedRun:
 
     @cached_property
     def scores(self) -> Scores:
-        """``scores.csv``, complete and in agreement with the plan.
-
-        Raises:
-            UserError: it is neither.
-        """
+        """``scores.csv``; UserError unless it is complete and in agreement with the plan."""
         path = self.path / "scores.csv"
         scores = Scores.read(path, self.option)
         try:
@@ -119,7 +100,7 @@ class RunFolder:
     @classmethod
     @contextmanager
     def claim(
-        cls, root: Path, label: str, option: str = ROOT_OPTION, again: Path | None = None
+        cls, root: Path, label: str, option: str = "--trainer.default_root_dir", again: Path | None = None
     ) -> Iterator["RunFolder"]:
         """The next ``<root>/<label>/version_N``, for this process alone, or the unfinished run ``again``.
 
@@ -158,24 +139,17 @@ class RunFolder:
             parent.mkdir(parents=True, exist_ok=True)
             sweep(parent.parent)
             sweep_runs(parent)
-            with suppress(FileExistsError, FileNotFoundError):
+            with suppress(FileExistsError, FileNotFoundError), ExitStack() as undo:
                 path = parent / f"version_{1 + max(map(version, os.listdir(parent)), default=-1)}"
                 path.mkdir()
-                lock = None
-                try:
-                    lock = Lock.take(path / UNFINISHED, create=True, own=True)
-                    if lock is not None and os.listdir(path) == [UNFINISHED]:
+                undo.callback(sweep_runs, parent)
+                if (lock := Lock.take(path / UNFINISHED, create=True, own=True)) is not None:
+                    undo.callback(lock.remove)
+                    # More in it: swept as empty before it was marked, and then made by somebody else.
+                    if os.listdir(path) == [UNFINISHED]:
                         lock.write(json.dumps({"process": os.getpid(), "host": os.uname().nodename}) + "\n")
+                        undo.pop_all()
                         return cls(path, lock)
-                    # Swept as empty before it was marked, and then made by somebody else.
-                    if lock is not None:
-                        lock.remove()
-                except BaseException:
-                    with suppress(OSError):
-                        if lock is not None:
-                            lock.remove()
-                        path.rmdir()
-                    raise
 
     def _finish(self) -> None:
         self.forget_progress()
@@ -191,26 +165,25 @@ class RunFolder:
         mistake = isinstance(error, UserError) and not isinstance(error.__cause__, OSError)
         if mistake or isinstance(error, FloatingPointError):
             self.forget_progress()
-        useful = self.is_finished or self.leftovers()
-        if useful:
+        finished = self.is_finished
+        if finished or self.leftovers():
             kept = ", ".join(sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")))
-            state = "is finished" if self.is_finished else "is not finished"
+            state = "is finished" if finished else "is not finished"
             error.add_note(f"'{self.path}' stays and {state}; it holds {kept}")
         else:
             shutil.rmtree(self.path, ignore_errors=True)
-        if self.is_finished:
+        if finished:
             self._finish()
-        elif useful and (self.path / STARTED).is_file():
-            commands = {TRAINING: "recover", LAYER_RESULTS: "fit"}
-            if command := next((one for name, one in commands.items() if (self.path / name).is_dir()), None):
-                line = f"lightning-prune {command} --config {self.path}/config.yaml --resume"
-                error.add_note(f"'{line}' continues from there")
+        elif (self.path / STARTED).is_file():
+            for name, command in ((TRAINING, "recover"), (LAYER_RESULTS, "fit")):
+                if (self.path / name).is_dir():
+                    line = f"lightning-prune {command} --config {self.path}/config.yaml --resume"
+                    error.add_note(f"'{line}' continues from there")
         if self._lock is not None:
             self._lock.release()
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run came to its end."""
         return (self.path / METRICS).is_file()
 
     @property
@@ -231,11 +204,9 @@ class RunFolder:
         (self.path / STARTED).unlink(missing_ok=True)
 
     def write_config(self, text: str) -> None:
-        """``config.yaml``: the options that make this run again."""
         write_text(self.path / "config.yaml", text)
 
     def write_decision(self, scores: Scores, plan: PruningPlan, details: dict[str, Any]) -> None:
-        """``scores.csv``, ``plan.json`` and ``method.json``."""
         scores.write(self.path / "scores.csv")
         plan.save(self.path / "plan.json")
         self._write_json("method.json", details, MethodDetails)
@@ -256,31 +227,25 @@ class RunFolder:
         if calibration:
             kind = NoCalibration if calibration["dataset"] is None else Calibration
             self._write_json("calibration.json", calibration, kind)
-            RunMetrics.model_validate_json(json.dumps(finite(metrics)), strict=True)
         self._write_json("environment.json", environment, Environment)
-        write_json(self.path / METRICS, metrics)
+        self._write_json(METRICS, metrics, RunMetrics if calibration else None)
 
     def append_to_card(self, text: str) -> None:
-        """Add ``text`` to the model card of the pruned folder."""
         card = self.pruned / "README.md"
         write_text(card, card.read_text(encoding="utf-8") + text)
 
-    def _write_json(self, name: str, value: dict[str, Any], kind: type[BaseModel]) -> None:
-        # What this version writes it must also read: a mistake here is ours and ends the run.
-        kind.model_validate_json(json.dumps(finite(value)), strict=True)
+    def _write_json(self, name: str, value: dict[str, Any], kind: type[BaseModel] | None) -> None:
+        if kind is not None:  # What this version writes it must also read: a mistake here is ours and ends the run.
+            kind.model_validate_json(json.dumps(finite(value)), strict=True)
         write_json(self.path / name, value)
 
     @classmethod
     def open(cls, path: Path, option: str) -> FinishedRun:
-        """The records of a finished pruning run; ``option`` named it, and begins every message.
-
-        Raises:
-            UserError: no finished run there, or a file that is not what it should be.
-        """
+        """The records of a finished pruning run; where there is none, or a file is not what it should be, UserError,
+        which begins with the ``option`` that named it."""
         if not os.path.isdir(path):
             raise UserError(f"{option}: there is no folder '{path}'. Give a run folder, such as logs/wanda/version_0.")
-        missing = [name for name in REQUIRED if not os.path.isfile(path / name)]
-        if missing:
+        if missing := [name for name in REQUIRED if not os.path.isfile(path / name)]:
             raise UserError(
                 f"{option}: '{path}' is not a finished pruning run: it has no {', '.join(missing)}. Give a folder that "
                 "'lightning-prune fit' has completed, for instance logs/wanda/version_0."

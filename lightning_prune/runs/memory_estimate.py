@@ -55,69 +55,56 @@ class Estimate:
         return max(self.mapped_bytes, self.checkpoint_bytes) + self.new_weights_bytes
 
 
-@dataclass(frozen=True)
 class Memory:
-    """A method, a model and a text, and the bytes that this process may hold."""
+    """A method, a model and a text, and the bytes that this process may hold.
 
-    method: PruningMethod
-    data: CalibrationDataModule
-    dtype: torch.dtype  # of the weights while they are computed with
-    stored: torch.dtype  # of the weights on disk
-    host: int
-    device: int | None  # None where layers run on the host
-    held: int  # by this process before the run
-    samples: int  # of this process
-    seq_len: int
-    windows: int | None  # of evaluation; None for all that the options allow
-    eval_seq_len: int
-    kept_tokens: int = 0  # of the evaluation sets, whose dense residual streams are kept until the end
+    ``device`` and ``host`` are sizes of machines that are not here. Without a device layers run on the host.
 
-    @classmethod
-    def of(
-        cls,
+    Raises:
+        UserError: what shapes and options alone can tell.
+    """
+
+    def __init__(
+        self,
         trainer: L.Trainer,
         method: PruningMethod,
         data: CalibrationDataModule,
         device: int | None = None,
         host: int | None = None,
-    ) -> "Memory":
-        """From the options of a run; ``device`` and ``host`` are the sizes of machines that are not here.
-
-        Raises:
-            UserError: what shapes and options alone can tell.
-        """
+    ) -> None:
+        self.method, self.data = method, data
         method.trainer = trainer
         if not method.layers:
             method.checkpoint = Checkpoint.open(method.pretrained, weights=False)
             method.check_shapes(meta_model(method.checkpoint.config))
-        samples, seq_len, windows, eval_seq_len = data.num_samples, data.seq_len, None, data.eval_seq_len
+        samples, self.seq_len, self.eval_seq_len = data.num_samples, data.seq_len, data.eval_seq_len
         if method.needs_calibration and data.source and is_token_array(data.source):
-            samples, seq_len = load_token_array(data.source).shape
+            samples, self.seq_len = load_token_array(data.source).shape
+        self.windows: int | None = None  # of evaluation: all that the options allow
+        arrays = []
         if data.eval_datasets == []:
-            windows = eval_seq_len = 0
+            self.windows = self.eval_seq_len = 0
         elif data.eval_datasets and all(map(is_token_array, data.eval_datasets)):
-            shapes = [load_token_array(name).shape for name in data.eval_datasets]
-            windows, eval_seq_len = max(shapes, key=lambda shape: shape.numel())
-        kept = sum(one.tokens.numel() for one in data.evaluation)
-        if not kept and windows is not None:
-            kept = sum(load_token_array(name).shape.numel() for name in data.eval_datasets or [])
-        elif not kept:
+            arrays = [load_token_array(name).shape for name in data.eval_datasets]
+            self.windows, self.eval_seq_len = max(arrays, key=lambda shape: shape.numel())
+        kept = sum(one.tokens.numel() for one in data.evaluation) or sum(shape.numel() for shape in arrays)
+        if not kept and self.windows is None:
             kept = UNREAD_TOKENS * len(data.eval_datasets or [0]) * (2 if data.eval_long_seq_len else 1)
-        positions = method.checkpoint.limits[1] or seq_len + eval_seq_len
-        for option, length in {"eval_seq_len": eval_seq_len, "seq_len": seq_len}.items():
+        positions = method.checkpoint.limits[1] or self.seq_len + self.eval_seq_len
+        for option, length in {"eval_seq_len": self.eval_seq_len, "seq_len": self.seq_len}.items():
             if length > positions and (option != "seq_len" or method.needs_calibration):
                 raise UserError(f"--data.{option}: windows of {length} tokens; the model has {positions} positions.")
+        self.dtype = load_dtype(str(trainer.precision))  # of the weights while they are computed with
         try:
-            stored = method.checkpoint.stored_dtype
+            self.stored = method.checkpoint.stored_dtype
         except UserError:  # a config alone
             named = getattr(method.checkpoint.config, "dtype", None)
-            stored = named if isinstance(named, torch.dtype) else torch.bfloat16
-        place, held = trainer.strategy.root_device, anonymous_bytes()
-        host = host or held + free_host_bytes() // trainer.num_devices
-        device = device or (free_bytes(place) if place.type != "cpu" else None)
-        samples, dtype = -(-samples // trainer.world_size), load_dtype(str(trainer.precision))
-        kept = -(-kept // trainer.world_size)
-        return cls(method, data, dtype, stored, host, device, held, samples, seq_len, windows, eval_seq_len, kept)
+            self.stored = named if isinstance(named, torch.dtype) else torch.bfloat16
+        place, self.held = trainer.strategy.root_device, anonymous_bytes()  # held before the run
+        self.host = host or self.held + free_host_bytes() // trainer.num_devices
+        self.device = device or (free_bytes(place) if place.type != "cpu" else None)
+        # Of this process: samples, and tokens of evaluation whose dense residual streams are kept until the end.
+        self.samples, self.kept_tokens = -(-samples // trainer.world_size), -(-kept // trainer.world_size)
 
     def estimate(self, onload: Onload) -> Estimate:
         """What the run takes with its weights there."""
@@ -136,9 +123,8 @@ class Memory:
         saved = self.stored if method.save_dtype == "auto" else getattr(torch, method.save_dtype)
         # One layer and the next, cut, and a parameter of experts before it is cut.
         removed = 0.0 if method.uneven else (method.requested_ratio or 0.0) * method.dense_parameters / layers
-        writing = (
-            int(min(2, layers) * (layer - removed)) * saved.itemsize + (load.largest_parameter if joined else 0) * size
-        )
+        writing = int(min(2, layers) * (layer - removed)) * saved.itemsize
+        writing += load.largest_parameter * size if joined else 0
         writing += outside * saved.itemsize if saved != self.stored else 0
         units = sum(one.units(block) for one in method.layers for block in one.prunable) if method.uneven else 0
         work = self._evaluation(load, onload)
@@ -170,8 +156,9 @@ class Memory:
     def _joined(self) -> int:
         """Bytes of a layer's experts, where files hold every matrix of them apart."""
         experts, names = self._largest.experts, family_of(self.method.checkpoint.config).experts
-        apart = experts is not None and names is not None and names.stored is not None
-        return experts.count * experts.expert_cost * self.dtype.itemsize if apart and experts else 0
+        if experts is None or names is None or names.stored is None:
+            return 0
+        return experts.count * experts.expert_cost * self.dtype.itemsize
 
     @property
     def _largest(self) -> LayerStructure:
@@ -230,9 +217,7 @@ class Memory:
         """Three of the MLP's inner states, or as much in attention, or what a mixer's weights or experts make of the
         hidden size, beside what enters, as it is and normed."""
         views = self.method.layers
-        attention = [
-            2 * view.projection(Block.ATTENTION).in_features for view in views if Block.ATTENTION in view.parts
-        ]
+        attention = [2 * one.projection(Block.ATTENTION).in_features for one in views if Block.ATTENTION in one.parts]
         mixers = [view.block_cost(Block.MIXER) // (3 * load.hidden_size) for view in views]
         inner = max(3 * max(load.widest_input, *attention, *mixers), load.routed)
         return tokens * load.dtype.itemsize * (inner + 2 * load.hidden_size)
@@ -285,15 +270,12 @@ def _rows(one: Pass, load: Load) -> int:
 
 
 def place(trainer: L.Trainer, method: PruningMethod, data: CalibrationDataModule) -> None:
-    """Turn ``onload auto`` into ``model`` where the whole model fits with room to spare, else into ``layer``.
-
-    Raises:
-        UserError: what was requested does not fit; says what is missing and what would help.
-    """
+    """Turn ``onload auto`` into ``model`` where the whole model fits with room to spare, else ``layer``. UserError,
+    which says what is missing and what would help, where what was requested does not fit."""
     method.trainer = trainer
     if method.saved is not None and not method.needs_calibration:  # only the evaluation runs
         return
-    memory = Memory.of(trainer, method, data)
+    memory = Memory(trainer, method, data)
     if method.slot.onload == "auto":
         method.slot.onload = "model" if memory.estimate("model").share <= ROOM else "layer"
     estimate = memory.estimate(method.slot.onload)  # type: ignore[arg-type]

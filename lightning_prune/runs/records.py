@@ -49,8 +49,7 @@ class Perplexities(_Record):
 
 
 class DistanceFacts(_Record):
-    """From the dense model, means over the predicted tokens of one evaluation set: KL(dense ‖ pruned) in nats, shares
-    of equal most probable tokens, and of the pruned model's tokens that the dense one would accept; None as above."""
+    """Means over the predicted tokens of one evaluation set, see ``evaluation.distance``; None is not finite."""
 
     kl_divergence: Annotated[float, Field(ge=0)] | None
     top1_agreement: Share | None
@@ -58,8 +57,7 @@ class DistanceFacts(_Record):
 
 
 class Written(_Record):
-    """Of one model's continuations: the share of runs of four tokens that came before in the same one (None where they
-    are shorter), and the share that came to their end."""
+    """Shares of one model's continuations; None where they are shorter than four tokens."""
 
     repeated_4grams: Share | None
     ended: Share
@@ -74,8 +72,7 @@ class Example(_Record):
 
 
 class ContinuationFacts(_Record):
-    """What both models wrote after the same prompts of one evaluation set; ``common_beginning`` is the mean number of
-    tokens before they part."""
+    """What both models wrote after the same prompts; ``common_beginning`` counts tokens before they part, a mean."""
 
     evaluation_set: str
     prompts: Count
@@ -140,7 +137,7 @@ class Footprint(_Record):
 
 
 class TargetFacts(_Record):
-    """What was allowed, and what is left: parameters, or bytes with the KV cache of ``batch`` × ``context`` tokens."""
+    """Parameters, or bytes with the KV cache of ``batch`` × ``context`` tokens."""
 
     kind: Literal["parameters", "active_parameters", "memory"]
     limit: Count
@@ -150,8 +147,7 @@ class TargetFacts(_Record):
 
 
 class RunMetrics(_Open):
-    """``metrics.json`` of a pruning run. ``seconds`` is wall-clock time by phase. Runs of earlier versions have neither
-    distance nor continuations nor serving."""
+    """``metrics.json`` of a pruning run; what has a default is not there in runs of earlier versions."""
 
     perplexity: dict[str, Perplexities]
     distance: dict[str, DistanceFacts] = {}
@@ -199,7 +195,7 @@ class NoCalibration(_Record):
 
 
 class Calibration(_Text):
-    """``calibration.json``: the manifest of the calibration set, see ``data.calibration.CalibrationManifest``."""
+    """``calibration.json``, see ``data.calibration.CalibrationManifest``."""
 
     sampling: Literal["random", "sequential", "sliding", "given"]
     stride: Count | None
@@ -229,11 +225,8 @@ class MethodDetails(_Open):
 
 
 class Recovered(_Open):
-    """``recovery.json`` of a run that trained a pruned model.
-
-    ``parent`` is the folder of the run that pruned, ``perplexity`` that run's pruned model on every evaluation set.
-    ``tokens_seen`` and ``seconds`` are those of all training, also of what came after the state that was kept.
-    """
+    """``recovery.json``. ``parent`` is the folder of the run that pruned, ``perplexity`` of its pruned model by set;
+    ``tokens_seen`` and ``seconds`` are of all training, also of what came after the state that was kept."""
 
     parent: str
     parent_label: str

@@ -13,7 +13,7 @@ import yaml
 
 from lightning_prune.checkpoint.cut import layout_of
 from lightning_prune.checkpoint.model_card import model_card
-from lightning_prune.evaluation.perplexity import Measured, measure
+from lightning_prune.evaluation.perplexity import Measured, PerplexityResult, measure
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.model_slot import ModelSlot
 from lightning_prune.recovery import Recovery, RecoveryDataModule
@@ -23,7 +23,6 @@ from lightning_prune.runs.environment import environment
 from lightning_prune.runs.folder import NO_DATA, STARTED, FinishedRun, RunFolder
 from lightning_prune.runs.records import as_dict
 from lightning_prune.runs.resume import Facts, unfinished_run
-from lightning_prune.runs.reuse import known_perplexities
 from lightning_prune.runs.run import claimed, run_metrics
 from lightning_prune.runs.tensorboard import log_result
 from lightning_prune.runs.trainer import calibration_trainer
@@ -44,11 +43,7 @@ DECISIVE = ("precision", "max_epochs", "max_steps", "accumulate_grad_batches", "
 
 
 def parent_run(pretrained: str) -> FinishedRun:
-    """The finished run whose ``pruned`` folder this is.
-
-    Raises:
-        UserError: it is not the checkpoint of a finished run.
-    """
+    """The finished run whose ``pruned`` folder this is, else UserError."""
     folder = Path(pretrained).expanduser().absolute()
     if not pretrained or folder.name != PRUNED:
         raise UserError(
@@ -59,18 +54,12 @@ def parent_run(pretrained: str) -> FinishedRun:
 
 
 def recover_and_record(
-    trainer: L.Trainer,
-    module: Recovery,
-    data: RecoveryDataModule,
-    run: FinishedRun,
-    config: str,
-    resume: bool = False,
+    trainer: L.Trainer, module: Recovery, data: RecoveryDataModule, run: FinishedRun, config: str, resume: bool = False
 ) -> tuple[Path, dict[str, Any]]:
     """Train what ``run`` pruned and leave a complete run folder of the same kind; its path, and its ``metrics.json``
     with the ``recovery.json`` under ``recovery``.
 
-    The folder is claimed below the ``default_root_dir`` of ``trainer``, a fresh one. ``config`` is the resolved
-    configuration as YAML. ``resume`` continues the unfinished run of the same one, at its last saved state.
+    ``trainer`` (a fresh one), ``config`` and ``resume`` as of ``prune_and_record``.
 
     Raises:
         UserError: a mistake in the input; nothing has been written then. Or the disk is full.
@@ -92,7 +81,7 @@ def recover_and_record(
         write_json(folder.path / STARTED, facts)
         measuring = partial(_measure, run=run, data=data, module=module, trainer=trainer)
         # What the pruning run measured, unless other sets are to be reported on.
-        known, pruned = known_perplexities(run, data), known_perplexities(run, data, "pruned")
+        known, pruned = (_known(run, data, which) for which in ("dense", "pruned"))
         if pruned is None:
             pruned = measuring(module.checkpoint, "pruned").perplexity
         base_model = _base_model(run) if known is not None else Checkpoint.open(run.plan.base_model)
@@ -162,6 +151,15 @@ def _facts(module: Recovery, data: RecoveryDataModule, config: str) -> Facts:
     if module.teacher and os.path.isdir(Path(module.teacher).expanduser()):  # however it is spelled
         options["model.teacher"] = os.path.realpath(Path(module.teacher).expanduser())
     return {**options, "weights of the model (SHA-256)": weights, "training tokens (SHA-256)": tokens}
+
+
+def _known(run: FinishedRun, data: RecoveryDataModule, which: str) -> dict[str, PerplexityResult] | None:
+    """Perplexities of the ``dense`` or the ``pruned`` model, if ``run`` measured all of exactly these sets."""
+    sets = {name: item.fingerprint for name, item in run.metrics.evaluation.items()}
+    values = {name: getattr(item, which) for name, item in run.metrics.perplexity.items()}
+    if sets != {item.name: item.manifest["fingerprint"] for item in data.evaluation} or None in values.values():
+        return None
+    return {name: PerplexityResult(value, run.metrics.perplexity[name].tokens) for name, value in values.items()}
 
 
 def _base_model(run: FinishedRun) -> Checkpoint | None:

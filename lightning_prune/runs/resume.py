@@ -2,15 +2,15 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from lightning_prune import __version__
 from lightning_prune.runs.folder import STARTED, UNFINISHED, RunFolder, runs_below
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import Lock, finite
+from lightning_prune.support.validation import read_json
 
 Facts = dict[str, Any]
 
@@ -25,8 +25,8 @@ def configuration_sha256(
 ) -> str:
     """SHA-256 of the canonical configuration, 64 hexadecimal digits.
 
-    ``method`` is a class name, ``options`` are all of it; the model's path and the label do not count. The others are
-    fingerprints: of the weights, of the calibration set (None where no data is read), and by evaluation set.
+    ``method`` is a class name, ``options`` are all of it. The others are fingerprints: of the weights, of the
+    calibration set (None where no data is read), and by evaluation set.
     """
     facts = {
         "version": __version__,
@@ -48,15 +48,14 @@ FREE = (
 )
 
 
-def facts_of(config: str, base_model: str | None, calibration: str | None, processes: int) -> Facts:
+def facts_of(config: dict[str, Any], base_model: str | None, calibration: str | None, processes: int) -> Facts:
     """What decides a result: options by name, and fingerprints of what was read."""
-    parsed = yaml.safe_load(config)
-    options = {f"model.{name}": value for name, value in parsed["model"].get("init_args", {}).items()}
-    options |= {f"data.{name}": value for name, value in parsed.get("data", {}).items() if not name.startswith("eval")}
+    options = {f"model.{name}": value for name, value in config["model"].get("init_args", {}).items()}
+    options |= {f"data.{name}": value for name, value in config.get("data", {}).items() if not name.startswith("eval")}
     return {
-        "model": parsed["model"]["class_path"],
+        "model": config["model"]["class_path"],
         **{name: value for name, value in options.items() if name not in FREE},
-        "trainer.precision": parsed.get("trainer", {}).get("precision") or "32-true",
+        "trainer.precision": config.get("trainer", {}).get("precision") or "32-true",
         "weights of the model (SHA-256)": base_model,
         "calibration tokens (SHA-256)": calibration,
         "processes": processes,
@@ -64,22 +63,20 @@ def facts_of(config: str, base_model: str | None, calibration: str | None, proce
 
 
 def differences(before: Facts, now: Facts) -> list[str]:
-    """What does not agree, each with both values; ``before`` was read from JSON, and may hold facts of an earlier
-    version that decide nothing."""
+    """What does not agree, with both values; ``before`` is from JSON, and may hold more that decided nothing."""
     now = json.loads(json.dumps(finite(now)))
     return [f"{name}: {before.get(name)} then, {now[name]} now" for name in now if before.get(name) != now[name]]
 
 
 def unfinished_run(root: Path, label: str, facts: Facts) -> Path:
-    """The newest unfinished run of the same configuration below ``<root>/<label>``.
-
-    Raises:
-        UserError: there is none, and what the others differ in; or the only one is still under way.
-    """
+    """The newest unfinished run of the same configuration below ``<root>/<label>``; one that is still under way only
+    where there is no other, for ``RunFolder.claim`` to refuse. None: UserError, with what others differ in."""
     others, alive = [], None
     for path in reversed(runs_below(root / label)):
-        before = read_object(path / STARTED)
-        if before is None or RunFolder(path).is_finished or not (path / UNFINISHED).exists():
+        before: Facts = {}
+        with suppress(UserError):
+            before = read_json(path / STARTED, Facts, "--resume")
+        if not before or RunFolder(path).is_finished or not (path / UNFINISHED).exists():
             continue
         if different := differences(before, facts):
             others.append(f"{path.name} differs in {'; '.join(different)}.")
@@ -88,18 +85,9 @@ def unfinished_run(root: Path, label: str, facts: Facts) -> Path:
             return path
         else:
             alive = path
-    if alive is not None:
-        raise UserError(f"--resume: the run in '{alive}' is still under way. Wait for it, or leave --resume out.")
-    raise UserError(
-        f"--resume: no unfinished run of this configuration below '{root / label}'. "
-        f"{' '.join(others) or 'There is none at all.'} Leave --resume out to start again."
-    )
-
-
-def read_object(path: Path) -> dict[str, Any] | None:
-    """A JSON object that one of our own runs wrote; None where there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
+    if alive is None:
+        raise UserError(
+            f"--resume: no unfinished run of this configuration below '{root / label}'. "
+            f"{' '.join(others) or 'There is none at all.'} Leave --resume out to start again."
+        )
+    return alive

@@ -1,13 +1,9 @@
 """What a finished run measured, handed to a method that decides again, after checking that it is about this model."""
 
-from typing import Literal
-
 import numpy as np
 import torch
 
 from lightning_prune.checkpoint.scores import Scores
-from lightning_prune.data.datamodule import CalibrationDataModule
-from lightning_prune.evaluation.perplexity import PerplexityResult
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.measurement import SavedMeasurement
 from lightning_prune.methods.scores import group_scores, layer_scores
@@ -25,13 +21,12 @@ def reuse(method: PruningMethod, run: FinishedRun) -> None:
     Raises:
         UserError: the scores are not those of this model's units, or the method finds its own facts missing.
     """
-    path = run.path / "scores.csv"
     try:
         _check_units(run.scores, method)
     except ValueError as error:
         raise UserError(
-            f"{run.option}: '{path}' {error} '{method.pretrained}' now is another model, or the file was changed. "
-            "Run fit again."
+            f"{run.option}: '{run.path / 'scores.csv'}' {error} '{method.pretrained}' now is another model, or the "
+            "file was changed. Run fit again."
         ) from None
     spent = {phase: seconds for phase, seconds in run.metrics.seconds.items() if phase in MEASURING}
     saved = SavedMeasurement(
@@ -48,21 +43,6 @@ def reuse(method: PruningMethod, run: FinishedRun) -> None:
             f"{run.option}: '{run.path / 'method.json'}' lacks what {method.method} measured "
             f"({type(error).__name__}: {error}). Run fit again."
         ) from None
-
-
-def known_perplexities(
-    run: FinishedRun, data: CalibrationDataModule, which: Literal["dense", "pruned"] = "dense"
-) -> dict[str, PerplexityResult] | None:
-    """Those of the dense or of the pruned model, if they were measured on exactly these evaluation sets."""
-    before = {name: item.fingerprint for name, item in run.metrics.evaluation.items()}
-    if before != {item.name: item.manifest["fingerprint"] for item in data.evaluation}:
-        return None
-    values = {
-        name: PerplexityResult(value, item.tokens)
-        for name, item in run.metrics.perplexity.items()
-        if (value := item.dense if which == "dense" else item.pruned) is not None
-    }
-    return values if values.keys() == before.keys() else None
 
 
 def _check_units(scores: Scores, method: PruningMethod) -> None:

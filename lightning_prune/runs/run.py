@@ -52,10 +52,9 @@ def prune_and_record(
 ) -> tuple[Path, dict[str, Any]]:
     """Run one method and leave a complete run folder; its path, and its ``metrics.json``.
 
-    The folder is claimed below the ``default_root_dir`` of ``trainer``, a fresh one. ``config`` is the resolved
+    ``trainer`` is a fresh one, below whose ``default_root_dir`` the folder is claimed, ``config`` the resolved
     configuration as YAML. ``shared`` holds what an earlier run measured of the dense model on the same sets, or takes
-    it from this one; it stays open. ``resume`` continues the unfinished run of the same configuration; the result is
-    that of an undisturbed one.
+    it from this one; it stays open. ``resume`` continues the unfinished run of the same configuration.
 
     Raises:
         UserError: a mistake in the input, or a device that is too small; nothing has been written then. Or the disk is
@@ -71,7 +70,7 @@ def prune_and_record(
         data.setup("fit")
     place(trainer, method, data)
     calibration = data.calibration.manifest.fingerprint if method.needs_calibration else None
-    facts = facts_of(config, method.checkpoint.fingerprint, calibration, trainer.world_size)
+    facts = facts_of(yaml.safe_load(config), method.checkpoint.fingerprint, calibration, trainer.world_size)
     again = None
     if resume and trainer.is_global_zero:
         again = unfinished_run(Path(trainer.default_root_dir), method.label, facts)
@@ -91,7 +90,7 @@ def prune_and_record(
         if not known:
             expect_roughly(method, data)
             scratch = scratch_folder(folder)
-            known += [measure(trainer, data, method.checkpoint, "dense", method.slot, method.progress, scratch)]
+            known.append(measure(trainer, data, method.checkpoint, "dense", method.slot, method.progress, scratch))
         (dense,) = known
         trainer.fit(method, data)
         made = Checkpoint.open(str(method.pruned_folder))
@@ -119,17 +118,13 @@ def evaluate_and_record(
     trainer: L.Trainer, model: Evaluation, data: CalibrationDataModule, config: str, dense: str = ""
 ) -> tuple[Path, dict[str, Any]]:
     """Measure the perplexity of one model with the protocol of the pruning runs, with ``dense`` also its distance from
-    that one, and write it; the run folder, and its ``metrics.json``.
-
-    Raises:
-        UserError: a mistake in the input, or no evaluation set; nothing has been written then.
-    """
+    that one, and write it; the run folder, and its ``metrics.json``. After a UserError nothing has been written."""
     model.check_model()
     reference = model.check_dense(dense) if dense else None
     with claimed(trainer, "test", config) as folder, closing(model.progress):
         data.needs_calibration = False
         positions = [one.limits[1] for one in (model.checkpoint, reference) if one is not None]
-        data.take_model(min((one for one in positions if one is not None), default=None))
+        data.take_model(min(filter(None, positions), default=None))
         data.setup("test")
         if not data.evaluation:
             raise UserError(
@@ -140,10 +135,7 @@ def evaluate_and_record(
             model.reference = measure(trainer, data, reference, "dense", model.slot, model.progress, scratch)
         trainer.test(model, data, verbose=False)
         metrics = {
-            "perplexity": {
-                name: {"perplexity": result.perplexity, "tokens": result.tokens}
-                for name, result in model.perplexity.items()
-            },
+            "perplexity": {name: asdict(result) for name, result in model.perplexity.items()},
             "evaluation": {item.name: item.manifest for item in data.evaluation},
             "parameters": sum(parameter.numel() for parameter in model.slot.model.net.parameters()),
             "seconds": {phase: round(value, 3) for phase, value in model.seconds.items()},
@@ -194,12 +186,8 @@ def claimed(
 
 @contextmanager
 def _advice_on_failure(method: PruningMethod, data: CalibrationDataModule) -> Iterator[None]:
-    """Complete the messages of numerical trouble and of memory that does not suffice, with what would help.
-
-    Raises:
-        FloatingPointError: the one that was raised. Bad weights are named, else a precision that is not yet in use.
-        UserError: in place of an error that says that memory ran out.
-    """
+    """Complete the message of numerical trouble, and make a UserError of memory that does not suffice, with what would
+    help."""
     try:
         yield
     except FloatingPointError as error:
@@ -272,10 +260,7 @@ def _metrics(
         metrics["target"] = asdict(target) | {"reached": reached}
     metrics["self_check"] = method.self_check
     written = pruned.checkpoint.config
-    metrics["serving"] = {
-        "tensor_parallel": tensor_parallel_sizes(written, method.plan),
-        "note": pattern_note(written),
-    }
+    metrics["serving"] = {"tensor_parallel": tensor_parallel_sizes(written, method.plan), "note": pattern_note(written)}
     metrics["configuration_sha256"] = configuration_sha256(
         type(method).__name__,
         yaml.safe_load(config)["model"]["init_args"],
@@ -302,11 +287,7 @@ def _footprint(method: PruningMethod, pruned: Checkpoint) -> dict[str, Any]:
 
 
 def run_metrics(
-    plan: PruningPlan,
-    dense: Measured,
-    pruned: Measured,
-    sets: Sequence[EvaluationSet],
-    seconds: dict[str, float],
+    plan: PruningPlan, dense: Measured, pruned: Measured, sets: Sequence[EvaluationSet], seconds: dict[str, float]
 ) -> dict[str, Any]:
     """The contents of ``metrics.json``; ``seconds`` are by phase."""
     return {

@@ -76,19 +76,15 @@ def read_settings(
 ) -> Settings:
     """Read the file at ``path``, or the shipped one of that name; what is not None overrules it.
 
-    Args:
-        systems: only these labels of the file, or names of methods.
-        options: ``data.OPTION`` and ``trainer.OPTION`` with values as on the command line. A system's own ``data``
-            section (ShortGPT's second setting) still comes last: it is what makes that system.
-        seeds: apply to every system.
-        targets: take the place of the file's ratios.
+    ``systems``: only these labels of the file, or names of methods. ``options``: ``data.OPTION`` and ``trainer.OPTION``
+    with values as on the command line; a system's own ``data`` section (ShortGPT's second setting) still comes last,
+    since it is what makes that system. ``targets`` take the place of the file's ratios.
 
     Raises:
         UserError: no such file, an unknown key or system, a ratio outside 0 and 1, a seed that is not one.
     """
     path = config_file(path)
-    given: Options = {"root": root and str(root), "pretrained": pretrained, "ratios": ratios, "seeds": seeds}
-    given["targets"] = targets
+    given = {"root": root and str(root), "pretrained": pretrained, "ratios": ratios, "seeds": seeds, "targets": targets}
     overrules = {name: value for name, value in given.items() if value is not None}
     subject = f"--config: '{path}'{''.join(f' --{name}' for name in overrules)}"
     file = _validated(read_config(path, "--config") | overrules, Settings, subject)

@@ -1,8 +1,4 @@
-"""What a run shows in its loggers, under the same tags for every method and every logger, so that runs overlay.
-
-Every logger of Lightning takes scalars and hyperparameters. Histograms go to TensorBoard, W&B and Comet, the picture to
-these, to MLflow, and to whatever else has ``log_image``.
-"""
+"""What a run shows in its loggers, under the same tags for every method and every logger, so that runs overlay."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +20,8 @@ from lightning_prune.support.files import FULL
 
 
 def log_importance(logger: Logger, scores: Scores) -> None:
-    """Importance per layer as scalars whose step is the layer, score histograms, and the kept-fraction map.
+    """Importance per layer as scalars whose step is the layer, and where a logger has a place for them score histograms
+    and the kept-fraction map.
 
     ``importance/<block>`` is the block's share of the model's whole importance, so methods of different scales
     overlay; ``score/<block>`` is the mean score of the block's units in the method's own unit.
@@ -92,10 +89,8 @@ def log_result(
     scores: Scores | None = None,
     more: Mapping[str, float] = {},
 ) -> None:
-    """At the end of a run: importance, and ``options`` with the final numbers and ``more``, in every logger.
-
-    A logger that fails, as one whose server is gone, costs a warning and not the run.
-    """
+    """At the end of a run: importance, and ``options`` with the final numbers and ``more``, in every logger. One that
+    fails, as when its server is gone, costs a warning and not the run."""
     results = {"achieved ratio": float(metrics["pruning_ratio"]["achieved"])} if "pruning_ratio" in metrics else {}
     for name, values in metrics["perplexity"].items():
         results[f"perplexity {plain(name)}"] = float(values["pruned"] if "pruned" in values else values["perplexity"])
@@ -119,11 +114,8 @@ def log_result(
 
 
 def open_loggers(trainer: L.Trainer) -> None:
-    """Have every logger begin, before anything is calibrated for it.
-
-    Raises:
-        UserError: one cannot: nothing can be written there, nobody answers, nobody is logged in.
-    """
+    """Have every logger begin, before anything is calibrated for it; UserError where one cannot: nothing can be written
+    there, nobody answers, nobody is logged in."""
     for logger in trainer.loggers:
         try:
             getattr(logger, "experiment", None)

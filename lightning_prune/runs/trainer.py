@@ -1,9 +1,4 @@
-"""The trainer of a run that calibrates: Lightning's, with the options that mean something to such a run.
-
-Several processes run under Lightning's DDP without its gradient-synchronising wrapper: statistics are sums that are
-reduced once at the end, so the wrapper would only cost gradient buckets of the model's size, and torch refuses it for a
-model without trainable parameters.
-"""
+"""The trainer of a run that calibrates: Lightning's, with the options that mean something to such a run."""
 
 import os
 import re
@@ -21,13 +16,16 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _Su
 from lightning_prune.support.devices import accelerator as find_accelerator
 from lightning_prune.support.errors import UserError
 
-DEFAULT_ROOT = "logs"
 Precision = Literal["32-true", "bf16-true", "16-true", "bf16-mixed", "16-mixed", "64-true"]
 _HARMLESS = (ProgressBar, ModelSummary, DeviceStatsMonitor, LambdaCallback)
 
 
 class CalibrationDDP(DDPStrategy):
-    """Process group, samplers and barriers of DDP; the model stays as it is on every rank."""
+    """Process group, samplers and barriers of DDP, without its wrapper that synchronises gradients.
+
+    Statistics are sums that are reduced once at the end, so the wrapper would only cost gradient buckets of the model's
+    size, and torch refuses it for a model without trainable parameters.
+    """
 
     strategy_name = "calibration_ddp"
 
@@ -59,7 +57,7 @@ def calibration_trainer(
     num_nodes: int = 1,
     strategy: str = "auto",
     precision: Precision | None = None,
-    default_root_dir: str = DEFAULT_ROOT,
+    default_root_dir: str = "logs",
     logger: Logger | list[Logger] | bool | None = None,
     callbacks: Callback | list[Callback] | None = None,
     enable_progress_bar: bool = True,
@@ -135,7 +133,7 @@ def _trainer(options: dict[str, Any]) -> L.Trainer:
 
 
 def cpu_processes(accelerator: str, devices: Any) -> Any:
-    """``--trainer.devices`` for Lightning, which takes only a number on the CPU: a list counts its entries."""
+    """``--trainer.devices`` for Lightning, which takes only a number on the CPU: there a list counts its entries."""
     if accelerator != "cpu" and not (accelerator == "auto" and find_accelerator() is None):
         return devices
     text = "1" if devices == "auto" else str(devices)

@@ -1,13 +1,9 @@
-"""Options chosen by the distance from the dense model on calibration samples that no measurement saw: one calibration,
-then decisions alone.
+"""Options chosen by the distance from the dense model on an eighth of the calibration samples, which is held out.
 
-An eighth of the shared set is held out. The method measures on the rest once; every trial decides (and refits) from
-those scores on the dense model in memory, so no checkpoint is written. The search goes along one option at a time and
-keeps what lowers KL(dense ‖ pruned), until a whole round changes nothing or the trials are used up. A divergence
-compares whole distributions, so few tokens tell more than their labels would.
+The method measures on the rest once; every trial decides (and refits) from those scores on the dense model in memory.
+KL(dense ‖ pruned) compares whole distributions, so few tokens tell more than their labels would.
 """
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -55,7 +51,7 @@ class Trial:
     """Options of the method, KL(dense ‖ pruned) and loss in nats per held-out token, what it took, and by block the
     kept fraction of every layer."""
 
-    options: dict[str, Any]
+    options: Options
     divergence: float
     loss: float
     seconds: float
@@ -64,10 +60,8 @@ class Trial:
 
 @dataclass(frozen=True)
 class Tuned:
-    """All trials so far, in order: the file that is left after every one of them, so that a killed search can continue.
-
-    ``facts`` are what a search that continues must share; ``dense_loss`` is the dense model's on the held-out samples.
-    """
+    """All trials so far, in order, as the file has them: ``facts`` are what a search that continues must share,
+    ``dense_loss`` is the dense model's on the held-out ``samples``."""
 
     facts: Facts
     dense_loss: float
@@ -81,10 +75,8 @@ class Tuned:
 
 
 def search(start: Options, axes: Axes, divergence: Callable[[Options], float], limit: int) -> Iterator[Options]:
-    """Coordinate descent from ``start`` along the ``axes`` whose option it has.
-
-    Yields the options of every trial, every setting once, ``limit`` at most.
-    """
+    """Coordinate descent from ``start`` along the ``axes`` whose option it has, until a round changes nothing: yields
+    the options of every trial, each once, ``limit`` at most."""
     tried: list[Options] = []
     current, best, changed = dict(start), math.inf, True
     settings = [{}, *({name: value} for name, values in axes if name in start for value in values)]
@@ -104,7 +96,7 @@ def search(start: Options, axes: Axes, divergence: Callable[[Options], float], l
 
 
 def tune(
-    configuration: dict[str, Any],
+    configuration: Options,
     data: CalibrationDataModule,
     folder: Path,
     limit: int,
@@ -114,9 +106,8 @@ def tune(
 ) -> Iterator[Tuned]:
     """Try options of one method, and yield what is known after every trial.
 
-    ``configuration`` is that of a run as ``fit`` takes it, with every option; no evaluation text is read. The two parts
-    of the calibration set go to ``folder``. ``file`` holds all trials, ``limit`` at most, after every one of them; with
-    ``resume`` those in it are not made again.
+    ``configuration`` is that of a run as ``fit`` takes it, with every option. The two parts of the calibration set go
+    to ``folder``. ``file`` has all trials after every one of them; with ``resume`` those in it are not made again.
 
     Raises:
         UserError: too few samples, or nothing to resume.
@@ -131,14 +122,14 @@ def tune(
         np.save(folder / f"{name}.npy", data.calibration.tokens[part].numpy())
     given = configuration["model"]["init_args"]
     weights, fingerprint = Checkpoint.open(given["pretrained"]).fingerprint, data.calibration.manifest.fingerprint
-    facts = facts_of(yaml.safe_dump(configuration), weights, fingerprint, processes=1)
+    facts = facts_of(configuration, weights, fingerprint, processes=1)
     before = _read(file, facts) if resume else None
     trials = _Trials(configuration, folder, progress)
     dense = _loss(trials.measured[1]) if before is None else before.dense_loss
     tuned = Tuned(facts, dense, int(held_out.sum()), [])
 
-    def divergence(options: dict[str, Any]) -> float:
-        known = [] if before is None else [trial for trial in before.trials if trial.options == options]
+    def divergence(options: Options) -> float:
+        known = [trial for trial in before.trials if trial.options == options] if before else []
         tuned.trials.append(known[0] if known else trials.make(options))
         if not known:
             write_json(file, asdict(tuned))
@@ -153,13 +144,14 @@ def tune(
 class _Trials:
     """Runs that differ in a few options of the method: measured once on its part of the samples, then decided."""
 
-    def __init__(self, configuration: dict[str, Any], folder: Path, progress: Progress) -> None:
-        self.base, self.folder, self.progress = copy.deepcopy(configuration), folder, progress
+    def __init__(self, configuration: Options, folder: Path, progress: Progress) -> None:
+        self.folder, self.progress = folder, progress
         parts = {"dataset": str(folder / "measured.npy"), "eval_datasets": [str(folder / "held_out.npy")]}
         # The rows of an array are the windows.
         windows = ("num_samples", "seq_len", "sampling", "stride")
-        self.base["data"] = {k: v for k, v in self.base["data"].items() if k not in windows} | parts
-        self.base["trainer"] |= {"logger": False, "enable_progress_bar": False, "default_root_dir": str(folder)}
+        data = {name: value for name, value in configuration["data"].items() if name not in windows} | parts
+        quietly = {"logger": False, "enable_progress_bar": False, "default_root_dir": str(folder)}
+        self.base = configuration | {"data": data, "trainer": configuration["trainer"] | quietly}
 
     @cached_property
     def measured(self) -> tuple[SavedMeasurement, Measured]:
@@ -171,7 +163,7 @@ class _Trials:
             run.trainer.fit(run.model, run.datamodule)
         return SavedMeasurement(run.model.scores, run.model.details(), run.model.calibration_facts()), dense
 
-    def make(self, options: dict[str, Any]) -> Trial:
+    def make(self, options: Options) -> Trial:
         """Decide with ``options`` on the open dense model, and measure that."""
         started, run = time.perf_counter(), self._built(options, self.measured[0])
         run.trainer.fit(run.model, run.datamodule)
@@ -181,10 +173,8 @@ class _Trials:
         (distance,) = measured.distance.values()
         return Trial(options, distance.kl_divergence, _loss(measured), time.perf_counter() - started, kept)
 
-    def _built(self, options: dict[str, Any], measured: SavedMeasurement | None = None) -> RunBuilder:
-        configuration = copy.deepcopy(self.base)
-        configuration["model"]["init_args"] |= options
-        run = build("tune", configuration)
+    def _built(self, options: Options, measured: SavedMeasurement | None = None) -> RunBuilder:
+        run = build("tune", self.base | {"model": _with(self.base["model"], options)})
         if measured is not None:
             run.model.reuse(measured)
         run.model.writes = False
@@ -194,9 +184,8 @@ class _Trials:
 
 def _evaluated(run: RunBuilder, scratch: Path | None = None, reference: Measured | None = None) -> Measured:
     """On the held-out samples what was decided, or the dense model before that."""
-    method = run.model
-    slot, progress = method.slot, method.progress
-    return measure(run.trainer, run.datamodule, method.checkpoint, "", slot, progress, scratch, reference)
+    model = run.model
+    return measure(run.trainer, run.datamodule, model.checkpoint, "", model.slot, model.progress, scratch, reference)
 
 
 def _loss(measured: Measured) -> float:
@@ -226,13 +215,16 @@ def check_tunable(method: PruningMethod) -> None:
         )
 
 
-def tuned_config(configuration: dict[str, Any], tuned: Tuned) -> str:
+def tuned_config(configuration: Options, tuned: Tuned) -> str:
     """The method's section with the best options, as YAML for ``--config``."""
-    model = copy.deepcopy(configuration["model"])
-    model["init_args"] |= tuned.best.options
+    model = _with(configuration["model"], tuned.best.options)
     for name in ("pretrained", "label", "onload"):
         model["init_args"].pop(name, None)
     return str(yaml.safe_dump({"model": model}, sort_keys=False))
+
+
+def _with(model: Options, options: Options) -> Options:
+    return model | {"init_args": model["init_args"] | options}
 
 
 def log_trial(writer: SummaryWriter, tuned: Tuned) -> None:

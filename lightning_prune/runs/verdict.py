@@ -1,5 +1,4 @@
-"""What is said of a result: how much of the dense model is left, in words and their thresholds, what training gave back
-of the rest, the tables that commands end with, and sections of the model card."""
+"""What is said of a result: the verdict, the tables that commands end with, and sections of the model card."""
 
 import math
 from typing import Any, TypeGuard
@@ -27,15 +26,11 @@ LEGEND = (
 def verdict_word(
     pruned: float | None, dense: float | None, unigram: float | None, divergence: float | None = None
 ) -> str:
-    """One word of the scale in ``LEGEND``.
+    """One word of the scale in ``LEGEND``; perplexities are on the same tokens, ``divergence`` is KL(dense ‖ pruned).
 
     A language model's gain is ln(unigram) - ln(dense) nats per token, what it knows from context. The loss from
-    pruning is ln(pruned) - ln(dense), or the ``divergence`` KL(dense ‖ pruned) in nats per token, which is the same
-    loss on text that the dense model wrote, whichever is larger.
-
-    Perplexities are of the pruned, the dense and the unigram model on the same tokens. None, NaN and infinity: it was
-    not finite, or (unigram) is not known. Without the dense one only the unigram model is left to compare with. The
-    divergence is None where nobody measured it.
+    pruning is ln(pruned) - ln(dense), or the divergence in nats per token, which is the same loss on text that the
+    dense model wrote, whichever is larger. None, NaN and infinity: it was not finite, not known, or not measured.
     """
     if divergence is not None and _finite(pruned):
         pruned = max(pruned, _as_perplexity(divergence, dense))
@@ -70,8 +65,8 @@ def verdict(metrics: dict[str, Any], name: str) -> str:
     if not _finite(dense):
         return f"{word} (the dense perplexity is not finite)"
     reason = f"{pruned / dense:.2f} times the dense perplexity"
-    if divergence is not None and _as_perplexity(divergence, dense) > pruned:
-        pruned = _as_perplexity(divergence, dense)
+    if divergence is not None and (worse := _as_perplexity(divergence, dense)) > pruned:
+        pruned = worse
         reason = f"a KL divergence of {divergence:.2f} counts as {pruned / dense:.2f} times the dense perplexity"
     if word == UNUSABLE and _finite(unigram) and _finite(pruned):
         lost = math.log(pruned / dense) / math.log(unigram / dense)
@@ -90,22 +85,18 @@ def evaluation_section(metrics: dict[str, Any]) -> str:
         return ""
     rows, distances = [], metrics.get("distance", {})
     for name, item in metrics["perplexity"].items():
-        both = [f"{value:.3f}" if _finite(value) else "not finite" for value in (item["dense"], item["pruned"])]
+        values = [_number(item[which]) for which in ("dense", "pruned")]
         if distances:
-            far = distances[name]
-            both += [f"{kl:.4f}" if _finite(kl := far["kl_divergence"]) else "not finite", share(far["top1_agreement"])]
-        rows.append((markdown(public_name(name)), f"{item['tokens']:,}", *both, verdict(metrics, name)))
+            values += [_number(distances[name]["kl_divergence"], 4), share(distances[name]["top1_agreement"])]
+        rows.append((markdown(public_name(name)), f"{item['tokens']:,}", *values, verdict(metrics, name)))
     more = ("KL", "Top-1 agreement") if distances else ()
     header = ("Set", "Tokens", "Dense perplexity", "Pruned perplexity", *more, "Verdict")
     return "\n" + "\n\n".join(["## Evaluation", markdown_table(header, rows), LEGEND]) + "\n"
 
 
 def regained(dense: float | None, pruned: float | None, recovered: float | None) -> float | None:
-    """Share of the lost log-perplexity that training gave back: 0 nothing, 1 all; None where less than ``LEAST`` nats
-    were lost.
-
-    (ln pruned − ln recovered) / (ln pruned − ln dense).
-    """
+    """Share of the lost log-perplexity that training gave back, (ln pruned − ln recovered) / (ln pruned − ln dense);
+    None where less than ``LEAST`` nats were lost."""
     if not (_finite(dense) and _finite(pruned) and _finite(recovered)):
         return None
     lost = math.log(pruned / dense)
@@ -121,6 +112,10 @@ def _given_back(value: float | None) -> str:
 def share(value: float | None) -> str:
     """As a table says it."""
     return f"{value:.0%}" if _finite(value) else "–"
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return f"{value:.{digits}f}" if _finite(value) else "not finite"
 
 
 def summary_table(label: str, metrics: dict[str, Any]) -> str:
@@ -205,10 +200,8 @@ def comparison_rows(metrics: dict[str, Any]) -> Rows:
             " → ".join(share(written[side][key]) for side in ("dense", "pruned"))
             for key in ("repeated_4grams", "ended")
         )
-        value = (
-            f"equal for the first {written['common_beginning']:.1f} of {written['new_tokens']} tokens, repeated "
-            f"4-grams {repeated}, ended {ended} ({written['prompts']} prompts)"
-        )
+        value = f"equal for the first {written['common_beginning']:.1f} of {written['new_tokens']} tokens"
+        value += f", repeated 4-grams {repeated}, ended {ended} ({written['prompts']} prompts)"
         rows.append(("continuations", value))
     return rows
 
@@ -232,24 +225,16 @@ def card_section(record: dict[str, Any], metrics: dict[str, Any]) -> str:
 
 def _recovery_rows(record: dict[str, Any], metrics: dict[str, Any]) -> Rows:
     loss = record["held_out_loss"]
+    work = f"{record['trainable_parameters']:,} parameters, {record['tokens_seen']:,} tokens, {record['steps']:,} steps"
     rows = [
-        (
-            "trained",
-            f"{record['trainable_parameters']:,} parameters, {record['tokens_seen']:,} tokens, {record['steps']:,} "
-            f"steps, {record['seconds']:.0f} s; ended by {record['stopped_by']}",
-        ),
+        ("trained", f"{work}, {record['seconds']:.0f} s; ended by {record['stopped_by']}"),
         ("held-out loss", f"{loss['before']:.4f} → {loss['after']:.4f}"),
     ]
     for name, item in metrics["perplexity"].items():
         values = item["dense"], record["perplexity"].get(name), item["pruned"]
-        dense, pruned, recovered = ("not finite" if value is None else f"{value:.3f}" for value in values)
-        rows.append(
-            (
-                f"perplexity {public_name(name)}",
-                f"dense {dense}, pruned {pruned}, recovered {recovered} ({item['tokens']:,} tokens): "
-                f"{_given_back(regained(*values))}",
-            )
-        )
+        dense, pruned, recovered = map(_number, values)
+        text = f"dense {dense}, pruned {pruned}, recovered {recovered} ({item['tokens']:,} tokens)"
+        rows.append((f"perplexity {public_name(name)}", f"{text}: {_given_back(regained(*values))}"))
     if record["zeroed_weights"] is not None:
         rows.append(("zeroed weights", f"{record['zeroed_weights']:,}, all still zero"))
     return rows

@@ -20,7 +20,6 @@ from lightning_prune.support import progress
 from lightning_prune.support.errors import UserError
 from tests.tiny import make_moe, make_tiny, tiny_tokenizer, tiny_tokens
 
-NOT_REPRODUCIBLE = ("folder", "scores_measured_by", "peak_memory_bytes")  # and all seconds
 CLASSES = {"magnitude": "Magnitude", "wanda": "Wanda", "shortgpt": "ShortGPT", "hgsp": "HGSP"}
 
 
@@ -28,21 +27,18 @@ def write_experiment(tmp_path: Path) -> Path:
     """Four systems, one of them with a text of its own, at two ratios on a tiny model and token arrays."""
     make_tiny(layers=6).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    np.save(tmp_path / "calibration.npy", tiny_tokens(8, 16, seed=1).numpy())
-    np.save(tmp_path / "second.npy", tiny_tokens(4, 32, seed=3).numpy())
-    np.save(tmp_path / "test.npy", tiny_tokens(8, 16, seed=2).numpy())
+    for seed, (name, rows, length) in enumerate((("calibration", 8, 16), ("test", 8, 16), ("second", 4, 32)), start=1):
+        np.save(tmp_path / f"{name}.npy", tiny_tokens(rows, length, seed).numpy())
     systems: dict = {
         label: {"model": {"class_path": f"lightning_prune.methods.{name}"}} for label, name in CLASSES.items()
     }
     systems["shortgpt"]["data"] = {"dataset": str(tmp_path / "second.npy")}
-    content = {
-        "pretrained": str(tmp_path / "model"),
-        "ratios": [0.2, 0.4],
+    data = {"dataset": str(tmp_path / "calibration.npy"), "eval_datasets": [str(tmp_path / "test.npy")]}
+    content = {"pretrained": str(tmp_path / "model"), "root": str(tmp_path / "logs"), "ratios": [0.2, 0.4]}
+    content |= {
         "systems": systems,
-        "data": {"dataset": str(tmp_path / "calibration.npy"), "eval_datasets": [str(tmp_path / "test.npy")]}
-        | {"continuations": 0},
+        "data": data | {"continuations": 0},
         "trainer": {"accelerator": "cpu", "logger": False},
-        "root": str(tmp_path / "logs"),
     }
     (tmp_path / "compare.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     return tmp_path / "compare.yaml"
@@ -53,31 +49,16 @@ def experiment(tmp_path: Path) -> Path:
     return write_experiment(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
-    """The whole experiment: its file and its run folders."""
-    path = write_experiment(tmp_path_factory.mktemp("shared"))
-    folders, failures = run_experiment(read_settings(path))
-    assert not failures
-    return path, folders
-
-
 def read(folder: Path, name: str) -> dict:
     found: dict = json.loads((folder / name).read_text())
     return found
 
 
-def results(report: Path) -> list[dict[str, str]]:
-    with (report / "results.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    seconds = {key for key in rows[0] if key.startswith("seconds_")}
-    return [{key: row[key] for key in row if key not in {*NOT_REPRODUCIBLE, *seconds}} for row in rows]
-
-
 @pytest.mark.slow
-def test_what_runs_share_changes_no_number(shared: tuple[Path, list[Path]], tmp_path: Path) -> None:
+def test_what_runs_share_changes_no_number(experiment: Path, tmp_path: Path) -> None:
     """Shared model, shared tokens, shared dense perplexity and reused scores give what single runs give."""
-    experiment, folders = shared
+    folders, failures = run_experiment(read_settings(experiment))
+    assert not failures
     assert [(folder.parent.name, folder.name) for folder in folders] == [
         (label, f"version_{index}") for label in CLASSES for index in range(2)
     ]
@@ -86,7 +67,7 @@ def test_what_runs_share_changes_no_number(shared: tuple[Path, list[Path]], tmp_
     assert sum(one["seconds"].get("calibrate", 0) > 0 for one in metrics) == 3  # every system with data, at one ratio
     assert len({one["perplexity"]["test.npy"]["dense"] for one in metrics}) == 1
     for label in ("hgsp", "shortgpt"):
-        (single,), _ = run_experiment(read_settings(experiment, tmp_path / label, ratios=[0.4], systems=[label]))
+        (single,), _ = run_experiment(read_settings(experiment, tmp_path / "single", ratios=[0.4], systems=[label]))
         at_04 = next(folder for folder in folders if folder.parent.name == label and folder.name == "version_1")
         one, other = read(single, "metrics.json"), read(at_04, "metrics.json")
         assert (one["method"]["scores_reused"], other["method"]["scores_reused"]) == (False, True)
@@ -146,11 +127,11 @@ def test_run_that_fails_is_reported_and_the_others_go_on(
     shown = capsys.readouterr()
     assert "Traceback" not in shown.err
     assert "Failed runs" in shown.out
-    report = tmp_path / "logs" / "comparison" / "version_0"
-    failed = [row for row in results(report) if row["status"] == "failed"]
-    assert [(row["system"], row["requested_ratio"]) for row in failed] == [("shortgpt", "0.03")]
-    assert "--model.pruning_ratio: 0.03" in failed[0]["message"]
-    assert sum(row["status"] == "finished" for row in results(report)) == 1
+    with (tmp_path / "logs/comparison/version_0/results.csv").open(encoding="utf-8", newline="") as file:
+        failed, finished = sorted(csv.DictReader(file), key=lambda row: row["status"])
+    assert (failed["status"], failed["system"], failed["requested_ratio"]) == ("failed", "shortgpt", "0.03")
+    assert "--model.pruning_ratio: 0.03" in failed["message"]
+    assert finished["status"] == "finished"
     assert not list((tmp_path / "logs").glob("**/unfinished"))
 
 
@@ -168,13 +149,12 @@ def test_two_experiments_do_not_share_a_root(experiment: Path, monkeypatch: pyte
 
 
 @pytest.mark.slow
-def test_targets_take_the_place_of_ratios_and_share_what_was_measured(tmp_path: Path) -> None:
-    path = write_experiment(tmp_path)
+def test_targets_take_the_place_of_ratios_and_share_what_was_measured(experiment: Path) -> None:
     model = make_tiny(layers=6)
     dense, config = sum(one.numel() for one in model.parameters()), model.config
     cache = 2 * 6 * config.num_key_value_heads * config.head_dim * config.max_position_embeddings
     memory = f"{4 * (dense + cache) * 3 // 4000}KB"
-    settings = read_settings(path, systems=["wanda", "magnitude"], targets=[memory, str(dense * 2 // 3)])
+    settings = read_settings(experiment, systems=["wanda", "magnitude"], targets=[memory, str(dense * 2 // 3)])
     folders, failures = run_experiment(settings)
     assert not failures
     runs = [load_run(folder) for folder in folders]
@@ -184,38 +164,30 @@ def test_targets_take_the_place_of_ratios_and_share_what_was_measured(tmp_path: 
     sizes = by_size(repeats(group.all))  # whatever ratio each system needs for the same memory
     assert {size: len(lines) for size, lines in sizes.items()} == {memory: 2, runs[1].size: 2}
     with pytest.raises(UserError, match=r"--targets: found 'much'"):
-        read_settings(path, targets=["much"])
-
-
-EXPERTS = {
-    "wanda": "wanda",
-    "experts": {"config": "wanda", "model": {"init_args": {"units": "expert"}}},
-    "reap": "reap",
-    "kfac_refit": "hgsp_kfac_refit",
-    "shortgpt": "shortgpt",
-}
+        read_settings(experiment, targets=["much"])
 
 
 @pytest.mark.slow
-def test_methods_of_experts_are_in_one_table_with_the_others_and_decide_again_as_anew(tmp_path: Path) -> None:
-    content = yaml.safe_load(write_experiment(tmp_path).read_text())
+def test_methods_of_experts_are_in_one_table_with_the_others_and_decide_again_as_anew(
+    experiment: Path, tmp_path: Path
+) -> None:
     make_moe(width=32, layers=3).save_pretrained(tmp_path / "model")
-    content |= {"systems": EXPERTS, "ratios": [0.3, 0.45]}
-    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    folders, failures = run_experiment(read_settings(tmp_path / "compare.yaml"))
+    experts = {"config": "wanda", "model": {"init_args": {"units": "expert"}}}
+    systems = {"wanda": "wanda", "experts": experts, "reap": "reap", "kfac": "hgsp_kfac_refit", "shortgpt": "shortgpt"}
+    content = yaml.safe_load(experiment.read_text()) | {"systems": systems}
+    experiment.write_text(yaml.safe_dump(content, sort_keys=False))
+    folders, failures = run_experiment(read_settings(experiment, ratios=[0.3, 0.45]))
     assert not failures
     (group,) = audit([load_run(folder) for folder in folders]).groups
     shown = results_table(repeats(group.all), group).set_index("system")["tokens per expert"]
-    assert (shown[list(EXPERTS)[:-1]] == shown["reap"].iloc[0]).all()
+    assert (shown[list(systems)[:-1]] == shown["reap"].iloc[0]).all()
     assert shown["shortgpt"].iloc[0] == "–"
     counts = [one for layer in load_run(folders[0]).details.experts.tokens.values() for one in layer]
     assert sum(counts) == 3 * 2 * 8 * 16  # layers, experts of a token, tokens
     assert shown["reap"].iloc[0] == f"{statistics.median(counts):.0f}, fewest {min(counts)}"
     again = [folder for folder in folders if read(folder, "metrics.json")["method"]["scores_reused"]]
-    assert {folder.parent.name for folder in again} == EXPERTS.keys()
-    content |= {"ratios": [0.45], "root": str(tmp_path / "anew")}
-    (tmp_path / "compare.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    anew, _ = run_experiment(read_settings(tmp_path / "compare.yaml"))
+    assert {folder.parent.name for folder in again} == systems.keys()
+    anew, _ = run_experiment(read_settings(experiment, tmp_path / "anew", ratios=[0.45]))
     for first, second in zip(again, anew, strict=True):
         for name in ("scores.csv", "pruned/model.safetensors"):
             assert (first / name).read_bytes() == (second / name).read_bytes(), f"{first.parent.name} {name}"

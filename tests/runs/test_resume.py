@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from lightning_prune.runs.folder import RunFolder
 from lightning_prune.runs.resume import differences, facts_of, unfinished_run
@@ -94,8 +93,9 @@ def test_a_run_that_was_killed_again_and_again_ends_with_the_bytes_of_an_undistu
     assert ended.status == 0, ended.printed
     folder = fit.folder / "killed" / system / "version_0"
     left = {path.name for path in folder.rglob("*")}
-    assert not left & {"unfinished", "layer_results", "started.json"}
-    assert not [name for name in left if name.startswith(".")]
+    assert not [
+        name for name in left if name.startswith(".") or name in ("unfinished", "layer_results", "started.json")
+    ]
     expected, found = fit.result(system, "undisturbed"), fit.result(system, "killed")
     expected["config.yaml"] = expected["config.yaml"].replace(b"onload: auto", b"onload: layer")
     assert found == expected
@@ -124,8 +124,7 @@ def test_what_differs_is_named_and_nothing_is_lost(fit: Fit, interrupted: Path) 
         assert ended.status == 2
         assert named in ended.printed
         assert (interrupted / "layer_results").is_dir()
-    ended = fit("wanda_2to4", "interrupted", "--resum")
-    assert ended.status == 2
+    assert fit("wanda_2to4", "interrupted", "--resum").status == 2
 
 
 @pytest.mark.slow
@@ -144,16 +143,18 @@ def test_smaller_batches_and_other_spellings_go_on_and_end_in_the_same_plan(fit:
     kill = Kill("lightning_prune.calibration.results:Results.add", 5)
     assert fit(system, "smaller", kill=kill).status == -signal.SIGKILL
     folder = fit.folder / "smaller" / system / "version_0"
-    known = {path.name: path.read_bytes() for path in (folder / "layer_results").glob("step_*")}
-    assert len(known) == 4
+
+    def known() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (folder / "layer_results").glob("step_*")}
+
+    before = known()
+    assert len(before) == 4
     more = ["--data.batch_size", "1", "--data.eval_batch_size", "3", "--trainer.enable_progress_bar", "false"]
     more += ["--data.dataset", os.path.relpath(fit.folder / "tokens.npy", REPOSITORY)]
     more += ["--data.cache_dir", f"{fit.folder}/cache", "--model.onload", "layer"]
     again = Kill("lightning_prune.calibration.results:Results.add", 1)
     assert fit(system, "smaller", *more, "--resume", kill=again).status == -signal.SIGKILL
-    assert {
-        path.name: path.read_bytes() for path in (folder / "layer_results").glob("step_*")
-    } == known  # not made again
+    assert known() == before  # not made again
     (fit.folder / "link").unlink(missing_ok=True)
     (fit.folder / "link").symlink_to(fit.folder / "model")
     link = ["--model.pretrained", os.path.relpath(fit.folder / "link", REPOSITORY) + "/"]
@@ -162,32 +163,29 @@ def test_smaller_batches_and_other_spellings_go_on_and_end_in_the_same_plan(fit:
     assert ended.status == 0, ended.printed
     assert os.listdir(folder.parent) == ["version_0"]
     assert fit(system, "whole", "--data.batch_size", "4").status == 0
-    expected, found = fit.result(system, "whole"), fit.result(system, "smaller")
-    assert found["plan.json"] == expected["plan.json"]
+    assert fit.result(system, "smaller")["plan.json"] == fit.result(system, "whole")["plan.json"]
 
 
 def test_what_changes_no_decision_is_no_fact_and_all_else_is() -> None:
-    model = {"class_path": "Wanda", "init_args": {"pretrained": "a/model", "pruning_ratio": 0.2, "onload": "auto"}}
-    data = {"dataset": "t.npy", "batch_size": 4, "eval_batch_size": 16, "cache_dir": None, "seed": 0, "tokenizer": "a"}
-    trainer = {"precision": None, "logger": None, "enable_progress_bar": True}
+    options = {"model.pretrained": "a/model", "model.pruning_ratio": 0.2, "model.onload": "auto", "data.seed": 0}
+    options |= {"data.dataset": "t.npy", "data.batch_size": 4, "data.eval_batch_size": 16, "data.cache_dir": None}
+    options |= {"data.tokenizer": "a", "trainer.precision": None, "trainer.logger": None}
 
-    def facts(**changes: object) -> dict[str, object]:
-        groups = {"model": model["init_args"], "data": data, "trainer": trainer}
-        new = {group: dict(options) for group, options in groups.items()}  # type: ignore[call-overload]
-        for name, value in changes.items():
-            group, _, option = name.partition("__")
-            new[group][option] = value
-        config = {"model": {"class_path": "Wanda", "init_args": new["model"]}, "data": new["data"]}
-        return facts_of(yaml.safe_dump(config | {"trainer": new["trainer"]}), "weights", "tokens", 1)
+    def facts(name: str = "data.seed", value: object = 0) -> dict[str, object]:
+        groups: dict[str, dict[str, object]] = {"model": {}, "data": {}, "trainer": {}}
+        for option, given in (options | {name: value}).items():
+            group, _, short = option.partition(".")
+            groups[group][short] = given
+        return facts_of(groups | {"model": {"class_path": "Wanda", "init_args": groups["model"]}}, "w", "t", 1)
 
-    free = {"model__pretrained": "/x/a/model/", "model__onload": "layer", "model__label": "b", "trainer__logger": False}
-    free |= {"data__batch_size": 1, "data__eval_batch_size": 1, "data__cache_dir": "c", "data__dataset": "/x/t.npy"}
-    free |= {"data__tokenizer": "/x/a", "trainer__precision": "32-true", "trainer__enable_progress_bar": False}
+    free = {"model.pretrained": "/x/a/model/", "model.onload": "layer", "model.label": "b", "trainer.logger": False}
+    free |= {"data.batch_size": 1, "data.eval_batch_size": 1, "data.cache_dir": "c", "data.dataset": "/x/t.npy"}
+    free |= {"data.tokenizer": "/x/a", "trainer.precision": "32-true", "trainer.enable_progress_bar": False}
     for name, value in free.items():
-        assert differences(facts(), facts(**{name: value})) == []
-    for name, value in {"model__pruning_ratio": 0.3, "data__seed": 1, "trainer__precision": "bf16-true"}.items():
-        (difference,) = differences(facts(), facts(**{name: value}))
-        assert difference.startswith(name.replace("__", "."))
+        assert differences(facts(), facts(name, value)) == []
+    for name, value in {"model.pruning_ratio": 0.3, "data.seed": 1, "trainer.precision": "bf16-true"}.items():
+        (difference,) = differences(facts(), facts(name, value))
+        assert difference.startswith(name)
     # What an earlier version wrote down beside that.
     assert differences(facts() | {"model.pretrained": "a/model", "data.batch_size": 4}, facts()) == []
 
@@ -209,8 +207,9 @@ def test_the_newest_unfinished_run_of_the_same_facts_is_found(tmp_path: Path) ->
     with pytest.raises(UserError, match=r"version_11 differs in processes: 2 then, 3 now\. version_10 differs"):
         unfinished_run(tmp_path, "wanda", FACTS | {"processes": 3})
     locks = [Lock.take(newest.parent / name / "unfinished") for name in ("version_10", "version_1", "version_0")]
-    with pytest.raises(UserError, match="still under way"):
-        unfinished_run(tmp_path, "wanda", FACTS)
+    alive = unfinished_run(tmp_path, "wanda", FACTS)
+    with pytest.raises(UserError, match="still under way"), RunFolder.claim(tmp_path, "wanda", again=alive):
+        pytest.fail("claimed")
     for lock in locks:
         assert lock is not None
         lock.release()

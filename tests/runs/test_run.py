@@ -9,13 +9,16 @@ from unittest.mock import Mock
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from lightning_prune.cli import main
 from lightning_prune.comparison.costs import calibration, pruning
 from lightning_prune.comparison.records import load_run
 from lightning_prune.methods import Magnitude, ShortGPT, Wanda
+from lightning_prune.runs.environment import environment, peak_memory_bytes
 from lightning_prune.runs.folder import RunFolder
+from lightning_prune.runs.records import Environment
 from lightning_prune.support.errors import UserError
 from tests.methods.behaviour import prune, save_model, save_tokens
 from tests.tiny import make_tiny, tiny_tokens
@@ -29,32 +32,21 @@ def inputs(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def options(inputs: Path, method: str = "Magnitude", root: str = "root") -> list[str]:
-    return [
-        f"--model={method}",
-        f"--model.pretrained={inputs / 'model'}",
-        f"--data.dataset={inputs / 'tokens.npy'}",
-        f"--data.eval_datasets=[{inputs / 'held_out.npy'}]",
-        f"--data.cache_dir={inputs / 'cache'}",
-        "--data.continuations=0",
-        f"--trainer.default_root_dir={inputs / root}",
-        "--trainer.accelerator=cpu",
-        "--trainer.enable_progress_bar=false",
-        "--trainer.logger=false",
-    ]
-
-
-def entries(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+def options(inputs: Path, method: str = "Magnitude", *more: str) -> list[str]:
+    words = f"--model={method} --model.pretrained={inputs}/model --data.dataset={inputs}/tokens.npy "
+    words += f"--data.eval_datasets=[{inputs}/held_out.npy] --data.cache_dir={inputs}/cache --data.continuations=0 "
+    words += f"--trainer.default_root_dir={inputs}/root --trainer.accelerator=cpu --trainer.enable_progress_bar=false"
+    return [*words.split(), "--trainer.logger=false", *more]
 
 
 def test_folder_is_claimed_with_and_without_a_logger(inputs: Path) -> None:
     for number, logger in enumerate(["true", "false"]):
-        assert main(["fit", *options(inputs), f"--trainer.logger={logger}"]) == 0
+        assert main(["fit", *options(inputs, "Magnitude", f"--trainer.logger={logger}")]) == 0
         run = RunFolder.open(inputs / "root" / "magnitude" / f"version_{number}", "--run")
-        events = list(run.path.glob("20%/*tfevents*"))  # TensorBoard shows the path to them
+        events = list(run.path.glob("20%"))  # TensorBoard shows the path to them
         assert bool(events) == (logger == "true")
-    assert entries(inputs / "root" / "magnitude") == ["version_0", "version_1"]
+    points = EventAccumulator(str(inputs / "root/magnitude/version_0/20%")).Reload().Scalars("importance/layer")
+    assert [point.step for point in points] == [0, 1, 2, 3]
     assert not list((inputs / "root").rglob("unfinished"))
 
 
@@ -89,9 +81,6 @@ def test_full_disk_under_tensorboard_is_one_message(
     assert not (inputs / "root").exists()
 
 
-# Numbers
-
-
 def test_decision_from_saved_scores_bears_what_measuring_them_cost(inputs: Path) -> None:
     assert main(["fit", *options(inputs, "Wanda")]) == 0
     first = load_run(inputs / "root" / "wanda" / "version_0")
@@ -106,17 +95,16 @@ def test_decision_from_saved_scores_bears_what_measuring_them_cost(inputs: Path)
         assert run.metrics.method.measured_seconds == measured
         assert calibration(run) == first.metrics.seconds["calibrate"]
     evaluating = sum(value for phase, value in first.metrics.seconds.items() if phase.startswith("evaluate"))
-    assert evaluating > 0
     cost = (calibration(first) or 0.0) + (pruning(first) or 0.0)
-    assert 0 < cost <= first.metrics.seconds["total"] - evaluating
+    assert 0 < cost <= first.metrics.seconds["total"] - evaluating < first.metrics.seconds["total"]
 
 
 def test_a_run_from_before_the_option_began_no_window_with_a_token(inputs: Path) -> None:
     assert main(["fit", *options(inputs, "Magnitude")]) == 0
     root = inputs / "root" / "magnitude"
     config = root / "version_0" / "config.yaml"
+    assert "  bos: auto\n" in config.read_text()
     config.write_text(config.read_text().replace("  bos: auto\n", ""))
-    assert "bos" not in config.read_text()
     assert main(["decide", f"--run={root / 'version_0'}", "--model.pruning_ratio=0.3"]) == 0
     assert "  bos: never\n" in (root / "version_1" / "config.yaml").read_text()
 
@@ -128,9 +116,6 @@ def test_ratio_that_nobody_asked_for_is_not_recorded(inputs: Path) -> None:
     assert json.loads((run.folder / "method.json").read_text())["n_remove_layers"] == 1
     assert load_run(run.folder).requested == metrics["pruning_ratio"]["achieved"]
     assert "Pruning ratio requested" not in (run.pruned / "README.md").read_text()
-
-
-# Numerical trouble
 
 
 def test_advice_names_bad_weights_and_else_never_the_precision_in_use(
@@ -155,3 +140,18 @@ def test_advice_names_bad_weights_and_else_never_the_precision_in_use(
         with pytest.raises(FloatingPointError) as error:
             prune(Magnitude(str(inputs / "model")), inputs / "tokens.npy", inputs / "logs", precision)
         assert str(error.value).startswith(f"{found} {advice}")
+
+
+def test_environment_is_enough_for_a_papers_appendix() -> None:
+    found = environment("bf16-true", torch.device("cpu"))
+    assert json.loads(json.dumps(found)) == found
+    assert Environment.model_validate(found, strict=True)
+    assert found["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert (found["precision"], found["device"]) == ("bf16-true", "cpu")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_peak_memory_is_what_the_kernel_counts_in_bytes() -> None:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kibibytes = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    assert peak_memory_bytes() == pytest.approx(kibibytes * 1024, rel=0.05)

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -16,24 +17,17 @@ def write(folder: Path, **experiment: object) -> Path:
     return folder / "compare.yaml"
 
 
-def test_run_gets_its_label_ratio_model_and_the_shared_options(tmp_path: Path) -> None:
-    path = write(tmp_path, pretrained="some/model", data={"seed": 3}, root=str(tmp_path / "out"))
+def test_command_line_wins_over_the_file_and_a_systems_own_setting_stays(tmp_path: Path) -> None:
+    path = write(tmp_path, ratios=[0.1], pretrained="some/model", data={"seed": 3, "seq_len": 64})
     found = read_settings(path).configuration("wanda", 0.3)
     expected = {"pretrained": "some/model", "label": "wanda", "pruning_ratio": 0.3, "round_to": 8}
-    assert found["model"]["init_args"] == expected
-    assert found["data"] == {"seed": 3}
-    assert found["trainer"]["default_root_dir"] == str(tmp_path / "out")
-
-
-def test_command_line_wins_over_the_file_and_a_systems_own_setting_stays(tmp_path: Path) -> None:
-    path = write(tmp_path, ratios=[0.1], data={"seed": 3, "seq_len": 64})
+    assert (found["model"]["init_args"], found["data"]) == (expected, {"seed": 3, "seq_len": 64})
     options = {"data.seed": "5", "data.eval_datasets": "[demo]", "trainer.precision": "bf16-true"}
     settings = read_settings(path, tmp_path, "other", [0.5, 0.25], ["own"], options)
-    assert settings.ratios == [0.25, 0.5]
-    assert list(settings.systems) == ["own"]
+    assert (settings.ratios, list(settings.systems)) == ([0.25, 0.5], ["own"])
     found = settings.configuration("own", 0.5)
     assert found["data"] == {"seed": 5, "eval_datasets": ["demo"], "seq_len": 512}
-    assert found["trainer"]["precision"] == "bf16-true"
+    assert (found["trainer"]["precision"], found["trainer"]["default_root_dir"]) == ("bf16-true", str(tmp_path))
     assert found["model"]["init_args"]["pretrained"] == "other"
 
 
@@ -45,38 +39,32 @@ def test_seed_of_the_experiment_applies_to_a_systems_own_setting_too(tmp_path: P
     assert read_settings(write(tmp_path, seeds=[7]), seeds=[1, 2]).seeds == [1, 2]
 
 
-def test_inline_system_overlays_a_file(tmp_path: Path) -> None:
+def test_a_system_may_change_a_file_or_be_any_method(tmp_path: Path) -> None:
     inline = {"config": "wanda.yaml", "model": {"init_args": {"round_to": 4, "allocation": "uniform"}}}
-    found = read_settings(write(tmp_path, systems={"narrow": inline})).configuration("narrow", 0.2)
-    assert found["model"]["class_path"] == "lightning_prune.methods.Wanda"
-    assert found["model"]["init_args"]["round_to"] == 4
-    assert found["model"]["init_args"]["allocation"] == "uniform"
+    settings = read_settings(write(tmp_path, systems={"narrow": inline}), systems=["narrow", "flap"])
+    narrow, flap = (settings.configuration(label, 0.2)["model"] for label in settings.systems)
+    assert narrow["class_path"] == "lightning_prune.methods.Wanda"
+    assert (narrow["init_args"]["round_to"], narrow["init_args"]["allocation"]) == (4, "uniform")
+    assert (list(settings.systems)[1], flap["class_path"]) == ("flap", "lightning_prune.methods.FLAP")
 
 
-def test_methods_that_the_file_does_not_name_are_systems_too(tmp_path: Path) -> None:
-    systems = read_settings(write(tmp_path), systems=["own", "flap"]).systems
-    assert list(systems) == ["own", "flap"]
-    assert systems["flap"]["model"]["class_path"] == "lightning_prune.methods.FLAP"  # type: ignore[index]
-
-
-def test_mistakes_are_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "given", "message"),
+    [
+        ({"seeds": [0, 0.5]}, {}, r"seeds.* is 0.5"),
+        ({}, {"seeds": [1, -1]}, r"seeds.* is -1"),
+        ({}, {"seeds": [0], "options": {"data.seed": "1"}}, r"--data.seed: the experiment has --seeds"),
+        ({}, {"systems": ["wandaa"]}, r"'wandaa' .*no such method\. Did you mean 'wanda'\? Systems: wanda, own\."),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, file: dict[str, Any], given: dict[str, Any], message: str) -> None:
     """Here what is not in the file alone; tests/hostile/test_experiments.py has the file's own."""
-    with pytest.raises(UserError, match=r"seeds.* is 0.5"):
-        read_settings(write(tmp_path, seeds=[0, 0.5]))
-    with pytest.raises(UserError, match=r"seeds.* is -1"):
-        read_settings(write(tmp_path), seeds=[1, -1])
-    with pytest.raises(UserError, match=r"--data.seed: the experiment has --seeds"):
-        read_settings(write(tmp_path), seeds=[0], options={"data.seed": "1"})
-    with pytest.raises(UserError, match=r"'wandaa' .*no such method\. Did you mean 'wanda'\? Systems: wanda, own\."):
-        read_settings(write(tmp_path), systems=["wandaa"])
-    with pytest.raises(UserError, match=r"--config: cannot read .*none.yaml"):
-        read_settings(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match=message):
+        read_settings(write(tmp_path, **file), **given)
 
 
-def test_progress_is_the_experiments_and_no_single_runs(tmp_path: Path) -> None:
-    path = write(tmp_path)
-    shown = read_settings(path)
-    silent = read_settings(path, options={"trainer.enable_progress_bar": "false"})
-    assert (shown.show_progress, silent.show_progress) == (True, False)
-    for settings in (shown, silent, read_settings(path, options={"trainer.enable_progress_bar": "true"})):
-        assert settings.configuration("wanda", 0.5)["trainer"]["enable_progress_bar"] is False
+@pytest.mark.parametrize(("options", "shown"), [({}, True), ({"trainer.enable_progress_bar": "false"}, False)])
+def test_progress_is_the_experiments_and_no_single_runs(tmp_path: Path, options: dict[str, str], shown: bool) -> None:
+    settings = read_settings(write(tmp_path), options=options)
+    assert settings.show_progress is shown
+    assert settings.configuration("wanda", 0.5)["trainer"]["enable_progress_bar"] is False

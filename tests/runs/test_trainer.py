@@ -5,10 +5,11 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning as L
 import numpy as np
@@ -29,16 +30,7 @@ def trainer(**options: Any) -> L.Trainer:
     return calibration_trainer(**{"accelerator": "cpu", "logger": False} | options)
 
 
-@pytest.fixture
-def environment() -> Iterator[None]:
-    """Lightning writes ranks and addresses into it, which processes that are started later would inherit."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@pytest.mark.usefixtures("environment")
+@patch.dict(os.environ)  # Lightning writes ranks and addresses into it, which later processes would inherit
 def test_no_rank_is_sent_the_weights_that_it_reads_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     class Measured(L.LightningModule):
         def __init__(self) -> None:
@@ -75,33 +67,38 @@ def test_devices_that_the_processor_cannot_be(devices: Any) -> None:
     assert cpu_processes("gpu", devices) == devices  # for Lightning to judge
 
 
-def test_processes_whose_result_would_be_lost() -> None:
-    for strategy in ("ddp_spawn", "ddp_fork"):
-        with pytest.raises(UserError, match=r"--trainer\.strategy: DDPStrategy .*lost"):
-            trainer(strategy=strategy, devices=2)
+TORCHRUN_2 = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"}
+REFUSED: list[tuple[dict[str, Any], dict[str, str], str]] = [
+    ({"strategy": "ddp_spawn", "devices": 2}, {}, r"--trainer\.strategy: DDPStrategy .*lost"),
+    ({"strategy": "ddp_fork", "devices": 2}, {}, r"--trainer\.strategy: DDPStrategy .*lost"),
+    ({"num_nodes": 2}, {}, r"--trainer\.num_nodes: found 2, .*torchrun"),  # they would wait for each other
+    ({}, TORCHRUN_2 | {"RANK": "0", "GROUP_RANK": "0"}, "torchrun started 2 processes, but the options make 1"),
+    ({"callbacks": callbacks.EarlyStopping("x")}, {}, "EarlyStopping is made for training"),
+    ({"callbacks": callbacks.ModelCheckpoint()}, {}, "ModelCheckpoint is made for training"),
+    ({"callbacks": [callbacks.LearningRateMonitor()]}, {}, "LearningRateMonitor is made for training"),
+]
 
 
-def test_nodes_without_a_launcher_would_wait_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"--trainer\.num_nodes: found 2, .*torchrun"):
-        trainer(num_nodes=2)
-    monkeypatch.setenv("NODE_RANK", "1")
-    found = trainer(num_nodes=2)
-    assert type(found.strategy) is CalibrationDDP
-    assert found.world_size == 2
+@pytest.mark.parametrize(("options", "environment", "message"), REFUSED)
+def test_what_loses_the_result_or_trains_is_refused(
+    options: dict[str, Any], environment: dict[str, str], message: str
+) -> None:
+    with patch.dict(os.environ, environment), pytest.raises(UserError, match=message):
+        trainer(**options)
 
 
-def test_torchrun_with_another_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in torchrun_environment(0, 2).items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="torchrun started 2 processes, but the options make 1"):
-        trainer()
+def test_nodes_of_a_launcher_and_callbacks_that_watch_are_taken() -> None:
+    bar, own = callbacks.TQDMProgressBar(), type("Own", (callbacks.Callback,), {})()
+    with patch.dict(os.environ, {"NODE_RANK": "1"}):
+        found = trainer(num_nodes=2, callbacks=[bar, own])
+    assert (type(found.strategy), found.world_size) == (CalibrationDDP, 2)
+    assert {bar, own} <= set(found.callbacks)
 
 
 def torchrun_environment(node: int, port: int) -> dict[str, str]:
     """What torchrun sets for the one process of node ``node`` of two."""
-    one = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2"}
     ranks = {"RANK": str(node), "GROUP_RANK": str(node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return one | ranks
+    return TORCHRUN_2 | ranks
 
 
 def slurm_environment(task: int, port: int) -> dict[str, str]:
@@ -156,12 +153,3 @@ def test_number_of_processes_does_not_change_the_plan_however_they_are_started(
     assert both["tokens"] == alone["tokens"] == 11 * 15
     assert both["dense"] == pytest.approx(alone["dense"], rel=1e-6)
     assert both["pruned"] == pytest.approx(alone["pruned"], rel=1e-4)
-
-
-@pytest.mark.parametrize("name", ["EarlyStopping", "ModelCheckpoint", "LearningRateMonitor"])
-def test_callbacks_that_train_stop_or_save_are_refused_and_others_are_not(name: str) -> None:
-    options = {"monitor": "x"} if name == "EarlyStopping" else {}
-    with pytest.raises(UserError, match=f"{name} is made for training"):
-        trainer(callbacks=getattr(callbacks, name)(**options))
-    bar, own = callbacks.TQDMProgressBar(), type("Own", (callbacks.Callback,), {})()
-    assert {bar, own} <= set(trainer(callbacks=[bar, own]).callbacks)

@@ -46,20 +46,17 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def arguments(place: Path, *more: str) -> list[str]:
-    return [
-        *("tune", "--config", "hgsp_taylor", "--model.pretrained", str(place / "base")),
-        *("--data.dataset", str(place / "tokens.npy"), "--model.pruning_ratio", "0.25", "--trainer.accelerator", "cpu"),
-        *("--output", str(place / "tuned.yaml"), *more),
-    ]
+def arguments(place: Path, *more: str, method: str = "--config hgsp_taylor") -> list[str]:
+    words = f"tune {method} --model.pretrained {place}/base --data.dataset {place}/tokens.npy"
+    words += f" --model.pruning_ratio 0.25 --trainer.accelerator cpu --output {place}/tuned.yaml"
+    return [*words.split(), *more]
 
 
 def test_distance_and_loss_of_a_trial_are_those_of_the_run_with_its_options(
     place: Path, capsys: pytest.CaptureFixture
 ) -> None:
     assert main(arguments(place, "--trials", "3")) == 0
-    shown = capsys.readouterr()
-    assert "calibrating" in shown.err  # may take long; trials have lines of their own
+    assert "calibrating" in capsys.readouterr().err  # may take long; trials have lines of their own
     kept = json.loads((place / "tuned.json").read_text())
     with (place / "tuned.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -81,17 +78,16 @@ def test_distance_and_loss_of_a_trial_are_those_of_the_run_with_its_options(
     held = held_out_samples(tokens)
     np.save(place / "seven_eighths.npy", tokens[~held].numpy())
     np.save(place / "an_eighth.npy", tokens[held].numpy())
-    words = ["fit", "--config", str(place / "tuned.yaml"), "--model.pretrained", str(place / "base")]
-    words += ["--data.dataset", str(place / "seven_eighths.npy")]
-    words += ["--data.eval_datasets", json.dumps([str(place / "an_eighth.npy")])]
-    assert main([*words, "--trainer.default_root_dir", str(place / "logs"), "--trainer.accelerator", "cpu"]) == 0
-    (metrics,) = (place / "logs").rglob("metrics.json")
-    (distance,) = json.loads(metrics.read_text())["distance"].values()
+    words = f"fit --config {place}/tuned.yaml --model.pretrained {place}/base --trainer.default_root_dir {place}/logs"
+    words += f" --data.dataset {place}/seven_eighths.npy --data.eval_datasets [{place}/an_eighth.npy]"
+    assert main([*words.split(), "--trainer.accelerator", "cpu"]) == 0
+    (path,) = (place / "logs").rglob("metrics.json")
+    metrics = json.loads(path.read_text())
+    (distance,), (perplexity,) = metrics["distance"].values(), metrics["perplexity"].values()
     assert distance["kl_divergence"] == pytest.approx(best["divergence"], abs=2e-5)
-    (found,) = json.loads(metrics.read_text())["perplexity"].values()
-    assert math.log(found["pruned"]) == pytest.approx(best["loss"], abs=2e-4)
-    assert math.log(found["dense"]) == pytest.approx(kept["dense_loss"], abs=2e-4)
-    plan = json.loads((metrics.parent / "plan.json").read_text())
+    assert math.log(perplexity["pruned"]) == pytest.approx(best["loss"], abs=2e-4)
+    assert math.log(perplexity["dense"]) == pytest.approx(kept["dense_loss"], abs=2e-4)
+    plan = json.loads((path.parent / "plan.json").read_text())
     assert [len(layer["kept"]["mlp"]) / 40 for layer in plan["layers"]] == pytest.approx(best["kept"]["mlp"])
 
 
@@ -131,15 +127,15 @@ def test_a_search_that_was_killed_goes_on_and_one_of_something_else_does_not(
         (["--trials", "0"], "--trials: found '0'"),
         (["--resume"], "no trials in"),
         (["--data.num_samples", "7"], "7 samples leave none to hold out"),
-        (["--model", "lightning_prune.methods.SlimGPT"], "cannot be tuned"),
         (["--output", "{place}/tokens.npy"], "ends in .yaml"),
         (["--output", "{place}/there.yaml"], "exists"),
     ],
 )
 def test_mistakes_end_in_one_sentence(more: list[str], says: str, place: Path, capsys: pytest.CaptureFixture) -> None:
-    words = [word.replace("{place}", str(place)) for word in more]
-    config = [] if "--model" in words else ["--config", "hgsp_taylor"]
-    line = ["tune", *config, *words, "--model.pretrained", str(place / "base"), "--trainer.accelerator", "cpu"]
-    line += ["--data.dataset", str(place / "tokens.npy")]
-    assert main(line) == 2
+    assert main(arguments(place, *(word.replace("{place}", str(place)) for word in more))) == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_method_that_cannot_decide_again_is_refused(place: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(arguments(place, method="--model SlimGPT")) == 2
+    assert "cannot be tuned" in capsys.readouterr().err

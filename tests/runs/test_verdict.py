@@ -2,13 +2,18 @@ import math
 
 import pytest
 
-from lightning_prune.runs.verdict import LEGEND, evaluation_section, unusable_limit, verdict, verdict_word
+from lightning_prune.runs.verdict import (
+    LEGEND,
+    evaluation_section,
+    summary_table,
+    verdict,
+    verdict_word,
+)
 
 
 @pytest.mark.parametrize(
     ("pruned", "dense", "unigram", "expected"),
     [
-        (10.0, 10.0, 1e6, "near dense"),
         (9.0, 10.0, 1e6, "near dense"),  # pruning can help on a set the model has overfitted
         (11.0, 10.0, 1e6, "near dense"),
         (11.01, 10.0, 1e6, "degraded"),
@@ -16,8 +21,9 @@ from lightning_prune.runs.verdict import LEGEND, evaluation_section, unusable_li
         (20.01, 10.0, 1e6, "badly degraded"),
         (99.9, 10.0, 1000.0, "badly degraded"),
         (100.0, 10.0, 1000.0, "unusable"),  # ln 10 of the ln 100 that context was worth
-        (178.3, 45.7, 600.0, "unusable"),
         (1e9, 10.0, None, "badly degraded"),  # not known to be worse than chance
+        (299.9, 400.0, 300.0, "near dense"),
+        (300.0, 400.0, 300.0, "unusable"),  # the dense model is no better than chance itself
         (12.0, 10.0, 13.0, "unusable"),  # little was known from context, and more than half of it is gone
     ],
 )
@@ -63,15 +69,6 @@ def test_what_is_not_finite_is_unusable_or_not_comparable(nothing: float | None)
     assert "| a | 10 | not finite | 9.000 |" in evaluation_section(metrics)
 
 
-def test_limit_of_use_is_half_of_what_context_was_worth() -> None:
-    limit = unusable_limit(5.0, 300.0)
-    assert limit is not None
-    assert math.log(300.0) - math.log(limit) == pytest.approx(math.log(limit) - math.log(5.0))
-    assert unusable_limit(400.0, 300.0) == 300.0  # a dense model that is no better than chance itself
-    assert unusable_limit(None, 300.0) == 300.0
-    assert unusable_limit(5.0, None) is None
-
-
 def test_card_says_in_words_whether_the_model_can_be_used() -> None:
     perplexity = {
         "near": {"dense": 5.0, "pruned": 5.25, "tokens": 1000},
@@ -94,3 +91,53 @@ def test_card_says_in_words_whether_the_model_can_be_used() -> None:
     assert "| a\\|b&lt;script&gt; | 1 |" in card
     assert LEGEND in card
     assert evaluation_section({"perplexity": {}}) == ""
+
+
+def test_summary_says_what_was_pruned_and_what_that_did() -> None:
+    metrics = {
+        "perplexity": {"wikitext2": {"dense": 12.3456, "pruned": 15.0, "tokens": 4242}},
+        "evaluation": {"wikitext2": {"split": "test", "seq_len": 128}},
+        "parameters": {"dense": 1_234_567, "pruned": 987_900},
+        "pruning_ratio": {"requested": 0.2, "achieved": 0.1998},
+        "footprint": {
+            side: {"file_bytes": size, "memory_bytes": {2048: size, 32768: memory}, "flops_per_token": flops}
+            for side, size, memory, flops in (("dense", 2_500_000, 4 * 10**9, 10), ("pruned", 2_000_000, 3 * 10**9, 8))
+        },
+        "seconds": {"calibrate": 1.235, "total": 20.0},
+        "peak_memory_bytes": 3 * 2**20,
+    }
+    table = summary_table("my wanda", metrics)
+    words = ["my wanda", "1,234,567 → 987,900", "requested 0.2000, achieved 0.1998", "dense 12.346, pruned 15.000"]
+    words += ["(4,242 tokens of the test split in windows of 128)", "calibrate 1.2", "3 MiB"]
+    words += ["2.5 MB → 2.0 MB", "4.00 GB → 3.00 GB at 32,768 tokens", "80% of the dense model's"]
+    assert [word for word in words if word not in table] == []
+    assert "the next step" not in table
+    metrics["pruning_ratio"] = {"requested": 0.2, "achieved": 0.15}  # of experts, which are removed in steps
+    assert "achieved 0.1500, since the next step would remove more" in summary_table("reap", metrics)
+    metrics["pruning_ratio"] = {"requested": None, "achieved": 0.1998}
+    metrics["perplexity"]["wikitext2"]["pruned"] = float("inf")
+    table = summary_table("shortgpt", metrics)
+    assert "pruned inf" in table
+    assert "pruning ratio         achieved 0.1998" in table
+
+
+def test_summary_says_what_a_target_reached_and_where_long_windows_say_little() -> None:
+    metrics = {
+        "perplexity": {
+            name: {"dense": dense, "pruned": 30.0, "tokens": 99} for name, dense in (("a", 20.0), ("a@8", 50.0))
+        },
+        "evaluation": {"a": {"seq_len": 4}, "a@8": {"seq_len": 8, "long_windows_of": "a"}},
+        "parameters": {"dense": 10, "pruned": 8},
+        "pruning_ratio": {"requested": None, "achieved": 0.2},
+        "target": {"kind": "memory", "limit": 9_400_000, "reached": 9_300_000, "context": 1024, "batch": 2},
+        "seconds": {},
+        "peak_memory_bytes": 1,
+    }
+    table = summary_table("wanda", metrics)
+    assert "at most 9.4 MB, reached 9.3 MB (weights and KV cache of 2 × 1,024 tokens)" in table
+    assert table.count("2.5 times worse in these longer windows") == 1
+    metrics["target"] = {"kind": "active_parameters", "limit": 9, "reached": 8, "context": 1, "batch": 1}
+    metrics["perplexity"]["a@8"]["dense"] = 23.9  # type: ignore[index]
+    table = summary_table("wanda", metrics)
+    assert "at most 9, reached 8 (active parameters)" in table
+    assert "longer windows" not in table

@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     device, host = (
         parse_bytes(text, f"--{name}") if (text := run.option(name)) else None for name in ("memory", "host-memory")
     )
-    memory = Memory.of(run.trainer, run.model, run.datamodule, device, host)
+    memory = Memory(run.trainer, run.model, run.datamodule, device, host)
     estimates = [memory.estimate("layer"), memory.estimate("model")]
     if run.option("json"):
         facts = {"method": run.model.method, "precision": str(run.trainer.precision)}
