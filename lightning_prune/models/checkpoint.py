@@ -30,10 +30,9 @@ from lightning_prune.models.expert_files import packed
 from lightning_prune.models.families import family_of
 from lightning_prune.models.family import ExpertNames
 from lightning_prune.models.modeling_pruned import classes_of, pruned_class
-from lightning_prune.models.records import TEXT_PARTS
+from lightning_prune.models.records import SAME_TEXT, TEXT_PARTS
 from lightning_prune.models.side_files import has_vocabulary, side_files
 from lightning_prune.models.sources import CheckpointSource
-from lightning_prune.models.text_part import says_tied, text_config, text_part
 from lightning_prune.models.weights import (
     LAYER,
     OPTION,
@@ -56,6 +55,8 @@ PIECES, PIECE = 64, 64 * 2**10
 ENDS = ("lm_head.weight", "model.embed_tokens.weight")
 QUANTISATION = ("quantization_config", "compression_config")
 NOT_WEIGHTS = ("_name_or_path", "transformers_version")
+# Keys of the text model that a model of several may say in its own config instead.
+OUTER = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +147,8 @@ class Checkpoint:
                 f"{OPTION}: the config of '{self.path}' says num_hidden_layers {claimed}, but its weights have "
                 f"{len(layers)} layers. Give a config.json that belongs to these weights."
             )
-        if self.raw["model_type"] in TEXT_PARTS and not says_tied(self.raw):
+        says = [part.get("tie_word_embeddings") for part in (self.raw, text_part(self.raw))]
+        if self.raw["model_type"] in TEXT_PARTS and says == [None, None]:
             ends = {name: own for own in tensors if (name := text_name(own)) in ENDS}
             head, embedding = (ends.get(name) for name in ENDS)
             self.config.tie_word_embeddings = not head or not embedding or same_values(tensors, head, embedding)
@@ -356,3 +358,30 @@ def _config_of(raw: dict[str, Any], path: str) -> PretrainedConfig:
         width = int((1 if scale is None else scale) * int(2 * config.intermediate_size / 3))
         config.intermediate_size, config.block_auto_adjust_ff_dim = step * -(-width // step), False
     return text_config(config, raw) if model_type in TEXT_PARTS else config
+
+
+def text_part(raw: dict[str, Any]) -> dict[str, Any]:
+    """The text model's config within that of several models, as it is written; empty where there is none."""
+    part = raw.get("text_config")
+    return part if isinstance(part, dict) and raw.get("model_type") in TEXT_PARTS else {}
+
+
+def text_config(whole: PretrainedConfig, raw: dict[str, Any]) -> PretrainedConfig:
+    """The text model's config of ``whole``, which is written as ``raw``.
+
+    Of ``SAME_TEXT`` it is that of the family. Their rotary positions have three parts (time, height, width), all of
+    which are the token's place where there is text alone.
+    """
+    text: PretrainedConfig = whole.text_config
+    text.name_or_path = whole.name_or_path
+    for key in OUTER:  # as they are written: of those that are not, transformers' defaults for both may disagree
+        if raw.get(key) is not None and text_part(raw).get(key) is None:
+            setattr(text, key, raw[key])
+    if text.dtype is None:
+        text.dtype = whole.dtype
+    if text.model_type not in SAME_TEXT:
+        return text
+    parts = ("type", "mrope_section", "mrope_interleaved")  # the first says "mrope" where an older version wrote it
+    rotary = {key: value for key, value in text.rope_parameters.items() if key not in parts}
+    values = text.to_dict() | {"rope_parameters": rotary, "model_type": SAME_TEXT[text.model_type]}
+    return CONFIG_MAPPING[values["model_type"]].from_dict(values, name_or_path=text.name_or_path)  # type: ignore[no-any-return]

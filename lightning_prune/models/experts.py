@@ -70,11 +70,6 @@ class Experts:
 
     # Weights
 
-    @property
-    def down_bias(self) -> Tensor | None:
-        """``[E, D]``."""
-        return self.module.down_proj_bias if self.module.has_bias else None
-
     def weights(self) -> dict[str, nn.Parameter]:
         """The parameters as they are: ``inner`` and ``down`` of all routed experts; ``gate``, ``up`` and ``out`` of the
         shared MLP."""
@@ -105,7 +100,7 @@ class Experts:
 
     def output(self, expert: int, inner: Tensor) -> Tensor:
         """f_e ``[T, D]`` from a ``[T, m]``."""
-        bias = None if self.down_bias is None else self.down_bias[expert]
+        bias = self.module.down_proj_bias[expert] if self.module.has_bias else None
         return functional.linear(inner, self.part("down", expert), bias)
 
     def routed(self, index: Tensor, weights: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -143,10 +138,10 @@ class Experts:
         sums = []
         for expert in range(self.total):
             rows = score("inner", expert)
-            total = self.paired(rows.sum(-1, dtype=_wide(rows))).sum(0)
+            total = self.paired(rows.sum(-1, dtype=torch.promote_types(rows.dtype, torch.float32))).sum(0)
             del rows
             columns = score("down", expert)
-            sums.append(total + columns.sum(0, dtype=_wide(columns)))
+            sums.append(total + columns.sum(0, dtype=torch.promote_types(columns.dtype, torch.float32)))
         return torch.stack(sums)
 
     def paired(self, rows: Tensor) -> Tensor:
@@ -172,9 +167,9 @@ class Experts:
         shared, _, linear = owner.rpartition(".")
         if channels is None or self.shared is None or shared != self.names.shared or (linear, leaf) == (DOWN, "bias"):
             return tensor
-        starts = self.width * torch.arange(self.total - self.count)[:, None]
-        columns = (starts + channels[len(experts) :].cpu()).flatten().to(tensor.device)
-        return tensor.index_select(1 if linear == DOWN else 0, columns)
+        starts = self.width * torch.arange(self.total - self.count, device=tensor.device)[:, None]
+        columns = starts + channels[len(experts) :].to(tensor.device)
+        return tensor.index_select(1 if linear == DOWN else 0, columns.flatten())
 
     def _rows(self, shape: torch.Size, tensor: Tensor, experts: Sequence[int]) -> Tensor:
         """The experts' rows of a tensor, along the first dimension of ``shape`` that has one for each."""
@@ -270,7 +265,3 @@ def set_tensor(module: nn.Module, name: str, value: Tensor | None) -> None:
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = value  # type: ignore[assignment]
-
-
-def _wide(values: Tensor) -> torch.dtype:
-    return torch.float64 if values.dtype == torch.float64 else torch.float32
