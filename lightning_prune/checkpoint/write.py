@@ -26,7 +26,7 @@ from lightning_prune.models.expert_files import stored_parts
 from lightning_prune.models.families import family_of
 from lightning_prune.models.family import ExpertNames
 from lightning_prune.models.layered import LayeredModel, open_layered
-from lightning_prune.models.weights import DTYPES, begun
+from lightning_prune.models.weights import DTYPES, renamed
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.files import new_folder, write_json, write_text
 from lightning_prune.support.memory import free_host_bytes, give_back_freed_memory
@@ -175,7 +175,7 @@ def write_weights(
     # transformers packs and renames what files of its own classes hold, not of others.
     experts, published = names if stock else None, {new: old for old, new in family.renamed.items() if stock}
 
-    named = (lambda name: begun(name, published)) if whole is None else whole_names(whole)
+    named = (lambda name: renamed(name, published)) if whole is None else whole_names(whole)
 
     def stored(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
         return [(named(part), values) for part, values in stored_parts(name, tensor, experts)]

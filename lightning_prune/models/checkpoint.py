@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
-from os.path import exists
+from os.path import exists, isfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,10 +30,9 @@ from lightning_prune.models.expert_files import packed
 from lightning_prune.models.families import family_of
 from lightning_prune.models.family import ExpertNames
 from lightning_prune.models.modeling_pruned import classes_of, pruned_class
-from lightning_prune.models.records import TEXT_PARTS
+from lightning_prune.models.records import SAME_TEXT, TEXT_PARTS
 from lightning_prune.models.side_files import has_vocabulary, side_files
 from lightning_prune.models.sources import CheckpointSource
-from lightning_prune.models.text_part import says_tied, text_config, text_part
 from lightning_prune.models.weights import (
     LAYER,
     OPTION,
@@ -56,6 +55,8 @@ PIECES, PIECE = 64, 64 * 2**10
 ENDS = ("lm_head.weight", "model.embed_tokens.weight")
 QUANTISATION = ("quantization_config", "compression_config")
 NOT_WEIGHTS = ("_name_or_path", "transformers_version")
+# Keys of the text model that a model of several may say in its own config instead.
+OUTER = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +65,7 @@ class Checkpoint:
     UserError where that fails.
 
     Attributes:
-        pretrained: as the user gave it.
-        path: the folder or hub id that it names.
+        pretrained: as the user gave it; ``path``: the folder or hub id that it names.
         raw: the content of ``config.json``.
         config: of the causal language model; of several models in one, the text model's. Not to be changed.
     """
@@ -147,12 +147,13 @@ class Checkpoint:
                 f"{OPTION}: the config of '{self.path}' says num_hidden_layers {claimed}, but its weights have "
                 f"{len(layers)} layers. Give a config.json that belongs to these weights."
             )
-        if self.raw["model_type"] in TEXT_PARTS and not says_tied(self.raw):
+        says = [part.get("tie_word_embeddings") for part in (self.raw, text_part(self.raw))]
+        if self.raw["model_type"] in TEXT_PARTS and says == [None, None]:
             ends = {name: own for own in tensors if (name := text_name(own)) in ENDS}
             head, embedding = (ends.get(name) for name in ENDS)
             self.config.tie_word_embeddings = not head or not embedding or same_values(tensors, head, embedding)
         family = family_of(self.config)
-        tensors = renamed(tensors, family.renamed)
+        tensors = {renamed(name, family.renamed): entry for name, entry in tensors.items()}
         return (tensors if family.experts is None else packed(tensors, family.experts)), files, left_out
 
     @property
@@ -160,7 +161,7 @@ class Checkpoint:
         """How its files hold experts: as the family's published ones, or in three-dimensional parameters."""
         family = family_of(self.config)
         names = family.experts
-        apart = family.per_layer(self.config) or any(len(entry.parts) > 1 for entry in self.tensors.values())
+        apart = family.per_layer(self.config) or any(len(entry.places) > 1 for entry in self.tensors.values())
         return names if names is None or apart else replace(names, stored=None)
 
     @cached_property
@@ -196,10 +197,7 @@ class Checkpoint:
 
     def source(self) -> CheckpointSource:
         """Its weights, by the names they have in the model."""
-        entries = {name: (own, self.tensors[own]) for name, own in self.stored_names.items()}
-        return CheckpointSource(
-            {name: (entry.shape, entry.parts or [(entry.file, own)]) for name, (own, entry) in entries.items()}
-        )
+        return CheckpointSource({name: self.tensors[own] for name, own in self.stored_names.items()})
 
     def load(self, dtype: torch.dtype | None) -> PreTrainedModel:
         """The whole causal LM in eval mode, without remote code, in ``dtype`` (None: as the config says), on the
@@ -266,11 +264,8 @@ class Checkpoint:
 
 
 def resolve(pretrained: str) -> str:
-    """The folder or hub id that ``pretrained`` names; ``demo`` is the embedded model.
-
-    Raises:
-        UserError: a folder that is missing or has no ``config.json``.
-    """
+    """The folder or hub id that ``pretrained`` names; ``demo`` is the embedded model. Raises UserError for a folder
+    that is missing or has no ``config.json``."""
     if pretrained == "demo":
         from lightning_prune.demo import demo_model_path
 
@@ -281,7 +276,7 @@ def resolve(pretrained: str) -> str:
     config = folder / "config.json"
     if is_special(config):
         require_regular(config, OPTION)
-    if exists(config) and config.is_file():
+    if isfile(config):
         return str(folder)
     if exists(folder):
         raise UserError(
@@ -357,13 +352,36 @@ def _config_of(raw: dict[str, Any], path: str) -> PretrainedConfig:
     config: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(values, name_or_path=path)
     if kinds := values.get("kept_layer_types"):
         config.layer_types = kinds
-    if getattr(config, "block_auto_adjust_ff_dim", False):  # the MLP has another width than the config says
-        config.intermediate_size, config.block_auto_adjust_ff_dim = adjusted_width(config), False
+    if getattr(config, "block_auto_adjust_ff_dim", False):
+        # The MLP of an LFM2 is two thirds as wide as its config says, scaled, rounded up.
+        scale, step = config.block_ffn_dim_multiplier, config.block_multiple_of
+        width = int((1 if scale is None else scale) * int(2 * config.intermediate_size / 3))
+        config.intermediate_size, config.block_auto_adjust_ff_dim = step * -(-width // step), False
     return text_config(config, raw) if model_type in TEXT_PARTS else config
 
 
-def adjusted_width(config: Any) -> int:
-    """The width of an LFM2's MLP, which its code takes from ``intermediate_size``: two thirds, scaled, rounded up."""
-    multiplier = config.block_ffn_dim_multiplier
-    width = int((1 if multiplier is None else multiplier) * int(2 * config.intermediate_size / 3))
-    return int(config.block_multiple_of * -(-width // config.block_multiple_of))
+def text_part(raw: dict[str, Any]) -> dict[str, Any]:
+    """The text model's config within that of several models, as it is written; empty where there is none."""
+    part = raw.get("text_config")
+    return part if isinstance(part, dict) and raw.get("model_type") in TEXT_PARTS else {}
+
+
+def text_config(whole: PretrainedConfig, raw: dict[str, Any]) -> PretrainedConfig:
+    """The text model's config of ``whole``, which is written as ``raw``.
+
+    Of ``SAME_TEXT`` it is that of the family. Their rotary positions have three parts (time, height, width), all of
+    which are the token's place where there is text alone.
+    """
+    text: PretrainedConfig = whole.text_config
+    text.name_or_path = whole.name_or_path
+    for key in OUTER:  # as they are written: of those that are not, transformers' defaults for both may disagree
+        if raw.get(key) is not None and text_part(raw).get(key) is None:
+            setattr(text, key, raw[key])
+    if text.dtype is None:
+        text.dtype = whole.dtype
+    if text.model_type not in SAME_TEXT:
+        return text
+    parts = ("type", "mrope_section", "mrope_interleaved")  # the first says "mrope" where an older version wrote it
+    rotary = {key: value for key, value in text.rope_parameters.items() if key not in parts}
+    values = text.to_dict() | {"rope_parameters": rotary, "model_type": SAME_TEXT[text.model_type]}
+    return CONFIG_MAPPING[values["model_type"]].from_dict(values, name_or_path=text.name_or_path)  # type: ignore[no-any-return]

@@ -23,11 +23,8 @@ class NoPeriodError(UserError):
 
 
 def say_period(target: Any, what: str, there: Sequence[bool]) -> None:
-    """Let the keys ``<what>_period`` and ``<what>_offset`` of a config say which of its layers are of a kind.
-
-    Raises:
-        NoPeriodError: no period says it.
-    """
+    """Let the keys ``<what>_period`` and ``<what>_offset`` of a config say which of its layers are of a kind. Raises
+    NoPeriodError where no period does."""
     for period in range(1, len(there) + 2):
         for offset in range(period):
             if all((layer % period == offset) == own for layer, own in enumerate(there)):
@@ -41,11 +38,7 @@ def say_period(target: Any, what: str, there: Sequence[bool]) -> None:
 
 
 def say_experts(target: Any, names: ExpertNames, there: Sequence[bool]) -> None:
-    """Let a config say which of its layers have experts.
-
-    Raises:
-        UserError: a layer without experts comes after one with experts, where the family's config cannot say that.
-    """
+    """Let a config say which of its layers have experts. Raises UserError where the family's config cannot."""
     if hasattr(target, "mlp_only_layers"):
         target.decoder_sparse_step, target.mlp_only_layers = 1, [i for i, own in enumerate(there) if not own]
     if hasattr(target, "expert_layer_period"):

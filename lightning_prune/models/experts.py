@@ -1,15 +1,7 @@
-"""A block of experts: a router sends every token to k of E small MLPs, whose weights are three-dimensional parameters.
-
-transformers runs all of them through one interface (``use_experts_implementation``), so that this file knows no family.
-For expert e with the input x, its inner activation is a = act(W_gate·x) ⊙ (W_up·x), its output f_e(x) = W_down·a, and
-the block adds up g_e·f_e(x) over the experts that the router chose, with its weights g.
-
-Some blocks add an MLP that sees every token, whose width is a multiple of the experts' by the config. It is n more
-experts here, numbered after the E routed ones, with the weight 1 for every token.
-"""
+"""A block of experts as transformers runs those of every family: parameters ``[E, ...]`` behind one interface."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,22 +13,13 @@ DOWN = "down_proj"
 ROLE = "experts.down"  # of all down projections of a block together, in ``LayerResult.weights``
 
 
-class Routed(NamedTuple):
-    """The tokens that one expert has received: their rows in the flattened batch ``[T]``, and its weights g ``[T]``."""
-
-    expert: int
-    rows: Tensor
-    gate: Tensor
-
-
 class Experts:
-    """The experts of one layer; their weights are there only while the layer is loaded.
+    """The experts of one layer, in the module ``block``; their weights are there only while the layer is loaded.
 
-    E experts of width m and n shared ones, k per token, hidden size D.
-
-    Args:
-        block: the module that holds router and experts.
-        names: where in it they are.
+    A router sends every token to k of E small MLPs of width m; hidden size D. For expert e with the input x, the inner
+    activation is a = act(W_gate·x) ⊙ (W_up·x), its output f_e(x) = W_down·a, and the block adds up g_e·f_e(x) over the
+    experts that the router chose, with its weights g. An MLP that sees every token, and whose width is a multiple of
+    the experts' by the config, is n more experts, numbered after the E routed ones, with the weight 1 for every token.
     """
 
     def __init__(self, block: nn.Module, names: ExpertNames) -> None:
@@ -78,19 +61,14 @@ class Experts:
 
     @property
     def fewest(self) -> int:
-        """Experts that must be kept: k, of every router group enough for the groups chosen, and the two it is judged
-        by."""
+        """Experts that must be kept: k; of every router group enough for the groups chosen, and the two that judge
+        it."""
         if self.router_groups == 1:
             return self.top_k
         each: int = max(2, -(-self.top_k // int(self.router.topk_group)))
         return each * self.router_groups
 
     # Weights
-
-    @property
-    def down_bias(self) -> Tensor | None:
-        """``[E, D]``."""
-        return self.module.down_proj_bias if self.module.has_bias else None
 
     def weights(self) -> dict[str, nn.Parameter]:
         """The parameters as they are: ``inner`` and ``down`` of all routed experts; ``gate``, ``up`` and ``out`` of the
@@ -122,22 +100,22 @@ class Experts:
 
     def output(self, expert: int, inner: Tensor) -> Tensor:
         """f_e ``[T, D]`` from a ``[T, m]``."""
-        bias = None if self.down_bias is None else self.down_bias[expert]
+        bias = self.module.down_proj_bias[expert] if self.module.has_bias else None
         return functional.linear(inner, self.part("down", expert), bias)
 
-    def routed(self, index: Tensor, weights: Tensor) -> Iterator[Routed]:
-        """The tokens of every expert that has any, from the router's choice ``[T, k]`` and its weights ``[T, k]``; of
-        the shared ones all."""
+    def routed(self, index: Tensor, weights: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Every expert that has tokens, their rows in the batch ``[t]`` and its weights g ``[t]``, from the router's
+        choice ``[T, k]`` and its weights ``[T, k]``; the shared ones have all."""
         chosen = index.flatten()
         order = chosen.argsort(stable=True)
         start = 0
         for expert, tokens in enumerate(torch.bincount(chosen, minlength=self.count).tolist()):
             if tokens:
                 places = order[start : start + tokens]
-                yield Routed(expert, places // index.shape[1], weights.flatten()[places])
+                yield expert, places // index.shape[1], weights.flatten()[places]
             start += tokens
         for expert in range(self.count, self.total):
-            yield Routed(expert, torch.arange(len(index), device=index.device), weights.new_ones(len(index)))
+            yield expert, torch.arange(len(index), device=index.device), weights.new_ones(len(index))
 
     # Units
 
@@ -155,19 +133,15 @@ class Experts:
         return (own + sum(vector.numel() for vector in self._router_rows().values())) // self.count
 
     def channel_sums(self, score: Callable[[str, int], Tensor]) -> Tensor:
-        """Sums of weight scores over every channel of every expert ``[E + n, m]``, fp32 or fp64.
-
-        Args:
-            score: ``inner`` or ``down`` and the number of an expert → the score of every weight of that ``part``;
-                requested one at a time.
-        """
+        """Sums of weight scores over every channel of every expert ``[E + n, m]``, fp32 or fp64. ``score``: ``inner``
+        or ``down`` and an expert's number → the score of every weight of that ``part``, requested one at a time."""
         sums = []
         for expert in range(self.total):
             rows = score("inner", expert)
-            total = self.paired(rows.sum(-1, dtype=_wide(rows))).sum(0)
+            total = self.paired(rows.sum(-1, dtype=torch.promote_types(rows.dtype, torch.float32))).sum(0)
             del rows
             columns = score("down", expert)
-            sums.append(total + columns.sum(0, dtype=_wide(columns)))
+            sums.append(total + columns.sum(0, dtype=torch.promote_types(columns.dtype, torch.float32)))
         return torch.stack(sums)
 
     def paired(self, rows: Tensor) -> Tensor:
@@ -180,25 +154,22 @@ class Experts:
         return torch.stack([rows[..., ::2], rows[..., 1::2]])
 
     def kept_part(self, name: str, tensor: Tensor, experts: Sequence[int], channels: Tensor | None) -> Tensor:
-        """What is kept of a parameter of the block.
-
-        Args:
-            name: below the block, such as ``experts.down_proj``.
-            tensor: whole.
-            experts: routed ones that are kept.
-            channels: of each of them, and of the shared ones, the kept ones, int64 ``[E' + n, m']``; None for all.
-        """
+        """What is kept of the parameter ``name`` below the block, ``tensor``: of the routed ``experts``, and of each of
+        these and the shared ones the ``channels``, int64 ``[E' + n, m']``; None for all."""
         owner, _, leaf = name.rpartition(".")
         if name in (whole := self._router_rows()):
             return self._rows(whole[name].shape, tensor, experts)
-        if channels is not None and self.shared is not None and owner.rpartition(".")[0] == self.names.shared:
-            return self._kept_of_shared(owner, leaf, tensor, channels[len(experts) :].to(tensor.device))
-        if owner != self.names.experts:
+        if owner == self.names.experts:
+            kept = self._rows(tensor.shape, tensor, experts)
+            if channels is None or leaf == f"{DOWN}_bias":
+                return kept
+            return self._kept_channels(leaf, kept, channels[: len(experts)].to(tensor.device))
+        shared, _, linear = owner.rpartition(".")
+        if channels is None or self.shared is None or shared != self.names.shared or (linear, leaf) == (DOWN, "bias"):
             return tensor
-        kept = self._rows(tensor.shape, tensor, experts)
-        if channels is None or leaf == f"{DOWN}_bias":
-            return kept
-        return self._kept_channels(leaf, kept, channels[: len(experts)].to(tensor.device))
+        starts = self.width * torch.arange(self.total - self.count, device=tensor.device)[:, None]
+        columns = starts + channels[len(experts) :].to(tensor.device)
+        return tensor.index_select(1 if linear == DOWN else 0, columns.flatten())
 
     def _rows(self, shape: torch.Size, tensor: Tensor, experts: Sequence[int]) -> Tensor:
         """The experts' rows of a tensor, along the first dimension of ``shape`` that has one for each."""
@@ -206,26 +177,17 @@ class Experts:
             return tensor
         return tensor.index_select(shape.index(self.count), torch.tensor(experts, device=tensor.device))
 
-    def _kept_of_shared(self, owner: str, leaf: str, tensor: Tensor, channels: Tensor) -> Tensor:
-        starts = torch.arange(len(channels), device=tensor.device)[:, None] * self.width
-        columns = (channels + starts).flatten()
-        if owner.endswith(DOWN):
-            return tensor if leaf == "bias" else tensor[:, columns]
-        return tensor[columns]
-
     def _kept_channels(self, leaf: str, tensor: Tensor, channels: Tensor) -> Tensor:
-        upright = tensor if tensor.dim() == 2 else self.upright(tensor)
-        if leaf == DOWN:
-            parts = upright.gather(2, channels[:, None].expand(-1, upright.shape[1], -1))
-        else:
-            rows = channels
-            if self.module.has_gate:
-                m = upright.shape[1] // 2
-                rows = torch.cat([channels, channels + m], 1)
-                if not self.module.is_concatenated:
-                    rows = torch.stack([2 * channels, 2 * channels + 1], -1).flatten(1)
-            parts = upright.gather(1, rows if tensor.dim() == 2 else rows[..., None].expand(-1, -1, upright.shape[2]))
-        return (parts if tensor.dim() == 2 else self.upright(parts)).contiguous()
+        index = channels
+        if leaf != DOWN and self.module.has_gate:
+            index = torch.cat([channels, channels + self.width], 1)
+            if not self.module.is_concatenated:
+                index = torch.stack([2 * channels, 2 * channels + 1], -1).flatten(1)
+        if tensor.dim() == 2:
+            return tensor.gather(1, index)
+        axis, shape = 1 if (leaf == DOWN) == self.module.is_transposed else 2, list(tensor.shape)
+        shape[axis] = index.shape[1]
+        return tensor.gather(axis, index.unsqueeze(3 - axis).expand(shape))
 
     def down_parameters(self, down: Tensor | None = None) -> dict[str, Tensor]:
         """W_down by the names of its parameters below the block: as it is, or ``down`` ``[E + n, D, m]`` in their
@@ -247,20 +209,20 @@ class Experts:
         """Put other ``down_parameters`` in place of the present ones."""
         for name, tensor in new.items():
             kept = self.block.get_parameter(name)
-            _put(self.block, name, nn.Parameter(tensor.to(kept), requires_grad=False))
+            set_tensor(self.block, name, nn.Parameter(tensor.to(kept), requires_grad=False))
 
     # Fewer experts, without cutting them
 
     def route_to(self, kept: Sequence[int] | None) -> None:
-        """Let the router know the experts ``kept`` alone, as if the others were cut out; None for all as they were
-        when the layer was loaded. The layer must be loaded."""
+        """Let the router of a loaded layer know the experts ``kept`` alone, as if the others were cut out; None for
+        all, as they were read."""
         unroute(self.module)
         if kept is None or len(kept) == self.count:
             return
         index = torch.tensor(kept, device=self.module.down_proj.device)
         whole = self._router_rows()
         for name, rows in whole.items():
-            _put(self.block, name, nn.Parameter(self._rows(rows.shape, rows, kept), requires_grad=False))
+            set_tensor(self.block, name, nn.Parameter(self._rows(rows.shape, rows, kept), requires_grad=False))
         before = getattr(self.router, "num_experts", None)
         self.router.num_experts = len(kept)
 
@@ -274,7 +236,7 @@ class Experts:
             handle.remove()
             self.router.num_experts = before
             for name, rows in whole.items():
-                _put(self.block, name, rows)
+                set_tensor(self.block, name, rows)
 
         self.module.undo_routing = undo
 
@@ -298,11 +260,8 @@ def unroute(module: Any) -> None:
         undo()
 
 
-def _put(block: nn.Module, name: str, value: Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    module = block.get_submodule(owner)
-    (module._parameters if leaf in module._parameters else module._buffers)[leaf] = value  # type: ignore[assignment]
-
-
-def _wide(values: Tensor) -> torch.dtype:
-    return torch.float64 if values.dtype == torch.float64 else torch.float32
+def set_tensor(module: nn.Module, name: str, value: Tensor | None) -> None:
+    """Another parameter or buffer in place of the one ``name`` below a module."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    (owner._parameters if leaf in owner._parameters else owner._buffers)[leaf] = value  # type: ignore[assignment]

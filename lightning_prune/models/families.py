@@ -26,25 +26,15 @@ PER_LAYER_KEYS = (
 
 @dataclass(frozen=True)
 class BlockStructure:
-    """One block of a layer, which adds the outputs of its ``modules`` to the residual stream.
+    """One block of a layer, which adds the outputs of its ``modules`` to the residual stream."""
 
-    Attributes:
-        modules: → whether their forward also returns attention weights.
-        norms: of its input and output, and a router that is in none of the modules.
-        entry: the first module after the residual stream, which has the block's input as its own.
-        linears: its projections by role, the one that writes to the residual stream last; none of a mixer.
-        units: GQA groups, channels, 1 for a mixer, experts or the channels of all of them.
-        experts: of a block of experts.
-        per_head: a parameter of its module with a number for each query head.
-    """
-
-    modules: dict[nn.Module, bool]
-    norms: tuple[nn.Module, ...]
-    entry: nn.Module
-    linears: dict[str, Projection]
-    units: int
+    modules: dict[nn.Module, bool]  # → whether their forward also returns attention weights
+    norms: tuple[nn.Module, ...]  # of its input and output, and a router that is in none of the modules
+    entry: nn.Module  # the first one after the residual stream, which has the block's input as its own
+    linears: dict[str, Projection]  # by role, the one that writes to the residual stream last; none of a mixer
+    units: int  # GQA groups, channels, 1 for a mixer, experts or the channels of all of them
     experts: Experts | None = None
-    per_head: str | None = None
+    per_head: str | None = None  # a parameter of its module with a number for each query head
 
     @property
     def cost(self) -> int:
@@ -57,18 +47,16 @@ class LayerStructure:
     """One decoder layer. K KV heads, r query heads per KV head, d = head_dim, F channels, D hidden size.
 
     Weights: query ``[K·r·d, D]``, key and value ``[K·d, D]``, output ``[D, K·r·d]``, gate and up ``[F, D]``,
-    down ``[D, F]``. KV head j serves the contiguous query heads j·r … j·r + r − 1. ``parts``: its blocks in the order
-    of execution. ``whole_attention``: why groups cannot be removed one by one, or None. ``side_by_side``: both blocks
-    read the layer's input. ``scale``: the name of a number that the layer multiplies its output with, if there is one.
+    down ``[D, F]``. KV head j serves the contiguous query heads j·r … j·r + r − 1.
     """
 
     index: int
     layer: nn.Module
-    parts: dict[Block, BlockStructure]
+    parts: dict[Block, BlockStructure]  # in the order of execution
     head_dim: int
-    whole_attention: str | None = None
-    side_by_side: bool = False
-    scale: str | None = None
+    whole_attention: str | None = None  # why groups cannot be removed one by one
+    side_by_side: bool = False  # both blocks read the layer's input
+    scale: str | None = None  # the name of a number that the layer multiplies its output with
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -77,8 +65,8 @@ class LayerStructure:
 
     @property
     def stages(self) -> tuple[Block, ...]:
-        """The blocks that change the residual stream one after another. Of two side by side it is the last, in whose
-        stage the stream takes both (``LayeredModel.beside``)."""
+        """The blocks that change the residual stream one after another; of two side by side the last, which adds both
+        (``LayeredModel.beside``)."""
         return self.blocks[-1:] if self.side_by_side else self.blocks
 
     @property
@@ -98,15 +86,13 @@ class LayerStructure:
 
     def with_experts_as(self, unit: Block) -> "LayerStructure":
         """The same layer, its experts' units being ``unit``: EXPERT or EXPERT_CHANNEL."""
-        if (experts := self.experts) is None:
-            return self
-        units = experts.count if unit is Block.EXPERT else experts.total * experts.width
-        parts = {
-            unit if part.experts is not None else block: replace(part, units=units)
-            if part.experts is not None
-            else part
-            for block, part in self.parts.items()
-        }
+        parts = {}
+        for block, part in self.parts.items():
+            if (experts := part.experts) is None:
+                parts[block] = part
+            else:
+                units = experts.count if unit is Block.EXPERT else experts.total * experts.width
+                parts[unit] = replace(part, units=units)
         return replace(self, parts=parts)
 
     def units(self, block: Block) -> int:
@@ -162,11 +148,7 @@ class LayerStructure:
 
 
 def family_of(config: Any) -> Family:
-    """The record for ``config.model_type``.
-
-    Raises:
-        UserError: no record; the message lists the known families, and says why where it is known.
-    """
+    """The record for ``config.model_type``. Raises UserError, with the known families, where there is none."""
     model_type = getattr(config, "model_type", None)
     family = FAMILIES.get(str(model_type))
     if family is not None and not (reason := family.refused(config)):
@@ -196,37 +178,29 @@ def kv_heads_of(config: Any) -> int:
 
 def shapes_of(config: Any) -> dict[str, tuple[int, int]]:
     """Shape ``[rows, columns]`` of every role's weight in a model or layer with this config."""
-    skipped = getattr(config, "skip", None) or ()
-    family, hidden, head_dim = family_of(config), config.hidden_size, head_dim_of(config)
-    channels = getattr(config, family.width)
-    heads, kv_heads = config.num_attention_heads, kv_heads_of(config)
-    if "attention" in skipped:
-        heads, kv_heads = 0, 0
-    if "mlp" in skipped:
-        channels = 0
-    rows = {
-        "query": heads * head_dim * (1 + family.gated_query),
-        "key": kv_heads * head_dim,
-        "value": kv_heads * head_dim,
+    family, hidden, skipped = family_of(config), config.hidden_size, getattr(config, "skip", None) or ()
+    head_dim = 0 if "attention" in skipped else head_dim_of(config)
+    channels = 0 if "mlp" in skipped else getattr(config, family.width)
+    queries, keys = config.num_attention_heads * head_dim, kv_heads_of(config) * head_dim
+    return {
+        "query": (queries * (1 + family.gated_query), hidden),
+        **dict.fromkeys(("key", "value"), (keys, hidden)),
+        "output": (hidden, queries),
+        **dict.fromkeys(("gate", "up"), (channels, hidden)),
+        "down": (hidden, channels),
     }
-    rows |= {"gate": channels, "up": channels}
-    shapes = {role: (count, hidden) for role, count in rows.items()}
-    return shapes | {"output": (hidden, heads * head_dim), "down": (hidden, channels)}
 
 
 def layer_structures(model: nn.Module) -> list[LayerStructure]:
     """The decoder layers of a causal LM on any device, meta included. Blocks that an earlier pruning took out
-    become ``SkippedBlock``s in the model, which computes the same.
-
-    Raises:
-        UserError: unknown family, or a model whose modules, biases or shapes differ from its family's record.
-    """
+    become ``SkippedBlock``s in the model, which computes the same. Raises UserError for an unknown family, and where
+    modules, biases or shapes differ from the family's record."""
     config: Any = model.config
     layers, family = layers_of(model), family_of(config)
-    configs = layer_configs(config)
     if getattr(config, "is_heterogeneous", False):
         fill_skipped(model, family)
-    return [_layer_structure(family, configs[index], index, layer) for index, layer in enumerate(layers)]
+    pairs = zip(layer_configs(config), layers, strict=True)
+    return [_layer_structure(family, own, index, layer) for index, (own, layer) in enumerate(pairs)]
 
 
 def layer_configs(config: Any) -> list[Any]:
@@ -236,8 +210,8 @@ def layer_configs(config: Any) -> list[Any]:
 
 
 def uniform_config(config: Any) -> Any:
-    """A copy of ``config`` with the widths of the dense model, which are the global ones, in every layer; of a family
-    whose heads differ by layer, with as many KV heads per query head as the layer has."""
+    """A copy of ``config`` with the global widths, those of the dense model, in every layer; of a family whose heads
+    differ by layer, with as many KV heads per query head as the layer has."""
     uniform, layers = copy.deepcopy(config), layer_configs(config)
     uniform.per_layer_config = None
     if family_of(config).own_heads:
@@ -257,11 +231,7 @@ def uniform_config(config: Any) -> Any:
 
 def choose_layers(target: Any, config: Any, layers: Sequence[int]) -> None:
     """Give the config ``target`` the entries that ``config`` has for ``layers``, in this order, and their number.
-
-    Raises:
-        UserError: layers without experts follow one with experts, or layers of a kind are at unequal distances, where
-            the family's config cannot say that.
-    """
+    Raises UserError where the family's config cannot say which layers have experts, or are of a kind."""
     family, target.num_hidden_layers = family_of(config), len(layers)
     if family.experts is not None:
         say_experts(target, family.experts, [has_experts(config, family.experts, layer) for layer in layers])
@@ -283,9 +253,7 @@ def choose_layers(target: Any, config: Any, layers: Sequence[int]) -> None:
 def layers_of(model: nn.Module) -> nn.ModuleList:
     """The decoder layers of ``model`` in order."""
     config: Any = model.config
-    layers = model.get_submodule(family_of(config).layers)
-    assert isinstance(layers, nn.ModuleList)
-    return layers
+    return model.get_submodule(family_of(config).layers)  # type: ignore[return-value]
 
 
 def _layer_structure(family: Family, config: Any, index: int, layer: nn.Module) -> LayerStructure:
@@ -307,12 +275,13 @@ def _layer_structure(family: Family, config: Any, index: int, layer: nn.Module) 
         modules, norms = family.modules_of(block), [name for name in family.norms_of(block) if name]
         paths = {role: family.path_of(role) for role in family.roles_of(block)}
         linears = {role: _projection(family, config, role, find(path)) for role, path in paths.items() if there(path)}
-        experts = Experts(find(family.expert_block), family.experts) if family.experts and block in EXPERTS else None
+        experts = None
+        if family.experts and block in EXPERTS:
+            experts = Experts(find(family.expert_block), family.experts)
+            norms += family.experts.beside
         return BlockStructure(
             modules={find(name): pair for name, pair in modules.items()},
-            norms=tuple(
-                find(name) for name in (*norms, *(family.experts.beside if experts and family.experts else ()))
-            ),
+            norms=tuple(map(find, norms)),
             entry=find(family.norms_of(block).before or next(iter(modules))),
             linears=linears,
             units=experts.total * experts.width if experts else _units(block, linears, head_dim_of(config)),

@@ -18,33 +18,26 @@ class Norms(NamedTuple):
 
 @dataclass(frozen=True)
 class ExpertNames:
-    """A block of experts, by attribute name below it, and its sizes, by config key.
-
-    ``stored``: how weight files name gate, up and down of one expert, ``<experts>.<number>.<name>.weight`` each; None
-    where they hold the three-dimensional parameters themselves. ``renamed``: parts of names in weight files → in the
-    model. ``pair``: whether the block also returns the router's weights.
-
-    ``block``: the module with router and experts, where it is beside the family's MLP, which then stays whole; the two
-    add up. Empty for the layer itself, where ``beside`` names the router and norms that belong to them. ``top_k``: the
-    config key of k, where the router itself has no ``top_k``. ``shared``: an MLP beside the experts that is
-    ``shared_count`` (a config key) times as wide as one of them, so that it loses channels with them; one with a width
-    of its own stays whole and needs no entry. ``dense_first``: the config key that says how many layers come before the
-    first one with experts.
-    """
+    """A block of experts, by attribute name below it, and its sizes, by config key."""
 
     router: str = "gate"
+    # The module with router and experts, where it is beside the family's MLP, which then stays whole; the two add up.
+    # Empty for the layer itself, where ``beside`` names the router and norms that belong to them.
     block: str | None = None
     beside: tuple[str, ...] = ()
-    top_k: str = ""
+    top_k: str = ""  # the config key of k, where the router itself has no ``top_k``
     experts: str = "experts"
     count: str = "num_experts"
     width: str = "moe_intermediate_size"
+    # How weight files name gate, up and down of one expert, ``<experts>.<number>.<name>.weight`` each; None where they
+    # hold the three-dimensional parameters themselves.
     stored: tuple[str, ...] | None = ("gate_proj", "up_proj", "down_proj")
-    renamed: tuple[tuple[str, str], ...] = ()
-    pair: bool = False
+    pair: bool = False  # whether the block also returns the router's weights
+    # An MLP beside the experts that is ``shared_count`` (a config key) times as wide as one of them, so that it loses
+    # channels with them; one with a width of its own stays whole and needs no entry.
     shared: str | None = None
     shared_count: str = ""
-    dense_first: str | None = None
+    dense_first: str | None = None  # the config key that says how many layers come before the first one with experts
 
 
 BEFORE_ATTENTION, BEFORE_MLP = Norms("input_layernorm"), Norms("post_attention_layernorm")
@@ -57,72 +50,57 @@ class Family:
     """One model family of ``transformers``. Adding a family is adding one record to ``FAMILIES``.
 
     Multipliers, soft caps, rotary tables and masks need no entry: embedding, layers, blocks and head are always run by
-    the model's own code (``LayeredModel``).
-
-    ``kinds`` is the config key that lists the kind of every layer, and ``blocks`` what a layer of a kind is made of, in
-    order; other kinds have attention and MLP. ``mixer``: the modules of a mixer → whether
-    they also return attention weights; its norms are those of attention.
-
-    Names are attributes below the decoder layer; ``gate`` is None in an MLP without one. Roles that name the same
-    projection share its parameter, in the order of ``ROLES`` from its first row on. A bias entry is True, False, or the
-    name of the config key that decides.
-    ``per_layer_lists`` are config keys holding one entry per layer; entries of removed layers are removed.
-    ``index_lists`` hold the numbers of some layers, and are numbered anew. ``width`` is the config key of F.
-    ``gated_query``: the query's rows are, head by head, query and output gate, so there are twice as many.
-    ``per_head``: a parameter of the attention with one number for each query head.
-    ``layer_returns``: how many values a layer returns in a tuple; 0 for the residual stream itself. ``mlp_scale``:
-    what the MLP multiplies the output of its down projection with, if it does. ``tiny`` are config entries that make
-    the mixer of a tiny model small. ``refused`` says why the record does not treat models with a config; empty where
-    it does.
-    ``own_heads``: the family's config says head size and number of KV heads layer by layer, so that it is heterogeneous
-    before anything is pruned. ``scale``: a stored number that every layer multiplies the residual stream with.
-    ``side_by_side``: whether attention (a mixer, which stays whole) and MLP both read the layer's input; True, False,
-    or the config key that decides. ``renamed``: how names in weight files begin → in the model.
-    ``period``: the keys ``<period>_period`` and ``<period>_offset`` say which layers have no mixer.
-    ``derived``: keys that transformers computes from others and does not write, and that other runtimes read.
-    ``stock_alias`` names a family with the same arithmetic that takes head counts which this family's own config
-    refuses; it is used only while no projection has a bias. ``whole_attention`` says why GQA groups cannot be removed
-    one by one, where they cannot: such a family loses MLP channels and whole layers.
+    the model's own code (``LayeredModel``). Names are attributes below the decoder layer.
     """
 
     model_type: str
-    qkv_bias: bool | str = False
-    o_bias: bool | str = False
+    # Each True, False, or the name of the config key that decides; so is ``side_by_side``.
+    attention_bias: bool | str = False
     mlp_bias: bool | str = False
-    per_layer_lists: tuple[str, ...] = ()
+    o_bias: bool | str | None = None  # of the output projection, where it is not that of query, key and value
+    # Config keys that hold one entry per layer; those of removed layers are removed.
+    per_layer_lists: tuple[str, ...] = ("layer_types",)
+    # A family with the same arithmetic that takes head counts which this family's own config refuses; it is used only
+    # while no projection has a bias.
     stock_alias: str | None = None
+    # Why GQA groups cannot be removed one by one: such a family loses MLP channels and whole layers.
     whole_attention: str | None = None
     layers: str = "model.layers"
     final_norm: str = "model.norm"
+    # Roles that name the same projection share its parameter, in the order of ``ROLES`` from its first row on.
     attention: str = "self_attn"
     query: str = "q_proj"
     key: str = "k_proj"
     value: str = "v_proj"
     output: str = "o_proj"
     mlp: str = "mlp"
-    gate: str | None = "gate_proj"
+    gate: str | None = "gate_proj"  # None in an MLP without one
     up: str = "up_proj"
     down: str = "down_proj"
-    attention_norms: Norms = BEFORE_ATTENTION
+    attention_norms: Norms = BEFORE_ATTENTION  # also of a mixer
     mlp_norms: Norms = BEFORE_MLP
     experts: ExpertNames | None = None
-    kinds: str = "layer_types"
+    kinds: str = "layer_types"  # the config key that lists the kind of every layer
+    # Kind → what such a layer is made of, in order; other kinds have attention and MLP.
     blocks: Mapping[str, tuple[Block, ...]] = field(default_factory=dict)
-    mixer: Mapping[str, bool] = field(default_factory=dict)
-    index_lists: tuple[str, ...] = ()
-    width: str = "intermediate_size"
-    gated_query: bool = False
-    per_head: str | None = None
-    layer_returns: int = 0
+    mixer: Mapping[str, bool] = field(default_factory=dict)  # its modules → whether they also return attention weights
+    index_lists: tuple[str, ...] = ()  # config keys that hold the numbers of some layers, which are numbered anew
+    width: str = "intermediate_size"  # the config key of F
+    gated_query: bool = False  # the query's rows are, head by head, query and output gate: twice as many
+    per_head: str | None = None  # a parameter of the attention with one number for each query head
+    layer_returns: int = 0  # values that a layer returns in a tuple; 0 for the residual stream itself
+    # What the MLP multiplies the output of its down projection with, if it does.
     mlp_scale: Callable[[Any], float | None] = lambda config: None
+    # Why the record does not treat models with a config; empty where it does.
     refused: Callable[[Any], str] = lambda config: ""
-    tiny: Mapping[str, Any] = field(default_factory=dict)
-    side_by_side: bool | str = False
-    renamed: Mapping[str, str] = field(default_factory=dict)
-    period: str = ""
-    derived: tuple[str, ...] = ()
+    tiny: Mapping[str, Any] = field(default_factory=dict)  # config entries that make the mixer of a tiny model small
+    side_by_side: bool | str = False  # attention (a mixer, which stays whole) and MLP both read the layer's input
+    renamed: Mapping[str, str] = field(default_factory=dict)  # parts of names in weight files → in the model
+    period: str = ""  # the keys ``<period>_period`` and ``<period>_offset`` say which layers have no mixer
+    derived: tuple[str, ...] = ()  # keys that transformers computes and does not write, and that other runtimes read
+    # The config says head size and number of KV heads layer by layer, so it is heterogeneous before anything is pruned.
     own_heads: bool = False
-    scale: str | None = None
+    scale: str | None = None  # a stored number that every layer multiplies the residual stream with
 
     def per_layer(self, config: Any) -> bool:
         """Whether layers differ in more than the family's own config says, so that they need the modeling file."""
@@ -175,7 +153,7 @@ class Family:
         """The bias entry of ``role``."""
         if BLOCK_OF[role] is Block.MLP:
             return self.mlp_bias
-        return self.o_bias if role == "output" else self.qkv_bias
+        return self.attention_bias if role != "output" or self.o_bias is None else self.o_bias
 
     @staticmethod
     def says(config: Any, entry: bool | str) -> bool:

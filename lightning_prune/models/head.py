@@ -8,37 +8,30 @@ from torch import Tensor
 from torch.nn import functional
 
 LOGITS_BYTES = 128 * 2**20  # of one chunk of fp32 logits
-Head = Callable[[Tensor], Tensor]  # ``[n, D]`` → ``[n, V]``
+Head = Callable[[Tensor], Tensor]  # final norm and output embedding, ``[n, D]`` → ``[n, V]``
 
 
 def token_losses(head: Head, hidden: Tensor, tokens: Tensor, vocab_size: int) -> Tensor:
-    """Cross-entropy in nats of token t + 1 given tokens ≤ t, in fp32 whatever the model's dtype.
+    """Cross-entropy in nats of token t + 1 given tokens ≤ t, fp32 ``[B, L − 1]`` whatever the model's dtype.
 
     Args:
         head: final norm and output embedding.
         hidden: residual stream after the last layer, ``[B, L, D]``.
         tokens: ``[B, L]`` int64.
         vocab_size: V.
-
-    Returns:
-        fp32 ``[B, L − 1]``.
     """
-    batch, length = tokens.shape
     losses = [
         functional.cross_entropy(head(rows).float(), targets, reduction="none")
         for rows, targets in chunks(hidden, tokens, vocab_size)
     ]
-    return torch.cat(losses).view(batch, length - 1)
+    return torch.cat(losses).view(len(tokens), -1)
 
 
 def loss_gradient(head: Head, hidden: Tensor, tokens: Tensor, weight: Tensor, vocab_size: int) -> Tensor:
-    """∂(Σ token losses)/∂hidden, ``[B, L, D]`` in the dtype of ``hidden``.
+    """∂(Σ token losses)/∂hidden, ``[B, L, D]`` in the dtype of ``hidden``; the arguments are those of ``token_losses``,
+    and ``weight`` ``[B]``, 0 for samples that do not count, as those which only give every process equally many.
 
     The loss is summed, not averaged: a mean over thousands of tokens would push fp16 gradients below what it can say.
-
-    Args:
-        hidden, tokens, vocab_size: as for ``token_losses``.
-        weight: ``[B]``, 0 for samples that do not count, as those which only give every process equally many.
     """
     batch, length = tokens.shape
     gradient = torch.zeros_like(hidden)

@@ -11,10 +11,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from lightning_prune.models.checkpoint import Checkpoint, kept_in_fp32
-from lightning_prune.models.experts import unroute
+from lightning_prune.models.experts import set_tensor, unroute
 from lightning_prune.models.families import LayerStructure, family_of, layer_structures, layers_of
 from lightning_prune.models.head import loss_gradient, token_losses
-from lightning_prune.models.overflow import Overflow
 from lightning_prune.models.sources import Prefetching, Source
 from lightning_prune.models.stubs import Call, Stub, entering, replaced_forward, silent
 from lightning_prune.models.vocabulary import Block
@@ -25,6 +24,34 @@ Onload = Literal["model", "layer"]
 SHARE = 0.5  # of a device's free memory that the weights may take; calibration needs the rest
 
 
+class Overflow:
+    """Remembers the names of tensors with NaN or infinite values until ``raise_if_any``, without waiting for the device
+    after every batch."""
+
+    def __init__(self) -> None:
+        self._bad: dict[str, Tensor] = {}
+
+    def watch(self, name: str, values: Tensor) -> None:
+        """Take note of ``values`` of any shape; the sum of finite values is finite, and one pass makes it."""
+        bad = ~torch.isfinite(values.detach().sum(dtype=torch.float32))
+        self._bad[name] = self._bad[name] | bad if name in self._bad else bad
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self._bad.clear()
+
+    def raise_if_any(self) -> None:
+        """Raise FloatingPointError that names what overflowed first, in every process where it did in one."""
+        first = next((name for name, bad in self._bad.items() if bool(bad)), None)
+        self.forget()
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            everywhere: list[str | None] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(everywhere, first)
+            first = next((name for name in everywhere if name is not None), None)
+        if first is not None:
+            raise FloatingPointError(f"{first}: NaN or infinite values.")
+
+
 class LayeredModel:
     """Embeddings, final norm and head are always loaded, a decoder layer's weights between ``enter`` and ``leave``.
 
@@ -32,10 +59,8 @@ class LayeredModel:
         net: the model on the meta device, its buffers real (``skeleton``).
         source: gives the parameters.
         dtype: of the loaded parameters; None: as stored.
-        device: where layers run.
         onload: ``model`` keeps every layer that was entered, ``layer`` drops it in ``leave``.
-        head_alone: load the final norm and the head (an embedding only where it is the head too): all that ``head``
-            needs.
+        head_alone: load the final norm and the head alone, which is all that ``head`` needs.
 
     Attributes:
         evaluations: layer evaluations so far; a layer's MLP or attention alone counts as one.
@@ -57,28 +82,27 @@ class LayeredModel:
     ) -> None:
         self.net, self.dtype, self.device, self.onload = net, dtype, device, onload
         self.config: Any = net.config
+        self.family = family_of(net.config)
         self.layers = layers_of(net)
-        self.evaluations = 0
         # The routers' own loss is no part of what is measured.
-        self._options = {} if family_of(net.config).experts is None else {"output_router_logits": False}
+        self._options = {} if self.family.experts is None else {"output_router_logits": False}
         self.overflow = Overflow()
-        self.bytes_read = 0
+        self.evaluations = self.bytes_read = 0
         self.change: Callable[[LayerStructure], None] | None = None
         self._reader = Prefetching(source)
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._meta: dict[int, dict[str, nn.Parameter]] = {}  # of the loaded layers
-        prefix = family_of(self.config).layers
+        prefix = self.family.layers
         self.layer_names = [
             {name: f"{prefix}.{index}.{name}" for name, _ in layer.named_parameters()}
             for index, layer in enumerate(self.layers)
         ]
-        inside = {name for names in self.layer_names for name in names.values()}
-        ends = [net.get_submodule(family_of(self.config).final_norm), net.get_output_embeddings()]
+        ends = [net.get_submodule(self.family.final_norm), net.get_output_embeddings()]
         head = {id(parameter) for module in ends for parameter in module.parameters()}
         self.outside = [
             name
             for name, parameter in net.named_parameters()
-            if name not in inside and (not head_alone or id(parameter) in head)
+            if not name.startswith(f"{prefix}.") and (not head_alone or id(parameter) in head)
         ]
         self.wide = kept_in_fp32(net, dtype)
         self._assign(net, dict(zip(self.outside, self.outside, strict=True)))
@@ -125,7 +149,7 @@ class LayeredModel:
             meta = self._meta.pop(index)
             added = dict(self.layers[index].named_parameters()).keys() - meta.keys()  # biases that a change brought
             for name, parameter in (dict.fromkeys(added) | meta).items():
-                _set_parameter(self.layers[index], name, parameter)
+                set_tensor(self.layers[index], name, parameter)
             give_back_freed_memory()
 
     def change_layers(self, change: Callable[[LayerStructure], None] | None) -> None:
@@ -164,10 +188,8 @@ class LayeredModel:
                 self.enter(index)
                 self.announce(index + 1)
 
-            def after(*_: Any, index: int = index) -> None:
-                self.leave(index)
-
-            hooks += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after)]
+            hooks.append(layer.register_forward_pre_hook(before))
+            hooks.append(layer.register_forward_hook(lambda *_, index=index: self.leave(index)))
         try:
             yield self.net
         finally:
@@ -185,14 +207,14 @@ class LayeredModel:
     def embed(self, tokens: Tensor) -> Tensor:
         """The residual stream ``[B, L, D]`` that enters layer 0."""
         seen: list[tuple[Tensor, Call]] = []
-        family = family_of(self.config)
-        stubs = nn.ModuleList(Stub(layer, seen, family.layer_returns) for layer in self.layers)
-        owner, _, leaf = family.layers.rpartition(".")
-        setattr(self.net.get_submodule(owner), leaf, stubs)
+        stubs = nn.ModuleList(Stub(layer, seen, self.family.layer_returns) for layer in self.layers)
+        path, _, leaf = self.family.layers.rpartition(".")
+        owner = self.net.get_submodule(path)
+        setattr(owner, leaf, stubs)
         try:
             self.net.base_model(input_ids=tokens, use_cache=False, **self._options)
         finally:
-            setattr(self.net.get_submodule(owner), leaf, self.layers)
+            setattr(owner, leaf, self.layers)
         # Masks and rotary tables of packed sequences depend on the shape alone.
         self._calls.setdefault((tokens.shape[0], tokens.shape[1]), [call for _, call in seen])
         return seen[0][0]
@@ -263,7 +285,7 @@ class LayeredModel:
         """The residual stream after a block with the input ``hidden`` and the output ``output``, ``[B, L, D]`` each,
         through the layer's own norms and multipliers; unless ``alone``, with what a block side by side with it adds.
         Does not count as an evaluation."""
-        scale = family_of(self.config).mlp_scale(self.config) if block is Block.MLP else None
+        scale = self.family.mlp_scale(self.config) if block is Block.MLP else None
         output = output if scale is None else output * scale
         stubs = self._without(index, block) if alone or not self.views[index].side_by_side else {}
         part = self.views[index].parts[block]
@@ -275,7 +297,7 @@ class LayeredModel:
     def head(self, hidden: Tensor) -> Tensor:
         """Logits ``[..., V]`` of residual rows ``[n, D]`` or ``[B, L, D]`` after the last layer, computed by the model
         itself, with its soft caps and scales."""
-        norm = self.net.get_submodule(family_of(self.config).final_norm)
+        norm = self.net.get_submodule(self.family.final_norm)
         rows = hidden if hidden.dim() == 3 else hidden[None]
         decoder = MoeModelOutputWithPast(last_hidden_state=norm(rows))
         decoder.shared_kv_states = None  # which Gemma 4 hands on
@@ -340,7 +362,7 @@ class LayeredModel:
         for name, stored in names.items():
             new = nn.Parameter(read[stored], requires_grad=False)
             for alias in shared[id(module.get_parameter(name))]:  # tied embeddings stay tied
-                _set_parameter(module, alias, new)
+                set_tensor(module, alias, new)
 
 
 def open_layered(
@@ -362,8 +384,3 @@ def choose_onload(wish: str, checkpoint: Checkpoint, dtype: torch.dtype, device:
         return wish  # type: ignore[return-value]
     elements = sum(torch.Size(entry.shape).numel() for entry in checkpoint.tensors.values())
     return "model" if elements * dtype.itemsize <= SHARE * free_bytes(device) else "layer"
-
-
-def _set_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-    owner, _, leaf = name.rpartition(".")
-    module.get_submodule(owner)._parameters[leaf] = parameter

@@ -11,11 +11,8 @@ from lightning_prune.support.quiet import quiet_transformers
 
 
 def unwrapped(model: Any) -> str | Path | PreTrainedModel:
-    """``model`` where it is a path or a causal LM; of a compiled or data-parallel one, what is inside.
-
-    Raises:
-        UserError: anything else, or a model that cannot be written: a sentence that says what it is.
-    """
+    """``model`` where it is a path or a causal LM; of a compiled or data-parallel one, what is inside. Raises UserError
+    for anything else, and for a model that cannot be written."""
     while not isinstance(model, PreTrainedModel) and isinstance(model, nn.Module) and not hasattr(model, "peft_config"):
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if not isinstance(inner, nn.Module):
@@ -39,10 +36,7 @@ def unwrapped(model: Any) -> str | Path | PreTrainedModel:
 
 def written(model: PreTrainedModel, folder: Path, tokenizer: Any = None) -> str:
     """Save a causal LM as it is, also with generation settings that ``save_pretrained`` refuses; gives the folder.
-
-    Raises:
-        UserError: it cannot be saved.
-    """
+    Raises UserError where it cannot be saved."""
     own = model.generation_config
     try:
         with quiet_transformers():

@@ -20,11 +20,8 @@ DTYPES = {
 
 
 def load_dtype(precision: str) -> torch.dtype:
-    """The dtype that weights are read into for a trainer's precision; mixed precisions keep fp32 weights.
-
-    Raises:
-        UserError: not a supported precision.
-    """
+    """The dtype that weights are read into for a trainer's precision; mixed precisions keep fp32 weights. Raises
+    UserError for a precision that is not supported."""
     if precision not in DTYPES:
         raise UserError(f"--trainer.precision: '{precision}' is not supported. Choose one of {', '.join(DTYPES)}.")
     return DTYPES[precision]
@@ -34,11 +31,8 @@ class ModelSlot:
     """Holds at most one open model: opening another one closes it.
 
     Args:
-        onload: ``model``, ``layer``, or ``auto``, which takes what fits.
+        onload: ``model``, ``layer``, or ``auto``, which takes what fits; ``placement`` is what it took for the first.
         seconds: where the time for opening models is counted.
-
-    Attributes:
-        placement: ``model`` or ``layer``, as ``auto`` was decided for the first opened model.
     """
 
     def __init__(self, onload: str, seconds: Seconds) -> None:

@@ -19,22 +19,27 @@ _SANDWICH: dict[str, Any] = {
     "attention_norms": Norms("input_layernorm", "post_attention_layernorm"),
     "mlp_norms": Norms("pre_feedforward_layernorm", "post_feedforward_layernorm"),
 }
-_TYPES = ("layer_types",)
 _FEED_FORWARD: dict[str, Any] = {
+    "per_layer_lists": (),
     "final_norm": "model.final_layernorm",
     "mlp": "feed_forward",
     "mlp_norms": Norms("pre_ff_layernorm"),
 }
 _GEMMA4: dict[str, Any] = {
-    "qkv_bias": "attention_bias",
-    "o_bias": "attention_bias",
-    "per_layer_lists": _TYPES,
+    "attention_bias": "attention_bias",
     "own_heads": True,
     "scale": "layer_scalar",
     **_SANDWICH,
 }
 _NORMS_BESIDE = ("post_feedforward_layernorm_1", "pre_feedforward_layernorm_2", "post_feedforward_layernorm_2")
 _MIXER = (Block.MIXER, Block.MLP)
+_SIDE_BY_SIDE: dict[str, Any] = {
+    "mlp_norms": Norms(None),
+    "blocks": dict.fromkeys(("", "sliding_attention", "full_attention"), _MIXER),
+    "mixer": {"self_attn": True},
+    "side_by_side": True,
+    "whole_attention": _BESIDE,
+}
 _DELTA_NET = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -42,15 +47,12 @@ _DELTA_NET = {
     "linear_value_head_dim": 4,
 }
 _QWEN3_5: dict[str, Any] = {
-    "qkv_bias": "attention_bias",
-    "o_bias": "attention_bias",
-    "per_layer_lists": _TYPES,
+    "attention_bias": "attention_bias",
     "blocks": {"linear_attention": _MIXER},
     "mixer": {"linear_attn": False},
     "gated_query": True,
 }
 _LFM2: dict[str, Any] = {
-    "per_layer_lists": _TYPES,
     "final_norm": "model.embedding_norm",
     "output": "out_proj",
     "mlp": "feed_forward",
@@ -74,92 +76,78 @@ _GRANITE_EXPERTS = ExpertNames(
     count="num_local_experts",
     width="intermediate_size",
     stored=None,
-    renamed=(
-        (".block_sparse_moe.input_linear.weight", ".block_sparse_moe.experts.gate_up_proj"),
-        (".block_sparse_moe.output_linear.weight", ".block_sparse_moe.experts.down_proj"),
-        (".router.layer.", ".router."),
-    ),
 )
+_GRANITE_NAMES = {
+    ".block_sparse_moe.input_linear.weight": ".block_sparse_moe.experts.gate_up_proj",
+    ".block_sparse_moe.output_linear.weight": ".block_sparse_moe.experts.down_proj",
+    ".router.layer.": ".router.",
+}
 _MAMBA = {"mamba_n_heads": 2, "mamba_d_head": "auto", "mamba_d_state": 4, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama", "attention_bias", "attention_bias", "mlp_bias", stock_alias="mistral"),
+        Family("llama", "attention_bias", "mlp_bias", stock_alias="mistral"),
         Family("mistral"),
-        Family("qwen2", True, per_layer_lists=_TYPES),
-        Family("qwen3", "attention_bias", "attention_bias", per_layer_lists=_TYPES),
-        Family("ministral", per_layer_lists=_TYPES),
+        Family("qwen2", True, o_bias=False),
+        Family("qwen3", "attention_bias"),
+        Family("ministral"),
         Family("ministral3"),
-        Family("gemma", "attention_bias", "attention_bias"),
-        Family("gemma2", "attention_bias", "attention_bias", per_layer_lists=_TYPES, **_SANDWICH),
-        Family("gemma3_text", "attention_bias", "attention_bias", per_layer_lists=_TYPES, **_SANDWICH),
+        Family("gemma", "attention_bias"),
+        Family("gemma2", "attention_bias", **_SANDWICH),
+        Family("gemma3_text", "attention_bias", **_SANDWICH),
         Family(
             "gemma4_text",
             **_GEMMA4,
-            experts=ExpertNames(
-                router="router",
-                block="",
-                beside=("router", *_NORMS_BESIDE),
-                top_k="top_k_experts",
-                stored=None,
-            ),
+            experts=ExpertNames("router", "", ("router", *_NORMS_BESIDE), "top_k_experts", stored=None),
             refused=lambda config: SHARED if config.num_kv_shared_layers or config.hidden_size_per_layer_input else "",
         ),
         Family("gemma4_unified_text", **_GEMMA4, refused=lambda config: SHARED if config.num_kv_shared_layers else ""),
         Family("phi3", query="qkv_proj", key="qkv_proj", value="qkv_proj", gate="gate_up_proj", up="gate_up_proj"),
-        Family("granite", "attention_bias", "attention_bias", "mlp_bias"),
-        Family("smollm3", "attention_bias", "attention_bias", "mlp_bias", (*_TYPES, "no_rope_layers")),
-        Family("olmo", "attention_bias", "attention_bias"),
-        Family("olmo2", "attention_bias", "attention_bias", whole_attention=_ALL_HEADS, **_POST_NORMS),
-        Family("ernie4_5", "use_bias", "use_bias", "use_bias"),
-        Family("seed_oss", "attention_bias", "attention_out_bias", "mlp_bias"),
-        Family("helium", "attention_bias", mlp_bias="mlp_bias", whole_attention=_FIXED_OUTPUT),
-        Family("stablelm", "use_qkv_bias", whole_attention=_FIXED_OUTPUT),
-        Family("qwen3_moe", "attention_bias", "attention_bias", experts=ExpertNames()),
+        Family("granite", "attention_bias", "mlp_bias"),
+        Family("smollm3", "attention_bias", "mlp_bias", per_layer_lists=("layer_types", "no_rope_layers")),
+        Family("olmo", "attention_bias"),
+        Family("olmo2", "attention_bias", whole_attention=_ALL_HEADS, **_POST_NORMS),
+        Family("ernie4_5", "use_bias", "use_bias"),
+        Family("seed_oss", "attention_bias", "mlp_bias", o_bias="attention_out_bias"),
+        Family("helium", "attention_bias", "mlp_bias", o_bias=False, whole_attention=_FIXED_OUTPUT),
+        Family("stablelm", "use_qkv_bias", o_bias=False, whole_attention=_FIXED_OUTPUT),
+        Family("qwen3_moe", "attention_bias", experts=ExpertNames()),
         Family(
             "olmoe",
-            "attention_bias",
             "attention_bias",
             whole_attention=_ALL_HEADS,
             experts=ExpertNames(width="intermediate_size"),
         ),
         Family(
             "mixtral",
-            experts=ExpertNames(
-                count="num_local_experts",
-                width="intermediate_size",
-                stored=("w1", "w3", "w2"),
-                renamed=((".block_sparse_moe.", ".mlp."),),
-            ),
+            experts=ExpertNames(count="num_local_experts", width="intermediate_size", stored=("w1", "w3", "w2")),
+            renamed={".block_sparse_moe.": ".mlp."},
         ),
-        Family("qwen2_moe", "qkv_bias", per_layer_lists=_TYPES, experts=ExpertNames(), tiny=_SHARED),
+        Family("qwen2_moe", "qkv_bias", o_bias=False, experts=ExpertNames(), tiny=_SHARED),
         Family(
             "granitemoe",
             "attention_bias",
-            "attention_bias",
             mlp="block_sparse_moe",
             experts=_GRANITE_EXPERTS,
+            renamed=_GRANITE_NAMES,
         ),
-        Family("glm4_moe", "attention_bias", experts=_SHARED_EXPERTS),
+        Family("glm4_moe", "attention_bias", o_bias=False, experts=_SHARED_EXPERTS),
         Family(
             "ernie4_5_moe",
             "use_bias",
             "use_bias",
-            "use_bias",
             experts=ExpertNames(
                 count="moe_num_experts",
-                renamed=((".mlp.moe_statics.", ".mlp.gate.moe_statics."),),
                 shared="shared_experts",
                 shared_count="moe_num_shared_experts",
                 dense_first="moe_layer_start_index",
             ),
+            renamed={".mlp.moe_statics.": ".mlp.gate.moe_statics."},
         ),
         Family(
             "gpt_oss",
             "attention_bias",
-            "attention_bias",
-            per_layer_lists=_TYPES,
             per_head="sinks",
             experts=ExpertNames(
                 router="router", count="num_local_experts", width="intermediate_size", stored=None, pair=True
@@ -186,8 +174,6 @@ FAMILIES: dict[str, Family] = {
         Family(
             "granitemoehybrid",
             "attention_bias",
-            "attention_bias",
-            per_layer_lists=_TYPES,
             mlp="shared_mlp",
             gate="input_linear",
             up="input_linear",
@@ -196,6 +182,7 @@ FAMILIES: dict[str, Family] = {
             mixer={"mamba": False},
             width="shared_intermediate_size",
             experts=replace(_GRANITE_EXPERTS, block="block_sparse_moe"),
+            renamed=_GRANITE_NAMES,
             tiny=_MAMBA,
         ),
         Family(
@@ -212,7 +199,6 @@ FAMILIES: dict[str, Family] = {
         ),
         Family(
             "bamba",
-            "attention_bias",
             "attention_bias",
             "mlp_bias",
             index_lists=("attn_layer_indices",),
@@ -240,11 +226,7 @@ FAMILIES: dict[str, Family] = {
             gate=None,
             up="fc1",
             down="fc2",
-            mlp_norms=Norms(None),
-            blocks={"": _MIXER},
-            mixer={"self_attn": True},
-            side_by_side=True,
-            whole_attention=_BESIDE,
+            **_SIDE_BY_SIDE,
         ),
         Family(
             "gpt_neox",
@@ -261,18 +243,8 @@ FAMILIES: dict[str, Family] = {
             whole_attention=_BESIDE,
             renamed={"embed_out.": "lm_head."},
         ),
-        *(
-            Family(
-                name,
-                per_layer_lists=_TYPES,
-                mlp_norms=Norms(None),
-                blocks=dict.fromkeys(("", "sliding_attention", "full_attention"), _MIXER),
-                mixer={"self_attn": True},
-                side_by_side=True,
-                whole_attention=_BESIDE,
-            )
-            for name in ("cohere", "cohere2")
-        ),
+        Family("cohere", **_SIDE_BY_SIDE),
+        Family("cohere2", **_SIDE_BY_SIDE),
         Family(
             "nemotron_h",
             mlp_bias="mlp_bias",

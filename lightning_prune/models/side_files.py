@@ -1,10 +1,9 @@
 """The files of a model folder beside config and weights: tokenizer, templates, processor, their code."""
 
-import json
+import re
 from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import snapshot_download
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -38,26 +37,17 @@ def side_files(path: str) -> dict[str, Path]:
             config = find_file(path, "config.json")
             folder = folder if config is None else config.parent
     files = {file for pattern in (*VOCABULARIES, *OTHERS) for file in folder.glob(pattern)}
+    modules: list[str] = []
     for file in [file for file in files if file.name.endswith("_config.json") and file.is_file()]:
-        for code in (folder / f"{module}.py" for module in _modules(file)):
-            files.add(code)
-            with suppress(OSError, ValueError):  # code that is not there or not text; importing it says more
-                files.update(map(Path, get_relative_import_files(code)))
+        with suppress(OSError):  # loading the tokenizer says more
+            modules += re.findall(r'"(\w+)\.\w+"', file.read_text("utf-8", "ignore"))  # "module.Class" of an auto_map
+    for code in [folder / f"{module}.py" for module in modules]:
+        files.add(code)
+        with suppress(OSError, ValueError):  # code that is not there or not text; importing it says more
+            files.update(map(Path, get_relative_import_files(code)))
     return {str(file.relative_to(folder)): file for file in sorted(files) if file.is_file()}
 
 
 def has_vocabulary(files: dict[str, Path]) -> bool:
     """Whether a tokenizer can be among ``side_files``."""
     return any(fnmatch(name, pattern) for name in files for pattern in VOCABULARIES)
-
-
-def _modules(file: Path) -> set[str]:
-    """The modules of its own folder that the ``auto_map`` of a JSON file names."""
-    try:
-        content: Any = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return set()  # loading the tokenizer says more
-    listed = content.get("auto_map") if isinstance(content, dict) else None
-    entries = listed.values() if isinstance(listed, dict) else [listed]
-    names = [name for entry in entries for name in (entry if isinstance(entry, list | tuple) else [entry])]
-    return {name.partition(".")[0] for name in names if isinstance(name, str) and name.partition(".")[0].isidentifier()}

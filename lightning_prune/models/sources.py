@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,9 +9,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lightning_prune.models.weights import TensorEntry
 from lightning_prune.support.devices import can_pin
 
-Place = tuple[Path, str]  # a weight file, and the name of a tensor in it
 ALIGNED = 64  # bytes, as in fresh memory: elsewhere, products with a single row and of all experts round otherwise
 
 
@@ -29,41 +28,35 @@ class CheckpointSource:
 
     On the CPU and in the stored dtype a tensor is a private view of the file, which takes no memory of its own; of
     experts in one tensor, and of a single row, it is a copy where the file has it at an odd place.
-
-    Args:
-        places: parameter name → its shape, and file and name of the tensors that its rows are stored in, in order.
     """
 
-    def __init__(self, places: Mapping[str, tuple[tuple[int, ...], Sequence[Place]]]) -> None:
-        self.places = places
-        self._stack = ExitStack()
+    def __init__(self, entries: Mapping[str, TensorEntry]) -> None:
+        self.entries = entries
         self._open: dict[Path, Any] = {}
 
     def read(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
         """See ``Source``. One tensor at a time is in memory twice while it is cast."""
         tensors: dict[str, Tensor] = {}
         for name in names:
-            shape, places = self.places[name]
-            if len(places) == 1:
-                tensor = self._tensor(places[0]).view(shape).to(device=device, dtype=dtype)
-                sensitive = len(shape) == 3 or shape[0] == 1
-                tensors[name] = tensor.clone() if sensitive and tensor.data_ptr() % ALIGNED else tensor
+            entry = self.entries[name]
+            parts = [self._tensor(*place) for place in entry.places]
+            if len(parts) > 1:
+                tensors[name] = torch.cat([part.to(dtype=dtype) for part in parts]).view(entry.shape).to(device=device)
                 continue
-            parts = [self._tensor(place).to(dtype=dtype) for place in places]
-            tensors[name] = torch.cat(parts).view(shape).to(device=device)
+            tensor = parts[0].view(entry.shape).to(device=device, dtype=dtype)
+            sensitive = len(entry.shape) == 3 or entry.shape[0] == 1
+            tensors[name] = tensor.clone() if sensitive and tensor.data_ptr() % ALIGNED else tensor
         return tensors
 
-    def _tensor(self, place: Place) -> Tensor:
-        path, stored = place
+    def _tensor(self, path: Path, stored: str) -> Tensor:
         if path not in self._open:
-            self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+            self._open[path] = safe_open(path, framework="pt")
         tensor: Tensor = self._open[path].get_tensor(stored)
         return tensor
 
     def close(self) -> None:
         """Close the files; views of them stay valid."""
         self._open.clear()
-        self._stack.close()
 
 
 class Prefetching:

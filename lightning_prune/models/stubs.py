@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -51,16 +52,11 @@ def entering(parts: Iterable[BlockStructure]) -> Iterator[list[Tensor]]:
 
 
 def silent(part: BlockStructure) -> dict[nn.Module, Any]:
-    """Stubs in place of the modules of a block."""
-    return {module: _nothing_and_none if pair else _nothing for module, pair in part.modules.items()}
+    """Stubs in place of the modules of a block: zeros of the shape of the input, which take no memory."""
+    return {module: partial(_nothing, pair) for module, pair in part.modules.items()}
 
 
-def _nothing(*args: Any, **kwargs: Any) -> Tensor:
-    """Zeros of the shape of the input that take no memory: the output of a block that is left out."""
+def _nothing(pair: bool, *args: Any, **kwargs: Any) -> Any:
     hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden.new_zeros(1).expand_as(hidden)
-
-
-def _nothing_and_none(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    """The same for a module that also returns attention weights."""
-    return _nothing(*args, **kwargs), None
+    zeros = hidden.new_zeros(1).expand_as(hidden)
+    return (zeros, None) if pair else zeros

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,11 @@ LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One stored tensor, or several that are consecutive rows of one: ``parts``, file and name of each in order."""
+    """One stored tensor, or several that are consecutive rows of one: ``places``, file and name of each in order."""
 
-    file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
-    parts: tuple[tuple[Path, str], ...] = ()
+    places: tuple[tuple[Path, str], ...]
 
     @property
     def bytes(self) -> int:
@@ -54,8 +53,7 @@ class TensorEntry:
 
 @contextmanager
 def loading(pretrained: str, what: str) -> Iterator[None]:
-    """Quiet, and errors are UserErrors: those of transformers, safetensors, json and the hub client have no common
-    base, and all mean bad input here."""
+    """Quiet, and errors are UserErrors: those of the libraries have no common base, and all mean bad input here."""
     try:
         with quiet_transformers():
             yield
@@ -72,30 +70,23 @@ def loading(pretrained: str, what: str) -> Iterator[None]:
 
 
 def find_file(path: str, name: str) -> Path | None:
-    """A regular file of a model folder or of the hub (from the cache, or downloaded); None where there is none.
-
-    Raises:
-        UserError: the hub cannot be reached, or refuses.
-    """
+    """A regular file of a model folder or of the hub (from the cache, or downloaded); None where there is none. Raises
+    UserError where the hub cannot be reached, or refuses."""
     with loading(path, f"{name!r} could not be loaded"):
         file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
     return None if file is None else Path(file)
 
 
 def read_headers(path: str, num_layers: int) -> tuple[dict[str, TensorEntry], list[Path], Counter[str]]:
-    """The tensors of a checkpoint by the names they are stored under (of several models in one, the text model's), all
-    its weight files in order, and what is left out: side part -> number of its tensors.
-
-    Args:
-        path: model folder or hub id. ``model.safetensors`` comes before ``model.safetensors.index.json`` where both
-            are there, as in transformers.
-        num_layers: of the config; layers beyond them (multi-token prediction) are side parts.
+    """The tensors of a folder or hub id by the names they are stored under (of several models in one, the text
+    model's), all weight files in order, and what is left out: side part → number of its tensors. Layers beyond the
+    ``num_layers`` of the config (multi-token prediction) are side parts too.
 
     Raises:
         UserError: no safetensors file, one that is damaged or quantised, or an index that does not fit its files.
     """
     weight_map, names = {}, [SAFE_WEIGHTS_NAME]
-    if find_file(path, SAFE_WEIGHTS_NAME) is None:
+    if find_file(path, SAFE_WEIGHTS_NAME) is None:  # which comes first where both are there, as in transformers
         index = find_file(path, SAFE_WEIGHTS_INDEX_NAME)
         if index is None:
             raise UserError(
@@ -113,13 +104,13 @@ def read_headers(path: str, num_layers: int) -> tuple[dict[str, TensorEntry], li
             part = part or name.removeprefix("model.").partition(".")[0]
         if part is not None:
             left_out[part] += 1
-            continue
-        if dtype not in DTYPES or QUANTISED.search(name):
+        elif dtype not in DTYPES or QUANTISED.search(name):
             raise UserError(
                 f"{OPTION}: the weights are quantised: tensor {name!r} of '{path}' is stored as {dtype}; allowed are "
                 f"weights alone, in {', '.join(DTYPES)}. Give the model before it was quantised."
             )
-        tensors[name] = TensorEntry(file, DTYPES[dtype], shape)
+        else:
+            tensors[name] = TensorEntry(DTYPES[dtype], shape, ((file, name),))
     return tensors, sorted({file for file, _, _ in stored.values()}), left_out
 
 
@@ -133,35 +124,22 @@ def _side_part(name: str, num_layers: int) -> str | None:
 
 
 def text_name(name: str) -> str:
-    """The name in the text model alone of a tensor of the text model within a larger one; others keep their name."""
+    """The name in the text model alone of one of its tensors within a larger model; others keep their name."""
     for pattern, own in TEXT_NAMES.items():
-        if re.match(pattern, name):
-            return re.sub(pattern, own, name)
+        name = re.sub(pattern, own, name)
     return name
 
 
-def renamed(tensors: Mapping[str, TensorEntry], beginnings: Mapping[str, str]) -> dict[str, TensorEntry]:
-    """The tensors by other names: ``beginnings`` of names → what is in their place."""
-    entries = {}
-    for stored, entry in tensors.items():
-        name = begun(stored, beginnings)
-        entries[name] = entry if name == stored else replace(entry, parts=((entry.file, stored),))
-    return entries
-
-
-def begun(name: str, beginnings: Mapping[str, str]) -> str:
-    """``name`` with another beginning, where ``beginnings`` has its own."""
-    old = next((old for old in beginnings if name.startswith(old)), "")
-    return beginnings.get(old, "") + name.removeprefix(old)
+def renamed(name: str, parts: Mapping[str, str]) -> str:
+    """``name`` with parts of it replaced, one after another."""
+    for old, new in parts.items():
+        name = name.replace(old, new)
+    return name
 
 
 def match_names(source: str, tensors: Mapping[str, TensorEntry], model: nn.Module) -> dict[str, str]:
-    """Compare names and shapes with what a model (on the meta device) expects.
-
-    Allowed: ``model.`` left out or doubled, equal copies, and a tied head stored as one.
-
-    Returns:
-        Every parameter of ``model`` (tied ones under all their names) -> the name its values are stored under.
+    """Every parameter of a model on the meta device (tied ones under all their names) → the name its values are stored
+    under: ``model.`` may be left out or doubled, equal copies and a tied head stored as one are allowed.
 
     Raises:
         UserError: tensors are missing, left over, stored twice or of another shape, or a tied head's copy differs
@@ -173,10 +151,14 @@ def match_names(source: str, tensors: Mapping[str, TensorEntry], model: nn.Modul
     for name, parameter in expected.items():
         groups.setdefault(id(parameter), []).append(name)
     for tied in groups.values():
-        there = [name for name in tied if name in stored]
-        if len(there) > 1:
-            _check_copies(source, tensors, stored[there[0]], stored[there[1]])
-        stored |= {name: stored[there[0]] for name in tied if there and name not in stored}
+        there = [stored[name] for name in tied if name in stored]
+        # transformers unties a head whose stored copy differs; then the config does not say what the model is.
+        if len(there) > 1 and not same_values(tensors, *there[:2]):
+            raise UserError(
+                f"{OPTION}: the config of '{source}' ties {there[0]!r} and {there[1]!r}, but both are stored and "
+                "differ. Set tie_word_embeddings to false in config.json, or remove the one that is not used."
+            )
+        stored |= {name: there[0] for name in tied if there and name not in stored}
     if missing := [name for name in expected if name not in stored]:
         raise UserError(
             f"{OPTION}: the weights of '{source}' lack {len(missing)} tensors that its config requires, "
@@ -219,34 +201,24 @@ def _own_names(source: str, tensors: Mapping[str, TensorEntry], expected: Mappin
     return stored
 
 
-def _check_copies(source: str, tensors: Mapping[str, TensorEntry], first: str, second: str) -> None:
-    """transformers unties a head whose stored copy differs; then the config does not say what the model is."""
-    if not same_values(tensors, first, second):
-        raise UserError(
-            f"{OPTION}: the config of '{source}' ties {first!r} and {second!r}, but both are stored and differ. Set "
-            f"tie_word_embeddings to false in config.json, or remove the one that is not used."
-        )
-
-
 def same_values(tensors: Mapping[str, TensorEntry], first: str, second: str) -> bool:
     """Whether two stored tensors are equal, bit for bit."""
     if (tensors[first].dtype, tensors[first].shape) != (tensors[second].dtype, tensors[second].shape):
         return False
     values = []
     for name in (first, second):
-        ((place, stored),) = tensors[name].parts or ((tensors[name].file, name),)
-        with safe_open(place, framework="pt") as file:
+        ((path, stored),) = tensors[name].places
+        with safe_open(path, framework="pt") as file:
             values.append(file.get_tensor(stored))  # a view of the file: takes no memory of its own
     return torch.equal(*(value.view(torch.uint8) for value in values))
 
 
-def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape of the tensors of one file, by name."""
+@contextmanager
+def _intact(file: Path) -> Iterator[None]:
+    """An error inside means that ``file`` is damaged."""
     try:
-        with safe_open(file, framework="pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
-            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except (OSError, ValueError, SafetensorError) as error:
+        yield
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(
             f"{OPTION}: the weights cannot be loaded: '{file}' is damaged ({first_line(error)}). "
             f"Copy or download the file again."
@@ -258,20 +230,22 @@ def _stored(path: str, files: list[str], weight_map: dict[str, str]) -> dict[str
     tensors: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
     trouble = f"{OPTION}: the weights cannot be loaded from '{path}':"
     for shard in files:
-        file = find_file(path, shard)
-        if file is None:
+        if (file := find_file(path, shard)) is None:
             raise UserError(
                 f"{trouble} {SAFE_WEIGHTS_INDEX_NAME} names {shard!r}, which does not exist. Copy or download the "
                 "model again."
             )
-        for name, entry in _header(file).items():
+        with _intact(file), safe_open(file, framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+            entries = {name: (file, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+        for name, entry in entries.items():
             if name in tensors or weight_map.get(name, shard) != shard:
                 other = tensors[name][0].name if name in tensors else weight_map[name]
                 raise UserError(
                     f"{trouble} tensor {name!r} is in {shard!r} and also in '{other}'. Copy the model again."
                 )
-            tensors[name] = (file, *entry)
-    if lost := sorted(set(weight_map) - set(tensors)):
+            tensors[name] = entry
+    if lost := sorted(weight_map.keys() - tensors.keys()):
         raise UserError(
             f"{trouble} {SAFE_WEIGHTS_INDEX_NAME} names tensor {lost[0]!r}, which {weight_map[lost[0]]!r} does not "
             "hold. Copy or download the model again."
@@ -280,7 +254,7 @@ def _stored(path: str, files: list[str], weight_map: dict[str, str]) -> dict[str
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
+    with _intact(index):
         if (size := index.stat().st_size) > INDEX_LIMIT:
             raise ValueError(f"{size} bytes; at most {INDEX_LIMIT} are read")
         content = json.loads(index.read_text("utf-8"))
@@ -292,8 +266,3 @@ def _weight_map(index: Path) -> dict[str, str]:
             if not isinstance(shard, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", shard):
                 raise ValueError(f"tensor {name!r} is mapped to {shard!r}, which is not the name of a safetensors file")
         return weight_map
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{OPTION}: the weights cannot be loaded: '{index}' is damaged ({first_line(error)}). "
-            f"Copy or download the file again."
-        ) from None

@@ -213,7 +213,7 @@ def _advice_on_failure(method: PruningMethod, data: CalibrationDataModule) -> It
 def _bad_weight(checkpoint: Checkpoint) -> str | None:
     """The first parameter of the checkpoint that is not finite."""
     with closing(checkpoint.source()) as source:
-        for name in source.places:
+        for name in source.entries:
             if not bool(torch.isfinite(source.read([name], None, torch.device("cpu"))[name]).all()):
                 return name
     return None

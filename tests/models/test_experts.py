@@ -59,21 +59,19 @@ def naive(block: nn.Module, x: Tensor, family: str, experts: list[int], channels
     m = module.down_proj.shape[1 if family == "gpt_oss" else 2]
     for token, hidden in enumerate(x):
         for place, gate in enumerate(weights(found, hidden, family, experts)):
-            number = experts[place]
-            for k in (range(m) if channels is None else channels[place].tolist()) if gate else ():
-                weight = module.up_proj[number] if family == "nemotron_h" else module.gate_up_proj[number]
-                if family == "nemotron_h":
-                    out[token] += gate * (hidden @ weight[k]).relu() ** 2 * module.down_proj[number, :, k]
-                elif family == "gpt_oss":
-                    bias = module.gate_up_proj_bias[number]
-                    g = (hidden @ weight[:, 2 * k] + bias[2 * k]).clamp(max=module.limit)
-                    u = (hidden @ weight[:, 2 * k + 1] + bias[2 * k + 1]).clamp(-module.limit, module.limit)
-                    out[token] += gate * (u + 1) * g * (g * module.alpha).sigmoid() * module.down_proj[number, k]
-                else:
-                    g, u = hidden @ weight[k], hidden @ weight[m + k]
-                    out[token] += gate * act(g) * u * module.down_proj[number, :, k]
-            if family == "gpt_oss":
+            number, kept = experts[place], torch.arange(m) if channels is None else channels[place]
+            down = module.down_proj[number]
+            if family == "nemotron_h":
+                inner = (module.up_proj[number][kept] @ hidden).relu() ** 2
+            elif family == "gpt_oss":
+                both, down = hidden @ module.gate_up_proj[number] + module.gate_up_proj_bias[number], down.T
+                g, u = both[2 * kept].clamp(max=module.limit), both[2 * kept + 1].clamp(-module.limit, module.limit)
+                inner = (u + 1) * g * (g * module.alpha).sigmoid()
                 out[token] += gate * module.down_proj_bias[number]
+            else:
+                both = module.gate_up_proj[number] @ hidden
+                inner = act(both[kept]) * both[m + kept]
+            out[token] += gate * (down[:, kept] @ inner)
         for mlp in [getattr(found, name) for name in ("shared_expert", "shared_experts") if hasattr(found, name)]:
             up = mlp.up_proj(hidden)
             inner = up.relu() ** 2 if family == "nemotron_h" else silu(mlp.gate_proj(hidden)) * up

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import lightning_prune
-from lightning_prune.checkpoint import write
 from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import layer_structures
 from lightning_prune.models.layered import LayeredModel, Onload, open_layered
 from lightning_prune.models.vocabulary import Block
-from tests.cutting import CPU, MemorySource, layered, layered_cut
+from tests.cutting import CPU, MemorySource, cut, layered
 from tests.tiny import (
     CUTTABLE,
     EVERY_FAMILY,
@@ -30,11 +29,12 @@ from tests.tiny import (
 )
 
 FULL, HALF = torch.float32, torch.bfloat16
-KINDS: list[tuple[str, dict[str, Any], torch.dtype]] = [
-    *((family, {"tied": dtype is FULL}, dtype) for family in EVERY_FAMILY for dtype in (FULL, HALF)),
-    ("llama", {"attention_bias": True, "mlp_bias": True}, HALF),
-    ("mistral", {"sliding_window": 5}, FULL),
-    ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}, HALF),
+KINDS: list[tuple[str, dict[str, Any], torch.dtype, bool]] = [
+    *((family, {"tied": dtype is FULL}, dtype, False) for family in EVERY_FAMILY for dtype in (FULL, HALF)),
+    ("llama", {"attention_bias": True, "mlp_bias": True}, HALF, False),
+    ("mistral", {"sliding_window": 5}, FULL, False),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}, HALF, False),
+    *((family, {}, FULL, True) for family in EVERY_FAMILY),
 ]
 
 
@@ -43,17 +43,18 @@ def resident(model: LayeredModel) -> list[bool]:
     return [any(not parameter.is_meta for parameter in layer.parameters()) for layer in model.layers]
 
 
-@pytest.mark.parametrize(("family", "extra", "dtype"), KINDS)
+@pytest.mark.parametrize(("family", "extra", "dtype", "pruned"), KINDS)
 @torch.no_grad()
 def test_layers_one_by_one_give_the_logits_of_the_whole_model(
-    tmp_path: Path, family: str, extra: dict[str, Any], dtype: torch.dtype
+    tmp_path: Path, family: str, extra: dict[str, Any], dtype: torch.dtype, pruned: bool
 ) -> None:
-    dense = make_tiny(family, **extra).to(dtype)
-    dense.save_pretrained(tmp_path, max_shard_size="20KB")
+    saved = make_tiny(family, **extra).to(dtype)
+    saved = cut(saved, mixed_plan(saved)) if pruned else saved
+    saved.save_pretrained(tmp_path, max_shard_size="12KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
     whole = lightning_prune.load(tmp_path)
     assert not whole.training
-    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in dense.state_dict().items())
+    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in saved.state_dict().items())
     placements: tuple[Onload, ...] = ("layer", "model")
     for onload in placements:
         model = open_layered(Checkpoint.open(str(tmp_path)), None, CPU, onload)
@@ -64,28 +65,21 @@ def test_layers_one_by_one_give_the_logits_of_the_whole_model(
         model.close()
 
 
-@pytest.mark.parametrize("asked", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("stored", [FULL, HALF])
+@pytest.mark.parametrize("asked", [None, FULL, HALF, torch.float16, torch.float64])
 @torch.no_grad()
-def test_weights_come_in_the_asked_dtype_and_rotary_tables_in_float32(tmp_path: Path, asked: torch.dtype) -> None:
-    make_tiny().save_pretrained(tmp_path)
-    model = open_layered(Checkpoint.open(str(tmp_path)), asked, CPU)
+def test_weights_come_in_the_asked_dtype_and_rotary_tables_in_float32(
+    tmp_path: Path, stored: torch.dtype, asked: torch.dtype | None, pruned: bool
+) -> None:
+    saved = make_tiny().to(stored)
+    (cut(saved, mixed_plan(saved)) if pruned else saved).save_pretrained(tmp_path)
+    model, whole = open_layered(Checkpoint.open(str(tmp_path)), asked, CPU), lightning_prune.load(tmp_path, dtype=asked)
     model.load_all()
-    assert {parameter.dtype for parameter in model.net.parameters()} == {asked}
-    assert {buffer.dtype for buffer in model.net.buffers()} == {torch.float32}
-    expected = lightning_prune.load(tmp_path, dtype=asked)(input_ids=tiny_tokens(), use_cache=False).logits
-    assert torch.equal(model.logits(tiny_tokens()), expected)
-
-
-@pytest.mark.parametrize("family", EVERY_FAMILY)
-@torch.no_grad()
-def test_pruned_checkpoints_run_by_layers_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) -> None:
-    """With widths per layer; those of equal width are stock, which the test above opens."""
-    dense = make_tiny(family)
-    monkeypatch.setattr(write, "SHARD_BYTES", 12_000)
-    write_checkpoint(layered_cut(dense, mixed_plan(dense)), tmp_path / "pruned", beside=None, card="")
-    expected = lightning_prune.load(tmp_path / "pruned")(input_ids=tiny_tokens(), use_cache=False).logits
-    model = open_layered(Checkpoint.open(str(tmp_path / "pruned")), None, CPU)
-    assert torch.equal(model.logits(tiny_tokens()), expected)
+    for net in (model.net, whole):
+        assert {parameter.dtype for parameter in net.parameters()} == {asked or stored}
+        assert {buffer.dtype for buffer in net.buffers()} == {FULL}
+    assert torch.equal(model.logits(tiny_tokens()), whole(input_ids=tiny_tokens(), use_cache=False).logits)
 
 
 def test_a_layer_has_weights_between_enter_and_leave_alone() -> None:
@@ -124,17 +118,19 @@ def test_kept_layers_are_read_once_and_changed_ones_again() -> None:
     assert resident(model) == [False] * 4
 
 
-def test_every_layer_is_read_once_per_pass_and_ahead_of_time() -> None:
+def test_a_pass_and_a_writer_read_every_parameter_once_and_ahead_of_time(tmp_path: Path) -> None:
+    """No announced layer is read again when its turn comes."""
     dense = make_tiny()
     model = layered(dense)
     source: MemorySource = model._reader.source  # type: ignore[assignment]
-    source.asked.clear()
-    before = model.bytes_read
+    embedding, before = list(source.asked), model.bytes_read
     model.logits(tiny_tokens())
-    wanted = [name for names in model.layer_names for name in names.values()]
-    assert source.asked == wanted
+    inside = [name for names in model.layer_names for name in names.values()]
+    assert source.asked == [*embedding, *inside]
     assert model.bytes_read - before == sum(p.numel() * 4 for p in dense.model.layers.parameters())
     assert model.evaluations == 4
+    write_checkpoint(model, tmp_path / "out", beside=None, card="")
+    assert sorted(source.asked) == sorted([*embedding, *inside, *inside])
 
 
 @pytest.mark.parametrize("family", [family for family in EVERY_FAMILY if family not in (*SIDE_BY_SIDE, *ONE_BLOCK)])
@@ -145,13 +141,9 @@ def test_attention_and_mlp_apart_are_the_layer(family: str) -> None:
     kept: dict[str, Tensor] = {}
     layer, parts = dense.model.layers[1], layer_structures(dense)[1].parts
     first, second = parts
-    handles = [
-        parts[second].entry.register_forward_pre_hook(lambda _, args: kept.update(middle=args[0])),
-        layer.register_forward_hook(lambda _, args, out: kept.update(after=out[0] if isinstance(out, tuple) else out)),
-    ]
+    parts[second].entry.register_forward_pre_hook(lambda _, args: kept.update(middle=args[0]))
+    layer.register_forward_hook(lambda _, args, out: kept.update(after=out[0] if isinstance(out, tuple) else out))
     dense(input_ids=tokens, use_cache=False)
-    for handle in handles:
-        handle.remove()
     hidden = model.embed(tokens)
     with model.layer(0):
         hidden = model.run(0, hidden)
@@ -236,28 +228,3 @@ def test_what_a_block_puts_out_is_added_as_the_layer_does(family: str) -> None:
         assert torch.equal(middle, kept["middle"])
         assert torch.equal(model.add(0, middle, Block.MLP, 2 * output), kept["after"])
     assert model.evaluations == 0
-
-
-@pytest.mark.parametrize("family", EVERY_FAMILY)
-def test_losses_of_the_head_are_those_of_the_whole_model(family: str) -> None:
-    """With final norm, tied head, soft cap and scale."""
-    dense, tokens = make_tiny(family, tied=True), tiny_tokens()
-    model = layered(dense)
-    with torch.no_grad():
-        hidden = model.embed(tokens)
-        for index in range(model.num_layers):
-            with model.layer(index):
-                hidden = model.run(index, hidden)
-        losses = model.losses(hidden, tokens)
-        logits = dense(input_ids=tokens, use_cache=False).logits
-    expected = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
-    torch.testing.assert_close(losses.flatten(), expected, rtol=1e-6, atol=0)
-
-
-def test_writing_reads_every_parameter_once(tmp_path: Path) -> None:
-    """No announced layer is read again when its turn comes."""
-    dense = make_tiny()
-    model = layered(dense)
-    source: MemorySource = model._reader.source  # type: ignore[assignment]
-    write_checkpoint(model, tmp_path / "out", beside=None, card="")
-    assert sorted(source.asked) == sorted(name for name, _ in dense.named_parameters())

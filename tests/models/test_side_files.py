@@ -41,21 +41,6 @@ def test_all_that_belongs_to_tokenizer_templates_and_processor(tmp_path: Path) -
     assert all(file == tmp_path / name for name, file in checkpoint.side_files.items())
 
 
-def test_those_of_a_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    repository = tmp_path / "models--somebody--tiny"
-    folder = repository / "snapshots" / ("0" * 40)
-    make_tiny().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    for name in ("qwen.tiktoken", "additional_chat_templates/tool_use.jinja"):
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text("x")
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    files = Checkpoint.open("somebody/tiny").side_files
-    assert {"tokenizer.json", "qwen.tiktoken", "additional_chat_templates/tool_use.jinja"} <= set(files)
-
-
 @pytest.mark.parametrize("make_plan", [mixed_plan, uniform_plan])
 def test_a_tokenizer_of_its_own_code_works_in_the_pruned_folder(
     tmp_path: Path, tiny_checkpoint: Callable[..., Path], make_plan: Callable

@@ -4,7 +4,7 @@ import json
 import re
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,12 +14,12 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 import lightning_prune
 from lightning_prune.checkpoint.write import write_pruned
-from lightning_prune.methods import HGSP, REAP, ShortGPT, Wanda
+from lightning_prune.methods import REAP, ShortGPT, Wanda
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.layered import open_layered
 from lightning_prune.support.errors import UserError
 from tests.cutting import CPU
-from tests.methods.running import pruned_by, run_method
+from tests.methods.running import run_method
 from tests.tiny import make_moe, make_tiny, tiny_config, tiny_plan, tiny_tokens
 
 VISION = {
@@ -84,8 +84,11 @@ def several(kind: str, folder: Path, own_names: bool = False, tied: bool = True)
 
 
 def edited(folder: Path, outer: Any, inner: Any) -> None:
-    """``tie_word_embeddings`` as it is written outside and inside; absent: not at all."""
+    """``tie_word_embeddings`` as it is written outside and inside; absent: not at all. Token ids are in either."""
     raw = json.loads((folder / "config.json").read_text())
+    raw |= {"eos_token_id": [1, 5], "bos_token_id": 7, "quantization_config": {"quant_method": "fp8"}}
+    raw["text_config"].pop("eos_token_id", None)
+    raw["text_config"]["bos_token_id"] = 3
     for part, value in ((raw, outer), (raw["text_config"], inner)):
         part.pop("tie_word_embeddings", None)
         part |= {} if value == "absent" else {"tie_word_embeddings": value}
@@ -96,39 +99,21 @@ def edited(folder: Path, outer: Any, inner: Any) -> None:
 @pytest.mark.parametrize("written", ["inside", "outside", "inside against outside", "null", "nowhere"])
 @pytest.mark.parametrize("kind", TEXT)
 @torch.no_grad()
-def test_whether_the_head_is_the_embedding(tmp_path: Path, kind: str, written: str, tied: bool) -> None:
+def test_whether_the_head_is_the_embedding_and_token_ids_of_the_outer_config(
+    tmp_path: Path, kind: str, written: str, tied: bool
+) -> None:
     expected = several(kind, tmp_path, tied=tied)
     inner = tied if "inside" in written else None if written == "null" else "absent"
     outer = tied if written == "outside" else (not tied) if "against" in written else "absent"
     edited(tmp_path, outer, inner)
     checkpoint = Checkpoint.open(str(tmp_path))
     assert checkpoint.config.tie_word_embeddings is tied
+    assert (checkpoint.config.eos_token_id, checkpoint.config.bos_token_id) == ([1, 5], 3)
     with pytest.warns(UserWarning, match=rf"left out: .*{tower(kind)} \(\d+\)"):
         checkpoint.check()
     torch.testing.assert_close(
         checkpoint.load(None)(tiny_tokens().clamp(max=94)).logits, expected, rtol=1e-5, atol=1e-5
     )
-
-
-@pytest.mark.parametrize("kind", TEXT)
-def test_token_ids_of_the_outer_config_where_the_text_has_none(tmp_path: Path, kind: str) -> None:
-    several(kind, tmp_path)
-    raw = json.loads((tmp_path / "config.json").read_text())
-    raw |= {"eos_token_id": [1, 5], "bos_token_id": 7, "quantization_config": {"quant_method": "fp8"}}
-    raw["text_config"].pop("eos_token_id", None)
-    raw["text_config"]["bos_token_id"] = 3
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    config = Checkpoint.open(str(tmp_path)).config
-    assert (config.eos_token_id, config.bos_token_id) == ([1, 5], 3)
-
-
-def test_it_is_pruned_to_a_text_model(tmp_path: Path) -> None:
-    several("gemma3", tmp_path / "dense")
-    method = run_method(HGSP(str(tmp_path / "dense"), 0.2), tiny_tokens(4, 12).clamp(max=94), tmp_path / "run")
-    config = json.loads((tmp_path / "run" / "pruned" / "config.json").read_text())
-    assert config["model_type"] == "gemma3_text"
-    assert not [name for name in load_file(tmp_path / "run" / "pruned" / "model.safetensors") if "vision" in name]
-    assert type(pruned_by(method)).__name__ == "Gemma3ForCausalLM"
 
 
 @torch.no_grad()
@@ -239,14 +224,24 @@ def test_a_mixture_that_sees_loses_experts_and_stays_whole(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("kind", "why"), [("gemma3", "layers differ in width"), ("llama", "a text model and nothing else")]
+    ("kind", "keep", "why"),
+    [
+        ("gemma3", "text", ""),
+        ("gemma3", "whole", "layers differ in width"),
+        ("llama", "whole", "a text model and nothing else"),
+    ],
 )
-def test_where_the_whole_cannot_be_written_the_text_model_is(tmp_path: Path, kind: str, why: str) -> None:
+def test_the_text_model_is_written_where_it_should_or_the_whole_cannot(
+    tmp_path: Path, kind: str, keep: Literal["text", "whole"], why: str
+) -> None:
     if kind == "llama":
         make_tiny().save_pretrained(tmp_path / "dense")
     else:
         several(kind, tmp_path / "dense")
-    method = Wanda(str(tmp_path / "dense"), 0.2, keep="whole")
-    with pytest.warns(UserWarning, match=f"keep whole: the text model alone is written, because .*{why}"):
+    method = Wanda(str(tmp_path / "dense"), 0.2, keep=keep)
+    alone = f"keep whole: the text model alone is written, because .*{why}"
+    with pytest.warns(UserWarning, match=alone) if why else nullcontext():
         run_method(method, tiny_tokens(4, 12).clamp(max=94), tmp_path / "run")
-    assert lightning_prune.load(str(method.pruned_folder)).config.model_type == TEXT.get(kind, kind)
+    folder = tmp_path / "run" / "pruned"
+    assert lightning_prune.load(str(folder)).config.model_type == TEXT.get(kind, kind)
+    assert not [name for name in load_file(folder / "model.safetensors") if "vision" in name]
