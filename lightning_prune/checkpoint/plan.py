@@ -43,11 +43,10 @@ class PruningPlan:
     """The decision of a method for one base model (``plan.json``).
 
     ``pruning_ratio`` is the one that was requested; None where something else was (a number of layers).
-    ``parameters`` counts unique elements (tied weights once) before and after. ``dtype`` is the dtype of the
-    weights the plan was made for and applied to. ``weights_updated`` says that the method also changed the
-    weights it keeps (SlimGPT's compensation, masks), so the plan alone cannot re-create the checkpoint.
-    ``biases`` are config keys that are on in the pruned model and off in the dense one (FLAP's compensation): biases
-    they bring along are zero where the method made none.
+    ``parameters`` counts unique elements (tied weights once) before and after. ``dtype`` is that of the weights.
+    ``weights_updated``: the method also changed the weights it keeps (SlimGPT's compensation, masks), so the plan alone
+    cannot re-create the checkpoint. ``biases`` are config keys that are on in the pruned model and off in the dense one
+    (FLAP's compensation): biases they bring along are zero where the method made none.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
 import pyarrow as pa
 import pyarrow.csv
 from numpy.typing import NDArray
@@ -59,11 +60,8 @@ class Blocks:
 
     def rank(self, order: Integers) -> Integers:
         """How many units of the same block come earlier in ``order`` (rows, each at most once), int64, as long."""
-        ids = self.ids[order]
-        by_block = ids.argsort(kind="stable")
-        counts = np.bincount(ids, minlength=len(self.keys))
-        rank = np.empty_like(by_block)
-        rank[by_block] = np.arange(len(order)) - (counts.cumsum() - counts)[ids[by_block]]
+        ids = pd.Series(self.ids[order])
+        rank: Integers = ids.groupby(ids).cumcount().to_numpy()
         return rank
 
 

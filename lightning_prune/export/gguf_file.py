@@ -26,9 +26,7 @@ ROWS = 4096  # converted at a time
 
 
 def write_gguf(checkpoint: Checkpoint, output: Path, dtype: str | None, progress: Progress) -> str:
-    """Write a dense or pruned checkpoint as a GGUF file, one tensor in memory at a time, whole or not at all.
-
-    The options are those of ``export``; what differs from the checkpoint comes back, a line each, and what was written.
+    """``export`` for the format gguf: one tensor is in memory at a time.
 
     Raises:
         UserError: the model or its tokenizer cannot be held by any architecture, or a weight does not fit into f16.
@@ -41,7 +39,9 @@ def write_gguf(checkpoint: Checkpoint, output: Path, dtype: str | None, progress
     architecture = architecture_of(config, biases)
     filled = filled_config(config, architecture)
     writer: Any = gguf.GGUFWriter(None, architecture.name)
-    window = _window_of(config)
+    types = getattr(config, "layer_types", None)
+    everywhere = types is not None and "sliding_attention" not in types
+    window = None if everywhere else getattr(config, "sliding_window", None)  # tokens that some layer reaches back
     _describe(writer, filled, architecture, window)
     writer.add_name(Path(checkpoint.pretrained).resolve().name)
     writer.add_file_type(gguf.LlamaFileType[FILE_TYPES[dtype]])
@@ -69,8 +69,7 @@ def write_gguf(checkpoint: Checkpoint, output: Path, dtype: str | None, progress
         os.replace(partial, output)
     progress.finish(phase)
     lines = []
-    left = sum(kind == gguf.GGMLQuantizationType.F16 for _, kind in tensors) if dtype == "q8_0" else 0
-    if left:
+    if dtype == "q8_0" and (left := sum(kind == gguf.GGMLQuantizationType.F16 for _, kind in tensors)):
         lines.append(
             f"{left} matrices are in f16: the length of their rows is not a multiple of 32, which q8_0 "
             "needs. --model.round_to 32 (fit) makes widths that are."
@@ -78,13 +77,6 @@ def write_gguf(checkpoint: Checkpoint, output: Path, dtype: str | None, progress
     if window is not None and window < config.max_position_embeddings:
         lines.append(f"the context is {window} tokens, the model's sliding window: the format has none for it.")
     return "\n".join([*lines, f"GGUF file ({architecture.name}, {dtype}): {output}"])
-
-
-def _window_of(config: Any) -> int | None:
-    """Tokens that attention reaches back in the layers with a sliding window; None where no layer has one."""
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None)
-    return None if types is not None and "sliding_attention" not in types else window
 
 
 def _describe(writer: Any, config: Any, architecture: Architecture, window: int | None) -> None:
