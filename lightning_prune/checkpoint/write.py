@@ -23,7 +23,6 @@ from lightning_prune.models import modeling_pruned
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.expert_files import stored_parts
 from lightning_prune.models.families import family_of
-from lightning_prune.models.family import ExpertNames
 from lightning_prune.models.layered import LayeredModel, open_layered
 from lightning_prune.models.weights import DTYPES, begun
 from lightning_prune.support.errors import UserError
@@ -75,8 +74,7 @@ def write_checkpoint(
                 if beside.generation_config is not None:
                     # Not save_pretrained, which refuses settings that several published models have.
                     beside.generation_config.to_json_file(temporary / "generation_config.json", use_diff=True)
-            names = family_of(model.config).experts if beside is None else beside.expert_names
-            expected = write_weights(model, temporary, progress, names, beside if whole else None)
+            expected = write_weights(model, temporary, progress, beside, whole)
             write_text(temporary / "README.md", card)
             return _check(model, temporary, expected, whole)
     except OSError as error:
@@ -149,24 +147,21 @@ def write_weights(
     model: LayeredModel,
     folder: Path,
     progress: Callable[[int], None],
-    names: ExpertNames | None,
-    whole: Checkpoint | None = None,
+    beside: Checkpoint | None,
+    whole: bool,
 ) -> Tensor:
-    """Write every parameter, and run the probe through the layers as they pass: its logits ``[2, 12, V]``.
-
-    Args:
-        model, folder, progress: see ``write_checkpoint``.
-        names: how files hold experts.
-        whole: what it holds beside its text model is written too, and parameters have the names they have there.
-    """
+    """Write every parameter, with the arguments of ``write_checkpoint``, and run the probe through the layers as they
+    pass: its logits ``[2, 12, V]``."""
     parameters = dict(model.net.named_parameters())
     dtype = model.dtype or next(iter(parameters.values())).dtype
     order = [*model.outside[:1], *(name for inside in model.layer_names for name in inside.values())]
     order += model.outside[1:]
     family, stock = family_of(model.config), layout_of(model.config) == "stock"
+    names = family.experts if beside is None else beside.expert_names
     # transformers packs and renames what files of its own classes hold, not of others.
     experts, published = names if stock else None, {new: old for old, new in family.renamed.items() if stock}
-    named = (lambda name: begun(name, published)) if whole is None else whole_names(whole)
+    source = beside if whole else None
+    named = (lambda name: begun(name, published)) if source is None else whole_names(source)
 
     def stored(name: str, tensor: Tensor) -> dict[str, Tensor]:
         return {named(part): values for part, values in stored_parts(name, tensor, experts)}
@@ -175,7 +170,7 @@ def write_weights(
     for name in order:
         kind = torch.float32 if name in model.wide else dtype
         announced |= stored(name, parameters[name].to("meta", kind))
-    shards = _Shards(folder, announced, {} if whole is None else tensors_beside(whole))
+    shards = _Shards(folder, announced, {} if source is None else tensors_beside(source))
     for name in model.outside:
         shards.write(stored(name, parameters[name]))
     hidden = model.embed(probe_tokens(model.config.vocab_size))

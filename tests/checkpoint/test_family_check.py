@@ -145,8 +145,6 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [  # family, chan
     ("gemma2", LOST, {}, "layer 0 has 32 parameters that belong to none of its blocks"),
     ("smollm3", {"per_layer_lists": ()}, {"no_rope_layers": [1, 0, 0, 1]}, "family 'smollm3'"),
     ("stablelm", {}, {"use_parallel_residual": True}, "layer 0 has no 'post_attention_layernorm'"),
-    # Layers without experts after some with them.
-    ("ernie4_5_moe", {}, {"moe_layer_interval": 2}, "family 'ernie4_5_moe' cannot say once a layer is removed"),
     # A channel of a shared expert would cost more than one of a routed expert, which has no bias.
     ("ernie4_5_moe", {}, {"use_bias": True}, "family 'ernie4_5_moe' .* where the costs of its units say"),
 ]
@@ -164,6 +162,11 @@ def test_a_wrong_record_is_refused(
         check_family(config)
     assert str(error.value).startswith("--model.pretrained: with transformers ")
     assert "docs/add_a_model_family.md" in str(error.value)
+
+
+def test_layers_without_experts_after_some_with_are_refused_where_the_config_cannot_say_so() -> None:
+    with pytest.raises(UserError, match=r"family 'ernie4_5_moe' cannot say once a layer is removed"):
+        check_family(make_moe("ernie4_5_moe", moe_layer_interval=2).config)
 
 
 def test_another_arithmetic_of_a_release_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
