@@ -37,11 +37,8 @@ Flags = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Blocks:
-    """The B blocks that have units, ascending by (layer, block).
-
-    ``keys``: layer and block of each. ``ids``: int64 ``[U]``, the block of every unit, 0 … B − 1. ``size``: int64
-    ``[B]``, units per block.
-    """
+    """The B blocks that have units, ascending: layer and block of each (``keys``), the block 0 … B − 1 of every unit
+    (``ids``, int64 ``[U]``), and units per block (``size``, int64 ``[B]``)."""
 
     keys: list[tuple[int, Block]]
     ids: Integers

@@ -94,10 +94,9 @@ def _compare_decoding(model: PreTrainedModel) -> dict[str, Any]:
     cached, plain = (
         model.generate(tokens, attention_mask=mask, use_cache=use_cache, **options) for use_cache in (True, False)
     )
-    followed = [True] * len(tokens)
-    for step, (with_cache, without) in enumerate(zip(cached.logits, plain.logits, strict=True)):
-        for sequence in (index for index, follow in enumerate(followed) if follow):
-            first, second = with_cache[sequence].double(), without[sequence].double()
+    for sequence in range(len(tokens)):
+        for step in range(GREEDY_TOKENS):
+            first, second = (out.logits[step][sequence].double() for out in (cached, plain))
             bound = torch.finfo(model.dtype).eps ** 0.5 * float(second.abs().max())
             apart = float((first - second).abs().max())
             chosen = [int(out.sequences[sequence, LENGTH + step]) for out in (cached, plain)]
@@ -108,7 +107,8 @@ def _compare_decoding(model: PreTrainedModel) -> dict[str, Any]:
                     f"{'a left-padded' if sequence == 0 else 'an unpadded'} sequence logits differ by {apart:.3g}, "
                     f"tokens are {chosen[0]} and {chosen[1]}"
                 )
-            followed[sequence] = chosen[0] == chosen[1]
+            if chosen[0] != chosen[1]:
+                break
     return {
         "greedy": "equal" if torch.equal(cached.sequences, plain.sequences) else "equal up to a tie",
         "greedy_tokens": GREEDY_TOKENS * len(tokens),

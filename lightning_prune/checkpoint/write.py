@@ -47,18 +47,15 @@ def write_checkpoint(
     progress: Callable[[int], None] = lambda layer: None,
 ) -> dict[str, Any]:
     """Write config, generation config, safetensors, tokenizer files, ``README.md`` and, for the per-layer layout,
-    ``modeling_pruned.py``. The same model gives the same bytes.
+    ``modeling_pruned.py``. The same model gives the same bytes. What the self-check compared comes back.
 
     Args:
         model: gives every layer in the dtype to write.
-        folder: takes its name only when everything is written, and replaces what was there.
+        folder: takes its name only when everything is written and checked, and replaces what was there.
         beside: the checkpoint whose side files (tokenizer, templates) and generation config are taken, if it has any.
         card: text of ``README.md``.
         whole: write the model of several that ``beside`` holds, with this one for its text model.
         progress: told the number of every layer that has been written.
-
-    Returns:
-        What the self-check compared, before the folder took its name.
 
     Raises:
         CheckpointError, FloatingPointError: see ``checkpoint.self_check``; nothing is left.
@@ -185,13 +182,9 @@ def write_weights(
 
 
 class _Shards:
-    """Safetensors files with their headers and index, in which every tensor has a place that is then filled.
-
-    Args:
-        folder: of the files.
-        tensors: by name, in the order of the files, on the meta device.
-        beside: tensors of a file of their own, which is complete at once.
-    """
+    """Safetensors files with their headers and index, in which every tensor has a place that is then filled. Of
+    ``tensors``, in the order of the files, the shapes are enough; those ``beside`` have a file of their own, which is
+    complete at once."""
 
     def __init__(self, folder: Path, tensors: dict[str, Tensor], beside: dict[str, Tensor]) -> None:
         self.tensors = tensors

@@ -93,9 +93,9 @@ def test_a_mixture_of_experts_does_what_its_record_says(family: str, switches: d
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "olmo2"])
 def test_a_large_model_is_tried_in_seconds_and_once_per_kind(family: str) -> None:
     large = AutoConfig.for_model(family)  # as wide and deep as the class has it
-    start = time.perf_counter()
+    start = time.process_time()
     check_family(large)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
     check_family(AutoConfig.for_model(family, hidden_size=2 * large.hidden_size, intermediate_size=77))
     assert (proof._tried.cache_info().misses, proof._tried.cache_info().hits) == (1, 1)
 
