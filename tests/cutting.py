@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_prune.checkpoint.cut import check_plan, pruned_config
+from lightning_prune.checkpoint.cut import pruned_config
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.checkpoint.pruned import NewWeights, PrunedSource
 from lightning_prune.models.checkpoint import skeleton
-from lightning_prune.models.families import layer_structures
 from lightning_prune.models.layered import LayeredModel
 
 CPU = torch.device("cpu")
@@ -39,8 +38,7 @@ def layered(
 
 def layered_cut(dense: PreTrainedModel, plan: PruningPlan, new_weights: NewWeights = lambda layer: {}) -> LayeredModel:
     """What ``plan`` leaves of a model in memory, in its own dtype."""
-    check_plan(layer_structures(dense), plan, dense.config)
-    source = PrunedSource(MemorySource(dense), dense.config, layer_structures(dense), plan, new_weights)
+    source = PrunedSource(MemorySource(dense), dense, plan, new_weights)
     return LayeredModel(skeleton(pruned_config(dense.config, plan)), source, dense.dtype, CPU, "model")
 
 

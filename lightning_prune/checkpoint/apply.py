@@ -11,7 +11,7 @@ from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import count_parameters
 from lightning_prune.models.weights import DTYPES
 from lightning_prune.support.errors import UserError
-from lightning_prune.support.files import cannot_write, check_writable
+from lightning_prune.support.files import check_writable, writable
 
 
 def apply(plan: PruningPlan | str | Path, model: str | Path, output: str | Path, *, verbose: bool = True) -> Path:
@@ -20,18 +20,15 @@ def apply(plan: PruningPlan | str | Path, model: str | Path, output: str | Path,
     Args:
         plan: of a run, or its ``plan.json``.
         model: the dense model that the plan was made for: folder, hub id, or ``demo``.
-        output: folder to write, new or empty.
+        output: folder to write, new or empty; also what is returned.
         verbose: print where the checkpoint is.
-
-    Returns:
-        ``output``.
 
     Raises:
         UserError: not a plan of this model, one whose method changed the weights it kept, or ``output`` is taken.
     """
     if not str(output).strip():
         raise UserError("--output is empty. Give a new or an empty folder.")
-    pretrained, folder = str(model), Path(output).absolute()
+    folder = Path(output).absolute()
     if not isinstance(plan, PruningPlan):
         plan = PruningPlan.load(Path(plan))
     if plan.weights_updated:
@@ -39,22 +36,19 @@ def apply(plan: PruningPlan | str | Path, model: str | Path, output: str | Path,
             f"--plan: the method '{plan.method}' also changed the weights it kept, so the plan alone cannot make its "
             "checkpoint again. Copy the run's pruned/ folder instead."
         )
-    try:
-        taken = os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir()))
-    except OSError as error:
-        raise cannot_write(folder, "--output", error) from None
-    if taken:
-        raise UserError(f"--output: '{folder}' exists and is not an empty folder. Give a new or an empty one.")
+    with writable(folder, "--output"):
+        if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+            raise UserError(f"--output: '{folder}' exists and is not an empty folder. Give a new or an empty one.")
     check_writable(folder, "--output")
     if getattr(torch, plan.dtype, None) not in DTYPES.values():
         allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())
         raise UserError(f"--plan: found dtype '{plan.dtype}', in which no checkpoint is written. Allowed: {allowed}.")
     # Everything that can be wrong is noticed before the weights are read.
-    opened = Checkpoint.open(pretrained)
+    opened = Checkpoint.open(str(model))
     opened.check()
     if (count := count_parameters(opened.meta)) != plan.parameters["dense"]:
         raise UserError(
-            f"--model: '{pretrained}' has {count:,} parameters, the plan was made for a model with "
+            f"--model: '{model}' has {count:,} parameters, the plan was made for a model with "
             f"{plan.parameters['dense']:,} ('{plan.base_model}'). Give that model."
         )
     write_pruned(opened, plan, lambda layer: {}, folder)

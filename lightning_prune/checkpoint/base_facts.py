@@ -8,48 +8,39 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, try_to_load_from_cache
 
-from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.support.escape import hub_id_of, is_hub_id, plain
 
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 LONGEST = 2**18  # bytes read of any file; front matter and a licence's title are at its beginning
 
 
-def base_facts(pretrained: str, base: Checkpoint | None = None) -> dict[str, Any]:
-    """Front matter for a model derived from ``pretrained``: ``license`` (with ``license_name`` and ``license_link``)
-    and ``base_model``, each only where the model's files say it. Nothing is downloaded or guessed.
-
-    Args:
-        pretrained: a folder, a hub id (its cached files are read) or ``demo``. One that is not there says nothing.
-        base: the same, where it is open.
-    """
+def base_facts(pretrained: str, path: str) -> dict[str, Any]:
+    """Front matter for a model derived from ``pretrained``, whose files are at ``path`` (a folder, or a hub id whose
+    cached files are read): ``license``, with ``license_name`` and ``license_link``, and ``base_model``, each only where
+    the files say it. Nothing is downloaded or guessed."""
     if pretrained == "demo":
         return {"license": "apache-2.0"}  # as this package
-    path = pretrained if base is None else base.path
     try:
-        config = json.loads(_read(path, "config.json")) if base is None else base.raw
+        config = json.loads(_read(path, "config.json"))
     except (ValueError, RecursionError):
         config = None
     config = config if isinstance(config, dict) else {}
+    text, card = _read(path, "README.md"), {}
     try:
-        text = _read(path, "README.md")
-        card = {}
         if text.lstrip().startswith("---"):  # without front matter ModelCard warns
             card = ModelCard(text, ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call]
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError):
-        card = {}
+        pass
     home = _home(pretrained, card, config)
     license = _license(card.get("license")) or _license(config.get("license")) or _license_of_file(path)
-    facts: dict[str, Any] = {"license": license} if license else {}
+    name, link = card.get("license_name"), card.get("license_link")
+    if isinstance(link, str) and isinstance(home, str) and re.fullmatch(r"[\w.-]+", link):
+        link = f"https://huggingface.co/{home}/blob/main/{link}"
+    facts: dict[str, Any] = {"license": license, "base_model": home}
     if license:
-        if isinstance(card.get("license_name"), str):
-            facts["license_name"] = plain(card["license_name"])
-        link = card.get("license_link")
-        if isinstance(link, str) and re.fullmatch(r"https?://\S+", link):
-            facts["license_link"] = plain(link)
-        elif isinstance(link, str) and isinstance(home, str) and re.fullmatch(r"[\w.-]+", link):
-            facts["license_link"] = f"https://huggingface.co/{home}/blob/main/{link}"
-    return facts | ({"base_model": home} if home else {})
+        facts["license_name"] = plain(name) if isinstance(name, str) else None
+        facts["license_link"] = plain(link) if isinstance(link, str) and re.fullmatch(r"https?://\S+", link) else None
+    return {key: value for key, value in facts.items() if value}
 
 
 def history(path: str) -> str:

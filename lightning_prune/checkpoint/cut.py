@@ -36,14 +36,8 @@ def layout_of(config: Any) -> Literal["stock", "per-layer"]:
 
 
 def kept_part(family: Family, config: Any, kept: LayerPlan, name: str, tensor: Tensor) -> Tensor:
-    """What is kept of one parameter of a decoder layer.
-
-    Args:
-        family, config: of the layer before it is cut.
-        kept: what the layer keeps; something of the parameter's block.
-        name: of the parameter below the layer, such as ``self_attn.q_proj.weight``.
-        tensor: the parameter, whole.
-    """
+    """What a layer keeps of its parameter ``name``, such as ``self_attn.q_proj.weight``, which ``tensor`` is whole;
+    ``config`` is that of the layer before it is cut."""
     path, _, kind = name.rpartition(".")
     if family.per_head and name == f"{family.attention}.{family.per_head}":
         return _kept(tensor, 0, config.num_key_value_heads, kept.kept[Block.ATTENTION])
@@ -77,18 +71,19 @@ def check_plan(layers: list[LayerStructure], plan: PruningPlan, config: Any) -> 
         UserError: another number of layers, indices that are not ascending or not there, nothing left, or biases that
             the family's config cannot say.
     """
+    instead = f"Use the model the plan was made for: '{plan.base_model}'."
     listed = [layer.layer for layer in plan.layers]
     if listed != list(range(len(layers))):
         raise UserError(
             f"--plan: the plan lists {len(listed)} layers ({_short(listed)}), the model has {len(layers)}, "
-            f"numbered from 0. Use the model the plan was made for: '{plan.base_model}'."
+            f"numbered from 0. {instead}"
         )
     layers = [as_planned(*pair) for pair in zip(layers, plan.layers, strict=True)]
     for dense, kept in zip(layers, plan.layers, strict=True):
         if kept.kept.keys() != dense.parts.keys():
             raise UserError(
                 f"--plan: layer {kept.layer} lists {', '.join(kept.kept) or 'nothing'}, the model's has "
-                f"{', '.join(dense.blocks)}. Use the model the plan was made for: '{plan.base_model}'."
+                f"{', '.join(dense.blocks)}. {instead}"
             )
         if kept.kept.get(Block.MIXER) == [] and not kept.removed:
             raise UserError(
@@ -99,13 +94,12 @@ def check_plan(layers: list[LayerStructure], plan: PruningPlan, config: Any) -> 
             if indices != sorted(set(indices)) or (indices and not 0 <= indices[0] <= indices[-1] < size):
                 raise UserError(
                     f"--plan: layer {kept.layer} keeps {block} {_short(indices)}; allowed are ascending numbers from 0 "
-                    f"to {size - 1}, each at most once. Use the model the plan was made for: '{plan.base_model}'."
+                    f"to {size - 1}, each at most once. {instead}"
                 )
     check_experts(layers, plan.layers)
     if unknown := sorted(set(plan.biases) - {key for key in missing_biases(config).values() if key}):
         raise UserError(
-            f"--plan: biases {unknown} are not config keys that give this model a bias that it lacks. Use the model "
-            f"the plan was made for: '{plan.base_model}'."
+            f"--plan: biases {unknown} are not config keys that give this model a bias that it lacks. {instead}"
         )
     attention = [layer.index for layer in layers if Block.ATTENTION in layer.parts]
     if attention and set(attention) <= set(plan.removed_layers) and len(plan.removed_layers) < len(layers):
@@ -176,9 +170,8 @@ def pruned_config(config: Any, plan: PruningPlan) -> Any:
         if family.stock_alias is not None and not any(has_bias(pruned, role) for role in ROLES):
             return _as_alias(uniform, family.stock_alias)
 
-    pruned.per_layer_config = {
-        index: {"skip": skip, **of} for index, (skip, of) in enumerate(zip(skips, sizes, strict=True))
-    }
+    entries = [{"skip": skip, **of} for skip, of in zip(skips, sizes, strict=True)]
+    pruned.per_layer_config = dict(enumerate(entries))
     norms = {block: [name for name in family.norms_of(block) if name] for block in DENSE}
     if norms != BLOCK_NORMS:
         pruned.block_norms = norms
@@ -211,21 +204,15 @@ def _entries(config: Any) -> list[Any]:
 
 
 def _sizes(layer: LayerPlan, config: Any) -> dict[str, int]:
-    """The widths of a layer, by config key. A skipped block has a size of its own, so that loaders which ignore
-    ``skip`` refuse the checkpoint instead of starting the block at random.
-
-    Args:
-        layer: what is kept.
-        config: of the layer before.
-    """
+    """The widths of a layer, by config key, from its ``config`` before. A skipped block has a size of its own, so that
+    loaders which ignore ``skip`` refuse the checkpoint instead of starting the block at random."""
     family, sizes = family_of(config), dict[str, int]()
     if Block.ATTENTION in layer.kept:
         kv_heads = len(layer.kept[Block.ATTENTION])
         sizes["num_key_value_heads"] = kv_heads or (1 if config.num_key_value_heads != 1 else 2)
         if kv_heads or family.own_heads:  # of which ``uniform_config`` takes the ratio
-            sizes["num_attention_heads"] = (
-                sizes["num_key_value_heads"] * config.num_attention_heads // kv_heads_of(config)
-            )
+            ratio = config.num_attention_heads // kv_heads_of(config)
+            sizes["num_attention_heads"] = sizes["num_key_value_heads"] * ratio
     if family.own_heads:
         sizes["head_dim"] = config.head_dim
     if Block.MLP in layer.kept:

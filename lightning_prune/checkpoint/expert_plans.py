@@ -41,7 +41,7 @@ def active_parameters(layers: Sequence[LayerStructure], total: int, kept: Sequen
         count = units[Block.EXPERT] or experts.count
         own = sum(parameter.numel() for parameter in experts.module.parameters()) // experts.count
         if units[Block.EXPERT_CHANNEL]:
-            own -= (experts.width - units[Block.EXPERT_CHANNEL] // experts.count) * experts.channel_cost
+            own -= (experts.width - units[Block.EXPERT_CHANNEL] // experts.total) * experts.channel_cost
         total -= (count - experts.top_k) * own
     return total
 

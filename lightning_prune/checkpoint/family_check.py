@@ -1,9 +1,6 @@
-"""A tiny model of the same class and switches must behave as its family's record says, before one is pruned.
-
-A record that looks right, or a release of transformers that moved something, would prune wrongly without a word. So
-before a model is calibrated, a random model of a few narrow layers of its kind is run by parts and whole, cut and
-masked, written and read back.
-"""
+"""Before a model is pruned, a tiny random one of the same class and switches is run by parts and whole, cut and masked,
+written and read back: a wrong record, or a release of transformers that moved something, would prune wrongly without a
+word."""
 
 import copy
 import json
@@ -27,6 +24,7 @@ from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.models.checkpoint import NOT_WEIGHTS, Checkpoint
 from lightning_prune.models.expert_layers import NoPeriodError, has_experts
 from lightning_prune.models.families import (
+    LayerStructure,
     choose_layers,
     count_parameters,
     family_of,
@@ -38,7 +36,7 @@ from lightning_prune.models.families import (
 )
 from lightning_prune.models.family import GUIDE, OWN_HEADS, Family
 from lightning_prune.models.layered import open_layered
-from lightning_prune.models.vocabulary import EXPERTS, Block
+from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import CheckpointError, UserError, first_line
 from lightning_prune.support.quiet import quiet_transformers
 
@@ -46,10 +44,6 @@ LAYERS, CHANNELS, HEAD_DIM, VOCABULARY, WINDOW = 4, 12, 8, 64, 5
 EXPERTS_THERE, EXPERT_WIDTH = 8, 16  # two per token, and narrow ones of 8 channels, as their products need
 NOT_KIND = (*NOT_WEIGHTS, "auto_map", "how_to_load", "name_or_path", "architectures", "dtype")
 TOLERANCE = 1e-4  # of the largest logit: cutting changes the order of fp32 sums, a mistake changes logits by their size
-
-
-class DiffersError(Exception):
-    """The tiny model did something that the record does not say."""
 
 
 def check_family(config: Any) -> None:
@@ -92,7 +86,7 @@ def _tried(family: Family, values: str) -> str | None:
             if isinstance(error.__cause__, OSError):
                 raise error.__cause__ from None
             return str(error).removeprefix("--model.pretrained: ").rstrip(".")
-        except (DiffersError, CheckpointError, FloatingPointError) as difference:
+        except (CheckpointError, FloatingPointError) as difference:
             return str(difference)
         except Exception as error:  # of a model that is not what was expected: whatever its code raises
             return f"{type(error).__name__}: {first_line(error)}"
@@ -124,8 +118,7 @@ def shrunk(config: Any) -> Any:
         tiny.per_layer_config = {one: dict(zip(OWN_HEADS, of, strict=True)) for one, of in enumerate(sizes)}
     if getattr(config, "sliding_window", None):
         tiny.sliding_window = WINDOW
-    for name, token in (("bos_token_id", 0), ("eos_token_id", 1), ("pad_token_id", None)):
-        setattr(tiny, name, token)
+    tiny.bos_token_id, tiny.eos_token_id, tiny.pad_token_id = 0, 1, None
     rotary = getattr(tiny, "rope_parameters", None) or {}  # one dictionary, or one per layer type
     for entry in [value for value in rotary.values() if isinstance(value, dict)] or [rotary]:
         pairs = max(1, round(HEAD_DIM * entry.get("partial_rotary_factor", 1.0)) // 2)  # of dimensions that rotate
@@ -202,7 +195,7 @@ def _run_by_parts(model: PreTrainedModel, dense: Checkpoint, tokens: Tensor) -> 
     for index, view in enumerate(layered.views):
         over = count_parameters(view.layer) - view.cost
         if over:
-            raise DiffersError(f"layer {index} has {over} parameters that belong to none of its blocks")
+            raise CheckpointError(f"layer {index} has {over} parameters that belong to none of its blocks")
         handles = [
             view.projection(block).module.register_forward_hook(
                 lambda _, __, out, block=block: outputs.update({block: out})
@@ -231,62 +224,52 @@ def _run_by_parts(model: PreTrainedModel, dense: Checkpoint, tokens: Tensor) -> 
 def _same(what: str, actual: Tensor, expected: Tensor) -> None:
     if not torch.equal(actual, expected):
         apart = float((actual - expected).abs().max()) if actual.shape == expected.shape else float("inf")
-        raise DiffersError(f"{what}: differs from the model as transformers runs it (by {apart:.2g})")
+        raise CheckpointError(f"{what}: differs from the model as transformers runs it (by {apart:.2g})")
 
 
 def _plans(model: PreTrainedModel, path: str) -> dict[str, PruningPlan]:
     """Layers of one width, with half the groups where groups can be removed; and uneven ones: without attention,
     without MLP, and removed. Where layers are not made of the same blocks or sizes, each is all of these in turn."""
     views, dense = layer_structures(model), count_parameters(model)
-    groups = [view.all_units.get(Block.ATTENTION, []) for view in views]
-    halves = [
-        every if view.whole_attention else every[len(every) // 2 :] for view, every in zip(views, groups, strict=True)
-    ]
-    nothing: list[list[int]] = [[]] * len(views)
-    channels, mixer = list(range(CHANNELS)), [0]
-    even = (groups if any(len(every) == 1 for every in groups) else halves, channels[1::2], mixer)
-    uneven = [(nothing, channels[3:], mixer), (halves, channels[::2], mixer), (groups, [], mixer), (nothing, [], [])]
-    turns = 1 if len({(view.blocks, view.head_dim) for view in views}) == 1 else len(uneven)
-    treatments = {"uniform": [even] * len(views)}
-    for turn in range(turns):
+    # The share of groups to remove and the channels to keep, or None for a removed layer.
+    even = (0.0 if any(view.units(Block.ATTENTION) == 1 for view in views) else 0.5, slice(1, None, 2))
+    uneven = [(1.0, slice(3, None)), (0.5, slice(0, None, 2)), (0.0, slice(0)), None]
+    treatments: dict[str, list[tuple[float, slice] | None]] = {"uniform": [even] * len(views)}
+    for turn in range(1 if len({(view.blocks, view.head_dim) for view in views}) == 1 else len(uneven)):
         order = uneven[turn:] + uneven[:turn]
         treatments[f"uneven {turn}"] = [order[min(index, len(order) - 1)] for index in range(len(views))]
     if any(view.experts for view in views):
         treatments["fewer experts"] = treatments["uniform"]
     plans = {}
     for name, treatment in treatments.items():
-        units = [
-            {Block.ATTENTION: attention[index], Block.MLP: mlp, Block.MIXER: mixer}
-            for index, (attention, mlp, mixer) in enumerate(treatment)
-        ]
-        views = [
-            view.with_experts_as(Block.EXPERT if name == "fewer experts" else Block.EXPERT_CHANNEL) for view in views
-        ]
-        for view, kept in zip(views, units, strict=True):
-            experts = view.experts if any(kept.values()) else None
-            kept |= _expert_units(experts.total, view.index) if experts else {key: [] for key in EXPERTS}
-        pairs = zip(views, units, strict=True)
-        layers = [LayerPlan(view.index, {block: kept[block] for block in view.blocks}) for view, kept in pairs]
+        unit = Block.EXPERT if name == "fewer experts" else Block.EXPERT_CHANNEL
+        views = [view.with_experts_as(unit) for view in views]
+        layers = [_layer_plan(*pair) for pair in zip(views, treatment, strict=True)]
         attention = [layer.layer for layer in layers if Block.ATTENTION in layer.kept]
         if attention and all(layers[index].removed for index in attention):  # which no plan may do
-            last = views[attention[-1]]
-            own = _expert_units(last.experts.total, last.index) if last.experts else {}
-            layers[last.index] = LayerPlan(
-                last.index, {key: own.get(key, all_) for key, all_ in last.all_units.items()}
-            )
+            layers[attention[-1]] = _layer_plan(views[attention[-1]], (0.0, slice(None)))
         counts = {"dense": dense, "pruned": parameters_after(views, dense, layers)}
         plans[name] = PruningPlan("check", None, 0.0, counts, None, path, layers)
     return plans
 
 
-def _expert_units(total: int, start: int) -> dict[Block, list[int]]:
-    """Three of four experts, others in every layer; half of every expert's channels, others in every expert."""
-    experts = [number for number in range(EXPERTS_THERE) if (number + start) % 4]
-    starts = [expert * EXPERT_WIDTH + (expert + start) % 2 for expert in range(total)]
-    return {
-        Block.EXPERT: experts,
-        Block.EXPERT_CHANNEL: [channel for at in starts for channel in range(at, at + EXPERT_WIDTH - at % 2, 2)],
-    }
+def _layer_plan(view: LayerStructure, treatment: tuple[float, slice] | None) -> LayerPlan:
+    """As ``_plans`` says; and three of four experts, others in every layer, or half of every expert's channels, others
+    in every expert."""
+    if treatment is None:
+        return LayerPlan(view.index, {block: [] for block in view.blocks})
+    share, channels = treatment
+    kept = view.all_units
+    for block, units in kept.items():
+        if block is Block.ATTENTION and not (view.whole_attention and share < 1):
+            kept[block] = units[int(share * len(units)) :]
+        elif block is Block.MLP:
+            kept[block] = units[channels]
+        elif block is Block.EXPERT:
+            kept[block] = [expert for expert in units if (expert + view.index) % 4]
+        elif block is Block.EXPERT_CHANNEL:
+            kept[block] = [unit for unit in units if (unit + unit // EXPERT_WIDTH + view.index) % 2 == 0]
+    return LayerPlan(view.index, kept)
 
 
 def _cut_and_mask(model: PreTrainedModel, dense: Checkpoint, plan: PruningPlan, tokens: Tensor, folder: Path) -> None:
@@ -297,13 +280,13 @@ def _cut_and_mask(model: PreTrainedModel, dense: Checkpoint, plan: PruningPlan, 
     pruned = open_pruned(dense, plan)
     left = count_parameters(pruned.net)
     if left != plan.parameters["pruned"]:
-        raise DiffersError(
+        raise CheckpointError(
             f"cutting leaves {left} parameters where the costs of its units say {plan.parameters['pruned']}"
         )
     write_checkpoint(pruned, folder, beside=None, card="")
     apart, scale = float((pruned.logits(tokens) - expected).abs().max()), float(expected.abs().max())
     if not apart <= TOLERANCE * scale:
-        raise DiffersError(
+        raise CheckpointError(
             f"cutting groups, channels and blocks is not the same as masking them ({folder.name} widths: logits of up "
             f"to {scale:.2g} differ by {apart:.2g})"
         )

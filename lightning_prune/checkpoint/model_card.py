@@ -28,18 +28,16 @@ def model_card(
     Args:
         plan: what was done.
         layout: ``layout_of`` the pruned model; decides how it is loaded.
-        calibration: facts to list, such as ``{"dataset": "wikitext2", "num_samples": 128}``; None where
-            they are not known (a plan applied later) or nothing was calibrated.
+        calibration: facts to list, such as ``{"dataset": "wikitext2", "num_samples": 128}``, where they are known.
         base: the dense model, whose files say licence and origin. Default: what is at the plan's ``base_model``.
     """
-    pretrained = plan.base_model if base is None else base.pretrained
-    facts, before = base_facts(pretrained, base), history(pretrained if base is None else base.path)
+    pretrained, path = (plan.base_model, plan.base_model) if base is None else (base.pretrained, base.path)
+    facts, before = base_facts(pretrained, path), history(path)
     method = re.sub(r"[^\w.+-]+", "-", plan.method).strip("-")  # a tag is a word
     tags = ["pruning", "lightning-prune", *([method] if method else [])]
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **facts)
-    name = public_name(plan.base_model)
-    if before:  # the folder of a pruned model is called "pruned"
-        name = before.partition(" → ")[0]
+    # The folder of a pruned model is called "pruned".
+    name = before.partition(" → ")[0] if before else public_name(plan.base_model)
     layers = []
     for layer in plan.layers:
         absent = "layer removed" if layer.removed else "skipped"
@@ -61,26 +59,25 @@ def _summary(plan: PruningPlan, facts: dict[str, Any], before: str, calibration:
     base = markdown_code(name)
     if isinstance(home, str) and home != name:
         base += f" (from {markdown_code(home)})"
+    fingerprint = plan.calibration_fingerprint
     rows = [
         ("Base model", base),
-        *([("Before", markdown(before))] if before else []),
+        ("Before", markdown(before) if before else None),
         ("Method", markdown(plan.method)),
         # Not every method takes a ratio.
-        *([] if plan.pruning_ratio is None else [("Pruning ratio requested", f"{plan.pruning_ratio:.4f}")]),
+        ("Pruning ratio requested", None if plan.pruning_ratio is None else f"{plan.pruning_ratio:.4f}"),
         ("Pruning ratio achieved", f"{plan.achieved_ratio:.4f}"),
         ("Parameters before", f"{plan.parameters['dense']:,}"),
         ("Parameters after", f"{plan.parameters['pruned']:,}"),
         ("Data type", markdown(plan.dtype)),
+        ("Calibration fingerprint", markdown_code(fingerprint) if fingerprint else None),
     ]
-    if plan.calibration_fingerprint:
-        rows.append(("Calibration fingerprint", markdown_code(plan.calibration_fingerprint)))
     for key, value in (calibration or {}).items():
-        if value is not None and not (key == "fingerprint" and value == plan.calibration_fingerprint):
+        if value is not None and (key, value) != ("fingerprint", fingerprint):
             text = public_name(value) if isinstance(value, str) else value
             rows.append((f"Calibration: {markdown(key)}", markdown(text)))
-    if plan.weights_updated:
-        rows.append(("Remaining weights", "changed by the method"))
-    return markdown_table(("", ""), rows)
+    rows.append(("Remaining weights", "changed by the method" if plan.weights_updated else None))
+    return markdown_table(("", ""), [(title, text) for title, text in rows if text is not None])
 
 
 def usage(layout: Literal["stock", "per-layer"]) -> str:

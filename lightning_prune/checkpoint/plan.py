@@ -13,7 +13,7 @@ from lightning_prune.support.files import read_file, write_json
 from lightning_prune.support.validation import LIMIT, parse_json
 
 FORMAT = 2
-# Of a layer in format 1: dense families alone, with attention and MLP in every layer.
+# A layer of format 1: dense families alone, with attention and MLP in every layer.
 FORMAT_1 = {"kept_kv_heads": Block.ATTENTION, "kept_channels": Block.MLP}
 Index = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -43,11 +43,10 @@ class PruningPlan:
     """The decision of a method for one base model (``plan.json``).
 
     ``pruning_ratio`` is the one that was requested; None where something else was (a number of layers).
-    ``parameters`` counts unique elements (tied weights once) before and after. ``dtype`` is the dtype of the
-    weights the plan was made for and applied to. ``weights_updated`` says that the method also changed the
-    weights it keeps (SlimGPT's compensation, masks), so the plan alone cannot re-create the checkpoint.
-    ``biases`` are config keys that are on in the pruned model and off in the dense one (FLAP's compensation): biases
-    they bring along are zero where the method made none.
+    ``parameters`` counts unique elements (tied weights once) before and after. ``dtype`` is that of the weights.
+    ``weights_updated``: the method also changed the weights it keeps (SlimGPT's compensation, masks), so the plan alone
+    cannot re-create the checkpoint. ``biases`` are config keys that are on in the pruned model and off in the dense one
+    (FLAP's compensation): biases they bring along are zero where the method made none.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -89,23 +88,12 @@ class PruningPlan:
         if not isinstance(raw, dict) or repr(raw.get("format")) not in known:  # true is not 1
             fault = f"has format {raw.get('format')!r}" if isinstance(raw, dict) else "is no plan"
             raise UserError(f"{subject} {fault}; this version reads the formats {' and '.join(known)}.")
-        if raw["format"] == 1:
-            raw["layers"] = _layers_of_format_1(raw.get("layers"))
+        layers = raw.get("layers")
+        for layer in layers if raw["format"] == 1 and isinstance(layers, list) else []:
+            if isinstance(layer, dict):  # what is missing is noticed below
+                layer["kept"] = {block: layer.pop(key, None) for key, block in FORMAT_1.items()}
         fields = {key: value for key, value in raw.items() if key not in ("format", "removed_layers")}
         plan = parse_json(json.dumps(fields).encode(), cls, subject)
         if missing := sorted({"dense", "pruned"} - plan.parameters.keys()):
             raise UserError(f"{subject} is not valid: parameters.{missing[0]} is missing.")
         return plan
-
-
-def _layers_of_format_1(layers: Any) -> Any:
-    """The layers of a plan of format 1 as those of today; what they lack is noticed when they are parsed."""
-    if not isinstance(layers, list):
-        return layers
-    return [
-        {key: value for key, value in layer.items() if key not in FORMAT_1}
-        | {"kept": {block: layer.get(key) for key, block in FORMAT_1.items()}}
-        if isinstance(layer, dict)
-        else layer
-        for layer in layers
-    ]

@@ -1,17 +1,18 @@
 """The pruned model as a layered model of its own: parameters are cut from the dense ones when they are read."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import cache
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lightning_prune.checkpoint.cut import check_plan, kept_part, pruned_config
 from lightning_prune.checkpoint.expert_plans import kept_experts
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.models.checkpoint import Checkpoint, skeleton
 from lightning_prune.models.experts import ROLE
-from lightning_prune.models.families import LayerStructure, family_of, layer_configs, layer_structures, shapes_of
+from lightning_prune.models.families import family_of, layer_configs, layer_structures, shapes_of
 from lightning_prune.models.family import Family
 from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.sources import Source
@@ -24,39 +25,33 @@ class PrunedSource:
     """Gives the parameters of the pruned model.
 
     Args:
-        dense, config, layers: parameters, config and layers of the dense model; of the layers the shapes are enough.
+        dense, net: parameters and modules of the dense model; of the modules the shapes are enough.
         plan: what is kept.
         new_weights: what the method made of the weights it keeps: by role the weight, and ``<role>.bias``.
+
+    Raises:
+        UserError: the plan does not fit the model.
     """
 
-    def __init__(
-        self,
-        dense: Source,
-        config: Any,
-        layers: Sequence[LayerStructure],
-        plan: PruningPlan,
-        new_weights: NewWeights,
-    ) -> None:
-        self.layers = layers
-        self.dense, self.configs, self.new_weights = dense, layer_configs(config), new_weights
-        self.family: Family = family_of(config)
+    def __init__(self, dense: Source, net: PreTrainedModel, plan: PruningPlan, new_weights: NewWeights) -> None:
+        self.dense, self.new_weights = dense, new_weights
+        self.layers, self.configs = layer_structures(net), layer_configs(net.config)
+        self.family: Family = family_of(net.config)
+        check_plan(self.layers, plan, net.config)
         self.added = {role for role in ROLES if self.family.bias_of(role) in plan.biases}
         self.left = [layer for layer in plan.layers if not layer.removed]
 
     def read(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
         """See ``models.sources.Source``; names and layer numbers are those of the pruned model."""
         result: dict[str, Tensor] = {}
-        new: tuple[int, dict[str, Tensor]] = (-1, {})
-        prefix = f"{self.family.layers}."
+        new_of, prefix = cache(self.new_weights), f"{self.family.layers}."
         for name in names:
             if not name.startswith(prefix):
                 result |= self.dense.read([name], dtype, device)
                 continue
             number, _, inside = name.removeprefix(prefix).partition(".")
             kept = self.left[int(number)]
-            if new[0] != kept.layer:
-                new = (kept.layer, self.new_weights(kept.layer))
-            whole = self._whole(kept.layer, inside, new[1], dtype, device).to(device=device, dtype=dtype)
+            whole = self._whole(kept.layer, inside, new_of(kept.layer), dtype, device).to(device=device, dtype=dtype)
             experts, own = self.layers[kept.layer].experts, self.family.name_in_experts(inside)
             if experts is not None and own is not None:
                 result[name] = experts.kept_part(own, whole, *kept_experts(experts, kept))
@@ -72,8 +67,6 @@ class PrunedSource:
         roles = self.family.roles_at(path)
         if kind == "bias":
             new = {role: new[f"{role}.bias"] for role in roles if f"{role}.bias" in new}
-        if len(roles) == 1 and roles[0] in new:
-            return new[roles[0]]
         if ROLE in new and (experts := self.layers[layer].experts) is not None:
             down = experts.down_parameters(new[ROLE])
             if (own := self.family.name_in_experts(name)) in down:
@@ -97,8 +90,6 @@ def open_pruned(dense: Checkpoint, plan: PruningPlan, new_weights: NewWeights = 
     Raises:
         UserError: the plan does not fit the model, or the weights do not fit its config.
     """
-    layers = layer_structures(dense.meta)
-    check_plan(layers, plan, dense.config)
+    source = PrunedSource(dense.source(), dense.meta, plan, new_weights)
     net = skeleton(pruned_config(dense.config, plan))
-    source = PrunedSource(dense.source(), dense.config, layers, plan, new_weights)
     return LayeredModel(net, source, getattr(torch, plan.dtype), torch.device("cpu"), "layer")

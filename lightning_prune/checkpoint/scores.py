@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd  # type: ignore[import-untyped]
 import pyarrow as pa
 import pyarrow.csv
 from numpy.typing import NDArray
@@ -36,11 +37,8 @@ Flags = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Blocks:
-    """The B blocks that have units, ascending by (layer, block).
-
-    ``keys``: layer and block of each. ``ids``: int64 ``[U]``, the block of every unit, 0 … B − 1. ``size``: int64
-    ``[B]``, units per block.
-    """
+    """The B blocks that have units, ascending: layer and block of each (``keys``), the block 0 … B − 1 of every unit
+    (``ids``, int64 ``[U]``), and units per block (``size``, int64 ``[B]``)."""
 
     keys: list[tuple[int, Block]]
     ids: Integers
@@ -59,11 +57,8 @@ class Blocks:
 
     def rank(self, order: Integers) -> Integers:
         """How many units of the same block come earlier in ``order`` (rows, each at most once), int64, as long."""
-        ids = self.ids[order]
-        by_block = ids.argsort(kind="stable")
-        counts = np.bincount(ids, minlength=len(self.keys))
-        rank = np.empty_like(by_block)
-        rank[by_block] = np.arange(len(order)) - (counts.cumsum() - counts)[ids[by_block]]
+        ids = pd.Series(self.ids[order])
+        rank: Integers = ids.groupby(ids).cumcount().to_numpy()
         return rank
 
 

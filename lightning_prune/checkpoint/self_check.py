@@ -34,19 +34,8 @@ def probe_logits(model: PreTrainedModel) -> Tensor:
 def check_checkpoint(folder: Path, expected: Tensor) -> dict[str, Any]:
     """Load the whole model in ``folder`` through ``AutoModelForCausalLM``, with the folder's own code, and compare.
 
-    1. The logits of ``probe_tokens`` are ``expected``, bit for bit: weights, config and code are complete.
-    2. Greedy decoding of a batch, one sequence of it left-padded, chooses the same tokens with a KV cache as without.
-       Rounding may rightly decide a tie, in half precision above all. So at every step at which both have read the
-       same tokens their logits are compared, within √eps of the dtype times the largest logit; tokens may differ
-       where two logits are that close, and that sequence is followed no further. A layer that forgets to fill its
-       cache slot moves logits by the size of the logits themselves.
-
-    Args:
-        expected: logits ``[2, 12, V]`` of ``probe_tokens`` from the model in memory, in the dtype in which it was
-            written and on the device on which to compare.
-
-    Returns:
-        What was compared, for ``metrics.json``.
+    The logits of ``probe_tokens`` must be ``expected`` ``[2, 12, V]``, those of the model in memory in the dtype in
+    which it was written and on the device on which to compare. What was compared is returned, for ``metrics.json``.
 
     Raises:
         CheckpointError: the folder cannot be loaded, or it is another model, or it decodes wrongly with a cache.
@@ -67,7 +56,7 @@ def check_checkpoint(folder: Path, expected: Tensor) -> dict[str, Any]:
 
 
 def compare_logits(actual: Tensor, expected: Tensor) -> dict[str, Any]:
-    """The first comparison of ``check_checkpoint``, with the logits ``found`` of the checkpoint read back."""
+    """Compare logits of a checkpoint read back, bit for bit: weights, config and code are complete."""
     if not expected.isfinite().all():
         raise FloatingPointError(
             "the pruned model outputs NaN or infinite logits, so no checkpoint of it was kept. Prune in another "
@@ -90,28 +79,24 @@ def compare_logits(actual: Tensor, expected: Tensor) -> dict[str, Any]:
 
 @torch.no_grad()
 def _compare_decoding(model: PreTrainedModel) -> dict[str, Any]:
+    """Greedy decoding of a batch, one sequence of it left-padded, chooses the same tokens with a KV cache as without.
+
+    Rounding may rightly decide a tie, in half precision above all. So at every step at which both have read the same
+    tokens their logits are compared, within √eps of the dtype times the largest logit; tokens may differ where two
+    logits are that close, and that sequence is followed no further. A layer that forgets to fill its cache slot moves
+    logits by the size of the logits themselves.
+    """
     tokens = probe_tokens(model.config.vocab_size).to(model.device)
     mask = torch.ones_like(tokens)
     mask[0, :PADDING] = 0
+    options = {"do_sample": False, "num_beams": 1, "max_new_tokens": GREEDY_TOKENS, "min_new_tokens": GREEDY_TOKENS}
+    options |= {"pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True}
     cached, plain = (
-        model.generate(
-            tokens,
-            attention_mask=mask,
-            use_cache=use_cache,
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=GREEDY_TOKENS,
-            min_new_tokens=GREEDY_TOKENS,
-            pad_token_id=0,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        for use_cache in (True, False)
+        model.generate(tokens, attention_mask=mask, use_cache=use_cache, **options) for use_cache in (True, False)
     )
-    followed = [True] * len(tokens)
-    for step, (with_cache, without) in enumerate(zip(cached.logits, plain.logits, strict=True)):
-        for sequence in (index for index, follow in enumerate(followed) if follow):
-            first, second = with_cache[sequence].double(), without[sequence].double()
+    for sequence in range(len(tokens)):
+        for step in range(GREEDY_TOKENS):
+            first, second = (out.logits[step][sequence].double() for out in (cached, plain))
             bound = torch.finfo(model.dtype).eps ** 0.5 * float(second.abs().max())
             apart = float((first - second).abs().max())
             chosen = [int(out.sequences[sequence, LENGTH + step]) for out in (cached, plain)]
@@ -122,7 +107,8 @@ def _compare_decoding(model: PreTrainedModel) -> dict[str, Any]:
                     f"{'a left-padded' if sequence == 0 else 'an unpadded'} sequence logits differ by {apart:.3g}, "
                     f"tokens are {chosen[0]} and {chosen[1]}"
                 )
-            followed[sequence] = chosen[0] == chosen[1]
+            if chosen[0] != chosen[1]:
+                break
     return {
         "greedy": "equal" if torch.equal(cached.sequences, plain.sequences) else "equal up to a tie",
         "greedy_tokens": GREEDY_TOKENS * len(tokens),

@@ -1,56 +1,40 @@
 """What runtimes other than transformers make of a pruned model: how many devices share it, and who misreads it."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.models.families import family_of, kv_heads_of, layer_configs
 from lightning_prune.models.vocabulary import EXPERTS, Block
 
-
-class _Pattern(NamedTuple):
-    """All layers but every ``period``-th have the entry ``usual`` under the key ``key`` of the config: ``what``."""
-
-    key: str
-    usual: str | int
-    period: int
-    what: str
-
-
-# Families of which llama.cpp takes a layer's kind from its place among the layers.
-_PATTERNS = {
-    "gemma2": _Pattern("layer_types", "sliding_attention", 2, "attend in a sliding window"),
-    "gemma3_text": _Pattern("layer_types", "sliding_attention", 6, "attend in a sliding window"),
-    "smollm3": _Pattern("no_rope_layers", 1, 4, "rotate queries and keys"),
+# Families of which llama.cpp takes a layer's kind from its place: all layers but every ``period``-th have the entry
+# ``usual`` under a key of the config. → key, usual, period, what these layers do.
+_PATTERNS: dict[str, tuple[str, str | int, int, str]] = {
+    "gemma2": ("layer_types", "sliding_attention", 2, "attend in a sliding window"),
+    "gemma3_text": ("layer_types", "sliding_attention", 6, "attend in a sliding window"),
+    "smollm3": ("no_rope_layers", 1, 4, "rotate queries and keys"),
 }
 
 
 def pattern_note(config: Any) -> str:
     """A sentence where the layers that are left are not of the kinds that llama.cpp takes them for; else empty."""
-    pattern = _PATTERNS.get(config.model_type)
-    if pattern is None:
+    if config.model_type not in _PATTERNS:
         return ""
-    entries = getattr(config, pattern.key)
-    wrong = [
-        layer for layer, entry in enumerate(entries) if (entry == pattern.usual) == ((layer + 1) % pattern.period == 0)
-    ]
+    key, usual, period, what = _PATTERNS[config.model_type]
+    entries = getattr(config, key)
+    wrong = [layer for layer, entry in enumerate(entries) if (entry == usual) == ((layer + 1) % period == 0)]
     if not wrong:
         return ""
     shown = ", ".join(map(str, wrong[:5])) + (", …" if len(wrong) > 5 else "")
     return (
-        f"Removed layers broke the pattern of this family: llama.cpp lets all layers but every {pattern.period}th "
-        f"{pattern.what}, by their place, takes {len(wrong)} of {len(entries)} for the other kind ({shown}) and so "
+        f"Removed layers broke the pattern of this family: llama.cpp lets all layers but every {period}th "
+        f"{what}, by their place, takes {len(wrong)} of {len(entries)} for the other kind ({shown}) and so "
         "computes another model. transformers and vLLM read the config."
     )
 
 
 def tensor_parallel_sizes(config: Any, plan: PruningPlan) -> list[int]:
-    """Over how many devices the model can be split, 1 first: the common divisors of every layer's KV heads and widths.
-
-    Args:
-        config: of the pruned model.
-        plan: what its layers keep.
-    """
+    """Over how many devices a pruned model can be split, 1 first: the common divisors of all KV heads and widths."""
     family, sizes, first = family_of(config), set[int](), layer_configs(config)[0]
     for layer in plan.layers:
         sizes |= {len(units) for block, units in layer.kept.items() if block in (Block.ATTENTION, Block.MLP)}

@@ -2,11 +2,10 @@
 
 import gc
 import json
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -24,7 +23,6 @@ from lightning_prune.models import modeling_pruned
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.expert_files import stored_parts
 from lightning_prune.models.families import family_of
-from lightning_prune.models.family import ExpertNames
 from lightning_prune.models.layered import LayeredModel, open_layered
 from lightning_prune.models.weights import DTYPES, renamed
 from lightning_prune.support.errors import UserError
@@ -49,18 +47,15 @@ def write_checkpoint(
     progress: Callable[[int], None] = lambda layer: None,
 ) -> dict[str, Any]:
     """Write config, generation config, safetensors, tokenizer files, ``README.md`` and, for the per-layer layout,
-    ``modeling_pruned.py``. The same model gives the same bytes.
+    ``modeling_pruned.py``. The same model gives the same bytes. What the self-check compared comes back.
 
     Args:
         model: gives every layer in the dtype to write.
-        folder: takes its name only when everything is written, and replaces what was there.
+        folder: takes its name only when everything is written and checked, and replaces what was there.
         beside: the checkpoint whose side files (tokenizer, templates) and generation config are taken, if it has any.
         card: text of ``README.md``.
         whole: write the model of several that ``beside`` holds, with this one for its text model.
         progress: told the number of every layer that has been written.
-
-    Returns:
-        What the self-check compared, before the folder took its name.
 
     Raises:
         CheckpointError, FloatingPointError: see ``checkpoint.self_check``; nothing is left.
@@ -76,8 +71,7 @@ def write_checkpoint(
                 if beside.generation_config is not None:
                     # Not save_pretrained, which refuses settings that several published models have.
                     beside.generation_config.to_json_file(temporary / "generation_config.json", use_diff=True)
-            names = family_of(model.config).experts if beside is None else beside.expert_names
-            expected = write_weights(model, temporary, progress, names, beside if whole else None)
+            expected = write_weights(model, temporary, progress, beside, whole)
             write_text(temporary / "README.md", card)
             return _check(model, temporary, expected, whole)
     except OSError as error:
@@ -98,14 +92,8 @@ def write_pruned(
     whole: bool = False,
     progress: Callable[[int], None] = lambda layer: None,
 ) -> dict[str, Any]:
-    """Cut the plan out of the dense model, layer by layer, and ``write_checkpoint`` with its card.
-
-    Args:
-        new_weights: dense layer → what the method made of its weights.
-        calibration: manifest of the calibration set, for the card.
-        note: a sentence that the card must carry.
-        whole: as for ``write_checkpoint``, where that is possible; else a warning says why it is not.
-        dense, plan, folder, progress: see ``write_checkpoint`` and ``PruningPlan``.
+    """Cut the plan out of the dense model, layer by layer, and ``write_checkpoint`` with its card, which also says
+    ``calibration`` (the set's manifest) and ``note`` (a sentence). Where ``whole`` is not possible, a warning says why.
     """
     pruned = open_pruned(dense, plan, new_weights)
     if whole and (reason := why_text_alone(dense, pruned.config, plan.removed_layers)):
@@ -156,124 +144,96 @@ def write_weights(
     model: LayeredModel,
     folder: Path,
     progress: Callable[[int], None],
-    names: ExpertNames | None,
-    whole: Checkpoint | None = None,
+    beside: Checkpoint | None,
+    whole: bool,
 ) -> Tensor:
-    """Write every parameter, and run the probe through the layers as they pass: its logits ``[2, 12, V]``.
-
-    Args:
-        model, folder, progress: see ``write_checkpoint``.
-        names: how files hold experts.
-        whole: what it holds beside its text model is written too, and parameters have the names they have there.
-    """
+    """Write every parameter, with the arguments of ``write_checkpoint``, and run the probe through the layers as they
+    pass: its logits ``[2, 12, V]``."""
     parameters = dict(model.net.named_parameters())
     dtype = model.dtype or next(iter(parameters.values())).dtype
-    before, after = model.outside[:1], model.outside[1:]
-    order = [*before, *(name for inside in model.layer_names for name in inside.values()), *after]
-    hidden = model.embed(probe_tokens(model.config.vocab_size))
+    order = [*model.outside[:1], *(name for inside in model.layer_names for name in inside.values())]
+    order += model.outside[1:]
     family, stock = family_of(model.config), layout_of(model.config) == "stock"
+    names = family.experts if beside is None else beside.expert_names
     # transformers packs and renames what files of its own classes hold, not of others.
     experts, published = names if stock else None, {new: old for old, new in family.renamed.items() if stock}
+    source = beside if whole else None
+    named = (lambda name: renamed(name, published)) if source is None else whole_names(source)
 
-    named = (lambda name: renamed(name, published)) if whole is None else whole_names(whole)
+    def stored(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        return {named(part): values for part, values in stored_parts(name, tensor, experts)}
 
-    def stored(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
-        return [(named(part), values) for part, values in stored_parts(name, tensor, experts)]
-
-    parts = {name: stored(name, parameters[name]) for name in order}
-    others = {} if whole is None else tensors_beside(whole)
-    kinds = {own: torch.float32 if name in model.wide else dtype for name, of in parts.items() for own, _ in of}
-    shapes = {name: tuple(part.shape) for of in parts.values() for name, part in of}
-    with _Shards(folder, shapes, kinds, others) as shards:
-        for name in before:
-            shards.write(*stored(name, parameters[name])[0])
-        for index, inside in enumerate(model.layer_names):
-            with model.layer(index) as layer:
-                model.announce(index + 1)
-                for inner, name in inside.items():
-                    for part, values in stored(name, layer.get_parameter(inner)):
-                        shards.write(part, values)
-                hidden = model.run(index, hidden)
-            progress(index)
-        for name in after:
-            shards.write(*stored(name, parameters[name])[0])
+    announced: dict[str, Tensor] = {}
+    for name in order:
+        kind = torch.float32 if name in model.wide else dtype
+        announced |= stored(name, parameters[name].to("meta", kind))
+    shards = _Shards(folder, announced, {} if source is None else tensors_beside(source))
+    for name in model.outside:
+        shards.write(stored(name, parameters[name]))
+    hidden = model.embed(probe_tokens(model.config.vocab_size))
+    for index, inside in enumerate(model.layer_names):
+        with model.layer(index) as layer:
+            model.announce(index + 1)
+            for inner, name in inside.items():
+                shards.write(stored(name, layer.get_parameter(inner)))
+            hidden = model.run(index, hidden)
+        progress(index)
     return model.head(hidden)
 
 
 class _Shards:
-    """Safetensors files that are written in order: shapes are known beforehand, so the header can come first. Tensors
-    ``beside`` these, in any dtype, follow in a file of their own."""
+    """Safetensors files with their headers and index, in which every tensor has a place that is then filled. Of
+    ``tensors``, in the order of the files, the shapes are enough; those ``beside`` have a file of their own, which is
+    complete at once."""
 
-    def __init__(
-        self,
-        folder: Path,
-        shapes: dict[str, tuple[int, ...]],
-        dtypes: dict[str, torch.dtype],
-        beside: dict[str, Tensor],
-    ) -> None:
-        self.folder, self.shapes, self.dtypes, self.beside = folder, shapes, dtypes, beside
-        self.bytes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
+    def __init__(self, folder: Path, tensors: dict[str, Tensor], beside: dict[str, Tensor]) -> None:
+        self.tensors = tensors
         shards: list[list[str]] = [[]]
         taken = 0
-        for name, size in self.bytes.items():
-            if taken + size > SHARD_BYTES and shards[-1]:
+        for name, tensor in tensors.items():
+            if taken + tensor.nbytes > SHARD_BYTES and shards[-1]:
                 shards.append([])
                 taken = 0
             shards[-1].append(name)
-            taken += size
+            taken += tensor.nbytes
         count = len(shards) + bool(beside)
         files = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
         files = files if count > 1 else ["model.safetensors"]
-        self.last = files[-1]  # of what is beside
-        self.file_of = {name: file for file, shard in zip(files, shards, strict=False) for name in shard}
-        self._waiting = iter(shapes)
-        self._starts: dict[str, int] = {}  # of the tensors in the open file
-        self._open: tuple[str, BinaryIO] | None = None
+        self.places: dict[str, tuple[Path, int]] = {}  # file, and the first byte in it
+        weight_map: dict[str, str] = {}
+        for file, names in zip(files, shards, strict=False):
+            self._begin(folder / file, names)
+            weight_map |= dict.fromkeys(names, file)
+        if beside:
+            save_file(beside, folder / files[-1], {"format": "pt"})
+            weight_map |= dict.fromkeys(beside, files[-1])
+        if count > 1:
+            every = (*tensors.values(), *beside.values())
+            parameters, size = sum(tensor.numel() for tensor in every), sum(tensor.nbytes for tensor in every)
+            index = {"metadata": {"total_parameters": parameters, "total_size": size}, "weight_map": weight_map}
+            write_json(folder / "model.safetensors.index.json", index)
 
-    def __enter__(self) -> "_Shards":
-        return self
-
-    def __exit__(self, kind: object, *error: object) -> None:
-        if self._open is not None:
-            self._open[1].close()
-        if kind is None and self.beside:
-            save_file(self.beside, self.folder / self.last, {"format": "pt"})
-        places = self.file_of | dict.fromkeys(self.beside, self.last)
-        if kind is None and len(set(places.values())) > 1:
-            others = self.beside.values()
-            parameters = sum(map(math.prod, self.shapes.values())) + sum(tensor.numel() for tensor in others)
-            size = sum(self.bytes.values()) + sum(tensor.nbytes for tensor in others)
-            index = {"metadata": {"total_parameters": parameters, "total_size": size}, "weight_map": places}
-            write_json(self.folder / "model.safetensors.index.json", index)
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """The next tensor."""
-        expected = next(self._waiting)
-        if (name, tuple(tensor.shape)) != (expected, self.shapes[expected]):
-            raise RuntimeError(f"{name} {tuple(tensor.shape)} comes where {expected} is announced.")
-        values = tensor.detach().to(device="cpu", dtype=self.dtypes[name]).contiguous()
-        stream = self._stream(self.file_of[name])
-        stream.seek(self._starts[name])
-        stream.write(values.view(torch.uint8).flatten().numpy().data)
-
-    def _stream(self, file: str) -> BinaryIO:
-        """The open file, its header written. Tensors of an odd size are the last ones, so that the others begin at
-        multiples of ``ALIGNED``, where a loader that maps the file computes with them as with a copy."""
-        if self._open is not None and self._open[0] == file:
-            return self._open[1]
-        if self._open is not None:
-            self._open[1].close()
+    def _begin(self, path: Path, names: list[str]) -> None:
+        """A file with its header. Tensors of an odd size are the last ones, so that the others begin at multiples of
+        ``ALIGNED``, where a loader that maps the file computes with them as with a copy."""
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        start, starts = 0, dict[str, int]()
-        names = [name for name, place in self.file_of.items() if place == file]
-        for name in sorted(names, key=lambda name: (self.bytes[name] % ALIGNED != 0, -self.dtypes[name].itemsize)):
-            starts[name], end, kind = start, start + self.bytes[name], STORED_NAMES[self.dtypes[name]]
-            header[name] = {"dtype": kind, "shape": list(self.shapes[name]), "data_offsets": [start, end]}
-            start = end
+        starts: dict[str, int] = {}
+        end = 0
+        of = self.tensors
+        for name in sorted(names, key=lambda name: (of[name].nbytes % ALIGNED != 0, -of[name].itemsize)):
+            starts[name], end = end, end + of[name].nbytes
+            kind = STORED_NAMES[of[name].dtype]
+            header[name] = {"dtype": kind, "shape": list(of[name].shape), "data_offsets": [starts[name], end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-(len(text) + LENGTH_BYTES) % ALIGNED)
-        self._starts = {name: LENGTH_BYTES + len(text) + at for name, at in starts.items()}
-        stream = (self.folder / file).open("wb")
-        self._open = (file, stream)
-        stream.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
-        return stream
+        path.write_bytes(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+        self.places |= {name: (path, LENGTH_BYTES + len(text) + start) for name, start in starts.items()}
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        """Fill the places of some tensors."""
+        for name, tensor in tensors.items():
+            path, start = self.places[name]
+            values = tensor.detach().to(device="cpu", dtype=self.tensors[name].dtype).contiguous()
+            with path.open("r+b") as file:
+                file.seek(start)
+                file.write(values.view(torch.uint8).flatten().numpy().data)

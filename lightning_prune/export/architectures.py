@@ -1,9 +1,6 @@
-"""Which architecture of the GGUF format holds a model, and what no architecture holds.
-
-llama.cpp reads widths per layer in two of the architectures that compute what our families compute: ``deci``
-(Llama's arithmetic, biases allowed) and ``openelm`` (norms on queries and keys, tied embeddings). Models whose layers
-have the same widths go under the name of their own family.
-"""
+"""Which architecture of the GGUF format holds a model. llama.cpp reads widths per layer in two that compute what our
+families compute: ``deci`` (Llama's arithmetic, biases allowed) and ``openelm`` (norms on queries and keys, tied
+embeddings)."""
 
 from dataclasses import dataclass
 from typing import Any

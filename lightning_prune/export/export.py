@@ -53,10 +53,10 @@ def export(
         raise UserError("--dtype belongs to --format gguf; a stock folder keeps the dtype of the weights.")
     if format == "gguf" and find_spec("gguf") is None:
         raise UserError("--format gguf needs the package 'gguf'. Install it with: pip install 'lightning-prune[gguf]'")
-    _check_output(target, format == "stock", overwrite)
     progress = Progress(verbose)
     try:
         with writable(target.parent, OPTION):
+            _check_output(target, format == "stock", overwrite)
             checkpoint = Checkpoint.open(source)
             if format == "gguf":
                 from lightning_prune.export.gguf_file import write_gguf  # the package is optional
@@ -72,14 +72,10 @@ def export(
 
 
 def _check_output(output: Path, folder: bool, overwrite: bool) -> None:
-    try:
-        exists = os.path.lexists(output)
-        empty = folder and output.is_dir() and not any(output.iterdir())
-    except OSError as error:
-        raise UserError(f"{OPTION}: '{output}' cannot be used ({error.strerror}).") from None
+    exists = os.path.lexists(output)
     if exists and output.is_dir() != folder:
         kind = "not a folder, and a stock checkpoint is one" if folder else "a folder, and a GGUF model is a file"
         raise UserError(f"{OPTION}: '{output}' is {kind}. Give another name.")
-    if exists and not (empty or overwrite):
+    if exists and not overwrite and not (folder and not any(output.iterdir())):
         raise UserError(f"{OPTION}: '{output}' exists. Give another name, or add --overwrite.")
     check_writable(output.parent, OPTION)

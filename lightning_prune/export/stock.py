@@ -27,12 +27,10 @@ from lightning_prune.support.progress import Progress
 
 
 def write_stock(checkpoint: Checkpoint, folder: Path, card: str, progress: Progress) -> str:
-    """Write the model as a stock checkpoint with the same logits, one layer in memory at a time, whole or not at all.
-
-    ``card`` is the text of ``README.md``. How much of the saving is lost comes back, in a sentence.
+    """``export`` for the format stock, with the text ``card`` of ``README.md``; the logits stay the same.
 
     Raises:
-        UserError: the model is stock already; or the folder cannot be written.
+        UserError: the model is stock already, or the folder cannot be written.
         CheckpointError: what was written, read back, is not what was meant.
     """
     net, source = checkpoint.skeleton(), checkpoint.source()
@@ -71,8 +69,7 @@ class PaddedSource:
     Every role's rows or columns are padded, also where several roles share one matrix. That keeps the logits, because
     KV heads serve query heads in order and no norm of these families sees the widths.
 
-    ``narrow`` gives the parameters that are there; parameters of one name in ``net`` and ``wide``, which are both on
-    the meta device, belong together.
+    ``narrow`` gives the parameters of ``net``, which like ``wide`` is on the meta device.
     """
 
     def __init__(self, narrow: Source, net: nn.Module, wide: nn.Module) -> None:
@@ -99,8 +96,7 @@ class PaddedSource:
         if len(roles) > 1:
             old_shapes, new_shapes = shapes_of(config.per_layer_config[int(layer)]), shapes_of(self._wide.config)
             old, new = ([of[role][0] for role in roles] for of in (old_shapes, new_shapes))
-        parts = zip(padded.split(new), narrow.split(old), strict=True)  # type: ignore[no-untyped-call]
-        for view, part in parts:
+        for view, part in zip(padded.split(new), narrow.split(old), strict=True):  # type: ignore[no-untyped-call]
             view[tuple(slice(0, size) for size in part.shape)] = part
         return padded
 
@@ -108,18 +104,18 @@ class PaddedSource:
 def stock_config(config: Any) -> Any:
     """The config of the padded model: the widest attention and the widest MLP in every layer, or the next wider
     attention that the family's config can say."""
-    dense, layers = uniform_config(config), config.per_layer_config
-    channels = max((getattr(own, family_of(config).width) for own in layers if "mlp" not in own.skip), default=1)
+    dense, layers, family = uniform_config(config), config.per_layer_config, family_of(config)
+    channels = max((getattr(own, family.width) for own in layers if "mlp" not in own.skip), default=1)
     groups = [kv_heads_of(own) for own in layer_configs(dense)]
     most = max(groups)  # of a family whose own layers differ, the others have as large a share of theirs
-    least = 1 if family_of(config).whole_attention is None else most
+    least = 1 if family.whole_attention is None else most
     there = [(kv_heads_of(own), of) for own, of in zip(layers, groups, strict=True) if "attention" not in own.skip]
     widest = max((-(-kept * most // of) for kept, of in there), default=least)
     for kv_heads in range(widest, most + 1):
         kept = []
         for index, of in enumerate(groups):
             units = {Block.ATTENTION: list(range(-(-kv_heads * of // most))), Block.MLP: list(range(channels))}
-            blocks = family_of(config).blocks_of(config, index)
+            blocks = family.blocks_of(config, index)
             kept.append(LayerPlan(index, {block: units.get(block, [0]) for block in blocks}))
         padded = pruned_config(dense, PruningPlan("", None, 0.0, {"dense": 0, "pruned": 0}, None, "", kept))
         if layout_of(padded) == "stock":

@@ -23,13 +23,8 @@ SPECIAL = ("bos", "eos", "unk", "sep", "pad")
 
 
 def add_vocabulary(writer: Any, checkpoint: Checkpoint, rows: int) -> None:
-    """Describe the tokenizer beside a model: tokens, how they merge, what is put around a text, the chat template.
-
-    Args:
-        writer: a ``GGUFWriter``.
-        checkpoint: the model. A token at which generation ends, as its generation config says, becomes ``eot`` where
-            it is not the tokenizer's ``eos``.
-        rows: of the embedding; rows without a token are named ``[PAD…]``.
+    """Describe the tokenizer beside a model to a ``GGUFWriter``: tokens, how they merge, what is put around a text, the
+    chat template. The embedding has ``rows``; those without a token are named ``[PAD…]``.
 
     Raises:
         UserError: no ``tokenizer.json``, or one that llama.cpp would read otherwise.
@@ -46,22 +41,20 @@ def add_vocabulary(writer: Any, checkpoint: Checkpoint, rows: int) -> None:
     if model.get("type") != "BPE":
         raise _refusal(f"is a {model.get('type')} tokenizer; known are byte-level BPE and SentencePiece's BPE")
     pieces = bool(model.get("byte_fallback"))  # SentencePiece's kind, not GPT-2's
-    pre, adds_space = ("default", _adds_space(content)) if pieces else (_split(content), None)
-    tokens, types = _tokens(content, rows, pieces)
-
     writer.add_tokenizer_model("llama" if pieces else "gpt2")
-    writer.add_tokenizer_pre(pre)
+    writer.add_tokenizer_pre("default" if pieces else _split(content))
+    tokens, types = _tokens(content, rows, pieces)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    if adds_space is not None:
+    if pieces:
         writer.add_token_scores(_scores(model, rows))
-        writer.add_add_space_prefix(adds_space)
+        writer.add_add_space_prefix(_adds_space(content))
     ids = {name: getattr(tokenizer, f"{name}_token_id", None) for name in SPECIAL}
     ids = {name: token for name, token in ids.items() if isinstance(token, int)}
     ends = getattr(checkpoint.generation_config, "eos_token_id", None)
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    later = [token for token in ends if token != ids.get("eos") and 0 <= token < rows]
-    if later:
+    # At which generation ends, too.
+    if later := [token for token in ends if token != ids.get("eos") and 0 <= token < rows]:
         ids = {"eos": later[0], **ids, "eot": later[0]}
     logging.getLogger("gguf").setLevel(logging.ERROR)  # it warns of templates for pairs of texts
     special = gguf.SpecialVocab(file.parent, load_merges=not pieces, special_token_types=())

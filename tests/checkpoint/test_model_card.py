@@ -11,8 +11,7 @@ import yaml
 
 from lightning_prune.checkpoint.cut import layout_of
 from lightning_prune.checkpoint.model_card import model_card, stock_card
-from lightning_prune.checkpoint.pruned import open_pruned
-from lightning_prune.checkpoint.write import write_checkpoint
+from lightning_prune.checkpoint.write import write_pruned
 from lightning_prune.cli import main
 from lightning_prune.models.checkpoint import Checkpoint
 from tests.export.checkpoints import Plan, save
@@ -28,6 +27,9 @@ def front_matter(text: str) -> dict[str, Any]:
     return yaml.safe_load(matter)
 
 
+CACHED = "snapshots/0e9e39f249a16976918f6564b8830bc894c89659/"
+
+
 @pytest.mark.parametrize(
     ("base_model", "home", "shown"),
     [
@@ -35,6 +37,8 @@ def front_matter(text: str) -> dict[str, Any]:
         ("demo", None, "`demo`"),
         ("/home/me/models/llama", None, "`llama`"),
         ("a: [b", None, r"a: \[b"),
+        (f"/home/me/models--org--name--with-dashes/{CACHED}", "org/name--with-dashes", "`org/name--with-dashes`"),
+        (f"/home/me/models--gpt2/{CACHED}", "gpt2", "`gpt2`"),
     ],
 )
 def test_front_matter_is_what_the_hub_reads(base_model: str, home: str | None, shown: str) -> None:
@@ -45,31 +49,18 @@ def test_front_matter_is_what_the_hub_reads(base_model: str, home: str | None, s
     assert matter["pipeline_tag"] == "text-generation"
     assert set(matter["tags"]) == {"pruning", "lightning-prune", "hgsp"}
     assert f"| Base model | {shown} |" in text
+    assert f"# {shown.replace('`', '')} pruned with hgsp" in text
     assert "/home" not in text
-
-
-@pytest.mark.parametrize(
-    ("repository", "home"),
-    [
-        ("models--meta-llama--Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),
-        ("models--org--name--with-dashes", "org/name--with-dashes"),
-        ("models--gpt2", "gpt2"),
-    ],
-)
-@pytest.mark.parametrize("there", [True, False])
-def test_a_folder_of_the_hubs_cache_is_the_hub_model(tmp_path: Path, repository: str, home: str, there: bool) -> None:
-    folder = tmp_path / repository / "snapshots" / "0e9e39f249a16976918f6564b8830bc894c89659"
-    if there:
-        folder.mkdir(parents=True)
-        (folder / "README.md").write_text("---\nbase_model: meta-llama/Llama-3.1-8B\nlicense: llama3.1\n---\n")
-        (folder / "config.json").write_text('{"_name_or_path": "/checkpoints/1"}')
-    text = card(base_model=f"{folder}/", method="wanda")
-    assert front_matter(text)["base_model"] == home
-    assert front_matter(text).get("license") == ("llama3.1" if there else None)
-    assert f"# {home} pruned with wanda" in text
-    assert f"| Base model | `{home}` |" in text
-    assert str(tmp_path) not in text
     assert "0e9e39f" not in text
+
+
+def test_a_folder_of_the_hubs_cache_is_the_hub_model_and_not_the_one_its_card_names(tmp_path: Path) -> None:
+    folder = tmp_path / "models--org--llama" / CACHED
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("---\nbase_model: meta-llama/Llama-3.1-8B\nlicense: llama3.1\n---\n")
+    (folder / "config.json").write_text('{"_name_or_path": "/checkpoints/1"}')
+    matter = front_matter(card(base_model=f"{folder}/"))
+    assert (matter["base_model"], matter["license"]) == ("org/llama", "llama3.1")
 
 
 @pytest.mark.parametrize("recovered", [False, True])
@@ -108,23 +99,8 @@ def test_facts_of_the_run_are_stated_once() -> None:
     assert "trust_remote_code" not in card("stock")
 
 
-HOSTILE = [
-    "a: b",
-    "- a",
-    "---\nlicense: mit",
-    "'\"",
-    "#x",
-    "!!python/object/apply:os.system [id]",
-    "*a",
-    "{a",
-    "\x1b[31m",
-    "\udc80",
-    "a\u2028b",
-    "<script>|`$",
-    "null",
-    "1",
-    "",
-]
+HOSTILE = ("a: b", "- a", "---\nlicense: mit", "'\"", "#x", "!!python/object/apply:os.system [id]", "*a", "{a")
+HOSTILE += ("\x1b[31m", "\udc80", "a\u2028b", "<script>|`$", "null", "1", "")
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -141,6 +117,10 @@ def test_front_matter_and_tables_survive_any_name(name: str) -> None:
     rows = [line for line in body.splitlines() if line.startswith("|")]
     assert {line.replace("\\|", "").count("|") for line in rows} == {3, 4}  # two columns above, three below
     assert sum(line.startswith("# ") for line in body.splitlines()) == 1
+
+
+OTHER = {"license": "other", "license_name": "own", "base_model": "org/x"}
+OTHER |= {"license_link": "https://huggingface.co/org/x/blob/main/LICENSE"}
 
 
 @pytest.mark.parametrize(
@@ -160,16 +140,7 @@ def test_front_matter_and_tables_survive_any_name(name: str) -> None:
         ("---\nbase_model: org/first\n---\n", {}, {"base_model": "org/first"}),
         ("---\nbase_model: [org/a, org/b]\n---\n", {}, {"base_model": ["org/a", "org/b"]}),
         ("---\nbase_model: /home/me/llama\n---\n", {}, {}),
-        (
-            "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\nbase_model: org/x\n---\n",
-            {},
-            {
-                "license": "other",
-                "license_name": "own",
-                "license_link": "https://huggingface.co/org/x/blob/main/LICENSE",
-                "base_model": "org/x",
-            },
-        ),
+        ("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\nbase_model: org/x\n---\n", {}, OTHER),
         ("---\nlicense: other\nlicense_link: /home/me/LICENSE\n---\n", {}, {"license": "other"}),
         ("---\nlicense: {a: 1}\nbase_model: 3\n---\n", {}, {}),
         ("---\nlicense: 'a: b'\n---\n", {}, {}),
@@ -191,23 +162,17 @@ def test_licence_and_origin_are_what_the_base_model_says(
     assert {key: matter[key] for key in matter if key not in ("library_name", "pipeline_tag", "tags")} == expected
 
 
-def test_licence_is_read_where_the_model_is_now(tmp_path: Path) -> None:
-    make_tiny().save_pretrained(tmp_path)
-    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
-    plan = mixed_plan(make_tiny(), base_model="/where/it/was/made")
-    assert front_matter(model_card(plan, "stock", base=Checkpoint.open(str(tmp_path))))["license"] == "mit"
-    assert "license" not in front_matter(model_card(plan, "stock"))
-
-
-def test_no_file_of_a_checkpoint_names_the_folder_of_the_base_model(tmp_path: Path) -> None:
+def test_licence_is_read_where_the_model_is_now_and_no_file_names_that_folder(tmp_path: Path) -> None:
     base = tmp_path / "base"
     make_tiny().save_pretrained(base)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"_name_or_path": str(base)}))
-    dense = Checkpoint.open(str(base))
-    plan = mixed_plan(make_tiny(), base_model=str(base))
-    text = model_card(plan, "per-layer", {"dataset": str(tmp_path / "text.txt")}, base=dense)
-    write_checkpoint(open_pruned(dense, plan), tmp_path / "out", beside=dense, card=text)
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    plan = mixed_plan(make_tiny(), base_model=f"{tmp_path}/where/it/was")
+    facts = {"dataset": str(tmp_path / "text.txt")}
+    write_pruned(Checkpoint.open(str(base)), plan, lambda layer: {}, tmp_path / "out", calibration=facts)
+    assert front_matter((tmp_path / "out" / "README.md").read_text())["license"] == "mit"
+    assert "license" not in front_matter(model_card(plan, "stock"))
     for file in (tmp_path / "out").iterdir():
         assert str(tmp_path).encode() not in file.read_bytes(), file.name
 
@@ -243,8 +208,8 @@ def test_commands_of_the_card_run(
 
 
 def test_card_of_a_padded_checkpoint_says_how_to_load_that_one() -> None:
-    text = stock_card(card("per-layer", method="hgsp"))
-    assert front_matter(text) == front_matter(card("per-layer", method="hgsp"))
+    text = stock_card(card())
+    assert front_matter(text) == front_matter(card())
     assert "trust_remote_code" not in text
     assert "--format stock" not in text
     assert "padded with zeros" in text

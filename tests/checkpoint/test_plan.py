@@ -58,9 +58,10 @@ def test_file_that_is_no_plan(plan: PruningPlan, tmp_path: Path, edit, message: 
 
 
 def test_file_that_is_not_there_or_no_json(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
     with pytest.raises(UserError, match=r"--plan: .*cannot read"):
-        PruningPlan.load(tmp_path / "plan.json")
+        PruningPlan.load(file)
     for content in (b"{", b"\xff\xfe\x00"):
-        (tmp_path / "plan.json").write_bytes(content)
+        file.write_bytes(content)
         with pytest.raises(UserError, match=r"--plan: .*cannot be read as JSON"):
-            PruningPlan.load(tmp_path / "plan.json")
+            PruningPlan.load(file)

@@ -132,6 +132,11 @@ def test_rows_that_are_missing_or_there_twice_and_layers_among_blocks_are_notice
         assert len(Scores.read(path, "--run").unit) == 17
 
 
+def plan(kept: list[dict[Block, list[int]]]) -> PruningPlan:
+    layers = [LayerPlan(index, units) for index, units in enumerate(kept)]
+    return PruningPlan("m", 0.2, 0.2, {"dense": 10, "pruned": 8}, None, "base", layers)
+
+
 @pytest.mark.parametrize("layer", [0, 1, 2])
 def test_a_layer_without_units_has_no_rows(path: Path, layer: int) -> None:
     """It is a mixer alone, wherever it is; only the plan can tell it from one whose rows are lost."""
@@ -139,33 +144,23 @@ def test_a_layer_without_units_has_no_rows(path: Path, layer: int) -> None:
     whole.at(whole.layer != layer).write(path)
     found = Scores.read(path, "--run")
     kept = [{block: found.unit[found.of(i, block) & found.kept].tolist() for block in DENSE} for i in range(3)]
-    layers = [LayerPlan(i, units if i != layer else {Block.MIXER: [0]}) for i, units in enumerate(kept)]
-
-    def plan(layers: list[LayerPlan]) -> PruningPlan:
-        return PruningPlan("m", 0.2, 0.2, {"dense": 10, "pruned": 8}, None, "base", layers)
-
-    found.check_plan(plan(layers))
-    layers[layer] = LayerPlan(layer, {Block.MLP: [0]})
+    kept[layer] = {Block.MIXER: [0]}
+    found.check_plan(plan(kept))
+    kept[layer] = {Block.MLP: [0]}
     with pytest.raises(ValueError, match=f"layer {layer} keeps other units"):
-        found.check_plan(plan(layers))
+        found.check_plan(plan(kept))
 
 
 @pytest.mark.parametrize("whole_layers", [False, True])
 def test_plan_must_keep_the_same_units(whole_layers: bool) -> None:
     found = table(whole_layers=whole_layers)
-    units = [(Block.ATTENTION, 0), (Block.ATTENTION, 1), *((Block.MLP, unit) for unit in range(4))]
-    gone = found.pruned.reshape(3, -1).repeat(6 if whole_layers else 1, axis=1)
-    kept = [[unit for unit, pruned in zip(units, row, strict=True) if not pruned] for row in gone]
-    layers = [LayerPlan(i, {b: [u for of, u in row if of == b] for b in DENSE}) for i, row in enumerate(kept)]
-
-    def plan(layers: list[LayerPlan]) -> PruningPlan:
-        return PruningPlan("m", 0.2, 0.2, {"dense": 10, "pruned": 8}, None, "base", layers)
-
-    found.check_plan(plan(layers))
+    stay = found.kept.reshape(3, -1).repeat(6 if whole_layers else 1, axis=1)  # of two groups and four channels
+    kept = [{Block.ATTENTION: row[:2].nonzero()[0].tolist(), Block.MLP: row[2:].nonzero()[0].tolist()} for row in stay]
+    found.check_plan(plan(kept))
     with pytest.raises(ValueError, match=r"it lists 3 layers, plan.json 2"):
-        found.check_plan(plan(layers[:-1]))
+        found.check_plan(plan(kept[:-1]))
     with pytest.raises(ValueError, match="layer 2 keeps other units"):
-        found.check_plan(plan([*layers[:2], LayerPlan(2, {Block.ATTENTION: [], Block.MLP: []})]))
+        found.check_plan(plan([*kept[:2], {Block.ATTENTION: [], Block.MLP: []}]))
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -1,6 +1,5 @@
 """A checkpoint that is not the model in memory, or decodes wrongly with a cache, is found before anyone uses it."""
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from lightning_prune.cli import main
 from lightning_prune.models import modeling_pruned
 from lightning_prune.support.errors import CheckpointError
 from tests.cutting import cut, layered
-from tests.tiny import EVERY_FAMILY, make_tiny, mixed_plan, tiny_plan, uniform_plan
+from tests.tiny import make_tiny, mixed_plan, tiny_plan, uniform_plan
 
 SOURCE = Path(modeling_pruned.__file__).read_text(encoding="utf-8")
 FINDS_THE_CACHE = "next((x for x in inputs if _is_kv_cache(x)), None)"
@@ -42,16 +41,14 @@ def narrower_by_turns(model: Any) -> Any:
 @pytest.mark.parametrize(
     ("family", "dtype", "plan"),
     [
-        *product(EVERY_FAMILY, [torch.float32], [mixed_plan]),
-        *(("llama", dtype, plan) for dtype, plan in zip(HALF, (uniform_plan, mixed_plan), strict=True)),
-        *(("qwen2", dtype, plan) for dtype, plan in zip(HALF, (mixed_plan, uniform_plan), strict=True)),
-        *(("gemma2", dtype, mixed_plan) for dtype in HALF),
+        *product(("llama", "qwen2", "gemma2"), HALF, (mixed_plan, uniform_plan)),
         *product(["llama"], [torch.float32, *HALF], [narrower_by_turns]),
     ],
 )
 def test_a_good_checkpoint_passes_and_leaves_no_trace(
     family: str, plan: Any, dtype: torch.dtype, tmp_path: Path
 ) -> None:
+    """Others pass when they are written, in ``test_write.py``."""
     expected = written(tmp_path / "pruned", dtype, plan, family=family)
     before = set(sys.modules), list(sys.path), dynamic_module_utils.HF_MODULES_CACHE
     facts = check_checkpoint(tmp_path / "pruned", expected)
@@ -72,9 +69,8 @@ def weights(edit: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path
 
 
 def another_rotary_base(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config["rope_parameters"]["rope_theta"] *= 2
-    (folder / "config.json").write_text(json.dumps(config))
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"rope_theta": 10000.0', '"rope_theta": 20000.0'))
 
 
 def another_dtype(folder: Path) -> None:

@@ -37,7 +37,7 @@ def main() -> None:
         request = urllib.request.Request(f"{server.listening_address}/{path}", json.dumps(question).encode(), headers)
         return json.load(urllib.request.urlopen(request))
 
-    answers: dict[str, Any] = {"top": [], "greedy": [], "tokens": [], "texts": []}
+    answers: dict[str, Any] = {"prompts": [], "tokens": [], "texts": []}
     for prompt in questions.get("prompts", []):
         found = ask(
             "completion",
@@ -58,8 +58,7 @@ def main() -> None:
                 step = next(shown, None)
             else:
                 top.append(None)
-        answers["top"].append(top)
-        answers["greedy"].append(found["tokens"])
+        answers["prompts"].append({"tokens": found["tokens"], "top": top})
     for text in questions.get("texts", []):
         tokens = ask("tokenize", content=text, add_special=True, parse_special=True)["tokens"]
         answers["tokens"].append(tokens)

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
@@ -12,12 +11,13 @@ from lightning_prune.checkpoint.write import write_pruned
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import LayerStructure, layer_structures
 from lightning_prune.models.vocabulary import Block
-from tests.engines.asking import ask, needs
+from tests.engines.asking import ask, difference, needs, prompts
 from tests.tiny import EXPERTS, HYBRIDS, SIDE_BY_SIDE, make_moe, make_tiny, tiny_plan
 
 pytestmark = [pytest.mark.engines, needs("vllm")]
 
 LENGTH = 4
+PROMPTS = prompts(range(1, 90, 12), 96)  # which the engine batches as they come
 SIZES: dict[str, Any] = {"hidden": 128, "channels": 64, "head_dim": 32, "initializer_range": 0.1}  # as its kernels need
 OWN: dict[str, dict[str, Any]] = {
     "olmoe": {"clip_qkv": None, "tied": False},  # both of which its own model does not read
@@ -31,12 +31,6 @@ OWN: dict[str, dict[str, Any]] = {
 }
 # Its own models take the head's size from hidden_size, so that heads cannot be fewer.
 HEADS_STAY = ("qwen2_moe", "granitemoe", "lfm2", "lfm2_moe", "granitemoehybrid")
-
-
-def prompts() -> list[list[int]]:
-    """8 of different length, which the engine batches as they come."""
-    generator = torch.Generator().manual_seed(2)
-    return [torch.randint(2, 96, (length,), generator=generator).tolist() for length in range(1, 90, 12)]
 
 
 def kept_of(view: LayerStructure, block: Block, heads_stay: bool) -> list[int]:
@@ -71,30 +65,15 @@ def models_of(family: str, folder: Path) -> dict[str, PreTrainedModel]:
     return {name: AutoModelForCausalLM.from_pretrained(folder / name).eval() for name in names.values()}
 
 
-@torch.no_grad()
-def compare(model: PreTrainedModel, answers: list[dict[str, Any]]) -> float:
-    """The largest difference of log-probabilities, infinite where greedy tokens differ."""
-    largest = 0.0
-    for prompt, answer in zip(prompts(), answers, strict=True):
-        expected = model.generate(torch.tensor([prompt]), max_new_tokens=LENGTH, do_sample=False, eos_token_id=None)
-        if answer["tokens"] != expected[0, len(prompt) :].tolist():
-            return float("inf")
-        logs = model(expected).logits[0].log_softmax(-1)
-        for step, found in enumerate(answer["top"]):
-            wanted = logs[len(prompt) - 1 + step, [int(token) for token in found]]
-            largest = max(largest, (torch.tensor(list(found.values())) - wanted).abs().max().item())
-    return largest
-
-
 @pytest.mark.parametrize("family", [*EXPERTS, *HYBRIDS, *SIDE_BY_SIDE])
 def test_log_probabilities_and_greedy_tokens_are_those_of_transformers(tmp_path: Path, family: str) -> None:
     models = models_of(family, tmp_path)
-    answers = ask("vllm", tmp_path, {"models": list(models), "prompts": prompts(), "length": LENGTH})
+    answers = ask("vllm", tmp_path, {"models": list(models), "prompts": PROMPTS, "length": LENGTH})
     dense, cut = (answers[name] for name in models)
     if isinstance(dense, str):
         pytest.skip(f"vLLM refuses the dense model too: {dense}")
-    difference = compare(models[f"{family}-dense"], dense)
-    if not difference < 1e-4:
-        pytest.skip(f"vLLM computes the dense model otherwise than transformers, by {difference}")
+    of_dense = difference(models[f"{family}-dense"], PROMPTS, dense, LENGTH)
+    if not of_dense < 1e-4:
+        pytest.skip(f"vLLM computes the dense model otherwise than transformers, by {of_dense}")
     assert not isinstance(cut, str), cut  # the words of a refusal
-    assert compare(models[f"{family}-cut"], cut) < 1e-4
+    assert difference(models[f"{family}-cut"], PROMPTS, cut, LENGTH) < 1e-4

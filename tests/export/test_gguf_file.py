@@ -10,15 +10,14 @@ import pytest
 import torch
 
 from lightning_prune.cli import main
-from lightning_prune.export.gguf_tensors import interleaved
+from lightning_prune.export.gguf_file import interleaved
 from tests.export.checkpoints import FAMILIES, gone, save, watch_reads
 from tests.tiny import EVERY_FAMILY, mixed_plan
 
 
 def export(folder: Path, *options: str) -> int:
-    return main(
-        ["export", "--model", str(folder), "--format", "gguf", "--output", str(folder.parent / "m.gguf"), *options]
-    )
+    output = str(folder.parent / "m.gguf")
+    return main(["export", "--model", str(folder), "--format", "gguf", "--output", output, *options])
 
 
 def read(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -51,11 +50,12 @@ def test_rows_in_the_other_rotary_order_give_the_same_attention_scores() -> None
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_every_parameter_is_in_the_file_under_the_name_that_the_format_gives_it(
-    family: str, tied: bool, tmp_path: Path
+def test_every_parameter_is_read_alone_and_in_the_file_under_the_name_that_the_format_gives_it(
+    family: str, tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = save(tmp_path / "model", family, tied=tied)
+    model, reads = save(tmp_path / "model", family, tied=tied), watch_reads(monkeypatch)
     assert export(tmp_path / "model", "--dtype", "f32") == 0
+    assert max(map(len, reads)) == 1
     fields, tensors = read(tmp_path / "m.gguf")
     assert fields["general.architecture"] == {"mistral": "llama"}.get(family, family)
     kind = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}[family]
@@ -116,13 +116,6 @@ def test_matrices_have_the_requested_dtype_and_vectors_fp32(
     narrow = {"blk.0.ffn_down.weight", "blk.1.ffn_down.weight", "blk.0.attn_output.weight", "blk.1.attn_output.weight"}
     assert {kinds[name] for name in narrow} == {"F16" if kind == "Q8_0" else kind}
     assert ("4 matrices are in f16" in capsys.readouterr().out) == (kind == "Q8_0")
-
-
-def test_tensors_are_read_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path / "model", "qwen3", plan=mixed_plan)
-    reads = watch_reads(monkeypatch)
-    assert export(tmp_path / "model") == 0
-    assert max(map(len, reads)) == 3  # query, key and value are one tensor there
 
 
 ROPE = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}

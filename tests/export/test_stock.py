@@ -38,8 +38,11 @@ def test_padded_model_is_stock_and_gives_the_same_logits(
     torch.testing.assert_close(padded.double()(tiny_tokens()).logits, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_layers_are_as_wide_as_the_widest_and_the_loss_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_layers_are_as_wide_as_the_widest_one_is_in_memory_at_a_time_and_the_loss_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of four heads in four KV groups of size 8, hidden 32, three groups and 30 of 40 channels are the widest."""
+    reads = watch_reads(monkeypatch)
     pruned = save(
         tmp_path / "model",
         "mistral",
@@ -47,6 +50,8 @@ def test_layers_are_as_wide_as_the_widest_and_the_loss_is_told(tmp_path: Path, c
         kv_heads=4,
     )
     padded = export(tmp_path / "model")
+    for names in reads:
+        assert len({name.split("layers.")[-1].split(".")[0] for name in names if "layers." in name}) <= 1
     config = padded.config
     assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (3, 3, 30)
     counts = [sum(parameter.numel() for parameter in model.parameters()) for model in (pruned, padded)]
@@ -66,11 +71,3 @@ def test_head_counts_that_llama_refuses_are_said_in_the_words_of_mistral(tmp_pat
     # With biases, which Mistral lacks, the next number that divides is taken.
     save(tmp_path / "biased" / "model", "llama", plan, kv_heads=4, attention_bias=True)
     assert export(tmp_path / "biased" / "model").config.num_attention_heads == 4
-
-
-def test_one_layer_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path / "model", plan=mixed_plan)
-    reads = watch_reads(monkeypatch)
-    export(tmp_path / "model")
-    for names in reads:
-        assert len({name.split("layers.")[-1].split(".")[0] for name in names if "layers." in name}) <= 1
