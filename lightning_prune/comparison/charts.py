@@ -99,10 +99,10 @@ def quality_chart(x: Mapping[Repeats, float], name: str, short: str, styles: Sty
         for line in (line for line in lines if line.name == system):
             mean, deviation = line.perplexity(name)
             height, deviation = min(top if mean is None else mean, top), deviation or 0.0
-            row = {"x": x[line], "y": height, "low": height - deviation, "high": min(height + deviation, top)}
-            row |= {"system": plain(system), "ratio": f"{line.size}, achieved {line.achieved:.4f}"}
-            row |= {"perplexity": spread(line.perplexity(name)), "verdict": line.verdict(name)}
-            rows.append(row | {"seconds": shown(line.average(to_prune))})
+            row: dict[str, Any] = {"x": x[line], "y": height, "low": height - deviation}
+            row |= {"high": min(height + deviation, top), "system": plain(system)}
+            row |= {"ratio": f"{line.size}, achieved {line.achieved:.4f}", "perplexity": spread(line.perplexity(name))}
+            rows.append(row | {"verdict": line.verdict(name), "seconds": shown(line.average(to_prune))})
         if not rows:
             continue
         source, color = ColumnDataSource({key: [row[key] for row in rows] for key in rows[0]}), style["color"]
