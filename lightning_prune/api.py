@@ -38,11 +38,7 @@ __all__ = ["PrunedModel", "UserError", "apply", "calibration_set", "compare", "e
 
 
 class PrunedModel:
-    """A finished run: its folder is what ``lightning-prune fit`` leaves.
-
-    Attributes:
-        folder: of the run. A temporary one lives as long as this object.
-    """
+    """A finished run: ``folder`` is what ``lightning-prune fit`` leaves, and lives as long as this if temporary."""
 
     def __init__(self, folder: Path, keep: Any = None) -> None:
         self.folder = folder
@@ -280,8 +276,7 @@ def compare(
     lines = [line for group in result.groups for line in repeats(group.all)]
     rows = []
     for line in lines:
-        row: dict[str, Any] = {"system": line.first.label, "ratio": line.first.requested}
-        row["achieved"] = line.average(lambda run: run.achieved)
+        row: dict[str, Any] = {"system": line.first.label, "ratio": line.first.requested, "achieved": line.achieved}
         row |= {f"perplexity {name}": line.perplexity(name).mean for name in line.sets}
         row |= {
             f"{key} {name}": line.distance(name, field).mean

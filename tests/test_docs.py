@@ -1,20 +1,24 @@
-"""What the README and the pages of docs/ tell a reader to type works, on fewer tokens; every page has its entry."""
+"""What the README and the pages of docs/ tell a reader to type works, on fewer tokens, and prints what the README says;
+every page has its entry, and every named file is there."""
 
 import contextlib
+import doctest
 import re
 import shlex
 import shutil
 import sys
 import textwrap
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 import yaml
+from nbclient import NotebookClient
 from transformers import AutoTokenizer
 
 import lightning_prune as lp
@@ -26,7 +30,9 @@ from tests.methods.running import run_method, save_base
 from tests.tiny import make_moe, make_tiny, tiny_tokens
 
 ROOT = Path(__file__).parent.parent
-DOCS = ROOT / "docs"
+DOCS, README = ROOT / "docs", ROOT / "README.md"
+NOTEBOOK = DOCS / "first_steps.ipynb"
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 YOURS = {  # what stands for something of the reader's, or would take minutes
     "path/to/wikitext2/validation.txt": "my_text.txt",
     "path/to/wikitext2/test.txt": "my_text.txt",
@@ -72,7 +78,7 @@ PAGES = [
     *(DOCS / "notes" / f"{name}.md" for name in ("quality", "results")),
     *(DOCS / f"{name}.md" for name in ("comparison", "experts", "large_models", "python", "quality", "recover")),
     *(DOCS / f"{name}.md" for name in ("results", "serving")),
-    ROOT / "README.md",
+    README,
 ]
 ADDED = {  # behind a command of the reader's, so that it takes seconds
     # In float32, which a processor without bf16 instructions calculates ten times as fast.
@@ -88,9 +94,14 @@ ADDED = {  # behind a command of the reader's, so that it takes seconds
 }
 
 
+def all_blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and text of every code block."""
+    found = re.findall(r"^ *```(\w+)\n(.*?)^ *```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    return [(language, textwrap.dedent(block)) for language, block in found]
+
+
 def blocks(page: Path, language: str) -> list[str]:
-    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-    return [textwrap.dedent(block) for _, block in found]
+    return [block for kind, block in all_blocks(page) if kind == language]
 
 
 def commands(page: Path) -> list[str]:
@@ -200,3 +211,93 @@ def test_every_page_is_in_the_navigation_once_and_every_entry_is_a_page() -> Non
 
     listed = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
     assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+
+
+def same(shown: str, printed: str) -> bool:
+    """Numbers may differ by a hundredth, as on another processor they do."""
+    values = [[float(number.replace(",", "")) for number in NUMBER.findall(line)] for line in (shown, printed)]
+    return NUMBER.sub("0", shown) == NUMBER.sub("0", printed) and values[0] == pytest.approx(values[1], rel=0.01)
+
+
+def is_printed(shown: str, printed: str) -> bool:
+    """Every line in its order, and others between them only where the README has a line "…"."""
+    rest, gap = printed.strip().splitlines(), False
+    for line in shown.splitlines():
+        if line == "…":
+            gap = True
+            continue
+        place = next((index for index, other in enumerate(rest) if same(line, other)), None)
+        if place is None or (place and not gap):
+            return False
+        rest, gap = rest[place + 1 :], False
+    return gap or not rest
+
+
+@pytest.mark.parametrize(
+    ("shown", "right"),
+    [
+        ("a 1.000\nb 2\nc", True),
+        ("a 1.004\nb 2\nc", True),
+        ("a 1.1\nb 2\nc", False),
+        ("a 1\nc", False),
+        ("a 1\n…\nc", True),
+        ("…\nc\n…", True),
+        ("…\nd", False),
+        ("a 1\nb 2", False),
+    ],
+)
+def test_output_is_compared_line_by_line(shown: str, right: bool) -> None:
+    assert is_printed(shown, "\na 1\nb 2\nc\n") is right
+
+
+@pytest.mark.slow
+def test_commands_of_the_readme_print_what_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pairs = [pair for pair in pairwise(all_blocks(README)) if [language for language, _ in pair] == ["bash", "text"]]
+    assert len(pairs) == 2
+    for (_, typed), (_, shown) in pairs:
+        program, *words = shlex.split(typed.split("&&")[-1])
+        assert program == "lightning-prune"
+        assert main(words) == 0
+        printed = capsys.readouterr().out
+        assert is_printed(shown, printed), printed
+
+
+@pytest.mark.slow
+def test_python_of_the_readme_prints_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert blocks(README, "pycon")
+    for text in blocks(README, "pycon"):
+        example = doctest.DocTestParser().get_doctest(text, {}, "README", "README.md", 0)
+        failed, tried = doctest.DocTestRunner().run(example)
+        assert tried
+        assert not failed
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_and_named_files_are_there(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = re.findall(r"\]\((?!http)([^)#]+)", text)
+    named += re.findall(r"configs/[\w.]+|docs/[\w.]+|CONTRIBUTING\.md|CHANGELOG\.md", text)
+    assert named
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_shows_plots_and_a_fair_table(tmp_path: Path) -> None:
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    shown = [kind for output in outputs for kind in output.get("data", {})]
+    assert shown.count("image/png") == 2
+    assert "[]\n" in [output.text for output in outputs if output.output_type == "stream" and output.name == "stdout"]
+    assert shown.count("text/html") == 2
+
+
+def test_the_notebook_is_kept_without_outputs() -> None:
+    """They would go stale, and two plots are larger than the text of the page."""
+    code = [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
+    assert [cell.outputs for cell in code] == [[]] * len(code)
+    assert [cell.execution_count for cell in code] == [None] * len(code)

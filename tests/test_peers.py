@@ -1,9 +1,8 @@
 """``benchmarks/peers.py``: what it measures with, and how it changes a peer's code; no checkout is needed."""
 
-import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,23 +10,11 @@ import pytest
 import torch
 
 import lightning_prune as lp
+from benchmarks import peers
 from tests.tiny import make_tiny
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
-
-@pytest.fixture(scope="module")
-def peers() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("peers", BENCHMARKS / "peers.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["peers"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_agreement_counts_what_both_removed(peers: ModuleType) -> None:
+def test_agreement_counts_what_both_removed() -> None:
     def of(ours: dict[str, list[int]], theirs: dict[str, list[int]]) -> Any:
         return peers.agreement(*({name: np.array(row) > 0 for name, row in one.items()} for one in (ours, theirs)))
 
@@ -37,7 +24,7 @@ def test_agreement_counts_what_both_removed(peers: ModuleType) -> None:
 
 
 @pytest.mark.slow  # it evaluates a model
-def test_distance_is_kl_from_the_dense_model_and_the_perplexity_of_evaluate(peers: ModuleType, tmp_path: Path) -> None:
+def test_distance_is_kl_from_the_dense_model_and_the_perplexity_of_evaluate(tmp_path: Path) -> None:
     torch.manual_seed(0)
     dense, pruned = make_tiny("llama"), make_tiny("llama")
     with torch.no_grad():
@@ -52,7 +39,7 @@ def test_distance_is_kl_from_the_dense_model_and_the_perplexity_of_evaluate(peer
     assert np.isnan(peers.distance(None, pruned, windows)[1])
 
 
-def test_zero_columns_stand_for_removed_units_and_cost_what_they_hold(peers: ModuleType) -> None:
+def test_zero_columns_stand_for_removed_units_and_cost_what_they_hold() -> None:
     model: Any = make_tiny(hidden=16, channels=24, layers=1)  # 4 query heads of 8, 2 KV heads
     config, total = model.config, sum(one.numel() for one in model.parameters())
     removed = peers.no_units(config)
@@ -67,9 +54,7 @@ def test_zero_columns_stand_for_removed_units_and_cost_what_they_hold(peers: Mod
     assert share == pytest.approx((group + 2 * 3 * 16) / (2 * group + 24 * 3 * 16))
 
 
-def test_a_module_is_imported_with_the_models_numbers(
-    peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_module_is_imported_with_the_models_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "WIDTH, COST, NAME = 128, 512.0, '128'\ndef first(): return get_loaders()[0][0]\n"
     (tmp_path / "of_a_peer.py").write_text(code)
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -89,7 +74,7 @@ def test_a_module_is_imported_with_the_models_numbers(
     ],
 )
 def test_a_mistake_is_refused_before_anything_runs(
-    peers: ModuleType, change: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    change: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     for name in ("validation.txt", "test.txt"):
         (tmp_path / name).write_text("text")

@@ -62,15 +62,9 @@ examples:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: arguments without the program name; default ``sys.argv[1:]``.
-
-    Returns:
-        Exit status: 0 done, 2 a mistake in the input (one message on stderr, no traceback), 130 and 143 when
-        interrupted by SIGINT and SIGTERM, 1 anything else.
-    """
+    """Run one command: ``argv`` without the program name, by default this process's. Returns the exit status: 0 done,
+    2 a mistake in the input (one message on stderr, no traceback), 130 and 143 interrupted by SIGINT and SIGTERM, 1
+    anything else."""
     arguments = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # an encoding without arrows must not end a run that is done
@@ -136,11 +130,7 @@ def _command(name: str) -> Any:
 
 
 def _prepare_environment() -> None:
-    """Before libraries are imported that would stumble over it.
-
-    Raises:
-        UserError: the working folder is gone, or a launcher's variables are not numbers.
-    """
+    """Before libraries are imported that would stumble over it."""
     try:
         os.getcwd()
     except OSError as error:

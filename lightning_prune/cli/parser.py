@@ -70,12 +70,13 @@ def with_method_help(words: Sequence[str]) -> list[str]:
     return list(words)
 
 
-def tell(run: Any, table: str, metrics: dict[str, Any], last: str, folder: Path) -> None:
-    """Print a finished run: a ``table`` for people, ``metrics`` for scripts, and the ``last`` line, which says where
-    things are. ``run`` is a ``RunBuilder`` with the options of ``OUTPUT``; of several processes the first one prints.
+def tell(run: Any, table: str, metrics: dict[str, Any], folder: Path, last: str = "") -> None:
+    """Print a finished run: a ``table`` for people, ``metrics`` for scripts, the ``last`` line, by default where the
+    pruned model is. ``run`` is a ``RunBuilder`` with the options of ``OUTPUT``; of several processes the first prints.
     """
     if not run.trainer.is_global_zero:
         return
+    last = last or f"pruned model: {folder / 'pruned'}"
     if run.option("json"):
         print(json.dumps(finite(metrics | {"folder": str(folder)}), indent=2))
     else:

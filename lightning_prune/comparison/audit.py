@@ -63,12 +63,11 @@ class Group:
 
     @property
     def all(self) -> list[Run]:
-        """Its runs, those at ratios of their own included."""
         return self.runs + self.other_ratio
 
     @property
     def calibration(self) -> Calibration | None:
-        """The manifest of its calibration set, of the first run that had one; None where none did."""
+        """Of the first run that had one; None where none did."""
         return next((run.calibration for run in self.all if run.calibration is not None), None)
 
 
@@ -82,7 +81,6 @@ class Audit:
 
     @property
     def runs(self) -> list[Run]:
-        """All runs, group after group."""
         return [run for group in self.groups for run in group.all]
 
 

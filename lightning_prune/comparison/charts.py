@@ -4,7 +4,7 @@ They are Bokeh's, for the page alone: values under the pointer, systems switched
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -19,7 +19,7 @@ from lightning_prune.comparison.audit import Audit
 from lightning_prune.comparison.costs import to_prune
 from lightning_prune.comparison.repeats import Repeats, by_size, percent, repeats
 from lightning_prune.comparison.selection import Floats, agreement, kept_fraction
-from lightning_prune.comparison.tables import evaluation_sets, seconds, spread
+from lightning_prune.comparison.tables import evaluation_sets, shown, spread
 from lightning_prune.models.vocabulary import ROLES_OF
 from lightning_prune.runs.verdict import unusable_limit
 from lightning_prune.support.escape import plain
@@ -62,8 +62,10 @@ def _of_group(audit: Audit, number: int, runs: Sequence[Any]) -> Iterator[tuple[
     marks = zip(dict.fromkeys(line.name for line in lines), cycle(PALETTE), cycle(MARKERS))
     styles = {name: {"color": color, "marker": marker} for name, color, marker in marks}
     where = f" (Table {number})" if len(audit.groups) > 1 else ""
+    ratios = {line: line.achieved for line in lines}
+    seconds = {line: spent for line in lines if (spent := line.average(to_prune)) is not None}
     for name, short in sets.items():
-        yield f"Quality and size{where}", EDGE, quality_chart(lines, name, short, styles, achieved, "pruning ratio")
+        yield f"Quality and size{where}", EDGE, quality_chart(ratios, name, short, styles, "pruning ratio")
     for size, here in by_size(lines).items():
         for line in here:
             yield f"Kept by layer at {percent(size)}{where}", plain(line.name), kept_chart(line)
@@ -76,27 +78,15 @@ def _of_group(audit: Audit, number: int, runs: Sequence[Any]) -> Iterator[tuple[
             caption = "Jaccard index of the kept units: the share of what either keeps that both keep."
             yield heading, caption, matrix_chart(labels, overlap, 0)
     for name, short in sets.items():
-        yield f"Quality and cost{where}", EDGE, quality_chart(lines, name, short, styles, cost, "seconds to prune")
+        yield f"Quality and cost{where}", EDGE, quality_chart(seconds, name, short, styles, "seconds to prune")
 
 
-def achieved(line: Repeats) -> float | None:
-    """The pruning ratio reached, mean over seeds."""
-    return line.average(lambda run: run.achieved)
-
-
-def cost(line: Repeats) -> float | None:
-    """Seconds of calibrating and pruning, mean over seeds."""
-    return line.average(to_prune)
-
-
-def quality_chart(
-    lines: Sequence[Repeats], name: str, short: str, styles: Styles, x: Callable[[Repeats], float | None], label: str
-) -> Any:
-    """Perplexity on evaluation set ``name`` over ``x``, a curve per system, with the dense model and the limit of the
-    unusable. Perplexities that are not finite or far beyond that limit are on the upper edge."""
-    points = sorted(((at, line) for line in lines if name in line.sets and (at := x(line)) is not None), key=_first)
-    known = [mean for _, line in points if (mean := line.perplexity(name).mean) is not None]
-    first = points[0][1].first if points else None
+def quality_chart(x: Mapping[Repeats, float], name: str, short: str, styles: Styles, label: str) -> Any:
+    """Perplexity on evaluation set ``name`` over ``x`` of each line, a curve per system, with the dense model and the
+    limit of the unusable. Perplexities that are not finite or far beyond that limit are on the upper edge."""
+    lines = sorted((line for line in x if name in line.sets), key=lambda line: x[line])
+    known = [mean for line in lines if (mean := line.perplexity(name).mean) is not None]
+    first = lines[0].first if lines else None
     dense = None if first is None else first.dense(name)
     limit = None if first is None else unusable_limit(dense, first.metrics.evaluation[name].unigram_perplexity)
     top = min(1.2 * max(known, default=limit or 1.0), BEYOND * (limit or math.inf))
@@ -105,23 +95,17 @@ def quality_chart(
     plot.x_range.start = 0  # where the dense model is; runs of one ratio differ by their rounding alone
     items, marks = [], []
     for system, style in styles.items():
-        mine = [(at, line, line.perplexity(name)) for at, line in points if line.name == system]
-        if not mine:
+        rows = []
+        for line in (line for line in lines if line.name == system):
+            mean, deviation = line.perplexity(name)
+            height, deviation = min(top if mean is None else mean, top), deviation or 0.0
+            row: dict[str, Any] = {"x": x[line], "y": height, "low": height - deviation}
+            row |= {"high": min(height + deviation, top), "system": plain(system)}
+            row |= {"ratio": f"{line.size}, achieved {line.achieved:.4f}", "perplexity": spread(line.perplexity(name))}
+            rows.append(row | {"verdict": line.verdict(name), "seconds": shown(line.average(to_prune))})
+        if not rows:
             continue
-        heights = [top if one.mean is None else min(one.mean, top) for _, _, one in mine]
-        deviations = [one.deviation or 0.0 for _, _, one in mine]
-        data = {
-            "x": [at for at, _, _ in mine],
-            "y": heights,
-            "low": [height - deviation for height, deviation in zip(heights, deviations, strict=True)],
-            "high": [min(height + deviation, top) for height, deviation in zip(heights, deviations, strict=True)],
-            "system": [plain(system)] * len(mine),
-            "ratio": [f"{line.size}, achieved {achieved(line):.4f}" for _, line, _ in mine],
-            "perplexity": [spread(one) for _, _, one in mine],
-            "verdict": [line.verdict(name) for _, line, _ in mine],
-            "seconds": [seconds(cost(line)) for _, line, _ in mine],
-        }
-        source, color = ColumnDataSource(data), style["color"]
+        source, color = ColumnDataSource({key: [row[key] for row in rows] for key in rows[0]}), style["color"]
         drawn = [
             plot.line("x", "y", source=source, color=color, line_width=2),
             plot.segment("x", "low", "x", "high", source=source, color=color),
@@ -206,7 +190,3 @@ def _shown(text: str) -> str:
     """``text`` for a chart, its middle left out where it would take the place of the axes."""
     line = plain(text)
     return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]}…{line[1 - LONGEST // 2 :]}"
-
-
-def _first(point: tuple[float, Any]) -> float:
-    return point[0]

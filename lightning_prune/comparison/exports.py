@@ -41,9 +41,10 @@ def results_csv(audit: Audit, failures: Sequence[Failure]) -> str:
         for run in sorted(group.all, key=lambda run: run.requested):
             row = {"table": index, "status": "finished"}
             rows += [row | _facts(run, lines[run], name, run in group.runs) for name in run.sets or ("",)]
-    for one in failures:
-        row = {"status": "failed", "system": one.label, "requested_ratio": one.requested, "message": one.message}
-        rows.append(row)
+    rows += [
+        {"status": "failed", "system": one.label, "requested_ratio": one.requested, "message": one.message}
+        for one in failures
+    ]
     return csv_text(rows)
 
 

@@ -31,33 +31,24 @@ class Accuracy:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run folder; a run is equal to itself only, so it can be a key.
-
-    Attributes:
-        calibration: None for methods that read no data.
-        options: the method's, as in ``config.yaml``.
-        recovery: of a run that trained the pruned model of another run.
-        accuracy: where zero-shot tasks were measured.
-    """
+    """One run folder; a run is equal to itself only, so it can be a key."""
 
     folder: Path
     metrics: RunMetrics
-    calibration: Calibration | None
+    calibration: Calibration | None  # None for methods that read no data
     environment: Environment
     details: MethodDetails
     units: Scores
-    options: dict[str, Any]
-    recovery: Recovered | None = None
-    accuracy: Accuracy | None = None
+    options: dict[str, Any]  # the method's, as in config.yaml
+    recovery: Recovered | None = None  # of a run that trained the pruned model of another run
+    accuracy: Accuracy | None = None  # where zero-shot tasks were measured
 
     @property
     def label(self) -> str:
-        """Name of its system."""
         return self.metrics.method.label
 
     @property
     def achieved(self) -> float:
-        """The pruning ratio that was reached."""
         return self.metrics.pruning_ratio.achieved
 
     @property
@@ -79,7 +70,6 @@ class Run:
 
     @property
     def sets(self) -> list[str]:
-        """Names of its evaluation sets."""
         return list(self.metrics.perplexity)
 
     def perplexity(self, name: str) -> float | None:
@@ -87,7 +77,6 @@ class Run:
         return self.metrics.perplexity[name].pruned
 
     def dense(self, name: str) -> float | None:
-        """Perplexity of the dense model on one evaluation set; None where it is not finite."""
         return self.metrics.perplexity[name].dense
 
     def divergence(self, name: str) -> float | None:
@@ -107,11 +96,7 @@ class Run:
 
 
 def load_run(folder: Path) -> Run:
-    """Read one run folder, its score table too.
-
-    Raises:
-        UserError: not the folder of a finished pruning run, or a file in it is not what it should be.
-    """
+    """Read one run folder, its score table too, or raise UserError."""
     run = RunFolder.open(folder, "--runs")
     model = read_config(folder / "config.yaml", "--runs").get("model")
     given = model.get("init_args") if isinstance(model, dict) else None

@@ -22,7 +22,7 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float | None]) -> "Spread":
-        """Mean and sample standard deviation; nothing unless every value is finite."""
+        """Nothing unless every value is finite."""
         known = [value for value in values if value is not None and math.isfinite(value)]
         if not known or len(known) < len(values):
             return cls()
@@ -42,13 +42,7 @@ class Repeats:
         return self.runs[0]
 
     @property
-    def ratio(self) -> float:
-        """The pruning ratio requested."""
-        return self.first.requested
-
-    @property
     def size(self) -> str:
-        """What was requested, as tables show it: a ratio, or memory."""
         return self.first.size
 
     @property
@@ -56,8 +50,11 @@ class Repeats:
         """Evaluation sets that all runs have."""
         return [name for name in self.first.sets if all(name in run.sets for run in self.runs)]
 
+    @property
+    def achieved(self) -> float:
+        return statistics.fmean(run.achieved for run in self.runs)
+
     def perplexity(self, name: str) -> Spread:
-        """Of the pruned models on one evaluation set."""
         return Spread.of([run.perplexity(name) for run in self.runs])
 
     def distance(self, name: str, key: str) -> Spread:
@@ -76,7 +73,6 @@ class Repeats:
         return " ± ".join(f"{one:.4f}" if key == "kl_divergence" else f"{100 * one:.1f} %" for one in known)
 
     def verdict(self, name: str) -> str:
-        """The verdict on the means."""
         divergences = [run.divergence(name) for run in self.runs]
         known = [one for one in divergences if one is not None]
         divergence = statistics.fmean(known) if len(known) == len(divergences) else None
@@ -121,7 +117,7 @@ def repeats(runs: Sequence[Run]) -> list[Repeats]:
 def by_size(lines: Sequence[Repeats]) -> dict[str, list[Repeats]]:
     """Lines by what was requested, the smallest ratio first."""
     sizes: dict[str, list[Repeats]] = {}
-    for line in sorted(lines, key=lambda line: line.ratio):
+    for line in sorted(lines, key=lambda line: line.first.requested):
         sizes.setdefault(line.size, []).append(line)
     return sizes
 

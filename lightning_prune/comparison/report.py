@@ -102,11 +102,7 @@ def check_output(output: Path, overwrite: bool) -> None:
 @contextmanager
 def report_folder(root: Path, output: Path | None, overwrite: bool) -> Iterator[tuple[Path, Path]]:
     """An empty folder to write the report into, and the name it has afterwards: ``root/comparison/version_N`` unless
-    ``output`` is given.
-
-    Raises:
-        UserError: it cannot be written, or something else has been put at ``output``.
-    """
+    ``output`` is given, where nothing else may have been put meanwhile."""
     if output is None:
         with RunFolder.claim(root, REPORTS, "--root") as folder:
             yield folder.path, folder.path

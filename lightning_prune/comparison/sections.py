@@ -17,8 +17,8 @@ from lightning_prune.comparison.tables import (
     number,
     repeated,
     results,
-    seconds,
     setting,
+    shown,
     spread,
     table,
     text_table,
@@ -130,7 +130,7 @@ def _best(group: Group) -> Section:
             if any(name in run.metrics.distance for run in group.runs):
                 row["KL"] = "; ".join(line.shown_distance(name, "kl_divergence") for line in best) or "–"
             row["verdict"] = best[0].verdict(name) if best else verdict.UNUSABLE
-            row["seconds to prune"] = "; ".join(seconds(line.average(costs.to_prune)) for line in best) or "–"
+            row["seconds to prune"] = "; ".join(shown(line.average(costs.to_prune)) for line in best) or "–"
             row["next"] = f"{after[0].name} {spread(after[0].perplexity(name))}" if after else "–"
             rows.append(row)
             closer += _closer(here, best, name, f"At {size} on {short}") if best else []

@@ -54,14 +54,14 @@ def results(lines: Sequence[Repeats], group: Group, dense: bool = True) -> pd.Da
         if any(run.details.experts for run in group.all):
             row["tokens per expert"] = _tokens_per_expert(line.first)
         row |= accuracy.cells(line.runs, group.all)
-        row["achieved"] = f"{line.average(lambda run: run.achieved):.4f}"
+        row["achieved"] = f"{line.achieved:.4f}"
         row["parameters"] = f"{line.average(lambda run: run.metrics.parameters.pruned):,.0f}"
         if any(run.metrics.parameters.pruned_active for run in group.all):
-            row["active"] = count(line.average(lambda run: run.metrics.parameters.pruned_active))
+            row["active"] = shown(line.average(lambda run: run.metrics.parameters.pruned_active), ",.0f")
         # The first seed's runs measured what the other ratios reuse, and so it is with every seed.
-        row["calibrate s"] = seconds(line.average(costs.calibration)) + (" *" if costs.reused(line.first) else "")
-        row["prune s"] = seconds(line.average(costs.pruning))
-        row["evaluate s"] = seconds(line.average(lambda run: run.metrics.seconds.get(costs.EVALUATE)))
+        row["calibrate s"] = shown(line.average(costs.calibration)) + (" *" if costs.reused(line.first) else "")
+        row["prune s"] = shown(line.average(costs.pruning))
+        row["evaluate s"] = shown(line.average(lambda run: run.metrics.seconds.get(costs.EVALUATE)))
         row["memory MiB"] = f"{max(run.metrics.peak_memory_bytes for run in line.runs) / 2**20:,.0f}"
         rows.append(row)
     if dense:
@@ -106,13 +106,13 @@ def _dense_row(group: Group, sets: Mapping[str, str]) -> dict[str, str]:
     row = {"system": "dense", "ratio": "0", "achieved": "0.0000"}
     row["parameters"] = f"{first.metrics.parameters.dense:,}"
     if any(run.metrics.parameters.dense_active for run in group.all):
-        row["active"] = count(max(run.metrics.parameters.dense_active or 0 for run in group.all))
+        row["active"] = f"{max(run.metrics.parameters.dense_active or 0 for run in group.all):,}"
     for name, short in sets.items():
         having = next((run for run in group.all if name in run.sets), None)
         row[f"perplexity {short}"] = "–" if having is None else number(having.dense(name))
     for run in reversed(group.all):  # the first one counts that has them
         if costs.EVALUATE_DENSE in run.metrics.seconds:
-            row["evaluate s"] = seconds(run.metrics.seconds[costs.EVALUATE_DENSE])
+            row["evaluate s"] = shown(run.metrics.seconds[costs.EVALUATE_DENSE])
     return row | accuracy.cells([first], group.all, dense=True)
 
 
@@ -149,14 +149,9 @@ def number(value: float | None) -> str:
     return f"{value:.3f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.2e}"
 
 
-def count(value: float | None) -> str:
-    """A whole number, or a dash."""
-    return "–" if value is None else f"{value:,.0f}"
-
-
-def seconds(value: float | None) -> str:
-    """One decimal, or a dash."""
-    return "–" if value is None else f"{value:.1f}"
+def shown(value: float | None, form: str = ".1f") -> str:
+    """In seconds, or as ``form`` says; a dash for None."""
+    return "–" if value is None else format(value, form)
 
 
 def numeric_column(cells: Sequence[str]) -> bool:

@@ -17,11 +17,7 @@ FOLDER = "tensorboard"
 
 
 def log_comparison(audit: Audit, folder: Path) -> None:
-    """Write ``folder/tensorboard``.
-
-    Raises:
-        OSError: it cannot be written or the disk is full.
-    """
+    """Write ``folder/tensorboard``."""
     layout: dict[str, dict[str, list[object]]] = {}
     taken: set[str] = set()
     for number, group in enumerate(audit.groups, start=1):
@@ -47,7 +43,7 @@ def log_comparison(audit: Audit, folder: Path) -> None:
                     for data in line.sets:
                         if (mean := line.perplexity(data).mean) is not None:
                             writer.add_scalar(
-                                plain(f"comparison{table}/perplexity/{data}"), mean, round(line.ratio * 100)
+                                plain(f"comparison{table}/perplexity/{data}"), mean, round(line.first.requested * 100)
                             )
                     layout[key] = {f"{title} by layer": ["Margin", [f"{key}/{title}"] * 3] for title in curves}
     with SummaryWriter(str(folder / FOLDER)) as writer:

@@ -40,20 +40,12 @@ class ZeroShot:
     verbose: bool = True
 
     def check(self) -> None:
-        """Open the tasks, before hours are spent on runs; a task of which something is kept was there before.
-
-        Raises:
-            UserError: the harness is missing, a task is unknown, or its data cannot be had.
-        """
+        """Open the tasks, before hours are spent on runs; a task of which something is kept was there before."""
         if not all(self._place(task).is_dir() for task in self.tasks):
             _ = self._manager
 
     def measure(self, runs: Sequence[Run]) -> list[Run]:
-        """``runs`` with their accuracy and that of their base models.
-
-        Raises:
-            UserError: a run without its checkpoint or tokenizer, a base model that has changed, or as ``check``.
-        """
+        """``runs`` with their accuracy and that of their base models."""
         opened, measured = cache(Checkpoint.open), []
         for run in runs:
             method, precision, folder = run.metrics.method, run.environment.precision, run.folder / "pruned"
@@ -108,12 +100,8 @@ class ZeroShot:
             for path in sorted(path for path in self.include_path.rglob("*") if path.is_file()):
                 digest = hashlib.sha256(path.read_bytes()).hexdigest()
                 content.append((str(path.relative_to(self.include_path)), digest))
-        return (
-            self.root
-            / REPORTS
-            / "zero_shot"
-            / _hash([task, _version("lm_eval"), _version("transformers"), __version__, content])
-        )
+        made = _hash([task, _version("lm_eval"), _version("transformers"), __version__, content])
+        return self.root / REPORTS / "zero_shot" / made
 
 
 def _hash(facts: object) -> str:

@@ -44,9 +44,12 @@ def write_run(
     whole_layers: bool = False,
     seed: int = 0,
     distance: dict[str, Any] | None = None,
+    seconds: dict[str, float] | None = None,
+    method: dict[str, Any] | None = None,
+    details: dict[str, Any] | None = None,
 ) -> Path:
-    """Write the system's next folder; ``calibration``, ``evaluation`` and ``environment`` replace single facts,
-    ``seed`` is of the scores."""
+    """Write the system's next folder; ``calibration``, ``evaluation``, ``environment``, ``method`` and ``details``
+    replace single facts, ``seed`` is of the scores."""
     folder = root / label / f"version_{len(list((root / label).glob('version_*')))}"
     folder.mkdir(parents=True)
     achieved = ratio if achieved is None else achieved
@@ -55,9 +58,10 @@ def write_run(
         "evaluation": {"demo": EVALUATION | (evaluation or {})},
         "parameters": {"dense": 1000, "pruned": 1000 if masked else round(1000 * (1 - achieved))},
         "pruning_ratio": {"requested": ratio, "achieved": achieved},
-        "seconds": {"tokenise": 0.5, "calibrate": 2.0, "evaluate pruned": 1.0, "total": 3.5},
+        "seconds": seconds or {"tokenise": 0.5, "calibrate": 2.0, "evaluate pruned": 1.0, "total": 3.5},
         "peak_memory_bytes": 2**29,
-        "method": {"name": label, "label": label, "base_model": base_model, "base_model_sha256": weights},
+        "method": {"name": label, "label": label, "base_model": base_model, "base_model_sha256": weights}
+        | (method or {}),
     }
     if distance is not None:
         long = EVALUATION | {"seq_len": 512, "long_windows_of": "demo"}
@@ -67,7 +71,8 @@ def write_run(
     facts = {"dataset": None, "note": "reads no data"} if no_data else CALIBRATION | (calibration or {})
     _json(folder / "calibration.json", facts)
     _json(folder / "environment.json", ENVIRONMENT | (environment or {}))
-    _json(folder / "method.json", {"method": label, "label": label, "tau": 0.125, "prior": {"delta": {"layer": [1.0]}}})
+    details = {"tau": 0.125, "prior": {"delta": {"layer": [1.0]}}} | (details or {})
+    _json(folder / "method.json", {"method": label, "label": label} | details)
     kept = _scores(folder / "scores.csv", ratio, whole_layers, seed)
     parameters: dict[str, int] = metrics["parameters"]  # type: ignore[assignment]
     PruningPlan(label, ratio, achieved, parameters, None, base_model, kept).save(folder / "plan.json")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lightning_prune.comparison.audit import Audit
-from lightning_prune.comparison.charts import achieved, charts, kept_chart, matrix_chart, quality_chart
+from lightning_prune.comparison.charts import charts, kept_chart, matrix_chart, quality_chart
 from lightning_prune.comparison.records import Run
 from lightning_prune.comparison.repeats import repeats
 from tests.comparison.fake_run import LAYERS, make_run, seeded
@@ -14,7 +14,7 @@ from tests.comparison.fake_run import LAYERS, make_run, seeded
 def quality(runs: list[Run]) -> Any:
     lines = repeats(runs)
     styles = {line.name: {"color": "#000000", "marker": "circle"} for line in lines}
-    return quality_chart(lines, "demo", "demo", styles, achieved, "ratio")
+    return quality_chart({line: line.achieved for line in lines}, "demo", "demo", styles, "ratio")
 
 
 def marks(plot: Any) -> list[dict[str, Any]]:

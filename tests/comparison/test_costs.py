@@ -1,6 +1,5 @@
 import csv
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +8,11 @@ import pytest
 from lightning_prune.comparison import costs
 from lightning_prune.comparison.audit import audit
 from lightning_prune.comparison.exports import results_csv
-from lightning_prune.comparison.records import Run, load_run
+from lightning_prune.comparison.records import Run
 from lightning_prune.comparison.repeats import repeats
 from lightning_prune.comparison.sections import sections, terminal
 from lightning_prune.comparison.tables import results
-from tests.comparison.fake_run import write_run
+from tests.comparison.fake_run import make_run
 
 SECONDS = {"load": 10.0, "tokenise": 20.0, "evaluate dense": 30.0, "calibrate": 4.0, "prune layers": 0.5}
 SECONDS |= {"decide": 0.25, "prune": 1.0, "save": 2.0, "evaluate pruned": 3.0, "total": 80.0}
@@ -24,15 +23,10 @@ def timed(
     root: Path, seconds: dict[str, float], measured_by: Path | None = None, known: bool = True, **options: Any
 ) -> Run:
     """A run with these seconds, which decided from the scores of ``measured_by``, whose seconds are known or not."""
-    folder = write_run(root, **options)
-    metrics, details = (json.loads((folder / name).read_text()) for name in ("metrics.json", "method.json"))
-    metrics["seconds"] = seconds
     if measured_by is not None:
-        metrics["method"] |= {"scores_reused": True, "measured_seconds": {"calibrate": 4.0} if known else {}}
-        details["measured_by"] = str(measured_by)
-    (folder / "metrics.json").write_text(json.dumps(metrics))
-    (folder / "method.json").write_text(json.dumps(details))
-    return load_run(folder)
+        reused = {"scores_reused": True, "measured_seconds": {"calibrate": 4.0} if known else {}}
+        options |= {"method": reused, "details": {"measured_by": str(measured_by)}}
+    return make_run(root, seconds=seconds, **options)
 
 
 def table(runs: list[Run]) -> list[dict[str, str]]:

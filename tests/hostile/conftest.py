@@ -1,5 +1,6 @@
 """The bench on which hostile command lines run."""
 
+import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -11,49 +12,52 @@ import lightning_prune.comparison.report
 import lightning_prune.evaluation.efficiency
 import lightning_prune.runs.experiment  # noqa: F401  the imports take seconds and belong to no case
 from lightning_prune.cli import main
-from tests.hostile.harness import LIMIT, Bench
-from tests.tiny import make_tiny, tiny_tokens
+from tests.export.checkpoints import save
+from tests.hostile.harness import LIMIT, Bench, Case
+from tests.tiny import make_tiny, mixed_plan, tiny_tokenizer, tiny_tokens
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.timeout(LIMIT, func_only=True))  # shared runs are no case's
+            item.add_marker(pytest.mark.timeout(LIMIT, func_only=True))  # the stock is no case's
 
 
 @pytest.fixture(scope="session")
-def hostile_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama of four layers, which no case may change."""
-    folder = tmp_path_factory.mktemp("hostile") / "model"
-    make_tiny().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def hostile_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A token array ``[6, 16]`` that fits the model."""
-    file = tmp_path_factory.mktemp("hostile") / "tokens.npy"
-    np.save(file, tiny_tokens(6, 16).numpy())
-    return file
-
-
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, hostile_model: Path, hostile_tokens: Path) -> Path:
-    """Finished runs of one model, ``run`` and ``other``, and a ``report`` on them, which no case may change."""
-    folder = tmp_path_factory.mktemp("finished")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What cases begin with, and none may change: a tiny Llama of four layers, ``model``, the same with a tokenizer of
+    the words w0 … w95, ``reader``, a token array, two finished runs, ``run`` and ``other``, a ``report`` on them, and a
+    ``pruned`` checkpoint of another model with the tokenizer of the demo."""
+    folder = tmp_path_factory.mktemp("stock")
+    make_tiny().save_pretrained(folder / "model")
+    shutil.copytree(folder / "model", folder / "reader")
+    tiny_tokenizer().save_pretrained(folder / "reader")
+    np.save(folder / "tokens.npy", tiny_tokens(6, 16).numpy())
     (folder / "compare.yaml").write_text("systems: {a: wanda}\nratios: [0.3, 0.4]\n")
     words = ["compare", "--config", f"{folder}/compare.yaml", "--root", f"{folder}/root"]
-    words += ["--output", f"{folder}/report", "--model", str(hostile_model), "--trainer.accelerator", "cpu"]
-    words += ["--data.dataset", str(hostile_tokens), "--data.eval_datasets", f"[{hostile_tokens}]"]
+    words += ["--output", f"{folder}/report", "--model", f"{folder}/model", "--trainer.accelerator", "cpu"]
+    words += ["--data.dataset", f"{folder}/tokens.npy", "--data.eval_datasets", f"[{folder}/tokens.npy]"]
     words += ["--trainer.logger", "false"]
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         assert main(words) == 0
+        save(folder / "pruned", plan=mixed_plan)
     for number, name in enumerate(("run", "other")):
         (folder / f"root/a/version_{number}").rename(folder / name)
     return folder
 
 
 @pytest.fixture
-def bench(hostile_model: Path, hostile_tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Bench:
-    """A folder of its own for every case."""
-    return Bench(hostile_model, hostile_tokens, tmp_path, capsys)
+def bench(
+    stock: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Bench:
+    """A folder of its own for every case, with copies of what it needs; it is the working folder."""
+    made = Bench(stock, tmp_path, capsys)
+    monkeypatch.chdir(made.inputs)
+    case = request.node.callspec.params.get("case") if hasattr(request.node, "callspec") else None
+    for name in case.needs.split() if isinstance(case, Case) else ():
+        shutil.copytree(stock / name, made.inputs / name)
+    return made

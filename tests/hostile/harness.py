@@ -1,18 +1,20 @@
 """Run command lines in this process and judge them: done cleanly, or refused in one sentence with nothing left.
 
-A file of hostile cases is a table of ``Case``s and a test that gives each to ``bench.check``. ``MODEL``, ``TOKENS``,
-``ROOT`` and ``INPUTS`` in a case's words stand for paths: a tiny model, a token array, a fresh root of runs, and the
-case's own folder.
+A file of hostile cases is a table of ``Case``s and a test that gives each to ``bench.check``. In a case's words,
+``MODEL``, ``READER`` and ``TOKENS`` stand for what is in ``stock`` (see ``conftest.py``), ``ROOT`` for a fresh root of
+runs, and ``INPUTS`` for the case's own folder.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,14 +53,20 @@ class Case:
     command: str = "fit"
     config: str = "wanda"  # shipped configuration of ``fit``
     base: bool = True  # whether the harmless options come first
+    needs: str = ""  # names in ``stock`` of what is copied to ``INPUTS`` first
+    writes: bool = False  # to ``INPUTS``, which nothing else may change
+
+
+def cases(table: dict[str, Case]) -> pytest.MarkDecorator:
+    """A test of each ``case``."""
+    return pytest.mark.parametrize("case", table.values(), ids=table)
 
 
 @dataclass
 class Bench:
-    """Where cases run: a tiny ``model``, a token array ``tokens``, and a folder of the case's own."""
+    """Where cases run: the ``stock``, and a folder of the case's own."""
 
-    model: Path
-    tokens: Path
+    stock: Path
     folder: Path
     capture: pytest.CaptureFixture[str]
     inputs: Path = field(init=False)
@@ -72,8 +80,8 @@ class Bench:
         """The whole command line of a case."""
         hostile = shlex.split(case.arguments) if isinstance(case.arguments, str) else case.arguments
         hostile = [*(self.base(case) if case.base else []), *hostile]
-        words = {"MODEL": self.model, "ROOT": self.root, "INPUTS": self.inputs, "TOKENS": self.tokens}
-        for word, path in words.items():
+        words = {"MODEL": self.stock / "model", "READER": self.stock / "reader", "TOKENS": self.stock / "tokens.npy"}
+        for word, path in (words | {"ROOT": self.root, "INPUTS": self.inputs}).items():
             hostile = [argument.replace(word, str(path)) for argument in hostile]
         return [case.command, *hostile]
 
@@ -82,24 +90,26 @@ class Bench:
         if case.command in READERS:
             return READERS[case.command].split()
         options = ["--config", str(CONFIGS / f"{case.config}.yaml")] if case.command == "fit" else []
-        options += ["--model.pretrained", str(self.model), "--trainer.default_root_dir", str(self.root)]
+        options += ["--model.pretrained", "MODEL", "--trainer.default_root_dir", "ROOT"]
         options += ["--trainer.accelerator", "cpu", "--data.cache_dir", str(self.folder / "cache")]
         options += ["--trainer.logger", "false"]  # whose picture takes a third of a run
         if case.command == "test":
-            return [*options, "--data.eval_datasets", f"[{self.tokens}]"]
-        return [*options, "--data.dataset", str(self.tokens), "--data.eval_datasets", "[]"]
+            return [*options, "--data.eval_datasets", "[TOKENS]"]
+        return [*options, "--data.dataset", "TOKENS", "--data.eval_datasets", "[]"]
 
     def check(self, case: Case) -> None:
         """Run a case: the status is an allowed one, no traceback and no words of another library are printed. Refused:
         one line says so and nothing exists at ``ROOT``. Done: the run is complete and no temporary file is left."""
         if case.prepare is not None:
             case.prepare(self.inputs)
+        before = contents(self.inputs)
         self.capture.readouterr()
         status = main(self.argv(case))
         err = self.capture.readouterr().err
         allowed = case.status if isinstance(case.status, tuple) else (case.status,)
         assert status in allowed, f"exit status {status}, allowed {allowed}\n{err[-3000:]}"
         assert not [word for word in FOREIGN if word in err], err
+        assert case.writes or contents(self.inputs) == before
         if status == 2:
             (message,) = [line for line in err.splitlines() if line.startswith("error: ")]
             for words in (case.says,) if isinstance(case.says, str) else case.says:
@@ -122,17 +132,28 @@ def making(content: Change | str | bytes) -> Change:
     return lambda path: path.write_bytes(data)
 
 
+def broken(inputs: Path) -> None:
+    """A file, and a link to itself, where a folder is expected."""
+    (inputs / "f").touch()
+    (inputs / "l").symlink_to("l")
+
+
+def edited(model: str, **keys: Any) -> Change:
+    """What replaces ``keys`` in the config.json of a model in ``INPUTS``."""
+
+    def edit(folder: Path) -> None:
+        file = folder / model / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+    return edit
+
+
 def contents(folder: Path) -> dict[str, bytes | None]:
     """Every path below a folder, with what files of a usual size hold."""
-    return {
-        str(path): path.read_bytes() if path.is_file() and path.stat().st_size < 10**7 else None
-        for path in folder.rglob("*")
-    }
-
-
-def unreadable(path: Path) -> bool:
-    """Whether taking the right to read a file away has an effect: not for the superuser."""
-    with suppress(OSError):
-        path.read_bytes()
-        return False
-    return True
+    found: dict[str, bytes | None] = {}
+    for path in folder.rglob("*"):
+        found[str(path)] = None
+        with suppress(OSError):
+            if path.is_file() and path.stat().st_size < 10**7:
+                found[str(path)] = path.read_bytes()
+    return found

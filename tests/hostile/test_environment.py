@@ -52,7 +52,6 @@ def test_variables(name: str, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> 
         else:
             monkeypatch.setenv(variable, value)
     monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.chdir(bench.inputs)
     bench.check(Case("--trainer.logger true" if "HOME" in values else "", status, says))
 
 
@@ -62,7 +61,7 @@ def test_working_folder(name: str, bench: Bench, monkeypatch: pytest.MonkeyPatch
     folder = bench.inputs / name
     folder.mkdir()
     monkeypatch.chdir(folder)
-    bench.check(Case("--trainer.default_root_dir logs", 0, command="test"))
+    bench.check(Case("--trainer.default_root_dir logs", 0, command="test", writes=True))
     assert (folder / "logs/test/version_0/metrics.json").is_file()
     assert not os.path.lexists(bench.root)
 

@@ -1,15 +1,13 @@
 """Experiments that are damaged or malicious, and places for reports that are not ours."""
 
 import os
-import shutil
 from pathlib import Path
 
-import pytest
-
-from tests.hostile.harness import Bench, Case, Change, Says, making
+from lightning_prune.comparison.report import NAMES
+from tests.hostile.harness import Bench, Case, Change, Says, broken, cases, making
 
 HARMLESS = (
-    "--model MODEL --data.dataset TOKENS --data.eval_datasets [TOKENS] --data.cache_dir INPUTS/cache "
+    "--model MODEL --data.dataset TOKENS --data.eval_datasets [TOKENS] --data.cache_dir INPUTS/../cache "
     "--trainer.accelerator cpu --trainer.logger false"
 )
 GOOD = "systems: {a: wanda}\nratios: [0.3]\n"
@@ -95,59 +93,51 @@ experiment_line("--model /nowhere", "--model.pretrained")
 experiment_line("--runs INPUTS", "either --config")
 experiment_line("--overwrite", "--overwrite belongs to --output")
 
-PLACES: dict[str, tuple[str, Change, Says, int]] = {}  # arguments, preparation, says, status
 
-
-def place(name: str, arguments: str, make: Change, says: Says = "", status: int = 2) -> None:
+def place(line: str, says: Says, make: Change = lambda inputs: None, status: int = 2) -> None:
     """A case of ``compare --runs``; ``make`` gets ``INPUTS``, which holds a finished ``run`` and a ``report``."""
-    PLACES[name] = (arguments, make, says, status)
+    runs, root = "" if "--runs" in line else "--runs INPUTS/run", "" if "--root" in line else "--root ROOT"
+    name = f"place {len(CASES)}: {line}"[:100]
+    arguments, writes = f"{runs} {root} {line}", status == 0
+    CASES[name] = Case(arguments, status, says, make, "compare", base=False, needs="run report", writes=writes)
 
 
-def nothing(folder: Path) -> None:
-    """What there is will do."""
+def holding(*names: str) -> Change:
+    """What makes ``out`` a folder with these files."""
+
+    def make(inputs: Path) -> None:
+        (inputs / "out").mkdir()
+        for name in names:
+            (inputs / "out" / name).write_text("mine")
+
+    return make
 
 
-OUT = "--output INPUTS/out"
 for extra in ("", " --overwrite"):
-    place(f"output is a pipe{extra}", OUT + extra, lambda folder: os.mkfifo(folder / "out"), "--output")
-    place(f"output is a link{extra}", OUT + extra, lambda folder: (folder / "out").symlink_to("report"), "--output")
-    place(f"output is a run{extra}", "--output INPUTS/run" + extra, nothing, "--output")
-    place(f"output holds more{extra}", "--output INPUTS/report" + extra, lambda f: (f / "report/x").touch(), "holds x")
-    place(f"output below a file{extra}", "--output INPUTS/f/out" + extra, lambda f: (f / "f").touch(), "--output")
-place("output is a report", "--output INPUTS/report", nothing, "or --overwrite")
-place("output is the root of all", "--output / --overwrite", nothing, "is not a report")
-place("output is a report to overwrite", "--output INPUTS/report --overwrite", nothing, status=0)
-place("output is an empty folder", OUT, lambda folder: (folder / "out").mkdir(), status=0)
-place("root is below a file", "--root INPUTS/f/x", lambda folder: (folder / "f").touch(), "--root")
-place("root links to itself", "--root INPUTS/l", lambda folder: (folder / "l").symlink_to("l"), "--root")
-place("root is in the kernel", "--root /proc/x", nothing, "--root")
-place("run is missing", "--runs INPUTS/x", nothing, "no folder at")
-place("run is a pipe", "--runs INPUTS/f", lambda folder: os.mkfifo(folder / "f"), "no folder at")
-place("run is unfinished", "--runs INPUTS/run", lambda folder: (folder / "run/metrics.json").unlink(), "finished")
-place("run twice by another path", "--runs INPUTS/run INPUTS/report/../run", nothing, "twice")
-place("run beside a foreign folder", "--runs INPUTS/run INPUTS/report INPUTS", nothing, status=0)
-for option in ("--model x", "--ratios 0.2", "--systems a", "--data.seed 1"):
-    place(f"runs and {option}", option, nothing, "has no meaning with --runs")
+    for make in (os.mkfifo, lambda out: out.symlink_to("report"), lambda out: out.write_text("thesis")):
+        place(f"--output out{extra}", "exists and is not a folder", lambda inputs, make=make: make(inputs / "out"))
+    for names in (["notes.txt"], ["report.html"], [*NAMES, "notes.txt"]):
+        place(f"--output out{extra}", "exists and is not a report of this command", holding(*names))
+    place(f"--output run{extra}", "exists and is not a report of this command")
+    place(f"--output report{extra}", "it holds x", lambda inputs: (inputs / "report/x").touch())
+    for path in ("f/out", "l/out", "x" * 300, "/proc/x"):
+        place(f"--output {path}{extra}", "--output: ", broken)
+place("--output report", "holds a report. Give a new folder, or --overwrite")
+place("--output / --overwrite", "is not a report")
+place("--output report --overwrite", "", status=0)
+place("--output out", "", holding(), status=0)
+for path in ("f/x", "l", "/proc/x"):
+    place(f"--root {path}", "--root", broken)
+place("--runs x", "no folder at")
+place("--runs f", "no folder at", lambda inputs: os.mkfifo(inputs / "f"))
+place("--runs run", "none of these folders holds a finished", lambda inputs: (inputs / "run/metrics.json").unlink())
+place("--runs run report/../run", "twice")
+place("--runs run report .", "", status=0)
+for option in ("--model x", "--ratios 0.2", "--seeds 0 1", "--systems a", "--data.seed 1"):
+    place(option, f"{option.split()[0]} has no meaning with --runs".replace("--model", "--pretrained"))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_experiment(name: str, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(bench.inputs)
-    bench.check(CASES[name])
-    assert not {path.name for path in bench.inputs.iterdir()} - {"compare.yaml", "x.yaml", "cache"}
+@cases(CASES)
+def test_experiment(case: Case, bench: Bench) -> None:
+    bench.check(case)
     assert not {path.name for path in bench.folder.iterdir()} - {"inputs", "root", "cache"}
-
-
-@pytest.mark.parametrize("name", PLACES)
-def test_place(name: str, bench: Bench, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments, make, says, status = PLACES[name]
-    for part in ("run", "report"):
-        shutil.copytree(finished / part, bench.inputs / part)
-    make(bench.inputs)
-    monkeypatch.chdir(bench.inputs)
-    before = sorted(bench.inputs.rglob("*"))
-    runs = "" if "--runs" in arguments else "--runs INPUTS/run"
-    root = "" if "--root" in arguments else "--root ROOT"
-    bench.check(Case(f"{runs} {root} {arguments}", status, says, command="compare", base=False))
-    if status == 2:
-        assert sorted(bench.inputs.rglob("*")) == before

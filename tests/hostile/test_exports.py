@@ -1,40 +1,21 @@
 """Exports nobody should ask for: refused in one sentence, and what stood at the output is as it was."""
 
 import os
-import shutil
-from collections.abc import Callable
-from dataclasses import replace
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.export.checkpoints import save
-from tests.hostile.harness import Bench, Case, Says, contents
-from tests.hostile.test_models import edit_config
-from tests.tiny import mixed_plan
+from tests.hostile.harness import Bench, Case, Change, Says, cases, edited
 
 GGUF = "--format gguf"
 CASES: dict[str, Case] = {}
 
 
-def case(
-    name: str,
-    arguments: str = "",
-    says: Says = "",
-    status: int = 2,
-    prepare: Callable[[Path], object] | None = None,
-) -> None:
-    """One export of a pruned folder, INPUTS/pruned, after ``prepare`` changed INPUTS."""
-    CASES[name] = Case(arguments, status, says, prepare, command="export")
+def case(name: str, arguments: str = "", says: Says = "", status: int = 2, prepare: Change | None = None) -> None:
+    """An export of a pruned folder, INPUTS/pruned, after ``prepare`` changed INPUTS."""
+    CASES[name] = Case(arguments, status, says, prepare, command="export", needs="pruned")
 
 
-def edited(**keys: Any) -> Callable[[Path], None]:
-    return lambda folder: edit_config(folder / "pruned", keys)
-
-
-def without(file: str) -> Callable[[Path], None]:
+def without(file: str) -> Change:
     return lambda folder: (folder / "pruned" / file).unlink()
 
 
@@ -52,10 +33,10 @@ for form in ("stock", "gguf"):
         case(f"{form}: {file} is missing", option, prepare=without(file))
     case(f"{form}: weights are cut", option,
          prepare=lambda folder: os.truncate(folder / "pruned/model.safetensors", 5000))  # fmt: skip
-    case(f"{form}: layers lie", option, prepare=edited(num_hidden_layers=9))
-    case(f"{form}: widths lie", option, prepare=edited(per_layer_config={"0": {"intermediate_size": 3}}))
-    case(f"{form}: widths are text", option, prepare=edited(per_layer_config="x"))
-    case(f"{form}: family is unknown", option, prepare=edited(model_type="gpt2"))
+    case(f"{form}: layers lie", option, prepare=edited("pruned", num_hidden_layers=9))
+    case(f"{form}: widths lie", option, prepare=edited("pruned", per_layer_config={"0": {"intermediate_size": 3}}))
+    case(f"{form}: widths are text", option, prepare=edited("pruned", per_layer_config="x"))
+    case(f"{form}: family is unknown", option, prepare=edited("pruned", model_type="gpt2"))
     case(f"{form}: output's folder is a file", f"{option} --output INPUTS/pruned/config.json/x", "--output")
     case(f"{form}: output cannot be written", f"{option} --output /proc/x", "--output")
     case(f"{form}: output's name is too long", f"{option} --output {'x' * 300}", "--output")
@@ -72,27 +53,8 @@ case("stock: output is a file", "--output INPUTS/pruned/config.json --overwrite"
 case("stock: output is the model", "--output INPUTS/pruned", "exists. Give another name")
 
 
-@pytest.fixture(scope="session")
-def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("exports") / "pruned"
-    save(folder, plan=mixed_plan)
-    return folder
-
-
-@pytest.fixture
-def copied(bench: Bench, pruned: Path) -> Bench:
-    shutil.copytree(pruned, bench.inputs / "pruned")
-    return bench
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_export(name: str, copied: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = CASES[name]
-    if GGUF in found.arguments and find_spec("gguf") is None:
-        pytest.skip("needs the package gguf")
-    monkeypatch.chdir(copied.inputs)
-    if found.prepare is not None:
-        found.prepare(copied.inputs)
-    before = contents(copied.inputs)
-    copied.check(replace(found, prepare=None))
-    assert contents(copied.inputs) == before
+@cases(CASES)
+def test_export(case: Case, bench: Bench) -> None:
+    if GGUF in case.arguments:
+        pytest.importorskip("gguf")
+    bench.check(case)

@@ -1,8 +1,6 @@
 """Model folders that lie, are damaged, or are no models: refused before a weight is read, or pruned as they are."""
 
-import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,30 +9,24 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.hostile.harness import Bench, Case, Change, Says, Status, making, unreadable
+from tests.hostile.harness import Bench, Case, Change, Says, Status, cases, edited, making
 
 USE = "--model.pretrained INPUTS/model"
 NUMBERS: list[Any] = [0, -1, 1.5, "4", [], True, 10**30]
 SIZES = ("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads")
 
-CONFIGS: dict[str, Case] = {}  # one key of config.json replaced
-WEIGHTS: dict[str, Case] = {}  # files of the folder damaged
+CASES: dict[str, Case] = {}
 
 
 def config(status: Status = 2, says: Says = "--model.pretrained", **keys: Any) -> None:
-    """One case: the tiny model with ``keys`` in its config.json."""
+    """The tiny model with ``keys`` in its config.json."""
     name = ", ".join(f"{key}={value!r:.40}" for key, value in keys.items())
-    CONFIGS[name] = Case(USE, status, says, lambda folder: edit_config(folder / "model", keys))
+    CASES[name] = Case(USE, status, says, edited("model", **keys), needs="model")
 
 
-def weights(name: str, change: Change, says: Says = (), status: int = 2) -> None:
-    """One case: the tiny model's folder after ``change``."""
-    WEIGHTS[name] = Case(USE, status, says, lambda folder: change(folder / "model"))
-
-
-def edit_config(model: Path, keys: dict[str, Any]) -> None:
-    file = model / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+def files(name: str, change: Change, says: Says = (), status: int = 2) -> None:
+    """The tiny model's folder after ``change``."""
+    CASES[name] = Case(USE, status, says, lambda folder: change(folder / "model"), needs="model")
 
 
 def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Change:
@@ -82,34 +74,37 @@ config(per_layer_config={"0": {"intermediate_size": 8}})
 config(per_layer_config={"0": {"skip": ["everything"]}})
 config(transformers_weights="../model.safetensors", status=(0, 2))
 
-weights("config is deep", replaced("config.json", "[" * 100_000), "--model.pretrained")
-weights("config has a huge number", replaced("config.json", '{"a": ' + "9" * 5000 + "}"), "--model.pretrained")
-weights("config is a pipe", replaced("config.json", os.mkfifo), "named pipe")
-weights("config is a device", replaced("config.json", lambda path: path.symlink_to("/dev/zero")), "device")
-weights("config links to itself", replaced("config.json", lambda path: path.symlink_to(path)), "no config.json")
-weights("config is huge", replaced("config.json", lambda path: sparse(path, 10**11)), "bytes")
-weights("weights are gone", replaced("model.safetensors", lambda path: None), "neither model.safetensors")
-weights("weights are a pipe", replaced("model.safetensors", os.mkfifo), "--model.pretrained")
-weights("weights claim much", replaced("model.safetensors", b"\xff" * 7 + b"\x7f" + b"{}"), "is damaged")
-weights("weights are a pickle", replaced("model.safetensors", lambda path: torch.save({}, path)), "damaged")
-weights("weights are cut", lambda m: os.truncate(m / "model.safetensors", 50_000), "damaged")
-weights("no tensors", edit_tensors(dict.clear), "weights have 0 layers")
-weights("a bias too many", edit_tensors(lambda t: t.update({"model.layers.0.self_attn.o_proj.bias": torch.ones(32)})))
-weights("an adapter", edit_tensors(lambda t: t.update({"model.layers.0.lora_A": torch.ones(3)})), "not part of")
-weights("a tensor missing", edit_tensors(lambda t: t.pop("model.norm.weight")), "lack 1 tensors")
-weights("whole numbers", edit_tensors(lambda t: t.update({"model.norm.weight": torch.ones(32).int()})), "I32")
-weights("two heads", edit_tensors(lambda t: t.update({"lm_head.weight": torch.ones(96, 32)})), "both are stored")
-weights("a rotary table", edit_tensors(lambda t: t.update({"model.rotary_emb.inv_freq": torch.ones(4)})), status=0)
-weights("index leads out", lambda m: index(m, '{"weight_map": {"a": "../../x.safetensors"}}'), "not the name")
-weights("index leads nowhere", lambda m: index(m, '{"weight_map": {"a": "x.safetensors"}}'), "does not exist")
-weights("index names a pickle", lambda m: index(m, '{"weight_map": {"a": "x.bin"}}'), "not the name")
-weights("generation config is text", replaced("generation_config.json", "x"), "the generation config")
-weights("generation config is a pipe", replaced("generation_config.json", os.mkfifo), status=0)
-weights("an adapter config", lambda m: (m / "adapter_config.json").write_text("{}"), "adapter")
-weights("tokenizer is text", lambda m: (m / "tokenizer.json").write_text("x"), status=0)
+files("config is deep", replaced("config.json", "[" * 100_000), "--model.pretrained")
+files("config has a huge number", replaced("config.json", '{"a": ' + "9" * 5000 + "}"), "--model.pretrained")
+files("config is a pipe", replaced("config.json", os.mkfifo), "named pipe")
+files("config is a device", replaced("config.json", lambda path: path.symlink_to("/dev/zero")), "device")
+files("config links to itself", replaced("config.json", lambda path: path.symlink_to(path)), "no config.json")
+files("config is huge", replaced("config.json", lambda path: sparse(path, 10**11)), "bytes")
+files("weights are gone", replaced("model.safetensors", lambda path: None), "neither model.safetensors")
+files("weights are a pipe", replaced("model.safetensors", os.mkfifo), "--model.pretrained")
+files("weights claim much", replaced("model.safetensors", b"\xff" * 7 + b"\x7f" + b"{}"), "is damaged")
+files("weights are a pickle", replaced("model.safetensors", lambda path: torch.save({}, path)), "damaged")
+files("weights are cut", lambda m: os.truncate(m / "model.safetensors", 50_000), "damaged")
+files("no tensors", edit_tensors(dict.clear), "weights have 0 layers")
+files("a bias too many", edit_tensors(lambda t: t.update({"model.layers.0.self_attn.o_proj.bias": torch.ones(32)})))
+files("an adapter", edit_tensors(lambda t: t.update({"model.layers.0.lora_A": torch.ones(3)})), "not part of")
+files("a tensor missing", edit_tensors(lambda t: t.pop("model.norm.weight")), "lack 1 tensors")
+files("whole numbers", edit_tensors(lambda t: t.update({"model.norm.weight": torch.ones(32).int()})), "I32")
+files("two heads", edit_tensors(lambda t: t.update({"lm_head.weight": torch.ones(96, 32)})), "both are stored")
+files("a rotary table", edit_tensors(lambda t: t.update({"model.rotary_emb.inv_freq": torch.ones(4)})), status=0)
+files("index leads out", lambda m: index(m, '{"weight_map": {"a": "../../x.safetensors"}}'), "not the name")
+files("index leads nowhere", lambda m: index(m, '{"weight_map": {"a": "x.safetensors"}}'), "does not exist")
+files("index names a pickle", lambda m: index(m, '{"weight_map": {"a": "x.bin"}}'), "not the name")
+files("generation config is text", replaced("generation_config.json", "x"), "the generation config")
+files("generation config is a pipe", replaced("generation_config.json", os.mkfifo), status=0)
+files("an adapter config", lambda m: (m / "adapter_config.json").write_text("{}"), "adapter")
+files("tokenizer is text", lambda m: (m / "tokenizer.json").write_text("x"), status=0)
 
-PLACES = {
-    "empty name": Case("--model.pretrained=", says="--model.pretrained"),
+for file in ("config.json", "model.safetensors"):
+    files(f"{file} may not be read", lambda m, file=file: lock(m / file), "--model.pretrained")
+
+CASES |= {
+    "no name": Case("--model.pretrained=", says="--model.pretrained"),
     "null": Case("--model.pretrained null", says="needs a value"),
     "file": Case("--model.pretrained INPUTS/f", 2, "--model.pretrained", lambda folder: (folder / "f").write_text("")),
     "pipe": Case("--model.pretrained INPUTS/f", 2, "--model.pretrained", lambda folder: os.mkfifo(folder / "f")),
@@ -131,33 +126,12 @@ def index(model: Path, content: str) -> None:
     (model / "model.safetensors.index.json").write_text(content)
 
 
-@pytest.fixture
-def copied(bench: Bench) -> Bench:
-    """With a copy of the model in ``INPUTS`` that a case may change."""
-    shutil.copytree(bench.model, bench.inputs / "model")
-    return bench
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_config(name: str, copied: Bench) -> None:
-    copied.check(CONFIGS[name])
-
-
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_files_of_the_folder(name: str, copied: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(copied.inputs)
-    copied.check(WEIGHTS[name])
-
-
-@pytest.mark.parametrize("name", PLACES)
-def test_place(name: str, bench: Bench) -> None:
-    bench.check(PLACES[name])
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_file_that_may_not_be_read(name: str, copied: Bench) -> None:
-    file = copied.inputs / "model" / name
-    file.chmod(0)
-    if not unreadable(file):
+def lock(path: Path) -> None:
+    path.chmod(0)
+    if os.access(path, os.R_OK):
         pytest.skip("the superuser may read everything")
-    copied.check(Case(USE, says="--model.pretrained"))
+
+
+@cases(CASES)
+def test_model(case: Case, bench: Bench) -> None:
+    bench.check(case)

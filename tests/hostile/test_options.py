@@ -3,33 +3,29 @@
 import os
 from pathlib import Path
 
-import pytest
-
-from tests.hostile.harness import Bench, Case, Change, Says, making
+from tests.hostile.harness import Bench, Case, Change, Says, broken, cases, making
 
 SILLY = ["", "null", "true", "-1", "1.5", ".nan", ".inf", "1e308", "9" * 20, "abc", "[]", "a: b: c", "\udcff"]
 
-OPTIONS: dict[str, Case] = {}
-FILES: dict[str, Case] = {}
+CASES: dict[str, Case] = {}
 
 
 def option(line: str, says: Says = "", status: int = 2, config: str = "wanda") -> None:
-    """One case: an option, or several, after the harmless ones."""
-    OPTIONS[f"{config} {line}"[:120]] = Case(line, status, says, config=config)
+    """An option, or several, after the harmless ones."""
+    CASES[f"{config} {line}"[:120]] = Case(line, status, says, config=config)
 
 
 def every(name: str, works: str = "", config: str = "wanda") -> None:
     """A case for every silly value; those in ``works`` (separated by blanks) are fine for this option."""
     for value in SILLY:
         status = 0 if value in works.split() else 2
-        OPTIONS[f"{config} {name}={value!a}"] = Case([f"{name}={value}"], status, config=config)
+        CASES[f"{config} {name}={value!a}"] = Case([f"{name}={value}"], status, config=config)
 
 
 def file(name: str, content: Change | str | bytes, says: Says = "--config") -> None:
-    """One case: a configuration file of this content after the shipped one."""
-
+    """A configuration file of this content after the shipped one."""
     make = making(content)
-    FILES[name] = Case("--config INPUTS/c.yaml", 2, says, lambda folder: make(folder / "c.yaml"))
+    CASES[f"file: {name}"] = Case("--config INPUTS/c.yaml", 2, says, lambda folder: make(folder / "c.yaml"))
 
 
 # The trainer.
@@ -126,49 +122,30 @@ file("ratio null", "model: {class_path: lightning_prune.methods.Wanda, init_args
 file("other class", "model: {class_path: os.system}\n", "--model")
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_option(name: str, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(bench.inputs)
-    bench.check(OPTIONS[name])
+# Other commands refuse the same.
+for line in ("--seed_everything=-1", "--trainer.max_epochs=1", "--data.batch_size=null"):
+    CASES[f"test {line}"] = Case(line, says=line.partition("=")[0], command="test")
+for size in (10**9, 2**62):  # check compares lengths before it adds bytes up
+    line = f"--config wanda --data.dataset demo --data.seq_len {size}"
+    CASES[f"check {line}"] = Case(line, 2, "has 128 positions", command="check")
+    line = f"--config wanda --data.dataset demo --data.num_samples {size}"
+    CASES[f"check {line}"] = Case(line, (0, 1), command="check")
+
+# Paths that cannot be one, for the commands with parsers of their own.
+for words in (
+    *("apply --plan", "apply --model", "apply --output", "decide --run", "compare --runs", "compare --config"),
+    *("compare --root", "compare --output", "evaluate --model", "evaluate --dense", "evaluate --output"),
+    *("evaluate --include-path", "export --model", "export --output"),
+):
+    command, name = words.split()
+    for value in ("", " ", "a\0b", "x" * 5000):
+        base = name != "--config"  # which excludes --runs
+        CASES[f"{words} {value!r:.9}"] = Case([name, value], says=name, command=command, base=base, needs="run pruned")
+for path in ("f", "f/x", "l", "l/x"):
+    CASES[f"apply --output {path}"] = Case(f"--output {path}", 2, "--output: ", broken, "apply", needs="run")
+CASES["apply --plan folder"] = Case("--plan run", 2, "--plan: ", command="apply", needs="run")
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_configuration_file(name: str, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(bench.inputs)
-    bench.check(FILES[name])
-    assert not (bench.inputs / "pwned").exists()
-
-
-@pytest.mark.parametrize("name", ["--seed_everything=-1", "--trainer.max_epochs=1", "--data.batch_size=null"])
-def test_other_commands_refuse_the_same(name: str, bench: Bench) -> None:
-    bench.check(Case(name, says=name.partition("=")[0], command="test"))
-
-
-# What the commands with parsers of their own are given.
-OTHERS = {
-    "apply": ("--plan", "--model", "--output"),
-    "decide": ("--run",),
-    "compare": ("--runs", "--config", "--root", "--output"),
-    "evaluate": ("--model", "--dense", "--output", "--include-path"),
-    "export": ("--model", "--output"),
-}
-
-
-@pytest.mark.parametrize("value", ["", " ", "x" * 5000])
-@pytest.mark.parametrize(("command", "option"), [(name, one) for name, all_ in OTHERS.items() for one in all_])
-def test_a_path_that_cannot_be_one(
-    command: str, option: str, value: str, bench: Bench, finished: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(bench.inputs)
-    (bench.inputs / "run").symlink_to(finished / "run")
-    base = [] if (command, option) == ("compare", "--config") else bench.base(Case(command=command))
-    bench.check(Case([*base, option, value], says=option, command=command, base=False))
-    assert os.listdir() == ["run"]
-
-
-@pytest.mark.parametrize("size", [10**9, 2**62])
-def test_check_compares_lengths_before_it_adds_bytes_up(size: int, bench: Bench) -> None:
-    bench.check(
-        Case(f"--config wanda --data.seq_len {size} --data.dataset demo", 2, "has 128 positions", command="check")
-    )
-    bench.check(Case(f"--config wanda --data.num_samples {size} --data.dataset demo", (0, 1), command="check"))
+@cases(CASES)
+def test_option(case: Case, bench: Bench) -> None:
+    bench.check(case)

@@ -7,11 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 import lightning_prune
 from lightning_prune.support.errors import UserError
-from tests.hostile.harness import Bench, Case, Change, Says, Status, contents, making
+from tests.hostile.harness import Bench, Case, Change, Says, Status, cases, contents, making
 
 TEST = "test"  # reads the checkpoint only
 READERS = {
@@ -29,14 +27,16 @@ READERS = {
 # Who stands for all that read a file in the same way, where what is wrong is inside it.
 DOORS = READERS | {"metrics.json": ("decide",), "scores.csv": ("decide",), "plan.json": ("decide", "apply")}
 DOORS |= dict.fromkeys(("environment.json", "calibration.json", "method.json"), ("compare",))
-CASES: dict[str, tuple[str, Change, str, Status, Says]] = {}  # command, change, file, status, says
+CASES: dict[str, Case] = {}
 
 
 def damage(name: str, file: str, change: Change, says: Says = "", inside: bool = False, **status: Status) -> None:
     """A case for every command that reads ``file``: refused, unless ``status`` says otherwise of a command. With
     something wrong ``inside`` it, for one of those that refuse alike."""
     for command in DOORS[file] if inside and not status else READERS[file]:
-        CASES[f"{command}: {file} {name}"] = (command, change, file, status.get(command, status.get("every", 2)), says)
+        words, expected = "--model.pretrained INPUTS/run/pruned" if command == TEST else "", status.get(command, 2)
+        prepare = lambda inputs: change(inputs / "run" / file)  # noqa: E731
+        CASES[f"{command}: {file} {name}"] = Case(words, expected, says, prepare, command, needs="run other")
 
 
 def field(file: str, where: str, value: Any, says: Says = "", **status: Status) -> None:
@@ -205,27 +205,17 @@ damage("has NUL characters", "scores.csv", lambda path: path.write_text(path.rea
 damage("has a line of a million", "scores.csv", lambda path: path.write_text(path.read_text() + "9" * 10**6 + "\n"))
 
 
-@pytest.fixture
-def copied(bench: Bench, finished: Path) -> Bench:
-    """With copies of both runs in ``INPUTS``; what is refused or read may not change there."""
-    for name in ("run", "other"):
-        shutil.copytree(finished / name, bench.inputs / name)
-    return bench
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_run_folder(name: str, copied: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    command, change, file, status, says = CASES[name]
-    monkeypatch.chdir(copied.inputs)
-    change(copied.inputs / "run" / file)
-    before = contents(copied.inputs)
-    if command == "load":
-        try:
-            lightning_prune.load(copied.inputs / "run/pruned")
-            assert status != 2
-        except UserError:
-            assert status != 0
-    else:
-        arguments = "--model.pretrained INPUTS/run/pruned" if command == TEST else ""
-        copied.check(Case(arguments, status, says, command=command))
-    assert contents(copied.inputs) == before
+@cases(CASES)
+def test_run_folder(case: Case, bench: Bench) -> None:
+    if case.command != "load":
+        bench.check(case)
+        return
+    assert case.prepare is not None
+    case.prepare(bench.inputs)
+    before = contents(bench.inputs)
+    try:
+        lightning_prune.load(bench.inputs / "run/pruned")
+        assert case.status == 0
+    except UserError:
+        assert case.status == 2
+    assert contents(bench.inputs) == before

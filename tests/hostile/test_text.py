@@ -3,7 +3,6 @@
 import gzip
 import json
 import os
-import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -11,16 +10,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
-import pytest
 from safetensors.torch import save_file
 
-from tests.hostile.harness import Bench, Case, Change, Says, making
-from tests.tiny import tiny_tokenizer, tiny_tokens
+from tests.hostile.harness import Bench, Case, Change, Says, cases, making
+from tests.tiny import tiny_tokens
 
 WORDS = " ".join(f"w{number % 90 + 3}" for number in range(400))
 
-TEXTS: dict[str, Case] = {}  # read by a model that has a tokenizer
-ARRAYS: dict[str, Case] = {}
+CASES: dict[str, Case] = {}
 
 
 def dataset(name: str, file: str, make: Change | str | bytes, says: Says = (), status: int = 2) -> None:
@@ -29,11 +26,23 @@ def dataset(name: str, file: str, make: Change | str | bytes, says: Says = (), s
     def prepare(folder: Path) -> None:
         making(make)(folder / file)
 
-    table = ARRAYS if file.endswith((".npy", ".safetensors")) else TEXTS
-    small = "" if table is ARRAYS else " --data.num_samples 4 --data.seq_len 16"
-    table[name] = Case(f"--data.dataset INPUTS/{file}{small}", status, says, prepare)
-    small = "" if table is ARRAYS else " --data.eval_seq_len 16"
-    table[f"{name}, evaluated"] = Case(f"--data.eval_datasets [INPUTS/{file}]{small}", status, says, prepare)
+    array = file.endswith((".npy", ".safetensors"))
+    small = "" if array else "--model.pretrained READER --data.num_samples 4 --data.seq_len 16 "
+    CASES[name] = Case(f"{small}--data.dataset INPUTS/{file}", status, says, prepare)
+    small = "" if array else "--model.pretrained READER --data.eval_seq_len 16 "
+    CASES[f"{name}, evaluated"] = Case(f"{small}--data.eval_datasets [INPUTS/{file}]", status, says, prepare)
+
+
+def tokenizer(name: str, make: Change | str, says: Says = "no usable tokenizer") -> None:
+    """A model whose tokenizer.json is made so."""
+
+    def prepare(folder: Path) -> None:
+        (folder / "t.txt").write_text(WORDS)
+        (folder / "reader/tokenizer.json").unlink()
+        making(make)(folder / "reader/tokenizer.json")
+
+    line = "--model.pretrained INPUTS/reader --data.dataset INPUTS/t.txt --data.num_samples 4 --data.seq_len 16"
+    CASES[f"tokenizer is {name}"] = Case(line, 2, says, prepare, needs="reader")
 
 
 def lines(*rows: Any) -> str:
@@ -112,7 +121,7 @@ dataset("text is a number", "t.jsonl", lines({"text": 3}), "cannot tell which co
 dataset("zip is damaged", "t.json.gz", damaged_gzip, "cannot read")
 dataset("table is cut", "t.parquet", cut_parquet, "cannot read")
 dataset("table unpacks to much", "t.parquet", unpacking, "the most that is read")
-del TEXTS["table unpacks to much"]  # calibration stops reading long before
+del CASES["table unpacks to much"]  # calibration stops reading long before
 dataset("table without rows", "t.parquet", lambda p: pq.write_table(pa.table({"text": pa.array([], pa.string())}), p))
 dataset("saved folder of text", "s", lambda path: saved_folder(path, state="x", dataset_info="x"), "cannot read")
 dataset("saved splits are gone", "s", lambda path: saved_folder(path, dataset_dict='{"splits": ["train"]}'), "")
@@ -141,38 +150,11 @@ dataset("no tensor", "a.safetensors", lambda path: save_file({}, path), "0 tenso
 dataset("tensors claim much", "a.safetensors", b"\xff" * 7 + b"\x7f{}", "cannot read the token array")
 
 
-@pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory, hostile_model: Path) -> Path:
-    """The tiny model with a tokenizer of the words w0 … w95."""
-    folder = tmp_path_factory.mktemp("reader") / "model"
-    shutil.copytree(hostile_model, folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+tokenizer("text", "x")
+tokenizer("deep", "[" * 100_000)
+tokenizer("a pipe", os.mkfifo, "tokenizer")
 
 
-@pytest.mark.parametrize("name", TEXTS)
-def test_text(name: str, bench: Bench, reader: Path) -> None:
-    bench.model = reader
-    bench.check(TEXTS[name])
-
-
-@pytest.mark.parametrize("name", ARRAYS)
-def test_token_array(name: str, bench: Bench) -> None:
-    bench.check(ARRAYS[name])
-
-
-TOKENIZERS: dict[str, tuple[Change, str]] = {
-    "text": (lambda path: path.write_text("x"), "no usable tokenizer"),
-    "deep": (lambda path: path.write_text("[" * 100_000), "no usable tokenizer"),
-    "pipe": (os.mkfifo, "tokenizer"),
-}
-
-
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_tokenizer(name: str, bench: Bench, reader: Path) -> None:
-    make, says = TOKENIZERS[name]
-    bench.model = Path(shutil.copytree(reader, bench.inputs / "model"))
-    (bench.model / "tokenizer.json").unlink()
-    (bench.inputs / "t.txt").write_text(WORDS)
-    make(bench.model / "tokenizer.json")
-    bench.check(Case("--data.dataset INPUTS/t.txt --data.num_samples 4 --data.seq_len 16", says=says))
+@cases(CASES)
+def test_text(case: Case, bench: Bench) -> None:
+    bench.check(case)

@@ -4,7 +4,6 @@ The checkpoint has a layer without attention, one without an MLP and narrow ones
 installed; ``tests/engines`` has the servers.
 """
 
-import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -104,6 +103,7 @@ def beam_search(bench: Bench) -> None:
 
 
 def trainer(bench: Bench) -> None:
+    pytest.importorskip("accelerate")
     rows = [{"input_ids": row, "labels": row} for row in tiny_tokens(batch=4)] * 6
     options = {"per_device_train_batch_size": 4, "learning_rate": 0.03, "logging_steps": 1, "use_cpu": True}
     arguments = TrainingArguments(output_dir=str(bench.room), report_to=[], save_strategy="no", **options)
@@ -116,8 +116,7 @@ def trainer(bench: Bench) -> None:
 
 def lora(bench: Bench) -> None:
     """Learns, merges into plain weights of the same widths, and saves them."""
-    import peft
-
+    peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     adapted = peft.get_peft_model(bench.load(), peft.LoraConfig(r=4, lora_alpha=16, task_type="CAUSAL_LM"))
     falls(train(adapted, tiny_tokens(batch=4)))
@@ -136,6 +135,7 @@ def save_and_reload(bench: Bench, sharded: bool = False) -> None:
 
 
 def device_map_and_disk_offload(bench: Bench) -> None:
+    pytest.importorskip("accelerate")
     where = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
     where |= {f"model.layers.{index}": "disk" if index % 2 else "cpu" for index in range(4)}
     model = bench.load(device_map=where, offload_folder=str(bench.room))
@@ -175,13 +175,11 @@ def decoder_without_head(bench: Bench) -> None:
 
 def evaluation_harness(bench: Bench) -> None:
     """Log-likelihoods are sums of what the logits say."""
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-
+    huggingface, instance = (pytest.importorskip(f"lm_eval.{name}") for name in ("models.huggingface", "api.instance"))
     model = bench.load()
-    harness = HFLM(pretrained=model, tokenizer=tiny_tokenizer(), batch_size=2, device="cpu")
+    harness = huggingface.HFLM(pretrained=model, tokenizer=tiny_tokenizer(), batch_size=2, device="cpu")
     request = ("w5 w6 w7", " w8 w9")
-    ((found, _),) = harness.loglikelihood([Instance("loglikelihood", {}, request, 0)], disable_tqdm=True)
+    ((found, _),) = harness.loglikelihood([instance.Instance("loglikelihood", {}, request, 0)], disable_tqdm=True)
     logs = model(torch.tensor([[5, 6, 7, 8, 9]])).logits.double().log_softmax(-1)[0]
     assert found == pytest.approx(float(logs[2, 8] + logs[3, 9]), rel=1e-4)
 
@@ -200,8 +198,8 @@ def exported(bench: Bench) -> None:
 
 
 def onnx(bench: Bench) -> None:
-    import onnxruntime
-
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
     torch.onnx.export(Logits(bench.load()), (tiny_tokens(),), bench.room / "model.onnx", dynamo=True)
     session = onnxruntime.InferenceSession(bench.room / "model.onnx")
     (logits,) = session.run(None, {session.get_inputs()[0].name: tiny_tokens().numpy()})
@@ -209,25 +207,24 @@ def onnx(bench: Bench) -> None:
 
 
 def executorch(bench: Bench) -> None:
-    from executorch.exir import to_edge_transform_and_lower
-    from executorch.runtime import Runtime
-
+    exir, runtime = pytest.importorskip("executorch.exir"), pytest.importorskip("executorch.runtime")
     program = torch.export.export(Logits(bench.load()), (tiny_tokens(),))
-    (bench.room / "model.pte").write_bytes(to_edge_transform_and_lower(program).to_executorch().buffer)
-    method = Runtime.get().load_program(bench.room / "model.pte").load_method("forward")
+    (bench.room / "model.pte").write_bytes(exir.to_edge_transform_and_lower(program).to_executorch().buffer)
+    method = runtime.Runtime.get().load_program(bench.room / "model.pte").load_method("forward")
     (logits,) = method.execute((tiny_tokens(),))
     torch.testing.assert_close(logits, bench.load()(tiny_tokens()).logits, rtol=1e-4, atol=1e-4)
 
 
 def torchao_int8(bench: Bench) -> None:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
+    quantization = pytest.importorskip("torchao.quantization")
     model = bench.load()
-    quantize_(model, Int8WeightOnlyConfig())
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     close_logits(bench, model, 0.05)
 
 
 def bitsandbytes(bench: Bench, bits: int, within: float) -> None:
+    for package in ("bitsandbytes", "accelerate"):
+        pytest.importorskip(package)
     wanted = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, bnb_4bit_compute_dtype=torch.float32)
     close_logits(bench, bench.load(quantization_config=wanted), within)
 
@@ -270,50 +267,42 @@ def classifier(bench: Bench, auto: Any, labels: Tensor) -> None:
     assert torch.equal(again(bench, auto)(tiny_tokens()).logits, model(tiny_tokens()).logits)
 
 
-Check = Callable[[Bench], None]
-# As in docs/tools.md → what it does, and modules that must be there.
-TOOLS: dict[str, tuple[Check, tuple[str, ...]]] = {
-    "`pipeline`": (pipeline_for_text, ()),
-    "sampling": (sampling, ()),
-    "beam search": (beam_search, ()),
-    "`Trainer`": (trainer, ("accelerate",)),
-    "LoRA, with merge (peft)": (lora, ("peft",)),
-    "save and reload": (save_and_reload, ()),
-    "sharded saving": (partial(save_and_reload, sharded=True), ()),
-    "`device_map` and disk offload": (device_map_and_disk_offload, ("accelerate",)),
-    "gradient checkpointing": (gradient_checkpointing, ()),
-    "hidden states and attentions": (hidden_states_and_attentions, ()),
-    "resized embeddings": (resized_embeddings, ()),
-    "`AutoModel`": (decoder_without_head, ()),
-    "`AutoModelForSequenceClassification`": (
-        partial(classifier, auto=AutoModelForSequenceClassification, labels=torch.tensor([0, 1, 2, 1])),
-        (),
+# As in docs/tools.md → what it does.
+TOOLS: dict[str, Callable[[Bench], None]] = {
+    "`pipeline`": pipeline_for_text,
+    "sampling": sampling,
+    "beam search": beam_search,
+    "`Trainer`": trainer,
+    "LoRA, with merge (peft)": lora,
+    "save and reload": save_and_reload,
+    "sharded saving": partial(save_and_reload, sharded=True),
+    "`device_map` and disk offload": device_map_and_disk_offload,
+    "gradient checkpointing": gradient_checkpointing,
+    "hidden states and attentions": hidden_states_and_attentions,
+    "resized embeddings": resized_embeddings,
+    "`AutoModel`": decoder_without_head,
+    "`AutoModelForSequenceClassification`": partial(
+        classifier, auto=AutoModelForSequenceClassification, labels=torch.tensor([0, 1, 2, 1])
     ),
-    "`AutoModelForTokenClassification`": (
-        partial(classifier, auto=AutoModelForTokenClassification, labels=tiny_tokens(batch=4) % 3),
-        (),
+    "`AutoModelForTokenClassification`": partial(
+        classifier, auto=AutoModelForTokenClassification, labels=tiny_tokens(batch=4) % 3
     ),
-    "lm-evaluation-harness": (evaluation_harness, ("lm_eval",)),
-    "`torch.compile`": (compiled, ()),
-    "`torch.export`": (exported, ()),
-    "ONNX": (onnx, ("onnxscript", "onnxruntime")),
-    "ExecuTorch": (executorch, ("executorch",)),
-    "torchao int8": (torchao_int8, ("torchao",)),
-    "bitsandbytes 8 bit": (partial(bitsandbytes, bits=8, within=0.05), ("bitsandbytes", "accelerate")),
-    "bitsandbytes 4 bit": (partial(bitsandbytes, bits=4, within=0.65), ("bitsandbytes", "accelerate")),
-    "continuous batching of transformers": (continuous_batching, ()),
+    "lm-evaluation-harness": evaluation_harness,
+    "`torch.compile`": compiled,
+    "`torch.export`": exported,
+    "ONNX": onnx,
+    "ExecuTorch": executorch,
+    "torchao int8": torchao_int8,
+    "bitsandbytes 8 bit": partial(bitsandbytes, bits=8, within=0.05),
+    "bitsandbytes 4 bit": partial(bitsandbytes, bits=4, within=0.65),
+    "continuous batching of transformers": continuous_batching,
 }
-
-
 SLOW = ("`torch.compile`", "`torch.export`")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in TOOLS])
 def test_tool(name: str, folder: Path, tmp_path: Path) -> None:
-    check, needs = TOOLS[name]
-    if absent := [module for module in needs if importlib.util.find_spec(module) is None]:
-        pytest.skip(f"needs {' and '.join(absent)}")
-    check(Bench(folder, tmp_path))
+    TOOLS[name](Bench(folder, tmp_path))
 
 
 def test_page_lists_every_tool_and_no_other() -> None:

@@ -13,13 +13,7 @@ UNFAIR = 3
 
 def main(argv: list[str]) -> int:
     """Run what is missing of an experiment (``--config``) or take runs that exist (``--runs``); write the report.
-
-    Returns:
-        0 done, 1 a run failed, 3 with ``--strict`` when the audit found a difference.
-
-    Raises:
-        UserError: a mistake in the options or the configuration, or no finished run to compare.
-    """
+    Returns 0 done, 1 a run failed, 3 with ``--strict`` when the audit found a difference."""
     given, rest = _parser().parse_known_args(argv)
     options = _dotted(rest)
     if (given.config is None) == (given.runs is None):
@@ -41,11 +35,9 @@ def main(argv: list[str]) -> int:
     settings, tasks = None, None
     failures: list[Failure] = []
     if given.config is None:
-        of_runs = [
-            name for name in ("pretrained", "ratios", "targets", "seeds", "systems") if getattr(given, name) is not None
-        ]
-        for option in (*of_runs, *options):
-            raise UserError(f"--{option} has no meaning with --runs: those runs exist already. Leave it out.")
+        of_experiments = ("pretrained", "ratios", "targets", "seeds", "systems")
+        if idle := [*(name for name in of_experiments if getattr(given, name) is not None), *options]:
+            raise UserError(f"--{idle[0]} has no meaning with --runs: those runs exist already. Leave it out.")
         folders, root = _finished(given.runs), given.root or Path("logs")
     else:
         from lightning_prune.runs.experiment import run_experiment

@@ -23,21 +23,11 @@ DESCRIPTION = (
     "refit and refit_damping, and FLAP's bias_compensation, which read the calibration set again; the evaluation "
     "sets. What the scores were measured with (model, importance, prior, calibration set, precision) may not."
 )
-EVALUATION_OPTIONS = (
-    *("eval_datasets", "eval_seq_len", "eval_batch_size", "eval_long_seq_len"),
-    *("continuations", "cache_dir"),
-)
+EVALUATION = ("eval_datasets", "eval_seq_len", "eval_batch_size", "eval_long_seq_len", "continuations", "cache_dir")
 
 
 def main(argv: list[str]) -> int:
-    """Read ``--run``, change the options given after it, decide, cut, evaluate, and leave a new run folder.
-
-    The plan is the one that ``fit`` makes with the same options.
-
-    Raises:
-        UserError: no finished run there, a method whose scores cannot be reused, an option that would change the
-            measurement, or a base model that is no longer the same.
-    """
+    """Read ``--run``, change the options given after it, decide, cut, evaluate, and leave a new run folder."""
     arguments, options = _parser().parse_known_args(argv)
     run = RunFolder.open(arguments.run, "--run")
     if run.recovery is not None:
@@ -77,17 +67,13 @@ def main(argv: list[str]) -> int:
                 f"{before}, now it is {now}). Restore the text, or run fit again."
             )
     folder, metrics = prune_and_record(cli.trainer, cli.model, cli.datamodule, cli.resolved_config)
-    table = summary_table(cli.model.label, metrics)
-    tell(cli, table, metrics, f"pruned model: {folder / 'pruned'}", folder)
+    tell(cli, summary_table(cli.model.label, metrics), metrics, folder)
     return 0
 
 
 def _built(config: dict[str, Any], options: list[str], run: Path) -> "RunBuilder":
-    """The run's configuration with the ``options`` of the command line.
-
-    Raises:
-        UserError: an option differs from the run's and is not read by the decision or the evaluation.
-    """
+    """The run's configuration with the ``options`` of the command line, which may differ from it only in what the
+    decision or the evaluation reads."""
     from lightning_prune.runs.build import RunBuilder
 
     # A run that was made silently, or by compare, says so in its configuration.
@@ -100,7 +86,7 @@ def _built(config: dict[str, Any], options: list[str], run: Path) -> "RunBuilder
         before, after = (_options(parsed) for parsed in (cli.parser.parse_args(words), cli.config))
     check_label(cli.model.label)
     allowed = [f"model.{name}" for name in cli.model.decision_options]
-    allowed += [f"data.{name}" for name in EVALUATION_OPTIONS]
+    allowed += [f"data.{name}" for name in EVALUATION]
     for name in sorted(before.keys() | after.keys()):
         fixed = name not in allowed and (name.startswith(("model", "data")) or name == "trainer.precision")
         old, new = before.get(name), after.get(name)

@@ -13,11 +13,7 @@ TASKS = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge"
 
 
 def main(argv: list[str]) -> int:
-    """Measure one model, with ``--dense`` beside its base model, and write ``efficiency.json`` and ``zero_shot.json``.
-
-    Raises:
-        UserError: nothing to measure, no model there, nowhere to write, or as the measurements themselves.
-    """
+    """Measure one model, with ``--dense`` beside its base model; write ``efficiency.json`` and ``zero_shot.json``."""
     given = _parser().parse_args(argv)
     if not (given.efficiency or given.zero_shot):
         raise UserError(

@@ -18,6 +18,5 @@ def main(argv: list[str]) -> int:
     run = RunBuilder(with_method_help(argv), description=DESCRIPTION, options={"resume": RESUME} | OUTPUT)
     resume, config = run.option("resume"), run.resolved_config
     folder, metrics = prune_and_record(run.trainer, run.model, run.datamodule, config, resume=resume)
-    table = summary_table(run.model.label, metrics)
-    tell(run, table, metrics, f"pruned model: {folder / 'pruned'}", folder)
+    tell(run, summary_table(run.model.label, metrics), metrics, folder)
     return 0

@@ -43,6 +43,5 @@ def main(argv: list[str]) -> int:
     folder, metrics = recover_and_record(
         cli.trainer, cli.model, cli.datamodule, cli.run, cli.resolved_config, resume=cli.option("resume")
     )
-    table = recovery_table(cli.model.label, metrics)
-    tell(cli, table, metrics, f"pruned model: {folder / 'pruned'}", folder)
+    tell(cli, recovery_table(cli.model.label, metrics), metrics, folder)
     return 0

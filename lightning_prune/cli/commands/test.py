@@ -34,5 +34,5 @@ def main(argv: list[str]) -> int:
         other = f", dense {values['dense']:.3f}" if "dense" in values else ""
         lines.append(f"perplexity {name}: {values['perplexity']:.3f}{other} ({tokens})")
     lines += [f"{what}: {value}" for what, value in comparison_rows(metrics)]
-    tell(run, "\n".join(lines), metrics, f"metrics: {folder / 'metrics.json'}", folder)
+    tell(run, "\n".join(lines), metrics, folder, f"metrics: {folder / 'metrics.json'}")
     return 0
