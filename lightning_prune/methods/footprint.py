@@ -13,14 +13,11 @@ CONTEXTS = (2_048, 32_768)  # tokens; a conversation, and a long document
 def footprint(
     layers: Sequence[LayerStructure], config: Any, kept: Sequence[LayerPlan], sizes: tuple[int, int], itemsize: int
 ) -> dict[str, Any]:
-    """``memory_bytes`` by context, of weights and the KV cache of one sequence, and ``flops_per_token``.
-
-    The work is two operations per weight that a token is multiplied with: all active parameters but an input embedding
-    of its own, which is looked up. Attention's products over the context are left out.
+    """``memory_bytes`` by context, of weights and the KV cache of one sequence, and ``flops_per_token``: two operations
+    per active parameter but those of an input embedding of its own, which is looked up, without attention's products.
 
     Args:
-        layers, config: of the dense model.
-        kept: of every layer.
+        layers, config: of the dense model; ``kept``: of every layer.
         sizes: parameters that are left, and those of them that one token passes.
         itemsize: bytes of a number in the file, and in the cache.
     """

@@ -1,8 +1,5 @@
-"""Zeroing single weights beside removing groups: unstructured and n:m, as in the Wanda paper.
-
-The weights stay in the matrices as zeros, so the checkpoint is a stock one of the dense size. It exists to check our
-scores against published numbers, not to make a model smaller.
-"""
+"""Zeroing single weights beside removing groups: unstructured and n:m, as in the Wanda paper. It checks our scores
+against published numbers; the zeros stay in a checkpoint of the dense size."""
 
 from dataclasses import replace
 from typing import Any
@@ -25,17 +22,12 @@ class GroupOrMaskPruning(GroupPruning):
             ``unstructured`` the share of the projections' weights to zero; n:m patterns fix it themselves.
         structure: ``group`` removes GQA groups and MLP channels; ``unstructured`` zeroes single weights; ``2:4`` or
             ``4:8`` keeps n of every m inputs of a row. Zeroed weights change neither memory nor speed.
-        group_options: Options of group pruning.
     """
 
     masks_per_tensor = False  # whether unstructured scores compare over the whole matrix instead of each row
 
     def __init__(
-        self,
-        pretrained: str = "demo",
-        pruning_ratio: float = 0.2,
-        structure: str = "group",
-        **group_options: Any,
+        self, pretrained: str = "demo", pruning_ratio: float = 0.2, structure: str = "group", **group_options: Any
     ) -> None:
         super().__init__(pretrained, pruning_ratio, **group_options)
         self.structure = structure

@@ -19,11 +19,7 @@ Pattern = tuple[int, int]  # n kept of every m inputs of a row
 
 
 def parse_structure(text: str) -> Pattern | None:
-    """(n, m) of ``n:m`` such as 2:4 and 4:8; None of ``group`` and ``unstructured``.
-
-    Raises:
-        UserError: anything else, or not 0 < n < m.
-    """
+    """(n, m) of ``n:m`` such as 2:4; None of ``group`` and ``unstructured``; UserError of anything else."""
     if text in ("group", "unstructured"):
         return None
     match = re.fullmatch(r"(\d+):(\d+)", text)
@@ -77,18 +73,13 @@ class MaskRule:
             )
 
     def holding(self, base: Holding, load: Load) -> Holding:
-        """What a pass with masks holds: also the ranking of one weight (scores, their order and both sorted), and every
-        weight anew."""
+        """Also the ranking of one weight (scores, their order, both sorted), and every weight anew."""
         return replace(base, finishing=24 * load.largest_weight, new_weights=load.layer_weights)
 
 
 def mask_layer(view: LayerStructure, rule: MaskRule, weight_score: Callable[[str], Tensor]) -> LayerResult:
-    """Zero the lowest-scored weights of all projections.
-
-    Returns:
-        The new weights; the sum of the scores as every block's importance ``[1]``, fp64; the fact ``zeroed``, how many
-        weights are zero now.
-    """
+    """Zero the lowest-scored weights of all projections. The importance of a block is the sum of its scores ``[1]``,
+    fp64; the fact ``zeroed`` is how many weights are zero now."""
     sums = {block: torch.zeros(1, dtype=torch.float64) for block in view.prunable}
     zeroed, weights = 0, {}
     for block in view.prunable if view.index not in rule.frozen else ():

@@ -1,16 +1,14 @@
-"""The options of a refit as the pass that makes it, and what ``method.json`` says of it."""
+"""The options of a refit, and what ``method.json`` says of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
 from lightning_prune.calibration.layer_result import LayerResult
-from lightning_prune.calibration.passes import Pass, Step
-from lightning_prune.checkpoint.plan import LayerPlan
-from lightning_prune.methods.refit_pass import RefitPass, Target
+from lightning_prune.calibration.passes import Step
+from lightning_prune.methods.refit_pass import Target
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 from lightning_prune.support.errors import UserError
 
@@ -30,11 +28,6 @@ class Refit:
         if target == "none":
             return None
         return cls(target, None if damping == "auto" else damping)
-
-    def passes(self, kept: list[LayerPlan], held_out: Tensor, earlier: Pass | None = None) -> list[Pass]:
-        """The pass over the dense weights; ``held_out`` bool ``[N]`` are samples to check on. ``earlier`` may have kept
-        the dense residual stream."""
-        return [RefitPass(kept, self.target, self.damping, held_out, earlier)]
 
     def facts(self, results: Sequence[tuple[Step, LayerResult]]) -> dict[str, Any]:
         """What was fitted to what, with which damping, and what it did to the error on held-out samples."""

@@ -1,14 +1,4 @@
-"""The refit after a decision: o and down of every layer are refitted on the columns that are kept.
-
-Two residual streams cross the decoder together, the dense model's and the pruned one's. For every block, attention
-before the MLP, with h and h' the dense and the pruned stream before it and f(h) what the dense block adds to h:
-
-    residual:  Y = h + f(h) − h'   the stream after the block meets the dense one, which repairs earlier losses;
-                                   before removed layers it meets the dense one after these
-    output:    Y = W₀·x'           the whole projection's output on the pruned stream's own inputs (SlimGPT's target)
-
-Where a norm follows the block, what it adds is not linear in W, and ``output`` takes the place of ``residual``.
-"""
+"""The refit after a decision: o and down of every layer are refitted on the columns that are kept."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,17 +14,9 @@ from lightning_prune.calibration.passes import Batch, BlockPass, Holding, Load, 
 from lightning_prune.calibration.statistics.token_statistic import full_precision
 from lightning_prune.checkpoint.in_memory_plan import mask_experts
 from lightning_prune.checkpoint.plan import LayerPlan
+from lightning_prune.methods.columns import columns_of, in_columns, named
 from lightning_prune.methods.refit_experts import ExpertRefit
-from lightning_prune.methods.refit_math import (
-    DAMPINGS,
-    NormalEquations,
-    add_completed,
-    choose_damping,
-    equation_bytes,
-    ridge,
-    sum_over_processes,
-)
-from lightning_prune.methods.slimgpt_math import columns_of
+from lightning_prune.methods.refit_math import DAMPINGS, NormalEquations, equation_bytes, fit
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import EXPERTS, OUTPUT_ROLE, Block
 from lightning_prune.support.devices import widest
@@ -46,10 +28,16 @@ AHEAD = "dense stream"  # the phase of steps that run the dense model before any
 class RefitPass(BlockPass):
     """Refits what a plan keeps, on the dense model's weights.
 
+    The dense and the pruned residual stream cross the decoder together. With h and h' these streams before a block and
+    f(h) what the dense block adds to h:
+
+    residual: Y = h + f(h) − h': the stream after the block meets the dense one (before removed layers the one after
+    these), which repairs earlier losses. Not where a norm follows the block, so that what it adds is not linear in W.
+    output: Y = W₀·x', the whole projection's output on the pruned stream's own inputs (SlimGPT's target).
+
     λ of every projection, where it is None, and whether to refit it at all are chosen by the error on ``held_out``
-    (bool ``[N]``), samples of the calibration set that the first solve does not see. The dense residual stream after a
-    layer is what ``earlier`` kept, else the dense MLP is run. Where a removed layer follows a kept one (``ahead``), the
-    dense model runs as a whole first.
+    (bool ``[N]``), samples that the first solve does not see. The dense stream after a layer is what ``earlier`` kept,
+    else the dense MLP is run. Where a removed layer follows a kept one (``ahead``), the dense model runs first.
     """
 
     name = "refit"
@@ -169,30 +157,14 @@ class RefitPass(BlockPass):
             return self._conclude_routed(self.routed, view)
         if not len(self.columns):
             return LayerResult()
-        role, linear, equations = OUTPUT_ROLE[block], view.projection(block), self.equations
-        name = f"layer {view.index}, {role} projection"
-        old = linear.weight[:, self.columns].to(equations.gram.dtype)
-        inputs = torch.cat([x for x, _ in self.held] or [old.new_zeros(0, old.shape[1])]).to(self.model.device)
-        wanted = torch.cat([y for _, y in self.held] or [old.new_zeros(0, old.shape[0])]).to(self.model.device)
+        role, linear, equations, held = OUTPUT_ROLE[block], view.projection(block), self.equations, self.held
         del self.equations, self.held
-        sum_over_processes(equations.gram, equations.cross)
-        equations.complete()
-        try:
-            with full_precision(self.model.device):
-                damping, before, after = choose_damping(equations, old, inputs, wanted, self.damping)
-                weight = old
-                if damping:
-                    add_completed(equations, inputs, wanted)
-                    weight = ridge(equations, old, damping)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{name}: {error}") from None
+        with named(f"layer {view.index}, {role} projection"):
+            fitted = fit(equations, linear.weight[:, self.columns].to(equations.gram.dtype), held, self.damping)
+            refitted = in_columns(self.columns, fitted.weight, linear.weight)
         self.setting.finished(1.0)
-        refitted = torch.zeros_like(linear.weight)
-        refitted[:, self.columns] = weight.to(refitted.dtype)
-        if not bool(torch.isfinite(refitted).all()):
-            raise FloatingPointError(f"{name}: refitted weights overflow {refitted.dtype}.")
         target = "residual" if self.scale is not None else "output"
-        facts = {"target": target, "damping": damping, "before": before, "after": after}
+        facts = {"target": target, "damping": fitted.damping, "before": fitted.before, "after": fitted.after}
         return LayerResult(weights={role: refitted}, facts=facts)
 
     def advance(self, step: Step) -> None:

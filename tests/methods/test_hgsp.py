@@ -161,17 +161,10 @@ def test_a_layer_that_loses_both_blocks_is_removed(run: Any) -> None:
     assert method.plan.achieved_ratio <= 0.25
 
 
-def test_non_finite_priors_name_the_layer() -> None:
-    views = layer_structures(make_tiny(layers=2))
-    scores = group_scores(views)
-    delta = torch.tensor([[1.0, math.nan]] * 3)
+def test_a_prior_or_its_power_that_is_not_finite_is_refused_by_layer_or_temperature() -> None:
+    scores = group_scores(layer_structures(make_tiny(layers=2)))
     with pytest.raises(FloatingPointError, match=r"layers \[1\]"):
-        final_scores(scores, delta, 0.0, 1.0, "none")
-
-
-def test_a_prior_whose_power_overflows_is_a_temperature_too_high() -> None:
-    views = layer_structures(make_tiny(layers=2))
-    scores = group_scores(views)
+        final_scores(scores, torch.tensor([[1.0, math.nan]] * 3), 0.0, 1.0, "none")
     delta = torch.tensor([[math.e**3 - 1, 0.5]] * 3, dtype=torch.float64)  # a prior of 3 and one below 1
     assert np.isfinite(final_scores(scores, delta, 0.0, 600.0, "none").score).all()  # 3^600 is 1.9e286
     for temperature in (700.0, 1e308):

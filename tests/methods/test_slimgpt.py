@@ -41,7 +41,6 @@ def reference(model: Any, tokens: Tensor, counts: list[tuple[int, int]]) -> tupl
 @pytest.mark.parametrize(
     ("precision", "shape"),
     [
-        ("32-true", {"family": "llama", "heads": 4, "kv_heads": 2}),
         ("32-true", {"family": "qwen2", "heads": 4, "kv_heads": 2}),  # with biases
         ("64-true", {"family": "llama", "heads": 4, "kv_heads": 4}),
     ],
