@@ -25,8 +25,7 @@ from lightning_prune.checkpoint.write import write_pruned
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.data.sampling import held_out_samples
 from lightning_prune.methods.measurement import DecisionFolder, SavedMeasurement
-from lightning_prune.methods.refit import Refit
-from lightning_prune.methods.refit_pass import RefitPass
+from lightning_prune.methods.refit_pass import Refit, RefitPass
 from lightning_prune.methods.target import Target
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import LayerStructure, count_parameters, layer_structures
@@ -211,7 +210,7 @@ class PruningMethod(L.LightningModule):
         """Passes after the decision, whose new weights are the pruned model's; ``held_out``: samples to check on."""
         if self.refit is None:
             return []
-        return [RefitPass(kept, self.refit.target, self.refit.damping, held_out(), self.dense_stream)]
+        return [RefitPass(kept, self.refit, held_out(), self.dense_stream)]
 
     def details(self) -> dict[str, Any]:
         """What the method measured and chose beside its scores, for ``method.json``: thresholds, damping, ratios."""

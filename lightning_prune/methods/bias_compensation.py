@@ -72,7 +72,8 @@ def new_biases(view: LayerStructure, kept: LayerPlan, means: Mapping[str, Tensor
         if role not in means or not kept.kept[block]:
             continue
         removed = means[role].clone()
-        removed[columns_of(kept.kept[block], linear.in_features // view.units(block))] = 0
+        units = torch.tensor(kept.kept[block], dtype=torch.int64, device=removed.device)
+        removed[columns_of(units, linear.in_features // view.units(block))] = 0
         with full_precision(linear.weight.device):
             bias = torch.mv(linear.weight.float(), removed.float())
         if linear.bias is not None:

@@ -1,15 +1,14 @@
 """Columns of the projections that write to the residual stream, and errors that name such a projection."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 
-def columns_of(units: Tensor | Sequence[int], width: int) -> Tensor:
+def columns_of(units: Tensor, width: int) -> Tensor:
     """Columns of units ``[U]`` that are ``width`` columns each, int64 ``[U·width]``."""
-    units = torch.as_tensor(units, dtype=torch.int64)
     return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
 
 

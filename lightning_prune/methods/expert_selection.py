@@ -107,8 +107,8 @@ def select_experts(
 
 
 def _bundles(scores: Scores, free: Flags, groups: int, keep: int, multiple: int) -> Integers:
-    """The bundle of every unit of experts, from 0, the first one to be pruned; the last one holds those that stay.
-    int64 ``[U]``, -1 for other units."""
+    """The bundle of every unit of experts, int64 ``[U]``: from 0, the first one to be pruned, to the one that is kept;
+    -1 for other units."""
     bundle = np.where(expert_rows(scores), 0, -1)
     order = ranking(scores)
     order = order[free[order]]

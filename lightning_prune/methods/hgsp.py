@@ -33,16 +33,12 @@ ScoreNorm = Literal["none", "kind", "block"]
 
 
 def depth_prior(delta: Tensor, tau: float) -> Tensor:
-    """B = ln(1 + max(Δ, 0)), with Δ of the whole layer where Δ_layer < τ, of the group's own block elsewhere.
-
-    The gate compares the raw Δ_layer; τ = 0 means block-wise always, also for a negative Δ_layer.
+    """B = ln(1 + max(Δ, 0)) fp64 ``[2, L]`` of attention and MLP groups, with Δ of the layer where Δ_layer < τ, else of
+    the group's own block. τ = 0 means block-wise always, also for a negative Δ_layer.
 
     Args:
         delta: ``[3, L]``: loss increase in nats without the layer, its attention, its MLP.
         tau: gate threshold in nats.
-
-    Returns:
-        B fp64 ``[2, L]`` for attention and MLP groups.
     """
     chosen = torch.where((delta[0] < tau) & (tau != 0), delta[0], delta[1:])
     return torch.log1p(chosen.double().clamp_min(0))
@@ -228,11 +224,7 @@ def final_scores(
 
 
 def saved_priors(details: dict[str, Any], temperature: float, tau: float | None) -> Tensor | None:
-    """Δ ``[3, L]`` from an earlier run's ``method.json``; None where it has none and T = 0 needs none.
-
-    Raises:
-        UserError: that run measured no priors, or only those of whole layers where blocks are requested.
-    """
+    """Δ ``[3, L]`` of an earlier run's ``method.json``, None where T = 0 needs none; UserError where some lack."""
     delta = details["prior"]["delta"]
     if delta is None and temperature == 0:
         return None
@@ -249,11 +241,8 @@ def saved_priors(details: dict[str, Any], temperature: float, tau: float | None)
 
 
 def collapse(scores: Scores, epsilon: float, frozen: set[int]) -> Flags:
-    """Remove layers whose mean kept fraction ½(kept groups / K + kept channels / F) is below ε; of a layer with one
-    block, that block's.
-
-    Frozen layers never collapse, nor does the last layer that is left.
-    """
+    """Remove layers whose kept fraction, the mean over their blocks, is below ε, but not frozen ones and not the last
+    layer that is left."""
     fractions = np.stack([scores.kept_fraction(block) for block in (Block.ATTENTION, Block.MLP)])
     kept = np.nansum(fractions, axis=0) / np.maximum(1, (~np.isnan(fractions)).sum(axis=0))
     alive, removed = int((kept > 0).sum()), []

@@ -184,7 +184,7 @@ class KFACPass(ForwardPass):
         return 1.0 + _numbers(view, 1) / 2 / view.num_weights
 
     def cost_to_finish(self, view: LayerStructure, step: Step) -> float:
-        """About 2·n³ operations for A⁻¹ and what leaves, beside two for every weight of the layer and token."""
+        """About 2·n³ operations for A⁻¹ and the removal, beside two for every weight of the layer and token."""
         return sum(view.projection(block).in_features ** 3 for block in view.prunable) / view.num_weights
 
     def _costs(self, view: LayerStructure, block: Block, earlier: LayerResult) -> Tensor:

@@ -18,11 +18,8 @@ DEFAULT_DAMPING = 1e-2  # where too few samples are there to hold some out
 
 @dataclass
 class NormalEquations:
-    """G = XᵀX ``[n, n]`` and C = YᵀX ``[d, n]``, float64 or fp32, summed over tokens.
-
-    Only the upper triangle of G is kept up until ``complete``. A batch's products are made in ``products``, fp32 as a
-    rule: that is 1e-7 of G's diagonal, which every λ of ``DAMPINGS`` exceeds by far.
-    """
+    """G = XᵀX ``[n, n]``, its upper triangle alone until ``complete``, and C = YᵀX ``[d, n]``, float64 or fp32.
+    A batch's products are fp32 as a rule: that is 1e-7 of G's diagonal, which every λ of ``DAMPINGS`` exceeds."""
 
     gram: Tensor
     cross: Tensor
@@ -32,7 +29,7 @@ class NormalEquations:
     def zeros(
         cls, n: int, d: int, dtype: torch.dtype, device: torch.device, damping: float | None = None
     ) -> "NormalEquations":
-        """No tokens yet. ``damping``: the λ to come, where it is known; a very small one needs exact products."""
+        """No tokens yet. A very small λ to come, where it is known, needs exact products."""
         gram, cross = (torch.zeros(rows, n, dtype=dtype, device=device) for rows in (n, d))
         return cls(gram, cross, torch.float32 if damping is None or damping >= DAMPINGS[0] else dtype)
 

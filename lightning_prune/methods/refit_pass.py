@@ -1,11 +1,12 @@
 """The refit after a decision: o and down of every layer are refitted on the columns that are kept."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_prune.calibration.hooks import Hooks
@@ -20,9 +21,49 @@ from lightning_prune.methods.refit_math import DAMPINGS, NormalEquations, equati
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import EXPERTS, OUTPUT_ROLE, Block
 from lightning_prune.support.devices import widest
+from lightning_prune.support.errors import UserError
 
 Target = Literal["residual", "output"]
 AHEAD = "dense stream"  # the phase of steps that run the dense model before anything is fitted
+
+
+@dataclass(frozen=True)
+class Refit:
+    """The options of a refit; ``damping``: λ, None chooses it as ``RefitPass`` says."""
+
+    target: Target
+    damping: float | None
+
+    @classmethod
+    def of(cls, target: Target | Literal["none"], damping: float | Literal["auto"]) -> "Refit | None":
+        """From the options ``refit`` and ``refit_damping``; None without a refit."""
+        if damping != "auto" and not 0 < damping <= 100:
+            raise UserError(f"--model.refit_damping: found {damping}; it must lie in (0, 100], or be auto.")
+        if target == "none":
+            return None
+        return cls(target, None if damping == "auto" else damping)
+
+    def facts(self, results: Sequence[tuple[Step, LayerResult]]) -> dict[str, Any]:
+        """What was fitted to what, with which damping, and what it did to the error on held-out samples."""
+        fits = [
+            {
+                "layer": step.layer,
+                "projection": OUTPUT_ROLE.get(Block(step.phase), "down of every expert"),
+                "target": result.facts["target"],
+                "damping": result.facts["damping"] or None,  # None: left as it was
+                "held_out_error": {"before": result.facts["before"], "after": result.facts["after"]},
+                **{name: result.facts[name] for name in ("experts",) if name in result.facts},
+            }
+            for step, result in results
+            if result.facts
+        ]
+        dampings = [one for fit in fits if "experts" in fit for one in fit["experts"]["damping"]]
+        if few := dampings.count(None):
+            rank_zero_warn(
+                f"{few} of {len(dampings)} experts saw fewer tokens than they keep channels and were not refitted; a "
+                "larger --data.num_samples reaches more of them."
+            )
+        return {"target": self.target, "damping": "auto" if self.damping is None else self.damping, "fits": fits}
 
 
 class RefitPass(BlockPass):
@@ -42,18 +83,11 @@ class RefitPass(BlockPass):
 
     name = "refit"
 
-    def __init__(
-        self,
-        kept: Sequence[LayerPlan],
-        target: Target,
-        damping: float | None,
-        held_out: Tensor,
-        earlier: Pass | None = None,
-    ) -> None:
-        self.kept, self.damping, self.held_out, self.earlier = kept, damping, held_out, earlier
-        self.target: Target = target
+    def __init__(self, kept: Sequence[LayerPlan], refit: Refit, held_out: Tensor, earlier: Pass | None) -> None:
+        self.kept, self.held_out, self.earlier = kept, held_out, earlier
+        self.target, self.damping = refit.target, refit.damping
         removed = [layer.removed for layer in kept]
-        self.ahead = target == "residual" and any(gone and not before for before, gone in pairwise(removed))
+        self.ahead = self.target == "residual" and any(gone and not before for before, gone in pairwise(removed))
 
     def steps(self, layers: Sequence[LayerStructure]) -> list[Step]:
         """With ``ahead``, every layer of the dense model first."""

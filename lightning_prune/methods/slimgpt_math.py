@@ -43,8 +43,8 @@ class PrunedLinear:
 
 
 def solver_bytes(n: int, dtype: torch.dtype) -> int:
-    """Most memory that inverting and pruning take at once beside XᵀX, for a weight of up to n rows: two n × n matrices
-    (CUDA inverts out of place; later H⁻¹ and the weight), the columns removed in one round, and chunks."""
+    """Most memory that inverting and pruning a weight of up to n rows take beside XᵀX: two n × n matrices (CUDA inverts
+    out of place), the columns removed in one round, and chunks."""
     return dtype.itemsize * (2 * n * n + 1024 * n + 4 * CHUNK)
 
 
@@ -66,11 +66,9 @@ def inverse_hessian(
 ) -> InverseHessian:
     """H⁻¹ at the smallest of λ, 10·λ, 100·λ … ≤ 1 that makes H positive definite (for λ = 0: 0, 0.001, 0.01 …).
 
-    Dead inputs get a diagonal of 1 before its mean is taken, the order of the released code.
-
     Args:
-        xtx: XᵀX ``[n, n]``, fp32 or float64; only read. Another λ needs its undamped diagonal.
-        num_samples: N, the calibration sequences. It cancels from every result but for the 1 of dead inputs.
+        xtx: XᵀX ``[n, n]``, fp32 or float64; only read. Inputs that are 0 get a diagonal of 1 before its mean is taken.
+        num_samples: N, the calibration sequences. It cancels from every result but for that 1.
         damping: λ.
         dtype: of H⁻¹, fp32 or float64.
 
@@ -106,11 +104,10 @@ def channel_errors(weight: Tensor, inverse: Tensor) -> Tensor:
 
 
 def head_errors(weight: Tensor, inverse: Tensor, width: int, kind: HeadError = "slimgpt") -> Tensor:
-    """ε of each unit of ``width`` contiguous columns b, all units batched, ``[n / width]``.
+    """ε of each unit of ``width`` contiguous columns b, ``[n / width]``, with A = (H⁻¹)_bb = C·Cᵀ.
 
-    With A = (H⁻¹)_bb = C·Cᵀ (lower Cholesky):
-    ``slimgpt``: Σ_j ‖W_:,j‖² / C_jj², the paper's grouped Cholesky. It knows that the unit's earlier columns are gone
-    but uses weights that were not yet compensated for them. ``exact``: tr(W_b·A⁻¹·W_bᵀ), the true joint error.
+    ``slimgpt``: Σ_j ‖W_:,j‖² / C_jj², the paper's grouped Cholesky: the unit's earlier columns are removed, but not yet
+    compensated for. ``exact``: tr(W_b·A⁻¹·W_bᵀ), the true joint error.
     """
     units = weight.shape[1] // width
     blocks = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
@@ -166,14 +163,13 @@ def prune_units(
     kind: HeadError = "slimgpt",
     on_round: Callable[[float], None] = lambda share: None,
 ) -> PrunedLinear:
-    """Greedy: in every round remove the ``rounds[i]`` units with the lowest ε (ties: lower index), compensate, and
-    score again.
+    """In every round remove the ``rounds[i]`` units with the lowest ε (ties: lower index), compensate, score again.
 
     Args:
         weight: W ``[out, n]`` of o or down, any floating dtype; it is not changed.
-        hessian: of its inputs; used up, its memory is free when this returns.
+        hessian: of its inputs; used up.
         rounds: together 0 … n / width units.
-        width: columns of one unit, r·d of a GQA group.
+        width: columns of one unit: one for a channel, r·d for a GQA group.
         kind: see ``head_errors``; a unit of one column has ``channel_errors``.
         on_round: called after every round with its share of all the units to remove.
 

@@ -1,4 +1,4 @@
-"""The size that is wanted instead of a ratio, reached by the smallest pruning ratio whose decision is not above it."""
+"""What a model takes and costs in use, from shapes alone, and the size that is wanted instead of a ratio."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -17,6 +17,7 @@ from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.memory import parse_bytes
 
+CONTEXTS = (2_048, 32_768)  # tokens; a conversation, and a long document
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -160,3 +161,22 @@ def cache_numbers(config: Any, layers: Sequence[LayerStructure], context: int, b
             each = latent + config.qk_rope_head_dim if latent else 2 * view.head_dim * kv_heads_of(config)
         sizes.append(each * tokens * batch)
     return sizes
+
+
+def footprint(
+    layers: Sequence[LayerStructure], config: Any, kept: Sequence[LayerPlan], sizes: tuple[int, int], itemsize: int
+) -> dict[str, Any]:
+    """``memory_bytes`` by context, of weights and the KV cache of one sequence, and ``flops_per_token``: two operations
+    per active parameter but those of an input embedding of its own, which is looked up, without attention's products.
+
+    Args:
+        layers, config: of the dense model; ``kept``: of every layer.
+        sizes: parameters that are left, and those of them that one token passes.
+        itemsize: bytes of a number in the file, and in the cache.
+    """
+    left, active = sizes
+    longest = getattr(config, "max_position_embeddings", None) or max(CONTEXTS)
+    contexts = sorted({min(one, longest) for one in CONTEXTS})
+    memory = {context: memory_bytes(left, layers, kept, config, context, 1, itemsize) for context in contexts}
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    return {"memory_bytes": memory, "flops_per_token": 2 * (active - embedding)}

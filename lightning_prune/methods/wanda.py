@@ -14,15 +14,13 @@ from lightning_prune.calibration.statistics.groups import group_importance
 from lightning_prune.calibration.statistics.routed import RoutedOutputs
 from lightning_prune.methods.experts import wanda as wanda_of_channels
 from lightning_prune.methods.experts import with_experts
-from lightning_prune.methods.mask_pruning import GroupOrMaskPruning
-from lightning_prune.methods.masks import MaskRule, mask_layer
+from lightning_prune.methods.mask_pruning import GroupOrMaskPruning, MaskRule, mask_layer
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import Block
 
 
 def weight_scores(weight: Tensor, input_norms: Tensor) -> Tensor:
-    """S_ij = |W_ij| · ‖X_j‖₂ (Wanda, eq. 1), fp32 ``[out, in]``; the norms ``[in]`` of input channels are taken over
-    all calibration tokens."""
+    """S_ij = |W_ij| · ‖X_j‖₂ (Wanda, eq. 1), fp32 ``[out, in]``; norms ``[in]`` are over all calibration tokens."""
     return weight.float().abs() * input_norms.float()
 
 

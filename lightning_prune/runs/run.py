@@ -29,7 +29,7 @@ from lightning_prune.evaluation.perplexity import (
     unigram_perplexity,
 )
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.methods.footprint import footprint
+from lightning_prune.methods.target import footprint
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.runs.environment import environment, peak_memory_bytes
 from lightning_prune.runs.folder import NO_DATA, STARTED, RunFolder, check_label

@@ -101,16 +101,15 @@ def test_magnitude_and_wanda_of_channels(naive: Naive) -> None:
 
 def test_heapr_and_fisher_of_channels(naive: Naive) -> None:
     sums = naive.feed(RoutedSlopes(naive.experts), gradient=True)
-    heapr, fisher = torch.zeros(E, M, dtype=torch.float64), torch.zeros(E, M, dtype=torch.float64)
+    heapr, fisher = torch.zeros(2, E, M, dtype=torch.float64)
     for e in range(E):
         pairs, down = naive.of(e), naive.block.experts.down_proj[e].detach()
-        gradients = [g * naive.delta[token] for token, _, g, _, _ in pairs]
+        gradients = torch.stack([g * naive.delta[token] for token, _, g, _, _ in pairs])
+        inner = torch.stack([a for *_, a, _ in pairs])
         second = sum(torch.outer(one, one) for one in gradients) / len(pairs)
         for k in range(M):
-            activity = sum(float(a[k]) ** 2 for *_, a, _ in pairs) / len(pairs)
-            heapr[e, k] = activity * (down[:, k] @ second @ down[:, k]) * len(pairs) / T
-            slopes = [float(a[k] * (down[:, k] @ one)) for (*_, a, _), one in zip(pairs, gradients, strict=True)]
-            fisher[e, k] = sum(slope**2 for slope in slopes) / T
+            heapr[e, k] = inner[:, k].square().mean() * (down[:, k] @ second @ down[:, k]) * len(pairs) / T
+            fisher[e, k] = (inner[:, k] * (gradients @ down[:, k])).square().sum() / T
     close(HEAPrPass.expert_score(sums), heapr)
     close(FisherPass.expert_score(sums), fisher)
 

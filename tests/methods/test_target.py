@@ -14,9 +14,8 @@ from lightning_prune.checkpoint.expert_plans import parameter_counts
 from lightning_prune.evaluation.efficiency import kv_cache_bytes_per_token, macs_per_token
 from lightning_prune.methods import Magnitude, ShortGPT, SlimGPT, Wanda
 from lightning_prune.methods.flap import FLAP
-from lightning_prune.methods.footprint import footprint
 from lightning_prune.methods.scores import group_scores
-from lightning_prune.methods.target import Target, cache_numbers, memory_bytes, parse_count
+from lightning_prune.methods.target import Target, cache_numbers, footprint, memory_bytes, parse_count
 from lightning_prune.models.families import layer_structures
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
