@@ -24,9 +24,8 @@ from lightning_prune.checkpoint.scores import Scores
 from lightning_prune.checkpoint.write import write_pruned
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.data.sampling import held_out_samples
-from lightning_prune.methods.expected_work import LAYER_TO_WRITE, WRITING, expect_passes
 from lightning_prune.methods.measurement import DecisionFolder, SavedMeasurement
-from lightning_prune.methods.refit import Refit
+from lightning_prune.methods.refit_pass import Refit, RefitPass
 from lightning_prune.methods.target import Target
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import LayerStructure, count_parameters, layer_structures
@@ -39,6 +38,9 @@ from lightning_prune.support.progress import Progress
 from lightning_prune.support.timing import Seconds
 
 SAVE_DTYPES = ("auto", "float32", "bfloat16", "float16")
+WRITING = "writing the pruned model"
+LAYER_TO_WRITE = 1000.0  # about what cutting and writing a layer costs, in tokens through it
+FEW_PASSES = 3  # forwards that calibrating may cost, as long as the passes are not known
 
 
 class PruningMethod(L.LightningModule):
@@ -114,6 +116,7 @@ class PruningMethod(L.LightningModule):
         self.target = Target.of(sizes | {"memory": target_memory}, context, batch)
         self.reached: Fraction | None = None  # the ratio that meets the target
         self.refit = Refit.of(refit, refit_damping)
+        self.dense_stream: Pass | None = None  # one that keeps the dense residual stream for the refit
         self.save_dtype, self.keep = save_dtype, keep
         self._label = label
         self.seconds = Seconds()
@@ -127,8 +130,6 @@ class PruningMethod(L.LightningModule):
         self.layers: list[LayerStructure] = []  # the dense model's: shapes always, weights only while a layer is in
         self.dense_parameters = 0
 
-    # What a method says about itself
-
     @abstractmethod
     def passes(self) -> list[Pass]:
         """The passes it makes over the decoder, fresh ones."""
@@ -139,7 +140,7 @@ class PruningMethod(L.LightningModule):
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the run reads the calibration set at all."""
+        """Whether the run reads the calibration set."""
         return self.refit is not None or (self.saved is None and self.measures_text)
 
     @property
@@ -206,20 +207,21 @@ class PruningMethod(L.LightningModule):
         return (Block.ATTENTION, Block.MLP)
 
     def refit_passes(self, kept: list[LayerPlan], held_out: Callable[[], Tensor]) -> list[Pass]:
-        """The passes it makes once it is decided what is ``kept``; their new weights are the pruned model's.
-        ``held_out`` gives bool ``[N]``, calibration samples to check on."""
-        return [] if self.refit is None else self.refit.passes(kept, held_out())
+        """Passes after the decision, whose new weights are the pruned model's; ``held_out``: samples to check on."""
+        if self.refit is None:
+            return []
+        return [RefitPass(kept, self.refit, held_out(), self.dense_stream)]
 
     def details(self) -> dict[str, Any]:
         """What the method measured and chose beside its scores, for ``method.json``: thresholds, damping, ratios."""
         return {
-            "refit": None if self.refit is None else self.refit.facts(self.driver.loop.results_of("refit")),
+            "refit": None if self.refit is None else self.refit.facts(self.driver.loop.results_of(RefitPass.name)),
             "prunable_fraction": prunable_parameters(self.layers) / self.dense_parameters,
             "onload": self.slot.placement,
         }
 
     def reuse(self, saved: SavedMeasurement) -> None:
-        """Decide from an earlier run's scores; calibration data is only opened for a refit."""
+        """Decide from an earlier run's scores."""
         self.saved = saved
 
     def results(self, name: str) -> list[LayerResult]:
@@ -269,15 +271,9 @@ class PruningMethod(L.LightningModule):
         """The open model."""
         return self.slot.model
 
-    # The life cycle, in the order Lightning calls it
-
     def check_model(self) -> None:
-        """Refuse what needs no weights and no text, once; set ``layers``.
-
-        Raises:
-            UserError: the model cannot be opened, its family is unknown or a tiny model of it does not behave as its
-                record says, or the ratio cannot be reached.
-        """
+        """Refuse what needs no weights and no text, once; set ``layers``. Raises UserError: the model cannot be opened,
+        its family is unknown or does not behave as its record says, or the ratio cannot be reached."""
         if not self.layers:
             self.checkpoint.check()
             self.check_shapes(self.checkpoint.meta)
@@ -297,7 +293,7 @@ class PruningMethod(L.LightningModule):
         self.layers, self.dense_parameters = layers, total
 
     def setup(self, stage: str) -> None:
-        """Refuse what needs no weights: see ``check_model``, and tokens that do not fit the model."""
+        """``check_model``, and refuse tokens that do not fit the model."""
         self.check_model()
         self.datamodule.check_against_model(*self.checkpoint.limits)
 
@@ -306,25 +302,23 @@ class PruningMethod(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Open the model and begin the first stage."""
-        here = "" if self.run_folder is None else str(self.run_folder.path)
-        shared = self.trainer.strategy.broadcast(here)
+        shared = self.trainer.strategy.broadcast("" if self.run_folder is None else str(self.run_folder.path))
         self._folder = Path(shared) if shared else None
         model = self.slot.open(self.checkpoint, load_dtype(str(self.trainer.precision)), self.device)
         self.layers = self.arranged(model.views)
-        data = self.datamodule
-        tokens = data.calibration.tokens if self.needs_calibration else torch.empty(0, 1)
-        self.driver = CalibrationDriver(
-            self.trainer, model, tokens, data.batch_size, self._folder, self.progress, self.seconds
-        )
+        tokens = self.datamodule.calibration.tokens if self.needs_calibration else torch.empty(0, 1)
+        size = self.datamodule.batch_size
+        self.driver = CalibrationDriver(self.trainer, model, tokens, size, self._folder, self.progress, self.seconds)
         self.driver.begin(self.stages())
 
     def stages(self) -> Iterator[Stage]:
-        """What is calibrated, stage by stage: the name of each and its passes; decisions fall between two of them."""
+        """Name and passes of one stage after the other; decisions are made between them."""
         for step in range(1, self.steps + 1):
             self.step = step
             passes = [] if self.saved is not None else self.passes()
-            if step == 1:
-                expect_passes(self, passes)
+            if step == 1 and self.progress.shown:
+                refits = self.refit_passes(unpruned(self.layers), lambda: torch.zeros(0))  # as if nothing were removed
+                self._expect(*(self.steps * self.driver.work(of) for of in (passes, refits)))
             if passes:
                 yield CALIBRATING, passes
             with self.seconds.measure("decide"), torch.no_grad():
@@ -371,6 +365,17 @@ class PruningMethod(L.LightningModule):
             torch.distributed.barrier()  # the others evaluate what this one writes
         if self._folder is not None:
             self.pruned_folder = self._folder / PRUNED
+
+    def expect_roughly(self, data: CalibrationDataModule) -> None:
+        """Tell the progress bar what follows the evaluation of the dense model, before the passes are known."""
+        tokens = len(self.layers) * data.num_samples * data.seq_len
+        self._expect(float(FEW_PASSES * tokens * self.needs_calibration), 0.0)
+
+    def _expect(self, calibrating: float, refitting: float) -> None:
+        writing = LAYER_TO_WRITE * len(self.layers) * self.writes
+        for phase, work in ((CALIBRATING, calibrating), (REFITTING, refitting), (WRITING, writing)):
+            if work:
+                self.progress.expect(phase, work)
 
     def _write_step(self) -> None:
         """Leave the plan and the checkpoint of a step that is not the last one in the run folder."""

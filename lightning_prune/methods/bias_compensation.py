@@ -1,12 +1,4 @@
-"""Biases that take over the mean output of removed columns of o_proj and down_proj, where families have them (FLAP).
-
-With P the removed columns and x̄ the dense model's mean input over the calibration tokens,
-
-    b' = b + W_P · x̄_P
-
-so each of these projections keeps its mean output on the dense model's inputs. A block that is removed whole has no
-projection left that could have one.
-"""
+"""Biases that take over the mean output of removed columns of o_proj and down_proj, where families have them (FLAP)."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +13,7 @@ from lightning_prune.calibration.passes import ForwardPass, WeightsPass
 from lightning_prune.calibration.statistics.channel_sums import InputMoments
 from lightning_prune.calibration.statistics.token_statistic import full_precision
 from lightning_prune.checkpoint.plan import LayerPlan
-from lightning_prune.methods.slimgpt_math import columns_of
+from lightning_prune.methods.columns import columns_of
 from lightning_prune.models.checkpoint import skeleton
 from lightning_prune.models.families import (
     LayerStructure,
@@ -67,7 +59,9 @@ class MeanBiases:
 
 
 def new_biases(view: LayerStructure, kept: LayerPlan, means: Mapping[str, Tensor]) -> LayerResult:
-    """New biases fp32 ``[D]`` of one layer from mean inputs ``[n]`` by role; none for a block that is removed.
+    """New biases fp32 ``[D]`` of one layer from mean inputs x̄ ``[n]`` by role; none for a block that is removed.
+
+    With P the removed columns b' = b + W_P·x̄_P, so each projection keeps its mean output on the dense model's inputs.
 
     Raises:
         FloatingPointError: a bias is not finite, or does not fit into the model's dtype.
@@ -102,7 +96,7 @@ class MeansPass(ForwardPass):
         self.moments = watch_moments(view, hooks, self.roles)
 
     def conclude(self, view: LayerStructure) -> LayerResult:
-        means = {role: moments.reduced().reshape(2, -1)[0] for role, moments in finite(view, self.moments).items()}
+        means = {role: moments[0] for role, moments in read_moments(view, self.moments).items()}
         return new_biases(view, self.kept[view.index], means)
 
 
@@ -136,8 +130,8 @@ def watch_moments(view: LayerStructure, hooks: Hooks, roles: Collection[str]) ->
     return moments
 
 
-def finite(view: LayerStructure, moments: dict[str, InputMoments]) -> dict[str, InputMoments]:
-    """The same, or FloatingPointError that names the projection."""
+def read_moments(view: LayerStructure, moments: dict[str, InputMoments]) -> dict[str, Tensor]:
+    """Mean and variance ``[2, n]`` by role, or FloatingPointError that names the projection."""
     for role, statistic in moments.items():
         statistic.raise_if_not_finite(f"layer {view.index}, input of {role}")
-    return moments
+    return {role: statistic.reduced().reshape(2, -1) for role, statistic in moments.items()}

@@ -1,10 +1,6 @@
-"""Which experts, or channels inside experts, are pruned: equally many of every layer, the lowest scores of each.
-
-A model has one number of experts and one width of all of them. So units are pruned in bundles: the lowest unit of every
-group, the next one of every group, and so on, where a group is what must keep equally many: an expert's channels, or
-the experts of a layer (of every group of its router). A bundle has the parameters of its units and their mean score, by
-which it is ranked among GQA groups and MLP channels.
-"""
+"""Which experts, or channels inside experts, are pruned: equally many of every group, the lowest scores of each, since
+a model has one number of experts and one width of all. A group is an expert's channels, or the experts of a layer (of
+a group of its router). The lowest units of all groups are a bundle, which is ranked by their mean score."""
 
 import math
 from dataclasses import replace
@@ -38,10 +34,7 @@ def expert_rows(scores: Scores) -> Flags:
 def select_with_experts(
     selection: GroupSelection, scores: Scores, layers: list[LayerStructure], budget: Budget, protected: Flags
 ) -> Flags:
-    """``GroupSelection.select`` for a model with experts.
-
-    Args:
-        protected: whole experts that are kept, bool ``[U]``.
+    """``GroupSelection.select`` for a model with experts; ``protected`` bool ``[U]`` are whole experts that are kept.
 
     Raises:
         UserError: the budget cannot be reached with these options, or without a protected expert.
@@ -79,9 +72,9 @@ def select_experts(
 
     Args:
         scores: of U units, with experts or their channels in some layers.
-        free: candidates among the others, bool ``[U]``; where those of experts are not, experts stay.
+        free: candidates, bool ``[U]``; where those of experts are not, experts are kept.
         budget: what to remove.
-        allocation: of the others; ``uniform`` gives them their share of the budget first.
+        allocation: of the other units; ``uniform`` gives them their share of the budget first.
         groups: that must keep equally many units in every layer: its experts, or the groups of its router.
         keep: units of a group that are kept at least.
         multiple: a multiple of so many is kept.
@@ -91,18 +84,18 @@ def select_experts(
     """
     experts = expert_rows(scores)
     others = ~experts
-    taken = np.zeros(len(free), dtype=bool)
+    pruned = np.zeros(len(free), dtype=bool)
     if allocation == "uniform" and bool((free & others).any()):
         part, whole = int(scores.cost[free & others].sum()), int(scores.cost[free].sum())
-        taken[others] = select_uniform(scores.at(others), free[others], _share(budget, part, whole))
-        free, budget = free & experts, _share(budget, budget.parameters - int(scores.cost[taken].sum()))
+        share = budget.parameters * part // whole
+        pruned[others] = select_uniform(scores.at(others), free[others], _to_remove(budget, share))
+        free, budget = free & experts, _to_remove(budget, budget.parameters - int(scores.cost[pruned].sum()))
     bundle = _bundles(scores, free & experts, groups, keep, multiple)
     table = _bundled(scores, bundle, others)
     count = int(bundle.max()) + 1
     candidates = np.arange(count) < count - 1  # the last one stays
     chosen = select_global(table, np.concatenate([candidates, free[others]]), budget)
-    taken[others] |= chosen[count:]
-    pruned = taken
+    pruned[others] |= chosen[count:]
     pruned[experts] |= chosen[bundle[experts]]
     if not pruned.any():
         smallest = int(table.cost[:1].sum()) / budget.total_parameters
@@ -114,8 +107,8 @@ def select_experts(
 
 
 def _bundles(scores: Scores, free: Flags, groups: int, keep: int, multiple: int) -> Integers:
-    """The bundle of every unit of experts, from 0, the first one to be pruned; the last one holds those that stay.
-    int64 ``[U]``, -1 for other units."""
+    """The bundle of every unit of experts, int64 ``[U]``: from 0, the first one to be pruned, to the one that is kept;
+    -1 for other units."""
     bundle = np.where(expert_rows(scores), 0, -1)
     order = ranking(scores)
     order = order[free[order]]
@@ -162,7 +155,6 @@ def _bundled(scores: Scores, bundle: Integers, others: Flags) -> Scores:
     return Scores(**{name: np.concatenate([values, getattr(scores, name)[others]]) for name, values in head.items()})
 
 
-def _share(budget: Budget, part: int, whole: int | None = None) -> Budget:
-    """The budget of ``part`` of ``whole`` parameters; without ``whole``, of ``part`` parameters to remove."""
-    wanted = part if whole is None else budget.parameters * part // whole
-    return replace(budget, added=budget.added + wanted - budget.parameters)
+def _to_remove(budget: Budget, parameters: int) -> Budget:
+    """The same budget of so many parameters."""
+    return replace(budget, added=budget.added + parameters - budget.parameters)

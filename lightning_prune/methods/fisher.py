@@ -1,12 +1,7 @@
-"""Fisher importance of units: mean squared per-token gradient of the loss with respect to each unit's scale.
+"""Fisher importance of units (Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers", section 4).
 
-A unit's mask m multiplies what its columns of o_proj or down_proj read, x. With L the summed token loss,
-
-    ∂L/∂m at token t = Σ over the unit's columns of x_t · ∂L/∂x_t,     I = mean over tokens of its square
-
-the diagonal of the mask's empirical Fisher matrix (Kwon et al. 2022, "A Fast Post-Training Pruning Framework for
-Transformers", section 4), with the square taken per token instead of per sequence: a token is one draw of the
-fluctuations that removing a unit causes, and there are as many more of them as a window is long.
+The square is taken per token instead of per sequence: a token is one draw of the fluctuations that removing a unit
+causes, and there are as many more of them as a window is long.
 """
 
 from collections.abc import Callable
@@ -20,15 +15,15 @@ from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Holding, Load
 from lightning_prune.calibration.statistics.routed import RoutedSlopes
 from lightning_prune.calibration.statistics.token_statistic import TokenStatistic
-from lightning_prune.methods.expert_passes import watch_backward, with_experts
-from lightning_prune.methods.expert_scores import fisher as fisher_of_channels
+from lightning_prune.methods.experts import on_gradient, with_experts
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 from lightning_prune.support.devices import widest
 
 
 class MaskFisher(TokenStatistic):
-    """Σ_t (∂L/∂m_t)² per unit of one projection, float64 ``[units]``; ``tokens`` counts positions."""
+    """Σ_t (∂L/∂m_t)² per unit of one projection, float64 ``[units]``, with L the summed token loss and m a factor on
+    what the unit's columns read: ∂L/∂m_t = Σ over the columns of x_t · ∂L/∂x_t. ``tokens`` counts positions."""
 
     squares: Tensor
 
@@ -53,7 +48,6 @@ class FisherPass(BackwardPass):
     """I per GQA group and MLP channel. No weight takes a gradient, so it costs less than Taylor's pass."""
 
     name = "importance"
-    expert_score = staticmethod(fisher_of_channels)
 
     def watch(self, view: LayerStructure) -> None:
         self.fisher: dict[Block, MaskFisher] = {}
@@ -64,7 +58,7 @@ class FisherPass(BackwardPass):
             self._handles.append(module.register_forward_pre_hook(self._listener(self.fisher[block])))
         self.routed = None if view.experts is None else RoutedSlopes(view.experts).to(self.model.device)
         if self.routed is not None:
-            self._handles.append(watch_backward(self.routed))
+            self._handles.append(on_gradient(self.routed.experts[0].module, self.routed.update, inputs=3))
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """Also a projection's inputs and their gradient in fp32, and the product."""
@@ -78,6 +72,11 @@ class FisherPass(BackwardPass):
             statistic.raise_if_not_finite(f"layer {view.index}, slopes at the input of {OUTPUT_ROLE[block]}")
         dense = LayerResult({block: statistic.reduced().reshape(-1) for block, statistic in self.fisher.items()})
         return with_experts(f"layer {view.index}", dense, self.routed, self.expert_score)
+
+    @staticmethod
+    def expert_score(sums: RoutedSlopes) -> Tensor:
+        """Mean over all tokens of (∂L/∂m_k)², with m_k a factor on the channel's activation, ``[E, m]``."""
+        return sums.products / sums.tokens
 
     def _listener(self, statistic: MaskFisher) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
         def listen(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -1,19 +1,8 @@
 """FLAP (An et al. 2024, "Fluctuation-based Adaptive Structured Pruning for Large Language Models").
 
-A channel that hardly fluctuates can be replaced by its mean. For input channel j of o_proj and down_proj, with v_j its
-variance over the calibration tokens,
-
-    WIFV_j = v_j · Σ_i W_ij²
-
-is standardised within the layer's projection, z_j = (WIFV_j − mean) / std, so that all layers rank together.
-
-The released code's variance is built per sample and depends on their order, and it squares the attention metric before
-it is standardised; here both are as the paper defines them. A GQA group has the mean z of its query heads' columns (the
-code knows multi-head attention only). The importance in the records is mean WIFV / std; z is that less its mean.
-
-A bias takes over the removed channels' mean (``bias_compensation``) where the family's own config can say that o_proj
-or down_proj has one. The biases it brings along elsewhere (query, key and value, gate and up) are zero; they count as
-parameters, so the same number of weights is pruned in addition. A refit takes the bias's place, in the kept weights.
+WIFV_j = v_j · Σ_i W_ij², with v_j the variance of a projection's input channel over the calibration tokens, is
+standardised within the layer's projection, so that all layers rank together. Variance and metric are as the paper
+defines them; the released code's depend on the order of samples, and square attention's metric first.
 """
 
 from collections.abc import Callable
@@ -31,7 +20,7 @@ from lightning_prune.checkpoint.cut import parameters_after
 from lightning_prune.checkpoint.family_check import check_family
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.checkpoint.scores import Flags, Scores
-from lightning_prune.methods.bias_compensation import BiasPass, MeanBiases, MeansPass, finite, watch_moments
+from lightning_prune.methods.bias_compensation import BiasPass, MeanBiases, MeansPass, read_moments, watch_moments
 from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.methods.scores import group_scores
 from lightning_prune.models.families import LayerStructure, with_biases
@@ -58,9 +47,9 @@ class FLAPPass(ForwardPass):
     def conclude(self, view: LayerStructure) -> LayerResult:
         """Mean WIFV / std per GQA group and per channel; the fact ``means``: x̄ by role."""
         importance, means = {}, {}
-        moments = finite(view, self.moments)
+        moments = read_moments(view, self.moments)
         for block in view.prunable:
-            mean, variance = moments[OUTPUT_ROLE[block]].reduced().reshape(2, -1)
+            mean, variance = moments[OUTPUT_ROLE[block]]
             squares = view.projection(block).weight.float().square().sum(0)
             importance[block] = in_deviations(variance * squares, view.units(block))
             means[OUTPUT_ROLE[block]] = mean.tolist()
@@ -71,23 +60,16 @@ class FLAP(GroupPruning):
     """FLAP: removes the channels and GQA groups that fluctuate least, all layers ranked together by standard scores.
 
     Args:
-        pretrained: Model folder or hub id to prune. ``demo`` is the small model inside the package.
-        pruning_ratio: Share of all parameters (embeddings and head included) to remove, between 0 and 1.
         bias_compensation: Let biases of o_proj and down_proj take over the mean of what is removed, where the family's
             config has such biases. False leaves the selection alone, and so does a refit.
-        group_options: Options of group pruning.
     """
 
     decision_options = (*GroupPruning.decision_options, "bias_compensation")
 
     def __init__(
-        self,
-        pretrained: str = "demo",
-        pruning_ratio: float = 0.2,
-        bias_compensation: bool = True,
-        **group_options: Any,
+        self, pretrained: str = "demo", pruning_ratio: float = 0.2, bias_compensation: bool = True, **options: Any
     ) -> None:
-        super().__init__(pretrained, pruning_ratio, **group_options)
+        super().__init__(pretrained, pruning_ratio, **options)
         self.bias_compensation = bias_compensation
         self.means: list[dict[str, list[float]]] = []  # of what the projections read, layer by layer
 
@@ -135,7 +117,8 @@ class FLAP(GroupPruning):
         return replace(scores, base=z.numpy(), score=z.numpy())
 
     def select(self, scores: Scores, layers: list[LayerStructure], total_parameters: int) -> Flags:
-        """By the cost of units with their biases; as many parameters more are pruned as the biases add."""
+        """By the cost of units with their biases; as many parameters more are pruned as all biases add, those of other
+        projections included, which the same keys bring along as zeros."""
         if self.biases is None:
             return super().select(scores, layers, total_parameters)
         views, added = self.biases.views, self.biases.parameters - total_parameters
@@ -170,10 +153,6 @@ class FLAP(GroupPruning):
         return f"family '{self.checkpoint.config.model_type}' has no bias for {' and '.join(lost)}" if lost else None
 
     def details(self) -> dict[str, Any]:
-        """Which projections have the means, by which keys of the config, and why others do not."""
-        compensation = {
-            "projections": [] if self.biases is None else self.biases.roles,
-            "config_keys": [] if self.biases is None else self.biases.keys,
-            "why_not": self._why_not(),
-        }
+        roles, keys = ([], []) if self.biases is None else (self.biases.roles, self.biases.keys)
+        compensation = {"projections": roles, "config_keys": keys, "why_not": self._why_not()}
         return {"bias_compensation": compensation, "note": self.note, **super().details()}

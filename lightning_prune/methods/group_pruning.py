@@ -9,8 +9,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.checkpoint.scores import Flags, Scores
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.methods.expert_passes import expert_details, in_units, marked
 from lightning_prune.methods.expert_selection import select_with_experts
+from lightning_prune.methods.experts import expert_details, in_units, marked
 from lightning_prune.methods.scores import group_scores
 from lightning_prune.methods.selection import Allocation, GroupSelection
 from lightning_prune.models.families import LayerStructure
@@ -24,8 +24,6 @@ class GroupPruning(PruningMethod):
     """Removes GQA groups and MLP channels with the lowest score = importance / cost in parameters.
 
     Args:
-        pretrained: Model folder or hub id to prune. ``demo`` is the small model inside the package.
-        pruning_ratio: Share of all parameters (embeddings and head included) to remove, between 0 and 1.
         allocation: ``global`` ranks the groups of all layers together; ``uniform`` takes the same share from every
             layer, so the checkpoint has one width and loads as a stock model.
         round_to: Keep a multiple of this many MLP channels in every layer (64 suits GPU kernels).
@@ -41,7 +39,6 @@ class GroupPruning(PruningMethod):
             ``remove``.
         steps: Prune in this many equal shares; importance and priors are measured again on what is left, refitted if
             ``refit`` says so. The result of every step is in the run folder as ``steps/<ratio>``.
-        run_options: Options of every method.
     """
 
     decision_options = (*PruningMethod.decision_options, *(option.name for option in fields(GroupSelection)))
@@ -84,24 +81,21 @@ class GroupPruning(PruningMethod):
         """Turn importance per cost into the final score; plain methods leave it as it is."""
         return scores
 
-    def decide(self) -> None:
-        """Rank all groups and take the lowest until the ratio is met.
+    def measured(self) -> Scores:
+        """Scores before any prior, from an earlier run or from what the pass ``importance`` left of every layer."""
+        if self.saved is not None:
+            return replace(self.saved.scores, score=self.saved.scores.base)
+        results = self.results("importance")
+        samples = len(self.datamodule.calibration.tokens) if self.measures_text else 0
+        self._experts = expert_details(self.layers, results, samples)
+        importance = [in_units(view, result.importance) for view, result in zip(self.layers, results, strict=True)]
+        return marked(group_scores(self.layers, importance, self.kinds(self.layers)), self._experts)
 
-        The importance is what the pass called ``importance`` left of every layer.
-        """
-        if self.saved is None:
-            results = self.results("importance")
-            self._experts = expert_details(
-                self.layers, results, len(self.datamodule.calibration.tokens) if self.measures_text else 0
-            )
-            importance = [
-                in_units(*pair) for pair in zip(self.layers, (one.importance for one in results), strict=True)
-            ]
-            measured = marked(group_scores(self.layers, importance, self.kinds(self.layers)), self._experts)
-        else:
-            measured = replace(self.saved.scores, score=self.saved.scores.base)
+    def decide(self) -> None:
+        """Rank all groups and take the lowest until the ratio is met."""
+        measured = self.measured()
         if self.target is not None:
-            measured = self.target.weighed(measured, self.target.cache(self.checkpoint.config, self.layers))
+            measured = self.target.weighed(measured, self.checkpoint.config, self.layers)
         scores = ranked = self.score(measured)
         if self.step > 1:
             gone, before = self.scores.pruned, self.scores
@@ -113,8 +107,7 @@ class GroupPruning(PruningMethod):
                 },
             )
             ranked = replace(scores, score=np.where(gone, -np.inf, scores.score))
-        self.find_ratio(ranked, self.layers, self.dense_parameters)
-        self.scores = replace(scores, pruned=self.select(ranked, self.layers, self.dense_parameters))
+        self.scores = replace(scores, pruned=self.choose(ranked, self.layers, self.dense_parameters))
         self.plan = self.make_plan(kept_units(self.scores, self.layers))
         bare = sum(layer.kept.get(Block.ATTENTION) == [] for layer in self.plan.layers)
         if 2 * bare > len(self.layers):
@@ -125,30 +118,30 @@ class GroupPruning(PruningMethod):
         if said := self.selection.unrounded(self.scores, self.layers):
             rank_zero_warn(said)
 
-    def find_ratio(self, scores: Scores, layers: list[LayerStructure], total_parameters: int) -> None:
-        """Of a target."""
+    def choose(self, scores: Scores, layers: list[LayerStructure], total_parameters: int) -> Flags:
+        """``select`` with the ratio that meets the target, if there is one."""
 
         def keep() -> list[LayerPlan]:
             return kept_units(replace(scores, pruned=self.select(scores, layers, total_parameters)), layers)
 
         self.meet_target(keep, layers, total_parameters)
+        return self.select(scores, layers, total_parameters)
 
     def select(self, scores: Scores, layers: list[LayerStructure], total_parameters: int) -> Flags:
         """Which units are pruned, bool ``[U]``."""
         if not any(view.experts for view in layers):
             return self.selection.select(scores, layers, total_parameters, self.ratio)
         budget = self.selection.budget(layers, total_parameters, self.ratio)
-        return select_with_experts(self.selection, scores, layers, budget, self._super_rows(scores))
+        protected = np.zeros(len(scores.layer), dtype=bool)
+        if scores.super_expert is not None and self.super_experts == "keep":
+            protected = scores.super_expert & scores.of_kind(Block.EXPERT)
+        return select_with_experts(self.selection, scores, layers, budget, protected)
 
     def arranged(self, layers: list[LayerStructure]) -> list[LayerStructure]:
         return [view.with_experts_as(Block.EXPERT) for view in layers] if self.units == "expert" else layers
 
     def kinds(self, layers: list[LayerStructure]) -> tuple[Block, ...]:
-        """The kinds of units that may be removed.
-
-        Raises:
-            UserError: experts are requested of a model without, or a method for experts is.
-        """
+        """The kinds of units that may be removed. Raises UserError where the model does not have those requested."""
         if not any(view.experts for view in layers):
             if self.units in EXPERTS or self.experts == "only":
                 raise UserError(
@@ -168,18 +161,9 @@ class GroupPruning(PruningMethod):
         details = {**asdict(self.selection), "steps": self.steps, **super().details()}
         if not any(view.experts for view in self.layers):
             return details
-        return {**details, "units": list(self.kinds(self.layers)), **self._seen_of_experts()}
-
-    def _seen_of_experts(self) -> dict[str, Any]:
-        if self.saved is not None:
-            return {name: self.saved.details[name] for name in ("experts",) if name in self.saved.details}
-        return self._experts
-
-    def _super_rows(self, scores: Scores) -> Flags:
-        """Whole experts that must be kept, bool ``[U]``."""
-        if scores.super_expert is None or self.super_experts == "remove":
-            return np.zeros(len(scores.layer), dtype=bool)
-        return scores.super_expert & scores.of_kind(Block.EXPERT)
+        seen = self._experts if self.saved is None else self.saved.details
+        facts = {"experts": seen["experts"]} if "experts" in seen else {}
+        return {**details, "units": list(self.kinds(self.layers)), **facts}
 
     def check_ratio(self, layers: list[LayerStructure], total_parameters: int) -> None:
         units, kinds = sum(view.units(block) for view in layers for block in view.scored), self.kinds(layers)
@@ -187,9 +171,7 @@ class GroupPruning(PruningMethod):
             raise UserError(
                 f"--model.steps: found {self.steps}; the model has {units} units, and every step removes at least one."
             )
-        scores = group_scores(layers, kinds=kinds)
-        self.find_ratio(scores, layers, total_parameters)
-        self.select(scores, layers, total_parameters)
+        self.choose(group_scores(layers, kinds=kinds), layers, total_parameters)
 
 
 def kept_units(scores: Scores, layers: list[LayerStructure]) -> list[LayerPlan]:

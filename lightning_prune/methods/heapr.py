@@ -1,12 +1,9 @@
-"""HEAPr (Li et al. 2025, "HEAPr: Hessian-based Efficient Atomic Expert Pruning in Output Space", arXiv 2509.22299).
+"""HEAPr (Li et al. 2025, "HEAPr: Hessian-based Efficient Atomic Expert Pruning in Output Space", arXiv 2509.22299)."""
 
-A channel of an expert is its two input rows and its output column w_k: it adds a_k·w_k to the expert's output. To
-second order in what is missing there, the loss grows by E[a_k²]·w_kᵀ·G·w_k without it, G the second moment of the
-loss's gradient at the expert's output: K-FAC importance (``methods.kfac``) without the others compensating.
-"""
+from torch import Tensor
 
 from lightning_prune.calibration.passes import Pass
-from lightning_prune.methods.expert_scores import heapr
+from lightning_prune.calibration.statistics.routed import RoutedSlopes
 from lightning_prune.methods.fisher import FisherPass
 from lightning_prune.methods.group_pruning import GroupPruning
 
@@ -14,7 +11,14 @@ from lightning_prune.methods.group_pruning import GroupPruning
 class HEAPrPass(FisherPass):
     """I per channel of experts; GQA groups and MLP channels have Fisher's."""
 
-    expert_score = staticmethod(heapr)
+    @staticmethod
+    def expert_score(sums: RoutedSlopes) -> Tensor:
+        """I_k = E[a_k²]·w_kᵀ·G·w_k, ``[E, m]``: to second order, how the loss grows without a_k·w_k in the output.
+
+        G = E[δ·δᵀ] is the second moment of the loss's gradient there. Both are over the tokens routed to the expert,
+        times their share of all. w_kᵀ·G·w_k is the mean square of the slope along w_k, so that no matrix is needed.
+        """
+        return sums.inner * sums.slopes / (sums.counts.clamp_min(1)[:, None] * sums.tokens)
 
 
 class HEAPr(GroupPruning):

@@ -1,16 +1,8 @@
-"""H-GSP: hybrid global structural pruning of GQA groups and MLP channels with depth priors.
-
-Every group G of every layer gets one final score, and all groups are ranked together:
-
-    final(G) = S(G) · B(G)^T,   S(G) = I(G) / cost(G)
-
-I is the importance (``taylor``, ``fisher``, ``kfac``, ``wanda``, ``magnitude``), cost the parameters removed with G. B
-is the depth prior: how much the loss grows without G's whole layer, or without its block where the layer matters (gate
-τ).
+"""H-GSP: hybrid global structural pruning. All groups G of all layers are ranked together by S(G)·B(G)^T, with S the
+importance per parameter, B the depth prior: how much the loss grows without G's layer, or its block, and T an exponent.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -21,7 +13,6 @@ from torch import Tensor
 from lightning_prune.calibration.backward import BackwardPass
 from lightning_prune.calibration.passes import Pass
 from lightning_prune.calibration.wavefront import PIECES, RemovalPass
-from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.checkpoint.scores import BLOCKS, Flags, Scores
 from lightning_prune.methods.fisher import FisherPass
 from lightning_prune.methods.group_pruning import GroupPruning
@@ -42,16 +33,12 @@ ScoreNorm = Literal["none", "kind", "block"]
 
 
 def depth_prior(delta: Tensor, tau: float) -> Tensor:
-    """B = ln(1 + max(Δ, 0)), with Δ of the whole layer where Δ_layer < τ, of the group's own block elsewhere.
-
-    The gate compares the raw Δ_layer; τ = 0 means block-wise always, also for a negative Δ_layer.
+    """B = ln(1 + max(Δ, 0)) fp64 ``[2, L]`` of attention and MLP groups, with Δ of the layer where Δ_layer < τ, else of
+    the group's own block. τ = 0 means block-wise always, also for a negative Δ_layer.
 
     Args:
         delta: ``[3, L]``: loss increase in nats without the layer, its attention, its MLP.
         tau: gate threshold in nats.
-
-    Returns:
-        B fp64 ``[2, L]`` for attention and MLP groups.
     """
     chosen = torch.where((delta[0] < tau) & (tau != 0), delta[0], delta[1:])
     return torch.log1p(chosen.double().clamp_min(0))
@@ -75,8 +62,6 @@ class HGSP(GroupPruning):
     """H-GSP: one global ranking of GQA groups and MLP channels, weighed by how much their layer or block matters.
 
     Args:
-        pretrained: Model folder or hub id to prune. ``demo`` is the small model inside the package.
-        pruning_ratio: Share of all parameters (embeddings and head included) to remove, between 0 and 1.
         importance: What a group is worth: taylor (sum of |w·g|), fisher (mean square, over tokens, of the loss's slope
             along the group), kfac (loss increase after the block's remaining groups are refitted), wanda (sum of
             |w|·‖x‖) or magnitude (sum of |w|).
@@ -91,7 +76,6 @@ class HGSP(GroupPruning):
         temperature: T, exponent of the prior. 0 switches the prior off, and it is not computed.
         collapse_epsilon: ε. A layer whose mean kept fraction of groups and channels is below it is removed whole.
         score_norm: Divide importance per parameter by its median per kind or its mean per block before the prior.
-        group_options: Options of group pruning.
     """
 
     experts = True
@@ -145,7 +129,6 @@ class HGSP(GroupPruning):
         self.collapse_epsilon = collapse_epsilon
         self.score_norm: ScoreNorm = score_norm
         self.measures_text = temperature > 0 or importance != "magnitude"
-        self.dense_stream: Pass | None = None  # the pass that keeps it for the refit
         self.priors: Tensor | None = None
         self.tau_used: float | None = None
 
@@ -154,7 +137,7 @@ class HGSP(GroupPruning):
         return f"hgsp_{self.importance}"
 
     def passes(self) -> list[Pass]:
-        """One for the importance, one for the prior unless T = 0."""
+        """Of the importance, and of the prior unless T = 0."""
         passes: list[Pass]
         if self.importance in GRADIENTS:
             priors = self.temperature > 0 and self.prior == "gradient"
@@ -172,9 +155,6 @@ class HGSP(GroupPruning):
             passes.append(RemovalPass(self.prior_num_samples, blocks=self.tau != math.inf))
         return passes
 
-    def refit_passes(self, kept: list[LayerPlan], held_out: Callable[[], Tensor]) -> list[Pass]:
-        return [] if self.refit is None else self.refit.passes(kept, held_out(), self.dense_stream)
-
     def reuse(self, saved: SavedMeasurement) -> None:
         super().reuse(saved)
         self.priors = saved_priors(saved.details, self.temperature, self.tau)
@@ -186,7 +166,7 @@ class HGSP(GroupPruning):
             self.priors = delta[0] if self.prior == "removal" else delta.T.contiguous()
         if self.temperature > 0:
             assert self.priors is not None
-            # The 25th percentile (linear interpolation) over all layers, frozen ones included.
+            # Over all layers, frozen ones included.
             self.tau_used = float(np.percentile(self.priors[0].numpy(), 25)) if self.tau is None else self.tau
         return final_scores(scores, self.priors, self.tau_used, self.temperature, self.score_norm)
 
@@ -198,17 +178,17 @@ class HGSP(GroupPruning):
         return collapse(replace(scores, pruned=pruned), self.collapse_epsilon, frozen)
 
     def details(self) -> dict[str, Any]:
-        """Priors, gate and what was chosen, so that the decision can be made again with other options."""
-        measured = None if self.priors is None else dict(zip(PIECES, self.priors.tolist(), strict=True))
+        """Also priors and gate, so that the decision can be made again with other options."""
+        prior = {
+            "measure": self.prior,
+            "unit": "nats of mean token loss",
+            "num_samples": self.prior_num_samples,
+            "delta": None if self.priors is None else dict(zip(PIECES, self.priors.tolist(), strict=True)),
+        }
         return {
             "importance": self.importance,
             "gradient_samples": self.gradient_samples,
-            "prior": {
-                "measure": self.prior,
-                "unit": "nats of mean token loss",
-                "num_samples": self.prior_num_samples,
-                "delta": measured,
-            },
+            "prior": prior,
             "tau": self.tau_used,
             "temperature": self.temperature,
             "collapse_epsilon": self.collapse_epsilon,
@@ -244,11 +224,7 @@ def final_scores(
 
 
 def saved_priors(details: dict[str, Any], temperature: float, tau: float | None) -> Tensor | None:
-    """Δ ``[3, L]`` from an earlier run's ``method.json``; None where it has none and T = 0 needs none.
-
-    Raises:
-        UserError: that run measured no priors, or only those of whole layers where blocks are requested.
-    """
+    """Δ ``[3, L]`` of an earlier run's ``method.json``, None where T = 0 needs none; UserError where some lack."""
     delta = details["prior"]["delta"]
     if delta is None and temperature == 0:
         return None
@@ -265,11 +241,8 @@ def saved_priors(details: dict[str, Any], temperature: float, tau: float | None)
 
 
 def collapse(scores: Scores, epsilon: float, frozen: set[int]) -> Flags:
-    """Remove layers whose mean kept fraction ½(kept groups / K + kept channels / F) is below ε; of a layer with one
-    block, that block's.
-
-    Frozen layers never collapse, nor does the last layer that is left.
-    """
+    """Remove layers whose kept fraction, the mean over their blocks, is below ε, but not frozen ones and not the last
+    layer that is left."""
     fractions = np.stack([scores.kept_fraction(block) for block in (Block.ATTENTION, Block.MLP)])
     kept = np.nansum(fractions, axis=0) / np.maximum(1, (~np.isnan(fractions)).sum(axis=0))
     alive, removed = int((kept > 0).sum()), []

@@ -1,24 +1,15 @@
 """K-FAC importance: loss increase without a unit once the units that are kept compensate for it.
 
-Symbols: W ``[d, n]`` the weight of o_proj or down_proj, x its input and g = ∂L/∂y the gradient at its output, L the
-summed token loss. The curvature of L along W is taken for the Kronecker product of A = mean over tokens of x·xᵀ and F =
-mean of g·gᵀ (Martens and Grosse 2015, K-FAC). When the columns b of W are removed, and the others become what the
-curvature wants, L grows by
-
-    I = tr(F · W_b · [(A⁻¹)_bb]⁻¹ · W_bᵀ)      times ½, which changes no ranking
-
-(optimal brain surgeon with these factors: van der Ouderaa et al. 2024, "The LLM Surgeon"). With F = C·Cᵀ that is
-SlimGPT's error of Cᵀ·W, so its solver does the work: units are removed one after the other until none is left, the
-others compensate for them every time, and I is what a unit cost when it was removed. F makes costs of different layers
-comparable, which SlimGPT's own, in each layer's units of output, are not.
+The curvature of the loss along W is taken for the Kronecker product of A and F, the second moments of a projection's
+inputs and of the gradient at its output (Martens and Grosse 2015, K-FAC; van der Ouderaa et al. 2024, "The LLM
+Surgeon"). F makes costs of different layers comparable, which SlimGPT's own, in each layer's units of output, are not.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.calibration.backward import BackwardPass
@@ -28,7 +19,8 @@ from lightning_prune.calibration.passes import ForwardPass, Holding, Load, Step
 from lightning_prune.calibration.statistics.gram import InputGram
 from lightning_prune.calibration.statistics.routed import RoutedGrams
 from lightning_prune.calibration.statistics.token_statistic import full_precision
-from lightning_prune.methods.expert_passes import watch_backward, with_experts
+from lightning_prune.methods.columns import named
+from lightning_prune.methods.experts import on_gradient, with_experts
 from lightning_prune.methods.slimgpt_math import choose_dtype, inverse_hessian, prune_units, solve_bytes
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
@@ -46,7 +38,10 @@ def compensated_costs(
     width: int,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """I of every unit as above, ``[n / width]``.
+    """I of every unit b, ``[n / width]``: what the loss grows by without it, once the others compensate.
+
+    I = tr(F · W_b · [(A⁻¹)_bb]⁻¹ · W_bᵀ), times ½, which changes no ranking. With F = C·Cᵀ that is SlimGPT's error of
+    Cᵀ·W, so its solver removes units one after the other until none is left; I is what a unit cost at its turn.
 
     Args:
         weight: W ``[d, n]``, any floating dtype.
@@ -85,20 +80,14 @@ def kfac_of_experts(sums: RoutedGrams, dtype: torch.dtype) -> Tensor:
     """The same loss increase of every channel of experts, ``[E, m]``: A over the expert's tokens, F of the gradient at
     its output, which holds the router's weight, times the share of all tokens that the expert sees.
 
-    Only Wᵀ·F·W enters, which is there already: its root takes the place of Cᵀ·W.
-
-    Args:
-        sums: complete.
-        dtype: of the computation.
+    Only Wᵀ·F·W enters, which is there already: its root takes the place of Cᵀ·W. ``dtype`` is that of the computation.
     """
     experts = sums.experts[0]
     costs = torch.zeros(experts.total, experts.width, dtype=torch.float64)
     for expert, count in enumerate(sums.counts.tolist()):
         if count:
-            try:
+            with named(f"expert {expert}"):
                 costs[expert] = widened(_costs_of_expert(sums, expert, dtype)).cpu() * (count / int(sums.tokens))
-            except FloatingPointError as error:
-                raise FloatingPointError(f"expert {expert}: {error}") from None
     return costs
 
 
@@ -130,10 +119,10 @@ class GradientPass(BackwardPass):
         for block in view.prunable:
             gram = InputGram(view.projection(block).weight.shape[0]).to(self.model.device)
             self.factors[OUTPUT_ROLE[block]] = gram
-            self._handles.append(view.projection(block).module.register_forward_hook(_listener(gram)))
+            self._handles.append(on_gradient(view.projection(block).module, gram.update))
         self.routed = None if view.experts is None else RoutedGrams(view.experts).to(self.model.device)
         if self.routed is not None:
-            self._handles.append(watch_backward(self.routed))
+            self._handles.append(on_gradient(self.routed.experts[0].module, self.routed.update, inputs=3))
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """Also F of both projections in fp32, which are kept for the next pass; sums and one solve of experts."""
@@ -151,14 +140,12 @@ class GradientPass(BackwardPass):
         facts = {"tokens": {role: int(gram.tokens) for role, gram in self.factors.items()}}
         for gram in self.factors.values():
             gram.give_up()
+        dense, device = LayerResult(factors=factors, facts=facts), self.model.device
         if (routed := self.routed) is None:
-            return LayerResult(factors=factors, facts=facts)
-        dtype = choose_dtype(
-            routed.experts[0].width, self.setting.free_bytes(self.model.device), widest(self.model.device)
-        )
+            return dense
+        dtype = choose_dtype(routed.experts[0].width, self.setting.free_bytes(device), widest(device))
         try:
-            score = partial(kfac_of_experts, dtype=dtype)
-            return with_experts(f"layer {view.index}", LayerResult(factors=factors, facts=facts), routed, score)
+            return with_experts(f"layer {view.index}", dense, routed, partial(kfac_of_experts, dtype=dtype))
         finally:
             routed.give_up()
 
@@ -197,7 +184,7 @@ class KFACPass(ForwardPass):
         return 1.0 + _numbers(view, 1) / 2 / view.num_weights
 
     def cost_to_finish(self, view: LayerStructure, step: Step) -> float:
-        """About 2·n³ operations for A⁻¹ and what leaves, beside two for every weight of the layer and token."""
+        """About 2·n³ operations for A⁻¹ and the removal, beside two for every weight of the layer and token."""
         return sum(view.projection(block).in_features ** 3 for block in view.prunable) / view.num_weights
 
     def _costs(self, view: LayerStructure, block: Block, earlier: LayerResult) -> Tensor:
@@ -206,14 +193,12 @@ class KFACPass(ForwardPass):
         if not units:
             return torch.zeros(0, dtype=torch.float64)
         role, xtx = OUTPUT_ROLE[block], inputs.matrix()
-        tokens = int(inputs.tokens), earlier.facts["tokens"][role]
+        tokens, width = (int(inputs.tokens), earlier.facts["tokens"][role]), linear.in_features // units
         dtype = choose_dtype(len(xtx), self.setting.free_bytes(xtx.device), widest(xtx.device))
         try:
-            width = linear.in_features // units
-            gtg = earlier.factors[role].to(xtx.device)
-            return widened(compensated_costs(linear.weight, xtx, gtg, tokens, width, dtype))
-        except FloatingPointError as error:
-            raise FloatingPointError(f"layer {view.index}, {role} projection: {error}") from None
+            with named(f"layer {view.index}, {role} projection"):
+                gtg = earlier.factors[role].to(xtx.device)
+                return widened(compensated_costs(linear.weight, xtx, gtg, tokens, width, dtype))
         finally:
             inputs.give_up()
 
@@ -221,12 +206,3 @@ class KFACPass(ForwardPass):
 def _numbers(view: LayerStructure, axis: int) -> int:
     """In the F (axis 0) or the A (axis 1) of both projections."""
     return sum(int(view.projection(block).weight.shape[axis]) ** 2 for block in view.prunable)
-
-
-def _listener(gradients: InputGram) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    def listen(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if not output.requires_grad:  # in layer 0 nothing before it does
-            output.requires_grad_(True)
-        output.register_hook(gradients.update)
-
-    return listen

@@ -5,9 +5,8 @@ from torch import Tensor
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Holding, Load, Pass, WeightsPass
 from lightning_prune.calibration.statistics.groups import group_importance
-from lightning_prune.methods.expert_scores import magnitude as magnitude_of_channels
-from lightning_prune.methods.mask_pruning import GroupOrMaskPruning
-from lightning_prune.methods.masks import MaskRule, mask_layer
+from lightning_prune.methods.experts import magnitude as magnitude_of_channels
+from lightning_prune.methods.mask_pruning import GroupOrMaskPruning, MaskRule, mask_layer
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import Block
 

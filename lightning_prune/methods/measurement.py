@@ -11,11 +11,8 @@ from lightning_prune.checkpoint.scores import Scores
 
 @dataclass(frozen=True)
 class SavedMeasurement:
-    """What an earlier run measured, so that another decision needs no calibration.
-
-    ``details`` is its ``method.json``, ``calibration`` its ``calibration.json`` (None for methods without data),
-    ``run`` its folder, which the new record names, ``seconds`` what measuring cost by phase.
-    """
+    """What an earlier run measured, so that another decision needs no calibration: ``details`` is its ``method.json``,
+    ``calibration`` its ``calibration.json`` (None without data), ``seconds`` what measuring cost by phase."""
 
     scores: Scores
     details: dict[str, Any]

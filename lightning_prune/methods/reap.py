@@ -1,19 +1,16 @@
 """REAP (Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE Compression", arXiv 2510.13999).
 
-The score of an expert is the mean, over the tokens routed to it, of the router's weight times the norm of the expert's
-output: S_e = mean of g_e(x)·‖f_e(x)‖₂. Every layer loses the same number of experts, the lowest ones.
+S_e = mean over the expert's tokens of g·‖f_e(x)‖₂, with the router's weight g as the model uses it: renormalised over
+the chosen experts where the model does so.
 """
 
 from dataclasses import replace
 from typing import Any, Literal
 
-from torch import Tensor
-
 from lightning_prune.calibration.hooks import Hooks
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import ForwardPass, Holding, Load, Pass
 from lightning_prune.calibration.statistics.routed import RoutedOutputs
-from lightning_prune.methods.expert_scores import reap
 from lightning_prune.methods.group_pruning import GroupPruning
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import Block
@@ -38,14 +35,13 @@ class ExpertActivityPass(ForwardPass):
         if self.sums is None:
             return LayerResult(facts={"experts": None})
         self.sums.raise_if_not_finite(f"layer {view.index}, experts")
-        scores: dict[str, Tensor] = {
-            "reap": reap(self.sums),
+        scores = {
+            "reap": self.sums.gated / self.sums.counts.clamp_min(1),
             "frequency": self.sums.counts,
             "ean": self.sums.norms,
         }
-        return LayerResult(
-            {Block.EXPERT: scores[self.criterion][: self.sums.experts[0].count]}, facts=self.sums.facts()
-        )
+        importance = {Block.EXPERT: scores[self.criterion][: self.sums.experts[0].count]}
+        return LayerResult(importance, facts=self.sums.facts())
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         base = super().holds(view, load)
@@ -57,10 +53,8 @@ class REAP(GroupPruning):
 
     Args:
         pretrained: Model folder or hub id to prune, a mixture of experts.
-        pruning_ratio: Share of all parameters (embeddings and head included) to remove, between 0 and 1.
         criterion: ``reap``, or what the paper compares it with: ``frequency`` (tokens routed to the expert), ``ean``
             (sum of the norms of its outputs).
-        group_options: Options of group pruning.
     """
 
     experts = "only"

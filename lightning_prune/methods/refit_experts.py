@@ -1,15 +1,7 @@
-"""The refit of experts: the down projection of each on the tokens that the pruned model routes to it.
-
-With R what the block of a token still lacks, g_e the weights of the k experts that were chosen, and G = Σ g_e: if
-every chosen expert adds R/G to its output, the block adds R. Shared experts are always chosen, with g = 1. So expert e
-is fitted to W_e·a_e + R/G, and its tokens count with g_e·G. By convexity the block's squared error is at most the sum
-of the experts' own ones, with equality where nothing was fitted yet: where each improves, the block does, and no system
-of all experts' channels has to be solved.
-"""
+"""The refit of experts: the down projection of each on the tokens that the pruned model routes to it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +11,8 @@ from lightning_prune.calibration.statistics.token_statistic import full_precisio
 from lightning_prune.checkpoint.expert_plans import kept_experts
 from lightning_prune.checkpoint.in_memory_plan import mask_experts
 from lightning_prune.checkpoint.plan import LayerPlan
-from lightning_prune.methods.refit_math import NormalEquations, add_completed, choose_damping, ridge, sum_over_processes
+from lightning_prune.methods.columns import in_columns, named
+from lightning_prune.methods.refit_math import NormalEquations, fit, sum_over_processes
 from lightning_prune.models.experts import ROLE, Experts
 
 Routed = tuple[Tensor, Tensor, Tensor]
@@ -27,6 +20,10 @@ Routed = tuple[Tensor, Tensor, Tensor]
 
 class ExpertRefit:
     """Sums and solves of one layer's experts.
+
+    With R what the block of a token still lacks and G the sum of the weights g of its chosen experts: if each of them
+    adds R/G to its output, the block adds R. So expert e is fitted to W_e·a_e + R/G, and its tokens count with g_e·G.
+    By convexity the block improves where each expert does, and no system of all experts' channels has to be solved.
 
     Args:
         experts: with their dense weights.
@@ -37,16 +34,16 @@ class ExpertRefit:
 
     def __init__(self, experts: Experts, kept: LayerPlan, damping: float | None, dtype: torch.dtype) -> None:
         self.experts, self.kept, self.damping = experts, kept, damping
-        self.numbers, channels = kept_experts(experts, kept)
+        routed, channels = kept_experts(experts, kept)
         self.device = experts.module.down_proj.device
-        self.numbers = [*self.numbers, *range(experts.count, experts.total)]
+        self.numbers = [*routed, *range(experts.count, experts.total)]
         every = torch.arange(experts.width).expand(len(self.numbers), -1)
         self.channels = (every if channels is None else channels).to(self.device)
         self.place = {number: place for place, number in enumerate(self.numbers)}
         self.dense = experts.down_parameters()
         n, d = self.channels.shape[1], experts.hidden
         self.equations = [NormalEquations.zeros(n, d, dtype, self.device, damping) for _ in self.numbers]
-        self.held: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.numbers]
+        self.held: dict[int, list[tuple[Tensor, Tensor]]] = {}  # of every expert, on the host
         self.counts = torch.zeros(len(self.numbers), dtype=torch.int64, device=self.device)
 
     @contextmanager
@@ -81,7 +78,7 @@ class ExpertRefit:
                 output = inner @ self.experts.part("down", expert)[:, columns].float().T
             inputs, wanted = root * inner, root * (output + missing[rows] / each)
             if bool((held := chosen[rows]).any()):
-                self.held[place].append((inputs[held].cpu(), wanted[held].cpu()))
+                self.held.setdefault(expert, []).append((inputs[held].cpu(), wanted[held].cpu()))
             use = fitted[rows]
             with full_precision(self.device):
                 self.equations[place].add(inputs[use], wanted[use])
@@ -95,41 +92,23 @@ class ExpertRefit:
             FloatingPointError: sums or weights are not finite; names layer and expert.
         """
         sum_over_processes(self.counts)
-        experts, part = self.experts, self.experts.part
+        experts = self.experts
         shape = (experts.total, experts.hidden, experts.width)
         refitted = torch.zeros(shape, dtype=experts.module.down_proj.dtype, device=self.device)
         dampings: list[float | None] = []
-        errors = torch.zeros(2, dtype=torch.float64)
-        for place, number in enumerate(self.numbers):
-            columns = self.channels[place]
-            old = part("down", number)[:, columns].to(self.equations[place].gram.dtype)
-            try:
-                weight, damping, error = self._solve(place, old)
-            except FloatingPointError as trouble:
-                raise FloatingPointError(f"{name}, expert {number}: {trouble}") from None
-            refitted[number][:, columns] = weight.to(refitted.dtype)
+        before = after = 0.0
+        for number, columns, equations, count in zip(
+            self.numbers, self.channels, self.equations, self.counts.tolist(), strict=True
+        ):
+            weight = experts.part("down", number)[:, columns].to(equations.gram.dtype)
+            damping = None
+            with named(f"{name}, expert {number}"):
+                if count >= len(columns):
+                    fitted = fit(equations, weight, self.held.pop(number, []), self.damping)
+                    weight, damping = fitted.weight, fitted.damping
+                    before, after = before + fitted.before, after + fitted.after
+                refitted[number] = in_columns(columns, weight, refitted[number])
             dampings.append(damping)
-            errors += torch.tensor(error, dtype=torch.float64)
-        if not bool(torch.isfinite(refitted).all()):
-            raise FloatingPointError(f"{name}: refitted weights overflow {refitted.dtype}.")
         tokens = self.counts.tolist()
-        facts: dict[str, Any] = {"before": float(errors[0]), "after": float(errors[1])}
-        facts["experts"] = {"numbers": self.numbers, "tokens": tokens, "damping": dampings}
-        return LayerResult(weights={ROLE: refitted}, facts=facts)
-
-    def _solve(self, place: int, old: Tensor) -> tuple[Tensor, float | None, tuple[float, float]]:
-        """The weight, λ (0: better as it was, None: too few tokens), and the held-out error before and after."""
-        equations, held = self.equations[place], self.held[place]
-        self.held[place] = []
-        sum_over_processes(equations.gram, equations.cross)
-        if int(self.counts[place]) < old.shape[1]:
-            return old, None, (0.0, 0.0)
-        equations.complete()
-        inputs = torch.cat([x for x, _ in held] or [old.new_zeros(0, old.shape[1])]).to(self.device)
-        wanted = torch.cat([y for _, y in held] or [old.new_zeros(0, old.shape[0])]).to(self.device)
-        with full_precision(self.device):
-            damping, before, after = choose_damping(equations, old, inputs, wanted, self.damping)
-            if damping:
-                add_completed(equations, inputs, wanted)
-                return ridge(equations, old, damping), damping, (before, after)
-        return old, 0.0, (before, before)
+        facts = {"numbers": self.numbers, "tokens": tokens, "damping": dampings}
+        return LayerResult(weights={ROLE: refitted}, facts={"before": before, "after": after, "experts": facts})

@@ -1,14 +1,4 @@
-"""Least squares for what is kept of a projection: ridge regression towards the weight that was there.
-
-For inputs X ``[T, n]`` of the kept columns and targets Y ``[T, d]``:
-
-    W = argmin ‖X·Wᵀ − Y‖² + λ·Σ_j G_jj·‖W_j − W₀_j‖²  =  W₀ + (YᵀX − W₀·G)·(G + λ·diag(G))⁻¹,   G = XᵀX
-
-Least squares on what a pruned layer reads is SlimGPT's refit (Ling et al. 2024, "SlimGPT: Layer-wise Structured Pruning
-for Large Language Models", eq. 2–4) for any selection; λ is the damping of its Hessian, with W₀ as its centre and every
-column pulled in proportion to its own input's size: with one pull for all, the mean of the diagonal, the few inputs of
-a trained model that are thousands of times larger than the others would keep those from moving at all.
-"""
+"""Least squares for what is kept of a projection: SlimGPT's refit (Ling et al. 2024, eq. 2–4) for any selection."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.calibration.statistics.gram import add_gram_, add_product_, mirror_upper_
+from lightning_prune.calibration.statistics.token_statistic import full_precision
 from lightning_prune.support.devices import widest
 
 # ``auto`` chooses from these, beside leaving the projection as it is.
@@ -27,11 +18,8 @@ DEFAULT_DAMPING = 1e-2  # where too few samples are there to hold some out
 
 @dataclass
 class NormalEquations:
-    """G = XᵀX ``[n, n]`` and C = YᵀX ``[d, n]``, float64 or fp32, summed over tokens.
-
-    Only the upper triangle of G is kept up until ``complete``. A batch's products are made in ``products``, fp32 as a
-    rule: that is 1e-7 of G's diagonal, which every λ of ``DAMPINGS`` exceeds by far.
-    """
+    """G = XᵀX ``[n, n]``, its upper triangle alone until ``complete``, and C = YᵀX ``[d, n]``, float64 or fp32.
+    A batch's products are fp32 as a rule: that is 1e-7 of G's diagonal, which every λ of ``DAMPINGS`` exceeds."""
 
     gram: Tensor
     cross: Tensor
@@ -41,7 +29,7 @@ class NormalEquations:
     def zeros(
         cls, n: int, d: int, dtype: torch.dtype, device: torch.device, damping: float | None = None
     ) -> "NormalEquations":
-        """No tokens yet. ``damping``: the λ to come, where it is known; a very small one needs exact products."""
+        """No tokens yet. A very small λ to come, where it is known, needs exact products."""
         gram, cross = (torch.zeros(rows, n, dtype=dtype, device=device) for rows in (n, d))
         return cls(gram, cross, torch.float32 if damping is None or damping >= DAMPINGS[0] else dtype)
 
@@ -63,11 +51,14 @@ def equation_bytes(n: int, d: int, dtype: torch.dtype) -> int:
 
 
 def ridge(equations: NormalEquations, old: Tensor, damping: float, rest: Tensor | None = None) -> Tensor:
-    """W ``[d, n]`` as above, in the dtype of the equations.
+    """W = argmin ‖X·Wᵀ − Y‖² + λ·Σ_j G_jj·‖W_j − W₀_j‖²  =  W₀ + (YᵀX − W₀·G)·(G + λ·diag(G))⁻¹, ``[d, n]``.
+
+    Every column is pulled in proportion to its own input's size: with one pull for all, the mean of the diagonal, the
+    few inputs that are thousands of times larger than the others would keep those from moving at all.
 
     Args:
         equations: complete.
-        old: W₀ ``[d, n]``.
+        old: W₀ ``[d, n]``; W has the dtype of the equations.
         damping: λ > 0. Inputs that never move have a zero row in G, and keep their column of W₀.
         rest: YᵀX − W₀·G, where it is known.
 
@@ -94,33 +85,58 @@ def squared_error(inputs: Tensor, targets: Tensor, weight: Tensor) -> Tensor:
     return difference.square().sum(dtype=widest(difference.device))
 
 
-def choose_damping(
-    equations: NormalEquations, old: Tensor, inputs: Tensor, wanted: Tensor, damping: float | None
-) -> tuple[float, float, float]:
-    """λ, and the error on held-out samples of the old weight and of the one with that λ. 0: leave it as it is.
+@dataclass(frozen=True)
+class Fit:
+    """W ``[d, n]``; λ, 0 where the weight is left as it is; the squared error on held-out samples of the old weight and
+    of the one that this λ gives without them."""
+
+    weight: Tensor
+    damping: float
+    before: float
+    after: float
+
+
+def fit(equations: NormalEquations, old: Tensor, held: list[tuple[Tensor, Tensor]], damping: float | None) -> Fit:
+    """W on all samples, with the λ that is best on the held-out ones; all processes together.
 
     Args:
-        equations: complete, without the held-out samples.
-        old: W₀ ``[d, n]``.
-        inputs, wanted: X ``[T, n]`` and Y ``[T, d]`` of the held-out samples of this process.
+        equations: of this process, without the held-out samples; used up.
+        old: W₀ ``[d, n]``, in the dtype of the equations.
+        held: X ``[T, n]`` and Y ``[T, d]`` of the held-out samples of this process.
         damping: the only λ to try; None tries ``DAMPINGS``.
+
+    Raises:
+        FloatingPointError: as ``ridge``.
     """
-    held = torch.tensor(len(inputs), device=inputs.device)
-    sum_over_processes(held)
-    if not held:
-        return damping or DEFAULT_DAMPING, 0.0, 0.0
-    rest = equations.cross - old @ equations.gram
-    x, y = (values if values.dtype == old.dtype else values.float() for values in (inputs, wanted))
+    sum_over_processes(equations.gram, equations.cross)
+    equations.complete()
+    inputs = torch.cat([x for x, _ in held] or [old.new_zeros(0, old.shape[1])]).to(old.device)
+    wanted = torch.cat([y for _, y in held] or [old.new_zeros(0, old.shape[0])]).to(old.device)
+    count = torch.tensor(len(inputs), device=old.device)
+    sum_over_processes(count)
+    with full_precision(old.device):
+        rest = equations.cross - old @ equations.gram
+        x, y = (values if values.dtype == old.dtype else values.float() for values in (inputs, wanted))
 
-    @cache
-    def error(candidate: float) -> float:
-        error_sum = squared_error(x, y, ridge(equations, old, candidate, rest) if candidate else old)
-        sum_over_processes(error_sum)
-        return float(error_sum)
+        @cache
+        def error(candidate: float) -> float:
+            error_sum = squared_error(x, y, ridge(equations, old, candidate, rest) if candidate else old)
+            sum_over_processes(error_sum)
+            return float(error_sum)
 
-    best = lowest(error, DAMPINGS) if damping is None else damping
-    best = min(0.0, best, key=error)
-    return best, error(0.0), error(best)
+        best = damping or DEFAULT_DAMPING
+        if count:
+            best = min(0.0, lowest(error, DAMPINGS) if damping is None else damping, key=error)
+        before, after = (error(0.0), error(best)) if count else (0.0, 0.0)
+        if not best:
+            return Fit(old, best, before, after)
+        more = NormalEquations(torch.zeros_like(equations.gram), torch.zeros_like(equations.cross), equations.products)
+        more.add(inputs, wanted)
+        more.complete()
+        sum_over_processes(more.gram, more.cross)
+        equations.gram += more.gram
+        equations.cross += more.cross
+        return Fit(ridge(equations, old, best), best, before, after)
 
 
 def lowest(error: Callable[[float], float], candidates: Sequence[float]) -> float:
@@ -131,16 +147,6 @@ def lowest(error: Callable[[float], float], candidates: Sequence[float]) -> floa
         while 0 <= at + step < len(candidates) and error(candidates[at + step]) < error(candidates[at]):
             at += step
     return candidates[at]
-
-
-def add_completed(equations: NormalEquations, inputs: Tensor, targets: Tensor) -> None:
-    """Add the samples of every process to sums that are complete."""
-    more = NormalEquations(torch.zeros_like(equations.gram), torch.zeros_like(equations.cross), equations.products)
-    more.add(inputs, targets)
-    more.complete()
-    sum_over_processes(more.gram, more.cross)
-    equations.gram += more.gram
-    equations.cross += more.cross
 
 
 def sum_over_processes(*tensors: Tensor) -> None:

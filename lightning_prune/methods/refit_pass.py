@@ -1,21 +1,12 @@
-"""The refit after a decision: o and down of every layer are refitted on the columns that are kept.
-
-Two residual streams cross the decoder together, the dense model's and the pruned one's. For every block, attention
-before the MLP, with h and h' the dense and the pruned stream before it and f(h) what the dense block adds to h:
-
-    residual:  Y = h + f(h) − h'   the stream after the block meets the dense one, which repairs earlier losses;
-                                   before removed layers it meets the dense one after these
-    output:    Y = W₀·x'           the whole projection's output on the pruned stream's own inputs (SlimGPT's target)
-
-Where a norm follows the block, what it adds is not linear in W, and ``output`` takes the place of ``residual``.
-"""
+"""The refit after a decision: o and down of every layer are refitted on the columns that are kept."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_prune.calibration.hooks import Hooks
@@ -24,48 +15,79 @@ from lightning_prune.calibration.passes import Batch, BlockPass, Holding, Load, 
 from lightning_prune.calibration.statistics.token_statistic import full_precision
 from lightning_prune.checkpoint.in_memory_plan import mask_experts
 from lightning_prune.checkpoint.plan import LayerPlan
+from lightning_prune.methods.columns import columns_of, in_columns, named
 from lightning_prune.methods.refit_experts import ExpertRefit
-from lightning_prune.methods.refit_math import (
-    DAMPINGS,
-    NormalEquations,
-    add_completed,
-    choose_damping,
-    equation_bytes,
-    ridge,
-    sum_over_processes,
-)
-from lightning_prune.methods.slimgpt_math import columns_of
+from lightning_prune.methods.refit_math import DAMPINGS, NormalEquations, equation_bytes, fit
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import EXPERTS, OUTPUT_ROLE, Block
 from lightning_prune.support.devices import widest
+from lightning_prune.support.errors import UserError
 
 Target = Literal["residual", "output"]
 AHEAD = "dense stream"  # the phase of steps that run the dense model before anything is fitted
 
 
+@dataclass(frozen=True)
+class Refit:
+    """The options of a refit; ``damping``: λ, None chooses it as ``RefitPass`` says."""
+
+    target: Target
+    damping: float | None
+
+    @classmethod
+    def of(cls, target: Target | Literal["none"], damping: float | Literal["auto"]) -> "Refit | None":
+        """From the options ``refit`` and ``refit_damping``; None without a refit."""
+        if damping != "auto" and not 0 < damping <= 100:
+            raise UserError(f"--model.refit_damping: found {damping}; it must lie in (0, 100], or be auto.")
+        if target == "none":
+            return None
+        return cls(target, None if damping == "auto" else damping)
+
+    def facts(self, results: Sequence[tuple[Step, LayerResult]]) -> dict[str, Any]:
+        """What was fitted to what, with which damping, and what it did to the error on held-out samples."""
+        fits = [
+            {
+                "layer": step.layer,
+                "projection": OUTPUT_ROLE.get(Block(step.phase), "down of every expert"),
+                "target": result.facts["target"],
+                "damping": result.facts["damping"] or None,  # None: left as it was
+                "held_out_error": {"before": result.facts["before"], "after": result.facts["after"]},
+                **{name: result.facts[name] for name in ("experts",) if name in result.facts},
+            }
+            for step, result in results
+            if result.facts
+        ]
+        dampings = [one for fit in fits if "experts" in fit for one in fit["experts"]["damping"]]
+        if few := dampings.count(None):
+            rank_zero_warn(
+                f"{few} of {len(dampings)} experts saw fewer tokens than they keep channels and were not refitted; a "
+                "larger --data.num_samples reaches more of them."
+            )
+        return {"target": self.target, "damping": "auto" if self.damping is None else self.damping, "fits": fits}
+
+
 class RefitPass(BlockPass):
     """Refits what a plan keeps, on the dense model's weights.
 
+    The dense and the pruned residual stream cross the decoder together. With h and h' these streams before a block and
+    f(h) what the dense block adds to h:
+
+    residual: Y = h + f(h) − h': the stream after the block meets the dense one (before removed layers the one after
+    these), which repairs earlier losses. Not where a norm follows the block, so that what it adds is not linear in W.
+    output: Y = W₀·x', the whole projection's output on the pruned stream's own inputs (SlimGPT's target).
+
     λ of every projection, where it is None, and whether to refit it at all are chosen by the error on ``held_out``
-    (bool ``[N]``), samples of the calibration set that the first solve does not see. The dense residual stream after a
-    layer is what ``earlier`` kept, else the dense MLP is run. Where a removed layer follows a kept one (``ahead``), the
-    dense model runs as a whole first.
+    (bool ``[N]``), samples that the first solve does not see. The dense stream after a layer is what ``earlier`` kept,
+    else the dense MLP is run. Where a removed layer follows a kept one (``ahead``), the dense model runs first.
     """
 
     name = "refit"
 
-    def __init__(
-        self,
-        kept: Sequence[LayerPlan],
-        target: Target,
-        damping: float | None,
-        held_out: Tensor,
-        earlier: Pass | None = None,
-    ) -> None:
-        self.kept, self.damping, self.held_out, self.earlier = kept, damping, held_out, earlier
-        self.target: Target = target
+    def __init__(self, kept: Sequence[LayerPlan], refit: Refit, held_out: Tensor, earlier: Pass | None) -> None:
+        self.kept, self.held_out, self.earlier = kept, held_out, earlier
+        self.target, self.damping = refit.target, refit.damping
         removed = [layer.removed for layer in kept]
-        self.ahead = target == "residual" and any(gone and not before for before, gone in pairwise(removed))
+        self.ahead = self.target == "residual" and any(gone and not before for before, gone in pairwise(removed))
 
     def steps(self, layers: Sequence[LayerStructure]) -> list[Step]:
         """With ``ahead``, every layer of the dense model first."""
@@ -169,30 +191,14 @@ class RefitPass(BlockPass):
             return self._conclude_routed(self.routed, view)
         if not len(self.columns):
             return LayerResult()
-        role, linear, equations = OUTPUT_ROLE[block], view.projection(block), self.equations
-        name = f"layer {view.index}, {role} projection"
-        old = linear.weight[:, self.columns].to(equations.gram.dtype)
-        inputs = torch.cat([x for x, _ in self.held] or [old.new_zeros(0, old.shape[1])]).to(self.model.device)
-        wanted = torch.cat([y for _, y in self.held] or [old.new_zeros(0, old.shape[0])]).to(self.model.device)
+        role, linear, equations, held = OUTPUT_ROLE[block], view.projection(block), self.equations, self.held
         del self.equations, self.held
-        sum_over_processes(equations.gram, equations.cross)
-        equations.complete()
-        try:
-            with full_precision(self.model.device):
-                damping, before, after = choose_damping(equations, old, inputs, wanted, self.damping)
-                weight = old
-                if damping:
-                    add_completed(equations, inputs, wanted)
-                    weight = ridge(equations, old, damping)
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{name}: {error}") from None
+        with named(f"layer {view.index}, {role} projection"):
+            fitted = fit(equations, linear.weight[:, self.columns].to(equations.gram.dtype), held, self.damping)
+            refitted = in_columns(self.columns, fitted.weight, linear.weight)
         self.setting.finished(1.0)
-        refitted = torch.zeros_like(linear.weight)
-        refitted[:, self.columns] = weight.to(refitted.dtype)
-        if not bool(torch.isfinite(refitted).all()):
-            raise FloatingPointError(f"{name}: refitted weights overflow {refitted.dtype}.")
         target = "residual" if self.scale is not None else "output"
-        facts = {"target": target, "damping": damping, "before": before, "after": after}
+        facts = {"target": target, "damping": fitted.damping, "before": fitted.before, "after": fitted.after}
         return LayerResult(weights={role: refitted}, facts=facts)
 
     def advance(self, step: Step) -> None:

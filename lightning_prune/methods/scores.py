@@ -17,8 +17,7 @@ def group_scores(
     importance: Sequence[Mapping[Block, Tensor]] | None = None,
     kinds: Collection[Block] = (Block.ATTENTION, Block.MLP),
 ) -> Scores:
-    """Scores of all groups before any prior: score = importance / cost. An attention unit is one KV head with its query
-    heads (GQA group), an MLP unit one intermediate channel.
+    """Scores of all groups before any prior: importance / cost.
 
     Args:
         layers: of the dense model.

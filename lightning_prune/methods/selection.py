@@ -23,10 +23,9 @@ class TooLittle(UserError):
 class Budget:
     """How many parameters may be removed, and what is removed together with the last unit of a block.
 
-    ``overhead[layer, block]`` counts the parameters (norms, output bias) that leave with the whole block, so the
-    achieved ratio never exceeds the requested one by them. ``round_to``, ``groups_multiple_of``: every layer keeps a
-    multiple of this many channels, GQA groups. ``added``: parameters that pruning brings along, removed beside the
-    ratio; costs count them.
+    ``overhead[layer, block]``: parameters (norms, output bias) that are removed with the whole block. ``round_to``,
+    ``groups_multiple_of``: every layer keeps a multiple of this many channels, GQA groups. ``added``: parameters that
+    pruning brings along, removed beside the ratio; costs count them.
     """
 
     total_parameters: int
@@ -70,7 +69,7 @@ class GroupSelection:
     def budget(
         self, layers: list[LayerStructure], total_parameters: int, ratio: float | Fraction, added: int = 0
     ) -> Budget:
-        """What is to be removed, with what goes with whole blocks; arguments as for ``select``."""
+        """What is to be removed; arguments as for ``select``."""
         overhead = {
             (view.index, block): view.block_cost(block) - view.units(block) * view.unit_cost(block)
             for view in layers
@@ -86,18 +85,8 @@ class GroupSelection:
         ratio: float | Fraction,
         added: int = 0,
     ) -> Flags:
-        """Which units are pruned, bool ``[U]``.
-
-        Args:
-            scores: of U units.
-            layers: of the dense model, for costs.
-            total_parameters: of the dense model.
-            ratio: share of them to remove.
-            added: parameters that pruning brings along, to be removed in addition.
-
-        Raises:
-            UserError: the ratio cannot be reached, or a layer's groups are no multiple.
-        """
+        """Which units of ``scores`` are pruned, bool ``[U]``: ``ratio`` of the dense parameters, and those ``added`` by
+        pruning. Raises UserError where that cannot be reached."""
         budget = self.budget(layers, total_parameters, ratio, added)
         for view in layers:
             if (groups := view.units(Block.ATTENTION)) % self.groups_multiple_of:
@@ -154,11 +143,8 @@ def beyond_multiple(scores: Scores, candidates: Flags, budget: Budget) -> Flags:
 
 
 def ranking(scores: Scores) -> Integers:
-    """Unit rows, first to be pruned first, int64 ``[U]``.
-
-    Ascending by (score, importance per parameter, layer, attention before mlp, unit): H-GSP rule 2, so units
-    whose prior is zero are ordered by their base score, and no tie depends on the sort's implementation.
-    """
+    """Unit rows, first to be pruned first, int64 ``[U]``: by (score, base score, layer, attention before MLP, unit), so
+    units whose prior is zero are ordered by their base score, and no tie depends on the sort's implementation."""
     return np.lexsort((scores.unit, scores.code, scores.layer, scores.base, scores.score))
 
 
@@ -172,15 +158,10 @@ def best_attention(scores: Scores, layers: list[LayerStructure]) -> list[int]:
 
 
 def select_global(scores: Scores, candidates: Flags, budget: Budget) -> Flags:
-    """Longest prefix of the ranking whose parameters stay within the budget (H-GSP rule 8), bool ``[U]``.
+    """The longest prefix of the ``candidates`` in the ranking whose parameters stay within the budget, bool ``[U]``.
 
-    It ends at the first unit that does not fit. With ``round_to`` a layer's channels are removed in multiples
-    of it, lowest first, and with ``groups_multiple_of`` its groups; the shortfall is then below one such bundle per
-    block.
-
-    Args:
-        scores: U units.
-        candidates: bool ``[U]``; False for units of frozen layers and protected ones.
+    It ends at the first unit that does not fit. Channels and groups are removed in bundles of ``round_to`` and
+    ``groups_multiple_of``; the shortfall is then below one bundle per block.
 
     Raises:
         UserError: the ratio cannot be reached, or every layer would vanish; names the largest reachable ratio.
@@ -275,13 +256,8 @@ def _alike(
 def _uniform_drops(
     attention: tuple[int, int, int], mlp: tuple[int, int, int], share: int, budget: Budget
 ) -> tuple[tuple[int, int], int]:
-    """Groups and channels to remove from a layer, and the most parameters that can be.
-
-    Args:
-        attention, mlp: units of the block, candidates among them, cost of one.
-        share: parameters to remove.
-        budget: multiples of how many are kept.
-    """
+    """Groups and channels to remove from a layer, and the most parameters that can be. ``attention``, ``mlp``: units of
+    the block, candidates among them, cost of one; ``share``: parameters to remove."""
     (groups, free_groups, group_cost), (channels, free_channels, channel_cost) = attention, mlp
     free_groups, free_channels = (max(0, min(free, all - 1)) for all, free, _ in (attention, mlp))
     round_to, together = budget.round_to, budget.groups_multiple_of

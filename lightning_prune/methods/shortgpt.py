@@ -1,8 +1,4 @@
-"""ShortGPT (Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect").
-
-Block influence of layer l, the paper's eq. 1: BI_l = 1 − E_t[cos(h_l,t, h_{l+1},t)], with h_l the residual stream that
-enters layer l. The layers with the smallest BI are removed in one shot; scores are not computed again.
-"""
+"""ShortGPT (Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect")."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,13 +23,8 @@ from lightning_prune.support.errors import UserError
 
 
 def nearest_layer_count(cost: Sequence[int], budget: float | Fraction, at_most: bool = False) -> int:
-    """How many layers come nearest to a budget in parameters; of two equally near counts the smaller one.
-
-    Args:
-        cost: parameters per layer, in the order in which they are removed.
-        budget: parameters to remove.
-        at_most: never above the budget.
-    """
+    """How many layers come nearest to a budget in parameters, or do not exceed it; of two equally near counts the
+    smaller one. ``cost``: parameters per layer, in the order in which they are removed."""
     spent = [0, *accumulate(cost)]
     if at_most:
         return max(count for count in range(len(spent)) if spent[count] <= budget)
@@ -41,7 +32,7 @@ def nearest_layer_count(cost: Sequence[int], budget: float | Fraction, at_most: 
 
 
 class BlockInfluencePass(ForwardPass):
-    """Measures the block influence of every layer in one forward pass."""
+    """BI_l = 1 − E_t[cos(h_l,t, h_{l+1},t)] (eq. 1), with h_l the residual stream that enters layer l."""
 
     name = "influence"
 
@@ -63,11 +54,9 @@ class ShortGPT(PruningMethod):
             of layers nearest to it is removed, so the ratio reached may lie above or below it.
         n_remove_layers: Remove exactly this many layers; ``pruning_ratio`` is then not read.
         at_most: Remove the largest number of layers that does not exceed ``pruning_ratio``, not the nearest.
-        run_options: Options of every method.
     """
 
     experts = True
-
     uneven = False
     whole_layers = True
     decision_options = (*PruningMethod.decision_options, "n_remove_layers", "at_most")
@@ -95,11 +84,7 @@ class ShortGPT(PruningMethod):
         return super().requested_ratio if self.n_remove_layers is None else None
 
     def layer_count(self, layers: Sequence[LayerStructure], total_parameters: int) -> int:
-        """How many of ``layers`` to remove, the first ones.
-
-        Raises:
-            UserError: none or all of them.
-        """
+        """How many of ``layers`` to remove, the first ones. Raises UserError for none and for all."""
         cost, most = [view.cost for view in layers], len(layers) - 1
         budget = self.ratio * total_parameters
         count = self.n_remove_layers or nearest_layer_count(cost, budget, self.at_most)
@@ -118,18 +103,18 @@ class ShortGPT(PruningMethod):
         )
 
     def check_ratio(self, layers: list[LayerStructure], total_parameters: int) -> None:
-        # Which go first is not known yet: if layers differ in size, the smallest.
-        ordered = sorted(layers, key=lambda view: view.cost)
-        self.find_ratio([view.index for view in ordered], layers, total_parameters)
-        self.layer_count(ordered, total_parameters)
+        # Which are removed first is not known yet: if layers differ in size, the smallest.
+        order = sorted(range(len(layers)), key=lambda layer: layers[layer].cost)
+        self.choose(order, layers, total_parameters)
 
-    def find_ratio(self, order: Sequence[int], layers: list[LayerStructure], total_parameters: int) -> None:
-        """Of a target; ``order``: which layers go first."""
+    def choose(self, order: list[int], layers: list[LayerStructure], total_parameters: int) -> list[int]:
+        """Those of the layers, in the ``order`` in which they are removed, that the ratio or the target takes."""
 
-        def keep() -> list[LayerPlan]:
-            return without(layers, order[: self.layer_count([layers[one] for one in order], total_parameters)])
+        def removed() -> list[int]:
+            return order[: self.layer_count([layers[layer] for layer in order], total_parameters)]
 
-        self.meet_target(keep, layers, total_parameters)
+        self.meet_target(lambda: without(layers, removed()), layers, total_parameters)
+        return removed()
 
     def passes(self) -> list[Pass]:
         return [BlockInfluencePass()]
@@ -144,15 +129,14 @@ class ShortGPT(PruningMethod):
         attention = [layer for layer in order if Block.ATTENTION in self.layers[layer].parts]
         if 0 < len(attention) < len(order):
             order.append(order.pop(order.index(attention[-1])))
-        self.find_ratio(order, self.layers, self.dense_parameters)
-        removed = order[: self.layer_count([self.layers[layer] for layer in order], self.dense_parameters)]
+        removed = self.choose(order, self.layers, self.dense_parameters)
         scores = layer_scores(influence, [view.cost for view in self.layers])
         self.scores = replace(scores, pruned=np.isin(scores.layer, removed))
         self.plan = self.make_plan(without(self.layers, removed))
 
     def details(self) -> dict[str, Any]:
-        asked = {"n_remove_layers": self.n_remove_layers, "at_most": self.at_most}
-        return {"removed_layers": self.plan.removed_layers, **asked, **super().details()}
+        options = {"n_remove_layers": self.n_remove_layers, "at_most": self.at_most}
+        return {"removed_layers": self.plan.removed_layers, **options, **super().details()}
 
 
 def without(layers: list[LayerStructure], removed: Sequence[int]) -> list[LayerPlan]:

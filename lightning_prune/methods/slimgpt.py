@@ -1,9 +1,4 @@
-"""SlimGPT (Ling et al. 2024, "SlimGPT: Layer-wise Structured Pruning for Large Language Models").
-
-Layer by layer, and within a layer attention before the MLP, the columns of o and down that cost least are removed and
-the others are refitted to the layer's own output (``slimgpt_math``). The rows of q, k, v or gate, up that fed them are
-then dropped, which is exact. Every Hessian is taken on what the already pruned part of the model outputs.
-"""
+"""SlimGPT (Ling et al. 2024, "SlimGPT: Layer-wise Structured Pruning for Large Language Models")."""
 
 import math
 from dataclasses import replace
@@ -19,12 +14,12 @@ from lightning_prune.calibration.statistics.gram import InputGram
 from lightning_prune.checkpoint.cut import unpruned
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.methods.columns import columns_of, in_columns, named
 from lightning_prune.methods.scores import group_scores
 from lightning_prune.methods.selection import groups_that_stay
 from lightning_prune.methods.slimgpt_math import (
     HeadError,
     choose_dtype,
-    columns_of,
     group_size_schedule,
     inverse_hessian,
     prune_units,
@@ -38,27 +33,14 @@ from lightning_prune.support.errors import UserError
 
 
 class SlimGPTPass(BlockPass):
-    """Prunes and refits o, then down, of every layer on what the pruned part before it outputs.
-
-    Args:
-        counts: (groups, channels) to remove from every layer.
-        head_score, ffn_group_size, damping: the method's options.
-        max_tokens: of this process.
-    """
+    """Prunes and refits o, then down, of every layer on what the pruned part before it outputs; the rows of q, k, v or
+    gate, up that fed them can then be dropped. ``counts``: (groups, channels) to remove from every layer;
+    ``max_tokens``: of this process."""
 
     name = "slimgpt"
 
-    def __init__(
-        self,
-        counts: list[tuple[int, int]],
-        head_score: HeadError,
-        ffn_group_size: int | Literal["dynamic"],
-        damping: float,
-        max_tokens: int,
-    ) -> None:
-        self.counts, self.damping, self.max_tokens = counts, damping, max_tokens
-        self.head_score: HeadError = head_score
-        self.ffn_group_size: int | Literal["dynamic"] = ffn_group_size
+    def __init__(self, method: "SlimGPT", counts: list[tuple[int, int]], max_tokens: int) -> None:
+        self.method, self.counts, self.max_tokens = method, counts, max_tokens
 
     def observe(self, view: LayerStructure, block: Block, hooks: Hooks) -> None:
         role, linear = OUTPUT_ROLE[block], view.projection(block)
@@ -73,35 +55,25 @@ class SlimGPTPass(BlockPass):
         role, linear = OUTPUT_ROLE[block], view.projection(block)
         if not linear.in_features:
             return LayerResult({block: torch.zeros(0)}, facts={"kept": []})
-        gram, name = self.gram, f"layer {view.index}, {role} projection"
+        gram = self.gram
         del self.gram
         width = linear.in_features // view.units(block)
         count = self.counts[view.index][block is Block.MLP]
-        rounds = [1] * count if block is Block.ATTENTION else group_size_schedule(count, self.ffn_group_size)
-        try:
+        rounds = [1] * count if block is Block.ATTENTION else group_size_schedule(count, self.method.ffn_group_size)
+        finished, kind = self.setting.finished, self.method.head_score
+        with named(f"layer {view.index}, {role} projection"):
             xtx = gram.matrix()
             samples = max(1, int(gram.tokens) // self.setting.seq_len)
             gram.give_up()
             del gram
             dtype = choose_dtype(len(xtx), self.setting.free_bytes(xtx.device), widest(xtx.device))
-            hessian = inverse_hessian(xtx, samples, self.damping, dtype)
+            hessian = inverse_hessian(xtx, samples, self.method.damping, dtype)
             del xtx
-            self.setting.finished(0.5)
-            finished = self.setting.finished
-            result = prune_units(
-                linear.weight, hessian, rounds, width, self.head_score, lambda share: finished(0.5 * share)
-            )
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{name}: {error}") from None
-        refitted = torch.zeros_like(linear.weight)
-        refitted[:, columns_of(result.kept, width)] = result.weight.to(refitted.dtype)
-        if not bool(torch.isfinite(refitted).all()):
-            raise FloatingPointError(f"{name}: refitted weights overflow {str(refitted.dtype).removeprefix('torch.')}.")
-        facts = {
-            "kept": result.kept.tolist(),
-            "damping": hessian.damping,
-            "dtype": str(dtype).removeprefix("torch."),
-        }
+            finished(0.5)
+            result = prune_units(linear.weight, hessian, rounds, width, kind, lambda share: finished(0.5 * share))
+            refitted = in_columns(columns_of(result.kept, width), result.weight, linear.weight)
+        solver = str(dtype).removeprefix("torch.")
+        facts = {"kept": result.kept.tolist(), "damping": hessian.damping, "dtype": solver}
         return LayerResult({block: result.errors}, {role: refitted}, facts=facts)
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
@@ -132,8 +104,6 @@ class SlimGPT(PruningMethod):
     With ``refit`` its compensation only serves to select: what is kept is then fitted anew from the dense weights.
 
     Args:
-        pretrained: Model folder or hub id to prune. ``demo`` is the small model inside the package.
-        pruning_ratio: Share of all parameters (embeddings and head included) to remove, between 0 and 1.
         head_score: Error of removing a head (or GQA group): slimgpt is the paper's grouped Cholesky, exact the true
             joint error of its columns.
         ffn_group_size: MLP channels to remove before errors are computed again: a number, or dynamic, the authors'
@@ -143,7 +113,6 @@ class SlimGPT(PruningMethod):
         damping: λ, added to the Hessian's diagonal times its mean. Raised tenfold, and reported, where the Hessian is
             not positive definite with it.
         max_tokens: Take Hessians over at most this many calibration tokens.
-        run_options: Options of every method.
     """
 
     reusable = False
@@ -177,11 +146,8 @@ class SlimGPT(PruningMethod):
     def layer_counts(
         self, layers: list[LayerStructure], total_parameters: int
     ) -> tuple[list[float], list[tuple[int, int]]]:
-        """Ratio of every layer, and how many (groups, channels) that removes.
-
-        Raises:
-            UserError: the ratio cannot be reached while every layer keeps a group and a channel.
-        """
+        """Ratio of every layer, and how many (groups, channels) that removes; UserError where a layer would not keep
+        one of each."""
         budget = math.floor(self.ratio * total_parameters)
         head_cost, channel_cost = (max(view.unit_cost(block) for view in layers) for block in OUTPUT_ROLE)
         heads, channels = ([view.units(block) for view in layers] for block in OUTPUT_ROLE)
@@ -216,7 +182,7 @@ class SlimGPT(PruningMethod):
     def passes(self) -> list[Pass]:
         self.ratios, self.counts = self.layer_counts(self.layers, self.dense_parameters)
         tokens = self.max_tokens // self.trainer.world_size
-        return [SlimGPTPass(self.counts, self.head_score, self.ffn_group_size, self.damping, tokens)]
+        return [SlimGPTPass(self, self.counts, tokens)]
 
     def decide(self) -> None:
         """The passes have decided. The score of a unit is its error when it was removed."""

@@ -1,12 +1,7 @@
 """SlimGPT (Ling et al., 2024): which input columns of one linear to remove, and how the others compensate for it.
 
-Symbols: W ``[out, n]`` the weight of o or down; X ``[tokens, n]`` its inputs; H = (2/N)·XᵀX + λ·mean(diag)·I; ε the
-rise of tr(ΔW·H·ΔWᵀ) = (2/N)·‖ΔW·Xᵀ‖² when columns are removed and the others refitted. A unit is one MLP channel (1
-column) or one GQA group (r·d contiguous columns).
-
-Memory: one n × n matrix beside XᵀX, which becomes H, its factor, H⁻¹ and the inverse of what is left, each in the place
-of the one before (on CUDA a second one while H⁻¹ is computed). Temporaries are chunks. While columns are removed, only
-the lower triangle is updated: that halves the work, and a matrix of which half is stored cannot lose its symmetry.
+W ``[out, n]`` is the weight of o or down, X ``[tokens, n]`` its inputs, H = (2/N)·XᵀX + λ·mean(diag)·I, ε the rise of
+tr(ΔW·H·ΔWᵀ) = (2/N)·‖ΔW·Xᵀ‖². One n × n matrix beside XᵀX becomes H, its factor, H⁻¹ and the inverse of what is left.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +13,7 @@ from torch import Tensor
 
 from lightning_prune.calibration.statistics.gram import mirror_upper_
 from lightning_prune.calibration.statistics.token_statistic import full_precision
+from lightning_prune.methods.columns import columns_of
 
 HeadError = Literal["slimgpt", "exact"]
 MAX_DAMPING = 1.0
@@ -29,7 +25,7 @@ PACK_BELOW = 0.85  # share of live columns below which they move together: movin
 @dataclass
 class InverseHessian:
     """H⁻¹ ``[n, n]`` fp32 or float64, gone once it was used; ``dead``: bool ``[n]``, inputs that were 0 on every token;
-    ``damping``: the λ that was used, which exceeds the requested one if H was not positive definite with that."""
+    ``damping``: the λ that was used."""
 
     inverse: Tensor
     dead: Tensor
@@ -38,11 +34,8 @@ class InverseHessian:
 
 @dataclass(frozen=True)
 class PrunedLinear:
-    """What is left of one linear.
-
-    ``kept``: units, int64, ascending. ``weight``: ``[out, kept·width]``, compensated, in the dtype of H⁻¹. ``errors``:
-    ``[units]``, ε when the unit was removed, for a kept one after the last removal.
-    """
+    """Units ``kept``, int64, ascending; their ``weight`` ``[out, kept·width]``, compensated, in the dtype of H⁻¹;
+    ``errors`` ``[units]``: ε when the unit was removed, for a kept one after the last removal."""
 
     kept: Tensor
     weight: Tensor
@@ -50,8 +43,8 @@ class PrunedLinear:
 
 
 def solver_bytes(n: int, dtype: torch.dtype) -> int:
-    """Most memory that inverting and pruning take at once beside XᵀX, for a weight of up to n rows: two n × n matrices
-    (CUDA inverts out of place; later H⁻¹ and the weight), the columns removed in one round, and chunks."""
+    """Most memory that inverting and pruning a weight of up to n rows take beside XᵀX: two n × n matrices (CUDA inverts
+    out of place), the columns removed in one round, and chunks."""
     return dtype.itemsize * (2 * n * n + 1024 * n + 4 * CHUNK)
 
 
@@ -61,8 +54,8 @@ def choose_dtype(n: int, free_bytes: int, widest: torch.dtype = torch.float64) -
 
 
 def solve_bytes(n: int, rows: int, free_bytes: int, accelerated: bool) -> int:
-    """What XᵀX, inverting it and pruning a weight ``[rows, n]`` take in the dtype that ``choose_dtype`` would take. XᵀX
-    is freed in between; an accelerator needs a second matrix to invert."""
+    """What XᵀX, inverting it and pruning a weight ``[rows, n]`` take. XᵀX is freed in between; an accelerator needs a
+    second matrix to invert."""
     size = choose_dtype(n, free_bytes - 4 * n * n).itemsize
     inverting = 4 * n * n + size * n * n * (2 if accelerated else 1)
     return max(inverting, size * (n * n + rows * n + 1024 * n)) + 2 * size * CHUNK
@@ -73,11 +66,9 @@ def inverse_hessian(
 ) -> InverseHessian:
     """H⁻¹ at the smallest of λ, 10·λ, 100·λ … ≤ 1 that makes H positive definite (for λ = 0: 0, 0.001, 0.01 …).
 
-    Dead inputs get a diagonal of 1 before its mean is taken, the order of the released code.
-
     Args:
-        xtx: XᵀX ``[n, n]``, fp32 or float64; only read. Another λ needs its undamped diagonal.
-        num_samples: N, the calibration sequences. It cancels from every result but for the 1 of dead inputs.
+        xtx: XᵀX ``[n, n]``, fp32 or float64; only read. Inputs that are 0 get a diagonal of 1 before its mean is taken.
+        num_samples: N, the calibration sequences. It cancels from every result but for that 1.
         damping: λ.
         dtype: of H⁻¹, fp32 or float64.
 
@@ -113,11 +104,10 @@ def channel_errors(weight: Tensor, inverse: Tensor) -> Tensor:
 
 
 def head_errors(weight: Tensor, inverse: Tensor, width: int, kind: HeadError = "slimgpt") -> Tensor:
-    """ε of each unit of ``width`` contiguous columns b, all units batched, ``[n / width]``.
+    """ε of each unit of ``width`` contiguous columns b, ``[n / width]``, with A = (H⁻¹)_bb = C·Cᵀ.
 
-    With A = (H⁻¹)_bb = C·Cᵀ (lower Cholesky):
-    ``slimgpt``: Σ_j ‖W_:,j‖² / C_jj², the paper's grouped Cholesky. It knows that the unit's earlier columns are gone
-    but uses weights that were not yet compensated for them. ``exact``: tr(W_b·A⁻¹·W_bᵀ), the true joint error.
+    ``slimgpt``: Σ_j ‖W_:,j‖² / C_jj², the paper's grouped Cholesky: the unit's earlier columns are removed, but not yet
+    compensated for. ``exact``: tr(W_b·A⁻¹·W_bᵀ), the true joint error.
     """
     units = weight.shape[1] // width
     blocks = inverse.view(units, width, units, width).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
@@ -135,14 +125,14 @@ def head_errors(weight: Tensor, inverse: Tensor, width: int, kind: HeadError = "
 def compensate_(weight: Tensor, inverse: Tensor, removed: Tensor) -> None:
     """Remove columns P and let the others, S, compensate for them, in place: W'_S = W_S + W_P·H_PS·H_SS⁻¹, W'_P = 0.
 
-    Computed as W_S − W_P·[(H⁻¹)_PP]⁻¹·(H⁻¹)_PS, the same thing (block inverse), because H⁻¹ is there for the scores,
-    one solve gives both results, eliminating P from a positive definite matrix is stable without pivoting, and it
-    costs O(n²·|P|) where a new inverse costs O(n³).
+    Computed as W_S − W_P·[(H⁻¹)_PP]⁻¹·(H⁻¹)_PS, the same thing (block inverse): that is stable without pivoting, and
+    costs O(n²·|P|) where a new inverse costs O(n³). Updating one triangle alone halves the work, and a matrix of which
+    half is stored cannot lose its symmetry.
 
     Args:
         weight: W ``[out, n]``, contiguous; overwritten.
         inverse: H⁻¹ ``[n, n]``, of which only the lower triangle is read. Its lower triangle becomes (H_SS)⁻¹ in S and
-            the identity in P, as if P were inputs that have nothing to do with the others; the upper one is undefined.
+            the identity in P; the upper one is undefined.
         removed: P, int64, distinct, any order.
 
     Raises:
@@ -173,14 +163,13 @@ def prune_units(
     kind: HeadError = "slimgpt",
     on_round: Callable[[float], None] = lambda share: None,
 ) -> PrunedLinear:
-    """Greedy: in every round remove the ``rounds[i]`` units with the lowest ε (ties: lower index), compensate, and
-    score again.
+    """In every round remove the ``rounds[i]`` units with the lowest ε (ties: lower index), compensate, score again.
 
     Args:
         weight: W ``[out, n]`` of o or down, any floating dtype; it is not changed.
-        hessian: of its inputs; used up, its memory is free when this returns.
+        hessian: of its inputs; used up.
         rounds: together 0 … n / width units.
-        width: columns of one unit, r·d of a GQA group.
+        width: columns of one unit: one for a channel, r·d for a GQA group.
         kind: see ``head_errors``; a unit of one column has ``channel_errors``.
         on_round: called after every round with its share of all the units to remove.
 
@@ -226,10 +215,8 @@ def prune_units(
 
 
 def group_size_schedule(target: int, group_size: int | Literal["dynamic"] = "dynamic") -> list[int]:
-    """How many MLP channels are removed per round; the sum is exactly ``target``.
-
-    A number: always so many. ``dynamic``, the released rule: b₀ = (target − 512)//2, then b ← (b − 512)//2, each
-    clipped to 64 … 1024. Fewer at once on small MLPs measured worse on held-out text (docs/methods/slimgpt.md).
+    """How many MLP channels are removed per round, together ``target``. ``dynamic``, the released rule: b₀ = (target −
+    512)//2, then b ← (b − 512)//2, each clipped to 64 … 1024. Fewer at once measured worse (docs/methods/slimgpt.md).
     """
     sizes: list[int] = []
     size, left = target, target
@@ -240,16 +227,9 @@ def group_size_schedule(target: int, group_size: int | Literal["dynamic"] = "dyn
     return sizes
 
 
-def columns_of(units: Tensor, width: int) -> Tensor:
-    """Columns of units ``[U]`` that are ``width`` columns each, int64 ``[U·width]``."""
-    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
-
-
 def _packed(matrix: Tensor, rows: Tensor | None, columns: Tensor) -> Tensor:
-    """These rows (None: all) and columns, ascending, as a contiguous matrix at the front of the same memory.
-
-    No row moves backwards, so none is overwritten before it was read.
-    """
+    """These rows (None: all) and columns, ascending, as a contiguous matrix at the front of the same memory: no row
+    moves backwards, so none is overwritten before it was read."""
     flat, width = matrix.view(-1), len(columns)
     count = len(matrix) if rows is None else len(rows)
     for part in _chunks(count, matrix.shape[1]):
@@ -281,8 +261,7 @@ def _cholesky(matrix: Tensor) -> Tensor:
 
 
 def _invert_(hessian: Tensor) -> bool:
-    """Overwrite with the symmetric inverse; False, with nothing useful left, if H is not positive definite to working
-    precision.
+    """Overwrite with the symmetric inverse; False if H is not positive definite to working precision.
 
     Scaled to a unit diagonal first, so channels of very different size do not pass for dependent ones. A singular
     matrix can slip through Cholesky by rounding: its reciprocal condition number (1-norm) is below the machine epsilon.

@@ -3,27 +3,26 @@
 import math
 from collections.abc import Sequence
 
+MAX_RATIO = 0.95  # no layer loses more than this share
 
-def layer_ratios(
-    num_layers: int, target: float, first_ratio: float | None = None, max_ratio: float = 0.95
-) -> list[float]:
+
+def layer_ratios(num_layers: int, target: float, first_ratio: float | None = None) -> list[float]:
     """ρ_i = ρ_0 + (ρ_{n−1} − ρ_0)·ln(i + 1)/ln(n) with a mean of ``target``: later layers lose more.
 
-    With m = Σ_i ln(i + 1)/(n·ln n) the mean is ρ_0 + (ρ_{n−1} − ρ_0)·m, which gives ρ_{n−1}. The released code divides
-    by ln 32 whatever n is; ln n is the formula. A ρ_{n−1} above ``max_ratio`` is set to that, and ρ_0 raised.
+    The released code divides by ln 32 whatever n is; ln n is the formula. A ρ_{n−1} above ``MAX_RATIO`` is set to that,
+    and ρ_0 raised.
 
     Args:
         num_layers: n.
-        target: mean share of the prunable parameters to remove, 0 … max_ratio.
+        target: mean share of the prunable parameters to remove.
         first_ratio: ρ_0. None: target · 0.0625/0.2, the paper's proportion for 20 % of LLaMA-7B.
-        max_ratio: no layer loses more than this share.
 
     Raises:
         ValueError: the target cannot be met; the message names the largest reachable mean.
     """
-    if not 0 <= target <= max_ratio:
+    if not 0 <= target <= MAX_RATIO:
         raise ValueError(
-            f"a mean layer ratio of {target:.4f} cannot be met: it must lie between 0 and {max_ratio:.4f}, the most "
+            f"a mean layer ratio of {target:.4f} cannot be met: it must lie between 0 and {MAX_RATIO:.4f}, the most "
             "one layer may lose."
         )
     if num_layers == 1:
@@ -32,45 +31,41 @@ def layer_ratios(
     rise = [math.log(i + 1) / math.log(num_layers) for i in range(num_layers)]
     mean_rise = sum(rise) / num_layers
     last = first + (target - first) / mean_rise
-    if last > max_ratio:
-        last = max_ratio
-        first = min(max_ratio, (target - last * mean_rise) / (1 - mean_rise))
-    if not (0 <= first <= max_ratio and last >= 0):
+    if last > MAX_RATIO:
+        last = MAX_RATIO
+        first = min(MAX_RATIO, (target - last * mean_rise) / (1 - mean_rise))
+    if not (0 <= first <= MAX_RATIO and last >= 0):
         raise ValueError(
             f"first_ratio {first:g} would need a last ratio of {last:.4f} for a mean of {target:.4f}; both must lie "
-            f"between 0 and {max_ratio:g}."
+            f"between 0 and {MAX_RATIO:g}."
         )
     return [first + (last - first) * r for r in rise]
 
 
 def unit_counts(
     ratios: Sequence[float],
-    num_groups: int | Sequence[int],
-    num_channels: int | Sequence[int],
+    all_groups: Sequence[int],
+    all_channels: Sequence[int],
     attention_unit_cost: int,
     mlp_unit_cost: int,
     budget: int,
 ) -> list[tuple[int, int]]:
     """GQA groups and MLP channels to remove from each layer, together at most ``budget`` parameters.
 
-    Starts from ⌊K·ρ + ½⌋ and ⌊F·ρ + ½⌋ with ρ the layer's ratio, K its groups, F its channels. What rounding to whole
-    groups moved is corrected on the channels, one per layer in turn, largest ρ first (ties: lower layer), so the
-    profile over the layers stays and the shortfall is less than one channel. Groups change only where channels cannot
-    do it: one is given back, or one more taken, in the layer whose rounding was furthest off; if no channel is left and
-    a group is too much, the shortfall stays larger. Every layer keeps a group and a channel; a layer with ρ = 0 loses
-    nothing.
+    Starts from ⌊K·ρ + ½⌋ and ⌊F·ρ + ½⌋ with ρ the layer's ratio, K its groups, F its channels. What rounding moved is
+    corrected on the channels, one per layer in turn, largest ρ first (ties: lower layer), so the shortfall is less than
+    one channel. Groups change only where channels cannot do it: one is given back, or one more removed, in the layer
+    whose rounding was furthest off. Every layer keeps a group and a channel; a layer with ρ = 0 loses nothing.
 
     Args:
         ratios: ρ per layer.
-        num_groups, num_channels: K and F, of every layer or of each.
+        all_groups, all_channels: K and F per layer.
         attention_unit_cost, mlp_unit_cost: parameters of one group and of one channel.
         budget: parameters to remove.
 
     Raises:
         ValueError: the budget cannot be reached; the message names the largest reachable one.
     """
-    all_groups = [num_groups] * len(ratios) if isinstance(num_groups, int) else num_groups
-    all_channels = [num_channels] * len(ratios) if isinstance(num_channels, int) else num_channels
     # A block that an earlier pruning took out has no unit to keep.
     most_groups, most_channels = ([max(0, count - 1) for count in of] for of in (all_groups, all_channels))
     order = sorted((i for i, ratio in enumerate(ratios) if ratio > 0), key=lambda i: (-ratios[i], i))

@@ -1,10 +1,4 @@
-"""The size that is wanted, instead of a ratio: so many parameters, in all or for one token, or so much memory with a
-KV cache.
-
-A target is reached by the smallest pruning ratio whose decision is not above it. Memory is what weights in the saved
-dtype and the KV cache of a context take, so a GQA group is worth its parameters and its share of the cache: the longer
-the context, the more a group is worth beside a channel.
-"""
+"""What a model takes and costs in use, from shapes alone, and the size that is wanted instead of a ratio."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -23,15 +17,12 @@ from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.memory import parse_bytes
 
+CONTEXTS = (2_048, 32_768)  # tokens; a conversation, and a long document
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
 def parse_count(text: str, option: str) -> int:
-    """``4.5B`` or ``800M`` parameters as a number.
-
-    Raises:
-        UserError: anything else, or nothing.
-    """
+    """``4.5B`` or ``800M`` parameters as a number; UserError of anything else, and of nothing."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMBT]?)", text.strip().upper())
     if match is None or float(match[1]) == 0:
         raise UserError(f"{option}: found '{text}'; give a size such as 4.5B or 800M.")
@@ -60,11 +51,8 @@ class Target:
 
     @classmethod
     def of(cls, sizes: dict[str, str | int | None], context: int, batch: int) -> "Target | None":
-        """From the options ``target_<kind>``, by kind, ``context`` and ``batch``; None without a target.
-
-        Raises:
-            UserError: several targets, or a size that is not one.
-        """
+        """From the options ``target_<kind>``, by kind; None without a target. Raises UserError for several targets and
+        for a size that is not one."""
         given = {kind: str(size) for kind, size in sizes.items() if size is not None}
         if not given:
             return None
@@ -81,10 +69,6 @@ class Target:
         """As on the command line."""
         return f"--model.target_{self.kind} {self.limit:,}"
 
-    def cache(self, config: Any, layers: Sequence[LayerStructure]) -> list[int]:
-        """Of every layer, the numbers that one KV head keeps."""
-        return cache_numbers(config, layers, self.context, self.batch)
-
     def size(
         self, parameters: int, layers: Sequence[LayerStructure], kept: Sequence[LayerPlan], config: Any, itemsize: int
     ) -> int:
@@ -92,31 +76,28 @@ class Target:
 
         Args:
             parameters: all that are left, tied ones once.
-            layers, config: of the dense model.
-            kept: of every layer.
+            layers, config: of the dense model; ``kept``: of every layer.
             itemsize: bytes of a number.
         """
         if self.kind == "memory":
             return memory_bytes(parameters, layers, kept, config, self.context, self.batch, itemsize)
         return parameters if self.kind == "parameters" else active_parameters(layers, parameters, kept)
 
-    def weighed(self, scores: Scores, cache: Sequence[int]) -> Scores:
-        """Scores per number that a unit takes in memory, its part of the KV cache included; per parameter, as they are,
-        where parameters are the target."""
+    def weighed(self, scores: Scores, config: Any, layers: Sequence[LayerStructure]) -> Scores:
+        """Scores per number that a unit takes in memory, a GQA group's part of the KV cache included; per parameter, as
+        they are, where parameters are the target."""
         if self.kind != "memory":
             return scores
-        price: Integers = scores.cost + np.where(scores.of_kind(Block.ATTENTION), np.array(cache)[scores.layer], 0)
+        cache = np.array(cache_numbers(config, layers, self.context, self.batch))
+        price: Integers = scores.cost + np.where(scores.of_kind(Block.ATTENTION), cache[scores.layer], 0)
         base = scores.importance / price
         return replace(scores, base=base, score=base)
 
     def reach(self, size_at: Callable[[Fraction], int], total: int) -> Fraction:
         """The smallest share of ``total`` parameters to remove with which ``size_at`` is not above the target.
 
-        Args:
-            size_at: size after removing a share; falls with it. Raises UserError where a share cannot be removed.
-
-        Raises:
-            UserError: the target is not below the dense size, or no share reaches it.
+        ``size_at`` falls with the share, and raises UserError where it cannot be removed. Raises UserError: the target
+        is not below the dense size, or no share reaches it.
         """
 
         def fits(count: int) -> bool | None:
@@ -180,3 +161,22 @@ def cache_numbers(config: Any, layers: Sequence[LayerStructure], context: int, b
             each = latent + config.qk_rope_head_dim if latent else 2 * view.head_dim * kv_heads_of(config)
         sizes.append(each * tokens * batch)
     return sizes
+
+
+def footprint(
+    layers: Sequence[LayerStructure], config: Any, kept: Sequence[LayerPlan], sizes: tuple[int, int], itemsize: int
+) -> dict[str, Any]:
+    """``memory_bytes`` by context, of weights and the KV cache of one sequence, and ``flops_per_token``: two operations
+    per active parameter but those of an input embedding of its own, which is looked up, without attention's products.
+
+    Args:
+        layers, config: of the dense model; ``kept``: of every layer.
+        sizes: parameters that are left, and those of them that one token passes.
+        itemsize: bytes of a number in the file, and in the cache.
+    """
+    left, active = sizes
+    longest = getattr(config, "max_position_embeddings", None) or max(CONTEXTS)
+    contexts = sorted({min(one, longest) for one in CONTEXTS})
+    memory = {context: memory_bytes(left, layers, kept, config, context, 1, itemsize) for context in contexts}
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    return {"memory_bytes": memory, "flops_per_token": 2 * (active - embedding)}

@@ -14,7 +14,7 @@ from lightning_prune.calibration.passes import Holding, Load
 from lightning_prune.calibration.statistics.gradients import LayerGradients
 from lightning_prune.calibration.statistics.groups import group_importance
 from lightning_prune.calibration.statistics.routed import RoutedTokens
-from lightning_prune.methods.expert_passes import watch_tokens, with_experts
+from lightning_prune.methods.experts import with_experts
 from lightning_prune.models.families import LayerStructure
 
 
@@ -26,7 +26,10 @@ class TaylorPass(BackwardPass):
     def watch(self, view: LayerStructure) -> None:
         self.gradients = LayerGradients(view)
         self.routed = None if view.experts is None else RoutedTokens(view.experts).to(self.model.device)
-        self._handle = None if self.routed is None else watch_tokens(self.routed)
+        if (routed := self.routed) is not None:
+            self._handle = routed.experts[0].module.register_forward_hook(
+                lambda _, args, output: routed.update(*(part.detach() for part in args[:3]))
+            )
 
     def expect(self, tokens: int) -> None:
         self.gradients.tokens = tokens
@@ -48,7 +51,7 @@ class TaylorPass(BackwardPass):
             return gradients.take(role).mul_(view.linears[role].weight).abs_()  # in place: as large as the weight
 
         importance = group_importance(view, score)
-        if self.routed is None or self._handle is None or view.experts is None:
+        if view.experts is None:
             return LayerResult(importance)
         self._handle.remove()
         products = {

@@ -1,8 +1,5 @@
-"""Wanda (Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Language Models") on groups.
-
-The paper scores a weight by |W_ij| · ‖X_j‖₂, with ‖X_j‖₂ the l2 norm of input channel j over all calibration tokens.
-Here the importance of a group is the sum of that score over every weight of the group.
-"""
+"""Wanda (Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Language Models") on groups: the
+importance of a group is the sum of the paper's score over every weight of the group."""
 
 from dataclasses import replace
 from typing import Any
@@ -15,17 +12,15 @@ from lightning_prune.calibration.passes import ForwardPass, Holding, Load, Pass
 from lightning_prune.calibration.statistics.channel_sums import SumOfSquares
 from lightning_prune.calibration.statistics.groups import group_importance
 from lightning_prune.calibration.statistics.routed import RoutedOutputs
-from lightning_prune.methods.expert_passes import with_experts
-from lightning_prune.methods.expert_scores import wanda as wanda_of_channels
-from lightning_prune.methods.mask_pruning import GroupOrMaskPruning
-from lightning_prune.methods.masks import MaskRule, mask_layer
+from lightning_prune.methods.experts import wanda as wanda_of_channels
+from lightning_prune.methods.experts import with_experts
+from lightning_prune.methods.mask_pruning import GroupOrMaskPruning, MaskRule, mask_layer
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import Block
 
 
 def weight_scores(weight: Tensor, input_norms: Tensor) -> Tensor:
-    """S_ij = |W_ij| · ‖X_j‖₂ (Wanda, eq. 1), fp32 ``[out, in]``; the norms ``[in]`` of input channels are taken over
-    all calibration tokens."""
+    """S_ij = |W_ij| · ‖X_j‖₂ (Wanda, eq. 1), fp32 ``[out, in]``; norms ``[in]`` are over all calibration tokens."""
     return weight.float().abs() * input_norms.float()
 
 

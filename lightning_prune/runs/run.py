@@ -29,8 +29,7 @@ from lightning_prune.evaluation.perplexity import (
     unigram_perplexity,
 )
 from lightning_prune.methods.base import PruningMethod
-from lightning_prune.methods.expected_work import expect_roughly
-from lightning_prune.methods.footprint import footprint
+from lightning_prune.methods.target import footprint
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.runs.environment import environment, peak_memory_bytes
 from lightning_prune.runs.folder import NO_DATA, STARTED, RunFolder, check_label
@@ -88,7 +87,7 @@ def prune_and_record(
             write_json(folder.path / STARTED, facts)
         known = [] if shared is None else shared
         if not known:
-            expect_roughly(method, data)
+            method.expect_roughly(data)
             scratch = scratch_folder(folder)
             known.append(measure(trainer, data, method.checkpoint, "dense", method.slot, method.progress, scratch))
         (dense,) = known

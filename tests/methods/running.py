@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import lightning as L
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -14,6 +12,7 @@ from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.families import layer_structures
 from lightning_prune.runs.folder import RunFolder
+from tests.methods.behaviour import save_tokens, trainer_for
 
 
 def save_base(model: PreTrainedModel, folder: Path) -> str:
@@ -27,22 +26,11 @@ def run_method(
 ) -> PruningMethod:
     """Calibrate on ``tokens`` ``[N, L]``, prune, and save below ``folder``; returns the finished method."""
     folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "tokens.npy", tokens.numpy())
-    data = CalibrationDataModule(
-        str(folder / "tokens.npy"), batch_size=batch_size, eval_datasets=[], tokenizer=method.pretrained
-    )
+    path = str(save_tokens(folder / "tokens.npy", tokens))
+    data = CalibrationDataModule(path, batch_size=batch_size, eval_datasets=[], tokenizer=method.pretrained)
     data.needs_calibration = method.needs_calibration
     method.run_folder = RunFolder(folder)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        precision=precision,  # type: ignore[arg-type]
-        logger=False,
-        max_epochs=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(method, data)
+    trainer_for(method, folder, precision).fit(method, data)
     return method
 
 

@@ -305,29 +305,6 @@ def test_the_run_folder_is_complete_and_its_files_agree(shared: Any, system: str
     assert all(float(row["importance"]) >= 0 for row in rows)
 
 
-class Interrupted(BaseException):
-    """Stands for what a signal handler raises."""
-
-
-@pytest.mark.parametrize("system", FAST_SYSTEMS)
-def test_an_interrupted_calibration_leaves_nothing(
-    shared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str
-) -> None:
-    method = SYSTEMS[system].make(pretrained=shared(system).method.pretrained, pruning_ratio=RATIO)
-    calls, real = [], type(method).training_step
-
-    def interrupted(self: PruningMethod, *args: Any) -> None:
-        calls.append(args)
-        if len(calls) == 2:
-            raise Interrupted
-        real(self, *args)
-
-    monkeypatch.setattr(type(method), "training_step", interrupted)
-    with pytest.raises(Interrupted):
-        prune(method, save_tokens(tmp_path / "c.npy"), tmp_path / "logs")
-    assert not [path for path in tmp_path.rglob("logs/**/*") if path.is_file()]
-
-
 @pytest.mark.parametrize(("system", "precision"), each_pass_with("32-true", "bf16-true", "bf16-mixed"))
 def test_where_the_weights_are_does_not_change_a_bit(shared: Any, system: str, precision: str) -> None:
     """One layer at a time on the device, or all of them; so a second run gives the same bytes, too."""

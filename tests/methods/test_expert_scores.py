@@ -1,5 +1,6 @@
 """Scores of experts and channels against float64 loops: one token, one of its experts, one channel at a time."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,10 +8,14 @@ import torch
 from torch import Tensor
 
 from lightning_prune.calibration.statistics.routed import RoutedGrams, RoutedOutputs, RoutedSlopes
-from lightning_prune.methods import expert_scores
+from lightning_prune.methods import experts
+from lightning_prune.methods.fisher import FisherPass
+from lightning_prune.methods.heapr import HEAPrPass
 from lightning_prune.methods.kfac import compensated_costs, kfac_of_experts
+from lightning_prune.methods.reap import Criterion, ExpertActivityPass
 from lightning_prune.models.experts import Experts
 from lightning_prune.models.family import ExpertNames
+from lightning_prune.models.vocabulary import Block
 from tests.tiny import in_double, make_moe
 
 T, D, E, M = 40, 32, 8, 12
@@ -60,11 +65,19 @@ def test_activity_of_whole_experts(naive: Naive) -> None:
     sums = naive.feed(RoutedOutputs(naive.experts), gradient=False)
     per_expert = [naive.of(e) for e in range(E)]
     assert all(per_expert)
-    close(sums.counts, [len(pairs) for pairs in per_expert])
-    close(sums.norms, [sum(float(f.norm()) for *_, f in pairs) for pairs in per_expert])
     close(sums.peaks, [max(float(f.abs().max()) for *_, f in pairs) for pairs in per_expert])
     mean = [sum(g * float(f.norm()) for _, _, g, _, f in pairs) / len(pairs) for pairs in per_expert]
-    close(expert_scores.reap(sums), mean)
+    close(activity("reap", sums), mean)
+    close(activity("frequency", sums), [len(pairs) for pairs in per_expert])
+    close(activity("ean", sums), [sum(float(f.norm()) for *_, f in pairs) for pairs in per_expert])
+
+
+def activity(criterion: Criterion, sums: RoutedOutputs) -> Tensor:
+    """What REAP's pass concludes in a layer with these sums."""
+    measuring = ExpertActivityPass(criterion)
+    measuring.sums = sums
+    view: Any = SimpleNamespace(index=0)
+    return measuring.conclude(view).importance[Block.EXPERT]
 
 
 def test_magnitude_and_wanda_of_channels(naive: Naive) -> None:
@@ -82,24 +95,23 @@ def test_magnitude_and_wanda_of_channels(naive: Naive) -> None:
         for k in range(M):
             size[e, k] = inner[k].sum() + inner[M + k].sum() + down[:, k].sum()
             weighed[e, k] = ((inner[k] + inner[M + k]) * x2.sqrt()).sum() + (down[:, k] * a2[k].sqrt()).sum()
-    close(expert_scores.magnitude(naive.experts), size)
-    close(expert_scores.wanda(sums), weighed)
+    close(experts.magnitude(naive.experts), size)
+    close(experts.wanda(sums), weighed)
 
 
 def test_heapr_and_fisher_of_channels(naive: Naive) -> None:
     sums = naive.feed(RoutedSlopes(naive.experts), gradient=True)
-    heapr, fisher = torch.zeros(E, M, dtype=torch.float64), torch.zeros(E, M, dtype=torch.float64)
+    heapr, fisher = torch.zeros(2, E, M, dtype=torch.float64)
     for e in range(E):
         pairs, down = naive.of(e), naive.block.experts.down_proj[e].detach()
-        gradients = [g * naive.delta[token] for token, _, g, _, _ in pairs]
+        gradients = torch.stack([g * naive.delta[token] for token, _, g, _, _ in pairs])
+        inner = torch.stack([a for *_, a, _ in pairs])
         second = sum(torch.outer(one, one) for one in gradients) / len(pairs)
         for k in range(M):
-            activity = sum(float(a[k]) ** 2 for *_, a, _ in pairs) / len(pairs)
-            heapr[e, k] = activity * (down[:, k] @ second @ down[:, k]) * len(pairs) / T
-            slopes = [float(a[k] * (down[:, k] @ one)) for (*_, a, _), one in zip(pairs, gradients, strict=True)]
-            fisher[e, k] = sum(slope**2 for slope in slopes) / T
-    close(expert_scores.heapr(sums), heapr)
-    close(expert_scores.fisher(sums), fisher)
+            heapr[e, k] = inner[:, k].square().mean() * (down[:, k] @ second @ down[:, k]) * len(pairs) / T
+            fisher[e, k] = (inner[:, k] * (gradients @ down[:, k])).square().sum() / T
+    close(HEAPrPass.expert_score(sums), heapr)
+    close(FisherPass.expert_score(sums), fisher)
 
 
 def test_kfac_of_channels_is_that_of_the_down_projection_on_the_expert_s_tokens(naive: Naive) -> None:
@@ -115,23 +127,22 @@ def test_kfac_of_channels_is_that_of_the_down_projection_on_the_expert_s_tokens(
 
 
 def test_an_expert_without_tokens_is_worth_nothing() -> None:
-    experts = Experts(in_double(make_moe()), ExpertNames())
+    own = Experts(in_double(make_moe()), ExpertNames())
     x, delta = torch.randn(6, D, dtype=torch.float64), torch.randn(6, D, dtype=torch.float64)
     index, weights = torch.tensor([[0, 1]] * 6), torch.full((6, 2), 0.5, dtype=torch.float64)
-    outputs, slopes, grams = RoutedOutputs(experts), RoutedSlopes(experts), RoutedGrams(experts)
+    outputs, slopes, grams = RoutedOutputs(own), RoutedSlopes(own), RoutedGrams(own)
     outputs.update(x, index, weights)
     for statistic in (slopes, grams):
         statistic.update(x, index, weights, delta)
         statistic.reduced()
-    found = [expert_scores.reap(outputs)[:, None], expert_scores.heapr(slopes), expert_scores.fisher(slopes)]
-    found.append(kfac_of_experts(grams, torch.float64))
-    for scores in found:
+    found = [activity("reap", outputs)[:, None], HEAPrPass.expert_score(slopes), FisherPass.expert_score(slopes)]
+    for scores in (*found, kfac_of_experts(grams, torch.float64)):
         assert bool((scores[:2] > 0).all())
         assert not bool(scores[2:].any())
 
 
 def test_super_experts_peak_above_all_others_and_above_a_tenth_of_the_largest() -> None:
     peaks = torch.rand(4, 128, generator=torch.Generator().manual_seed(0))
-    assert int(expert_scores.super_experts(peaks).sum()) == 3  # above a quantile alone, some always are
+    assert int(experts.super_experts(peaks).sum()) == 3  # above a quantile alone, some always are
     peaks[1, 5], peaks[2, 7] = 400.0, 30.0  # 30 is below a tenth
-    assert expert_scores.super_experts(peaks).nonzero().tolist() == [[1, 5]]
+    assert experts.super_experts(peaks).nonzero().tolist() == [[1, 5]]

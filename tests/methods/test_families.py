@@ -16,7 +16,7 @@ from lightning_prune.methods import HGSP, SlimGPT, Wanda
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
-from tests.methods.behaviour import SYSTEMS, Run, prune, save_tokens
+from tests.methods.behaviour import SYSTEMS, logits, prune, save_tokens
 from tests.methods.running import pruned_by, run_method, save_base
 from tests.tiny import HYBRIDS, SIDE_BY_SIDE, make_tiny, tiny_tokens
 
@@ -51,13 +51,8 @@ def test_a_fused_model_is_pruned_as_the_same_model_in_parts(tmp_path: Path, syst
     torch.testing.assert_close(
         second.method.scores.importance, first.method.scores.importance, rtol=1e-4, atol=0, check_dtype=False
     )
-    torch.testing.assert_close(logits_of(second), logits_of(first), rtol=1e-4, atol=1e-4)
-
-
-@torch.no_grad()
-def logits_of(run: Run) -> Tensor:
-    logits: Tensor = lightning_prune.load(run.pruned)(tiny_tokens()).logits
-    return logits
+    found, expected = (logits(lightning_prune.load(run.pruned)) for run in (second, first))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def folded(model: PreTrainedModel) -> PreTrainedModel:
@@ -78,16 +73,13 @@ def folded(model: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
-def test_multipliers_are_in_priors_losses_and_gradients(tmp_path: Path) -> None:
+def test_multipliers_are_in_priors_losses_and_gradients(run: Any) -> None:
     """The priors of a Granite are those of the Llama that its multipliers make, and so is Taylor's |w·g| of a group, in
     which a weight's scale cancels out."""
-    granite, found = make_tiny("granite", tied=False), []
-    for name, model in (("granite", granite), ("llama", folded(granite))):
-        method = run_method(HGSP(save_base(model, tmp_path / name), 0.2), tiny_tokens(6, 12), tmp_path / f"{name}-run")
-        assert isinstance(method, HGSP)
-        found.append((method.priors, method.scores.importance))
-    for mine, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=2e-3, atol=1e-6)
+    granite = make_tiny("granite", tied=False)
+    mine, theirs = (run(model, HGSP, 0.2, tiny_tokens(6, 12)) for model in (granite, folded(granite)))
+    torch.testing.assert_close(mine.priors, theirs.priors, rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(mine.scores.importance, theirs.scores.importance, rtol=2e-3, atol=1e-6)
 
 
 MLP_ENTRY = {
@@ -101,7 +93,7 @@ MLP_ENTRY = {
 @pytest.mark.parametrize(
     "family", ["llama", "gemma2", "gemma3_text", "gemma4_text", "phi3", "granite", "olmo2", "qwen3_5_text", "phi"]
 )
-def test_every_block_is_refitted_on_what_the_pruned_part_before_it_puts_out(
+def test_every_block_is_refitted_on_what_the_pruned_part_before_it_outputs(
     run: Any, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     seen, catch = {}, BlockPass.catch

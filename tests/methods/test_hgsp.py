@@ -3,7 +3,6 @@
 import copy
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,10 +20,12 @@ from tests.methods import reference
 from tests.methods.running import mean_token_loss, projections, pruned_by
 from tests.tiny import make_tiny, tiny_tokens
 
+TWO_LAYERS = layer_structures(make_tiny(layers=2))
 
-def scored(views: Any, attention: Tensor, mlp: Tensor) -> Any:
-    """The same importances in every layer."""
-    return group_scores(views, [{Block.ATTENTION: attention, Block.MLP: mlp}] * len(views))
+
+def scored(attention: Tensor, mlp: Tensor) -> Any:
+    """The same importances in both layers."""
+    return group_scores(TWO_LAYERS, [{Block.ATTENTION: attention, Block.MLP: mlp}] * 2)
 
 
 def reference_priors(model, tokens: Tensor) -> Tensor:
@@ -85,8 +86,7 @@ def test_prior_reads_only_its_prefix_of_the_shared_set(run: Any) -> None:
 
 def test_tau_infinity_measures_no_blocks(run: Any) -> None:
     method = run(make_tiny(), HGSP, 0.2, tiny_tokens(4, 8), importance="magnitude", tau=math.inf)
-    layers = 4
-    batches = 1
+    layers, batches = 4, 1
     assert method.driver.loop.setting.model.evaluations == batches * (layers + layers * (layers - 1) // 2)
     for layer in range(layers):
         rows = method.scores.layer == layer
@@ -105,15 +105,12 @@ def test_depth_prior_rules() -> None:
     torch.testing.assert_close(depth_prior(delta, math.inf), layerwise.expand(2, 3))
 
 
-def test_units_with_zero_prior_go_first_in_the_order_of_their_base_score(tmp_path: Path) -> None:
-    model = make_tiny(layers=2)
-    views = layer_structures(model)
+def test_units_with_zero_prior_go_first_in_the_order_of_their_base_score() -> None:
     generator = torch.Generator().manual_seed(3)
     attention, mlp = (torch.rand(units, generator=generator) for units in (2, 40))
     delta = torch.tensor([[1.0, 1.0], [1.0, 1.0], [-1.0, 1.0]], dtype=torch.float64)  # layer 0's MLP helps when gone
-    scores = final_scores(scored(views, attention, mlp), delta, 0.0, 1.0, "none")
-    method = HGSP(importance="magnitude", pruning_ratio=0.05)
-    gone = method.select(scores, views, sum(p.numel() for p in model.parameters()))
+    scores = final_scores(scored(attention, mlp), delta, 0.0, 1.0, "none")
+    gone = HGSP(importance="magnitude", pruning_ratio=0.05).select(scores, TWO_LAYERS, 20_000)
     rows = scores.of(0, "mlp")
     assert bool(gone[rows].any())
     assert not bool(gone[~rows].any())
@@ -138,8 +135,7 @@ def test_collapse_removes_nearly_empty_layers_but_never_frozen_ones_or_the_last(
 
 
 def test_score_norm_makes_kinds_or_blocks_comparable() -> None:
-    views = layer_structures(make_tiny(layers=2))
-    scores = scored(views, torch.tensor([1.0, 3.0]), torch.arange(1.0, 41.0))
+    scores = scored(torch.tensor([1.0, 3.0]), torch.arange(1.0, 41.0))
     kind = normalised(scores, "kind")
     assert kind[scores.of_kind(Block.MLP)].median() == pytest.approx(1.0)
     block = normalised(scores, "block")
@@ -161,17 +157,10 @@ def test_a_layer_that_loses_both_blocks_is_removed(run: Any) -> None:
     assert method.plan.achieved_ratio <= 0.25
 
 
-def test_non_finite_priors_name_the_layer() -> None:
-    views = layer_structures(make_tiny(layers=2))
-    scores = group_scores(views)
-    delta = torch.tensor([[1.0, math.nan]] * 3)
+def test_a_prior_or_its_power_that_is_not_finite_is_refused_by_layer_or_temperature() -> None:
+    scores = group_scores(TWO_LAYERS)
     with pytest.raises(FloatingPointError, match=r"layers \[1\]"):
-        final_scores(scores, delta, 0.0, 1.0, "none")
-
-
-def test_a_prior_whose_power_overflows_is_a_temperature_too_high() -> None:
-    views = layer_structures(make_tiny(layers=2))
-    scores = group_scores(views)
+        final_scores(scores, torch.tensor([[1.0, math.nan]] * 3), 0.0, 1.0, "none")
     delta = torch.tensor([[math.e**3 - 1, 0.5]] * 3, dtype=torch.float64)  # a prior of 3 and one below 1
     assert np.isfinite(final_scores(scores, delta, 0.0, 600.0, "none").score).all()  # 3^600 is 1.9e286
     for temperature in (700.0, 1e308):

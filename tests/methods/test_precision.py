@@ -1,10 +1,12 @@
 """Work between the steps in the precision of the steps, and what overflows in fp16, by name."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from lightning_prune.calibration.passes import BlockPass, ForwardPass
 from tests.methods.behaviour import SYSTEMS, prune, save_model, save_tokens
@@ -58,45 +60,45 @@ def test_work_between_the_steps_runs_in_the_precision_of_the_steps(
 # Overflow
 
 
-@pytest.mark.parametrize("system", ["wanda", "flap", "slimgpt", "shortgpt", "hgsp_taylor", "hgsp_kfac"])
-def test_overflowing_activations_name_the_layer(tmp_path: Path, system: str) -> None:
-    """Every weight fits fp16, but what layer 2 puts out does not; in the other precisions all is well."""
-    model = make_tiny()
+def loud(model: PreTrainedModel) -> None:
+    """Every weight fits fp16, but what layer 2 outputs does not."""
+    model.model.layers[2].mlp.up_proj.weight.mul_(2e3)
+    model.model.layers[2].mlp.down_proj.weight.mul_(2e3)
+
+
+def heavy(model: PreTrainedModel) -> None:
+    """A weight of layer 1 does not fit fp16."""
+    model.model.layers[1].mlp.up_proj.weight[3, 5] = 1e5
+
+
+def steep(model: PreTrainedModel) -> None:
+    """A tiny stream in front of layer 1 makes its norm multiply gradients by nearly 1000; activations are small."""
+    first = model.model.layers[0]
+    for module in (model.model.embed_tokens, first.self_attn.o_proj, first.mlp.down_proj):
+        module.weight.mul_(1e-3)
+    model.lm_head.weight.mul_(300)
+
+
+@pytest.mark.parametrize(
+    ("change", "system", "says"),
+    [
+        *((loud, name, "layer 2") for name in ("wanda", "flap", "slimgpt", "shortgpt", "hgsp_taylor", "hgsp_kfac")),
+        *((heavy, name, "layer 1") for name in ("magnitude", "wanda")),
+        (steep, "hgsp_taylor", "layer 1, gradient of its input"),
+    ],
+)
+def test_what_overflows_fp16_names_the_layer(tmp_path: Path, change: Any, system: str, says: str) -> None:
+    """In the other precisions all is well."""
+    model = make_tiny(tied=change is not steep)
     with torch.no_grad():
-        model.model.layers[2].mlp.up_proj.weight.mul_(2e3)
-        model.model.layers[2].mlp.down_proj.weight.mul_(2e3)
+        change(model)
     model.save_pretrained(tmp_path / "model")
     tokens = save_tokens(tmp_path / "c.npy")
-    method = SYSTEMS[system].make(pretrained=str(tmp_path / "model"), pruning_ratio=RATIO)
-    with pytest.raises(FloatingPointError, match=r"layer 2\b.*Use --trainer.precision bf16-true or 32-true") as error:
-        prune(method, tokens, tmp_path / "logs", "16-true")
+    options = {"temperature": 0} if change is steep else {}
+    make = partial(SYSTEMS[system].make, pretrained=str(tmp_path / "model"), pruning_ratio=RATIO, **options)
+    with pytest.raises(FloatingPointError, match=rf"{says}\b.*Use --trainer.precision bf16-true or 32-true") as error:
+        prune(make(), tokens, tmp_path / "logs", "16-true")
     assert "layer 3" not in str(error.value)
     assert not list((tmp_path / "logs").rglob("plan.json"))
-    if system in ("wanda", "slimgpt"):
-        method = SYSTEMS[system].make(pretrained=str(tmp_path / "model"), pruning_ratio=RATIO)
-        prune(method, tokens, tmp_path / "logs", "bf16-true")
-
-
-@pytest.mark.parametrize("system", ["magnitude", "wanda"])
-def test_weights_beyond_fp16_name_the_layer(tmp_path: Path, system: str) -> None:
-    model = make_tiny()
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 5] = 1e5
-    model.save_pretrained(tmp_path / "model")
-    method = SYSTEMS[system].make(pretrained=str(tmp_path / "model"), pruning_ratio=RATIO)
-    with pytest.raises(FloatingPointError, match=r"layer 1\b.*Use --trainer.precision bf16-true or 32-true"):
-        prune(method, save_tokens(tmp_path / "c.npy"), tmp_path / "logs", "16-true")
-
-
-def test_an_overflowing_gradient_of_the_residual_stream_names_the_layer_that_made_it(tmp_path: Path) -> None:
-    """A tiny stream in front of layer 1 makes its norm multiply gradients by nearly 1000; activations stay small."""
-    model = make_tiny(tied=False)
-    with torch.no_grad():
-        model.model.embed_tokens.weight.mul_(1e-3)
-        for linear in (model.model.layers[0].self_attn.o_proj, model.model.layers[0].mlp.down_proj):
-            linear.weight.mul_(1e-3)
-        model.lm_head.weight.mul_(300)
-    model.save_pretrained(tmp_path / "model")
-    method = SYSTEMS["hgsp_taylor"].make(pretrained=str(tmp_path / "model"), pruning_ratio=RATIO, temperature=0)
-    with pytest.raises(FloatingPointError, match="layer 1, gradient of its input"):
-        prune(method, save_tokens(tmp_path / "c.npy"), tmp_path / "logs", "16-true")
+    if change is loud and system in ("wanda", "slimgpt"):
+        prune(make(), tokens, tmp_path / "logs", "bf16-true")

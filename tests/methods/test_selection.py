@@ -1,4 +1,4 @@
-"""The selection against a plain loop over the units, which shares no code with it, and its time at a large size."""
+"""The table of scores, and the selection against a plain loop over the units, which shares no code with it."""
 
 import random
 import re
@@ -12,7 +12,7 @@ import torch
 
 from lightning_prune.checkpoint.scores import BLOCKS, Flags, Scores
 from lightning_prune.methods.group_pruning import kept_units
-from lightning_prune.methods.scores import group_scores
+from lightning_prune.methods.scores import group_scores, layer_scores
 from lightning_prune.methods.selection import (
     Budget,
     GroupSelection,
@@ -177,30 +177,6 @@ def test_budget_is_exact_where_floating_point_is_not() -> None:
     assert Budget(1000, 1e-05, {}).parameters == 0
 
 
-@pytest.mark.parametrize(
-    ("rows", "total", "ratio", "overhead", "expected"),
-    [
-        # The group costs 40 of 30; the channel after it would fit, but comes later.
-        ([(0, 0, 0, 1.0, 40), (0, 0, 1, 99.0, 40), (0, 1, 0, 2.0, 7), (0, 1, 1, 99.0, 7)], 100, 0.3, {}, []),
-        # The last unit of a block takes its norm along: 45 of 44.8, then of 45.
-        ([(0, 0, 0, 1.0, 40), (0, 1, 0, 500.0, 30), (1, 0, 0, 600.0, 40)], 200, 0.224, {(0, 0): 5}, []),
-        ([(0, 0, 0, 1.0, 40), (0, 1, 0, 500.0, 30), (1, 0, 0, 600.0, 40)], 200, 0.225, {(0, 0): 5}, [0]),
-        # Equal scores of everything go in table order.
-        ([(i // 6, int(i % 6 > 0), max(0, i % 6 - 1), 1.0, 2) for i in range(24)], 48, 0.25, {}, [0, 1, 2, 3, 4, 5]),
-    ],
-)
-def test_selection_by_hand(
-    rows: list[tuple[int, int, int, float, int]],
-    total: int,
-    ratio: float,
-    overhead: dict[tuple[int, int], int],
-    expected: list[int],
-) -> None:
-    made = [Row(i, layer, block, unit, cost, v, v) for i, (layer, block, unit, v, cost) in enumerate(rows)]
-    pruned = select_global(table(made), np.ones(len(made), dtype=bool), budget_of(total, ratio, overhead))
-    assert np.flatnonzero(pruned).tolist() == expected
-
-
 def test_the_units_of_an_8b_model_are_decided_in_seconds() -> None:
     """459,008 units take half a second on two idle cores; a loop over them takes far more than the limit."""
     draw, per_layer, round_to = np.random.default_rng(0), 8 + 14336, 64
@@ -262,6 +238,29 @@ def test_where_a_multiple_cannot_hold_it_says_so(options: dict[str, int], ratio:
     assert re.search(
         rf"round_to 8 does not hold .* {layers}\. ", selection.unrounded(replace(scores, pruned=pruned), views)
     )
+
+
+def test_rows_are_in_the_order_of_layer_block_and_unit() -> None:
+    views = layer_structures(make_tiny())
+    scores = group_scores(views, [{Block.ATTENTION: torch.rand(2), Block.MLP: torch.rand(40)} for _ in views])
+    rows = list(zip(scores.layer.tolist(), scores.block.tolist(), scores.unit.tolist(), strict=True))
+    assert rows == [(layer, b, u) for layer in range(4) for b, n in (("attention", 2), ("mlp", 40)) for u in range(n)]
+    group = 2 * 2 * 8 * 32 + 2 * 8 * 32  # two query heads, one k, one v
+    assert set(scores.cost[scores.of_kind(Block.ATTENTION)].tolist()) == {group}
+    assert set(scores.cost[scores.of_kind(Block.MLP)].tolist()) == {3 * 32}
+    assert np.array_equal(scores.score, scores.importance / scores.cost)
+    layers = layer_scores(torch.tensor([0.1, 0.5]), [50, 60])
+    assert layers.whole_layers
+    assert layers.cost.tolist() == [50, 60]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_importance_that_is_not_finite_names_layer_and_block(value: float) -> None:
+    views = layer_structures(make_tiny())
+    importance = [{Block.ATTENTION: torch.ones(2), Block.MLP: torch.ones(40)} for _ in views]
+    importance[2][Block.MLP][7] = value
+    with pytest.raises(FloatingPointError, match="layer 2, mlp: 1 importances are NaN or infinite"):
+        group_scores(views, importance)
 
 
 def test_groups_that_are_no_multiple_are_refused_with_those_that_are() -> None:

@@ -1,5 +1,6 @@
 """ShortGPT: block influence per layer, and which layers go."""
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -15,23 +16,13 @@ from tests.tiny import make_tiny, tiny_tokens
 
 def reference_influence(model, tokens: torch.Tensor) -> torch.Tensor:
     """1 − mean cosine per layer, token by token in float64; the streams come from hooks, before the final norm."""
-    states: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    hooks = [
-        layer.register_forward_hook(
-            lambda module, args, kwargs, output, i=i: states.__setitem__(
-                i, ((args[0] if args else kwargs["hidden_states"]).double(), output.double())
-            ),
-            with_kwargs=True,
-        )
-        for i, layer in enumerate(model.model.layers)
-    ]
+    model, states, found = copy.deepcopy(model), [], []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, args, output: states.append((args[0].double(), output.double())))
     with torch.no_grad():
         model(input_ids=tokens, use_cache=False)
-    for hook in hooks:
-        hook.remove()
-    found = []
-    for i in sorted(states):
-        before, after = (state.reshape(-1, state.shape[-1]) for state in states[i])
+    for pair in states:
+        before, after = (state.reshape(-1, state.shape[-1]) for state in pair)
         cosines = [float(a @ b / (a @ a).sqrt() / (b @ b).sqrt()) for a, b in zip(before, after, strict=True)]
         found.append(1 - sum(cosines) / len(cosines))
     return torch.tensor(found, dtype=torch.float64)
@@ -71,10 +62,7 @@ def test_the_nearest_number_of_layers_or_at_most_the_budget() -> None:
 
 def test_at_most_keeps_the_ratio_where_the_nearest_number_of_layers_exceeds_it(run: Any) -> None:
     model = make_tiny(layers=5)
-    total, layer = (
-        sum(p.numel() for p in model.parameters()),
-        sum(p.numel() for p in model.model.layers[0].parameters()),
-    )
+    total, layer = (sum(one.numel() for one in part.parameters()) for part in (model, model.model.layers[0]))
     ratio = round(1.7 * layer / total, 4)
     for at_most, gone in ((False, 2), (True, 1)):
         method = run(model, ShortGPT, ratio, tiny_tokens(4, 8), at_most=at_most)

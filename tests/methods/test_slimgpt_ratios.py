@@ -25,17 +25,13 @@ def test_the_mean_is_the_target_and_later_layers_lose_more(num_layers: int, targ
     assert max(ratios) <= 0.95 + 1e-12
 
 
-def test_the_profile_is_logarithmic() -> None:
-    ratios = layer_ratios(6, 0.3, first_ratio=0.1)
-    slope = (ratios[5] - ratios[0]) / math.log(6)
-    assert ratios == pytest.approx([0.1 + slope * math.log(i + 1) for i in range(6)])
-
-
-def test_the_first_ratio_rises_where_the_last_would_exceed_the_limit() -> None:
-    ratios = layer_ratios(8, 0.7, first_ratio=0.0, max_ratio=0.9)
-    assert ratios[-1] == pytest.approx(0.9)
-    assert ratios[0] > 0
-    assert math.fsum(ratios) / 8 == pytest.approx(0.7)
+def test_the_profile_is_logarithmic_and_its_first_ratio_rises_where_the_last_would_exceed_the_limit() -> None:
+    for target, first, last in ((0.3, 0.1, None), (0.7, 0.0, 0.95)):
+        ratios = layer_ratios(6, target, first_ratio=first)
+        slope = (ratios[5] - ratios[0]) / math.log(6)
+        assert ratios == pytest.approx([ratios[0] + slope * math.log(i + 1) for i in range(6)])
+        assert math.fsum(ratios) / 6 == pytest.approx(target)
+        assert ratios[0] == first if last is None else ratios[-1] == pytest.approx(last)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +39,7 @@ def test_the_first_ratio_rises_where_the_last_would_exceed_the_limit() -> None:
     [
         (lambda: layer_ratios(8, 0.96), r"0\.9600.*0\.9500"),  # the largest mean
         (lambda: layer_ratios(8, 0.1, first_ratio=0.9), r"first_ratio 0\.9"),  # the last would be negative
-        (lambda: unit_counts([0.95, 0.95], 4, 8, 100, 10, 750), "at most 740"),  # a group and a channel stay
+        (lambda: unit_counts([0.95, 0.95], [4, 4], [8, 8], 100, 10, 750), "at most 740"),  # one of each is kept
     ],
 )
 def test_what_cannot_be_is_refused(make: Callable[[], object], says: str) -> None:
@@ -60,10 +56,10 @@ def test_counts_meet_the_budget_to_less_than_one_channel() -> None:
         group = rng.choice([1, 4]) * 4 * width
         target = rng.uniform(0.02, 0.7)
         budget = int(target * layers * (groups * group + channels * channel))
-        counts = unit_counts(layer_ratios(layers, target), groups, channels, group, channel, budget)
+        units = [groups] * layers, [channels] * layers
+        counts = unit_counts(layer_ratios(layers, target), *units, group, channel, budget)
         assert 0 <= budget - sum(g * group + c * channel for g, c in counts) < channel
         assert all(0 <= g <= groups - 1 and 0 <= c <= channels - 1 for g, c in counts)
-        assert counts == unit_counts(layer_ratios(layers, target), groups, channels, group, channel, budget)
 
 
 @pytest.mark.parametrize(
@@ -82,4 +78,4 @@ def test_counts_meet_the_budget_to_less_than_one_channel() -> None:
     ],
 )
 def test_counts_by_hand(ratios: list[float], units: tuple, cost: tuple, budget: int, expected: list) -> None:
-    assert unit_counts(ratios, *units, *cost, budget) == expected
+    assert unit_counts(ratios, *([count] * len(ratios) for count in units), *cost, budget) == expected

@@ -1,7 +1,7 @@
 """Iterated selection: what is measured at every step, and what the steps leave."""
 
 import itertools
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,16 +11,14 @@ import lightning_prune
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.methods import HGSP
 from lightning_prune.models.vocabulary import Block
-from tests.methods.running import mean_token_loss, projections, run_method, save_base
+from tests.methods.running import mean_token_loss, projections
 from tests.tiny import make_tiny, tiny_tokens
 
 
-def test_every_step_prunes_more_of_what_the_one_before_left(tmp_path: Path) -> None:
-    base = save_base(make_tiny(layers=3), tmp_path / "base")
-    method = HGSP(base, 0.3, temperature=0, steps=3, refit="residual")
-    run_method(method, tiny_tokens(16, 16), tmp_path / "run")
-    plans = [PruningPlan.load(tmp_path / "run" / "steps" / name / "plan.json") for name in ("0.1", "0.2")]
-    plans.append(method.plan)
+def test_every_step_prunes_more_of_what_the_one_before_left(run: Any) -> None:
+    method = run(make_tiny(layers=3), HGSP, 0.3, tiny_tokens(16, 16), temperature=0, steps=3, refit="residual")
+    steps = [method.run_folder.path / "steps" / name for name in ("0.1", "0.2")]
+    plans = [*(PruningPlan.load(step / "plan.json") for step in steps), method.plan]
     group = max(view.unit_cost(Block.ATTENTION) for view in method.layers)
     assert [plan.pruning_ratio for plan in plans] == pytest.approx([0.1, 0.2, 0.3])
     for plan in plans:
@@ -33,22 +31,20 @@ def test_every_step_prunes_more_of_what_the_one_before_left(tmp_path: Path) -> N
         for earlier, later in zip(before.layers, after.layers, strict=True):
             assert set(later.kept[Block.ATTENTION]) <= set(earlier.kept[Block.ATTENTION])
             assert set(later.kept[Block.MLP]) <= set(earlier.kept[Block.MLP])
-    for name, plan in zip(("0.1", "0.2"), plans, strict=False):
-        loaded = lightning_prune.load(tmp_path / "run" / "steps" / name / "pruned")
+    for step, plan in zip(steps, plans, strict=False):
+        loaded = lightning_prune.load(step / "pruned")
         assert sum(parameter.numel() for parameter in loaded.parameters()) == plan.parameters["pruned"]
 
 
-def test_the_second_step_measures_the_model_that_the_first_one_left(tmp_path: Path) -> None:
+def test_the_second_step_measures_the_model_that_the_first_one_left(run: Any) -> None:
     """The importance of what is kept at last, from gradients of the checkpoint that step one wrote."""
     tokens = tiny_tokens(12, 16)
-    base = save_base(make_tiny(layers=3), tmp_path / "base")
-    method = run_method(HGSP(base, 0.24, temperature=0, steps=2, refit="residual"), tokens, tmp_path / "run")
-    first = PruningPlan.load(tmp_path / "run" / "steps" / "0.12" / "plan.json")
-    model = lightning_prune.load(tmp_path / "run" / "steps" / "0.12" / "pruned").double()
+    method = run(make_tiny(layers=3), HGSP, 0.24, tokens, temperature=0, steps=2, refit="residual")
+    step = method.run_folder.path / "steps" / "0.12"
+    first, model = PruningPlan.load(step / "plan.json"), lightning_prune.load(step / "pruned").double()
     mean_token_loss(model, tokens).backward()
     for layer in range(3):
-        down = projections(model, layer)["down_proj"]
-        gate, up = projections(model, layer)["gate_proj"], projections(model, layer)["up_proj"]
+        gate, up, down = (projections(model, layer)[name] for name in ("gate_proj", "up_proj", "down_proj"))
         expected = sum((one.weight * one.weight.grad).abs().sum(1) for one in (gate, up))
         expected = expected + (down.weight * down.weight.grad).abs().sum(0)
         rows = method.scores.of(layer, "mlp")
@@ -56,18 +52,13 @@ def test_the_second_step_measures_the_model_that_the_first_one_left(tmp_path: Pa
         torch.testing.assert_close(found, expected.detach(), rtol=1e-3, atol=1e-7)
 
 
-def test_what_went_keeps_what_was_measured_when_it_went(tmp_path: Path) -> None:
-    base = save_base(make_tiny(layers=3), tmp_path / "base")
-    tokens = tiny_tokens(12, 16)
-    once = run_method(HGSP(base, 0.1, temperature=0), tokens, tmp_path / "once")
-    twice = run_method(HGSP(base, 0.2, temperature=0, steps=2), tokens, tmp_path / "twice")
+def test_what_is_removed_keeps_what_was_measured_when_it_was(run: Any) -> None:
+    model, tokens = make_tiny(layers=3), tiny_tokens(12, 16)
+    once = run(model, HGSP, 0.1, tokens, temperature=0)
+    twice = run(model, HGSP, 0.2, tokens, temperature=0, steps=2)
     gone = once.scores.pruned
     assert gone.any()
     assert bool(twice.scores.pruned[gone].all())
     torch.testing.assert_close(twice.scores.importance[gone], once.scores.importance[gone])
     assert np.isfinite(twice.scores.score).all()
-
-
-def test_steps_cannot_be_decided_again() -> None:
-    assert not HGSP("demo", 0.2, steps=2).reusable
-    assert HGSP("demo", 0.2).reusable
+    assert (once.reusable, twice.reusable) == (True, False)  # whether the scores can be decided on again

@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_prune.checkpoint.cut import unpruned
+from lightning_prune.checkpoint.expert_plans import parameter_counts
+from lightning_prune.evaluation.efficiency import kv_cache_bytes_per_token, macs_per_token
 from lightning_prune.methods import Magnitude, ShortGPT, SlimGPT, Wanda
 from lightning_prune.methods.flap import FLAP
 from lightning_prune.methods.scores import group_scores
-from lightning_prune.methods.target import Target, cache_numbers, memory_bytes, parse_count
+from lightning_prune.methods.target import Target, cache_numbers, footprint, memory_bytes, parse_count
 from lightning_prune.models.families import layer_structures
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
@@ -52,11 +54,7 @@ def test_memory_is_weights_and_cache_as_the_saved_model_has_them(make: Any, tmp_
     base, config = save_base(model, tmp_path / "base"), model.config
     each = 2 * config.head_dim * CONTEXT * 2  # keys and values of a KV head, two sequences
     dense = sum(one.numel() for one in model.parameters()) + 4 * config.num_key_value_heads * each
-    options = {
-        "target_memory": f"{dense * 4 * 7 // 10}",
-        "context": 2 * CONTEXT,
-        "batch": 2,
-    }
+    options = {"target_memory": f"{dense * 4 * 7 // 10}", "context": 2 * CONTEXT, "batch": 2}
     method = run_method(make(base, **options), tiny_tokens(8, 12), tmp_path / "run")
     groups = sum(len(layer.kept["attention"]) for layer in method.plan.layers)  # type: ignore[index]
     assert 4 * (saved_numbers(method) + groups * each) <= dense * 4 * 7 // 10
@@ -90,7 +88,7 @@ def test_the_longer_the_context_the_more_groups_are_removed() -> None:
     for context in (1, 100_000):
         target = Magnitude("demo", target_memory="1KB", context=context).target
         assert target is not None
-        weighed = target.weighed(group_scores(layers), cache_numbers(model.config, layers, context, 1))
+        weighed = target.weighed(group_scores(layers), model.config, layers)
         attention = weighed.of_kind(Block.ATTENTION)
         kept.append(float(np.mean(weighed.score[attention]) / np.mean(weighed.score[~attention])))
     assert kept[1] < kept[0] / 10
@@ -117,6 +115,24 @@ def test_layers_that_look_back_a_window_keep_no_more_than_that() -> None:
     expected = [2 * model.config.head_dim * (16 if kind == "sliding_attention" else 100) * 3 for kind in kinds]
     assert numbers == expected
     assert len(set(numbers)) == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "options"), [(make_tiny, {"tied": True}), (make_tiny, {"tied": False}), (make_moe, {"layers": 2})]
+)
+def test_the_footprint_is_the_memory_and_work_of_the_model(make: Any, options: dict[str, Any]) -> None:
+    model = make(**options)
+    layers, total = layer_structures(model), sum(one.numel() for one in model.parameters())
+    sizes = parameter_counts(layers, total, unpruned(layers), total)
+    active = sizes.get("pruned_active", total)
+    found = footprint(layers, model.config, unpruned(layers), (total, active), 4)
+    assert found["memory_bytes"] == {128: 4 * total + 128 * kv_cache_bytes_per_token(model)}  # it has 128 positions
+    weights = macs_per_token(model, 0)
+    for layer in model.model.layers:
+        if hasattr(layer.mlp, "experts"):
+            weights += layer.mlp.gate.weight.numel() + 2 * sum(one[0].numel() for one in layer.mlp.experts.parameters())
+    vectors = sum(one.numel() for one in model.parameters() if one.dim() == 1)
+    assert found["flops_per_token"] == 2 * (weights + vectors)
 
 
 def test_the_smallest_share_that_is_enough_is_found() -> None:

@@ -1,52 +1,71 @@
-"""What the passes of every method do in a layer with experts, and what the record says of them."""
+"""What every method does in a layer with experts, what they are worth, and what the record says of them.
+
+E experts of width m, shared ones included. A token that is not routed to an expert adds nothing, so losses are means
+over all tokens and experts compare with each other; an expert without tokens is worth 0.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_prune.calibration.layer_result import LayerResult
-from lightning_prune.calibration.statistics.routed import RoutedGrams, RoutedSlopes, RoutedTokens
+from lightning_prune.calibration.statistics.routed import RoutedOutputs, RoutedTokens
 from lightning_prune.checkpoint.scores import Scores
-from lightning_prune.methods.expert_scores import super_experts
+from lightning_prune.models.experts import Experts
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import EXPERTS, Block
 
+SUPER_QUANTILE, SUPER_SHARE = 0.995, 0.1
 
-def watch_backward(statistic: RoutedSlopes | RoutedGrams) -> RemovableHandle:
-    """Feed the tokens of an experts module, with the gradient at its output, while a layer is differentiated."""
 
-    def listen(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
-        routed = [part.detach() for part in args[:3]]
+def magnitude(experts: Experts) -> Tensor:
+    """Σ |w| over the channel's weights, fp32 ``[E, m]``."""
+    return experts.channel_sums(partial(_sizes, experts))
+
+
+def wanda(sums: RoutedOutputs) -> Tensor:
+    """Σ |W_ij|·‖X_j‖₂ over the channel's weights, ``[E, m]`` (Wanda, eq. 1), over the tokens routed to the expert, each
+    weighed by the router's g, by which the expert's output is multiplied: ‖X_j‖₂ = √(Σ_t g_t²·x_tj²)."""
+    experts = sums.experts[0]
+    norms = {"inner": sums.inputs.sqrt().float(), "down": sums.inner.sqrt().float()}
+    return experts.channel_sums(lambda role, expert: _sizes(experts, role, expert) * norms[role][expert])
+
+
+def _sizes(experts: Experts, role: str, expert: int) -> Tensor:
+    return experts.part(role, expert).detach().float().abs()
+
+
+def super_experts(peaks: Tensor) -> Tensor:
+    """Experts without which a model breaks, bool ``[L, E]`` (Su et al. 2025, "Unveiling Super Experts in
+    Mixture-of-Experts Large Language Models"): the largest |f_e(x)_j| of all tokens, ``peaks``, lies above the 99.5th
+    percentile of all experts of all layers, and above a tenth of the largest."""
+    return (peaks > peaks.quantile(SUPER_QUANTILE)) & (peaks > SUPER_SHARE * peaks.max())
+
+
+def on_gradient(module: nn.Module, update: Callable[..., Any], inputs: int = 0) -> RemovableHandle:
+    """Call ``update`` with the gradient at a module's output, after so many of its ``inputs``, while a layer is
+    differentiated."""
+
+    def listen(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        read = [part.detach() for part in args[:inputs]]
         if not output.requires_grad:  # in layer 0 nothing before it does
             output.requires_grad_(True)
-        update: Any = statistic.update
-        output.register_hook(lambda gradient: update(*routed, gradient))
+        output.register_hook(lambda gradient: update(*read, gradient))
 
-    handle: RemovableHandle = statistic.experts[0].module.register_forward_hook(listen)
-    return handle
-
-
-def watch_tokens(statistic: RoutedTokens) -> RemovableHandle:
-    """Feed the tokens of an experts module alone."""
-
-    def listen(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
-        statistic.update(*(part.detach() for part in args[:3]))
-
-    handle: RemovableHandle = statistic.experts[0].module.register_forward_hook(listen)
-    return handle
+    return module.register_forward_hook(listen)
 
 
 def with_experts(
     name: str, dense: LayerResult, statistic: RoutedTokens | None, score: Callable[[Any], Tensor]
 ) -> LayerResult:
-    """The result of a layer with that of its experts, if it has any: the facts, and the importance of every channel,
-    also of shared experts.
+    """The result of a layer and of its experts, if it has any: their facts, and the importance of every channel.
 
     Raises:
         FloatingPointError: something that was summed is NaN or infinite.
@@ -82,11 +101,7 @@ def marked(scores: Scores, details: dict[str, Any]) -> Scores:
 
 def expert_details(layers: Sequence[LayerStructure], results: Sequence[LayerResult], samples: int) -> dict[str, Any]:
     """For ``method.json``: tokens per expert, layer by layer, and the super experts as [layer, expert]; empty without
-    experts. Warns where an expert has fewer tokens than channels.
-
-    Args:
-        samples: of the calibration set.
-    """
+    experts. Warns where an expert has fewer tokens than channels; ``samples`` are those of the calibration set."""
     seen = [
         (view, result.facts["experts"])
         for view, result in zip(layers, results, strict=True)
