@@ -22,7 +22,7 @@ from lightning_prune.comparison.repeats import repeats
 from lightning_prune.comparison.zero_shot import ZeroShot
 from lightning_prune.data.in_memory import as_dataset, calibration_set
 from lightning_prune.evaluation.perplexity import Evaluation, measure
-from lightning_prune.export.export import export
+from lightning_prune.formats.export import export
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.live import unwrapped, written
 from lightning_prune.runs.build import RunBuilder

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import real_model
-from lightning_prune.export.export import export
-from tests.export.checkpoints import save
+from lightning_prune.formats.export import export
+from tests.formats.checkpoints import save
 
 for package in ("gguf", "accelerate", "pip"):
     pytest.importorskip(package)

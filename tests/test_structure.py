@@ -4,10 +4,12 @@ import ast
 from functools import cache
 from pathlib import Path
 
+import lightning_prune
+
 PACKAGE = Path(__file__).parents[1] / "lightning_prune"
 # From the top; a room may import itself and what comes after it.
 ROOMS = (
-    *("cli", "api", "comparison", "runs", "recovery", "export", "evaluation", "methods", "checkpoint"),
+    *("cli", "api", "comparison", "runs", "recovery", "formats", "evaluation", "methods", "checkpoint"),
     *("calibration", "models", "data", "demo", "support"),
 )
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -38,6 +40,11 @@ def test_imports_only_go_down() -> None:
     rooms = [(path, ROOMS.index(room(path))) for path in FILES if room(path) not in ("__init__", "__main__")]
     above = [(str(path), name) for path, at in rooms for name in imported(path) if ROOMS.index(name.split(".")[1]) < at]
     assert above == []
+
+
+def test_no_room_has_the_name_of_a_public_function() -> None:
+    """Once imported, the folder would take the function's place: ``lp.export(…)`` would call a module."""
+    assert not set(lightning_prune.__all__) & {path.relative_to(PACKAGE).parts[0] for path in FILES}
 
 
 def test_no_module_imports_itself_in_a_circle() -> None:

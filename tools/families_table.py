@@ -8,7 +8,7 @@ writes them anew; a test compares the page with the records.
 from collections.abc import Iterator
 from pathlib import Path
 
-from lightning_prune.export.architectures import ARCHITECTURES
+from lightning_prune.formats.architectures import ARCHITECTURES
 from lightning_prune.models.family import DENSE, Family
 from lightning_prune.models.records import FAMILIES, TEXT_PARTS
 from lightning_prune.models.refusals import ENCODER_DECODER, FAMILIES_BY_REASON, SEVERAL_MODELS

@@ -14,7 +14,7 @@ from lightning_prune.checkpoint.model_card import model_card, stock_card
 from lightning_prune.checkpoint.write import write_pruned
 from lightning_prune.cli import main
 from lightning_prune.models.checkpoint import Checkpoint
-from tests.export.checkpoints import Plan, save
+from tests.formats.checkpoints import Plan, save
 from tests.tiny import make_tiny, mixed_plan, tiny_tokens, uniform_plan
 
 

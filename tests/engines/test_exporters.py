@@ -7,7 +7,7 @@ import torch
 from torch.export import Dim
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tests.export.checkpoints import FAMILIES, save
+from tests.formats.checkpoints import FAMILIES, save
 from tests.tiny import mixed_plan, tiny_tokens
 
 SHAPES = ({0: Dim.AUTO, 1: Dim.AUTO},)

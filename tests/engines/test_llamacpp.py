@@ -12,7 +12,7 @@ from lightning_prune.cli import main
 from lightning_prune.models.checkpoint import Checkpoint
 from tests.engines.asking import ask, difference, needs, prompts
 from tests.engines.tokenizers_by_kind import TEXTS, save_tokenizer
-from tests.export.checkpoints import FAMILIES, TOKENS, Plan, gone, save
+from tests.formats.checkpoints import FAMILIES, TOKENS, Plan, gone, save
 from tests.tiny import mixed_plan
 
 pytestmark = [pytest.mark.engines, needs("llamacpp")]

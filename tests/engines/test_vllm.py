@@ -15,7 +15,7 @@ import pytest
 
 from lightning_prune.checkpoint.model_card import usage
 from tests.engines.asking import ask, difference, interpreter, needs, prompts
-from tests.export.checkpoints import TOKENS, Plan, gone, save
+from tests.formats.checkpoints import TOKENS, Plan, gone, save
 from tests.tiny import EVERY_FAMILY, WHOLE_ATTENTION, mixed_plan
 
 pytestmark = [pytest.mark.engines, needs("vllm")]

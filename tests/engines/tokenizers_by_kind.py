@@ -7,7 +7,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from lightning_prune.demo import demo_text
-from lightning_prune.export.vocabulary import SPLITS
+from lightning_prune.formats.vocabulary import SPLITS
 
 SIZE = 900
 TEXTS = [

@@ -12,7 +12,7 @@ import lightning_prune.comparison.report
 import lightning_prune.evaluation.efficiency
 import lightning_prune.runs.experiment  # noqa: F401  the imports take seconds and belong to no case
 from lightning_prune.cli import main
-from tests.export.checkpoints import save
+from tests.formats.checkpoints import save
 from tests.hostile.harness import LIMIT, Bench, Case
 from tests.tiny import make_tiny, mixed_plan, tiny_tokenizer, tiny_tokens
 

@@ -18,7 +18,7 @@ from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.cli import main
 from lightning_prune.comparison.audit import audit
 from lightning_prune.comparison.records import load_run
-from lightning_prune.export.stock import write_stock
+from lightning_prune.formats.stock import write_stock
 from lightning_prune.methods import FLAP
 from lightning_prune.methods.bias_compensation import MeanBiases
 from lightning_prune.methods.flap import in_deviations

@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     add("--overwrite", action="store_true", help="replace what is at --output, once the new one is complete")
     given = parser.parse_args(argv)
 
-    from lightning_prune.export.export import export  # after the arguments: --help does not wait for torch
+    from lightning_prune.formats.export import export  # after the arguments: --help does not wait for torch
 
     print(export(given.model, given.format, given.output, given.dtype, overwrite=given.overwrite))
     return 0

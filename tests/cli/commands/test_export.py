@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from lightning_prune.cli import main
-from lightning_prune.export import gguf_file
-from tests.export.checkpoints import save
+from lightning_prune.formats import gguf_file
+from tests.formats.checkpoints import save
 from tests.tiny import mixed_plan
 
 pytest.importorskip("gguf")

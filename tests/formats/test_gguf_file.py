@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lightning_prune.cli import main
-from lightning_prune.export.gguf_file import interleaved
-from tests.export.checkpoints import FAMILIES, gone, save, watch_reads
+from lightning_prune.formats.gguf_file import interleaved
+from tests.formats.checkpoints import FAMILIES, gone, save, watch_reads
 from tests.tiny import EVERY_FAMILY, mixed_plan
 
 

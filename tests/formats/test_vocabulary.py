@@ -9,10 +9,10 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig
 
-from lightning_prune.export.vocabulary import add_vocabulary
+from lightning_prune.formats.vocabulary import add_vocabulary
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.support.errors import UserError
-from tests.export.checkpoints import TOKENS, save
+from tests.formats.checkpoints import TOKENS, save
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_prune.export.architectures import DECI, Architecture, architecture_of
-from lightning_prune.export.vocabulary import add_vocabulary
+from lightning_prune.formats.architectures import DECI, Architecture, architecture_of
+from lightning_prune.formats.vocabulary import add_vocabulary
 from lightning_prune.models.checkpoint import Checkpoint, meta_model
 from lightning_prune.models.families import head_dim_of, layers_of
 from lightning_prune.models.sources import CheckpointSource

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from lightning_prune.checkpoint.model_card import stock_card
-from lightning_prune.export.stock import write_stock
+from lightning_prune.formats.stock import write_stock
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.weights import OPTION as PRETRAINED
 from lightning_prune.support.errors import UserError
@@ -59,7 +59,7 @@ def export(
             _check_output(target, format == "stock", overwrite)
             checkpoint = Checkpoint.open(source)
             if format == "gguf":
-                from lightning_prune.export.gguf_file import write_gguf  # the package is optional
+                from lightning_prune.formats.gguf_file import write_gguf  # the package is optional
 
                 return write_gguf(checkpoint, target, dtype, progress)
             readme = Path(checkpoint.pretrained) / "README.md"

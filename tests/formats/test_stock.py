@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, MistralForCausalLM
 
 from lightning_prune.checkpoint.cut import layout_of
 from lightning_prune.cli import main
-from tests.export.checkpoints import FULL, Plan, gone, save, watch_reads
+from tests.formats.checkpoints import FULL, Plan, gone, save, watch_reads
 from tests.tiny import EVERY_FAMILY, mixed_plan, tiny_plan, tiny_tokens
 
 # The mixed plan has no attention in the first layer and nothing in the last; here it is the other way round.
