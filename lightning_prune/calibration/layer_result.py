@@ -1,9 +1,9 @@
 """What is left of a finished layer: the one value that crosses from calibration to the methods."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lightning_prune.models.vocabulary import Block
 
-Name = TypeVar("Name", bound=str)
 _TENSORS = ("importance", "weights", "biases", "factors")
 
 
@@ -35,8 +34,11 @@ class LayerResult:
 
     def on_host(self) -> "LayerResult":
         """The same with detached, contiguous tensors on the CPU."""
-        tensors = {kind: _on_host(getattr(self, kind)) for kind in _TENSORS}
-        return LayerResult(**tensors, facts=self.facts)
+        tensors = {
+            kind: {name: tensor.detach().cpu().contiguous() for name, tensor in getattr(self, kind).items()}
+            for kind in _TENSORS
+        }
+        return replace(self, **tensors)
 
     def without_weights(self) -> "LayerResult":
         """What is kept in memory when the rest is on disk."""
@@ -54,11 +56,7 @@ class LayerResult:
 
     @classmethod
     def from_file(cls, path: Path) -> "LayerResult":
-        """Read what ``to_bytes`` gave.
-
-        Raises:
-            OSError, safetensors.SafetensorError, KeyError, ValueError: not such a file, or a damaged one.
-        """
+        """Read what ``to_bytes`` gave; raises OSError, SafetensorError, KeyError or ValueError of a damaged file."""
         parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in _TENSORS}
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
@@ -67,7 +65,3 @@ class LayerResult:
             facts = json.loads(file.metadata()["facts"])
         importance = {Block(name): values for name, values in parts["importance"].items()}
         return cls(importance, parts["weights"], parts["biases"], facts, parts["factors"])
-
-
-def _on_host(tensors: dict[Name, Tensor]) -> dict[Name, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -1,7 +1,6 @@
-"""A pass over the decoder for one purpose, as a sequence of steps: in Lightning's terms one epoch each.
+"""A pass over the decoder as a sequence of steps: it owns the order of layers, here forward, and the residual stream.
 
-A pass owns the order of layers and the residual stream; what is observed in a layer, and what is left when the layer is
-finished (one value per unit, not a matrix), is up to the subclass. This file holds the forward order.
+What is observed in a layer, and what is left when it is finished (one value per unit), is up to the subclass.
 """
 
 from abc import ABC, abstractmethod
@@ -35,9 +34,8 @@ class Step:
 class Setting:
     """What a pass needs to know about the run.
 
-    ``rows``: samples of this process, those of weight 0 included; ``samples`` without them.
-    ``context``: the trainer's precision, for work outside the training step. ``finished``: told what share of a step's
-    ``finish`` has been done since it was told last.
+    ``rows``: samples of this process, those of weight 0 included; ``samples`` without them. ``context``: the trainer's
+    precision, for work outside the training step. ``finished``: told what share of ``finish`` was done since last time.
     """
 
     model: LayeredModel
@@ -67,6 +65,15 @@ class Batch:
     weight: Tensor
     index: Tensor
     rows: slice
+
+    def counted(self, num_samples: int | None) -> "Batch":
+        """Its samples of weight 1, which are at the front, among the set's first ``num_samples`` (None: all)."""
+        chosen = self.weight > 0
+        if num_samples is not None:  # of the shared set, whatever the batch size and the number of processes
+            chosen &= self.index < num_samples
+        size = int(chosen.sum())
+        rows = slice(self.rows.start, self.rows.start + size)
+        return Batch(self.tokens[:size], self.weight[:size], self.index[:size], rows)
 
 
 @dataclass(frozen=True)
@@ -104,10 +111,9 @@ class Load:
 class Holding:
     """The most that a pass holds beside the model's weights and what one layer's forward takes, in bytes.
 
-    ``running``: where layers run, while batches run; ``finishing``: there, after the last batch of a layer.
-    ``stores``: the last dimension of every residual store that is there at the same time. ``per_logit``: bytes per
-    logit where the head runs: 8 for losses, 12 for their gradient. ``new_weights``: what it rewrites of a layer, in
-    numbers.
+    ``running``: where layers run, while batches run; ``finishing``: there, after the last batch of a layer. ``stores``:
+    the last dimension of every residual store at the same time. ``per_logit``: where the head runs, 8 for losses, 12
+    for their gradient. ``new_weights``: what it rewrites of a layer, in numbers.
     """
 
     running: int = 0
@@ -143,7 +149,7 @@ class Pass(ABC):
 
     def steps(self, layers: Sequence[LayerStructure]) -> list[Step]:
         """All steps, in order."""
-        return [Step(layer, "forward") for layer in range(len(layers))]
+        return [Step(view.index, "forward") for view in layers]
 
     def begin(self, setting: Setting) -> None:
         """Before the first step."""
@@ -187,10 +193,15 @@ class Pass(ABC):
     def end(self) -> None:
         """Give everything back but what outlives the pass."""
         self.hooks.remove()
-        kept = self.boundaries if self.keeps_stream else ()
         for store in self.stores.values():
-            if not any(store is one for one in kept):
+            if not (self.keeps_stream and store in self.boundaries):
                 store.close()
+
+    def replace_stream(self, stream: ResidualStore, change: Callable[[slice, Tensor], Tensor]) -> None:
+        """Put ``change(rows, hidden)`` in the place of every batch of ``stream``, outside the training step."""
+        with torch.no_grad(), self.setting.context():
+            for rows in self.setting.batches():
+                stream.put(rows, change(rows, stream.get(rows, self.model.device)))
 
     @property
     def model(self) -> LayeredModel:
@@ -271,10 +282,7 @@ class ForwardPass(Pass):
     def advance(self, step: Step) -> None:
         """Once the changed weights are in place: what this layer now hands on."""
         if self.rewrites and step.layer + 1 < self.model.num_layers:
-            stream = self.boundaries[step.layer]
-            with torch.no_grad(), self.setting.context():
-                for rows in self.setting.batches():
-                    stream.put(rows, self.model.run(step.layer, stream.get(rows, self.model.device)))
+            self.replace_stream(self.boundaries[step.layer], lambda _, hidden: self.model.run(step.layer, hidden))
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """The residual stream; a projection's inputs in fp32, twice; at last a weight and its scores in fp32."""
@@ -286,8 +294,7 @@ class BlockPass(Pass):
     """Forward, block by block, each rewritten from what the rewritten part before it outputs; a mixer stays as it is.
     One beside the MLP is part of its step, because both read the same stream.
 
-    The inputs of the two projections that write to the residual stream are kept while their block is open, so that the
-    second evaluation of a rewritten block is that projection alone.
+    The inputs of a block's output projection are kept while it is open: its second evaluation is that projection alone.
     """
 
     changes = True
@@ -363,23 +370,22 @@ class BlockPass(Pass):
             self.pass_by(step)
             return
         projection = self.projection(step).module
-        with torch.no_grad(), self.setting.context():
-            for rows in self.setting.batches():
-                hidden = self.stream.get(rows, self.model.device)
-                output = projection(self.inner.get(rows, self.model.device))
-                added = self.model.add(step.layer, hidden, block, output)
-                self.model.overflow.watch(f"layer {step.layer}, output", added)
-                self.stream.put(rows, added)
+
+        def add(rows: slice, hidden: Tensor) -> Tensor:
+            output = projection(self.inner.get(rows, self.model.device))
+            added = self.model.add(step.layer, hidden, block, output)
+            self.model.overflow.watch(f"layer {step.layer}, output", added)
+            return added
+
+        self.replace_stream(self.stream, add)
         self.inner.close()
 
     def pass_by(self, step: Step) -> None:
         """Of the step's block nothing is there: a block beside it still adds to the stream, which a layer may scale."""
         view = self.view(step)
         if view.side_by_side or (view.scale and self.block(step) is view.blocks[-1]):
-            with torch.no_grad(), self.setting.context():
-                for rows in self.setting.batches():
-                    hidden = self.model.beside(step.layer, self.stream.get(rows, self.model.device))
-                    self.stream.put(rows, self.model.scaled(step.layer, hidden))
+            layer, model = step.layer, self.model
+            self.replace_stream(self.stream, lambda _, hidden: model.scaled(layer, model.beside(layer, hidden)))
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """The residual stream, and the inputs of one projection; those of a batch in fp32."""

@@ -53,8 +53,6 @@ def test_modules_that_saw_other_tokens_are_named() -> None:
         hooks.finish(20)
     with pytest.raises(RuntimeError, match="no module"):
         Hooks().finish(0)
-    with pytest.raises(ValueError, match="'first'"):
-        hooks.on_input("first", first, Recorder())
 
 
 def test_samples_of_weight_zero_are_not_counted_and_the_weight_reaches_observers() -> None:

@@ -10,8 +10,8 @@ from lightning_prune.support.devices import widened
 class BlockInfluence(TokenStatistic):
     """BI = 1 − mean_t cos(h_in,t, h_out,t), between 0 (the layer only rescales) and 2 (Men et al., 2024).
 
-    The cosine with a zero vector counts as 0.5, as in the released code. Feed it by a hook on the decoder layer:
-    the last of ``output_hidden_states`` is taken after the final norm and would be wrong for the last layer.
+    The cosine with a zero vector counts as 0.5, as in the released code. Its hook is on the decoder layer: the last of
+    ``output_hidden_states`` is taken after the final norm.
     """
 
     distance: Tensor

@@ -1,7 +1,6 @@
-"""Sums over the tokens that a router sends to each expert.
+"""Sums over the tokens that a router sends to each of E experts, shared ones included.
 
-The router's weight g multiplies an expert's output. So a token counts with g in what is measured of activations; the
-gradient of the loss at an expert's output holds g already. Shared experts are among the E here.
+The router's weight g multiplies an expert's output, so a token counts with g in what is measured of activations.
 """
 
 from collections.abc import Iterator
@@ -76,7 +75,8 @@ class RoutedTokens(TokenStatistic):
 
     def compute(self) -> Tensor:
         """One number per expert ``[E]``: finite where all that was summed is."""
-        return self.counts + self.peaks
+        states: list[Tensor] = [getattr(self, name) for name in self._defaults if name != "tokens"]
+        return self.peaks + sum(state.reshape(len(self.peaks), -1).sum(1) for state in states)
 
     def facts(self) -> dict[str, Any]:
         """Tokens and peaks of the routed experts, for ``LayerResult.facts``; call ``reduced`` before."""
@@ -112,9 +112,6 @@ class RoutedOutputs(RoutedTokens):
             self.inputs[expert] += (gate * x).square().sum(0, dtype=kind)
             self.inner[expert] += (gate * inner).square().sum(0, dtype=kind)
 
-    def compute(self) -> Tensor:
-        return super().compute() + self.norms + self.gated + self.inputs.sum(1) + self.inner.sum(1)
-
 
 class RoutedSlopes(RoutedTokens):
     """How the loss moves with the channels of every expert, float64 ``[E, m]``.
@@ -141,9 +138,6 @@ class RoutedSlopes(RoutedTokens):
             self.inner[expert] += inner.square().sum(0, dtype=kind)
             self.slopes[expert] += slope.square().sum(0, dtype=kind)
             self.products[expert] += (inner * slope).square().sum(0, dtype=kind)
-
-    def compute(self) -> Tensor:
-        return super().compute() + (self.inner + self.slopes + self.products).sum(1)
 
 
 class RoutedGrams(RoutedTokens):
@@ -173,6 +167,3 @@ class RoutedGrams(RoutedTokens):
                 self.squares[expert] += delta.square().sum(dtype=kind)
                 self.inputs[expert].addmm_(inner.T, inner)
                 self.slopes[expert].addmm_(slope.T, slope)
-
-    def compute(self) -> Tensor:
-        return super().compute() + sum(gram.diagonal(dim1=1, dim2=2).sum(1) for gram in (self.inputs, self.slopes))

@@ -11,11 +11,10 @@ from lightning_prune.support.devices import widest
 
 
 class TokenStatistic(Metric):
-    """A sum over calibration tokens.
+    """A sum over calibration ``tokens`` (int64 scalar: how many) that batch size, order of samples and number of
+    processes do not change beyond rounding.
 
-    States are summed over processes, once and in place (torchmetrics' own reduction would hold a copy per process), so
-    neither the batch size nor the order of samples nor the number of processes matters beyond rounding.
-    ``tokens``: int64 scalar, the tokens this process counted.
+    States are summed over processes once and in place: torchmetrics' own reduction would hold a copy per process.
     """
 
     full_state_update = False
@@ -62,13 +61,8 @@ class TokenStatistic(Metric):
             setattr(self, name, torch.zeros((), dtype=torch.float32))
 
     def raise_if_not_finite(self, name: str) -> None:
-        """Check the statistic before anything is decided from it; ``name`` is the layer or module in the message.
-
-        The value summed over processes is checked, so every process raises or none does.
-
-        Raises:
-            FloatingPointError: a value is NaN or infinite.
-        """
+        """Raise FloatingPointError, which begins with ``name``, where a value is NaN or infinite; of the value summed
+        over processes, so that every process raises or none does."""
         value = self.reduced()
         if bad := int((~torch.isfinite(value)).sum()):
             raise FloatingPointError(
