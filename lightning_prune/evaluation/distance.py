@@ -29,29 +29,34 @@ class Distance:
     expected_acceptance: float
 
 
-class Distances(TokenStatistic):
-    """The means of ``Distance`` over the tokens that are predicted."""
+class TokenMeans(TokenStatistic):
+    """Means over the predicted tokens, every one but a window's first: of the loss, and of the values of ``Distance``
+    where there is another model."""
 
     sums: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, values: int) -> None:
         super().__init__()
-        self.add_sum("sums", 3)
+        self.add_sum("sums", values)
 
-    def update(self, distances: Tensor, weight: Tensor) -> None:
-        """Add a batch ``[B, L − 1, 3]`` of ``distances``; samples whose weight ``[B]`` is 0 are dropped."""
-        counted = distances[weight > 0]
-        self.sums += widened(counted).sum((0, 1))
-        self.tokens += counted.shape[0] * counted.shape[1]
+    def update(self, weight: Tensor, *values: Tensor) -> None:
+        """Add a batch ``[B, L − 1]`` of every value; samples whose weight ``[B]`` is 0 are dropped."""
+        counted = [value[weight > 0] for value in values]
+        self.sums += torch.stack([widened(value).sum() for value in counted])
+        self.tokens += counted[0].numel()
 
     def compute(self) -> Tensor:
-        """The three means, fp64; NaN when nothing was seen. Rounding cannot take them out of their range."""
-        kl, agreement, acceptance = self.sums / self.tokens
-        return torch.stack([kl.clamp(min=0), agreement.clamp(0, 1), acceptance.clamp(0, 1)])
+        """fp64 ``[values]``; NaN when nothing was seen."""
+        return self.sums / self.tokens
+
+    def perplexity(self) -> float:
+        """exp(mean loss) over all processes."""
+        return float(self.reduced().reshape(-1)[0].exp())  # torchmetrics returns a scalar for a single value
 
     def distance(self) -> Distance:
-        """Over all processes."""
-        return Distance(*self.reduced().tolist())
+        """Over all processes; rounding cannot take it out of its range."""
+        _, kl, agreement, acceptance = self.reduced()
+        return Distance(float(kl.clamp(min=0)), float(agreement.clamp(0, 1)), float(acceptance.clamp(0, 1)))
 
 
 def distances(p: Tensor, q: Tensor) -> Tensor:
@@ -65,8 +70,8 @@ def distances(p: Tensor, q: Tensor) -> Tensor:
 
 def losses_and_distances(
     head: Head, hidden: Tensor, dense_head: Head, dense_hidden: Tensor, tokens: Tensor, vocab_size: int
-) -> tuple[Tensor, Tensor]:
-    """``token_losses`` of ``head`` and ``hidden``, and ``distances`` from the dense model, a few tokens at a time.
+) -> list[Tensor]:
+    """``token_losses`` of ``head`` and ``hidden``, and the ``distances`` from the dense model, a few tokens at a time.
 
     Args:
         head, dense_head: final norm and output embedding of either model.
@@ -75,7 +80,7 @@ def losses_and_distances(
         vocab_size: V of both.
 
     Returns:
-        fp32 ``[B, L − 1]`` and ``[B, L − 1, 3]``.
+        Four tensors, fp32 ``[B, L − 1]``.
     """
     losses, of_tokens, size = [], [], max(1, PIECE_BYTES // (4 * vocab_size))
     both = zip(chunks(hidden, tokens, vocab_size), chunks(dense_hidden, tokens, vocab_size), strict=True)
@@ -85,4 +90,4 @@ def losses_and_distances(
         for piece, dense_piece in zip(q.split(size), dense_rows.split(size), strict=True):
             of_tokens.append(distances(dense_head(dense_piece), piece))
     batch, length = tokens.shape
-    return torch.cat(losses).view(batch, length - 1), torch.cat(of_tokens).view(batch, length - 1, 3)
+    return [value.view(batch, length - 1) for value in (torch.cat(losses), *torch.cat(of_tokens).T.contiguous())]
