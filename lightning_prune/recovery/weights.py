@@ -1,5 +1,4 @@
-"""What is trained: adapters on the linears of the layers or all weights, and zeros of mask pruning that stay zero.
-And the trained weights as a checkpoint of the layout that the pruned model had."""
+"""What is trained: adapters or all weights, with zeros of mask pruning that stay zero; and the trained checkpoint."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -29,15 +28,8 @@ def linears_of(net: nn.Module) -> dict[str, nn.Linear]:
 
 
 def attach_adapters(net: Any, rank: int, keep_zeros: bool = False) -> Any:
-    """Freeze ``net`` and add 2·B·A to every linear of its layers (Hu et al. 2021); B starts at zero.
-
-    Args:
-        net: a causal LM; changed in place.
-        rank: r. A linear narrower than that still gets r.
-        keep_zeros: add nothing to weights that are zero.
-
-    Returns:
-        peft's model around ``net``, whose ``merge_and_unload`` adds the adapters to the weights.
+    """Freeze ``net`` and add 2·B·A of rank r to every linear of its layers (Hu et al. 2021), with ``keep_zeros`` not to
+    weights that are zero; B starts at zero. Returns peft's model around ``net``, whose ``merge_and_unload`` merges.
 
     Raises:
         UserError: peft is not installed.
