@@ -32,9 +32,7 @@ class RemovalSlopes(TokenStatistic):
     squares: Tensor
 
     def __init__(self, pieces: int) -> None:
-        super().__init__()
-        self.add_sum("slopes", pieces)
-        self.add_sum("squares", pieces)
+        super().__init__(slopes=(pieces,), squares=(pieces,))
 
     def update(self, pieces: list[tuple[Tensor, Tensor]], tokens: int) -> None:
         """Add samples that predict ``tokens``: for every piece its g and its c, ``[B, L, D]`` each."""

@@ -16,21 +16,13 @@ _TENSORS = ("importance", "weights", "biases", "factors")
 
 @dataclass(frozen=True)
 class LayerResult:
-    """Result of one step of a pass.
+    """Result of one step of a pass."""
 
-    Attributes:
-        importance: one value per unit of a block, ``[K]``, ``[F]`` or ``[1]``, fp32 or float64.
-        weights: new weights by role, of the dense shape.
-        biases: new biases ``[D]`` by role; no pass puts them in place while it measures.
-        facts: everything else, as plain JSON.
-        factors: matrices ``[d, d]`` by role that a later pass needs (``Pass.result_of``).
-    """
-
-    importance: dict[Block, Tensor] = field(default_factory=dict)
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    biases: dict[str, Tensor] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    factors: dict[str, Tensor] = field(default_factory=dict)
+    importance: dict[Block, Tensor] = field(default_factory=dict)  # a value per unit [K], [F] or [1], fp32 or float64
+    weights: dict[str, Tensor] = field(default_factory=dict)  # new ones by role, of the dense shape
+    biases: dict[str, Tensor] = field(default_factory=dict)  # new [D] by role; no pass puts them in place meanwhile
+    facts: dict[str, Any] = field(default_factory=dict)  # everything else, as plain JSON
+    factors: dict[str, Tensor] = field(default_factory=dict)  # [d, d] by role, for a later pass (``Pass.result_of``)
 
     def on_host(self) -> "LayerResult":
         """The same with detached, contiguous tensors on the CPU."""

@@ -32,20 +32,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a pass needs to know about the run.
-
-    ``rows``: samples of this process, those of weight 0 included; ``samples`` without them. ``context``: the trainer's
-    precision, for work outside the training step. ``finished``: told what share of ``finish`` was done since last time.
-    """
+    """What a pass needs to know about the run."""
 
     model: LayeredModel
-    rows: int
-    samples: int
+    rows: int  # samples of this process, those of weight 0 included
+    samples: int  # without them
     batch_size: int
     seq_len: int
     scratch: Path
-    context: Callable[[], AbstractContextManager[object]]
-    finished: Callable[[float], None] = lambda share: None
+    context: Callable[[], AbstractContextManager[object]]  # the trainer's precision, outside the training step
+    finished: Callable[[float], None] = lambda share: None  # told what share of ``finish`` was done since last time
 
     def free_bytes(self, device: torch.device) -> int:
         """Memory that is left on a device; solvers choose their precision by it."""
@@ -58,13 +54,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Batch:
-    """Tokens ``[B, L]``, sample weights ``[B]`` (0 for samples that only give every process equally many), their
-    indices ``[B]`` in the calibration set, and the rows that they take in residual stores."""
+    """Samples that cross a layer together."""
 
-    tokens: Tensor
-    weight: Tensor
-    index: Tensor
-    rows: slice
+    tokens: Tensor  # [B, L]
+    weight: Tensor  # [B], 0 for samples that only give every process equally many
+    index: Tensor  # [B], in the calibration set
+    rows: slice  # that they take in residual stores
 
     def counted(self, num_samples: int | None) -> "Batch":
         """Its samples of weight 1, which are at the front, among the set's first ``num_samples`` (None: all)."""
@@ -78,28 +73,21 @@ class Batch:
 
 @dataclass(frozen=True)
 class Load:
-    """What the memory of a pass depends on.
-
-    ``hidden_size``: D. ``widest_input``: columns of output or down, whichever has more. ``layer_weights``,
-    ``largest_weight``: numbers in all weights of a layer, and in the largest matrix; ``largest_parameter`` may be of
-    all experts. ``routed``: numbers that a block of experts makes of a token, 0 without. ``rows``: samples of this
-    process. ``dtype``: of weights and activations. ``accelerated``: layers run on a device of their own. ``free``:
-    bytes there beside the weights.
-    """
+    """What the memory of a pass depends on."""
 
     num_layers: int
     hidden_size: int
-    widest_input: int
-    layer_weights: int
-    largest_weight: int
-    largest_parameter: int
-    routed: int
-    rows: int
+    widest_input: int  # columns of output or down, whichever has more
+    layer_weights: int  # numbers in all weights of a layer
+    largest_weight: int  # numbers in its largest matrix
+    largest_parameter: int  # the same; it may be of all experts
+    routed: int  # numbers that a block of experts makes of a token, 0 without
+    rows: int  # samples of this process
     batch_size: int
     seq_len: int
-    dtype: torch.dtype
-    accelerated: bool
-    free: int
+    dtype: torch.dtype  # of weights and activations
+    accelerated: bool  # layers run on a device of their own
+    free: int  # bytes there beside the weights
 
     @property
     def tokens(self) -> int:
@@ -109,42 +97,27 @@ class Load:
 
 @dataclass(frozen=True)
 class Holding:
-    """The most that a pass holds beside the model's weights and what one layer's forward takes, in bytes.
+    """The most that a pass holds beside the model's weights and what one layer's forward takes, in bytes."""
 
-    ``running``: where layers run, while batches run; ``finishing``: there, after the last batch of a layer. ``stores``:
-    the last dimension of every residual store at the same time. ``per_logit``: where the head runs, 8 for losses, 12
-    for their gradient. ``new_weights``: what it rewrites of a layer, in numbers.
-    """
-
-    running: int = 0
-    finishing: int = 0
-    stores: tuple[int, ...] = ()
-    per_logit: int = 0
-    new_weights: int = 0
+    running: int = 0  # where layers run, while batches run
+    finishing: int = 0  # there, after the last batch of a layer
+    stores: tuple[int, ...] = ()  # the last dimension of every residual store that is there at the same time
+    per_logit: int = 0  # where the head runs: 8 for losses, 12 for their gradient
+    new_weights: int = 0  # what it rewrites of a layer, in numbers
 
 
 class Pass(ABC):
-    """``begin`` once; for every step ``start``, ``batch`` for every batch, ``finish``, ``advance``; at last ``end``.
-
-    Attributes:
-        reads: whether steps need the calibration batches at all.
-        changes: whether steps leave their layer with other weights.
-        num_samples: only the first so many calibration samples are read; None: all.
-        stores: everything that later steps need beside results, between two steps.
-        boundaries: the residual stream before every layer; all are one store where a pass keeps none of them.
-        keeps_stream: ``boundaries`` outlive the pass; whoever takes them closes them.
-        result_of: what an earlier pass of the same loop, by name, left of a layer.
-    """
+    """``begin`` once; for every step ``start``, ``batch`` for every batch, ``finish``, ``advance``; at last ``end``."""
 
     name: str
-    reads = True
-    changes = False
-    keeps_stream = False
-    num_samples: int | None = None
-    boundaries: Sequence[ResidualStore] = ()
-    result_of: Callable[[str, int], LayerResult]
+    reads = True  # whether steps need the calibration batches at all
+    changes = False  # whether steps leave their layer with other weights
+    keeps_stream = False  # ``boundaries`` outlive the pass; whoever takes them closes them
+    num_samples: int | None = None  # only the first so many calibration samples are read; None: all
+    boundaries: Sequence[ResidualStore] = ()  # the stream before every layer; one store where no layer keeps its own
+    result_of: Callable[[str, int], LayerResult]  # of an earlier pass of the same loop, by its name and the layer
     setting: Setting
-    stores: dict[str, ResidualStore]
+    stores: dict[str, ResidualStore]  # everything that later steps need beside results, between two steps
     hooks: Hooks
 
     def steps(self, layers: Sequence[LayerStructure]) -> list[Step]:
@@ -231,13 +204,9 @@ class WeightsPass(Pass):
 
 
 class ForwardPass(Pass):
-    """From the first layer to the last: one evaluation per layer, a second one only where the next layer sees changes.
+    """From the first layer to the last: one evaluation per layer, a second one only where it ``rewrites`` layers."""
 
-    Attributes:
-        rewrites: whether the next layer sees the weights that ``conclude`` changed.
-    """
-
-    rewrites = False
+    rewrites = False  # whether the next layer sees the weights that ``conclude`` changed
 
     def begin(self, setting: Setting) -> None:
         super().begin(setting)

@@ -28,9 +28,7 @@ class RemovalLosses(TokenStatistic):
     removed: Tensor
 
     def __init__(self, num_layers: int) -> None:
-        super().__init__()
-        self.add_sum("dense")
-        self.add_sum("removed", 3, num_layers)
+        super().__init__(dense=(), removed=(3, num_layers))
 
     def update(self, piece: Piece | None, losses: Tensor) -> None:
         """Add token losses without a piece, or of the dense model."""

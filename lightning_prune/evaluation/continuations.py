@@ -6,6 +6,7 @@ from itertools import takewhile
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_prune.models.checkpoint import Checkpoint
@@ -61,17 +62,16 @@ def examples(dense: Continuations, pruned: Continuations, tokenizer: Any | None)
     ]
 
 
-def is_affordable(model: LayeredModel) -> bool:
-    """Whether every layer may be read for every token: always where layers stay loaded."""
-    return model.onload == "model" or NEW_TOKENS * model.layer_bytes <= READ_BYTES
-
-
 @torch.no_grad()
 def continuations(model: LayeredModel, checkpoint: Checkpoint, prompts: Tensor) -> Continuations | None:
-    """Continue ``prompts`` ``[N, P]`` greedily, all in one batch, so that a layer is brought in once per token.
-
-    None where the model has no positions left for a new token.
-    """
+    """Continue ``prompts`` ``[N, P]`` greedily, all in one batch, so that a layer is brought in once per token; None
+    where that would take too long, or where the model has no positions left for a new token."""
+    if model.onload == "layer" and NEW_TOKENS * model.layer_bytes > READ_BYTES:
+        rank_zero_warn(
+            f"no continuations: the weights of '{checkpoint.pretrained}' are brought in layer by layer, and reading "
+            "all of them for every token would take long. --data.continuations 0 says that none are wanted"
+        )
+        return None
     new_tokens = int(min(NEW_TOKENS, (checkpoint.limits[1] or torch.inf) - prompts.shape[1]))
     if new_tokens < 1:
         return None

@@ -15,17 +15,12 @@ PIECE_BYTES = LOGITS_BYTES // 4  # of a piece of fp32 logits that is compared at
 
 @dataclass(frozen=True)
 class Distance:
-    """Means over tokens, p the dense model's distribution and q the other one's.
+    """Means over tokens, p the dense model's distribution and q the other one's."""
 
-    Attributes:
-        kl_divergence: Σ p ln(p / q), in nats.
-        top1_agreement: share of tokens for which both have the same most probable one.
-        expected_acceptance: Σ min(p, q), the share of q's tokens that p accepts when q drafts for it (Leviathan et al.
-            2023, "Fast Inference from Transformers via Speculative Decoding", Corollary 3.6).
-    """
-
-    kl_divergence: float
-    top1_agreement: float
+    kl_divergence: float  # Σ p ln(p / q), in nats
+    top1_agreement: float  # share of tokens for which both have the same most probable one
+    # Σ min(p, q): the share of q's tokens that p accepts when q drafts for it (Leviathan et al. 2023, "Fast Inference
+    # from Transformers via Speculative Decoding", Corollary 3.6)
     expected_acceptance: float
 
 
@@ -36,8 +31,7 @@ class TokenMeans(TokenStatistic):
     sums: Tensor
 
     def __init__(self, values: int) -> None:
-        super().__init__()
-        self.add_sum("sums", values)
+        super().__init__(sums=(values,))
 
     def update(self, weight: Tensor, *values: Tensor) -> None:
         """Add a batch ``[B, L − 1]`` of every value; samples whose weight ``[B]`` is 0 are dropped."""
@@ -51,7 +45,7 @@ class TokenMeans(TokenStatistic):
 
     def perplexity(self) -> float:
         """exp(mean loss) over all processes."""
-        return float(self.reduced().reshape(-1)[0].exp())  # torchmetrics returns a scalar for a single value
+        return float(self.reduced()[0].exp())
 
     def distance(self) -> Distance:
         """Over all processes; rounding cannot take it out of its range."""
@@ -71,17 +65,9 @@ def distances(p: Tensor, q: Tensor) -> Tensor:
 def losses_and_distances(
     head: Head, hidden: Tensor, dense_head: Head, dense_hidden: Tensor, tokens: Tensor, vocab_size: int
 ) -> list[Tensor]:
-    """``token_losses`` of ``head`` and ``hidden``, and the ``distances`` from the dense model, a few tokens at a time.
-
-    Args:
-        head, dense_head: final norm and output embedding of either model.
-        hidden, dense_hidden: residual streams after the last layer, ``[B, L, D]``; D may differ.
-        tokens: ``[B, L]`` int64.
-        vocab_size: V of both.
-
-    Returns:
-        Four tensors, fp32 ``[B, L − 1]``.
-    """
+    """``token_losses`` of ``head`` and ``hidden``, and the three ``distances`` from the dense model, a few tokens at a
+    time: fp32 ``[B, L − 1]`` each. ``hidden`` and ``dense_hidden`` are residual streams after the last layer, ``[B, L,
+    D]``, whose D may differ; ``tokens`` int64 ``[B, L]``."""
     losses, of_tokens, size = [], [], max(1, PIECE_BYTES // (4 * vocab_size))
     both = zip(chunks(hidden, tokens, vocab_size), chunks(dense_hidden, tokens, vocab_size), strict=True)
     for (rows, targets), (dense_rows, _) in both:

@@ -41,7 +41,7 @@ class Setting:
 @dataclass(frozen=True)
 class Speed:
     """Tokens per second of a whole batch, and the peak memory of its runs: what torch allocated on an accelerator,
-    weights included, or on a CPU the process's resident set, None where the system cannot reset it (Linux can)."""
+    weights included, or a CPU process's resident set, None where the system cannot reset it (Linux can)."""
 
     batch_size: int
     prefill_tokens_per_second: float

@@ -8,12 +8,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_prune.calibration.residuals import ResidualStore
 from lightning_prune.data.datamodule import CalibrationDataModule
-from lightning_prune.evaluation.continuations import Continuations, continuations, is_affordable
+from lightning_prune.evaluation.continuations import Continuations, continuations
 from lightning_prune.evaluation.distance import Distance, TokenMeans, losses_and_distances
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.layered import LayeredModel, choose_onload, open_head
@@ -81,10 +80,6 @@ class Evaluation(L.LightningModule):
         pretrained: Model folder or hub id, dense or pruned. ``demo`` is the small model inside the package.
         onload: ``model`` keeps all weights on the device, ``layer`` brings in one decoder layer at a time and needs
             memory for two of them, ``auto`` takes what fits. The result is the same.
-
-    Attributes:
-        scratch: where to keep what others are compared with, in files if memory does not do; None keeps nothing.
-        reference: the model to compare with, evaluated on the same sets by as many processes.
     """
 
     def __init__(self, pretrained: str = "demo", onload: str = "auto") -> None:
@@ -94,8 +89,8 @@ class Evaluation(L.LightningModule):
         self.seconds = Seconds()
         self.slot = ModelSlot(onload, self.seconds)
         self.progress = Progress(shown=False)
-        self.scratch: Path | None = None
-        self.reference: Measured | None = None
+        self.scratch: Path | None = None  # where to keep what others are compared with; None keeps nothing
+        self.reference: Measured | None = None  # to compare with: of the same sets, by as many processes
         self._dense: LayeredModel | None = None  # the head of that model
         self._means: list[TokenMeans] = []  # of every set
         self._rows: list[int] = []  # of every set, the windows so far
@@ -233,12 +228,6 @@ class Evaluation(L.LightningModule):
         """Have the model continue the prompts, where it is compared or compared with."""
         prompts, other = self.datamodule.prompts, self.reference
         if prompts is None or not (self.scratch or other) or (other is not None and other.written is None):
-            return
-        if not is_affordable(self.slot.model):
-            rank_zero_warn(
-                f"no continuations: the weights of '{self.checkpoint.pretrained}' are brought in layer by layer, and "
-                "reading all of them for every token would take long. --data.continuations 0 says that none are wanted"
-            )
             return
         with torch.inference_mode(False), self.trainer.precision_plugin.forward_context():
             self.measured.written = continuations(self.slot.model, self.checkpoint, prompts)

@@ -17,8 +17,7 @@ class BlockInfluence(TokenStatistic):
     distance: Tensor
 
     def __init__(self) -> None:
-        super().__init__()
-        self.add_sum("distance")
+        super().__init__(distance=())
 
     def update(self, x_in: Tensor, x_out: Tensor, weight: Tensor | None = None) -> None:
         """Add the residual stream before and after the layer, ``[B, ..., D]`` each; weight ``[B]`` 0 drops."""

@@ -17,8 +17,7 @@ class SumOfSquares(TokenStatistic):
     sum_of_squares: Tensor
 
     def __init__(self, in_features: int) -> None:
-        super().__init__()
-        self.add_sum("sum_of_squares", in_features)
+        super().__init__(sum_of_squares=(in_features,))
 
     def update(self, x: Tensor, weight: Tensor | None = None) -> None:
         """Add inputs x ``[B, ..., in]`` of any dtype; samples whose weight ``[B]`` is 0 are dropped."""
@@ -32,7 +31,7 @@ class SumOfSquares(TokenStatistic):
 
     def norms(self) -> Tensor:
         """‖X_j‖₂, float64 ``[in]``. A sum over tokens, not a mean: twice the data gives √2 times the norm."""
-        return self.reduced().reshape(-1).sqrt()  # torchmetrics returns a scalar for a single channel
+        return self.reduced().sqrt()
 
 
 class InputMoments(TokenStatistic):
@@ -46,9 +45,7 @@ class InputMoments(TokenStatistic):
     squares: Tensor
 
     def __init__(self, in_features: int) -> None:
-        super().__init__()
-        self.add_sum("sums", in_features)
-        self.add_sum("squares", in_features)
+        super().__init__(sums=(in_features,), squares=(in_features,))
 
     def update(self, x: Tensor, weight: Tensor | None = None) -> None:
         """See ``SumOfSquares``."""

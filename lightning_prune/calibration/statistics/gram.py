@@ -41,8 +41,8 @@ class InputGram(TokenStatistic):
         return self.gram
 
     def matrix(self) -> Tensor:
-        """The same over all processes, fp32 ``[in, in]`` for one channel too, where torchmetrics returns a scalar."""
-        return self.reduced().reshape(self.gram.shape)
+        """The same over all processes, fp32 ``[in, in]``."""
+        return self.reduced()
 
 
 def add_gram_(gram: Tensor, rows: Tensor) -> None:

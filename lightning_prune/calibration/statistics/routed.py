@@ -33,10 +33,9 @@ class RoutedTokens(TokenStatistic):
     counts: Tensor
     peaks: Tensor
 
-    def __init__(self, experts: Experts) -> None:
-        super().__init__()
+    def __init__(self, experts: Experts, **sums: tuple[int, ...]) -> None:
+        super().__init__(**{name: (experts.total, *shape) for name, shape in {"counts": (), **sums}.items()})
         self.experts = [experts]  # in a list, so that its modules are not this one's
-        self.add_sum("counts", experts.total)
         self.register_buffer("peaks", torch.zeros(experts.total), persistent=False)
 
     @classmethod
@@ -96,11 +95,7 @@ class RoutedOutputs(RoutedTokens):
     inner: Tensor
 
     def __init__(self, experts: Experts) -> None:
-        super().__init__(experts)
-        self.add_sum("norms", experts.total)
-        self.add_sum("gated", experts.total)
-        self.add_sum("inputs", experts.total, experts.hidden)
-        self.add_sum("inner", experts.total, experts.width)
+        super().__init__(experts, norms=(), gated=(), inputs=(experts.hidden,), inner=(experts.width,))
 
     @torch.no_grad()
     def update(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
@@ -125,9 +120,8 @@ class RoutedSlopes(RoutedTokens):
     products: Tensor
 
     def __init__(self, experts: Experts) -> None:
-        super().__init__(experts)
-        for name in ("inner", "slopes", "products"):
-            self.add_sum(name, experts.total, experts.width)
+        channels = (experts.width,)
+        super().__init__(experts, inner=channels, slopes=channels, products=channels)
 
     @torch.no_grad()
     def update(self, hidden: Tensor, index: Tensor, weights: Tensor, gradient: Tensor) -> None:  # type: ignore[override]
@@ -151,8 +145,7 @@ class RoutedGrams(RoutedTokens):
     slopes: Tensor
 
     def __init__(self, experts: Experts) -> None:
-        super().__init__(experts)
-        self.add_sum("squares", experts.total)
+        super().__init__(experts, squares=())
         for name in ("inputs", "slopes"):
             self.add_matrix_state(name, experts.total, experts.width, experts.width)
 

@@ -20,15 +20,14 @@ class TokenStatistic(Metric):
     full_state_update = False
     tokens: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, **sums: tuple[int, ...]) -> None:
+        """``sums``: names and shapes of float64 states, fp32 on an accelerator without."""
         super().__init__(sync_on_compute=False)
         self._matrices: list[str] = []
         self._summed = False
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def add_sum(self, name: str, *shape: int) -> None:
-        """A float64 state, fp32 on an accelerator without."""
-        self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        for name, shape in sums.items():
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
         """Moving to a device: float64 sums become the ``widest`` that it has."""
@@ -46,13 +45,12 @@ class TokenStatistic(Metric):
         self._matrices.append(name)
 
     def reduced(self) -> Tensor:
-        """``compute`` over all processes, without the copy of the result that torchmetrics would keep."""
+        """``compute`` over all processes; not through torchmetrics, which keeps a copy, and of one value a scalar."""
         if not self._summed and torch.distributed.is_initialized():
             for name in self._defaults:
                 torch.distributed.all_reduce(getattr(self, name))
             self._summed = True
-        value: Tensor = self.compute()
-        self._computed = None
+        value: Tensor = type(self).compute(self)
         return value
 
     def give_up(self) -> None:

@@ -112,7 +112,7 @@ def test_one_channel_gives_a_vector_or_a_matrix() -> None:
     norms, gram = SumOfSquares(1), InputGram(1)
     for statistic in (norms, gram):
         statistic.update(torch.full((2, 3, 1), 2.0))
-    assert norms.norms().tolist() == [24**0.5]
+    assert norms.norms().tolist() == [24**0.5]  # where torchmetrics would give scalars
     assert gram.matrix().tolist() == [[24.0]]
 
 
