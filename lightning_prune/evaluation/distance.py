@@ -55,11 +55,11 @@ class TokenMeans(TokenStatistic):
 
 def distances(p: Tensor, q: Tensor) -> Tensor:
     """KL divergence, agreement of the most probable token and Σ min(p, q) of two sets of logits ``[n, V]``: fp32
-    ``[n, 3]``."""
+    ``[3, n]``."""
     log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
     kl = functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
     agreement = log_p.argmax(-1) == log_q.argmax(-1)
-    return torch.stack([kl, agreement.float(), torch.minimum(log_p, log_q).exp().sum(-1)], dim=-1)
+    return torch.stack([kl, agreement.float(), torch.minimum(log_p, log_q).exp().sum(-1)])
 
 
 def losses_and_distances(
@@ -75,5 +75,5 @@ def losses_and_distances(
         losses.append(functional.cross_entropy(q, targets, reduction="none"))
         for piece, dense_piece in zip(q.split(size), dense_rows.split(size), strict=True):
             of_tokens.append(distances(dense_head(dense_piece), piece))
-    batch, length = tokens.shape
-    return [value.view(batch, length - 1) for value in (torch.cat(losses), *torch.cat(of_tokens).T.contiguous())]
+    shape = (len(tokens), tokens.shape[1] - 1)
+    return [value.view(shape) for value in (torch.cat(losses), *torch.cat(of_tokens, dim=1))]
