@@ -1,8 +1,7 @@
-"""The backward order: gradients of the loss without the whole model or its gradients in memory.
+"""The backward order: the chain rule cut at layer boundaries, where the residual stream is kept on the way forward.
 
-The residual stream is kept at every layer boundary on the way forward. From the last layer to the first, the layer is
-run again and differentiated with the gradient of its output; that of its input is kept for the layer before it. This is
-the chain rule cut at layer boundaries, so the gradients are those of the whole model; it costs one more forward.
+From the last layer to the first, each is run again and differentiated with the gradient of its output: the gradients
+of the whole model for one more forward, without the model or its gradients in memory.
 """
 
 from abc import abstractmethod
@@ -13,30 +12,55 @@ from torch import Tensor
 
 from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.calibration.passes import Batch, Holding, Load, Pass, Setting, Step
-from lightning_prune.calibration.statistics.removal_slopes import RemovalSlopes
+from lightning_prune.calibration.statistics.token_statistic import TokenStatistic
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import Block
-from lightning_prune.support.devices import deterministic
+from lightning_prune.support.devices import deterministic, widened
+
+
+class RemovalSlopes(TokenStatistic):
+    """Σ s_i and Σ s_i² of the P ``pieces`` of one layer, itself the first: float64 ``[P]`` each.
+
+    What the loss would gain without a piece, from its gradient alone. A piece (the layer, or one of its blocks) adds c
+    to the residual stream, where the loss has the gradient g. For sample i with the summed loss ℓ_i, to second order
+    along c and with the empirical Fisher matrix g·gᵀ for the Hessian,
+
+        ℓ_i(without) − ℓ_i ≈ −s_i + ½·s_i²,   s_i = Σ over tokens of g·c
+    """
+
+    slopes: Tensor
+    squares: Tensor
+
+    def __init__(self, pieces: int) -> None:
+        super().__init__(slopes=(pieces,), squares=(pieces,))
+
+    def update(self, pieces: list[tuple[Tensor, Tensor]], tokens: int) -> None:
+        """Add samples that predict ``tokens``: for every piece its g and its c, ``[B, L, D]`` each."""
+        slopes = torch.stack([widened((g.float() * c.float()).flatten(1).sum(1)) for g, c in pieces])
+        self.slopes += slopes.sum(1)
+        self.squares += slopes.square().sum(1)
+        self.tokens += tokens
+
+    def compute(self) -> Tensor:
+        """Δ ``[P]`` in nats per token: of the layer, then of its blocks in order."""
+        return (0.5 * self.squares - self.slopes) / self.tokens
 
 
 class BackwardPass(Pass):
     """Forward once, backward layer by layer.
 
-    Attributes:
-        priors: also estimate the loss increase without the layer and its blocks: the fact ``delta``, three numbers, of
-            the layer and by the blocks' ``place``; 0 where there is no such block.
+    ``priors``: also estimate the loss increase without the layer and its blocks: the fact ``delta``, three numbers, of
+    the layer and by the blocks' ``place``; 0 where there is no such block.
     """
 
     def __init__(self, priors: bool = False, num_samples: int | None = None) -> None:
         self.priors, self.num_samples = priors, num_samples
 
     def steps(self, layers: Sequence[LayerStructure]) -> list[Step]:
-        """Two steps per layer: forward in order, backward in reverse."""
-        order = range(len(layers))
-        return [Step(layer, "forward") for layer in order] + [Step(layer, "backward") for layer in reversed(order)]
+        forward = super().steps(layers)
+        return forward + [Step(step.layer, "backward") for step in reversed(forward)]
 
     def begin(self, setting: Setting) -> None:
-        """Make room for the residual stream at every boundary and for one gradient."""
         super().begin(setting)
         self.boundaries = [self.store(f"boundary {layer}") for layer in range(self.model.num_layers)]
         self.cotangent = self.store("cotangent")
@@ -64,7 +88,6 @@ class BackwardPass(Pass):
         self._cross(step, batch, watched=True)
 
     def skip(self, step: Step, batch: Batch) -> None:
-        """Forward: as ever. Backward: the gradient of the input alone."""
         self._cross(step, batch, watched=False)
 
     def finish(self, step: Step) -> LayerResult:
@@ -102,41 +125,31 @@ class BackwardPass(Pass):
         )
 
     def _cross(self, step: Step, batch: Batch, watched: bool) -> None:
+        if step.phase == "backward" or self.num_samples is not None:
+            batch = batch.counted(self.num_samples)
+        if not len(batch.tokens):
+            return
         if step.phase == "forward":
             self._forward(step, batch)
             return
-        chosen = self._chosen(batch)
-        if not chosen:
-            return
-        rows = slice(batch.rows.start, batch.rows.start + chosen)
+        hidden = self.boundaries[step.layer].get(batch.rows, self.model.device).detach()
+        cotangent = self.cotangent.get(batch.rows, self.model.device)
         if watched:
-            self.expect(chosen * (self.setting.seq_len - 1))
-        hidden = self.boundaries[step.layer].get(rows, self.model.device).detach()
-        slopes = self.slopes if watched else None
-        cotangent = self.cotangent.get(rows, self.model.device)
+            self.expect(len(batch.tokens) * (self.setting.seq_len - 1))
         with deterministic(self.model.device):
-            gradient = self._differentiate(step.layer, hidden, cotangent, slopes)
+            gradient = self._differentiate(step.layer, hidden, cotangent, self.slopes if watched else None)
         if gradient is not None:
-            self.cotangent.put(rows, gradient)
+            self.cotangent.put(batch.rows, gradient)
 
     @torch.no_grad()
     def _forward(self, step: Step, batch: Batch) -> None:
-        size = len(batch.tokens) if self.num_samples is None else self._chosen(batch)
-        if not size:
-            return
-        tokens, rows = batch.tokens[:size], slice(batch.rows.start, batch.rows.start + size)
         if step.layer == 0:
-            self.boundaries[0].put(rows, self.model.embed(tokens))
-        output = self.model.run(step.layer, self.boundaries[step.layer].get(rows, self.model.device))
+            self.boundaries[0].put(batch.rows, self.model.embed(batch.tokens))
+        output = self.model.run(step.layer, self.boundaries[step.layer].get(batch.rows, self.model.device))
         if step.layer + 1 < self.model.num_layers:
-            self.boundaries[step.layer + 1].put(rows, output)
+            self.boundaries[step.layer + 1].put(batch.rows, output)
         else:
-            self.cotangent.put(rows, self.model.loss_gradient(output, tokens, batch.weight[:size]))
-
-    def _chosen(self, batch: Batch) -> int:
-        """How many samples are differentiated: of weight 1, which are at the batch's front, and of the first ones."""
-        counted = batch.index[batch.weight > 0]
-        return len(counted) if self.num_samples is None else int((counted < self.num_samples).sum())
+            self.cotangent.put(batch.rows, self.model.loss_gradient(output, batch.tokens, batch.weight))
 
     def _differentiate(
         self, layer: int, hidden: Tensor, cotangent: Tensor, slopes: RemovalSlopes | None

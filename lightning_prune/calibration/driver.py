@@ -25,18 +25,10 @@ Stage = tuple[str, list[Pass]]
 
 
 class CalibrationDriver:
-    """Takes a method's stages one after the other.
+    """Takes a method's stages one after the other; ``loop`` is that of the stage under way, or of the last one.
 
-    Args:
-        trainer: inside ``fit``.
-        model: the open dense model.
-        tokens: the calibration set ``[N, L]``, the same on every process; empty for methods without data.
-        batch_size: of the loader.
-        folder: the run folder, where results are kept on the way; None keeps them in memory.
-        progress, seconds: told what is done.
-
-    Attributes:
-        loop: of the stage that is under way, or of the last one.
+    ``tokens``: the calibration set ``[N, L]``, the same on every process; empty for methods without data. ``folder``:
+    the run folder, where results are kept on the way; None keeps them in memory.
     """
 
     def __init__(
@@ -63,11 +55,8 @@ class CalibrationDriver:
         self.loop = CalibrationLoop([], self.setting, Results())
 
     def begin(self, stages: Iterator[Stage]) -> None:
-        """Start the first stage; steps that need no batch are taken at once.
-
-        The trainer's epochs are counted here alone: a stage adds its own when it begins.
-        """
-        self.trainer.fit_loop.max_epochs = 0
+        """Start the first stage; steps that need no batch are taken at once."""
+        self.trainer.fit_loop.max_epochs = 0  # every stage adds its own when it begins; nothing else counts them
         self._stages = enumerate(stages)
         self._next_stage()
 
@@ -94,8 +83,9 @@ class CalibrationDriver:
             return
         number, (self._phase, passes) = following
         self._started, self._finishing = time.perf_counter(), self.seconds.get("finish layers", 0.0)
-        folder = self.folder / LAYER_RESULTS if self.folder is not None else None
-        folder = folder / f"stage_{number}" if folder is not None and number else folder
+        folder = None
+        if self.folder is not None:
+            folder = self.folder / LAYER_RESULTS / (f"stage_{number}" if number else "")
         results = Results(folder, self.trainer.is_global_zero)
         # Several processes would have to stop at the same layer: they run a pass from its beginning.
         streams = StreamCheckpoints(folder if self.trainer.world_size == 1 else None)
@@ -112,7 +102,6 @@ class CalibrationDriver:
                 self.loop.finish()
         if self.loop.remaining:
             return
-        self.loop.close()
         self.progress.finish(self._phase)
         if any(current.reads for current in self.loop.passes):
             finishing = self.seconds.get("finish layers", 0.0) - self._finishing

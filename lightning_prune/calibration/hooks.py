@@ -13,17 +13,7 @@ InputOutputObserver = Callable[[Tensor, Tensor, Tensor | None], None]
 
 
 class Hooks:
-    """Forward hooks that feed statistics.
-
-    Example::
-
-        hooks = Hooks()
-        hooks.on_input("layer 0 output", layer.output, sum_of_squares.update)
-        for ids, weight in batches:
-            hooks.set_weight(weight)
-            model(ids)
-        hooks.finish(num_samples * seq_len)
-    """
+    """Forward hooks that feed statistics; every module has a name of its own, under which its tokens are counted."""
 
     def __init__(self) -> None:
         self.tokens: dict[str, int] = {}
@@ -38,39 +28,28 @@ class Hooks:
         self._weight, self._counted_samples = (None, None) if counted == len(weight) else (weight, counted)
 
     def on_input(self, name: str, module: nn.Module, observe: InputObserver) -> None:
-        """Call ``observe(x, weight)`` before each forward of the module, x = its first input ``[B, ..., in]``.
-
-        Raises:
-            ValueError: the name is taken.
-        """
-        counted = self._counter(name)
+        """Call ``observe(x, weight)`` before each forward of the module, x = its first input ``[B, ..., in]``."""
+        self.tokens[name] = 0
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            observe(counted(args, kwargs), self._weight)
+            observe(self._counted(name, args, kwargs), self._weight)
 
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def on_input_and_output(self, name: str, module: nn.Module, observe: InputOutputObserver) -> None:
-        """Call ``observe(x_in, x_out, weight)`` after each forward, x_out = the (first) output ``[B, ..., out]``.
-
-        Raises:
-            ValueError: the name is taken.
-        """
-        counted = self._counter(name)
+        """Call ``observe(x_in, x_out, weight)`` after each forward, x_out = the (first) output ``[B, ..., out]``."""
+        self.tokens[name] = 0
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            observe(counted(args, kwargs), output[0] if isinstance(output, tuple) else output, self._weight)
+            x_out = output[0] if isinstance(output, tuple) else output
+            observe(self._counted(name, args, kwargs), x_out, self._weight)
 
         self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
 
     def on_experts(self, name: str, module: nn.Module, observe: ExpertObserver) -> None:
         """Call ``observe(x, index, weights)`` after each forward of an experts module: the tokens ``[T, D]`` that
-        count, with the experts and the weights ``[T, k]`` that the router gave them.
-
-        Raises:
-            ValueError: the name is taken.
-        """
-        self._reserve(name)
+        count, with the experts and the weights ``[T, k]`` that the router gave them."""
+        self.tokens[name] = 0
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             routed: tuple[Tensor, ...] = args[:3]
@@ -101,19 +80,9 @@ class Hooks:
                 f"but {'; '.join(wrong) or 'no module was hooked'}."
             )
 
-    def _counter(self, name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Tensor]:
-        self._reserve(name)
-
-        def counted(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-            # transformers passes hidden states by position to layers and linears, by name to attention.
-            x: Tensor = args[0] if args else kwargs["hidden_states"]
-            samples = len(x) if self._counted_samples is None else self._counted_samples
-            self.tokens[name] += samples * math.prod(x.shape[1:-1])
-            return x
-
-        return counted
-
-    def _reserve(self, name: str) -> None:
-        if name in self.tokens:
-            raise ValueError(f"'{name}' already has a hook; names must be unique.")
-        self.tokens[name] = 0
+    def _counted(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        # transformers passes hidden states by position to layers and linears, by name to attention.
+        x: Tensor = args[0] if args else kwargs["hidden_states"]
+        samples = len(x) if self._counted_samples is None else self._counted_samples
+        self.tokens[name] += samples * math.prod(x.shape[1:-1])
+        return x

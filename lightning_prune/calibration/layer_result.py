@@ -1,9 +1,9 @@
 """What is left of a finished layer: the one value that crosses from calibration to the methods."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save
@@ -11,32 +11,26 @@ from torch import Tensor
 
 from lightning_prune.models.vocabulary import Block
 
-Name = TypeVar("Name", bound=str)
 _TENSORS = ("importance", "weights", "biases", "factors")
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """Result of one step of a pass.
+    """Result of one step of a pass."""
 
-    Attributes:
-        importance: one value per unit of a block, ``[K]``, ``[F]`` or ``[1]``, fp32 or float64.
-        weights: new weights by role, of the dense shape.
-        biases: new biases ``[D]`` by role; no pass puts them in place while it measures.
-        facts: everything else, as plain JSON.
-        factors: matrices ``[d, d]`` by role that a later pass needs (``Pass.result_of``).
-    """
-
-    importance: dict[Block, Tensor] = field(default_factory=dict)
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    biases: dict[str, Tensor] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    factors: dict[str, Tensor] = field(default_factory=dict)
+    importance: dict[Block, Tensor] = field(default_factory=dict)  # a value per unit [K], [F] or [1], fp32 or float64
+    weights: dict[str, Tensor] = field(default_factory=dict)  # new ones by role, of the dense shape
+    biases: dict[str, Tensor] = field(default_factory=dict)  # new [D] by role; no pass puts them in place meanwhile
+    facts: dict[str, Any] = field(default_factory=dict)  # everything else, as plain JSON
+    factors: dict[str, Tensor] = field(default_factory=dict)  # [d, d] by role, for a later pass (``Pass.result_of``)
 
     def on_host(self) -> "LayerResult":
         """The same with detached, contiguous tensors on the CPU."""
-        tensors = {kind: _on_host(getattr(self, kind)) for kind in _TENSORS}
-        return LayerResult(**tensors, facts=self.facts)
+        tensors = {
+            kind: {name: tensor.detach().cpu().contiguous() for name, tensor in getattr(self, kind).items()}
+            for kind in _TENSORS
+        }
+        return replace(self, **tensors)
 
     def without_weights(self) -> "LayerResult":
         """What is kept in memory when the rest is on disk."""
@@ -54,11 +48,7 @@ class LayerResult:
 
     @classmethod
     def from_file(cls, path: Path) -> "LayerResult":
-        """Read what ``to_bytes`` gave.
-
-        Raises:
-            OSError, safetensors.SafetensorError, KeyError, ValueError: not such a file, or a damaged one.
-        """
+        """Read what ``to_bytes`` gave; raises OSError, SafetensorError, KeyError or ValueError of a damaged file."""
         parts: dict[str, dict[str, Tensor]] = {kind: {} for kind in _TENSORS}
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
@@ -67,7 +57,3 @@ class LayerResult:
             facts = json.loads(file.metadata()["facts"])
         importance = {Block(name): values for name, values in parts["importance"].items()}
         return cls(importance, parts["weights"], parts["biases"], facts, parts["factors"])
-
-
-def _on_host(tensors: dict[Name, Tensor]) -> dict[Name, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

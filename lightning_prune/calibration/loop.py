@@ -18,12 +18,8 @@ from lightning_prune.models.experts import ROLE
 class CalibrationLoop:
     """Takes the passes step by step: ``start``, ``batch`` for every batch, ``finish``, until none is ``remaining``.
 
-    Args:
-        passes: in order.
-        setting: of the run.
-        results: what is known already, and where the rest is kept.
-        streams: where residual streams are kept on the way; None: nowhere.
-        advance: told the work that was done, in tokens through a layer, and where.
+    ``results``: what is known already, and where the rest is kept. ``advance``: told the work that was done, in tokens
+    through a layer, and where.
     """
 
     def __init__(
@@ -34,13 +30,12 @@ class CalibrationLoop:
         streams: StreamCheckpoints | None = None,
         advance: Callable[[float, str], None] = lambda work, where: None,
     ) -> None:
-        self.passes, self.setting, self.results = passes, setting, results
+        self.passes, self.setting, self.results, self.advance = passes, setting, results, advance
         self.streams = streams or StreamCheckpoints(None)
-        self.advance = advance
-        layers = setting.model.views
+        self.steps: list[tuple[Pass, Step]] = []
         for current in passes:
             current.result_of = self.whole_result
-        self.steps: list[tuple[Pass, Step]] = [(current, step) for current in passes for step in current.steps(layers)]
+            self.steps += [(current, step) for step in current.steps(setting.model.views)]
         self.remaining = self._remaining()
         self._open: Pass | None = None
         self._finish_work = 0.0
@@ -61,7 +56,7 @@ class CalibrationLoop:
         current, step = self.steps[number]
         model = self.setting.model
         if self._open is not current:
-            self.close()
+            self._close()
             self._open = current
             current.begin(self.setting)
             if number and number - 1 == self.streams.step:
@@ -92,9 +87,9 @@ class CalibrationLoop:
         Raises:
             FloatingPointError: something was NaN or infinite; names the layer. Nothing is kept of it then.
         """
-        number = self.remaining[0]
+        number, model = self.remaining[0], self.setting.model
         current, step = self.steps[number]
-        model, last = self.setting.model, number + 1 == len(self.steps)
+        following, after = self.steps[number + 1] if number + 1 < len(self.steps) else (None, None)
         if number not in self.results:
             result = current.finish(step)
             model.overflow.raise_if_any()  # after what knows more exactly where
@@ -107,15 +102,15 @@ class CalibrationLoop:
         current.advance(step)
         if current.changes:
             model.overflow.raise_if_any()
-        if last or self.steps[number + 1][1].layer != step.layer:
+        if after is None or after.layer != step.layer:
             model.leave(step.layer, changed=current.changes)
-        if last:
-            self.close()
-        if not last and self.steps[number + 1][0] is current:
+        if following is current:
             self.streams.offer(number, current.stores)
         else:
             self.streams.clear()
         self.remaining.pop(0)
+        if not self.remaining:
+            self._close()
 
     def advance_finish(self, share: float) -> None:
         """Count a share of this step's work after its last batch as done."""
@@ -149,8 +144,7 @@ class CalibrationLoop:
         running = current.cost(view, step) * tokens if current.reads else 0.0
         return running, 0.0 if number in self.results else current.cost_to_finish(view, step)
 
-    def close(self) -> None:
-        """End the open pass."""
+    def _close(self) -> None:
         if self._open is not None:
             self._open.end()
             self._open = None

@@ -1,7 +1,6 @@
-"""A pass over the decoder for one purpose, as a sequence of steps: in Lightning's terms one epoch each.
+"""A pass over the decoder as a sequence of steps: it owns the order of layers, here forward, and the residual stream.
 
-A pass owns the order of layers and the residual stream; what is observed in a layer, and what is left when the layer is
-finished (one value per unit, not a matrix), is up to the subclass. This file holds the forward order.
+What is observed in a layer, and what is left when it is finished (one value per unit), is up to the subclass.
 """
 
 from abc import ABC, abstractmethod
@@ -33,21 +32,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a pass needs to know about the run.
-
-    ``rows``: samples of this process, those of weight 0 included; ``samples`` without them.
-    ``context``: the trainer's precision, for work outside the training step. ``finished``: told what share of a step's
-    ``finish`` has been done since it was told last.
-    """
+    """What a pass needs to know about the run."""
 
     model: LayeredModel
-    rows: int
-    samples: int
+    rows: int  # samples of this process, those of weight 0 included
+    samples: int  # without them
     batch_size: int
     seq_len: int
     scratch: Path
-    context: Callable[[], AbstractContextManager[object]]
-    finished: Callable[[float], None] = lambda share: None
+    context: Callable[[], AbstractContextManager[object]]  # the trainer's precision, outside the training step
+    finished: Callable[[float], None] = lambda share: None  # told what share of ``finish`` was done since last time
 
     def free_bytes(self, device: torch.device) -> int:
         """Memory that is left on a device; solvers choose their precision by it."""
@@ -60,39 +54,40 @@ class Setting:
 
 @dataclass(frozen=True)
 class Batch:
-    """Tokens ``[B, L]``, sample weights ``[B]`` (0 for samples that only give every process equally many), their
-    indices ``[B]`` in the calibration set, and the rows that they take in residual stores."""
+    """Samples that cross a layer together."""
 
-    tokens: Tensor
-    weight: Tensor
-    index: Tensor
-    rows: slice
+    tokens: Tensor  # [B, L]
+    weight: Tensor  # [B], 0 for samples that only give every process equally many
+    index: Tensor  # [B], in the calibration set
+    rows: slice  # that they take in residual stores
+
+    def counted(self, num_samples: int | None) -> "Batch":
+        """Its samples of weight 1, which are at the front, among the set's first ``num_samples`` (None: all)."""
+        chosen = self.weight > 0
+        if num_samples is not None:  # of the shared set, whatever the batch size and the number of processes
+            chosen &= self.index < num_samples
+        size = int(chosen.sum())
+        rows = slice(self.rows.start, self.rows.start + size)
+        return Batch(self.tokens[:size], self.weight[:size], self.index[:size], rows)
 
 
 @dataclass(frozen=True)
 class Load:
-    """What the memory of a pass depends on.
-
-    ``hidden_size``: D. ``widest_input``: columns of output or down, whichever has more. ``layer_weights``,
-    ``largest_weight``: numbers in all weights of a layer, and in the largest matrix; ``largest_parameter`` may be of
-    all experts. ``routed``: numbers that a block of experts makes of a token, 0 without. ``rows``: samples of this
-    process. ``dtype``: of weights and activations. ``accelerated``: layers run on a device of their own. ``free``:
-    bytes there beside the weights.
-    """
+    """What the memory of a pass depends on."""
 
     num_layers: int
     hidden_size: int
-    widest_input: int
-    layer_weights: int
-    largest_weight: int
-    largest_parameter: int
-    routed: int
-    rows: int
+    widest_input: int  # columns of output or down, whichever has more
+    layer_weights: int  # numbers in all weights of a layer
+    largest_weight: int  # numbers in its largest matrix
+    largest_parameter: int  # the same; it may be of all experts
+    routed: int  # numbers that a block of experts makes of a token, 0 without
+    rows: int  # samples of this process
     batch_size: int
     seq_len: int
-    dtype: torch.dtype
-    accelerated: bool
-    free: int
+    dtype: torch.dtype  # of weights and activations
+    accelerated: bool  # layers run on a device of their own
+    free: int  # bytes there beside the weights
 
     @property
     def tokens(self) -> int:
@@ -102,48 +97,32 @@ class Load:
 
 @dataclass(frozen=True)
 class Holding:
-    """The most that a pass holds beside the model's weights and what one layer's forward takes, in bytes.
+    """The most that a pass holds beside the model's weights and what one layer's forward takes, in bytes."""
 
-    ``running``: where layers run, while batches run; ``finishing``: there, after the last batch of a layer.
-    ``stores``: the last dimension of every residual store that is there at the same time. ``per_logit``: bytes per
-    logit where the head runs: 8 for losses, 12 for their gradient. ``new_weights``: what it rewrites of a layer, in
-    numbers.
-    """
-
-    running: int = 0
-    finishing: int = 0
-    stores: tuple[int, ...] = ()
-    per_logit: int = 0
-    new_weights: int = 0
+    running: int = 0  # where layers run, while batches run
+    finishing: int = 0  # there, after the last batch of a layer
+    stores: tuple[int, ...] = ()  # the last dimension of every residual store that is there at the same time
+    per_logit: int = 0  # where the head runs: 8 for losses, 12 for their gradient
+    new_weights: int = 0  # what it rewrites of a layer, in numbers
 
 
 class Pass(ABC):
-    """``begin`` once; for every step ``start``, ``batch`` for every batch, ``finish``, ``advance``; at last ``end``.
-
-    Attributes:
-        reads: whether steps need the calibration batches at all.
-        changes: whether steps leave their layer with other weights.
-        num_samples: only the first so many calibration samples are read; None: all.
-        stores: everything that later steps need beside results, between two steps.
-        boundaries: the residual stream before every layer; all are one store where a pass keeps none of them.
-        keeps_stream: ``boundaries`` outlive the pass; whoever takes them closes them.
-        result_of: what an earlier pass of the same loop, by name, left of a layer.
-    """
+    """``begin`` once; for every step ``start``, ``batch`` for every batch, ``finish``, ``advance``; at last ``end``."""
 
     name: str
-    reads = True
-    changes = False
-    keeps_stream = False
-    num_samples: int | None = None
-    boundaries: Sequence[ResidualStore] = ()
-    result_of: Callable[[str, int], LayerResult]
+    reads = True  # whether steps need the calibration batches at all
+    changes = False  # whether steps leave their layer with other weights
+    keeps_stream = False  # ``boundaries`` outlive the pass; whoever takes them closes them
+    num_samples: int | None = None  # only the first so many calibration samples are read; None: all
+    boundaries: Sequence[ResidualStore] = ()  # the stream before every layer; one store where no layer keeps its own
+    result_of: Callable[[str, int], LayerResult]  # of an earlier pass of the same loop, by its name and the layer
     setting: Setting
-    stores: dict[str, ResidualStore]
+    stores: dict[str, ResidualStore]  # everything that later steps need beside results, between two steps
     hooks: Hooks
 
     def steps(self, layers: Sequence[LayerStructure]) -> list[Step]:
         """All steps, in order."""
-        return [Step(layer, "forward") for layer in range(len(layers))]
+        return [Step(view.index, "forward") for view in layers]
 
     def begin(self, setting: Setting) -> None:
         """Before the first step."""
@@ -187,10 +166,15 @@ class Pass(ABC):
     def end(self) -> None:
         """Give everything back but what outlives the pass."""
         self.hooks.remove()
-        kept = self.boundaries if self.keeps_stream else ()
         for store in self.stores.values():
-            if not any(store is one for one in kept):
+            if not (self.keeps_stream and store in self.boundaries):
                 store.close()
+
+    def replace_stream(self, stream: ResidualStore, change: Callable[[slice, Tensor], Tensor]) -> None:
+        """Put ``change(rows, hidden)`` in the place of every batch of ``stream``, outside the training step."""
+        with torch.no_grad(), self.setting.context():
+            for rows in self.setting.batches():
+                stream.put(rows, change(rows, stream.get(rows, self.model.device)))
 
     @property
     def model(self) -> LayeredModel:
@@ -220,13 +204,9 @@ class WeightsPass(Pass):
 
 
 class ForwardPass(Pass):
-    """From the first layer to the last: one evaluation per layer, a second one only where the next layer sees changes.
+    """From the first layer to the last: one evaluation per layer, a second one only where it ``rewrites`` layers."""
 
-    Attributes:
-        rewrites: whether the next layer sees the weights that ``conclude`` changed.
-    """
-
-    rewrites = False
+    rewrites = False  # whether the next layer sees the weights that ``conclude`` changed
 
     def begin(self, setting: Setting) -> None:
         super().begin(setting)
@@ -271,10 +251,7 @@ class ForwardPass(Pass):
     def advance(self, step: Step) -> None:
         """Once the changed weights are in place: what this layer now hands on."""
         if self.rewrites and step.layer + 1 < self.model.num_layers:
-            stream = self.boundaries[step.layer]
-            with torch.no_grad(), self.setting.context():
-                for rows in self.setting.batches():
-                    stream.put(rows, self.model.run(step.layer, stream.get(rows, self.model.device)))
+            self.replace_stream(self.boundaries[step.layer], lambda _, hidden: self.model.run(step.layer, hidden))
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """The residual stream; a projection's inputs in fp32, twice; at last a weight and its scores in fp32."""
@@ -286,8 +263,7 @@ class BlockPass(Pass):
     """Forward, block by block, each rewritten from what the rewritten part before it outputs; a mixer stays as it is.
     One beside the MLP is part of its step, because both read the same stream.
 
-    The inputs of the two projections that write to the residual stream are kept while their block is open, so that the
-    second evaluation of a rewritten block is that projection alone.
+    The inputs of a block's output projection are kept while it is open: its second evaluation is that projection alone.
     """
 
     changes = True
@@ -363,23 +339,22 @@ class BlockPass(Pass):
             self.pass_by(step)
             return
         projection = self.projection(step).module
-        with torch.no_grad(), self.setting.context():
-            for rows in self.setting.batches():
-                hidden = self.stream.get(rows, self.model.device)
-                output = projection(self.inner.get(rows, self.model.device))
-                added = self.model.add(step.layer, hidden, block, output)
-                self.model.overflow.watch(f"layer {step.layer}, output", added)
-                self.stream.put(rows, added)
+
+        def add(rows: slice, hidden: Tensor) -> Tensor:
+            output = projection(self.inner.get(rows, self.model.device))
+            added = self.model.add(step.layer, hidden, block, output)
+            self.model.overflow.watch(f"layer {step.layer}, output", added)
+            return added
+
+        self.replace_stream(self.stream, add)
         self.inner.close()
 
     def pass_by(self, step: Step) -> None:
         """Of the step's block nothing is there: a block beside it still adds to the stream, which a layer may scale."""
         view = self.view(step)
         if view.side_by_side or (view.scale and self.block(step) is view.blocks[-1]):
-            with torch.no_grad(), self.setting.context():
-                for rows in self.setting.batches():
-                    hidden = self.model.beside(step.layer, self.stream.get(rows, self.model.device))
-                    self.stream.put(rows, self.model.scaled(step.layer, hidden))
+            layer, model = step.layer, self.model
+            self.replace_stream(self.stream, lambda _, hidden: model.scaled(layer, model.beside(layer, hidden)))
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """The residual stream, and the inputs of one projection; those of a batch in fp32."""

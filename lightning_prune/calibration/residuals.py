@@ -18,16 +18,8 @@ SHARE = 0.25  # of free host memory that one store may take; a larger one is a m
 class ResidualStore:
     """``[rows, L, D]`` in host memory, pinned for an accelerator, or in a mapped temporary file if that is too large.
 
-    The file loses its name at once, so that nothing is left, however the process ends. Memory is taken at the first
-    ``put``.
-
-    Args:
-        rows: samples of this process.
-        folder: where a temporary file goes.
-        device: where the values come from and go to.
-
-    Attributes:
-        pinned: whether copies from and to ``device`` do not wait.
+    Memory is taken at the first ``put``. The file, in ``folder``, loses its name at once, so that nothing is left,
+    however the process ends. ``device``: where values come from and go to; where ``pinned``, such copies do not wait.
     """
 
     def __init__(self, rows: int, folder: Path, device: torch.device = CPU) -> None:

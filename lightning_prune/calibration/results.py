@@ -9,14 +9,8 @@ from lightning_prune.support.files import sweep, write_bytes
 
 
 class Results:
-    """One ``LayerResult`` per step. With a folder, each is a file there as soon as its step has ended.
-
-    New weights stay on disk alone where there is a folder: they are as large as the layer.
-
-    Args:
-        folder: None keeps everything in memory.
-        writes: whether this process may change the folder; of several one does, and all read.
-    """
+    """One ``LayerResult`` per step, in memory or each in a file of ``folder`` as soon as its step has ended; then new
+    weights, as large as the layer, are on disk alone. Of several processes one ``writes``, and all read."""
 
     def __init__(self, folder: Path | None = None, writes: bool = True) -> None:
         self.folder, self.writes = folder, writes
@@ -49,7 +43,7 @@ class Results:
 
     def whole(self, step: int) -> LayerResult:
         """The result of a step with its new weights; empty where it is not known."""
-        path = None if self.folder is None else self.folder / f"step_{step:05d}.safetensors"
-        if path is not None and step in self and path.is_file():
+        path = self.folder and self.folder / f"step_{step:05d}.safetensors"
+        if path and step in self and path.is_file():
             return LayerResult.from_file(path)
         return self._results.get(step, LayerResult())

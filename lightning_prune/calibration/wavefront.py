@@ -1,8 +1,7 @@
 """How much the loss grows when one piece of the model is missing, for every piece, in one pass over the layers.
 
-Everything before a missing piece is as in the dense model, so a variant begins after its piece. At layer l the dense
-state and every variant that lost an earlier piece cross together: L + L + 3·L(L−1)/2 layer evaluations for L layers,
-each layer brought in once, where measuring each removal with a whole forward takes (3L + 1)·L.
+A variant begins after its missing piece. At layer l the dense state and every earlier variant cross together: 2·L +
+3·L(L−1)/2 layer evaluations for L layers, each brought in once, where whole forwards take (3L + 1)·L.
 """
 
 import torch
@@ -22,17 +21,14 @@ Piece = tuple[Block, int]  # and its layer
 class RemovalLosses(TokenStatistic):
     """Summed token losses of the dense model and without each piece, fp64.
 
-    ``removed[p, l]``: without piece p of layer l: 0 for the layer replaced by identity, 1 + ``Block.place`` for one of
-    its two blocks contributing zero to the residual stream.
+    ``removed[p, l]``, of layer l: p = 0 for the layer replaced by identity, 1 + ``Block.place`` for a block adding 0.
     """
 
     dense: Tensor
     removed: Tensor
 
     def __init__(self, num_layers: int) -> None:
-        super().__init__()
-        self.add_sum("dense")
-        self.add_sum("removed", 3, num_layers)
+        super().__init__(dense=(), removed=(3, num_layers))
 
     def update(self, piece: Piece | None, losses: Tensor) -> None:
         """Add token losses without a piece, or of the dense model."""
@@ -49,11 +45,9 @@ class RemovalLosses(TokenStatistic):
 
 
 class RemovalPass(Pass):
-    """Δ of every layer and block on the first ``num_samples`` calibration samples.
+    """Δ of every layer and block on the first ``num_samples`` calibration samples (None: all).
 
-    Args:
-        num_samples: None for all.
-        blocks: whether attention and MLP are measured apart; τ = ∞ needs whole layers only, NaN for the others.
+    ``blocks``: whether attention and MLP are measured apart; τ = ∞ needs whole layers only, NaN for the others.
     """
 
     name = "prior"
@@ -68,13 +62,10 @@ class RemovalPass(Pass):
     @torch.no_grad()
     def batch(self, step: Step, batch: Batch) -> None:
         """Every earlier variant crosses the layer, then the dense state, from which the new variants begin."""
-        counted = batch.weight > 0
-        if self.num_samples is not None:  # of the shared set, whatever the batch size and the number of processes
-            counted &= batch.index < self.num_samples
-        tokens = batch.tokens[: int(counted.sum())]  # those that count are at the batch's front
-        if len(tokens) == 0:
+        batch = batch.counted(self.num_samples)
+        layer, tokens, rows = step.layer, batch.tokens, batch.rows
+        if not len(tokens):
             return
-        layer, rows = step.layer, slice(batch.rows.start, batch.rows.start + len(tokens))
         hidden = self.model.embed(tokens) if layer == 0 else self._state(None, rows)
         for piece in ((kind, earlier) for earlier in range(layer) for kind in self._pieces(earlier)):
             self._keep(step, piece, rows, self.model.run(layer, self._state(piece, rows)), tokens)

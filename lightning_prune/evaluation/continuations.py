@@ -1,12 +1,12 @@
 """What a dense and a pruned model write: greedy continuations of the same prompts, and in what they differ."""
 
 import inspect
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_prune.models.checkpoint import Checkpoint
@@ -62,24 +62,26 @@ def examples(dense: Continuations, pruned: Continuations, tokenizer: Any | None)
     ]
 
 
-def is_affordable(model: LayeredModel) -> bool:
-    """Whether every layer may be read for every token: always where layers stay loaded."""
-    return model.onload == "model" or NEW_TOKENS * model.layer_bytes <= READ_BYTES
-
-
 @torch.no_grad()
 def continuations(model: LayeredModel, checkpoint: Checkpoint, prompts: Tensor) -> Continuations | None:
-    """Continue ``prompts`` ``[N, P]`` greedily, all in one batch, so that a layer is brought in once per token.
-
-    None where the model has no positions left for a new token.
-    """
-    new_tokens = min(NEW_TOKENS, (checkpoint.limits[1] or torch.inf) - prompts.shape[1])
+    """Continue ``prompts`` ``[N, P]`` greedily, all in one batch, so that a layer is brought in once per token; None
+    where that would take too long, or where the model has no positions left for a new token."""
+    if model.onload == "layer" and NEW_TOKENS * model.layer_bytes > READ_BYTES:
+        rank_zero_warn(
+            f"no continuations: the weights of '{checkpoint.pretrained}' are brought in layer by layer, and reading "
+            "all of them for every token would take long. --data.continuations 0 says that none are wanted"
+        )
+        return None
+    new_tokens = int(min(NEW_TOKENS, (checkpoint.limits[1] or torch.inf) - prompts.shape[1]))
     if new_tokens < 1:
         return None
-    ends = _ends(checkpoint)
+    end = getattr(checkpoint.generation_config, "eos_token_id", None) or checkpoint.config.eos_token_id
+    ends = frozenset(() if end is None else [end] if isinstance(end, int) else end)
     with model.whole() as net:
-        written = greedy(net, prompts.to(model.device), int(new_tokens), ends)
-    return Continuations(prompts, int(new_tokens), [_until_end(row, ends) for row in written.tolist()], ends)
+        written = greedy(net, prompts.to(model.device), new_tokens, ends).tolist()
+    lengths = [next((at for at, token in enumerate(row, 1) if token in ends), len(row)) for row in written]
+    texts = [row[:length] for row, length in zip(written, lengths, strict=True)]
+    return Continuations(prompts, new_tokens, texts, ends)
 
 
 def greedy(net: Any, prompts: Tensor, new_tokens: int, ends: frozenset[int] = frozenset()) -> Tensor:
@@ -100,14 +102,3 @@ def greedy(net: Any, prompts: Tensor, new_tokens: int, ends: frozenset[int] = fr
 def cache_option(net: Any) -> str:
     """transformers 5.24 renamed the argument and the output's field; the old name warns there and will go."""
     return "cache" if "cache" in inspect.signature(type(net).forward).parameters else "past_key_values"
-
-
-def _until_end(tokens: Sequence[int], ends: frozenset[int]) -> list[int]:
-    before = list(takewhile(lambda token: token not in ends, tokens))
-    return list(tokens[: len(before) + 1])
-
-
-def _ends(checkpoint: Checkpoint) -> frozenset[int]:
-    """The tokens that end a text, of the generation config or else of the config."""
-    token = getattr(checkpoint.generation_config, "eos_token_id", None) or checkpoint.config.eos_token_id
-    return frozenset(() if token is None else [token] if isinstance(token, int) else token)

@@ -28,9 +28,8 @@ WARM_UP = 2  # runs before the measured ones: lazy initialisation, autotuning, c
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured, in tokens: one prefill of ``prompt_length``, then ``decode_length`` greedy steps through the
-    KV cache; ``repeats`` such runs after the warm-up, of which the median counts. ``context_length`` is what one
-    token attends to when MACs are counted."""
+    """What is measured, in tokens: the median of ``repeats`` runs of a prefill of ``prompt_length`` and
+    ``decode_length`` greedy steps. MACs are of one token that attends to ``context_length``."""
 
     prompt_length: int = 128
     decode_length: int = 32
@@ -41,11 +40,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second of a whole batch, and the peak memory of one prefill and its decoding, in bytes.
-
-    Memory is what torch allocated on an accelerator, weights included, and the process's resident set on a CPU, where
-    it contains Python and the libraries too; None where the system cannot reset that peak (Linux can).
-    """
+    """Tokens per second of a whole batch, and the peak memory of its runs: what torch allocated on an accelerator,
+    weights included, or a CPU process's resident set, None where the system cannot reset it (Linux can)."""
 
     batch_size: int
     prefill_tokens_per_second: float
@@ -55,8 +51,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Efficiency:
-    """One model: counts follow from its shapes, speed is measured. Bytes of the KV cache are per token and sequence;
-    the file is as it lies on disk, whose dtype may be another than the one measured in."""
+    """One model: counts follow from its shapes, speed is measured; the file's dtype may not be the one measured in."""
 
     parameters: int
     macs_per_token: int
@@ -95,12 +90,8 @@ class EfficiencyReport:
 
 
 def macs_per_token(model: PreTrainedModel, context_length: int) -> int:
-    """Multiply-accumulates to process one token that attends to ``context_length`` tokens, itself included.
-
-    Every linear layer, the head among them, and the two products of attention (query · key, weights · value).
-    Embedding lookup, rotary angles, norms, softmax and activations are not counted; skipped blocks count nothing.
-    A sliding window shorter than the context is not taken into account.
-    """
+    """Multiply-accumulates to process one token that attends to ``context_length`` tokens, itself included: of every
+    linear, the head among them, and of query · key and weights · value, as if no window slid."""
     linears = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     return int(linears + 2 * sum(width for width, _ in _head_widths(model)) * context_length)
 
@@ -120,13 +111,7 @@ def _head_widths(model: PreTrainedModel) -> list[tuple[int, int]]:
 
 
 def measure(model: PreTrainedModel, checkpoint: Checkpoint, setting: Setting, name: str = "model") -> Efficiency:
-    """Count and time a causal LM on its device and in its dtype.
-
-    Args:
-        model: dense or pruned.
-        checkpoint: what it was loaded from.
-        setting: lengths, batch sizes and repeats.
-        name: shown while it is timed.
+    """Count and time a causal LM, loaded from ``checkpoint``, on its device and in its dtype; ``name`` is shown then.
 
     Raises:
         UserError: a length or number is below 1, the sequence is longer than the model's positions, or a batch does

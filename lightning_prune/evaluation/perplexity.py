@@ -8,19 +8,16 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_prune.calibration.residuals import ResidualStore
-from lightning_prune.calibration.statistics.token_statistic import TokenStatistic
 from lightning_prune.data.datamodule import CalibrationDataModule
-from lightning_prune.evaluation.continuations import Continuations, continuations, is_affordable
-from lightning_prune.evaluation.distance import Distance, Distances, losses_and_distances
+from lightning_prune.evaluation.continuations import Continuations, continuations
+from lightning_prune.evaluation.distance import Distance, TokenMeans, losses_and_distances
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.layered import LayeredModel, choose_onload, open_head
 from lightning_prune.models.model_slot import ModelSlot, load_dtype
 from lightning_prune.models.weights import OPTION
-from lightning_prune.support.devices import widened
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.progress import Progress
 from lightning_prune.support.timing import Seconds
@@ -28,32 +25,9 @@ from lightning_prune.support.timing import Seconds
 STEP_BYTES = 256 * 2**20  # residual stream of the evaluation windows that cross the layers together
 
 
-class Perplexity(TokenStatistic):
-    """exp(mean token loss) over packed windows: every token of a window but its first is predicted once."""
-
-    loss_sum: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_sum("loss_sum")
-
-    def update(self, losses: Tensor, weight: Tensor) -> None:
-        """Add a batch: token losses ``[B, L − 1]``; samples whose weight ``[B]`` is 0 are dropped."""
-        counted = losses[weight > 0]
-        self.loss_sum += widened(counted).sum()
-        self.tokens += counted.numel()
-
-    def compute(self) -> Tensor:
-        """Perplexity, fp64 scalar; NaN when nothing was seen."""
-        return torch.exp(self.loss_sum / self.tokens)
-
-
 def unigram_perplexity(tokens: Tensor) -> float:
-    """The floor under every language model: exp(H), H the entropy in nats of the predicted tokens' own frequencies.
-
-    Args:
-        tokens: int64 ``[N, L]``; the first token of every window is not predicted and does not count.
-    """
+    """The floor under every language model: exp(H), H the entropy in nats of the frequencies of the predicted
+    ``tokens`` int64 ``[N, L]``, which are all but the first of every window."""
     _, counts = tokens[:, 1:].unique(return_counts=True)
     share = counts.double() / counts.sum()
     return float(torch.exp(-(share * share.log()).sum()))
@@ -72,8 +46,7 @@ class Measured:
     """What one model showed on the evaluation sets, by their names.
 
     ``distance`` and ``written`` are there where it was compared with another model, or that one with it. Of that one
-    ``streams`` holds the residual streams after the last layer, of this process's windows and one set after the other,
-    until ``close``.
+    ``streams`` holds, until ``close``, every set's residual stream after the last layer, of this process's windows.
     """
 
     checkpoint: Checkpoint
@@ -107,10 +80,6 @@ class Evaluation(L.LightningModule):
         pretrained: Model folder or hub id, dense or pruned. ``demo`` is the small model inside the package.
         onload: ``model`` keeps all weights on the device, ``layer`` brings in one decoder layer at a time and needs
             memory for two of them, ``auto`` takes what fits. The result is the same.
-
-    Attributes:
-        scratch: where to keep what others are compared with, in files if memory does not do; None keeps nothing.
-        reference: the model to compare with, evaluated on the same sets by as many processes.
     """
 
     def __init__(self, pretrained: str = "demo", onload: str = "auto") -> None:
@@ -120,9 +89,10 @@ class Evaluation(L.LightningModule):
         self.seconds = Seconds()
         self.slot = ModelSlot(onload, self.seconds)
         self.progress = Progress(shown=False)
-        self.scratch: Path | None = None
-        self.reference: Measured | None = None
-        self._perplexities, self._distances = nn.ModuleList(), nn.ModuleList()
+        self.scratch: Path | None = None  # where to keep what others are compared with; None keeps nothing
+        self.reference: Measured | None = None  # to compare with: of the same sets, by as many processes
+        self._dense: LayeredModel | None = None  # the head of that model
+        self._means: list[TokenMeans] = []  # of every set
         self._rows: list[int] = []  # of every set, the windows so far
 
     @cached_property
@@ -160,14 +130,13 @@ class Evaluation(L.LightningModule):
             dense.check()
         except UserError as error:
             raise UserError(str(error).replace(OPTION, "--dense")) from None
-        ours, theirs = self.checkpoint, dense
-        if ours.limits[0] != theirs.limits[0]:
+        ours, theirs = self.checkpoint.limits[0], dense.limits[0]
+        if ours != theirs:
             raise UserError(
-                f"--dense: '{pretrained}' has {theirs.limits[0]} tokens in its vocabulary, '{self.pretrained}' has "
-                f"{ours.limits[0]}. Distributions can be compared over one vocabulary only: give models of one "
-                "tokenizer."
+                f"--dense: '{pretrained}' has {theirs} tokens in its vocabulary, '{self.pretrained}' has {ours}. "
+                "Distributions can be compared over one vocabulary only: give models of one tokenizer."
             )
-        mine, other = ours.tokenizer, theirs.tokenizer
+        mine, other = self.checkpoint.tokenizer, dense.tokenizer
         if mine is not None and other is not None and mine.get_vocab() != other.get_vocab():
             raise UserError(
                 f"--dense: the tokenizers of '{pretrained}' and '{self.pretrained}' name other tokens by the same ids. "
@@ -200,14 +169,14 @@ class Evaluation(L.LightningModule):
         with torch.inference_mode(False):
             self.slot.open(self.checkpoint, dtype, self.device)
             self._started = time.perf_counter()
-            self._perplexities = nn.ModuleList(Perplexity() for _ in sets).to(self.device)
+            values = 1 if self.reference is None else 4
+            self._means = [TokenMeans(values).to(self.device) for _ in sets]
             self._rows = [0] * len(sets)
             if self.scratch is not None:
                 rows = [-(-len(item.tokens) // self.trainer.world_size) for item in sets]
                 self.measured.streams = [ResidualStore(count, self.scratch, self.device) for count in rows]
             if self.reference is not None:
-                self._distances = nn.ModuleList(Distances() for _ in sets).to(self.device)
-                self._dense: LayeredModel | None = open_head(self.reference.checkpoint, dtype, self.device)
+                self._dense = open_head(self.reference.checkpoint, dtype, self.device)
 
     def test_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Take windows ``[B, L]`` through all layers, ``eval_batch`` of them at a time in every layer."""
@@ -230,32 +199,26 @@ class Evaluation(L.LightningModule):
 
     def _count(self, index: int, hidden: Tensor, tokens: Tensor, weight: Tensor) -> None:
         """Add windows ``[B, L]`` of one evaluation set, whose last residual stream is ``hidden``."""
-        rows, model, perplexity = (
-            slice(self._rows[index], self._rows[index] + len(hidden)),
-            self.slot.model,
-            self._perplexities[index],
-        )
+        rows = slice(self._rows[index], self._rows[index] + len(hidden))
         self._rows[index] += len(hidden)
         if self.measured.streams:
             self.measured.streams[index].put(rows, hidden)
-        if self.reference is None:
-            perplexity.update(model.losses(hidden, tokens), weight)  # type: ignore[operator]
-            return
-        assert self._dense is not None
-        dense, size = self.reference.streams[index].get(rows, hidden.device), self.checkpoint.limits[0]
-        losses, distances = losses_and_distances(model.head, hidden, self._dense.head, dense, tokens, size)
-        perplexity.update(losses, weight)  # type: ignore[operator]
-        self._distances[index].update(distances, weight)  # type: ignore[operator]
+        if self.reference is None or self._dense is None:
+            values = [self.slot.model.losses(hidden, tokens)]
+        else:
+            dense, size = self.reference.streams[index].get(rows, hidden.device), self.checkpoint.limits[0]
+            values = losses_and_distances(self.slot.model.head, hidden, self._dense.head, dense, tokens, size)
+        self._means[index].update(weight, *values)
 
     def on_test_epoch_end(self) -> None:
         """Leave the results in ``self.measured``."""
-        for data, metric in zip(self.datamodule.evaluation, self._perplexities, strict=True):
-            value = float(metric.reduced())  # type: ignore[operator]
-            self.measured.perplexity[data.name] = PerplexityResult(value, data.manifest["predicted_tokens"])
-        for data, metric in zip(self.datamodule.evaluation, self._distances):  # noqa: B905  # none without a reference
-            self.measured.distance[data.name] = metric.distance()  # type: ignore[operator]
+        for data, means in zip(self.datamodule.evaluation, self._means, strict=True):
+            tokens = data.manifest["predicted_tokens"]
+            self.measured.perplexity[data.name] = PerplexityResult(means.perplexity(), tokens)
+            if self.reference is not None:
+                self.measured.distance[data.name] = means.distance()
         self._write()
-        if self.reference is not None and self._dense is not None:
+        if self._dense is not None:
             self._dense.close()
             self._dense = None
         self.progress.finish(evaluation_phase(self.name))
@@ -265,12 +228,6 @@ class Evaluation(L.LightningModule):
         """Have the model continue the prompts, where it is compared or compared with."""
         prompts, other = self.datamodule.prompts, self.reference
         if prompts is None or not (self.scratch or other) or (other is not None and other.written is None):
-            return
-        if not is_affordable(self.slot.model):
-            rank_zero_warn(
-                f"no continuations: the weights of '{self.checkpoint.pretrained}' are brought in layer by layer, and "
-                "reading all of them for every token would take long. --data.continuations 0 says that none are wanted"
-            )
             return
         with torch.inference_mode(False), self.trainer.precision_plugin.forward_context():
             self.measured.written = continuations(self.slot.model, self.checkpoint, prompts)
@@ -286,11 +243,9 @@ def measure(
     scratch: Path | None = None,
     reference: Measured | None = None,
 ) -> Measured:
-    """Evaluate the model ``checkpoint``, which ``slot`` holds open afterwards.
-
-    What is open there already is measured as it is, with a plan that is applied in memory. The time is counted in the
-    slot's seconds as ``evaluate <name>``; ``scratch`` and ``reference`` as in ``Evaluation``.
-    """
+    """Evaluate the model ``checkpoint``, which ``slot`` holds open afterwards and times as ``evaluate <name>``; what is
+    open there already is measured as it is, with a plan that is applied in memory. ``scratch`` and ``reference`` as in
+    ``Evaluation``."""
     evaluation = Evaluation(checkpoint.pretrained)
     evaluation.checkpoint = checkpoint
     evaluation.slot, evaluation.name, evaluation.progress = slot, name, progress

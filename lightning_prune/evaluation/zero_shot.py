@@ -45,8 +45,8 @@ class ZeroShotResult:
 
     @property
     def mean(self) -> dict[str, float]:
-        """Unweighted means over the tasks with accuracy: ``acc``, and ``acc_norm`` with ``acc`` for tasks without
-        ``acc_norm``. Papers differ in which of the two they print."""
+        """Means over the tasks with accuracy: ``acc``, and ``acc_norm`` with ``acc`` for tasks without it. Papers print
+        one or the other."""
         rows = [metrics for metrics in self.tasks.values() if "acc" in metrics]
         if not rows:
             return {}
@@ -61,11 +61,8 @@ class ZeroShotResult:
 
 
 def check_tasks(tasks: Sequence[str], include_path: Path | None = None) -> Any:
-    """The harness's task manager, after the data of every task or group has been opened once.
-
-    Args:
-        tasks: their names.
-        include_path: folder with further tasks as YAML files.
+    """The harness's task manager, after the data of every task or group has been opened once; ``include_path`` is a
+    folder with further tasks as YAML files.
 
     Raises:
         UserError: the harness is not installed, a task is unknown, or its data cannot be loaded.
@@ -101,11 +98,8 @@ def check_tasks(tasks: Sequence[str], include_path: Path | None = None) -> Any:
 def zero_shot(
     model: PreTrainedModel, tokenizer: Any, tasks: Sequence[str], manager: Any, batch_size: int = 16
 ) -> ZeroShotResult:
-    """Evaluate a causal LM on its device and in its dtype, without examples in the prompt.
-
-    Every text begins with the beginning-of-sequence token where the tokenizer puts it there by itself.
-    ``tasks`` as checked by ``check_tasks``, which returned ``manager``; ``batch_size`` in sequences.
-    """
+    """Evaluate a causal LM on its device and in its dtype, without examples in the prompt, on ``tasks`` that
+    ``check_tasks``, which returned ``manager``, has checked. Texts begin as the tokenizer begins them by itself."""
     from lm_eval import __version__ as harness
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

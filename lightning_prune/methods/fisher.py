@@ -28,9 +28,8 @@ class MaskFisher(TokenStatistic):
     squares: Tensor
 
     def __init__(self, units: int) -> None:
-        super().__init__()
+        super().__init__(squares=(units,))
         self.units = units
-        self.add_sum("squares", units)
 
     def update(self, x: Tensor, gradient: Tensor) -> None:
         """Add inputs x ``[B, L, in]`` and ∂L/∂x, of any dtype."""

@@ -164,16 +164,11 @@ class RecoveryDataModule(CalibrationDataModule):
 
 
 class ShuffledWindows:
-    """An endless stream of batches, every window once before any comes again.
+    """An endless stream of batches of ``tokens`` int64 ``[N, L]``, every window once before any comes again; the last
+    batch of every round may be smaller.
 
-    Lightning takes ``len`` batches as an epoch. The order is a function of the seed and the position alone, so the
-    position is all that an interrupted run needs.
-
-    Args:
-        tokens: int64 ``[N, L]``.
-        batch_size: windows per batch; the last one of every round is smaller where it does not divide N.
-        seed: of the order.
-        position: batches handed out before.
+    Lightning takes ``len`` batches as an epoch. The order is a function of the seed and the position (batches handed
+    out before) alone, so the position is all that an interrupted run needs.
     """
 
     def __init__(self, tokens: Tensor, batch_size: int, seed: int, position: int = 0) -> None:

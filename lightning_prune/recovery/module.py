@@ -87,13 +87,8 @@ class Recovery(L.LightningModule):
         return Checkpoint.open(self.pretrained)
 
     def open(self, precision: str, base_model: str, sha256: str | None, masked: bool) -> None:
-        """Load the pruned model and, where the loss needs it, the dense one.
-
-        Args:
-            precision: of the trainer, one of ``DTYPES``.
-            base_model: the dense model, unless ``teacher`` names another.
-            sha256: of its weights when it was pruned, if that is known.
-            masked: whether single weights were zeroed, which then stay zero.
+        """Load the pruned model and, where the loss needs it, the dense one: ``base_model``, whose weights had
+        ``sha256`` when it was pruned, unless ``teacher`` names another. ``masked``: weights that are zero stay zero.
 
         Raises:
             UserError: a model that cannot be loaded or has changed, or a precision that cannot be trained.
@@ -218,11 +213,7 @@ def _next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(p ‖ q) in nats, mean over tokens, with p = softmax(teacher) and q = softmax(student) in fp32 (Hinton, Vinyals,
-    Dean 2015, section 2); fp32 scalar.
-
-    Args:
-        student, teacher: logits ``[B, L, V]`` in any floating dtype; no gradient flows into ``teacher``.
-    """
+    Dean 2015, section 2); of logits ``[B, L, V]``. No gradient flows into ``teacher``."""
     predicted = functional.log_softmax(student.float().flatten(0, -2), dim=-1)
     target = functional.log_softmax(teacher.detach().float().flatten(0, -2), dim=-1)
     return functional.kl_div(predicted, target, reduction="batchmean", log_target=True)

@@ -92,10 +92,9 @@ def recovery_trainer(
 
 
 def train(trainer: L.Trainer, module: Recovery, data: RecoveryDataModule, folder: Path) -> dict[str, Any]:
-    """Train until steps, epochs, time or a held-out loss that does not fall end it; ``module``, which is open, then has
-    the state with the lowest held-out loss, which may be the one before training. What ``recovery.json`` says of the
-    training comes back.
+    """Train until steps, epochs, time or a held-out loss that does not fall end it; what ``recovery.json`` says of it.
 
+    ``module``, which is open, then has the state with the lowest held-out loss, which may be the one before training.
     The best and the last state are kept in ``folder``; training continues from the last one if there is one.
 
     Raises:

@@ -1,8 +1,8 @@
-"""What is trained: adapters on the linears of the layers or all weights, and zeros of mask pruning that stay zero.
-And the trained weights as a checkpoint of the layout that the pruned model had."""
+"""What is trained: adapters or all weights, with zeros of mask pruning that stay zero; and the trained checkpoint."""
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import layers_of
 from lightning_prune.models.layered import LayeredModel
+from lightning_prune.support.devices import CPU
 from lightning_prune.support.errors import CheckpointError, UserError
 from lightning_prune.support.quiet import quiet_transformers
 
@@ -21,23 +22,13 @@ from lightning_prune.support.quiet import quiet_transformers
 def linears_of(net: nn.Module) -> dict[str, nn.Linear]:
     """Every linear of the decoder layers by its name in the model: what LoRA adapts and masks zero."""
     prefix = next(name for name, module in net.named_modules() if module is layers_of(net))
-    return {
-        name: module
-        for name, module in net.named_modules()
-        if name.startswith(f"{prefix}.") and isinstance(module, nn.Linear)
-    }
+    modules = layers_of(net).named_modules(prefix=prefix)
+    return {name: module for name, module in modules if isinstance(module, nn.Linear)}
 
 
 def attach_adapters(net: Any, rank: int, keep_zeros: bool = False) -> Any:
-    """Freeze ``net`` and add 2·B·A to every linear of its layers (Hu et al. 2021); B starts at zero.
-
-    Args:
-        net: a causal LM; changed in place.
-        rank: r. A linear narrower than that still gets r.
-        keep_zeros: add nothing to weights that are zero.
-
-    Returns:
-        peft's model around ``net``, whose ``merge_and_unload`` adds the adapters to the weights.
+    """Freeze ``net`` and add 2·B·A of rank r to every linear of its layers (Hu et al. 2021), with ``keep_zeros`` not to
+    weights that are zero; B starts at zero. Returns peft's model around ``net``, whose ``merge_and_unload`` merges.
 
     Raises:
         UserError: peft is not installed.
@@ -113,9 +104,5 @@ class StateSource:
 def write_recovered(state: Mapping[str, Tensor], pruned: Checkpoint, folder: Path, card: str) -> dict[str, Any]:
     """Write the parameters ``state`` with the config, tokenizer, modeling file and dtype of the ``pruned``
     model, a layer at a time. Returns and raises what ``checkpoint.write`` does."""
-    cpu = torch.device("cpu")
-    model = LayeredModel(pruned.skeleton(), StateSource(state), pruned.stored_dtype, cpu, "layer")
-    try:
+    with closing(LayeredModel(pruned.skeleton(), StateSource(state), pruned.stored_dtype, CPU, "layer")) as model:
         return write_checkpoint(model, folder, beside=pruned, card=card)
-    finally:
-        model.close()

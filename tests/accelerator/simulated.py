@@ -13,7 +13,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.accelerators import Accelerator
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.cpp_extension import load
 
@@ -56,38 +56,10 @@ torch.histc = lambda values, **options: _histc(values if values.is_floating_poin
 torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
 
 
-class SimAccelerator(Accelerator):
-    """Lightning's view of the one device."""
+class SimAccelerator(CPUAccelerator):
+    """Lightning's view of the one device, of which a strategy with a device of its own asks little."""
 
     def setup_device(self, device: torch.device) -> None: ...
-
-    def teardown(self) -> None: ...
-
-    def get_device_stats(self, device: Any) -> dict[str, Any]:
-        return {}
-
-    @staticmethod
-    def parse_devices(devices: Any) -> list[torch.device]:
-        return [SIM]
-
-    @staticmethod
-    def get_parallel_devices(devices: Any) -> list[torch.device]:
-        return [SIM]
-
-    @staticmethod
-    def auto_device_count() -> int:
-        return 1
-
-    @staticmethod
-    def is_available() -> bool:
-        return True
-
-    @staticmethod
-    def name() -> str:
-        return "sim"
-
-    def get_device(self) -> str:
-        return "sim"
 
 
 def _on_sim(build: Any) -> Any:

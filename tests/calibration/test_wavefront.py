@@ -9,7 +9,6 @@ import torch
 from lightning_prune.calibration.loop import CalibrationLoop
 from lightning_prune.calibration.wavefront import RemovalPass
 from lightning_prune.models.families import layers_of
-from lightning_prune.models.layered import LayeredModel
 from lightning_prune.models.records import FAMILIES
 from tests.calibration.driving import drive
 from tests.cutting import MemorySource, layered
@@ -17,35 +16,26 @@ from tests.methods.test_hgsp import reference_priors
 from tests.tiny import EVERY_FAMILY, ONE_BLOCK, make_tiny, tiny_tokens
 
 
-def reads_of(model: LayeredModel, layer: int) -> int:
-    """How often the layer's weights were read."""
-    source: MemorySource = model._reader.source  # type: ignore[assignment]
-    return source.asked.count(f"model.layers.{layer}.mlp.up_proj.weight")
+def delta_of(loop: CalibrationLoop) -> torch.Tensor:
+    return torch.tensor(loop.results_of("prior")[-1][1].facts["delta"], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("layers", [1, 2, 8])
-def test_priors_are_those_of_whole_forwards_for_the_stated_number_of_evaluations(tmp_path: Path, layers: int) -> None:
-    dense = make_tiny(layers=layers)
-    tokens = tiny_tokens(3, 10)
+@pytest.mark.parametrize(("layers", "blocks"), [(1, True), (2, True), (8, True), (5, False)])
+def test_priors_are_those_of_whole_forwards_for_the_stated_number_of_evaluations(
+    tmp_path: Path, layers: int, blocks: bool
+) -> None:
+    dense, tokens = make_tiny(layers=layers), tiny_tokens(3, 10)
     model = layered(dense)
-    loop = drive([RemovalPass()], model, tokens, tmp_path, batch_size=2)
-    delta = torch.tensor(loop.results_of("prior")[-1][1].facts["delta"], dtype=torch.float64)
-    torch.testing.assert_close(delta, reference_priors(dense, tokens), rtol=1e-3, atol=2e-6)
+    expected = reference_priors(dense, tokens)
+    if not blocks:
+        expected[1:] = torch.nan
+    delta = delta_of(drive([RemovalPass(blocks=blocks)], model, tokens, tmp_path, batch_size=2))
+    torch.testing.assert_close(delta, expected, rtol=1e-3, atol=2e-6, equal_nan=True)
+    states, pieces = (2, 3) if blocks else (1, 1)
     batches = 2
-    assert model.evaluations == batches * (layers + layers + 3 * layers * (layers - 1) // 2)
-    assert [reads_of(model, layer) for layer in range(layers)] == [1] * layers
-    if layers == 8:
-        assert model.evaluations <= 0.55 * batches * (3 * layers + 1) * layers  # of whole forwards
-
-
-def test_whole_layers_alone_are_cheaper_and_the_same(tmp_path: Path) -> None:
-    dense, tokens, layers = make_tiny(layers=5), tiny_tokens(3, 10), 5
-    model = layered(dense)
-    loop = drive([RemovalPass(blocks=False)], model, tokens, tmp_path, batch_size=3)
-    delta = torch.tensor(loop.results_of("prior")[-1][1].facts["delta"], dtype=torch.float64)
-    torch.testing.assert_close(delta[0], reference_priors(dense, tokens)[0], rtol=1e-3, atol=2e-6)
-    assert bool(delta[1:].isnan().all())
-    assert model.evaluations == layers + layers * (layers - 1) // 2
+    assert model.evaluations == batches * (states * layers + pieces * layers * (layers - 1) // 2)
+    source: MemorySource = model._reader.source  # type: ignore[assignment]
+    assert all(source.asked.count(f"model.layers.{layer}.mlp.up_proj.weight") == 1 for layer in range(layers))
 
 
 MIXERS = ("linear_attn", "conv", "mamba", "self_attn", "attention")
@@ -107,12 +97,8 @@ def test_restarting_behind_a_piece_is_bit_identical_to_a_whole_forward(
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
 def test_samples_that_only_fill_up_and_those_beyond_the_prefix_do_not_count(tmp_path: Path, batch_size: int) -> None:
     dense, tokens = make_tiny(layers=3), tiny_tokens(7, 9)
-
-    def deltas(loop: CalibrationLoop) -> torch.Tensor:
-        return torch.tensor(loop.results_of("prior")[-1][1].facts["delta"])
-
-    expected = deltas(drive([RemovalPass()], layered(dense), tokens[:5], tmp_path, batch_size=5))
+    expected = delta_of(drive([RemovalPass()], layered(dense), tokens[:5], tmp_path, batch_size=5))
     padded = drive([RemovalPass()], layered(dense), tokens[:5], tmp_path, batch_size=batch_size, padding=3)
     prefix = drive([RemovalPass(5)], layered(dense), tokens, tmp_path, batch_size=batch_size, padding=1)
     for loop in (padded, prefix):
-        torch.testing.assert_close(deltas(loop), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(delta_of(loop), expected, rtol=1e-5, atol=1e-6)

@@ -1,7 +1,7 @@
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,17 +15,16 @@ from lightning_prune.support.errors import UserError
 from tests.cutting import cut
 from tests.tiny import make_tiny, mixed_plan, tiny_tokens, uniform_plan
 
-MODELS = ("dense", "mixed", "uniform")
+# Pruned with skipped attention, a skipped MLP and a removed layer, or with one width.
+PLANS = {"mixed": mixed_plan, "uniform": uniform_plan}
 
 
-def make(kind: str, family: str = "llama", **options: Any) -> PreTrainedModel:
-    """Dense, or pruned with skipped attention, a skipped MLP and a removed layer, or with one width."""
-    model = make_tiny(family, **options)
-    return {"dense": lambda: model, "mixed": lambda: cut(model, mixed_plan(model)), "uniform": lambda: cut(
-        model, uniform_plan(model))}[kind]()  # fmt: skip
+def make(kind: str, family: str = "llama") -> PreTrainedModel:
+    model = make_tiny(family)
+    return model if kind == "dense" else cut(model, PLANS[kind](model))
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", ["dense", *PLANS])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "olmo2"])  # plain, with biases, fused, whole attention
 def test_counts_are_those_of_torch_and_of_a_filled_cache(family: str, kind: str) -> None:
     """Half the flops of one decoded token are its MACs."""
@@ -106,10 +105,7 @@ def test_setting_that_cannot_be_measured_is_refused(setting: Setting, message: s
 
 
 def test_batch_that_does_not_fit_names_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(efficiency, "_generate", full)
+    monkeypatch.setattr(efficiency, "_generate", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(UserError, match="--batch-sizes: 16 sequences of 32 tokens do not fit"):
         measure(make_tiny(), Checkpoint.open("demo"), Setting(16, 16, 32, batch_sizes=(16,)))
 

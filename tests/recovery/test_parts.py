@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from lightning_prune.models.checkpoint import Checkpoint
-from lightning_prune.recovery.data import RecoveryDataModule, ShuffledWindows, shared_windows
+from lightning_prune.recovery.data import ShuffledWindows, shared_windows
 from lightning_prune.recovery.module import cosine_with_warmup, divergence
 from lightning_prune.recovery.weights import attach_adapters, count_zeros, hold_zeros, linears_of, zeros_of
 from lightning_prune.runs.verdict import regained, share
-from lightning_prune.support.errors import CheckpointError, UserError
+from lightning_prune.support.errors import CheckpointError
 from tests.tiny import make_tiny, tiny_tokens
 
 TOKENS = tiny_tokens()
@@ -37,29 +36,23 @@ def test_divergence_is_that_of_a_loop_over_tokens_and_teaches_the_student_only()
     torch.testing.assert_close(student.grad, expected, rtol=1e-4, atol=1e-6)
 
 
-def with_trained_adapters(net: nn.Module) -> tuple[nn.Module, torch.Tensor]:
-    """The merged model, and the logits with adapters as training would leave them: B is zero at first."""
-    before = net(TOKENS).logits.detach()
-    adapted = attach_adapters(net, 3, False)
-    trained = {name: one for name, one in adapted.named_parameters() if one.requires_grad}
-    assert trained
-    assert all("lora_" in name for name in trained)
-    torch.testing.assert_close(adapted(input_ids=TOKENS).logits, before, rtol=0, atol=0)
-    torch.manual_seed(1)
-    for parameter in trained.values():
-        parameter.data.copy_(0.3 * torch.randn_like(parameter))
-    logits = adapted(input_ids=TOKENS).logits.detach()
-    assert float((logits - before).abs().max()) > 0.1
-    return adapted.merge_and_unload(), logits
-
-
 @pytest.mark.parametrize("family", ["uneven widths", "phi3", "qwen2"])
 def test_every_linear_of_the_layers_is_adapted_and_merged(family: str, pruned: Path) -> None:
     net: Any = Checkpoint.open(str(pruned)).load(torch.float32) if family == "uneven widths" else make_tiny(family)
     if family == "uneven widths":
         assert len({linear.weight.shape for linear in linears_of(net).values()}) > 4
     before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
-    merged, logits = with_trained_adapters(net)
+    untouched = net(TOKENS).logits.detach()
+    adapted = attach_adapters(net, 3, False)
+    torch.testing.assert_close(adapted(input_ids=TOKENS).logits, untouched, rtol=0, atol=0)  # B is zero at first
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        assert parameter.requires_grad == ("lora_" in name)
+        if parameter.requires_grad:
+            parameter.data.copy_(0.3 * torch.randn_like(parameter))
+    logits = adapted(input_ids=TOKENS).logits.detach()
+    assert float((logits - untouched).abs().max()) > 0.1
+    merged = adapted.merge_and_unload()
     torch.testing.assert_close(merged(TOKENS).logits, logits, rtol=1e-3, atol=1e-3)
     assert [name for name, _ in merged.named_parameters()] == list(before)
     changed = {name for name, parameter in merged.named_parameters() if not torch.equal(parameter, before[name])}
@@ -67,21 +60,17 @@ def test_every_linear_of_the_layers_is_adapted_and_merged(family: str, pruned: P
 
 
 def test_zeroed_weights_stay_zero_under_an_optimizer_and_the_count_sees_one_that_does_not() -> None:
+    """Of all weights; slow tests train adapters too."""
     net: Any = make_tiny()
-    torch.manual_seed(0)
-    for linear in linears_of(net).values():
-        linear.weight.data.mul_(torch.rand_like(linear.weight) > 0.5)
+    name, linear = next(iter(linears_of(net).items()))
+    linear.weight.data[:, ::2] = 0
     zeros = zeros_of(net)
     hold_zeros(net, zeros)
-    before = {name: linear.weight.detach().clone() for name, linear in linears_of(net).items()}
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.01, weight_decay=0.1)
     for _ in range(3):
-        optimizer.zero_grad()
         net(TOKENS, labels=TOKENS).loss.backward()
         optimizer.step()
-    count_zeros(net, zeros)
-    assert not any(torch.equal(linear.weight, before[name]) for name, linear in linears_of(net).items())
-    name, linear = next(iter(linears_of(net).items()))
+    assert count_zeros(net, zeros) == linear.weight.numel() // 2
     linear.weight.data[tuple(zeros[name].nonzero()[0])] = 1e-6
     with pytest.raises(CheckpointError, match=f"1 weights of {name}"):
         count_zeros(net, zeros)
@@ -107,15 +96,6 @@ def test_evaluation_text_inside_a_longer_text_is_found_wherever_it_begins() -> N
     assert shared_windows(other, evaluation) == 0
     assert shared_windows(training, torch.cat([evaluation[:3], tiny_tokens(3, 80, seed=9)])) == 0.5
     assert shared_windows(tiny_tokens(1, 8), evaluation) == 0  # shorter than a window
-
-
-def test_evaluation_text_inside_a_longer_one_is_not_trained_on(tmp_path: Path) -> None:
-    tokens = tiny_tokens(20, 80).numpy()
-    np.save(tmp_path / "evaluation.npy", tokens)
-    np.save(tmp_path / "training.npy", np.concatenate([tiny_tokens(9, 80, 7), tokens]))
-    data = RecoveryDataModule(f"{tmp_path}/training.npy", eval_datasets=[f"{tmp_path}/evaluation.npy"])
-    with pytest.raises(UserError, match=r"--data\.dataset.*evaluation\.npy.*--data\.eval_datasets"):
-        data.setup("fit")
 
 
 def test_rate_rises_to_the_peak_and_falls_to_zero() -> None:

@@ -230,6 +230,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "a model that no run pruned": (["--model.pretrained", "DENSE"], "--model.pretrained"),
     "the evaluation text": (["--data.dataset", "EVALUATION"], "--data.eval_datasets"),
     "its tokens under another name": (["--data.dataset", "COPY"], "--data.eval_datasets"),
+    "a longer text that holds it": (["--data.dataset", "LONGER"], "--data.eval_datasets"),
     "nothing held out": (["--data.held_out", "0"], "--data.held_out"),
     "all held out": (["--data.held_out", "0.999"], "--data.held_out"),
     "no such text": (["--data.dataset", "nothing.npy"], "nothing.npy"),
@@ -264,9 +265,11 @@ def test_a_mistake_ends_in_one_sentence_and_leaves_nothing(
 ) -> None:
     options, says = REFUSED[name]
     home = pruned.parents[3]
-    np.save(tmp_path / "copy.npy", np.load(home / "evaluation.npy"))
-    words: dict[str, Any] = {"RUN": pruned.parent, "DENSE": home / "model", "COPY": tmp_path / "copy.npy"}
-    words["EVALUATION"] = home / "evaluation.npy"
+    words = {"RUN": pruned.parent, "DENSE": home / "model", "EVALUATION": home / "evaluation.npy"}
+    words |= {"COPY": tmp_path / "copy.npy", "LONGER": tmp_path / "longer.npy"}
+    evaluation = np.load(words["EVALUATION"])
+    np.save(words["COPY"], evaluation)
+    np.save(words["LONGER"], np.concatenate([tiny_tokens(9, 16, 7), evaluation]))
     for word, path in words.items():
         options, says = [option.replace(word, str(path)) for option in options], says.replace(word, str(path))
     assert recover(pruned, *options) == 2

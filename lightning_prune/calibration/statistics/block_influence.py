@@ -10,15 +10,14 @@ from lightning_prune.support.devices import widened
 class BlockInfluence(TokenStatistic):
     """BI = 1 − mean_t cos(h_in,t, h_out,t), between 0 (the layer only rescales) and 2 (Men et al., 2024).
 
-    The cosine with a zero vector counts as 0.5, as in the released code. Feed it by a hook on the decoder layer:
-    the last of ``output_hidden_states`` is taken after the final norm and would be wrong for the last layer.
+    The cosine with a zero vector counts as 0.5, as in the released code. Its hook is on the decoder layer: the last of
+    ``output_hidden_states`` is taken after the final norm.
     """
 
     distance: Tensor
 
     def __init__(self) -> None:
-        super().__init__()
-        self.add_sum("distance")
+        super().__init__(distance=())
 
     def update(self, x_in: Tensor, x_out: Tensor, weight: Tensor | None = None) -> None:
         """Add the residual stream before and after the layer, ``[B, ..., D]`` each; weight ``[B]`` 0 drops."""

@@ -10,16 +10,14 @@ from lightning_prune.support.devices import widened, widest
 class SumOfSquares(TokenStatistic):
     """Σ_t x_tj² per input channel j (Wanda, H-GSP's ``wanda`` importance).
 
-    Squares are taken in fp32, after the cast: in fp16 an activation of 256 already overflows. They are summed over the
-    tokens of a sample in fp32 and over samples in float64 ``[in]``: so the result depends on the split into batches by
-    1e-16, where fp32 alone would stop growing after some 10⁷ tokens.
+    Squares are taken in fp32: in fp16 an activation of 256 already overflows. They are summed over the tokens of a
+    sample in fp32 and over samples in float64, where fp32 would stop growing after some 10⁷ tokens.
     """
 
     sum_of_squares: Tensor
 
     def __init__(self, in_features: int) -> None:
-        super().__init__()
-        self.add_sum("sum_of_squares", in_features)
+        super().__init__(sum_of_squares=(in_features,))
 
     def update(self, x: Tensor, weight: Tensor | None = None) -> None:
         """Add inputs x ``[B, ..., in]`` of any dtype; samples whose weight ``[B]`` is 0 are dropped."""
@@ -33,26 +31,24 @@ class SumOfSquares(TokenStatistic):
 
     def norms(self) -> Tensor:
         """‖X_j‖₂, float64 ``[in]``. A sum over tokens, not a mean: twice the data gives √2 times the norm."""
-        return self.reduced().reshape(-1).sqrt()  # torchmetrics returns a scalar for a single channel
+        return self.reduced().sqrt()
 
 
 class InputMoments(TokenStatistic):
     """Σ_t x_tj and Σ_t x_tj² per input channel j, in float64 ``[in]`` (FLAP).
 
-    Within a sample, squares are taken around the sample's mean, in fp32; what the means add is float64. So the variance
-    of a channel that hardly moves about a large mean survives, which Σx² in fp32 would lose.
+    Within a sample, squares are taken around its mean, in fp32; what the means add is float64: Σx² in fp32 would lose
+    the variance of a channel that hardly moves about a large mean.
     """
 
     sums: Tensor
     squares: Tensor
 
     def __init__(self, in_features: int) -> None:
-        super().__init__()
-        self.add_sum("sums", in_features)
-        self.add_sum("squares", in_features)
+        super().__init__(sums=(in_features,), squares=(in_features,))
 
     def update(self, x: Tensor, weight: Tensor | None = None) -> None:
-        """Add inputs x ``[B, ..., in]`` of any dtype; samples whose weight ``[B]`` is 0 are dropped."""
+        """See ``SumOfSquares``."""
         kept = counted_samples(x, weight).float().flatten(1, -2)
         mean = kept.mean(1, keepdim=True)
         around = widened((kept - mean).square().sum(1))

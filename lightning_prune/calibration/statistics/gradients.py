@@ -30,11 +30,8 @@ class WeightGradient(TokenStatistic):
 
 
 class LayerGradients(nn.Module):
-    """Consumes a layer's weight gradients as soon as backward has made them, and frees them.
-
-    Args:
-        view: one decoder layer; its projections are switched to ``requires_grad`` until ``remove``.
-    """
+    """Consumes a layer's weight gradients as soon as backward has made them, and frees them; until ``remove`` its
+    projections are switched to ``requires_grad``."""
 
     def __init__(self, view: LayerStructure) -> None:
         super().__init__()
@@ -69,12 +66,9 @@ class LayerGradients(nn.Module):
             FloatingPointError: a gradient was NaN or infinite.
         """
         statistic: WeightGradient = self.sums.pop(role)  # type: ignore[assignment]
-        gradient = statistic.reduced()
+        statistic.raise_if_not_finite(f"layer {self.view.index}, {role} projection")
+        gradient = statistic.gradient
         statistic.give_up()
-        if bad := int((~torch.isfinite(gradient)).sum()):
-            raise FloatingPointError(
-                f"layer {self.view.index}, {role} projection: {bad} gradient values are NaN or infinite."
-            )
         return gradient
 
     def _consumer(self, roles: list[str]) -> Callable[[Tensor], None]:

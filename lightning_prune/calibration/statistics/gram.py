@@ -13,11 +13,8 @@ MIRROR_BLOCK = 512  # its squares are copied thrice
 
 
 class InputGram(TokenStatistic):
-    """XᵀX ``[in, in]`` over the calibration tokens, fp32 (float64 would be 1 GB for the down of a 7B model).
-
-    ``max_tokens``: count only the first so many tokens, in sample order, whatever the batch size; per process
-    when there are several. None counts all.
-    """
+    """XᵀX ``[in, in]`` over the calibration tokens, fp32 (float64 would be 1 GB for the down of a 7B model); of every
+    process's first ``max_tokens`` tokens in sample order, whatever the batch size, or of all."""
 
     gram: Tensor
 
@@ -44,17 +41,13 @@ class InputGram(TokenStatistic):
         return self.gram
 
     def matrix(self) -> Tensor:
-        """The same over all processes, fp32 ``[in, in]`` for one channel too, where torchmetrics returns a scalar."""
-        return self.reduced().reshape(self.gram.shape)
+        """The same over all processes, fp32 ``[in, in]``."""
+        return self.reduced()
 
 
 def add_gram_(gram: Tensor, rows: Tensor) -> None:
-    """Add XᵀX to the upper triangle of ``gram``; what is below the diagonal is undefined until ``mirror_upper_``.
-
-    Args:
-        gram: ``[n, n]``, contiguous, overwritten.
-        rows: X ``[T, n]`` in the dtype of ``gram`` or a narrower one.
-    """
+    """Add XᵀX, of ``rows`` X ``[T, n]``, to the upper triangle of ``gram`` ``[n, n]``; what is below the diagonal is
+    undefined until ``mirror_upper_``."""
     for start in range(0, len(gram), BLOCK):
         stop = start + BLOCK
         add_product_(gram[start:stop, start:], rows[:, start:stop].T, rows[:, start:])

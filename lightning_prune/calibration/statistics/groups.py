@@ -12,13 +12,9 @@ from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 def group_importance(view: LayerStructure, weight_score: Callable[[str], Tensor]) -> dict[Block, Tensor]:
     """Importance of every unit of a layer: the sum of a weight score over all weights of the unit.
 
-    Args:
-        view: one decoder layer.
-        weight_score: role → score of every weight of that projection, shaped like it; requested one role at a time, so
-            that one score matrix is in memory.
-
-    Returns:
-        ``[K]`` per GQA group (attention) and ``[F]`` per channel (mlp), fp32, or fp64 where the scores are.
+    ``weight_score``: role → score of every weight of that projection, shaped like it; requested one role at a time, so
+    that one score matrix is in memory. Returns ``[K]`` per GQA group (attention) and ``[F]`` per channel (mlp), fp32,
+    or fp64 where the scores are.
 
     A group j is the rows [j·r·d, (j+1)·r·d) of q, [j·d, (j+1)·d) of k and v, and the columns [j·r·d, (j+1)·r·d) of o; a
     channel c is row c of gate and up and column c of down.

@@ -1,7 +1,6 @@
-"""Sums over the tokens that a router sends to each expert.
+"""Sums over the tokens that a router sends to each of E experts, shared ones included.
 
-The router's weight g multiplies an expert's output. So a token counts with g in what is measured of activations; the
-gradient of the loss at an expert's output holds g already. Shared experts are among the E here.
+The router's weight g multiplies an expert's output, so a token counts with g in what is measured of activations.
 """
 
 from collections.abc import Iterator
@@ -34,10 +33,9 @@ class RoutedTokens(TokenStatistic):
     counts: Tensor
     peaks: Tensor
 
-    def __init__(self, experts: Experts) -> None:
-        super().__init__()
+    def __init__(self, experts: Experts, **sums: tuple[int, ...]) -> None:
+        super().__init__(**{name: (experts.total, *shape) for name, shape in {"counts": (), **sums}.items()})
         self.experts = [experts]  # in a list, so that its modules are not this one's
-        self.add_sum("counts", experts.total)
         self.register_buffer("peaks", torch.zeros(experts.total), persistent=False)
 
     @classmethod
@@ -76,7 +74,8 @@ class RoutedTokens(TokenStatistic):
 
     def compute(self) -> Tensor:
         """One number per expert ``[E]``: finite where all that was summed is."""
-        return self.counts + self.peaks
+        states: list[Tensor] = [getattr(self, name) for name in self._defaults if name != "tokens"]
+        return self.peaks + sum(state.reshape(len(self.peaks), -1).sum(1) for state in states)
 
     def facts(self) -> dict[str, Any]:
         """Tokens and peaks of the routed experts, for ``LayerResult.facts``; call ``reduced`` before."""
@@ -96,11 +95,7 @@ class RoutedOutputs(RoutedTokens):
     inner: Tensor
 
     def __init__(self, experts: Experts) -> None:
-        super().__init__(experts)
-        self.add_sum("norms", experts.total)
-        self.add_sum("gated", experts.total)
-        self.add_sum("inputs", experts.total, experts.hidden)
-        self.add_sum("inner", experts.total, experts.width)
+        super().__init__(experts, norms=(), gated=(), inputs=(experts.hidden,), inner=(experts.width,))
 
     @torch.no_grad()
     def update(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
@@ -111,9 +106,6 @@ class RoutedOutputs(RoutedTokens):
             self.gated[expert] += (gate[:, 0] * norm).sum(dtype=kind)
             self.inputs[expert] += (gate * x).square().sum(0, dtype=kind)
             self.inner[expert] += (gate * inner).square().sum(0, dtype=kind)
-
-    def compute(self) -> Tensor:
-        return super().compute() + self.norms + self.gated + self.inputs.sum(1) + self.inner.sum(1)
 
 
 class RoutedSlopes(RoutedTokens):
@@ -128,9 +120,8 @@ class RoutedSlopes(RoutedTokens):
     products: Tensor
 
     def __init__(self, experts: Experts) -> None:
-        super().__init__(experts)
-        for name in ("inner", "slopes", "products"):
-            self.add_sum(name, experts.total, experts.width)
+        channels = (experts.width,)
+        super().__init__(experts, inner=channels, slopes=channels, products=channels)
 
     @torch.no_grad()
     def update(self, hidden: Tensor, index: Tensor, weights: Tensor, gradient: Tensor) -> None:  # type: ignore[override]
@@ -141,9 +132,6 @@ class RoutedSlopes(RoutedTokens):
             self.inner[expert] += inner.square().sum(0, dtype=kind)
             self.slopes[expert] += slope.square().sum(0, dtype=kind)
             self.products[expert] += (inner * slope).square().sum(0, dtype=kind)
-
-    def compute(self) -> Tensor:
-        return super().compute() + (self.inner + self.slopes + self.products).sum(1)
 
 
 class RoutedGrams(RoutedTokens):
@@ -157,8 +145,7 @@ class RoutedGrams(RoutedTokens):
     slopes: Tensor
 
     def __init__(self, experts: Experts) -> None:
-        super().__init__(experts)
-        self.add_sum("squares", experts.total)
+        super().__init__(experts, squares=())
         for name in ("inputs", "slopes"):
             self.add_matrix_state(name, experts.total, experts.width, experts.width)
 
@@ -173,6 +160,3 @@ class RoutedGrams(RoutedTokens):
                 self.squares[expert] += delta.square().sum(dtype=kind)
                 self.inputs[expert].addmm_(inner.T, inner)
                 self.slopes[expert].addmm_(slope.T, slope)
-
-    def compute(self) -> Tensor:
-        return super().compute() + sum(gram.diagonal(dim1=1, dim2=2).sum(1) for gram in (self.inputs, self.slopes))

@@ -11,25 +11,23 @@ from lightning_prune.support.devices import widest
 
 
 class TokenStatistic(Metric):
-    """A sum over calibration tokens.
+    """A sum over calibration ``tokens`` (int64 scalar: how many) that batch size, order of samples and number of
+    processes do not change beyond rounding.
 
-    States are summed over processes, once and in place (torchmetrics' own reduction would hold a copy per process), so
-    neither the batch size nor the order of samples nor the number of processes matters beyond rounding.
-    ``tokens``: int64 scalar, the tokens this process counted.
+    States are summed over processes once and in place: torchmetrics' own reduction would hold a copy per process.
     """
 
     full_state_update = False
     tokens: Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, **sums: tuple[int, ...]) -> None:
+        """``sums``: names and shapes of float64 states, fp32 on an accelerator without."""
         super().__init__(sync_on_compute=False)
         self._matrices: list[str] = []
         self._summed = False
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def add_sum(self, name: str, *shape: int) -> None:
-        """A float64 state, fp32 on an accelerator without."""
-        self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        for name, shape in sums.items():
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
         """Moving to a device: float64 sums become the ``widest`` that it has."""
@@ -47,13 +45,12 @@ class TokenStatistic(Metric):
         self._matrices.append(name)
 
     def reduced(self) -> Tensor:
-        """``compute`` over all processes, without the copy of the result that torchmetrics would keep."""
+        """``compute`` over all processes; not through torchmetrics, which keeps a copy, and of one value a scalar."""
         if not self._summed and torch.distributed.is_initialized():
             for name in self._defaults:
                 torch.distributed.all_reduce(getattr(self, name))
             self._summed = True
-        value: Tensor = self.compute()
-        self._computed = None
+        value: Tensor = type(self).compute(self)
         return value
 
     def give_up(self) -> None:
@@ -62,13 +59,8 @@ class TokenStatistic(Metric):
             setattr(self, name, torch.zeros((), dtype=torch.float32))
 
     def raise_if_not_finite(self, name: str) -> None:
-        """Check the statistic before anything is decided from it; ``name`` is the layer or module in the message.
-
-        The value summed over processes is checked, so every process raises or none does.
-
-        Raises:
-            FloatingPointError: a value is NaN or infinite.
-        """
+        """Raise FloatingPointError, which begins with ``name``, where a value is NaN or infinite; of the value summed
+        over processes, so that every process raises or none does."""
         value = self.reduced()
         if bad := int((~torch.isfinite(value)).sum()):
             raise FloatingPointError(

@@ -47,21 +47,12 @@ def test_gradients_take_one_copy_of_the_prunable_weights_and_nothing_else(tied: 
         layer.remove()
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
-
-
-def test_a_gradient_is_given_up_when_it_is_taken() -> None:
-    model = make_tiny().requires_grad_(False)
-    layer = LayerGradients(layer_structures(model)[2])
-    backward(model, [layer], tiny_tokens(2, 8))
-    layer.remove()
-    before = held_elements([layer])
-    view = layer.view
-    for role, linear in view.linears.items():
+    held, layer = held_elements(layers[2:3]), layers[2]
+    for role, linear in layer.view.linears.items():
         taken = layer.take(role)
-        assert taken.dtype == torch.float32
-        assert taken.shape == linear.weight.shape
-        before -= linear.weight.numel()
-        assert held_elements([layer]) <= before
+        assert (taken.dtype, taken.shape) == (torch.float32, linear.weight.shape)
+        held -= linear.weight.numel()
+        assert held_elements([layer]) <= held
         with pytest.raises(KeyError):
             layer.take(role)
 

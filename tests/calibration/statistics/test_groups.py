@@ -32,17 +32,13 @@ def random_scores(kv_heads: int, r: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("kv_heads", "r"), [(4, 1), (2, 2), (1, 4), (3, 2)])
 def test_importance_sums_over_contiguous_query_heads_and_over_channels(kv_heads: int, r: int) -> None:
     scores = random_scores(kv_heads, r)
-    groups, channels = [0.0] * kv_heads, [0.0] * CHANNELS
-    for column in range(HIDDEN):
-        for head in range(kv_heads * r):
-            for row in range(head * HEAD, (head + 1) * HEAD):
-                groups[head // r] += scores["query"][row, column].item() + scores["output"][column, row].item()
-        for head in range(kv_heads):
-            for row in range(head * HEAD, (head + 1) * HEAD):
-                groups[head] += scores["key"][row, column].item() + scores["value"][row, column].item()
-        for c in range(CHANNELS):
-            channels[c] += sum(scores[role][c, column].item() for role in ("gate", "up"))
-            channels[c] += scores["down"][column, c].item()
+    groups = [0.0] * kv_heads
+    for head in range(kv_heads * r):
+        rows = range(head * HEAD, (head + 1) * HEAD)
+        groups[head // r] += sum(float(scores["query"][row].sum() + scores["output"][:, row].sum()) for row in rows)
+        if head < kv_heads:
+            groups[head] += sum(float(scores["key"][row].sum() + scores["value"][row].sum()) for row in rows)
+    channels = [float((scores["gate"][c] + scores["up"][c] + scores["down"][:, c]).sum()) for c in range(CHANNELS)]
     for found, expected in zip(importance(scores, kv_heads, CHANNELS), (groups, channels), strict=True):
         torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
 

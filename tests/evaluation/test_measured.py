@@ -1,4 +1,4 @@
-"""Distance from the dense model against float64, position by position; long windows; what both models write."""
+"""Perplexity, and distance from the dense model, against float64; long windows; what both models write."""
 
 import contextlib
 import copy
@@ -16,11 +16,11 @@ from lightning_prune import api
 from lightning_prune.calibration import residuals
 from lightning_prune.cli import main
 from lightning_prune.data.datamodule import CalibrationDataModule
-from lightning_prune.evaluation import continuations
+from lightning_prune.evaluation import continuations, perplexity
 from lightning_prune.evaluation import distance as module
 from lightning_prune.evaluation.continuations import Continuations, common_beginning, greedy
-from lightning_prune.evaluation.distance import Distances, losses_and_distances
-from lightning_prune.evaluation.perplexity import Evaluation, Measured, measure
+from lightning_prune.evaluation.distance import TokenMeans, losses_and_distances
+from lightning_prune.evaluation.perplexity import Evaluation, Measured, measure, unigram_perplexity
 from lightning_prune.models import head
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.layered import open_head
@@ -46,6 +46,10 @@ def naive_distance(dense: np.ndarray, other: np.ndarray) -> list[float]:
     return [one / count for one in sums]
 
 
+def naive_perplexity(logits: np.ndarray, tokens: torch.Tensor) -> float:
+    return math.exp(np.mean(naive_losses(logits, tokens.numpy())))
+
+
 def random_logits(seed: int) -> torch.Tensor:
     return 3 * torch.randn(6, 9, 96, generator=torch.Generator().manual_seed(seed))
 
@@ -60,24 +64,28 @@ def test_batches_chunks_and_padding_do_not_change_the_value(
     dense, other, tokens, weight = random_logits(1), random_logits(2), tiny_tokens(6, 9), torch.ones(6)
     other[4] = torch.nan
     weight[4] = 0
-    metric = Distances()
-    losses = []
+    means, alone, itself = TokenMeans(4), TokenMeans(1), TokenMeans(4)
     for p, q, ids, counted in zip(*(x.split(batches) for x in (dense, other, tokens, weight)), strict=True):
-        loss, found = losses_and_distances(lambda rows: rows, q, lambda rows: rows, p, ids, 96)
-        metric.update(found, counted)
-        losses.append(loss)
+        values = losses_and_distances(lambda rows: rows, q, lambda rows: rows, p, ids, 96)
+        means.update(counted, *values)
+        alone.update(counted, values[0])
     counts = weight > 0
     expected = naive_distance(dense[counts].numpy(), other[counts].numpy())
-    assert metric.reduced().tolist() == pytest.approx(expected, rel=1e-5)
-    assert int(metric.tokens) == 5 * 8
-    none = Distances()  # from itself
-    none.update(losses_and_distances(torch.neg, dense, torch.neg, dense, tokens, 96)[1], torch.ones(6))
-    assert none.reduced().tolist() == pytest.approx([0.0, 1.0, 1.0], abs=1e-6)
-    naive = naive_losses(other[counts].numpy(), tokens[counts].numpy())
-    assert torch.cat(losses)[counts].numpy() == pytest.approx(np.array(naive), rel=1e-5)
+    assert means.reduced()[1:].tolist() == pytest.approx(expected, rel=1e-5)
+    assert means.perplexity() == pytest.approx(naive_perplexity(other[counts].numpy(), tokens[counts]), rel=1e-5)
+    assert alone.perplexity() == means.perplexity()
+    assert int(means.tokens) == 5 * 8
+    itself.update(torch.ones(6), *losses_and_distances(torch.neg, dense, torch.neg, dense, tokens, 96))
+    assert itself.reduced()[1:].tolist() == pytest.approx([0.0, 1.0, 1.0], abs=1e-6)
+    assert itself.distance().kl_divergence >= 0
+    assert itself.distance().expected_acceptance <= 1
 
 
-# Two models
+def test_unigram_perplexity_is_of_the_predicted_tokens() -> None:
+    tokens = torch.tensor([[9, 1, 1], [9, 1, 2]])  # predicted: 1 three times, 2 once, 9 never
+    expected = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+    assert unigram_perplexity(tokens) == pytest.approx(expected, rel=1e-12)
+    assert unigram_perplexity(torch.arange(51).view(1, 51)) == pytest.approx(50.0, rel=1e-12)
 
 
 def save(folder: Path, name: str, **options: object) -> PreTrainedModel:
@@ -86,23 +94,28 @@ def save(folder: Path, name: str, **options: object) -> PreTrainedModel:
     return model
 
 
-def compared(
-    folder: Path, sets: list[Path], batch_size: int = 4, onload: str = "model", precision: str = "32-true"
-) -> tuple[Measured, Measured]:
-    """What both models showed; the dense one is closed."""
-    data = CalibrationDataModule(eval_datasets=[str(one) for one in sets], eval_batch_size=batch_size, continuations=2)
+def measured(
+    folder: Path,
+    sets: list[Path],
+    *models: str,
+    batch_size: int = 4,
+    onload: str = "model",
+    precision: str = "32-true",
+    prompts: int = 2,
+) -> tuple[list[Measured], ModelSlot]:
+    """What the models showed, each but the first compared with the first; and the slot, with the last one open."""
+    files = [str(one) for one in sets]
+    data = CalibrationDataModule(eval_datasets=files, eval_batch_size=batch_size, continuations=prompts)
     data.needs_calibration = False
     slot, results = ModelSlot(onload, Seconds()), list[Measured]()
-    for name in ("dense", "other"):
+    for name in models:
         label = Evaluation("demo")
         label.label = "test"  # type: ignore[assignment]
         trainer = trainer_for(label, folder / "logs", precision)  # type: ignore[arg-type]
         how = {"reference": results[0]} if results else {"scratch": folder}
-        results.append(
-            measure(trainer, data, Checkpoint.open(str(folder / name)), name, slot, Progress(shown=False), **how)
-        )  # type: ignore[arg-type]
-    results[0].close()
-    return results[0], results[1]
+        checkpoint, progress = Checkpoint.open(str(folder / name)), Progress(shown=False)
+        results.append(measure(trainer, data, checkpoint, name, slot, progress, **how))  # type: ignore[arg-type]
+    return results, slot
 
 
 @pytest.mark.parametrize(
@@ -117,52 +130,59 @@ def test_two_models_are_as_far_apart_as_in_float64(
     models = [save(tmp_path, "dense", tied=tied), save(tmp_path, "other", tied=True, seed=3, hidden=24, layers=2)]
     sets = [tiny_tokens(7, 16, seed=4), tiny_tokens(3, 30, seed=5)]
     files = [save_tokens(tmp_path / f"{number}.npy", tokens) for number, tokens in enumerate(sets)]
-    dense, other = compared(tmp_path, files, batch_size, onload)
+    (dense, other), _ = measured(tmp_path, files, "dense", "other", batch_size=batch_size, onload=onload)
+    assert list(dense.perplexity) == list(other.distance) == ["0.npy", "1.npy"]
     for file, tokens in zip(files, sets, strict=True):
         with torch.no_grad():
             logits = [copy.deepcopy(model).double()(input_ids=tokens).logits.numpy() for model in models]
         found = other.distance[file.name]
         values = [found.kl_divergence, found.top1_agreement, found.expected_acceptance]
         assert values == pytest.approx(naive_distance(*logits), rel=1e-4)
-        perplexity = math.exp(np.mean(naive_losses(logits[1], tokens.numpy())))
-        assert other.perplexity[file.name].perplexity == pytest.approx(perplexity, rel=1e-5)
+        for one, own in zip((dense, other), logits, strict=True):
+            result = one.perplexity[file.name]
+            assert result.perplexity == pytest.approx(naive_perplexity(own, tokens), rel=1e-5)
+            assert result.tokens == tokens[:, 1:].numel()
     assert dense.distance == {}
+    assert [stream.nbytes for stream in dense.streams] == [tokens.numel() * 32 * 4 for tokens in sets]
+    dense.close()
+    assert dense.streams == []
     assert not list(tmp_path.glob("residuals*"))
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])  # in fp32 both are as in float64, see above
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "bf16-mixed"])
 def test_placement_changes_nothing_and_perplexity_is_that_without_comparison(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     monkeypatch.setattr(continuations, "NEW_TOKENS", 8)  # each of them reads every layer
     save(tmp_path, "dense"), save(tmp_path, "other", seed=3)
-    file = save_tokens(tmp_path / "tokens.npy")
-    model, layer = (compared(tmp_path, [file], 4, onload, precision)[1] for onload in ("model", "layer"))
+    sets = [save_tokens(tmp_path / "one.npy", tiny_tokens(7, 16, seed=4)), save_tokens(tmp_path / "two.npy")]
+    models = ("dense", "other")
+    (_, model), (_, layer) = (
+        measured(tmp_path, sets, *models, onload=onload, precision=precision)[0] for onload in ("model", "layer")
+    )
     assert (model.perplexity, model.distance) == (layer.perplexity, layer.distance)
     assert model.written is not None
     assert model.written == layer.written
-    save(tmp_path, "dense", seed=3)
-    assert compared(tmp_path, [file], 4, "model", precision)[0].perplexity == model.perplexity
+    reads, found = [], []
+    for onload, step_bytes in (("model", 0), ("layer", perplexity.STEP_BYTES), ("layer", 1)):
+        monkeypatch.setattr(perplexity, "STEP_BYTES", step_bytes)  # of 1, every batch crosses the layers on its own
+        (alone,), slot = measured(tmp_path, sets, "other", batch_size=2, onload=onload, precision=precision, prompts=0)
+        found.append(alone.perplexity)
+        reads.append(slot.model.bytes_read)
+        slot.close()
+    assert found[0] == found[1] == found[2]
+    # Windows cross together, so each layer was read once per evaluation set; singly, once per batch.
+    once, together, singly = reads
+    assert singly - together == (4 + 5 - 2) * (together - once) > 0
+    (alone,), _ = measured(tmp_path, sets, "other", precision=precision)
+    assert alone.perplexity == model.perplexity
 
 
-def test_only_the_streams_and_the_head_are_kept(tmp_path: Path) -> None:
+def test_of_the_model_to_compare_with_only_the_head_is_loaded(tmp_path: Path) -> None:
     save(tmp_path, "dense", tied=False)
-    dense = Checkpoint.open(str(tmp_path / "dense"))
-    kept = open_head(dense, torch.float32, torch.device("cpu"))
+    kept = open_head(Checkpoint.open(str(tmp_path / "dense")), torch.float32, torch.device("cpu"))
     loaded = {name for name, parameter in kept.net.named_parameters() if not parameter.is_meta}
     assert loaded == {"model.norm.weight", "lm_head.weight"}
-    data = CalibrationDataModule(eval_datasets=[str(save_tokens(tmp_path / "tokens.npy"))], continuations=0)
-    label = Evaluation("demo")
-    label.label = "test"  # type: ignore[assignment]
-    trainer, slot = trainer_for(label, tmp_path / "logs"), ModelSlot("layer", Seconds())  # type: ignore[arg-type]
-    data.needs_calibration = False
-    measured = measure(trainer, data, dense, "", slot, Progress(shown=False), scratch=tmp_path)
-    assert [stream.nbytes for stream in measured.streams] == [10 * 16 * 32 * 4]
-    measured.close()
-    assert measured.streams == []
-
-
-# Continuations
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -183,9 +203,6 @@ def test_what_is_said_of_continuations() -> None:
     assert (right.repeated, wrote([1]).repeated) == (0.0, None)
     assert (left.ended, right.ended) == (0.5, 0.5)
     assert common_beginning(left, right) == (2 + 2) / 2
-
-
-# The doors
 
 
 @pytest.fixture
