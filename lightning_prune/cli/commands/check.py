@@ -55,7 +55,9 @@ def _print(estimates: list[Estimate], memory: Memory) -> None:
     chosen = "model" if estimates[1].share <= ROOM else "layer"
     legend = f"; tight: an estimate can be {ERROR - 1:.0%} too low" if "tight" in map(_fits, estimates) else ""
     print(f"\n--model.onload auto, the default, takes {chosen}{legend}")
-    print(f"work: {work.layer_evaluations:,} forwards of a batch through a layer, {work.flops:.2e} operations")
+    if method.needs_calibration:
+        forwards = work.layer_evaluations / (len(method.layers) * -(-memory.samples // memory.data.batch_size))
+        print(f"work: that of {forwards:.1f} forwards of the calibration text, {work.flops:.2e} operations")
     for one in estimates:
         if one.share > 1 and method.slot.onload in ("auto", one.onload):
             print(memory.refusal(one))
