@@ -17,6 +17,7 @@ from lightning_prune.checkpoint.cut import unpruned
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.scores import layer_scores
+from lightning_prune.methods.selection import TooLittle
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
@@ -96,7 +97,8 @@ class ShortGPT(PruningMethod):
                 f"kept, so at most {most} can be removed."
             )
         smallest, largest = cost[0] / total_parameters, sum(cost[:most]) / total_parameters
-        raise UserError(
+        error = TooLittle if count < 1 else UserError
+        raise error(
             f"--model.pruning_ratio: {float(self.ratio):g} {'allows' if self.at_most else 'is nearest to'} removing "
             f"{count} of {len(layers)} layers. Removing 1 to {most} layers gives ratios from "
             f"{smallest:.4f} to {largest:.4f}, the largest reachable ratio."

@@ -47,6 +47,13 @@ def test_parameters_are_never_above_the_target_and_near_it(make: Any, tmp_path: 
     assert method.plan.pruning_ratio == pytest.approx(0.25, abs=1e-4)
 
 
+def test_a_target_that_one_layer_meets_removes_one(tmp_path: Path) -> None:
+    model = make_tiny(layers=4)
+    base, dense = save_base(model, tmp_path / "base"), sum(one.numel() for one in model.parameters())
+    method = run_method(ShortGPT(base, target_parameters=dense - 1), tiny_tokens(8, 12), tmp_path / "run")
+    assert len(method.plan.removed_layers) == 1
+
+
 @pytest.mark.parametrize("make", [Magnitude, SlimGPT, ShortGPT])
 def test_memory_is_weights_and_cache_as_the_saved_model_has_them(make: Any, tmp_path: Path) -> None:
     model = make_tiny(layers=4)
@@ -80,6 +87,16 @@ def test_sizes_of_a_mixture_count_all_experts_or_those_of_one_token(tmp_path: Pa
     assert target - near < left[kind] <= target
     assert [sizes["pruned"], sizes["pruned_active"]] == list(left.values())
     assert [sizes["dense"], sizes["dense_active"]] == list(dense.values())
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "deepseek_v3", "qwen2_moe"])
+def test_shared_experts_are_active_for_every_token(family: str) -> None:
+    model = make_moe(family)
+    layers, dense = layer_structures(model), sum(one.numel() for one in model.parameters())
+    views = [view.experts for view in layers if view.experts is not None]
+    idle = sum((one.count - one.top_k) * 3 * one.hidden * one.width for one in views)
+    assert views
+    assert parameter_counts(layers, dense, unpruned(layers), dense)["pruned_active"] == dense - idle
 
 
 def test_the_longer_the_context_the_more_groups_are_removed() -> None:
