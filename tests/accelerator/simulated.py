@@ -1,9 +1,10 @@
 """Importing this gives torch a device ``sim`` (``simulated.cpp`` says how) and puts every Lightning Trainer of the
 process on it. So it is imported in processes of its own: ``main`` is what they run.
 
-Needs a C++ compiler and ninja; torch keeps what it compiled (17 s) for the next time.
+Needs a C++ compiler and ninja; what was compiled (17 s) is kept for the next time.
 """
 
+import fcntl
 import functools
 import importlib
 import itertools
@@ -21,7 +22,15 @@ from lightning_prune.calibration import stream_checkpoints
 from lightning_prune.cli import main as command
 from lightning_prune.support import devices
 
-device = load("simulated_accelerator", [str(Path(__file__).with_name("simulated.cpp"))], extra_cflags=["-O1"])
+HERE = Path(__file__).parent
+BUILD = HERE / ".build"
+BUILD.mkdir(exist_ok=True)
+with (BUILD / "held").open("w") as held:
+    fcntl.flock(held, fcntl.LOCK_EX)
+    (BUILD / "lock").unlink(missing_ok=True)  # torch's own, for which it waits for ever after a build that was killed
+    device = load(
+        "simulated_accelerator", [str(HERE / "simulated.cpp")], extra_cflags=["-O1"], build_directory=str(BUILD)
+    )
 torch.utils.rename_privateuse1_backend("sim")
 SIM = torch.device("sim", 0)
 
