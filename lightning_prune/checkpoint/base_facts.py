@@ -14,17 +14,18 @@ LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md")
 LONGEST = 2**18  # bytes read of any file; front matter and a licence's title are at its beginning
 
 
-def base_facts(pretrained: str, path: str) -> dict[str, Any]:
+def base_facts(pretrained: str, path: str, config: dict[str, Any] | None = None) -> dict[str, Any]:
     """Front matter for a model derived from ``pretrained``, whose files are at ``path`` (a folder, or a hub id whose
-    cached files are read): ``license``, with ``license_name`` and ``license_link``, and ``base_model``, each only where
-    the files say it. Nothing is downloaded or guessed."""
+    cached files are read), with ``config.json`` as ``config`` where it is open: ``license``, with ``license_name`` and
+    ``license_link``, and ``base_model``, each only where the files say it. Nothing is downloaded or guessed."""
     if pretrained == "demo":
         return {"license": "apache-2.0"}  # as this package
-    try:
-        config = json.loads(_read(path, "config.json"))
-    except (ValueError, RecursionError):
-        config = None
-    config = config if isinstance(config, dict) else {}
+    if config is None:
+        try:
+            content = json.loads(_read(path, "config.json"))
+        except (ValueError, RecursionError):
+            content = None
+        config = content if isinstance(content, dict) else {}
     text, card = _read(path, "README.md"), {}
     try:
         if text.lstrip().startswith("---"):  # without front matter ModelCard warns

@@ -32,7 +32,7 @@ def model_card(
         base: the dense model, whose files say licence and origin. Default: what is at the plan's ``base_model``.
     """
     pretrained, path = (plan.base_model, plan.base_model) if base is None else (base.pretrained, base.path)
-    facts, before = base_facts(pretrained, path), history(path)
+    facts, before = base_facts(pretrained, path, None if base is None else base.raw), history(path)
     method = re.sub(r"[^\w.+-]+", "-", plan.method).strip("-")  # a tag is a word
     tags = ["pruning", "lightning-prune", *([method] if method else [])]
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **facts)
