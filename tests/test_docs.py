@@ -13,12 +13,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import nbformat
 import numpy as np
 import pytest
 import torch
 import yaml
-from nbclient import NotebookClient
 from transformers import AutoTokenizer
 
 import lightning_prune as lp
@@ -31,7 +29,6 @@ from tests.tiny import make_moe, make_tiny, tiny_tokens
 
 ROOT = Path(__file__).parent.parent
 DOCS, README = ROOT / "docs", ROOT / "README.md"
-NOTEBOOK = DOCS / "first_steps.ipynb"
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 YOURS = {  # what stands for something of the reader's, or would take minutes
     "path/to/wikitext2/validation.txt": "my_text.txt",
@@ -283,21 +280,3 @@ def test_links_and_named_files_are_there(page: str) -> None:
     named += re.findall(r"configs/[\w.]+|docs/[\w.]+|CONTRIBUTING\.md|CHANGELOG\.md", text)
     assert named
     assert [name for name in named if not (ROOT / name).exists()] == []
-
-
-@pytest.mark.slow
-def test_the_notebook_runs_and_shows_plots_and_a_fair_table(tmp_path: Path) -> None:
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    shown = [kind for output in outputs for kind in output.get("data", {})]
-    assert shown.count("image/png") == 2
-    assert "[]\n" in [output.text for output in outputs if output.output_type == "stream" and output.name == "stdout"]
-    assert shown.count("text/html") == 2
-
-
-def test_the_notebook_is_kept_without_outputs() -> None:
-    """They would go stale, and two plots are larger than the text of the page."""
-    code = [cell for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "code"]
-    assert [cell.outputs for cell in code] == [[]] * len(code)
-    assert [cell.execution_count for cell in code] == [None] * len(code)
