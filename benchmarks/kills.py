@@ -277,8 +277,8 @@ class Bench:
         if command == "apply":
             return ["apply", "--plan", f"{run}/plan.json", "--model", f"{self.folder}/model", "--output", str(root)]
         if command == "evaluate":
-            output = ["--output", f"{root}/found.json"]
-            return ["evaluate", "--model", f"{run}/pruned", "--dense", f"{self.folder}/model", "--efficiency", *output]
+            options = ["--efficiency", "--prompt-length", "64", "--output", str(root)]  # the model has 128 positions
+            return ["evaluate", "--model", f"{run}/pruned", "--dense", f"{self.folder}/model", *options]
         return self.fit(command, root)
 
     def check_message(self, ended: Ended, root: Path, number: int, name: str) -> None:
