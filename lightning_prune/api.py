@@ -44,6 +44,9 @@ class PrunedModel:
         self.folder = folder
         self._keep = keep  # what removes a temporary folder when it is gone itself
 
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
     @cached_property
     def model(self) -> PreTrainedModel:
         """The pruned model in its checkpoint's dtype, loaded when it is first used."""
@@ -105,7 +108,7 @@ class PrunedModel:
 def prune(
     model: str | Path | PreTrainedModel,
     method: str = "hgsp_taylor",
-    pruning_ratio: float = 0.2,
+    pruning_ratio: float | None = None,
     calibration: Any = None,
     *,
     evaluate_on: Sequence[Any] = (),
@@ -125,7 +128,8 @@ def prune(
             data-parallel ones too), whose weights are written to a temporary folder first: calibration reads them layer
             by layer from there.
         method: a shipped configuration (``wanda``, ``hgsp_taylor_refit``, …) or a YAML file.
-        pruning_ratio: share of all parameters to remove, embeddings and head included.
+        pruning_ratio: share of all parameters to remove, embeddings and head included. Default: the configuration's,
+            0.2, or what an option like ``target_parameters`` says.
         calibration: name of a corpus, a file, or token ids ``[N, L]`` (``calibration_set``). Default: as ``fit``.
         evaluate_on: sets to measure perplexity on, each as ``calibration``. Default: none.
         folder: root of run folders, which are kept; None keeps the run as long as the result lives.
@@ -152,8 +156,10 @@ def prune(
         pretrained = written(model, work / "dense", tokenizer)
         precision = precision or HALF.get(model.dtype)
     dataset = as_dataset(calibration, work, "calibration")
-    sets = [as_dataset(one, work, f"evaluation_{number}") for number, one in enumerate(evaluate_on)]
-    chosen = {"pretrained": pretrained, "pruning_ratio": pruning_ratio, **options}
+    sets = [as_dataset(one, work, f"evaluation_{number}") for number, one in enumerate(_several(evaluate_on))]
+    if pruning_ratio is not None and (sizes := [name for name in options if name.startswith("target_")]):
+        raise UserError(f"pruning_ratio and {sizes[0]}: give one of them.")
+    chosen = {"pretrained": pretrained, **options} | ({} if pruning_ratio is None else {"pruning_ratio": pruning_ratio})
     given = {"eval_datasets": sets} | ({} if dataset is None else {"dataset": dataset})
     configuration = {
         "model": own["model"] | {"init_args": own["model"].get("init_args", {}) | chosen},
@@ -198,6 +204,7 @@ def evaluate(
     Raises:
         UserError: a mistake in the arguments, nothing to evaluate on, or another vocabulary.
     """
+    on = _several(on)
     if not on:
         raise UserError("on: nothing to evaluate on. Name at least one corpus, file or token array.")
     source = unwrapped(model.folder / "pruned" if isinstance(model, PrunedModel) else model)
@@ -295,6 +302,11 @@ def compare(
     if zero_shot:
         table.attrs["dense"] = {run.metrics.method.base_model: _accuracies([run], loaded, dense=True) for run in loaded}
     return table
+
+
+def _several(sets: Any) -> Sequence[Any]:
+    """Evaluation sets; one may be given as it is."""
+    return [sets] if isinstance(sets, str | Path | torch.Tensor) else list(sets)
 
 
 def _trainer(

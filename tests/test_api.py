@@ -146,6 +146,7 @@ def test_evaluate_and_compare_give_the_numbers_of_the_run(
     for run in runs:
         ((dense, pruned),) = run.perplexity.values()
         assert lp.evaluate(run, [held_out], **CPU) == {"set_0.npy": pytest.approx(pruned, rel=1e-6)}
+        assert lp.evaluate(run, held_out, **CPU) == {"set_0.npy": pytest.approx(pruned, rel=1e-6)}  # one set as it is
         assert lp.evaluate(base, [held_out], **CPU) == {"set_0.npy": pytest.approx(dense, rel=1e-6)}
     table = lp.compare(runs)
     assert set(table["system"]) == {"magnitude", "wanda"}
@@ -167,6 +168,11 @@ def test_seeds_of_the_calibration_are_one_row_with_their_deviation(tmp_path: Pat
     assert table["deviation demo"][0] == 1.0
     assert np.isnan(table["deviation demo"][1])
     assert table.attrs["differences"] == []
+
+
+def test_what_prune_returns_is_exported_after_other_functions_were_used(wanda: lp.PrunedModel, tmp_path: Path) -> None:
+    assert "zeros" in lp.export(wanda, "stock", tmp_path / "padded", verbose=False)
+    assert lp.load(tmp_path / "padded").config.model_type == "llama"
 
 
 def test_apply_makes_the_checkpoint_of_a_plan_again(base: str, wanda: lp.PrunedModel, tmp_path: Path) -> None:
@@ -200,6 +206,7 @@ def test_calibration_sets_from_text_a_file_a_dataset_and_token_ids(base: str, tm
         (lambda base: lp.prune(base, "wanda", temprature=1, **CPU), "temprature"),
         (lambda base: lp.prune(base, "wanda", calibration=3, **CPU), "calibration: give the name"),
         (lambda base: lp.prune(base, "wanda", inplace=True, **CPU), "inplace"),
+        (lambda base: lp.prune(base, "wanda", 0.1, target_parameters="20k", **CPU), "and target_parameters: give one"),
         (lambda base: lp.calibration_set("a b c"), "tokenizer: none given"),
         (lambda base: lp.calibration_set(torch.zeros(3)), "token ids are integers"),
         (lambda base: lp.calibration_set({"a": 1}, base), "found dict"),

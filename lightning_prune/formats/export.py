@@ -18,7 +18,7 @@ CARD_LIMIT = 10_000_000  # bytes of a README.md, which has a few thousand
 
 
 def export(
-    model: str | Path,
+    model: str | os.PathLike[str],
     format: Literal["gguf", "stock"],
     output: str | Path,
     dtype: str | None = None,
@@ -29,7 +29,7 @@ def export(
     """Write a checkpoint for engines that do not read it as it is, one layer in memory at a time.
 
     Args:
-        model: run folder, model folder, hub id, or ``demo``.
+        model: run folder, model folder, hub id, ``demo``, or what ``prune`` returned.
         format: ``gguf`` is one file for llama.cpp; ``stock`` a Hugging Face folder in which every layer is padded with
             zeros to the widest.
         output: the file (gguf) or folder (stock) to write.

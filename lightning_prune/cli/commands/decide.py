@@ -74,8 +74,12 @@ def main(argv: list[str]) -> int:
 def _built(config: dict[str, Any], options: list[str], run: Path) -> "RunBuilder":
     """The run's configuration with the ``options`` of the command line, which may differ from it only in what the
     decision or the evaluation reads."""
-    from lightning_prune.runs.build import RunBuilder
+    from lightning_prune.runs.build import SIZES, RunBuilder
 
+    if any(word.startswith(SIZES) for word in options):  # in place of the size that the run had
+        own = config["model"]["init_args"]
+        sizes = ("target_parameters", "target_active_parameters", "target_memory", "n_remove_layers")
+        config = config | {"model": config["model"] | {"init_args": {k: v for k, v in own.items() if k not in sizes}}}
     # A run that was made silently, or by compare, says so in its configuration.
     trainer = {name: value for name, value in (config.get("trainer") or {}).items() if name != "enable_progress_bar"}
     with tempfile.TemporaryDirectory() as folder:

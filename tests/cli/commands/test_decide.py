@@ -92,6 +92,15 @@ def test_decision_is_the_one_fit_makes_with_the_same_options(
     assert read(again, "metrics.json")["perplexity"] == read(whole, "metrics.json")["perplexity"]
 
 
+@pytest.mark.parametrize(("method", "size"), [("Wanda", "target_parameters=25k"), ("ShortGPT", "n_remove_layers=1")])
+def test_a_ratio_takes_the_place_of_the_size_that_the_run_had(
+    fitted: Fit, tmp_path: Path, method: str, size: str
+) -> None:
+    again = decided(fitted(method, f"--model.{size}"), tmp_path, "--model.pruning_ratio=0.45")
+    whole = fitted(method, "--model.pruning_ratio=0.45")
+    assert PruningPlan.load(again / "plan.json") == PruningPlan.load(whole / "plan.json")
+
+
 def test_no_calibration_data_is_needed(fitted: Fit, inputs: Path, tmp_path: Path) -> None:
     run = fitted("HGSP")
     hidden = (inputs / "calibration.npy").rename(inputs / "hidden.npy")
