@@ -92,8 +92,16 @@ def sections(audit: Audit, failures: Sequence[Failure]) -> list[Section]:
         legend += [REPEATED] if any(repeated(group) for group in audit.groups) else []
         legend += [accuracy.LEGEND] if accuracy.shown_tasks(runs) else []
         legend += ["Several verdicts on a line are in the order of the perplexity columns."]
+        legend += dict.fromkeys(remark for run in runs for remark in _too_long(run))
         parts.append(Section("How to read the tables", bullets=legend))
     return parts
+
+
+def _too_long(run: Run) -> list[str]:
+    sets = {name: one.long_windows_of for name, one in run.metrics.evaluation.items()}
+    known = {name: short for name, short in sets.items() if short in sets}
+    remarks = {name: verdict.too_long(run.dense(short), run.dense(name)) for name, short in known.items()}
+    return [f"{name}: {remark}." for name, remark in remarks.items() if remark]
 
 
 def leaders(lines: Sequence[Repeats], name: str) -> list[Repeats]:

@@ -154,12 +154,17 @@ def summary_table(label: str, metrics: dict[str, Any]) -> str:
 
 
 def _too_long(metrics: dict[str, Any], name: str) -> str:
-    """That the dense model itself is lost in windows longer than those that it was trained on."""
     short = metrics["perplexity"].get(metrics["evaluation"].get(name, {}).get("long_windows_of"), {}).get("dense")
-    long = metrics["perplexity"][name]["dense"]
+    remark = too_long(short, metrics["perplexity"][name]["dense"])
+    return f"; {remark}" if remark else ""
+
+
+def too_long(short: float | None, long: float | None) -> str:
+    """That the dense model itself is lost in windows longer than those that it was trained on; empty where it is not.
+    Its perplexities in short and in long windows; None: not measured, or not finite."""
     if not (_finite(short) and _finite(long) and long > LOST * short):
         return ""
-    return f"; the dense model itself is {long / short:.1f} times worse in these longer windows, so they say little"
+    return f"the dense model itself is {long / short:.1f} times worse in these longer windows, so they say little"
 
 
 def _footprint_rows(metrics: dict[str, Any]) -> Rows:

@@ -50,6 +50,16 @@ def test_answer_names_best_and_next_of_what_is_usable_and_reached_its_ratio(tmp_
     assert list(results(repeats(group.all), group).columns[:4]) == ["system", "ratio", "perplexity demo", "verdict"]
 
 
+@pytest.mark.parametrize(("dense", "said"), [(11.0, False), (25.0, True)])
+def test_a_dense_model_that_is_lost_in_long_windows_is_said(tmp_path: Path, dense: float, said: bool) -> None:
+    run = make_run(tmp_path, distance={"kl_divergence": 0.02, "top1_agreement": 0.9, "expected_acceptance": 0.8})
+    run.metrics.perplexity["demo@512"].dense = dense
+    legend = sections(audit([run]), [])[-1].bullets
+    assert (
+        "demo@512: the dense model itself is 2.5 times worse in these longer windows, so they say little." in legend
+    ) is said
+
+
 def test_the_answer_says_who_is_closer_to_the_dense_model_than_the_lowest_perplexity(tmp_path: Path) -> None:
     near, far = ({"kl_divergence": value, "top1_agreement": 0.9, "expected_acceptance": 0.8} for value in (0.02, 0.06))
     runs = [make_run(tmp_path, "confident", perplexity=9.9, distance=far)]
