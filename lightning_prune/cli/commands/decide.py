@@ -76,10 +76,11 @@ def _built(config: dict[str, Any], options: list[str], run: Path) -> "RunBuilder
     decision or the evaluation reads."""
     from lightning_prune.runs.build import SIZES, RunBuilder
 
-    if any(word.startswith(SIZES) for word in options):  # in place of the size that the run had
-        own = config["model"]["init_args"]
+    own = model.get("init_args") if isinstance(model := config.get("model"), dict) else None
+    if isinstance(own, dict) and any(word.startswith(SIZES) for word in options):  # in place of the size of the run
         sizes = ("target_parameters", "target_active_parameters", "target_memory", "n_remove_layers")
-        config = config | {"model": config["model"] | {"init_args": {k: v for k, v in own.items() if k not in sizes}}}
+        others = {name: value for name, value in own.items() if name not in sizes}
+        config = config | {"model": config["model"] | {"init_args": others}}
     # A run that was made silently, or by compare, says so in its configuration.
     trainer = {name: value for name, value in (config.get("trainer") or {}).items() if name != "enable_progress_bar"}
     with tempfile.TemporaryDirectory() as folder:
