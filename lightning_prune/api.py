@@ -25,7 +25,7 @@ from lightning_prune.evaluation.perplexity import Evaluation, measure
 from lightning_prune.formats.export import export
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.live import unwrapped, written
-from lightning_prune.runs.build import RunBuilder
+from lightning_prune.runs.build import RunBuilder, check_one_size
 from lightning_prune.runs.config_files import config_file, read_config
 from lightning_prune.runs.folder import FinishedRun, RunFolder
 from lightning_prune.runs.records import as_dict
@@ -157,9 +157,9 @@ def prune(
         precision = precision or HALF.get(model.dtype)
     dataset = as_dataset(calibration, work, "calibration")
     sets = [as_dataset(one, work, f"evaluation_{number}") for number, one in enumerate(_several(evaluate_on))]
-    if pruning_ratio is not None and (sizes := [name for name in options if name.startswith("target_")]):
-        raise UserError(f"pruning_ratio and {sizes[0]}: give one of them.")
-    chosen = {"pretrained": pretrained, **options} | ({} if pruning_ratio is None else {"pruning_ratio": pruning_ratio})
+    options |= {} if pruning_ratio is None else {"pruning_ratio": pruning_ratio}
+    check_one_size(options)
+    chosen = {"pretrained": pretrained, **options}
     given = {"eval_datasets": sets} | ({} if dataset is None else {"dataset": dataset})
     configuration = {
         "model": own["model"] | {"init_args": own["model"].get("init_args", {}) | chosen},
@@ -306,7 +306,7 @@ def compare(
 
 def _several(sets: Any) -> Sequence[Any]:
     """Evaluation sets; one may be given as it is."""
-    return [sets] if isinstance(sets, str | Path | torch.Tensor) else list(sets)
+    return [sets] if isinstance(sets, str | Path) or hasattr(sets, "shape") else list(sets)
 
 
 def _trainer(

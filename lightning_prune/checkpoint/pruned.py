@@ -67,6 +67,8 @@ class PrunedSource:
         roles = self.family.roles_at(path)
         if kind == "bias":
             new = {role: new[f"{role}.bias"] for role in roles if f"{role}.bias" in new}
+        if len(roles) == 1 and roles[0] in new:  # nothing of the dense one is needed
+            return new[roles[0]]
         if ROLE in new and (experts := self.layers[layer].experts) is not None:
             down = experts.down_parameters(new[ROLE])
             if (own := self.family.name_in_experts(name)) in down:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd  # type: ignore[import-untyped]
 import pyarrow as pa
 import pyarrow.csv
 from numpy.typing import NDArray
@@ -57,8 +56,11 @@ class Blocks:
 
     def rank(self, order: Integers) -> Integers:
         """How many units of the same block come earlier in ``order`` (rows, each at most once), int64, as long."""
-        ids = pd.Series(self.ids[order])
-        rank: Integers = ids.groupby(ids).cumcount().to_numpy()
+        ids = self.ids[order]
+        by_block = ids.argsort(kind="stable")
+        counts = np.bincount(ids, minlength=len(self.keys))
+        rank = np.empty_like(by_block)
+        rank[by_block] = np.arange(len(order)) - (counts.cumsum() - counts)[ids[by_block]]
         return rank
 
 

@@ -232,6 +232,8 @@ class _Shards:
     def write(self, tensors: dict[str, Tensor]) -> None:
         """Fill the places of some tensors."""
         for name, tensor in tensors.items():
+            if tensor.shape != self.tensors[name].shape:
+                raise RuntimeError(f"{name} {tuple(tensor.shape)} comes where {self.tensors[name].shape} is announced.")
             path, start = self.places[name]
             values = tensor.detach().to(device="cpu", dtype=self.tensors[name].dtype).contiguous()
             with path.open("r+b") as file:

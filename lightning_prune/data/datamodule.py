@@ -121,6 +121,8 @@ class CalibrationDataModule(LightningDataModule):
         for name, least in LEAST.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise UserError(f"--data.{name} is {value}: it must be at least {least}")
+        if sampling not in ("random", "sequential", "sliding"):  # which the parser refuses, and Python does not
+            raise UserError(f"--data.sampling is {sampling!r}: choose random, sequential or sliding")
         if sampling == "sliding" and stride is None:
             raise UserError("--data.sampling sliding needs --data.stride, the tokens between two window starts")
         if sampling != "sliding" and stride is not None:

@@ -26,7 +26,7 @@ from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.data.sampling import held_out_samples
 from lightning_prune.methods.measurement import DecisionFolder, SavedMeasurement
 from lightning_prune.methods.refit_pass import Refit, RefitPass
-from lightning_prune.methods.target import Target
+from lightning_prune.methods.target import SIZES, Target
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import LayerStructure, count_parameters, layer_structures
 from lightning_prune.models.layered import LayeredModel
@@ -79,7 +79,7 @@ class PruningMethod(L.LightningModule):
     reusable = True  # whether a saved score table is enough to decide again
     # Options that change no measurement:
     decision_options: tuple[str, ...] = (
-        *("pruning_ratio", "target_parameters", "target_active_parameters", "target_memory", "context", "batch"),
+        *("pruning_ratio", *SIZES, "context", "batch"),
         *("label", "onload", "save_dtype", "keep", "refit", "refit_damping"),
     )
     plan: PruningPlan

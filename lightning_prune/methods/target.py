@@ -17,6 +17,7 @@ from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.memory import parse_bytes
 
+SIZES = ("target_parameters", "target_active_parameters", "target_memory")  # options, in place of pruning_ratio
 CONTEXTS = (2_048, 32_768)  # tokens; a conversation, and a long document
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 

@@ -13,7 +13,7 @@ import sys
 import traceback
 import typing
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
 import lightning as L
@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_prune import methods
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.methods.target import SIZES
 from lightning_prune.runs.config_files import check_text, with_config_files
 from lightning_prune.runs.trainer import calibration_trainer
 from lightning_prune.support.errors import UserError, first_line
@@ -31,7 +32,6 @@ from lightning_prune.support.progress import Progress
 LARGEST = 2**63 - 1
 LARGEST_SEED = 2**32 - 1  # numpy's
 _UNKNOWN = r"unrecognized arguments: (\S+)|Group '([\w.]+)' does not accept option '([\w.]+)'|Option '([\w.]+)' is not"
-SIZES = ("--model.pruning_ratio", "--model.target_")
 _WORDS = {"int": "a whole number", "float": "a number", "bool": "true, false", "str": "text", "list": "a list"}
 
 
@@ -74,9 +74,7 @@ class RunBuilder(LightningCLI):
     ) -> None:
         quiet()
         self._own = dict(options)
-        sizes = {name for word in arguments if (name := word.partition("=")[0]).startswith(SIZES)}
-        if "--model.pruning_ratio" in sizes and len(sizes) > 1:
-            raise UserError(f"{' and '.join(sorted(sizes))}: give one of them.")
+        check_one_size(arguments)
         chosen = model_class is PruningMethod
         try:
             super().__init__(
@@ -172,6 +170,19 @@ class RunBuilder(LightningCLI):
         for name in self._own:
             config.pop(name.replace("-", "_"), None)
         return str(self.parser.dump(config, skip_none=False))
+
+
+def sizes_in(words: Iterable[str]) -> list[str]:
+    """The options among them that say how small the model gets: the ratio, or a target."""
+    names = {word.partition("=")[0] for word in words}
+    return sorted(name for name in names if name.rpartition(".")[2] in ("pruning_ratio", *SIZES))
+
+
+def check_one_size(words: Iterable[str]) -> None:
+    """Raise UserError for a ratio beside a target: a configuration always has a ratio, so only what was said counts."""
+    sizes = sizes_in(words)
+    if len(sizes) > 1 and any(name.endswith("pruning_ratio") for name in sizes):
+        raise UserError(f"{' and '.join(sizes)}: give one of them.")
 
 
 def build(label: str, configuration: Mapping[str, Any]) -> RunBuilder:

@@ -15,6 +15,7 @@ import yaml
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.evaluation.perplexity import Measured
 from lightning_prune.methods.base import PruningMethod
+from lightning_prune.methods.target import SIZES
 from lightning_prune.runs.build import build
 from lightning_prune.runs.folder import RunFolder, runs_below, sweep_runs
 from lightning_prune.runs.records import Failure
@@ -80,7 +81,7 @@ def plan_runs(settings: Settings) -> list[Planned]:
         sha256 = configuration_sha256(name, init, *base, calibration, data.fingerprints)
         if any((run.label, run.sha256) == (label, sha256) for run in planned):
             continue
-        sizeless = init | dict.fromkeys(("pruning_ratio", "target_parameters", "target_memory"))
+        sizeless = init | dict.fromkeys(("pruning_ratio", *SIZES))
         measurement = configuration_sha256(name, sizeless, *base, calibration, {})
         held_out = {item.name: item.manifest["fingerprint"] for item in data.evaluation}
         dense = configuration_sha256("dense", {"continuations": data.continuations}, *base, None, held_out)

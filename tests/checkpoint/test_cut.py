@@ -163,3 +163,13 @@ def test_plan_that_does_not_fit_is_refused(
     plan = tiny_plan(model, [], layers=[LayerPlan(*pair) for pair in units.items()])
     with pytest.raises(UserError, match=f"^--plan: .*{message}"):
         check_plan(layer_structures(model), plan, model.config)
+
+
+def test_dense_model_and_its_config_are_not_touched() -> None:
+    dense = make_tiny("qwen2")
+    config, before = dense.config, dense.config.to_dict()
+    weights = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    pruned = cut(dense, mixed_plan(dense))
+    assert config.to_dict() == before
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in dense.state_dict().items())
+    assert pruned.config.rope_parameters is not config.rope_parameters

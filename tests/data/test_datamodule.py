@@ -243,6 +243,7 @@ def test_calibrating_on_the_evaluation_text_warns(
         ({"eval_seq_len": 1}, "--data.eval_seq_len is 1"),
         ({"batch_size": 0}, "--data.batch_size is 0"),
         ({"eval_batch_size": -1}, "--data.eval_batch_size is -1"),
+        ({"sampling": "best"}, "--data.sampling is 'best'.*sliding"),
         ({"sampling": "sliding"}, "needs --data.stride"),
         ({"sampling": "sliding", "stride": 0}, "--data.stride is 0"),
         ({"stride": 4}, "--data.stride 4.*--data.sampling sliding"),

@@ -245,3 +245,21 @@ def test_an_eighth_is_held_out_whatever_the_order() -> None:
     order = torch.randperm(24, generator=torch.Generator().manual_seed(1))
     assert torch.equal(held_out_samples(tokens[order]), chosen[order])
     assert not held_out_samples(tokens[:7]).any()
+
+
+@pytest.mark.parametrize("damping", [None, 1e-3])
+def test_products_of_fp32_activations_are_exact_enough_for_every_damping(damping: float | None) -> None:
+    """Against least squares in float64: inputs of very different size, some nearly dependent, in many batches."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(4000, 60, generator=generator) * torch.logspace(-2, 3, 60)
+    x[:, 7] = 1.001 * x[:, 6] + 1e-3 * x[:, 7]
+    y = x @ torch.randn(60, 9, generator=generator) + torch.randn(4000, 9, generator=generator)
+    old = torch.randn(9, 60, generator=generator)
+    equations = NormalEquations.zeros(60, 9, torch.float64, torch.device("cpu"), damping)
+    for rows in torch.arange(4000).split(500):
+        equations.add(x[rows], y[rows])
+    equations.complete()
+    found, want = ridge(equations, old, 1e-3), solution(x.double(), y.double(), old.double(), 1e-3)
+    error, least = ((y.double() - x.double() @ w.T).square().sum() for w in (found, want))
+    assert close(x.double() @ found.T, x.double() @ want.T) < 1e-5
+    assert float(error) == pytest.approx(float(least), rel=1e-4)

@@ -218,3 +218,8 @@ def test_a_run_reads_config_and_headers_of_the_dense_model_once(
         watching[0] = False
     assert len(configs) == 1
     assert headers.count(str(dense)) == 1
+
+
+def test_fingerprint_of_recorded_runs_stays() -> None:
+    """Run folders keep it: the demo model's must be what it always was."""
+    assert Checkpoint.open("demo").fingerprint == "84a10dea98b6577c63d6aba264494d5971146e49dbe4b7c3dbb6668d7feb22dc"

@@ -18,6 +18,7 @@ from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.runs import memory_estimate
 from lightning_prune.runs.memory_estimate import Memory
+from lightning_prune.support.errors import UserError
 
 GB = 10**9
 STREAM = 128 * 128 * 2048 * 2  # bytes of one residual stream of the samples
@@ -223,3 +224,10 @@ def test_memory_that_is_missing_or_runs_out_says_what_would_help_and_leaves_noth
     assert [words for words in says if words not in message] == []
     assert "Traceback" not in message
     assert not (tmp_path / "logs").exists()
+
+
+def test_windows_of_absurd_length_end_in_one_message(memory: Callable[..., Memory]) -> None:
+    with pytest.raises(UserError, match=r"--data.seq_len: windows of 1000000000 tokens.* 4096 positions"):
+        memory(methods.Wanda, data={"dataset": "demo", "seq_len": 10**9})
+    huge = {"dataset": "demo", "seq_len": 10**9, "eval_seq_len": 10**9, "eval_datasets": None}
+    assert memory(methods.HGSP, data=huge, max_position_embeddings=2**31).estimate("layer").share > 1000
