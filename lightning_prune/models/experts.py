@@ -1,4 +1,4 @@
-"""A block of experts as transformers runs those of every family: parameters ``[E, ...]`` behind one interface."""
+"""A block of experts as transformers runs those of every family: one interface over parameters ``[E, ...]``."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
