@@ -168,8 +168,8 @@ def _closer(lines: Sequence[Repeats], best: Sequence[Repeats], name: str, where:
         return []
     least, own = (one.shown_distance(name, "kl_divergence") for one in (nearest, min(best, key=divergence)))
     return [
-        f"{where}, {nearest.name} is closer to the dense model than {best[0].name} (KL {least}, {own}): a lower "
-        "perplexity at a larger distance can come from other confidence on this text instead of what the model knows."
+        f"{where}, {best[0].name} has the lowest perplexity, but what {nearest.name} predicts is closer to the dense "
+        f"model (KL {least} against {own}). Perplexity counts the next token alone, KL every token that could come."
     ]
 
 
@@ -184,7 +184,8 @@ def _results(index: int, group: Group) -> Section:
         caption = "At another achieved ratio than the one requested; compare with the achieved ratio in mind"
         tables.append((caption, results(apart, group, dense=not near)))
     if (far := distances(lines, group)) is not None:
-        tables.append(("Distance from the dense model, and continuations", far))
+        written = ", and continuations" if "equal tokens" in far else ""
+        tables.append((f"Distance from the dense model{written}", far))
     apart_from = ["Not comparable with Table 1: the audit below says in what they differ."] if index > 1 else []
     return Section(title, [setting(group), *apart_from], tables)
 

