@@ -8,13 +8,20 @@ from huggingface_hub import ModelCardData
 from jinja2 import StrictUndefined, Template
 
 from lightning_prune.checkpoint.base_facts import base_facts, history
-from lightning_prune.checkpoint.plan import PruningPlan
+from lightning_prune.checkpoint.plan import LayerPlan, PruningPlan
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.family import DENSE
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.escape import markdown, markdown_code, markdown_table, public_name
 
 LOADING, LAYERS = "## Loading\n\n", "## What is left of each layer\n\n"
+ACTIVE = (("dense_active", "before"), ("pruned_active", "after"))
+COLUMNS = {
+    Block.ATTENTION: "KV heads",
+    Block.MLP: "MLP channels",
+    Block.EXPERT: "Experts",
+    Block.EXPERT_CHANNEL: "Channels of all experts",
+}
 
 
 def model_card(
@@ -38,20 +45,25 @@ def model_card(
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **facts)
     # The folder of a pruned model is called "pruned".
     name = before.partition(" → ")[0] if before else public_name(plan.base_model)
-    layers = []
-    for layer in plan.layers:
-        absent = "layer removed" if layer.removed else "skipped"
-        other = "whole mixer" if layer.kept.get(Block.MIXER) else absent
-        counts = [str(len(layer.kept[one]) or absent) if one in layer.kept else other for one in DENSE]
-        layers.append((str(layer.layer), *counts))
+    blocks = [one for one in COLUMNS if one in DENSE or any(one in layer.kept for layer in plan.layers)]
+    layers = [(str(layer.layer), *(_left(layer, block) for block in blocks)) for layer in plan.layers]
     sections = [
         f"---\n{data.to_yaml()}\n---",
         f"# {markdown(name)} pruned with {markdown(plan.method)}",
         _summary(plan, facts, before, calibration),
         usage(layout),
-        LAYERS + markdown_table(("Layer of the base model", "KV heads", "MLP channels"), layers),
+        LAYERS + markdown_table(("Layer of the base model", *(COLUMNS[block] for block in blocks)), layers),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def _left(layer: LayerPlan, block: Block) -> str:
+    """What is left of a block, in a cell."""
+    if layer.removed:
+        return "layer removed"
+    if block is Block.ATTENTION and layer.kept.get(Block.MIXER):
+        return "whole mixer"
+    return str(len(layer.kept[block]) or "skipped") if block in layer.kept else "none"
 
 
 def _summary(plan: PruningPlan, facts: dict[str, Any], before: str, calibration: dict[str, Any] | None) -> str:
@@ -69,6 +81,7 @@ def _summary(plan: PruningPlan, facts: dict[str, Any], before: str, calibration:
         ("Pruning ratio achieved", f"{plan.achieved_ratio:.4f}"),
         ("Parameters before", f"{plan.parameters['dense']:,}"),
         ("Parameters after", f"{plan.parameters['pruned']:,}"),
+        *((f"Active parameters {when}", f"{plan.parameters[key]:,}") for key, when in ACTIVE if key in plan.parameters),
         ("Data type", markdown(plan.dtype)),
         ("Calibration fingerprint", markdown_code(fingerprint) if fingerprint else None),
     ]

@@ -12,8 +12,13 @@ from lightning_prune.models.vocabulary import EXPERTS, Block
 _PATTERNS: dict[str, tuple[str, str | int, int, str]] = {
     "gemma2": ("layer_types", "sliding_attention", 2, "attend in a sliding window"),
     "gemma3_text": ("layer_types", "sliding_attention", 6, "attend in a sliding window"),
+    "gpt_oss": ("layer_types", "sliding_attention", 2, "attend in a sliding window"),
+    "cohere2": ("layer_types", "sliding_attention", 4, "attend in a sliding window"),
     "smollm3": ("no_rope_layers", 1, 4, "rotate queries and keys"),
 }
+# What vLLM splits beside KV heads, MLPs and experts, by config key: heads of mixers, and experts that every token sees.
+_SPLIT_TOO = ("linear_num_key_heads", "linear_num_value_heads", "mamba_n_heads", "mamba_num_heads")
+_SPLIT_TOO += ("shared_expert_intermediate_size", "shared_intermediate_size", "moe_shared_expert_intermediate_size")
 
 
 def pattern_note(config: Any) -> str:
@@ -27,15 +32,16 @@ def pattern_note(config: Any) -> str:
         return ""
     shown = ", ".join(map(str, wrong[:5])) + (", …" if len(wrong) > 5 else "")
     return (
-        f"Removed layers broke the pattern of this family: llama.cpp lets all layers but every {period}th "
+        f"The layers left are out of this family's pattern: llama.cpp lets all layers but every {period}th "
         f"{what}, by their place, takes {len(wrong)} of {len(entries)} for the other kind ({shown}) and so "
         "computes another model. transformers and vLLM read the config."
     )
 
 
 def tensor_parallel_sizes(config: Any, plan: PruningPlan) -> list[int]:
-    """Over how many devices a pruned model can be split, 1 first: the common divisors of all KV heads and widths."""
-    family, sizes, first = family_of(config), set[int](), layer_configs(config)[0]
+    """Over how many devices a pruned model can be split, 1 first: the common divisors of all heads and widths."""
+    family, first = family_of(config), layer_configs(config)[0]
+    sizes = {getattr(first, key, None) or 0 for key in _SPLIT_TOO}
     for layer in plan.layers:
         sizes |= {len(units) for block, units in layer.kept.items() if block in (Block.ATTENTION, Block.MLP)}
     if any(family.mixer.values()):  # attention is a part of it, and keeps all its heads

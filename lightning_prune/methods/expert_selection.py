@@ -13,6 +13,7 @@ from lightning_prune.methods.selection import (
     Budget,
     GroupSelection,
     TooLittle,
+    beyond_multiple,
     protect_best,
     ranking,
     select_global,
@@ -44,8 +45,7 @@ def select_with_experts(
             "--model.freeze_first_n_layers and --model.freeze_last_n_layers leave layers untouched, but all layers "
             "keep equally many experts of one width. Leave them out."
         )
-    if selection.groups_multiple_of > 1:
-        raise UserError("--model.groups_multiple_of: with experts, groups are not kept in multiples. Leave it out.")
+    selection.check_groups(layers)
     experts = next(view.experts for view in layers if view.experts is not None)
     whole = bool(scores.of_kind(Block.EXPERT).any())
     groups = experts.router_groups if whole else experts.total
@@ -54,8 +54,10 @@ def select_with_experts(
     free = protect_best(scores, selection.min_groups_per_layer) | expert_rows(scores)
     if layers[0].whole_attention is not None:
         free &= ~scores.of_kind(Block.ATTENTION)
-    ranked = replace(scores, score=np.where(protected, np.inf, scores.score))
-    pruned = select_experts(ranked, free, budget, selection.allocation, groups, keep, multiple)
+    score = np.where(beyond_multiple(scores, free, budget), -np.inf, scores.score)
+    ranked = replace(scores, score=np.where(protected, np.inf, score))
+    beyond = not whole and experts.width % selection.round_to > 0
+    pruned = select_experts(ranked, free, budget, selection.allocation, groups, keep, multiple, beyond)
     if (pruned & protected).any():
         row = int(np.argmax(pruned & protected))
         raise UserError(
@@ -66,7 +68,14 @@ def select_with_experts(
 
 
 def select_experts(
-    scores: Scores, free: Flags, budget: Budget, allocation: Allocation, groups: int, keep: int, multiple: int
+    scores: Scores,
+    free: Flags,
+    budget: Budget,
+    allocation: Allocation,
+    groups: int,
+    keep: int,
+    multiple: int,
+    beyond: bool = False,
 ) -> Flags:
     """Which units are pruned, bool ``[U]``.
 
@@ -78,6 +87,7 @@ def select_experts(
         groups: that must keep equally many units in every layer: its experts, or the groups of its router.
         keep: units of a group that are kept at least.
         multiple: a multiple of so many is kept.
+        beyond: whether what is beyond a multiple is removed first, so that it also holds where nothing else is.
 
     Raises:
         UserError: the budget cannot be reached, or it is smaller than one bundle and nothing else is a candidate.
@@ -92,6 +102,7 @@ def select_experts(
         free, budget = free & experts, _to_remove(budget, budget.parameters - int(scores.cost[pruned].sum()))
     bundle = _bundles(scores, free & experts, groups, keep, multiple)
     table = _bundled(scores, bundle, others)
+    table.score[0] = -np.inf if beyond else table.score[0]
     count = int(bundle.max()) + 1
     candidates = np.arange(count) < count - 1  # the last one stays
     chosen = select_global(table, np.concatenate([candidates, free[others]]), budget)

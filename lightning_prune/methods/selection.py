@@ -88,13 +88,7 @@ class GroupSelection:
         """Which units of ``scores`` are pruned, bool ``[U]``: ``ratio`` of the dense parameters, and those ``added`` by
         pruning. Raises UserError where that cannot be reached."""
         budget = self.budget(layers, total_parameters, ratio, added)
-        for view in layers:
-            if (groups := view.units(Block.ATTENTION)) % self.groups_multiple_of:
-                allowed = ", ".join(str(number) for number in range(1, groups + 1) if groups % number == 0)
-                raise UserError(
-                    f"--model.groups_multiple_of: found {self.groups_multiple_of}, but layer {view.index} has {groups} "
-                    f"GQA groups; allowed is what divides them: {allowed}."
-                )
+        self.check_groups(layers)
         free = ~np.isin(scores.layer, list(self.frozen_layers(len(layers))))
         if not free.any():
             raise UserError(
@@ -113,26 +107,38 @@ class GroupSelection:
         except UserError as error:
             raise UserError(f"{error}{groups_that_stay(layers, uniform)}") from None
 
+    def check_groups(self, layers: list[LayerStructure]) -> None:
+        """Raise UserError where the GQA groups of a layer are no multiple of ``groups_multiple_of`` to begin with."""
+        for view in layers:
+            if (groups := view.units(Block.ATTENTION)) % self.groups_multiple_of:
+                allowed = ", ".join(str(number) for number in range(1, groups + 1) if groups % number == 0)
+                raise UserError(
+                    f"--model.groups_multiple_of: found {self.groups_multiple_of}, but layer {view.index} has {groups} "
+                    f"GQA groups; allowed is what divides them: {allowed}."
+                )
+
     def unrounded(self, scores: Scores, layers: list[LayerStructure]) -> str:
-        """A sentence on layers whose MLP does not keep a multiple of ``round_to`` channels; empty where all do."""
-        channels = {
-            view.index: kept
-            for view in layers
-            if Block.MLP in view.parts and (kept := int(scores.kept[scores.of(view.index, Block.MLP)].sum()))
-        }
-        left = [f"{layer} ({kept})" for layer, kept in channels.items() if kept % self.round_to]
+        """A sentence on layers whose MLP, or each of whose experts, does not keep a multiple of ``round_to`` channels;
+        empty where all do."""
+        left = []
+        for view in layers:
+            total, width = (view.experts.total, view.experts.width) if view.experts else (1, 0)
+            for block, among, channels in ((Block.MLP, 1, view.units(Block.MLP)), (Block.EXPERT_CHANNEL, total, width)):
+                rows = scores.of(view.index, block)
+                kept = int(scores.kept[rows].sum()) // among if rows.any() else channels
+                left += [f"{view.index} ({kept})"] if kept % self.round_to else []
         if not left:
             return ""
         return (
             f"--model.round_to {self.round_to} does not hold in {len(left)} layers: layer (channels kept) "
-            f"{', '.join(left[:5])}{', …' if len(left) > 5 else ''}. They are frozen, narrower than that, or the ratio "
-            "is too low to make them narrower."
+            f"{', '.join(left[:5])}{', …' if len(left) > 5 else ''}. They are frozen, narrower than that, not among "
+            "--model.units, or the ratio is too low to make them narrower."
         )
 
 
 def beyond_multiple(scores: Scores, candidates: Flags, budget: Budget) -> Flags:
-    """The lowest channels of every layer that has more of them than a multiple of ``round_to``, bool ``[U]``: they are
-    removed first, so that the multiple also holds in a layer that loses nothing else."""
+    """The lowest channels of every layer's MLP that has more of them than a multiple of ``round_to``, bool ``[U]``:
+    they are removed first, so that the multiple also holds in a layer that loses nothing else."""
     order, blocks = ranking(scores), scores.blocks
     order = order[candidates[order]]
     mlp = np.array([block is Block.MLP for _, block in blocks.keys])

@@ -138,8 +138,9 @@ def summary_table(label: str, metrics: dict[str, Any]) -> str:
             what = f"weights and KV cache of {target['batch']} × {target['context']:,} tokens"
         rows.append(("target", f"at most {most}, reached {reached} ({what})"))
     serving = metrics.get("serving") or {}
-    if len(sizes := serving.get("tensor_parallel", [])) > 1:
-        rows.append(("tensor parallel", f"on {', '.join(map(str, sizes))} devices"))
+    if sizes := serving.get("tensor_parallel"):
+        alone = " alone: heads and widths have no common divisor" if sizes == [1] else ""
+        rows.append(("tensor parallel", f"on {', '.join(map(str, sizes))} device{'s' * (len(sizes) > 1)}{alone}"))
     if serving.get("note"):
         rows.append(("serving", serving["note"]))
     for name, item in metrics["perplexity"].items():

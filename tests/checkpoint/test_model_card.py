@@ -11,9 +11,11 @@ import yaml
 
 from lightning_prune.checkpoint.cut import layout_of
 from lightning_prune.checkpoint.model_card import model_card, stock_card
+from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.checkpoint.write import write_pruned
 from lightning_prune.cli import main
 from lightning_prune.models.checkpoint import Checkpoint
+from lightning_prune.models.vocabulary import Block
 from tests.formats.checkpoints import Plan, save
 from tests.tiny import make_tiny, mixed_plan, tiny_tokens, uniform_plan
 
@@ -97,6 +99,24 @@ def test_facts_of_the_run_are_stated_once() -> None:
     assert "None" not in text
     assert "trust_remote_code=True" in text
     assert "trust_remote_code" not in card("stock")
+
+
+def test_what_is_left_of_experts_is_in_the_card() -> None:
+    layers = [
+        LayerPlan(0, {Block.ATTENTION: [0, 1], Block.EXPERT: [0, 2, 5]}),
+        LayerPlan(1, {Block.MIXER: [0], Block.MLP: [1, 2, 3, 4]}),
+        LayerPlan(2, {Block.MIXER: [], Block.MLP: []}),
+    ]
+    counts = {"dense": 1_000_000, "pruned": 900_000, "dense_active": 400_000, "pruned_active": 390_000}
+    text = card("stock", layers=layers, parameters=counts)
+    rows = [
+        "Layer of the base model | KV heads | MLP channels | Experts",
+        "0 | 2 | none | 3",
+        "1 | whole mixer | 4 | none",
+    ]
+    rows += ["2 | layer removed | layer removed | layer removed"]
+    rows += ["Active parameters before | 400,000", "Active parameters after | 390,000"]
+    assert all(f"| {row} |" in text for row in rows), text
 
 
 HOSTILE = ("a: b", "- a", "---\nlicense: mit", "'\"", "#x", "!!python/object/apply:os.system [id]", "*a", "{a")

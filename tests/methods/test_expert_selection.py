@@ -1,16 +1,22 @@
 """Experts and channels are pruned equally in every group, lowest first, against loops."""
 
 from collections import Counter, defaultdict
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from lightning_prune.checkpoint.scores import BLOCKS, Scores
+from lightning_prune.methods import Magnitude
 from lightning_prune.methods.expert_selection import select_experts
+from lightning_prune.methods.group_pruning import kept_units
+from lightning_prune.methods.scores import group_scores
 from lightning_prune.methods.selection import Budget
+from lightning_prune.models.families import layer_structures
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
+from tests.tiny import make_moe
 
 LAYERS, GROUPS = 3, 4  # four experts of 24 channels, or four groups of a router with 24 experts each
 
@@ -86,3 +92,24 @@ def test_experts_that_are_no_candidates_stay() -> None:
     pruned = select_experts(scores, free, budget_of(scores, 0.02), "global", GROUPS, 2, 1)
     assert pruned.any()
     assert not (pruned & ~free).any()
+
+
+@pytest.mark.parametrize(("units", "ratio"), [("all", 0.25), ("all", 0.5), ("expert_channel", 0.2), ("expert", 0.2)])
+def test_multiples_hold_in_experts_and_around_them_or_it_says_so(units: Any, ratio: float) -> None:
+    """Widths that are no multiple: 36 of the experts and 45 of the MLP in the first layer."""
+    options = {"kv_heads": 4, "heads": 8, "channels": 45, "layers": 3}
+    model = make_moe("qwen2_moe", width=36, **options, mlp_only_layers=[0])
+    method = Magnitude(units=units, round_to=16, groups_multiple_of=2, pruning_ratio=ratio)
+    views = method.arranged(layer_structures(model))
+    scores = group_scores(views, kinds=method.kinds(views))
+    pruned = method.select(scores, views, sum(view.cost for view in views))
+    kept = kept_units(replace(scores, pruned=pruned), views)
+    groups = {len(layer.kept[Block.ATTENTION]) for layer in kept}
+    assert all(count % 2 == 0 for count in groups)
+    said = method.selection.unrounded(replace(scores, pruned=pruned), views)
+    if units == "all":
+        assert {len(layer.kept[Block.EXPERT_CHANNEL]) // views[1].experts.total % 16 for layer in kept[1:]} == {0}
+        assert len(kept[0].kept[Block.MLP]) % 16 == 0
+        assert not said
+    else:
+        assert ("0 (45)" in said) and (("1 (36), 2 (36)" in said) == (units == "expert")), said
