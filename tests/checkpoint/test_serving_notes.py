@@ -38,7 +38,7 @@ def test_a_pattern_that_runtimes_take_from_the_place_of_a_layer(family: str, tmp
     for start, length in ((0, 0), (0, 1), (period, period), (1, 2)):
         gone = range(start, start + length)
         kept = [
-            LayerPlan(view.index, dict.fromkeys(view.blocks, []) if view.index in gone else view.all_units)
+            LayerPlan(view.index, {block: [] for block in view.blocks} if view.index in gone else view.all_units)
             for view in layer_structures(model)
         ]
         plan = tiny_plan(model, [], layers=kept)

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lightning_prune.checkpoint.expert_plans import check_experts
+from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.checkpoint.scores import BLOCKS, Scores
-from lightning_prune.methods import Magnitude
+from lightning_prune.methods import REAP, Magnitude
 from lightning_prune.methods.expert_selection import select_experts
 from lightning_prune.methods.group_pruning import kept_units
 from lightning_prune.methods.scores import group_scores
@@ -112,4 +114,45 @@ def test_multiples_hold_in_experts_and_around_them_or_it_says_so(units: Any, rat
         assert len(kept[0].kept[Block.MLP]) % 16 == 0
         assert not said
     else:
-        assert ("0 (45)" in said) and (("1 (36), 2 (36)" in said) == (units == "expert")), said
+        assert "0 (45)" in said
+        assert ("1 (36), 2 (36)" in said) == (units == "expert")
+
+
+@pytest.mark.parametrize(
+    ("units", "kept", "message"),
+    [
+        (
+            Block.EXPERT,
+            [[0], [0]],
+            r"layer 0 keeps 1 experts; its router chooses 2 for every token, so at least 2 must",
+        ),
+        (Block.EXPERT, [[0, 1, 2], [0, 1]], "layers keep different numbers of experts"),
+        (Block.EXPERT_CHANNEL, [range(47), range(48)], "layer 0 keeps 11 to 12 expert_channel units of its experts"),
+        (Block.EXPERT_CHANNEL, [range(0, 48, 2), range(48)], "of channels inside them"),
+    ],
+)
+def test_a_plan_keeps_equally_many_and_no_fewer_experts_than_the_router_chooses(
+    units: Block, kept: Any, message: str
+) -> None:
+    views = [view.with_experts_as(units) for view in layer_structures(make_moe(num_experts=4, layers=2))]
+    plans = [LayerPlan(view.index, {units: list(one)}) for view, one in zip(views, kept, strict=True)]
+    with pytest.raises(UserError, match=message):
+        check_experts(views, plans)
+
+
+def test_the_largest_ratio_that_leaves_the_experts_a_router_chooses_is_named() -> None:
+    method = REAP(pruning_ratio=0.7)
+    views = method.arranged(layer_structures(make_moe(layers=2)))
+    total = sum(view.cost for view in views)
+    largest = 6 * sum(view.unit_cost(Block.EXPERT) for view in views) / total  # of eight, two are kept
+    with pytest.raises(UserError, match=rf"largest reachable ratio is {int(largest * 1e4) / 1e4:.4f}"):
+        method.select(group_scores(views, kinds=method.kinds(views)), views, total)
+
+
+def test_a_ratio_that_takes_a_super_expert_is_refused() -> None:
+    method = REAP(pruning_ratio=0.5)
+    views = method.arranged(layer_structures(make_moe(layers=2)))
+    scores = group_scores(views, kinds=method.kinds(views))
+    marked = replace(scores, super_expert=np.ones(len(scores.layer), dtype=bool))
+    with pytest.raises(UserError, match=r"at 0\.5 layer 0 loses expert 0, whose output peaks above all others. .* --model.super_experts remove"):
+        method.select(marked, views, sum(view.cost for view in views))
