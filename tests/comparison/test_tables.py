@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,19 @@ def test_latex_has_the_divergence_where_it_was_measured(tmp_path: Path) -> None:
     assert "0.1234" in table
     assert "Dense" not in table
     assert "divergence" not in latex(audit([make_run(tmp_path / "other", "wanda")]))
+
+
+def test_active_parameters_stand_beside_all_of_them_where_experts_are_compared(tmp_path: Path) -> None:
+    counts = {
+        "experts": {"dense_active": 600, "pruned_active": 590},
+        "channels": {"dense_active": 600, "pruned_active": 480},
+    }
+    runs = []
+    for label, active in counts.items():
+        run = make_run(tmp_path, label)
+        parameters = run.metrics.parameters.model_copy(update=active)
+        runs.append(replace(run, metrics=run.metrics.model_copy(update={"parameters": parameters})))
+    (group,) = audit(runs).groups
+    rows = results(repeats(group.all), group).set_index("system")
+    assert rows["active"].to_dict() == {"dense": "600", "experts": "590", "channels": "480"}
+    assert "active" not in results(repeats([make_run(tmp_path, "wanda")]), audit([make_run(tmp_path, "w")]).groups[0])

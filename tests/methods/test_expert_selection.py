@@ -154,5 +154,8 @@ def test_a_ratio_that_takes_a_super_expert_is_refused() -> None:
     views = method.arranged(layer_structures(make_moe(layers=2)))
     scores = group_scores(views, kinds=method.kinds(views))
     marked = replace(scores, super_expert=np.ones(len(scores.layer), dtype=bool))
-    with pytest.raises(UserError, match=r"at 0\.5 layer 0 loses expert 0, whose output peaks above all others. .* --model.super_experts remove"):
+    with pytest.raises(
+        UserError,
+        match=r"at 0\.5 layer 0 loses expert 0, whose output peaks above all others. .* --model.super_experts remove",
+    ):
         method.select(marked, views, sum(view.cost for view in views))
