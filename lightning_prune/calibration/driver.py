@@ -21,7 +21,7 @@ from lightning_prune.support.timing import Seconds
 CALIBRATING, REFITTING = "calibrating", "refitting"
 PHASE_SECONDS = {CALIBRATING: "calibrate", REFITTING: "refit"}  # their names in metrics.json
 
-Stage = tuple[str, list[Pass]]
+Stage = tuple[str, list[Pass], float]  # its phase, and the share of the phase's work that is done after it
 
 
 class CalibrationDriver:
@@ -81,7 +81,7 @@ class CalibrationDriver:
     def _next_stage(self) -> None:
         if (following := next(self._stages, None)) is None:
             return
-        number, (self._phase, passes) = following
+        number, (self._phase, passes, self._share) = following
         self._started, self._finishing = time.perf_counter(), self.seconds.get("finish layers", 0.0)
         folder = None
         if self.folder is not None:
@@ -102,7 +102,7 @@ class CalibrationDriver:
                 self.loop.finish()
         if self.loop.remaining:
             return
-        self.progress.finish(self._phase)
+        self.progress.finish(self._phase, self._share)
         if any(current.reads for current in self.loop.passes):
             finishing = self.seconds.get("finish layers", 0.0) - self._finishing
             self.seconds.add(PHASE_SECONDS[self._phase], time.perf_counter() - self._started - finishing)

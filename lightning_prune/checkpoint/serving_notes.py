@@ -17,8 +17,10 @@ _PATTERNS: dict[str, tuple[str, str | int, int, str]] = {
     "smollm3": ("no_rope_layers", 1, 4, "rotate queries and keys"),
 }
 # What vLLM splits beside KV heads, MLPs and experts, by config key: heads of mixers, and experts that every token sees.
-_SPLIT_TOO = ("linear_num_key_heads", "linear_num_value_heads", "mamba_n_heads", "mamba_num_heads")
-_SPLIT_TOO += ("shared_expert_intermediate_size", "shared_intermediate_size", "moe_shared_expert_intermediate_size")
+_SPLIT_TOO = (
+    *("linear_num_key_heads", "linear_num_value_heads", "mamba_n_heads", "mamba_num_heads"),
+    *("shared_expert_intermediate_size", "shared_intermediate_size", "moe_shared_expert_intermediate_size"),
+)
 
 
 def pattern_note(config: Any) -> str:

@@ -212,9 +212,7 @@ class PruningMethod(L.LightningModule):
 
     def refit_passes(self, kept: list[LayerPlan], held_out: Callable[[], Tensor]) -> list[Pass]:
         """Passes after the decision, whose new weights are the pruned model's; ``held_out``: samples to check on."""
-        if self.refit is None:
-            return []
-        return [RefitPass(kept, self.refit, held_out(), self.dense_stream)]
+        return [] if self.refit is None else [RefitPass(kept, self.refit, held_out(), self.dense_stream)]
 
     def details(self) -> dict[str, Any]:
         """What the method measured and chose beside its scores, for ``method.json``: thresholds, damping, ratios."""
@@ -316,7 +314,7 @@ class PruningMethod(L.LightningModule):
         self.driver.begin(self.stages())
 
     def stages(self) -> Iterator[Stage]:
-        """Name and passes of one stage after the other; decisions are made between them."""
+        """One stage after the other; decisions are made between them."""
         for step in range(1, self.steps + 1):
             self.step = step
             passes = [] if self.saved is not None else self.passes()
@@ -324,13 +322,13 @@ class PruningMethod(L.LightningModule):
                 refits = self.refit_passes(unpruned(self.layers), lambda: torch.zeros(0))  # as if nothing were removed
                 self._expect(*(self.steps * self.driver.work(of) for of in (passes, refits)))
             if passes:
-                yield CALIBRATING, passes
+                yield CALIBRATING, passes, step / self.steps
             with self.seconds.measure("decide"), torch.no_grad():
                 self.decide()
             refits = self.refit_passes(self.plan.layers, lambda: held_out_samples(self.datamodule.calibration.tokens))
             if refits:
                 self.model.change_layers(None)  # the refit measures the dense weights, not an earlier step's
-                yield REFITTING, refits
+                yield REFITTING, refits, step / self.steps
                 self.plan = replace(self.plan, weights_updated=True)
             if step < self.steps:
                 self._write_step()

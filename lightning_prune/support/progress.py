@@ -53,9 +53,11 @@ class Progress:
         self._done[phase] = done
         self._show(phase, at)
 
-    def finish(self, phase: str) -> None:
-        """A phase is over, however much it was said to be."""
-        self._done[phase] = self._expected[phase] = max(self._done.get(phase, 0.0), self._expected.get(phase, 0.0))
+    def finish(self, phase: str, share: float = 1.0) -> None:
+        """A phase, or this share of its work, is over, however much it was said to be."""
+        expected = self._expected.get(phase, 0.0)
+        self._done[phase] = max(self._done.get(phase, 0.0), share * expected)
+        self._expected[phase] = self._done[phase] if share == 1 else expected
         if self._display is not None and self._phase == phase:
             seconds = time.monotonic() - self._phase_started
             self._display.ended(f"{phase}: {seconds:.1f} s" if seconds < 60 else f"{phase}: {clock(seconds)}")

@@ -11,6 +11,7 @@ import lightning_prune
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.methods import HGSP
 from lightning_prune.models.vocabulary import Block
+from lightning_prune.support.progress import Progress
 from tests.methods.running import mean_token_loss, projections
 from tests.tiny import make_tiny, tiny_tokens
 
@@ -62,3 +63,11 @@ def test_what_is_removed_keeps_what_was_measured_when_it_was(run: Any) -> None:
     torch.testing.assert_close(twice.scores.importance[gone], once.scores.importance[gone])
     assert np.isfinite(twice.scores.score).all()
     assert (once.reusable, twice.reusable) == (True, False)  # whether the scores can be decided on again
+
+
+def test_progress_is_that_of_all_steps(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[tuple[str, float]] = []
+    monkeypatch.setattr(Progress, "finish", lambda self, phase, share=1.0: ended.append((phase, share)))
+    run(make_tiny(layers=2), HGSP, 0.2, tiny_tokens(8, 16), temperature=0, steps=2, refit="residual")
+    phases = [("calibrating", 0.5), ("refitting", 0.5), ("calibrating", 1.0), ("refitting", 1.0)]
+    assert [one for one in ended if one[0] in ("calibrating", "refitting")] == phases

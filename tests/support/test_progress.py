@@ -49,6 +49,21 @@ def test_the_status_names_phase_place_and_what_is_left(recorded: Any, now: list[
     assert recorded.endings == ["calibrating: 20.0 s", "writing: 0.0 s"]
 
 
+def test_the_end_of_a_step_is_not_the_end_of_its_phase(recorded: Any) -> None:
+    progress = Progress()
+    progress.expect("calibrating", 80)
+    progress.expect("writing", 20)
+    progress.advance("calibrating", 15)
+    progress.finish("calibrating", share=0.25)
+    assert progress.fraction == pytest.approx(0.2)
+    progress.advance("calibrating", 30)
+    assert progress.fraction == pytest.approx(0.5)
+    progress.finish("calibrating", share=0.5)  # did more than was said
+    assert progress.fraction == pytest.approx(0.5)
+    progress.finish("calibrating")
+    assert progress.fraction == pytest.approx(0.8)
+
+
 def test_nothing_is_shown_where_nothing_is_wanted_or_done(recorded: Any) -> None:
     unwanted, idle = Progress(shown=False), Progress()
     for progress in (unwanted, idle):
