@@ -76,7 +76,7 @@ def read_settings(
 ) -> Settings:
     """Read the file at ``path``, or the shipped one of that name; what is not None overrules it.
 
-    ``systems``: only these labels of the file, or names of methods. ``options``: ``data.OPTION`` and ``trainer.OPTION``
+    ``systems``: only these labels of the file, names of methods, or files of systems. ``options``: ``data.OPTION`` and ``trainer.OPTION``
     with values as on the command line; a system's own ``data`` section (ShortGPT's second setting) still comes last,
     since it is what makes that system. ``targets`` take the place of the file's ratios.
 
@@ -88,13 +88,16 @@ def read_settings(
     overrules = {name: value for name, value in given.items() if value is not None}
     subject = f"--config: '{path}'{''.join(f' --{name}' for name in overrules)}"
     file = _validated(read_config(path, "--config") | overrules, Settings, subject)
+    own = {Path(name).stem: name for name in systems or () if name.endswith((".yaml", ".yml"))}
+    file.systems |= {label: str(Path(name).absolute()) for label, name in own.items()}
     for label in file.systems:
         check_label(label, f"--config: systems in '{path}'")
         if label == REPORTS:
             raise UserError(f"--config: '{path}' names a system '{label}', like the folder of reports. Rename it.")
     if file.seeds and "data.seed" in (options or {}):
         raise UserError("--data.seed: the experiment has --seeds, which mean the same. Leave one of them out.")
-    labels = list(file.systems) if systems is None else list(dict.fromkeys(systems))
+    named = [Path(name).stem if name in own.values() else name for name in systems or file.systems]
+    labels = list(dict.fromkeys(named))
     for label in labels:
         if label in file.systems:
             continue

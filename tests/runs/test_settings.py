@@ -31,6 +31,19 @@ def test_command_line_wins_over_the_file_and_a_systems_own_setting_stays(tmp_pat
     assert found["model"]["init_args"]["pretrained"] == "other"
 
 
+def test_a_file_of_ones_own_is_a_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    file = write(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    Path("narrow.yaml").write_text("model: {class_path: lightning_prune.methods.Wanda, init_args: {round_to: 4}}")
+    settings = read_settings(file, systems=["narrow.yaml", "wanda"])
+    assert list(settings.systems) == ["narrow", "wanda"]
+    made = settings.configuration("narrow", 0.2)["model"]["init_args"]
+    assert (made["label"], made["round_to"]) == ("narrow", 4)
+    with pytest.raises(UserError, match=r"systems\.absent: .*absent\.yaml"):
+        read_settings(file, systems=["absent.yaml"])
+
+
 def test_seed_of_the_experiment_applies_to_a_systems_own_setting_too(tmp_path: Path) -> None:
     settings = read_settings(write(tmp_path, data={"seed": 3}, seeds=[7, 0, 7]))
     assert settings.seeds == [0, 7]

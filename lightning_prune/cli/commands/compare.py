@@ -125,7 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     sizes.add_argument("--targets", nargs="+", metavar="N", help=text)
     text = "repeat every run over these seeds of the calibration samples, and show mean and standard deviation"
     add("--seeds", type=int, nargs="+", metavar="N", help=text)
-    add("--systems", nargs="+", metavar="NAME", help="only these systems of the file, or other methods by name")
+    text = "only these systems of the file, other methods by name, or files of your own (mine.yaml)"
+    add("--systems", nargs="+", metavar="NAME", help=text)
     text = (
         "add accuracy on tasks of the LM Evaluation Harness, each measured once per checkpoint (pip install "
         f"'lightning-prune[eval]'). Without names: {' '.join(TASKS)}"
