@@ -83,7 +83,10 @@ def removable(family: Family) -> str:
 
 # Whose stock folders vLLM's own models ran, of those that vLLM's transformers backend was not tried with: see
 # docs/notes/engines.md.
-STOCK_IN_VLLM = ("qwen3_moe", "mixtral", "falcon_h1", "nemotron_h", "phi", "gpt_neox", "cohere")
+STOCK_IN_VLLM = (
+    *("qwen3_moe", "olmoe", "mixtral", "qwen2_moe", "granitemoe", "glm4_moe", "gpt_oss", "granitemoehybrid"),
+    *("gemma4_text", "gemma4_unified_text", "falcon_h1", "nemotron_h", "phi", "gpt_neox", "cohere"),
+)
 
 
 def runtimes(family: Family) -> str:

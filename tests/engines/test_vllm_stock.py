@@ -24,7 +24,7 @@ OWN: dict[str, dict[str, Any]] = {
     "glm4_moe": {"tied": False},
     "gpt_oss": {"tied": False},
     # The rest as published configs say.
-    "deepseek_v3": {"topk_method": "noaux_tc", "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+    "deepseek_v3": {"topk_method": "noaux_tc", "kv_lora_rank": 512, "qk_rope_head_dim": 64, "head_dim": 64}
     | dict.fromkeys(("q_lora_rank", "qk_nope_head_dim", "v_head_dim"), 32),
     "lfm2": {"conv_dim": 128, "block_dim": 128},
     "lfm2_moe": {"conv_dim": 128},
