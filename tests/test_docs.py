@@ -280,3 +280,8 @@ def test_links_and_named_files_are_there(page: str) -> None:
     named += re.findall(r"configs/[\w.]+|docs/[\w.]+|CONTRIBUTING\.md|CHANGELOG\.md", text)
     assert named
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_page_of_the_api_has_every_public_name() -> None:
+    page = (DOCS / "api.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^::: lightning_prune\.(\w+)$", page, re.MULTILINE)) == sorted(lp.__all__)

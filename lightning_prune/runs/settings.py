@@ -76,9 +76,9 @@ def read_settings(
 ) -> Settings:
     """Read the file at ``path``, or the shipped one of that name; what is not None overrules it.
 
-    ``systems``: only these labels of the file, names of methods, or files of systems. ``options``: ``data.OPTION`` and ``trainer.OPTION``
-    with values as on the command line; a system's own ``data`` section (ShortGPT's second setting) still comes last,
-    since it is what makes that system. ``targets`` take the place of the file's ratios.
+    ``systems``: only these labels of the file, names of methods, or files of systems. ``options``: ``data.OPTION`` and
+    ``trainer.OPTION`` with values as on the command line; a system's own ``data`` section (ShortGPT's second setting)
+    still comes last, since it is what makes that system. ``targets`` take the place of the file's ratios.
 
     Raises:
         UserError: no such file, an unknown key or system, a ratio outside 0 and 1, a seed that is not one.
