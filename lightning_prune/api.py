@@ -38,7 +38,7 @@ __all__ = ["PrunedModel", "UserError", "apply", "calibration_set", "compare", "e
 
 
 class PrunedModel:
-    """A finished run: ``folder`` is what ``lightning-prune fit`` leaves, and lives as long as this if temporary."""
+    """A finished run: ``folder`` is the run folder that ``fit`` writes; a temporary one is deleted with this object."""
 
     def __init__(self, folder: Path, keep: Any = None) -> None:
         self.folder = folder
@@ -59,7 +59,7 @@ class PrunedModel:
 
     @property
     def plan(self) -> PruningPlan:
-        """What is kept of every layer."""
+        """The pruning plan: the units kept in every layer."""
         return self.run.plan
 
     @cached_property
@@ -85,7 +85,9 @@ class PrunedModel:
         """
         target = Path(folder)
         if target.exists() and any(target.iterdir()):
-            raise UserError(f"save_pretrained: '{target}' exists and is not an empty folder.")
+            raise UserError(
+                f"save_pretrained: '{target}' exists and is not an empty folder. Give a new or an empty one."
+            )
         shutil.copytree(self.folder / "pruned", target, dirs_exist_ok=True)
 
     def into(self, model: PreTrainedModel) -> None:
@@ -147,7 +149,10 @@ def prune(
     """
     model = unwrapped(model)
     if inplace and not isinstance(model, PreTrainedModel):
-        raise UserError("inplace: only a model that is loaded can be turned into the pruned one.")
+        raise UserError(
+            "inplace: found a path. Only a loaded model can become the pruned one: load it with from_pretrained, or "
+            "leave inplace out."
+        )
     keep = tempfile.TemporaryDirectory(prefix="lightning-prune-")
     work = Path(keep.name)
     own = read_config(config_file(method, option="method"), "method")
@@ -271,7 +276,7 @@ def compare(
         UserError: a folder that is not a finished run, none at all, or a task that is not there.
     """
     if not runs:
-        raise UserError("runs: nothing to compare.")
+        raise UserError("runs: the list is empty. Give at least one run.")
     loaded = [load_run(one.folder if isinstance(one, PrunedModel) else Path(one)) for one in runs]
     if zero_shot:
         with tempfile.TemporaryDirectory(prefix="lightning-prune-") as work:

@@ -191,7 +191,7 @@ def test_calibration_sets_from_text_a_file_a_dataset_and_token_ids(base: str, tm
     file = tmp_path / "my_text.txt"
     file.write_text("\n\n".join(texts), encoding="utf-8")
     assert torch.equal(lp.calibration_set(file, base, 5, 16, seed=3), one)
-    with pytest.raises(lp.UserError, match="is a file; pathlib"):
+    with pytest.raises(lp.UserError, match="is a file, but a str is text"):
         lp.calibration_set(str(file), base, 5, 16)
     stream = torch.tensor(tiny_tokenizer()("\n\n".join(texts))["input_ids"])
     assert torch.equal(lp.calibration_set(stream, num_samples=5, seq_len=16, seed=3), one)
@@ -204,14 +204,14 @@ def test_calibration_sets_from_text_a_file_a_dataset_and_token_ids(base: str, tm
         (lambda base: lp.prune(base, "wandaa", **CPU), "no shipped configuration 'wandaa'"),
         (lambda base: lp.prune(base, "wanda", 1.5, tiny_tokens(8, 16), **CPU), "--model.pruning_ratio: found 1.5"),
         (lambda base: lp.prune(base, "wanda", temprature=1, **CPU), "temprature"),
-        (lambda base: lp.prune(base, "wanda", calibration=3, **CPU), "calibration: give the name"),
+        (lambda base: lp.prune(base, "wanda", calibration=3, **CPU), "calibration: found int. Give the name"),
         (lambda base: lp.prune(base, "wanda", inplace=True, **CPU), "inplace"),
         (lambda base: lp.prune(base, "wanda", 0.1, target_parameters="20k", **CPU), "and target_parameters: give one"),
-        (lambda base: lp.calibration_set("a b c"), "tokenizer: none given"),
-        (lambda base: lp.calibration_set(torch.zeros(3)), "token ids are integers"),
+        (lambda base: lp.calibration_set("a b c"), "tokenizer: found none"),
+        (lambda base: lp.calibration_set(torch.zeros(3)), "token ids: found torch.float32"),
         (lambda base: lp.calibration_set({"a": 1}, base), "found dict"),
         (lambda base: lp.evaluate(base, []), "nothing to evaluate on"),
-        (lambda base: lp.compare([]), "nothing to compare"),
+        (lambda base: lp.compare([]), "runs: the list is empty"),
         (lambda base: lp.compare([base]), "run"),
     ],
 )

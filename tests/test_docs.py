@@ -247,19 +247,27 @@ def test_output_is_compared_line_by_line(shown: str, right: bool) -> None:
     assert is_printed(shown, "\na 1\nb 2\nc\n") is right
 
 
+def with_output(page: Path) -> list[tuple[str, str]]:
+    """Commands of a page, and what it shows after them."""
+    pairs = pairwise(all_blocks(page))
+    return [(typed, shown) for (kind, typed), (shows, shown) in pairs if (kind, shows) == ("bash", "text")]
+
+
 @pytest.mark.slow
 def test_commands_of_the_readme_print_what_it_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    pairs = [pair for pair in pairwise(all_blocks(README)) if [language for language, _ in pair] == ["bash", "text"]]
+    pairs = with_output(README)
     assert len(pairs) == 2
-    for (_, typed), (_, shown) in pairs:
+    (of_wanda,) = (shown for typed, shown in with_output(DOCS / "tutorials" / "first_run.md") if "fit" in typed)
+    for number, (typed, shown) in enumerate(pairs):
         program, *words = shlex.split(typed.split("&&")[-1])
         assert program == "lightning-prune"
         assert main(words) == 0
         printed = capsys.readouterr().out
         assert is_printed(shown, printed), printed
+        assert number or is_printed(of_wanda, printed), printed
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ class BackwardPass(Pass):
     """Forward once, backward layer by layer.
 
     ``priors``: also estimate the loss increase without the layer and its blocks: the fact ``delta``, three numbers, of
-    the layer and by the blocks' ``place``; 0 where there is no such block.
+    the layer and by the blocks' ``place``; 0 for a block that the layer does not have.
     """
 
     def __init__(self, priors: bool = False, num_samples: int | None = None) -> None:
@@ -74,7 +74,7 @@ class BackwardPass(Pass):
 
     @abstractmethod
     def conclude(self, view: LayerStructure) -> LayerResult:
-        """What is left of a layer, from the sums over all processes; its weights take no more gradients."""
+        """Return the result of a layer, from the sums over all processes; its weights take no more gradients."""
 
     def start(self, step: Step) -> None:
         self.seen = 0

@@ -67,13 +67,13 @@ class CalibrationDriver:
         self.loop.batch(Batch(tokens, weight, index, slice(start, start + len(tokens))))
 
     def end_epoch(self) -> None:
-        """After the last batch, while the strategy is up: sums are reduced over processes, the layer is finished."""
+        """Finish the layer after the last batch, while the strategy is up: sums are reduced over processes."""
         with self.seconds.measure("finish layers"):
             self.loop.finish()
         self._take_steps_without_batches()
 
     def work(self, passes: list[Pass]) -> float:
-        """What the passes cost, in tokens through a layer."""
+        """The cost of all passes, in tokens through a layer."""
         loop = CalibrationLoop(passes, self.setting, Results())
         tokens = self.setting.rows * self.setting.seq_len
         return sum(sum(loop.work(number, tokens)) for number in range(len(loop.steps)))

@@ -1,4 +1,4 @@
-"""What is left of a finished layer: the one value that crosses from calibration to the methods."""
+"""The result of a finished layer: the one value that crosses from calibration to the methods."""
 
 import json
 from dataclasses import dataclass, field, replace
@@ -33,7 +33,7 @@ class LayerResult:
         return replace(self, **tensors)
 
     def without_weights(self) -> "LayerResult":
-        """What is kept in memory when the rest is on disk."""
+        """A copy without new weights: the part kept in memory when the rest is on disk."""
         return LayerResult(self.importance, facts=self.facts)
 
     @property

@@ -1,6 +1,6 @@
 """A pass over the decoder as a sequence of steps: it owns the order of layers, here forward, and the residual stream.
 
-What is observed in a layer, and what is left when it is finished (one value per unit), is up to the subclass.
+A subclass says what is observed in a layer, and what its result is once it is finished (one value per unit).
 """
 
 from abc import ABC, abstractmethod
@@ -44,7 +44,7 @@ class Setting:
     finished: Callable[[float], None] = lambda share: None  # told what share of ``finish`` was done since last time
 
     def free_bytes(self, device: torch.device) -> int:
-        """Memory that is left on a device; solvers choose their precision by it."""
+        """Free memory on a device; solvers choose their precision by it."""
         return free_bytes(device)
 
     def batches(self) -> Iterator[slice]:
@@ -62,7 +62,7 @@ class Batch:
     rows: slice  # that they take in residual stores
 
     def counted(self, num_samples: int | None) -> "Batch":
-        """Its samples of weight 1, which are at the front, among the set's first ``num_samples`` (None: all)."""
+        """The batch's samples of weight 1, which come first, among the set's first ``num_samples`` (None: all)."""
         chosen = self.weight > 0
         if num_samples is not None:  # of the shared set, whatever the batch size and the number of processes
             chosen &= self.index < num_samples
@@ -91,7 +91,7 @@ class Load:
 
     @property
     def tokens(self) -> int:
-        """Of one batch."""
+        """Number of tokens in one batch."""
         return self.batch_size * self.seq_len
 
 
@@ -111,7 +111,7 @@ class Pass(ABC):
 
     name: str
     reads = True  # whether steps need the calibration batches at all
-    changes = False  # whether steps leave their layer with other weights
+    changes = False  # whether steps change the weights of their layer
     keeps_stream = False  # ``boundaries`` outlive the pass; whoever takes them closes them
     num_samples: int | None = None  # only the first so many calibration samples are read; None: all
     boundaries: Sequence[ResidualStore] = ()  # the stream before every layer; one store where no layer keeps its own
@@ -125,27 +125,27 @@ class Pass(ABC):
         return [Step(view.index, "forward") for view in layers]
 
     def begin(self, setting: Setting) -> None:
-        """Before the first step."""
+        """Prepare the pass; called once before the first step."""
         self.setting, self.stores, self.hooks = setting, {}, Hooks()
 
     def store(self, name: str) -> ResidualStore:
-        """One of ``stores``, made where it is not there yet."""
+        """One of ``stores``, made when it is first used."""
         rows = min(self.setting.rows, self.num_samples or self.setting.rows)
         return self.stores.setdefault(name, ResidualStore(rows, self.setting.scratch, self.model.device))
 
     def start(self, step: Step) -> None:  # noqa: B027 - some passes need nothing
-        """The layer of ``step`` is in place."""
+        """Prepare a step; the weights of its layer are loaded."""
 
     def batch(self, step: Step, batch: Batch) -> None:
-        """One batch of this step."""
+        """Run one batch of this step."""
         raise NotImplementedError(f"the pass {self.name} reads no batches")
 
     @abstractmethod
     def finish(self, step: Step) -> LayerResult:
-        """Every batch has passed: what is left of the step. Sums are reduced over processes here."""
+        """Return the step's result after its last batch. Sums are reduced over processes here."""
 
     def skip(self, step: Step, batch: Batch) -> None:
-        """As ``batch`` for a step whose result is known: only what later steps need."""
+        """Run a batch of a step whose result is known: compute only what later steps need."""
         self.batch(step, batch)
 
     def advance(self, step: Step) -> None:  # noqa: B027 - most passes need nothing
@@ -160,11 +160,11 @@ class Pass(ABC):
         return 0.0
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
-        """The memory it takes; ``view`` is on the meta device."""
+        """The memory that the pass takes; ``view`` is on the meta device."""
         return Holding()
 
     def end(self) -> None:
-        """Give everything back but what outlives the pass."""
+        """Free everything but what outlives the pass."""
         self.hooks.remove()
         for store in self.stores.values():
             if not (self.keeps_stream and store in self.boundaries):
@@ -178,7 +178,7 @@ class Pass(ABC):
 
     @property
     def model(self) -> LayeredModel:
-        """The decoder."""
+        """The layered model that the pass runs over."""
         return self.setting.model
 
     def view(self, step: Step) -> LayerStructure:
@@ -187,13 +187,13 @@ class Pass(ABC):
 
 
 class WeightsPass(Pass):
-    """Looks at every layer's weights; no batch is read."""
+    """A pass that looks at the weights of every layer and reads no batch."""
 
     reads = False
 
     @abstractmethod
     def conclude(self, view: LayerStructure) -> LayerResult:
-        """What is left of a layer."""
+        """Return the result of a layer."""
 
     def finish(self, step: Step) -> LayerResult:
         return self.conclude(self.view(step))
@@ -204,7 +204,7 @@ class WeightsPass(Pass):
 
 
 class ForwardPass(Pass):
-    """From the first layer to the last: one evaluation per layer, a second one only where it ``rewrites`` layers."""
+    """A pass from the first layer to the last: one evaluation per layer, a second only where it ``rewrites`` layers."""
 
     rewrites = False  # whether the next layer sees the weights that ``conclude`` changed
 
@@ -219,7 +219,7 @@ class ForwardPass(Pass):
 
     @abstractmethod
     def conclude(self, view: LayerStructure) -> LayerResult:
-        """What is left of a layer, from the sums over all processes."""
+        """Return the result of a layer, from the sums over all processes."""
 
     def start(self, step: Step) -> None:
         self.hooks, view = Hooks(), self.view(step)
@@ -249,7 +249,7 @@ class ForwardPass(Pass):
         return self.conclude(self.view(step))
 
     def advance(self, step: Step) -> None:
-        """Once the changed weights are in place: what this layer now hands on."""
+        """Compute the residual stream after this layer, whose changed weights are in place."""
         if self.rewrites and step.layer + 1 < self.model.num_layers:
             self.replace_stream(self.boundaries[step.layer], lambda _, hidden: self.model.run(step.layer, hidden))
 
@@ -260,7 +260,7 @@ class ForwardPass(Pass):
 
 
 class BlockPass(Pass):
-    """Forward, block by block, each rewritten from what the rewritten part before it outputs; a mixer stays as it is.
+    """A forward pass that rewrites each block but mixers from the outputs of the rewritten blocks before it.
     One beside the MLP is part of its step, because both read the same stream.
 
     The inputs of a block's output projection are kept while it is open: its second evaluation is that projection alone.
@@ -281,10 +281,10 @@ class BlockPass(Pass):
 
     @abstractmethod
     def conclude(self, view: LayerStructure, block: Block) -> LayerResult:
-        """What is left of a block, with the new weight of its output projection."""
+        """Return the result of a block, with the new weight of its output projection."""
 
     def block(self, step: Step) -> Block:
-        """The block of this step."""
+        """The block of the layer that the current step rewrites."""
         return Block(step.phase)
 
     def projection(self, step: Step) -> Projection:
@@ -311,8 +311,8 @@ class BlockPass(Pass):
         self.catch(step, batch)
 
     def catch(self, step: Step, batch: Batch) -> None:
-        """What the block's projection reads of the stream, of all columns, is stored; what a mixer makes of the
-        stream is the stream from here on."""
+        """Store the inputs of the block's output projection, all columns; the stream after a mixer replaces the
+        stream."""
         block, hidden = self.block(step), self.stream.get(batch.rows, self.model.device)
         if block is Block.MIXER:
             self.stream.put(batch.rows, self.model.run_block(step.layer, block, hidden))
@@ -330,7 +330,7 @@ class BlockPass(Pass):
         return self.conclude(view, block)
 
     def advance(self, step: Step) -> None:
-        """Once the rewritten projection is in place: add what it now outputs to the residual stream."""
+        """Add the outputs of the rewritten projection, which is in place, to the residual stream."""
         view, block = self.view(step), self.block(step)
         last = step.layer + 1 == self.model.num_layers and block is view.blocks[-1]
         if block is Block.MIXER or last:
@@ -350,7 +350,7 @@ class BlockPass(Pass):
         self.inner.close()
 
     def pass_by(self, step: Step) -> None:
-        """Of the step's block nothing is there: a block beside it still adds to the stream, which a layer may scale."""
+        """Advance the stream past a skipped block: one beside it still adds to it, and the layer may scale it."""
         view = self.view(step)
         if view.side_by_side or (view.scale and self.block(step) is view.blocks[-1]):
             layer, model = step.layer, self.model

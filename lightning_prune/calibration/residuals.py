@@ -28,14 +28,14 @@ class ResidualStore:
 
     @property
     def values(self) -> Tensor | None:
-        """All of it, for the host to read: every copy has arrived. None before the first ``put``."""
+        """All values, for the host to read: every copy has arrived. None before the first ``put``."""
         if self.pinned:
             wait(self.device)
         return self._values
 
     @property
     def nbytes(self) -> int:
-        """Of ``values``, without waiting for them."""
+        """Size of ``values`` in bytes, without waiting for copies."""
         return 0 if self._values is None else self._values.nbytes
 
     def put(self, rows: slice, values: Tensor) -> None:
@@ -54,7 +54,7 @@ class ResidualStore:
         return store[rows].to(device, non_blocking=self.pinned)
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the store's memory."""
         self._values, self.pinned = None, False
 
     def _new(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

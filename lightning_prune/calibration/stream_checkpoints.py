@@ -40,7 +40,7 @@ class StreamCheckpoints:
         return values
 
     def offer(self, step: int, stores: Mapping[str, ResidualStore]) -> None:
-        """Write one after ``step`` where it is worth its time and there is room for it."""
+        """Write a stream checkpoint after ``step`` where it is worth its time and there is room for it."""
         size, worked = sum(store.nbytes for store in stores.values()), time.monotonic() - self._since
         if self.path is None or worked < WAIT or size / self._speed > SHARE * worked:
             return
@@ -58,7 +58,7 @@ class StreamCheckpoints:
         self._speed = max(size, 1) / max(self._since - started, 1e-3)
 
     def clear(self) -> None:
-        """The pass is over; the next one's work is counted from here."""
+        """Remove the stream checkpoint at the end of a pass; the work of the next pass is counted from here."""
         self.step, self._since = -1, time.monotonic()
         if self.path is not None:
             self.path.unlink(missing_ok=True)

@@ -105,7 +105,7 @@ class RemovalPass(Pass):
         return Holding(running=two, stores=(load.hidden_size,) * states, per_logit=8)
 
     def _pieces(self, layer: int) -> tuple[Block, ...]:
-        """What the model is run without: the layer, and each of its blocks where there are two."""
+        """The pieces that the model is run without: the layer, and each of its blocks where there are two."""
         blocks = self.model.views[layer].blocks if self.blocks else ()
         return (Block.LAYER, *blocks) if len(blocks) > 1 else (Block.LAYER,)
 

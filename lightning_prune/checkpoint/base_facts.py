@@ -45,7 +45,7 @@ def base_facts(pretrained: str, path: str, config: dict[str, Any] | None = None)
 
 
 def history(path: str) -> str:
-    """What was done before to a checkpoint that this package wrote, from its card: the first base model, every method,
+    """Earlier steps of a checkpoint that this package wrote, from its card: the first base model, every method,
     recoveries. Empty for a dense model."""
     card = _read(path, "README.md")
     cells: dict[str, str] = dict(re.findall(r"^\| (Base model|Before|Method) \| (.+) \|$", card, re.MULTILINE))
@@ -75,7 +75,7 @@ def _license(value: Any) -> str | list[str] | None:
 
 
 def _license_of_file(path: str) -> str | None:
-    """Of the two licences that name themselves on their first lines."""
+    """Identifier of a licence file, for the two licences that name themselves on their first lines."""
     text = next((text for name in LICENSE_FILES if (text := _read(path, name))), "")
     head = " ".join(text[:200].split())
     if re.match(r"Apache License,? Version 2\.0", head):

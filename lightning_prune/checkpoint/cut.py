@@ -36,8 +36,8 @@ def layout_of(config: Any) -> Literal["stock", "per-layer"]:
 
 
 def kept_part(family: Family, config: Any, kept: LayerPlan, name: str, tensor: Tensor) -> Tensor:
-    """What a layer keeps of its parameter ``name``, such as ``self_attn.q_proj.weight``, which ``tensor`` is whole;
-    ``config`` is that of the layer before it is cut."""
+    """The part of a layer's parameter that is kept: ``tensor`` is the whole parameter ``name``, such as
+    ``self_attn.q_proj.weight``; ``config`` is that of the layer before it is cut."""
     path, _, kind = name.rpartition(".")
     if family.per_head and name == f"{family.attention}.{family.per_head}":
         return _kept(tensor, 0, config.num_key_value_heads, kept.kept[Block.ATTENTION])
@@ -87,7 +87,8 @@ def check_plan(layers: list[LayerStructure], plan: PruningPlan, config: Any) -> 
             )
         if kept.kept.get(Block.MIXER) == [] and not kept.removed:
             raise UserError(
-                f"--plan: layer {kept.layer} keeps a part without its mixer, which is removed with the whole layer."
+                f"--plan: layer {kept.layer} keeps a part without its mixer, which is removed only with the whole "
+                "layer. Keep the mixer, or no part of the layer."
             )
         for block, indices in kept.kept.items():
             size = dense.units(block)
@@ -114,12 +115,12 @@ def check_plan(layers: list[LayerStructure], plan: PruningPlan, config: Any) -> 
 
 
 def unpruned(layers: list[LayerStructure]) -> list[LayerPlan]:
-    """What every layer keeps where nothing is pruned."""
+    """The plans of layers from which nothing is pruned."""
     return [LayerPlan(view.index, view.all_units) for view in layers]
 
 
 def prunable_parameters(layers: list[LayerStructure]) -> int:
-    """In units that may be removed one by one."""
+    """Number of parameters in units that may be removed one by one."""
     return sum(
         view.unit_cost(block) * view.units(block)
         for view in layers
@@ -190,7 +191,7 @@ def pruned_config(config: Any, plan: PruningPlan) -> Any:
 
 
 def _read_again(config: Any) -> Any | None:
-    """What the config's own class makes of what it wrote; None where it does not take that."""
+    """The config after its own class wrote and read it; None where the class does not accept what it wrote."""
     with quiet_transformers():
         try:
             return type(config).from_dict(config.to_dict())
@@ -199,7 +200,7 @@ def _read_again(config: Any) -> Any | None:
 
 
 def _entries(config: Any) -> list[Any]:
-    """What a config says of its layers one by one: Gemma 4's makes the last one attend fully."""
+    """The per-layer entries of a config, of which Gemma 4's makes the last layer attend fully."""
     return [getattr(config, name, None) for name in family_of(config).per_layer_lists]
 
 

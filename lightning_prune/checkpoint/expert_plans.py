@@ -31,8 +31,8 @@ def kept_experts(experts: Experts, plan: LayerPlan) -> tuple[list[int], Tensor |
 
 
 def active_parameters(layers: Sequence[LayerStructure], total: int, kept: Sequence[LayerPlan]) -> int:
-    """Of ``total`` parameters, which ``kept`` leaves, those that one token passes: all but the experts that its routers
-    do not choose."""
+    """Number of parameters that one token passes, out of the ``total`` of the model that ``kept`` describes: all but
+    the experts that its routers do not choose."""
     for dense_layer, plan in zip(layers, kept, strict=True):
         view = as_planned(dense_layer, plan)
         if (experts := view.experts) is None or plan.removed:
@@ -80,12 +80,14 @@ def check_experts(layers: Sequence[LayerStructure], plans: Sequence[LayerPlan]) 
             if len(counts) != 1 or 0 in counts:
                 raise UserError(
                     f"--plan: layer {plan.layer} keeps {min(counts)} to {max(counts)} {block} units of its "
-                    f"{'router groups' if block is Block.EXPERT else 'experts'}; all must keep equally many."
+                    f"{'router groups' if block is Block.EXPERT else 'experts'}; all must keep equally many. Change "
+                    "the plan, or use the plan.json of a run."
                 )
             kept[block, plan.layer] = counts.pop()
     if len({(block, count) for (block, _), count in kept.items()}) > 1:
         raise UserError(
-            "--plan: layers keep different numbers of experts, or of channels inside them; a model has one number."
+            "--plan: layers keep different numbers of experts, or of channels inside them; a model has one number. "
+            "Change the plan, or use the plan.json of a run."
         )
 
 

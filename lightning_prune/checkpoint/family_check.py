@@ -133,7 +133,7 @@ def shrunk(config: Any) -> Any:
 
 
 def _sizes_of_experts(config: Any, family: Family) -> dict[str, int]:
-    """Of few experts, and of two groups where their router chooses among groups first."""
+    """Config entries for few experts, in two groups where their router chooses among groups first."""
     if family.experts is None or (getattr(config, family.experts.count) or 0) < 2:
         return {}
     sizes = {
@@ -162,7 +162,7 @@ def _representative(config: Any, family: Family) -> list[int]:
     blocks = [family.blocks_of(config, layer) for layer in range(config.num_hidden_layers)]
 
     def place(layer: int) -> tuple[int, bool]:
-        """Of those blocks of which there are fewest, a new one before one that is there."""
+        """Sort key of a layer: those whose blocks fewest chosen layers have come first, then new ones."""
         return sum(blocks[one] == blocks[layer] for one in chosen), layer in chosen
 
     while len(chosen) < LAYERS:
@@ -254,8 +254,8 @@ def _plans(model: PreTrainedModel, path: str) -> dict[str, PruningPlan]:
 
 
 def _layer_plan(view: LayerStructure, treatment: tuple[float, slice] | None) -> LayerPlan:
-    """As ``_plans`` says; and three of four experts, others in every layer, or half of every expert's channels, others
-    in every expert."""
+    """The plan of one layer, as ``_plans`` says. Of experts three of four are kept, different ones in every layer, or
+    half of every expert's channels, different ones in every expert."""
     if treatment is None:
         return LayerPlan(view.index, {block: [] for block in view.blocks})
     share, channels = treatment
@@ -281,7 +281,7 @@ def _cut_and_mask(model: PreTrainedModel, dense: Checkpoint, plan: PruningPlan, 
     left = count_parameters(pruned.net)
     if left != plan.parameters["pruned"]:
         raise CheckpointError(
-            f"cutting leaves {left} parameters where the costs of its units say {plan.parameters['pruned']}"
+            f"cutting keeps {left} parameters where the costs of its units say {plan.parameters['pruned']}"
         )
     write_checkpoint(pruned, folder, beside=None, card="")
     apart, scale = float((pruned.logits(tokens) - expected).abs().max()), float(expected.abs().max())

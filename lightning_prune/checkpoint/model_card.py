@@ -58,7 +58,7 @@ def model_card(
 
 
 def _left(layer: LayerPlan, block: Block) -> str:
-    """What is left of a block, in a cell."""
+    """The kept units of a block, as a table cell."""
     if layer.removed:
         return "layer removed"
     if block is Block.ATTENTION and layer.kept.get(Block.MIXER):

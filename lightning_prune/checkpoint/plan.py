@@ -21,7 +21,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What layer ``layer`` keeps: of every block that it has, ascending indices of units (a GQA group of attention, a
+    """The units that layer ``layer`` keeps: for each of its blocks their ascending indices (a GQA group of attention, a
     channel of an MLP, the one unit of a mixer).
 
     An empty list means that the block is skipped; if all are empty, the layer is removed.
@@ -86,8 +86,10 @@ class PruningPlan:
         raw = parse_json(read_file(path, LIMIT, option), Any, subject)  # type: ignore[arg-type]
         known = ("1", str(FORMAT))
         if not isinstance(raw, dict) or repr(raw.get("format")) not in known:  # true is not 1
-            fault = f"has format {raw.get('format')!r}" if isinstance(raw, dict) else "is no plan"
-            raise UserError(f"{subject} {fault}; this version reads the formats {' and '.join(known)}.")
+            fault = f"has format {raw.get('format')!r}" if isinstance(raw, dict) else "is not a plan"
+            raise UserError(
+                f"{subject} {fault}; this version reads the formats {' and '.join(known)}. Give the plan.json of a run."
+            )
         layers = raw.get("layers")
         for layer in layers if raw["format"] == 1 and isinstance(layers, list) else []:
             if isinstance(layer, dict):  # what is missing is noticed below
@@ -95,5 +97,5 @@ class PruningPlan:
         fields = {key: value for key, value in raw.items() if key not in ("format", "removed_layers")}
         plan = parse_json(json.dumps(fields).encode(), cls, subject)
         if missing := sorted({"dense", "pruned"} - plan.parameters.keys()):
-            raise UserError(f"{subject} is not valid: parameters.{missing[0]} is missing.")
+            raise UserError(f"{subject} is not valid: parameters.{missing[0]} is missing. Copy plan.json again.")
         return plan

@@ -42,7 +42,7 @@ class PrunedSource:
         self.left = [layer for layer in plan.layers if not layer.removed]
 
     def read(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
-        """See ``models.sources.Source``; names and layer numbers are those of the pruned model."""
+        """Read parameters as ``models.sources.Source`` does; names and layer numbers are those of the pruned model."""
         result: dict[str, Tensor] = {}
         new_of, prefix = cache(self.new_weights), f"{self.family.layers}."
         for name in names:
@@ -87,7 +87,7 @@ class PrunedSource:
 
 
 def open_pruned(dense: Checkpoint, plan: PruningPlan, new_weights: NewWeights = lambda layer: {}) -> LayeredModel:
-    """What ``plan`` leaves of a dense checkpoint, on the CPU in the plan's dtype, one layer in memory at a time.
+    """A dense checkpoint pruned by ``plan``, on the CPU in the plan's dtype, one layer in memory at a time.
 
     Raises:
         UserError: the plan does not fit the model, or the weights do not fit its config.

@@ -55,7 +55,7 @@ class Blocks:
         return dict(zip(self.keys, parts, strict=True))
 
     def rank(self, order: Integers) -> Integers:
-        """How many units of the same block come earlier in ``order`` (rows, each at most once), int64, as long."""
+        """Rank of each row of ``order`` (each at most once) within its block: units before it, int64, as long."""
         ids = self.ids[order]
         by_block = ids.argsort(kind="stable")
         counts = np.bincount(ids, minlength=len(self.keys))
@@ -91,7 +91,7 @@ class Scores:
 
     @property
     def kept(self) -> Flags:
-        """Not pruned, ``[U]``."""
+        """Whether each unit is kept, bool ``[U]``."""
         return ~self.pruned
 
     @property
@@ -112,15 +112,15 @@ class Scores:
         return Blocks(keys, ids.reshape(-1), size)
 
     def of_kind(self, block: Block) -> Flags:
-        """Which rows belong to one kind of block, ``[U]``."""
+        """Mask of the rows that belong to one kind of block, bool ``[U]``."""
         return np.equal(self.code, BLOCKS.index(block))
 
     def of(self, layer: int, block: Block) -> Flags:
-        """Which rows belong to one block of one layer, ``[U]``."""
+        """Mask of the rows that belong to one block of one layer, bool ``[U]``."""
         return self.of_kind(block) & np.equal(self.layer, layer)
 
     def at(self, rows: Flags | Integers) -> "Scores":
-        """The table of some rows."""
+        """A table of the selected rows."""
         columns = {one.name: getattr(self, one.name) for one in fields(self)}
         chosen: dict[str, Any] = {name: None if values is None else values[rows] for name, values in columns.items()}
         return Scores(**chosen)
@@ -179,7 +179,7 @@ class Scores:
         """Read a table, whose rows may be in any order.
 
         Raises:
-            UserError: a missing file, or one that is no complete score table; names the row.
+            UserError: a missing file, or one that is not a complete score table; names the row.
         """
         data = read_file(path, LIMIT, option)
         try:

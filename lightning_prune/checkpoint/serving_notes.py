@@ -1,4 +1,4 @@
-"""What runtimes other than transformers make of a pruned model: how many devices share it, and who misreads it."""
+"""Notes on a pruned model in other runtimes: over how many devices it can be split, and which runtimes misread it."""
 
 import math
 from typing import Any
@@ -24,7 +24,7 @@ _SPLIT_TOO = (
 
 
 def pattern_note(config: Any) -> str:
-    """A sentence where the layers that are left are not of the kinds that llama.cpp takes them for; else empty."""
+    """A warning where the kept layers are not of the kinds that llama.cpp takes them for; else empty."""
     if config.model_type not in _PATTERNS:
         return ""
     key, usual, period, what = _PATTERNS[config.model_type]
@@ -41,7 +41,7 @@ def pattern_note(config: Any) -> str:
 
 
 def tensor_parallel_sizes(config: Any, plan: PruningPlan) -> list[int]:
-    """Over how many devices a pruned model can be split, 1 first: the common divisors of all heads and widths."""
+    """Numbers of devices over which a pruned model can be split, 1 first: common divisors of all heads and widths."""
     family, first = family_of(config), layer_configs(config)[0]
     sizes = {getattr(first, key, None) or 0 for key in _SPLIT_TOO}
     for layer in plan.layers:

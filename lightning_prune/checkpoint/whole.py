@@ -61,7 +61,7 @@ def whole_names(dense: Checkpoint) -> Callable[[str], str]:
 
 
 def tensors_beside(dense: Checkpoint) -> dict[str, Tensor]:
-    """The tensors of the dense folder that are no part of its text model, views of its files."""
+    """The tensors of the dense folder that do not belong to its text model, views of its files."""
     tensors: dict[str, Tensor] = {}
     for path in dense.weight_files:
         with safe_open(path, framework="pt") as file:
@@ -71,5 +71,5 @@ def tensors_beside(dense: Checkpoint) -> dict[str, Tensor]:
 
 
 def _config(dense: Checkpoint) -> Any:
-    """Of the whole model."""
+    """The config of the whole model, of which the text model is a part."""
     return CONFIG_MAPPING[dense.raw["model_type"]].from_dict(copy.deepcopy(dense.raw))

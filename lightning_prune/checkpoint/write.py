@@ -124,8 +124,8 @@ def _write_config(model: LayeredModel, folder: Path, whole: Checkpoint | None) -
 
 
 def _check(model: LayeredModel, folder: Path, expected: Tensor, part: bool) -> dict[str, Any]:
-    """Through transformers where the model fits into memory, else, and where it is a ``part`` of the folder's, layer by
-    layer, and then without decoding."""
+    """Check the written folder through transformers where the model fits into memory. Else, and where it is a ``part``
+    of the folder's model, check it layer by layer and without decoding."""
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if not part and size <= WHOLE_SHARE * free_host_bytes():
         try:
@@ -230,7 +230,7 @@ class _Shards:
         self.places |= {name: (path, LENGTH_BYTES + len(text) + start) for name, start in starts.items()}
 
     def write(self, tensors: dict[str, Tensor]) -> None:
-        """Fill the places of some tensors."""
+        """Write some tensors into their places in the files."""
         for name, tensor in tensors.items():
             if tensor.shape != self.tensors[name].shape:
                 raise RuntimeError(f"{name} {tuple(tensor.shape)} comes where {self.tensors[name].shape} is announced.")

@@ -119,8 +119,8 @@ def _run(arguments: list[str]) -> int:
 
 
 def _command(name: str) -> Any:
-    """The command's module. Without the garbage collector, which goes through all that libraries make while they are
-    imported, again and again: a fifth of the time."""
+    """Import the command's module. The garbage collector is off: it would scan the objects of the imported libraries
+    again and again, a fifth of the time."""
     gc.disable()
     try:
         return importlib.import_module(f"lightning_prune.cli.commands.{name}")
@@ -130,7 +130,7 @@ def _command(name: str) -> Any:
 
 
 def _prepare_environment() -> None:
-    """Before libraries are imported that would stumble over it."""
+    """Check the working folder and environment variables before libraries that fail on them are imported."""
     try:
         os.getcwd()
     except OSError as error:

@@ -48,7 +48,7 @@ class PlainParser(argparse.ArgumentParser):
     """Ends a mistake in one message, as every command does, instead of a page of usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Raise UserError."""
+        """Raise a mistake in the arguments as a UserError."""
         raise UserError(f"{message.removeprefix('argument ')}. See {self.prog} --help.")
 
     def add_model(self) -> None:
@@ -59,7 +59,7 @@ class PlainParser(argparse.ArgumentParser):
 
 
 def with_method_help(words: Sequence[str]) -> list[str]:
-    """A command line in which ``--help`` beside the name of a shipped method asks for that method's options."""
+    """A command line in which ``--help`` with the name of a shipped method shows that method's options."""
     if not {"-h", "--help"}.isdisjoint(words):
         for word in words:
             if (method := shipped_methods().get(word.rpartition("=")[2])) is not None:

@@ -63,17 +63,18 @@ class Group:
 
     @property
     def all(self) -> list[Run]:
+        """All runs of the group, whichever ratio they reached."""
         return self.runs + self.other_ratio
 
     @property
     def calibration(self) -> Calibration | None:
-        """Of the first run that had one; None where none did."""
+        """Calibration manifest of the first run that has one; None where none has."""
         return next((run.calibration for run in self.all if run.calibration is not None), None)
 
 
 @dataclass(frozen=True)
 class Audit:
-    """Groups, largest first; every difference between any two runs; notes that keep nobody apart."""
+    """Result of ``audit``: groups, largest first, differences between runs, and notes that keep no runs apart."""
 
     groups: list[Group]
     differences: list[Difference]
@@ -81,6 +82,7 @@ class Audit:
 
     @property
     def runs(self) -> list[Run]:
+        """All runs, group by group."""
         return [run for group in self.groups for run in group.all]
 
 
@@ -186,12 +188,12 @@ def _may_join(one: Drawn, other: Drawn, draws: dict[Drawn, list[Run]]) -> bool:
 
 
 def run_names(runs: Sequence[Run]) -> str:
-    """How runs are called in messages: label, folder and ratio."""
+    """Names of runs in messages: label, folder and ratio."""
     return ", ".join(f"{run.label}/{run.folder.name} {run.size}" for run in runs)
 
 
 def by_value(of: Mapping[Run, Any]) -> dict[str, list[Run]]:
-    """The runs that have each value."""
+    """Group runs by their value: value → the runs that have it."""
     values: dict[str, list[Run]] = {}
     for run, value in of.items():
         values.setdefault(str(value), []).append(run)
@@ -234,7 +236,7 @@ def _notes(runs: Sequence[Run]) -> list[str]:
 
 
 def _more(runs: Sequence[Run]) -> dict[str, dict[Run, str]]:
-    """What runs measured beside perplexity, which keeps nobody apart."""
+    """Notes on measurements beside perplexity, which keep no runs apart."""
     more: dict[str, dict[Run, str]] = {"distance from the dense model": {}, "long windows": {}, "continuations": {}}
     for run in runs:
         metrics, written = run.metrics, run.metrics.continuations

@@ -1,4 +1,4 @@
-"""What a run's seconds were spent on: calibrating, pruning, or evaluating."""
+"""How a run's seconds divide into calibrating, pruning and evaluating."""
 
 from lightning_prune.comparison.records import Run
 

@@ -45,10 +45,12 @@ class Run:
 
     @property
     def label(self) -> str:
+        """Name of the system that was run."""
         return self.metrics.method.label
 
     @property
     def achieved(self) -> float:
+        """The pruning ratio that was reached."""
         return self.metrics.pruning_ratio.achieved
 
     @property
@@ -59,24 +61,26 @@ class Run:
 
     @property
     def size(self) -> str:
-        """What was requested, as tables show it: a ratio, or memory."""
+        """The requested size, as tables show it: a ratio, or memory."""
         memory = str(self.options.get("target_memory") or "")
         return (memory if memory[-1:].isalpha() else f"{memory} B") if memory else f"{self.requested:g}"
 
     @property
     def seed(self) -> int | None:
-        """What drew the calibration samples; None where nothing was drawn."""
+        """The seed that drew the calibration samples; None where nothing was drawn."""
         return None if self.calibration is None else self.calibration.seed
 
     @property
     def sets(self) -> list[str]:
+        """Names of the evaluation sets."""
         return list(self.metrics.perplexity)
 
     def perplexity(self, name: str) -> float | None:
-        """Of the pruned model on one evaluation set; None where it is not finite, as of the dense one."""
+        """Perplexity of the pruned model on one evaluation set; None where it is not finite."""
         return self.metrics.perplexity[name].pruned
 
     def dense(self, name: str) -> float | None:
+        """Perplexity of the dense model on one evaluation set; None where it is not finite."""
         return self.metrics.perplexity[name].dense
 
     def divergence(self, name: str) -> float | None:
@@ -85,7 +89,7 @@ class Run:
         return None if distance is None else math.inf if distance.kl_divergence is None else distance.kl_divergence
 
     def shown_perplexity(self, name: str) -> float | str:
-        """As ``perplexity``, in words where it is not finite."""
+        """The pruned model's perplexity as text, in words where it is not finite."""
         value = self.perplexity(name)
         return "not finite" if value is None else value
 

@@ -22,7 +22,7 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float | None]) -> "Spread":
-        """Nothing unless every value is finite."""
+        """Mean and deviation of ``values``; both None unless every value is finite."""
         known = [value for value in values if value is not None and math.isfinite(value)]
         if not known or len(known) < len(values):
             return cls()
@@ -43,6 +43,7 @@ class Repeats:
 
     @property
     def size(self) -> str:
+        """The requested size, which all runs share."""
         return self.first.size
 
     @property
@@ -52,18 +53,20 @@ class Repeats:
 
     @property
     def achieved(self) -> float:
+        """Mean of the pruning ratios that the runs reached."""
         return statistics.fmean(run.achieved for run in self.runs)
 
     def perplexity(self, name: str) -> Spread:
+        """Mean and deviation of perplexity on one evaluation set."""
         return Spread.of([run.perplexity(name) for run in self.runs])
 
     def distance(self, name: str, key: str) -> Spread:
-        """Of one of the ``DistanceFacts``."""
+        """Mean and deviation of one of the ``DistanceFacts``."""
         facts = [run.metrics.distance.get(name) for run in self.runs]
         return Spread.of([None if one is None else getattr(one, key) for one in facts])
 
     def shown_distance(self, name: str, key: str) -> str:
-        """As a cell: shares in percent, and a dash where a run lacks it."""
+        """A distance as a table cell: shares in percent, and a dash where a run lacks it."""
         if any(name not in run.metrics.distance for run in self.runs):
             return "–"
         mean, deviation = self.distance(name, key)
@@ -73,6 +76,7 @@ class Repeats:
         return " ± ".join(f"{one:.4f}" if key == "kl_divergence" else f"{100 * one:.1f} %" for one in known)
 
     def verdict(self, name: str) -> str:
+        """The word for the mean perplexity and divergence on one evaluation set."""
         divergences = [run.divergence(name) for run in self.runs]
         known = [one for one in divergences if one is not None]
         divergence = statistics.fmean(known) if len(known) == len(divergences) else None
@@ -84,7 +88,7 @@ class Repeats:
         return word if word == self.first.verdict(name, self.perplexity(name).mean, None) else f"{word} (KL)"
 
     def average(self, read: Callable[[Run], float | None]) -> float | None:
-        """The mean of what is known; None where nothing is."""
+        """The mean of the values that are known; None where none is."""
         known = [value for run in self.runs if (value := read(run)) is not None]
         return statistics.fmean(known) if known else None
 

@@ -1,4 +1,4 @@
-"""The report folder: where it goes, and what is in it."""
+"""The report folder: where it is written, and what is in it."""
 
 import base64
 import hashlib

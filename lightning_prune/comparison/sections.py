@@ -207,7 +207,7 @@ def _recovery(runs: Sequence[Run]) -> list[dict[str, str]]:
 
 
 def continuations(audit: Audit) -> list[tuple[str, pd.DataFrame]]:
-    """What systems of one size write after the same prompts, side by side: a table per size, a row per prompt."""
+    """Continuations of the same prompts by systems of one size, side by side: a table per size, a row per prompt."""
     tables = []
     for group in audit.groups:
         for size, here in by_size(repeats(group.all)).items():

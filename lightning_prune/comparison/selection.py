@@ -1,4 +1,4 @@
-"""What runs keep, by layer and unit, and how far they agree. Only this module reads score tables."""
+"""The units that runs keep, and how far runs agree on them. Only this module reads score tables."""
 
 import itertools
 from collections.abc import Sequence

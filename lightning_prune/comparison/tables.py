@@ -77,7 +77,7 @@ def _tokens_per_expert(run: Run) -> str:
 
 
 def distances(lines: Sequence[Repeats], group: Group) -> pd.DataFrame | None:
-    """What is known of the distance from the dense model beside KL, and of continuations; None where nothing is."""
+    """Table of the distances from the dense model beside KL, and of continuations; None where none is known."""
     if not any(run.metrics.distance for run in group.all):
         return None
     rows = []
@@ -150,7 +150,7 @@ def number(value: float | None) -> str:
 
 
 def shown(value: float | None, form: str = ".1f") -> str:
-    """In seconds, or as ``form`` says; a dash for None."""
+    """A number as a table cell: in seconds, or as ``form`` says; a dash for None."""
     return "–" if value is None else format(value, form)
 
 

@@ -17,7 +17,7 @@ FOLDER = "tensorboard"
 
 
 def log_comparison(audit: Audit, folder: Path) -> None:
-    """Write ``folder/tensorboard``."""
+    """Write the comparison's TensorBoard events to ``folder/tensorboard``."""
     layout: dict[str, dict[str, list[object]]] = {}
     taken: set[str] = set()
     for number, group in enumerate(audit.groups, start=1):

@@ -65,7 +65,7 @@ class ZeroShot:
         return measured
 
     def _scores(self, model: Checkpoint, precision: str, made: str) -> dict[str, Scores]:
-        """By task; ``made`` says how the checkpoint was made."""
+        """Scores of one model by task; ``made`` says how the checkpoint was made."""
         device = accelerator() or CPU
         key = _hash([model.fingerprint, made, precision, device.type, "bos as the tokenizer puts it"])
         files = {task: self._place(task) / f"{key}.json" for task in self.tasks}

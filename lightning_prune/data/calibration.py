@@ -21,16 +21,16 @@ class CalibrationManifest:
     does not say is None: it has no text and no tokenizer."""
 
     dataset: str  # corpus name or local path
-    configuration: str | None  # of a dataset on the hub, e.g. `wikitext-2-raw-v1`
-    split: str  # `train`, `test`, …; `all` for a file without splits
-    revision: str | None  # commit of a hub dataset, or the fingerprint `datasets` keeps with a saved folder
+    configuration: str | None  # of a dataset on the hub, e.g. ``wikitext-2-raw-v1``
+    split: str  # ``train``, ``test``, …; ``all`` for a file without splits
+    revision: str | None  # commit of a hub dataset, or the fingerprint ``datasets`` keeps with a saved folder
     text_sha256: str | None  # of the UTF-8 text before tokenisation
-    tokenizer_sha256: str | None  # see `tokenization.tokenizer_sha256`
-    sampling: str  # `random`, `sequential`, `sliding`; `given` for a token array
+    tokenizer_sha256: str | None  # see ``tokenization.tokenizer_sha256``
+    sampling: str  # ``random``, ``sequential``, ``sliding``; ``given`` for a token array
     stride: int | None = None  # tokens between two window starts (sliding only)
     seed: int | None = None  # of the random choice (random only)
-    bos: str = "none"  # or `every window`: whether windows begin with the beginning-of-sequence token
-    rendering: str | None = None  # `chat template` where rows were chats
+    bos: str = "none"  # or ``every window``: whether windows begin with the beginning-of-sequence token
+    rendering: str | None = None  # ``chat template`` where rows were chats
     chat_template_sha256: str | None = None
     parts: list[dict[str, Any]] | None = None  # of a mixture: the entry here, its share and samples, for each
     num_samples: int  # windows
@@ -38,13 +38,13 @@ class CalibrationManifest:
     fingerprint: str
 
     def to_json(self) -> dict[str, Any]:
-        """The content of `calibration.json`."""
+        """The content of ``calibration.json``."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Token ids, int64 `[num_samples, seq_len]`, every sequence full length, and their manifest."""
+    """Token ids, int64 ``[num_samples, seq_len]``, every sequence full length, and their manifest."""
 
     tokens: Tensor
     manifest: CalibrationManifest
@@ -55,11 +55,11 @@ class EvaluationSet:
     """Held-out windows for perplexity.
 
     Attributes:
-        name: key of this set in `metrics.json`: `wikitext2`, `wikitext2:validation`, `mine.txt`; `wikitext2@1024` for
-            the same text in long windows.
-        tokens: int64 `[M, seq_len]`, windows that do not overlap; a last partial window is dropped.
+        name: key of this set in ``metrics.json``: ``wikitext2``, ``wikitext2:validation``, ``mine.txt``;
+            ``wikitext2@1024`` for the same text in long windows.
+        tokens: int64 ``[M, seq_len]``, windows that do not overlap; a last partial window is dropped.
         manifest: dataset, configuration, split, revision, rendering, chat_template_sha256, seq_len, stride (seq_len,
-            one less with bos), bos (`none` or `every window`), windows, predicted_tokens (`M * (seq_len - 1)`),
+            one less with bos), bos (``none`` or ``every window``), windows, predicted_tokens (``M * (seq_len - 1)``),
             text_sha256, tokenizer_sha256, fingerprint; of long windows also long_windows_of, the name of the set.
     """
 

@@ -1,4 +1,4 @@
-"""Named corpora and where their text comes from; everything else a `--data.dataset` can be is a local path."""
+"""Named corpora and where their text comes from; everything else a ``--data.dataset`` can be is a local path."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from lightning_prune.demo import SPLITS, demo_text
 from lightning_prune.support.errors import UserError, did_you_mean, first_line
 from lightning_prune.support.quiet import quiet_datasets
 
-# English has 3 to 5 characters per token, so 16 leave random sampling about four windows to choose each one from.
+# English has 3 to 5 characters per token, so with 16 random sampling chooses each window from about four.
 CHARACTERS_PER_TOKEN = 16
 ENOUGH = 1 << 26  # characters of a local text that calibration reads at least, if there are so many
 
@@ -30,27 +30,27 @@ class Corpus:
     split: str
     revision: str | None
     text: str
-    rendering: str | None = None  # `chat template` where rows were chats
+    rendering: str | None = None  # ``chat template`` where rows were chats
     chat_template_sha256: str | None = None
 
 
 @dataclass(frozen=True)
 class HubCorpus:
-    """Where a named corpus is on the Hugging Face hub."""
+    """The place of a named corpus on the Hugging Face hub."""
 
     path: str
     configuration: str
     column: str
     joiner: str  # of documents, as in the loaders that the pruning papers share: perplexity depends on it
     splits: tuple[str, ...]
-    options: dict[str, Any]  # of `datasets.load_dataset`
+    options: dict[str, Any]  # of ``datasets.load_dataset``
 
 
 HUB = {
     "wikitext2": HubCorpus(
         "Salesforce/wikitext", "wikitext-2-raw-v1", "text", "\n\n", SPLITS, {"name": "wikitext-2-raw-v1"}
     ),
-    # The hub's own copy is a loading script, which `datasets` no longer runs; its parquet conversion holds the
+    # The hub's own copy is a loading script, which ``datasets`` no longer runs; its parquet conversion holds the
     # one configuration without naming it.
     "ptb": HubCorpus(
         "ptb-text-only/ptb_text_only", "penn_treebank", "sentence", " ", SPLITS, {"revision": "refs/convert/parquet"}
@@ -62,25 +62,25 @@ C4_HELD_OUT_DOCUMENTS = 1100  # the published c4 perplexities read the first 110
 
 
 def calibration_split(dataset: str) -> str:
-    """The split calibration reads by default: `train`, or `all` for a file without splits. UserError for an unknown
-    dataset, a missing file, or a folder of splits without `train`."""
+    """The split calibration reads by default: ``train``, or ``all`` for a file without splits. UserError for an unknown
+    dataset, a missing file, or a folder of splits without ``train``."""
     splits = _splits(dataset)
     if splits and "train" not in splits:
         raise UserError(
-            f"--data.dataset {dataset} has the splits {', '.join(splits)} but no train: "
-            f"choose one with --data.dataset {dataset}:{splits[0]} or --data.split"
+            f"--data.dataset {dataset} has the splits {', '.join(splits)} but no train. "
+            f"Choose one with --data.dataset {dataset}:{splits[0]} or --data.split."
         )
     return "train" if splits else "all"
 
 
 def held_out_split(dataset: str) -> str | None:
-    """The split evaluation reads by default: `test`, else `validation`, else None (a file without splits)."""
+    """The split evaluation reads by default: ``test``, else ``validation``, else None (a file without splits)."""
     splits = _splits(dataset)
     return next((split for split in ("test", "validation") if split in splits), None)
 
 
 def split_spec(spec: str) -> tuple[str, str | None]:
-    """`wikitext2:validation` -> (`wikitext2`, `validation`); a path that exists is never split."""
+    """``wikitext2:validation`` -> (``wikitext2``, ``validation``); a path that exists is never split."""
     name, colon, split = spec.rpartition(":")
     if not colon or is_local(spec) or "/" in split or "\\" in split:
         return spec, None
@@ -94,7 +94,7 @@ def load_corpus(
     column: str | None = None,
     tokenizer: Callable[[], Any] | None = None,
 ) -> Corpus:
-    """Read the text of one split, `all` where there are none, of one of `NAMES` or a local path.
+    """Read the text of one split, ``all`` where there are none, of one of ``NAMES`` or a local path.
 
     Args:
         tokens_wanted: c4 calibration is streamed only until its text has 16 characters for each of these, a local text
@@ -107,8 +107,8 @@ def load_corpus(
     """
     splits = _splits(dataset)
     if split not in (splits or ("all",)):
-        allowed = f"one of {', '.join(splits)}" if splits else "none: leave the split out"
-        raise UserError(f"{dataset} has no split {split!r}; allowed: {allowed} ({OPTIONS})")
+        allowed = f"allowed: one of {', '.join(splits)}" if splits else "it has none at all. Leave the split out"
+        raise UserError(f"{OPTIONS}: {dataset} has no split {split!r}; {allowed}.")
     if dataset in HUB:
         return _from_hub(dataset, split, tokens_wanted)
     if dataset == "demo":
@@ -146,7 +146,7 @@ def _from_hub(dataset: str, split: str, tokens_wanted: int | None) -> Corpus:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
             f"could not fetch {dataset} ({source.path}, {split}) from the hub: {reason}. Check the network and "
-            f"HF_HUB_OFFLINE, or give a local {FILE_KINDS} with {OPTIONS}"
+            f"HF_HUB_OFFLINE, or give a local {FILE_KINDS} with {OPTIONS}."
         ) from error
     # The commit is in the addresses that the dataset was downloaded from.
     addresses = " ".join(getattr(rows.info, "download_checksums", None) or {})

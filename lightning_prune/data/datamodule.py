@@ -33,8 +33,8 @@ LEAST |= {"seq_len": 2, "eval_seq_len": 2, "seed": 0, "eval_long_seq_len": 0, "c
 class CalibrationDataModule(LightningDataModule):
     """Calibration tokens and held-out evaluation sets.
 
-    Every method calibrates on what this class hands out, so two methods run with the same `--data` options see
-    the same tokens; `calibration.json` in the run folder holds the fingerprint that proves it. Text is tokenised
+    Every method calibrates on what this class hands out, so two methods run with the same ``--data`` options see
+    the same tokens; ``calibration.json`` in the run folder holds the fingerprint that proves it. Text is tokenised
     whole, without special tokens, into one stream that is cut into windows of full length: nothing is padded. Rows of
     chats (messages, conversations, prompt and completion, instruction and output) are written with the tokenizer's
     chat template, one row one document.
@@ -42,7 +42,7 @@ class CalibrationDataModule(LightningDataModule):
     Args:
         dataset: calibration corpus: demo, wikitext2, ptb, c4, or a local text, .jsonl, .json, .csv, .tsv, .parquet
             or .arrow file, compressed or not, a folder or glob of such files, a folder saved by
-            datasets.save_to_disk, or a token array (.npy or .safetensors, int64 [N, L], used as it is). `name:split`
+            datasets.save_to_disk, or a token array (.npy or .safetensors, int64 [N, L], used as it is). ``name:split``
             reads another split than train. A mixture is a list with shares of the samples:
             '[a.jsonl:0.7, b.txt:0.3]'. By default demo for the demo model, else wikitext2.
         num_samples: calibration windows. More of them make the importance estimate steadier and the run longer. By
@@ -55,7 +55,7 @@ class CalibrationDataModule(LightningDataModule):
         stride: tokens between the starts of two windows; for sampling sliding only, where it must be given.
         seed: picks the windows of sampling random.
         eval_datasets: sets to report perplexity on, before and after pruning: names, files or token arrays as for
-            dataset, `name:split` for another split than test (c4: validation). By default the held-out split of
+            dataset, ``name:split`` for another split than test (c4: validation). By default the held-out split of
             the calibration corpus; [] skips evaluation.
         eval_seq_len: tokens per evaluation window. Perplexity depends on it: papers use 128 or 2048, never mix them.
             By default 128; of a token array whole rows, or their first eval_seq_len tokens.
@@ -66,16 +66,16 @@ class CalibrationDataModule(LightningDataModule):
         tokenizer: model folder or hub id whose tokenizer is used; demo is the demo model's.
         bos: whether windows of text begin with the beginning-of-sequence token, in calibration and evaluation, inside
             seq_len. auto where the tokenizer puts it before a text by itself.
-        split: split of dataset; the same as `name:split`.
+        split: split of dataset; the same as ``name:split``.
         column: column of tables that is the text or the chat. By default the one that clearly is.
         eval_long_seq_len: tokens of the second kind of evaluation windows, over the same texts: what attention to far
             tokens is worth shows only there. Fewer where the model or the text has fewer; none where they would not
-            be twice eval_seq_len, and of token arrays. 0 leaves them out.
+            be twice eval_seq_len, and of token arrays. 0 omits them.
         continuations: prompts (64 tokens of the first evaluation set each) that the dense and the pruned model
             continue by 64 greedy tokens. 0 writes nothing.
 
     Raises:
-        UserError: an option is out of range, or (from `setup`) the data cannot be had or is too short.
+        UserError: an option is out of range, or (from ``setup``) the data cannot be had or is too short.
     """
 
     def __init__(
@@ -111,30 +111,30 @@ class CalibrationDataModule(LightningDataModule):
         self.eval_seq_len = WINDOW_LENGTH if eval_seq_len is None else eval_seq_len
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.eval_long_seq_len, self.continuations = eval_long_seq_len, continuations
-        self.longest_window = 0  # without `take_model` there are no long windows
+        self.longest_window = 0  # without ``take_model`` there are no long windows
         self.sampling, self.stride, self.seed = sampling, stride, seed
         self.tokenizer = tokenizer
-        self.needs_calibration = True  # False before `setup`: the calibration corpus is never opened
+        self.needs_calibration = True  # False before ``setup``: the calibration corpus is never opened
         self.eval_batches_per_step = 1  # more where a model is brought in layer by layer for every step
         self._calibration: CalibrationSet | None = None
         self._evaluation: list[EvaluationSet] | None = None
         for name, least in LEAST.items():
             if (value := getattr(self, name)) is not None and value < least:
-                raise UserError(f"--data.{name} is {value}: it must be at least {least}")
+                raise UserError(f"--data.{name}: found {value}; it must be {least} or more.")
         if sampling not in ("random", "sequential", "sliding"):  # which the parser refuses, and Python does not
-            raise UserError(f"--data.sampling is {sampling!r}: choose random, sequential or sliding")
+            raise UserError(f"--data.sampling: found {sampling!r}; allowed: random, sequential, sliding.")
         if sampling == "sliding" and stride is None:
-            raise UserError("--data.sampling sliding needs --data.stride, the tokens between two window starts")
+            raise UserError("--data.sampling sliding needs --data.stride, the tokens between two window starts.")
         if sampling != "sliding" and stride is not None:
             raise UserError(
-                f"--data.stride {stride} has no meaning with --data.sampling {sampling}: "
-                f"leave it out or choose --data.sampling sliding"
+                f"--data.stride {stride} has no meaning with --data.sampling {sampling}. "
+                "Leave it out or choose --data.sampling sliding."
             )
         self.cache_dir = expanded(cache_dir, "--data.cache_dir") if cache_dir else default_cache_dir()
         self._streams = StreamReader(tokenizer, self.cache_dir, bos)
 
     def choose(self, dataset: list[str] | str | None) -> None:
-        """Take a text, or a list of them with shares, as the calibration dataset; errors as in `mixtures.parse`."""
+        """Take a text, or a list of them with shares, as the calibration dataset; errors as in ``mixtures.parse``."""
         specs = dataset if isinstance(dataset, list) else [] if dataset is None else [dataset]
         specs = [from_home(spec, "--data.dataset") for spec in specs]
         self.parts = [] if isinstance(dataset, str | None) else mixtures.parse(specs)
@@ -150,24 +150,24 @@ class CalibrationDataModule(LightningDataModule):
 
     @property
     def calibration(self) -> CalibrationSet:
-        """Built by `setup("fit")` unless `needs_calibration` is False; before that a RuntimeError."""
+        """The calibration set of ``setup("fit")`` (``needs_calibration`` is True); before that a RuntimeError."""
         if self._calibration is None:
-            raise RuntimeError('no calibration set: call setup("fit") first, with needs_calibration True')
+            raise RuntimeError('There is no calibration set. Call setup("fit") first, with needs_calibration True.')
         return self._calibration
 
     @property
     def evaluation(self) -> list[EvaluationSet]:
-        """Built by `setup`; empty when there is nothing to evaluate on."""
+        """The evaluation sets, built by ``setup``; empty when there is nothing to evaluate on."""
         return self._evaluation or []
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        """Of the tokens of the evaluation sets. Long windows are the same texts again, so that they decide nothing."""
+        """Fingerprints of the evaluation sets' tokens, without long windows, which are the same texts again."""
         return {one.name: one.manifest["fingerprint"] for one in self.evaluation if not one.is_long}
 
     @property
     def prompts(self) -> Tensor | None:
-        """The beginnings of windows that lie evenly in the first evaluation set, int64 `[n, 64]` (less where windows
+        """The beginnings of windows that lie evenly in the first evaluation set, int64 ``[n, 64]`` (less where windows
         are shorter); None where nothing is to be continued."""
         if not (self.evaluation and self.continuations):
             return None
@@ -182,11 +182,11 @@ class CalibrationDataModule(LightningDataModule):
         return max(1, self.eval_batch_size * self.eval_seq_len // held_out.tokens.shape[1])
 
     def take_model(self, max_positions: int | None) -> None:
-        """Say before `setup` how long a sequence the model takes, None for no limit: long windows are cut for it."""
+        """Say before ``setup`` how long a sequence the model takes, None for no limit: long windows are cut for it."""
         self.longest_window = min(self.eval_long_seq_len, max_positions or self.eval_long_seq_len)
 
     def show_progress(self) -> None:
-        """Say how far it is while text is tokenised."""
+        """Show progress while text is tokenised."""
         self._streams.show_progress = True
 
     def prepare_data(self) -> None:
@@ -194,7 +194,7 @@ class CalibrationDataModule(LightningDataModule):
         self.setup(None if self.trainer is None else self.trainer.state.fn)
 
     def setup(self, stage: str | None = None) -> None:
-        """Build what the stage needs, once: calibration for `fit` or None, evaluation sets for every stage."""
+        """Build what the stage needs, once: calibration for ``fit`` or None, evaluation sets for every stage."""
         if self._calibration is None and self.needs_calibration and stage in (None, "fit"):
             tokens, facts = self._calibration_windows(self.num_samples)
             facts |= {"num_samples": len(tokens), "seq_len": tokens.shape[1], "fingerprint": fingerprint(tokens)}
@@ -206,44 +206,44 @@ class CalibrationDataModule(LightningDataModule):
                     self.check_seen(held_out)
 
     def train_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """Calibration batches `(ids [B, seq_len] int64, weight [B] float32, index [B] int64)`: weight 0 for samples
+        """Calibration batches ``(ids [B, seq_len] int64, weight [B] float32, index [B] int64)``: weight 0 for samples
         that only give every process equally many, index in the calibration set. Lightning skips the epochs of none."""
         return self._loader(self.calibration.tokens, self.batch_size) if self.needs_calibration else []
 
     def test_dataloader(self) -> list[DataLoader[Batch]]:
-        """One loader per evaluation set, in the order of `evaluation`, with the same items as calibration."""
+        """One loader per evaluation set, in the order of ``evaluation``, with the same items as calibration."""
         steps = self.eval_batches_per_step
         return [self._loader(held_out.tokens, self.eval_batch(held_out) * steps) for held_out in self.evaluation]
 
     def check_against_model(self, vocab_size: int, max_positions: int | None) -> None:
-        """UserError for a token id outside `0 … vocab_size - 1`, and windows longer than `max_positions`, the longest
-        sequence that the model was made for (None for no limit)."""
+        """Raise UserError for a token id outside ``0 … vocab_size - 1``, and windows longer than ``max_positions``, the
+        longest sequence that the model was made for (None for no limit)."""
         checks = [
-            (f"evaluation set {one.name}", one.tokens, "eval_seq_len", "eval_datasets") for one in self.evaluation
+            (f"The evaluation set {one.name}", one.tokens, "eval_seq_len", "eval_datasets") for one in self.evaluation
         ]
         if self._calibration is not None:
-            checks.insert(0, (f"the text {self.source}", self._calibration.tokens, "seq_len", "dataset"))
+            checks.insert(0, (f"The text {self.source}", self._calibration.tokens, "seq_len", "dataset"))
         for name, tokens, length_option, dataset_option in checks:
             low, high = int(tokens.min()), int(tokens.max())
             if low < 0 or high >= vocab_size:
                 raise UserError(
                     f"{name} holds the token id {low if low < 0 else high}, but the model's vocabulary has "
-                    f"{vocab_size} ids (0 to {vocab_size - 1}): check --data.tokenizer or --data.{dataset_option}"
+                    f"{vocab_size} ids (0 to {vocab_size - 1}). Check --data.tokenizer or --data.{dataset_option}."
                 )
             if max_positions is not None and tokens.shape[1] > max_positions:
                 raise UserError(
                     f"{name} has windows of {tokens.shape[1]} tokens (--data.{length_option}), but the model has "
-                    f"{max_positions} positions: lower --data.{length_option} (token arrays: --data.{dataset_option})"
+                    f"{max_positions} positions. Lower --data.{length_option}."
                 )
 
     def _calibration_windows(self, num_samples: int | None) -> tuple[Tensor, dict[str, Any]]:
-        """Windows `[N, L]`, None for all of a text, and what the manifest says of where they came from."""
+        """Windows ``[N, L]``, None for all of a text, and what the manifest says of where they came from."""
         if self.parts:
             return self._mixture(num_samples)
         return self._windows(self.source, num_samples, *self._requested)
 
     def _mixture(self, num_samples: int | None) -> tuple[Tensor, dict[str, Any]]:
-        """As `_calibration_windows`; every part drawn as it would be alone, one after the other."""
+        """Windows and facts of a mixture, whose parts are drawn as each would be alone, one after the other."""
         if num_samples is None:  # as many as the shares allow
             all_of = [len(self._windows(part.spec, None, None, self.seq_len)[0]) / part.share for part in self.parts]
             num_samples = int(min(all_of))
@@ -262,23 +262,23 @@ class CalibrationDataModule(LightningDataModule):
 
     @property
     def _draw(self) -> dict[str, Any]:
-        """What the manifest says of how windows are drawn."""
+        """Facts for the manifest on how windows are drawn."""
         seed = self.seed if self.sampling == "random" else None
         return {"sampling": self.sampling, "stride": self.stride, "seed": seed}
 
     def _windows(
         self, spec: str, num_samples: int | None, rows: int | None, length: int | None
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Windows of one text, or the first `rows` of a token array and their first `length` tokens."""
+        """Windows of one text, or the first ``rows`` of a token array and their first ``length`` tokens."""
         dataset, split = split_spec(spec)
         if self.split is not None and split not in (None, self.split):
-            raise UserError(f"--data.split is {self.split}, but --data.dataset {spec} names {split}: leave one out")
+            raise UserError(f"--data.split is {self.split}, but --data.dataset {spec} names {split}. Leave one out.")
         split = split or self.split
         if is_token_array(dataset):
             if self.sampling == "sliding":
                 raise UserError(
                     f"--data.sampling sliding has no meaning for the token array {dataset}, whose rows are the "
-                    f"windows: leave it out with --data.stride"
+                    "windows. Leave it and --data.stride out."
                 )
             tokens, facts = first_part(dataset, split, rows, length)
             return tokens, facts | {"sampling": "given"}
@@ -296,18 +296,18 @@ class CalibrationDataModule(LightningDataModule):
             specs = [name for name in dict.fromkeys(sources) if not is_token_array(name) and held_out_split(name)]
             if not specs:
                 rank_zero_warn(
-                    f"no evaluation: {', '.join(sources)} has no held-out split; name evaluation sets with "
-                    "--data.eval_datasets"
+                    f"No evaluation: {', '.join(sources)} has no held-out split. Name evaluation sets with "
+                    "--data.eval_datasets."
                 )
                 return []
         repeated = [spec for spec in specs if specs.count(spec) > 1]
         if repeated:
-            raise UserError(f"--data.eval_datasets lists {repeated[0]} twice")
+            raise UserError(f"--data.eval_datasets lists {repeated[0]} twice. Name it once.")
         named = zip(specs, set_names(specs), strict=True)
         return [one for spec, name in named for one in self._evaluation_sets(spec, name)]
 
     def _evaluation_sets(self, spec: str, name: str) -> Iterator[EvaluationSet]:
-        """The set, and the same text in long windows where it has some."""
+        """Yield the evaluation set, and the same text in long windows if it is long enough."""
         dataset, split = split_spec(spec)
         if is_token_array(dataset):
             yield EvaluationSet.of(name, *first_part(dataset, split, None, self._requested_eval_length, "eval_seq_len"))
@@ -321,8 +321,8 @@ class CalibrationDataModule(LightningDataModule):
         tokens = aligned_windows(stream, self.eval_seq_len, start)
         if len(tokens) == 0:
             raise UserError(
-                f"evaluation set {spec} has {len(stream)} tokens, but one window needs {self.eval_seq_len}: "
-                f"lower --data.eval_seq_len or choose a longer text with --data.eval_datasets"
+                f"The evaluation set {spec} has {len(stream)} tokens, but one window needs {self.eval_seq_len}. "
+                "Lower --data.eval_seq_len or choose a longer text with --data.eval_datasets."
             )
         yield EvaluationSet.of(name, tokens, facts)
         length = min(self.longest_window, len(stream) + (start is not None))
@@ -333,8 +333,8 @@ class CalibrationDataModule(LightningDataModule):
         """Warn of an evaluation set that is the calibration text."""
         if self._calibration is not None and same_text(self._calibration.manifest.to_json(), held_out.manifest):
             rank_zero_warn(
-                f"evaluation set {held_out.name} is the text the model was calibrated on: its perplexity is not held "
-                f"out; choose another with --data.eval_datasets"
+                f"The evaluation set {held_out.name} is the text the model was calibrated on, so its perplexity is not "
+                "held out. Choose another with --data.eval_datasets."
             )
 
     def _loader(self, tokens: Tensor, batch_size: int) -> DataLoader[Batch]:
@@ -350,8 +350,8 @@ class CalibrationDataModule(LightningDataModule):
 
 
 def set_names(specs: list[str]) -> list[str]:
-    """Keys of evaluation sets in `metrics.json`: the name of corpus or file, and a split that is not the default. Files
-    of the same name in different folders get their folder's name too, or the whole path if need be."""
+    """Keys of evaluation sets in ``metrics.json``: the name of corpus or file, and a split that is not the default.
+    Files of the same name in different folders get their folder's name too, or the whole path if need be."""
     names, longer, paths = [], [], []
     for dataset, split in map(split_spec, specs):
         path = Path(dataset)

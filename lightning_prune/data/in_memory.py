@@ -48,7 +48,7 @@ def calibration_set(
         return ids
     if ids is None:
         if tokenizer is None:
-            raise UserError("tokenizer: none given; texts need that of the model (the object, its folder or hub id).")
+            raise UserError("tokenizer: found none; texts need one. Give the model's: the object, folder or hub id.")
         loaded = load_tokenizer(tokenizer)
         text = _text(data, column, loaded, num_samples * seq_len)
         ids, start = tokenize(loaded, text), window_start(loaded, bos)
@@ -56,7 +56,7 @@ def calibration_set(
 
 
 def as_dataset(calibration: Any, folder: Path, name: str) -> list[str] | str | None:
-    """What ``--data.dataset`` takes: a name as it is, token ids ``[N, L]`` as a file in ``folder``; None stays the
+    """The value for ``--data.dataset``: a name as it is, token ids ``[N, L]`` as a file in ``folder``; None stays the
     default, and UserError for anything else."""
     if isinstance(calibration, list) and all(isinstance(part, str) for part in calibration):
         return calibration  # a mixture
@@ -65,8 +65,8 @@ def as_dataset(calibration: Any, folder: Path, name: str) -> list[str] | str | N
     ids = _token_ids(calibration)
     if ids is None or ids.dim() != 2:
         raise UserError(
-            f"{name}: give the name of a corpus, a file, or token ids [N, L] as calibration_set makes them; found "
-            f"{type(calibration).__name__}."
+            f"{name}: found {type(calibration).__name__}. Give the name of a corpus, a file, or token ids [N, L] as "
+            "calibration_set makes them."
         )
     path = folder / f"{name}.npy"
     np.save(path, ids.numpy())
@@ -79,7 +79,7 @@ def _token_ids(data: Any) -> Tensor | None:
     if not isinstance(data, Tensor):
         return None
     if data.is_floating_point() or data.is_complex() or data.dim() not in (1, 2):
-        raise UserError(f"token ids are integers [T] or [N, L]; found {data.dtype} of shape {list(data.shape)}.")
+        raise UserError(f"token ids: found {data.dtype} of shape {list(data.shape)}. Give integers [T] or [N, L].")
     return data.long().cpu()
 
 
@@ -89,7 +89,9 @@ def _text(data: Any, column: str | None, tokenizer: Any, tokens_wanted: int) -> 
         return load_corpus(name, split or calibration_split(name), tokens_wanted, column, lambda: tokenizer).text
     if isinstance(data, str):
         if os.path.isfile(data):
-            raise UserError(f"calibration data: '{data}' is a file; pathlib.Path('{data}') is read, a str is text.")
+            raise UserError(
+                f"calibration data: '{data}' is a file, but a str is text. Give pathlib.Path('{data}') to read it."
+            )
         return data
     chat = Chat(lambda: tokenizer)
     if hasattr(data, "column_names"):
@@ -101,7 +103,7 @@ def _text(data: Any, column: str | None, tokenizer: Any, tokens_wanted: int) -> 
         rows = [{"messages": row} for row in rows]
     if not rows or not all(isinstance(row, Mapping) for row in rows):
         raise UserError(
-            f"calibration data: give text, a list of texts, rows or chats, a Path, a Dataset or token ids; found "
-            f"{type(data).__name__}."
+            f"calibration data: found {type(data).__name__}. Give text, a list of texts, rows or chats, a Path, a "
+            "Dataset or token ids."
         )
     return chat.joined(list(documents("the dataset", lambda _: iter(rows), column, chat)))

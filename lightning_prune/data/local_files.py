@@ -62,7 +62,7 @@ def local_splits(name: str) -> list[str]:
 
 
 def read_local(name: str, split: str, column: str | None, chat: Chat, enough: int | None) -> tuple[str, str | None]:
-    """The text of one split of a folder or glob, or of a file, and the fingerprint that `datasets` keeps with a saved
+    """The text of one split of a folder or glob, or of a file, and the fingerprint that ``datasets`` keeps with a saved
     folder. No document that begins after ``enough`` characters is read; None for all.
 
     Raises:
@@ -79,20 +79,20 @@ def read_local(name: str, split: str, column: str | None, chat: Chat, enough: in
         texts = list(until(texts_of, enough, path))
     text = chat.joined(texts)
     if not text.strip():
-        raise UserError(f"{path} holds no text; choose another file with {OPTIONS}")
+        raise UserError(f"{path} holds no text. Choose another file with {OPTIONS}.")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(
             f"{path} holds {text[error.start]!a}, half of a character (a lone surrogate), which no tokenizer takes. "
-            f"Repair the text, or choose another with {OPTIONS}"
+            f"Repair the text, or choose another with {OPTIONS}."
         ) from None
     return text, revision
 
 
 def until(documents: Iterable[str], enough: float | None, path: Any = "the text") -> Iterator[str]:
-    """Documents, the last of them the one that makes it `enough` characters; None for all, and UserError where they are
-    too large to be read whole."""
+    """Documents, the last of them the one that makes it ``enough`` characters; None for all, and UserError where they
+    are too large to be read whole."""
     size = 0
     for document in documents:
         yield document
@@ -100,11 +100,14 @@ def until(documents: Iterable[str], enough: float | None, path: Any = "the text"
         if enough is not None and size >= enough:
             return
         if size > SIZE_LIMIT:
-            raise UserError(f"{path} holds more than {SIZE_LIMIT} characters, the most that is read; {OPTIONS}")
+            raise UserError(
+                f"{path} holds more than {SIZE_LIMIT:,} characters, the most that is read. Give a shorter text with "
+                f"{OPTIONS}."
+            )
 
 
 def rows_of(rows: Any, columns: list[str] | None) -> Iterator[Row]:
-    """The rows of a `datasets.Dataset`, with `columns` (None: all)."""
+    """The rows of a ``datasets.Dataset``, with ``columns`` (None: all)."""
     chosen = rows if columns is None else rows.select_columns(columns)
     for batch in chosen.with_format("arrow").iter(BATCH):
         yield from batch.to_pylist()
@@ -122,12 +125,12 @@ def _documents(file: Path, column: str | None, chat: Chat, enough: int | None) -
     with _opened(file) as text:
         first = text.read(min(PIECE, limit))
         if "\0" in first or first.startswith(("%PDF", "{\\rtf")):
-            raise UserError(f"{file} is of an unknown kind, not text; {OPTIONS} take a {FILE_KINDS}")
+            raise UserError(f"{file} is of an unknown kind, not text. {OPTIONS} take a {FILE_KINDS}.")
         yield first + text.read(limit - len(first))
 
 
 def _kind(file: Path) -> tuple[str, str]:
-    """The ending without that of a compression, one for all its names; the compression."""
+    """The file's ending (one for all its names) without that of a compression, and the compression."""
     suffixes = [suffix.lower() for suffix in file.suffixes]
     packed = COMPRESSED.get(suffixes.pop(), "") if suffixes and suffixes[-1] in COMPRESSED else ""
     if packed == "zip" and not suffixes:
@@ -139,12 +142,12 @@ def _kind(file: Path) -> tuple[str, str]:
 def _only(archive: ZipFile) -> str:
     names = [name for name in archive.namelist() if not name.endswith("/")]
     if len(names) != 1:
-        raise ValueError(f"the archive holds {len(names)} files instead of one: unpack it")
+        raise ValueError(f"the archive holds {len(names)} files instead of one; unpack it")
     return names[0]
 
 
 def _saved(path: Path) -> Any:
-    """What `save_to_disk` of `datasets` left at `path`: a dataset or a dict by split. None for anything else."""
+    """The dataset that ``datasets.save_to_disk`` wrote to ``path``, or a dict by split; None for anything else."""
     if not any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json", "state.json")):
         return None
     _refuse_special(path.rglob("*"))
@@ -158,8 +161,9 @@ def _refuse_special(files: Iterable[Path]) -> None:
 
 
 def _files_by_split(name: str) -> dict[str, list[Path]]:
-    """The files of a folder or glob, `train` first. Their split is in their names or those of their folders, as on the
-    hub (`train-00000-of-00001.parquet`, `c4-validation.json.gz`, `test/1.txt`); files that name none are `train`."""
+    """The files of a folder or glob, ``train`` first. Their split is in their names or folders, as on the hub
+    (``train-00000-of-00001.parquet``, ``c4-validation.json.gz``, ``test/1.txt``); files that name none are
+    ``train``."""
     path = Path(name)
     base = path if path.is_dir() else next(one for one in path.parents if not glob.has_magic(str(one)))
     places = [path] if path.is_dir() else [Path(one) for one in glob.glob(name, recursive=True)]
@@ -171,7 +175,7 @@ def _files_by_split(name: str) -> dict[str, list[Path]]:
         texts, tables = ([file for file in shown if _kind(file)[0] in kinds] for kinds in (PROSE, TABLES))
         files = tables if len(tables) >= len(texts) else texts
     if not files:
-        raise UserError(f"cannot read {path}: it holds no files of text; {OPTIONS} take a {FILE_KINDS}")
+        raise UserError(f"cannot read {path}: it holds no files of text. {OPTIONS} take a {FILE_KINDS}.")
     splits: dict[str, list[Path]] = {}
     for file in sorted(set(files)):
         splits.setdefault(_split_of(file.relative_to(base)) or "train", []).append(file)
@@ -180,7 +184,7 @@ def _files_by_split(name: str) -> dict[str, list[Path]]:
     if len(configurations) > 1 and path.is_dir():
         raise UserError(
             f"{path} holds several datasets: {', '.join(configurations)}. Choose one with {OPTIONS}, e.g. "
-            f"{path / configurations[0]}"
+            f"{path / configurations[0]}."
         )
     return {split: splits[split] for split in sorted(splits, key=lambda split: not split.startswith("train"))}
 
@@ -194,7 +198,7 @@ def _split_of(file: Path) -> str | None:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Whatever a library says of `path` as one message."""
+    """Turn any error of a library that reads ``path`` into one message."""
     try:
         with quiet_datasets():
             yield
@@ -206,12 +210,12 @@ def _reading(path: Path) -> Iterator[None]:
             reason = "its entries are not those that datasets writes"
         if isinstance(error, UnicodeDecodeError):
             reason += "; text in another encoding has to be written as UTF-8 (iconv -f latin1 -t utf-8)"
-        raise UserError(f"cannot read {path}: {reason}. Check the file, or choose another with {OPTIONS}") from error
+        raise UserError(f"cannot read {path}: {reason}. Check the file, or choose another with {OPTIONS}.") from error
 
 
 @contextmanager
 def _opened(file: Path) -> Iterator[TextIO]:
-    """Unpacked and decoded: what the byte-order mark says, else what JSON's rule for Unicode finds, mostly UTF-8."""
+    """Open a file unpacked and decoded: by its byte-order mark, else by JSON's rule for Unicode, mostly as UTF-8."""
     packed = _kind(file)[1]
     with ExitStack() as stack:
         if packed == "zip":
@@ -227,8 +231,8 @@ def _opened(file: Path) -> Iterator[TextIO]:
 
 
 def _json(file: Path, _: list[str] | None) -> Iterator[Row]:
-    """Rows of JSON lines or of one JSON document. Not through `datasets`: pyarrow ends the process at a line that says
-    null, takes texts that look like dates for dates, and expects the types of the first 10 MB in all others."""
+    """Rows of JSON lines or of one JSON document. Not through ``datasets``: pyarrow ends the process at a line that
+    says null, takes texts that look like dates for dates, and expects the types of the first 10 MB in all others."""
     with _opened(file) as text:
         numbered = enumerate(iter(partial(text.readline, SIZE_LIMIT), ""), start=1)
         lines = ((number, line) for number, line in numbered if line.strip())
@@ -242,7 +246,7 @@ def _json(file: Path, _: list[str] | None) -> Iterator[Row]:
         for number, line in chain(ahead, lines):
             if (row := _row(_parsed(line))) is None:
                 raise UserError(
-                    f"{file}, line {number}: not a JSON object; {OPTIONS} take one a line, or a list of them"
+                    f"{file}, line {number}: not a JSON object. {OPTIONS} take one a line, or a list of them."
                 )
             yield row
 
@@ -286,7 +290,7 @@ def _csv(file: Path, _: list[str] | None, separators: str) -> Iterator[Row]:
 
 
 def _parquet(file: Path, columns: list[str] | None) -> Iterator[Row]:
-    """Not through `datasets`, which unpacks a row group at once, and a small file can stand for 40 GB."""
+    """Rows of a parquet file. ``datasets`` would unpack a row group at once, and a small file can hold 40 GB."""
     with pq.ParquetFile(file) as table:
         for batch in table.iter_batches(BATCH, columns=columns):
             yield from batch.to_pylist()
@@ -295,7 +299,7 @@ def _parquet(file: Path, columns: list[str] | None) -> Iterator[Row]:
 def _arrow(file: Path, columns: list[str] | None) -> Iterator[Row]:
     with pa.memory_map(str(file)) as source:
         try:
-            table = pa.ipc.open_stream(source).read_all()  # as `datasets` writes it
+            table = pa.ipc.open_stream(source).read_all()  # as ``datasets`` writes it
         except pa.ArrowInvalid:
             table = pa.ipc.open_file(source).read_all()
         for batch in table.select(columns or table.column_names).to_batches(BATCH):

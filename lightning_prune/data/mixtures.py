@@ -1,4 +1,4 @@
-"""Several texts in one calibration set: `[a.jsonl:0.7, b.txt:0.3]`, shares of samples."""
+"""Several texts in one calibration set: ``[a.jsonl:0.7, b.txt:0.3]``, shares of samples."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from lightning_prune.support.errors import UserError
 
 @dataclass(frozen=True)
 class Part:
-    """A text as `--data.dataset` takes it, perhaps with a split, and its share of the samples."""
+    """A text as ``--data.dataset`` takes it, perhaps with a split, and its share of the samples."""
 
     spec: str
     share: float
@@ -19,7 +19,7 @@ class Part:
 
 
 def parse(specs: Sequence[str]) -> list[Part]:
-    """Parts from `name:share` or `name:split:share`.
+    """Parts from ``name:share`` or ``name:split:share``.
 
     Raises:
         UserError: a share is missing, not a positive number, or they do not sum to 1; a text is named twice.
@@ -37,11 +37,11 @@ def parse(specs: Sequence[str]) -> list[Part]:
         problem = "one is missing or not above 0" if missing else f"they sum to {total:g}"
         raise UserError(
             f"--data.dataset [{', '.join(specs)}]: every text of a mixture needs its share of the samples, and the "
-            f"shares must sum to 1 ({problem}): e.g. "
-            f"[{', '.join(f'{part.spec}:{1 / len(parts):.3g}' for part in parts)}]"
+            f"shares must sum to 1 ({problem}). For example: "
+            f"[{', '.join(f'{part.spec}:{1 / len(parts):.3g}' for part in parts)}]."
         )
     if len({part.spec for part in parts}) < len(parts):
-        raise UserError(f"--data.dataset [{', '.join(specs)}] names a text twice: give it the sum of its shares")
+        raise UserError(f"--data.dataset [{', '.join(specs)}] names a text twice. Give it the sum of its shares.")
     return parts
 
 
@@ -55,7 +55,7 @@ def counts(parts: Sequence[Part], num_samples: int) -> list[int]:
         counts[number] += 1
     if 0 in counts:
         raise UserError(
-            f"--data.dataset: of {num_samples} samples none would be from {parts[counts.index(0)]}: raise its share or "
-            "--data.num_samples"
+            f"--data.dataset: of {num_samples} samples none would be from {parts[counts.index(0)]}. Raise its share or "
+            "--data.num_samples."
         )
     return counts

@@ -46,7 +46,7 @@ class Columns:
 
     @classmethod
     def of(cls, rows: list[Row]) -> "Columns":
-        """What ``rows`` have, which may differ in their columns."""
+        """The columns of ``rows``, which may differ in them."""
         names = list(dict.fromkeys(name for row in rows for name in row))
         values = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
         strings = {name for name in names if values[name] and all(isinstance(value, str) for value in values[name])}
@@ -74,8 +74,8 @@ class Chat:
             template = tokenizer.get_chat_template()
         except (AttributeError, ValueError):
             raise UserError(
-                "the text is a chat, and the tokenizer has no chat template to write it with: choose a tokenizer that "
-                "has one (--data.tokenizer), or a column of plain text (--data.column)"
+                "The text is a chat, and the tokenizer has no chat template to write it with. Choose a tokenizer that "
+                "has one (--data.tokenizer), or a column of plain text (--data.column)."
             ) from None
         self.sha256 = hashlib.sha256(template.encode("utf-8")).hexdigest()
         return tokenizer
@@ -89,7 +89,7 @@ class Chat:
         except Exception as error:  # jinja2 and the template itself raise what they like
             raise UserError(
                 f"{where}: the tokenizer's chat template does not take this chat ({first_line(error)}). Change the "
-                f"row, or choose another tokenizer (--data.tokenizer) or a column of plain text (--data.column)"
+                f"row, or choose another tokenizer (--data.tokenizer) or a column of plain text (--data.column)."
             ) from error
 
     def joined(self, texts: Sequence[str]) -> str:
@@ -110,7 +110,10 @@ def documents(path: Any, rows: Rows, column: str | None, chat: Chat) -> Iterator
         where = f"{path}, row {number}"
         if len(columns) == 1 and columns[0] in table.strings:
             if isinstance(value := row.get(columns[0]), list | dict):
-                raise UserError(f"{where}: {columns[0]} is a list or an object here, and text before")
+                raise UserError(
+                    f"{where}: {columns[0]} is a list or an object here, and text before. Correct the row, or choose "
+                    "another column with --data.column."
+                )
             if value is not None:
                 yield str(value)
             continue
@@ -144,7 +147,9 @@ def _columns(path: Any, table: Columns, column: str | None) -> list[str]:
         if column in strings | turns:
             return [column]
         problem = "neither text nor the turns of a chat" if column in table.names else "not there"
-        raise NoSuchColumn(f"--data.column {column}: in {path} it is {problem}; found: {table}")
+        raise NoSuchColumn(
+            f"--data.column {column}: in {path} it is {problem}; found: {table}. Choose a column of text or chats."
+        )
     chats = [name for name in CONVERSATIONS if name in turns] or sorted(turns - {"tools"})
     question, answer = ([name for name in names if name in strings | turns] for names in (QUESTIONS, ANSWERS))
     context = [name for name in CONTEXTS if name in strings][:1]
@@ -166,12 +171,12 @@ def _columns(path: Any, table: Columns, column: str | None) -> list[str]:
         return list(strings)
     raise UserError(
         f"cannot tell which column of {path} is the text; found: {table}. Choose one with --data.column, name "
-        f"it text, or choose another file with {OPTIONS}"
+        f"it text, or choose another file with {OPTIONS}."
     )
 
 
 def _turns(value: Any, role: str, where: str) -> list[Row]:
-    """A string as one turn; turns with the keys and roles that templates know. Whatever else a turn has stays."""
+    """A string as one turn; turns with the keys and roles that templates know. Other keys of a turn are kept."""
     if not value:
         return []
     if not is_turns(value := decoded(raw := value)):
@@ -183,7 +188,7 @@ def _turns(value: Any, role: str, where: str) -> list[Row]:
         said = next((turn[key] for key in SAID if turn.get(key) is not None), None)
         if said is None and "tool_calls" not in more and not set(SAID) & set(turn):
             raise UserError(
-                f"{where}: a turn has no content; it needs one of {', '.join(SAID)}, found {', '.join(turn)}"
+                f"{where}: a turn has no content; found: {', '.join(turn)}. Give it one of {', '.join(SAID)}."
             )
         turns.append(more | {"role": ROLES.get(str(sender).lower(), sender), "content": _content(said, where)})
     return turns
@@ -195,7 +200,7 @@ def _content(content: Any, where: str) -> str:
     parts = content if isinstance(content, list) else [content]
     texts = [part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None for part in parts]
     if any(text is None for text in texts):
-        raise UserError(f"{where}: a part of a turn is not text (an image, a sound); only text can be read")
+        raise UserError(f"{where}: a part of a turn is not text (an image, a sound). Remove it: only text can be read.")
     return "".join(map(str, texts))
 
 

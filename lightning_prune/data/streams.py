@@ -21,13 +21,13 @@ PROTOCOL = 1  # part of the cache key: raise it when the stream of a text change
 
 
 def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/lightning_prune`, else `~/.cache/lightning_prune`."""
+    """``$XDG_CACHE_HOME/lightning_prune``, else ``~/.cache/lightning_prune``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_prune"
 
 
 class StreamReader:
-    """Reads corpora with one tokenizer, which is loaded at the first text: token arrays never need it. `cache_dir` is
-    where streams are kept between runs; `bos` as in `window_start`."""
+    """Reads corpora with one tokenizer, which is loaded at the first text: token arrays never need it. ``cache_dir`` is
+    where streams are kept between runs; ``bos`` as in ``window_start``."""
 
     def __init__(self, tokenizer: Any, cache_dir: Path, bos: str = "auto") -> None:
         self.tokenizer, self.cache_dir, self.bos = tokenizer, cache_dir, bos
@@ -41,20 +41,20 @@ class StreamReader:
 
     @property
     def start(self) -> int | None:
-        """The token that every window begins with, or None; errors as in `load_tokenizer` and `window_start`."""
+        """The token that every window begins with, or None; errors as in ``load_tokenizer`` and ``window_start``."""
         return window_start(self._loaded[0], self.bos)
 
     def read(
         self, dataset: str, split: str, tokens_wanted: int | None = None, column: str | None = None
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Fetch and tokenise one split; arguments and errors as in `load_corpus` and `load_tokenizer`.
+        """Fetch and tokenise one split; arguments and errors as in ``load_corpus`` and ``load_tokenizer``.
 
         An entry of the cache that is incomplete or does not match its own fingerprint is ignored and written again; a
         folder that cannot be written costs the next run its time, nothing else.
 
         Returns:
-            Packed token ids, int64 `[T]`; the fields that every manifest takes over: those of `Corpus` but the text,
-            text_sha256, tokenizer_sha256 and bos.
+            Packed token ids, int64 ``[T]``; the fields that every manifest takes over: those of ``Corpus`` but the
+            text, text_sha256, tokenizer_sha256 and bos.
         """
         corpus = load_corpus(dataset, split, tokens_wanted, column, lambda: self._loaded[0])
         tokenizer, tokenizer_digest = self._loaded

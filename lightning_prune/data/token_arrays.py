@@ -1,4 +1,4 @@
-"""Ready token ids: `.npy` and `.safetensors` arrays, int64 `[N, L]`, taken as they are."""
+"""Ready token ids: ``.npy`` and ``.safetensors`` arrays, int64 ``[N, L]``, taken as they are."""
 
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ def is_token_array(dataset: str) -> bool:
 
 
 def load_token_array(path: str) -> Tensor:
-    """Token ids int64 `[N, L]`, `N >= 1` and `L >= 2`, of a `.npy` file or of `.safetensors` with one tensor (or one of
-    several named `tokens`), read without ever unpickling.
+    """Token ids int64 ``[N, L]``, ``N >= 1`` and ``L >= 2``, of a ``.npy`` file or of ``.safetensors`` with one tensor
+    (or one of several named ``tokens``), read without ever unpickling.
 
     Raises:
         UserError: missing or broken file, another dtype or rank, or an empty array.
@@ -39,12 +39,12 @@ def load_token_array(path: str) -> Tensor:
             tokens = tensors.get("tokens", next(iter(tensors.values())))
     except Exception as error:  # numpy reads a header as a Python literal, which may fail in any way
         raise UserError(
-            f"cannot read the token array {path}: {error}; it must be int64 [N, L] saved without pickle ({OPTIONS})"
+            f"{OPTIONS}: cannot read the token array {path}: {error}. Give int64 [N, L] saved without pickle."
         ) from error
     if tokens.dtype != torch.int64 or tokens.ndim != 2 or len(tokens) < 1 or tokens.shape[1] < 2:
         raise UserError(
-            f"cannot use the token array {path}: it is {str(tokens.dtype).removeprefix('torch.')} "
-            f"{list(tokens.shape)}; it must be int64 [N, L] with N >= 1 and L >= 2 ({OPTIONS})"
+            f"{OPTIONS}: cannot use the token array {path}: it is {str(tokens.dtype).removeprefix('torch.')} "
+            f"{list(tokens.shape)}; it must be int64 [N, L] with N >= 1 and L >= 2."
         )
     return tokens
 
@@ -52,22 +52,22 @@ def load_token_array(path: str) -> Tensor:
 def first_part(
     path: str, split: str | None, num_samples: int | None, seq_len: int | None, length_option: str = "seq_len"
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The first `num_samples` rows of an array and their first `seq_len` tokens (None for all), and of the facts that
-    `StreamReader.read` gives those that it has.
+    """The first ``num_samples`` rows of an array and their first ``seq_len`` tokens (None for all), and the array's
+    facts, with the keys of ``StreamReader.read``.
 
     Raises:
-        UserError: as `load_token_array`; a `split`, which an array has none of; more is wanted than is there, which
-            names `length_option` for `seq_len`.
+        UserError: as ``load_token_array``; a ``split``, which an array has none of; more is wanted than is there, which
+            names ``length_option`` for ``seq_len``.
     """
     if split is not None:
-        raise UserError(f"the token array {path} has no splits: leave out :{split}")
+        raise UserError(f"the token array {path} has no splits. Leave out :{split}.")
     tokens = load_token_array(path)
     rows, length = tokens.shape
     for option, wanted, there in (("num_samples", num_samples, rows), (length_option, seq_len, length)):
         if wanted is not None and wanted > there:
             raise UserError(
-                f"--data.{option}: found {wanted}, but the token array {path} has {rows} rows of {length} tokens: "
-                f"give at most {there}, or leave it out to take all"
+                f"--data.{option}: found {wanted}, but the token array {path} has {rows} rows of {length} tokens. "
+                f"Give at most {there}, or leave it out to take all."
             )
     unknown = dict.fromkeys(("configuration", "revision", "text_sha256", "tokenizer_sha256"))
     return tokens[:num_samples, :seq_len].contiguous(), {**unknown, "dataset": path, "split": "all", "bos": "none"}

@@ -28,7 +28,7 @@ CANDIDATES = 32  # white-space positions tried before the rest is taken in one p
 
 
 def load_tokenizer(source: Any) -> Any:
-    """The tokenizer of a model folder or hub id (UserError where there is none); `demo` is the embedded model's; a
+    """The tokenizer of a model folder or hub id (UserError where there is none); ``demo`` is the embedded model's; a
     tokenizer is returned as it is."""
     if not isinstance(source, str | Path):
         return source
@@ -38,14 +38,14 @@ def load_tokenizer(source: Any) -> Any:
             return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, … for one and the same mistake
         raise UserError(
-            f"no usable tokenizer in '{source}' ({first_line(error)}), and a text dataset needs one: add the tokenizer "
-            f"files (tokenizer.json, tokenizer_config.json) to the model folder, choose another with --data.tokenizer, "
-            f"or give a token array (.npy or .safetensors, int64 [N, L]) with --data.dataset and --data.eval_datasets"
+            f"no usable tokenizer in '{source}' ({first_line(error)}), and a text dataset needs one. Add the tokenizer "
+            "files (tokenizer.json, tokenizer_config.json) to the model folder, choose another with --data.tokenizer, "
+            "or give a token array (.npy or .safetensors, int64 [N, L]) with --data.dataset and --data.eval_datasets."
         ) from error
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
-    """SHA-256 of the `tokenizer.json` serialisation; without one, of the vocabulary files and the added tokens."""
+    """SHA-256 of the ``tokenizer.json`` serialisation; without one, of the vocabulary files and the added tokens."""
     if getattr(tokenizer, "is_fast", False):
         return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode("utf-8")).hexdigest()
     digest = hashlib.sha256(json.dumps(sorted(tokenizer.get_added_vocab().items())).encode("utf-8"))
@@ -56,25 +56,25 @@ def tokenizer_sha256(tokenizer: Any) -> str:
 
 
 def window_start(tokenizer: Any, bos: str = "auto") -> int | None:
-    """The token that every window of text begins with, or None: `bos` is `auto` for the beginning-of-sequence token
-    where the tokenizer puts it before a text by itself, `always` for it in any case, `never` for none.
+    """The token that every window of text begins with, or None: ``bos`` is ``auto`` for the beginning-of-sequence token
+    where the tokenizer puts it before a text by itself, ``always`` for it in any case, ``never`` for none.
 
     Raises:
-        UserError: `always`, and the tokenizer has no such token; or another word.
+        UserError: ``always``, and the tokenizer has no such token; or another word.
     """
     if bos not in BOS:
-        raise UserError(f"--data.bos is {bos!r}: choose {', '.join(BOS)}")
+        raise UserError(f"--data.bos: found {bos!r}; allowed: {', '.join(BOS)}.")
     token: int | None = getattr(tokenizer, "bos_token_id", None)
     if bos == "always" and token is None:
-        raise UserError("--data.bos always: the tokenizer has no beginning-of-sequence token; choose auto or never")
+        raise UserError("--data.bos always: the tokenizer has no beginning-of-sequence token. Choose auto or never.")
     if bos == "never" or token is None:
         return None
     return token if bos == "always" or tokenizer("a")["input_ids"][:1] == [token] else None
 
 
 def tokenize(tokenizer: Any, text: str, progress: bool = False) -> Tensor:
-    """The packed stream of a text: int64 `[T]`, no special tokens, no padding. A long one is tokenised piece by piece,
-    so that one sees how far it is, and memory stays small."""
+    """The packed stream of a text: int64 ``[T]``, no special tokens, no padding. A long one is tokenised piece by
+    piece, so that one sees how far it is, and memory stays small."""
     stream, start = [np.empty(0, np.int64)], 0
     with closing(Progress(shown=progress)) as shown:
         shown.expect(TOKENISING, len(text))
@@ -88,7 +88,7 @@ def tokenize(tokenizer: Any, text: str, progress: bool = False) -> Tensor:
 
 
 def _safe_cut(tokenizer: Any, text: str, begin: int) -> int:
-    """The first white space from `begin` on where the text around it gives the same ids with a cut as without. Where
+    """The first white space from ``begin`` on where the text around it gives the same ids with a cut as without. Where
     there is none (one kind of tokenizer marks the start of every text it is given), the end of the text."""
     for space in islice(re.compile(r"\s").finditer(text, begin), CANDIDATES):
         for cut in (space.start(), space.end()):

@@ -1,6 +1,6 @@
 """The embedded default: a tiny trained GQA Llama, its tokenizer and its text. Works without a network.
 
-`tools/demo/` of the repository says how they were made.
+``tools/demo/`` of the repository says how they were made.
 """
 
 import gzip
@@ -21,8 +21,8 @@ def demo_text(split: str) -> str:
     """Made-up stories, one paragraph each: 4000 for train, 200 for the others; no story is in two splits.
 
     Raises:
-        UserError: `split` is not train, validation or test.
+        UserError: ``split`` is not train, validation or test.
     """
     if split not in SPLITS:
-        raise UserError(f"demo text has no split {split!r}: set split to one of {', '.join(SPLITS)}")
+        raise UserError(f"The demo text has no split {split!r}. Set split to one of {', '.join(SPLITS)}.")
     return gzip.decompress((_HERE / "text" / f"{split}.txt.gz").read_bytes()).decode("utf-8")

@@ -1,4 +1,4 @@
-"""What a dense and a pruned model write: greedy continuations of the same prompts, and in what they differ."""
+"""Greedy continuations of the same prompts by a dense and a pruned model, and how they differ."""
 
 import inspect
 from dataclasses import dataclass, field
@@ -19,8 +19,8 @@ NGRAM, EXAMPLES = 4, 3
 
 @dataclass(frozen=True)
 class Continuations:
-    """What one model wrote: ``prompts`` int64 ``[N, P]``, and for each the new tokens up to ``new_tokens`` or to the
-    one that ends a text, itself included."""
+    """Continuations by one model: ``prompts`` int64 ``[N, P]``, and for each the new tokens up to ``new_tokens`` or to
+    the one that ends a text, itself included."""
 
     prompts: Tensor = field(compare=False)
     new_tokens: int
@@ -68,8 +68,8 @@ def continuations(model: LayeredModel, checkpoint: Checkpoint, prompts: Tensor) 
     where that would take too long, or where the model has no positions left for a new token."""
     if model.onload == "layer" and NEW_TOKENS * model.layer_bytes > READ_BYTES:
         rank_zero_warn(
-            f"no continuations: the weights of '{checkpoint.pretrained}' are brought in layer by layer, and reading "
-            "all of them for every token would take long. --data.continuations 0 says that none are wanted"
+            f"No continuations: the weights of '{checkpoint.pretrained}' are loaded layer by layer, and reading all of "
+            "them for every token would take long. Set --data.continuations 0 if none are wanted."
         )
         return None
     new_tokens = int(min(NEW_TOKENS, (checkpoint.limits[1] or torch.inf) - prompts.shape[1]))
@@ -100,5 +100,5 @@ def greedy(net: Any, prompts: Tensor, new_tokens: int, ends: frozenset[int] = fr
 
 
 def cache_option(net: Any) -> str:
-    """transformers 5.24 renamed the argument and the output's field; the old name warns there and will go."""
+    """Name of the cache argument: transformers 5.24 renamed it and the output's field; the old name warns there."""
     return "cache" if "cache" in inspect.signature(type(net).forward).parameters else "past_key_values"

@@ -48,7 +48,7 @@ class TokenMeans(TokenStatistic):
         return float(self.reduced()[0].exp())
 
     def distance(self) -> Distance:
-        """Over all processes; rounding cannot take it out of its range."""
+        """The ``Distance`` over all processes, clamped to its range against rounding."""
         _, kl, agreement, acceptance = self.reduced()
         return Distance(float(kl.clamp(min=0)), float(agreement.clamp(0, 1)), float(acceptance.clamp(0, 1)))
 

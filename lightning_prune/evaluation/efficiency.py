@@ -28,7 +28,7 @@ WARM_UP = 2  # runs before the measured ones: lazy initialisation, autotuning, c
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured, in tokens: the median of ``repeats`` runs of a prefill of ``prompt_length`` and
+    """The measurement's lengths in tokens: the median of ``repeats`` runs of a prefill of ``prompt_length`` and
     ``decode_length`` greedy steps. MACs are of one token that attends to ``context_length``."""
 
     prompt_length: int = 128
@@ -103,7 +103,7 @@ def kv_cache_bytes_per_token(model: PreTrainedModel) -> int:
 
 
 def _head_widths(model: PreTrainedModel) -> list[tuple[int, int]]:
-    """All query heads and all KV heads, in numbers per token, of every attention block that is there."""
+    """Widths of all query heads and of all KV heads together, in numbers per token, of every attention block."""
     family = family_of(model.config)
     blocks: list[Any] = [getattr(layer, family.attention, None) for layer in layers_of(model)]
     queries = [(getattr(block, family.output).in_features, block) for block in blocks if hasattr(block, family.output)]

@@ -43,7 +43,7 @@ class PerplexityResult:
 
 @dataclass
 class Measured:
-    """What one model showed on the evaluation sets, by their names.
+    """Results of one model on the evaluation sets, by their names.
 
     ``distance`` and ``written`` are there where it was compared with another model, or that one with it. Of that one
     ``streams`` holds, until ``close``, every set's residual stream after the last layer, of this process's windows.
@@ -62,7 +62,7 @@ class Measured:
 
 
 def evaluation_phase(name: str) -> str:
-    """What progress calls the evaluation of the model that is called ``name`` (dense, pruned)."""
+    """Name of the progress phase in which the model ``name`` (dense, pruned) is evaluated."""
     return f"perplexity of the {name} model" if name else "perplexity"
 
 
@@ -74,7 +74,7 @@ def evaluation_work(data: CalibrationDataModule, num_layers: int) -> float:
 class Evaluation(L.LightningModule):
     """Measures the perplexity of one causal LM in the trainer's precision.
 
-    The model is no submodule: Lightning would move it to the device whole.
+    The model is not a submodule: Lightning would move it to the device whole.
 
     Args:
         pretrained: Model folder or hub id, dense or pruned. ``demo`` is the small model inside the package.
@@ -97,7 +97,7 @@ class Evaluation(L.LightningModule):
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The model, opened once."""
+        """The checkpoint to evaluate, opened once."""
         return Checkpoint.open(self.pretrained)
 
     @cached_property
@@ -107,7 +107,7 @@ class Evaluation(L.LightningModule):
 
     @property
     def perplexity(self) -> dict[str, PerplexityResult]:
-        """By name of the evaluation set."""
+        """Perplexity by name of the evaluation set."""
         return self.measured.perplexity
 
     @property
@@ -145,7 +145,7 @@ class Evaluation(L.LightningModule):
         return dense
 
     def setup(self, stage: str) -> None:
-        """Everything that can be refused without weights is refused here.
+        """Check everything that can be checked without weights.
 
         Raises:
             UserError: no model at ``pretrained``, unknown family, tokens that do not fit the model.
@@ -211,7 +211,7 @@ class Evaluation(L.LightningModule):
         self._means[index].update(weight, *values)
 
     def on_test_epoch_end(self) -> None:
-        """Leave the results in ``self.measured``."""
+        """Store the results in ``self.measured``."""
         for data, means in zip(self.datamodule.evaluation, self._means, strict=True):
             tokens = data.manifest["predicted_tokens"]
             self.measured.perplexity[data.name] = PerplexityResult(means.perplexity(), tokens)
@@ -225,7 +225,7 @@ class Evaluation(L.LightningModule):
         self.seconds.add("evaluate", time.perf_counter() - self._started)
 
     def _write(self) -> None:
-        """Have the model continue the prompts, where it is compared or compared with."""
+        """Have the model continue the prompts if it is compared with another model, or another model with it."""
         prompts, other = self.datamodule.prompts, self.reference
         if prompts is None or not (self.scratch or other) or (other is not None and other.written is None):
             return

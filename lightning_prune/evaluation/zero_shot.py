@@ -30,7 +30,7 @@ class Metric:
     stderr: float | None
 
     def shown(self, percent: bool) -> str:
-        """Value ± standard error, in percent or as it is."""
+        """Text of the value ± standard error, in percent or as it is."""
         scale, digits = (100, 2) if percent else (1, 3)
         error = "" if self.stderr is None else f" ± {scale * self.stderr:.{digits}f}"
         return f"{scale * self.value:.{digits}f}{error}"
@@ -117,7 +117,7 @@ def zero_shot(
 
 
 def _metrics(row: dict[str, Any]) -> dict[str, Metric]:
-    """The harness's ``{"acc,none": 0.5, "acc_stderr,none": 0.1}`` by metric; a filter's name stays unless none."""
+    """The harness's ``{"acc,none": 0.5, "acc_stderr,none": 0.1}`` by metric; a filter's name is kept, except none."""
     metrics = {}
     for key, value in row.items():
         name, _, kind = key.partition(",")

@@ -129,7 +129,8 @@ def _describe(writer: Any, config: Any, architecture: Architecture, window: int 
 
 
 def _type(entry: Entry, dtype: str) -> gguf.GGMLQuantizationType:
-    """Vectors stay fp32, as everywhere in this format; a row that q8_0 cannot divide goes to f16."""
+    """Type of a tensor in the file: fp32 for vectors, as always in this format; f16 for rows that q8_0 cannot
+    divide."""
     types = gguf.GGMLQuantizationType
     if len(entry.shape) == 1:
         return types.F32

@@ -77,7 +77,7 @@ class PaddedSource:
         self._there = {name for name, _ in net.named_parameters(remove_duplicate=False)}
 
     def read(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
-        """See ``models.sources.Source``."""
+        """Read parameters, padded with zeros, as ``models.sources.Source`` does."""
         tensors = self.narrow.read([name for name in names if name in self._there], dtype, device)
         for name in names:
             shape, narrow = self._wide.get_parameter(name).shape, tensors.get(name)

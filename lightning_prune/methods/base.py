@@ -46,8 +46,8 @@ FEW_PASSES = 3  # forwards that calibrating may cost, as long as the passes are 
 class PruningMethod(L.LightningModule):
     """Calibrates on the shared set, one layer per epoch, decides after the last, prunes in ``on_fit_end``.
 
-    A method says which passes it makes (``passes``: what is observed in a layer, and what is left of it) and what
-    follows from their results (``decide``).
+    A method says which passes it makes (``passes``: what is observed in a layer, and its result) and what follows from
+    the results (``decide``).
 
     Args:
         pretrained: Model folder or hub id to prune. ``demo`` is the small model inside the package.
@@ -132,7 +132,7 @@ class PruningMethod(L.LightningModule):
 
     @abstractmethod
     def passes(self) -> list[Pass]:
-        """The passes it makes over the decoder, fresh ones."""
+        """New passes over the decoder, in the order in which they run."""
 
     @abstractmethod
     def decide(self) -> None:
@@ -145,7 +145,7 @@ class PruningMethod(L.LightningModule):
 
     @property
     def method(self) -> str:
-        """The method's own name."""
+        """Name of the pruning method, whether it refits or not."""
         return type(self).__name__.lower()
 
     @property
@@ -160,14 +160,14 @@ class PruningMethod(L.LightningModule):
 
     @property
     def requested_ratio(self) -> float | None:
-        """Of this step, at last the whole; None where something else than a ratio was requested."""
+        """Ratio requested for the current step, the full one at the last step; None if a size was requested instead."""
         if self.target is None:
             return float(Fraction(str(self.pruning_ratio)) * self.step / self.steps)
         return 1 - self.target.limit / self.dense_parameters if self.target.kind == "parameters" else None
 
     @property
     def ratio(self) -> Fraction:
-        """What is removed in this step, exact."""
+        """Share of all parameters to remove in this step, exact."""
         return Fraction(str(self.requested_ratio or 0)) if self.reached is None else self.reached
 
     def meet_target(self, keep: Callable[[], list[LayerPlan]], layers: list[LayerStructure], total: int) -> None:
@@ -191,7 +191,7 @@ class PruningMethod(L.LightningModule):
 
     @property
     def written_dtype(self) -> torch.dtype:
-        """Of the pruned checkpoint."""
+        """The dtype of the pruned checkpoint."""
         return self.checkpoint.stored_dtype if self.save_dtype == "auto" else getattr(torch, self.save_dtype)  # type: ignore[no-any-return]
 
     @property
@@ -215,7 +215,7 @@ class PruningMethod(L.LightningModule):
         return [] if self.refit is None else [RefitPass(kept, self.refit, held_out(), self.dense_stream)]
 
     def details(self) -> dict[str, Any]:
-        """What the method measured and chose beside its scores, for ``method.json``: thresholds, damping, ratios."""
+        """The content of ``method.json``: what the method measured and chose beside its scores (damping, ratios)."""
         return {
             "refit": None if self.refit is None else self.refit.facts(self.driver.loop.results_of(RefitPass.name)),
             "prunable_fraction": prunable_parameters(self.layers) / self.dense_parameters,
@@ -227,7 +227,7 @@ class PruningMethod(L.LightningModule):
         self.saved = saved
 
     def results(self, name: str) -> list[LayerResult]:
-        """What the pass ``name`` left of every layer; empty where there is nothing to measure."""
+        """Results of the pass ``name``, one per layer; empty where there is nothing to measure."""
         if name not in (own := [one.name for one in self.driver.loop.passes]):
             raise UserError(f"{type(self).__name__}: none of its passes is named '{name}'; they are {', '.join(own)}.")
         results = {step.layer: it for step, it in self.driver.loop.results_of(name) if it.importance or it.facts}
@@ -270,7 +270,7 @@ class PruningMethod(L.LightningModule):
 
     @property
     def model(self) -> LayeredModel:
-        """The open model."""
+        """The open dense model, all of it or one layer at a time in memory."""
         return self.slot.model
 
     def check_model(self) -> None:
@@ -281,7 +281,7 @@ class PruningMethod(L.LightningModule):
             self.check_shapes(self.checkpoint.meta)
 
     def check_shapes(self, net: Any) -> None:
-        """The same of a model on the meta device, for which a config is enough."""
+        """Make the checks of ``check_model`` that need only the shapes of a model on the meta device."""
         layers, total = self.arranged(layer_structures(net)), count_parameters(net)
         if not self.experts and any(view.experts for view in layers):
             raise UserError(
@@ -314,7 +314,7 @@ class PruningMethod(L.LightningModule):
         self.driver.begin(self.stages())
 
     def stages(self) -> Iterator[Stage]:
-        """One stage after the other; decisions are made between them."""
+        """Yield one stage of passes after the other; decisions are made between them."""
         for step in range(1, self.steps + 1):
             self.step = step
             passes = [] if self.saved is not None else self.passes()
@@ -337,7 +337,7 @@ class PruningMethod(L.LightningModule):
             self._details = self.details()
 
     def on_train_epoch_start(self) -> None:
-        """An epoch is a layer of a pass."""
+        """Begin the next layer of a pass, which is one epoch."""
         self.driver.loop.start()
 
     def training_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
@@ -345,7 +345,7 @@ class PruningMethod(L.LightningModule):
         self.driver.batch(batch, batch_idx)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """After the last batch the strategy is still up, so sums are reduced over processes: finish the layer."""
+        """Finish the layer after its last batch: the strategy is still up, so sums are reduced over processes."""
         if self.trainer.is_last_batch:
             self.driver.end_epoch()
 
@@ -380,7 +380,7 @@ class PruningMethod(L.LightningModule):
                 self.progress.expect(phase, work)
 
     def _write_step(self) -> None:
-        """Leave the plan and the checkpoint of a step that is not the last one in the run folder."""
+        """Write the plan and the checkpoint of a step that is not the last one to the run folder."""
         if self.run_folder is not None:
             with self.seconds.measure("save"), torch.no_grad():
                 self.run_folder.write_step(self.plan, self._write_pruned)

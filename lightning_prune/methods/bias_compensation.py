@@ -45,7 +45,7 @@ class MeanBiases:
 
     @classmethod
     def of(cls, config: Any) -> "MeanBiases":
-        """What the family of ``config`` offers."""
+        """The biases that the family of ``config`` can have."""
         missing = missing_biases(config)
         family, layers = family_of(config), range(config.num_hidden_layers)
         there = {block for layer in layers for block in family.blocks_of(config, layer)}

@@ -77,7 +77,7 @@ def select_experts(
     multiple: int,
     beyond: bool = False,
 ) -> Flags:
-    """Which units are pruned, bool ``[U]``.
+    """Select the units to prune, bool ``[U]``.
 
     Args:
         scores: of U units, with experts or their channels in some layers.
@@ -104,7 +104,7 @@ def select_experts(
     table = _bundled(scores, bundle, others)
     table.score[0] = -np.inf if beyond else table.score[0]
     count = int(bundle.max()) + 1
-    candidates = np.arange(count) < count - 1  # the last one stays
+    candidates = np.arange(count) < count - 1  # the last bundle is kept
     chosen = select_global(table, np.concatenate([candidates, free[others]]), budget)
     pruned[others] |= chosen[count:]
     pruned[experts] |= chosen[bundle[experts]]
@@ -133,7 +133,7 @@ def _bundles(scores: Scores, free: Flags, groups: int, keep: int, multiple: int)
     rank = np.empty_like(by_group)
     rank[by_group] = np.arange(len(order)) - (counts.cumsum() - counts)[group[by_group]]
     left = size - rank - 1  # once the unit is gone
-    # Units wait for the one that leaves a multiple.
+    # Units wait until a multiple of them can be removed.
     closing = size - left // multiple * multiple - 1
     kept = size - closing - 1
     stays = kept < max(keep, 1 if multiple == 1 else multiple)
@@ -167,5 +167,5 @@ def _bundled(scores: Scores, bundle: Integers, others: Flags) -> Scores:
 
 
 def _to_remove(budget: Budget, parameters: int) -> Budget:
-    """The same budget of so many parameters."""
+    """A copy of the budget that removes so many parameters."""
     return replace(budget, added=budget.added + parameters - budget.parameters)

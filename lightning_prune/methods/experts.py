@@ -1,4 +1,4 @@
-"""What every method does in a layer with experts, what they are worth, and what the record says of them.
+"""Importance of experts, the same for every method, and what the run's record says of them.
 
 E experts of width m, shared ones included. A token that is not routed to an expert adds nothing, so losses are means
 over all tokens and experts compare with each other; an expert without tokens is worth 0.
@@ -100,8 +100,8 @@ def marked(scores: Scores, details: dict[str, Any]) -> Scores:
 
 
 def expert_details(layers: Sequence[LayerStructure], results: Sequence[LayerResult], samples: int) -> dict[str, Any]:
-    """For ``method.json``: tokens per expert, layer by layer, and the super experts as [layer, expert]; empty without
-    experts. Warns where an expert has fewer tokens than channels; ``samples`` are those of the calibration set."""
+    """Facts for ``method.json``: tokens per expert, layer by layer, and the super experts as [layer, expert]; empty
+    without experts. Warns where an expert has fewer tokens than channels; ``samples``: size of the calibration set."""
     seen = [
         (view, result.facts["experts"])
         for view, result in zip(layers, results, strict=True)
@@ -120,6 +120,7 @@ def expert_details(layers: Sequence[LayerStructure], results: Sequence[LayerResu
         enough = -(-samples * width // max(1, tenth))
         rank_zero_warn(
             f"{starved} of {len(counts)} experts see fewer tokens than their {width} channels, the fewest {fewest}. "
-            f"With --data.num_samples {max(enough, samples + 1)}, or longer windows, nine of ten would see as many."
+            f"With --data.num_samples {max(enough, samples + 1)}, or longer windows, nine of ten experts would see "
+            "enough."
         )
     return {"experts": {"tokens": tokens, "fewest_tokens": fewest, "super_experts": marked}}

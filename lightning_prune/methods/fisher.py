@@ -39,7 +39,7 @@ class MaskFisher(TokenStatistic):
         self.tokens += slopes.shape[:2].numel()
 
     def compute(self) -> Tensor:
-        """I ``[units]``, float64."""
+        """Fisher importance I of every unit, float64 ``[units]``."""
         return self.squares / self.tokens
 
 
@@ -60,7 +60,7 @@ class FisherPass(BackwardPass):
             self._handles.append(on_gradient(self.routed.experts[0].module, self.routed.update, inputs=3))
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
-        """Also a projection's inputs and their gradient in fp32, and the product."""
+        """Memory of a backward pass, and a projection's inputs and their gradient in fp32, and the product."""
         base, sums = super().holds(view, load), RoutedSlopes.bytes_of(view.experts)
         return replace(base, running=base.running + 12 * load.tokens * load.widest_input + sums)
 

@@ -61,7 +61,7 @@ class FLAP(GroupPruning):
 
     Args:
         bias_compensation: Let biases of o_proj and down_proj take over the mean of what is removed, where the family's
-            config has such biases. False leaves the selection alone, and so does a refit.
+            config has such biases. With False, or with a refit, FLAP only selects.
     """
 
     decision_options = (*GroupPruning.decision_options, "bias_compensation")
@@ -75,12 +75,12 @@ class FLAP(GroupPruning):
 
     @cached_property
     def offered(self) -> MeanBiases:
-        """Biases that the family has."""
+        """Biases that the model's family can have."""
         return MeanBiases.of(self.checkpoint.config)
 
     @property
     def biases(self) -> MeanBiases | None:
-        """Biases that take over means; None where none does."""
+        """Biases that take over means in this run; None where none does."""
         wanted = self.bias_compensation and self.refit is None
         return self.offered if wanted and self.offered.roles else None
 
@@ -104,7 +104,7 @@ class FLAP(GroupPruning):
         return [BiasPass(kept, self.biases.roles, self.means)]
 
     def check_model(self) -> None:
-        """Also that the family with these biases does what its record says."""
+        """Check the model as every method does, and that its family with these biases behaves as its record says."""
         super().check_model()
         if self.biases is not None and self.biases.keys:
             check_family(with_biases(self.checkpoint.config, self.biases.keys))
@@ -117,8 +117,8 @@ class FLAP(GroupPruning):
         return replace(scores, base=z.numpy(), score=z.numpy())
 
     def select(self, scores: Scores, layers: list[LayerStructure], total_parameters: int) -> Flags:
-        """By the cost of units with their biases; as many parameters more are pruned as all biases add, those of other
-        projections included, which the same keys bring along as zeros."""
+        """Select by the cost of units with their biases. The biases add parameters, so as many more are pruned; this
+        counts those of other projections, which the same keys switch on as zeros."""
         if self.biases is None:
             return super().select(scores, layers, total_parameters)
         views, added = self.biases.views, self.biases.parameters - total_parameters
@@ -139,12 +139,12 @@ class FLAP(GroupPruning):
 
     @property
     def note(self) -> str:
-        """Where a mean is lost, the card and a comparison's audit say so."""
+        """A sentence for the card and a comparison's audit where a mean is lost."""
         lost = self._why_not() if self.bias_compensation and self.refit is None else None
         return f"FLAP's bias compensation is left out where it cannot be: {lost}." if lost else ""
 
     def _why_not(self) -> str | None:
-        """Why nothing takes over a mean that is lost; None where none is."""
+        """The reason why no bias takes over a mean that is lost; None where no mean is lost."""
         if self.refit is not None:
             return "what is kept is refitted"
         if not self.bias_compensation:

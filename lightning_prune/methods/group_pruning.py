@@ -82,7 +82,7 @@ class GroupPruning(PruningMethod):
         return scores
 
     def measured(self) -> Scores:
-        """Scores before any prior, from an earlier run or from what the pass ``importance`` left of every layer."""
+        """Scores before any prior, from an earlier run or from the results of the pass ``importance``."""
         if self.saved is not None:
             return replace(self.saved.scores, score=self.saved.scores.base)
         results = self.results("importance")
@@ -128,7 +128,7 @@ class GroupPruning(PruningMethod):
         return self.select(scores, layers, total_parameters)
 
     def select(self, scores: Scores, layers: list[LayerStructure], total_parameters: int) -> Flags:
-        """Which units are pruned, bool ``[U]``."""
+        """Select the units to prune, bool ``[U]``."""
         if not any(view.experts for view in layers):
             return self.selection.select(scores, layers, total_parameters, self.ratio)
         budget = self.selection.budget(layers, total_parameters, self.ratio)
@@ -144,9 +144,10 @@ class GroupPruning(PruningMethod):
         """The kinds of units that may be removed. Raises UserError where the model does not have those requested."""
         if not any(view.experts for view in layers):
             if self.units in EXPERTS or self.experts == "only":
+                how = "" if self.experts == "only" else f" with --model.units {self.units}"
                 raise UserError(
-                    f"--model: '{self.pretrained}' has no experts, which {self.method} with --model.units {self.units} "
-                    "prunes. Choose another method, or leave --model.units out."
+                    f"--model: '{self.pretrained}' has no experts, and {self.method}{how} prunes only experts. "
+                    "Choose another method, or leave --model.units out."
                 )
             return super().kinds(layers)
         if self.steps > 1:
@@ -175,7 +176,7 @@ class GroupPruning(PruningMethod):
 
 
 def kept_units(scores: Scores, layers: list[LayerStructure]) -> list[LayerPlan]:
-    """What every layer keeps: a mixer has no scores and is kept."""
+    """Plans of all layers from their scores: a mixer has no scores and is kept."""
     units = {block: scores.unit[rows[scores.kept[rows]]].tolist() for block, rows in scores.blocks.rows().items()}
     return [
         LayerPlan(i, view.all_units | {block: units[i, block] for block in view.scored if (i, block) in units})

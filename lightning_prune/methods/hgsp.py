@@ -107,8 +107,8 @@ class HGSP(GroupPruning):
             raise UserError(f"--model.prior_num_samples: found {prior_num_samples}; it must be 1 or more.")
         if gradient_samples is not None and (importance != "kfac" or gradient_samples < 1):
             raise UserError(
-                f"--model.gradient_samples: found {gradient_samples} with importance {importance}; it is 1 or more and "
-                "of --model.importance kfac alone. Leave it out, or set it to null where a configuration has it."
+                f"--model.gradient_samples: found {gradient_samples} with importance {importance}; allowed: 1 or more, "
+                "with --model.importance kfac only. Leave it out, or set it to null where a configuration has it."
             )
         if prior == "gradient" and importance not in GRADIENTS:
             raise UserError(
@@ -137,7 +137,7 @@ class HGSP(GroupPruning):
         return f"hgsp_{self.importance}"
 
     def passes(self) -> list[Pass]:
-        """Of the importance, and of the prior unless T = 0."""
+        """The pass of the importance, and that of the prior unless T = 0."""
         passes: list[Pass]
         if self.importance in GRADIENTS:
             priors = self.temperature > 0 and self.prior == "gradient"
@@ -178,7 +178,7 @@ class HGSP(GroupPruning):
         return collapse(replace(scores, pruned=pruned), self.collapse_epsilon, frozen)
 
     def details(self) -> dict[str, Any]:
-        """Also priors and gate, so that the decision can be made again with other options."""
+        """Details with priors and gate, so that the decision can be made again with other options."""
         prior = {
             "measure": self.prior,
             "unit": "nats of mean token loss",
@@ -218,7 +218,7 @@ def final_scores(
         if not bool(torch.isfinite(base * prior).all()):
             raise UserError(
                 f"--model.temperature: found {temperature:g}; a prior of {float(factor.max()):.3g} to that power is "
-                "not finite. Choose a smaller one; 0 leaves the priors out."
+                "not finite. Choose a smaller one; 0 omits the priors."
             )
     return replace(scores, base=base.numpy(), prior=prior.numpy(), score=(base * prior).numpy())
 

@@ -125,7 +125,8 @@ class GradientPass(BackwardPass):
             self._handles.append(on_gradient(self.routed.experts[0].module, self.routed.update, inputs=3))
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
-        """Also F of both projections in fp32, which are kept for the next pass; sums and one solve of experts."""
+        """Memory of a backward pass, F of both projections in fp32 (kept for the next pass), sums and a solve of
+        experts."""
         base, held = super().holds(view, load), 4 * _numbers(view, 0)
         sums, solve = RoutedGrams.bytes_of(view.experts), 0
         if (experts := view.experts) is not None:
@@ -150,12 +151,12 @@ class GradientPass(BackwardPass):
             routed.give_up()
 
     def cost(self, view: LayerStructure, step: Step) -> float:
-        """Backward: run again, gradients of what passes, and F."""
+        """Work per token: the layer is run again, then gradients of activations, and F."""
         return 1.0 if step.phase == "forward" else 2.0 + _numbers(view, 0) / 2 / view.num_weights
 
 
 class KFACPass(ForwardPass):
-    """I per GQA group and MLP channel: A of every sample, with the F that ``GradientPass`` left."""
+    """I per GQA group and MLP channel: A of every sample, with the F that ``GradientPass`` measured."""
 
     name = "importance"
 
@@ -167,7 +168,7 @@ class KFACPass(ForwardPass):
             hooks.on_input(name, view.projection(block).module, gram.update)
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
-        """Also A of both projections in fp32, and one solve at a time."""
+        """Memory of a forward pass, and A of both projections in fp32, and one solve at a time."""
         base, numbers = super().holds(view, load), _numbers(view, 1)
         shapes = [view.projection(block).weight.shape for block in view.prunable]
         solve = max((solve_bytes(n, d, load.free, load.accelerated) for d, n in shapes), default=0)
@@ -184,11 +185,11 @@ class KFACPass(ForwardPass):
         return 1.0 + _numbers(view, 1) / 2 / view.num_weights
 
     def cost_to_finish(self, view: LayerStructure, step: Step) -> float:
-        """About 2·n³ operations for A⁻¹ and the removal, beside two for every weight of the layer and token."""
+        """Work of A⁻¹ and the removal, about 2·n³ operations, where a token takes two for every weight of the layer."""
         return sum(view.projection(block).in_features ** 3 for block in view.prunable) / view.num_weights
 
     def _costs(self, view: LayerStructure, block: Block, earlier: LayerResult) -> Tensor:
-        """float64, so that scores of both solver precisions look alike."""
+        """Removal costs in float64, so that scores of both solver precisions have one dtype."""
         linear, units, inputs = view.projection(block), view.units(block), self.inputs.pop(block)
         if not units:
             return torch.zeros(0, dtype=torch.float64)
@@ -204,5 +205,5 @@ class KFACPass(ForwardPass):
 
 
 def _numbers(view: LayerStructure, axis: int) -> int:
-    """In the F (axis 0) or the A (axis 1) of both projections."""
+    """Number of elements of F (axis 0) or A (axis 1), both projections together."""
     return sum(int(view.projection(block).weight.shape[axis]) ** 2 for block in view.prunable)

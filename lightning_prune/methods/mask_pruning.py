@@ -39,7 +39,7 @@ def parse_structure(text: str) -> Pattern | None:
 
 @dataclass(frozen=True)
 class MaskRule:
-    """What is zeroed in one projection: all but the ``pattern``, or exactly ⌊size · ratio⌋ weights of each whole matrix
+    """The weights zeroed in one projection: all but the ``pattern``, or exactly ⌊size · ratio⌋ of each whole matrix
     (``per_tensor``, magnitude's comparison set, whose released baseline prunes one more) or of each output row
     (Wanda's). ``frozen``: layers that are not touched."""
 
@@ -70,7 +70,7 @@ class MaskRule:
             )
 
     def holding(self, base: Holding, load: Load) -> Holding:
-        """Also the ranking of one weight (scores, their order, both sorted), and every weight anew."""
+        """``base`` with the ranking of one weight (scores, their order, both sorted), and all weights anew."""
         return replace(base, finishing=24 * load.largest_weight, new_weights=load.layer_weights)
 
 
@@ -136,7 +136,7 @@ class GroupOrMaskPruning(GroupPruning):
 
     @property
     def mask_rule(self) -> MaskRule | None:
-        """What the pass zeroes; None where groups are removed."""
+        """The rule by which the pass zeroes weights; None where groups are removed."""
         if self.structure == "group":
             return None
         frozen = frozenset(self.selection.frozen_layers(len(self.layers)))
@@ -174,7 +174,7 @@ class GroupOrMaskPruning(GroupPruning):
 
     @property
     def note(self) -> str:
-        """Zeros save nothing by themselves, and table and card say so."""
+        """A sentence for table and card: zeros save nothing by themselves."""
         if self.structure == "group":
             return ""
         return (

@@ -1,4 +1,4 @@
-"""What passes between a method and its run: an earlier measurement in, a decision out."""
+"""Data between a method and its run: an earlier measurement in, a decision out."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from lightning_prune.checkpoint.scores import Scores
 
 @dataclass(frozen=True)
 class SavedMeasurement:
-    """What an earlier run measured, so that another decision needs no calibration: ``details`` is its ``method.json``,
+    """Measurements of an earlier run, so that a new decision needs no calibration: ``details`` is its ``method.json``,
     ``calibration`` its ``calibration.json`` (None without data), ``seconds`` what measuring cost by phase."""
 
     scores: Scores
@@ -22,7 +22,7 @@ class SavedMeasurement:
 
 
 class DecisionFolder(Protocol):
-    """Where a run's results go."""
+    """The folder to which a run's results are written."""
 
     path: Path
 

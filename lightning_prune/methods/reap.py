@@ -19,7 +19,7 @@ Criterion = Literal["reap", "frequency", "ean"]
 
 
 class ExpertActivityPass(ForwardPass):
-    """How much an expert does, seen from its output; layers without experts are passed."""
+    """Measures how much every expert outputs; layers without experts are only passed through."""
 
     name = "importance"
 

@@ -48,7 +48,7 @@ class ExpertRefit:
 
     @contextmanager
     def pruned(self) -> Iterator[list[Routed]]:
-        """The experts as the plan leaves them; gives what the experts module is called with meanwhile."""
+        """Within the block the experts compute as pruned by the plan; yields what the experts module is called with."""
         seen: list[Routed] = []
         mask_experts(self.experts, self.kept)
         handle = self.experts.module.register_forward_pre_hook(lambda _, args: seen.append(args[:3]))
@@ -60,7 +60,7 @@ class ExpertRefit:
             self.experts.route_to(None)
 
     def add(self, routed: Routed, missing: Tensor, fitted: Tensor, chosen: Tensor) -> None:
-        """Add a batch.
+        """Add a batch to the sums of every expert.
 
         Args:
             routed: x ``[T, D]``, experts and weights ``[T, k]``.

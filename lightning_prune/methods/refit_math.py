@@ -11,7 +11,7 @@ from lightning_prune.calibration.statistics.gram import add_gram_, add_product_,
 from lightning_prune.calibration.statistics.token_statistic import full_precision
 from lightning_prune.support.devices import widest
 
-# ``auto`` chooses from these, beside leaving the projection as it is.
+# ``auto`` chooses from these, or does not change the projection.
 DAMPINGS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 DEFAULT_DAMPING = 1e-2  # where too few samples are there to hold some out
 
@@ -34,7 +34,7 @@ class NormalEquations:
         return cls(gram, cross, torch.float32 if damping is None or damping >= DAMPINGS[0] else dtype)
 
     def add(self, inputs: Tensor, targets: Tensor) -> None:
-        """Add X ``[T, n]`` and Y ``[T, d]``."""
+        """Add the products of X ``[T, n]`` and Y ``[T, d]`` to the sums."""
         exact = self.gram.dtype in (self.products, inputs.dtype)
         x, y = (values.to(self.gram.dtype if exact else self.products) for values in (inputs, targets))
         add_gram_(self.gram, x)
@@ -46,7 +46,7 @@ class NormalEquations:
 
 
 def equation_bytes(n: int, d: int, dtype: torch.dtype) -> int:
-    """Most memory that sums and one solve take: G, its factor, a temporary, C and three matrices of its size."""
+    """Peak memory of sums and one solve, in bytes: G, its factor, a temporary, C and three matrices of its size."""
     return dtype.itemsize * (3 * n * n + 4 * d * n)
 
 
@@ -140,8 +140,8 @@ def fit(equations: NormalEquations, old: Tensor, held: list[tuple[Tensor, Tensor
 
 
 def lowest(error: Callable[[float], float], candidates: Sequence[float]) -> float:
-    """Where ``error`` is lowest, downhill from the middle: it falls while noise is damped and rises once the fit is, so
-    about four of seven are tried."""
+    """The candidate with the lowest ``error``, searched downhill from the middle: the error falls while noise is damped
+    and rises once the fit is, so about four of seven are tried."""
     at = len(candidates) // 2
     for step in (-1, 1):
         while 0 <= at + step < len(candidates) and error(candidates[at + step]) < error(candidates[at]):

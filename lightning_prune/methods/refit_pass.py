@@ -36,7 +36,7 @@ class Refit:
 
     @classmethod
     def of(cls, target: Target | Literal["none"], damping: float | Literal["auto"]) -> "Refit | None":
-        """From the options ``refit`` and ``refit_damping``; None without a refit."""
+        """Make a ``Refit`` from the options ``refit`` and ``refit_damping``; None without a refit."""
         if damping != "auto" and not 0 < damping <= 100:
             raise UserError(f"--model.refit_damping: found {damping}; it must lie in (0, 100], or be auto.")
         if target == "none":
@@ -44,7 +44,7 @@ class Refit:
         return cls(target, None if damping == "auto" else damping)
 
     def facts(self, results: Sequence[tuple[Step, LayerResult]]) -> dict[str, Any]:
-        """What was fitted to what, with which damping, and what it did to the error on held-out samples."""
+        """Facts of the refit for ``method.json``: target, damping, and the change of the error on held-out samples."""
         fits = [
             {
                 "layer": step.layer,
@@ -90,7 +90,7 @@ class RefitPass(BlockPass):
         self.ahead = self.target == "residual" and any(gone and not before for before, gone in pairwise(removed))
 
     def steps(self, layers: Sequence[LayerStructure]) -> list[Step]:
-        """With ``ahead``, every layer of the dense model first."""
+        """The steps of the refit; with ``ahead``, the dense model runs through every layer first."""
         ahead = [Step(layer, AHEAD) for layer in range(len(layers))] if self.ahead else []
         return ahead + super().steps(layers)
 
@@ -103,7 +103,7 @@ class RefitPass(BlockPass):
             self.boundaries = [self.store(f"boundary {layer}") for layer in range(self.model.num_layers + 1)]
 
     def observe(self, view: LayerStructure, block: Block, hooks: Hooks) -> None:
-        """Nothing: targets need both streams, so the batch sums."""
+        """Register no hook: targets need both streams, so ``batch`` makes the sums."""
 
     def start(self, step: Step) -> None:
         self.tokens = 0
@@ -234,8 +234,8 @@ class RefitPass(BlockPass):
         self.boundaries[step.layer + 1].put(batch.rows, self.model.run(step.layer, before))
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
-        """Also the dense stream, after this layer or after all, the normal equations, of a block of experts those of
-        every one, and an eighth of the tokens held out."""
+        """Memory of a block pass, and of the dense stream (after this layer or after all), the normal equations (with
+        experts those of each), and an eighth of the tokens, held out."""
         base, d, n = super().holds(view, load), load.hidden_size, load.widest_input
         dtype = torch.float64 if equation_bytes(n, d, torch.float64) <= load.free else torch.float32
         held = load.rows * load.seq_len // 8 * (n * load.dtype.itemsize + 4 * d)
@@ -333,7 +333,7 @@ class RefitPass(BlockPass):
             self.equations.add(inputs[rows].flatten(0, 1), wanted[rows].flatten(0, 1))
 
     def _sum_routed(self, routed: ExpertRefit, step: Step, batch: Batch, before: Tensor, dense: Tensor | None) -> None:
-        """What the pruned block lacks, shared out among its experts."""
+        """Add a batch to the sums of the experts, which share what the pruned block lacks."""
         if self.scale is None:
             return  # what the block adds is not linear in its experts' outputs: they stay as they are
         block = self.block(step)
@@ -351,7 +351,7 @@ class RefitPass(BlockPass):
         return replace(result, facts={"target": self.target, "damping": 0.0, **result.facts})
 
     def _dtype(self, needed: int) -> torch.dtype:
-        """Of normal equations that take ``needed`` bytes in float64."""
+        """The dtype of normal equations that take ``needed`` bytes in float64."""
         enough = needed <= self.setting.free_bytes(self.model.device)
         return widest(self.model.device) if enough else torch.float32
 

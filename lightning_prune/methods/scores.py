@@ -1,4 +1,4 @@
-"""Importances → one row per prunable unit."""
+"""Score tables from importances: one row per prunable unit."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace

@@ -16,12 +16,12 @@ Allocation = Literal["global", "uniform"]
 
 
 class TooLittle(UserError):
-    """Less is to be removed than the smallest step."""
+    """Raised when less is to be removed than the smallest step."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many parameters may be removed, and what is removed together with the last unit of a block.
+    """The number of parameters to remove, and what is removed together with the last unit of a block.
 
     ``overhead[layer, block]``: parameters (norms, output bias) that are removed with the whole block. ``round_to``,
     ``groups_multiple_of``: every layer keeps a multiple of this many channels, GQA groups. ``added``: parameters that
@@ -69,7 +69,7 @@ class GroupSelection:
     def budget(
         self, layers: list[LayerStructure], total_parameters: int, ratio: float | Fraction, added: int = 0
     ) -> Budget:
-        """What is to be removed; arguments as for ``select``."""
+        """The budget for the selection; arguments as for ``select``."""
         overhead = {
             (view.index, block): view.block_cost(block) - view.units(block) * view.unit_cost(block)
             for view in layers
@@ -85,8 +85,8 @@ class GroupSelection:
         ratio: float | Fraction,
         added: int = 0,
     ) -> Flags:
-        """Which units of ``scores`` are pruned, bool ``[U]``: ``ratio`` of the dense parameters, and those ``added`` by
-        pruning. Raises UserError where that cannot be reached."""
+        """Select the units of ``scores`` to prune, bool ``[U]``: ``ratio`` of the dense parameters, and those ``added``
+        by pruning. Raises UserError where that cannot be reached."""
         budget = self.budget(layers, total_parameters, ratio, added)
         self.check_groups(layers)
         free = ~np.isin(scores.layer, list(self.frozen_layers(len(layers))))
@@ -108,7 +108,7 @@ class GroupSelection:
             raise UserError(f"{error}{groups_that_stay(layers, uniform)}") from None
 
     def check_groups(self, layers: list[LayerStructure]) -> None:
-        """Raise UserError where the GQA groups of a layer are no multiple of ``groups_multiple_of`` to begin with."""
+        """Raise UserError where the GQA groups of a dense layer are not a multiple of ``groups_multiple_of``."""
         for view in layers:
             if (groups := view.units(Block.ATTENTION)) % self.groups_multiple_of:
                 allowed = ", ".join(str(number) for number in range(1, groups + 1) if groups % number == 0)
@@ -294,7 +294,7 @@ def protect_best(scores: Scores, keep: int) -> Flags:
 
 
 def _rounded_down(drop: int, channels: int, round_to: int) -> int:
-    """Largest number ≤ drop that leaves a multiple of round_to channels (0 where none does)."""
+    """Largest number ≤ ``drop`` after which a multiple of ``round_to`` channels is kept (0 where there is none)."""
     kept = -(-(channels - drop) // round_to) * round_to
     return max(0, channels - kept)
 
@@ -312,5 +312,5 @@ def groups_that_stay(layers: list[LayerStructure], uniform: bool = False) -> str
     """A sentence, with a space before it, on why no GQA group is a candidate; nothing where groups may be pruned."""
     reason = layers[0].whole_attention
     if uniform and len({view.head_dim for view in layers if Block.ATTENTION in view.parts}) > 1:
-        reason = "the same share of two kinds of layers leaves them with different numbers of query heads"
+        reason = "the same share of two kinds of layers gives them different numbers of query heads"
     return f" GQA groups of this family are not removed: {reason}. MLP channels and whole layers are." if reason else ""

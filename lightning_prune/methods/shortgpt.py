@@ -24,7 +24,7 @@ from lightning_prune.support.errors import UserError
 
 
 def nearest_layer_count(cost: Sequence[int], budget: float | Fraction, at_most: bool = False) -> int:
-    """How many layers come nearest to a budget in parameters, or do not exceed it; of two equally near counts the
+    """The number of layers that comes nearest to a budget in parameters, or does not exceed it; of two equally near the
     smaller one. ``cost``: parameters per layer, in the order in which they are removed."""
     spent = [0, *accumulate(cost)]
     if at_most:
@@ -74,7 +74,9 @@ class ShortGPT(PruningMethod):
         if n_remove_layers is not None and n_remove_layers < 1:
             raise UserError(f"--model.n_remove_layers: found {n_remove_layers}; it must be 1 or more.")
         if n_remove_layers is not None and at_most:
-            raise UserError("--model.at_most rounds --model.pruning_ratio, which --model.n_remove_layers replaces.")
+            raise UserError(
+                "--model.at_most rounds --model.pruning_ratio, which --model.n_remove_layers replaces. Leave one out."
+            )
         if n_remove_layers is not None and self.target is not None:
             raise UserError(f"--model.n_remove_layers and {self.target.option}: give one of them.")
         self.n_remove_layers = n_remove_layers
@@ -85,7 +87,7 @@ class ShortGPT(PruningMethod):
         return super().requested_ratio if self.n_remove_layers is None else None
 
     def layer_count(self, layers: Sequence[LayerStructure], total_parameters: int) -> int:
-        """How many of ``layers`` to remove, the first ones. Raises UserError for none and for all."""
+        """The number of ``layers`` to remove, counted from the first. Raises UserError for none and for all."""
         cost, most = [view.cost for view in layers], len(layers) - 1
         budget = self.ratio * total_parameters
         count = self.n_remove_layers or nearest_layer_count(cost, budget, self.at_most)
@@ -110,7 +112,7 @@ class ShortGPT(PruningMethod):
         self.choose(order, layers, total_parameters)
 
     def choose(self, order: list[int], layers: list[LayerStructure], total_parameters: int) -> list[int]:
-        """Those of the layers, in the ``order`` in which they are removed, that the ratio or the target takes."""
+        """Choose the layers to remove for the ratio or the target, from ``order``, in which they are removed."""
 
         def removed() -> list[int]:
             return order[: self.layer_count([layers[layer] for layer in order], total_parameters)]
@@ -127,7 +129,7 @@ class ShortGPT(PruningMethod):
         else:
             influence = torch.from_numpy(self.saved.scores.importance)
         order = influence.argsort(stable=True).tolist()  # of equal ones the lower layer
-        # Of a hybrid one layer with attention stays: transformers decodes with no cache of mixers alone.
+        # Of a hybrid one layer with attention is kept: transformers cannot decode with a cache of mixers alone.
         attention = [layer for layer in order if Block.ATTENTION in self.layers[layer].parts]
         if 0 < len(attention) < len(order):
             order.append(order.pop(order.index(attention[-1])))

@@ -77,14 +77,14 @@ class SlimGPTPass(BlockPass):
         return LayerResult({block: result.errors}, {role: refitted}, facts=facts)
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
-        """Also XᵀX of one projection, and what it is solved with."""
+        """Memory of a block pass, and XᵀX of one projection with its solver."""
         base = super().holds(view, load)
         shapes = [view.projection(block).weight.shape for block in view.prunable]
         solve = max((solve_bytes(n, d, load.free, load.accelerated) for d, n in shapes), default=0)
         return replace(base, running=base.running + 4 * load.widest_input**2, finishing=solve)
 
     def cost(self, view: LayerStructure, step: Step) -> float:
-        """A block, and the square of its inner width for XᵀX."""
+        """Work per token: the block, and the square of its inner width for XᵀX."""
         if (block := self.block(step)) is Block.MIXER:
             return view.block_cost(block) / view.num_weights
         inner = view.projection(block).in_features
@@ -92,7 +92,7 @@ class SlimGPTPass(BlockPass):
         return (weights + inner * inner / 2) / view.num_weights
 
     def cost_to_finish(self, view: LayerStructure, step: Step) -> float:
-        """n³ operations for H⁻¹, beside two for every weight of the layer and token."""
+        """Work of H⁻¹, n³ operations, where a token takes two for every weight of the layer."""
         if (block := self.block(step)) is Block.MIXER:
             return 0.0
         return view.projection(block).in_features ** 3 / (2 * view.num_weights)

@@ -43,7 +43,7 @@ class PrunedLinear:
 
 
 def solver_bytes(n: int, dtype: torch.dtype) -> int:
-    """Most memory that inverting and pruning a weight of up to n rows take beside XᵀX: two n × n matrices (CUDA inverts
+    """Peak memory, beside XᵀX, of inverting and pruning a weight of up to n rows: two n × n matrices (CUDA inverts
     out of place), the columns removed in one round, and chunks."""
     return dtype.itemsize * (2 * n * n + 1024 * n + 4 * CHUNK)
 
@@ -54,8 +54,8 @@ def choose_dtype(n: int, free_bytes: int, widest: torch.dtype = torch.float64) -
 
 
 def solve_bytes(n: int, rows: int, free_bytes: int, accelerated: bool) -> int:
-    """What XᵀX, inverting it and pruning a weight ``[rows, n]`` take. XᵀX is freed in between; an accelerator needs a
-    second matrix to invert."""
+    """Memory of XᵀX, of inverting it and of pruning a weight ``[rows, n]``. XᵀX is freed in between; an accelerator
+    needs a second matrix to invert."""
     size = choose_dtype(n, free_bytes - 4 * n * n).itemsize
     inverting = 4 * n * n + size * n * n * (2 if accelerated else 1)
     return max(inverting, size * (n * n + rows * n + 1024 * n)) + 2 * size * CHUNK
@@ -190,7 +190,7 @@ def prune_units(
     if rounds:
         weight = weight.to(inverse.dtype, copy=True, memory_format=torch.contiguous_format)
         weight.masked_fill_(hessian.dead, 0)
-    else:  # a linear that loses nothing stays as it is, bit for bit
+    else:  # a linear that loses nothing is not changed, bit for bit
         weight = weight.to(inverse.dtype)
     unit = torch.arange(units, device=weight.device)  # which unit is where; removed ones stay until the next move
     alive = torch.ones_like(unit, dtype=torch.bool)
@@ -215,7 +215,7 @@ def prune_units(
 
 
 def group_size_schedule(target: int, group_size: int | Literal["dynamic"] = "dynamic") -> list[int]:
-    """How many MLP channels are removed per round, together ``target``. ``dynamic``, the released rule: b₀ = (target −
+    """Numbers of MLP channels to remove per round, together ``target``. ``dynamic``, the released rule: b₀ = (target −
     512)//2, then b ← (b − 512)//2, each clipped to 64 … 1024. Fewer at once measured worse (docs/methods/slimgpt.md).
     """
     sizes: list[int] = []
@@ -239,13 +239,13 @@ def _packed(matrix: Tensor, rows: Tensor | None, columns: Tensor) -> Tensor:
 
 
 def _chunks(count: int, width: int) -> list[slice]:
-    """Rows 0 … count in slices of about CHUNK elements where a row has ``width``."""
+    """Slices of the rows 0 … count, of about ``CHUNK`` elements each, where a row has ``width`` elements."""
     step = max(1, CHUNK // max(1, width))
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def _column_squares(weight: Tensor) -> Tensor:
-    """‖W_:,j‖² ``[n]``."""
+    """Squared norm of every column j, ‖W_:,j‖², ``[n]``."""
     total = weight.new_zeros(weight.shape[1])
     for rows in _chunks(len(weight), weight.shape[1]):
         total += weight[rows].square().sum(0)

@@ -1,4 +1,4 @@
-"""What a model takes and costs in use, from shapes alone, and the size that is wanted instead of a ratio."""
+"""Memory and operations of a model in use, from its shapes alone, and a target size instead of a ratio."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ def parse_count(text: str, option: str) -> int:
 
 
 def kind_of(text: str) -> str:
-    """What a size such as ``4.5B`` or ``6GiB`` is of, as an option names it: ``parameters`` or ``memory``."""
+    """Kind of a size such as ``4.5B`` or ``6GiB``, as options name it: ``parameters`` or ``memory``."""
     return "memory" if re.search(r"[KMGT]I?B *$", text.upper()) else "parameters"
 
 
@@ -42,8 +42,8 @@ def parse_size(text: str, kind: str, option: str) -> int:
 
 @dataclass(frozen=True)
 class Target:
-    """What may be left of a model, ``limit`` at most: ``parameters``, ``active_parameters``, which one token passes, or
-    ``memory`` in bytes of weights and of the KV cache of ``batch`` sequences of ``context`` tokens."""
+    """The largest size of a pruned model: ``limit`` in ``parameters``, ``active_parameters`` (of one token) or
+    ``memory``, the bytes of weights and of the KV cache of ``batch`` sequences of ``context`` tokens."""
 
     kind: str
     limit: int
@@ -52,8 +52,8 @@ class Target:
 
     @classmethod
     def of(cls, sizes: dict[str, str | int | None], context: int, batch: int) -> "Target | None":
-        """From the options ``target_<kind>``, by kind; None without a target. Raises UserError for several targets and
-        for a size that is not one."""
+        """Make a target from the options ``target_<kind>``, by kind; None without a target. Raises UserError for
+        several targets and for a size that is not one."""
         given = {kind: str(size) for kind, size in sizes.items() if size is not None}
         if not given:
             return None
@@ -67,13 +67,13 @@ class Target:
 
     @property
     def option(self) -> str:
-        """As on the command line."""
+        """The target's option on the command line."""
         return f"--model.target_{self.kind} {self.limit:,}"
 
     def size(
         self, parameters: int, layers: Sequence[LayerStructure], kept: Sequence[LayerPlan], config: Any, itemsize: int
     ) -> int:
-        """Parameters, or bytes, of a model.
+        """Size of a model in the target's unit: parameters or bytes.
 
         Args:
             parameters: all that are left, tied ones once.
@@ -102,7 +102,7 @@ class Target:
         """
 
         def fits(count: int) -> bool | None:
-            """None: so much cannot be removed."""
+            """Whether removing ``count`` parameters meets the target; None where so many cannot be removed."""
             try:
                 return size_at(Fraction(count, total)) <= self.limit
             except TooLittle:
@@ -147,9 +147,9 @@ def memory_bytes(
 
 
 def cache_numbers(config: Any, layers: Sequence[LayerStructure], context: int, batch: int) -> list[int]:
-    """Of every layer, the numbers that one KV head keeps of ``batch`` sequences of ``context`` tokens, and of attention
-    inside a mixer those of all its heads: keys and values, or what they are computed from, as far back as the layer
-    looks; 0 for layers without attention. The states of other mixers, which no context makes larger, are left out."""
+    """Numbers in the cache per layer, for ``batch`` sequences of ``context`` tokens: those of one KV head, and for
+    attention inside a mixer those of all its heads. These are keys and values, or their inputs, as far back as the
+    layer looks; 0 without attention. The states of other mixers do not grow and are not counted."""
     window: int = getattr(config, "sliding_window", None) or 0
     kinds = getattr(config, "layer_types", None)
     sizes = []

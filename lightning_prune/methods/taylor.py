@@ -35,7 +35,7 @@ class TaylorPass(BackwardPass):
         self.gradients.tokens = tokens
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
-        """Also an fp32 gradient of every weight of the layer, and the one that backward has just made."""
+        """Memory of a backward pass, and an fp32 gradient of every weight of the layer, and the one just made."""
         base = super().holds(view, load)
         sums = 4 * load.layer_weights
         new = load.largest_parameter * load.dtype.itemsize

@@ -87,7 +87,10 @@ class Checkpoint:
         with loading(pretrained, "the config cannot be loaded"):
             file = Path(cached_file(path, "config.json"))
             if (size := file.stat().st_size) > CONFIG_LIMIT:
-                raise UserError(f"{OPTION}: '{file}' has {size} bytes; a config has a few thousand.")
+                raise UserError(
+                    f"{OPTION}: '{file}' has {size:,} bytes; a config may have {CONFIG_LIMIT:,}. Give the model's own "
+                    "config.json."
+                )
             raw = json.loads(file.read_text("utf-8"))
             if not isinstance(raw, dict):
                 raise ValueError("config.json is not a JSON object")
@@ -117,7 +120,7 @@ class Checkpoint:
 
     @property
     def weight_files(self) -> list[Path]:
-        """All of them, sorted."""
+        """The checkpoint's weight files, sorted."""
         return self._headers[1]
 
     @property
@@ -127,7 +130,7 @@ class Checkpoint:
 
     @property
     def notes(self) -> list[str]:
-        """A sentence on each thing that the folder holds and no checkpoint made from it will."""
+        """A sentence on each thing in the folder that a checkpoint made from it will not hold."""
         notes = [
             f"'{self.pretrained}': the config has a {key}, but its weights are not quantised; it is left out."
             for key in QUANTISATION
@@ -158,7 +161,7 @@ class Checkpoint:
 
     @property
     def expert_names(self) -> ExpertNames | None:
-        """How its files hold experts: as the family's published ones, or in three-dimensional parameters."""
+        """Layout of experts in the files: as the family's published ones, or in three-dimensional parameters."""
         family = family_of(self.config)
         names = family.experts
         apart = family.per_layer(self.config) or any(len(entry.places) > 1 for entry in self.tensors.values())
@@ -191,12 +194,12 @@ class Checkpoint:
             rank_zero_warn(note)
 
     def skeleton(self) -> PreTrainedModel:
-        """See ``skeleton``."""
+        """The model in eval mode with its parameters on the meta device, see the function ``skeleton``."""
         _ = self.stored_names
         return skeleton(copy.deepcopy(self.config))
 
     def source(self) -> CheckpointSource:
-        """Its weights, by the names they have in the model."""
+        """Open the checkpoint's weights, by the names they have in the model."""
         return CheckpointSource({name: self.tensors[own] for name, own in self.stored_names.items()})
 
     def load(self, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -259,7 +262,7 @@ class Checkpoint:
             return AutoTokenizer.from_pretrained(self.path, config=self.config, trust_remote_code=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without cached properties: some of them cannot be sent to another process."""
+        """The state without cached properties, some of which cannot be sent to another process."""
         return {name: vars(self)[name] for name in self.__dataclass_fields__}
 
 
@@ -337,7 +340,7 @@ def skeleton(config: Any) -> PreTrainedModel:
 
 
 def _config_of(raw: dict[str, Any], path: str) -> PretrainedConfig:
-    """As ``AutoConfig.from_pretrained``, which would read the file once more; of several models the text model's."""
+    """The config that ``AutoConfig.from_pretrained`` would make of ``raw``; of several models the text model's."""
     values = PretrainedConfig._decode_special_floats(copy.deepcopy(raw))  # infinite ones are written as a dictionary
     for part in (values, text_part(values)):
         for key in QUANTISATION:  # the headers say whether weights are quantised

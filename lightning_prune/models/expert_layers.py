@@ -19,7 +19,7 @@ def has_experts(config: Any, names: ExpertNames | None, layer: int) -> bool:
 
 
 class NoPeriodError(UserError):
-    """Layers of one kind do not come at equal distances, as the family's config must say."""
+    """Raised when layers of one kind are not at equal distances, the only thing the family's config can say."""
 
 
 def say_period(target: Any, what: str, there: Sequence[bool]) -> None:

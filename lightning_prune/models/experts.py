@@ -31,27 +31,27 @@ class Experts:
 
     @property
     def count(self) -> int:
-        """E."""
+        """Number of routed experts, E."""
         return len(self.module.down_proj)
 
     @property
     def total(self) -> int:
-        """E + n."""
+        """Number of all experts, routed and shared, E + n."""
         return self.count + (0 if self.shared is None else self.shared.down_proj.in_features // self.width)
 
     @property
     def width(self) -> int:
-        """m."""
+        """Width of one expert (its channels), m."""
         return int(self.upright(self.module.down_proj).shape[-1])
 
     @property
     def hidden(self) -> int:
-        """D."""
+        """Hidden size of the model, D."""
         return int(self.upright(self.module.down_proj).shape[1])
 
     @property
     def top_k(self) -> int:
-        """k."""
+        """Number of routed experts per token, k."""
         return int(getattr(self.router.config, self.names.top_k) if self.names.top_k else self.router.top_k)
 
     @property
@@ -61,8 +61,8 @@ class Experts:
 
     @property
     def fewest(self) -> int:
-        """Experts that must be kept: k; of every router group enough for the groups chosen, and the two that judge
-        it."""
+        """Smallest number of experts to keep: k; with router groups enough for the groups chosen, and two per group to
+        rank it."""
         if self.router_groups == 1:
             return self.top_k
         each: int = max(2, -(-self.top_k // int(self.router.topk_group)))
@@ -154,8 +154,8 @@ class Experts:
         return torch.stack([rows[..., ::2], rows[..., 1::2]])
 
     def kept_part(self, name: str, tensor: Tensor, experts: Sequence[int], channels: Tensor | None) -> Tensor:
-        """What is kept of the parameter ``name`` below the block, ``tensor``: of the routed ``experts``, and of each of
-        these and the shared ones the ``channels``, int64 ``[E' + n, m']``; None for all."""
+        """The kept part of ``tensor``, the parameter ``name`` below the block: the routed ``experts``, and of each of
+        these and the shared ones the ``channels``, int64 ``[E' + n, m']``; None keeps all."""
         owner, _, leaf = name.rpartition(".")
         if name in (whole := self._router_rows()):
             return self._rows(whole[name].shape, tensor, experts)
@@ -199,7 +199,7 @@ class Experts:
         return dict(zip(names, layouts, strict=False))
 
     def masked_down(self, keeps: Tensor) -> dict[str, Tensor]:
-        """``down_parameters`` with zeros in channels that ``keeps``, bool ``[E + n, m]``, leaves out."""
+        """``down_parameters`` with zeros in channels that are not kept; ``keeps``: bool ``[E + n, m]``."""
         keeps = keeps.to(self.module.down_proj.device)
         masks = self.upright(keeps[: self.count, None]), keeps[self.count :].flatten()
         pairs = zip(self.down_parameters().items(), masks, strict=False)

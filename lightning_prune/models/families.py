@@ -60,7 +60,7 @@ class LayerStructure:
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """What the layer has, in the order of execution."""
+        """The blocks of the layer, in the order of execution."""
         return tuple(self.parts)
 
     @property
@@ -96,12 +96,12 @@ class LayerStructure:
         return replace(self, parts=parts)
 
     def units(self, block: Block) -> int:
-        """K GQA groups, F MLP channels, 1 for a mixer; 0 where the layer has no such block."""
+        """Number of units: K GQA groups, F MLP channels, 1 for a mixer; 0 where the layer lacks the block."""
         return self.parts[block].units if block in self.parts else 0
 
     @property
     def all_units(self) -> dict[Block, list[int]]:
-        """The units of every block: what a plan keeps of an unpruned layer."""
+        """The indices of the units of every block, all of which a plan of an unpruned layer keeps."""
         return {block: list(range(part.units)) for block, part in self.parts.items()}
 
     def projection(self, block: Block) -> Projection:
@@ -126,7 +126,7 @@ class LayerStructure:
 
     @property
     def cost(self) -> int:
-        """Parameters of the layer."""
+        """Number of parameters of the whole layer, all blocks with their norms."""
         scale = getattr(self.layer, self.scale).numel() if self.scale else 0
         return scale + sum(part.cost for part in self.parts.values())
 
@@ -166,13 +166,13 @@ def family_of(config: Any) -> Family:
 
 
 def head_dim_of(config: Any) -> int:
-    """d: the explicit ``head_dim`` where the config has one, else hidden_size / heads."""
+    """Head size d: the explicit ``head_dim`` where the config has one, else hidden_size / heads."""
     explicit = getattr(config, "head_dim", None)
     return int(explicit or config.hidden_size // config.num_attention_heads)
 
 
 def kv_heads_of(config: Any) -> int:
-    """K: as many as query heads where the config has no number of its own."""
+    """Number of KV heads K: that of the query heads where the config does not give one."""
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
@@ -267,7 +267,7 @@ def _layer_structure(family: Family, config: Any, index: int, layer: nn.Module) 
             ) from None
 
     def there(path: str) -> bool:
-        """Some attention of Gemma 4 takes its values from the keys."""
+        """Whether the layer has the module ``path``: some attention of Gemma 4 takes its values from the keys."""
         owner, _, name = path.rpartition(".")
         return getattr(find(owner), name, path) is not None
 
@@ -304,7 +304,7 @@ def _layer_structure(family: Family, config: Any, index: int, layer: nn.Module) 
         if actual != expected:
             raise UserError(
                 f"--model.pretrained: layer {index}, {role} projection has (shape, bias) {actual}; family "
-                f"'{family.model_type}' and the config say {expected}."
+                f"'{family.model_type}' and the config say {expected}. Give the config.json that belongs to the model."
             )
     return view
 
@@ -332,8 +332,8 @@ def has_bias(config: Any, role: str) -> bool:
 
 
 def missing_biases(config: Any) -> dict[str, str | None]:
-    """Those of the output and the down projection that have no bias → the key that gives them one in a config of the
-    family (and others with them: query, key and value, or gate and up); None where there is no such key."""
+    """Output and down projections without a bias → the config key of the family that gives them one (and others with
+    them: query, key and value, or gate and up); None where the family does not have such a key."""
     keys = {role: family_of(config).bias_of(role) for role in OUTPUT_ROLE.values() if not has_bias(config, role)}
     return {role: key if isinstance(key, str) else None for role, key in keys.items()}
 

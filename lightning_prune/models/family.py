@@ -110,7 +110,7 @@ class Family:
         return bool(more) or any(own.skip for own in config.per_layer_config)
 
     def blocks_of(self, config: Any, index: int) -> tuple[Block, ...]:
-        """What layer ``index`` of a model with ``config`` is made of, in the order of execution."""
+        """The kinds of blocks in layer ``index`` of a model with ``config``, in the order of execution."""
         kinds = getattr(config, self.kinds, None)
         return self.blocks.get(kinds[index] if kinds else "", DENSE)
 

@@ -37,7 +37,7 @@ class Overflow:
         self._bad[name] = self._bad[name] | bad if name in self._bad else bad
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Forget the names remembered so far."""
         self._bad.clear()
 
     def raise_if_any(self) -> None:
@@ -84,7 +84,7 @@ class LayeredModel:
         self.config: Any = net.config
         self.family = family_of(net.config)
         self.layers = layers_of(net)
-        # The routers' own loss is no part of what is measured.
+        # The routers' own loss is not part of what is measured.
         self._options = {} if self.family.experts is None else {"output_router_logits": False}
         self.overflow = Overflow()
         self.evaluations = self.bytes_read = 0
@@ -116,7 +116,7 @@ class LayeredModel:
 
     @property
     def num_layers(self) -> int:
-        """L."""
+        """Number of decoder layers, L."""
         return len(self.layers)
 
     # A layer's weights
@@ -160,7 +160,7 @@ class LayeredModel:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """Layer ``index`` with its weights."""
+        """Within the block, layer ``index`` with its weights loaded."""
         try:
             yield self.enter(index)
         finally:
@@ -174,13 +174,13 @@ class LayeredModel:
 
     @property
     def layer_bytes(self) -> int:
-        """Of all layers' weights as they are loaded."""
+        """Bytes of every layer's weights in the dtype in which they are loaded."""
         size = (self.dtype or self.net.dtype).itemsize
         return sum(parameter.numel() for layer in self.layers for parameter in layer.parameters()) * size
 
     @contextmanager
     def whole(self) -> Iterator[PreTrainedModel]:
-        """The model to be called as it is: every layer is brought in when it runs, and dropped as in ``leave``."""
+        """Within the block, the whole model: every layer is loaded when it runs, and dropped as in ``leave``."""
         hooks = []
         for index, layer in enumerate(self.layers):
 
@@ -263,12 +263,12 @@ class LayeredModel:
         return self.run_block(index, view.blocks[0], hidden) if view.side_by_side else hidden
 
     def scaled(self, index: int, hidden: Tensor) -> Tensor:
-        """What the layer makes of the stream ``[B, L, D]`` after its last block: most families leave it as it is."""
+        """Scale the stream ``[B, L, D]`` after the layer's last block; most families do not change it."""
         view = self.views[index]
         return hidden if view.scale is None else (hidden * getattr(view.layer, view.scale)).to(hidden.dtype)
 
     def inner(self, index: int, block: Block, hidden: Tensor) -> Tensor:
-        """What the block's output projection reads, ``[B, L, n]``, for the input ``hidden``. The projection's hooks see
+        """Inputs of the block's output projection, ``[B, L, n]``, for the input ``hidden``. The projection's hooks see
         it; the product itself, a third of a Llama's layer, is not computed."""
         seen: list[Tensor] = []
         projection = self.views[index].projection(block)

@@ -45,7 +45,7 @@ class ModelSlot:
 
     @property
     def model(self) -> LayeredModel:
-        """The open model."""
+        """The model that is open now."""
         assert self._model is not None, "no model is open; fit and test open it: call them through a Trainer"
         return self._model
 

@@ -118,25 +118,25 @@ class PrunedMixin:
         self.post_init()
 
     def _initialize_weights(self, module: nn.Module, *args: Any) -> None:
-        """As for a class of transformers, which this one is but for its layers: of custom code it would leave out what
-        a decoder computes for its layers (the multipliers of Falcon H1)."""
+        """Initialise like a class of transformers, which skips for custom code what a decoder computes for its layers
+        (the multipliers of Falcon H1)."""
         super()._initialize_weights(module)  # type: ignore[misc]
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        """As the stock class: transformers would search this file for its decorator of experts."""
+        """Answer of the stock class: transformers would search this file for its decorator of experts."""
         stock: Any = next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))
         return bool(stock._can_set_experts_implementation())
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers, and for the configs of the layers too, which are their own."""
+        """Set the attention implementation of the model and of its layers, which have configs of their own."""
         super().set_attn_implementation(*args, **kwargs)  # type: ignore[misc]
         for module in self.base_model.layers.modules():
             if hasattr(module, "config"):
                 module.config._attn_implementation_internal = self.config._attn_implementation
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As in transformers, with this file and a config that leads loaders to it (``identity``)."""
+        """Save the model with this file and a config that leads loaders to it (``identity``)."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         file = Path(save_directory) / "config.json"
         if file.is_file():  # adapters are saved without one

@@ -15,7 +15,7 @@ class Projection:
 
     @property
     def weight(self) -> Tensor:
-        """``[out_features, in_features]``: the parameter itself, or a view of it."""
+        """The weight ``[out_features, in_features]``: the parameter itself, or a view of it."""
         return self.part(self.module.weight)
 
     @weight.setter
@@ -28,13 +28,13 @@ class Projection:
 
     @property
     def bias(self) -> Tensor | None:
-        """``[out_features]``, None without one."""
+        """The bias ``[out_features]``, or None."""
         bias = self.module.bias
         return bias if bias is None else self.part(bias)
 
     @property
     def in_features(self) -> int:
-        """Columns of the weight."""
+        """Number of columns of the weight."""
         return self.module.in_features
 
     def part(self, whole: Tensor) -> Tensor:

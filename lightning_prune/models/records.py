@@ -7,7 +7,7 @@ from lightning_prune.models.family import ExpertNames, Family, Norms
 from lightning_prune.models.refusals import SHARED
 from lightning_prune.models.vocabulary import Block
 
-_ALL_HEADS = "its query and key norms span all heads at once, so the other heads change when one leaves"
+_ALL_HEADS = "its query and key norms span all heads at once, so the other heads change when one is removed"
 _FIXED_OUTPUT = "transformers derives the shape of its attention from hidden_size, so fewer heads cannot be loaded"
 _BESIDE = "its attention and its MLP read the same input side by side, and the attention is kept as one block"
 _HYBRID = "its attention and its state space read the same input side by side, and are kept as one block"

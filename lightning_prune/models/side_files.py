@@ -26,7 +26,7 @@ OTHERS = (
 
 
 def side_files(path: str) -> dict[str, Path]:
-    """All that a folder or hub id has for its tokenizer, chat templates, processor and own decoding, with the Python
+    """The files of a folder or hub id for its tokenizer, chat templates, processor and own decoding, with the Python
     files that an ``auto_map`` of them names: name below the folder → file, sorted. Of a hub model they are downloaded.
     """
     folder = Path(path)

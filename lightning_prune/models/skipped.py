@@ -12,7 +12,7 @@ from lightning_prune.models.vocabulary import Block
 
 
 class NoUnits(nn.Module):
-    """A linear layer with a weight ``[0, in]`` or ``[out, 0]``, which is no parameter: no checkpoint has it."""
+    """A linear layer with a weight ``[0, in]`` or ``[out, 0]``, which is not a parameter: no checkpoint holds it."""
 
     bias = None
     weight: Tensor

@@ -35,7 +35,7 @@ class CheckpointSource:
         self._open: dict[Path, Any] = {}
 
     def read(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
-        """See ``Source``. One tensor at a time is in memory twice while it is cast."""
+        """Read parameters, see ``Source``. One tensor at a time is in memory twice while it is cast."""
         tensors: dict[str, Tensor] = {}
         for name in names:
             entry = self.entries[name]
@@ -68,13 +68,13 @@ class Prefetching:
         self._next: tuple[tuple[str, ...], Future[dict[str, Tensor]]] | None = None
 
     def announce(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device) -> None:
-        """Begin to read ``names``; to the CPU only, in pinned memory where they then go to an accelerator."""
+        """Begin to read ``names``, to the CPU only; in pinned memory where they are then copied to an accelerator."""
         key = tuple(names)
         if self._next is None or self._next[0] != key:
             self._next = (key, self._thread.submit(self._fetch, key, dtype, can_pin(device)))
 
     def read(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
-        """See ``Source``."""
+        """Read parameters, see ``Source``; waits for the thread where they were announced."""
         if self._next is None or self._next[0] != tuple(names):
             return self.source.read(names, dtype, device)
         tensors = self._next[1].result()

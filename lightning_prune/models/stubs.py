@@ -1,4 +1,4 @@
-"""What runs in place of a layer, or of a block that is left out."""
+"""Modules that run in place of a layer, or of a block that is left out."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Stub(nn.Module):
-    """In place of a decoder layer, whose hooks must not fire: passes the residual stream on and notes the call."""
+    """Replaces a decoder layer whose hooks must not fire: passes the residual stream on and notes the call."""
 
     def __init__(self, layer: nn.Module, seen: list[tuple[Tensor, Call]], returns: int) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Stub(nn.Module):
 
 @contextmanager
 def replaced_forward(stubs: Mapping[nn.Module, Any]) -> Iterator[None]:
-    """With other functions for the forwards of modules."""
+    """Within the block, modules run other functions as their forwards."""
     for module, stub in stubs.items():
         module.forward = stub
     try:

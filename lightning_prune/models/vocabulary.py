@@ -4,8 +4,8 @@ from enum import StrEnum
 
 
 class Block(StrEnum):
-    """What a unit belongs to: a GQA group to ATTENTION, a channel to MLP, a whole decoder layer to LAYER. A MIXER
-    (state space, linear attention, convolution, or attention beside one) is one unit, kept as long as its layer is."""
+    """The block of a unit: ATTENTION for a GQA group, MLP for a channel, LAYER for a whole decoder layer. A MIXER
+    (state space, linear attention, convolution, or attention beside one) is one unit, kept as long as its layer."""
 
     ATTENTION = "attention"
     MLP = "mlp"

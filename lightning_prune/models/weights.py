@@ -47,13 +47,14 @@ class TensorEntry:
 
     @property
     def bytes(self) -> int:
-        """The tensor's size."""
+        """Size of the tensor in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 @contextmanager
 def loading(pretrained: str, what: str) -> Iterator[None]:
-    """Quiet, and errors are UserErrors: those of the libraries have no common base, and all mean bad input here."""
+    """Within the block libraries are quiet, and all their errors become UserErrors, because they mean bad input
+    here."""
     try:
         with quiet_transformers():
             yield
@@ -106,8 +107,8 @@ def read_headers(path: str, num_layers: int) -> tuple[dict[str, TensorEntry], li
             left_out[part] += 1
         elif dtype not in DTYPES or QUANTISED.search(name):
             raise UserError(
-                f"{OPTION}: the weights are quantised: tensor {name!r} of '{path}' is stored as {dtype}; allowed are "
-                f"weights alone, in {', '.join(DTYPES)}. Give the model before it was quantised."
+                f"{OPTION}: the weights are quantised: tensor {name!r} of '{path}' is stored as {dtype}; supported "
+                f"are unquantised weights in {', '.join(DTYPES)}. Give the model before it was quantised."
             )
         else:
             tensors[name] = TensorEntry(DTYPES[dtype], shape, ((file, name),))
@@ -175,7 +176,7 @@ def match_names(source: str, tensors: Mapping[str, TensorEntry], model: nn.Modul
 
 
 def _own_names(source: str, tensors: Mapping[str, TensorEntry], expected: Mapping[str, object]) -> dict[str, str]:
-    """Parameter name -> stored name."""
+    """Map every parameter name to the name it is stored under."""
     stored: dict[str, str] = {}
     unknown = []
     for name in tensors:
@@ -215,7 +216,7 @@ def same_values(tensors: Mapping[str, TensorEntry], first: str, second: str) -> 
 
 @contextmanager
 def _intact(file: Path) -> Iterator[None]:
-    """An error inside means that ``file`` is damaged."""
+    """Raise UserError for an error within the block, which means that ``file`` is damaged."""
     try:
         yield
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
@@ -226,7 +227,7 @@ def _intact(file: Path) -> Iterator[None]:
 
 
 def _stored(path: str, files: list[str], weight_map: dict[str, str]) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
-    """File, dtype and shape of the tensors of ``files``, each of which is in the file that ``weight_map`` says."""
+    """File, dtype and shape of the tensors of ``files``; raises UserError where ``weight_map`` names other files."""
     tensors: dict[str, tuple[Path, str, tuple[int, ...]]] = {}
     trouble = f"{OPTION}: the weights cannot be loaded from '{path}':"
     for shard in files:

@@ -14,7 +14,7 @@ from lightning_prune.data.corpora import split_spec
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.support.errors import UserError
 
-RUN = 64  # equal tokens in a row that are no coincidence; shorter windows are compared whole
+RUN = 64  # equal tokens in a row that are not a coincidence; shorter windows are compared whole
 SHARE = 0.01  # of the evaluation windows that may begin with words of the training text: licences, boilerplate
 
 
@@ -24,7 +24,7 @@ class RecoveryDataModule(CalibrationDataModule):
     Args:
         dataset: text to train on: demo, wikitext2, ptb, c4, or a local text, .jsonl, .json, .csv, .tsv, .parquet or
             .arrow file, compressed or not, a folder or glob of such files, a folder saved by datasets.save_to_disk, or
-            a token array (.npy or .safetensors, int64 [N, L]). `name:split` reads another split than train. A mixture
+            a token array (.npy or .safetensors, int64 [N, L]). ``name:split`` reads another split than train. A mixture
             is a list with shares of the windows: '[a.jsonl:0.7, b.txt:0.3]'. By default what the pruning run
             calibrated on.
         num_samples: windows to read, from the beginning of the text. By default all; of c4, which is streamed, those
@@ -34,7 +34,7 @@ class RecoveryDataModule(CalibrationDataModule):
         held_out: share of the windows that is not trained on; the best state and the end of training are chosen by
             their loss.
         seed: order of the training windows.
-        eval_datasets: sets to report perplexity on, before and after: names, files or token arrays, `name:split` for
+        eval_datasets: sets to report perplexity on, before and after: names, files or token arrays, ``name:split`` for
             another split than test. By default those of the pruning run. None of them may be trained on.
         bos: whether windows of text begin with the beginning-of-sequence token, inside seq_len. auto where the
             tokenizer puts it before a text by itself. By default as in the pruning run.
@@ -43,7 +43,7 @@ class RecoveryDataModule(CalibrationDataModule):
         continuations: prompts that the models continue for comparison; 0 for none. By default as in the pruning run.
 
     Raises:
-        UserError: an option is out of range, or (from `setup`) the data cannot be had, is too short, or holds what
+        UserError: an option is out of range, or (from ``setup``) the data cannot be had, is too short, or holds what
             perplexity is reported on.
     """
 
@@ -69,8 +69,8 @@ class RecoveryDataModule(CalibrationDataModule):
         self._left_open = [name for name, value in asked.items() if value is None]
         if not 0 < held_out < 1:
             raise UserError(
-                f"--data.held_out is {held_out:g}: it is a share of the training text and must be between 0 and 1, "
-                "both excluded (0.05 holds a twentieth out)"
+                f"--data.held_out: found {held_out:g}; it is a share of the training text and must lie between 0 and "
+                "1, both excluded (0.05 holds a twentieth out)."
             )
         self._bos = bos
         self.held_out, self.num_held_out = held_out, 0
@@ -106,9 +106,9 @@ class RecoveryDataModule(CalibrationDataModule):
         self.num_held_out = sum(held_out)
         if any(size <= number for size, number in zip(sizes, held_out, strict=True)):
             raise UserError(
-                f"the training text {split_spec(self.source)[0]} has {len(windows)} windows, of which "
-                f"{self.num_held_out} would be held out: lower --data.seq_len or --data.held_out, or choose a longer "
-                "text with --data.dataset"
+                f"The training text {split_spec(self.source)[0]} has {len(windows)} windows, of which "
+                f"{self.num_held_out} would be held out. Lower --data.seq_len or --data.held_out, or choose a longer "
+                "text with --data.dataset."
             )
         texts = list(zip(windows.split(sizes), held_out, strict=True))
         parts = [text[:-number] for text, number in texts] + [text[-number:] for text, number in texts]
@@ -116,7 +116,7 @@ class RecoveryDataModule(CalibrationDataModule):
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What ``recovery.json`` says of the text."""
+        """Facts of the training text for ``recovery.json``."""
         facts = self.calibration.manifest.to_json()
         del facts["sampling"], facts["stride"]
         training = facts.pop("num_samples") - self.num_held_out
@@ -144,7 +144,7 @@ class RecoveryDataModule(CalibrationDataModule):
             )
 
     def train_dataloader(self) -> "ShuffledWindows":  # type: ignore[override]
-        """Batches int64 ``[B, L]``."""
+        """Training batches, token ids int64 ``[B, L]``."""
         windows = self.calibration.tokens[: -self.num_held_out]
         self.batches = ShuffledWindows(windows, self.batch_size, self.seed, self.position)
         return self.batches
@@ -159,7 +159,7 @@ class RecoveryDataModule(CalibrationDataModule):
         return {} if self.batches is None else self.batches.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on at the position that ``state_dict`` had."""
+        """Continue at the position that ``state_dict`` saved."""
         self.position = state_dict["position"]
 
 
@@ -192,7 +192,7 @@ class ShuffledWindows:
         return {"position": self.position}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on there."""
+        """Continue at a saved position in the stream."""
         self.position = state["position"]
 
 

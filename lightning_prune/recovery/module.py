@@ -1,7 +1,5 @@
 """The LightningModule that trains a pruned model to give back what pruning took."""
 
-from __future__ import annotations
-
 import math
 from functools import cached_property
 from typing import Any, Literal
@@ -21,7 +19,7 @@ from lightning_prune.support.progress import Progress
 from lightning_prune.support.timing import Seconds
 
 HELD_OUT = "held_out/loss"
-MOST = 1000.0  # of a learning rate, a decay: what is larger leaves no finite weight
+MOST = 1000.0  # of a learning rate, a decay: with a larger one no weight would be finite
 SCALE = 1000.0  # the bar's units for the whole of training
 
 
@@ -83,7 +81,7 @@ class Recovery(L.LightningModule):
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The pruned model."""
+        """The checkpoint of the pruned model to train, opened once."""
         return Checkpoint.open(self.pretrained)
 
     def open(self, precision: str, base_model: str, sha256: str | None, masked: bool) -> None:
@@ -117,11 +115,17 @@ class Recovery(L.LightningModule):
         try:
             dense = Checkpoint.open(name)
             if sha256 not in (None, dense.fingerprint):
-                raise UserError(f"{OPTION}: '{name}' has changed since it was pruned (SHA-256). Say where it is.")
+                raise UserError(
+                    f"{OPTION}: '{name}' has changed since it was pruned (SHA-256). Give the unchanged dense model "
+                    f"with {OPTION}."
+                )
             teacher: Any = dense.load(dtype)
             sizes = teacher.config.vocab_size, self._net.config.vocab_size
             if sizes[0] != sizes[1]:
-                raise UserError(f"{OPTION}: '{name}' has a vocabulary of {sizes[0]}, the pruned model {sizes[1]}.")
+                raise UserError(
+                    f"{OPTION}: '{name}' has a vocabulary of {sizes[0]}, the pruned model {sizes[1]}. Give a teacher "
+                    "with the same vocabulary."
+                )
         except UserError as error:
             raise UserError(
                 str(error).replace(OPTION, "--model.teacher") + " Or train without it: --model.distillation 0."

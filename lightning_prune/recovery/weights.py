@@ -43,7 +43,7 @@ def attach_adapters(net: Any, rank: int, keep_zeros: bool = False) -> Any:
         ) from None
 
     class MaskedLinear(Linear):  # type: ignore[misc]
-        """Runs as if it were merged: a sum of two products cannot leave single weights out."""
+        """A LoRA linear that runs as if it were merged, so that single weights can stay zero."""
 
         def get_delta_weight(self, adapter: str) -> Tensor:
             added: Tensor = super().get_delta_weight(adapter)
@@ -66,7 +66,7 @@ def attach_adapters(net: Any, rank: int, keep_zeros: bool = False) -> Any:
 
 
 def zeros_of(net: nn.Module) -> dict[str, Tensor]:
-    """Where the weight of every linear of the decoder layers is zero: bool ``[out, in]``."""
+    """Masks of the zero weights of every linear of the decoder layers: bool ``[out, in]``."""
     return {name: linear.weight.detach() == 0 for name, linear in linears_of(net).items()}
 
 
@@ -79,10 +79,10 @@ def hold_zeros(net: nn.Module, zeros: Mapping[str, Tensor]) -> None:
 
 
 def count_zeros(net: nn.Module, zeros: Mapping[str, Tensor]) -> int:
-    """How many weights are zero because they were.
+    """Count the weights that mask pruning zeroed and check that they are still zero.
 
     Raises:
-        CheckpointError: one is not.
+        CheckpointError: one of them is not.
     """
     for name, linear in linears_of(net).items():
         if lost := int(linear.weight[zeros[name].to(linear.weight.device)].count_nonzero()):
@@ -97,7 +97,7 @@ class StateSource:
         self.state = state
 
     def read(self, names: Sequence[str], dtype: torch.dtype | None, device: torch.device) -> dict[str, Tensor]:
-        """As a checkpoint reads its tensors."""
+        """Read parameters from memory, see ``models.sources.Source``."""
         return {name: self.state[name].to(device=device, dtype=dtype) for name in names}
 
 

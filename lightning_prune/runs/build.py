@@ -108,13 +108,13 @@ class RunBuilder(LightningCLI):
                 raise UserError(f"--trainer: {made[1]} cannot be made ({first_line(cause)}). See --help.") from None
             given = re.search(r"Given value: (.+)", str(error))  # the innermost comes first
             value = given[1] if given else str(error).partition("\n")[0]
-            raise UserError(f"an option's value cannot be used: {value[:200]}. See --help.") from None
+            raise UserError(f"--model, --data or --trainer: {value[:200]} cannot be used. See --help.") from None
         kind = type(self.model)
         if chosen and any(getattr(getattr(kind, name, None), "__isabstractmethod__", False) for name in dir(kind)):
             raise UserError(f"--model: '{kind.__name__}' is not a method. Methods: {', '.join(methods.__all__)}.")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The tokenizer is the model's."""
+        """Link the tokenizer to the model, and add the command's own options."""
         parser.link_arguments(f"model.{'init_args.' * self.subclass_mode_model}pretrained", "data.tokenizer")
         for name, how in self._own.items():
             parser.add_argument(f"--{name}", **how)
@@ -156,7 +156,7 @@ class RunBuilder(LightningCLI):
         return trainer
 
     def label(self) -> str:
-        """Name of the folder that run folders of this system go to."""
+        """Name of the folder in which run folders of this system are made."""
         return str(self.model.label) if isinstance(self.model, PruningMethod) else "test"
 
     def option(self, name: str) -> Any:
@@ -310,8 +310,8 @@ def plain(message: str, options: Sequence[str], methods: Mapping[str, Mapping[st
 
 
 def _unknown(name: str, options: Sequence[str], methods: Mapping[str, Mapping[str, Any]]) -> str:
-    """Of other methods that have the option, else the one that was probably meant: of the same group, or of that name
-    in another group."""
+    """A hint on an unknown option: other methods that have it, else the option probably meant, of the same group or of
+    that name in another group."""
     word = name.lstrip("-")
     if word not in options and (having := [method for method, own in methods.items() if word in own]):
         return f"unknown option {name} of this method; methods that have it: {', '.join(having)}."

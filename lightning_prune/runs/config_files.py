@@ -34,7 +34,7 @@ class Method:
 
 
 def shipped_folder() -> Path:
-    """Where the shipped configurations are: inside the installed package, or beside it in a checkout."""
+    """The folder of the shipped configurations: inside the installed package, or beside it in a checkout."""
     installed = Path(__file__).parents[1] / "configs"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "configs"
 
@@ -135,14 +135,14 @@ def read_config(path: Path, option: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f", line {mark.line + 1}"
         problem = str(getattr(error, "problem", None) or error)
-        raise UserError(f"{option}: '{path}'{where}: not usable as YAML ({problem}).") from None
+        raise UserError(f"{option}: '{path}'{where}: not usable as YAML ({problem}). Correct the file.") from None
     except RecursionError:
-        raise UserError(f"{option}: '{path}' is nested too deeply for a configuration.") from None
+        raise UserError(f"{option}: '{path}' is nested too deeply. Give a flatter configuration.") from None
     if not isinstance(content, dict):
         raise UserError(f"{option}: '{path}' is not a list of options and values, such as 'seed_everything: 0'.")
     for name in ("model", "data", "trainer"):
         if isinstance(content.get(name), list):
-            raise UserError(f"{option}: '{path}': '{name}' holds a list; it holds options and their values.")
+            raise UserError(f"{option}: '{path}': '{name}': found a list; allowed are options with values.")
     return content
 
 

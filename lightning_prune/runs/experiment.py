@@ -37,7 +37,7 @@ class Planned:
 
     label: str
     size: float | str  # a ratio, or a target
-    seed: int | None  # of its calibration samples, None where the experiment has no seeds
+    seed: int | None  # of its calibration samples; None where the experiment names none
     configuration: dict[str, Any]  # what ``fit`` would be given
     data: CalibrationDataModule  # shared by all runs with the same ``data`` section
     sha256: str  # names its result

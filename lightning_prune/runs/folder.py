@@ -39,7 +39,7 @@ RECOVERY = "recovery.json"
 REQUIRED = (METRICS, "config.yaml", "scores.csv", "plan.json", "method.json", "calibration.json", "environment.json")
 UNFINISHED = "unfinished"
 STARTED = "started.json"  # what the layer results of an unfinished run are made from
-REPORTS = "comparison"  # the name under which ``compare`` leaves reports below a root
+REPORTS = "comparison"  # the folder below a root in which ``compare`` writes reports
 NO_DATA: dict[str, Any] = {"dataset": None, "note": "this method reads no data"}  # its calibration.json
 LABEL = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 # What a killed run cannot be continued from or learned from.
@@ -54,7 +54,7 @@ def check_label(label: str, option: str = "--model.label") -> str:
     if not LABEL.fullmatch(label):
         raise UserError(
             f"{option}: found {label[:200]!r}; a name consists of up to 200 letters, digits, '.', '_' and '-' and "
-            "does not start with '.', because a folder is called so."
+            "does not start with '.', because it names a folder."
         )
     return label
 
@@ -108,7 +108,7 @@ class RunFolder:
         something worth keeping; then it stays marked ``unfinished``, and the exception carries a note that says so.
 
         Raises:
-            UserError: a label that is no name, nothing can be written there, or the run to take up lives.
+            UserError: a label that is not a name, nothing can be written there, or the run to continue is running.
         """
         check_label(label)
         parent = root / label
@@ -184,6 +184,7 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
+        """Whether the run has written its results."""
         return (self.path / METRICS).is_file()
 
     @property
@@ -192,7 +193,7 @@ class RunFolder:
         return all((self.path / name).is_file() for name in REQUIRED)
 
     def leftovers(self) -> list[str]:
-        """Names of what an unfinished run leaves that may be of use: scores, a plan, a checkpoint, layer results."""
+        """Names of useful results in an unfinished run's folder: scores, a plan, a checkpoint, layer results."""
         names = sorted(name for name in os.listdir(self.path) if not WORTHLESS.fullmatch(name))
         states = {LAYER_RESULTS: "step_*.safetensors", TRAINING: "*.ckpt"}
         return [name for name in names if name not in states or any((self.path / name).glob(states[name]))]
@@ -204,6 +205,7 @@ class RunFolder:
         (self.path / STARTED).unlink(missing_ok=True)
 
     def write_config(self, text: str) -> None:
+        """Write the run's resolved configuration, YAML ``text``."""
         write_text(self.path / "config.yaml", text)
 
     def write_decision(self, scores: Scores, plan: PruningPlan, details: dict[str, Any]) -> None:
@@ -231,6 +233,7 @@ class RunFolder:
         self._write_json(METRICS, metrics, RunMetrics if calibration else None)
 
     def append_to_card(self, text: str) -> None:
+        """Append Markdown to the model card of the pruned checkpoint."""
         card = self.pruned / "README.md"
         write_text(card, card.read_text(encoding="utf-8") + text)
 

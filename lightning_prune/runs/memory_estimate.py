@@ -1,4 +1,4 @@
-"""What a run takes in memory, on disk and in work: arithmetic on shapes and on what passes say that they hold."""
+"""Memory, disk and work of a run, computed from shapes and from what passes say that they hold."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ from lightning_prune.support.errors import UserError
 from lightning_prune.support.memory import anonymous_bytes, free_host_bytes
 
 ERROR = 1.15  # times as much as estimated a run may take
-ROOM = 0.9  # of the memory that ``auto`` fills with a whole model: an estimate is no measurement
+ROOM = 0.9  # of the memory that ``auto`` fills with a whole model: an estimate is not a measurement
 # What no tensor shows. Device: context, kernels, workspaces; host: heaps, threads, compiled kernels.
 DEVICE_OVERHEAD, HOST_OVERHEAD = 700 * 2**20, 110 * 2**20
 UNREAD_TOKENS = 300_000  # of an evaluation text that was not read: about WikiText-2's test split
@@ -35,7 +35,7 @@ UNIT_BYTES = 400  # scores, decision and plan of one unit, and what writing them
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one run takes."""
+    """Estimated memory, disk and work of one run."""
 
     onload: Onload
     phase: str  # where it is fullest
@@ -51,7 +51,7 @@ class Estimate:
 
     @property
     def disk(self) -> int:
-        """Most that is on disk at once beside the dense model."""
+        """Peak number of bytes on disk beside the dense model."""
         return max(self.mapped_bytes, self.checkpoint_bytes) + self.new_weights_bytes
 
 
@@ -93,7 +93,10 @@ class Memory:
         positions = method.checkpoint.limits[1] or self.seq_len + self.eval_seq_len
         for option, length in {"eval_seq_len": self.eval_seq_len, "seq_len": self.seq_len}.items():
             if length > positions and (option != "seq_len" or method.needs_calibration):
-                raise UserError(f"--data.{option}: windows of {length} tokens; the model has {positions} positions.")
+                raise UserError(
+                    f"--data.{option}: found windows of {length} tokens; the model has {positions} positions. Lower "
+                    f"--data.{option}."
+                )
         self.dtype = load_dtype(str(trainer.precision))  # of the weights while they are computed with
         try:
             self.stored = method.checkpoint.stored_dtype
@@ -107,7 +110,7 @@ class Memory:
         self.samples, self.kept_tokens = -(-samples // trainer.world_size), -(-kept // trainer.world_size)
 
     def estimate(self, onload: Onload) -> Estimate:
-        """What the run takes with its weights there."""
+        """Estimate the run with its weights placed as ``onload`` says."""
         method, size = self.method, self.dtype.itemsize
         view, layers = self._largest, len(method.layers)
         layer, inside = view.cost, sum(one.cost for one in method.layers)
@@ -166,7 +169,7 @@ class Memory:
         return max(self.method.layers, key=lambda view: view.cost)
 
     def _passes(self) -> list[Pass]:
-        """All that the method makes, as if every unit were kept, but of a method that removes layers the last one."""
+        """The passes of the method, as if every unit were kept (for a method that removes layers: all but the last)."""
         measuring = [] if self.method.saved is not None else self.method.passes()
         layers = self.method.layers
         kept = without(layers, [len(layers) - 1]) if self.method.whole_layers else unpruned(layers)
@@ -240,7 +243,7 @@ class Memory:
         return device, host, mapped
 
     def _work(self, load: Load, passes: list[Pass]) -> tuple[int, float, float]:
-        """How often a layer is brought in; work of all passes in layers' forwards of a batch; operations."""
+        """Number of times a layer is loaded; work of all passes in layers' forwards of a batch; operations."""
         loads, evaluations, flops = 0, 0.0, 0.0
         for one in passes:
             steps, rows = one.steps(self.method.layers), _rows(one, load)
@@ -253,7 +256,7 @@ class Memory:
         return loads, evaluations, flops
 
     def refusal(self, estimate: Estimate) -> str:
-        """What is missing for an estimate that does not fit, and what would help."""
+        """Message on an estimate that does not fit: what is missing, and what would help."""
         needed, there, where = estimate.host_bytes, self.host, "host"
         if self.device is not None and (estimate.device_bytes or 0) > self.device:
             needed, there, where = estimate.device_bytes or 0, self.device, "device"
@@ -289,8 +292,8 @@ def advice(method: PruningMethod, data: CalibrationDataModule, onload: str, phas
     options = {
         "--trainer.precision bf16-true halves weights and residual streams": full,
         "--model.onload layer keeps one layer in memory instead of all": onload != "layer",
-        "--model.prior_num_samples 50 shortens the priors' residual streams, --model.temperature 0 leaves the priors "
-        "out": phase == "prior",
+        "--model.prior_num_samples 50 shortens the priors' residual streams, --model.temperature 0 omits the "
+        "priors": phase == "prior",
         "a lower --data.eval_batch_size makes evaluation smaller": phase in ("", "evaluation"),
         "a lower --data.batch_size makes activations smaller": phase != "evaluation" and data.batch_size > 1,
         "a lower --data.num_samples shortens the residual streams": phase != "evaluation" and data.num_samples > 32,

@@ -41,7 +41,7 @@ class Ratio(_Record):
 
 
 class Perplexities(_Record):
-    """On one evaluation set; None is a value that was not finite. ``tokens`` counts predicted tokens."""
+    """Perplexities on one evaluation set; None is a value that was not finite. ``tokens`` counts predicted tokens."""
 
     dense: PerplexityValue | None
     pruned: PerplexityValue | None
@@ -72,7 +72,7 @@ class Example(_Record):
 
 
 class ContinuationFacts(_Record):
-    """What both models wrote after the same prompts; ``common_beginning`` counts tokens before they part, a mean."""
+    """Facts on both models' continuations of the prompts; ``common_beginning``: mean number of equal first tokens."""
 
     evaluation_set: str
     prompts: Count
@@ -85,7 +85,7 @@ class ContinuationFacts(_Record):
 
 
 class _Text(_Open):
-    """Where tokens came from; None where nobody knows, as of a token array."""
+    """The text that tokens came from; None for a fact that is not known, as of a token array."""
 
     dataset: str
     configuration: str | None
@@ -111,7 +111,7 @@ class EvaluationManifest(_Text):
 
 
 class System(_Open):
-    """What was run. ``measured_seconds`` are the phases of the run whose scores were decided from again."""
+    """The system that was run. ``measured_seconds``: by phase, of the run whose scores were used for a new decision."""
 
     name: str
     label: str
@@ -122,14 +122,14 @@ class System(_Open):
 
 
 class Serving(_Record):
-    """Over how many devices the pruned model can be split, and a sentence on who misreads it, if anyone."""
+    """Numbers of devices over which the model can be split, and a sentence on runtimes that misread it, if any."""
 
     tensor_parallel: list[Count]
     note: str
 
 
 class Footprint(_Record):
-    """Of one model: its weight files, memory of weights and KV cache by tokens of context, and operations per token."""
+    """Footprint of one model: weight files, memory of weights and KV cache by context, operations per token."""
 
     file_bytes: Count
     memory_bytes: dict[int, Count]
@@ -137,7 +137,7 @@ class Footprint(_Record):
 
 
 class TargetFacts(_Record):
-    """Parameters, or bytes with the KV cache of ``batch`` × ``context`` tokens."""
+    """The requested size: parameters, or bytes with the KV cache of ``batch`` × ``context`` tokens."""
 
     kind: Literal["parameters", "active_parameters", "memory"]
     limit: Count
@@ -147,7 +147,7 @@ class TargetFacts(_Record):
 
 
 class RunMetrics(_Open):
-    """``metrics.json`` of a pruning run; what has a default is not there in runs of earlier versions."""
+    """``metrics.json`` of a pruning run; fields with a default are missing in runs of earlier versions."""
 
     perplexity: dict[str, Perplexities]
     distance: dict[str, DistanceFacts] = {}

@@ -56,8 +56,8 @@ def parent_run(pretrained: str) -> FinishedRun:
 def recover_and_record(
     trainer: L.Trainer, module: Recovery, data: RecoveryDataModule, run: FinishedRun, config: str, resume: bool = False
 ) -> tuple[Path, dict[str, Any]]:
-    """Train what ``run`` pruned and leave a complete run folder of the same kind; its path, and its ``metrics.json``
-    with the ``recovery.json`` under ``recovery``.
+    """Train what ``run`` pruned and write a complete run folder of the same kind; returns its path, and its
+    ``metrics.json`` with the ``recovery.json`` under ``recovery``.
 
     ``trainer`` (a fresh one), ``config`` and ``resume`` as of ``prune_and_record``.
 
@@ -117,7 +117,7 @@ def recover_and_record(
 
 
 def _follow(run: FinishedRun, data: RecoveryDataModule) -> None:
-    """Let ``data`` take what its options leave open from the run that pruned."""
+    """Let ``data`` take the options that are not given from the run that pruned."""
 
     def spec(text: dict[str, Any]) -> str:
         return str(text["dataset"] if text["split"] == "all" else f"{text['dataset']}:{text['split']}")
@@ -139,7 +139,7 @@ def _follow(run: FinishedRun, data: RecoveryDataModule) -> None:
 
 
 def _facts(module: Recovery, data: RecoveryDataModule, config: str) -> Facts:
-    """What an unfinished run must share with this one."""
+    """Facts that an unfinished run must share with this one to be continued."""
     parsed = yaml.safe_load(config)
     options = {
         f"{group}.{name}": value

@@ -1,4 +1,4 @@
-"""What decides a run's result: by it a finished run is recognised, and an unfinished one is found and continued."""
+"""The facts that decide a run's result: by them a finished run is recognised, and an unfinished one continued."""
 
 import hashlib
 import json
@@ -49,7 +49,7 @@ FREE = (
 
 
 def facts_of(config: dict[str, Any], base_model: str | None, calibration: str | None, processes: int) -> Facts:
-    """What decides a result: options by name, and fingerprints of what was read."""
+    """Facts that decide a result: options by name, and fingerprints of what was read."""
     options = {f"model.{name}": value for name, value in config["model"].get("init_args", {}).items()}
     options |= {f"data.{name}": value for name, value in config.get("data", {}).items() if not name.startswith("eval")}
     return {
@@ -63,14 +63,14 @@ def facts_of(config: dict[str, Any], base_model: str | None, calibration: str | 
 
 
 def differences(before: Facts, now: Facts) -> list[str]:
-    """What does not agree, with both values; ``before`` is from JSON, and may hold more that decided nothing."""
+    """Facts that differ, with both values; ``before`` is from JSON, and may hold more that decided nothing."""
     now = json.loads(json.dumps(finite(now)))
     return [f"{name}: {before.get(name)} then, {now[name]} now" for name in now if before.get(name) != now[name]]
 
 
 def unfinished_run(root: Path, label: str, facts: Facts) -> Path:
     """The newest unfinished run of the same configuration below ``<root>/<label>``; one that is still under way only
-    where there is no other, for ``RunFolder.claim`` to refuse. None: UserError, with what others differ in."""
+    if it is the only one, for ``RunFolder.claim`` to refuse. None: UserError, with what others differ in."""
     others, alive = [], None
     for path in reversed(runs_below(root / label)):
         before: Facts = {}

@@ -1,4 +1,4 @@
-"""What a finished run measured, handed to a method that decides again, after checking that it is about this model."""
+"""Measurements of a finished run for a method that decides again, after a check that they are of this model."""
 
 import numpy as np
 import torch

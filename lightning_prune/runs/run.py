@@ -49,7 +49,7 @@ def prune_and_record(
     shared: list[Measured] | None = None,
     resume: bool = False,
 ) -> tuple[Path, dict[str, Any]]:
-    """Run one method and leave a complete run folder; its path, and its ``metrics.json``.
+    """Run one method and write a complete run folder; returns its path, and its ``metrics.json``.
 
     ``trainer`` is a fresh one, below whose ``default_root_dir`` the folder is claimed, ``config`` the resolved
     configuration as YAML. ``shared`` holds what an earlier run measured of the dense model on the same sets, or takes
@@ -109,7 +109,7 @@ def prune_and_record(
 
 
 def scratch_folder(folder: RunFolder | None) -> Path:
-    """Where residual streams go that memory does not hold."""
+    """The folder for residual streams that do not fit into memory."""
     return Path(tempfile.gettempdir()) if folder is None else folder.path
 
 
@@ -272,7 +272,7 @@ def _metrics(
 
 
 def _footprint(method: PruningMethod, pruned: Checkpoint) -> dict[str, Any]:
-    """Of the dense and the pruned model."""
+    """Footprints of the dense and the pruned model."""
     dense, layers, sizes = method.checkpoint, method.layers, method.plan.parameters
     sides = {}
     for side, checkpoint, kept, dtype in (

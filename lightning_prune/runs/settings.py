@@ -40,7 +40,7 @@ class Settings(BaseModel):
 
     systems: Annotated[dict[str, str | Options], Field(min_length=1)]  # label → what fit takes, but the pruning ratio
     ratios: Annotated[list[Ratio], Field(min_length=1)] = [0.2, 0.3, 0.5]
-    targets: list[str] = []  # parameters or memory to leave, as 4.5B or 6GiB, in place of ratios
+    targets: list[str] = []  # parameters or memory to keep at most, as 4.5B or 6GiB, in place of ratios
     # Draw the calibration samples, one run each; without any, those of the configurations do.
     seeds: list[Annotated[int, Field(ge=0)]] = []
     pretrained: str = "demo"

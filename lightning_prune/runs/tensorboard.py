@@ -1,4 +1,4 @@
-"""What a run shows in its loggers, under the same tags for every method and every logger, so that runs overlay."""
+"""A run's values in its loggers, under the same tags for every method and logger, so that runs share charts."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,8 +23,8 @@ def log_importance(logger: Logger, scores: Scores) -> None:
     """Importance per layer as scalars whose step is the layer, and where a logger has a place for them score histograms
     and the kept-fraction map.
 
-    ``importance/<block>`` is the block's share of the model's whole importance, so methods of different scales
-    overlay; ``score/<block>`` is the mean score of the block's units in the method's own unit.
+    ``importance/<block>`` is the block's share of the model's whole importance, so methods of different scales share a
+    chart; ``score/<block>`` is the mean score of the block's units in the method's own unit.
     """
     total = float(scores.importance.sum()) or 1.0
     importances = scores.per_layer(scores.importance).tolist()
@@ -89,8 +89,8 @@ def log_result(
     scores: Scores | None = None,
     more: Mapping[str, float] = {},
 ) -> None:
-    """At the end of a run: importance, and ``options`` with the final numbers and ``more``, in every logger. One that
-    fails, as when its server is gone, costs a warning and not the run."""
+    """Log importance, and ``options`` with the final numbers and ``more``, in every logger at the end of a run. A
+    logger that fails, as when its server is gone, costs a warning and not the run."""
     results = {"achieved ratio": float(metrics["pruning_ratio"]["achieved"])} if "pruning_ratio" in metrics else {}
     for name, values in metrics["perplexity"].items():
         results[f"perplexity {plain(name)}"] = float(values["pruned"] if "pruned" in values else values["perplexity"])
@@ -110,7 +110,7 @@ def log_result(
         except Exception as error:
             if isinstance(logger, TensorBoardLogger):
                 raise
-            rank_zero_warn(f"{type(logger).__name__} has not got all results ({first_line(error)})")
+            rank_zero_warn(f"{type(logger).__name__} did not receive all results ({first_line(error)}).")
 
 
 def open_loggers(trainer: L.Trainer) -> None:
@@ -129,7 +129,7 @@ def open_loggers(trainer: L.Trainer) -> None:
 
 
 def close_loggers(trainer: L.Trainer) -> None:
-    """After ``open_loggers``: end what would outlive the run, and take the next run of this process for its own."""
+    """Undo ``open_loggers``: end what would outlive the run, so that the next run of this process is one of its own."""
     for logger in trainer.loggers if trainer.is_global_zero else []:
         if isinstance(logger, WandbLogger):
             logger.experiment.finish()

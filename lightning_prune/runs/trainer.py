@@ -30,7 +30,7 @@ class CalibrationDDP(DDPStrategy):
     strategy_name = "calibration_ddp"
 
     def configure_ddp(self) -> None:
-        """No wrapper."""
+        """Return the model without DDP's wrapper."""
 
     def setup(self, trainer: L.Trainer) -> None:
         """Every rank reads the same files, so nothing is sent: a broadcast would copy what is mapped from them."""

@@ -155,7 +155,7 @@ class _Trials:
 
     @cached_property
     def measured(self) -> tuple[SavedMeasurement, Measured]:
-        """What is measured, and what the dense model makes of the held-out samples."""
+        """The method's measurements, and the dense model's results on the held-out samples."""
         run = self._built({"refit": "none"})
         run.model.progress = self.progress
         with closing(self.progress):
@@ -183,7 +183,7 @@ class _Trials:
 
 
 def _evaluated(run: RunBuilder, scratch: Path | None = None, reference: Measured | None = None) -> Measured:
-    """On the held-out samples what was decided, or the dense model before that."""
+    """Evaluate the decision, or the dense model before there is one, on the held-out samples."""
     model = run.model
     return measure(run.trainer, run.datamodule, model.checkpoint, "", model.slot, model.progress, scratch, reference)
 

@@ -1,4 +1,4 @@
-"""What is said of a result: the verdict, the tables that commands end with, and sections of the model card."""
+"""Text about a result: the verdict, the tables that commands end with, and sections of the model card."""
 
 import math
 from typing import Any, TypeGuard
@@ -75,7 +75,7 @@ def verdict(metrics: dict[str, Any], name: str) -> str:
 
 
 def _as_perplexity(divergence: float, dense: float | None) -> float:
-    """What a model has that is ``divergence`` nats per token from the dense one, on text that the dense one wrote."""
+    """Perplexity equivalent to a KL divergence of ``divergence`` nats per token."""
     return dense * math.exp(min(divergence, 700.0)) if _finite(dense) and _finite(divergence) else math.inf
 
 
@@ -110,7 +110,7 @@ def _given_back(value: float | None) -> str:
 
 
 def share(value: float | None) -> str:
-    """As a table says it."""
+    """A share as a table cell."""
     return f"{value:.0%}" if _finite(value) else "–"
 
 
@@ -119,7 +119,7 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def summary_table(label: str, metrics: dict[str, Any]) -> str:
-    """Of a run's ``metrics.json``."""
+    """Summary table of a run, from its ``metrics.json``."""
     parameters, ratio = metrics["parameters"], metrics["pruning_ratio"]
     requested = "" if ratio["requested"] is None or metrics.get("target") else f"requested {ratio['requested']:.4f}, "
     # Of experts all layers lose equally much, in steps.
@@ -161,15 +161,15 @@ def _too_long(metrics: dict[str, Any], name: str) -> str:
 
 
 def too_long(short: float | None, long: float | None) -> str:
-    """That the dense model itself is lost in windows longer than those that it was trained on; empty where it is not.
-    Its perplexities in short and in long windows; None: not measured, or not finite."""
+    """A sentence where the dense model itself fails in windows longer than those it was trained on; else empty. The
+    arguments are its perplexities in short and in long windows; None: not measured, or not finite."""
     if not (_finite(short) and _finite(long) and long > LOST * short):
         return ""
     return f"the dense model itself is {long / short:.1f} times worse in these longer windows, so they say little"
 
 
 def _footprint_rows(metrics: dict[str, Any]) -> Rows:
-    """What a user of the model will notice."""
+    """Table rows on size and speed, which a user of the model will notice."""
     if (footprint := metrics.get("footprint")) is None:
         return []
     dense, pruned = footprint["dense"], footprint["pruned"]
@@ -193,7 +193,7 @@ def size(count: int) -> str:
 
 
 def comparison_rows(metrics: dict[str, Any]) -> Rows:
-    """What a ``metrics.json`` says of the distance from the dense model and of both models' continuations."""
+    """Table rows on the distance from the dense model and on both models' continuations, from a ``metrics.json``."""
     rows = []
     for name, item in metrics.get("distance", {}).items():
         kl, agreement, acceptance = (item[key] for key in ("kl_divergence", "top1_agreement", "expected_acceptance"))
@@ -213,7 +213,7 @@ def comparison_rows(metrics: dict[str, Any]) -> Rows:
 
 
 def recovery_table(label: str, metrics: dict[str, Any]) -> str:
-    """Of a ``metrics.json`` with the ``recovery.json`` beside it under ``recovery``."""
+    """Summary table of a recovery, from a ``metrics.json`` with the ``recovery.json`` under ``recovery``."""
     record = metrics["recovery"]
     return _aligned([("system", f"{label}, from {record['parent']}"), *_recovery_rows(record, metrics)], metrics)
 

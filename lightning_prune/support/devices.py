@@ -22,7 +22,7 @@ def accelerator() -> torch.device | None:
 
 
 def wait(device: torch.device) -> None:
-    """Until everything that ``device`` was given is done, copies included."""
+    """Wait until everything that ``device`` was given is done, copies included."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -84,17 +84,17 @@ def free_bytes(device: torch.device) -> int:
 
 
 def allocated_bytes() -> int:
-    """What this process holds on the current accelerator; 0 where there is none or it does not say."""
+    """Bytes that this process holds on the current accelerator; 0 where there is none or it does not say."""
     return _memory(torch.accelerator.memory_allocated)
 
 
 def peak_bytes() -> int:
-    """The most that it held there since ``reset_peak``."""
+    """Largest number of bytes that this process held on the accelerator since ``reset_peak``."""
     return _memory(torch.accelerator.max_memory_allocated)
 
 
 def reset_peak() -> None:
-    """Give back what is cached on the current accelerator, and count its peak from here."""
+    """Free what is cached on the current accelerator, and count its peak from here."""
     for reset in (torch.accelerator.empty_cache, torch.accelerator.reset_peak_memory_stats):
         _memory(reset)
 
@@ -125,6 +125,6 @@ def accelerators() -> list[dict[str, str | int]]:
 
 
 def runtime_version() -> str | None:
-    """Of CUDA, or ``ROCm …``, ``XPU …``; None in a build of torch for neither."""
+    """Version of CUDA, or ``ROCm …``, ``XPU …``; None in a build of torch for none of these."""
     names = {"ROCm": getattr(torch.version, "hip", None), "XPU": getattr(torch.version, "xpu", None)}
     return torch.version.cuda or next((f"{name} {version}" for name, version in names.items() if version), None)

@@ -1,4 +1,4 @@
-"""The exceptions that the command line answers with one message, and how errors of other libraries get into one."""
+"""The exceptions that the command line shows as one message, and how it shortens errors of other libraries."""
 
 import difflib
 from collections.abc import Sequence

@@ -34,7 +34,7 @@ def plain(text: object) -> str:
 def markdown(text: object) -> str:
     """Inline text of a Markdown paragraph, list item or table cell: no markup, HTML, formula, link or new block."""
     line = plain(text).translate(str.maketrans(_MARKDOWN))
-    # Between letters and digits an underscore is no emphasis, so hgsp_taylor stays readable in the source.
+    # Between letters and digits an underscore is not emphasis, so hgsp_taylor stays readable in the source.
     line = re.sub(r"(?<![^\W_])_|_(?![^\W_])", r"\\_", line)
     line = re.sub(r"(?i)(?<=\w)://|(?<=www)\.", lambda match: "\\" + match.group(), line)  # addresses become links
     # What starts a heading, list or rule only at the beginning of a line.
@@ -60,7 +60,7 @@ def latex(text: object) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether ``name`` has the form ``organisation/name`` and is no path of this machine."""
+    """Whether ``name`` has the form ``organisation/name`` and is not a path of this machine."""
     return bool(_HUB_ID.fullmatch(name)) and not _is_path(name)
 
 

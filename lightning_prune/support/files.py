@@ -63,13 +63,13 @@ class Lock:
         os.pwrite(self._handle, text.encode(), 0)
 
     def release(self) -> None:
-        """Let go without removing it; twice is harmless."""
+        """Release the lock and keep the file; calling it twice is harmless."""
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
 
     def remove(self) -> None:
-        """Remove it, then let go; nothing where that was done before."""
+        """Remove the file and release the lock; does nothing the second time."""
         if self._handle < 0:
             return
         if self.path.is_dir() and not self.path.is_symlink():
@@ -165,11 +165,11 @@ def sweep(folder: Path, name: str = "") -> None:
 def read_file(path: Path, limit: int, option: str) -> bytes:
     """The content of a regular file of at most ``limit`` bytes; UserError where there is none or it is unreadable."""
     if (size := require_regular(path, option)) > limit:
-        raise UserError(f"{option}: '{path}' has {size:,} bytes; at most {limit:,} are read.")
+        raise UserError(f"{option}: '{path}' has {size:,} bytes; at most {limit:,} are read. Give another file.")
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{option}: cannot read '{path}' ({error.strerror}).") from None
+        raise UserError(f"{option}: cannot read '{path}' ({error.strerror}). Check its permissions.") from None
 
 
 @contextmanager
@@ -185,7 +185,7 @@ def writable(place: Path, option: str) -> Iterator[None]:
 
 
 def cannot_write(place: Path, option: str, error: OSError | ValueError) -> UserError:
-    """What ``writable`` raises."""
+    """Make the UserError that ``writable`` raises."""
     why = getattr(error, "strerror", None) or error
     return UserError(f"{option}: cannot write below '{place}' ({why}). Free space there, or choose another folder.")
 

@@ -1,4 +1,4 @@
-"""How much memory there is on the host."""
+"""Sizes in bytes, and the memory of the host."""
 
 import ctypes
 import platform

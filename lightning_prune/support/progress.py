@@ -13,7 +13,7 @@ DRAW_EVERY = 0.1  # seconds between two drawings of the rows
 
 
 class Status(NamedTuple):
-    """Where a run is."""
+    """How far a run is: its phase, share done and times."""
 
     phase: str
     at: str  # where in the phase
@@ -44,7 +44,7 @@ class Progress:
         self._expected[phase] = work
 
     def advance(self, phase: str, work: float, at: str = "") -> None:
-        """Some of a phase's work is done; ``at`` says where in the phase, such as "layer 3 of 32"."""
+        """Count some work of a phase as done; ``at`` says where in the phase, such as "layer 3 of 32"."""
         if not self.shown:
             return
         self._phase, done = phase, self._done.get(phase, 0.0) + work
@@ -54,7 +54,7 @@ class Progress:
         self._show(phase, at)
 
     def finish(self, phase: str, share: float = 1.0) -> None:
-        """A phase, or this share of its work, is over, however much it was said to be."""
+        """Count a phase, or this share of its work, as done, however much work was announced."""
         expected = self._expected.get(phase, 0.0)
         self._done[phase] = max(self._done.get(phase, 0.0), share * expected)
         self._expected[phase] = self._done[phase] if share == 1 else expected
@@ -64,7 +64,7 @@ class Progress:
         self._phase, self._phase_started = None, time.monotonic()
 
     def close(self) -> None:
-        """Nothing more is shown; the lines of finished phases stay."""
+        """End the display; the lines of finished phases stay."""
         if isinstance(self._display, Rows):
             self._display.rows.stop()
         self._display = None
@@ -76,7 +76,7 @@ class Progress:
         return sum(self._done.values()) / total if total else 0.0
 
     def part(self, phase: str) -> "Progress":
-        """One for a run that is the phase ``phase`` of this one, of work 1."""
+        """A progress object for a run inside this one, which it counts as the phase ``phase``, of work 1."""
         return _Part(self, phase)
 
     def _show(self, phase: str, at: str) -> None:
@@ -88,7 +88,7 @@ class Progress:
 
 
 class _Part(Progress):
-    """Tells the whole instead of showing anything itself."""
+    """Progress of a run inside another one: reports to it instead of showing anything itself."""
 
     def __init__(self, whole: Progress, phase: str) -> None:
         super().__init__(whole.shown)

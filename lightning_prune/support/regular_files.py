@@ -33,9 +33,11 @@ def expanded(path: str, option: str) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        raise UserError(f"{option}: '{path}' begins with the home folder of a user who is not known here.") from None
+        raise UserError(
+            f"{option}: '{path}' begins with the home folder of a user who is not known here. Give the whole path."
+        ) from None
 
 
 def from_home(name: str, option: str) -> str:
-    """As ``expanded`` where ``name`` begins with ``~/`` or ``~user/``; datasets and hub ids are not changed."""
+    """Expand ``name`` where it begins with ``~/`` or ``~user/``; datasets and hub ids are not changed."""
     return str(expanded(name, option)) if name.startswith("~") and "/" in name else name

@@ -23,7 +23,7 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """What is known about the signal: ``number`` is None until one came. Once ``over`` is set, none raises any more."""
+    """State of signal handling: ``number`` is None until a signal came; once ``over`` is set, none raises any more."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -31,7 +31,7 @@ class Stop:
         self._unwinding: Callable[[], Stopped | None] = lambda: None
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
-        """Unwind, so that temporary files are removed; another signal does not stop that."""
+        """Signal handler: unwind, so that temporary files are removed; another signal does not stop that."""
         self.number = self.number or number
         if not self.over and self._unwinding() is None:
             raise self._stopped()

@@ -18,5 +18,5 @@ class Seconds(dict[str, float]):
             self.add(phase, time.perf_counter() - start)
 
     def add(self, phase: str, seconds: float) -> None:
-        """Add to ``phase``."""
+        """Add seconds to ``phase``."""
         self[phase] = self.get(phase, 0.0) + seconds

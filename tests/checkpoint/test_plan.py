@@ -37,7 +37,7 @@ def test_a_plan_of_format_1_is_the_same_plan(plan: PruningPlan, tmp_path: Path) 
     ("edit", "message"),
     [
         (lambda raw: {**raw, "format": 3}, "format 3"),
-        (lambda raw: [raw], "is no plan"),
+        (lambda raw: [raw], "is not a plan"),
         (lambda raw: {k: v for k, v in raw.items() if k != "method"}, "method"),
         (lambda raw: {**raw, "surprise": 1}, "surprise"),
         (lambda raw: {**raw, "layers": [{"layer": 0}]}, r"layers\[0\]\.kept"),

@@ -80,7 +80,7 @@ def test_last_line_is_where_the_pruned_model_is_and_the_table_names_the_protocol
 
 
 @pytest.mark.parametrize(
-    ("on", "says"), [("", "no evaluation: "), ("tokens.npy", "is the text the model was calibrated on")]
+    ("on", "says"), [("", "No evaluation: "), ("tokens.npy", "is the text the model was calibrated on")]
 )
 def test_what_is_not_measured_on_held_out_text_is_said_once(run: Run, on: str, says: str) -> None:
     out, err = run("fit --method wanda", on=on)

@@ -238,14 +238,14 @@ def test_calibrating_on_the_evaluation_text_warns(
 @pytest.mark.parametrize(
     ("options", "words"),
     [  # the seed is in tests/hostile
-        ({"num_samples": 0}, "--data.num_samples is 0.*at least 1"),
-        ({"seq_len": 1}, "--data.seq_len is 1.*at least 2"),
-        ({"eval_seq_len": 1}, "--data.eval_seq_len is 1"),
-        ({"batch_size": 0}, "--data.batch_size is 0"),
-        ({"eval_batch_size": -1}, "--data.eval_batch_size is -1"),
-        ({"sampling": "best"}, "--data.sampling is 'best'.*sliding"),
+        ({"num_samples": 0}, "--data.num_samples: found 0.*1 or more"),
+        ({"seq_len": 1}, "--data.seq_len: found 1.*2 or more"),
+        ({"eval_seq_len": 1}, "--data.eval_seq_len: found 1"),
+        ({"batch_size": 0}, "--data.batch_size: found 0"),
+        ({"eval_batch_size": -1}, "--data.eval_batch_size: found -1"),
+        ({"sampling": "best"}, "--data.sampling: found 'best'.*sliding"),
         ({"sampling": "sliding"}, "needs --data.stride"),
-        ({"sampling": "sliding", "stride": 0}, "--data.stride is 0"),
+        ({"sampling": "sliding", "stride": 0}, "--data.stride: found 0"),
         ({"stride": 4}, "--data.stride 4.*--data.sampling sliding"),
     ],
 )

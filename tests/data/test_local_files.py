@@ -93,7 +93,7 @@ def test_text_under_any_name_is_text_without_splits_and_binaries_are_not(name: s
     (tmp_path / name).write_text("# one\r\n\ntwo\n")
     assert text_of(tmp_path / name) == "# one\n\ntwo\n"
     assert (calibration_split(str(tmp_path / name)), held_out_split(str(tmp_path / name))) == ("all", None)
-    with pytest.raises(UserError, match=r"no split 'test'.*leave the split out"):
+    with pytest.raises(UserError, match=r"no split 'test'.*Leave the split out"):
         text_of(tmp_path / name, "test")
     if not name.lower().endswith(".txt"):
         (tmp_path / name).write_bytes(b"one\0two")

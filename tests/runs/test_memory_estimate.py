@@ -227,7 +227,7 @@ def test_memory_that_is_missing_or_runs_out_says_what_would_help_and_leaves_noth
 
 
 def test_windows_of_absurd_length_end_in_one_message(memory: Callable[..., Memory]) -> None:
-    with pytest.raises(UserError, match=r"--data.seq_len: windows of 1000000000 tokens.* 4096 positions"):
+    with pytest.raises(UserError, match=r"--data.seq_len: found windows of 1000000000 tokens.* 4096 positions"):
         memory(methods.Wanda, data={"dataset": "demo", "seq_len": 10**9})
     huge = {"dataset": "demo", "seq_len": 10**9, "eval_seq_len": 10**9, "eval_datasets": None}
     assert memory(methods.HGSP, data=huge, max_position_embeddings=2**31).estimate("layer").share > 1000

@@ -181,7 +181,7 @@ def test_a_logger_that_fails_at_the_end_costs_no_run(
 ) -> None:
     assert fit(options, tmp_path, "--trainer.logger", f"{__name__}.Lost") == 0
     assert [str(one.message) for one in recwarn if "Lost" in str(one.message)] == [
-        "Lost has not got all results (nobody answers)"
+        "Lost did not receive all results (nobody answers)."
     ]
     assert (tmp_path / "root/wanda/version_0/metrics.json").is_file()
 

@@ -48,7 +48,7 @@ class InputMoments(TokenStatistic):
         super().__init__(sums=(in_features,), squares=(in_features,))
 
     def update(self, x: Tensor, weight: Tensor | None = None) -> None:
-        """See ``SumOfSquares``."""
+        """Add inputs x ``[B, ..., in]`` of any dtype; samples whose weight ``[B]`` is 0 are dropped."""
         kept = counted_samples(x, weight).float().flatten(1, -2)
         mean = kept.mean(1, keepdim=True)
         around = widened((kept - mean).square().sum(1))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_prune.calibration.statistics.token_statistic import TokenStatistic, counted_samples, full_precision
 
-BLOCK = 256  # measured: wider ones save less, narrower ones leave full speed (docs/notes/speed.md)
+BLOCK = 256  # measured: wider ones save less, narrower ones are slower (docs/notes/speed.md)
 MIRROR_BLOCK = 512  # its squares are copied thrice
 
 

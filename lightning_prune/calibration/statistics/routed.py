@@ -16,7 +16,7 @@ from lightning_prune.support.devices import widest
 
 
 class ExpertTokens(NamedTuple):
-    """Of one expert: its tokens' rows ``[T]`` in the batch, x ``[T, D]``, g ``[T, 1]``, a ``[T, m]``, f(x) ``[T, D]``.
+    """The tokens of one expert: rows ``[T]`` in the batch, x ``[T, D]``, g ``[T, 1]``, a ``[T, m]``, f(x) ``[T, D]``.
     All but the rows in fp32."""
 
     expert: int
@@ -28,7 +28,7 @@ class ExpertTokens(NamedTuple):
 
 
 class RoutedTokens(TokenStatistic):
-    """Of every expert: its tokens, ``counts`` ``[E]`` float64, and the largest |f(x)_j|, ``peaks`` ``[E]``."""
+    """Number of tokens per expert, ``counts`` ``[E]`` float64, and the largest |f(x)_j|, ``peaks`` ``[E]``."""
 
     counts: Tensor
     peaks: Tensor
@@ -40,7 +40,7 @@ class RoutedTokens(TokenStatistic):
 
     @classmethod
     def bytes_of(cls, experts: Experts | None) -> int:
-        """What its states take, and what torchmetrics keeps to reset them; 0 without experts."""
+        """Bytes of the states and of the copies that torchmetrics keeps to reset them; 0 without experts."""
         if experts is None:
             return 0
         with torch.device("meta"):
@@ -67,7 +67,7 @@ class RoutedTokens(TokenStatistic):
             yield ExpertTokens(expert, rows, x.float(), gate.float()[:, None], inner.float(), output)
 
     def reduced(self) -> Tensor:
-        """Also the peaks, of which the largest of all processes is taken."""
+        """Reduce the sums over all processes, and the peaks to the largest of any process."""
         if not self._summed and torch.distributed.is_initialized():
             torch.distributed.all_reduce(self.peaks, torch.distributed.ReduceOp.MAX)
         return super().reduced()
@@ -84,7 +84,7 @@ class RoutedTokens(TokenStatistic):
 
 
 class RoutedOutputs(RoutedTokens):
-    """Also Σ ‖f(x)‖₂, Σ g·‖f(x)‖₂, Σ g²·x_j² and Σ g²·a_k², float64.
+    """``RoutedTokens`` with the sums Σ ‖f(x)‖₂, Σ g·‖f(x)‖₂, Σ g²·x_j² and Σ g²·a_k², float64.
 
     ``norms`` and ``gated`` are ``[E]``, ``inputs`` ``[E, D]`` and ``inner`` ``[E, m]``.
     """
@@ -151,7 +151,7 @@ class RoutedGrams(RoutedTokens):
 
     @torch.no_grad()
     def update(self, hidden: Tensor, index: Tensor, weights: Tensor, gradient: Tensor) -> None:  # type: ignore[override]
-        """See ``RoutedSlopes``."""
+        """Add tokens, with δ ``[T, D]``."""
         kind, down = widest(hidden.device), partial(self.experts[0].part, "down")
         with full_precision(hidden.device):
             for expert, rows, _, gate, inner, _ in self._tokens(hidden, index, weights):

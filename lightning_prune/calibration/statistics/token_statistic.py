@@ -30,7 +30,7 @@ class TokenStatistic(Metric):
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
-        """Moving to a device: float64 sums become the ``widest`` that it has."""
+        """Move the states to a device, where float64 sums get its ``widest`` dtype."""
         dtype = widest(fn(torch.zeros(())).device)
         for name, default in self._defaults.items():
             if isinstance(default, Tensor) and default.dtype == torch.float64:

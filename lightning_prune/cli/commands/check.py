@@ -22,7 +22,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def main(argv: list[str]) -> int:
-    """Print what every placement takes; 0 where the wished one (or any, for auto) fits, else 1."""
+    """Print what every placement takes; returns 0 where the requested one (or any, for auto) fits, else 1."""
     run = RunBuilder(with_method_help(argv), command="check", description=DESCRIPTION, options=OPTIONS)
     device, host = (
         parse_bytes(text, f"--{name}") if (text := run.option(name)) else None for name in ("memory", "host-memory")
@@ -66,7 +66,7 @@ def _print(estimates: list[Estimate], memory: Memory) -> None:
 
 
 def _fits(estimate: Estimate) -> str:
-    """``tight`` within what an estimate may be wrong by."""
+    """Whether an estimate fits, in a word: ``tight`` within the error of an estimate."""
     return "no" if estimate.share > 1 else "tight" if estimate.share * ERROR > 1 else "yes"
 
 

@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", "--model.pretrained", dest="pretrained", metavar="MODEL", help="a folder, a hub id, or 'demo'")
     sizes = parser.add_mutually_exclusive_group()
     sizes.add_argument("--ratios", type=float, nargs="+", metavar="R", help="pruning ratios between 0 and 1")
-    text = "parameters (4.5B) or memory with the KV cache (6GiB) to leave at most, in place of ratios"
+    text = "parameters (4.5B) or memory with the KV cache (6GiB) to keep at most, in place of ratios"
     sizes.add_argument("--targets", nargs="+", metavar="N", help=text)
     text = "repeat every run over these seeds of the calibration samples, and show mean and standard deviation"
     add("--seeds", type=int, nargs="+", metavar="N", help=text)

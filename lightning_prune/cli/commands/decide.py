@@ -27,7 +27,7 @@ EVALUATION = ("eval_datasets", "eval_seq_len", "eval_batch_size", "eval_long_seq
 
 
 def main(argv: list[str]) -> int:
-    """Read ``--run``, change the options given after it, decide, cut, evaluate, and leave a new run folder."""
+    """Read ``--run``, change the options given after it, decide, cut, evaluate, and write a new run folder."""
     arguments, options = _parser().parse_known_args(argv)
     run = RunFolder.open(arguments.run, "--run")
     if run.recovery is not None:

@@ -30,7 +30,7 @@ class RecoverCLI(RunBuilder):
         super().__init__(argv, Recovery, "recover", DESCRIPTION, {"resume": RESUME} | OUTPUT)
 
     def label(self) -> str:
-        """Of the run that pruned, and how it is trained."""
+        """Label of the new run: that of the run that pruned, and how the model is trained."""
         self.run = parent_run(self.model.pretrained)
         suffix = "lora" if self.model.train_what == "lora" else "full"
         self.model.label = check_label(self.model.label or f"{self.run.metrics.method.label}_{suffix}")

@@ -21,7 +21,7 @@ DESCRIPTION = (
     "Choose refit, allocation, normalisation, protection and prior of a method that ranks groups by the "
     "distance from the dense model, KL(dense ‖ pruned), on an eighth of the calibration set, which is held out: one "
     "calibration, then decisions from its scores. Takes the "
-    "options of fit. A temperature of 0 leaves priors out. Example: lightning-prune tune --method hgsp_taylor --output "
+    "options of fit. A temperature of 0 omits the priors. Example: lightning-prune tune --method hgsp_taylor --output "
     "tuned.yaml"
 )
 OPTIONS: dict[str, dict[str, Any]] = {
