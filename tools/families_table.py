@@ -81,19 +81,21 @@ def removable(family: Family) -> str:
     return ", ".join([*units, *(["groups"] if Block.ATTENTION in blocks and family.whole_attention is None else [])])
 
 
-# Whose stock folders vLLM's own models ran, of those that vLLM's transformers backend was not tried with: see
-# docs/notes/engines.md.
+# Of the families with mixers, experts or blocks side by side: whose folders vLLM ran, with widths per layer, or stock
+# ones alone, in its own models (docs/notes/engines.md).
+PER_LAYER_IN_VLLM = ("gemma4_text", "gemma4_unified_text", "phi", "gpt_neox", "cohere")
 STOCK_IN_VLLM = (
     *("qwen3_moe", "olmoe", "mixtral", "qwen2_moe", "granitemoe", "glm4_moe", "gpt_oss", "granitemoehybrid"),
-    *("gemma4_text", "gemma4_unified_text", "falcon_h1", "nemotron_h", "phi", "gpt_neox", "cohere"),
+    *("falcon_h1", "nemotron_h"),
 )
 
 
 def runtimes(family: Family) -> str:
     """Where pruned models of the family were run, beside transformers."""
     newer = family.mixer or family.experts or family.own_heads or family.side_by_side
+    any_widths = not newer or family.model_type in PER_LAYER_IN_VLLM
     stock = ["vLLM (stock)"] if family.model_type in STOCK_IN_VLLM else []
-    return ", ".join([*(stock if newer else ["vLLM"]), *(["GGUF"] if family.model_type in ARCHITECTURES else [])])
+    return ", ".join([*(["vLLM"] if any_widths else stock), *(["GGUF"] if family.model_type in ARCHITECTURES else [])])
 
 
 def rows() -> Iterator[str]:
