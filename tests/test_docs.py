@@ -52,7 +52,6 @@ YOURS = {  # what stands for something of the reader's, or would take minutes
     'tokenizer="demo"': 'tokenizer="demo", num_samples=8',
 }
 ELSEWHERE = {  # commands that are not run here, and why
-    "compare --config compare": "tests/comparison runs an experiment; this one takes minutes",
     "compare --config compare --ratios 0.2 0.5 --systems wanda hgsp_taylor --model path/to/llama --data.dataset "
     "wikitext2 --trainer.precision bf16-true --root logs/llama": "the tutorial's, on a model of one's own",
     "compare --config compare --seeds 0 1 2": "tests/comparison repeats an experiment",
