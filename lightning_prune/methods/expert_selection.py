@@ -102,7 +102,8 @@ def select_experts(
         free, budget = free & experts, _to_remove(budget, budget.parameters - int(scores.cost[pruned].sum()))
     bundle = _bundles(scores, free & experts, groups, keep, multiple)
     table = _bundled(scores, bundle, others)
-    table.score[0] = -np.inf if beyond else table.score[0]
+    if beyond:
+        table.score[0] = -np.inf
     count = int(bundle.max()) + 1
     candidates = np.arange(count) < count - 1  # the last bundle is kept
     chosen = select_global(table, np.concatenate([candidates, free[others]]), budget)

@@ -120,13 +120,14 @@ class GroupSelection:
     def unrounded(self, scores: Scores, layers: list[LayerStructure]) -> str:
         """A sentence on layers whose MLP, or each of whose experts, does not keep a multiple of ``round_to`` channels;
         empty where all do."""
-        left = []
-        for view in layers:
-            total, width = (view.experts.total, view.experts.width) if view.experts else (1, 0)
-            for block, among, channels in ((Block.MLP, 1, view.units(Block.MLP)), (Block.EXPERT_CHANNEL, total, width)):
-                rows = scores.of(view.index, block)
-                kept = int(scores.kept[rows].sum()) // among if rows.any() else channels
-                left += [f"{view.index} ({kept})"] if kept % self.round_to else []
+        blocks, left = scores.blocks, []
+        kept = dict(zip(blocks.keys, blocks.sum(scores.kept).tolist(), strict=True))
+        for view in layers:  # what has no scores is kept whole
+            widths = [kept.get((view.index, Block.MLP), view.units(Block.MLP))]
+            if (experts := view.experts) is not None:
+                every = experts.total * experts.width
+                widths.append(kept.get((view.index, Block.EXPERT_CHANNEL), every) // experts.total)
+            left += [f"{view.index} ({width})" for width in widths if width % self.round_to]
         if not left:
             return ""
         return (
@@ -139,11 +140,13 @@ class GroupSelection:
 def beyond_multiple(scores: Scores, candidates: Flags, budget: Budget) -> Flags:
     """The lowest channels of every layer's MLP that has more of them than a multiple of ``round_to``, bool ``[U]``:
     they are removed first, so that the multiple also holds in a layer that loses nothing else."""
+    beyond = np.zeros(len(scores.layer), dtype=bool)
+    if budget.round_to == 1:  # nothing is beyond, and ranking millions of units takes seconds
+        return beyond
     order, blocks = ranking(scores), scores.blocks
     order = order[candidates[order]]
     mlp = np.array([block is Block.MLP for _, block in blocks.keys])
     many = np.where(mlp & (blocks.size >= budget.round_to), blocks.size % budget.round_to, 0)
-    beyond = np.zeros(len(scores.layer), dtype=bool)
     beyond[order] = blocks.rank(order) < many[blocks.ids[order]]
     return beyond
 

@@ -88,15 +88,18 @@ def read_settings(
     overrules = {name: value for name, value in given.items() if value is not None}
     subject = f"--config: '{path}'{''.join(f' --{name}' for name in overrules)}"
     file = _validated(read_config(path, "--config") | overrules, Settings, subject)
-    own = {Path(name).stem: name for name in systems or () if name.endswith((".yaml", ".yml"))}
-    file.systems |= {label: str(Path(name).absolute()) for label, name in own.items()}
+    own = [Path(name) for name in dict.fromkeys(systems or ()) if name.endswith((".yaml", ".yml"))]
+    for one in own:
+        if one.stem in file.systems:
+            raise UserError(f"--systems: '{one}' would be a second system '{one.stem}'. Rename the file.")
+        file.systems[one.stem] = str(one.absolute())
     for label in file.systems:
         check_label(label, f"--config: systems in '{path}'")
         if label == REPORTS:
             raise UserError(f"--config: '{path}' names a system '{label}', like the folder of reports. Rename it.")
     if file.seeds and "data.seed" in (options or {}):
         raise UserError("--data.seed: the experiment has --seeds, which mean the same. Leave one of them out.")
-    named = [Path(name).stem if name in own.values() else name for name in systems or file.systems]
+    named = file.systems if systems is None else [Path(name).stem if Path(name) in own else name for name in systems]
     labels = list(dict.fromkeys(named))
     for label in labels:
         if label in file.systems:

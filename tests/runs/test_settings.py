@@ -42,6 +42,9 @@ def test_a_file_of_ones_own_is_a_system(tmp_path: Path, monkeypatch: pytest.Monk
     assert (made["label"], made["round_to"]) == ("narrow", 4)
     with pytest.raises(UserError, match=r"systems\.absent: .*absent\.yaml"):
         read_settings(file, systems=["absent.yaml"])
+    for two in (["wanda.yaml", "wanda"], ["narrow.yaml", "elsewhere/narrow.yaml"]):
+        with pytest.raises(UserError, match=r"second system '(wanda|narrow)'\. Rename the file"):
+            read_settings(file, systems=two)
 
 
 def test_seed_of_the_experiment_applies_to_a_systems_own_setting_too(tmp_path: Path) -> None:

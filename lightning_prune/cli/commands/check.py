@@ -44,9 +44,9 @@ def _print(estimates: list[Estimate], memory: Memory) -> None:
     count = method.dense_parameters
     size = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
     parameters = f"{size} parameters ({len(method.layers)} layers)"
-    size = "" if method.requested_ratio is None else f"pruning ratio {method.requested_ratio:.4g}, "
-    size = size if method.target is None else f"{method.target.option}, "
-    print(f"{method.label} on {parameters}, {size}{method.trainer.precision}, {text}")
+    wanted = "" if method.requested_ratio is None else f"pruning ratio {method.requested_ratio:.4g}, "
+    wanted = wanted if method.target is None else f"{method.target.option}, "
+    print(f"{method.label} on {parameters}, {wanted}{method.trainer.precision}, {text}")
     host = f"{_gb(memory.host)} on the host"
     print(f"room: {host}" if memory.device is None else f"room: {_gb(memory.device)} on the device, {host}")
     print(f"\n{'onload':<8}{'device':>10}{'host':>10}{'disk':>10}{'read':>10}  fits   largest in")
