@@ -24,12 +24,13 @@ QUICK_FAMILIES = ("llama", "phi3", "gemma2", "olmo2", "glm4_moe")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Every other family, and the tables of hostile input, are slow: they are the same test many times over."""
+    """Every other family, and the tables of hostile input, are slow: they are the same test many times over. So is the
+    simulated accelerator, which is compiled first."""
     for item in items:
         if item.get_closest_marker("families"):
             continue
         options = item.callspec.params if hasattr(item, "callspec") else {}
-        if "hostile" in item.path.parts or options.get("family", "llama") not in QUICK_FAMILIES:
+        if {"hostile", "accelerator"} & {*item.path.parts} or options.get("family", "llama") not in QUICK_FAMILIES:
             item.add_marker(pytest.mark.slow)
 
 

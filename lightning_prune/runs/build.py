@@ -26,7 +26,7 @@ from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.target import SIZES
 from lightning_prune.runs.config_files import check_text, with_config_files
 from lightning_prune.runs.trainer import calibration_trainer
-from lightning_prune.support.errors import UserError, first_line
+from lightning_prune.support.errors import UserError, did_you_mean, first_line
 from lightning_prune.support.progress import Progress
 
 LARGEST = 2**63 - 1
@@ -292,7 +292,8 @@ def plain(message: str, options: Sequence[str], methods: Mapping[str, Mapping[st
         start = f"unknown method '{value[:200]}'" if value else "no method is chosen"
         if "." in value and not value.startswith("lightning_prune."):
             start += f", which cannot be imported ({_import_fault(value)})"
-        return f"--model: {start}. Methods: {', '.join(methods)}; or by configuration: --config wanda."
+        guess = did_you_mean(value.rpartition(".")[2], [*methods])
+        return f"--model: {start}.{guess} Methods: {', '.join(methods)}; or by configuration: --config wanda."
     if key and (needed := re.search(r"arguments are required: ([\w, ]+)", message)):
         first = needed[1].partition(",")[0]
         return f"--{key}: {needed[1]} must be given too: --{key} NAME --{key}.{first} VALUE."

@@ -68,8 +68,8 @@ def config_file(given: str | Path, beside: Path = Path(), option: str = "--confi
     if os.path.isfile(path):  # false for a name too long to be one, where Path.is_file raises
         return path
     names = shipped_names()
-    if str(given) in names:
-        return shipped_folder() / f"{given}.yaml"
+    if (name := str(given).removesuffix(".yaml")) in names:  # also in a copy of a shipped experiment
+        return shipped_folder() / f"{name}.yaml"
     if Path(given).name == str(given) and not str(given).endswith((".yaml", ".yml", ".json")) and not exists(path):
         names = names if option == "--config" else list(shipped_methods())
         close = did_you_mean(str(given), names)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -75,7 +76,8 @@ class Memory:
         self.method, self.data = method, data
         method.trainer = trainer
         if not method.layers:
-            method.checkpoint = Checkpoint.open(method.pretrained, weights=False)
+            there = any(Path(method.pretrained).expanduser().glob("*.safetensors"))  # else the config is enough
+            method.checkpoint = Checkpoint.open(method.pretrained, weights=there)
             method.check_shapes(meta_model(method.checkpoint.config))
         samples, self.seq_len, self.eval_seq_len = data.num_samples, data.seq_len, data.eval_seq_len
         if method.needs_calibration and data.source and is_token_array(data.source):

@@ -83,7 +83,7 @@ def read_settings(
     Raises:
         UserError: no such file, an unknown key or system, a ratio outside 0 and 1, a seed that is not one.
     """
-    path = config_file(path)
+    named_as, path = path, config_file(path)
     given = {"root": root and str(root), "pretrained": pretrained, "ratios": ratios, "seeds": seeds, "targets": targets}
     overrules = {name: value for name, value in given.items() if value is not None}
     subject = f"--config: '{path}'{''.join(f' --{name}' for name in overrules)}"
@@ -107,7 +107,7 @@ def read_settings(
         if label not in (shipped := shipped_methods()):
             guess = did_you_mean(label, [*file.systems, *shipped])
             raise UserError(
-                f"--systems: no system '{label}' in '{path}', and no such method.{guess} "
+                f"--systems: no system '{label}' in '{named_as}', and no such method.{guess} "
                 f"Systems: {', '.join(file.systems)}. Methods: {', '.join(shipped)}."
             )
         file.systems[label] = str(shipped_folder() / f"{label}.yaml")

@@ -10,7 +10,7 @@ UNKNOWN = "not comparable"  # the dense perplexity is missing, and the pruned on
 # Within a family of models, halving the size costs about a tenth (Llama 13B to 7B: 12 % on WikiText-2).
 NEAR = 1.1
 BIT = 2.0  # one bit per token
-STEP = 0.01  # of ratios: further below the request is explained
+STEP = 0.005  # of ratios: further below the request is explained
 LEAST = 0.01  # nats: a share of what is lost to rounding means nothing
 LOST = 1.2  # times the dense perplexity in short windows: more context should lower it
 Rows = list[tuple[str, str]]
@@ -70,7 +70,7 @@ def verdict(metrics: dict[str, Any], name: str) -> str:
         reason = f"a KL divergence of {divergence:.2f} counts as {pruned / dense:.2f} times the dense perplexity"
     if word == UNUSABLE and _finite(unigram) and _finite(pruned):
         lost = math.log(pruned / dense) / math.log(unigram / dense)
-        reason += f", {lost:.0%} of what the dense model gains over token frequencies is lost"
+        reason += f": {lost:.0%} of its gain over token frequencies is lost"
     return f"{word} ({reason})"
 
 
@@ -122,9 +122,8 @@ def summary_table(label: str, metrics: dict[str, Any]) -> str:
     """Summary table of a run, from its ``metrics.json``."""
     parameters, ratio = metrics["parameters"], metrics["pruning_ratio"]
     requested = "" if ratio["requested"] is None or metrics.get("target") else f"requested {ratio['requested']:.4f}, "
-    # Of experts all layers lose equally much, in steps.
     far = bool(requested) and ratio["requested"] - ratio["achieved"] > STEP
-    step = ", since the next step would remove more than requested" if far else ""
+    step = ", since the next removal would exceed the request" if far else ""
     rows = [
         ("method", label),
         ("parameters", f"{parameters['dense']:,} → {parameters['pruned']:,}"),
@@ -132,7 +131,7 @@ def summary_table(label: str, metrics: dict[str, Any]) -> str:
     ]
     if target := metrics.get("target"):
         memory = target["kind"] == "memory"
-        most, reached = (size(target[key]) if memory else f"{target[key]:,}" for key in ("limit", "reached"))
+        most, reached = (both_units(target[key]) if memory else f"{target[key]:,}" for key in ("limit", "reached"))
         what = target["kind"].replace("_", " ")
         if memory:
             what = f"weights and KV cache of {target['batch']} × {target['context']:,} tokens"
@@ -192,6 +191,12 @@ def size(count: int) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
+def both_units(count: int) -> str:
+    """Bytes as MB or GB and as MiB or GiB, one of which was given."""
+    binary = f"{count / 2**30:,.2f} GiB" if count >= 1e9 else f"{count / 2**20:,.1f} MiB"
+    return f"{size(count)} ({binary})"
+
+
 def comparison_rows(metrics: dict[str, Any]) -> Rows:
     """Table rows on the distance from the dense model and on both models' continuations, from a ``metrics.json``."""
     rows = []
@@ -215,7 +220,16 @@ def comparison_rows(metrics: dict[str, Any]) -> Rows:
 def recovery_table(label: str, metrics: dict[str, Any]) -> str:
     """Summary table of a recovery, from a ``metrics.json`` with the ``recovery.json`` under ``recovery``."""
     record = metrics["recovery"]
-    return _aligned([("system", f"{label}, from {record['parent']}"), *_recovery_rows(record, metrics)], metrics)
+    rows = [("system", f"{label}, from {record['parent']}"), *_recovery_rows(record, metrics)]
+    return _aligned(
+        rows,
+        metrics
+        | {
+            "seconds": {
+                name.replace("evaluate pruned", "evaluate"): value for name, value in metrics["seconds"].items()
+            }
+        },
+    )
 
 
 def card_section(record: dict[str, Any], metrics: dict[str, Any]) -> str:

@@ -37,7 +37,7 @@ EXPERTS = ("experts_kfac_refit", "experts_taylor", "heapr", "reap_refit")
 CLOSE = ("hgsp_taylor", "hgsp_fisher", "hgsp_kfac_refit", "gisp", "slimgpt")
 # Of perplexities: attention takes another path there than on the CPU.
 TOLERANCES = {"32-true": 1e-5, "bf16-true": 2e-2, "16-true": 2e-3, "bf16-mixed": 2e-2}
-# One of each kind of pass; the others are slow.
+# One of each kind of pass.
 QUICK = ("wanda", "slimgpt", "shortgpt", "hgsp_kfac_refit", "experts_kfac_refit")
 
 
@@ -104,7 +104,6 @@ def test_it_decides_as_the_cpu(fit: Fit, system: str) -> None:
     fit.check(fit.sim(system, "model", onload="model"), system, "model")
 
 
-@pytest.mark.slow
 def test_other_commands_run_there_too(fit: Fit) -> None:
     assert fit.sim("wanda", "commands").status == 0
     run = fit.folder / "commands/wanda/version_0"
@@ -134,7 +133,6 @@ def test_other_commands_run_there_too(fit: Fit) -> None:
     assert values[0] == pytest.approx(values[1], rel=2e-2)  # Adam makes whole steps of rounding
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("system", "precision"),
     [
@@ -158,9 +156,7 @@ def test_memory_that_runs_out_in_the_middle_of_a_pass_ends_in_advice(fit: Fit, s
     assert not list((fit.folder / "full").rglob("pruned"))
 
 
-@pytest.mark.parametrize(
-    "system", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SYSTEMS]
-)
+@pytest.mark.parametrize("system", SYSTEMS)
 def test_killed_in_the_middle_of_a_pass_and_resumed_without_float64(fit: Fit, system: str) -> None:
     """One layer on a device that has no float64; above all layers on one that has."""
     kill = Kill("lightning_prune.calibration.loop:CalibrationLoop.finish", 3)

@@ -1,9 +1,11 @@
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from lightning_prune.runs.config_files import shipped_folder
 from lightning_prune.runs.settings import read_settings
 from lightning_prune.support.errors import UserError
 
@@ -53,6 +55,11 @@ def test_seed_of_the_experiment_applies_to_a_systems_own_setting_too(tmp_path: P
     assert settings.configuration("own", 0.2, 7)["data"] == {"seed": 7, "seq_len": 512}
     assert settings.configuration("own", 0.2)["data"] == {"seed": 3, "seq_len": 512}
     assert read_settings(write(tmp_path, seeds=[7]), seeds=[1, 2]).seeds == [1, 2]
+
+
+def test_a_copy_of_a_shipped_experiment_finds_the_shipped_systems(tmp_path: Path) -> None:
+    own = shutil.copy(shipped_folder() / "compare.yaml", tmp_path / "mine.yaml")
+    assert read_settings(Path(own)).systems == read_settings(Path("compare")).systems
 
 
 def test_a_system_may_change_a_file_or_be_any_method(tmp_path: Path) -> None:

@@ -81,8 +81,7 @@ def test_card_says_in_words_whether_the_model_can_be_used() -> None:
     assert verdict(metrics, "near") == "near dense (1.05 times the dense perplexity)"
     lost = math.log(125 / 5) / math.log(300 / 5)
     assert verdict(metrics, "half") == (
-        f"unusable (25.00 times the dense perplexity, {100 * lost:.0f}% of what the dense model gains over token "
-        "frequencies is lost)"
+        f"unusable (25.00 times the dense perplexity: {100 * lost:.0f}% of its gain over token frequencies is lost)"
     )
     card = evaluation_section(metrics)
     assert "| near | 1,000 | 5.000 | 5.250 | near dense (1.05 times the dense perplexity) |" in card
@@ -111,9 +110,9 @@ def test_summary_says_what_was_pruned_and_what_that_did() -> None:
     words += ["(4,242 tokens of the test split in windows of 128)", "calibrate 1.2", "3 MiB"]
     words += ["2.5 MB → 2.0 MB", "4.00 GB → 3.00 GB at 32,768 tokens", "80% of the dense model's"]
     assert [word for word in words if word not in table] == []
-    assert "the next step" not in table
+    assert "the next removal" not in table
     metrics["pruning_ratio"] = {"requested": 0.2, "achieved": 0.15}  # of experts, which are removed in steps
-    assert "achieved 0.1500, since the next step would remove more" in summary_table("reap", metrics)
+    assert "achieved 0.1500, since the next removal would exceed" in summary_table("reap", metrics)
     metrics["pruning_ratio"] = {"requested": None, "achieved": 0.1998}
     metrics["perplexity"]["wikitext2"]["pruned"] = float("inf")
     table = summary_table("shortgpt", metrics)
@@ -134,7 +133,7 @@ def test_summary_says_what_a_target_reached_and_where_long_windows_say_little() 
         "peak_memory_bytes": 1,
     }
     table = summary_table("wanda", metrics)
-    assert "at most 9.4 MB, reached 9.3 MB (weights and KV cache of 2 × 1,024 tokens)" in table
+    assert "at most 9.4 MB (9.0 MiB), reached 9.3 MB (8.9 MiB) (weights and KV cache of 2 × 1,024 tokens)" in table
     assert table.count("2.5 times worse in these longer windows") == 1
     metrics["target"] = {"kind": "active_parameters", "limit": 9, "reached": 8, "context": 1, "batch": 1}
     metrics["perplexity"]["a@8"]["dense"] = 23.9  # type: ignore[index]

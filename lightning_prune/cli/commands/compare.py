@@ -128,8 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "only these systems of the file, other methods by name, or files of your own (mine.yaml)"
     add("--systems", nargs="+", metavar="NAME", help=text)
     text = (
-        "add accuracy on tasks of the LM Evaluation Harness, each measured once per checkpoint (pip install "
-        f"'lightning-prune[eval]'). Without names: {' '.join(TASKS)}"
+        "add accuracy on tasks of the LM Evaluation Harness, each measured once per checkpoint (pip install lm-eval). "
+        f"Without names: {' '.join(TASKS)}"
     )
     add("--zero-shot", nargs="*", metavar="TASK", help=text)
     add("--include-path", type=some_path, metavar="FOLDER", help="folder with further tasks as YAML files")

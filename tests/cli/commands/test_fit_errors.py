@@ -41,7 +41,7 @@ MISTAKES = {
     "--trainer.precision 8bit": ("--trainer.precision: found 8bit", "bf16-true"),
     "--trainer.logger CSVLogger": ("--trainer.logger", "save_dir"),
     "--trainer.callbacks+=GradientAccumulationScheduler": ("scheduling",),
-    "--model Wandaa": ("unknown method 'Wandaa'", "Magnitude, ShortGPT, SlimGPT"),
+    "--model Wandaa": ("unknown method 'Wandaa'. Did you mean 'Wanda'?", "Magnitude, ShortGPT, SlimGPT"),
     "--model GroupPruning": ("'GroupPruning' is not a method", "Magnitude, ShortGPT, SlimGPT"),
     "--model nowhere.Foo": (
         "unknown method 'nowhere.Foo', which cannot be imported (No module named 'nowhere'",
@@ -51,7 +51,7 @@ MISTAKES = {
     "data: {num_sample: 3}": ("unknown option --data.num_sample.", "Did you mean --data.num_samples?"),
     "model: {init_args: {pruning_ratoi: 0.2}}": ("pruning_ratoi", "Did you mean --model.pruning_ratio?"),
     "model: {class_path: lightning_prune.methods.Wandaa}": (
-        "unknown method 'lightning_prune.methods.Wandaa'",
+        "unknown method 'lightning_prune.methods.Wandaa'. Did you mean 'Wanda'?",
         "Methods: FLAP, HGSP",
     ),
 }
