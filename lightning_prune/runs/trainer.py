@@ -61,7 +61,7 @@ def calibration_trainer(
     logger: Logger | list[Logger] | bool | None = None,
     callbacks: Callback | list[Callback] | None = None,
     enable_progress_bar: bool = True,
-    profiler: Literal["simple", "advanced", "pytorch"] | None = None,
+    profiler: Literal["simple", "advanced"] | None = None,  # pytorch's breaks on a second call of the trainer
     deterministic: bool | Literal["warn"] | None = None,
     benchmark: bool | None = None,
     detect_anomaly: bool = False,
@@ -79,7 +79,7 @@ def calibration_trainer(
             same; by default TensorBoard in the run folder.
         callbacks: Your own, or those of Lightning that only watch.
         enable_progress_bar: ``false`` prints no progress.
-        profiler: Lightning's, by name.
+        profiler: ``simple`` prints the seconds of every action of the trainer, ``advanced`` of every function in them.
         deterministic: Only deterministic algorithms.
         benchmark: Let cuDNN choose its algorithms by measuring them.
         detect_anomaly: Name the operation that made a NaN in a backward pass.
