@@ -25,7 +25,7 @@ from lightning_prune.evaluation.perplexity import Evaluation, measure
 from lightning_prune.formats.export import export
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.live import unwrapped, written
-from lightning_prune.runs.build import RunBuilder, check_one_size
+from lightning_prune.runs.build import RunBuilder, check_one_size, sizes_in, without_size
 from lightning_prune.runs.config_files import config_file, read_config
 from lightning_prune.runs.folder import FinishedRun, RunFolder
 from lightning_prune.runs.records import as_dict
@@ -164,10 +164,11 @@ def prune(
     sets = [as_dataset(one, work, f"evaluation_{number}") for number, one in enumerate(_several(evaluate_on))]
     options |= {} if pruning_ratio is None else {"pruning_ratio": pruning_ratio}
     check_one_size(options)
-    chosen = {"pretrained": pretrained, **options}
+    default = own["model"].get("init_args", {})
+    chosen = (without_size(default) if sizes_in(options) else default) | {"pretrained": pretrained, **options}
     given = {"eval_datasets": sets} | ({} if dataset is None else {"dataset": dataset})
     configuration = {
-        "model": own["model"] | {"init_args": own["model"].get("init_args", {}) | chosen},
+        "model": own["model"] | {"init_args": chosen},
         "data": own.get("data", {}) | given | dict(data or {}),
         "trainer": _trainer(precision, accelerator, verbose, folder or work / "logs", logger=None if folder else False),
     }

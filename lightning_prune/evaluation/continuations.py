@@ -1,7 +1,7 @@
 """Greedy continuations of the same prompts by a dense and a pruned model, and how they differ."""
 
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
 
@@ -26,6 +26,10 @@ class Continuations:
     new_tokens: int
     texts: list[list[int]]
     ends: frozenset[int]
+
+    def first(self, count: int) -> "Continuations":
+        """The first ``count`` of the new tokens: another model may have had positions for fewer."""
+        return replace(self, new_tokens=count, texts=[text[:count] for text in self.texts])
 
     @property
     def ended(self) -> float:

@@ -94,7 +94,7 @@ class RunBuilder(LightningCLI):
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
                 run=False,
-                args=dict(arguments) if isinstance(arguments, Mapping) else with_config_files(arguments),
+                args=dict(arguments) if isinstance(arguments, Mapping) else with_one_size(with_config_files(arguments)),
             )
         except (TypeError, ValueError) as error:  # jsonargparse's own, or what a constructor raises wrapped in one
             if (known := _user_error_in(error)) is not None:
@@ -183,6 +183,18 @@ def check_one_size(words: Iterable[str]) -> None:
     sizes = sizes_in(words)
     if len(sizes) > 1 and any(name.endswith("pruning_ratio") for name in sizes):
         raise UserError(f"{' and '.join(sizes)}: give one of them.")
+
+
+def with_one_size(words: list[str]) -> list[str]:
+    """A command line whose size takes the place of a target in its configuration files."""
+    given = [name.rpartition(".")[2] for name in sizes_in(words)]
+    files = any(word.partition("=")[0] in ("--config", "--method") for word in words)
+    return words + [f"--model.{name}=null" for name in SIZES if given and files and name not in given]
+
+
+def without_size(options: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's options without those that say how small the model gets."""
+    return {name: value for name, value in options.items() if name not in ("pruning_ratio", *SIZES, "n_remove_layers")}
 
 
 def build(label: str, configuration: Mapping[str, Any]) -> RunBuilder:

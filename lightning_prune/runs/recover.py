@@ -2,7 +2,7 @@
 
 import os
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -125,7 +125,7 @@ def _follow(run: FinishedRun, data: RecoveryDataModule) -> None:
     text: str | list[str] = "demo" if Path(run.plan.base_model).name == "demo" else "wikitext2"
     if facts := run.calibration_facts:
         text = [f"{spec(part)}:{part['share']}" for part in facts.get("parts") or ()] or spec(facts)
-    options = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8")).get("data") or {}
+    options = _data_options(run)
     sets = [item for item in run.metrics.evaluation.values() if item.long_windows_of is None]
     lengths = {item.seq_len for item in sets}  # token arrays, taken whole, may have several
     data.follow(
@@ -133,9 +133,25 @@ def _follow(run: FinishedRun, data: RecoveryDataModule) -> None:
         options.get("column"),
         [spec(as_dict(item)) for item in sets],
         lengths.pop() if len(lengths) == 1 else None,
-        options.get("bos") or "never",  # a run before the option began no window with the token
-        {name: options[name] for name in ("eval_long_seq_len", "continuations") if name in options},
+        options["bos"],
+        {name: options[name] for name in ("eval_long_seq_len", "continuations")},
     )
+
+
+def _data_options(run: FinishedRun) -> dict[str, Any]:
+    """The options of ``run`` on its text; what a recovered run left open, as it measured, with its parent's column."""
+    own = yaml.safe_load((run.path / "config.yaml").read_text(encoding="utf-8")).get("data") or {}
+    sets, written = run.metrics.evaluation.values(), run.metrics.continuations
+    measured = {
+        "bos": "always" if any(text.bos != "none" for text in (run.calibration, *sets) if text) else "never",
+        "eval_long_seq_len": max((one.seq_len for one in sets if one.long_windows_of), default=0),
+        "continuations": 0 if written is None else written.prompts,
+    }
+    if run.recovery is not None:  # its column is that of the training text
+        own.pop("column", None)
+        with suppress(UserError):  # it is not there any more
+            own["column"] = _data_options(RunFolder.open(Path(run.recovery.parent), OPTION)).get("column")
+    return measured | {name: value for name, value in own.items() if value is not None}
 
 
 def _facts(module: Recovery, data: RecoveryDataModule, config: str) -> Facts:
@@ -190,7 +206,7 @@ def _measure(
     slot = ModelSlot("auto", Seconds())
     measured = measure(measuring, data, model, which, slot, module.progress, **compare)
     slot.close()
-    module.seconds.add("evaluate pruned", slot.seconds[f"evaluate {which}"])
+    module.seconds.add(f"evaluate {'dense' if which == 'dense' else 'pruned'}", slot.seconds[f"evaluate {which}"])
     return measured
 
 

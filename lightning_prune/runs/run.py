@@ -310,15 +310,16 @@ def compared(dense: Measured, pruned: Measured, sets: Sequence[EvaluationSet]) -
     facts: dict[str, Any] = {"distance": {name: asdict(one) for name, one in pruned.distance.items()}}
     if dense.written is None or pruned.written is None:
         return facts
-    both: dict[str, Continuations] = {"dense": dense.written, "pruned": pruned.written}
+    count = min(dense.written.new_tokens, pruned.written.new_tokens)
+    both: dict[str, Continuations] = {"dense": dense.written.first(count), "pruned": pruned.written.first(count)}
     number, length = dense.written.prompts.shape
     facts["continuations"] = {
         "evaluation_set": sets[0].name,
         "prompts": number,
         "prompt_tokens": length,
-        "new_tokens": dense.written.new_tokens,
-        "common_beginning": common_beginning(dense.written, pruned.written),
+        "new_tokens": count,
+        "common_beginning": common_beginning(both["dense"], both["pruned"]),
         **{side: {"repeated_4grams": one.repeated, "ended": one.ended} for side, one in both.items()},
-        "examples": examples(dense.written, pruned.written, dense.checkpoint.tokenizer),
+        "examples": examples(both["dense"], both["pruned"], dense.checkpoint.tokenizer),
     }
     return facts

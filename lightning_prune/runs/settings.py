@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from lightning_prune.methods.target import kind_of, parse_size
+from lightning_prune.runs.build import without_size
 from lightning_prune.runs.config_files import config_file, read_config, shipped_folder, shipped_methods
 from lightning_prune.runs.folder import REPORTS, check_label
 from lightning_prune.support.errors import UserError, did_you_mean
@@ -58,7 +59,7 @@ class Settings(BaseModel):
         configuration = deepcopy(self.systems[label])
         assert isinstance(configuration, dict)  # as read_settings completes them
         option = f"target_{kind_of(size)}" if isinstance(size, str) else "pruning_ratio"
-        configuration["model"]["init_args"][option] = size
+        configuration["model"]["init_args"] = without_size(configuration["model"]["init_args"]) | {option: size}
         if seed is not None:
             configuration["data"]["seed"] = seed
         return configuration

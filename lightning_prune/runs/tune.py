@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_prune.checkpoint.scores import BLOCKS
@@ -76,7 +77,8 @@ class Tuned:
 
 def search(start: Options, axes: Axes, divergence: Callable[[Options], float], limit: int) -> Iterator[Options]:
     """Coordinate descent from ``start`` along the ``axes`` whose option it has, until a round changes nothing: yields
-    the options of every trial, each once, ``limit`` at most."""
+    the options of every trial, each once, ``limit`` at most. What ``divergence`` refuses after the first is left out.
+    """
     tried: list[Options] = []
     current, best, changed = dict(start), math.inf, True
     settings = [{}, *({name: value} for name, values in axes if name in start for value in values)]
@@ -89,7 +91,13 @@ def search(start: Options, axes: Axes, divergence: Callable[[Options], float], l
             if len(tried) == limit:
                 return
             tried.append(options)
-            value = divergence(options)
+            try:
+                value = divergence(options)
+            except UserError as error:  # a value that this model, or the ratio, does not allow
+                if best == math.inf:
+                    raise
+                rank_zero_warn(f"Left out {', '.join(f'{name} {one}' for name, one in setting.items())}: {error}")
+                continue
             yield options
             if value < best:
                 current, best, changed = options, value, True

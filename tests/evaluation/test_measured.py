@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,19 @@ def test_what_is_said_of_continuations() -> None:
     assert (right.repeated, wrote([1]).repeated) == (0.0, None)
     assert (left.ended, right.ended) == (0.5, 0.5)
     assert common_beginning(left, right) == (2 + 2) / 2
+    assert left.first(4).repeated == 0.0
+    assert left.first(4).new_tokens == 4
+
+
+def test_a_model_with_fewer_positions_is_compared_over_what_both_can_write(text: Path) -> None:
+    shutil.copytree(text / "dense", text / "few")
+    config = json.loads((text / "few/config.json").read_text())
+    (text / "few/config.json").write_text(json.dumps(config | {"max_position_embeddings": 40}))
+    assert run_test(text, f"--dense={text / 'dense'}", "--data.continuations=2", model="few") == 0
+    (file,) = (text / "logs").glob("test/version_0/metrics.json")
+    written = json.loads(file.read_text())["continuations"]
+    assert (written["new_tokens"], written["common_beginning"]) == (24, 24)  # 40 less the prompt's 16; equal weights
+    assert written["dense"] == written["pruned"]
 
 
 @pytest.fixture

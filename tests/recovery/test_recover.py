@@ -16,7 +16,7 @@ from lightning_prune.cli import main
 from lightning_prune.recovery import Recovery
 from lightning_prune.runs.folder import RunFolder
 from tests.recovery.conftest import prune
-from tests.tiny import tiny_tokens
+from tests.tiny import make_tiny, tiny_tokenizer, tiny_tokens
 
 Command = Callable[..., int]
 LABEL = {"lora": "wanda_lora", "all": "wanda_full"}
@@ -222,6 +222,29 @@ def test_a_model_without_whole_layers_keeps_its_stock_layout(tmp_path: Path, rec
     folder = tmp_path / "logs" / "shortgpt_lora" / "version_0" / "pruned"
     assert not (folder / "modeling_pruned.py").exists()
     assert shapes(folder) == shapes(short)
+
+
+def test_what_was_recovered_is_recovered_again_on_the_protocol_of_the_run_that_pruned(tmp_path: Path) -> None:
+    make_tiny().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    for number, name in enumerate(("calibration", "evaluation", "training")):
+        words = (30 + tiny_tokens(1, 600, seed=number)[0] % 66).tolist()
+        (tmp_path / f"{name}.txt").write_text(" ".join(f"w{word}" for word in words), encoding="utf-8")
+    root = ["--trainer.default_root_dir", str(tmp_path), "--trainer.logger", "false", "--trainer.accelerator", "cpu"]
+    data = [f"--data.dataset={tmp_path}/calibration.txt", f"--data.eval_datasets=[{tmp_path}/evaluation.txt]"]
+    data += ["--data.num_samples", "8", "--data.seq_len", "16", "--data.bos", "always", "--data.continuations", "2"]
+    assert main(["fit", "--config", "wanda", "--model.pretrained", f"{tmp_path}/model", *root, *data]) == 0
+    runs = [tmp_path / "wanda/version_0"]
+    for name in ("once", "twice"):
+        words = ["--model.pretrained", f"{runs[-1]}/pruned", "--model.label", name, "--trainer.max_steps", "1"]
+        text = ["--data.dataset", f"{tmp_path}/training.txt", "--data.seq_len", "16"]
+        assert main(["recover", "--config", "recover_full", *words, *text, *root]) == 0
+        runs.append(tmp_path / name / "version_0")
+    first, *others = (json.loads((run / "metrics.json").read_text()) for run in runs)
+    assert {one["bos"] for one in first["evaluation"].values()} == {"every window"}
+    for one in others:
+        assert one["evaluation"] == first["evaluation"]
+        assert one["continuations"]["prompts"] == 2
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {

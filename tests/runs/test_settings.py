@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lightning_prune.runs.build import RunBuilder
 from lightning_prune.runs.config_files import shipped_folder
 from lightning_prune.runs.settings import read_settings
 from lightning_prune.support.errors import UserError
@@ -60,6 +61,21 @@ def test_seed_of_the_experiment_applies_to_a_systems_own_setting_too(tmp_path: P
 def test_a_copy_of_a_shipped_experiment_finds_the_shipped_systems(tmp_path: Path) -> None:
     own = shutil.copy(shipped_folder() / "compare.yaml", tmp_path / "mine.yaml")
     assert read_settings(Path(own)).systems == read_settings(Path("compare")).systems
+
+
+def test_a_size_that_is_given_takes_the_place_of_that_of_a_file(tmp_path: Path) -> None:
+    size = {"target_memory": "2MB", "pruning_ratio": 0.9, "n_remove_layers": 2}
+    method = {"class_path": "lightning_prune.methods.ShortGPT", "init_args": size}
+    settings = read_settings(write(tmp_path, systems={"tuned": {"model": method}}))
+    for given, options in ((0.3, {"pruning_ratio": 0.3}), ("800K", {"target_parameters": "800K"})):
+        made = settings.configuration("tuned", given)["model"]["init_args"]
+        assert {name: value for name, value in made.items() if name in {*size, *options}} == options
+    tuned = tmp_path / "tuned.yaml"
+    method = {"class_path": "lightning_prune.methods.Wanda", "init_args": {"target_memory": "2MB"}}
+    tuned.write_text(yaml.safe_dump({"model": method}))
+    assert RunBuilder(["--config", str(tuned), "--model.pruning_ratio=0.3"]).model.target is None
+    assert RunBuilder(["--config", str(tuned), "--model.target_parameters", "800K"]).model.target.kind == "parameters"
+    assert RunBuilder(["--config", str(tuned)]).model.target.kind == "memory"
 
 
 def test_a_system_may_change_a_file_or_be_any_method(tmp_path: Path) -> None:

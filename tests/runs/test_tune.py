@@ -14,6 +14,7 @@ from lightning_prune.cli import main
 from lightning_prune.data.sampling import held_out_samples
 from lightning_prune.methods import HGSP
 from lightning_prune.runs.tune import Axes, search
+from lightning_prune.support.errors import UserError
 from tests.methods.running import save_base
 from tests.tiny import make_tiny, tiny_tokens
 
@@ -36,6 +37,20 @@ def test_search_goes_round_while_something_helps_and_tries_nothing_twice(
     found = list(search({"a": 0, "b": 0}, axes, loss, limit))
     assert min(map(loss, found)) == best
     assert len({tuple(options.items()) for options in found}) == len(found) == trials
+
+
+def test_what_is_refused_after_the_first_trial_is_left_out() -> None:
+    def loss(options: dict[str, int]) -> float:
+        if options["a"] == refused:
+            raise UserError("--model.a: not with this model")
+        return -options["a"]
+
+    refused = 1
+    with pytest.warns(UserWarning, match="Left out a 1: --model.a: not with"):
+        assert list(search({"a": 0}, (("a", (0, 1, 2)),), loss, 9)) == [{"a": 0}, {"a": 2}]
+    refused = 0
+    with pytest.raises(UserError):
+        list(search({"a": 0}, (("a", (0, 1, 2)),), loss, 9))
 
 
 @pytest.fixture

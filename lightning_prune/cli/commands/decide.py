@@ -74,13 +74,11 @@ def main(argv: list[str]) -> int:
 def _built(config: dict[str, Any], options: list[str], run: Path) -> "RunBuilder":
     """The run's configuration with the ``options`` of the command line, which may differ from it only in what the
     decision or the evaluation reads."""
-    from lightning_prune.methods.target import SIZES
-    from lightning_prune.runs.build import RunBuilder, sizes_in
+    from lightning_prune.runs.build import RunBuilder, sizes_in, without_size
 
     own = model.get("init_args") if isinstance(model := config.get("model"), dict) else None
     if isinstance(own, dict) and sizes_in(options):  # in place of the size of the run
-        others = {name: value for name, value in own.items() if name not in (*SIZES, "n_remove_layers")}
-        config = config | {"model": config["model"] | {"init_args": others}}
+        config = config | {"model": config["model"] | {"init_args": without_size(own)}}
     # A run that was made silently, or by compare, says so in its configuration.
     trainer = {name: value for name, value in (config.get("trainer") or {}).items() if name != "enable_progress_bar"}
     with tempfile.TemporaryDirectory() as folder:
