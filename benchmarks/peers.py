@@ -125,7 +125,7 @@ def ours(job: Job) -> Outcome:
             for block, name in ((Block.ATTENTION, "attention"), (Block.MLP, "mlp")):
                 flags = removed[f"{plan.layer}.{name}"]
                 flags[:] = True
-                flags[plan.kept(block)] = False
+                flags[plan.kept[block]] = False
     return Outcome(pruned, removed, pruned.plan.achieved_ratio)
 
 

@@ -11,7 +11,8 @@ import torch
 
 import lightning_prune as lp
 from benchmarks import peers
-from tests.tiny import make_tiny
+from lightning_prune.models.vocabulary import Block
+from tests.tiny import make_tiny, tiny_tokens
 
 
 def test_agreement_counts_what_both_removed() -> None:
@@ -37,6 +38,22 @@ def test_distance_is_kl_from_the_dense_model_and_the_perplexity_of_evaluate(tmp_
     assert divergence == pytest.approx(float(expected), rel=1e-4)
     assert perplexity == pytest.approx(next(iter(lp.evaluate(pruned, [windows], verbose=False).values())), rel=1e-5)
     assert np.isnan(peers.distance(None, pruned, windows)[1])
+
+
+@pytest.mark.slow  # a process of its own
+def test_ours_says_which_units_its_plan_removed(tmp_path: Path) -> None:
+    make_tiny(hidden=32, channels=48).save_pretrained(tmp_path / "model")
+    np.save(tmp_path / "calibration.npy", tiny_tokens(8, 16).numpy())
+    out, model = str(tmp_path / "out"), str(tmp_path / "model")
+    job = peers.Job("ours", out, model, str(tmp_path), 0.3, method="wanda", measure=False)
+    result = peers.run(job)
+    assert result is not None, (tmp_path / "out/log.txt").read_text()
+    plan = lp.prune(model, "wanda", 0.3, tmp_path / "calibration.npy", verbose=False, accelerator="cpu").plan
+    assert result["achieved"] == plan.achieved_ratio
+    with np.load(tmp_path / "out/removed.npz") as removed:
+        for layer in plan.layers:
+            kept = np.flatnonzero(~removed[f"{layer.layer}.mlp"]).tolist()
+            assert kept == layer.kept[Block.MLP]
 
 
 def test_zero_columns_stand_for_removed_units_and_cost_what_they_hold() -> None:
