@@ -18,9 +18,10 @@ from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.comparison import accuracy, costs
 from lightning_prune.comparison.audit import audit
 from lightning_prune.comparison.records import Run, load_run
-from lightning_prune.comparison.repeats import repeats
+from lightning_prune.comparison.repeats import by_size, repeats
 from lightning_prune.comparison.zero_shot import ZeroShot
 from lightning_prune.data.in_memory import as_dataset, calibration_set
+from lightning_prune.data.tokenization import load_tokenizer
 from lightning_prune.evaluation.perplexity import Evaluation, measure
 from lightning_prune.formats.export import export
 from lightning_prune.models.checkpoint import Checkpoint
@@ -137,7 +138,8 @@ def prune(
         folder: root of run folders, which are kept; None keeps the run as long as the result lives.
         precision: of the trainer; by default ``32-true``, for a loaded model in half precision its own.
         accelerator: of the trainer.
-        tokenizer: of a loaded model; needed where texts are read, and saved with the checkpoint.
+        tokenizer: of a loaded model, or its folder or hub id; needed where texts are read, and saved with the
+            checkpoint.
         inplace: turn the loaded ``model`` itself into the pruned one.
         verbose: show progress.
         data: further options of the calibration set (``seq_len``, ``batch_size``, …).
@@ -158,7 +160,7 @@ def prune(
     own = read_config(config_file(method, option="method"), "method")
     pretrained = str(model)
     if isinstance(model, PreTrainedModel):
-        pretrained = written(model, work / "dense", tokenizer)
+        pretrained = written(model, work / "dense", load_tokenizer(tokenizer))
         precision = precision or HALF.get(model.dtype)
     dataset = as_dataset(calibration, work, "calibration")
     sets = [as_dataset(one, work, f"evaluation_{number}") for number, one in enumerate(_several(evaluate_on))]
@@ -186,7 +188,7 @@ def evaluate(
     model: str | Path | PreTrainedModel | PrunedModel,
     on: Sequence[Any],
     *,
-    seq_len: int = 128,
+    seq_len: int | None = None,
     bos: str = "auto",
     precision: str = "32-true",
     accelerator: str = "auto",
@@ -200,7 +202,7 @@ def evaluate(
     Args:
         model: folder, hub id, loaded causal LM, or what ``prune`` returned.
         on: corpora, files, or token ids ``[N, L]``.
-        seq_len: tokens per window of texts.
+        seq_len: tokens per window of texts, by default 128; token ids are measured in rows of their own length.
         bos: whether they begin with the beginning-of-sequence token, as ``--data.bos``.
         precision: of the trainer.
         accelerator: of the trainer.
@@ -221,16 +223,15 @@ def evaluate(
         if isinstance(other, PreTrainedModel):
             other = written(other, Path(work) / "dense")
         sets = [as_dataset(one, Path(work), f"set_{number}") for number, one in enumerate(on)]
-        windows = {} if any(not isinstance(one, str | Path) for one in on) else {"eval_seq_len": seq_len}
         configuration = {
             "model": {"pretrained": str(source)},
-            "data": {"eval_datasets": sets, "bos": bos, "continuations": 0, **windows},
+            "data": {"eval_datasets": sets, "eval_seq_len": seq_len, "bos": bos, "continuations": 0},
             "trainer": _trainer(precision, accelerator, verbose, work, logger=False),
         }
         built = RunBuilder(configuration, Evaluation, "test")
         built.model.check_model()
         reference = None if other is None else built.model.check_dense(str(other))
-        built.datamodule.needs_calibration = False
+        built.datamodule.needs_calibration = built.datamodule.cuts_eval_arrays = False
         built.datamodule.setup("test")
         dense, model, data = None, built.model, built.datamodule
         with closing(model.progress):
@@ -257,7 +258,8 @@ def compare(
     folder: str | Path | None = None,
     verbose: bool = True,
 ) -> pd.DataFrame:
-    """One row per system and ratio, best first within a ratio: what ``lightning-prune compare --runs`` shows.
+    """One row per system and size, best first within a size: what ``lightning-prune compare --runs`` shows. The size is
+    ``ratio``, or ``target`` where memory or active parameters were requested; ``ratio`` is then the achieved one.
 
     Runs that differ in nothing but the seed of their calibration samples are one row with mean, sample standard
     deviation (``deviation …``) and number (``n``), where every system had the same seeds. ``KL …``, ``top-1 …`` and
@@ -287,9 +289,10 @@ def compare(
             loaded = tasks.measure(loaded)
     result = audit(loaded)
     lines = [line for group in result.groups for line in repeats(group.all)]
-    rows = []
+    rows, place = [], {size: number for number, size in enumerate(by_size(lines))}
     for line in lines:
         row: dict[str, Any] = {"system": line.first.label, "ratio": line.first.requested, "achieved": line.achieved}
+        row |= {"target": line.first.target} if any(run.target for run in loaded) else {}
         row |= {f"perplexity {name}": line.perplexity(name).mean for name in line.sets}
         row |= {
             f"{key} {name}": line.distance(name, field).mean
@@ -303,7 +306,8 @@ def compare(
         rows.append(row | {"calibrate s": line.average(costs.calibration), "prune s": line.average(costs.pruning)})
     table = pd.DataFrame(rows)
     quality = [name for name in table.columns if name.startswith("perplexity ")]
-    table = table.sort_values(["ratio", *quality[:1]], ignore_index=True)
+    order = table.assign(size=[place[line.size] for line in lines]).sort_values(["size", *quality[:1]]).index
+    table = table.loc[order].reset_index(drop=True)
     table.attrs["differences"] = [str(one) for one in result.differences]
     if zero_shot:
         table.attrs["dense"] = {run.metrics.method.base_model: _accuracies([run], loaded, dense=True) for run in loaded}

@@ -10,7 +10,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForSequenceClassification, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification, PreTrainedModel
 
 import lightning_prune as lp
 from lightning_prune.cli import main
@@ -154,6 +154,35 @@ def test_evaluate_and_compare_give_the_numbers_of_the_run(
     assert list(table[quality]) == sorted(pruned for run in runs for _, pruned in run.perplexity.values())
     assert "<table" in table._repr_html_()
     assert "parameters" in repr(runs[0])
+
+
+def test_windows_of_texts_have_their_length_and_token_ids_keep_theirs(base: str, tmp_path: Path) -> None:
+    text, array, ids = tmp_path / "text.txt", tmp_path / "ids.npy", tiny_tokens(6, 16, seed=1)
+    text.write_text(" ".join(f"w{2 + (7 * i * i + i) % 90}" for i in range(500)))
+    np.save(array, ids.numpy())
+    every = {seq_len: lp.evaluate(base, [text, array, ids], seq_len=seq_len, **CPU) for seq_len in (None, 128, 32)}
+    assert every[None] == every[128] == lp.evaluate(base, text, **CPU) | every[128]
+    assert every[32]["text.txt"] != every[128]["text.txt"]
+    assert every[32] == lp.evaluate(base, text, seq_len=32, **CPU) | lp.evaluate(base, array, **CPU) | {
+        "set_2.npy": every[32]["ids.npy"]
+    }
+
+
+def test_the_tokenizer_of_a_loaded_model_may_be_a_folder(base: str, tmp_path: Path) -> None:
+    pruned = lp.prune(make_tiny(layers=3), "magnitude", 0.25, tokenizer=base, **CPU)
+    saved = AutoTokenizer.from_pretrained(pruned.folder / "pruned")
+    assert saved.get_vocab() == tiny_tokenizer().get_vocab()
+    with pytest.raises(lp.UserError, match=f"no usable tokenizer in '{tmp_path}'"):
+        lp.prune(make_tiny(layers=3), "magnitude", 0.25, tokenizer=str(tmp_path), **CPU)
+
+
+def test_runs_of_one_target_are_together_the_best_first(tmp_path: Path) -> None:
+    target = {"kind": "memory", "limit": 6 * 2**30, "reached": 1, "context": 8192, "batch": 1}
+    known = (("a", 0.26, 12.0), ("b", 0.25, 13.0))
+    runs = [write_run(tmp_path, name, None, one, perplexity=ppl, target=target) for name, one, ppl in known]
+    table = lp.compare([*runs, write_run(tmp_path, "c", 0.2, perplexity=14.0)])
+    assert list(table["system"]) == ["c", "a", "b"]
+    assert list(table["target"].fillna("")) == ["", "6GiB", "6GiB"]
 
 
 def test_seeds_of_the_calibration_are_one_row_with_their_deviation(tmp_path: Path) -> None:

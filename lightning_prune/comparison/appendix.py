@@ -33,8 +33,7 @@ def appendix(audit: Audit) -> str:
     parts.append(Section("Evaluation", [MEASURED, LEGEND], [("", _table(sets))] if sets else []))
     for label, runs in by_value({run: run.label for run in audit.runs}).items():
         columns = {
-            f"{run.requested:g} ({run.folder.name})": as_dict(run.details) | {"achieved ratio": run.achieved}
-            for run in runs
+            f"{run.size} ({run.folder.name})": as_dict(run.details) | {"achieved ratio": run.achieved} for run in runs
         }
         parts.append(Section(f"Parameters of {label}", tables=[("", _table(columns))]))
     machines = {run: run.environment.model_dump(exclude={"command"}) for run in audit.runs}

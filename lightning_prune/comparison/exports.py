@@ -41,10 +41,9 @@ def results_csv(audit: Audit, failures: Sequence[Failure]) -> str:
         for run in sorted(group.all, key=lambda run: run.requested):
             row = {"table": index, "status": "finished"}
             rows += [row | _facts(run, lines[run], name, run in group.runs) for name in run.sets or ("",)]
-    rows += [
-        {"status": "failed", "system": one.label, "requested_ratio": one.requested, "message": one.message}
-        for one in failures
-    ]
+    for one in failures:
+        size = "target" if isinstance(one.requested, str) else "requested_ratio"
+        rows.append({"status": "failed", "system": one.label, size: one.requested, "message": one.message})
     return csv_text(rows)
 
 
@@ -56,7 +55,8 @@ def _facts(run: Run, line: Repeats, name: str, reached: bool) -> dict[str, Any]:
     return {
         "system": run.label,
         "method": method.name,
-        "requested_ratio": run.requested,
+        "requested_ratio": run.metrics.pruning_ratio.requested,
+        "target": run.target,
         "achieved_ratio": run.achieved,
         "ratio_reached": int(reached),
         "evaluation_set": name,
@@ -103,11 +103,14 @@ def accuracy_csv(audit: Audit) -> str:
     for index, group in enumerate(audit.groups, start=1):
         measured = [(run, run.accuracy) for run in group.all if run.accuracy is not None]
         models: list[tuple[Any, ...]] = [
-            ("dense", 0, one.dense, one.harness, run.metrics.method.base_model) for run, one in measured[:1]
+            ("dense", 0, None, one.dense, one.harness, run.metrics.method.base_model) for run, one in measured[:1]
         ]
-        models += [(run.label, run.requested, one.pruned, one.harness, run.folder) for run, one in measured]
-        for label, ratio, tasks, harness, where in models:
-            row = {"table": index, "system": label, "requested_ratio": ratio}
+        models += [
+            (run.label, run.metrics.pruning_ratio.requested, run.target, one.pruned, one.harness, run.folder)
+            for run, one in measured
+        ]
+        for label, ratio, target, tasks, harness, where in models:
+            row = {"table": index, "system": label, "requested_ratio": ratio, "target": target}
             rows += [
                 row | {"task": task, "metric": metric} | asdict(score) | {"harness": harness, "folder": where}
                 for task, metrics in tasks.items()

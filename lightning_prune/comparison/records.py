@@ -1,7 +1,9 @@
 """One finished run and its accuracy on tasks, as every part of the comparison uses them."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,11 @@ from lightning_prune.runs.config_files import read_config
 from lightning_prune.runs.folder import RunFolder
 from lightning_prune.runs.records import Calibration, Environment, MethodDetails, Recovered, RunMetrics
 from lightning_prune.runs.verdict import verdict_word
+
+COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+BYTES = {"B": 1} | {
+    f"{one}{i}B": base**power for i, base in (("", 1000), ("i", 1024)) for power, one in enumerate("KMGT", 1)
+}
 
 
 @dataclass(frozen=True)
@@ -55,15 +62,24 @@ class Run:
 
     @property
     def requested(self) -> float:
-        """The pruning ratio requested; the achieved one where a number of layers was requested."""
+        """The pruning ratio requested; the achieved one where memory, active parameters or layers were requested."""
         requested = self.metrics.pruning_ratio.requested
         return self.achieved if requested is None else requested
 
     @property
     def size(self) -> str:
-        """The requested size, as tables show it: a ratio, or memory."""
-        memory = str(self.options.get("target_memory") or "")
-        return (memory if memory[-1:].isalpha() else f"{memory} B") if memory else f"{self.requested:g}"
+        """The requested size, as tables show it: a ratio (also of a number of parameters), memory, or active
+        parameters."""
+        target = self.metrics.target
+        return f"{self.requested:g}" if target is None or target.kind == "parameters" else str(self.target)
+
+    @property
+    def target(self) -> str | None:
+        """The size requested in place of a ratio: ``4.5B`` (parameters), ``800M active``, ``6GiB``; None for none."""
+        if (target := self.metrics.target) is None:
+            return None
+        text = shortest(target.limit, BYTES if target.kind == "memory" else COUNTS)
+        return f"{text} active" if target.kind == "active_parameters" else text
 
     @property
     def seed(self) -> int | None:
@@ -97,6 +113,16 @@ class Run:
         """The word for ``perplexity`` and ``divergence`` on one evaluation set."""
         unigram = self.metrics.evaluation[name].unigram_perplexity
         return verdict_word(perplexity, self.dense(name), unigram, divergence)
+
+
+def shortest(number: int, units: Mapping[str, int]) -> str:
+    """The shortest text that says exactly ``number`` in one of the ``units``, whose first is 1."""
+    texts = [f"{number}{next(iter(units))}"]
+    for name, unit in units.items():
+        text = f"{number / unit:.12g}"
+        if "e" not in text and Fraction(text) * unit == number:
+            texts.append(text + name)
+    return min(texts, key=len)
 
 
 def load_run(folder: Path) -> Run:

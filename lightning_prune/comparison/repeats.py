@@ -132,5 +132,5 @@ def in_order(lines: Sequence[Repeats]) -> list[Repeats]:
 
 
 def percent(size: str) -> str:
-    """A ratio in percent, memory as it is."""
+    """A ratio in percent, a target as it is."""
     return size if size[-1].isalpha() else f"{float(size) * 100:g} %"

@@ -81,7 +81,10 @@ def sections(audit: Audit, failures: Sequence[Failure]) -> list[Section]:
     if half := precision_rows(runs):
         text = f"Runs and the run in {FULL} with the same method, options, ratio, base model and calibration tokens."
         rows = [
-            {key.replace("_", " "): f"{value:.4g}" if isinstance(value, float) else value for key, value in row.items()}
+            {
+                key.replace("_", " "): f"{value:.4g}" if isinstance(value, float) else "–" if value is None else value
+                for key, value in row.items()
+            }
             for row in half
         ]
         parts.append(Section("Precision", [text], [("", table(rows).drop(columns=["folder", "folder 32 true"]))]))

@@ -50,7 +50,7 @@ def precision_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
         return repr((method.name, decision(run), run.size, base, tokens))
 
     full = {key(run): run for run in reversed(runs) if run.environment.precision == FULL}  # the first one is kept
-    rows = []
+    rows, targets = [], any(run.target for run in runs)
     for run in sorted(runs, key=lambda run: run.requested):
         other = full.get(key(run))
         if other is None or run.environment.precision == FULL or len(run.units.kept) != len(other.units.kept):
@@ -60,7 +60,8 @@ def precision_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
             rows.append(
                 {
                     "system": run.label,
-                    "requested_ratio": run.requested,
+                    "requested_ratio": run.metrics.pruning_ratio.requested,
+                    **({"target": run.target} if targets else {}),
                     "precision": run.environment.precision,
                     "units": len(left),
                     "decided_differently": int(np.sum(left != right)),

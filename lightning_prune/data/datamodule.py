@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_prune.data import mixtures
 from lightning_prune.data.calibration import CalibrationManifest, CalibrationSet, EvaluationSet, fingerprint, same_text
-from lightning_prune.data.corpora import calibration_split, held_out_split, split_spec
+from lightning_prune.data.corpora import NAMES, calibration_split, held_out_split, split_spec
+from lightning_prune.data.local_files import has_columns, is_local
 from lightning_prune.data.rows import NoSuchColumn
 from lightning_prune.data.sampling import aligned_windows, draw_windows
 from lightning_prune.data.streams import StreamReader, default_cache_dir
@@ -115,6 +116,7 @@ class CalibrationDataModule(LightningDataModule):
         self.sampling, self.stride, self.seed = sampling, stride, seed
         self.tokenizer = tokenizer
         self.needs_calibration = True  # False before ``setup``: the calibration corpus is never opened
+        self.cuts_eval_arrays = True  # False before ``setup``: their rows are whole, whatever ``eval_seq_len`` is
         self.eval_batches_per_step = 1  # more where a model is brought in layer by layer for every step
         self._calibration: CalibrationSet | None = None
         self._evaluation: list[EvaluationSet] | None = None
@@ -196,6 +198,7 @@ class CalibrationDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Build what the stage needs, once: calibration for ``fit`` or None, evaluation sets for every stage."""
         if self._calibration is None and self.needs_calibration and stage in (None, "fit"):
+            self._check_column()
             tokens, facts = self._calibration_windows(self.num_samples)
             facts |= {"num_samples": len(tokens), "seq_len": tokens.shape[1], "fingerprint": fingerprint(tokens)}
             self._calibration = CalibrationSet(tokens, CalibrationManifest(**facts))
@@ -235,6 +238,17 @@ class CalibrationDataModule(LightningDataModule):
                     f"{name} has windows of {tokens.shape[1]} tokens (--data.{length_option}), but the model has "
                     f"{max_positions} positions. Lower --data.{length_option}."
                 )
+
+    def _check_column(self) -> None:
+        """Raise UserError for a column where nothing that is read has one; what is missing is refused by its reader."""
+        specs = [*([part.spec for part in self.parts] or [self.source]), *(self.eval_datasets or ())]
+        names = [split_spec(from_home(spec, "--data.eval_datasets"))[0] for spec in specs]
+        read = (name not in NAMES and (not is_local(name) or has_columns(name)) for name in names)
+        if self.column is not None and not any(read):
+            raise UserError(
+                f"--data.column {self.column} has no meaning for {', '.join(names)}: it is for tables (.jsonl, .csv, "
+                ".parquet, …), not for text, token arrays and named datasets. Leave it out."
+            )
 
     def _calibration_windows(self, num_samples: int | None) -> tuple[Tensor, dict[str, Any]]:
         """Windows ``[N, L]``, None for all of a text, and what the manifest says of where they came from."""
@@ -310,7 +324,8 @@ class CalibrationDataModule(LightningDataModule):
         """Yield the evaluation set, and the same text in long windows if it is long enough."""
         dataset, split = split_spec(spec)
         if is_token_array(dataset):
-            yield EvaluationSet.of(name, *first_part(dataset, split, None, self._requested_eval_length, "eval_seq_len"))
+            cut = self._requested_eval_length if self.cuts_eval_arrays else None
+            yield EvaluationSet.of(name, *first_part(dataset, split, None, cut, "eval_seq_len"))
             return
         split = split or held_out_split(dataset) or "all"
         try:

@@ -28,14 +28,18 @@ CANDIDATES = 32  # white-space positions tried before the rest is taken in one p
 
 
 def load_tokenizer(source: Any) -> Any:
-    """The tokenizer of a model folder or hub id (UserError where there is none); ``demo`` is the embedded model's; a
-    tokenizer is returned as it is."""
+    """The tokenizer of a model folder or hub id (UserError where there is none, or one without words); ``demo`` is the
+    embedded model's; a tokenizer is returned as it is."""
     if not isinstance(source, str | Path):
         return source
     try:
         with quiet_transformers():
             folder = demo_model_path() if source == "demo" else from_home(str(source), "--data.tokenizer")
-            return AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        # For some families transformers makes one of special tokens alone where the folder has no files of one.
+        if tokenizer.get_vocab().keys() <= {*tokenizer.all_special_tokens}:
+            raise ValueError("its vocabulary has no tokens but special ones")
+        return tokenizer
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, … for one and the same mistake
         raise UserError(
             f"no usable tokenizer in '{source}' ({first_line(error)}), and a text dataset needs one. Add the tokenizer "

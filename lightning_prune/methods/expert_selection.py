@@ -105,17 +105,29 @@ def select_experts(
     if beyond:
         table.score[0] = -np.inf
     count = int(bundle.max()) + 1
-    candidates = np.arange(count) < count - 1  # the last bundle is kept
-    chosen = select_global(table, np.concatenate([candidates, free[others]]), budget)
+    # The last bundle is kept.
+    candidates = np.concatenate([np.arange(count) < count - 1, free[others]])
+    chosen = select_global(table, candidates, budget)
     pruned[others] |= chosen[count:]
     pruned[experts] |= chosen[bundle[experts]]
     if not pruned.any():
-        smallest = int(table.cost[:1].sum()) / budget.total_parameters
+        smallest = _enough(int(table.cost[:1].sum()), int(table.cost[candidates].sum()), budget)
         raise TooLittle(
             f"--model.pruning_ratio: {float(budget.pruning_ratio):g} is less than the smallest step: one unit of every "
-            f"layer's experts is {smallest:.4f} of all parameters. Give at least that."
+            f"layer's experts is {smallest} of all parameters. Give at least that."
         )
     return pruned
+
+
+def _enough(smallest: int, largest: int, budget: Budget) -> str:
+    """The ratio that removes ``smallest`` parameters, rounded up: to four digits, or to more where these are beyond the
+    ``largest`` number that can be removed."""
+    total = budget.total_parameters
+    for digits in range(4, 14):
+        share = -(-(smallest - budget.added) * 10**digits // total)
+        if share * total // 10**digits + budget.added <= largest:
+            break
+    return f"{share / 10**digits:.{digits}f}"
 
 
 def _bundles(scores: Scores, free: Flags, groups: int, keep: int, multiple: int) -> Integers:

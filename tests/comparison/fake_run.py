@@ -31,7 +31,7 @@ LAYERS, HEADS, CHANNELS = 4, 2, 6
 def write_run(
     root: Path,
     label: str = "wanda",
-    ratio: float = 0.2,
+    ratio: float | None = 0.2,
     achieved: float | None = None,
     perplexity: float | None = 12.5,
     calibration: dict[str, Any] | None = None,
@@ -47,12 +47,13 @@ def write_run(
     seconds: dict[str, float] | None = None,
     method: dict[str, Any] | None = None,
     details: dict[str, Any] | None = None,
+    target: dict[str, Any] | None = None,
 ) -> Path:
     """Write the system's next folder; ``calibration``, ``evaluation``, ``environment``, ``method`` and ``details``
-    replace single facts, ``seed`` is of the scores."""
+    replace single facts, ``seed`` is of the scores. Without a ``ratio`` there is one ``achieved``."""
     folder = root / label / f"version_{len(list((root / label).glob('version_*')))}"
     folder.mkdir(parents=True)
-    achieved = ratio if achieved is None else achieved
+    achieved = achieved or ratio or 0.0
     metrics = {
         "perplexity": {"demo": {"dense": 10.0, "pruned": perplexity, "tokens": 1270}},
         "evaluation": {"demo": EVALUATION | (evaluation or {})},
@@ -63,6 +64,8 @@ def write_run(
         "method": {"name": label, "label": label, "base_model": base_model, "base_model_sha256": weights}
         | (method or {}),
     }
+    if target is not None:
+        metrics["target"] = target
     if distance is not None:
         long = EVALUATION | {"seq_len": 512, "long_windows_of": "demo"}
         metrics["perplexity"]["demo@512"] = {"dense": 10.0, "pruned": 15.0, "tokens": 1000}  # type: ignore[index]
@@ -73,7 +76,7 @@ def write_run(
     _json(folder / "environment.json", ENVIRONMENT | (environment or {}))
     details = {"tau": 0.125, "prior": {"delta": {"layer": [1.0]}}} | (details or {})
     _json(folder / "method.json", {"method": label, "label": label} | details)
-    kept = _scores(folder / "scores.csv", ratio, whole_layers, seed)
+    kept = _scores(folder / "scores.csv", ratio or achieved, whole_layers, seed)
     parameters: dict[str, int] = metrics["parameters"]  # type: ignore[assignment]
     PruningPlan(label, ratio, achieved, parameters, None, base_model, kept).save(folder / "plan.json")
     (folder / "config.yaml").write_text("model: {}\n", encoding="utf-8")

@@ -1,13 +1,16 @@
+import csv
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from lightning_prune.comparison.appendix import appendix
 from lightning_prune.comparison.audit import audit
-from lightning_prune.comparison.exports import latex
-from lightning_prune.comparison.repeats import repeats
+from lightning_prune.comparison.exports import latex, results_csv
+from lightning_prune.comparison.repeats import by_size, repeats
 from lightning_prune.comparison.sections import leaders, sections
 from lightning_prune.comparison.tables import distances, evaluation_sets, results
+from lightning_prune.runs.records import Failure
 from tests.comparison.fake_run import make_run, seeded
 
 
@@ -119,6 +122,32 @@ def test_runs_of_earlier_versions_are_in_the_table_with_gaps(tmp_path: Path) -> 
     assert more is not None
     assert list(more.set_index("system").loc["new"])[1:3] == ["87.5 %", "75.0 %"]
     assert distances(repeats([old]), audit([old]).groups[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit", "target", "shown"),
+    [
+        ("memory", 6 * 2**30, "6GiB", "6GiB"),
+        ("memory", 1536 * 2**20, "1.5GiB", "1.5GiB"),
+        ("memory", 80 * 10**9, "80GB", "80GB"),
+        ("memory", 100_001, "100001B", "100001B"),
+        ("active_parameters", 800_000_000, "800M active", "800M active"),
+        ("parameters", 4_500_000_000, "4.5B", "0.25"),
+        ("parameters", 2**62 + 1, str(2**62 + 1), "0.25"),
+    ],
+)
+def test_systems_of_one_target_share_a_line_of_their_size(
+    tmp_path: Path, kind: str, limit: int, target: str, shown: str
+) -> None:
+    facts = {"kind": kind, "limit": limit, "reached": limit, "context": 8192, "batch": 1}
+    ratio = 0.25 if kind == "parameters" else None
+    result = audit([make_run(tmp_path, name, ratio, one, target=facts) for name, one in (("a", 0.25), ("b", 0.24))])
+    assert list(by_size(repeats(result.runs))) == [shown]
+    failures = [Failure("c", "7GiB", "broken"), Failure("c", 0.3, "broken")]
+    rows = list(csv.DictReader(results_csv(result, failures).splitlines()))
+    assert [row["target"] for row in rows] == [target, target, "7GiB", ""]
+    assert [row["requested_ratio"] for row in rows] == [*[str(ratio or "")] * 2, "", "0.3"]
+    assert f"{shown} (version_0)" in appendix(result)
 
 
 def test_latex_has_the_divergence_where_it_was_measured(tmp_path: Path) -> None:

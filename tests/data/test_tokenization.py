@@ -1,5 +1,6 @@
 """Text to tokens, and the streams that are kept between runs."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,10 @@ def test_a_damaged_cache_entry_is_written_again_and_an_unwritable_cache_is_not_f
     assert len(tokenised) == 2 + 4
 
 
-def test_a_model_folder_without_tokenizer_offers_a_token_array(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "cohere", "gemma2", "phi"])
+def test_a_model_folder_without_tokenizer_offers_a_token_array(model_type: str, tmp_path: Path) -> None:
+    """Also where transformers makes one of special tokens alone, as of all of these but llama."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(UserError) as error:
         load_tokenizer(str(tmp_path))
     for word in (str(tmp_path), "tokenizer.json", "token array", "--data.tokenizer", "--data.dataset"):

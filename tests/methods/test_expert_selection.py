@@ -57,13 +57,23 @@ def test_every_group_loses_its_lowest_units_equally_many_and_never_too_many(
     free = np.ones(len(scores.cost), dtype=bool)
     options: dict[str, Any] = {"allocation": "global", "groups": GROUPS, "keep": 2, "multiple": multiple}
     if not each:
-        with pytest.raises(UserError, match=r"smallest step: .* is 0\.3333 of all"):
+        with pytest.raises(UserError, match=r"smallest step: .* is 0\.3334 of all"):
             select_experts(scores, free, budget_of(scores, ratio), **options)
+        assert select_experts(scores, free, budget_of(scores, 0.3334), **options).any()
         return
     pruned = select_experts(scores, free, budget_of(scores, ratio), **options)
     for rows in by_group(scores).values():
         lowest = sorted(rows, key=lambda row: scores.score[row])[:each]
         assert set(np.flatnonzero(pruned)) & set(rows) == set(lowest)
+
+
+@pytest.mark.parametrize(("cost", "step"), [(10, "0.3334"), (1000, "0.333334")])
+def test_the_ratio_of_the_only_step_is_enough_and_not_too_much(cost: int, step: str) -> None:
+    scores, free = table(Block.EXPERT, cost=cost), np.ones(GROUPS * LAYERS * 24, dtype=bool)
+    options: dict[str, Any] = {"allocation": "global", "groups": GROUPS, "keep": 16, "multiple": 8}
+    with pytest.raises(UserError, match=rf"smallest step: .* is {step} of all .* Give at least that"):
+        select_experts(scores, free, budget_of(scores, 0.2), **options)
+    assert select_experts(scores, free, budget_of(scores, float(step)), **options).sum() == GROUPS * LAYERS * 8
 
 
 def test_what_must_be_kept_is_kept_and_more_is_refused() -> None:

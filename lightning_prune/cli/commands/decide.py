@@ -46,8 +46,8 @@ def main(argv: list[str]) -> int:
     cli = _built(config, options, run.path)
     if not cli.model.reusable:
         raise UserError(
-            f"--run: method '{cli.model.method}' of '{run.path}' cannot decide again from its scores: it changes "
-            "weights while it measures, or prunes single weights, which the table does not list. Run fit again."
+            f"--run: '{run.metrics.method.label}' of '{run.path}' cannot decide again from its scores: "
+            f"{_why_not(cli.model)}. Run fit again."
         )
     if run.metrics.method.base_model_sha256 not in (None, cli.model.checkpoint.fingerprint):
         raise UserError(
@@ -100,6 +100,15 @@ def _built(config: dict[str, Any], options: list[str], run: Path) -> "RunBuilder
                 f"{', '.join(f'--{option}' for option in allowed)}, and --trainer options but precision."
             )
     return cli
+
+
+def _why_not(model: Any) -> str:
+    """Why the scores of a run do not decide again."""
+    if model.steps > 1:
+        return f"it pruned in {model.steps} steps, and the table has what the last one measured on a pruned model"
+    if getattr(model, "structure", "group") != "group":
+        return "it zeroed single weights, which the table does not list"
+    return "it changed weights while it measured"
 
 
 def _options(parsed: Any) -> dict[str, Any]:

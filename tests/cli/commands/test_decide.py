@@ -136,3 +136,22 @@ def test_priors_that_were_not_measured_are_refused(fitted: Fit, tmp_path: Path) 
     with pytest.raises(UserError, match=r"--model.tau: .* measured no block priors"):
         decided(fitted("HGSP", "--model.tau=.inf"), tmp_path, "--model.tau=0.1")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "why"),
+    [
+        (
+            "HGSP",
+            ["--model.steps=2", "--model.label=mine"],
+            "'mine' of .* it pruned in 2 steps, and the table has what",
+        ),
+        ("Wanda", ["--model.structure=2:4"], "'wanda' of .* it zeroed single weights, which"),
+        ("SlimGPT", [], "'slimgpt' of .* it changed weights while"),
+    ],
+)
+def test_a_run_that_cannot_decide_again_says_why(
+    fitted: Fit, tmp_path: Path, method: str, options: list[str], why: str
+) -> None:
+    with pytest.raises(UserError, match=f"{why}.*Run fit again"):
+        decided(fitted(method, *options), tmp_path)
