@@ -45,7 +45,7 @@ def apply(plan: PruningPlan | str | Path, model: str | Path, output: str | Path,
         raise UserError(f"--plan: found dtype '{plan.dtype}', in which no checkpoint is written. Allowed: {allowed}.")
     # Everything that can be wrong is noticed before the weights are read.
     opened = Checkpoint.open(str(model))
-    opened.check()
+    opened.check(plan.keep == "whole")
     if (count := count_parameters(opened.meta)) != plan.parameters["dense"]:
         raise UserError(
             f"--model: '{model}' has {count:,} parameters, the plan was made for a model with "

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -46,7 +46,8 @@ class PruningPlan:
     ``parameters`` counts unique elements (tied weights once) before and after. ``dtype`` is that of the weights.
     ``weights_updated``: the method also changed the weights it keeps (SlimGPT's compensation, masks), so the plan alone
     cannot re-create the checkpoint. ``biases`` are config keys that are on in the pruned model and off in the dense one
-    (FLAP's compensation): biases they bring along are zero where the method made none.
+    (FLAP's compensation): biases they bring along are zero where the method made none. ``keep``: whether the text model
+    alone is written or, where that is possible, the ``whole`` model of several that the base holds.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -61,6 +62,7 @@ class PruningPlan:
     dtype: str = "float32"
     weights_updated: bool = False
     biases: list[str] = field(default_factory=list)
+    keep: Literal["text", "whole"] = "text"
 
     @property
     def removed_layers(self) -> list[int]:

@@ -11,7 +11,6 @@ from transformers import CONFIG_MAPPING
 from lightning_prune.models.checkpoint import NOT_WEIGHTS, QUANTISATION, Checkpoint
 from lightning_prune.models.families import family_of
 from lightning_prune.models.records import SAME_TEXT, TEXT_PARTS
-from lightning_prune.models.weights import text_name
 
 HEAD = "lm_head.weight"
 LEFT_OUT = (*QUANTISATION, "torch_dtype")
@@ -63,11 +62,17 @@ def whole_names(dense: Checkpoint) -> Callable[[str], str]:
 def tensors_beside(dense: Checkpoint) -> dict[str, Tensor]:
     """The tensors of the dense folder that do not belong to its text model, views of its files."""
     tensors: dict[str, Tensor] = {}
+    beside = dense.side_tensors
     for path in dense.weight_files:
         with safe_open(path, framework="pt") as file:
-            names = [name for name in file.keys() if name not in dense.tensors]  # noqa: SIM118 (no mapping)
-            tensors |= {name: file.get_tensor(name) for name in names if text_name(name) == name}
+            names = [name for name in file.keys() if name in beside]  # noqa: SIM118 (no mapping)
+            tensors |= {name: file.get_tensor(name) for name in names}
     return tensors
+
+
+def bytes_beside(dense: Checkpoint) -> int:
+    """Bytes of ``tensors_beside``."""
+    return sum(tensor.nbytes for tensor in tensors_beside(dense).values())
 
 
 def _config(dense: Checkpoint) -> Any:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_prune.checkpoint.cut import layout_of
@@ -34,7 +33,10 @@ LARGE = 64 * 2**20  # bytes of a checkpoint from which on collecting garbage is 
 WHOLE_SHARE = 0.5  # of free host memory that a model may take to be checked whole
 SHARD_BYTES = 5 * 10**9
 ALIGNED, LENGTH_BYTES = 64, 8  # of a tensor's place in a file; of the number before its header
-STORED_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# Of tensors that are written as they are, beside the text model.
+WHOLE_NUMBERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+BITS = {"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+STORED_NAMES = {dtype: name for name, dtype in (DTYPES | WHOLE_NUMBERS | BITS).items()}
 
 
 def write_checkpoint(
@@ -72,7 +74,7 @@ def write_checkpoint(
                     # Not save_pretrained, which refuses settings that several published models have.
                     beside.generation_config.to_json_file(temporary / "generation_config.json", use_diff=True)
             expected = write_weights(model, temporary, progress, beside, whole)
-            write_text(temporary / "README.md", card)
+            write_text(temporary / "README.md", card + (f"\n{WHOLE_NOTE}\n" if whole else ""))
             return _check(model, temporary, expected, whole)
     except OSError as error:
         raise UserError(
@@ -89,19 +91,18 @@ def write_pruned(
     *,
     calibration: dict[str, Any] | None = None,
     note: str = "",
-    whole: bool = False,
     progress: Callable[[int], None] = lambda layer: None,
 ) -> dict[str, Any]:
     """Cut the plan out of the dense model, layer by layer, and ``write_checkpoint`` with its card, which also says
-    ``calibration`` (the set's manifest) and ``note`` (a sentence). Where ``whole`` is not possible, a warning says why.
+    ``calibration`` (the set's manifest) and ``note`` (a sentence). Where the plan keeps the whole model of several and
+    that is not possible, a warning says why.
     """
-    pruned = open_pruned(dense, plan, new_weights)
+    pruned, whole = open_pruned(dense, plan, new_weights), plan.keep == "whole"
     if whole and (reason := why_text_alone(dense, pruned.config, plan.removed_layers)):
         rank_zero_warn(f"--model.keep whole: the text model alone is written, because {reason}.")
         whole = False
     card = model_card(plan, layout_of(pruned.config), calibration, dense)
-    lines = (note, pattern_note(pruned.config), WHOLE_NOTE if whole else "")
-    card += "".join(f"\n{line}\n" for line in lines if line)
+    card += "".join(f"\n{line}\n" for line in (note, pattern_note(pruned.config)) if line)
     check = write_checkpoint(pruned, folder, beside=dense, card=card, whole=whole, progress=progress)
     pruned.close()
     return check
@@ -184,10 +185,10 @@ def write_weights(
 class _Shards:
     """Safetensors files with their headers and index, in which every tensor has a place that is then filled. Of
     ``tensors``, in the order of the files, the shapes are enough; those ``beside`` have a file of their own, which is
-    complete at once."""
+    filled at once."""
 
     def __init__(self, folder: Path, tensors: dict[str, Tensor], beside: dict[str, Tensor]) -> None:
-        self.tensors = tensors
+        self.tensors = tensors | beside
         shards: list[list[str]] = [[]]
         taken = 0
         for name, tensor in tensors.items():
@@ -196,22 +197,21 @@ class _Shards:
                 taken = 0
             shards[-1].append(name)
             taken += tensor.nbytes
-        count = len(shards) + bool(beside)
+        shards += [[*beside]] if beside else []
+        count = len(shards)
         files = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
         files = files if count > 1 else ["model.safetensors"]
         self.places: dict[str, tuple[Path, int]] = {}  # file, and the first byte in it
         weight_map: dict[str, str] = {}
-        for file, names in zip(files, shards, strict=False):
+        for file, names in zip(files, shards, strict=True):
             self._begin(folder / file, names)
             weight_map |= dict.fromkeys(names, file)
-        if beside:
-            save_file(beside, folder / files[-1], {"format": "pt"})
-            weight_map |= dict.fromkeys(beside, files[-1])
         if count > 1:
-            every = (*tensors.values(), *beside.values())
+            every = self.tensors.values()
             parameters, size = sum(tensor.numel() for tensor in every), sum(tensor.nbytes for tensor in every)
             index = {"metadata": {"total_parameters": parameters, "total_size": size}, "weight_map": weight_map}
             write_json(folder / "model.safetensors.index.json", index)
+        self.write(beside)
 
     def _begin(self, path: Path, names: list[str]) -> None:
         """A file with its header. Tensors of an odd size are the last ones, so that the others begin at multiples of
@@ -238,4 +238,4 @@ class _Shards:
             values = tensor.detach().to(device="cpu", dtype=self.tensors[name].dtype).contiguous()
             with path.open("r+b") as file:
                 file.seek(start)
-                file.write(values.view(torch.uint8).flatten().numpy().data)
+                file.write(values.flatten().view(torch.uint8).numpy().data)

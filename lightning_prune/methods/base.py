@@ -172,9 +172,8 @@ class PruningMethod(L.LightningModule):
 
     def meet_target(self, keep: Callable[[], list[LayerPlan]], layers: list[LayerStructure], total: int) -> None:
         """Find the ratio with which ``keep``, which decides by ``ratio``, meets the target, if there is one."""
-        if self.target is None:
+        if (target := self.target) is None:
             return
-        target = self.target
 
         def size_at(ratio: Fraction) -> int:
             self.reached = ratio
@@ -256,6 +255,7 @@ class PruningMethod(L.LightningModule):
             layers=kept,
             dtype=str(self.written_dtype).removeprefix("torch."),
             weights_updated=weights_updated,
+            keep=self.keep,
         )
 
     @cached_property
@@ -277,7 +277,8 @@ class PruningMethod(L.LightningModule):
         """Refuse what needs no weights and no text, once; set ``layers``. Raises UserError: the model cannot be opened,
         its family is unknown or does not behave as its record says, or the ratio cannot be reached."""
         if not self.layers:
-            self.checkpoint.check()
+            self.checkpoint.check(self.keep == "whole")
+            self.target = self.target and self.target.around(self.checkpoint, self.keep)
             self.check_shapes(self.checkpoint.meta)
 
     def check_shapes(self, net: Any) -> None:
@@ -394,7 +395,6 @@ class PruningMethod(L.LightningModule):
             folder,
             calibration=self.calibration_facts(),
             note=self.note,
-            whole=self.keep == "whole",
             progress=lambda at: self.progress.advance(WRITING, LAYER_TO_WRITE, f"layer {at + 1} of {len(self.layers)}"),
         )
         self.progress.finish(WRITING)

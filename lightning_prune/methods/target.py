@@ -11,7 +11,9 @@ import numpy as np
 from lightning_prune.checkpoint.expert_plans import active_parameters
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.checkpoint.scores import Integers, Scores
+from lightning_prune.checkpoint.whole import bytes_beside
 from lightning_prune.methods.selection import TooLittle
+from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import LayerStructure, kv_heads_of
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
@@ -43,12 +45,14 @@ def parse_size(text: str, kind: str, option: str) -> int:
 @dataclass(frozen=True)
 class Target:
     """The largest size of a pruned model: ``limit`` in ``parameters``, ``active_parameters`` (of one token) or
-    ``memory``, the bytes of weights and of the KV cache of ``batch`` sequences of ``context`` tokens."""
+    ``memory``, the bytes of weights and of the KV cache of ``batch`` sequences of ``context`` tokens. ``beside``: bytes
+    of what is written with the text model, which memory counts."""
 
     kind: str
     limit: int
     context: int
     batch: int
+    beside: int = 0
 
     @classmethod
     def of(cls, sizes: dict[str, str | int | None], context: int, batch: int) -> "Target | None":
@@ -70,6 +74,16 @@ class Target:
         """The target's option on the command line."""
         return f"--model.target_{self.kind} {self.limit:,}"
 
+    def around(self, dense: Checkpoint, keep: str) -> "Target":
+        """The target of a run that writes what ``keep`` says of ``dense``. UserError: what is not pruned exceeds it."""
+        beside = bytes_beside(dense) if keep == "whole" else 0
+        if self.kind == "memory" and beside >= self.limit:
+            raise UserError(
+                f"{self.option}: the parts of '{dense.pretrained}' beside the text model, which are not pruned, take "
+                f"{beside:,} bytes. Raise the target, or leave them out with --model.keep text."
+            )
+        return replace(self, beside=beside)
+
     def size(
         self, parameters: int, layers: Sequence[LayerStructure], kept: Sequence[LayerPlan], config: Any, itemsize: int
     ) -> int:
@@ -81,7 +95,7 @@ class Target:
             itemsize: bytes of a number.
         """
         if self.kind == "memory":
-            return memory_bytes(parameters, layers, kept, config, self.context, self.batch, itemsize)
+            return self.beside + memory_bytes(parameters, layers, kept, config, self.context, self.batch, itemsize)
         return parameters if self.kind == "parameters" else active_parameters(layers, parameters, kept)
 
     def weighed(self, scores: Scores, config: Any, layers: Sequence[LayerStructure]) -> Scores:
@@ -165,7 +179,12 @@ def cache_numbers(config: Any, layers: Sequence[LayerStructure], context: int, b
 
 
 def footprint(
-    layers: Sequence[LayerStructure], config: Any, kept: Sequence[LayerPlan], sizes: tuple[int, int], itemsize: int
+    layers: Sequence[LayerStructure],
+    config: Any,
+    kept: Sequence[LayerPlan],
+    sizes: tuple[int, int],
+    itemsize: int,
+    beside: int = 0,
 ) -> dict[str, Any]:
     """``memory_bytes`` by context, of weights and the KV cache of one sequence, and ``flops_per_token``: two operations
     per active parameter but those of an input embedding of its own, which is looked up, without attention's products.
@@ -174,10 +193,11 @@ def footprint(
         layers, config: of the dense model; ``kept``: of every layer.
         sizes: parameters that are left, and those of them that one token passes.
         itemsize: bytes of a number in the file, and in the cache.
+        beside: bytes of what is written with the text model.
     """
     left, active = sizes
     longest = getattr(config, "max_position_embeddings", None) or max(CONTEXTS)
     contexts = sorted({min(one, longest) for one in CONTEXTS})
-    memory = {context: memory_bytes(left, layers, kept, config, context, 1, itemsize) for context in contexts}
+    memory = {one: beside + memory_bytes(left, layers, kept, config, one, 1, itemsize) for one in contexts}
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     return {"memory_bytes": memory, "flops_per_token": 2 * (active - embedding)}

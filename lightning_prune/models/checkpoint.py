@@ -129,20 +129,27 @@ class Checkpoint:
         return self._headers[0]
 
     @property
-    def notes(self) -> list[str]:
-        """A sentence on each thing in the folder that a checkpoint made from it will not hold."""
+    def side_tensors(self) -> set[str]:
+        """Names of the stored tensors beside the text model, if it is one of several: what the whole has more."""
+        several = self.raw["model_type"] in TEXT_PARTS
+        return {name for name in self._headers[2] if several and text_name(name) == name}
+
+    def notes(self, whole: bool = False) -> list[str]:
+        """A sentence on each thing in the folder that a checkpoint made from it will not hold: one of the text model,
+        or of the ``whole``."""
         notes = [
             f"'{self.pretrained}': the config has a {key}, but its weights are not quantised; it is left out."
             for key in QUANTISATION
             if any(part.get(key) is not None for part in (self.raw, text_part(self.raw)))
         ]
-        if left_out := self._headers[2]:
+        kept = self.side_tensors if whole else set()
+        if left_out := Counter(part for name, part in self._headers[2].items() if name not in kept):
             parts = ", ".join(f"{part} ({count})" for part, count in left_out.items())
             notes.append(f"'{self.pretrained}': tensors beside the language model are left out: {parts}.")
         return notes
 
     @cached_property
-    def _headers(self) -> tuple[dict[str, TensorEntry], list[Path], Counter[str]]:
+    def _headers(self) -> tuple[dict[str, TensorEntry], list[Path], dict[str, str]]:
         tensors, files, left_out = read_headers(self.path, self.config.num_hidden_layers)
         layers, claimed = {match[1] for name in tensors if (match := LAYER.search(name))}, self.config.num_hidden_layers
         if claimed != len(layers):  # noticed before a model of that many layers is built
@@ -186,11 +193,11 @@ class Checkpoint:
         """Every parameter of the model → the name its values are stored under, see ``weights.match_names``."""
         return match_names(self.path, self.tensors, self.meta)
 
-    def check(self) -> None:
+    def check(self, whole: bool = False) -> None:
         """Raise UserError for all that can be refused without reading a weight (names, shapes, generation config), and
-        warn of what is left out."""
+        warn of what is left out, see ``notes``."""
         _ = self.stored_names, self.generation_config
-        for note in self.notes:
+        for note in self.notes(whole):
             rank_zero_warn(note)
 
     def skeleton(self) -> PreTrainedModel:

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,10 +77,10 @@ def find_file(path: str, name: str) -> Path | None:
     return None if file is None else Path(file)
 
 
-def read_headers(path: str, num_layers: int) -> tuple[dict[str, TensorEntry], list[Path], Counter[str]]:
+def read_headers(path: str, num_layers: int) -> tuple[dict[str, TensorEntry], list[Path], dict[str, str]]:
     """The tensors of a folder or hub id by the names they are stored under (of several models in one, the text
-    model's), all weight files in order, and what is left out: side part → number of its tensors. Layers beyond the
-    ``num_layers`` of the config (multi-token prediction) are side parts too.
+    model's), all weight files in order, and what is left out: tensor → the side part that it belongs to. Layers
+    beyond the ``num_layers`` of the config (multi-token prediction) are side parts too.
 
     Raises:
         UserError: no safetensors file, one that is damaged or quantised, or an index that does not fit its files.
@@ -98,13 +97,14 @@ def read_headers(path: str, num_layers: int) -> tuple[dict[str, TensorEntry], li
         names = sorted(set(weight_map.values()))
     stored = _stored(path, names, weight_map)
     inside = {name for name in stored if text_name(name) != name}
-    tensors, left_out = {}, Counter[str]()
+    tensors: dict[str, TensorEntry] = {}
+    left_out: dict[str, str] = {}
     for name, (file, dtype, shape) in stored.items():
         part = _side_part(name, num_layers)
         if inside and name not in inside and not name.startswith("lm_head."):
             part = part or name.removeprefix("model.").partition(".")[0]
         if part is not None:
-            left_out[part] += 1
+            left_out[name] = part
         elif dtype not in DTYPES or QUANTISED.search(name):
             raise UserError(
                 f"{OPTION}: the weights are quantised: tensor {name!r} of '{path}' is stored as {dtype}; supported "

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lightning_prune.checkpoint.whole import why_text_alone
 from lightning_prune.checkpoint.write import write_checkpoint
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import layers_of
@@ -102,6 +103,8 @@ class StateSource:
 
 def write_recovered(state: Mapping[str, Tensor], pruned: Checkpoint, folder: Path, card: str) -> dict[str, Any]:
     """Write the parameters ``state`` with the config, tokenizer, modeling file and dtype of the ``pruned``
-    model, a layer at a time. Returns and raises what ``checkpoint.write`` does."""
+    model, a layer at a time, and what that holds beside its text model. Returns and raises what ``checkpoint.write``
+    does."""
+    whole = not why_text_alone(pruned, pruned.config, [])  # of a folder as it is, whatever layers were removed before
     with closing(LayeredModel(pruned.skeleton(), StateSource(state), pruned.stored_dtype, CPU, "layer")) as model:
-        return write_checkpoint(model, folder, beside=pruned, card=card)
+        return write_checkpoint(model, folder, beside=pruned, card=card, whole=whole)

@@ -70,7 +70,7 @@ def plan_runs(settings: Settings) -> list[Planned]:
             data.show_progress()
         method = built.model
         if method.pretrained not in weights:
-            method.checkpoint.check()
+            method.checkpoint.check(method.keep == "whole")
             weights[method.pretrained] = method.checkpoint.fingerprint
         data.take_model(method.checkpoint.limits[1])
         data.setup("fit")

@@ -137,13 +137,15 @@ class Footprint(_Record):
 
 
 class TargetFacts(_Record):
-    """The requested size: parameters, or bytes with the KV cache of ``batch`` × ``context`` tokens."""
+    """The requested size: parameters, or bytes with the KV cache of ``batch`` × ``context`` tokens and with those
+    ``beside`` the text model."""
 
     kind: Literal["parameters", "active_parameters", "memory"]
     limit: Count
     reached: Count
     context: Count
     batch: Count
+    beside: Count = 0
 
 
 class RunMetrics(_Open):

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_prune.checkpoint.cut import unpruned
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.checkpoint.serving_notes import pattern_note, tensor_parallel_sizes
+from lightning_prune.checkpoint.whole import bytes_beside
 from lightning_prune.data.calibration import EvaluationSet
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.evaluation.continuations import Continuations, common_beginning, examples
@@ -255,6 +256,7 @@ def _metrics(
     metrics["footprint"] = _footprint(method, pruned.checkpoint)
     if (target := method.target) is not None:
         left, kept, size = method.plan.parameters["pruned"], method.plan.layers, method.written_dtype.itemsize
+        target = replace(target, beside=bytes_beside(pruned.checkpoint))  # 0 where the text model alone was written
         reached = target.size(left, method.layers, kept, method.checkpoint.config, size)
         metrics["target"] = asdict(target) | {"reached": reached}
     metrics["self_check"] = method.self_check
@@ -272,8 +274,9 @@ def _metrics(
 
 
 def _footprint(method: PruningMethod, pruned: Checkpoint) -> dict[str, Any]:
-    """Footprints of the dense and the pruned model."""
+    """Footprints of the dense and the pruned model, both of the text model alone or of the whole, as it was written."""
     dense, layers, sizes = method.checkpoint, method.layers, method.plan.parameters
+    beside = bytes_beside(pruned)
     sides = {}
     for side, checkpoint, kept, dtype in (
         ("dense", dense, unpruned(layers), dense.stored_dtype),
@@ -281,7 +284,7 @@ def _footprint(method: PruningMethod, pruned: Checkpoint) -> dict[str, Any]:
     ):
         counts = sizes[side], sizes.get(f"{side}_active", sizes[side])
         files = sum(path.stat().st_size for path in checkpoint.weight_files)
-        sides[side] = {"file_bytes": files, **footprint(layers, dense.config, kept, counts, dtype.itemsize)}
+        sides[side] = {"file_bytes": files, **footprint(layers, dense.config, kept, counts, dtype.itemsize, beside)}
     return sides
 
 

@@ -2,7 +2,7 @@
 
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -20,7 +20,9 @@ from lightning_prune.models.families import layer_structures
 from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.memory import parse_bytes
+from tests.methods.behaviour import prune
 from tests.methods.running import run_method, save_base
+from tests.models.test_text_part import several
 from tests.tiny import EVERY_FAMILY, EXPERTS, make_moe, make_tiny, tiny_tokens
 
 CONTEXT = 4096
@@ -122,6 +124,29 @@ def test_the_cache_counts_what_transformers_keeps(family: str) -> None:
     expected = sum(tensor.numel() for tensor in found if isinstance(tensor, torch.Tensor))
     assert memory_bytes(7, layers, unpruned(layers), model.config, 4, len(tokens), 2) == 2 * (7 + expected)
     assert expected
+
+
+@pytest.mark.parametrize("keep", ["text", "whole"])
+def test_memory_is_that_of_all_that_is_written(tmp_path: Path, keep: Literal["text", "whole"]) -> None:
+    several("gemma3", tmp_path / "dense")
+    np.save(tmp_path / "tokens.npy", tiny_tokens(8, 12).numpy())
+    dense = load_file(tmp_path / "dense" / "model.safetensors")
+    limit = sum(tensor.nbytes for tensor in dense.values()) * 3 // 5
+    options: dict[str, Any] = {"allocation": "uniform", "keep": keep, "context": 16}
+    method: Any = Wanda(str(tmp_path / "dense"), target_memory=str(limit), **options)
+    metrics = prune(method, tmp_path / "tokens.npy", tmp_path / "runs").metrics
+
+    def cache(context: int) -> int:
+        each = cache_numbers(method.checkpoint.config, method.layers, context, 1)
+        return 4 * sum(len(one.kept[Block.ATTENTION]) * each[one.layer] for one in method.plan.layers)
+
+    reached, written = metrics["target"]["reached"], 4 * saved_numbers(method)
+    assert limit * 9 // 10 < written + cache(16) == reached <= limit
+    assert list(metrics["footprint"]["pruned"]["memory_bytes"].values()) == [written + cache(128)]
+    if keep == "whole":
+        beside = sum(tensor.nbytes for name, tensor in dense.items() if "language_model" not in name)
+        with pytest.raises(UserError, match=f"beside the text model.* take {beside:,} bytes.*--model.keep text"):
+            Wanda(str(tmp_path / "dense"), target_memory=str(beside), **options).check_model()
 
 
 def test_layers_that_look_back_a_window_keep_no_more_than_that() -> None:

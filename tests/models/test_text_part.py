@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -138,8 +139,11 @@ def test_the_whole_model_is_written_around_a_pruned_text_model(tmp_path: Path, k
     several(kind, tmp_path / "dense", own_names, tied=kind == "gemma3")
     tokens, dense = tiny_tokens(4, 12).clamp(max=94), load_file(tmp_path / "dense" / "model.safetensors")
     method = Wanda(str(tmp_path / "dense"), 0.2, allocation="uniform", keep="whole")
-    folder = run_method(method, tokens, tmp_path / "run").pruned_folder
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*left out")
+        folder = run_method(method, tokens, tmp_path / "run").pruned_folder
     assert folder is not None
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
     whole: Any = AutoModelForImageTextToText.from_pretrained(folder).eval()
     assert type(whole) is type(AutoModelForImageTextToText.from_pretrained(tmp_path / "dense"))
     text = Checkpoint.open(str(folder))
@@ -152,9 +156,28 @@ def test_the_whole_model_is_written_around_a_pruned_text_model(tmp_path: Path, k
     assert beside
     assert all(torch.equal(written[name], dense[name]) for name in beside)
     assert "AutoModelForImageTextToText" in (folder / "README.md").read_text()
+    applied = lightning_prune.apply(method.plan, tmp_path / "dense", tmp_path / "applied")
+    assert all((applied / file.name).read_bytes() == file.read_bytes() for file in folder.glob("*.safetensors"))
+    assert (applied / "config.json").read_bytes() == (folder / "config.json").read_bytes()
     again = run_method(ShortGPT(str(folder), n_remove_layers=1, keep="whole"), tokens, tmp_path / "again")
     assert len(again.plan.removed_layers) == 1
     AutoModelForImageTextToText.from_pretrained(again.pruned_folder)
+
+
+def test_what_is_not_pruned_is_written_bit_for_bit_whatever_its_dtype(tmp_path: Path) -> None:
+    several("gemma3", tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    kinds = [torch.int64, torch.int32, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.bfloat16, torch.float64]
+    odd = {f"vision_tower.{kind}": torch.ones(3, 1).to(kind) for kind in kinds}
+    odd["vision_tower.number"] = torch.tensor(2)
+    save_file(load_file(file) | odd, file, {"format": "pt"})
+    dense = Checkpoint.open(str(tmp_path / "dense"))
+    plan = tiny_plan(dense.meta, [([0, 1], list(range(30)))] * 4, keep="whole")
+    write_pruned(dense, plan, lambda layer: {}, tmp_path / "pruned")
+    written = load_file(tmp_path / "pruned" / "model-00002-of-00002.safetensors")
+    for name, tensor in odd.items():
+        assert (written[name].dtype, written[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(written[name].flatten().view(torch.uint8), tensor.flatten().view(torch.uint8))
 
 
 def as_published(folder: Path) -> None:
@@ -180,8 +203,8 @@ def test_what_is_seen_is_computed_as_in_the_dense_model_without_the_layer(
     if flat:
         as_published(tmp_path / "dense")
     dense = Checkpoint.open(str(tmp_path / "dense"))
-    plan = tiny_plan(dense.meta, [([0, 1], list(range(40)))] * 2 + [([], []), ([0, 1], list(range(40)))])
-    write_pruned(dense, plan, lambda layer: {}, tmp_path / "pruned", whole=True)
+    plan = tiny_plan(dense.meta, [([0, 1], list(range(40)))] * 2 + [([], []), ([0, 1], list(range(40)))], keep="whole")
+    write_pruned(dense, plan, lambda layer: {}, tmp_path / "pruned")
     pruned: Any = AutoModelForImageTextToText.from_pretrained(tmp_path / "pruned").eval()
     assert not json.loads((tmp_path / "pruned" / "config.json").read_text()).keys() & {"hidden_size", "rope_scaling"}
     assert dense.config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
@@ -206,7 +229,7 @@ def test_layers_that_the_tower_adds_features_to_are_not_removed_from_the_whole(
     kept = [([], []) if layer == removed else ([0, 1], list(range(40))) for layer in range(4)]
     why = "the first 1; remove channels or groups there"
     with pytest.warns(UserWarning, match=why) if alone else nullcontext():
-        write_pruned(dense, tiny_plan(dense.meta, kept), lambda layer: {}, tmp_path / "pruned", whole=True)
+        write_pruned(dense, tiny_plan(dense.meta, kept, keep="whole"), lambda layer: {}, tmp_path / "pruned")
     written = json.loads((tmp_path / "pruned" / "config.json").read_text())["model_type"]
     assert written == ("qwen3" if alone else "qwen3_vl")
 

@@ -137,7 +137,7 @@ def test_names_of_published_files_are_read_and_written(tmp_path: Path) -> None:
     rewritten(tmp_path / "published", lambda t: t.update({mask.format(0, "bias"): torch.ones(4, 4, dtype=torch.bool)}))
     rewritten(tmp_path / "published", lambda t: t.update({mask.format(1, "masked_bias"): torch.tensor(-1e9)}))
     opened = Checkpoint.open(str(tmp_path / "published"))
-    assert len(opened.notes) == 1
+    assert len(opened.notes()) == 1
     layers = open_layered(opened, None, torch.device("cpu"))
     write_checkpoint(layers, tmp_path / "written", beside=None, card="")
     assert set(load_file(tmp_path / "written" / "model.safetensors")) == names

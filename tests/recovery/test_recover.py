@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
 
 import lightning_prune
+from lightning_prune.checkpoint.whole import WHOLE_NOTE
 from lightning_prune.cli import main
 from lightning_prune.recovery import Recovery
 from lightning_prune.runs.folder import RunFolder
+from tests.models.test_text_part import several
 from tests.recovery.conftest import prune
 from tests.tiny import make_tiny, tiny_tokenizer, tiny_tokens
 
@@ -172,6 +175,27 @@ def test_a_run_that_was_interrupted_ends_with_the_weights_of_an_undisturbed_one(
 
 
 @pytest.mark.slow
+def test_what_the_pruned_folder_holds_beside_its_text_model_is_carried_through(
+    tmp_path: Path, recover: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
+    several("gemma3", tmp_path / "sees")
+    whole = ["--model.pretrained", f"{tmp_path}/sees", "--model.keep", "whole", "--model.allocation", "uniform"]
+    pruned = prune(tmp_path, "wanda", *whole)
+    assert recover(pruned, "--model.train", "all") == 0
+    folder = tmp_path / "logs" / "wanda_full" / "version_0" / "pruned"
+    before, after = (
+        {name: tensor for file in one.glob("*.safetensors") for name, tensor in load_file(file).items()}
+        for one in (pruned, folder)
+    )
+    assert before.keys() == after.keys()
+    assert {name for name in before if torch.equal(before[name], after[name])} == {
+        name for name in before if "language_model" not in name
+    }
+    assert AutoModelForImageTextToText.from_pretrained(folder).config.model_type == "gemma3"
+    assert WHOLE_NOTE in (folder / "README.md").read_text()
+    assert "left out" not in capsys.readouterr().err
+
+
 def test_zeroed_weights_of_mask_pruning_stay_zero(tmp_path: Path, recover: Command) -> None:
     masked = prune(tmp_path, "magnitude", "--model.structure", "unstructured")
     for train, label in (("lora", "magnitude_lora"), ("all", "magnitude_full")):
