@@ -71,7 +71,10 @@ class PruningPlan:
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``plan.json``."""
-        return {"format": FORMAT, **asdict(self), "removed_layers": self.removed_layers}
+        fields = asdict(self)
+        if self.keep == "text":  # nearly always; the file is as it was before there was a choice
+            del fields["keep"]
+        return {"format": FORMAT, **fields, "removed_layers": self.removed_layers}
 
     def save(self, path: Path) -> None:
         """Write ``plan.json`` whole or not at all."""

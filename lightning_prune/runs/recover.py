@@ -105,6 +105,7 @@ def recover_and_record(
         spent = run.metrics.method.measured_seconds | run.metrics.seconds
         changed = {"label": module.label, "scores_reused": True, "measured_seconds": spent}
         metrics |= {"method": as_dict(run.metrics.method) | changed, "self_check": self_check}
+        metrics |= {} if run.metrics.target is None else {"target": as_dict(run.metrics.target)}
         rates = {"learning_rate": module.learning_rate, "distillation": module.distillation}
         options = {"method": module.label, **rates, "tokens_seen": module.tokens_seen}
         log_result(trainer, options, metrics, more={"held-out loss": record["held_out_loss"]["after"]})
