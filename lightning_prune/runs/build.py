@@ -305,7 +305,7 @@ def plain(message: str, options: Sequence[str], methods: Mapping[str, Mapping[st
         start = f"unknown method '{value[:200]}'" if value else "no method is chosen"
         if "." in value and not value.startswith("lightning_prune."):
             start += f", which cannot be imported ({_import_fault(value)})"
-        guess = did_you_mean(value.rpartition(".")[2], [*methods])
+        guess = did_you_mean(value.rpartition(".")[2], [*methods]) if value else ""
         return f"--model: {start}.{guess} Methods: {', '.join(methods)}; or by configuration: --config wanda."
     if key and (needed := re.search(r"arguments are required: ([\w, ]+)", message)):
         first = needed[1].partition(",")[0]

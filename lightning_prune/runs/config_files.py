@@ -68,7 +68,9 @@ def config_file(given: str | Path, beside: Path = Path(), option: str = "--confi
     if os.path.isfile(path):  # false for a name too long to be one, where Path.is_file raises
         return path
     names = shipped_names()
-    if (name := str(given).removesuffix(".yaml")) in names:  # also in a copy of a shipped experiment
+    # A copy of a shipped experiment names the files beside the original.
+    name = str(given) if beside == Path() else str(given).removesuffix(".yaml")
+    if name in names:
         return shipped_folder() / f"{name}.yaml"
     if Path(given).name == str(given) and not str(given).endswith((".yaml", ".yml", ".json")) and not exists(path):
         names = names if option == "--config" else list(shipped_methods())
