@@ -34,8 +34,17 @@ WHOLE_SHARE = 0.5  # of free host memory that a model may take to be checked who
 SHARD_BYTES = 5 * 10**9
 ALIGNED, LENGTH_BYTES = 64, 8  # of a tensor's place in a file; of the number before its header
 # Of tensors that are written as they are, beside the text model.
-WHOLE_NUMBERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
-BITS = {"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+WHOLE_NUMBERS = {
+    f"{kind.upper()}{bits}": getattr(torch, f"{'u' * (kind == 'u')}int{bits}")
+    for kind in "iu"
+    for bits in (8, 16, 32, 64)
+}
+BITS = {
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 STORED_NAMES = {dtype: name for name, dtype in (DTYPES | WHOLE_NUMBERS | BITS).items()}
 
 

@@ -71,6 +71,8 @@ class Run:
         """The requested size, as tables show it: a ratio (also of a number of parameters), memory, or active
         parameters."""
         target = self.metrics.target
+        if target is None and (memory := self.options.get("target_memory")):  # a run before the record had it
+            return memory if str(memory)[-1:].isalpha() else f"{memory} B"
         return f"{self.requested:g}" if target is None or target.kind == "parameters" else str(self.target)
 
     @property

@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from lightning_prune.comparison.records import Run
+from lightning_prune.methods.target import SIZES
 
 NOT_OF_THE_DECISION = ("pretrained", "label", "onload")  # options that change no result
 
@@ -95,7 +96,8 @@ class Repeats:
 
 def decision(run: Run) -> list[tuple[str, str]]:
     """The options on which a run's result depends."""
-    return sorted((name, repr(value)) for name, value in run.options.items() if name not in NOT_OF_THE_DECISION)
+    options = run.options if run.metrics.target is None else run.options | dict.fromkeys(SIZES, run.target)
+    return sorted((name, repr(value)) for name, value in options.items() if name not in NOT_OF_THE_DECISION)
 
 
 def repeats(runs: Sequence[Run]) -> list[Repeats]:

@@ -13,8 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_prune.data import mixtures
 from lightning_prune.data.calibration import CalibrationManifest, CalibrationSet, EvaluationSet, fingerprint, same_text
-from lightning_prune.data.corpora import NAMES, calibration_split, held_out_split, split_spec
-from lightning_prune.data.local_files import has_columns, is_local
+from lightning_prune.data.corpora import calibration_split, held_out_split, split_spec
 from lightning_prune.data.rows import NoSuchColumn
 from lightning_prune.data.sampling import aligned_windows, draw_windows
 from lightning_prune.data.streams import StreamReader, default_cache_dir
@@ -198,7 +197,6 @@ class CalibrationDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Build what the stage needs, once: calibration for ``fit`` or None, evaluation sets for every stage."""
         if self._calibration is None and self.needs_calibration and stage in (None, "fit"):
-            self._check_column()
             tokens, facts = self._calibration_windows(self.num_samples)
             facts |= {"num_samples": len(tokens), "seq_len": tokens.shape[1], "fingerprint": fingerprint(tokens)}
             self._calibration = CalibrationSet(tokens, CalibrationManifest(**facts))
@@ -238,17 +236,6 @@ class CalibrationDataModule(LightningDataModule):
                     f"{name} has windows of {tokens.shape[1]} tokens (--data.{length_option}), but the model has "
                     f"{max_positions} positions. Lower --data.{length_option}."
                 )
-
-    def _check_column(self) -> None:
-        """Raise UserError for a column where nothing that is read has one; what is missing is refused by its reader."""
-        specs = [*([part.spec for part in self.parts] or [self.source]), *(self.eval_datasets or ())]
-        names = [split_spec(from_home(spec, "--data.eval_datasets"))[0] for spec in specs]
-        read = (name not in NAMES and (not is_local(name) or has_columns(name)) for name in names)
-        if self.column is not None and not any(read):
-            raise UserError(
-                f"--data.column {self.column} has no meaning for {', '.join(names)}: it is for tables (.jsonl, .csv, "
-                ".parquet, …), not for text, token arrays and named datasets. Leave it out."
-            )
 
     def _calibration_windows(self, num_samples: int | None) -> tuple[Tensor, dict[str, Any]]:
         """Windows ``[N, L]``, None for all of a text, and what the manifest says of where they came from."""

@@ -61,16 +61,6 @@ def local_splits(name: str) -> list[str]:
         return list(_files_by_split(name))
 
 
-def has_columns(name: str) -> bool:
-    """Whether a file, folder or glob, which exists, holds tables, of which a column is read."""
-    path = Path(name)
-    with _reading(path):
-        if path.is_file() or is_special(path):
-            return _kind(path)[0] in TABLES
-        files = () if _saved(path) is not None else chain.from_iterable(_files_by_split(name).values())
-        return not files or any(_kind(file)[0] in TABLES for file in files)
-
-
 def read_local(name: str, split: str, column: str | None, chat: Chat, enough: int | None) -> tuple[str, str | None]:
     """The text of one split of a folder or glob, or of a file, and the fingerprint that ``datasets`` keeps with a saved
     folder. No document that begins after ``enough`` characters is read; None for all.

@@ -278,7 +278,7 @@ class PruningMethod(L.LightningModule):
         its family is unknown or does not behave as its record says, or the ratio cannot be reached."""
         if not self.layers:
             self.checkpoint.check(self.keep == "whole")
-            self.target = self.target and self.target.around(self.checkpoint, self.keep)
+            self.target = self.target and self.target.around(self.checkpoint, "text" if self.uneven else self.keep)
             self.check_shapes(self.checkpoint.meta)
 
     def check_shapes(self, net: Any) -> None:

@@ -14,6 +14,8 @@ import traceback
 import typing
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 import lightning as L
@@ -24,11 +26,12 @@ from lightning_prune import methods
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.target import SIZES
-from lightning_prune.runs.config_files import check_text, with_config_files
+from lightning_prune.runs.config_files import check_text, read_config, with_config_files
 from lightning_prune.runs.trainer import calibration_trainer
 from lightning_prune.support.errors import UserError, did_you_mean, first_line
 from lightning_prune.support.progress import Progress
 
+CONFIG = ("--config", "--method")
 LARGEST = 2**63 - 1
 LARGEST_SEED = 2**32 - 1  # numpy's
 _UNKNOWN = r"unrecognized arguments: (\S+)|Group '([\w.]+)' does not accept option '([\w.]+)'|Option '([\w.]+)' is not"
@@ -186,10 +189,16 @@ def check_one_size(words: Iterable[str]) -> None:
 
 
 def with_one_size(words: list[str]) -> list[str]:
-    """A command line whose size takes the place of a target in its configuration files."""
-    given = [name.rpartition(".")[2] for name in sizes_in(words)]
-    files = any(word.partition("=")[0] in ("--config", "--method") for word in words)
-    return words + [f"--model.{name}=null" for name in SIZES if given and files and name not in given]
+    """A command line whose size takes the place of those in its configuration files, which are given as null."""
+    given = {name.rpartition(".")[2] for name in sizes_in(word for word in words if not word.endswith("=null"))}
+    there: set[str] = set()
+    for option, word in pairwise(["", *words] if given else []):
+        name, equals, path = word.partition("=")
+        if option in CONFIG or (name in CONFIG and equals):
+            model = read_config(Path(word if option in CONFIG else path).expanduser(), "--config").get("model")
+            own = model.get("init_args") if isinstance(model, dict) else None
+            there |= {size for size, value in own.items() if value is not None} if isinstance(own, dict) else set()
+    return words + [f"--model.{size}=null" for size in (*SIZES, "n_remove_layers") if size in there - given]
 
 
 def without_size(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,15 +61,15 @@ def shipped_methods() -> dict[str, Method]:
     return methods
 
 
-def config_file(given: str | Path, beside: Path = Path(), option: str = "--config") -> Path:
+def config_file(given: str | Path, beside: Path | None = None, option: str = "--config") -> Path:
     """The file that ``given`` means: one that exists relative to ``beside``, else the shipped one of that name; for a
     bare name that is neither UserError. A path comes back as it is: its reader says what is wrong with it."""
-    path = beside / given
+    path = Path(beside or "", given)
     if os.path.isfile(path):  # false for a name too long to be one, where Path.is_file raises
         return path
     names = shipped_names()
     # A copy of a shipped experiment names the files beside the original.
-    name = str(given) if beside == Path() else str(given).removesuffix(".yaml")
+    name = str(given) if beside is None else str(given).removesuffix(".yaml")
     if name in names:
         return shipped_folder() / f"{name}.yaml"
     if Path(given).name == str(given) and not str(given).endswith((".yaml", ".yml", ".json")) and not exists(path):

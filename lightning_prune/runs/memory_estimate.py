@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import lightning as L
 import torch
@@ -25,6 +24,7 @@ from lightning_prune.models.vocabulary import Block
 from lightning_prune.support.devices import free_bytes
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.memory import anonymous_bytes, free_host_bytes
+from lightning_prune.support.regular_files import expanded
 
 ERROR = 1.15  # times as much as estimated a run may take
 ROOM = 0.9  # of the memory that ``auto`` fills with a whole model: an estimate is not a measurement
@@ -76,7 +76,9 @@ class Memory:
         self.method, self.data = method, data
         method.trainer = trainer
         if not method.layers:
-            there = any(Path(method.pretrained).expanduser().glob("*.safetensors"))  # else the config is enough
+            there = any(
+                expanded(method.pretrained, "--model.pretrained").glob("*.safetensors")
+            )  # else the config is enough
             method.checkpoint = Checkpoint.open(method.pretrained, weights=there)
             method.check_shapes(meta_model(method.checkpoint.config))
         samples, self.seq_len, self.eval_seq_len = data.num_samples, data.seq_len, data.eval_seq_len

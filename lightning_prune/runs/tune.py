@@ -94,7 +94,7 @@ def search(start: Options, axes: Axes, divergence: Callable[[Options], float], l
             try:
                 value = divergence(options)
             except UserError as error:  # a value that this model, or the ratio, does not allow
-                if best == math.inf:
+                if len(tried) == 1:
                     raise
                 rank_zero_warn(f"Left out {', '.join(f'{name} {one}' for name, one in setting.items())}: {error}")
                 continue
@@ -156,7 +156,7 @@ class _Trials:
         self.folder, self.progress = folder, progress
         parts = {"dataset": str(folder / "measured.npy"), "eval_datasets": [str(folder / "held_out.npy")]}
         # The rows of an array are the windows.
-        windows = ("num_samples", "seq_len", "sampling", "stride")
+        windows = ("num_samples", "seq_len", "sampling", "stride", "split", "column")
         data = {name: value for name, value in configuration["data"].items() if name not in windows} | parts
         quietly = {"logger": False, "enable_progress_bar": False, "default_root_dir": str(folder)}
         self.base = configuration | {"data": data, "trainer": configuration["trainer"] | quietly}

@@ -70,7 +70,7 @@ def verdict(metrics: dict[str, Any], name: str) -> str:
         reason = f"a KL divergence of {divergence:.2f} counts as {pruned / dense:.2f} times the dense perplexity"
     if word == UNUSABLE and _finite(unigram) and _finite(pruned):
         lost = math.log(pruned / dense) / math.log(unigram / dense)
-        reason += f": {lost:.0%} of its gain over token frequencies is lost"
+        reason += f": {lost:.0%} of the dense model's gain over token frequencies is lost"
     return f"{word} ({reason})"
 
 
@@ -221,15 +221,8 @@ def recovery_table(label: str, metrics: dict[str, Any]) -> str:
     """Summary table of a recovery, from a ``metrics.json`` with the ``recovery.json`` under ``recovery``."""
     record = metrics["recovery"]
     rows = [("system", f"{label}, from {record['parent']}"), *_recovery_rows(record, metrics)]
-    return _aligned(
-        rows,
-        metrics
-        | {
-            "seconds": {
-                name.replace("evaluate pruned", "evaluate"): value for name, value in metrics["seconds"].items()
-            }
-        },
-    )
+    seconds = {name.replace("evaluate pruned", "evaluate"): value for name, value in metrics["seconds"].items()}
+    return _aligned(rows, metrics | {"seconds": seconds})
 
 
 def card_section(record: dict[str, Any], metrics: dict[str, Any]) -> str:

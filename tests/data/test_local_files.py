@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pyarrow as pa  # type: ignore[import-untyped]
 import pytest
 from pyarrow import feather
@@ -307,19 +306,3 @@ def test_the_split_and_the_column_are_options(tmp_path: Path, set_up: Any) -> No
         build(str(folder), split="dev")
     with pytest.raises(UserError, match=r"--data\.column body.*not there"):
         build(str(other), eval_datasets=[])
-
-
-def test_a_column_is_refused_where_nothing_is_a_table(tmp_path: Path, set_up: Any) -> None:
-    (tmp_path / "texts").mkdir()
-    text, array = tmp_path / "texts" / "a.txt", tmp_path / "ids.npy"
-    text.write_text(make_text(900))
-    np.save(array, np.ones((5, 16), dtype=np.int64))
-    rows = [{"body": make_text(900, 1), "title": "t"}]
-    table, saved = write_rows(tmp_path / "a.jsonl", rows), write_rows(tmp_path / "saved", rows)
-    build = partial(set_up, num_samples=5, column="body")
-    for dataset in (text, text.parent, f"{text.parent}/*.txt", array, "demo", [f"{text}:1"]):
-        for sets in ([], [str(array)]):
-            with pytest.raises(UserError, match=r"--data\.column body has no meaning for .*Leave it out"):
-                build(dataset if isinstance(dataset, list) else str(dataset), eval_datasets=sets)
-    for dataset, sets in (([f"{text}:0.5", f"{table}:0.5"], []), (str(text), [str(table)]), (str(saved), [])):
-        build(dataset, eval_datasets=sets)

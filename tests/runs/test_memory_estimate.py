@@ -157,7 +157,7 @@ def test_check_needs_a_config_alone_and_says_what_fits(tmp_path: Path, capsys: p
     assert main([*words, "--memory=1.5 MB", "--host-memory", "512GiB"]) == 1
     shown = capsys.readouterr().out
     assert "549.76 GB (512.00 GiB) on the host" in shown
-    assert "the default, takes none: nothing fits" in shown
+    assert "the default, would refuse: nothing fits" in shown
     assert ("--model.onload layer takes" in shown, "--model.onload model takes" in shown) == (True, False)
     for wrong in (["--memory", "much"], ["--memory"], ["--host-memory", "-3GiB"]):
         assert main([*words, *wrong]) == 2

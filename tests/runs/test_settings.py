@@ -58,9 +58,13 @@ def test_seed_of_the_experiment_applies_to_a_systems_own_setting_too(tmp_path: P
     assert read_settings(write(tmp_path, seeds=[7]), seeds=[1, 2]).seeds == [1, 2]
 
 
-def test_a_copy_of_a_shipped_experiment_finds_the_shipped_systems(tmp_path: Path) -> None:
+def test_a_copy_of_a_shipped_experiment_finds_the_shipped_systems(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = shutil.copy(shipped_folder() / "compare.yaml", tmp_path / "mine.yaml")
-    assert read_settings(Path(own)).systems == read_settings(Path("compare")).systems
+    monkeypatch.chdir(tmp_path)
+    for path in (Path(own), Path("mine.yaml")):
+        assert read_settings(path).systems == read_settings(Path("compare")).systems
 
 
 def test_a_size_that_is_given_takes_the_place_of_that_of_a_file(tmp_path: Path) -> None:
@@ -76,6 +80,9 @@ def test_a_size_that_is_given_takes_the_place_of_that_of_a_file(tmp_path: Path) 
     assert RunBuilder(["--config", str(tuned), "--model.pruning_ratio=0.3"]).model.target is None
     assert RunBuilder(["--config", str(tuned), "--model.target_parameters", "800K"]).model.target.kind == "parameters"
     assert RunBuilder(["--config", str(tuned)]).model.target.kind == "memory"
+    method = {"class_path": "lightning_prune.methods.ShortGPT", "init_args": {"n_remove_layers": 2}}
+    tuned.write_text(yaml.safe_dump({"model": method}))
+    assert RunBuilder([f"--config={tuned}", "--model.pruning_ratio=0.3"]).model.n_remove_layers is None
 
 
 def test_a_system_may_change_a_file_or_be_any_method(tmp_path: Path) -> None:

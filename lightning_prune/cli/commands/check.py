@@ -60,11 +60,10 @@ def _print(estimates: list[Estimate], memory: Memory) -> None:
         device = "–" if one.device_bytes is None else size(one.device_bytes)
         sizes = "".join(f"{it:>10}" for it in (device, *map(size, (one.host_bytes, one.disk, one.bytes_read))))
         print(f"{one.onload:<8}{sizes}  {_fits(one):<5}  {one.phase}")
-    chosen = (
-        "model" if estimates[1].share <= ROOM else "layer" if _possible(estimates, "auto") else "none: nothing fits"
-    )
+    chosen = "takes " + ("model" if estimates[1].share <= ROOM else "layer")
+    chosen = chosen if _possible(estimates, "auto") else "would refuse: nothing fits"
     legend = f"; tight: an estimate can be {ERROR - 1:.0%} too low" if "tight" in map(_fits, estimates) else ""
-    print(f"\n--model.onload auto, the default, takes {chosen}{legend}")
+    print(f"\n--model.onload auto, the default, {chosen}{legend}")
     if method.needs_calibration:
         forwards = work.layer_evaluations / (len(method.layers) * -(-memory.samples // memory.data.batch_size))
         print(f"work: that of {forwards:.1f} forwards of the calibration text, {work.flops:.2e} operations")
