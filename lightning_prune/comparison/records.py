@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning_prune.checkpoint.scores import Scores
+from lightning_prune.methods.target import UNITS
 from lightning_prune.runs.config_files import read_config
 from lightning_prune.runs.folder import RunFolder
 from lightning_prune.runs.records import Calibration, Environment, MethodDetails, Recovered, RunMetrics
 from lightning_prune.runs.verdict import verdict_word
 
-COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 BYTES = {"B": 1} | {
     f"{one}{i}B": base**power for i, base in (("", 1000), ("i", 1024)) for power, one in enumerate("KMGT", 1)
 }
@@ -80,7 +80,7 @@ class Run:
         """The size requested in place of a ratio: ``4.5B`` (parameters), ``800M active``, ``6GiB``; None for none."""
         if (target := self.metrics.target) is None:
             return None
-        text = shortest(target.limit, BYTES if target.kind == "memory" else COUNTS)
+        text = shortest(target.limit, BYTES if target.kind == "memory" else UNITS)
         return f"{text} active" if target.kind == "active_parameters" else text
 
     @property
