@@ -21,6 +21,7 @@ from tests.tiny import EXPERTS, make_moe, tiny_tokens
 
 E, M, RATIO = 8, 32, 0.3
 TOKENS = tiny_tokens(9, 24)
+pytestmark = pytest.mark.usefixtures("trusted_families")
 UNITS: dict[str, Any] = {"expert_channel": Wanda, "expert": REAP, "all": partial(Wanda, units="all")}
 
 
