@@ -47,9 +47,9 @@ KINDS = MODELS | {  # of attention, by KV heads for 4 query heads
 KINDS |= {family: {"family": family} for family in EVERY_FAMILY if family not in FAMILIES}
 pytestmark = pytest.mark.usefixtures("trusted_families")
 every_system = pytest.mark.parametrize("system", SYSTEMS)
-# A family changes what calibration runs, not what a method makes of it, and tests/models and tests/calibration take every
-# family forward and backward. Groups that stay meet every system. Of the others each meets two kinds of pass in turn, and
-# those whose layers are attention and an MLP of one shape, as Llama's, one.
+# A family changes what calibration runs, not what a method makes of it, and tests/models and tests/calibration take
+# every family forward and backward. Groups that stay meet every system. Of the others each meets two kinds of pass in
+# turn, and those whose layers are attention and an MLP of one shape, as Llama's, meet one.
 UNLIKE = ("gqa-tied", "olmo2")
 ALIKE = CUTTABLE[len(FAMILIES) : CUTTABLE.index("gemma4_text")]
 FAST_KINDS = ("mqa-untied", "phi3", "gemma3_text", "olmo2")  # one of each layout; the others are slow
