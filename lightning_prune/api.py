@@ -110,7 +110,7 @@ class PrunedModel:
 
 def prune(
     model: str | Path | PreTrainedModel,
-    method: str = "hgsp_taylor",
+    method: str = "hgsp_kfac_refit",
     pruning_ratio: float | None = None,
     calibration: Any = None,
     *,

@@ -220,8 +220,7 @@ def test_calibration_sets_from_text_a_file_a_dataset_and_token_ids(base: str, tm
     file = tmp_path / "my_text.txt"
     file.write_text("\n\n".join(texts), encoding="utf-8")
     assert torch.equal(lp.calibration_set(file, base, 5, 16, seed=3), one)
-    with pytest.raises(lp.UserError, match="is a file, but a str is text"):
-        lp.calibration_set(str(file), base, 5, 16)
+    assert torch.equal(lp.calibration_set(str(file), base, 5, 16, seed=3), one)
     stream = torch.tensor(tiny_tokenizer()("\n\n".join(texts))["input_ids"])
     assert torch.equal(lp.calibration_set(stream, num_samples=5, seq_len=16, seed=3), one)
     assert torch.equal(lp.calibration_set(tiny_tokens(4, 9).numpy()), tiny_tokens(4, 9))
@@ -239,6 +238,7 @@ def test_calibration_sets_from_text_a_file_a_dataset_and_token_ids(base: str, tm
         (lambda base: lp.calibration_set("a b c"), "tokenizer: found none"),
         (lambda base: lp.calibration_set(torch.zeros(3)), "token ids: found torch.float32"),
         (lambda base: lp.calibration_set({"a": 1}, base), "found dict"),
+        (lambda base: lp.calibration_set("my_txt.txt", base), "no file or folder 'my_txt.txt', and no corpus"),
         (lambda base: lp.evaluate(base, []), "nothing to evaluate on"),
         (lambda base: lp.compare([]), "runs: the list is empty"),
         (lambda base: lp.compare([base]), "run"),

@@ -10,12 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_prune.data.corpora import calibration_split, load_corpus, split_spec
+from lightning_prune.data.corpora import NAMES, calibration_split, load_corpus, split_spec
 from lightning_prune.data.local_files import rows_of
 from lightning_prune.data.rows import Chat, documents, is_turns
 from lightning_prune.data.sampling import draw_windows
 from lightning_prune.data.tokenization import load_tokenizer, tokenize, window_start
 from lightning_prune.support.errors import UserError
+
+LONGEST_NAME = 256  # characters of one word that is a misspelt name and not a text
 
 
 def calibration_set(
@@ -30,9 +32,9 @@ def calibration_set(
     """Token ids int64 ``[num_samples, seq_len]``, drawn as the command line draws them.
 
     Args:
-        data: a text, a list of texts, a ``Path`` (a file or folder as ``--data.dataset`` takes it), a
-            ``datasets.Dataset`` or a list of rows with text or chats, a list of chats, or token ids: ``[T]`` to draw
-            windows from, or ``[N, L]``, whose rows are taken as they are.
+        data: a corpus, file or folder as ``--data.dataset`` takes it; a str that names none is the text itself. Or a
+            list of texts, a ``datasets.Dataset`` or a list of rows with text or chats, a list of chats, or token ids:
+            ``[T]`` to draw windows from, or ``[N, L]``, whose rows are taken as they are.
         tokenizer: of the model, or its folder or hub id; only token ids need none.
         num_samples: N; this and the next two are the unified setting by default, and not read for ``[N, L]``.
         seq_len: L.
@@ -41,7 +43,7 @@ def calibration_set(
         bos: as ``--data.bos``; token ids get none.
 
     Raises:
-        UserError: too little text, no tokenizer, the name of a file as a str, or data of another kind.
+        UserError: too little text, no tokenizer, or data of another kind.
     """
     ids, start = _token_ids(data), None
     if ids is not None and ids.dim() == 2:
@@ -84,15 +86,15 @@ def _token_ids(data: Any) -> Tensor | None:
 
 
 def _text(data: Any, column: str | None, tokenizer: Any, tokens_wanted: int) -> str:
-    if isinstance(data, Path):
+    if isinstance(data, str) and data.partition(":")[0] not in NAMES and not os.path.exists(data):
+        if len(data) < LONGEST_NAME and not data[-1:].isspace() and len(data.split()) == 1:
+            raise UserError(
+                f"calibration data: no file or folder '{data}', and no corpus; those are {', '.join(NAMES)}."
+            )
+        return data  # patterns of files are not looked for: a text may hold an asterisk
+    if isinstance(data, str | Path):
         name, split = split_spec(str(data))
         return load_corpus(name, split or calibration_split(name), tokens_wanted, column, lambda: tokenizer).text
-    if isinstance(data, str):
-        if os.path.isfile(data):
-            raise UserError(
-                f"calibration data: '{data}' is a file, but a str is text. Give pathlib.Path('{data}') to read it."
-            )
-        return data
     chat = Chat(lambda: tokenizer)
     if hasattr(data, "column_names"):
         return chat.joined(list(documents("the dataset", partial(rows_of, data), column, chat)))
@@ -103,7 +105,7 @@ def _text(data: Any, column: str | None, tokenizer: Any, tokens_wanted: int) -> 
         rows = [{"messages": row} for row in rows]
     if not rows or not all(isinstance(row, Mapping) for row in rows):
         raise UserError(
-            f"calibration data: found {type(data).__name__}. Give text, a list of texts, rows or chats, a Path, a "
-            "Dataset or token ids."
+            f"calibration data: found {type(data).__name__}. Give a corpus, a file, text, a list of texts, rows or "
+            "chats, a Dataset or token ids."
         )
     return chat.joined(list(documents("the dataset", lambda _: iter(rows), column, chat)))

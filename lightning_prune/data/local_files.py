@@ -20,7 +20,7 @@ import pandas as pd  # type: ignore[import-untyped]
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from lightning_prune.data.rows import Chat, Row, documents, is_turns
+from lightning_prune.data.rows import Chat, NoSuchColumn, Row, documents, is_turns
 from lightning_prune.data.token_arrays import OPTIONS
 from lightning_prune.support.errors import UserError, first_line
 from lightning_prune.support.quiet import quiet_datasets
@@ -121,6 +121,8 @@ def _documents(file: Path, column: str | None, chat: Chat, enough: int | None) -
     if kind in readers:
         yield from documents(file, partial(readers[kind], file), column, chat)
         return
+    if column is not None:
+        raise NoSuchColumn(f"--data.column {column}: {file} is read as plain text, which has no columns. Leave it out.")
     limit = SIZE_LIMIT + 1 if enough is None else enough
     with _opened(file) as text:
         first = text.read(min(PIECE, limit))

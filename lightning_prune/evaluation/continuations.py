@@ -91,8 +91,13 @@ def continuations(model: LayeredModel, checkpoint: Checkpoint, prompts: Tensor) 
 def greedy(net: Any, prompts: Tensor, new_tokens: int, ends: frozenset[int] = frozenset()) -> Tensor:
     """The most probable tokens after ``prompts`` ``[N, P]``, one after the other through the KV cache: ``[N, T]``,
     T = ``new_tokens``, or fewer where every row has one of ``ends``."""
-    cache = cache_option(net)
-    output = net(input_ids=prompts, use_cache=True, logits_to_keep=1)
+    cache, head = cache_option(net), net.get_output_embeddings()
+    # The last positions of the prompts are a strided view. For that a CPU copies the head once per prompt in bf16.
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(),))
+    try:
+        output = net(input_ids=prompts, use_cache=True, logits_to_keep=1)
+    finally:
+        hook.remove()
     written = [output.logits[:, -1].argmax(-1)]
     stop = torch.tensor(sorted(ends), dtype=torch.int64, device=prompts.device)
     ended = torch.isin(written[0], stop)

@@ -14,6 +14,7 @@ from lightning_prune.support.devices import widest
 # ``auto`` chooses from these, or does not change the projection.
 DAMPINGS = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 DEFAULT_DAMPING = 1e-2  # where too few samples are there to hold some out
+PROBES = 128  # about how many outputs λ is chosen by
 
 
 @dataclass
@@ -118,18 +119,17 @@ def fit(equations: NormalEquations, old: Tensor, held: list[tuple[Tensor, Tensor
         rest = equations.cross - old @ equations.gram
         x, y = (values if values.dtype == old.dtype else values.float() for values in (inputs, wanted))
 
-        @cache
         def error(candidate: float) -> float:
             error_sum = squared_error(x, y, ridge(equations, old, candidate, rest) if candidate else old)
             sum_over_processes(error_sum)
             return float(error_sum)
 
-        best = damping or DEFAULT_DAMPING
+        best, before, after = damping or DEFAULT_DAMPING, 0.0, 0.0
         if count:
-            best = min(0.0, lowest(error, DAMPINGS) if damping is None else damping, key=error)
-        before, after = (error(0.0), error(best)) if count else (0.0, 0.0)
-        if not best:
-            return Fit(old, best, before, after)
+            best = choose_damping(equations, old, rest, x, y) if damping is None else damping
+            before, after = error(0.0), error(best)
+            if before <= after:
+                return Fit(old, 0.0, before, before)
         more = NormalEquations(torch.zeros_like(equations.gram), torch.zeros_like(equations.cross), equations.products)
         more.add(inputs, wanted)
         more.complete()
@@ -137,6 +137,36 @@ def fit(equations: NormalEquations, old: Tensor, held: list[tuple[Tensor, Tensor
         equations.gram += more.gram
         equations.cross += more.cross
         return Fit(ridge(equations, old, best), best, before, after)
+
+
+def choose_damping(equations: NormalEquations, old: Tensor, rest: Tensor, inputs: Tensor, targets: Tensor) -> float:
+    """λ of ``DAMPINGS`` for which X ``[T, n]`` and Y ``[T, d]``, held out by this process, are met best.
+
+    Rows of W are solved apart from each other, so some of them say what all of them would; and λ, in steps of about
+    three, needs no float64. Both leave the two solves that follow as the cost: those of W itself and of its error.
+
+    Args:
+        equations: complete, without the held-out samples.
+        old: W₀ ``[d, n]``.
+        rest: YᵀX − W₀·G ``[d, n]``.
+        inputs: X.
+        targets: Y.
+    """
+    some = slice(None, None, -(-len(old) // PROBES))
+    trial = NormalEquations(equations.gram.float(), equations.cross[some].float())
+    weight, missing, wanted = old[some].float(), rest[some].float(), targets[:, some]
+
+    @cache
+    def error(candidate: float) -> float:
+        try:
+            tried = ridge(trial, weight, candidate, missing)
+        except FloatingPointError:  # fp32 is too short for so small a λ; where sums are not finite, float64 says so
+            return float("inf")
+        error_sum = squared_error(inputs, wanted, tried)
+        sum_over_processes(error_sum)
+        return float(error_sum)
+
+    return lowest(error, DAMPINGS)
 
 
 def lowest(error: Callable[[float], float], candidates: Sequence[float]) -> float:

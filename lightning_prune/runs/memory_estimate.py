@@ -20,7 +20,7 @@ from lightning_prune.models.families import LayerStructure, family_of
 from lightning_prune.models.head import LOGITS_BYTES
 from lightning_prune.models.layered import Onload
 from lightning_prune.models.model_slot import load_dtype
-from lightning_prune.models.vocabulary import Block
+from lightning_prune.models.vocabulary import EXPERTS, Block
 from lightning_prune.support.devices import free_bytes
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.memory import anonymous_bytes, free_host_bytes
@@ -129,7 +129,10 @@ class Memory:
         load, passes = self._load(max(0, free - weights)), self._passes()
         saved = self.stored if method.save_dtype == "auto" else getattr(torch, method.save_dtype)
         # One layer and the next, cut, and a parameter of experts before it is cut.
-        removed = 0.0 if method.uneven else (method.requested_ratio or 0.0) * method.dense_parameters / layers
+        alike = not method.uneven or {*EXPERTS}.issuperset(
+            method.kinds(method.layers)
+        )  # of experts layers lose the same
+        removed = (method.requested_ratio or 0.0) * method.dense_parameters / layers if alike else 0.0
         writing = int(min(2, layers) * (layer - removed)) * saved.itemsize
         writing += load.largest_parameter * size if joined else 0
         writing += outside * saved.itemsize if saved != self.stored else 0

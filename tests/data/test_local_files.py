@@ -306,3 +306,8 @@ def test_the_split_and_the_column_are_options(tmp_path: Path, set_up: Any) -> No
         build(str(folder), split="dev")
     with pytest.raises(UserError, match=r"--data\.column body.*not there"):
         build(str(other), eval_datasets=[])
+    plain = tmp_path / "plain.txt"
+    plain.write_text(make_text(900, 9))
+    assert build(str(folder), eval_datasets=[str(plain)]).evaluation
+    with pytest.raises(UserError, match=r"--data\.column body.*plain text, which has no columns"):
+        build(str(plain), eval_datasets=[])

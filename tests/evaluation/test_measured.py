@@ -195,6 +195,14 @@ def test_greedy_tokens_are_those_of_transformers(family: str) -> None:
     assert greedy(net, prompts, 20, ends).shape[1] <= 4  # every row has come to an end
 
 
+def test_the_head_reads_no_strided_view() -> None:
+    """For one, a CPU copies the head once per prompt in bf16: 16 times 131 MB for a small Llama."""
+    net, contiguous = make_tiny(), []
+    net.lm_head.register_forward_hook(lambda _, inputs, output: contiguous.append(inputs[0].is_contiguous()))
+    greedy(net, tiny_tokens(5, 12), 3)
+    assert contiguous == [True] * 3
+
+
 def test_what_is_said_of_continuations() -> None:
     def wrote(*texts: list[int]) -> Continuations:
         return Continuations(torch.zeros(len(texts), 2), 9, list(texts), frozenset({1}))

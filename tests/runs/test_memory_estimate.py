@@ -89,6 +89,15 @@ def test_sums_of_every_expert_are_counted(memory: Callable[..., Memory]) -> None
     assert found.host_bytes - IMPORTED > 2 * 128 * 512**2 * 4  # both factors
 
 
+def test_where_only_experts_are_removed_no_layer_is_written_whole(memory: Callable[..., Memory]) -> None:
+    """A layer of Qwen3-30B-A3B; measured as `python benchmarks/layer_memory.py --experts --layers 1` does."""
+    sizes = {"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 1}
+    sizes |= {"num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151_936, "tie_word_embeddings": False}
+    found = memory(methods.REAP, kind=Qwen3MoeConfig, rows=8, **sizes).estimate("layer")
+    assert found.phase == "writing"
+    assert found.host_bytes / GB == pytest.approx(2.12, rel=0.15)
+
+
 def test_seventy_billion_parameters_are_estimated_at_once(memory: Callable[..., Memory]) -> None:
     heads = {"num_attention_heads": 64, "num_hidden_layers": 80, "tie_word_embeddings": False, "vocab_size": 128_256}
     found = memory(
