@@ -8,8 +8,6 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
-from functools import partial
 from itertools import pairwise, takewhile
 from pathlib import Path
 from types import ModuleType
@@ -25,8 +23,6 @@ import lightning_prune as lp
 from lightning_prune.cli import main
 from lightning_prune.comparison import report
 from lightning_prune.demo import demo_model_path, demo_text
-from lightning_prune.evaluation.perplexity import Measured
-from lightning_prune.runs.run import prune_and_record
 from lightning_prune.runs.settings import read_settings
 from tests.methods.running import run_method, save_base
 from tests.tiny import make_moe, make_tiny, tiny_tokens
@@ -256,24 +252,7 @@ def with_output(page: Path) -> list[tuple[str, str]]:
     return [(typed, shown) for (kind, typed), (shows, shown) in pairs if (kind, shows) == ("bash", "text")]
 
 
-@pytest.fixture(scope="module")
-def dense() -> Iterator[list[Measured]]:
-    made: list[Measured] = []
-    yield made
-    for one in made:
-        one.close()
-
-
-@pytest.fixture
-def measured_once(dense: list[Measured], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first of the README's runs measures the dense model for all of them, as in an experiment, of which
-    tests/runs/test_experiment.py sees to it that this changes no number."""
-    for place in ("cli.commands.fit", "api"):
-        monkeypatch.setattr(f"lightning_prune.{place}.prune_and_record", partial(prune_and_record, shared=dense))
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("measured_once")
 def test_commands_of_the_readme_print_what_it_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -291,7 +270,6 @@ def test_commands_of_the_readme_print_what_it_shows(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("measured_once")
 def test_python_of_the_readme_prints_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert blocks(README, "pycon")
