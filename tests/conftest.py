@@ -18,6 +18,11 @@ from tests.tiny import make_tiny
 
 torch.set_num_threads(1)
 
+# Files that take longest begin first, so that neither worker waits for the other with one of them at the end.
+LONGEST = (
+    *("test_docs.py", "test_life.py", "test_resume.py", "test_every_method.py", "test_trainer.py"),
+    *("test_experiment.py", "test_expert_families.py", "test_family_check.py", "test_notebook.py"),
+)
 # One family of every kind of layer: plain, fused projections, norms on both sides, whole attention, experts.
 QUICK_FAMILIES = ("llama", "phi3", "gemma2", "olmo2", "glm4_moe")
 
@@ -32,6 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         options = item.callspec.params if hasattr(item, "callspec") else {}
         if {"hostile", "accelerator"} & {*item.path.parts} or options.get("family", "llama") not in QUICK_FAMILIES:
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 def pytest_collection_finish() -> None:

@@ -101,10 +101,14 @@ def serve(module: str) -> None:
 
 
 def _make_one_run(main: Callable[[list[str]], int]) -> None:
-    """Not of a method that goes backward: on a device that starts threads, which no fork has."""
+    """Not of a method that goes backward: on a device that starts threads, which no fork has. A mixture of experts is
+    tried, too, which takes half of a run on one."""
     import numpy as np
 
-    from tests.tiny import make_tiny, tiny_tokens
+    from lightning_prune.checkpoint.family_check import check_family
+    from tests.tiny import make_moe, make_tiny, tiny_tokens
+
+    check_family(make_moe(width=32, layers=3).config)
 
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
         make_tiny().save_pretrained(folder)

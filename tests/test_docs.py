@@ -136,11 +136,11 @@ def run(command: str) -> None:
 
 
 def of_an_experiment(words: list[str]) -> list[str]:
-    """One ratio, and of the systems, which all have to be there, those of ``READ`` or the first."""
+    """One ratio, and of the systems, which all have to be there, the first, or those of ``READ`` that are named."""
     systems = words[words.index("--systems") + 1 :] if "--systems" in words else []
     systems = list(takewhile(lambda word: not word.startswith("--"), systems))
     known = list(read_settings(Path(words[words.index("--config") + 1]), systems=systems or None).systems)
-    few = [name for name in known if name in READ] or known[:1]
+    few = [name for name in systems if name in READ] or known[:1]
     return ["--systems", *few, *(["--ratios", "0.2"] if "--ratios" not in words else [])]
 
 

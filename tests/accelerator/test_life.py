@@ -58,7 +58,7 @@ class Fit:
         words += ["--data.dataset", f"{self.folder}/tokens.npy"]
         words += ["--data.eval_datasets", f"[{self.folder}/held_out.npy]"]
         words += ["--trainer.default_root_dir", f"{self.folder}/{root}", "--trainer.logger", "false"]
-        words += [] if system == "wanda" else ["--data.continuations", "0"]
+        words += [] if (system, root) == ("wanda", "model") else ["--data.continuations", "0"]
         return [*words, "--trainer.precision", precision, "--model.onload", onload]
 
     def sim(

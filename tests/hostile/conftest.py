@@ -37,7 +37,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["compare", "--config", f"{folder}/compare.yaml", "--root", f"{folder}/root"]
     words += ["--output", f"{folder}/report", "--model", f"{folder}/model", "--trainer.accelerator", "cpu"]
     words += ["--data.dataset", f"{folder}/tokens.npy", "--data.eval_datasets", f"[{folder}/tokens.npy]"]
-    words += ["--trainer.logger", "false"]
+    words += ["--trainer.logger", "false", "--data.continuations", "0"]
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         assert main(words) == 0
         save(folder / "pruned", plan=mixed_plan)

@@ -9,8 +9,17 @@ import pytest
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_prune.methods import base, flap
 from tests.methods.running import run_method, save_base
 from tests.tiny import tiny_tokens
+
+
+@pytest.fixture
+def trusted_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs do not try their family first, which takes as long as the run: ``tests/checkpoint/test_family_check.py``
+    tries every family, and ``test_families.py`` sees to it that one that fails is refused."""
+    for module in (base, flap):
+        monkeypatch.setattr(module, "check_family", lambda config: None)
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ from tests.methods.behaviour import (
     save_tokens,
     temporary_files,
 )
-from tests.tiny import EVERY_FAMILY, FAMILIES, WHOLE_ATTENTION, tiny_tokens
+from tests.tiny import CUTTABLE, EVERY_FAMILY, FAMILIES, WHOLE_ATTENTION, tiny_tokens
 
 RATIO = 0.29
 KINDS = MODELS | {  # of attention, by KV heads for 4 query heads
@@ -45,11 +45,13 @@ KINDS = MODELS | {  # of attention, by KV heads for 4 query heads
     "mqa-untied": {"kv_heads": 1, "tied": False},
 }
 KINDS |= {family: {"family": family} for family in EVERY_FAMILY if family not in FAMILIES}
+pytestmark = pytest.mark.usefixtures("trusted_families")
 every_system = pytest.mark.parametrize("system", SYSTEMS)
-# A family changes what calibration runs, not what a method makes of it: those that are not plain Llamas meet one system
-# of each kind of pass.
-# Groups that stay meet every system; of the others each meets two kinds of pass, in turn.
+# A family changes what calibration runs, not what a method makes of it, and tests/models and tests/calibration take
+# every family forward and backward. Groups that stay meet every system. Of the others each meets two kinds of pass in
+# turn, and those whose layers are attention and an MLP of one shape, as Llama's, meet one.
 UNLIKE = ("gqa-tied", "olmo2")
+ALIKE = CUTTABLE[len(FAMILIES) : CUTTABLE.index("gemma4_text")]
 FAST_KINDS = ("mqa-untied", "phi3", "gemma3_text", "olmo2")  # one of each layout; the others are slow
 
 
@@ -66,7 +68,8 @@ def systems_for(kind: str) -> tuple[str, ...]:
         return (*(name for name in SYSTEMS if SYSTEMS[name].kind == kind), "shortgpt")
     if kind in UNLIKE:
         return DENSE_SYSTEMS
-    return FAST_DENSE if kind in FAST_KINDS else FAST_DENSE[list(KINDS).index(kind) % 2 :: 2]
+    every = 4 if kind in ALIKE else 2
+    return FAST_DENSE if kind in FAST_KINDS else FAST_DENSE[list(KINDS).index(kind) % every :: every]
 
 
 def each_pass_with(fast: Any, *slow: Any) -> list[Any]:

@@ -21,6 +21,7 @@ from tests.tiny import EXPERTS, make_moe, tiny_tokens
 
 E, M, RATIO = 8, 32, 0.3
 TOKENS = tiny_tokens(9, 24)
+pytestmark = pytest.mark.usefixtures("trusted_families")
 UNITS: dict[str, Any] = {"expert_channel": Wanda, "expert": REAP, "all": partial(Wanda, units="all")}
 
 
@@ -115,7 +116,7 @@ def test_a_refit_brings_the_stream_nearer_to_the_dense_one(base: str, tmp_path: 
     dense, errors, fresh = lightning_prune.load(base, torch.float32), [], tiny_tokens(16, 32, seed=1)
     for refit in ("none", "residual"):
         method = HGSP(base, 0.3, importance="kfac", temperature=0.0, refit=refit)  # type: ignore[arg-type]
-        run_method(method, tiny_tokens(64, 32), tmp_path / refit)
+        run_method(method, tiny_tokens(64, 32), tmp_path / refit, batch_size=32)
         with torch.no_grad():
             streams = [one.model(input_ids=fresh).last_hidden_state for one in (dense, pruned_by(method))]
         errors.append(float((streams[0] - streams[1]).square().sum()))

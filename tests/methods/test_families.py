@@ -90,6 +90,7 @@ MLP_ENTRY = {
 }
 
 
+@pytest.mark.usefixtures("trusted_families")
 @pytest.mark.parametrize(
     "family", ["llama", "gemma2", "gemma3_text", "gemma4_text", "phi3", "granite", "olmo2", "qwen3_5_text", "phi"]
 )
@@ -121,6 +122,7 @@ def test_every_block_is_refitted_on_what_the_pruned_part_before_it_outputs(
         torch.testing.assert_close(hidden, expected[place], rtol=1e-3, atol=1e-3, msg=str(place))
 
 
+@pytest.mark.usefixtures("trusted_families")
 @pytest.mark.parametrize("family", ["llama", "olmo2", *HYBRIDS, *SIDE_BY_SIDE])
 def test_uniform_widths_are_stock(run: Any, family: str) -> None:
     method = run(make_tiny(family), Wanda, 0.2, tiny_tokens(4, 12), allocation="uniform")

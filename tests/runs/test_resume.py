@@ -2,12 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks import kills
 from lightning_prune.runs.folder import RunFolder
 from lightning_prune.runs.resume import differences, facts_of, unfinished_run
 from lightning_prune.support.errors import UserError
@@ -215,10 +214,26 @@ def test_the_newest_unfinished_run_of_the_same_facts_is_found(tmp_path: Path) ->
         lock.release()
 
 
+class Bench(kills.Bench):
+    """Without what takes most of a run on a tiny model and has nothing of what is checked: continuations, and the event
+    files of ``compare``; those of ``fit`` tell runs side by side apart."""
+
+    def options(self, root: Path) -> list[str]:
+        return [*super().options(root), "--data.continuations", "0"]
+
+    def compare(self, root: Path) -> list[str]:
+        return [*super().compare(root), "--data.continuations", "0", "--trainer.logger", "false"]
+
+
 @pytest.mark.slow
-def test_whatever_is_killed_nothing_is_lost_mixed_or_believed() -> None:
+def test_whatever_is_killed_nothing_is_lost_mixed_or_believed(
+    tmp_path: Path, forks: Forks, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Random kills, interrupts and runs side by side, a few of each; ``benchmarks/kills.py`` takes any number."""
-    counts = ["--kills", "2", "--resumes", "1", "--interrupts", "2", "--together", "2", "--systems", "wanda"]
-    command = [sys.executable, "benchmarks/kills.py", *counts]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=380)
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.setattr(kills, "Forks", lambda: forks)
+    bench = Bench(tmp_path, seed=0, systems=["wanda"])
+    bench.kills(2)
+    bench.resumes(1)
+    bench.interrupts(2)
+    bench.together(2)
+    assert bench.wrong == []
