@@ -290,7 +290,7 @@ class PruningMethod(L.LightningModule):
                 "Magnitude, HGSP, REAP, HEAPr or ShortGPT."
             )
         if self.target is not None and (positions := self.checkpoint.limits[1]) is not None:
-            self.target = replace(self.target, context=min(self.target.context, positions))
+            self.target = self.target.within(positions)
         self.check_ratio(layers, total)
         check_family(self.checkpoint.config)
         self.layers, self.dense_parameters = layers, total

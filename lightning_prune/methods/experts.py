@@ -117,10 +117,14 @@ def expert_details(layers: Sequence[LayerStructure], results: Sequence[LayerResu
     if (starved := sum(count < width for count in counts)) and samples:
         # Experts that hardly any text reaches would need any number: nine of ten are to have enough.
         tenth = counts[len(counts) // 10]
-        enough = -(-samples * width // max(1, tenth))
+        remedy = (
+            f"With --data.num_samples {-(-samples * width // max(1, tenth))}, or longer windows, nine of ten experts "
+            "would see enough."
+            if tenth < width
+            else "The others see enough; these are hardly ever chosen for this text."
+        )
         rank_zero_warn(
             f"{starved} of {len(counts)} experts see fewer tokens than their {width} channels, the fewest {fewest}. "
-            f"With --data.num_samples {max(enough, samples + 1)}, or longer windows, nine of ten experts would see "
-            "enough."
+            f"{remedy}"
         )
     return {"experts": {"tokens": tokens, "fewest_tokens": fewest, "super_experts": marked}}

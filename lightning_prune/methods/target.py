@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_prune.checkpoint.expert_plans import active_parameters
 from lightning_prune.checkpoint.plan import LayerPlan
@@ -74,6 +75,17 @@ class Target:
         """The target's option on the command line."""
         return f"--model.target_{self.kind} {self.limit:,}"
 
+    def within(self, positions: int) -> "Target":
+        """The target of a model with so many positions: its KV cache holds no more tokens. Warns if those are fewer."""
+        if self.context <= positions:
+            return self
+        if self.kind == "memory":
+            rank_zero_warn(
+                f"--model.context {self.context:,}: the model has {positions:,} positions, so its KV cache is counted "
+                "with as many tokens."
+            )
+        return replace(self, context=positions)
+
     def around(self, dense: Checkpoint, keep: str) -> "Target":
         """The target of a run that writes what ``keep`` says of ``dense``. UserError: what is not pruned exceeds it."""
         beside = bytes_beside(dense) if keep == "whole" else 0
@@ -136,9 +148,9 @@ class Target:
             else:
                 high = middle
         if not fits(high):
-            smallest = size_at(Fraction(low, total))
+            smallest = f"{size_at(Fraction(low, total)):,}{' bytes' * (self.kind == 'memory')}"
             raise UserError(
-                f"{self.option} cannot be reached with these options: the smallest size is {smallest:,}. Raise the "
+                f"{self.option} cannot be reached with these options: the smallest size is {smallest}. Raise the "
                 "target, or freeze and protect less."
             )
         return Fraction(high, total)

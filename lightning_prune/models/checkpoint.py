@@ -289,8 +289,11 @@ def resolve(pretrained: str) -> str:
     if isfile(config):
         return str(folder)
     if exists(folder):
+        inside = (
+            f" A run's checkpoint is in '{pretrained}/pruned'." if isfile(folder / "pruned" / "config.json") else ""
+        )
         raise UserError(
-            f"{OPTION}: '{pretrained}' holds no config.json, so it is not a Hugging Face model folder. "
+            f"{OPTION}: '{pretrained}' holds no config.json, so it is not a Hugging Face model folder.{inside} "
             f"Give a folder with config.json and *.safetensors, a hub id, or 'demo'."
         )
     # A hub id is "organisation/name", or one of the few bare names.

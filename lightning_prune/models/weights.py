@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,9 @@ def loading(pretrained: str, what: str) -> Iterator[None]:
         reason = f"{type(error).__name__}: {first_line(error)}"
         if isinstance(error, AttributeError | TypeError):  # their messages are about transformers' own code
             reason = "an entry of config.json has a value of a kind that transformers cannot use"
+        nowhere = "" if exists(pretrained) else "there is no such folder here, and as a hub id "
         raise UserError(
-            f"{OPTION}: {what} from '{pretrained}' ({reason}). "
+            f"{OPTION}: {nowhere}{what} from '{pretrained}' ({reason}). "
             f"Give a Hugging Face model folder, a hub id that can be reached, or 'demo'."
         ) from error
 

@@ -26,7 +26,7 @@ from lightning_prune import methods
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.methods.base import PruningMethod
 from lightning_prune.methods.target import SIZES
-from lightning_prune.runs.config_files import check_text, read_config, with_config_files
+from lightning_prune.runs.config_files import check_text, read_config, shipped_methods, with_config_files
 from lightning_prune.runs.trainer import calibration_trainer
 from lightning_prune.support.errors import UserError, did_you_mean, first_line
 from lightning_prune.support.progress import Progress
@@ -302,7 +302,8 @@ def plain(message: str, options: Sequence[str], methods: Mapping[str, Mapping[st
             else f"--{key}{'.' if key else ''}{option}"
         )
         if not name.startswith("-"):
-            return f"unexpected argument '{name}': options are written --NAME VALUE. See --help."
+            guess = f" Did you mean --config {name}?" if name in shipped_methods() else ""
+            return f"unexpected argument '{name}'.{guess} Options are written --NAME VALUE. See --help."
         return _unknown(name, options, methods)
     if key == "model" and (dashed := re.search(r"NestedArg\(key='(\w+-[\w-]+)'", message)):
         return _unknown(f"--model.{dashed[1]}", options, methods)

@@ -117,6 +117,7 @@ class System(_Open):
     label: str
     base_model: str
     base_model_sha256: str | None = None
+    history: str = ""  # of a base model that was pruned before
     scores_reused: bool = False
     measured_seconds: dict[str, Seconds] = {}
 

@@ -14,6 +14,7 @@ import torch
 import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lightning_prune.checkpoint.base_facts import history
 from lightning_prune.checkpoint.cut import unpruned
 from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.checkpoint.serving_notes import pattern_note, tensor_parallel_sizes
@@ -250,6 +251,7 @@ def _metrics(
         "label": method.label,
         "base_model": method.pretrained,
         "base_model_sha256": weights,
+        "history": history(method.checkpoint.path),
         "scores_reused": method.saved is not None,
         "measured_seconds": method.saved.seconds if method.saved is not None else {},
     }

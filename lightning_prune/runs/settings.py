@@ -86,6 +86,12 @@ def read_settings(
     """
     named_as, path = path, config_file(path)
     given = {"root": root and str(root), "pretrained": pretrained, "ratios": ratios, "seeds": seeds, "targets": targets}
+    for ratio in ratios or ():
+        if not 0 < ratio < 1:
+            raise UserError(
+                f"--ratios: found {ratio:g}; a ratio is a share of all parameters and lies between 0 and 1, both "
+                "excluded (0.2 removes a fifth)."
+            )
     overrules = {name: value for name, value in given.items() if value is not None}
     subject = f"--config: '{path}'{''.join(f' --{name}' for name in overrules)}"
     file = _validated(read_config(path, "--config") | overrules, Settings, subject)

@@ -123,12 +123,15 @@ def summary_table(label: str, metrics: dict[str, Any]) -> str:
     parameters, ratio = metrics["parameters"], metrics["pruning_ratio"]
     requested = "" if ratio["requested"] is None or metrics.get("target") else f"requested {ratio['requested']:.4f}, "
     far = bool(requested) and ratio["requested"] - ratio["achieved"] > STEP
-    step = ", since the next removal would exceed the request" if far else ""
+    # Other units are too small for that.
+    step = ", since the next removal would exceed the request: a layer, or a share of all experts" if far else ""
     rows = [
         ("method", label),
         ("parameters", f"{parameters['dense']:,} → {parameters['pruned']:,}"),
         ("pruning ratio", f"{requested}achieved {ratio['achieved']:.4f}{step}"),
     ]
+    if before := (metrics.get("method") or {}).get("history"):
+        rows.insert(1, ("pruned before", f"{before}; 'dense' below is what that left"))
     if target := metrics.get("target"):
         memory = target["kind"] == "memory"
         most, reached = (both_units(target[key]) if memory else f"{target[key]:,}" for key in ("limit", "reached"))
@@ -136,12 +139,6 @@ def summary_table(label: str, metrics: dict[str, Any]) -> str:
         if memory:
             what = f"weights and KV cache of {target['batch']} × {target['context']:,} tokens"
         rows.append(("target", f"at most {most}, reached {reached} ({what})"))
-    serving = metrics.get("serving") or {}
-    if sizes := serving.get("tensor_parallel"):
-        alone = " alone: heads and widths have no common divisor" if sizes == [1] else ""
-        rows.append(("tensor parallel", f"on {', '.join(map(str, sizes))} device{'s' * (len(sizes) > 1)}{alone}"))
-    if serving.get("note"):
-        rows.append(("serving", serving["note"]))
     for name, item in metrics["perplexity"].items():
         # A perplexity says nothing without its protocol: how long the windows are, and of which split.
         protocol = metrics["evaluation"].get(name, {})
@@ -150,6 +147,12 @@ def summary_table(label: str, metrics: dict[str, Any]) -> str:
         values = f"dense {item['dense']:.3f}, pruned {item['pruned']:.3f} ({item['tokens']:,} tokens{windows})"
         rows.append((f"perplexity {name}", f"{values}, {verdict(metrics, name)}{_too_long(metrics, name)}"))
     rows += [*comparison_rows(metrics), *_footprint_rows(metrics)]
+    serving = metrics.get("serving") or {}
+    if sizes := serving.get("tensor_parallel"):
+        alone = " alone: heads and widths have no common divisor" if sizes == [1] else ""
+        rows.append(("tensor parallel", f"on {', '.join(map(str, sizes))} device{'s' * (len(sizes) > 1)}{alone}"))
+    if serving.get("note"):
+        rows.append(("serving", serving["note"]))
     return _aligned(rows, metrics)
 
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 import lightning_prune
+from lightning_prune.calibration.layer_result import LayerResult
 from lightning_prune.checkpoint.scores import Scores
 from lightning_prune.methods import HGSP, REAP, HEAPr, Magnitude, Wanda
+from lightning_prune.methods.experts import expert_details
 from lightning_prune.models.families import layer_structures
 from lightning_prune.models.vocabulary import Block
 from tests.methods.running import masked_by, mean_token_loss, pruned_by, run_method, save_base
@@ -83,6 +85,17 @@ def test_record_names_tokens_per_expert_and_warns_where_they_are_few(base: str, 
         method = run_method(Wanda(base, 0.35), TOKENS[:2], tmp_path / "run")
     tokens = method.details()["experts"]["tokens"]
     assert {layer: sum(counts) for layer, counts in tokens.items()} == dict.fromkeys(range(LAYERS), 2 * 24 * 2)
+
+
+def test_no_number_of_samples_is_said_to_help_experts_that_are_hardly_ever_chosen(base: str) -> None:
+    views = layer_structures(lightning_prune.load(base))[:2]
+    results = [
+        LayerResult(facts={"experts": {"tokens": [fewest, *[1000] * (E - 1)], "peaks": [1.0] * E}})
+        for fewest in (3, 1000)
+    ]
+    with pytest.warns(UserWarning, match=f"^1 of {2 * E} .*fewest 3. The others see enough") as said:
+        expert_details(views, results, samples=9)
+    assert "num_samples" not in str(said[0].message)
 
 
 def test_an_expert_whose_output_peaks_is_kept_unless_asked(tmp_path: Path) -> None:

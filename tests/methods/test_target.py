@@ -64,7 +64,10 @@ def test_memory_is_weights_and_cache_as_the_saved_model_has_them(make: Any, tmp_
     each = 2 * config.head_dim * CONTEXT * 2  # keys and values of a KV head, two sequences
     dense = sum(one.numel() for one in model.parameters()) + 4 * config.num_key_value_heads * each
     options = {"target_memory": f"{dense * 4 * 7 // 10}", "context": 2 * CONTEXT, "batch": 2}
-    method = run_method(make(base, **options), tiny_tokens(8, 12), tmp_path / "run")
+    with pytest.warns(
+        UserWarning, match=f"the model has {CONTEXT:,} positions, so its KV cache is counted with as many"
+    ):
+        method = run_method(make(base, **options), tiny_tokens(8, 12), tmp_path / "run")
     groups = sum(len(layer.kept["attention"]) for layer in method.plan.layers)  # type: ignore[index]
     assert 4 * (saved_numbers(method) + groups * each) <= dense * 4 * 7 // 10
     assert method.plan.pruning_ratio is None

@@ -1,6 +1,7 @@
 """A checkpoint is opened once; what is wrong with it is one message that names the option."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -70,12 +71,21 @@ def test_tokenizer_that_is_not_there_or_damaged(tiny_checkpoint: Callable[..., P
     ("name", "message"),
     [
         *((name, "no folder at") for name in ("/nowhere/at/all", "./nowhere", "~/nowhere-at-all", "a/b/c")),
-        *((name, f"config cannot be loaded from '{name}'") for name in ("nobody/nothing-here", "nothing here")),
+        *(
+            (name, f"no such folder here, and as a hub id the config cannot be loaded from '{name}'")
+            for name in ("nobody/nothing-here", "nothing here")
+        ),
     ],
 )
 def test_nothing_there(name: str, message: str) -> None:
     with pytest.raises(UserError, match=rf"--model\.pretrained: .*{message}"):
         Checkpoint.open(name)
+
+
+def test_a_run_folder_is_told_from_its_checkpoint(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    shutil.copytree(tiny_checkpoint(), tmp_path / "run" / "pruned")
+    with pytest.raises(UserError, match=f"holds no config.json.*A run's checkpoint is in '{tmp_path}/run/pruned'"):
+        Checkpoint.open(str(tmp_path / "run"))
 
 
 def config(**values: Any) -> Callable[[Path], Any]:

@@ -98,6 +98,7 @@ def test_a_system_may_change_a_file_or_be_any_method(tmp_path: Path) -> None:
     ("file", "given", "message"),
     [
         ({"seeds": [0, 0.5]}, {}, r"seeds.* is 0.5"),
+        ({}, {"ratios": [20.0]}, r"^--ratios: found 20; .* between 0 and 1"),
         ({}, {"seeds": [1, -1]}, r"seeds.* is -1"),
         ({}, {"seeds": [0], "options": {"data.seed": "1"}}, r"--data.seed: the experiment has --seeds"),
         ({}, {"systems": ["wandaa"]}, r"'wandaa' .*no such method\. Did you mean 'wanda'\? Systems: wanda, own\."),

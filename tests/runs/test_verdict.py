@@ -112,6 +112,9 @@ def test_summary_says_what_was_pruned_and_what_that_did() -> None:
     words += ["2.5 MB → 2.0 MB", "4.00 GB → 3.00 GB at 32,768 tokens", "80% of the dense model's"]
     assert [word for word in words if word not in table] == []
     assert "the next removal" not in table
+    assert "pruned before" not in table
+    again = summary_table("my wanda", metrics | {"method": {"history": "llama → flap"}})
+    assert "pruned before         llama → flap; 'dense' below is what that left" in again
     metrics["pruning_ratio"] = {"requested": 0.2, "achieved": 0.15}  # of experts, which are removed in steps
     assert "achieved 0.1500, since the next removal would exceed" in summary_table("reap", metrics)
     metrics["pruning_ratio"] = {"requested": None, "achieved": 0.1998}
