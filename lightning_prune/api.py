@@ -1,16 +1,18 @@
 """The commands as functions: the same objects, runs and folders, exceptions instead of exit statuses."""
 
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import pandas as pd  # type: ignore[import-untyped]
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
 
 from lightning_prune.checkpoint.apply import apply
@@ -35,7 +37,44 @@ from lightning_prune.support.errors import UserError
 
 HALF = {torch.bfloat16: "bf16-true", torch.float16: "16-true"}  # precisions of a model that is loaded in them
 DISTANCES = {"KL": "kl_divergence", "top-1": "top1_agreement", "acceptance": "expected_acceptance"}  # of a column
+ARGUMENTS = {  # by the last word of the option that means the same: of every function, or of one
+    "": {"pretrained": "model", "default_root_dir": "folder", "root": "folder", "tasks": "zero_shot"},
+    "prune": {"dataset": "calibration", "eval_datasets": "evaluate_on"},
+    "evaluate": {"dataset": "'on'", "eval_datasets": "'on'", "eval_seq_len": "seq_len"},
+    "calibration_set": {"dataset": "'data'", "eval_datasets": "'data'"},
+    "load": {"pretrained": "path"},
+}
+CALLER = 6  # stacklevel of a warning at the line that calls the function: Lightning's four, the function, its wrapper
+F = TypeVar("F", bound=Callable[..., Any])
 __all__ = ["PrunedModel", "UserError", "apply", "calibration_set", "compare", "evaluate", "export", "load", "prune"]
+
+
+def _says_arguments(function: F) -> F:
+    """``function``, whose UserErrors name its arguments where they named options of the command line."""
+    own = ARGUMENTS[""] | ARGUMENTS.get(function.__name__, {})
+
+    def argument(option: re.Match[str]) -> str:
+        group, name = option.groups()
+        in_data = (function.__name__, group) == ("prune", "data")
+        return own.get(name, f'data["{name}"]' if in_data else name.replace("-", "_"))
+
+    @wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except UserError as error:
+            text = re.sub("See --help( for the options)?", f"See help(lp.{function.__name__})", str(error))
+            text = re.sub(r"with (?=--data\.(dataset|eval_datasets)\b)", "as ", text)  # the argument is the text
+            # Not in quotes and paths, which are words of the user's.
+            text = re.sub(r"(?<![\w/.'\"-])--(?:(data|model|trainer)\.)?([a-z][\w-]*)", argument, text)
+            text = re.sub(r"('\w+') and \1( take\b)?", lambda pair: pair[1] + (" takes" if pair[2] else ""), text)
+            raise UserError(text) from None
+
+    return cast(F, called)
+
+
+# Not as assignments, which the API page would show as variables.
+globals().update({one.__name__: _says_arguments(one) for one in (apply, calibration_set, export)})
 
 
 class PrunedModel:
@@ -108,6 +147,7 @@ class PrunedModel:
         )
 
 
+@_says_arguments
 def prune(
     model: str | Path | PreTrainedModel,
     method: str = "hgsp_kfac_refit",
@@ -184,6 +224,7 @@ def prune(
         del keep  # exceptions that jsonargparse holds on to would keep it alive through this frame
 
 
+@_says_arguments
 def evaluate(
     model: str | Path | PreTrainedModel | PrunedModel,
     on: Sequence[Any],
@@ -250,8 +291,9 @@ def evaluate(
         }
 
 
+@_says_arguments
 def compare(
-    runs: Sequence[PrunedModel | str | Path],
+    runs: PrunedModel | str | Path | Sequence[PrunedModel | str | Path],
     *,
     zero_shot: Sequence[str] = (),
     include_path: str | Path | None = None,
@@ -265,10 +307,11 @@ def compare(
     deviation (``deviation …``) and number (``n``), where every system had the same seeds. ``KL …``, ``top-1 …`` and
     ``acceptance …`` are the distance from the dense model.
 
-    ``attrs["differences"]`` lists what makes runs incomparable (other tokens, evaluation, base model or ratio).
+    ``attrs["differences"]`` lists what makes runs incomparable (other tokens, evaluation, base model or ratio). Where
+    the command line shows several tables, a first column ``table`` numbers them, and a warning names the differences.
 
     Args:
-        runs: folders of runs, or what ``prune`` returned.
+        runs: folders of runs, or what ``prune`` returned; one may be given as it is.
         zero_shot: tasks of the LM Evaluation Harness, as ``--zero-shot``: columns ``acc <task>``, a share of 1, and
             ``stderr <task>``; ``attrs["dense"]`` has those of the dense models, by base model.
         include_path: folder of tasks of your own.
@@ -278,6 +321,7 @@ def compare(
     Raises:
         UserError: a folder that is not a finished run, none at all, or a task that is not there.
     """
+    runs = [runs] if isinstance(runs, PrunedModel | str | Path) else list(runs)
     if not runs:
         raise UserError("runs: the list is empty. Give at least one run.")
     loaded = [load_run(one.folder if isinstance(one, PrunedModel) else Path(one)) for one in runs]
@@ -306,8 +350,16 @@ def compare(
         rows.append(row | {"calibrate s": line.average(costs.calibration), "prune s": line.average(costs.pruning)})
     table = pd.DataFrame(rows)
     quality = [name for name in table.columns if name.startswith("perplexity ")]
-    order = table.assign(size=[place[line.size] for line in lines]).sort_values(["size", *quality[:1]]).index
-    table = table.loc[order].reset_index(drop=True)
+    table.insert(0, "table", [n for n, group in enumerate(result.groups, 1) for _ in repeats(group.all)])
+    # The first set may be one that another table's runs were measured on.
+    order = table.assign(size=[place[line.size] for line in lines]).sort_values(["table", "size", *quality]).index
+    table = table.loc[order].reset_index(drop=True).drop(columns=[] if len(result.groups) > 1 else "table")
+    if len(result.groups) > 1:
+        what = ", ".join(one.what for one in result.differences if one.what != "achieved ratio")
+        said = "do not compare rows of different tables (column 'table'). attrs['differences'] says what each run has."
+        rank_zero_warn(f"These runs differ in {what}: {said}", stacklevel=CALLER)
+    if not quality and not zero_shot:
+        rank_zero_warn("No run measured a perplexity: give evaluate_on to lp.prune.", stacklevel=CALLER)
     table.attrs["differences"] = [str(one) for one in result.differences]
     if zero_shot:
         table.attrs["dense"] = {run.metrics.method.base_model: _accuracies([run], loaded, dense=True) for run in loaded}
@@ -334,6 +386,7 @@ def _accuracies(runs: Sequence[Run], among: Sequence[Run], dense: bool = False) 
     return row
 
 
+@_says_arguments
 def load(path: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """Load a pruned checkpoint (or a dense model) for inference or training, without remote code.
 

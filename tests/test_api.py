@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -199,6 +200,33 @@ def test_seeds_of_the_calibration_are_one_row_with_their_deviation(tmp_path: Pat
     assert table.attrs["differences"] == []
 
 
+def test_runs_that_do_not_compare_are_in_tables_of_their_own(tmp_path: Path) -> None:
+    other = {"fingerprint": "9" * 64}
+    runs = [write_run(tmp_path, "best", perplexity=11.0, calibration=other)]
+    runs += [write_run(tmp_path, name, perplexity=value) for name, value in (("b", 13.0), ("a", 12.0))]
+    with pytest.warns(UserWarning, match=r"differ in calibration tokens \(fingerprint\): do not compare") as warned:
+        table = lp.compare(runs)
+    assert [one.filename for one in warned] == [__file__]  # the caller's line, not one of this package
+    assert table.columns[0] == "table"
+    assert list(table["table"]) == [1, 1, 2]  # the largest first, as on the command line
+    assert list(table["system"]) == ["a", "b", "best"]
+    assert len(table.attrs["differences"]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "table" not in lp.compare(runs[1:])
+
+
+def test_a_table_without_quality_says_how_to_get_one(base: str) -> None:
+    pruned = lp.prune(base, "magnitude", 0.25, **CPU)
+    with pytest.warns(UserWarning, match="No run measured a perplexity: give evaluate_on"):
+        lp.compare([pruned])
+
+
+def test_one_run_may_be_given_as_it_is(wanda: lp.PrunedModel) -> None:
+    for one in (wanda, wanda.folder, str(wanda.folder)):
+        assert list(lp.compare(one)["system"]) == ["wanda"]
+
+
 def test_what_prune_returns_is_exported_after_other_functions_were_used(wanda: lp.PrunedModel, tmp_path: Path) -> None:
     assert "zeros" in lp.export(wanda, "stock", tmp_path / "padded", verbose=False)
     assert lp.load(tmp_path / "padded").config.model_type == "llama"
@@ -230,8 +258,25 @@ def test_calibration_sets_from_text_a_file_a_dataset_and_token_ids(base: str, tm
     ("call", "says"),
     [
         (lambda base: lp.prune(base, "wandaa", **CPU), "no shipped configuration 'wandaa'"),
-        (lambda base: lp.prune(base, "wanda", 1.5, tiny_tokens(8, 16), **CPU), "--model.pruning_ratio: found 1.5"),
-        (lambda base: lp.prune(base, "wanda", temprature=1, **CPU), "temprature"),
+        (lambda base: lp.prune(base, "wanda", 1.5, tiny_tokens(8, 16), **CPU), "^pruning_ratio: found 1.5"),
+        (
+            lambda base: lp.prune(base, "wanda", temprature=1, **CPU),
+            r"unknown option temprature. See help\(lp.prune\)\.$",
+        ),
+        (
+            lambda base: lp.prune(base, "wanda", data={"seqlen": 8}, **CPU),
+            r'data\["seqlen"\]. Did you mean data\["seq_l',
+        ),
+        (
+            lambda base: lp.prune(base, "wanda", 0.2, "a.txt", **CPU),
+            "'a.txt' is neither .* calibration and evaluate_on ",
+        ),
+        (lambda base: lp.calibration_set("a b c d", base), "Lower num_samples, seq_len or choose .* text as 'data'"),
+        (lambda base: lp.load("/there/--data.dataset"), "^path: no folder at '/there/--data.dataset'"),
+        (lambda base: lp.evaluate(base, "my_txt.txt", **CPU), "'my_txt.txt' is neither .*; 'on' takes demo"),
+        (lambda base: lp.evaluate(base, tiny_tokens(), dense="/there", **CPU), "^dense: no folder"),
+        (lambda base: lp.export("/there", "stock", "out"), "^model: no folder"),
+        (lambda base: lp.apply("plan.json", base, ""), "^output is empty"),
         (lambda base: lp.prune(base, "wanda", calibration=3, **CPU), "calibration: found int. Give the name"),
         (lambda base: lp.prune(base, "wanda", inplace=True, **CPU), "inplace"),
         (lambda base: lp.prune(base, "wanda", 0.1, target_parameters="20k", **CPU), "and target_parameters: give one"),
@@ -245,6 +290,8 @@ def test_calibration_sets_from_text_a_file_a_dataset_and_token_ids(base: str, tm
     ],
 )
 def test_mistakes_raise_one_error_and_print_nothing(base: str, call, says: str, capfd: pytest.CaptureFixture) -> None:
-    with pytest.raises(lp.UserError, match=says):
+    with pytest.raises(lp.UserError, match=says) as raised:
         call(base)
+    assert raised.value.__cause__ is None  # Python shows the message alone
+    assert raised.value.__suppress_context__
     assert capfd.readouterr().out == ""
