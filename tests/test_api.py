@@ -260,8 +260,8 @@ def test_calibration_sets_from_text_a_file_a_dataset_and_token_ids(base: str, tm
         (lambda base: lp.prune(base, "wandaa", **CPU), "no shipped configuration 'wandaa'"),
         (lambda base: lp.prune(base, "wanda", 1.5, tiny_tokens(8, 16), **CPU), "^pruning_ratio: found 1.5"),
         (
-            lambda base: lp.prune(base, "wanda", temprature=1, **CPU),
-            r"unknown option temprature. See help\(lp.prune\)\.$",
+            lambda base: lp.prune(base, "wanda", scorenorm="block", **CPU),
+            r"unknown option scorenorm. See help\(lp.prune\)\.$",
         ),
         (
             lambda base: lp.prune(base, "wanda", data={"seqlen": 8}, **CPU),
