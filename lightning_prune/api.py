@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd  # type: ignore[import-untyped]
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
 
 from lightning_prune.checkpoint.apply import apply
@@ -35,6 +36,7 @@ from lightning_prune.support.errors import UserError
 
 HALF = {torch.bfloat16: "bf16-true", torch.float16: "16-true"}  # precisions of a model that is loaded in them
 DISTANCES = {"KL": "kl_divergence", "top-1": "top1_agreement", "acceptance": "expected_acceptance"}  # of a column
+CALLER = 5  # stacklevel of a warning at the line that calls the function: Lightning's four, and the function
 __all__ = ["PrunedModel", "UserError", "apply", "calibration_set", "compare", "evaluate", "export", "load", "prune"]
 
 
@@ -251,7 +253,7 @@ def evaluate(
 
 
 def compare(
-    runs: Sequence[PrunedModel | str | Path],
+    runs: PrunedModel | str | Path | Sequence[PrunedModel | str | Path],
     *,
     zero_shot: Sequence[str] = (),
     include_path: str | Path | None = None,
@@ -265,10 +267,11 @@ def compare(
     deviation (``deviation …``) and number (``n``), where every system had the same seeds. ``KL …``, ``top-1 …`` and
     ``acceptance …`` are the distance from the dense model.
 
-    ``attrs["differences"]`` lists what makes runs incomparable (other tokens, evaluation, base model or ratio).
+    ``attrs["differences"]`` lists what makes runs incomparable (other tokens, evaluation, base model or ratio). Where
+    the command line shows several tables, a first column ``table`` numbers them, and a warning names the differences.
 
     Args:
-        runs: folders of runs, or what ``prune`` returned.
+        runs: folders of runs, or what ``prune`` returned; one may be given as it is.
         zero_shot: tasks of the LM Evaluation Harness, as ``--zero-shot``: columns ``acc <task>``, a share of 1, and
             ``stderr <task>``; ``attrs["dense"]`` has those of the dense models, by base model.
         include_path: folder of tasks of your own.
@@ -278,6 +281,7 @@ def compare(
     Raises:
         UserError: a folder that is not a finished run, none at all, or a task that is not there.
     """
+    runs = [runs] if isinstance(runs, PrunedModel | str | Path) else list(runs)
     if not runs:
         raise UserError("runs: the list is empty. Give at least one run.")
     loaded = [load_run(one.folder if isinstance(one, PrunedModel) else Path(one)) for one in runs]
@@ -306,8 +310,16 @@ def compare(
         rows.append(row | {"calibrate s": line.average(costs.calibration), "prune s": line.average(costs.pruning)})
     table = pd.DataFrame(rows)
     quality = [name for name in table.columns if name.startswith("perplexity ")]
-    order = table.assign(size=[place[line.size] for line in lines]).sort_values(["size", *quality[:1]]).index
-    table = table.loc[order].reset_index(drop=True)
+    table.insert(0, "table", [n for n, group in enumerate(result.groups, 1) for _ in repeats(group.all)])
+    # The first set may be one that another table's runs were measured on.
+    order = table.assign(size=[place[line.size] for line in lines]).sort_values(["table", "size", *quality]).index
+    table = table.loc[order].reset_index(drop=True).drop(columns=[] if len(result.groups) > 1 else "table")
+    if len(result.groups) > 1:
+        what = ", ".join(one.what for one in result.differences if one.what != "achieved ratio")
+        said = "do not compare rows of different tables (column 'table'). attrs['differences'] says what each run has."
+        rank_zero_warn(f"These runs differ in {what}: {said}", stacklevel=CALLER)
+    if not quality and not zero_shot:
+        rank_zero_warn("No run measured a perplexity: give evaluate_on to lp.prune.", stacklevel=CALLER)
     table.attrs["differences"] = [str(one) for one in result.differences]
     if zero_shot:
         table.attrs["dense"] = {run.metrics.method.base_model: _accuracies([run], loaded, dense=True) for run in loaded}

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -197,6 +198,33 @@ def test_seeds_of_the_calibration_are_one_row_with_their_deviation(tmp_path: Pat
     assert table["deviation demo"][0] == 1.0
     assert np.isnan(table["deviation demo"][1])
     assert table.attrs["differences"] == []
+
+
+def test_runs_that_do_not_compare_are_in_tables_of_their_own(tmp_path: Path) -> None:
+    other = {"fingerprint": "9" * 64}
+    runs = [write_run(tmp_path, "best", perplexity=11.0, calibration=other)]
+    runs += [write_run(tmp_path, name, perplexity=value) for name, value in (("b", 13.0), ("a", 12.0))]
+    with pytest.warns(UserWarning, match=r"differ in calibration tokens \(fingerprint\): do not compare") as warned:
+        table = lp.compare(runs)
+    assert [one.filename for one in warned] == [__file__]  # the caller's line, not one of this package
+    assert table.columns[0] == "table"
+    assert list(table["table"]) == [1, 1, 2]  # the largest first, as on the command line
+    assert list(table["system"]) == ["a", "b", "best"]
+    assert len(table.attrs["differences"]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "table" not in lp.compare(runs[1:])
+
+
+def test_a_table_without_quality_says_how_to_get_one(base: str) -> None:
+    pruned = lp.prune(base, "magnitude", 0.25, **CPU)
+    with pytest.warns(UserWarning, match="No run measured a perplexity: give evaluate_on"):
+        lp.compare([pruned])
+
+
+def test_one_run_may_be_given_as_it_is(wanda: lp.PrunedModel) -> None:
+    for one in (wanda, wanda.folder, str(wanda.folder)):
+        assert list(lp.compare(one)["system"]) == ["wanda"]
 
 
 def test_what_prune_returns_is_exported_after_other_functions_were_used(wanda: lp.PrunedModel, tmp_path: Path) -> None:

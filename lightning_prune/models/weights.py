@@ -64,7 +64,7 @@ def loading(pretrained: str, what: str) -> Iterator[None]:
         reason = f"{type(error).__name__}: {first_line(error)}"
         if isinstance(error, AttributeError | TypeError):  # their messages are about transformers' own code
             reason = "an entry of config.json has a value of a kind that transformers cannot use"
-        nowhere = "" if exists(pretrained) else "there is no such folder here, and as a hub id "
+        nowhere = "" if exists(pretrained) else "no folder here, and "
         raise UserError(
             f"{OPTION}: {nowhere}{what} from '{pretrained}' ({reason}). "
             f"Give a Hugging Face model folder, a hub id that can be reached, or 'demo'."

@@ -30,7 +30,7 @@ MISTAKES = {
     "--frobnicate 3": ("unknown option --frobnicate", "See --help"),
     "stray": ("unexpected argument 'stray'. Options are",),
     "flap": ("unexpected argument 'flap'. Did you mean --config flap?",),
-    "--model.pretrained no/where": ("there is no such folder here, and as a hub id",),
+    "--model.pretrained no/where": ("no folder here, and",),
     "--data.seed": ("--data.seed", "expected one argument"),
     "--model.pruning_ratio abc": ("--model.pruning_ratio: found abc", "a number"),
     "--model.pruning_ratio null": ("--model.pruning_ratio: found null", "float"),
