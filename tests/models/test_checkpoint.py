@@ -72,7 +72,7 @@ def test_tokenizer_that_is_not_there_or_damaged(tiny_checkpoint: Callable[..., P
     [
         *((name, "no folder at") for name in ("/nowhere/at/all", "./nowhere", "~/nowhere-at-all", "a/b/c")),
         *(
-            (name, f"no such folder here, and as a hub id the config cannot be loaded from '{name}'")
+            (name, f"no folder here, and the config cannot be loaded from '{name}'")
             for name in ("nobody/nothing-here", "nothing here")
         ),
     ],
