@@ -263,6 +263,8 @@ def test_calibration_sets_from_text_a_file_a_dataset_and_token_ids(base: str, tm
         (lambda base: lp.prune(base, "wanda", calibration=3, **CPU), "calibration: found int. Give the name"),
         (lambda base: lp.prune(base, "wanda", inplace=True, **CPU), "inplace"),
         (lambda base: lp.prune(base, "wanda", 0.1, target_parameters="20k", **CPU), "and target_parameters: give one"),
+        (lambda base: lp.export(base, "gguf", "out", dtype="f3"), "--dtype: found 'f3'; allowed: f32, f16"),
+        (lambda base: lp.export(base, "onnx", "out"), "--format: found 'onnx'; allowed: gguf, stock"),
         (lambda base: lp.calibration_set("a b c"), "tokenizer: found none"),
         (lambda base: lp.calibration_set(torch.zeros(3)), "token ids: found torch.float32"),
         (lambda base: lp.calibration_set({"a": 1}, base), "found dict"),

@@ -14,6 +14,7 @@ from lightning_prune.support.files import check_writable, read_file, writable
 from lightning_prune.support.progress import Progress
 
 OPTION = "--output"
+FORMATS, DTYPES = ("gguf", "stock"), ("f32", "f16", "bf16", "q8_0")
 CARD_LIMIT = 10_000_000  # bytes of a README.md, which has a few thousand
 
 
@@ -47,6 +48,9 @@ def export(
         raise UserError("--model is empty. Give a run folder, a model folder, a hub id or 'demo'.")
     if not str(output).strip():
         raise UserError(f"{OPTION} is empty. Give the file or folder to write.")
+    for option, value, allowed in (("--format", format, FORMATS), ("--dtype", dtype, (None, *DTYPES))):
+        if value not in allowed:
+            raise UserError(f"{option}: found '{value}'; allowed: {', '.join(filter(None, allowed))}.")
     inner, target = Path(model).expanduser() / "pruned", Path(output).expanduser().absolute()
     source = str(inner) if os.path.isfile(inner / "config.json") else str(model)
     if format == "stock" and dtype:
