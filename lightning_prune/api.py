@@ -220,7 +220,7 @@ def evaluate(
     source = unwrapped(model.folder / "pruned" if isinstance(model, PrunedModel) else model)
     with tempfile.TemporaryDirectory(prefix="lightning-prune-") as work:
         if isinstance(source, PreTrainedModel):
-            source = written(source, Path(work) / "model")
+            source = written(source, Path(work) / "model", _tokenizer_of(source))
         other = None if dense is None else unwrapped(dense)
         if isinstance(other, PreTrainedModel):
             other = written(other, Path(work) / "dense")
@@ -324,6 +324,12 @@ def compare(
     if zero_shot:
         table.attrs["dense"] = {run.metrics.method.base_model: _accuracies([run], loaded, dense=True) for run in loaded}
     return table
+
+
+def _tokenizer_of(model: PreTrainedModel) -> Any:
+    """The tokenizer in the folder that a model was loaded from, if it is still there."""
+    folder = model.name_or_path
+    return Checkpoint.open(folder).tokenizer if folder and Path(folder, "config.json").is_file() else None
 
 
 def _several(sets: Any) -> Sequence[Any]:

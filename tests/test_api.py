@@ -227,6 +227,13 @@ def test_one_run_may_be_given_as_it_is(wanda: lp.PrunedModel) -> None:
         assert list(lp.compare(one)["system"]) == ["wanda"]
 
 
+def test_text_is_read_with_the_tokenizer_beside_a_loaded_model(wanda: lp.PrunedModel, tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(wanda.folder / "pruned")
+    (tmp_path / "own.txt").write_text(" ".join(f"w{i % 50}" for i in range(400)))
+    text, options = [str(tmp_path / "own.txt")], {"seq_len": 16, **CPU}
+    assert lp.evaluate(wanda.model, text, **options) == lp.evaluate(wanda, text, **options)
+
+
 def test_what_prune_returns_is_exported_after_other_functions_were_used(wanda: lp.PrunedModel, tmp_path: Path) -> None:
     assert "zeros" in lp.export(wanda, "stock", tmp_path / "padded", verbose=False)
     assert lp.load(tmp_path / "padded").config.model_type == "llama"

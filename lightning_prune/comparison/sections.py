@@ -140,7 +140,7 @@ def _best(group: Group) -> Section:
             row["times dense"] = "; ".join(f"{mean / dense:.2f}" for mean in means if mean and dense) or "–"
             if any(name in run.metrics.distance for run in group.runs):
                 row["KL"] = "; ".join(line.shown_distance(name, "kl_divergence") for line in best) or "–"
-            row["verdict"] = best[0].verdict(name) if best else verdict.UNUSABLE
+            row["verdict"] = best[0].shown_verdict(name) if best else verdict.UNUSABLE
             row["seconds to prune"] = "; ".join(shown(line.average(costs.to_prune)) for line in best) or "–"
             row["next"] = f"{after[0].name} {spread(after[0].perplexity(name))}" if after else "–"
             rows.append(row)

@@ -66,9 +66,10 @@ def calibration_split(dataset: str) -> str:
     dataset, a missing file, or a folder of splits without ``train``."""
     splits = _splits(dataset)
     if splits and "train" not in splits:
+        example = next((split for split in splits if split != "test"), splits[0])  # test is what is evaluated on
         raise UserError(
             f"--data.dataset {dataset} has the splits {', '.join(splits)} but no train. "
-            f"Choose one with --data.dataset {dataset}:{splits[0]} or --data.split."
+            f"Choose one with --data.dataset {dataset}:{example} or --data.split."
         )
     return "train" if splits else "all"
 

@@ -6,7 +6,8 @@ from typing import Any, TypeGuard
 from lightning_prune.support.escape import markdown, markdown_table, public_name
 
 NEAR_DENSE, DEGRADED, BADLY_DEGRADED, UNUSABLE = "near dense", "degraded", "badly degraded", "unusable"
-UNKNOWN = "not comparable"  # the dense perplexity is missing, and the pruned one is better than token frequencies
+# The dense perplexity is missing and the pruned one better than token frequencies, or the dense model itself is not.
+UNKNOWN = "not comparable"
 # Within a family of models, halving the size costs about a tenth (Llama 13B to 7B: 12 % on WikiText-2).
 NEAR = 1.1
 BIT = 2.0  # one bit per token
@@ -35,6 +36,8 @@ def verdict_word(
     if divergence is not None and _finite(pruned):
         pruned = max(pruned, _as_perplexity(divergence, dense))
     limit = unusable_limit(dense, unigram)
+    if _lost_itself(dense, unigram) and _finite(pruned):
+        return UNKNOWN if pruned <= BIT * dense else UNUSABLE
     if not _finite(pruned) or (limit is not None and pruned >= limit):
         return UNUSABLE
     if not _finite(dense):
@@ -60,6 +63,8 @@ def verdict(metrics: dict[str, Any], name: str) -> str:
     word = verdict_word(pruned, dense, unigram, divergence)
     if not _finite(pruned):
         return f"{word} (perplexity is not finite)"
+    if _lost_itself(dense, unigram):
+        return f"{word} (on this text the dense model itself does not beat token frequencies, perplexity {unigram:.1f})"
     if _finite(unigram) and pruned >= unigram:
         return f"{word} (no better than token frequencies alone, perplexity {unigram:.1f})"
     if not _finite(dense):
@@ -72,6 +77,11 @@ def verdict(metrics: dict[str, Any], name: str) -> str:
         lost = math.log(pruned / dense) / math.log(unigram / dense)
         reason += f": {lost:.0%} of the dense model's gain over token frequencies is lost"
     return f"{word} ({reason})"
+
+
+def _lost_itself(dense: float | None, unigram: float | None) -> TypeGuard[float]:
+    """Whether the dense model gains nothing from context, so that a loss has nothing to be measured by."""
+    return _finite(dense) and _finite(unigram) and dense >= unigram
 
 
 def _as_perplexity(divergence: float, dense: float | None) -> float:
@@ -123,8 +133,7 @@ def summary_table(label: str, metrics: dict[str, Any]) -> str:
     parameters, ratio = metrics["parameters"], metrics["pruning_ratio"]
     requested = "" if ratio["requested"] is None or metrics.get("target") else f"requested {ratio['requested']:.4f}, "
     far = bool(requested) and ratio["requested"] - ratio["achieved"] > STEP
-    # Other units are too small for that.
-    step = ", since the next removal would exceed the request: a layer, or a share of all experts" if far else ""
+    step = ", since the next removal would exceed the request" if far else ""
     rows = [
         ("method", label),
         ("parameters", f"{parameters['dense']:,} → {parameters['pruned']:,}"),

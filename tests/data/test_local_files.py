@@ -145,7 +145,7 @@ def test_saved_splits_are_separate_corpora_with_a_revision(tmp_path: Path) -> No
     assert train.revision != held_out.revision
     with pytest.raises(UserError, match=r"no split 'test'.*train, validation"):
         load_corpus(folder, "test")
-    datasets.DatasetDict({"dev": rows["train"]}).save_to_disk(tmp_path / "dev")
+    datasets.DatasetDict({"test": rows["train"], "dev": rows["train"]}).save_to_disk(tmp_path / "dev")
     with pytest.raises(UserError, match=r"no train.*:dev"):
         text_of(tmp_path / "dev")
 

@@ -22,8 +22,9 @@ from lightning_prune.runs.verdict import (
         (99.9, 10.0, 1000.0, "badly degraded"),
         (100.0, 10.0, 1000.0, "unusable"),  # ln 10 of the ln 100 that context was worth
         (1e9, 10.0, None, "badly degraded"),  # not known to be worse than chance
-        (299.9, 400.0, 300.0, "near dense"),
-        (300.0, 400.0, 300.0, "unusable"),  # the dense model is no better than chance itself
+        (299.9, 300.0, 300.0, "not comparable"),  # the dense model is no better than chance itself
+        (800.0, 400.0, 300.0, "not comparable"),
+        (800.1, 400.0, 300.0, "unusable"),
         (12.0, 10.0, 13.0, "unusable"),  # little was known from context, and more than half of it is gone
     ],
 )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,12 @@ class TokenStatistic(Metric):
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         for name, shape in sums.items():
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def add_state(self, name: str, default: Any, dist_reduce_fx: Any = "sum", persistent: bool = False) -> None:
+        """As of torchmetrics; ValueError for states that are not sums, which are all that ``reduced`` adds up."""
+        if dist_reduce_fx != "sum":
+            raise ValueError(f"{name}: found dist_reduce_fx={dist_reduce_fx!r}; states of a TokenStatistic are sums.")
+        super().add_state(name, default, dist_reduce_fx, persistent)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
         """Move the states to a device, where float64 sums get its ``widest`` dtype."""

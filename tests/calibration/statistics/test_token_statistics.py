@@ -134,3 +134,9 @@ def test_influence_of_a_layer_that_keeps_reverses_or_erases(factor: int, influen
     statistic = BlockInfluence()
     statistic.update(x, factor * x)
     assert float(statistic.compute()) == (influence if factor == 1 else pytest.approx(influence, abs=1e-6))
+
+
+def test_states_that_are_not_sums_are_refused() -> None:
+    """Processes add them up, whatever torchmetrics is told."""
+    with pytest.raises(ValueError, match=r"peak: found dist_reduce_fx='max'; states .* are sums"):
+        TokenStatistic().add_state("peak", torch.zeros(()), dist_reduce_fx="max")
