@@ -139,4 +139,4 @@ def test_influence_of_a_layer_that_keeps_reverses_or_erases(factor: int, influen
 def test_states_that_are_not_sums_are_refused() -> None:
     """Processes add them up, whatever torchmetrics is told."""
     with pytest.raises(ValueError, match=r"peak: found dist_reduce_fx='max'; states .* are sums"):
-        TokenStatistic().add_state("peak", torch.zeros(()), dist_reduce_fx="max")
+        SumOfSquares(CHANNELS).add_state("peak", torch.zeros(()), dist_reduce_fx="max")
