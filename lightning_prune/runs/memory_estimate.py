@@ -129,9 +129,8 @@ class Memory:
         load, passes = self._load(max(0, free - weights)), self._passes()
         saved = self.stored if method.save_dtype == "auto" else getattr(torch, method.save_dtype)
         # One layer and the next, cut, and a parameter of experts before it is cut.
-        alike = not method.uneven or {*EXPERTS}.issuperset(
-            method.kinds(method.layers)
-        )  # of experts layers lose the same
+        # Where only experts are removed, every layer loses the same.
+        alike = not method.uneven or {*method.kinds(method.layers)} <= {*EXPERTS}
         removed = (method.requested_ratio or 0.0) * method.dense_parameters / layers if alike else 0.0
         writing = int(min(2, layers) * (layer - removed)) * saved.itemsize
         writing += load.largest_parameter * size if joined else 0
