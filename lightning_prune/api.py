@@ -1,5 +1,6 @@
 """The commands as functions: the same objects, runs and folders, exceptions instead of exit statuses."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -281,7 +282,7 @@ def compare(
     Raises:
         UserError: a folder that is not a finished run, none at all, or a task that is not there.
     """
-    runs = [runs] if isinstance(runs, PrunedModel | str | Path) else list(runs)
+    runs = _several(runs)
     if not runs:
         raise UserError("runs: the list is empty. Give at least one run.")
     loaded = [load_run(one.folder if isinstance(one, PrunedModel) else Path(one)) for one in runs]
@@ -292,10 +293,16 @@ def compare(
             tasks.check()
             loaded = tasks.measure(loaded)
     result = audit(loaded)
-    lines = [line for group in result.groups for line in repeats(group.all)]
+    tables = [(number, line) for number, group in enumerate(result.groups, 1) for line in repeats(group.all)]
+    lines = [line for _, line in tables]
     rows, place = [], {size: number for number, size in enumerate(by_size(lines))}
-    for line in lines:
-        row: dict[str, Any] = {"system": line.first.label, "ratio": line.first.requested, "achieved": line.achieved}
+    for number, line in tables:
+        row: dict[str, Any] = {
+            "table": number,
+            "system": line.first.label,
+            "ratio": line.first.requested,
+            "achieved": line.achieved,
+        }
         row |= {"target": line.first.target} if any(run.target for run in loaded) else {}
         row |= {f"perplexity {name}": line.perplexity(name).mean for name in line.sets}
         row |= {
@@ -310,7 +317,6 @@ def compare(
         rows.append(row | {"calibrate s": line.average(costs.calibration), "prune s": line.average(costs.pruning)})
     table = pd.DataFrame(rows)
     quality = [name for name in table.columns if name.startswith("perplexity ")]
-    table.insert(0, "table", [n for n, group in enumerate(result.groups, 1) for _ in repeats(group.all)])
     # The first set may be one that another table's runs were measured on.
     order = table.assign(size=[place[line.size] for line in lines]).sort_values(["table", "size", *quality]).index
     table = table.loc[order].reset_index(drop=True).drop(columns=[] if len(result.groups) > 1 else "table")
@@ -332,9 +338,9 @@ def _tokenizer_of(model: PreTrainedModel) -> Any:
     return Checkpoint.open(folder).tokenizer if folder and Path(folder, "config.json").is_file() else None
 
 
-def _several(sets: Any) -> Sequence[Any]:
-    """Evaluation sets; one may be given as it is."""
-    return [sets] if isinstance(sets, str | Path) or hasattr(sets, "shape") else list(sets)
+def _several(given: Any) -> Sequence[Any]:
+    """Evaluation sets, or runs; one may be given as it is."""
+    return [given] if isinstance(given, str | os.PathLike) or hasattr(given, "shape") else list(given)
 
 
 def _trainer(

@@ -26,7 +26,7 @@ from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.data.sampling import held_out_samples
 from lightning_prune.methods.measurement import DecisionFolder, SavedMeasurement
 from lightning_prune.methods.refit_pass import Refit, RefitPass
-from lightning_prune.methods.target import SIZES, Target
+from lightning_prune.methods.target import SIZES, Target, check_share
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.models.families import LayerStructure, count_parameters, layer_structures
 from lightning_prune.models.layered import LayeredModel
@@ -102,11 +102,7 @@ class PruningMethod(L.LightningModule):
         keep: Literal["text", "whole"] = "text",
     ) -> None:
         super().__init__()
-        if not 0 < pruning_ratio < 1:
-            raise UserError(
-                f"--model.pruning_ratio: found {pruning_ratio:g}; it is a share of all parameters and must lie "
-                "between 0 and 1, both excluded (0.2 removes a fifth)."
-            )
+        check_share(pruning_ratio, "--model.pruning_ratio")
         if save_dtype not in SAVE_DTYPES:
             raise UserError(f"--model.save_dtype: found '{save_dtype}'; allowed: {', '.join(SAVE_DTYPES)}.")
         self.automatic_optimization = False

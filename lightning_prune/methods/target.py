@@ -33,6 +33,15 @@ def parse_count(text: str, option: str) -> int:
     return int(Fraction(match[1]) * UNITS[match[2]])
 
 
+def check_share(ratio: float, option: str) -> None:
+    """Raise UserError unless ``ratio`` is a share of all parameters, 0 and 1 excluded."""
+    if not 0 < ratio < 1:
+        raise UserError(
+            f"{option}: found {ratio:g}; it is a share of all parameters and must lie between 0 and 1, both excluded "
+            "(0.2 removes a fifth)."
+        )
+
+
 def kind_of(text: str) -> str:
     """Kind of a size such as ``4.5B`` or ``6GiB``, as options name it: ``parameters`` or ``memory``."""
     return "memory" if re.search(r"[KMGT]I?B *$", text.upper()) else "parameters"

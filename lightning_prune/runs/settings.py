@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from lightning_prune.methods.target import kind_of, parse_size
+from lightning_prune.methods.target import check_share, kind_of, parse_size
 from lightning_prune.runs.build import without_size
 from lightning_prune.runs.config_files import config_file, read_config, shipped_folder, shipped_methods
 from lightning_prune.runs.folder import REPORTS, check_label
@@ -87,11 +87,7 @@ def read_settings(
     named_as, path = path, config_file(path)
     given = {"root": root and str(root), "pretrained": pretrained, "ratios": ratios, "seeds": seeds, "targets": targets}
     for ratio in ratios or ():
-        if not 0 < ratio < 1:
-            raise UserError(
-                f"--ratios: found {ratio:g}; a ratio is a share of all parameters and lies between 0 and 1, both "
-                "excluded (0.2 removes a fifth)."
-            )
+        check_share(ratio, "--ratios")
     overrules = {name: value for name, value in given.items() if value is not None}
     subject = f"--config: '{path}'{''.join(f' --{name}' for name in overrules)}"
     file = _validated(read_config(path, "--config") | overrules, Settings, subject)
