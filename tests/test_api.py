@@ -211,6 +211,10 @@ def test_runs_that_do_not_compare_are_in_tables_of_their_own(tmp_path: Path) -> 
     assert list(table["table"]) == [1, 1, 2]  # the largest first, as on the command line
     assert list(table["system"]) == ["a", "b", "best"]
     assert len(table.attrs["differences"]) == 1
+    alike = [write_run(tmp_path / root, "one", calibration=facts) for root, facts in (("x", {}), ("y", other))]
+    with pytest.warns(UserWarning, match="do not compare"):
+        table = lp.compare(alike)
+    assert all(str(tmp_path / root / "one") in table.attrs["differences"][0] for root in ("x", "y"))  # of one name
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert "table" not in lp.compare(runs[1:])

@@ -46,8 +46,14 @@ class Difference:
     values: dict[str, list[Run]]
     remark: str = ""
 
+    def named(self) -> dict[str, str]:
+        """The runs by value, as text: label, folder and ratio, or paths where two would have the same name."""
+        names = [name for runs in self.values.values() for name in map(run_name, runs)]
+        name = run_name if len(set(names)) == len(names) else _path
+        return {value: ", ".join(map(name, runs)) for value, runs in self.values.items()}
+
     def __str__(self) -> str:
-        parts = [f"{value} in {run_names(runs)}" for value, runs in self.values.items()]
+        parts = [f"{value} in {names}" for value, names in self.named().items()]
         return f"{self.what}: " + "; ".join(parts) + (f" ({self.remark})" if self.remark else "")
 
 
@@ -187,9 +193,13 @@ def _may_join(one: Drawn, other: Drawn, draws: dict[Drawn, list[Run]]) -> bool:
     return bool(common) and all(size not in common for size, _ in left ^ right)
 
 
-def run_names(runs: Sequence[Run]) -> str:
-    """Names of runs in messages: label, folder and ratio."""
-    return ", ".join(f"{run.label}/{run.folder.name} {run.size}" for run in runs)
+def run_name(run: Run) -> str:
+    """Name of a run in messages: label, folder and ratio."""
+    return f"{run.label}/{run.folder.name} {run.size}"
+
+
+def _path(run: Run) -> str:
+    return f"{run.folder} {run.size}"
 
 
 def by_value(of: Mapping[Run, Any]) -> dict[str, list[Run]]:

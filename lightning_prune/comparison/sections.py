@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pandas as pd  # type: ignore[import-untyped]
 
 from lightning_prune.comparison import accuracy, costs
-from lightning_prune.comparison.audit import Audit, Group, run_names
+from lightning_prune.comparison.audit import Audit, Group
 from lightning_prune.comparison.records import Run
 from lightning_prune.comparison.repeats import Repeats, by_size, percent, repeats
 from lightning_prune.comparison.selection import FULL, precision_rows
@@ -17,6 +17,7 @@ from lightning_prune.comparison.tables import (
     number,
     repeated,
     results,
+    sample_size,
     setting,
     shown,
     spread,
@@ -71,9 +72,9 @@ def sections(audit: Audit, failures: Sequence[Failure]) -> list[Section]:
     else:
         text = "Runs that differ in these facts are in different tables, or apart within one:"
         rows = [
-            {"fact": f"{one.what}{f' ({one.remark})' if one.remark else ''}", "value": value, "runs": run_names(having)}
+            {"fact": f"{one.what}{f' ({one.remark})' if one.remark else ''}", "value": value, "runs": having}
             for one in audit.differences
-            for value, having in one.values.items()
+            for value, having in one.named().items()
         ]
         parts.append(Section("Audit: differences", [text], [("", table(rows))], audit.notes))
     if recovered := _recovery(runs):
@@ -177,8 +178,8 @@ def _closer(lines: Sequence[Repeats], best: Sequence[Repeats], name: str, where:
 
 
 def _results(index: int, group: Group) -> Section:
-    calibration, lines = group.calibration, repeats(group.all)
-    how = "" if calibration is None else f", calibrated on {calibration.num_samples} × {calibration.seq_len} tokens"
+    size, lines = sample_size(group), repeats(group.all)
+    how = f", calibrated on {size}" if size else ""
     title = f"Table {index}: {public_name(group.all[0].metrics.method.base_model)}{how}"
     near = [line for line in lines if line.first not in group.other_ratio]
     apart = [line for line in lines if line.first in group.other_ratio]

@@ -125,16 +125,29 @@ def setting(group: Group) -> str:
     else:
         ordered = sorted(group.all, key=lambda run: run.seed or 0)
         prints = dict.fromkeys(run.calibration.fingerprint[:12] for run in ordered if run.calibration is not None)
-        size = f"{calibration.num_samples} × {calibration.seq_len} tokens, {calibration.sampling}"
-        drawn = list(dict.fromkeys(str(run.seed) for run in ordered if run.seed is not None))
-        seed = f", seed{'s' if len(drawn) > 1 else ''} {', '.join(drawn)}" if drawn else ""
-        parts.append(f"Calibration: {public_name(calibration.dataset)}, {size}{seed}, fingerprint {', '.join(prints)}")
+        drawn = f"{sample_size(group)}, {calibration.sampling}, fingerprint {', '.join(prints)}"
+        parts.append(f"Calibration: {public_name(calibration.dataset)}, {drawn}")
     for name, short in evaluation_sets(group.all).items():
         metrics = next(run for run in group.all if name in run.sets).metrics
         called = "" if short == name else f"{short} is "
-        tokens, window = metrics.perplexity[name].tokens, metrics.evaluation[name].seq_len
-        parts.append(f"Perplexity: {called}{name}, {tokens:,} tokens in windows of {window}")
+        tokens, facts = metrics.perplexity[name].tokens, metrics.evaluation[name]
+        unigram = (
+            ""
+            if facts.unigram_perplexity is None
+            else f" (token frequencies alone: {number(facts.unigram_perplexity)})"
+        )
+        parts.append(f"Perplexity: {called}{name}, {tokens:,} tokens in windows of {facts.seq_len}{unigram}")
     return ". ".join(parts) + "."
+
+
+def sample_size(group: Group) -> str:
+    """How many tokens a group calibrated on, and the seeds that drew them: ``128 × 128 tokens, seed 0``; empty where
+    nothing was calibrated."""
+    if (calibration := group.calibration) is None:
+        return ""
+    seeds = sorted({run.seed for run in group.all if run.seed is not None})
+    drawn = f", seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}" if seeds else ""
+    return f"{calibration.num_samples} × {calibration.seq_len} tokens{drawn}"
 
 
 def spread(values: Spread) -> str:

@@ -21,6 +21,7 @@ from lightning_prune.models.head import LOGITS_BYTES
 from lightning_prune.models.layered import Onload
 from lightning_prune.models.model_slot import load_dtype
 from lightning_prune.models.vocabulary import EXPERTS, Block
+from lightning_prune.runs.verdict import size
 from lightning_prune.support.devices import free_bytes
 from lightning_prune.support.errors import UserError
 from lightning_prune.support.memory import anonymous_bytes, free_host_bytes
@@ -243,9 +244,9 @@ class Memory:
         device = 0 if self.device is None else work + DEVICE_OVERHEAD
         host = self.held + HOST_OVERHEAD + beside + (work if self.device is None else 0)
         mapped = 0
-        for size in sorted([*stores, kept]):
-            fits = size <= SHARE * (self.host - host)
-            host, mapped = (host + size, mapped) if fits else (host, mapped + size)
+        for store in sorted([*stores, kept]):
+            fits = store <= SHARE * (self.host - host)
+            host, mapped = (host + store, mapped) if fits else (host, mapped + store)
         return device, host, mapped
 
     def _work(self, load: Load, passes: list[Pass]) -> tuple[int, float, float]:
@@ -269,8 +270,8 @@ class Memory:
         layer_is_smaller = self.estimate("layer").share < estimate.share
         remedy = advice(self.method, self.data, estimate.onload if layer_is_smaller else "layer", estimate.phase)
         return (
-            f"--model.onload {estimate.onload} takes {needed / 1e9:,.2f} GB of {where} memory ({estimate.phase}), "
-            f"there is room for {there / 1e9:,.2f} GB. {remedy}"
+            f"--model.onload {estimate.onload} takes {size(needed)} of {where} memory ({estimate.phase}), "
+            f"there is room for {size(there)}. {remedy}"
         )
 
 
