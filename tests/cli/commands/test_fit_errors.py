@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoConfig
 
 from lightning_prune.checkpoint import write
+from lightning_prune.checkpoint.family_check import check_family
 from lightning_prune.cli import main
 from tests.tiny import make_tiny, tiny_tokens
 
@@ -113,6 +115,7 @@ def test_full_disk_leaves_no_checkpoint(
     good: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The decision was made and is small; it is kept. Of the checkpoint nothing is."""
+    check_family(AutoConfig.from_pretrained(good[good.index("--model.pretrained") + 1]))  # which writes a model, too
     monkeypatch.setattr(write._Shards, "write", full_disk)
     assert main([*good, "--trainer.default_root_dir", f"{tmp_path}/logs"]) == 2
     message = capsys.readouterr().err
