@@ -91,35 +91,19 @@ def read_settings(
     overrules = {name: value for name, value in given.items() if value is not None}
     subject = f"--config: '{path}'{''.join(f' --{name}' for name in overrules)}"
     file = _validated(read_config(path, "--config") | overrules, Settings, subject)
-    own = [Path(name) for name in dict.fromkeys(systems or ()) if name.endswith((".yaml", ".yml"))]
-    for one in own:
-        if one.stem in file.systems:
-            raise UserError(f"--systems: '{one}' would be a second system '{one.stem}'. Rename the file.")
-        file.systems[one.stem] = str(one.absolute())
-    for label in file.systems:
+    chosen = _chosen(file.systems, systems, named_as)
+    for label in file.systems | chosen:
         check_label(label, f"--config: systems in '{path}'")
         if label == REPORTS:
             raise UserError(f"--config: '{path}' names a system '{label}', like the folder of reports. Rename it.")
     if file.seeds and "data.seed" in (options or {}):
         raise UserError("--data.seed: the experiment has --seeds, which mean the same. Leave one of them out.")
-    named = file.systems if systems is None else [Path(name).stem if Path(name) in own else name for name in systems]
-    labels = list(dict.fromkeys(named))
-    for label in labels:
-        if label in file.systems:
-            continue
-        if label not in (shipped := shipped_methods()):
-            guess = did_you_mean(label, [*file.systems, *shipped])
-            raise UserError(
-                f"--systems: no system '{label}' in '{named_as}', and no such method.{guess} "
-                f"Systems: {', '.join(file.systems)}. Methods: {', '.join(shipped)}."
-            )
-        file.systems[label] = str(shipped_folder() / f"{label}.yaml")
     shared = {"data": file.data, "trainer": file.trainer}
     for name, text in (options or {}).items():
         shared = _merged(shared, _nested(name, text))
     complete: dict[str, Options] = {}
-    for label in labels:
-        complete[label] = _merged(shared, _system(label, file.systems[label], path.parent))
+    for label, system in chosen.items():
+        complete[label] = _merged(shared, _system(label, system, path.parent))
         complete[label]["model"]["init_args"] |= {"pretrained": file.pretrained, "label": label}
         # Of the whole experiment instead of every run's.
         complete[label]["trainer"] |= {"enable_progress_bar": False, "default_root_dir": str(file.root)}
@@ -127,6 +111,30 @@ def read_settings(
         parse_size(text, kind_of(text), "--targets")
     distinct = {"ratios": sorted(set(file.ratios)), "seeds": sorted(set(file.seeds))}
     return file.model_copy(update={"systems": complete, **shared, **distinct})
+
+
+def _chosen(known: dict[str, str | Options], names: Sequence[str] | None, file: Path) -> dict[str, str | Options]:
+    """The systems called ``names``, all ``known`` ones for None; others are files of systems or methods."""
+    if names is None:
+        return known
+    shipped, chosen = shipped_methods(), dict[str, str | Options]()
+    for name in dict.fromkeys(names):
+        own = name.endswith((".yaml", ".yml"))
+        label = Path(name).stem if own else name
+        if label in chosen or own and label in known:
+            raise UserError(f"--systems: '{name}' would be a second system '{label}'. Rename the file.")
+        if own:
+            chosen[label] = str(Path(name).absolute())
+        elif name in known:
+            chosen[name] = known[name]
+        elif name in shipped:
+            chosen[name] = str(shipped_folder() / f"{name}.yaml")
+        else:
+            raise UserError(
+                f"--systems: no system '{name}' in '{file}', and no such method."
+                f"{did_you_mean(name, [*known, *shipped])} Systems: {', '.join(known)}. Methods: {', '.join(shipped)}."
+            )
+    return chosen
 
 
 def _system(label: str, given: str | Options, folder: Path) -> Options:
