@@ -121,7 +121,7 @@ def _chosen(known: dict[str, str | Options], names: Sequence[str] | None, file: 
     for name in dict.fromkeys(names):
         own = name.endswith((".yaml", ".yml"))
         label = Path(name).stem if own else name
-        if label in chosen or own and label in known:
+        if label in chosen or (own and label in known):
             raise UserError(f"--systems: '{name}' would be a second system '{label}'. Rename the file.")
         if own:
             chosen[label] = str(Path(name).absolute())
