@@ -41,6 +41,8 @@ DISTANCE = (
     "how many tokens are equal before both models part; runs of four tokens that repeat, and texts that came to their "
     "end, dense → pruned, of the lowest seed. NAME@N is the same text in windows of N tokens."
 )
+# Columns of results that are in a table of their own, so that a line of quality fits a terminal.
+COSTS = ("parameters", "active", "calibrate s", "prune s", "evaluate s", "memory MiB")
 TRAINED = "Systems that were trained after pruning are not ranked here; see the section on recovery."
 RECOVERY = (
     "These systems trained the pruned model of the run they came from; the others did not train. Regained is the share "
@@ -183,13 +185,16 @@ def _results(index: int, group: Group) -> Section:
     title = f"Table {index}: {public_name(group.all[0].metrics.method.base_model)}{how}"
     near = [line for line in lines if line.first not in group.other_ratio]
     apart = [line for line in lines if line.first in group.other_ratio]
-    tables = [("", results(near, group))] if near else []
+    found = [("", results(near, group))] if near else []
     if apart:
         caption = "At another achieved ratio than the one requested; compare with the achieved ratio in mind"
-        tables.append((caption, results(apart, group, dense=not near)))
+        found.append((caption, results(apart, group, dense=not near)))
+    tables = [(caption, frame.drop(columns=[*COSTS], errors="ignore")) for caption, frame in found]
     if (far := distances(lines, group)) is not None:
         written = ", and continuations" if "equal tokens" in far else ""
         tables.append((f"Distance from the dense model{written}", far))
+    every = pd.concat([frame for _, frame in found])
+    tables.append(("Size and cost", every[["system", "ratio", *every.columns.intersection(COSTS, sort=False)]]))
     apart_from = ["Not comparable with Table 1: the audit below says in what they differ."] if index > 1 else []
     return Section(title, [setting(group), *apart_from], tables)
 
