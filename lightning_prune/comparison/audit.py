@@ -5,10 +5,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_prune.comparison.records import Run
+from lightning_prune.data.calibration import SHARE, same_text
 from lightning_prune.runs.records import Calibration
 
 SEED, TOKENS = "calibration seed", "calibration tokens (fingerprint)"
 RATIO_TOLERANCE = 0.01  # of all parameters; what rounding to whole units cannot exceed in any real model
+UNEQUAL = 0.002  # of all parameters; smaller differences in size are not worth a note
+SIZE_OPTIONS = {
+    "pretrained",
+    "pruning_ratio",
+    "target_parameters",
+    "target_memory",
+    "target_active_parameters",
+    "label",
+}
 Drawn = tuple[Any, Any]  # a seed and the fingerprint of the tokens it drew
 Facts = dict[str, Any]
 CALIBRATION_FACTS = {
@@ -228,7 +238,7 @@ def _groups(known: Mapping[Run, Facts], off: Sequence[Run]) -> list[Group]:
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
-    notes = []
+    notes = [*_seen(runs), *_unlike(runs)]
     if free := sorted({run.label for run in runs if run.calibration is None}):
         notes.append(f"{', '.join(free)}: needs no calibration, so the calibration set cannot differ.")
     extra = [(run.label, (run.details.model_extra or {}).get("note")) for run in runs]
@@ -242,6 +252,44 @@ def _notes(runs: Sequence[Run]) -> list[str]:
     for what, of in soft.items():
         if len(values := by_value(of)) > 1:
             notes.append(f"{Difference(what, values)}. Perplexities may differ in the last digits, seconds do.")
+    return notes
+
+
+def _seen(runs: Sequence[Run]) -> list[str]:
+    """Evaluation sets that are not held out."""
+    seen: dict[str, list[Run]] = {}
+    for run in runs:
+        for name, one in run.metrics.evaluation.items():
+            same = run.calibration is not None and same_text(run.calibration.model_dump(), one.model_dump())
+            if same or (one.calibration_overlap or 0) > SHARE:
+                seen.setdefault(name, []).append(run)
+    return [
+        f"{name} holds text that {', '.join(map(run_name, having))} calibrated on, so their results on it are not held "
+        "out."
+        for name, having in seen.items()
+    ]
+
+
+def _unlike(runs: Sequence[Run]) -> list[str]:
+    """Systems of one name with other options, and sizes that differ by more than ``UNEQUAL`` within a ratio."""
+    notes = []
+    for label in dict.fromkeys(run.label for run in runs):
+        here = [run for run in runs if run.label == label]
+        for option in sorted(set.intersection(*(set(run.options) for run in here)) - SIZE_OPTIONS):
+            values = by_value({run: run.options[option] for run in here})
+            if len(values) > 1:
+                notes.append(f"{label}: {Difference(option, values)}. They are one system with other options.")
+    for size in dict.fromkeys(run.size for run in runs):
+        here = sorted((run for run in runs if run.size == size), key=lambda run: run.achieved)
+        least, most = here[0], here[-1]
+        if (
+            most.achieved - least.achieved > UNEQUAL
+            and max(abs(run.achieved - run.requested) for run in here) <= RATIO_TOLERANCE
+        ):
+            notes.append(
+                f"At {size} the sizes are not equal: {run_name(least)} removes {least.achieved:.4f} of all parameters, "
+                f"{run_name(most)} {most.achieved:.4f}. Whole units are removed, and the next one was too large."
+            )
     return notes
 
 

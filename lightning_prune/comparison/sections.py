@@ -31,8 +31,8 @@ from lightning_prune.support.escape import markdown as escaped
 from lightning_prune.support.escape import plain, public_name
 
 REPEATED = (
-    "± is the sample standard deviation over n calibration seeds, around their mean; seconds are means, peak memory is "
-    "the largest. What draws no calibration samples runs once."
+    "± is the sample standard deviation over n calibration seeds, around their mean; seconds, parameters and the ratio "
+    "achieved are means, peak memory is the largest. What draws no calibration samples runs once."
 )
 DISTANCE = (
     "Distance from the dense model, over the same tokens: KL(dense ‖ pruned) in nats per token; top-1 agreement, the "
@@ -69,7 +69,7 @@ def sections(audit: Audit, failures: Sequence[Failure]) -> list[Section]:
         parts.append(Section("Failed runs", tables=[("", table(rows))]))
     parts += [_results(index, group) for index, group in enumerate(audit.groups, start=1)]
     if not audit.differences:
-        text = "Base model, tokenizer, precision, evaluation, calibration tokens and ratio reached agree in all runs."
+        text = "Base model, tokenizer, precision, evaluation, calibration and ratio (within 0.01) agree in all runs."
         parts.append(Section("Audit: no differences", [text], bullets=audit.notes))
     else:
         text = "Runs that differ in these facts are in different tables, or apart within one:"
@@ -144,7 +144,7 @@ def _best(group: Group) -> Section:
             if any(name in run.metrics.distance for run in group.runs):
                 row["KL"] = "; ".join(line.shown_distance(name, "kl_divergence") for line in best) or "–"
             row["verdict"] = best[0].shown_verdict(name) if best else verdict.UNUSABLE
-            row["seconds to prune"] = "; ".join(shown(line.average(costs.to_prune)) for line in best) or "–"
+            row["calibrate + prune s"] = "; ".join(shown(line.average(costs.to_prune)) for line in best) or "–"
             row["next"] = f"{after[0].name} {spread(after[0].perplexity(name))}" if after else "–"
             rows.append(row)
             closer += _closer(here, best, name, f"At {size} on {short}") if best else []

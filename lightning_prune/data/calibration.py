@@ -4,7 +4,11 @@ import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
+
+RUN = 64  # equal tokens in a row that are not a coincidence; shorter windows are compared whole
+SHARE = 0.01  # of windows that two texts may share: licences, boilerplate
 
 
 def fingerprint(tokens: Tensor) -> str:
@@ -60,7 +64,8 @@ class EvaluationSet:
         tokens: int64 ``[M, seq_len]``, windows that do not overlap; a last partial window is dropped.
         manifest: dataset, configuration, split, revision, rendering, chat_template_sha256, seq_len, stride (seq_len,
             one less with bos), bos (``none`` or ``every window``), windows, predicted_tokens (``M * (seq_len - 1)``),
-            text_sha256, tokenizer_sha256, fingerprint; of long windows also long_windows_of, the name of the set.
+            text_sha256, tokenizer_sha256, fingerprint; of long windows also long_windows_of, the name of the set, of
+            others calibration_overlap, the share of the calibration samples that begin in this text.
     """
 
     name: str
@@ -93,3 +98,18 @@ def same_text(seen: dict[str, Any], other: dict[str, Any]) -> bool:
     same_split = all(seen[key] == other[key] for key in ("dataset", "split"))
     known = seen["text_sha256"] is not None and seen["text_sha256"] == other["text_sha256"]
     return same_split or known or bool(seen["fingerprint"] == other["fingerprint"])
+
+
+def shared_windows(tokens: Tensor, windows: Tensor) -> float:
+    """Share of ``windows`` ``[M, W]`` whose first ``RUN`` tokens (or all, if fewer) occur somewhere in the text
+    ``tokens`` ``[N, L]``, read as one stream."""
+    stream = tokens.flatten().numpy()
+    length = min(RUN, windows.shape[1])
+    if len(stream) < length:
+        return 0.0
+    # The set holds the evaluation's windows; one of every run of the training text would take 512 bytes a token.
+    beginnings = [row.tobytes() for row in windows[:, :length].contiguous().numpy()]
+    wanted = set(beginnings)
+    runs = np.lib.stride_tricks.sliding_window_view(stream, length)
+    shared = {key for run in runs if (key := run.tobytes()) in wanted}
+    return sum(key in shared for key in beginnings) / len(beginnings)

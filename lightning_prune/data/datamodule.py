@@ -12,7 +12,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_prune.data import mixtures
-from lightning_prune.data.calibration import CalibrationManifest, CalibrationSet, EvaluationSet, fingerprint, same_text
+from lightning_prune.data.calibration import (
+    SHARE,
+    CalibrationManifest,
+    CalibrationSet,
+    EvaluationSet,
+    fingerprint,
+    same_text,
+    shared_windows,
+)
 from lightning_prune.data.corpora import calibration_split, held_out_split, split_spec
 from lightning_prune.data.rows import NoSuchColumn
 from lightning_prune.data.sampling import aligned_windows, draw_windows
@@ -332,11 +340,19 @@ class CalibrationDataModule(LightningDataModule):
             yield EvaluationSet.of(f"{name}@{length}", long, facts, long_windows_of=name)
 
     def check_seen(self, held_out: EvaluationSet) -> None:
-        """Warn of an evaluation set that is the calibration text."""
-        if self._calibration is not None and same_text(self._calibration.manifest.to_json(), held_out.manifest):
+        """Note in the manifest which share of the calibration samples is from the text of an evaluation set, and warn
+        where it is more than chance."""
+        if self._calibration is None:
+            return
+        same = same_text(self._calibration.manifest.to_json(), held_out.manifest)
+        samples = self._calibration.tokens[:, self._calibration.manifest.bos != "none" :]
+        share = 1.0 if same else shared_windows(held_out.tokens[:, held_out.manifest["bos"] != "none" :], samples)
+        held_out.manifest["calibration_overlap"] = share
+        if share > SHARE:
+            reason = "is the text the model was calibrated on" if same else f"holds {share:.0%} of the calibration set"
             rank_zero_warn(
-                f"The evaluation set {held_out.name} is the text the model was calibrated on, so its perplexity is not "
-                "held out. Choose another with --data.eval_datasets."
+                f"The evaluation set {held_out.name} {reason}, so its perplexity is not held out. Choose another with "
+                "--data.eval_datasets."
             )
 
     def _loader(self, tokens: Tensor, batch_size: int) -> DataLoader[Batch]:

@@ -61,7 +61,12 @@ def as_dataset(calibration: Any, folder: Path, name: str) -> list[str] | str | N
     """The value for ``--data.dataset``: a name as it is, token ids ``[N, L]`` as a file in ``folder``; None stays the
     default, and UserError for anything else."""
     if isinstance(calibration, list) and all(isinstance(part, str) for part in calibration):
-        return calibration  # a mixture
+        if not all(":" in part and len(part) < LONGEST_NAME for part in calibration):
+            raise UserError(
+                f"{name}: found a list of {len(calibration)} str. A list is a mixture of files and their shares, "
+                "such as ['a.txt:0.5', 'b.txt:0.5']; of texts, give calibration_set(texts, tokenizer=...)."
+            )
+        return calibration
     if calibration is None or isinstance(calibration, str | Path):
         return None if calibration is None else str(calibration)
     ids = _token_ids(calibration)

@@ -4,18 +4,14 @@ from collections.abc import Iterator, Mapping
 from itertools import count
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_prune.data.calibration import EvaluationSet, same_text
+from lightning_prune.data.calibration import SHARE, EvaluationSet, same_text, shared_windows
 from lightning_prune.data.corpora import split_spec
 from lightning_prune.data.datamodule import CalibrationDataModule
 from lightning_prune.support.errors import UserError
-
-RUN = 64  # equal tokens in a row that are not a coincidence; shorter windows are compared whole
-SHARE = 0.01  # of the evaluation windows that may begin with words of the training text: licences, boilerplate
 
 
 class RecoveryDataModule(CalibrationDataModule):
@@ -194,18 +190,3 @@ class ShuffledWindows:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue at a saved position in the stream."""
         self.position = state["position"]
-
-
-def shared_windows(tokens: Tensor, windows: Tensor) -> float:
-    """Share of ``windows`` ``[M, W]`` whose first ``RUN`` tokens (or all, if fewer) occur somewhere in the text
-    ``tokens`` ``[N, L]``, read as one stream."""
-    stream = tokens.flatten().numpy()
-    length = min(RUN, windows.shape[1])
-    if len(stream) < length:
-        return 0.0
-    # The set holds the evaluation's windows; one of every run of the training text would take 512 bytes a token.
-    beginnings = [row.tobytes() for row in windows[:, :length].contiguous().numpy()]
-    wanted = set(beginnings)
-    runs = np.lib.stride_tricks.sliding_window_view(stream, length)
-    shared = {key for run in runs if (key := run.tobytes()) in wanted}
-    return sum(key in shared for key in beginnings) / len(beginnings)

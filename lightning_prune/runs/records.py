@@ -108,6 +108,7 @@ class EvaluationManifest(_Text):
     fingerprint: str
     unigram_perplexity: PerplexityValue | None = None
     long_windows_of: str | None = None  # the set whose text this is again, in longer windows
+    calibration_overlap: Annotated[float, Field(ge=0, le=1)] | None = None  # share of the samples that are from here
 
 
 class System(_Open):

@@ -101,6 +101,10 @@ def recover_and_record(
             "zeroed_weights": zeroed,
         }
         module.seconds["total"] = time.perf_counter() - started
+        for item in data.evaluation:  # pruning may have seen what training has not
+            of = run.metrics.evaluation.get(item.name)
+            if of is not None and of.fingerprint == item.manifest["fingerprint"]:
+                item.manifest["calibration_overlap"] = of.calibration_overlap
         metrics = run_metrics(run.plan, dense, recovered, data.evaluation, module.seconds)
         spent = run.metrics.method.measured_seconds | run.metrics.seconds
         changed = {"label": module.label, "scores_reused": True, "measured_seconds": spent}

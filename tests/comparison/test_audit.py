@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,34 @@ def test_other_software_is_a_note_and_separates_nobody(tmp_path: Path) -> None:
     result = audit(two_runs(tmp_path, environment={"packages": {"torch": "2.9.0"}}))
     assert not result.differences
     assert any("torch version" in note and "2.9.0" in note for note in result.notes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "note"),
+    [
+        ({"evaluation": {"calibration_overlap": 0.4}}, "demo holds text that taylor/version_0 0.2 calibrated on"),
+        ({"achieved": 0.195}, "taylor/version_0 0.2 removes 0.1950 of all parameters, wanda/version_0 0.2 0.2000"),
+        ({"achieved": 0.199, "evaluation": {"calibration_overlap": 0.005}}, None),  # rounding, and chance
+    ],
+)
+def test_what_gives_an_advantage_is_a_note(tmp_path: Path, changes: dict, note: str | None) -> None:
+    found = audit(two_runs(tmp_path, **changes))
+    assert not found.differences
+    notes = [one for one in found.notes if "holds" in one or "sizes" in one]
+    assert len(notes) == (note is not None)
+    assert not note or note in notes[0]
+
+
+def test_the_text_that_was_calibrated_on_is_noted_in_old_runs_too(tmp_path: Path) -> None:
+    same = {"text_sha256": "5" * 64}
+    (run,) = [make_run(tmp_path, "wanda", calibration=same, evaluation=same)]
+    assert any("are not held out" in note for note in audit([run]).notes)
+
+
+def test_one_system_with_other_options_is_noted(tmp_path: Path) -> None:
+    runs = [
+        replace(make_run(tmp_path, "wanda", seed=seed), options={"allocation": allocation, "pruning_ratio": seed})
+        for seed, allocation in enumerate(("global", "uniform"))
+    ]
+    (note,) = [one for one in audit(runs).notes if "other options" in one]
+    assert "allocation: global in wanda/version_0 0.2; uniform in wanda/version_1 0.2" in note

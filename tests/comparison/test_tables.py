@@ -47,7 +47,7 @@ def test_answer_names_best_and_next_of_what_is_usable_and_reached_its_ratio(tmp_
     answer = sections(audit(runs), [])[0]
     at_20, at_50 = answer.tables[0][1].to_dict("records")
     assert (at_20["best"], at_20["perplexity"], at_20["times dense"]) == ("wanda", "12.000", "1.20")
-    assert (at_20["next"], at_20["seconds to prune"]) == ("taylor 13.000", "2.0")
+    assert (at_20["next"], at_20["calibrate + prune s"]) == ("taylor 13.000", "2.0")
     assert (at_50["best"], at_50["verdict"], at_50["next"]) == ("none is usable", "unusable", "–")
     assert any("--seeds" in text for text in answer.text)  # nothing was repeated, so nothing is known about noise
     (group,) = audit(runs).groups

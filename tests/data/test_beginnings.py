@@ -10,9 +10,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 import lightning_prune
+from lightning_prune.data.calibration import shared_windows
 from lightning_prune.data.sampling import aligned_windows, draw_windows
 from lightning_prune.data.tokenization import window_start
-from lightning_prune.recovery.data import RecoveryDataModule, shared_windows
+from lightning_prune.recovery.data import RecoveryDataModule
 from lightning_prune.support.errors import UserError
 from tests.data.conftest import make_text
 

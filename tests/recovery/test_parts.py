@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_prune.data.calibration import shared_windows
 from lightning_prune.models.checkpoint import Checkpoint
-from lightning_prune.recovery.data import ShuffledWindows, shared_windows
+from lightning_prune.recovery.data import ShuffledWindows
 from lightning_prune.recovery.module import cosine_with_warmup, divergence
 from lightning_prune.recovery.weights import attach_adapters, count_zeros, hold_zeros, linears_of, zeros_of
 from lightning_prune.runs.verdict import regained, share
