@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import lightning as L
 import torch
@@ -40,21 +41,35 @@ class Estimate:
     """Estimated memory, disk and work of one run."""
 
     onload: Onload
-    phase: str  # where it is fullest
+    phase: str  # that needs most of the device, or of the host where layers run there
     device_bytes: int | None  # peak; None where layers run on the host
-    host_bytes: int  # peak of anonymous memory of this process, all that it holds
-    share: float  # of the memory there is, on the device or the host, whichever is fuller; above 1 it does not fit
+    host_bytes: int  # expected peak of anonymous memory of this process, with the streams that are kept in memory
+    host_need_bytes: int  # the same with every stream in a file: what the run cannot do without
+    stream_bytes: int  # residual streams, at most: in memory as far as they fit, else in files
+    stream_phase: str  # where they are
+    share: float  # that it needs of the device or the host, whichever is fuller; above 1 it does not fit
     mapped_bytes: int  # residual streams in temporary files
     new_weights_bytes: int  # on disk until the checkpoint is written
     checkpoint_bytes: int
     bytes_read: int  # of parameters, while calibrating
     layer_evaluations: int
-    flops: int
+    flops: int  # in all
+    solve_flops: int  # of them in inverses and solves, which no number of tokens changes
 
     @property
     def disk(self) -> int:
         """Peak number of bytes on disk beside the dense model."""
         return max(self.mapped_bytes, self.checkpoint_bytes) + self.new_weights_bytes
+
+
+class Peak(NamedTuple):
+    """The most bytes that one phase takes; ``need`` is ``host`` without streams."""
+
+    device: int
+    need: int
+    host: int
+    mapped: int
+    streams: int
 
 
 class Memory:
@@ -146,21 +161,30 @@ class Memory:
             work, new, stores = self._calibration(one, load)
             peaks[one.name] = self._peak(weights + work, ahead + new, stores)
         where = 1 if self.device is None else 0
-        loads, evaluations, flops = self._work(load, passes)
-        device, host, mapped = (max(peak[index] for peak in peaks.values()) for index in range(3))
+        loads, evaluations, flops, solving = self._work(load, passes)
+        most = Peak(*map(max, zip(*peaks.values(), strict=True)))
         return Estimate(
             onload=onload,
             phase=max(peaks, key=lambda name: peaks[name][where]),
-            device_bytes=None if self.device is None else device,
-            host_bytes=host,
-            share=max(host / self.host, 0.0 if self.device is None else device / self.device),
-            mapped_bytes=mapped,
+            device_bytes=None if self.device is None else most.device,
+            host_bytes=most.host,
+            host_need_bytes=most.need,
+            stream_bytes=most.streams,
+            stream_phase=max(peaks, key=lambda name: peaks[name].streams),
+            share=max(most.need / self.host, 0.0 if self.device is None else most.device / self.device),
+            mapped_bytes=most.mapped,
             new_weights_bytes=layers * size * sum(one.holds(view, load).new_weights for one in passes),
             checkpoint_bytes=int(method.dense_parameters * (1 - (method.requested_ratio or 0.0))) * saved.itemsize,
             bytes_read=size * (method.steps * loads * layer if onload == "layer" else method.dense_parameters),
             layer_evaluations=round(method.steps * evaluations),
             flops=round(method.steps * flops),
+            solve_flops=round(method.steps * solving),
         )
+
+    @property
+    def forward_flops(self) -> int:
+        """Operations of one forward of the calibration text through all layers, as ``Estimate.flops`` counts them."""
+        return 2 * self._largest.num_weights * len(self.method.layers) * self.samples * self.seq_len
 
     @property
     def _joined(self) -> int:
@@ -237,34 +261,36 @@ class Memory:
         vocabulary = self.method.checkpoint.limits[0]
         return min(tokens, max(1, LOGITS_BYTES // (4 * vocabulary))) * vocabulary * per_logit
 
-    def _peak(self, work: int, beside: int, stores: Sequence[int] = ()) -> tuple[int, int, int]:
-        """Bytes on device, on the host, and in mapped files: a store is a file where it takes more than its share. The
-        dense model's residual streams on the evaluation sets are there in every phase."""
+    def _peak(self, work: int, beside: int, stores: Sequence[int] = ()) -> Peak:
+        """Bytes of one phase: a store is a file where it takes more than its share. The dense model's residual streams
+        on the evaluation sets are there in every phase."""
         kept = self.kept_tokens * self.method.checkpoint.config.hidden_size * self.dtype.itemsize
         device = 0 if self.device is None else work + DEVICE_OVERHEAD
-        host = self.held + HOST_OVERHEAD + beside + (work if self.device is None else 0)
-        mapped = 0
+        need = self.held + HOST_OVERHEAD + beside + (work if self.device is None else 0)
+        host, mapped = need, 0
         for store in sorted([*stores, kept]):
             fits = store <= SHARE * (self.host - host)
             host, mapped = (host + store, mapped) if fits else (host, mapped + store)
-        return device, host, mapped
+        return Peak(device, need, host, mapped, sum(stores) + kept)
 
-    def _work(self, load: Load, passes: list[Pass]) -> tuple[int, float, float]:
-        """Number of times a layer is loaded; work of all passes in layers' forwards of a batch; operations."""
-        loads, evaluations, flops = 0, 0.0, 0.0
+    def _work(self, load: Load, passes: list[Pass]) -> tuple[int, float, float, float]:
+        """Number of times a layer is loaded; work on batches of all passes in layers' forwards of one; operations in
+        all, and of them in solves."""
+        loads, evaluations, flops, solving = 0, 0.0, 0.0, 0.0
         for one in passes:
             steps, rows = one.steps(self.method.layers), _rows(one, load)
             pairs = [(self.method.layers[step.layer], step) for step in steps]
             loads += 1 + sum(before.layer != step.layer for before, step in pairwise(steps))
             cost = sum(one.cost(*pair) for pair in pairs) if one.reads else 0.0
             evaluations += cost * -(-rows // load.batch_size)
-            tokens = cost * rows * load.seq_len + sum(one.cost_to_finish(*pair) for pair in pairs)
-            flops += 2 * load.layer_weights * tokens
-        return loads, evaluations, flops
+            solves = 2 * load.layer_weights * sum(one.cost_to_finish(*pair) for pair in pairs)
+            flops += 2 * load.layer_weights * cost * rows * load.seq_len + solves
+            solving += solves
+        return loads, evaluations, flops, solving
 
     def refusal(self, estimate: Estimate) -> str:
         """Message on an estimate that does not fit: what is missing, and what would help."""
-        needed, there, where = estimate.host_bytes, self.host, "host"
+        needed, there, where = estimate.host_need_bytes, self.host, "host"
         if self.device is not None and (estimate.device_bytes or 0) > self.device:
             needed, there, where = estimate.device_bytes or 0, self.device, "device"
         layer_is_smaller = self.estimate("layer").share < estimate.share

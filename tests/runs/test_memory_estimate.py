@@ -1,6 +1,7 @@
 """What a run takes is told before it begins, from shapes alone."""
 
 import json
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -118,7 +119,7 @@ def test_removal_priors_evaluate_and_keep_what_the_wavefront_needs(memory: Calla
         found = memory(methods.HGSP, options, num_hidden_layers=4).estimate("layer")
         assert found.layer_evaluations == (2 * 4 + 3 * 4 * 3 // 2) * batches
     deeper = memory(methods.HGSP, removal, num_hidden_layers=24).estimate("layer")
-    assert deeper.phase == "prior"
+    assert deeper.stream_phase == "prior"
     assert deeper.host_bytes - IMPORTED > (1 + 3 * 23) * STREAM
 
 
@@ -138,6 +139,33 @@ def test_rewritten_weights_are_on_disk(memory: Callable[..., Memory], method: An
 def test_streams_that_take_too_much_memory_are_files(memory: Callable[..., Memory]) -> None:
     small = memory(methods.HGSP, TAYLOR, host=IMPORTED + 8 * STREAM).estimate("layer")
     assert 10 * STREAM < small.mapped_bytes <= small.disk
+
+
+def test_what_the_host_needs_is_the_same_on_every_host(memory: Callable[..., Memory]) -> None:
+    """Streams fill what there is, or are files: they make no host too small, and ``auto`` no slower."""
+    hosts = [IMPORTED + 8 * STREAM, 8 * GB, 64 * GB]
+    small, fair, large = (memory(methods.HGSP, TAYLOR, 24 * GB, host).estimate("model") for host in hosts)
+    assert small.host_need_bytes == fair.host_need_bytes == large.host_need_bytes
+    assert small.stream_bytes == fair.stream_bytes == large.stream_bytes == 18 * STREAM
+    assert small.host_bytes < fair.host_bytes == large.host_bytes
+    for one in (small, large):
+        assert one.host_need_bytes <= one.host_bytes <= one.host_need_bytes + one.stream_bytes
+    assert small.share == pytest.approx(small.host_need_bytes / hosts[0])
+    assert small.share < memory_estimate.ROOM
+
+
+def test_operations_are_those_on_tokens_and_those_of_solves(memory: Callable[..., Memory]) -> None:
+    for method, least in ((methods.Wanda, 1.0), (methods.SlimGPT, 1.3), (methods.HGSP, 4.0)):
+        options = {"importance": "kfac", "temperature": 0.0} if method is methods.HGSP else {}
+        found = memory(method, options)
+        estimate = found.estimate("layer")
+        batches = 128 // 4 * 16
+        on_text = estimate.flops - estimate.solve_flops
+        assert on_text / found.forward_flops == pytest.approx(estimate.layer_evaluations / batches, rel=0.01)
+        assert least <= on_text / found.forward_flops < least + 1
+        assert (estimate.solve_flops > 0) == (method is not methods.Wanda)
+    solves = 16 * (2048**3 + 8192**3)  # H⁻¹ takes n³
+    assert memory(methods.SlimGPT).estimate("layer").solve_flops == pytest.approx(solves)
 
 
 @pytest.mark.parametrize("importance", ["taylor", "kfac", "magnitude"])
@@ -171,6 +199,65 @@ def test_check_needs_a_config_alone_and_says_what_fits(tmp_path: Path, capsys: p
     for wrong in (["--memory", "much"], ["--memory"], ["--host-memory", "-3GiB"]):
         assert main([*words, *wrong]) == 2
         assert wrong[0] in capsys.readouterr().err
+
+
+@pytest.fixture
+def shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What ``check`` prints on a small Llama."""
+    LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, vocab_size=999
+    ).save_pretrained(tmp_path)
+
+    def run(config: str, *words: str) -> str:
+        main(["check", "--config", config, "--model.pretrained", str(tmp_path), "--data.eval_datasets", "[]", *words])
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_check_says_what_work_is_made_of(shown: Callable[..., str]) -> None:
+    assert re.search(r"^work: as much as 1.0 forwards of the calibration text, \S+ operations$", shown("wanda"), re.M)
+    said = re.search(
+        r"as much as ([\d.]+) forwards of the calibration text, and solves: (\S+) operations in all, (\d+)% of them",
+        shown("slimgpt", "--data.seq_len", "32"),
+    )
+    assert said is not None
+    forwards, flops, part = map(float, said.groups())
+    once = 2 * 4 * (4 * 256**2 + 3 * 256 * 512) * 128 * 32
+    assert flops * (1 - part / 100) == pytest.approx(forwards * once, rel=0.05)
+
+
+def test_check_shows_the_same_need_on_every_host(shown: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_estimate, "anonymous_bytes", lambda: IMPORTED)
+    tables = [shown("hgsp_taylor", "--host-memory", host, "--memory", "9GB").splitlines() for host in ("900MB", "9GB")]
+    needs = [[line.split()[3:5] for line in lines if line.startswith(("layer", "model"))] for lines in tables]
+    assert needs[0] == needs[1] != []
+    streams = [next(line for line in lines if line.startswith("host: what the run needs.")) for lines in tables]
+    assert streams[0] == streams[1]
+    assert "MB (prior): in memory as far as they fit, else in files" in streams[0]
+
+
+def test_check_says_where_it_is_tight(shown: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_estimate, "anonymous_bytes", lambda: IMPORTED)
+    for device, host, word in (
+        ("9GB", "9GB", "yes "),
+        ("9GB", "560MB", "tight (host)"),
+        ("800MB", "9GB", "tight (device)"),
+        ("800MB", "560MB", "tight (device, host)"),
+        ("800MB", "400MB", "no (host)"),
+        ("80MB", "9GB", "no (device)"),
+    ):
+        lines = shown("wanda", "--memory", device, "--host-memory", host).splitlines()
+        assert f"  {word}" in next(line for line in lines if line.startswith("layer"))
+        assert ("tight: an estimate can be 15% too low" in lines) == word.startswith("tight")
+
+
+def test_check_speaks_of_auto_and_of_this_host_only_where_they_count(shown: Callable[..., str]) -> None:
+    auto, here = "--model.onload auto", "host: of this machine; --host-memory SIZE for another"
+    elsewhere = shown("wanda", "--memory", "80GiB")
+    assert (auto in elsewhere, here in elsewhere) == (True, True)
+    both = shown("wanda", "--memory", "80GiB", "--host-memory", "64GiB", "--model.onload", "layer")
+    assert (auto in both, here in both, here in shown("wanda")) == (False, False, False)
 
 
 @pytest.fixture

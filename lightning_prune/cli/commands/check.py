@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
         rows = [facts | asdict(one) | {"fits": one.share <= 1, "disk_bytes": one.disk} for one in estimates]
         print(json.dumps(rows, indent=2))
     else:
-        _print(estimates, memory)
+        _print(estimates, memory, host_is_here=host is None and device is not None)
     return 0 if _possible(estimates, run.model.slot.onload) else 1
 
 
@@ -44,8 +44,9 @@ def _possible(estimates: list[Estimate], onload: str) -> bool:
     return any(one.share <= 1 for one in estimates if onload in ("auto", one.onload))
 
 
-def _print(estimates: list[Estimate], memory: Memory) -> None:
-    method, work = memory.method, estimates[0]
+def _print(estimates: list[Estimate], memory: Memory, host_is_here: bool) -> None:
+    """``host_is_here``: the device is another machine's, the host is this one."""
+    method = memory.method
     text = f"{memory.samples} × {memory.seq_len} tokens" if method.needs_calibration else "no calibration text"
     count = method.dense_parameters
     billions = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
@@ -55,22 +56,51 @@ def _print(estimates: list[Estimate], memory: Memory) -> None:
     print(f"{method.label} on {parameters}, {wanted}{method.trainer.precision}, {text}")
     host = f"{both_units(memory.host)} on the host"
     print(f"room: {host}" if memory.device is None else f"room: {both_units(memory.device)} on the device, {host}")
-    print(f"\n{'onload':<8}{'device':>10}{'host':>10}{'disk':>10}{'read':>10}  fits   largest in")
-    for one in estimates:
+    if host_is_here:
+        print("host: of this machine; --host-memory SIZE for another")
+    fits = [_fits(one, memory) for one in estimates]
+    width = max(map(len, fits)) + 2
+    print(f"\n{'onload':<8}{'device':>10}{'host':>10}{'disk':>10}{'read':>10}  {'fits':<{width}}largest in")
+    for one, word in zip(estimates, fits, strict=True):
         device = "–" if one.device_bytes is None else size(one.device_bytes)
-        sizes = "".join(f"{it:>10}" for it in (device, *map(size, (one.host_bytes, one.disk, one.bytes_read))))
-        print(f"{one.onload:<8}{sizes}  {_fits(one):<5}  {one.phase}")
-    chosen = "takes " + ("model" if estimates[1].share <= ROOM else "layer")
-    chosen = chosen if _possible(estimates, "auto") else "would refuse: nothing fits"
-    legend = f"; tight: an estimate can be {ERROR - 1:.0%} too low" if "tight" in map(_fits, estimates) else ""
-    print(f"\n--model.onload auto, the default, {chosen}{legend}")
+        sizes = "".join(f"{it:>10}" for it in (device, *map(size, (one.host_need_bytes, one.disk, one.bytes_read))))
+        print(f"{one.onload:<8}{sizes}  {word:<{width}}{one.phase}")
+    print(f"\n{_streams(estimates[0])}")
+    if "tight" in " ".join(fits):
+        print(f"tight: an estimate can be {ERROR - 1:.0%} too low")
+    if method.slot.onload == "auto":
+        chosen = "takes " + ("model" if estimates[1].share <= ROOM else "layer")
+        chosen = chosen if _possible(estimates, "auto") else "would refuse: nothing fits"
+        print(f"--model.onload auto, the default, {chosen}")
     if method.needs_calibration:
-        forwards = work.layer_evaluations / (len(method.layers) * -(-memory.samples // memory.data.batch_size))
-        print(f"work: that of {forwards:.1f} forwards of the calibration text, {work.flops:.2e} operations")
+        print(_work(estimates[0], memory))
     if not _possible(estimates, method.slot.onload):
         print(memory.refusal(estimates[method.slot.onload == "model"]))
 
 
-def _fits(estimate: Estimate) -> str:
-    """Whether an estimate fits, in a word: ``tight`` within the error of an estimate."""
-    return "no" if estimate.share > 1 else "tight" if estimate.share * ERROR > 1 else "yes"
+def _streams(estimate: Estimate) -> str:
+    """What the column of the host is, and what files can take in its place."""
+    if not estimate.stream_bytes:
+        return "host: what the run needs"
+    streams = f"Residual streams beside it, up to {size(estimate.stream_bytes)} ({estimate.stream_phase})"
+    return f"host: what the run needs. {streams}: in memory as far as they fit, else in files"
+
+
+def _work(estimate: Estimate, memory: Memory) -> str:
+    """Operations, and the two parts that they have: on the calibration text, and in solves, whatever the text."""
+    forwards = (estimate.flops - estimate.solve_flops) / memory.forward_flops
+    text = f"work: as much as {forwards:.1f} forwards of the calibration text"
+    if not estimate.solve_flops:
+        return f"{text}, {estimate.flops:.2e} operations"
+    part = estimate.solve_flops / estimate.flops
+    return f"{text}, and solves: {estimate.flops:.2e} operations in all, {part:.0%} of them in solves"
+
+
+def _fits(estimate: Estimate, memory: Memory) -> str:
+    """Whether an estimate fits, and if not, where: ``tight`` within the error of an estimate."""
+    shares = {} if memory.device is None else {"device": (estimate.device_bytes or 0) / memory.device}
+    shares["host"] = estimate.host_need_bytes / memory.host
+    for word, limit in {"no": 1.0, "tight": 1 / ERROR}.items():
+        if places := [place for place, share in shares.items() if share > limit]:
+            return f"{word} ({', '.join(places)})"
+    return "yes"
