@@ -145,9 +145,9 @@ def _from_hub(dataset: str, split: str, tokens_wanted: int | None) -> Corpus:
             documents = list(rows[source.column])
     except Exception as error:  # offline, moved, gated, rate-limited: the hub's clients raise dozens of types
         reason = f"{type(error).__name__}: {first_line(error)}"
-        usual = ", the default text," if dataset == "wikitext2" else ""
+        usual = "; also the default of --data.dataset" if dataset == "wikitext2" else ""
         raise UserError(
-            f"could not fetch {dataset}{usual} ({source.path}, {split}) from the hub: {reason}. Check the network and "
+            f"could not fetch {dataset} ({source.path}, {split}{usual}) from the hub: {reason}. Check the network and "
             f"HF_HUB_OFFLINE, or give a local {FILE_KINDS} with {OPTIONS}."
         ) from error
     # The commit is in the addresses that the dataset was downloaded from.

@@ -68,7 +68,7 @@ def check_tasks(tasks: Sequence[str], include_path: Path | None = None) -> Any:
         UserError: the harness is not installed, a task is unknown, or its data cannot be loaded.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("--zero-shot needs the LM Evaluation Harness, which is not installed: pip install lm-eval")
+        raise UserError("--zero-shot needs the package lm-eval. Install it in the clone: pip install '.[eval]'")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval.tasks import TaskManager, get_task_dict
 

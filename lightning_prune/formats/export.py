@@ -56,7 +56,7 @@ def export(
     if format == "stock" and dtype:
         raise UserError("--dtype belongs to --format gguf; a stock folder keeps the dtype of the weights.")
     if format == "gguf" and find_spec("gguf") is None:
-        raise UserError("--format gguf needs the package 'gguf'. Install it with: pip install gguf")
+        raise UserError("--format gguf needs the package gguf. Install it in the clone: pip install '.[gguf]'")
     progress = Progress(verbose)
     try:
         with writable(target.parent, OPTION):

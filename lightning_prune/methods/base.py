@@ -177,7 +177,7 @@ class PruningMethod(L.LightningModule):
             left = self.parameters_left(layers, total, kept) if ratio else total
             return target.size(left, layers, kept, self.checkpoint.config, self.written_dtype.itemsize)
 
-        self.reached = target.reach(size_at, total)
+        self.reached = target.reach(size_at, total, target.remedy(layers))
         self.pruning_ratio = float(self.reached)  # as loggers and progress have it
 
     def parameters_left(self, layers: list[LayerStructure], total: int, kept: list[LayerPlan]) -> int:

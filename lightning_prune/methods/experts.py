@@ -99,9 +99,12 @@ def marked(scores: Scores, details: dict[str, Any]) -> Scores:
     return replace(scores, super_expert=rows)
 
 
-def expert_details(layers: Sequence[LayerStructure], results: Sequence[LayerResult], samples: int) -> dict[str, Any]:
+def expert_details(
+    layers: Sequence[LayerStructure], results: Sequence[LayerResult], samples: int, channels: bool = True
+) -> dict[str, Any]:
     """Facts for ``method.json``: tokens per expert, layer by layer, and the super experts as [layer, expert]; empty
-    without experts. Warns where an expert has fewer tokens than channels; ``samples``: size of the calibration set."""
+    without experts. Warns where an expert has fewer tokens than channels, if ``channels`` are ranked or refitted, else
+    where it has none; ``samples``: size of the calibration set."""
     seen = [
         (view, result.facts["experts"])
         for view, result in zip(layers, results, strict=True)
@@ -114,17 +117,27 @@ def expert_details(layers: Sequence[LayerStructure], results: Sequence[LayerResu
     marked = [[seen[place][0].index, expert] for place, expert in super_experts(peaks).nonzero().tolist()]
     counts = sorted(count for of in tokens.values() for count in of)
     fewest, width = counts[0], max(view.experts.width for view, _ in seen if view.experts is not None)
-    if (starved := sum(count < width for count in counts)) and samples:
-        # Experts that hardly any text reaches would need any number: nine of ten are to have enough.
-        tenth = counts[len(counts) // 10]
-        remedy = (
-            f"With --data.num_samples {-(-samples * width // max(1, tenth))}, or longer windows, nine of ten experts "
-            "would see enough."
-            if tenth < width
-            else "The others see enough; these are hardly ever chosen for this text."
-        )
+    if channels and samples and fewest < width:
+        rank_zero_warn(_few_tokens(counts, width, samples))
+    elif samples and fewest == 0:
         rank_zero_warn(
-            f"{starved} of {len(counts)} experts see fewer tokens than their {width} channels, the fewest {fewest}. "
-            f"{remedy}"
+            f"{counts.count(0)} of {len(counts)} experts see no token of the calibration set, so they are scored as "
+            "worth nothing. More text (--data.num_samples) may reach them."
         )
     return {"experts": {"tokens": tokens, "fewest_tokens": fewest, "super_experts": marked}}
+
+
+def _few_tokens(counts: list[int], width: int, samples: int) -> str:
+    """The warning on experts of so many channels, of which some see fewer tokens; ``counts`` are sorted."""
+    # Experts that hardly any text reaches would need any number: nine of ten are to have enough.
+    tenth = counts[len(counts) // 10]
+    remedy = (
+        f"With --data.num_samples {-(-samples * width // max(1, tenth))}, or longer windows, nine of ten experts "
+        "would see enough."
+        if tenth < width
+        else "The others see enough; these are hardly ever chosen for this text."
+    )
+    return (
+        f"{sum(count < width for count in counts)} of {len(counts)} experts see fewer tokens than their {width} "
+        f"channels, the fewest {counts[0]}. {remedy}"
+    )

@@ -87,7 +87,7 @@ class GroupPruning(PruningMethod):
             return replace(self.saved.scores, score=self.saved.scores.base)
         results = self.results("importance")
         samples = len(self.datamodule.calibration.tokens) if self.measures_text else 0
-        self._experts = expert_details(self.layers, results, samples)
+        self._experts = expert_details(self.layers, results, samples, self.units != "expert" or self.refit is not None)
         importance = [in_units(view, result.importance) for view, result in zip(self.layers, results, strict=True)]
         return marked(group_scores(self.layers, importance, self.kinds(self.layers)), self._experts)
 
@@ -144,10 +144,11 @@ class GroupPruning(PruningMethod):
         """The kinds of units that may be removed. Raises UserError where the model does not have those requested."""
         if not any(view.experts for view in layers):
             if self.units in EXPERTS or self.experts == "only":
-                how = "" if self.experts == "only" else f" with --model.units {self.units}"
+                only = self.experts == "only"
+                how = "" if only else f" with --model.units {self.units}"
+                remedy = "Give a mixture of experts, or choose another method." if only else "Leave that option out."
                 raise UserError(
-                    f"--model: '{self.pretrained}' has no experts, and {self.method}{how} prunes only experts. "
-                    "Choose another method, or leave --model.units out."
+                    f"--model: '{self.pretrained}' has no experts, and {self.method}{how} prunes only experts. {remedy}"
                 )
             return super().kinds(layers)
         if self.steps > 1:

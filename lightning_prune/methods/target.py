@@ -129,8 +129,20 @@ class Target:
         base = scores.importance / price
         return replace(scores, base=base, score=base)
 
-    def reach(self, size_at: Callable[[Fraction], int], total: int) -> Fraction:
-        """The smallest share of ``total`` parameters to remove with which ``size_at`` is not above the target.
+    def remedy(self, layers: Sequence[LayerStructure]) -> str:
+        """What to do, beside raising the target, where it cannot be reached."""
+        if self.kind == "active_parameters" and any(Block.EXPERT in view.parts for view in layers):
+            return (
+                "prune channels inside experts, with --model.units expert_channel of a method such as wanda: a token "
+                "uses as many experts as before where whole ones are removed, which hardly lowers this size"
+            )
+        return "freeze and protect less"
+
+    def reach(
+        self, size_at: Callable[[Fraction], int], total: int, remedy: str = "freeze and protect less"
+    ) -> Fraction:
+        """The smallest share of ``total`` parameters to remove with which ``size_at`` is not above the target;
+        ``remedy`` is what the message says to do, beside raising the target, where none is.
 
         ``size_at`` falls with the share, and raises UserError where it cannot be removed. Raises UserError: the target
         is not below the dense size, or no share reaches it.
@@ -160,7 +172,7 @@ class Target:
             smallest = f"{size_at(Fraction(low, total)):,}{' bytes' * (self.kind == 'memory')}"
             raise UserError(
                 f"{self.option} cannot be reached with these options: the smallest size is {smallest}. Raise the "
-                "target, or freeze and protect less."
+                f"target, or {remedy}."
             )
         return Fraction(high, total)
 

@@ -24,7 +24,6 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
-from transformers.utils import cached_file
 
 from lightning_prune.models.expert_files import packed
 from lightning_prune.models.families import family_of
@@ -37,6 +36,7 @@ from lightning_prune.models.weights import (
     LAYER,
     OPTION,
     TensorEntry,
+    fetch_config,
     find_file,
     loading,
     match_names,
@@ -85,7 +85,7 @@ class Checkpoint:
         """
         path = resolve(pretrained)
         with loading(pretrained, "the config cannot be loaded"):
-            file = Path(cached_file(path, "config.json"))
+            file = fetch_config(path)
             if (size := file.stat().st_size) > CONFIG_LIMIT:
                 raise UserError(
                     f"{OPTION}: '{file}' has {size:,} bytes; a config may have {CONFIG_LIMIT:,}. Give the model's own "

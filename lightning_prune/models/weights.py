@@ -3,13 +3,15 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from os.path import exists
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
@@ -77,6 +79,15 @@ def find_file(path: str, name: str) -> Path | None:
     with loading(path, f"{name!r} could not be loaded"):
         file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
     return None if file is None else Path(file)
+
+
+def fetch_config(path: str) -> Path:
+    """``config.json`` of a model folder or of the hub. Where the hub cannot be reached, a name without an organisation
+    is refused at once: it is rather a mistyped folder, and the hub's client would try for half a minute."""
+    with suppress(HfHubHTTPError, HFValidationError):  # it can be reached: what is wrong is said below
+        if "/" not in path and not exists(path) and try_to_load_from_cache(path, "config.json") is None:
+            get_hf_file_metadata(hf_hub_url(path, "config.json"))
+    return Path(cached_file(path, "config.json"))
 
 
 def read_headers(path: str, num_layers: int) -> tuple[dict[str, TensorEntry], list[Path], dict[str, str]]:

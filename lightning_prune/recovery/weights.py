@@ -39,7 +39,8 @@ def attach_adapters(net: Any, rank: int, keep_zeros: bool = False) -> Any:
         from peft.tuners.lora import Linear
     except ImportError:
         raise UserError(
-            "--model.train lora needs peft. Install it with: pip install peft, or choose --model.train all."
+            "--model.train lora needs the package peft. Install it in the clone, pip install '.[recover]', or choose "
+            "--model.train all."
         ) from None
 
     class MaskedLinear(Linear):  # type: ignore[misc]

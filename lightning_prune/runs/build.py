@@ -279,8 +279,10 @@ def _options_of(method: type) -> dict[str, Any]:
     kinds: dict[str, Any] = {}
     for base in reversed(method.__mro__):
         if "__init__" in vars(base) and not base.__module__.startswith(("lightning.", "torch.", "builtins", "abc")):
-            kinds |= typing.get_type_hints(vars(base)["__init__"])
-    return {f"model.{name}": kind for name, kind in kinds.items() if name != "return"}
+            init = vars(base)["__init__"]
+            rest = inspect.getfullargspec(init).varkw  # **options: what its bases take
+            kinds |= {name: kind for name, kind in typing.get_type_hints(init).items() if name not in ("return", rest)}
+    return {f"model.{name}": kind for name, kind in kinds.items()}
 
 
 def plain(message: str, options: Sequence[str], methods: Mapping[str, Mapping[str, Any]]) -> str:
@@ -320,17 +322,26 @@ def plain(message: str, options: Sequence[str], methods: Mapping[str, Mapping[st
     if key and (needed := re.search(r"arguments are required: ([\w, ]+)", message)):
         first = needed[1].partition(",")[0]
         return f"--{key}: {needed[1]} must be given too: --{key} NAME --{key}.{first} VALUE."
-    allowed: list[str] = []
-    for kind, literals in re.findall(r"Expected an? (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\])", message):
-        allowed += [one.strip(" '") for one in literals.split(",")] if literals else [_WORDS.get(kind, kind)]
-    allowed = [one for one in dict.fromkeys(allowed) if one != "NoneType"]
-    if key and given and allowed:
-        example = f", such as --{key} '[{given[1][:200]}]'" if allowed == ["a list"] else ""
-        return f"--{key}: found {given[1][:200] or 'nothing'}; allowed: {', '.join(allowed)}{example}."
+    if key and given and (allowed := _allowed(message, key, given[1][:200])):
+        return f"--{key}: found {given[1][:200] or 'nothing'}; allowed: {allowed}"
     if refused := re.search(r"Not of type \w+: (\S+) does not conform to restriction v(.+)", message):
         return f"--{key}: found '{refused[1]}'; allowed: a number {refused[2]}."
     lines = " ".join(line.strip(" -") for line in message.splitlines() if line.strip(" -"))
     return re.sub(r'Parser key "([\w.]+)":', r"--\1:", lines)[:500]
+
+
+def _allowed(message: str, key: str, given: str) -> str:
+    """What a parser error says that the option ``key`` takes in place of ``given``; empty where it says nothing."""
+    kinds: list[str] = []
+    words: list[str] = []
+    for kind, literals in re.findall(r"Expected an? (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\])", message):
+        words += [one.strip(" '") for one in literals.split(",")] if literals else []
+        kinds += words if literals else [_WORDS.get(kind, kind)]
+    kinds = [one for one in dict.fromkeys(kinds) if one != "NoneType"]
+    if key == "model.pruning_ratio" and kinds:
+        return "a share between 0 and 1, such as 0.3."
+    example = f", such as --{key} '[{given}]'" if kinds == ["a list"] else ""
+    return f"{', '.join(kinds)}{example}.{did_you_mean(given, words) if given else ''}" if kinds else ""
 
 
 def _unknown(name: str, options: Sequence[str], methods: Mapping[str, Mapping[str, Any]]) -> str:

@@ -249,10 +249,11 @@ class RunFolder:
         if not os.path.isdir(path):
             raise UserError(f"{option}: there is no folder '{path}'. Give a run folder, such as logs/wanda/version_0.")
         if missing := [name for name in REQUIRED if not os.path.isfile(path / name)]:
-            raise UserError(
-                f"{option}: '{path}' is not a finished pruning run: it has no {', '.join(missing)}. Give a folder that "
-                "'lightning-prune fit' has completed, for instance logs/wanda/version_0."
+            why = meant(path) or (
+                f": it has no {', '.join(missing)}. Give a folder that 'lightning-prune fit' has completed, for "
+                "instance logs/wanda/version_0."
             )
+            raise UserError(f"{option}: '{path}' is not a finished pruning run{why}")
 
         def read(name: str, kind: Any) -> Any:
             return read_json(path / name, kind, option, "Run fit again.")
@@ -272,6 +273,15 @@ class RunFolder:
         if run.plan.parameters != run.metrics.parameters.model_dump(exclude_none=True):
             raise UserError(f"{option}: plan.json and metrics.json in '{path}' are of different runs. Run fit again.")
         return run
+
+
+def meant(path: Path) -> str:
+    """The end of a message on a folder that is not of a run: names the one that was probably meant, the newest inside
+    it or the one whose checkpoint it is; empty where there is neither."""
+    if path.name == PRUNED and RunFolder(path.parent).is_pruning_run:
+        return f". '{path}' is the checkpoint of a run: give the run's folder, '{path.parent}'."
+    inside = [one for one in runs_below(path) if RunFolder(one).is_pruning_run]
+    return f". Runs are inside '{path}': give '{inside[-1]}'." if inside else ""
 
 
 def version(name: str) -> int:

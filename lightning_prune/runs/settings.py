@@ -90,7 +90,12 @@ def read_settings(
         check_share(ratio, "--ratios")
     overrules = {name: value for name, value in given.items() if value is not None}
     subject = f"--config: '{path}'{''.join(f' --{name}' for name in overrules)}"
-    file = _validated(read_config(path, "--config") | overrules, Settings, subject)
+    content = read_config(path, "--config")
+    if "model" in content and "systems" not in content:
+        raise UserError(
+            f"--config: '{named_as}' is a method, not an experiment. Give --config compare --systems {named_as}."
+        )
+    file = _validated(content | overrules, Settings, subject)
     chosen = _chosen(file.systems, systems, named_as)
     for label in file.systems | chosen:
         check_label(label, f"--config: systems in '{path}'")

@@ -123,6 +123,11 @@ def _trainer(options: dict[str, Any]) -> L.Trainer:
     try:
         trainer = L.Trainer(**options)
     except (MisconfigurationException, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        if re.search("backend found|can not run on your system", str(error)):
+            raise UserError(
+                f"--trainer.accelerator: found {options['accelerator']}, which this machine does not have, or torch "
+                "does not see. Give cpu, or auto, which takes an accelerator where there is one."
+            ) from error
         raise UserError(f"--trainer: {error}") from error
     if str(options["precision"]) == "16-mixed" and str(trainer.precision) != "16-mixed":
         raise UserError(

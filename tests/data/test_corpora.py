@@ -84,6 +84,7 @@ def test_hub_failure_is_one_message_that_offers_a_local_file(dataset: str, monke
         load_corpus(dataset, "train", 1000)
     for word in (dataset, "ConnectionError: no route", "HF_HUB_OFFLINE", "--data.dataset", ".parquet"):
         assert word in str(error.value)
+    assert ("also the default of --data.dataset" in str(error.value)) is (dataset == "wikitext2")
     assert "\n" not in str(error.value)
 
 

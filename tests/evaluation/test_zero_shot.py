@@ -99,7 +99,7 @@ def test_task_that_cannot_be_had_is_named(task_folder: Path) -> None:
 
 def test_missing_harness_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install lm-eval"):
+    with pytest.raises(UserError, match=r"lm-eval.*pip install '\.\[eval\]'"):
         check_tasks(["piqa"])
 
 

@@ -98,6 +98,16 @@ def test_no_number_of_samples_is_said_to_help_experts_that_are_hardly_ever_chose
     assert "num_samples" not in str(said[0].message)
 
 
+@pytest.mark.parametrize("fewest", [0, 3])
+def test_whole_experts_need_no_token_per_channel(base: str, fewest: int, recwarn: pytest.WarningsRecorder) -> None:
+    views = layer_structures(lightning_prune.load(base))[:1]
+    results = [LayerResult(facts={"experts": {"tokens": [fewest] * E, "peaks": [1.0] * E}})]
+    expert_details(views, results, samples=9, channels=False)
+    said = [str(one.message) for one in recwarn]
+    expected = f"{E} of {E} experts see no token of the calibration set, so they are scored as worth nothing. More text"
+    assert [one.startswith(expected) for one in said] == [True] * (fewest == 0)
+
+
 def test_an_expert_whose_output_peaks_is_kept_unless_asked(tmp_path: Path) -> None:
     model: Any = make_moe(width=32, layers=2)
     with torch.no_grad():  # so large that its peak stands out, so seldom that every score of a whole expert is lowest

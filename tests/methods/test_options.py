@@ -69,9 +69,9 @@ UNREACHABLE: list[tuple[str, Any, dict[str, Any], str]] = [
         for make, options in ((Wanda, {}), (Wanda, {"allocation": "uniform"}), (SlimGPT, {}))
         if make is not SlimGPT or family in ("olmo2", "phi")
     ),
-    ("llama", REAP, {}, "has no experts"),
+    ("llama", REAP, {}, "has no experts, and reap prunes only experts. Give a mixture of experts, or choose another"),
     ("llama", HEAPr, {}, "has no experts"),
-    ("llama", Wanda, {"units": "expert"}, "has no experts"),
+    ("llama", Wanda, {"units": "expert"}, "with --model.units expert prunes only experts. Leave that option out"),
     ("moe", SlimGPT, {}, "slimgpt does not prune"),
     ("moe", FLAP, {}, "flap does not prune"),
     ("moe", Wanda, {"structure": "2:4"}, "Use --model.structure group"),
@@ -80,6 +80,8 @@ UNREACHABLE: list[tuple[str, Any, dict[str, Any], str]] = [
     ("moe", HEAPr, {"units": "all"}, "prunes experts alone"),
     ("moe", REAP, {"pruning_ratio": 0.9}, "largest reachable ratio"),
     ("moe", REAP, {"pruning_ratio": 0.01}, "smallest step"),
+    ("moe", REAP, {"target_active_parameters": "1K"}, "or prune channels inside experts, with --model.units expert_ch"),
+    ("moe", Wanda, {"target_active_parameters": "1K"}, "or freeze and protect less"),
 ]
 
 

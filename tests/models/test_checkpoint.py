@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from lightning_prune.methods import Wanda
 from lightning_prune.models import checkpoint as checkpoint_module
+from lightning_prune.models import weights as weights_module
 from lightning_prune.models.checkpoint import Checkpoint, skeleton
 from lightning_prune.models.weights import read_headers
 from lightning_prune.support.errors import UserError
@@ -233,3 +234,15 @@ def test_a_run_reads_config_and_headers_of_the_dense_model_once(
 def test_fingerprint_of_recorded_runs_stays() -> None:
     """Run folders keep it: the demo model's must be what it always was."""
     assert Checkpoint.open("demo").fingerprint == "84a10dea98b6577c63d6aba264494d5971146e49dbe4b7c3dbb6668d7feb22dc"
+
+
+def test_a_bare_name_is_refused_at_once_where_the_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's client would try six times, half a minute, for what is rather a mistyped folder."""
+
+    def unreachable(*args: Any, **options: Any) -> None:
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(weights_module, "get_hf_file_metadata", unreachable)
+    monkeypatch.setattr(weights_module, "cached_file", lambda *args, **options: pytest.fail("asked again"))
+    with pytest.raises(UserError, match=r"no folder here, and .* from 'no-folder' \(ConnectionError: no route"):
+        Checkpoint.open("no-folder")

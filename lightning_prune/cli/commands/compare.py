@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
 
 def _finished(folders: list[Path]) -> list[Path]:
     """The finished runs among ``folders``; says which are left out."""
-    from lightning_prune.runs.folder import RunFolder
+    from lightning_prune.runs.folder import RunFolder, meant
 
     finished: list[Path] = []
     for folder in folders:
@@ -82,7 +82,8 @@ def _finished(folders: list[Path]) -> list[Path]:
         elif not (folder / "report.html").is_file():  # an earlier comparison below the same root
             print(f"left out, not a finished pruning run: {folder}")
     if not finished:
-        raise UserError("--runs: none of these folders holds a finished pruning run.")
+        hint = next(filter(None, map(meant, folders)), ".")
+        raise UserError(f"--runs: none of these folders is a finished pruning run{hint}")
     return finished
 
 
@@ -128,8 +129,8 @@ def _parser() -> argparse.ArgumentParser:
     text = "only these systems of the file, other methods by name, or files of your own (mine.yaml)"
     add("--systems", nargs="+", metavar="NAME", help=text)
     text = (
-        "add accuracy on tasks of the LM Evaluation Harness, each measured once per checkpoint (pip install lm-eval). "
-        f"Without names: {' '.join(TASKS)}"
+        "add accuracy on tasks of the LM Evaluation Harness, each measured once per checkpoint "
+        f"(lm-eval: pip install '.[eval]'). Without names: {' '.join(TASKS)}"
     )
     add("--zero-shot", nargs="*", metavar="TASK", help=text)
     add("--include-path", type=some_path, metavar="FOLDER", help="folder with further tasks as YAML files")

@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--context-length", type=int, metavar="N", help=text)
     add("--repeats", type=int, default=5, metavar="N", help="timed runs, of which the median counts. Default: 5")
 
-    add = parser.add_argument_group("zero-shot (pip install lm-eval)").add_argument
+    add = parser.add_argument_group("zero-shot (lm-eval: pip install '.[eval]')").add_argument
     add("--zero-shot", action="store_true", help="accuracy on tasks of the LM Evaluation Harness, no examples given")
     add("--tasks", nargs="+", default=list(TASKS), metavar="TASK", help=f"default: {' '.join(TASKS)}")
     add("--include-path", type=some_path, metavar="FOLDER", help="folder with further tasks as YAML files")

@@ -8,6 +8,7 @@ from lightning_prune import cli
 from lightning_prune.cli.commands.compare import main
 from lightning_prune.comparison import report
 from lightning_prune.comparison.report import NAMES
+from lightning_prune.runs.folder import RunFolder
 from lightning_prune.support.errors import UserError
 from tests.comparison.fake_run import write_run
 
@@ -47,6 +48,7 @@ def test_strict_refuses_runs_that_differ_and_names_the_fact(tmp_path: Path, caps
         ("", "give either --config FILE"),
         ("--config a.yaml --runs b", "give either --config FILE"),
         ("--config nowhere.yaml", "--config: cannot read 'nowhere.yaml'"),
+        ("--config wanda", "'wanda' is a method, .* Give --config compare --systems wanda"),
         ("--config a.yaml --seed 1", "unrecognized argument '--seed'"),
         ("--runs b --include-path c", "--include-path belongs to --zero-shot"),
     ],
@@ -54,6 +56,17 @@ def test_strict_refuses_runs_that_differ_and_names_the_fact(tmp_path: Path, caps
 def test_mistake_in_the_options_is_named(arguments: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         main(arguments.split())
+
+
+@pytest.mark.parametrize("near", ["..", "pruned"])
+def test_the_run_folder_that_was_meant_is_named(near: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    (run / "pruned").mkdir(exist_ok=True)
+    given = run.parent if near == ".." else run / near
+    with pytest.raises(UserError, match=f"none of .* is a finished pruning run.* give (the run's folder, )?'{run}'"):
+        main(["--runs", str(given), "--root", str(tmp_path)])
+    with pytest.raises(UserError, match=f"not a finished pruning run\\. .* give (the run's folder, )?'{run}'"):
+        RunFolder.open(given, "--run")
 
 
 def test_broken_run_is_named(tmp_path: Path) -> None:

@@ -62,4 +62,4 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, export: Callable, m
 
 def test_the_package_that_is_missing_is_named(export: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert "pip install gguf" in export("gguf")
+    assert "the package gguf. Install it in the clone: pip install '.[gguf]'" in export("gguf")

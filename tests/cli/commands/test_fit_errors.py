@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from transformers import AutoConfig
 
 from lightning_prune.checkpoint import write
@@ -13,6 +14,8 @@ from lightning_prune.checkpoint.family_check import check_family
 from lightning_prune.cli import main
 from tests.tiny import make_tiny, tiny_tokens
 
+# An accelerator that this machine does not have.
+ABSENT = "mps" if torch.cuda.is_available() else "cuda" if torch.backends.mps.is_available() else "gpu"
 # Words after the good ones -> what the message says; where they begin with a file, it is the configuration.
 MISTAKES = {
     "--data.eval_datasets [INPUTS/big_ids.npy]": ("token id 995", "--data.eval_datasets"),
@@ -25,6 +28,8 @@ MISTAKES = {
     "--model.pruning_ratoi=0.2": ("pruning_ratoi", "Did you mean --model.pruning_ratio?"),
     "--model.pruning-ratio 0.2": ("--model.pruning-ratio.", "Did you mean --model.pruning_ratio?"),
     "--model.importance kfac": ("--model.importance of this method; methods that have it: HGSP",),
+    "--model.options 3": ("unknown option --model.options. ",),
+    "--model.ratio 0.2": ("unknown option --model.ratio. Did you mean --model.pruning_ratio?",),
     "--ratio 0.2": ("unknown option --ratio. Did you mean", "--model.pruning_ratio"),
     "--config compare": ("'compare' is an experiment", "lightning-prune compare --config"),
     "--data.num_sample 3": ("unknown option --data.num_sample", "--data.num_samples?"),
@@ -34,7 +39,7 @@ MISTAKES = {
     "flap": ("unexpected argument 'flap'. Did you mean --config flap?",),
     "--model.pretrained no/where": ("no folder here, and",),
     "--data.seed": ("--data.seed", "expected one argument"),
-    "--model.pruning_ratio abc": ("--model.pruning_ratio: found abc", "a number"),
+    "--model.pruning_ratio abc": ("--model.pruning_ratio: found abc; allowed: a share between 0 and 1, such as 0.3.",),
     "--model.pruning_ratio null": ("--model.pruning_ratio: found null", "float"),
     "--data.num_samples 1.5": ("--data.num_samples: found 1.5", "a whole number"),
     "--model.pruning_ratio=0.3 --model.target_memory 9MiB": (
@@ -43,6 +48,8 @@ MISTAKES = {
     "--data.eval_datasets wikitext2": ("--data.eval_datasets: found wikitext2", "a list"),
     "--model.allocation sideways": ("--model.allocation: found sideways", "global, uniform"),
     "--trainer.precision 8bit": ("--trainer.precision: found 8bit", "bf16-true"),
+    "--trainer.precision bf16": ("--trainer.precision: found bf16; allowed: 32-true", "Did you mean 'bf16-true'?"),
+    f"--trainer.accelerator {ABSENT}": (f"--trainer.accelerator: found {ABSENT}", "Give cpu, or auto"),
     "--trainer.logger CSVLogger": ("--trainer.logger", "save_dir"),
     "--trainer.callbacks+=GradientAccumulationScheduler": ("scheduling",),
     "--model Wandaa": ("unknown method 'Wandaa'. Did you mean 'Wanda'?", "Magnitude, ShortGPT, SlimGPT"),
