@@ -288,7 +288,7 @@ def _unlike(runs: Sequence[Run]) -> list[str]:
         ):
             notes.append(
                 f"At {size} the sizes are not equal: {run_name(least)} removes {least.achieved:.4f} of all parameters, "
-                f"{run_name(most)} {most.achieved:.4f}. Whole units are removed, and the next one was too large."
+                f"{run_name(most)} {most.achieved:.4f}. Units are removed whole."
             )
     return notes
 
