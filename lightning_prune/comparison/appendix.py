@@ -17,6 +17,7 @@ TOKENISED = (
     "The fingerprint of the token ids was checked to be equal in all of them. The text was tokenised whole with the "
     "model's own tokenizer, without special tokens or padding."
 )
+LONGEST = 200  # characters of a list in a cell; every cell of its column is as wide
 MEASURED = "Perplexity is exp of the mean loss over all tokens but the first of windows that do not overlap."
 
 
@@ -63,5 +64,6 @@ def _labels(runs: Sequence[Run]) -> str:
 
 def _value(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(map(_value, value)) or "none"
+        text = ", ".join(map(_value, value)) or "none"
+        return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(value)} values, see the run folder)"
     return "–" if value is None else f"{value:.6g}" if isinstance(value, float) else public_name(str(value))

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning_prune.comparison.records import Run
 from lightning_prune.data.calibration import SHARE, same_text
-from lightning_prune.runs.records import Calibration
+from lightning_prune.runs.records import Calibration, EvaluationManifest
 
 SEED, TOKENS = "calibration seed", "calibration tokens (fingerprint)"
 RATIO_TOLERANCE = 0.01  # of all parameters; what rounding to whole units cannot exceed in any real model
@@ -58,9 +58,7 @@ class Difference:
 
     def named(self) -> dict[str, str]:
         """The runs by value, as text: label, folder and ratio, or paths where two would have the same name."""
-        names = [name for runs in self.values.values() for name in map(run_name, runs)]
-        name = run_name if len(set(names)) == len(names) else _path
-        return {value: ", ".join(map(name, runs)) for value, runs in self.values.items()}
+        return _named(self.values)
 
     def __str__(self) -> str:
         parts = [f"{value} in {names}" for value, names in self.named().items()]
@@ -142,6 +140,8 @@ def facts(run: Run) -> Facts:
         for what, key in CALIBRATION_FACTS.items():
             if key != unsaid:
                 mine[what] = _short(getattr(run.calibration, key))
+        seen = [name for name, one in sorted(run.metrics.evaluation.items()) if was_seen(run, one)]
+        mine["evaluation text that was calibrated on"] = ", ".join(seen) or "none"
     return mine
 
 
@@ -203,6 +203,12 @@ def _may_join(one: Drawn, other: Drawn, draws: dict[Drawn, list[Run]]) -> bool:
     return bool(common) and all(size not in common for size, _ in left ^ right)
 
 
+def _named(having: Mapping[str, Sequence[Run]]) -> dict[str, str]:
+    names = [name for runs in having.values() for name in map(run_name, runs)]
+    name = run_name if len(set(names)) == len(names) else _path
+    return {key: ", ".join(map(name, runs)) for key, runs in having.items()}
+
+
 def run_name(run: Run) -> str:
     """Name of a run in messages: label, folder and ratio."""
     return f"{run.label}/{run.folder.name} {run.size}"
@@ -260,14 +266,19 @@ def _seen(runs: Sequence[Run]) -> list[str]:
     seen: dict[str, list[Run]] = {}
     for run in runs:
         for name, one in run.metrics.evaluation.items():
-            same = run.calibration is not None and same_text(run.calibration.model_dump(), one.model_dump())
-            if same or (one.calibration_overlap or 0) > SHARE:
+            if was_seen(run, one):
                 seen.setdefault(name, []).append(run)
     return [
-        f"{name} holds text that {', '.join(map(run_name, having))} calibrated on, so their results on it are not held "
-        "out."
-        for name, having in seen.items()
+        f"Not held out: {name} holds text that was calibrated on by {named}." for name, named in _named(seen).items()
     ]
+
+
+def was_seen(run: Run, held_out: EvaluationManifest) -> bool:
+    """Whether an evaluation set of a run holds text that it calibrated on."""
+    if run.calibration is None:
+        return False
+    same = same_text(run.calibration.model_dump(), held_out.model_dump())
+    return same or (held_out.calibration_overlap or 0) > SHARE
 
 
 def _unlike(runs: Sequence[Run]) -> list[str]:

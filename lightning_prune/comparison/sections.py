@@ -63,7 +63,7 @@ class Section:
 def sections(audit: Audit, failures: Sequence[Failure]) -> list[Section]:
     """The best per ratio, failed runs, tables, then what was checked and what differs."""
     runs = audit.runs
-    parts = [_best(audit.groups[0])] if runs else []
+    parts = [_best(audit.groups[0], audit.notes)] if runs else []
     if failures:
         rows = [{"system": one.label, "ratio": f"{one.requested}", "error": one.message} for one in failures]
         parts.append(Section("Failed runs", tables=[("", table(rows))]))
@@ -126,7 +126,7 @@ def leaders(lines: Sequence[Repeats], name: str) -> list[Repeats]:
     return [line for mean, deviation, line in usable if mean - usable[0][0] <= math.hypot(usable[0][1], deviation)]
 
 
-def _best(group: Group) -> Section:
+def _best(group: Group, audit_notes: Sequence[str]) -> Section:
     """The answer: who leads at each ratio, by how much, and whether that is more than noise."""
     untrained = [run for run in group.runs if run.recovery is None]
     lines, sets, rows, closer = repeats(untrained), evaluation_sets(untrained), [], []
@@ -148,16 +148,21 @@ def _best(group: Group) -> Section:
             row["next"] = f"{after[0].name} {spread(after[0].perplexity(name))}" if after else "–"
             rows.append(row)
             closer += _closer(here, best, name, f"At {size} on {short}") if best else []
+            closer += _left_out(here, best, name, f"At {size} on {short}")
     if not rows:
         return Section("Best per ratio", ["No run reached its ratio and was evaluated, so nothing is ranked."])
+    tied = any(", " in str(row["best"]) for row in rows)
     noise = (
-        "Systems on one line tie: their means are apart by no more than √(a² + b²), a and b their standard deviations "
-        "over calibration seeds, which are rough themselves with few seeds."
+        "Systems that share a cell of best tie: their means are apart by no more than √(a² + b²), a and b their "
+        "standard deviations over calibration seeds, which are rough themselves with few seeds."
+        if tied
+        else ""
         if repeated(group)
         else "Nothing was repeated, so a small lead may be chance: --seeds 0 1 2 measures the spread."
     )
     ranked = "Lowest perplexity among the usable runs of Table 1 that reached their ratio; other tables are not ranked."
-    text = [ranked, noise, *closer]
+    seen = [note for note in audit_notes if note.startswith("Not held out")]
+    text = [*seen, ranked, *filter(None, [noise]), *closer]
     text += [TRAINED] if len(untrained) < len(group.runs) else []
     return Section("Best per ratio", text, [("", table(rows))])
 
@@ -177,6 +182,16 @@ def _closer(lines: Sequence[Repeats], best: Sequence[Repeats], name: str, where:
         f"{where}, {best[0].name} has the lowest perplexity, but what {nearest.name} predicts is closer to the dense "
         f"model (KL {least} against {own}). Perplexity counts the next token alone, KL every token that could come."
     ]
+
+
+def _left_out(lines: Sequence[Repeats], best: Sequence[Repeats], name: str, where: str) -> list[str]:
+    """A sentence where the lowest perplexity is that of an unusable system."""
+    known = [(mean, line) for line in lines if (mean := line.perplexity(name).mean) is not None]
+    lowest = min(known, key=lambda one: one[0], default=None)
+    if lowest is None or not best or lowest[0] >= min(line.perplexity(name).mean or math.inf for line in best):
+        return []
+    mean, line = lowest
+    return [f"{where}, {line.name} has a lower perplexity, {number(mean)}, but is {line.shown_verdict(name)}."]
 
 
 def _results(index: int, group: Group) -> Section:

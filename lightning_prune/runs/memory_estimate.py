@@ -331,4 +331,5 @@ def advice(method: PruningMethod, data: CalibrationDataModule, onload: str, phas
         "a lower --data.batch_size makes activations smaller": phase != "evaluation" and data.batch_size > 1,
         "a lower --data.num_samples shortens the residual streams": phase != "evaluation" and data.num_samples > 32,
     }
-    return "; ".join(words for words, applies in options.items() if applies) + "; or use a larger device."
+    helps = [words for words, applies in options.items() if applies]
+    return "What may help: " + "; ".join([*helps, "another method (wanda and flap hold least); a larger device."])

@@ -75,7 +75,7 @@ def verdict(metrics: dict[str, Any], name: str) -> str:
         reason = f"a KL divergence of {divergence:.2f} counts as {pruned / dense:.2f} times the dense perplexity"
     if word == UNUSABLE and _finite(unigram) and _finite(pruned):
         lost = math.log(pruned / dense) / math.log(unigram / dense)
-        reason += f": {lost:.0%} of the dense model's gain over token frequencies is lost"
+        reason += f": {lost:.0%} of the way from the dense model to token frequencies"
     return f"{word} ({reason})"
 
 

@@ -5,6 +5,7 @@ import pytest
 
 from lightning_prune.comparison.audit import audit
 from lightning_prune.comparison.records import Run
+from lightning_prune.comparison.sections import sections, terminal
 from tests.comparison.fake_run import make_run
 
 OTHER = "9" * 64
@@ -95,7 +96,6 @@ def test_other_software_is_a_note_and_separates_nobody(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "note"),
     [
-        ({"evaluation": {"calibration_overlap": 0.4}}, "demo holds text that taylor/version_0 0.2 calibrated on"),
         ({"achieved": 0.195}, "taylor/version_0 0.2 removes 0.1950 of all parameters, wanda/version_0 0.2 0.2000"),
         ({"achieved": 0.199, "evaluation": {"calibration_overlap": 0.005}}, None),  # rounding, and chance
     ],
@@ -103,15 +103,25 @@ def test_other_software_is_a_note_and_separates_nobody(tmp_path: Path) -> None:
 def test_what_gives_an_advantage_is_a_note(tmp_path: Path, changes: dict, note: str | None) -> None:
     found = audit(two_runs(tmp_path, **changes))
     assert not found.differences
-    notes = [one for one in found.notes if "holds" in one or "sizes" in one]
+    notes = [one for one in found.notes if "Not held out" in one or "sizes" in one]
     assert len(notes) == (note is not None)
     assert not note or note in notes[0]
+
+
+def test_a_run_that_saw_the_evaluation_text_is_set_apart_and_named(tmp_path: Path) -> None:
+    free = make_run(tmp_path, "magnitude", no_data=True)
+    runs = [*two_runs(tmp_path, evaluation={"calibration_overlap": 0.4}), free]
+    assert labels(runs) == [["wanda", "magnitude"], ["taylor"]]
+    found = audit(runs)
+    assert [one.what for one in found.differences] == ["evaluation text that was calibrated on"]
+    assert "Not held out: demo holds text that was calibrated on by taylor/version_0 0.2." in found.notes
 
 
 def test_the_text_that_was_calibrated_on_is_noted_in_old_runs_too(tmp_path: Path) -> None:
     same = {"text_sha256": "5" * 64}
     (run,) = [make_run(tmp_path, "wanda", calibration=same, evaluation=same)]
-    assert any("are not held out" in note for note in audit([run]).notes)
+    (note,) = [one for one in audit([run]).notes if "Not held out" in one]
+    assert terminal(sections(audit([run]), [])).count(note) == 2  # beside the best, and in the audit
 
 
 def test_one_system_with_other_options_is_noted(tmp_path: Path) -> None:

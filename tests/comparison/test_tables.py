@@ -74,6 +74,14 @@ def test_the_answer_says_who_is_closer_to_the_dense_model_than_the_lowest_perple
     assert not any("closer to the dense model" in one for one in sections(audit(runs), [])[0].text[:2])
 
 
+def test_the_lowest_perplexity_is_named_where_its_divergence_makes_it_unusable(tmp_path: Path) -> None:
+    far, near = ({"kl_divergence": value, "top1_agreement": 0.9, "expected_acceptance": 0.8} for value in (5.0, 0.02))
+    runs = [make_run(tmp_path, "far", perplexity=10.1, distance=far)]
+    runs.append(make_run(tmp_path, "near", perplexity=10.2, distance=near))
+    text = sections(audit(runs), [])[0].text
+    assert "At 0.2 on demo, far has a lower perplexity, 10.100, but is unusable (KL)." in text
+
+
 def test_where_the_divergence_decides_the_verdict_the_cell_says_so(tmp_path: Path) -> None:
     distance = {"kl_divergence": 0.5, "top1_agreement": 0.6, "expected_acceptance": 0.6}
     (line,) = repeats([make_run(tmp_path, "far", perplexity=10.5, distance=distance)])

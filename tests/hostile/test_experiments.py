@@ -130,7 +130,7 @@ for path in ("f/x", "l", "/proc/x"):
     place(f"--root {path}", "--root", broken)
 place("--runs x", "no folder at")
 place("--runs f", "no folder at", lambda inputs: os.mkfifo(inputs / "f"))
-place("--runs run", "none of these folders holds a finished", lambda inputs: (inputs / "run/metrics.json").unlink())
+place("--runs run", "none of these folders is a finished", lambda inputs: (inputs / "run/metrics.json").unlink())
 place("--runs run report/../run", "twice")
 place("--runs run report .", "", status=0)
 for option in ("--model x", "--ratios 0.2", "--seeds 0 1", "--systems a", "--data.seed 1"):

@@ -82,8 +82,8 @@ def test_card_says_in_words_whether_the_model_can_be_used() -> None:
     assert verdict(metrics, "near") == "near dense (1.05 times the dense perplexity)"
     lost = math.log(125 / 5) / math.log(300 / 5)
     assert verdict(metrics, "half") == (
-        f"unusable (25.00 times the dense perplexity: {100 * lost:.0f}% of the dense model's gain over token "
-        "frequencies is lost)"
+        f"unusable (25.00 times the dense perplexity: {100 * lost:.0f}% of the way from the dense model to token "
+        "frequencies)"
     )
     card = evaluation_section(metrics)
     assert "| near | 1,000 | 5.000 | 5.250 | near dense (1.05 times the dense perplexity) |" in card
