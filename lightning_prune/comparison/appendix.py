@@ -17,7 +17,7 @@ TOKENISED = (
     "The fingerprint of the token ids was checked to be equal in all of them. The text was tokenised whole with the "
     "model's own tokenizer, without special tokens or padding."
 )
-LONGEST = 200  # characters of a list in a cell; every cell of its column is as wide
+LONGEST = 200  # characters of what a method measured; every cell of its column is as wide
 MEASURED = "Perplexity is exp of the mean loss over all tokens but the first of windows that do not overlap."
 
 
@@ -36,7 +36,7 @@ def appendix(audit: Audit) -> str:
         columns = {
             f"{run.size} ({run.folder.name})": as_dict(run.details) | {"achieved ratio": run.achieved} for run in runs
         }
-        parts.append(Section(f"Parameters of {label}", tables=[("", _table(columns))]))
+        parts.append(Section(f"Parameters of {label}", tables=[("", _table(columns, LONGEST))]))
     machines = {run: run.environment.model_dump(exclude={"command"}) for run in audit.runs}
     for runs in by_value(machines).values():
         facts = {"value": machines[runs[0]]}
@@ -44,11 +44,18 @@ def appendix(audit: Audit) -> str:
     return markdown("Calibration and setting", parts)
 
 
-def _table(columns: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    """A column per mapping, a row per fact of any of them; facts within a fact have its name in front."""
+def _table(columns: Mapping[str, Mapping[str, Any]], longest: int | None = None) -> pd.DataFrame:
+    """A column per mapping, a row per fact of any of them; facts within a fact have its name in front. What is longer
+    than ``longest`` characters is cut, since method.json has it."""
     flat = {name: _flat(facts) for name, facts in columns.items()}
     keys = dict.fromkeys(key for facts in flat.values() for key in facts)
-    return table([{"property": key} | {name: facts.get(key, "–") for name, facts in flat.items()} for key in keys])
+    return table(
+        [{"property": key} | {name: _cut(facts.get(key, "–"), longest) for name, facts in flat.items()} for key in keys]
+    )
+
+
+def _cut(text: str, longest: int | None) -> str:
+    return text if longest is None or len(text) <= longest else f"{text[:longest]} … (all of it: method.json)"
 
 
 def _flat(facts: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -64,6 +71,5 @@ def _labels(runs: Sequence[Run]) -> str:
 
 def _value(value: Any) -> str:
     if isinstance(value, list):
-        text = ", ".join(map(_value, value)) or "none"
-        return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(value)} values, see the run folder)"
+        return ", ".join(map(_value, value)) or "none"
     return "–" if value is None else f"{value:.6g}" if isinstance(value, float) else public_name(str(value))

@@ -6,19 +6,13 @@ from typing import Any
 
 from lightning_prune.comparison.records import Run
 from lightning_prune.data.calibration import SHARE, same_text
+from lightning_prune.methods.target import SIZES
 from lightning_prune.runs.records import Calibration, EvaluationManifest
 
 SEED, TOKENS = "calibration seed", "calibration tokens (fingerprint)"
 RATIO_TOLERANCE = 0.01  # of all parameters; what rounding to whole units cannot exceed in any real model
 UNEQUAL = 0.002  # of all parameters; smaller differences in size are not worth a note
-SIZE_OPTIONS = {
-    "pretrained",
-    "pruning_ratio",
-    "target_parameters",
-    "target_memory",
-    "target_active_parameters",
-    "label",
-}
+OF_THE_RUN = {"pretrained", "pruning_ratio", "label", *SIZES}  # options that do not make another system
 Drawn = tuple[Any, Any]  # a seed and the fingerprint of the tokens it drew
 Facts = dict[str, Any]
 CALIBRATION_FACTS = {
@@ -244,7 +238,7 @@ def _groups(known: Mapping[Run, Facts], off: Sequence[Run]) -> list[Group]:
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
-    notes = [*_seen(runs), *_unlike(runs)]
+    notes = [*not_held_out(runs), *_unlike(runs)]
     if free := sorted({run.label for run in runs if run.calibration is None}):
         notes.append(f"{', '.join(free)}: needs no calibration, so the calibration set cannot differ.")
     extra = [(run.label, (run.details.model_extra or {}).get("note")) for run in runs]
@@ -261,8 +255,8 @@ def _notes(runs: Sequence[Run]) -> list[str]:
     return notes
 
 
-def _seen(runs: Sequence[Run]) -> list[str]:
-    """Evaluation sets that are not held out."""
+def not_held_out(runs: Sequence[Run]) -> list[str]:
+    """A sentence per evaluation set that holds text which runs calibrated on."""
     seen: dict[str, list[Run]] = {}
     for run in runs:
         for name, one in run.metrics.evaluation.items():
@@ -286,7 +280,7 @@ def _unlike(runs: Sequence[Run]) -> list[str]:
     notes = []
     for label in dict.fromkeys(run.label for run in runs):
         here = [run for run in runs if run.label == label]
-        for option in sorted(set.intersection(*(set(run.options) for run in here)) - SIZE_OPTIONS):
+        for option in sorted(set.intersection(*(set(run.options) for run in here)) - OF_THE_RUN):
             values = by_value({run: run.options[option] for run in here})
             if len(values) > 1:
                 notes.append(f"{label}: {Difference(option, values)}. They are one system with other options.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pandas as pd  # type: ignore[import-untyped]
 
 from lightning_prune.comparison import accuracy, costs
-from lightning_prune.comparison.audit import Audit, Group
+from lightning_prune.comparison.audit import Audit, Group, not_held_out
 from lightning_prune.comparison.records import Run
 from lightning_prune.comparison.repeats import Repeats, by_size, percent, repeats
 from lightning_prune.comparison.selection import FULL, precision_rows
@@ -43,6 +43,11 @@ DISTANCE = (
 )
 # Columns of results that are in a table of their own, so that a line of quality fits a terminal.
 COSTS = ("parameters", "active", "calibrate s", "prune s", "evaluate s", "memory MiB")
+TIED = (
+    "Systems that share a cell of best tie: their means are apart by no more than √(a² + b²), a and b their "
+    "standard deviations over calibration seeds, which are rough themselves with few seeds."
+)
+ONCE = "Nothing was repeated, so a small lead may be chance: --seeds 0 1 2 measures the spread."
 TRAINED = "Systems that were trained after pruning are not ranked here; see the section on recovery."
 RECOVERY = (
     "These systems trained the pruned model of the run they came from; the others did not train. Regained is the share "
@@ -63,7 +68,7 @@ class Section:
 def sections(audit: Audit, failures: Sequence[Failure]) -> list[Section]:
     """The best per ratio, failed runs, tables, then what was checked and what differs."""
     runs = audit.runs
-    parts = [_best(audit.groups[0], audit.notes)] if runs else []
+    parts = [_best(audit.groups[0])] if runs else []
     if failures:
         rows = [{"system": one.label, "ratio": f"{one.requested}", "error": one.message} for one in failures]
         parts.append(Section("Failed runs", tables=[("", table(rows))]))
@@ -126,10 +131,10 @@ def leaders(lines: Sequence[Repeats], name: str) -> list[Repeats]:
     return [line for mean, deviation, line in usable if mean - usable[0][0] <= math.hypot(usable[0][1], deviation)]
 
 
-def _best(group: Group, audit_notes: Sequence[str]) -> Section:
+def _best(group: Group) -> Section:
     """The answer: who leads at each ratio, by how much, and whether that is more than noise."""
     untrained = [run for run in group.runs if run.recovery is None]
-    lines, sets, rows, closer = repeats(untrained), evaluation_sets(untrained), [], []
+    lines, sets, rows, closer, tied = repeats(untrained), evaluation_sets(untrained), [], [], False
     for size, alike in by_size(lines).items():
         for name, short in sets.items():
             here = [line for line in alike if name in line.sets]
@@ -147,22 +152,18 @@ def _best(group: Group, audit_notes: Sequence[str]) -> Section:
             row["calibrate + prune s"] = "; ".join(shown(line.average(costs.to_prune)) for line in best) or "–"
             row["next"] = f"{after[0].name} {spread(after[0].perplexity(name))}" if after else "–"
             rows.append(row)
-            closer += _closer(here, best, name, f"At {size} on {short}") if best else []
-            closer += _left_out(here, best, name, f"At {size} on {short}")
+            if best:
+                where = f"At {size} on {short}"
+                closer += _closer(here, best, name, where) + _left_out(here, best, name, where)
+                tied = tied or len(best) > 1
     if not rows:
         return Section("Best per ratio", ["No run reached its ratio and was evaluated, so nothing is ranked."])
-    tied = any(", " in str(row["best"]) for row in rows)
-    noise = (
-        "Systems that share a cell of best tie: their means are apart by no more than √(a² + b²), a and b their "
-        "standard deviations over calibration seeds, which are rough themselves with few seeds."
-        if tied
-        else ""
-        if repeated(group)
-        else "Nothing was repeated, so a small lead may be chance: --seeds 0 1 2 measures the spread."
-    )
+    if tied:
+        closer.insert(0, TIED)
+    elif not repeated(group):
+        closer.insert(0, ONCE)
     ranked = "Lowest perplexity among the usable runs of Table 1 that reached their ratio; other tables are not ranked."
-    seen = [note for note in audit_notes if note.startswith("Not held out")]
-    text = [*seen, ranked, *filter(None, [noise]), *closer]
+    text = [*not_held_out(group.runs), ranked, *closer]
     text += [TRAINED] if len(untrained) < len(group.runs) else []
     return Section("Best per ratio", text, [("", table(rows))])
 
@@ -188,7 +189,7 @@ def _left_out(lines: Sequence[Repeats], best: Sequence[Repeats], name: str, wher
     """A sentence where the lowest perplexity is that of an unusable system."""
     known = [(mean, line) for line in lines if (mean := line.perplexity(name).mean) is not None]
     lowest = min(known, key=lambda one: one[0], default=None)
-    if lowest is None or not best or lowest[0] >= min(line.perplexity(name).mean or math.inf for line in best):
+    if lowest is None or lowest[0] >= min(line.perplexity(name).mean or math.inf for line in best):
         return []
     mean, line = lowest
     return [f"{where}, {line.name} has a lower perplexity, {number(mean)}, but is {line.shown_verdict(name)}."]

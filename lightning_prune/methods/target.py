@@ -21,6 +21,7 @@ from lightning_prune.support.errors import UserError
 from lightning_prune.support.memory import parse_bytes
 
 SIZES = ("target_parameters", "target_active_parameters", "target_memory")  # options, in place of pruning_ratio
+LESS = "freeze and protect less"  # what may help where a target is out of reach
 CONTEXTS = (2_048, 32_768)  # tokens; a conversation, and a long document
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
@@ -136,11 +137,9 @@ class Target:
                 "prune channels inside experts, with --model.units expert_channel of a method such as wanda: a token "
                 "uses as many experts as before where whole ones are removed, which hardly lowers this size"
             )
-        return "freeze and protect less"
+        return LESS
 
-    def reach(
-        self, size_at: Callable[[Fraction], int], total: int, remedy: str = "freeze and protect less"
-    ) -> Fraction:
+    def reach(self, size_at: Callable[[Fraction], int], total: int, remedy: str = LESS) -> Fraction:
         """The smallest share of ``total`` parameters to remove with which ``size_at`` is not above the target;
         ``remedy`` is what the message says to do, beside raising the target, where none is.
 

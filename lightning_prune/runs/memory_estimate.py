@@ -171,7 +171,7 @@ class Memory:
             host_need_bytes=most.need,
             stream_bytes=most.streams,
             stream_phase=max(peaks, key=lambda name: peaks[name].streams),
-            share=max(most.need / self.host, 0.0 if self.device is None else most.device / self.device),
+            share=max(self.shares(most.device, most.need).values()),
             mapped_bytes=most.mapped,
             new_weights_bytes=layers * size * sum(one.holds(view, load).new_weights for one in passes),
             checkpoint_bytes=int(method.dense_parameters * (1 - (method.requested_ratio or 0.0))) * saved.itemsize,
@@ -180,6 +180,11 @@ class Memory:
             flops=round(method.steps * flops),
             solve_flops=round(method.steps * solving),
         )
+
+    def shares(self, device: int, host: int) -> dict[str, float]:
+        """The shares that so many bytes are of the memory there is, by place."""
+        shares = {} if self.device is None else {"device": device / self.device}
+        return shares | {"host": host / self.host}
 
     @property
     def forward_flops(self) -> int:
@@ -332,4 +337,4 @@ def advice(method: PruningMethod, data: CalibrationDataModule, onload: str, phas
         "a lower --data.num_samples shortens the residual streams": phase != "evaluation" and data.num_samples > 32,
     }
     helps = [words for words, applies in options.items() if applies]
-    return "What may help: " + "; ".join([*helps, "another method (wanda and flap hold least); a larger device."])
+    return "What may help: " + "; ".join([*helps, "another method; a larger device."])

@@ -182,3 +182,12 @@ def test_active_parameters_stand_beside_all_of_them_where_experts_are_compared(t
     rows = results(repeats(group.all), group).set_index("system")
     assert rows["active"].to_dict() == {"dense": "600", "experts": "590", "channels": "480"}
     assert "active" not in results(repeats([make_run(tmp_path, "wanda")]), audit([make_run(tmp_path, "w")]).groups[0])
+
+
+def test_the_appendix_cuts_what_a_method_measured_and_keeps_calibration_whole(tmp_path: Path) -> None:
+    parts = [{"dataset": f"text{number}.txt", "share": 0.05, "num_samples": 6} for number in range(20)]
+    run = make_run(tmp_path, calibration={"parts": parts}, details={"fits": [0.123456] * 500})
+    page = appendix(audit([run]))
+    assert all(part["dataset"] in page for part in parts)
+    assert "all of it: method.json" in page
+    assert page.count("0.123456") < 30

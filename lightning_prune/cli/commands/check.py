@@ -98,8 +98,7 @@ def _work(estimate: Estimate, memory: Memory) -> str:
 
 def _fits(estimate: Estimate, memory: Memory) -> str:
     """Whether an estimate fits, and if not, where: ``tight`` within the error of an estimate."""
-    shares = {} if memory.device is None else {"device": (estimate.device_bytes or 0) / memory.device}
-    shares["host"] = estimate.host_need_bytes / memory.host
+    shares = memory.shares(estimate.device_bytes or 0, estimate.host_need_bytes)
     for word, limit in {"no": 1.0, "tight": 1 / ERROR}.items():
         if places := [place for place, share in shares.items() if share > limit]:
             return f"{word} ({', '.join(places)})"
