@@ -20,7 +20,7 @@ from lightning_prune.checkpoint.plan import PruningPlan
 from lightning_prune.comparison import accuracy, costs
 from lightning_prune.comparison.audit import audit
 from lightning_prune.comparison.records import Run, load_run
-from lightning_prune.comparison.repeats import by_size, repeats
+from lightning_prune.comparison.repeats import Repeats, by_size, repeats
 from lightning_prune.comparison.zero_shot import ZeroShot
 from lightning_prune.data.in_memory import as_dataset, calibration_set
 from lightning_prune.data.tokenization import load_tokenizer
@@ -297,20 +297,7 @@ def compare(
     lines = [line for _, line in tables]
     rows, place = [], {size: number for number, size in enumerate(by_size(lines))}
     for number, line in tables:
-        row: dict[str, Any] = {
-            "table": number,
-            "system": line.first.label,
-            "ratio": line.first.requested,
-            "achieved": line.achieved,
-        }
-        row |= {"target": line.first.target} if any(run.target for run in loaded) else {}
-        row |= {f"perplexity {name}": line.perplexity(name).mean for name in line.sets}
-        row |= {
-            f"{key} {name}": line.distance(name, field).mean
-            for name in line.sets
-            for key, field in DISTANCES.items()
-            if name in line.first.metrics.distance
-        }
+        row = {"table": number} | _quality(line, any(run.target for run in loaded))
         if len(lines) < len(loaded):
             row |= {f"deviation {name}": line.perplexity(name).deviation for name in line.sets} | {"n": len(line.runs)}
         row |= _accuracies(line.runs, loaded)
@@ -348,6 +335,23 @@ def _trainer(
 ) -> dict[str, Any]:
     options = {"precision": precision, "accelerator": accelerator, "enable_progress_bar": verbose, "logger": logger}
     return options | {"default_root_dir": str(root)}
+
+
+def _quality(line: Repeats, with_targets: bool) -> dict[str, Any]:
+    """Size, perplexity and distance of one row of ``compare``."""
+    size: dict[str, Any] = {"system": line.first.label, "ratio": line.first.requested, "achieved": line.achieved}
+    size |= {"target": line.first.target} if with_targets else {}
+    perplexity = {f"perplexity {name}": line.perplexity(name).mean for name in line.sets}
+    return (
+        size
+        | perplexity
+        | {
+            f"{key} {name}": line.distance(name, field).mean
+            for name in line.sets
+            for key, field in DISTANCES.items()
+            if name in line.first.metrics.distance
+        }
+    )
 
 
 def _accuracies(runs: Sequence[Run], among: Sequence[Run], dense: bool = False) -> dict[str, float | None]:

@@ -127,20 +127,23 @@ class CalibrationDataModule(LightningDataModule):
         self.eval_batches_per_step = 1  # more where a model is brought in layer by layer for every step
         self._calibration: CalibrationSet | None = None
         self._evaluation: list[EvaluationSet] | None = None
+        self._check_ranges()
+        self.cache_dir = expanded(cache_dir, "--data.cache_dir") if cache_dir else default_cache_dir()
+        self._streams = StreamReader(tokenizer, self.cache_dir, bos)
+
+    def _check_ranges(self) -> None:
         for name, least in LEAST.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise UserError(f"--data.{name}: found {value}; it must be {least} or more.")
-        if sampling not in ("random", "sequential", "sliding"):  # which the parser refuses, and Python does not
-            raise UserError(f"--data.sampling: found {sampling!r}; allowed: random, sequential, sliding.")
-        if sampling == "sliding" and stride is None:
+        if self.sampling not in ("random", "sequential", "sliding"):  # which the parser refuses, and Python does not
+            raise UserError(f"--data.sampling: found {self.sampling!r}; allowed: random, sequential, sliding.")
+        if self.sampling == "sliding" and self.stride is None:
             raise UserError("--data.sampling sliding needs --data.stride, the tokens between two window starts.")
-        if sampling != "sliding" and stride is not None:
+        if self.sampling != "sliding" and self.stride is not None:
             raise UserError(
-                f"--data.stride {stride} has no meaning with --data.sampling {sampling}. "
+                f"--data.stride {self.stride} has no meaning with --data.sampling {self.sampling}. "
                 "Leave it out or choose --data.sampling sliding."
             )
-        self.cache_dir = expanded(cache_dir, "--data.cache_dir") if cache_dir else default_cache_dir()
-        self._streams = StreamReader(tokenizer, self.cache_dir, bos)
 
     def choose(self, dataset: list[str] | str | None) -> None:
         """Take a text, or a list of them with shares, as the calibration dataset; errors as in ``mixtures.parse``."""

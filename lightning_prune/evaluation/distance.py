@@ -10,7 +10,8 @@ from lightning_prune.calibration.statistics.token_statistic import TokenStatisti
 from lightning_prune.models.head import LOGITS_BYTES, Head, chunks
 from lightning_prune.support.devices import widened
 
-PIECE_BYTES = LOGITS_BYTES // 4  # of a piece of fp32 logits that is compared at a time, which takes six as large
+DENSE_BYTES = LOGITS_BYTES // 4  # of the dense model's fp32 logits that are there at a time
+PIECE_BYTES = 2**22  # of the fp32 logits that are compared at a time: larger ones leave a CPU's caches
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,14 @@ def losses_and_distances(
     """``token_losses`` of ``head`` and ``hidden``, and the three ``distances`` from the dense model, a few tokens at a
     time: fp32 ``[B, L − 1]`` each. ``hidden`` and ``dense_hidden`` are residual streams after the last layer, ``[B, L,
     D]``, whose D may differ; ``tokens`` int64 ``[B, L]``."""
-    losses, of_tokens, size = [], [], max(1, PIECE_BYTES // (4 * vocab_size))
-    both = zip(chunks(hidden, tokens, vocab_size), chunks(dense_hidden, tokens, vocab_size), strict=True)
-    for (rows, targets), (dense_rows, _) in both:
+    losses, of_tokens = [], []
+    held, compared = (max(1, most // (4 * vocab_size)) for most in (DENSE_BYTES, PIECE_BYTES))
+    chunked = zip(chunks(hidden, tokens, vocab_size), chunks(dense_hidden, tokens, vocab_size), strict=True)
+    for (rows, targets), (dense_rows, _) in chunked:
         q = head(rows).float()
         losses.append(functional.cross_entropy(q, targets, reduction="none"))
-        for piece, dense_piece in zip(q.split(size), dense_rows.split(size), strict=True):
-            of_tokens.append(distances(dense_head(dense_piece), piece))
+        for some_q, some_rows in zip(q.split(held), dense_rows.split(held), strict=True):
+            p = dense_head(some_rows)
+            of_tokens += [distances(*both) for both in zip(p.split(compared), some_q.split(compared), strict=True)]
     shape = (len(tokens), tokens.shape[1] - 1)
     return [value.view(shape) for value in (torch.cat(losses), *torch.cat(of_tokens, dim=1))]

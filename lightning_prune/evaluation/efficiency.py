@@ -151,7 +151,7 @@ def _speed(model: PreTrainedModel, batch_size: int, setting: Setting, done: Call
         for run in range(WARM_UP + setting.repeats):
             if run == WARM_UP:
                 _reset_peak_memory(model.device)
-            seconds.append(_generate(model, prompt, setting.decode_length))
+            seconds.append(generate(model, prompt, setting.decode_length))
             done()
     except torch.OutOfMemoryError:
         raise refusal from None
@@ -160,12 +160,12 @@ def _speed(model: PreTrainedModel, batch_size: int, setting: Setting, done: Call
         batch_size=batch_size,
         prefill_tokens_per_second=prompt.numel() / prefill,
         decode_tokens_per_second=batch_size * setting.decode_length / decode,
-        peak_memory_bytes=_peak_memory_bytes(model.device),
+        peak_memory_bytes=peak_since_reset(model.device),
     )
 
 
 @torch.inference_mode()
-def _generate(model: PreTrainedModel, prompt: torch.Tensor, decode_length: int) -> tuple[float, float]:
+def generate(model: PreTrainedModel, prompt: torch.Tensor, decode_length: int) -> tuple[float, float]:
     """Seconds of the prefill of ``prompt`` ``[B, L]`` and of ``decode_length`` greedy steps."""
     net: Any = model
     cache = cache_option(net)
@@ -191,7 +191,8 @@ def _reset_peak_memory(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS, see proc(5)
 
 
-def _peak_memory_bytes(device: torch.device) -> int | None:
+def peak_since_reset(device: torch.device) -> int | None:
+    """Most bytes held since ``_reset_peak_memory``: of the device, or of this process; None where nobody says."""
     if device.type != "cpu":
         return peak_bytes() or None
     if sys.platform != "linux":

@@ -42,17 +42,11 @@ def recovery_trainer(
     """
     if max_epochs == kwargs.get("max_steps", -1) == -1 and kwargs.get("max_time") is None:
         raise UserError("--trainer.max_epochs: this run would never end. Give max_epochs, max_steps or max_time.")
-    own = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks] if callbacks else []
-    if any(isinstance(one, EarlyStopping | ModelCheckpoint) for one in own):
-        raise UserError(
-            "--trainer.callbacks: leave EarlyStopping and ModelCheckpoint out: the best state is kept in any case, and "
-            "--model.patience says when training ends."
-        )
     try:
         trainer = L.Trainer(
             devices=devices,
             max_epochs=max_epochs,
-            callbacks=own,
+            callbacks=_own_callbacks(callbacks),
             gradient_clip_val=gradient_clip_val,
             log_every_n_steps=log_every_n_steps,
             default_root_dir=default_root_dir,
@@ -84,11 +78,26 @@ def recovery_trainer(
         raise UserError(f"--trainer: {error}") from error
     if not isinstance(trainer.strategy, SingleDeviceStrategy):
         raise UserError("--trainer.devices: teacher and student are trained on one device. Give one.")
-    if kwargs.get("precision") in (16, "16", "16-mixed") and trainer.precision != "16-mixed":
+    _check_precision(trainer, kwargs.get("precision"))
+    return trainer
+
+
+def _own_callbacks(callbacks: list[Callback] | Callback | None) -> list[Callback]:
+    """The user's callbacks as a list, without those that ``train`` adds."""
+    own = list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks] if callbacks else []
+    if any(isinstance(one, EarlyStopping | ModelCheckpoint) for one in own):
+        raise UserError(
+            "--trainer.callbacks: leave EarlyStopping and ModelCheckpoint out: the best state is kept in any case, and "
+            "--model.patience says when training ends."
+        )
+    return own
+
+
+def _check_precision(trainer: L.Trainer, requested: Any) -> None:
+    if requested in (16, "16", "16-mixed") and trainer.precision != "16-mixed":
         raise UserError("--trainer.precision: Lightning runs 16-mixed on GPUs only. On the CPU take bf16-mixed.")
     if str(trainer.precision) not in DTYPES or trainer.precision == "64-true":
         raise UserError(f"--trainer.precision: found {trainer.precision}; allowed: {', '.join(DTYPES)}, but 64-true.")
-    return trainer
 
 
 def train(trainer: L.Trainer, module: Recovery, data: RecoveryDataModule, folder: Path) -> dict[str, Any]:

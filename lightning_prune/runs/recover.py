@@ -101,10 +101,7 @@ def recover_and_record(
             "zeroed_weights": zeroed,
         }
         module.seconds["total"] = time.perf_counter() - started
-        for item in data.evaluation:  # pruning may have seen what training has not
-            of = run.metrics.evaluation.get(item.name)
-            if of is not None and of.fingerprint == item.manifest["fingerprint"]:
-                item.manifest["calibration_overlap"] = of.calibration_overlap
+        _note_overlap(run, data)
         metrics = run_metrics(run.plan, dense, recovered, data.evaluation, module.seconds)
         spent = run.metrics.method.measured_seconds | run.metrics.seconds
         changed = {"label": module.label, "scores_reused": True, "measured_seconds": spent}
@@ -119,6 +116,14 @@ def recover_and_record(
         surroundings = environment(run.environment.precision, trainer.strategy.root_device)
         folder.write_results(run.calibration_facts or NO_DATA, surroundings, metrics)
     return folder.path, metrics | {"recovery": record}
+
+
+def _note_overlap(run: FinishedRun, data: RecoveryDataModule) -> None:
+    """Take over how much of an evaluation set ``run`` calibrated on: pruning may have seen what training has not."""
+    for item in data.evaluation:
+        of = run.metrics.evaluation.get(item.name)
+        if of is not None and of.fingerprint == item.manifest["fingerprint"]:
+            item.manifest["calibration_overlap"] = of.calibration_overlap
 
 
 def _follow(run: FinishedRun, data: RecoveryDataModule) -> None:

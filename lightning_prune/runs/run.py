@@ -101,13 +101,17 @@ def prune_and_record(
         method.seconds["total"] = time.perf_counter() - started
         metrics = _metrics(trainer, method, data, config, dense, pruned)
         if folder is not None:
-            options = {"method": method.label, "pruning_ratio": method.pruning_ratio}
-            log_result(trainer, options, metrics, method.scores)
-            folder.append_to_card(evaluation_section(metrics))
-            surroundings = environment(str(trainer.precision), trainer.strategy.root_device)
-            folder.write_results(method.calibration_facts() or NO_DATA, surroundings, metrics)
+            _write(folder, trainer, method, metrics)
         path = trainer.strategy.broadcast("" if folder is None else str(folder.path))
     return Path(path), metrics
+
+
+def _write(folder: RunFolder, trainer: L.Trainer, method: PruningMethod, metrics: dict[str, Any]) -> None:
+    """Log and write what a finished run leaves beside its checkpoint."""
+    log_result(trainer, {"method": method.label, "pruning_ratio": method.pruning_ratio}, metrics, method.scores)
+    folder.append_to_card(evaluation_section(metrics))
+    surroundings = environment(str(trainer.precision), trainer.strategy.root_device)
+    folder.write_results(method.calibration_facts() or NO_DATA, surroundings, metrics)
 
 
 def scratch_folder(folder: RunFolder | None) -> Path:

@@ -51,7 +51,7 @@ def test_timed_decoding_is_greedy_generation_through_the_cache(kind: str) -> Non
     handle = model.register_forward_pre_hook(lambda _, __, inputs: seen.append(inputs["input_ids"]), with_kwargs=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)  # the cache has the name that the installed transformers gives it
-        efficiency._generate(model, prompt, 5)
+        efficiency.generate(model, prompt, 5)
     handle.remove()
     model.generation_config.eos_token_id = None
     wanted = model.generate(prompt, max_new_tokens=5, do_sample=False)
@@ -65,7 +65,7 @@ def test_speed_is_tokens_of_the_batch_over_the_median_without_the_warm_up(
     model = make_tiny()
     model.save_pretrained(tmp_path, max_shard_size="30KB")
     seconds = iter([(90.0, 90.0)] * efficiency.WARM_UP + [(4.0, 8.0), (1.0, 2.0), (2.0, 64.0)])
-    monkeypatch.setattr(efficiency, "_generate", lambda *_: next(seconds))
+    monkeypatch.setattr(efficiency, "generate", lambda *_: next(seconds))
     setting = Setting(prompt_length=10, decode_length=6, context_length=16, batch_sizes=(3,), repeats=3)
     found = measure(model, Checkpoint.open(str(tmp_path)), setting)
     assert found.speed[0].prefill_tokens_per_second == 3 * 10 / 2
@@ -81,7 +81,7 @@ def test_speed_is_tokens_of_the_batch_over_the_median_without_the_warm_up(
 def test_peak_memory_forgets_what_was_freed_before(tmp_path: Path) -> None:
     device = torch.device("cpu")
     torch.ones(50 * 2**20)  # 200 MiB, gone at once
-    before = efficiency._peak_memory_bytes(device)
+    before = efficiency.peak_since_reset(device)
     make_tiny().save_pretrained(tmp_path)
     found = measure(make_tiny(), Checkpoint.open(str(tmp_path)), Setting(8, 2, 10, batch_sizes=(1,), repeats=1))
     assert found.speed[0].peak_memory_bytes is not None
@@ -105,7 +105,7 @@ def test_setting_that_cannot_be_measured_is_refused(setting: Setting, message: s
 
 
 def test_batch_that_does_not_fit_names_the_option(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(efficiency, "_generate", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    monkeypatch.setattr(efficiency, "generate", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(UserError, match="--batch-sizes: 16 sequences of 32 tokens do not fit"):
         measure(make_tiny(), Checkpoint.open("demo"), Setting(16, 16, 32, batch_sizes=(16,)))
 

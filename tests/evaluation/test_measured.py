@@ -61,6 +61,7 @@ def test_batches_chunks_and_padding_do_not_change_the_value(
     monkeypatch: pytest.MonkeyPatch, batches: list[int], chunk: int
 ) -> None:
     monkeypatch.setattr(head, "LOGITS_BYTES", chunk)
+    monkeypatch.setattr(module, "DENSE_BYTES", chunk // 2)
     monkeypatch.setattr(module, "PIECE_BYTES", chunk // 3)
     dense, other, tokens, weight = random_logits(1), random_logits(2), tiny_tokens(6, 9), torch.ones(6)
     other[4] = torch.nan
