@@ -21,7 +21,7 @@ from lightning_prune.calibration.statistics.routed import RoutedGrams
 from lightning_prune.calibration.statistics.token_statistic import full_precision
 from lightning_prune.methods.columns import named
 from lightning_prune.methods.experts import on_gradient, with_experts
-from lightning_prune.methods.slimgpt_math import choose_dtype, inverse_hessian, prune_units, solve_bytes
+from lightning_prune.methods.slimgpt_math import InverseHessian, choose_dtype, inverse_hessian, prune_units, solve_bytes
 from lightning_prune.models.families import LayerStructure
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 from lightning_prune.support.devices import widened, widest
@@ -30,14 +30,16 @@ DAMPING = 0.01  # of A and of F, times the mean of the diagonal
 ROUNDS = 32  # in which MLP channels are removed; on the reference Llama 512 rounds, one channel each, chose no better
 
 
-def compensated_costs(
-    weight: Tensor,
-    xtx: Tensor,
-    gtg: Tensor,
-    tokens: tuple[int, int],
-    width: int,
-    dtype: torch.dtype = torch.float64,
-) -> Tensor:
+def inverse_moment(xtx: Tensor, tokens: int, dtype: torch.dtype = torch.float64) -> InverseHessian:
+    """A⁻¹ from Σ x·xᵀ ``[n, n]`` over so many tokens, damped; ``dtype``: of the computation, fp32 or float64.
+
+    Raises:
+        FloatingPointError: the sums hold NaN or infinite values, or A has no inverse.
+    """
+    return inverse_hessian(xtx, 2 * tokens, DAMPING, dtype)  # its (2/N)·XᵀX is A for this N
+
+
+def compensated_costs(weight: Tensor, inverse: InverseHessian, gtg: Tensor, tokens: int, width: int) -> Tensor:
     """I of every unit b, ``[n / width]``: what the loss grows by without it, once the others compensate.
 
     I = tr(F · W_b · [(A⁻¹)_bb]⁻¹ · W_bᵀ), times ½, which changes no ranking. With F = C·Cᵀ that is SlimGPT's error of
@@ -45,17 +47,16 @@ def compensated_costs(
 
     Args:
         weight: W ``[d, n]``, any floating dtype.
-        xtx: Σ x·xᵀ ``[n, n]`` over the tokens.
-        gtg: Σ g·gᵀ ``[d, d]`` over the same tokens, or some of them.
-        tokens: how many, of the first sum and of the second.
+        inverse: A⁻¹ ``[n, n]``, in the dtype of the computation; used up.
+        gtg: Σ g·gᵀ ``[d, d]`` over the tokens of A, or some of them.
+        tokens: how many.
         width: columns of one unit; those of width 1 are removed in ``ROUNDS`` rounds, others one by one.
-        dtype: of the computation, fp32 or float64.
 
     Raises:
-        FloatingPointError: a factor holds NaN or infinite values, or A has no inverse.
+        FloatingPointError: F holds NaN or infinite values.
     """
-    units = weight.shape[1] // width
-    curvature = gtg.to(dtype, copy=True).div_(tokens[1])
+    units, dtype = weight.shape[1] // width, inverse.inverse.dtype
+    curvature = gtg.to(dtype, copy=True).div_(tokens)
     mean = curvature.diagonal().mean()
     if not bool(torch.isfinite(curvature).all()):
         raise FloatingPointError("the gradients' second moment holds NaN or infinite values.")
@@ -64,16 +65,15 @@ def compensated_costs(
     curvature.diagonal().add_(DAMPING * mean)
     with full_precision(weight.device):
         scaled = torch.linalg.cholesky(curvature).T @ weight.to(dtype)
-    return removal_costs(scaled, xtx, tokens[0], width, dtype)
+    return _removal_costs(scaled, inverse, width)
 
 
-def removal_costs(scaled: Tensor, xtx: Tensor, tokens: int, width: int, dtype: torch.dtype) -> Tensor:
+def _removal_costs(scaled: Tensor, inverse: InverseHessian, width: int) -> Tensor:
     """I of every unit, ``[n / width]``, from ``scaled`` R ``[..., n]`` with RᵀR = WᵀFW; see ``compensated_costs``."""
     units = scaled.shape[1] // width
-    hessian = inverse_hessian(xtx, 2 * tokens, DAMPING, dtype)  # its (2/N)·XᵀX is A for this N
     each = 1 if width > 1 else -(-units // ROUNDS)
     rounds = [min(each, units - gone) for gone in range(0, units, each)]
-    return prune_units(scaled, hessian, rounds, width, "exact").errors
+    return prune_units(scaled, inverse, rounds, width, "exact").errors
 
 
 def kfac_of_experts(sums: RoutedGrams, dtype: torch.dtype) -> Tensor:
@@ -104,7 +104,7 @@ def _costs_of_expert(sums: RoutedGrams, expert: int, dtype: torch.dtype) -> Tens
         curvature.addmm_(weight.T, weight, alpha=DAMPING * mean)
         values, vectors = torch.linalg.eigh(curvature)  # it has no Cholesky factor where m exceeds the hidden size
         root = values.clamp_min(0).sqrt()[:, None] * vectors.T
-    return removal_costs(root, sums.inputs[expert], count, 1, dtype)
+    return _removal_costs(root, inverse_moment(sums.inputs[expert], count, dtype), 1)
 
 
 class GradientPass(BackwardPass):
@@ -168,12 +168,15 @@ class KFACPass(ForwardPass):
             hooks.on_input(name, view.projection(block).module, gram.update)
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
-        """Memory of a forward pass, and A of both projections in fp32, and one solve at a time."""
-        base, numbers = super().holds(view, load), _numbers(view, 1)
-        shapes = [view.projection(block).weight.shape for block in view.prunable]
-        solve = max((solve_bytes(n, d, load.free, load.accelerated) for d, n in shapes), default=0)
-        kept = 4 * numbers + 4 * _numbers(view, 0)
-        return replace(base, running=base.running + 4 * numbers, finishing=kept + solve)
+        """Memory of a forward pass, and A of both projections in fp32; then F of both and one solve at a time, beside
+        which the A of later ones waits."""
+        base, beside, solving = super().holds(view, load), 4 * _numbers(view, 0), 0
+        for block in reversed(view.prunable):
+            d, n = view.projection(block).weight.shape
+            rows = 2 * d  # Cᵀ·W, and the copy that loses its units
+            solving = max(solving, beside + solve_bytes(n, rows, load.free - beside, load.accelerated))
+            beside += 4 * n * n
+        return replace(base, running=base.running + 4 * _numbers(view, 1), finishing=solving)
 
     def conclude(self, view: LayerStructure) -> LayerResult:
         earlier = self.result_of(GradientPass.name, view.index)
@@ -194,14 +197,14 @@ class KFACPass(ForwardPass):
         if not units:
             return torch.zeros(0, dtype=torch.float64)
         role, xtx = OUTPUT_ROLE[block], inputs.matrix()
-        tokens, width = (int(inputs.tokens), earlier.facts["tokens"][role]), linear.in_features // units
+        tokens, counted, width = int(inputs.tokens), earlier.facts["tokens"][role], linear.in_features // units
+        inputs.give_up()
         dtype = choose_dtype(len(xtx), self.setting.free_bytes(xtx.device), widest(xtx.device))
-        try:
-            with named(f"layer {view.index}, {role} projection"):
-                gtg = earlier.factors[role].to(xtx.device)
-                return widened(compensated_costs(linear.weight, xtx, gtg, tokens, width, dtype))
-        finally:
-            inputs.give_up()
+        with named(f"layer {view.index}, {role} projection"):
+            inverse = inverse_moment(xtx, tokens, dtype)
+            del xtx
+            gtg = earlier.factors[role].to(linear.weight.device)
+            return widened(compensated_costs(linear.weight, inverse, gtg, counted, width))
 
 
 def _numbers(view: LayerStructure, axis: int) -> int:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -295,15 +295,49 @@ class Memory:
 
     def refusal(self, estimate: Estimate) -> str:
         """Message on an estimate that does not fit: what is missing, and what would help."""
-        needed, there, where = estimate.host_need_bytes, self.host, "host"
-        if self.device is not None and (estimate.device_bytes or 0) > self.device:
-            needed, there, where = estimate.device_bytes or 0, self.device, "device"
-        layer_is_smaller = self.estimate("layer").share < estimate.share
-        remedy = advice(self.method, self.data, estimate.onload if layer_is_smaller else "layer", estimate.phase)
+        where = self._fullest(estimate)
+        room = self.device if where == "device" and self.device is not None else self.host
         return (
-            f"--model.onload {estimate.onload} takes {size(needed)} of {where} memory ({estimate.phase}), "
-            f"there is room for {size(there)}. {remedy}"
+            f"--model.onload {estimate.onload} takes {size(_taken(estimate, where))} of {where} memory "
+            f"({estimate.phase}), there is room for {size(room)}. {self.advice(estimate.onload, 0.01)}"
         )
+
+    def advice(self, onload: Onload, least: float = 0.0) -> str:
+        """The options that make a run smaller where it is fullest, by more than a share ``least``, each with what the
+        run then takes there."""
+        now = self.estimate(onload)
+        where = self._fullest(now)
+        options = {
+            "--model.onload layer": self.estimate("layer"),
+            "--trainer.precision bf16-true": self._estimate_with(onload, self, dtype=torch.bfloat16),
+            "--model.refit none": self._estimate_with(onload, self.method, refit=None),
+            "--model.temperature 0": self._estimate_with(onload, self.method, temperature=0.0),
+            "--data.batch_size 1": self._estimate_with(onload, self.data, batch_size=1),
+            "--data.eval_batch_size 1": self._estimate_with(onload, self.data, eval_batch_size=1),
+        }
+        taken = {option: _taken(estimate, where) for option, estimate in options.items()}
+        helps = [f"{option} ({size(it)})" for option, it in taken.items() if it < (1 - least) * _taken(now, where)]
+        return "What may help: " + "; ".join([*helps, "another method; a larger device."])
+
+    def _fullest(self, estimate: Estimate) -> str:
+        """Where most of the room is taken: ``device`` or ``host``."""
+        shares = self.shares(estimate.device_bytes or 0, estimate.host_need_bytes)
+        return max(shares, key=shares.__getitem__)
+
+    def _estimate_with(self, onload: Onload, of: Any, **changed: Any) -> Estimate:
+        """The estimate if an option of the run had another value; the same one where ``of`` has no such option."""
+        before = {name: getattr(of, name) for name in changed if hasattr(of, name)}
+        try:
+            for name in before:
+                setattr(of, name, changed[name])
+            return self.estimate(onload)
+        finally:
+            for name, value in before.items():
+                setattr(of, name, value)
+
+
+def _taken(estimate: Estimate, where: str) -> int:
+    return (estimate.device_bytes or 0) if where == "device" else estimate.host_need_bytes
 
 
 def _rows(one: Pass, load: Load) -> int:
@@ -322,19 +356,3 @@ def place(trainer: L.Trainer, method: PruningMethod, data: CalibrationDataModule
     estimate = memory.estimate(method.slot.onload)  # type: ignore[arg-type]
     if estimate.share > 1:
         raise UserError(memory.refusal(estimate))
-
-
-def advice(method: PruningMethod, data: CalibrationDataModule, onload: str, phase: str = "") -> str:
-    """The options that make a run smaller where it is fullest, or anywhere for no phase."""
-    full = load_dtype(str(method.trainer.precision)) == torch.float32
-    options = {
-        "--trainer.precision bf16-true halves weights and residual streams": full,
-        "--model.onload layer keeps one layer in memory instead of all": onload != "layer",
-        "--model.prior_num_samples 50 shortens the priors' residual streams, --model.temperature 0 omits the "
-        "priors": phase == "prior",
-        "a lower --data.eval_batch_size makes evaluation smaller": phase in ("", "evaluation"),
-        "a lower --data.batch_size makes activations smaller": phase != "evaluation" and data.batch_size > 1,
-        "a lower --data.num_samples shortens the residual streams": phase != "evaluation" and data.num_samples > 32,
-    }
-    helps = [words for words, applies in options.items() if applies]
-    return "What may help: " + "; ".join([*helps, "another method; a larger device."])

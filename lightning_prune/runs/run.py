@@ -35,7 +35,7 @@ from lightning_prune.methods.target import footprint
 from lightning_prune.models.checkpoint import Checkpoint
 from lightning_prune.runs.environment import environment, peak_memory_bytes
 from lightning_prune.runs.folder import NO_DATA, STARTED, RunFolder, check_label
-from lightning_prune.runs.memory_estimate import advice, place
+from lightning_prune.runs.memory_estimate import Memory, place
 from lightning_prune.runs.resume import configuration_sha256, facts_of, unfinished_run
 from lightning_prune.runs.tensorboard import close_loggers, log_result, open_loggers
 from lightning_prune.runs.verdict import evaluation_section
@@ -107,7 +107,7 @@ def prune_and_record(
 
 
 def _write(folder: RunFolder, trainer: L.Trainer, method: PruningMethod, metrics: dict[str, Any]) -> None:
-    """Log and write what a finished run leaves beside its checkpoint."""
+    """Log and write the records of a finished run."""
     log_result(trainer, {"method": method.label, "pruning_ratio": method.pruning_ratio}, metrics, method.scores)
     folder.append_to_card(evaluation_section(metrics))
     surroundings = environment(str(trainer.precision), trainer.strategy.root_device)
@@ -211,7 +211,7 @@ def _advice_on_failure(method: PruningMethod, data: CalibrationDataModule) -> It
         # On the host torch raises a plain RuntimeError.
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        remedy = advice(method, data, method.slot.onload)
+        remedy = Memory(method.trainer, method, data).advice("model" if method.slot.onload == "model" else "layer")
         raise UserError(f"Out of memory: {first_line(error)[:200]} {remedy}") from error
 
 

@@ -11,7 +11,7 @@ from lightning_prune.calibration.statistics.routed import RoutedGrams, RoutedOut
 from lightning_prune.methods import experts
 from lightning_prune.methods.fisher import FisherPass
 from lightning_prune.methods.heapr import HEAPrPass
-from lightning_prune.methods.kfac import compensated_costs, kfac_of_experts
+from lightning_prune.methods.kfac import compensated_costs, inverse_moment, kfac_of_experts
 from lightning_prune.methods.reap import Criterion, ExpertActivityPass
 from lightning_prune.models.experts import Experts
 from lightning_prune.models.family import ExpertNames
@@ -122,7 +122,8 @@ def test_kfac_of_channels_is_that_of_the_down_projection_on_the_expert_s_tokens(
         inner = torch.stack([a for *_, a, _ in pairs])
         gradients = torch.stack([g * naive.delta[token] for token, _, g, _, _ in pairs])
         weight = naive.block.experts.down_proj[e].detach()
-        costs = compensated_costs(weight, inner.T @ inner, gradients.T @ gradients, (len(pairs), len(pairs)), 1)
+        inverse = inverse_moment(inner.T @ inner, len(pairs))
+        costs = compensated_costs(weight, inverse, gradients.T @ gradients, len(pairs), 1)
         close(found[e], costs * len(pairs) / T, rtol=1e-3)
 
 

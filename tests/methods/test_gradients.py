@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_prune.methods import HGSP
-from lightning_prune.methods.kfac import DAMPING, ROUNDS, compensated_costs
+from lightning_prune.methods.kfac import DAMPING, ROUNDS, compensated_costs, inverse_moment
 from tests.methods.running import mean_token_loss, projections
 from tests.tiny import make_tiny, tiny_tokens
 
@@ -142,14 +142,14 @@ def test_costs_equal_whole_problems_solved_anew(width: int) -> None:
     weight, x = random.standard_normal((8, units * width)), random.standard_normal((400, units * width))
     x[:, 1] += 0.9 * x[:, 4]
     g = random.standard_normal((400, 8)) @ random.standard_normal((8, 8))
-    costs = compensated_costs(
-        *(torch.from_numpy(m) for m in (weight, x.T @ x, g.T @ g)), tokens=(400, 400), width=width
-    )
+    inverse = inverse_moment(torch.from_numpy(x.T @ x), 400)
+    costs = compensated_costs(torch.from_numpy(weight), inverse, torch.from_numpy(g.T @ g), 400, width)
     np.testing.assert_allclose(costs, kfac_costs(weight, x.T @ x / 400, g.T @ g / 400, width), rtol=1e-8)
 
 
 def test_what_does_not_reach_the_loss_costs_nothing() -> None:
-    costs = compensated_costs(torch.ones(3, 4), torch.eye(4), torch.zeros(3, 3), (5, 5), 2, torch.float32)
+    inverse = inverse_moment(torch.eye(4), 5, torch.float32)
+    costs = compensated_costs(torch.ones(3, 4), inverse, torch.zeros(3, 3), 5, 2)
     assert costs.tolist() == [0.0, 0.0]
 
 
@@ -163,7 +163,7 @@ def test_what_does_not_reach_the_loss_costs_nothing() -> None:
 )
 def test_second_moments_that_cannot_be_are_refused(inputs: Tensor, gradients: Tensor, says: str) -> None:
     with pytest.raises(FloatingPointError, match=says):
-        compensated_costs(torch.ones(3, 4), inputs, gradients, (5, 5), 1)
+        compensated_costs(torch.ones(3, 4), inverse_moment(inputs, 5), gradients, 5, 1)
 
 
 # Priors
