@@ -74,6 +74,7 @@ def ridge(equations: NormalEquations, old: Tensor, damping: float, rest: Tensor 
     pull = gram.diagonal()
     damped.diagonal().add_(torch.where(pull == 0, 1.0, damping * pull))
     factor, failed = torch.linalg.cholesky_ex(damped)
+    del damped  # the solve copies the factor
     if int(failed):
         raise FloatingPointError("XᵀX is not positive definite; use more calibration tokens or a larger damping.")
     rest = cross - old @ gram if rest is None else rest
@@ -136,6 +137,7 @@ def fit(equations: NormalEquations, old: Tensor, held: list[tuple[Tensor, Tensor
         sum_over_processes(more.gram, more.cross)
         equations.gram += more.gram
         equations.cross += more.cross
+        del more
         return Fit(ridge(equations, old, best), best, before, after)
 
 

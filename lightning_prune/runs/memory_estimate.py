@@ -307,16 +307,17 @@ class Memory:
         run then takes there."""
         now = self.estimate(onload)
         where = self._fullest(now)
-        options = {
-            "--model.onload layer": self.estimate("layer"),
-            "--trainer.precision bf16-true": self._estimate_with(onload, self, dtype=torch.bfloat16),
-            "--model.refit none": self._estimate_with(onload, self.method, refit=None),
-            "--model.temperature 0": self._estimate_with(onload, self.method, temperature=0.0),
-            "--data.batch_size 1": self._estimate_with(onload, self.data, batch_size=1),
-            "--data.eval_batch_size 1": self._estimate_with(onload, self.data, eval_batch_size=1),
+        changes: dict[str, tuple[Any, str, Any]] = {
+            "--trainer.precision bf16-true": (self, "dtype", torch.bfloat16),
+            "--model.refit none": (self.method, "refit", None),
+            "--model.temperature 0": (self.method, "temperature", 0.0),
+            "--data.batch_size 1": (self.data, "batch_size", 1),
+            "--data.eval_batch_size 1": (self.data, "eval_batch_size", 1),
         }
-        taken = {option: _taken(estimate, where) for option, estimate in options.items()}
-        helps = [f"{option} ({size(it)})" for option, it in taken.items() if it < (1 - least) * _taken(now, where)]
+        estimates = {option: self._estimate_with(onload, *change) for option, change in changes.items()}
+        taken = {"--model.onload layer": self.estimate("layer")} | estimates
+        most = (1 - least) * _taken(now, where)
+        helps = [f"{option} ({size(it)})" for option, one in taken.items() if (it := _taken(one, where)) < most]
         return "What may help: " + "; ".join([*helps, "another method; a larger device."])
 
     def _fullest(self, estimate: Estimate) -> str:
@@ -324,16 +325,16 @@ class Memory:
         shares = self.shares(estimate.device_bytes or 0, estimate.host_need_bytes)
         return max(shares, key=shares.__getitem__)
 
-    def _estimate_with(self, onload: Onload, of: Any, **changed: Any) -> Estimate:
+    def _estimate_with(self, onload: Onload, of: Any, option: str, value: Any) -> Estimate:
         """The estimate if an option of the run had another value; the same one where ``of`` has no such option."""
-        before = {name: getattr(of, name) for name in changed if hasattr(of, name)}
+        if not hasattr(of, option):
+            return self.estimate(onload)
+        before = getattr(of, option)
+        setattr(of, option, value)
         try:
-            for name in before:
-                setattr(of, name, changed[name])
             return self.estimate(onload)
         finally:
-            for name, value in before.items():
-                setattr(of, name, value)
+            setattr(of, option, before)
 
 
 def _taken(estimate: Estimate, where: str) -> int:

@@ -1,6 +1,7 @@
 """Importances and priors that come from gradients, against autograd through the whole model in float64."""
 
 import copy
+import weakref
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_prune.methods import HGSP
+from lightning_prune.methods import HGSP, kfac, slimgpt_math
 from lightning_prune.methods.kfac import DAMPING, ROUNDS, compensated_costs, inverse_moment
 from tests.methods.running import mean_token_loss, projections
 from tests.tiny import make_tiny, tiny_tokens
@@ -133,6 +134,23 @@ def test_only_samples_that_are_differentiated_are_run_more_than_once(
     options = {"importance": "kfac", "temperature": 0, "gradient_samples": gradients}
     method = run(make_tiny(layers=3), HGSP, 0.2, tiny_tokens(24, 16), batch_size=1, **options)
     assert method.driver.setting.model.evaluations == 3 * (24 + 2 * differentiated)
+
+
+def test_the_inputs_moments_are_gone_while_units_are_removed(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    inverted: list[weakref.ref[Tensor]] = []
+
+    def invert(xtx: Tensor, *arguments: Any) -> Any:
+        inverted.append(weakref.ref(xtx))
+        return slimgpt_math.inverse_hessian(xtx, *arguments)
+
+    def remove(*arguments: Any) -> Any:
+        assert inverted.pop()() is None
+        return slimgpt_math.prune_units(*arguments)
+
+    monkeypatch.setattr(kfac, "inverse_hessian", invert)
+    monkeypatch.setattr(kfac, "prune_units", remove)
+    run(make_tiny(layers=3), HGSP, 0.2, tiny_tokens(4, 16), importance="kfac", temperature=0)
+    assert not inverted
 
 
 @pytest.mark.parametrize("width", [1, 3])

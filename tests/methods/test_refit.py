@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_prune.calibration.passes import Pass
+from lightning_prune.calibration.statistics import gram
 from lightning_prune.checkpoint.plan import LayerPlan
 from lightning_prune.data.sampling import held_out_samples
 from lightning_prune.methods import HGSP, Magnitude, ShortGPT, SlimGPT
@@ -19,11 +20,13 @@ from lightning_prune.methods.refit_math import (
     PROBES,
     NormalEquations,
     choose_damping,
+    fit,
     lowest,
     ridge,
     squared_error,
 )
 from lightning_prune.models.vocabulary import Block
+from tests.live_bytes import LiveBytes
 from tests.methods.running import inputs_of, pruned_by
 from tests.tiny import make_tiny, tiny_tokens
 
@@ -276,3 +279,21 @@ def test_the_damping_for_some_outputs_in_fp32_is_that_for_all_in_float64(noise: 
     }
     assert found in likely
     assert errors[found] <= 1.001 * min(errors.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_fit_holds_two_matrices_beside_its_sums(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``equation_bytes`` counts one more, the copy of the factor that a solve makes, and the sums' own."""
+    monkeypatch.setattr(gram, "MIRROR_BLOCK", 64)
+    n, d, tokens = 700, 8, 2000
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, n, generator=generator, dtype=dtype) for rows in (tokens, d))
+    y = x @ weight.T
+    equations = NormalEquations.zeros(n, d, dtype, x.device)
+    equations.add(x[:-200], y[:-200])
+    old = torch.zeros(d, n, dtype=dtype)
+    with LiveBytes() as fitting:
+        found = fit(equations, old, [(x[-200:], y[-200:])], None)
+    assert found.damping > 0
+    samples = 200 * (n + d) * dtype.itemsize
+    assert fitting.peak < 2.1 * n * n * dtype.itemsize + samples

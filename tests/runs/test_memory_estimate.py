@@ -79,6 +79,15 @@ def test_estimates_are_within_15_percent_of_measured_peaks(
         assert found.estimate("model").host_bytes / GB == pytest.approx(whole, rel=0.15)
 
 
+@pytest.mark.parametrize(("refit", "phase", "gigabytes"), [("none", "importance", 1.47), ("residual", "refit", 2.65)])
+def test_solves_are_counted(memory: Callable[..., Memory], refit: str, phase: str, gigabytes: float) -> None:
+    """Measured as `python benchmarks/layer_memory.py --layers 2 --samples 8` does."""
+    options = {"importance": "kfac", "temperature": 0.0, "gradient_samples": 32, "refit": refit}
+    found = memory(methods.HGSP, options, rows=8, num_hidden_layers=2).estimate("layer")
+    assert found.phase == phase
+    assert found.host_bytes / GB == pytest.approx(gigabytes, rel=0.15)
+
+
 def test_sums_of_every_expert_are_counted(memory: Callable[..., Memory]) -> None:
     """Measured as `python benchmarks/layer_memory.py` does: a whole run on 16 samples, a layer at a time."""
     sizes = {"hidden_size": 128, "moe_intermediate_size": 512, "num_experts": 128, "num_experts_per_tok": 8}
