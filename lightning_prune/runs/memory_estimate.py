@@ -125,7 +125,7 @@ class Memory:
             self.stored = named if isinstance(named, torch.dtype) else torch.bfloat16
         place, self.held = trainer.strategy.root_device, anonymous_bytes()  # held before the run
         self.host = host or self.held + free_host_bytes() // trainer.num_devices
-        self.device = device or (free_bytes(place) if place.type != "cpu" else None)
+        self.device = device or (max(1, free_bytes(place)) if place.type != "cpu" else None)
         # Of this process: samples, and tokens of evaluation whose dense residual streams are kept until the end.
         self.samples, self.kept_tokens = -(-samples // trainer.world_size), -(-kept // trainer.world_size)
 
@@ -294,31 +294,34 @@ class Memory:
         return loads, evaluations, flops, solving
 
     def refusal(self, estimate: Estimate) -> str:
-        """Message on an estimate that does not fit: what is missing, and what would help."""
+        """Message on an estimate that does not fit: what is missing, and what would help, with what it then takes."""
         where = self._fullest(estimate)
         room = self.device if where == "device" and self.device is not None else self.host
+        found = {"--model.onload layer": self.estimate("layer")}
+        found |= {option: self._estimate_with(estimate.onload, *change) for option, change in self._changes.items()}
+        now = _taken(estimate, where)
+        helps = [f"{option} ({size(it)})" for option, one in found.items() if (it := _taken(one, where)) < 0.99 * now]
         return (
-            f"--model.onload {estimate.onload} takes {size(_taken(estimate, where))} of {where} memory "
-            f"({estimate.phase}), there is room for {size(room)}. {self.advice(estimate.onload, 0.01)}"
+            f"--model.onload {estimate.onload} takes {size(now)} of {where} memory ({estimate.phase}), there is room for "
+            f"{size(room)}. {_remedies(helps)}"
         )
 
-    def advice(self, onload: Onload, least: float = 0.0) -> str:
-        """The options that make a run smaller where it is fullest, by more than a share ``least``, each with what the
-        run then takes there."""
-        now = self.estimate(onload)
-        where = self._fullest(now)
-        changes: dict[str, tuple[Any, str, Any]] = {
-            "--trainer.precision bf16-true": (self, "dtype", torch.bfloat16),
-            "--model.refit none": (self.method, "refit", None),
-            "--model.temperature 0": (self.method, "temperature", 0.0),
-            "--data.batch_size 1": (self.data, "batch_size", 1),
-            "--data.eval_batch_size 1": (self.data, "eval_batch_size", 1),
+    def advice(self) -> str:
+        """The options that make anything smaller: memory may run out where the estimate is not fullest."""
+        return _remedies(["--model.onload layer"] * (self.method.slot.onload != "layer") + list(self._changes))
+
+    @property
+    def _changes(self) -> dict[str, tuple[Any, str, Any]]:
+        """Options that make a run smaller than it is: what has them, their names there and the values."""
+        half, method, data = torch.bfloat16, self.method, self.data
+        smaller = {
+            "--trainer.precision bf16-true": (self, "dtype", half, self.dtype.itemsize > half.itemsize),
+            "--model.refit none": (method, "refit", None, method.refit is not None),
+            "--model.temperature 0": (method, "temperature", 0.0, getattr(method, "temperature", 0) > 0),
+            "--data.batch_size 1": (data, "batch_size", 1, data.batch_size > 1),
+            "--data.eval_batch_size 1": (data, "eval_batch_size", 1, data.eval_batch_size > 1),
         }
-        estimates = {option: self._estimate_with(onload, *change) for option, change in changes.items()}
-        taken = {"--model.onload layer": self.estimate("layer")} | estimates
-        most = (1 - least) * _taken(now, where)
-        helps = [f"{option} ({size(it)})" for option, one in taken.items() if (it := _taken(one, where)) < most]
-        return "What may help: " + "; ".join([*helps, "another method; a larger device."])
+        return {option: (of, name, value) for option, (of, name, value, larger) in smaller.items() if larger}
 
     def _fullest(self, estimate: Estimate) -> str:
         """Where most of the room is taken: ``device`` or ``host``."""
@@ -326,15 +329,17 @@ class Memory:
         return max(shares, key=shares.__getitem__)
 
     def _estimate_with(self, onload: Onload, of: Any, option: str, value: Any) -> Estimate:
-        """The estimate if an option of the run had another value; the same one where ``of`` has no such option."""
-        if not hasattr(of, option):
-            return self.estimate(onload)
+        """The estimate if an option of the run had another value."""
         before = getattr(of, option)
         setattr(of, option, value)
         try:
             return self.estimate(onload)
         finally:
             setattr(of, option, before)
+
+
+def _remedies(options: list[str]) -> str:
+    return "What may help: " + "; ".join([*options, "another method; a larger device."])
 
 
 def _taken(estimate: Estimate, where: str) -> int:

@@ -211,7 +211,7 @@ def _advice_on_failure(method: PruningMethod, data: CalibrationDataModule) -> It
         # On the host torch raises a plain RuntimeError.
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        remedy = Memory(method.trainer, method, data).advice("model" if method.slot.onload == "model" else "layer")
+        remedy = Memory(method.trainer, method, data).advice()
         raise UserError(f"Out of memory: {first_line(error)[:200]} {remedy}") from error
 
 
