@@ -302,8 +302,8 @@ class Memory:
         now = _taken(estimate, where)
         helps = [f"{option} ({size(it)})" for option, one in found.items() if (it := _taken(one, where)) < 0.99 * now]
         return (
-            f"--model.onload {estimate.onload} takes {size(now)} of {where} memory ({estimate.phase}), there is room for "
-            f"{size(room)}. {_remedies(helps)}"
+            f"--model.onload {estimate.onload} takes {size(now)} of {where} memory ({estimate.phase}), there is room "
+            f"for {size(room)}. {_remedies(helps)}"
         )
 
     def advice(self) -> str:
