@@ -1,5 +1,6 @@
 """Perplexity of a dense or pruned model on the evaluation sets, layer by layer, and its distance from another one."""
 
+import math
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,12 +26,21 @@ from lightning_prune.support.timing import Seconds
 STEP_BYTES = 256 * 2**20  # residual stream of the evaluation windows that cross the layers together
 
 
-def unigram_perplexity(tokens: Tensor) -> float:
-    """The floor under every language model: exp(H), H the entropy in nats of the frequencies of the predicted
-    ``tokens`` int64 ``[N, L]``, which are all but the first of every window."""
+def unigram_perplexity(tokens: Tensor, vocab_size: int) -> float:
+    """Perplexity of token frequencies alone on the predicted ``tokens`` int64 ``[N, L]``, all but the first of every
+    window: what context is worth is measured from here.
+
+    Every token's probability is its frequency among the others; frequencies of the text with the token itself would
+    know a short text by heart. What is nowhere else shares the probability of the unseen, Good and Turing's estimate:
+    the share of tokens that are there once.
+    """
     _, counts = tokens[:, 1:].unique(return_counts=True)
-    share = counts.double() / counts.sum()
-    return float(torch.exp(-(share * share.log()).sum()))
+    known, total = counts[counts > 1].double(), int(counts.sum())
+    once = int((counts == 1).sum())
+    loss = -(known * ((known - 1) / (total - 1) * (1 - once / total)).log()).sum()
+    if once:
+        loss = loss - once * math.log(once / total / (vocab_size - len(counts) + 1))
+    return float((loss / total).exp())
 
 
 @dataclass(frozen=True)

@@ -298,6 +298,7 @@ def run_metrics(
     plan: PruningPlan, dense: Measured, pruned: Measured, sets: Sequence[EvaluationSet], seconds: dict[str, float]
 ) -> dict[str, Any]:
     """The contents of ``metrics.json``; ``seconds`` are by phase."""
+    vocab_size = dense.checkpoint.limits[0]
     return {
         "perplexity": {
             name: {"dense": one.perplexity, "pruned": pruned.perplexity[name].perplexity, "tokens": one.tokens}
@@ -305,7 +306,8 @@ def run_metrics(
         },
         **compared(dense, pruned, sets),
         "evaluation": {
-            item.name: {**item.manifest, "unigram_perplexity": unigram_perplexity(item.tokens)} for item in sets
+            item.name: {**item.manifest, "unigram_perplexity": unigram_perplexity(item.tokens, vocab_size)}
+            for item in sets
         },
         "parameters": plan.parameters,
         "pruning_ratio": {"requested": plan.pruning_ratio, "achieved": plan.achieved_ratio},

@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,33 @@ def test_batches_chunks_and_padding_do_not_change_the_value(
     assert itself.distance().expected_acceptance <= 1
 
 
-def test_unigram_perplexity_is_of_the_predicted_tokens() -> None:
-    tokens = torch.tensor([[9, 1, 1], [9, 1, 2]])  # predicted: 1 three times, 2 once, 9 never
-    expected = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
-    assert unigram_perplexity(tokens) == pytest.approx(expected, rel=1e-12)
-    assert unigram_perplexity(torch.arange(51).view(1, 51)) == pytest.approx(50.0, rel=1e-12)
+def naive_unigram(predicted: list[int], vocab_size: int) -> float:
+    """Every token's probability under the frequencies of all others."""
+    total, nats = len(predicted), 0.0
+    once = sum(count == 1 for count in Counter(predicted).values())
+    for number, token in enumerate(predicted):
+        others = predicted[:number] + predicted[number + 1 :]
+        unseen = vocab_size - len(set(others))
+        seen = (1 - once / total) * others.count(token) / max(1, total - 1)
+        nats -= math.log(seen if token in others else once / total / unseen)
+    return math.exp(nats / total)
+
+
+def test_unigram_perplexity_is_of_the_predicted_tokens_each_left_out_of_its_frequency() -> None:
+    tokens = torch.tensor([[9, 1, 1, 5, 6], [9, 1, 2, 2, 6]])  # 9 is never predicted, 5 once
+    assert unigram_perplexity(tokens, 11) == pytest.approx(naive_unigram([1, 1, 5, 6, 1, 2, 2, 6], 11), rel=1e-12)
+    assert unigram_perplexity(torch.arange(51).view(1, 51), 60) == pytest.approx(11.0, rel=1e-12)  # 60 − 49 unseen
+    assert unigram_perplexity(torch.ones(2, 9, dtype=torch.long), 60) == pytest.approx(1.0, rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [4_000, 16_000, 200_000])
+def test_unigram_perplexity_of_a_short_text_is_nearer_to_the_truth_than_that_of_its_own_frequencies(size: int) -> None:
+    shares = 1 / torch.arange(1, 20_001, dtype=torch.float64)  # Zipf's law
+    text = torch.multinomial(shares, size, replacement=True, generator=torch.Generator().manual_seed(0))
+    own = text.bincount(minlength=20_000) / size
+    truth, by_heart = (float(-(p * p.log()).nansum()) for p in (shares / shares.sum(), own))
+    found = math.log(unigram_perplexity(torch.cat([text[:1], text]).view(1, -1), 20_000))
+    assert abs(found - truth) < 0.7 * abs(by_heart - truth)
 
 
 def save(folder: Path, name: str, **options: object) -> PreTrainedModel:
