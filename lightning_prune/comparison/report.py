@@ -25,7 +25,7 @@ from lightning_prune.comparison.tensorboard import log_comparison
 from lightning_prune.runs.folder import REPORTS, RunFolder
 from lightning_prune.runs.records import Failure
 from lightning_prune.support.errors import UserError
-from lightning_prune.support.escape import plain
+from lightning_prune.support.escape import plain, public_name
 from lightning_prune.support.files import cannot_write, check_writable, new_folder, write_text
 
 TITLE = "Pruning methods compared"
@@ -37,7 +37,9 @@ def write_report(audit: Audit, failures: Sequence[Failure], folder: Path) -> lis
     """Write the report into ``folder``, which exists: ``NAMES``, and ``OTHERS`` where there is something to
     say. Returns its sections, for the terminal."""
     parts, methods = sections(audit, failures), appendix(audit)
-    write_text(folder / "report.md", markdown(TITLE, parts))
+    models = dict.fromkeys(public_name(run.metrics.method.base_model) for run in audit.runs)
+    title = ": ".join(filter(None, [TITLE, ", ".join(models)]))
+    write_text(folder / "report.md", markdown(title, parts))
     write_text(folder / "results.csv", results_csv(audit, failures))
     if any(run.accuracy is not None for run in audit.runs):
         write_text(folder / "zero_shot.csv", accuracy_csv(audit))
@@ -50,7 +52,9 @@ def write_report(audit: Audit, failures: Sequence[Failure], folder: Path) -> lis
     drawn = charts(audit)
     folded = [(heading, list(some)) for heading, some in groupby(drawn[1:], lambda one: one.heading)]
     written = continuations(audit)
-    page = _page(sections=parts, front=front, first=drawn[:1], folded=folded, written=written, appendix=methods)
+    page = _page(
+        title=title, sections=parts, front=front, first=drawn[:1], folded=folded, written=written, appendix=methods
+    )
     write_text(folder / "report.html", page)
     return parts
 
@@ -67,7 +71,7 @@ def _page(**content: Any) -> str:
     content["appendix"] = Markup.escape(content["appendix"])  # its cells are plain
     bokeh = Markup(Resources(mode="inline", components=["bokeh"]).js_raw[0])
     template = environment.get_template("report.html.jinja")
-    return template.render(title=TITLE, bokeh=bokeh, ink=INK, grid=GRID, **content)
+    return template.render(bokeh=bokeh, ink=INK, grid=GRID, **content)
 
 
 def _data(value: object) -> Markup:

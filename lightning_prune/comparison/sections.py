@@ -157,7 +157,8 @@ def _best(group: Group) -> Section:
                 closer += _closer(here, best, name, where) + _left_out(here, best, name, where)
                 tied = tied or len(best) > 1
     if not rows:
-        return Section("Best per ratio", ["No run reached its ratio and was evaluated, so nothing is ranked."])
+        none = TRAINED if group.runs and not untrained else "No run reached its ratio and was evaluated."
+        return Section("Best per ratio", [f"Nothing is ranked. {none}"])
     if tied:
         closer.insert(0, TIED)
     elif not repeated(group):

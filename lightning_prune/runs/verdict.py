@@ -233,6 +233,8 @@ def recovery_table(label: str, metrics: dict[str, Any]) -> str:
     """Summary table of a recovery, from a ``metrics.json`` with the ``recovery.json`` under ``recovery``."""
     record = metrics["recovery"]
     rows = [("system", f"{label}, from {record['parent']}"), *_recovery_rows(record, metrics)]
+    rows += [(f"verdict {name}", verdict(metrics, name) + _too_long(metrics, name)) for name in metrics["perplexity"]]
+    rows += comparison_rows(metrics)
     seconds = {name.replace("evaluate pruned", "evaluate"): value for name, value in metrics["seconds"].items()}
     return _aligned(rows, metrics | {"seconds": seconds})
 

@@ -96,6 +96,7 @@ def test_page_loads_nothing_and_only_its_own_scripts_may_run(page: str) -> None:
 
 def test_page_begins_with_the_picture_and_the_answer_and_ends_with_the_appendix(report: Path, page: str) -> None:
     headings = re.findall(r"<h2>(.*?)</h2>", page)
+    assert "<title>Pruning methods compared: demo</title>" in page
     assert headings[:3] == ["Best per ratio", "Failed runs", "Table 1: demo, calibrated on 128 × 128 tokens, seed 0"]
     assert page.index('<div id="chart-0">') < page.index("Best per ratio") < page.index('<div id="chart-1">')
     assert "<td>wanda &lt;b&gt;&amp;</td>" in page

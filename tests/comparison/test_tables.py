@@ -10,7 +10,7 @@ from lightning_prune.comparison.exports import latex, results_csv
 from lightning_prune.comparison.repeats import by_size, repeats
 from lightning_prune.comparison.sections import leaders, sections
 from lightning_prune.comparison.tables import distances, evaluation_sets, results
-from lightning_prune.runs.records import Failure
+from lightning_prune.runs.records import Failure, Recovered
 from tests.comparison.fake_run import make_run, seeded
 
 
@@ -106,13 +106,15 @@ def test_lead_inside_the_spread_is_a_tie_and_outside_is_not(
     assert [line.name for line in leaders([line for line in lines if line not in first], "demo")] == after
 
 
-def test_nothing_evaluated_is_said(tmp_path: Path) -> None:
+def test_where_nothing_is_ranked_the_answer_says_why(tmp_path: Path) -> None:
     run = make_run(tmp_path)
+    trained = replace(run, recovery=Recovered(parent="", parent_label="", tokens_seen=1, seconds=1.0, perplexity={}))
+    assert "trained after pruning" in sections(audit([trained]), [])[0].text[-1]
     run.metrics.perplexity.clear()
     run.metrics.evaluation.clear()
     answer = sections(audit([run]), [])[0]
     assert not answer.tables
-    assert "nothing is ranked" in answer.text[0]
+    assert answer.text == ["Nothing is ranked. No run reached its ratio and was evaluated."]
 
 
 def test_runs_of_earlier_versions_are_in_the_table_with_gaps(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The command: what it leaves, how it goes on, and what it refuses."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -44,7 +45,8 @@ def test_a_run_folder_beside_its_parent_with_the_same_layout(
     options = ["--model.train", train, "--model.learning_rate", "0.01"]
     assert recover(pruned, *options) == 0
     folder = tmp_path / "logs" / LABEL[train] / "version_0"
-    assert capsys.readouterr().out.splitlines()[-1] == f"pruned model: {folder}/pruned"
+    told = capsys.readouterr().out
+    assert told.splitlines()[-1] == f"pruned model: {folder}/pruned"
     assert shapes(pruned) == shapes(folder / "pruned")
     before, after = weights(pruned), weights(folder / "pruned")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -69,6 +71,10 @@ def test_a_run_folder_beside_its_parent_with_the_same_layout(
     tokens = torch.from_numpy(np.load(pruned.parents[3] / "evaluation.npy"))
     with torch.no_grad():
         logits = lightning_prune.load(folder / "pruned")(tokens).logits[:, :-1].double()
+        dense = lightning_prune.load(pruned.parents[3] / "model")(tokens).logits[:, :-1].double().log_softmax(-1)
+    divergence = (dense.exp() * (dense - logits.log_softmax(-1))).sum(-1).mean()
+    assert re.search(rf"^distance {name} +KL {float(divergence):.3}", told, re.MULTILINE)
+    assert f"verdict {name}" in told
     loss = -torch.log_softmax(logits, -1).gather(2, tokens[:, 1:, None]).mean()
     assert run.metrics.perplexity[name].pruned == pytest.approx(float(loss.exp()), rel=1e-4)
 
