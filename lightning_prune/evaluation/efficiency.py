@@ -40,12 +40,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second of a whole batch, and the peak memory of its runs: what torch allocated on an accelerator,
-    weights included, or a CPU process's resident set, None where the system cannot reset it (Linux can)."""
+    """Tokens per second of a whole batch, how much longer the slowest run took than the fastest (0.1: a tenth), and the
+    peak memory of its runs: what torch allocated on an accelerator, weights included, or a CPU process's resident set,
+    None where the system cannot reset it (Linux can)."""
 
     batch_size: int
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
+    spread: float
     peak_memory_bytes: int | None
 
 
@@ -86,6 +88,8 @@ class EfficiencyReport:
         align = ["left", *["right"] * (len(lines[0]) - 1)]
         text = tabulate(lines, tablefmt="plain", disable_numparse=True, colalign=align)
         files = ", ".join(f"{side} {model.weight_file_dtype}" for side, model in models.items())
+        spread = max(speed.spread for model in models.values() for speed in model.speed)
+        text += f"\nmedians of {self.setting.repeats} runs; the slowest took up to {spread:.0%} longer than the fastest"
         return f"{text}\nmeasured in {self.dtype} on {self.device}; weights on disk: {files}"
 
 
@@ -155,11 +159,13 @@ def _speed(model: PreTrainedModel, batch_size: int, setting: Setting, done: Call
             done()
     except torch.OutOfMemoryError:
         raise refusal from None
-    prefill, decode = (statistics.median(times) for times in zip(*seconds[WARM_UP:], strict=True))
+    phases = list(zip(*seconds[WARM_UP:], strict=True))
+    prefill, decode = map(statistics.median, phases)
     return Speed(
         batch_size=batch_size,
         prefill_tokens_per_second=prompt.numel() / prefill,
         decode_tokens_per_second=batch_size * setting.decode_length / decode,
+        spread=max(max(times) / min(times) for times in phases) - 1,
         peak_memory_bytes=peak_since_reset(model.device),
     )
 

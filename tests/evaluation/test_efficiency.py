@@ -70,6 +70,7 @@ def test_speed_is_tokens_of_the_batch_over_the_median_without_the_warm_up(
     found = measure(model, Checkpoint.open(str(tmp_path)), setting)
     assert found.speed[0].prefill_tokens_per_second == 3 * 10 / 2
     assert found.speed[0].decode_tokens_per_second == 3 * 6 / 8
+    assert found.speed[0].spread == 64 / 2 - 1
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert found.weight_file_dtype == "float32"
     shards = list(tmp_path.glob("*.safetensors"))
@@ -111,14 +112,15 @@ def test_batch_that_does_not_fit_names_the_option(monkeypatch: pytest.MonkeyPatc
 
 
 def test_table_shows_dense_pruned_and_their_ratio() -> None:
-    dense = Efficiency(2000, 4000, 64, 8000, "bfloat16", [Speed(1, 100.0, 10.0, None)])
-    pruned = Efficiency(1500, 3000, 48, 12000, "float32", [Speed(1, 150.0, 12.0, None)])
+    dense = Efficiency(2000, 4000, 64, 8000, "bfloat16", [Speed(1, 100.0, 10.0, 0.25, None)])
+    pruned = Efficiency(1500, 3000, 48, 12000, "float32", [Speed(1, 150.0, 12.0, 0.5, None)])
     report = EfficiencyReport(Setting(), "cpu", "float32", 1, pruned, dense)
     lines = {line.split("  ")[0]: line.split() for line in report.table().splitlines()}
     assert lines["parameters"][-3:] == ["2,000", "1,500", "0.750"]
     assert lines["prefill, tokens/s, batch 1"][-3:] == ["100", "150", "1.500"]
     assert lines["peak memory, MiB, batch 1"][-3:] == ["-", "-", "-"]
     assert "weights on disk: dense bfloat16, pruned float32" in report.table()
+    assert "medians of 5 runs; the slowest took up to 50% longer than the fastest" in report.table()
     alone = EfficiencyReport(Setting(), "cpu", "float32", 1, pruned, None)
     assert "dense" not in alone.table()
 
