@@ -9,8 +9,9 @@ sizes is changed while it runs:
 - flap: the same. 128 (width of a head), 512.0 (parameters of a head per hidden channel) and 2048 (samples) are numbers
   in its text; those of the model replace them, with a GQA group for a head. The biases are recorded, and added by us.
 - llm-pruner: gradients are summed over batches of 4, since one batch of all does not fit. GQA as in its ``llama3.py``;
-  all layers but the first three and the last, its defaults. Its package is entered without ``__init__.py``, which
-  imports old code of other models.
+  all layers but the first three and the last, its defaults. Where less than one KV head of a layer is due, which its
+  code does not survive, it gets one, and fewer channels. Its package is entered without ``__init__.py``, which imports
+  old code of other models.
 - torch-pruning: the settings of its ``examples/LLMs/prune_llm.py`` (magnitude, no calibration). Input and output
   embeddings are tied again afterwards.
 - slicegpt: ``ml_collections`` may be absent. Attention returns two values now where its layer takes three, and a layer
@@ -216,17 +217,23 @@ def llm_pruner(job: Job) -> Outcome:
     job.start()
     model, tokens = job.dense(), job.tokens
     layers = list(model.model.layers)
-    roots = [layer.self_attn.k_proj for layer in layers[3:-1]] + [layer.mlp.gate_proj for layer in layers[3:-1]]
+    keys, gates = [layer.self_attn.k_proj for layer in layers[3:-1]], [layer.mlp.gate_proj for layer in layers[3:-1]]
+    share, by_module = share_of_layers(model, job.ratio, skipped=4), {}
+    if share * (heads := model.config.num_key_value_heads) < 1:
+        group, channel, total, _ = sizes(model)
+        by_module = dict.fromkeys(keys, 1 / heads)
+        share = (job.ratio * total / len(keys) - group) / (model.config.intermediate_size * channel)
     pruner = tp.pruner.MetaPruner(
         model,
         tokens[:2, :8],
         importance=theirs.TaylorImportance(group_reduction="sum", taylor="param_first"),
-        ch_sparsity=share_of_layers(model, job.ratio, skipped=4),
+        ch_sparsity=share,
+        ch_sparsity_dict=by_module,
         consecutive_groups={layer.self_attn.k_proj: model.config.head_dim for layer in layers},
         customized_pruners={LlamaRMSNorm: theirs.hf_rmsnorm_pruner},
         root_module_types=None,
         output_transform=lambda out: out.logits,
-        root_instances=roots,
+        root_instances=keys + gates,
     )
     for batch in tokens.split(4):
         (model(input_ids=batch, labels=batch).loss * len(batch) / len(tokens)).backward()

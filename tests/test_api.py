@@ -279,6 +279,7 @@ def test_calibration_sets_from_text_a_file_a_dataset_and_token_ids(base: str, tm
         (lambda base: lp.calibration_set("a b c"), "tokenizer: found none"),
         (lambda base: lp.calibration_set(torch.zeros(3)), "token ids: found torch.float32"),
         (lambda base: lp.calibration_set({"a": 1}, base), "found dict"),
+        (lambda base: lp.calibration_set(["a word \ud800 " * 9], base), r"calibration data holds '\\ud800', half of"),
         (lambda base: lp.calibration_set("my_txt.txt", base), "no file or folder 'my_txt.txt', and no corpus"),
         (lambda base: lp.evaluate(base, []), "nothing to evaluate on"),
         (lambda base: lp.compare([]), "runs: the list is empty"),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_prune.data.corpora import NAMES, calibration_split, load_corpus, split_spec
 from lightning_prune.data.local_files import rows_of
-from lightning_prune.data.rows import Chat, documents, is_turns
+from lightning_prune.data.rows import Chat, check_characters, documents, is_turns
 from lightning_prune.data.sampling import draw_windows
 from lightning_prune.data.tokenization import load_tokenizer, tokenize, window_start
 from lightning_prune.support.errors import UserError
@@ -53,6 +53,7 @@ def calibration_set(
             raise UserError("tokenizer: found none; texts need one. Give the model's: the object, folder or hub id.")
         loaded = load_tokenizer(tokenizer)
         text = _text(data, column, loaded, num_samples * seq_len)
+        check_characters(text, "calibration data")
         ids, start = tokenize(loaded, text), window_start(loaded, bos)
     return draw_windows(ids, num_samples, seq_len, seed=seed, bos=start)
 

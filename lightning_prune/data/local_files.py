@@ -20,7 +20,7 @@ import pandas as pd  # type: ignore[import-untyped]
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
-from lightning_prune.data.rows import Chat, NoSuchColumn, Row, documents, is_turns
+from lightning_prune.data.rows import Chat, NoSuchColumn, Row, check_characters, documents, is_turns
 from lightning_prune.data.token_arrays import OPTIONS
 from lightning_prune.support.errors import UserError, first_line
 from lightning_prune.support.quiet import quiet_datasets
@@ -80,13 +80,7 @@ def read_local(name: str, split: str, column: str | None, chat: Chat, enough: in
     text = chat.joined(texts)
     if not text.strip():
         raise UserError(f"{path} holds no text. Choose another file with {OPTIONS}.")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{path} holds {text[error.start]!a}, half of a character (a lone surrogate), which no tokenizer takes. "
-            f"Repair the text, or choose another with {OPTIONS}."
-        ) from None
+    check_characters(text, path)
     return text, revision
 
 

@@ -218,3 +218,14 @@ def decoded(value: Any) -> Any:
 def is_turns(value: Any) -> bool:
     """Whether this is a list of turns."""
     return isinstance(value, list) and all(isinstance(turn, dict) and set(SENDER) & set(turn) for turn in value)
+
+
+def check_characters(text: str, what: object) -> None:
+    """UserError where ``what`` holds half of a character."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{what} holds {text[error.start]!a}, half of a character (a lone surrogate), which no tokenizer takes. "
+            f"Repair the text, or choose another with {OPTIONS}."
+        ) from None
