@@ -299,8 +299,15 @@ def slicegpt(job: Job) -> Outcome:
 
     attend, layer = LlamaAttention.forward, llama_adapter.CompressedLlamaDecoderLayer
     as_tuple = layer.forward
-    LlamaAttention.forward = lambda *args, **kwargs: (*attend(*args, **kwargs), None)  # type: ignore
-    layer.forward = lambda *args, **kwargs: as_tuple(*args, **kwargs)[0]
+
+    def as_tensor(*args: Any, **kwargs: Any) -> Any:
+        LlamaAttention.forward = lambda *some, **others: (*attend(*some, **others), None)  # type: ignore
+        try:
+            return as_tuple(*args, **kwargs)[0]
+        finally:  # the dense model, which it is compared with, has layers of its own
+            LlamaAttention.forward = attend
+
+    layer.forward = as_tensor
     job.start()
     model = job.dense()
     config, total = model.config, sizes(model)[2]
