@@ -49,15 +49,21 @@ def super_experts(peaks: Tensor) -> Tensor:
     return (peaks > peaks.quantile(SUPER_QUANTILE)) & (peaks > SUPER_SHARE * peaks.max())
 
 
-def on_gradient(module: nn.Module, update: Callable[..., Any], inputs: int = 0) -> RemovableHandle:
+def on_gradient(
+    module: nn.Module,
+    update: Callable[..., Any],
+    inputs: int = 0,
+    sizes: Callable[[Tensor], Tensor | None] | None = None,
+) -> RemovableHandle:
     """Call ``update`` with the gradient at a module's output, after so many of its ``inputs``, while a layer is
-    differentiated."""
+    differentiated; times the ``sizes`` of the output, if it has any."""
 
     def listen(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         read = [part.detach() for part in args[:inputs]]
+        size = None if sizes is None else sizes(output)
         if not output.requires_grad:  # in layer 0 nothing before it does
             output.requires_grad_(True)
-        output.register_hook(lambda gradient: update(*read, gradient))
+        output.register_hook(lambda gradient: update(*read, gradient if size is None else size * gradient))
 
     return module.register_forward_hook(listen)
 

@@ -3,10 +3,16 @@
 The curvature of the loss along W is taken for the Kronecker product of A and F, the second moments of a projection's
 inputs and of the gradient at its output (Martens and Grosse 2015, K-FAC; van der Ouderaa et al. 2024, "The LLM
 Surgeon"). F makes costs of different layers comparable, which SlimGPT's own, in each layer's units of output, are not.
+
+Where a norm follows the block, it divides every token's output by its size r. Some tokens have outputs a thousand times
+smaller than others (the first ones in Gemma 3), so gradients g as much larger, and F would be theirs alone. There A and
+F are of x / r and r·g, whose product is that of x and g: of the projection's output after the division.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +34,16 @@ from lightning_prune.support.devices import widened, widest
 
 DAMPING = 0.01  # of A and of F, times the mean of the diagonal
 ROUNDS = 32  # in which MLP channels are removed; on the reference Llama 512 rounds, one channel each, chose no better
+
+
+def token_sizes(view: LayerStructure, block: Block, outputs: Tensor) -> Tensor | None:
+    """r = √(mean_j y_j² + ε) of what the block's projection outputs, y ``[..., D]``, for the norm that follows: fp32
+    ``[..., 1]``; None where no norm follows."""
+    norm: Any = view.parts[block].exit
+    if norm is None:
+        return None
+    epsilon = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
+    return torch.sqrt(outputs.detach().float().square().mean(-1, keepdim=True) + epsilon)
 
 
 def inverse_moment(xtx: Tensor, tokens: int, dtype: torch.dtype = torch.float64) -> InverseHessian:
@@ -119,7 +135,8 @@ class GradientPass(BackwardPass):
         for block in view.prunable:
             gram = InputGram(view.projection(block).weight.shape[0]).to(self.model.device)
             self.factors[OUTPUT_ROLE[block]] = gram
-            self._handles.append(on_gradient(view.projection(block).module, gram.update))
+            module, sizes = view.projection(block).module, partial(token_sizes, view, block)
+            self._handles.append(on_gradient(module, gram.update, sizes=sizes))
         self.routed = None if view.experts is None else RoutedGrams(view.experts).to(self.model.device)
         if self.routed is not None:
             self._handles.append(on_gradient(self.routed.experts[0].module, self.routed.update, inputs=3))
@@ -165,7 +182,8 @@ class KFACPass(ForwardPass):
         for block in view.prunable:
             self.inputs[block] = gram = InputGram(view.projection(block).in_features).to(self.model.device)
             name = f"layer {view.index}, input of {OUTPUT_ROLE[block]}"
-            hooks.on_input(name, view.projection(block).module, gram.update)
+            sizes = partial(token_sizes, view, block)
+            hooks.on_input_and_output(name, view.projection(block).module, partial(_add, gram, sizes))
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """Memory of a forward pass, and A of both projections in fp32; then F of both and one solve at a time, beside
@@ -205,6 +223,13 @@ class KFACPass(ForwardPass):
             del xtx
             gtg = earlier.factors[role].to(linear.weight.device)
             return widened(compensated_costs(linear.weight, inverse, gtg, counted, width))
+
+
+def _add(
+    gram: InputGram, sizes: Callable[[Tensor], Tensor | None], inputs: Tensor, outputs: Tensor, weight: Tensor | None
+) -> None:
+    size = sizes(outputs)
+    gram.update(inputs if size is None else inputs / size, weight)
 
 
 def _numbers(view: LayerStructure, axis: int) -> int:

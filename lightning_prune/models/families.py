@@ -31,6 +31,7 @@ class BlockStructure:
     modules: dict[nn.Module, bool]  # → whether their forward also returns attention weights
     norms: tuple[nn.Module, ...]  # of its input and output, and a router that is in none of the modules
     entry: nn.Module  # the first one after the residual stream, which has the block's input as its own
+    exit: nn.Module | None  # the norm of its output
     linears: dict[str, Projection]  # by role, the one that writes to the residual stream last; none of a mixer
     units: int  # GQA groups, channels, 1 for a mixer, experts or the channels of all of them
     experts: Experts | None = None
@@ -283,6 +284,7 @@ def _layer_structure(family: Family, config: Any, index: int, layer: nn.Module) 
             modules={find(name): pair for name, pair in modules.items()},
             norms=tuple(map(find, norms)),
             entry=find(family.norms_of(block).before or next(iter(modules))),
+            exit=find(after) if (after := family.norms_of(block).after) else None,
             linears=linears,
             units=experts.total * experts.width if experts else _units(block, linears, head_dim_of(config)),
             experts=experts,

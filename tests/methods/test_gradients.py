@@ -93,8 +93,9 @@ def kfac_costs(weight: np.ndarray, a: np.ndarray, f: np.ndarray, width: int) -> 
     return costs
 
 
-def inputs_and_gradients(model: PreTrainedModel, tokens: Tensor, layer: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of o_proj and down_proj: what they read and the gradient of the summed loss at their output, a row per token."""
+def inputs_and_gradients(model: PreTrainedModel, tokens: Tensor, layer: int) -> list[tuple[np.ndarray, ...]]:
+    """Of o_proj and down_proj: what they read, the gradient of the summed loss at their output, and what the norm that
+    follows, if one does, divides that by; a row per token."""
     seen: list[tuple[Tensor, Tensor]] = []
 
     def keep(_: object, args: tuple[Tensor], output: Tensor) -> None:
@@ -105,12 +106,18 @@ def inputs_and_gradients(model: PreTrainedModel, tokens: Tensor, layer: int) -> 
     differentiate(model, tokens)
     for handle in handles:
         handle.remove()
-    return [(x.flatten(0, 1).numpy(), y.grad.flatten(0, 1).numpy()) for x, y in seen]  # type: ignore[union-attr]
+    found = []
+    for x, y in seen:
+        r = torch.ones_like(y[..., :1]).detach()
+        if model.config.model_type in ("gemma2", "olmo2"):
+            r = (y.detach().square().mean(-1, keepdim=True) + model.config.rms_norm_eps).sqrt()
+        found.append(tuple(one.flatten(0, 1).numpy() for one in (x, y.grad, r)))  # type: ignore[arg-type]
+    return found
 
 
 @pytest.mark.parametrize(
     ("family", "gradients"),
-    [("gemma2", None), ("seed_oss", None), ("llama", 7), ("llama", 100)],  # of 24, 5 in a batch
+    [("gemma2", None), ("olmo2", 7), ("seed_oss", None), ("llama", 7), ("llama", 100)],  # of 24, 5 in a batch
 )
 def test_kfac_is_what_a_unit_adds_to_the_least_loss(family: str, gradients: int | None, run: Any) -> None:
     model, tokens = make_tiny(family, layers=3), tiny_tokens(24, 16)
@@ -120,9 +127,9 @@ def test_kfac_is_what_a_unit_adds_to_the_least_loss(family: str, gradients: int 
     for layer in range(3):
         expected = []
         pairs = inputs_and_gradients(exact, tokens, layer)
-        for name, units, (x, g) in zip(OUTPUTS, units_of(model), pairs, strict=True):
+        for name, units, (x, g, r) in zip(OUTPUTS, units_of(model), pairs, strict=True):
             weight = projections(exact, layer)[name].weight.detach().numpy()
-            g = g[: len(g) if gradients is None else gradients * tokens.shape[1]]
+            x, g = x / r, (r * g)[: len(g) if gradients is None else gradients * tokens.shape[1]]
             expected.append(kfac_costs(weight, x.T @ x / len(x), g.T @ g / len(g), weight.shape[1] // units))
         assert_importances(method, layer, expected, 2e-3)
 
