@@ -56,14 +56,14 @@ def on_gradient(
     sizes: Callable[[Tensor], Tensor | None] | None = None,
 ) -> RemovableHandle:
     """Call ``update`` with the gradient at a module's output, after so many of its ``inputs``, while a layer is
-    differentiated; times the ``sizes`` of the output, if it has any."""
+    differentiated; with the ``sizes`` of the output too, where they are asked for."""
 
     def listen(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         read = [part.detach() for part in args[:inputs]]
-        size = None if sizes is None else sizes(output)
+        more = [] if sizes is None else [sizes(output)]
         if not output.requires_grad:  # in layer 0 nothing before it does
             output.requires_grad_(True)
-        output.register_hook(lambda gradient: update(*read, gradient if size is None else size * gradient))
+        output.register_hook(lambda gradient: update(*read, gradient, *more))
 
     return module.register_forward_hook(listen)
 

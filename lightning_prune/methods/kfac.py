@@ -28,7 +28,7 @@ from lightning_prune.calibration.statistics.token_statistic import full_precisio
 from lightning_prune.methods.columns import named
 from lightning_prune.methods.experts import on_gradient, with_experts
 from lightning_prune.methods.slimgpt_math import InverseHessian, choose_dtype, inverse_hessian, prune_units, solve_bytes
-from lightning_prune.models.families import LayerStructure
+from lightning_prune.models.families import BlockStructure, LayerStructure
 from lightning_prune.models.vocabulary import OUTPUT_ROLE, Block
 from lightning_prune.support.devices import widened, widest
 
@@ -36,10 +36,10 @@ DAMPING = 0.01  # of A and of F, times the mean of the diagonal
 ROUNDS = 32  # in which MLP channels are removed; on the reference Llama 512 rounds, one channel each, chose no better
 
 
-def token_sizes(view: LayerStructure, block: Block, outputs: Tensor) -> Tensor | None:
-    """r = √(mean_j y_j² + ε) of what the block's projection outputs, y ``[..., D]``, for the norm that follows: fp32
-    ``[..., 1]``; None where no norm follows."""
-    norm: Any = view.parts[block].exit
+def token_sizes(block: BlockStructure, outputs: Tensor) -> Tensor | None:
+    """r = √(mean_j y_j² + ε) of what a block's projection or experts output, y ``[..., D]``, for the norm that follows:
+    fp32 ``[..., 1]``; None where no norm follows."""
+    norm: Any = block.exit
     if norm is None:
         return None
     epsilon = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
@@ -135,11 +135,13 @@ class GradientPass(BackwardPass):
         for block in view.prunable:
             gram = InputGram(view.projection(block).weight.shape[0]).to(self.model.device)
             self.factors[OUTPUT_ROLE[block]] = gram
-            module, sizes = view.projection(block).module, partial(token_sizes, view, block)
-            self._handles.append(on_gradient(module, gram.update, sizes=sizes))
+            module, sizes = view.projection(block).module, partial(token_sizes, view.parts[block])
+            self._handles.append(on_gradient(module, partial(_add_gradient, gram), sizes=sizes))
         self.routed = None if view.experts is None else RoutedGrams(view.experts).to(self.model.device)
         if self.routed is not None:
-            self._handles.append(on_gradient(self.routed.experts[0].module, self.routed.update, inputs=3))
+            module = self.routed.experts[0].module
+            (part,) = (part for part in view.parts.values() if part.experts is not None)
+            self._handles.append(on_gradient(module, self.routed.update, inputs=3, sizes=partial(token_sizes, part)))
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """Memory of a backward pass, F of both projections in fp32 (kept for the next pass), sums and a solve of
@@ -182,8 +184,8 @@ class KFACPass(ForwardPass):
         for block in view.prunable:
             self.inputs[block] = gram = InputGram(view.projection(block).in_features).to(self.model.device)
             name = f"layer {view.index}, input of {OUTPUT_ROLE[block]}"
-            sizes = partial(token_sizes, view, block)
-            hooks.on_input_and_output(name, view.projection(block).module, partial(_add, gram, sizes))
+            add = partial(_add_input, gram, partial(token_sizes, view.parts[block]))
+            hooks.on_input_and_output(name, view.projection(block).module, add)
 
     def holds(self, view: LayerStructure, load: Load) -> Holding:
         """Memory of a forward pass, and A of both projections in fp32; then F of both and one solve at a time, beside
@@ -225,11 +227,15 @@ class KFACPass(ForwardPass):
             return widened(compensated_costs(linear.weight, inverse, gtg, counted, width))
 
 
-def _add(
-    gram: InputGram, sizes: Callable[[Tensor], Tensor | None], inputs: Tensor, outputs: Tensor, weight: Tensor | None
+def _add_gradient(gram: InputGram, gradient: Tensor, size: Tensor | None) -> None:
+    gram.update(gradient if size is None else gradient * size)
+
+
+def _add_input(
+    gram: InputGram, sizes: Callable[[Tensor], Tensor | None], x: Tensor, y: Tensor, weight: Tensor | None
 ) -> None:
-    size = sizes(outputs)
-    gram.update(inputs if size is None else inputs / size, weight)
+    size = sizes(y)
+    gram.update(x if size is None else x / size, weight)
 
 
 def _numbers(view: LayerStructure, axis: int) -> int:

@@ -42,11 +42,11 @@ class Naive:
     def of(self, expert: int) -> list[Any]:
         return [pair for pair in self.pairs if pair[1] == expert]
 
-    def feed(self, statistic: Any, gradient: bool) -> Any:
-        """In batches of unequal size."""
+    def feed(self, statistic: Any, gradient: bool, *more: Tensor) -> Any:
+        """In batches of unequal size; ``more`` has a row per token."""
         for rows in (slice(0, 7), slice(7, 31), slice(31, T)):
             args = (self.x[rows], self.index[rows], self.weights[rows])
-            statistic.update(*args, *([self.delta[rows]] if gradient else []))
+            statistic.update(*args, *([self.delta[rows]] if gradient else []), *(one[rows] for one in more))
         statistic.reduced()
         return statistic
 
@@ -114,13 +114,15 @@ def test_heapr_and_fisher_of_channels(naive: Naive) -> None:
     close(FisherPass.expert_score(sums), fisher)
 
 
-def test_kfac_of_channels_is_that_of_the_down_projection_on_the_expert_s_tokens(naive: Naive) -> None:
-    sums = naive.feed(RoutedGrams(naive.experts), gradient=True)
+@pytest.mark.parametrize("sized", [False, True])
+def test_kfac_of_channels_is_that_of_the_down_projection_on_the_expert_s_tokens(naive: Naive, sized: bool) -> None:
+    r = torch.linspace(0.01, 3, T, dtype=torch.float64)[:, None] if sized else torch.ones(T, 1, dtype=torch.float64)
+    sums = naive.feed(RoutedGrams(naive.experts), True, *([r.float()] if sized else []))
     found = kfac_of_experts(sums, torch.float64)
     for e in range(E):
         pairs = naive.of(e)
-        inner = torch.stack([a for *_, a, _ in pairs])
-        gradients = torch.stack([g * naive.delta[token] for token, _, g, _, _ in pairs])
+        inner = torch.stack([a / r[token] for token, _, _, a, _ in pairs])
+        gradients = torch.stack([g * naive.delta[token] * r[token] for token, _, g, _, _ in pairs])
         weight = naive.block.experts.down_proj[e].detach()
         inverse = inverse_moment(inner.T @ inner, len(pairs))
         costs = compensated_costs(weight, inverse, gradients.T @ gradients, len(pairs), 1)

@@ -137,7 +137,8 @@ class RoutedSlopes(RoutedTokens):
 class RoutedGrams(RoutedTokens):
     """Both factors of the curvature along every expert's down projection, fp32 ``[E, m, m]``.
 
-    ``inputs`` Σ a·aᵀ and ``slopes`` Σ s·sᵀ = W_downᵀ·(Σ (g·δ)·(g·δ)ᵀ)·W_down; ``squares`` ``[E]`` Σ ‖g·δ‖².
+    ``inputs`` Σ a·aᵀ and ``slopes`` Σ s·sᵀ = W_downᵀ·(Σ (g·δ)·(g·δ)ᵀ)·W_down; ``squares`` ``[E]`` Σ ‖g·δ‖². With a size
+    r of every token, a / r takes the place of a, and r·δ that of δ.
     """
 
     squares: Tensor
@@ -150,12 +151,16 @@ class RoutedGrams(RoutedTokens):
             self.add_matrix_state(name, experts.total, experts.width, experts.width)
 
     @torch.no_grad()
-    def update(self, hidden: Tensor, index: Tensor, weights: Tensor, gradient: Tensor) -> None:  # type: ignore[override]
-        """Add tokens, with δ ``[T, D]``."""
+    def update(  # type: ignore[override]
+        self, hidden: Tensor, index: Tensor, weights: Tensor, gradient: Tensor, size: Tensor | None = None
+    ) -> None:
+        """Add tokens, with δ ``[T, D]`` and r ``[T, 1]``."""
         kind, down = widest(hidden.device), partial(self.experts[0].part, "down")
         with full_precision(hidden.device):
             for expert, rows, _, gate, inner, _ in self._tokens(hidden, index, weights):
                 delta = gate * gradient[rows].float()
+                if size is not None:
+                    delta, inner = delta * size[rows], inner / size[rows]
                 slope = delta @ down(expert).float()
                 self.squares[expert] += delta.square().sum(dtype=kind)
                 self.inputs[expert].addmm_(inner.T, inner)
