@@ -56,7 +56,7 @@ def on_gradient(
     sizes: Callable[[Tensor], Tensor | None] | None = None,
 ) -> RemovableHandle:
     """Call ``update`` with the gradient at a module's output, after so many of its ``inputs``, while a layer is
-    differentiated; with the ``sizes`` of the output too, where they are asked for."""
+    differentiated; with the ``sizes`` of the output too, where given."""
 
     def listen(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         read = [part.detach() for part in args[:inputs]]
