@@ -36,6 +36,7 @@ YOURS = {  # what stands for something of the reader's, or would take minutes
     "path/to/ptb/validation.txt": "my_text.txt",
     "path/to/ptb/test.txt": "my_text.txt",
     "~/.cache/lightning-prune/smollm2-135m": "demo",
+    "~/.cache/lightning-prune/gemma3-270m": "demo",
     "--config targets/smollm2-135m": "--model.pretrained demo",
     "/tmp/benchmark/llama-16-layers": "demo",
     "/tmp/benchmark/tokens.npy": "windows.npy",
