@@ -215,9 +215,7 @@ def test_batch_size_and_sample_order_do_not_change_the_result(
     method = SYSTEMS[system].make(pretrained=expected.method.pretrained, pruning_ratio=RATIO)
     shuffled = tiny_tokens(10, 16)[torch.tensor([7, 2, 9, 0, 5, 1, 8, 3, 6, 4])]
     run = prune(method, save_tokens(tmp_path / "c.npy", shuffled), tmp_path, batch_size=batch_size)
-    # K-FAC inverts fp32 sums that are damped by a hundredth, which may make their rounding a hundred times larger.
-    rtol = 1e-4 if "kfac" in system else 1e-5
-    torch.testing.assert_close(run.method.scores.importance, expected.method.scores.importance, rtol=rtol, atol=0)
+    torch.testing.assert_close(run.method.scores.importance, expected.method.scores.importance, rtol=1e-5, atol=0)
     assert (run.method.scores.pruned == expected.method.scores.pruned).all()
     assert run.method.plan.layers == expected.method.plan.layers
     for new, old in zip(run.new_weights, expected.new_weights, strict=True):

@@ -163,5 +163,7 @@ class RoutedGrams(RoutedTokens):
                     delta, inner = delta * size[rows], inner / size[rows]
                 slope = delta @ down(expert).float()
                 self.squares[expert] += delta.square().sum(dtype=kind)
-                self.inputs[expert].addmm_(inner.T, inner)
+                # It is inverted, which makes its rounding larger. A GPU would take up to 64 times as long in float64.
+                inner = inner.double() if inner.device.type == "cpu" else inner
+                self.inputs[expert] += inner.T @ inner
                 self.slopes[expert].addmm_(slope.T, slope)
